@@ -1,0 +1,69 @@
+"""The exception tree. Every message names what was asked, what was found, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MpqsearchError(Exception):
+    """Base of every error that mpqsearch raises on purpose; ``exit_code`` is what the command line ends with."""
+
+    exit_code = 2
+
+
+class ConfigError(MpqsearchError):
+    """A configuration, an option or an argument is wrong."""
+
+
+class UnknownNameError(ConfigError):
+    """A name that is not in a registry, a model or a file format."""
+
+    def __init__(self, what: str, asked: str, known: Iterable[str], hint: str = "") -> None:
+        self.asked, self.known = asked, sorted(known)
+        near = nearest(asked, self.known)
+        listed = ", ".join(self.known[:20]) + (", ..." if len(self.known) > 20 else "")
+        super().__init__(
+            f"unknown {what} {asked!r}"
+            + (f" (did you mean {near!r}?)" if near else "")
+            + f". Known: {listed or 'none'}."
+            + (f" {hint}" if hint else "")
+        )
+
+
+class ModelError(MpqsearchError):
+    """A model cannot be loaded, called or read."""
+
+
+class LayerMismatchError(ModelError):
+    """The layers of an artifact are not the layers of the model."""
+
+
+class ArtifactError(MpqsearchError):
+    """A file is missing, damaged, of a newer version or of another kind."""
+
+
+class StaleArtifactError(ArtifactError):
+    """A file on disk was made from other inputs than the present ones."""
+
+    exit_code = 4
+
+
+class NumericsError(MpqsearchError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class InfeasibleBudgetError(MpqsearchError):
+    """No assignment meets the budget; the message states the smallest attainable value."""
+
+    exit_code = 3
+
+
+class SolverError(MpqsearchError):
+    """A solver failed, is missing, or answered with something that does not hold."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to ``name``, or None when nothing is close."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
