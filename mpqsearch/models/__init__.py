@@ -1,0 +1,1 @@
+"""Adapters to one `denoise(x, t, cond)` call, layer discovery, and the embedded reference models."""

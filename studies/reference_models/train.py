@@ -156,7 +156,7 @@ def save_state(out: Path, step: int, model: nn.Module, ema: dict[str, Tensor], o
         tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
     temporary = out / f".state.{os.getpid()}.safetensors"
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    os.replace(temporary, out / "state.safetensors")
+    temporary.replace(out / "state.safetensors")
 
 
 def load_state(out: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -170,8 +170,8 @@ def load_state(out: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: t
         step = int(handle.metadata()["step"])
     tensors = load_file(path)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-    for key in ema:
-        ema[key].copy_(tensors[f"ema/{key}"])
+    for key, value in ema.items():
+        value.copy_(tensors[f"ema/{key}"])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

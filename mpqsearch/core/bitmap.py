@@ -1,0 +1,172 @@
+"""The bit map: which layer, or which output channel, gets how many bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.core.formats import FULL_PRECISION, QuantFormat, check_width
+from mpqsearch.core.layers import LayerTable
+from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
+
+Widths = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitMap:
+    """Widths of every weight layer of one model.
+
+    ``weights`` maps a layer name to one width (array of shape ``()``) or to a width per output channel (shape ``[channels]``);
+    16 means full precision. ``activations`` maps a layer name to the width of its input; layers that are not named keep
+    full-precision activations. ``format`` says what a width means, ``formats`` overrides it for single layers.
+    """
+
+    model_digest: str
+    weights: Mapping[str, Widths]
+    activations: Mapping[str, int] = field(default_factory=dict)
+    format: QuantFormat = field(default_factory=QuantFormat)
+    formats: Mapping[str, QuantFormat] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clean: dict[str, Widths] = {}
+        for name, widths in self.weights.items():
+            array = np.array(widths)
+            if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
+                raise ConfigError(
+                    f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}"
+                )
+            for bits in np.unique(array):
+                check_width(int(bits), f"bit map, layer {name!r}")
+            if array.ndim == 1 and len(array) and (array == array[0]).all():
+                array = array[0]  # one spelling for one meaning, so that equal maps have equal digests
+            array = np.asarray(array, dtype=np.uint8).copy()
+            array.setflags(write=False)
+            clean[name] = array
+        object.__setattr__(self, "weights", clean)
+        for name, bits in self.activations.items():
+            check_width(bits, f"bit map, activations of {name!r}")
+            if name not in clean:
+                raise ConfigError(f"bit map: activations name {name!r}, which has no weight width")
+
+    def format_of(self, name: str) -> QuantFormat:
+        """The quantizer settings of one layer."""
+        return self.formats.get(name, self.format)
+
+    def channel_widths(self, name: str, n_channels: int) -> Widths:
+        """The widths of one layer as a vector of length ``n_channels``."""
+        widths = self.weights[name]
+        return widths if widths.ndim else np.full(n_channels, widths, dtype=np.uint8)
+
+    def is_mixed(self, name: str) -> bool:
+        """True when the channels of a layer have different widths."""
+        return self.weights[name].ndim == 1
+
+    @property
+    def granularity(self) -> str:
+        """``channel`` when any layer is mixed inside, else ``layer``."""
+        return "channel" if any(w.ndim for w in self.weights.values()) else "layer"
+
+    def validate(self, table: LayerTable) -> None:
+        """Raise `LayerMismatchError` unless the map covers exactly the layers of ``table``, with vectors of the right length."""
+        if self.model_digest != table.digest:
+            raise LayerMismatchError(
+                f"the bit map was made for the model {self.model_digest[:12]}, but this model is {table.digest[:12]}. "
+                "Allocate again for this model."
+            )
+        table.require_same_names(set(self.weights), "the bit map")
+        for layer in table:
+            widths = self.weights[layer.name]
+            if widths.ndim and len(widths) != layer.n_channels:
+                raise LayerMismatchError(
+                    f"the bit map has {len(widths)} widths for {layer.name!r}, which has {layer.n_channels} output channels"
+                )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content: equal maps have equal digests, wherever they came from."""
+        return hashlib.sha256(json.dumps(self.to_data(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def diff(self, other: BitMap) -> dict[str, tuple[str, str]]:
+        """Layers whose widths differ, as ``name -> (mine, theirs)`` in short form."""
+        names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
+        pairs = {n: (_spell(self.weights.get(n)), _spell(other.weights.get(n))) for n in names}
+        same = {n for n in names if n in self.weights and n in other.weights and np.array_equal(self.weights[n], other.weights[n])}
+        return {n: p for n, p in pairs.items() if n not in same}
+
+    def summary(self) -> str:
+        """The map in a few lines: neighbours with the same last name and the same widths are folded."""
+        rows = [(name.rsplit(".", 1)[0], name.rsplit(".", 1)[-1], _spell(w)) for name, w in self.weights.items()]
+        lines = []
+        for (stem, widths), group in groupby(rows, key=lambda r: (r[0], r[2])):
+            lines.append(f"{stem}.{{{','.join(r[1] for r in group)}}}: {widths}")
+        return "\n".join(lines)
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data; vectors as run lengths ``[[width, count], ...]``."""
+        data: dict[str, Any] = {
+            "model_digest": self.model_digest,
+            "defaults": self.format.to_data(),
+            "layers": {},
+        }
+        for name, widths in self.weights.items():
+            entry: dict[str, Any] = {}
+            if widths.ndim:
+                entry["channel_bits"] = {"encoding": "rle", "data": run_lengths(widths)}
+            else:
+                entry["bits"] = int(widths)
+            if name in self.activations:
+                entry["activation_bits"] = self.activations[name]
+            if name in self.formats:
+                entry["quantizer"] = self.formats[name].to_data()
+            data["layers"][name] = entry
+        return data
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], vectors: Mapping[str, Widths] | None = None) -> BitMap:
+        """Back from `to_data`; ``vectors`` holds channel widths that were stored beside the JSON."""
+        weights: dict[str, Widths] = {}
+        for name, entry in data["layers"].items():
+            if "bits" in entry:
+                weights[name] = np.array(entry["bits"], dtype=np.uint8)
+                continue
+            coded = entry["channel_bits"]
+            if coded["encoding"] == "rle":
+                pairs = np.array(coded["data"], dtype=np.int64).reshape(-1, 2)
+                weights[name] = np.repeat(pairs[:, 0], pairs[:, 1]).astype(np.uint8)
+            elif vectors is not None and coded["tensor"] in vectors:
+                weights[name] = vectors[coded["tensor"]]
+            else:
+                raise ArtifactError(
+                    f"bit map: the channel widths of {name!r} should be in the sidecar as {coded['tensor']!r}, and are not"
+                )
+        return cls(
+            model_digest=data["model_digest"],
+            weights=weights,
+            activations={n: e["activation_bits"] for n, e in data["layers"].items() if "activation_bits" in e},
+            format=QuantFormat(**data["defaults"]),
+            formats={n: QuantFormat(**e["quantizer"]) for n, e in data["layers"].items() if "quantizer" in e},
+        )
+
+
+def run_lengths(widths: Widths) -> list[list[int]]:
+    """``[[width, count], ...]`` of a vector."""
+    starts = np.flatnonzero(np.r_[True, widths[1:] != widths[:-1]])
+    counts = np.diff(np.r_[starts, len(widths)])
+    return [[int(widths[s]), int(c)] for s, c in zip(starts, counts, strict=True)]
+
+
+def _spell(widths: Widths | None) -> str:
+    if widths is None:
+        return "absent"
+    if widths.ndim == 0:
+        return "full precision" if int(widths) == FULL_PRECISION else f"{int(widths)} bits"
+    counts = Counter(widths.tolist())
+    return " ".join(f"{b}b x{c}" for b, c in sorted(counts.items()))

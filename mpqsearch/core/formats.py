@@ -1,0 +1,68 @@
+"""What a bit-width means."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpqsearch.errors import ConfigError, UnknownNameError
+
+WIDTHS = tuple(range(1, 9))
+"""Widths that the quantizers support."""
+
+FULL_PRECISION = 16
+"""The width that stands for "not quantized"; such weights are stored in 16-bit floats."""
+
+CODEBOOKS = ("affine", "midrise", "auto")
+CRITERIA = ("lp", "mse", "minmax")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantFormat:
+    """How a row of weights is turned into integer codes: ``w ~ scale * (code - zero)``, ``code`` in ``[0, 2**bits - 1]``.
+
+    codebook
+        ``affine``: integer zero point, the quantizer of MPQ-DM. ``midrise``: zero fixed at ``(2**bits - 1) / 2``, so the levels
+        lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of the two with the smaller
+        squared error, row by row.
+    criterion
+        Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared error,
+        both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the full range.
+    prescale
+        Multiply each input channel by ``sqrt(max|x| / max|w|)`` before quantizing and divide after (MPQ-DM, SmoothQuant at 0.5).
+    scale_bits
+        Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization rounds to).
+    """
+
+    codebook: str = "affine"
+    criterion: str = "lp"
+    p: float = 2.4
+    n_candidates: int = 80
+    prescale: bool = False
+    scale_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.codebook not in CODEBOOKS:
+            raise UnknownNameError("codebook", self.codebook, CODEBOOKS)
+        if self.criterion not in CRITERIA:
+            raise UnknownNameError("range criterion", self.criterion, CRITERIA)
+        if not 1 <= self.n_candidates <= 1000:
+            raise ConfigError(f"n_candidates must lie in 1..1000, got {self.n_candidates}")
+        if not 0 < self.p <= 8:
+            raise ConfigError(f"p must lie in (0, 8], got {self.p}")
+        if self.scale_bits != 16:
+            raise ConfigError(f"scale_bits must be 16 (half-precision scales), got {self.scale_bits}")
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Stored bits of one row's zero point: an integer in the code range, none, or an integer or half-integer."""
+        return {"affine": bits, "midrise": 0, "auto": bits + 1}[self.codebook]
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+def check_width(bits: int, where: str) -> None:
+    """Raise `ConfigError` unless ``bits`` is a supported width."""
+    if bits not in WIDTHS and bits != FULL_PRECISION:
+        raise ConfigError(f"{where}: width {bits} is not supported. Allowed: 1..8, or {FULL_PRECISION} for full precision.")

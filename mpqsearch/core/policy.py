@@ -1,0 +1,63 @@
+"""Which layers the search may touch: data in the configuration, printed, and counted in the size."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, check_width
+from mpqsearch.core.layers import ROLES, LayerSpec, LayerTable
+from mpqsearch.errors import ConfigError, UnknownNameError
+
+DEFAULT_ROLES = {"first": 8, "last": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Widths that are fixed by role or by name; every other layer is searched over ``widths``.
+
+    ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched. ``pinned`` maps a
+    layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM.
+    """
+
+    widths: tuple[int, ...] = WIDTHS
+    roles: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_ROLES))
+    pinned: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(w not in WIDTHS for w in self.widths) or len(set(self.widths)) != len(self.widths):
+            raise ConfigError(f"policy.widths must be distinct widths of {WIDTHS}, got {self.widths}")
+        for role, bits in self.roles.items():
+            if role not in ROLES:
+                raise UnknownNameError("layer role", role, ROLES, "(policy.roles)")
+            check_width(bits, f"policy.roles.{role}")
+        for pattern, bits in self.pinned.items():
+            check_width(bits, f"policy.pinned.{pattern}")
+
+    def fixed_width(self, layer: LayerSpec) -> int | None:
+        """The width at which ``layer`` is held, or None when it is searched."""
+        for pattern, bits in self.pinned.items():
+            if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern):
+                return bits
+        return self.roles.get(layer.role)
+
+    def check(self, table: LayerTable) -> None:
+        """Raise when a pin matches no layer of the model, or nothing is left to search."""
+        for pattern in self.pinned:
+            if not fnmatch.filter(table.by_name, pattern) and pattern not in table.by_name:
+                raise UnknownNameError("layer", pattern, table.by_name, "(policy.pinned matches no layer of the model)")
+        if all(self.fixed_width(layer) is not None for layer in table):
+            raise ConfigError("the policy fixes every layer: nothing is left to allocate")
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {"widths": list(self.widths), "roles": dict(self.roles), "pinned": dict(self.pinned)}
+
+    def describe(self) -> str:
+        """One line for people."""
+        fixed = [
+            f"{k} at {'full precision' if v == FULL_PRECISION else f'{v} bits'}" for k, v in {**self.roles, **self.pinned}.items()
+        ]
+        return f"searched widths {', '.join(map(str, self.widths))}; fixed: {'; '.join(fixed) or 'nothing'}"

@@ -1,0 +1,115 @@
+"""What was measured of a model: raw numbers only. Transforms happen later, in the allocation, and are named there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.errors import ArtifactError, NumericsError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityProfile:
+    """Measurements of every output channel at every width, concatenated over layers in the order of ``names``.
+
+    With C channels in all, W widths and L layers, ``arrays`` holds (float32 unless said):
+
+    ``kurtosis``, ``kurtosis_prescaled`` ``[C]``
+        Fourth standardised moment of each row, not excess (Gaussian: 3), before and after MPQ-DM's pre-scaling.
+    ``weight_error/<variant>`` ``[C, W]``
+        ``sum (w - w_q)**2`` of each row.
+    ``output_error/<variant>`` ``[C, W]``
+        Mean over calibration inputs and positions of the squared error of that output channel: ``e' H e``, exact.
+    ``output_error_centred/<variant>`` ``[C, W]``
+        The same after the mean shift has been folded into the bias: ``e' (H - m m') e``.
+    ``gain`` ``[C]``, ``gain_std_error`` ``[C]``
+        Mean square of the gradient of a random projection of the model's output with respect to that channel (summed over
+        positions): what a unit of output error costs at the end.
+    ``output_power`` ``[C]``
+        Mean square of the channel's output at full precision.
+    ``layer_final_error`` ``[L, W]`` (optional, NaN where not measured), ``layer_final_error_std`` ``[L, W]``
+        Mean squared error of final samples with only that layer quantized.
+
+    A variant is ``<codebook>`` or ``<codebook>+prescale``, as in ``affine``, ``auto``, ``affine+prescale``. ``means`` and
+    ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel ``[inputs]``.
+    """
+
+    model_digest: str
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    widths: tuple[int, ...]
+    arrays: Mapping[str, Array]
+    means: Mapping[str, Array] = field(default_factory=dict)
+    input_max: Mapping[str, Array] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, w, n_layers = sum(self.channels), len(self.widths), len(self.names)
+        for key, array in self.arrays.items():
+            family = key.split("/")[0]
+            shape: tuple[int, ...] | None = {
+                "kurtosis": (n,),
+                "kurtosis_prescaled": (n,),
+                "gain": (n,),
+                "gain_std_error": (n,),
+                "output_power": (n,),
+            }.get(family)
+            if family in ("weight_error", "output_error", "output_error_centred"):
+                shape = (n, w)
+            if family.startswith("layer_final_error"):
+                shape = (n_layers, w)
+            if shape is None:
+                raise ArtifactError(f"profile: unknown array {key!r}")
+            if array.shape != shape:
+                raise ArtifactError(f"profile: {key!r} has the shape {array.shape}, expected {shape}")
+            if not family.startswith("layer_final_error") and not np.isfinite(array).all():
+                row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(1))[0])
+                raise NumericsError(
+                    f"profile: {key!r} is not finite in layer {self.layer_of(row)!r}. Look for NaN in its weights or inputs."
+                )
+            array.setflags(write=False)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """``[L + 1]``: channels of layer ``l`` are rows ``offsets[l]:offsets[l + 1]``."""
+        return np.cumsum([0, *self.channels], dtype=np.int64)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Layer name to position."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    def rows(self, name: str) -> slice:
+        """The channel rows of one layer."""
+        i = self.index[name]
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def layer_of(self, row: int) -> str:
+        """The layer to which a channel row belongs."""
+        return self.names[int(np.searchsorted(self.offsets, row, side="right")) - 1]
+
+    def layer_sum(self, per_channel: Array) -> Array:
+        """Sum ``[C, ...]`` over the channels of each layer: ``[L, ...]``."""
+        return np.add.reduceat(per_channel, self.offsets[:-1], axis=0)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Quantizer variants whose errors were measured."""
+        return tuple(sorted(k.split("/")[1] for k in self.arrays if k.startswith("output_error/")))
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the arrays, as plain JSON data."""
+        return {
+            "model_digest": self.model_digest,
+            "names": list(self.names),
+            "channels": list(self.channels),
+            "widths": list(self.widths),
+            "calibration": dict(self.calibration),
+        }
