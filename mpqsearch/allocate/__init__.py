@@ -1,0 +1,35 @@
+"""Bit allocation as an exact, certified multiple-choice knapsack. Numbers only: no model, no torch, no file.
+
+Source of the method: Pisinger, "A minimal algorithm for the multiple-choice knapsack problem" (1995), after
+Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
+"""
+
+from __future__ import annotations
+
+from mpqsearch.allocate.certificate import CertificateCheck, verify_certificate
+from mpqsearch.allocate.dispatch import solve
+from mpqsearch.allocate.path import ParetoPath, solve_path
+from mpqsearch.allocate.problem import (
+    AllocationProblem,
+    AllocationResult,
+    CostBudget,
+    LayerRules,
+    PairwiseTerms,
+    Status,
+    relative_gap,
+)
+
+__all__ = [
+    "AllocationProblem",
+    "AllocationResult",
+    "CertificateCheck",
+    "CostBudget",
+    "LayerRules",
+    "PairwiseTerms",
+    "ParetoPath",
+    "Status",
+    "relative_gap",
+    "solve",
+    "solve_path",
+    "verify_certificate",
+]

@@ -1,0 +1,268 @@
+"""Closing the gap of a Lagrangian solution: dynamic programming over lists of undominated states.
+
+Starting from a base choice that minimizes loss + rate * cost item by item, every solution has the value
+
+    bound + sum of the penalties of its moves + rate * (budget left unused),
+
+so the best one is a cheapest set of moves that fills the slack. Items are taken in the order of their penalty per
+unit of cost. A state is dropped when another one is smaller and no worse, or when even the best move per unit among
+the items still to come cannot bring it below the incumbent; once no state is left the incumbent is proven optimal
+(Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995, in the form of penalties).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate.passes import Moves
+
+MAX_STATES = 2_000_000
+"""States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Core:
+    """Moves grouped by item, items in order of their best penalty per unit of cost.
+
+    Attributes:
+        start: ``[g + 1]`` first move of every group.
+        item: ``[m]`` item of every move.
+        choice: ``[m]`` choice of every move.
+        penalty: ``[m]`` penalties.
+        size: ``[m]`` cost increases.
+        up: ``[g + 1]`` least penalty per unit over all increases from group g on.
+        down: ``[g + 1]`` the same over all decreases.
+    """
+
+    start: NDArray[np.int64]
+    item: NDArray[np.int64]
+    choice: NDArray[np.int32]
+    penalty: NDArray[np.float64]
+    size: NDArray[np.int64]
+    up: NDArray[np.float64]
+    down: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Closed:
+    """Outcome of closing.
+
+    Attributes:
+        item: Items to change.
+        choice: Their new choices.
+        excess: Value of the best solution above the Lagrangian bound.
+        floor: No solution made of the given moves has a smaller excess; equal to ``excess`` when proven.
+        proven: Whether the search was exhaustive.
+        in_time: Whether it ended before the deadline.
+    """
+
+    item: NDArray[np.int64]
+    choice: NDArray[np.int32]
+    excess: float
+    floor: float
+    proven: bool
+    in_time: bool
+
+
+def build_core(moves: Moves) -> Core:
+    """Group moves by item and order the items."""
+    efficiency = moves.penalty / np.abs(moves.size)
+    by_item = np.lexsort((efficiency, moves.item))
+    item = moves.item[by_item]
+    heads = np.flatnonzero(np.diff(item, prepend=-1))
+    counts = np.diff(heads, append=item.size)
+    best = efficiency[by_item][heads]
+    group_order = np.argsort(best, kind="stable")
+    counts = counts[group_order]
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    within = np.arange(item.size) - np.repeat(start[:-1], counts)
+    order = by_item[np.repeat(heads[group_order], counts) + within]
+    size = moves.size[order]
+    ordered = efficiency[order]
+    return Core(
+        start,
+        moves.item[order],
+        moves.choice[order],
+        moves.penalty[order],
+        size,
+        _suffix_minimum(np.where(size > 0, ordered, np.inf), start),
+        _suffix_minimum(np.where(size < 0, ordered, np.inf), start),
+    )
+
+
+def _suffix_minimum(values: NDArray[np.float64], start: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Least value from every group's first move to the end; infinite after the last."""
+    suffix = np.append(np.minimum.accumulate(values[::-1])[::-1], np.inf)
+    least: NDArray[np.float64] = suffix[start]
+    return least
+
+
+def close(
+    moves: Moves,
+    slack: int,
+    rate: float,
+    *,
+    excess: float,
+    tolerance: float,
+    exact_fill: bool = False,
+    deadline: float = float("inf"),
+    max_states: int = MAX_STATES,
+) -> Closed:
+    """Best set of moves within ``slack``.
+
+    Args:
+        moves: Departures from the base choice.
+        slack: Budget that the base choice leaves.
+        rate: Multiplier at which the penalties were taken.
+        excess: Value above the Lagrangian bound of the best solution known so far.
+        tolerance: Improvements below this are not looked for.
+        exact_fill: The slack must be used up exactly (then ``rate`` may be negative and slack too).
+        deadline: ``time.perf_counter()`` value at which to stop.
+        max_states: States alive at a time.
+    """
+    core = build_core(moves)
+    grain = int(np.gcd.reduce(core.size)) if core.size.size else 0
+    if grain == 0:
+        return _nothing(excess, slack, rate, exact_fill)
+    left_over = slack % grain
+    if exact_fill and left_over:
+        return Closed(moves.item[:0], moves.choice[:0], excess, excess, proven=True, in_time=True)
+    search = _Search(core, slack - left_over, rate, exact_fill, rate * left_over, excess, tolerance)
+    return search.run(deadline, max_states)
+
+
+def _nothing(excess: float, slack: int, rate: float, exact_fill: bool) -> Closed:
+    stay = np.inf if exact_fill and slack else (0.0 if exact_fill else rate * slack)
+    value = min(excess, stay)
+    empty = np.empty(0, dtype=np.int64)
+    return Closed(empty, empty.astype(np.int32), value, value, proven=True, in_time=True)
+
+
+class _Search:
+    """The state list and its history.
+
+    A state is (size, value) with value = penalty - rate * size, the change of the plain loss up to a constant: of two
+    states the one that is no larger in both dominates.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        slack: int,
+        rate: float,
+        exact_fill: bool,
+        offset: float,
+        excess: float,
+        tolerance: float,
+    ) -> None:
+        self.core, self.slack, self.rate, self.exact_fill, self.offset = core, slack, rate, exact_fill, offset
+        self.size = np.zeros(1, dtype=np.int64)
+        self.penalty = np.zeros(1)
+        self.state = np.zeros(1, dtype=np.int64)  # index into the history, where a row is (parent, move)
+        self.parents: list[NDArray[np.int64]] = [np.array([-1])]
+        self.moved: list[NDArray[np.int64]] = [np.array([-1])]
+        self.n_history = 1
+        self.excess, self.tolerance = excess, tolerance
+        self.best_state = -1
+        self.dropped = np.inf
+
+    def run(self, deadline: float, max_states: int) -> Closed:
+        self._update_incumbent()
+        in_time = True
+        for group in range(len(self.core.start) - 1):
+            self._prune(group)
+            if not self.size.size:
+                break
+            if time.perf_counter() > deadline:
+                in_time = False
+                self.dropped = min(self.dropped, float(self._bounds(group).min()))
+                break
+            self._expand(group)
+            self._update_incumbent()
+            if self.size.size > max_states:
+                self._truncate(group + 1, max_states)
+        return self._outcome(in_time)
+
+    def _bounds(self, group: int) -> NDArray[np.float64]:
+        """Least excess that a state can still reach with the groups from ``group`` on."""
+        free = self.slack - self.size
+        up = self.core.up[group]
+        fill = up if self.exact_fill else min(self.rate, up)
+        per_unit = np.where(free >= 0, fill, self.core.down[group])
+        with np.errstate(invalid="ignore"):
+            rest = np.where(free == 0, 0.0, np.abs(free) * per_unit)
+        return self.penalty + rest + self.offset
+
+    def _prune(self, group: int) -> None:
+        keep = self._bounds(group) < self.excess - self.tolerance
+        if not keep.all():
+            self._select(np.flatnonzero(keep))
+
+    def _select(self, kept: NDArray[np.int64]) -> None:
+        self.size, self.penalty, self.state = self.size[kept], self.penalty[kept], self.state[kept]
+
+    def _expand(self, group: int) -> None:
+        first, last = int(self.core.start[group]), int(self.core.start[group + 1])
+        count = self.size.size
+        sizes, penalties = [self.size], [self.penalty]
+        for move in range(first, last):
+            sizes.append(self.size + self.core.size[move])
+            penalties.append(self.penalty + self.core.penalty[move])
+        size, penalty = np.concatenate(sizes), np.concatenate(penalties)
+        kept = _undominated(size, penalty - self.rate * size, strict_size=self.exact_fill)
+        origin, parent = kept // count - 1, kept % count
+        born = origin >= 0
+        state = self.state[parent]
+        state[born] = self.n_history + np.arange(int(born.sum()))
+        self.parents.append(self.state[parent[born]])
+        self.moved.append(origin[born] + first)
+        self.n_history += int(born.sum())
+        self.size, self.penalty, self.state = size[kept], penalty[kept], state
+
+    def _update_incumbent(self) -> None:
+        free = self.slack - self.size
+        possible = free == 0 if self.exact_fill else free >= 0
+        value = np.where(possible, self.penalty + (0.0 if self.exact_fill else self.rate) * free, np.inf) + self.offset
+        best = int(np.argmin(value))
+        if value[best] < self.excess:
+            self.excess, self.best_state = float(value[best]), int(self.state[best])
+
+    def _truncate(self, group: int, max_states: int) -> None:
+        bounds = self._bounds(group)
+        order = np.argpartition(bounds, max_states)
+        self.dropped = min(self.dropped, float(bounds[order[max_states:]].min()))
+        self._select(np.sort(order[:max_states]))
+
+    def _outcome(self, in_time: bool) -> Closed:
+        moves = self._history()
+        floor = min(self.excess, self.dropped)
+        proven = floor >= self.excess - self.tolerance
+        return Closed(
+            self.core.item[moves], self.core.choice[moves], self.excess, self.excess if proven else floor, proven, in_time
+        )
+
+    def _history(self) -> NDArray[np.int64]:
+        if self.best_state < 0:
+            return np.empty(0, dtype=np.int64)
+        parents, moved = np.concatenate(self.parents), np.concatenate(self.moved)
+        found, state = [], self.best_state
+        while parents[state] >= 0:
+            found.append(int(moved[state]))
+            state = int(parents[state])
+        return np.array(found, dtype=np.int64)
+
+
+def _undominated(size: NDArray[np.int64], value: NDArray[np.float64], *, strict_size: bool) -> NDArray[np.int64]:
+    """Indices of the states that no other state beats, by size; with ``strict_size`` only equal sizes compete."""
+    order = np.lexsort((value, size))
+    ordered = size[order]
+    if strict_size:
+        return order[np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1))]
+    least = np.minimum.accumulate(value[order])
+    keep = np.ones(order.size, dtype=bool)
+    keep[1:] = least[1:] < least[:-1]
+    return order[keep]

@@ -1,0 +1,192 @@
+"""Streaming passes over the tables in numpy: the reference for ``kernels`` and the fallback without numba.
+
+Every function reads ``loss [n, k]`` (infinite where forbidden) and ``cost [n, k]`` block by block, so the memory
+beside the tables is bounded however large n is. ``rate`` is always a Lagrange multiplier in loss per unit of cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate.problem import Floats, Integers
+
+BLOCK_CELLS = 1 << 18
+"""Cells per block: a few float64 temporaries of this size stay in the second-level cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bracketed:
+    """The minimizers at a low and at a high rate.
+
+    Attributes:
+        choice: ``[n]`` minimizer of loss + high * cost.
+        unsettled: Items whose minimizer differs between the two rates; all others keep it for every rate between.
+        cost_low: Total cost of the minimizers at the low rate (the larger total).
+        cost_high: Total cost of the minimizers at the high rate.
+        settled_cost: Total cost of the settled items.
+    """
+
+    choice: NDArray[np.int32]
+    unsettled: NDArray[np.int64]
+    cost_low: int
+    cost_high: int
+    settled_cost: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moves:
+    """Departures from a base choice that cost little at a given rate.
+
+    Attributes:
+        item: ``[m]`` item of the move.
+        choice: ``[m]`` choice that it takes.
+        penalty: ``[m]`` increase of loss + rate * cost, >= 0.
+        size: ``[m]`` increase of the cost, never 0.
+        bound: The Lagrangian lower bound at this rate, from the whole table.
+    """
+
+    item: NDArray[np.int64]
+    choice: NDArray[np.int32]
+    penalty: NDArray[np.float64]
+    size: NDArray[np.int64]
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HullSteps:
+    """Steps along the lower convex hulls of all items, steepest first.
+
+    Attributes:
+        base: ``[n]`` cheapest choice of every item (of equal costs the one with the least loss).
+        item: ``[m]`` item that takes the step.
+        to: ``[m]`` choice after the step.
+        size: ``[m]`` increase of the cost, > 0.
+        gain: ``[m]`` decrease of the loss, > 0.
+        rate: ``[m]`` gain per unit of cost, never increasing.
+    """
+
+    base: NDArray[np.int32]
+    item: NDArray[np.int64]
+    to: NDArray[np.int32]
+    size: NDArray[np.int64]
+    gain: NDArray[np.float64]
+    rate: NDArray[np.float64]
+
+
+def blocks(loss: Floats) -> Iterator[slice]:
+    """Slices of items that cover the table."""
+    step = max(1, BLOCK_CELLS // loss.shape[1])
+    return (slice(start, min(start + step, len(loss))) for start in range(0, len(loss), step))
+
+
+def bracket(loss: Floats, cost: Integers, low: float, high: float) -> Bracketed:
+    """Minimizers at both ends of a bracket of rates, in one pass."""
+    choice = np.empty(len(loss), dtype=np.int32)
+    unsettled: list[NDArray[np.int64]] = []
+    cost_low = cost_high = settled_cost = 0
+    for part in blocks(loss):
+        loss_part, cost_part = loss[part].astype(np.float64), cost[part]
+        at_low = np.argmin(loss_part + low * cost_part, axis=1)
+        at_high = np.argmin(loss_part + high * cost_part, axis=1)
+        rows = np.arange(len(at_low))
+        sizes_high = cost_part[rows, at_high]
+        settled = at_low == at_high
+        cost_low += int(cost_part[rows, at_low].sum(dtype=np.int64))
+        cost_high += int(sizes_high.sum(dtype=np.int64))
+        settled_cost += int(sizes_high[settled].sum(dtype=np.int64))
+        choice[part] = at_high
+        unsettled.append(np.flatnonzero(~settled) + part.start)
+    joined = np.concatenate(unsettled) if unsettled else np.empty(0, dtype=np.int64)
+    return Bracketed(choice, joined, cost_low, cost_high, settled_cost)
+
+
+def lagrangian(loss: Floats, cost: Integers, rate: float, limit: int) -> float:
+    """A lower bound of every solution within ``limit``, for any rate >= 0.
+
+    Written as loss(minimizer) + rate * (cost(minimizer) - limit), with the costs summed as integers: the two large
+    terms of the textbook form would cancel.
+    """
+    total, used = 0.0, 0
+    for part in blocks(loss):
+        loss_part, cost_part = loss[part].astype(np.float64), cost[part]
+        chosen = np.argmin(loss_part + rate * cost_part, axis=1)
+        rows = np.arange(len(chosen))
+        total += float(loss_part[rows, chosen].sum())
+        used += int(cost_part[rows, chosen].sum(dtype=np.int64))
+    return total + rate * (used - limit)
+
+
+def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, limit: int, threshold: float) -> Moves:
+    """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``, and the Lagrangian bound."""
+    found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
+    total, used = 0.0, 0
+    for part in blocks(loss):
+        loss_part, cost_part, base_part = loss[part].astype(np.float64), cost[part].astype(np.int64), base[part]
+        rows = np.arange(len(base_part))
+        value = loss_part + rate * cost_part
+        chosen = np.argmin(value, axis=1)
+        total += float(loss_part[rows, chosen].sum())
+        used += int(cost_part[rows, chosen].sum(dtype=np.int64))
+        size = cost_part - cost_part[rows, base_part][:, None]
+        penalty = np.maximum(value - value[rows, base_part][:, None], 0.0)  # the base is a minimizer up to rounding
+        item, choice = np.nonzero((penalty <= threshold) & (size != 0))
+        found.append((item + part.start, choice, penalty[item, choice], size[item, choice]))
+    joined = [np.concatenate(arrays) for arrays in zip(*found, strict=True)] if found else [np.empty(0)] * 4
+    return Moves(
+        joined[0].astype(np.int64),
+        joined[1].astype(np.int32),
+        joined[2].astype(np.float64),
+        joined[3].astype(np.int64),
+        total + rate * (used - limit),
+    )
+
+
+def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
+    """Cheapest permitted choice of every item; of equal costs the one with the least loss."""
+    choice = np.empty(len(loss), dtype=np.int32)
+    for part in blocks(loss):
+        permitted = np.isfinite(loss[part])
+        sizes = np.where(permitted, cost[part], np.iinfo(np.int64).max)
+        least = sizes == sizes.min(axis=1, keepdims=True)
+        choice[part] = np.argmin(np.where(least & permitted, loss[part], np.inf), axis=1)
+    return choice
+
+
+def hull_steps(loss: Floats, cost: Integers) -> HullSteps:
+    """Lower hulls of all items by gift wrapping: each round takes every item one hull vertex further.
+
+    Needs no sorted costs, ignores dominated and duplicated choices, and skips collinear vertices.
+    """
+    base = cheapest(loss, cost)
+    rounds: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
+    rates: list[NDArray[np.float64]] = []
+    item = np.arange(len(loss))
+    at = base.astype(np.int64)
+    last = np.full(len(loss), np.inf)
+    table, sizes = loss.astype(np.float64), cost.astype(np.int64)
+    while item.size:
+        rows = np.arange(item.size)
+        size = sizes - sizes[rows, at][:, None]
+        gain = table[rows, at][:, None] - table
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slope = np.where((size > 0) & (gain > 0), gain / size, -np.inf)
+        steepest = slope.max(axis=1)
+        going = steepest > 0
+        to = np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1)
+        kept = np.flatnonzero(going)
+        item, at, table, sizes = item[kept], to[kept], table[kept], sizes[kept]
+        # Rounding may let a later slope exceed an earlier one by an ulp; the order of an item's steps must survive.
+        last = np.minimum(last[kept], steepest[kept])
+        rounds.append((item, at, size[kept, at], gain[kept, at]))
+        rates.append(last)
+    if not rounds:
+        nothing = np.empty(0, dtype=np.int64)
+        return HullSteps(base, nothing, nothing.astype(np.int32), nothing, nothing.astype(float), nothing.astype(float))
+    rate = np.concatenate(rates)
+    order = np.argsort(-rate, kind="stable")  # stable: of equal rates an item's earlier step stays first
+    items, to_all, size_all, gain_all = (np.concatenate(arrays)[order] for arrays in zip(*rounds, strict=True))
+    return HullSteps(base, items, to_all.astype(np.int32), size_all, gain_all, rate[order])

@@ -1,0 +1,111 @@
+"""The whole Pareto path of one budget: every vertex of the lower convex hull of loss against cost, in one pass."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import passes
+from mpqsearch.allocate.canonical import Tables, canonical_tables
+from mpqsearch.allocate.problem import AllocationProblem, AllocationResult, relative_gap
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ParetoPath:
+    """Solutions of all budgets at once.
+
+    Vertex 0 is the cheapest map; step j leads from vertex j to vertex j + 1. Every vertex is optimal for its own
+    cost; between two vertices the straight line is a lower bound and the cheaper vertex a solution.
+
+    Attributes:
+        problem: The problem whose limit is left open.
+        budgets: ``[m + 1]`` total cost of every vertex, increasing.
+        losses: ``[m + 1]`` total loss of every vertex, decreasing.
+        rates: ``[m]`` loss saved per unit of cost by every step, never increasing.
+    """
+
+    problem: AllocationProblem
+    budgets: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    rates: NDArray[np.float64]
+    tables: Tables
+    steps: passes.HullSteps
+
+    def vertex(self, limit: int) -> int:
+        """Dearest vertex that costs at most ``limit``.
+
+        Raises:
+            InfeasibleBudgetError: Even the cheapest map costs more.
+        """
+        if limit < self.budgets[0]:
+            raise InfeasibleBudgetError(
+                f"no choice fits: the limit on {self.problem.budget_name} is {limit}, "
+                f"the smallest attainable value is {self.budgets[0]}."
+            )
+        return int(np.searchsorted(self.budgets, limit, side="right")) - 1
+
+    def lower_bound(self, limit: int) -> float:
+        """No map within ``limit`` has a smaller loss (linear relaxation)."""
+        at = self.vertex(limit)
+        if at == len(self.rates):
+            return float(self.losses[at])
+        return float(self.losses[at] - self.rates[at] * (limit - self.budgets[at]))
+
+    def choice(self, vertex: int) -> NDArray[np.int32]:
+        """``[n]`` choice of every item at a vertex."""
+        chosen = self.steps.base.copy()
+        chosen[self.steps.item[:vertex]] = self.steps.to[:vertex]
+        return self.tables.expand(chosen)
+
+    def at(self, limit: int) -> AllocationResult:
+        """The hull's answer for one budget, without solving again: feasible, with a certified gap."""
+        started = time.perf_counter()
+        vertex = self.vertex(limit)
+        choice = self.choice(vertex)
+        loss, costs = self.problem.evaluate(choice)
+        bound = min(self.lower_bound(limit), loss)
+        choice.flags.writeable = False
+        return AllocationResult(
+            status="optimal" if bound == loss else "feasible",
+            choice=choice,
+            loss=loss,
+            cost=costs[0],
+            costs={self.problem.budget_name: costs[0]},
+            lower_bound=bound,
+            gap=relative_gap(loss, bound),
+            multipliers=(float(self.rates[vertex]) if vertex < len(self.rates) else 0.0,),
+            dual_bound=bound,
+            solver="path",
+            seconds=time.perf_counter() - started,
+        )
+
+
+def solve_path(problem: AllocationProblem) -> ParetoPath:
+    """All budgets of ``problem`` at once; ``problem.limit`` is not looked at.
+
+    Raises:
+        ConfigError: The problem has several budgets, per-layer rules or pairwise terms.
+    """
+    if problem.more_budgets or problem.layers is not None or problem.pairwise is not None:
+        raise ConfigError("solve_path takes one budget and separable losses.")
+    tables = canonical_tables(problem)
+    steps = passes.hull_steps(tables.loss, tables.cost)
+    rows = np.arange(len(tables.loss))
+    last = steps.base.copy()
+    last[steps.item] = steps.to
+    cheapest = int(tables.cost[rows, steps.base].sum(dtype=np.int64))
+    least = float(tables.loss[rows, last].sum(dtype=np.float64))
+    # Summed from the far end: subtracting gains from the largest loss would cancel away the small ones.
+    tail = np.cumsum(steps.gain[::-1])[::-1]
+    return ParetoPath(
+        problem=problem,
+        budgets=np.concatenate([[cheapest], cheapest + np.cumsum(steps.size)]).astype(np.int64),
+        losses=np.append(tail, 0.0) + least,
+        rates=steps.rate,
+        tables=tables,
+        steps=steps,
+    )
