@@ -34,8 +34,11 @@ class SensitivityProfile:
         positions): what a unit of output error costs at the end.
     ``output_power`` ``[C]``
         Mean square of the channel's output at full precision.
-    ``layer_final_error`` ``[L, W]`` (optional, NaN where not measured), ``layer_final_error_std`` ``[L, W]``
-        Mean squared error of final samples with only that layer quantized.
+    ``layer_probe_error/<variant>`` ``[L, W]``, ``layer_probe_std_error/<variant>``
+        First-order effect on the model's output of quantizing one layer: mean of ``<d(v.f)/dW, W_q - W>**2`` over calibration inputs
+        and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
+    ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
+        Mean squared error of final samples with only that layer quantized: the slow reference.
 
     A variant is ``<codebook>`` or ``<codebook>+prescale``, as in ``affine``, ``auto``, ``affine+prescale``. ``means`` and
     ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel ``[inputs]``.
@@ -63,13 +66,13 @@ class SensitivityProfile:
             }.get(family)
             if family in ("weight_error", "output_error", "output_error_centred"):
                 shape = (n, w)
-            if family.startswith("layer_final_error"):
+            if family.startswith("layer_"):
                 shape = (n_layers, w)
             if shape is None:
                 raise ArtifactError(f"profile: unknown array {key!r}")
             if array.shape != shape:
                 raise ArtifactError(f"profile: {key!r} has the shape {array.shape}, expected {shape}")
-            if not family.startswith("layer_final_error") and not np.isfinite(array).all():
+            if not family.startswith("layer_") and not np.isfinite(array).all():
                 row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(1))[0])
                 raise NumericsError(
                     f"profile: {key!r} is not finite in layer {self.layer_of(row)!r}. Look for NaN in its weights or inputs."

@@ -1,0 +1,125 @@
+"""Input statistics of every layer from forward hooks: second moment, mean and largest magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpqsearch.core import LayerSpec, LayerTable
+from mpqsearch.quant import RowStatistics
+
+
+def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
+    """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x`` with a batch axis.
+
+    Convolutions are unfolded with their own stride, padding and dilation; a transposed convolution is a convolution of the
+    zero-stuffed input with the flipped kernel. So ``rows @ columns`` is the layer's output, exactly, for every kind.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    dims = x.dim() - 2
+    conv: Any = module
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        x = _zero_stuffed(x, conv)
+        stride: tuple[int, ...] = (1,) * dims
+    else:
+        stride = conv.stride
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        elif conv.padding == "same":
+            x = F.pad(x, conv._reversed_padding_repeated_twice)
+        elif conv.padding != "valid":
+            x = F.pad(x, [p for pad in reversed(conv.padding) for p in (pad, pad)])
+    for axis in range(dims):  # [N, C, L..., k...]
+        reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
+        x = x.unfold(2 + axis, reach, stride[axis])[..., :: conv.dilation[axis]]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
+    n, c = x.shape[:2]
+    groups = layer.groups
+    # [N, G, C/G, L..., k...] -> [G, N, L..., C/G, k...]
+    grouped = x.reshape(n, groups, c // groups, *x.shape[2:])
+    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    return grouped.permute(order).reshape(groups, -1, layer.weights_per_channel)
+
+
+def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
+    dims = x.dim() - 2
+    spread = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], conv.stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *spread)
+    strided: list[Any] = [..., *(slice(None, None, s) for s in conv.stride)]
+    stuffed[tuple(strided)] = x
+    pads: list[int] = []
+    for axis in reversed(range(dims)):
+        edge = conv.dilation[axis] * (conv.kernel_size[axis] - 1) - conv.padding[axis]
+        pads += [edge, edge + conv.output_padding[axis]]
+    return F.pad(stuffed, pads)
+
+
+class InputCollector:
+    """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers."""
+
+    def __init__(self, model: nn.Module, table: LayerTable) -> None:
+        self._modules = {name: m for name, m in model.named_modules() if name in table.by_name}
+        self._table = table
+        self._moment: dict[str, Tensor] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._max: dict[str, Tensor] = {}
+        self._power: dict[str, Tensor] = {}
+        self._count: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> InputCollector:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(self._table[name])))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, layer: LayerSpec) -> Any:
+        @torch.no_grad()
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach().float()
+            columns = columns_of(x, module, layer)
+            channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+            out = output.detach().float().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+            # Products in float32, sums over batches in float64: the sums run over many more terms.
+            self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
+            self._add(self._sum, layer.name, columns.sum(1, dtype=torch.float64))
+            self._add(self._power, layer.name, out.square().sum(1, dtype=torch.float64))
+            peak = channels.abs().amax(1)
+            self._max[layer.name] = torch.maximum(self._max[layer.name], peak) if layer.name in self._max else peak
+            self._count[layer.name] = self._count.get(layer.name, 0) + columns.shape[1]
+
+        return collect
+
+    @staticmethod
+    def _add(store: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if name in store:
+            store[name] += value
+        else:
+            store[name] = value
+
+    def statistics(self) -> Mapping[str, RowStatistics]:
+        """What has been seen so far, for the layers that ran."""
+        return {
+            name: RowStatistics(
+                second_moment=self._moment[name] / count,
+                mean=self._sum[name] / count,
+                input_max=self._max[name],
+                n_positions=count,
+            )
+            for name, count in self._count.items()
+        }
+
+    def output_power(self) -> Mapping[str, Tensor]:
+        """Mean square of every output channel ``[C]``."""
+        return {name: self._power[name] / count for name, count in self._count.items()}

@@ -1,0 +1,246 @@
+"""One calibration pass over the sampler's own trajectory, then everything that is measured from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.probes import ProbeInput, ProbeResult, probe
+from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of
+from mpqsearch.quant.tables import column_factors, row_errors
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, the number of finished units and their total."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSpec:
+    """What a profile is measured on.
+
+    ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
+    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each. ``codebooks`` are the quantizer
+    variants to price; ``prescale`` prices the affine one with pre-scaling too. ``final_widths`` lists widths at which every
+    layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
+    """
+
+    samples: int = 8
+    first_seed: int = 1_000_000
+    probe_inputs: int = 40
+    probes: int = 2
+    codebooks: tuple[str, ...] = ("affine", "auto")
+    prescale: bool = True
+    final_widths: tuple[int, ...] = ()
+    final_seeds: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.probe_inputs, self.probes, self.final_seeds) < 1:
+            raise ConfigError("calibration: samples, probe_inputs, probes and final_seeds must be at least 1")
+        if not self.codebooks:
+            raise ConfigError("calibration.codebooks must name at least one codebook")
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def variants_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]:
+    """Quantizer variants by name."""
+    made = {c: QuantFormat(codebook=c, criterion=base.criterion, p=base.p, n_candidates=base.n_candidates) for c in spec.codebooks}
+    if spec.prescale:
+        made["affine+prescale"] = QuantFormat(
+            codebook="affine", criterion=base.criterion, p=base.p, n_candidates=base.n_candidates, prescale=True
+        )
+    return made
+
+
+def profile_model(
+    denoiser: Denoiser,
+    table: LayerTable,
+    policy: Policy,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    fmt: QuantFormat,
+    *,
+    progress: Progress | None = None,
+) -> SensitivityProfile:
+    """Measure a model: see `SensitivityProfile` for what comes out, in which units."""
+    report = progress or (lambda _label, _done, _total: None)
+    widths = tuple(sorted(policy.widths))
+    stats, power, inputs = _calibrate(denoiser, table, sampler, spec, report)
+    variants = variants_of(spec, fmt)
+    arrays = _tables(denoiser, table, widths, variants, stats, report)
+    arrays["output_power"] = _concat(table, power)
+    probed = [v for v in variants if not variants[v].prescale]
+    result = _probe(denoiser, table, widths, {v: variants[v] for v in probed}, sampler, spec, stats, inputs, report)
+    arrays["gain"] = _concat(table, result.gain)
+    arrays["gain_std_error"] = _concat(table, result.gain_std_error)
+    for variant in probed:
+        arrays[f"layer_probe_error/{variant}"] = _stack(table, result.layer_error[variant])
+        arrays[f"layer_probe_std_error/{variant}"] = _stack(table, result.layer_error_std[variant])
+    means = {n: s.mean.float().numpy() for n, s in stats.items()}
+    if spec.final_widths:
+        variant = probed[-1]
+        arrays[f"layer_final_error/{variant}"] = final_errors(
+            denoiser, table, widths, spec.final_widths, variants[variant], sampler, spec, stats, report
+        )
+    return SensitivityProfile(
+        model_digest=table.digest,
+        names=tuple(la.name for la in table),
+        channels=tuple(la.n_channels for la in table),
+        widths=widths,
+        arrays=arrays,
+        means=means,
+        input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
+        calibration={"spec": spec.to_data(), "sampler": sampler.to_data(), "format": fmt.to_data()},
+    )
+
+
+def _calibrate(
+    denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, spec: CalibrationSpec, report: Progress
+) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
+    """Run the sampler once; keep input statistics of every layer and all inputs of the denoiser."""
+    seeds = range(spec.first_seed, spec.first_seed + spec.samples)
+    device = next(denoiser.module.parameters()).device
+    kept: list[ProbeInput] = []
+    total = -(-spec.samples // sampler.batch) * sampler.steps
+    done = 0
+    with torch.no_grad(), InputCollector(denoiser.module, table) as collector:
+        for start in range(0, spec.samples, sampler.batch):
+            part = list(seeds[start : start + sampler.batch])
+            cond = labels_of(denoiser, part)
+            cond = cond.to(device) if isinstance(cond, Tensor) else cond
+            for step in trajectory(denoiser, noise_of(part, denoiser.sample_shape).to(device), cond, sampler):
+                for i in range(len(part)):
+                    one = cond[i : i + 1] if isinstance(cond, Tensor) else cond
+                    kept.append(ProbeInput(x=step.x[i : i + 1].clone(), timestep=step.timestep, cond=one))
+                done += 1
+                report("calibrate", done, total)
+    chosen = np.linspace(0, len(kept) - 1, min(spec.probe_inputs, len(kept))).round().astype(int)
+    order = [kept[i] for i in sorted({int(c) for c in chosen})]
+    missing = [la.name for la in table if la.name not in collector.statistics()]
+    stats = dict(collector.statistics())
+    power = dict(collector.output_power())
+    for name in missing:  # never ran: no input, so no error reaches the output
+        layer = table[name]
+        d = layer.weights_per_channel
+        stats[name] = RowStatistics(
+            second_moment=torch.zeros(layer.groups, d, d),
+            mean=torch.zeros(layer.groups, d),
+            input_max=torch.zeros(layer.n_inputs),
+            n_positions=0,
+        )
+        power[name] = torch.zeros(layer.n_channels)
+    return stats, power, order
+
+
+@torch.no_grad()
+def _tables(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    variants: Mapping[str, QuantFormat],
+    stats: Mapping[str, RowStatistics],
+    report: Progress,
+) -> dict[str, NDArray[Any]]:
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    columns: dict[str, list[Tensor]] = {}
+    for done, layer in enumerate(table, start=1):
+        weight: Any = modules[layer.name].weight
+        rows = rows_of(weight.float(), layer)
+        columns.setdefault("kurtosis", []).append(kurtosis(rows))
+        factor = column_factors(rows, layer, QuantFormat(prescale=True), stats[layer.name])
+        assert factor is not None
+        columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows * factor))
+        for variant, fmt in variants.items():
+            for name, values in error_tables(weight, layer, widths, fmt, stats[layer.name]).items():
+                columns.setdefault(f"{name}/{variant}", []).append(values)
+        report("error tables", done, len(table))
+    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
+
+
+def _probe(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    variants: Mapping[str, QuantFormat],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    stats: Mapping[str, RowStatistics],
+    inputs: Sequence[ProbeInput],
+    report: Progress,
+) -> ProbeResult:
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    errors: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for variant, fmt in variants.items():
+            errors[variant] = {
+                la.name: torch.stack([row_errors(modules[la.name].weight, la, b, fmt, stats[la.name]) for b in widths])
+                for la in table
+            }
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        report("probe gains", done, len(inputs))
+
+    means = {n: s.mean.float() for n, s in stats.items()}
+    return probe(denoiser, table, inputs, sampler.guidance, errors, means, probes=spec.probes, seed=spec.seed, tick=tick)
+
+
+def final_errors(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    measured: Sequence[int],
+    fmt: QuantFormat,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    stats: Mapping[str, RowStatistics],
+    report: Progress,
+) -> NDArray[np.float32]:
+    """Mean squared error ``[L, W]`` of the final samples with one layer quantized at a time; NaN at widths not in ``measured``.
+
+    The slow reference: ``L x len(measured)`` runs of the sampler. Bias correction is on, as in the errors of `probe`.
+    """
+    for bits in measured:
+        if bits not in widths:
+            raise ConfigError(f"calibration.final_widths asks for {bits} bits, which the policy does not search ({widths})")
+    seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
+    reference = sample(denoiser, seeds, sampler)
+    out = np.full((len(table), len(widths)), np.nan, dtype=np.float32)
+    means = {n: s.mean.float() for n, s in stats.items()}
+    total, done = len(table) * len(measured), 0
+    for i, layer in enumerate(table):
+        for bits in measured:
+            weights = {la.name: np.array(bits if la.name == layer.name else FULL_PRECISION, dtype=np.uint8) for la in table}
+            one = quantize_model(
+                denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=fmt), means=means
+            )
+            samples = sample(denoiser.with_module(one.module), seeds, sampler)
+            out[i, widths.index(bits)] = float((samples - reference).square().mean())
+            done += 1
+            report("one layer at a time", done, total)
+    return out
+
+
+def _concat(table: LayerTable, values: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    joined: NDArray[np.float32] = torch.cat([values[la.name].cpu() for la in table]).float().numpy()
+    return joined
+
+
+def _stack(table: LayerTable, values: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    stacked: NDArray[np.float32] = torch.stack([values[la.name].cpu() for la in table]).float().numpy()
+    return stacked

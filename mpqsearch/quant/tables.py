@@ -1,0 +1,102 @@
+"""Kurtosis and error tables: what every row loses at every width, from the weights and the second moment of the layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpqsearch.core import LayerSpec, QuantFormat
+from mpqsearch.quant.rows import decode, encode, fit_rows, rows_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStatistics:
+    """Input statistics of one layer over the calibration set, for each of its ``G`` groups.
+
+    ``second_moment`` ``[G, D, D]`` is ``E[x x']`` of the unfolded input, ``mean`` ``[G, D]`` its mean, ``input_max`` ``[inputs]``
+    the largest magnitude of each input channel.
+    """
+
+    second_moment: Tensor
+    mean: Tensor
+    input_max: Tensor
+    n_positions: int
+
+
+def kurtosis(rows: Tensor) -> Tensor:
+    """Fourth standardised moment of each row (Gaussian: 3), 0 for a constant row.
+
+    ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it.
+    """
+    centred = rows.double() - rows.double().mean(1, keepdim=True)
+    squared = centred.square_()
+    n = rows.shape[1]
+    variance = squared.sum(1) / max(n - 1, 1)
+    fourth = squared.square_().mean(1)
+    safe = variance > 1e-30
+    return torch.where(safe, fourth / torch.where(safe, variance, 1.0).square(), 0.0).float()
+
+
+def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tensor:
+    """Factor of every column ``[G, D]``: ``sqrt(max|x| / max|w|)`` of its input channel (MPQ-DM; SmoothQuant at strength 0.5).
+
+    Dead channels (no input, or no weight) get 1, where the released code of MPQ-DM divides by zero.
+    """
+    groups = layer.groups
+    per_input = layer.weights_per_channel // (layer.n_inputs // groups)
+    by_input = rows.abs().reshape(groups, len(rows) // groups, -1, per_input).amax((1, 3))  # [G, inputs of a group]
+    x = input_max.to(by_input).reshape(groups, -1)
+    alive = (by_input > 1e-12) & (x > 1e-12)
+    factor = torch.where(alive, x / torch.where(alive, by_input, 1.0), 1.0).sqrt()
+    return factor.repeat_interleave(per_input, dim=1)
+
+
+def error_tables(
+    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None
+) -> dict[str, Tensor]:
+    """Errors ``[C, W]`` of every row at every width, made with the quantizer that is deployed.
+
+    ``weight_error``: ``sum (w - w_q)**2``. With ``stats`` also ``output_error`` = ``e' H e``, the exact mean squared error of
+    that output channel over the calibration set, and ``output_error_centred`` = ``e' (H - m m') e``, what is left of it once
+    the mean shift is folded into the bias. Rows are independent given the input, so the layer's error is the sum over rows.
+    """
+    names = ["weight_error"] + (["output_error", "output_error_centred"] if stats is not None else [])
+    tables: dict[str, list[Tensor]] = {name: [] for name in names}
+    for bits in widths:
+        error = row_errors(weight, layer, bits, fmt, stats)
+        tables["weight_error"].append(error.square().sum(1))
+        if stats is not None:
+            full, shift = _through(error, stats)
+            tables["output_error"].append(full)
+            tables["output_error_centred"].append((full - shift.square()).clamp_min(0))
+    return {name: torch.stack(columns, 1) for name, columns in tables.items()}
+
+
+def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor:
+    """``w_q - w`` as rows ``[C, D]`` in the units of the weight."""
+    rows = rows_of(weight.detach().float(), layer)
+    factor = column_factors(rows, layer, fmt, stats)
+    scaled = rows if factor is None else rows * factor
+    quantizer = fit_rows(scaled, bits, fmt)
+    error = decode(encode(scaled, quantizer), quantizer) - scaled
+    return error if factor is None else error / factor
+
+
+def column_factors(rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor | None:
+    """Pre-scaling factors ``[C, D]`` of a format, rounded as stored; None when the format has none or inputs are unknown."""
+    if not fmt.prescale or stats is None:
+        return None
+    factor = prescale_factors(rows, stats.input_max, layer).half().float().clamp(2.0**-14, 2.0**14)
+    return factor.repeat_interleave(len(rows) // layer.groups, dim=0)
+
+
+def _through(error: Tensor, stats: RowStatistics) -> tuple[Tensor, Tensor]:
+    """``e' H e`` and ``e' m`` of every row ``[C]``."""
+    groups = stats.second_moment.shape[0]
+    grouped = error.reshape(groups, len(error) // groups, -1)
+    moment = stats.second_moment.to(grouped.dtype)
+    full = torch.bmm(grouped, moment).mul_(grouped).sum(2).flatten().clamp_min(0)
+    shift = torch.bmm(grouped, stats.mean.to(grouped.dtype)[:, :, None]).flatten()
+    return full, shift

@@ -1,0 +1,118 @@
+"""The sampler loop: a generator that yields its state, so that callers own progress, calibration and early stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpqsearch.errors import ConfigError, NumericsError, UnknownNameError
+from mpqsearch.models import Condition, Denoiser
+
+SAMPLERS = ("ddim", "dpm++")
+"""``ddim``: DDIM with eta 0. ``dpm++``: DPM-Solver++ (2M). Both deterministic given the starting noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSpec:
+    """How samples are drawn. ``batch`` is part of it: the same samples in other batches differ by rounding (about 1e-4)."""
+
+    name: str = "ddim"
+    steps: int = 10
+    guidance: float = 1.0
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if self.name not in SAMPLERS:
+            raise UnknownNameError("sampler", self.name, SAMPLERS)
+        if not 1 <= self.steps <= 1000 or self.batch < 1:
+            raise ConfigError(
+                f"a sampler needs 1..1000 steps and a batch of at least 1, got steps={self.steps}, batch={self.batch}"
+            )
+        if not 0 <= self.guidance <= 100:
+            raise ConfigError(f"guidance must lie in 0..100 (1: none), got {self.guidance}")
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a trajectory: timestep, the noisy batch that the model saw, its guided prediction, the batch after it."""
+
+    index: int
+    timestep: int
+    x: Tensor
+    prediction: Tensor
+    after: Tensor
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Starting noise ``[N, *shape]``; sample ``i`` depends on ``seeds[i]`` only, whatever the batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+
+
+def labels_of(denoiser: Denoiser, seeds: Sequence[int]) -> Condition:
+    """The class of each seed, ``seed mod n_classes``, or None for unconditional models: balanced over consecutive seeds."""
+    if not denoiser.n_classes:
+        return None
+    return torch.tensor([int(s) % denoiser.n_classes for s in seeds], dtype=torch.long)
+
+
+def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec) -> Iterator[Step]:
+    """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps state."""
+    scheduler = _scheduler(denoiser, spec)
+    scheduler.set_timesteps(spec.steps)
+    x = x * scheduler.init_noise_sigma
+    for index, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t)
+        steps = torch.full((len(x),), int(t), dtype=torch.long, device=x.device)
+        prediction = denoiser.guided(seen, steps, cond, spec.guidance)
+        after = scheduler.step(prediction.detach(), t, x).prev_sample
+        yield Step(index=index, timestep=int(t), x=seen, prediction=prediction, after=after)
+        x = after
+
+
+@torch.no_grad()
+def sample(denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec, *, tick: Callable[[int], Any] | None = None) -> Tensor:
+    """Final samples ``[N, ...]`` in the model's own range, one for each seed.
+
+    ``tick`` is called with the number of finished samples after each step, as a fraction of a batch rounded down at the end.
+    Raises `NumericsError` when a sample is not finite.
+    """
+    device = next(denoiser.module.parameters()).device
+    out = []
+    for start in range(0, len(seeds), spec.batch):
+        part = seeds[start : start + spec.batch]
+        cond = labels_of(denoiser, part)
+        x = noise_of(part, denoiser.sample_shape).to(device)
+        for step in trajectory(denoiser, x, cond.to(device) if isinstance(cond, Tensor) else cond, spec):
+            x = step.after
+            if not bool(torch.isfinite(x).all()):
+                raise NumericsError(
+                    f"{denoiser.name}: the sample is not finite at timestep {step.timestep} (seeds {part[0]}..{part[-1]})"
+                )
+        out.append(x.cpu())
+        if tick is not None:
+            tick(len(part))
+    return torch.cat(out)
+
+
+def to_uint8(samples: Tensor) -> Tensor:
+    """Samples in ``[-1, 1]`` as ``uint8`` images."""
+    return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _scheduler(denoiser: Denoiser, spec: SamplerSpec) -> Any:
+    import diffusers
+
+    config = dict(denoiser.scheduler)
+    if spec.name == "ddim":
+        return diffusers.DDIMScheduler.from_config(config)
+    # The smallest log-SNR of a cosine schedule is minus infinity; diffusers' documentation gives -5.1 as the clip for it.
+    clipped = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
+    return diffusers.DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2, **clipped)
