@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpqsearch.allocate.backend import kernels
 from mpqsearch.allocate.passes import Moves
 
 MAX_STATES = 2_000_000
 """States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
+
+WORK_PER_LEAP = 20_000_000
+"""States that the compiled loop makes before it returns for a look at the clock (a fraction of a second)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +60,8 @@ class Closed:
         item: Items to change.
         choice: Their new choices.
         excess: Value of the best solution above the Lagrangian bound.
-        floor: No solution made of the given moves has a smaller excess; equal to ``excess`` when proven.
-        proven: Whether the search was exhaustive.
+        floor: No solution made of the given moves has a smaller excess.
+        proven: Whether the search was exhaustive: none improves ``excess`` by more than the tolerance.
         in_time: Whether it ended before the deadline.
     """
 
@@ -132,7 +137,7 @@ def close(
     if exact_fill and left_over:
         return Closed(moves.item[:0], moves.choice[:0], excess, excess, proven=True, in_time=True)
     search = _Search(core, slack - left_over, rate, exact_fill, rate * left_over, excess, tolerance)
-    return search.run(deadline, max_states)
+    return search.run(deadline, max_states, kernels(0))
 
 
 def _nothing(excess: float, slack: int, rate: float, exact_fill: bool) -> Closed:
@@ -163,29 +168,64 @@ class _Search:
         self.size = np.zeros(1, dtype=np.int64)
         self.penalty = np.zeros(1)
         self.state = np.zeros(1, dtype=np.int64)  # index into the history, where a row is (parent, move)
-        self.parents: list[NDArray[np.int64]] = [np.array([-1])]
-        self.moved: list[NDArray[np.int64]] = [np.array([-1])]
+        self.parents: list[NDArray[np.int64]] = [np.array([-1], dtype=np.int64)]
+        self.moved: list[NDArray[np.int64]] = [np.array([-1], dtype=np.int64)]
         self.n_history = 1
         self.excess, self.tolerance = excess, tolerance
         self.best_state = -1
         self.dropped = np.inf
 
-    def run(self, deadline: float, max_states: int) -> Closed:
+    def run(self, deadline: float, max_states: int, compiled: ModuleType | None) -> Closed:
+        """Take group after group until no state is left, and say what that proves."""
         self._update_incumbent()
-        in_time = True
-        for group in range(len(self.core.start) - 1):
-            self._prune(group)
-            if not self.size.size:
-                break
+        group, n_groups = 0, len(self.core.start) - 1
+        while group < n_groups and self.size.size:
             if time.perf_counter() > deadline:
-                in_time = False
                 self.dropped = min(self.dropped, float(self._bounds(group).min()))
-                break
+                return self._outcome(in_time=False)
+            group = self._step(group) if compiled is None else self._leap(group, max_states, compiled)
+            if self.size.size > max_states:
+                self._truncate(group, max_states)
+        return self._outcome(in_time=True)
+
+    def _step(self, group: int) -> int:
+        """One group in numpy."""
+        self._prune(group)
+        if self.size.size:
             self._expand(group)
             self._update_incumbent()
-            if self.size.size > max_states:
-                self._truncate(group + 1, max_states)
-        return self._outcome(in_time)
+        return group + 1
+
+    def _leap(self, group: int, max_states: int, compiled: ModuleType) -> int:
+        """As many groups as the compiled loop does before it hands back for a look at the clock."""
+        core = self.core
+        parents, moved = np.concatenate(self.parents), np.concatenate(self.moved)
+        group, self.size, self.penalty, self.state, parents, moved, n_history, self.excess, best = compiled.advance(
+            core.start,
+            core.penalty,
+            core.size,
+            core.up,
+            core.down,
+            group,
+            self.size,
+            self.penalty,
+            self.state,
+            parents,
+            moved,
+            self.n_history,
+            self.slack,
+            float(self.rate),
+            self.exact_fill,
+            float(self.offset),
+            float(self.excess),
+            float(self.tolerance),
+            self.best_state,
+            max_states,
+            WORK_PER_LEAP,
+        )
+        self.n_history, self.best_state = int(n_history), int(best)
+        self.parents, self.moved = [parents[: self.n_history]], [moved[: self.n_history]]
+        return int(group)
 
     def _bounds(self, group: int) -> NDArray[np.float64]:
         """Least excess that a state can still reach with the groups from ``group`` on."""
@@ -239,11 +279,9 @@ class _Search:
 
     def _outcome(self, in_time: bool) -> Closed:
         moves = self._history()
-        floor = min(self.excess, self.dropped)
-        proven = floor >= self.excess - self.tolerance
-        return Closed(
-            self.core.item[moves], self.core.choice[moves], self.excess, self.excess if proven else floor, proven, in_time
-        )
+        floor = min(self.excess - self.tolerance, self.dropped)
+        proven = self.dropped >= self.excess - self.tolerance
+        return Closed(self.core.item[moves], self.core.choice[moves], self.excess, floor, proven, in_time)
 
     def _history(self) -> NDArray[np.int64]:
         if self.best_state < 0:

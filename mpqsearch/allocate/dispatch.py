@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import mckp
+from mpqsearch.allocate import mckp, passes
 from mpqsearch.allocate.canonical import Tables, canonical_tables
 from mpqsearch.allocate.exhaustive import exhaustive_choice
 from mpqsearch.allocate.greedy import greedy_choice
@@ -44,7 +44,6 @@ def solve(
     deadline = INFINITY if time_limit_s is None else started + time_limit_s
     method = METHODS.get(solver, _solve_pulp)
     tables = canonical_tables(problem)
-    _check_feasible(problem, tables)
     return method(
         Task(problem=problem, tables=tables, solver=solver, gap_tolerance=gap_tolerance, started=started, deadline=deadline)
     )
@@ -108,7 +107,12 @@ def make_result(
     )
 
 
-def _check_feasible(problem: AllocationProblem, tables: Tables) -> None:
+def check_feasible(problem: AllocationProblem, tables: Tables) -> None:
+    """Refuse budgets that even the cheapest choices exceed.
+
+    Raises:
+        InfeasibleBudgetError: With the smallest attainable value.
+    """
     for budget, cost in zip(problem.budgets, tables.costs, strict=True):
         smallest = mckp.smallest_cost(tables.loss, cost)
         if smallest > budget.limit:
@@ -119,12 +123,15 @@ def _check_feasible(problem: AllocationProblem, tables: Tables) -> None:
 
 def _solve_core(task: Task) -> AllocationResult:
     _require_plain(task.problem, "core")
-    answer = mckp.solve_table(
-        task.tables.loss, task.tables.cost, task.tables.limit, gap_tolerance=task.gap_tolerance, deadline=task.deadline
-    )
+    tables = task.tables
+    try:
+        answer = mckp.solve_table(tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance, deadline=task.deadline)
+    except mckp.BudgetTooSmallError:
+        check_feasible(task.problem, tables)
+        raise
     return make_result(
         task.problem,
-        task.tables.expand(answer.choice),
+        tables.expand(answer.choice),
         proven=answer.proven,
         in_time=answer.in_time,
         bound=answer.floor,
@@ -137,16 +144,16 @@ def _solve_core(task: Task) -> AllocationResult:
 
 def _solve_greedy(task: Task) -> AllocationResult:
     _require_plain(task.problem, "greedy")
-    relaxed = mckp.relax(task.tables.loss, task.tables.cost, task.tables.limit)
-    bound = mckp.chosen_loss(task.tables.loss, relaxed.choice) - relaxed.rate * relaxed.slack
-    choice = greedy_choice(task.tables.loss, task.tables.cost, task.tables.limit)
+    tables = task.tables
+    check_feasible(task.problem, tables)
+    relaxed = mckp.relax(tables.loss, tables.cost, tables.limit)
     return make_result(
         task.problem,
-        task.tables.expand(choice),
+        tables.expand(greedy_choice(tables.loss, tables.cost, tables.limit)),
         proven=False,
         in_time=True,
-        bound=bound,
-        dual_bound=bound,
+        bound=relaxed.bound,
+        dual_bound=relaxed.bound,
         multipliers=(relaxed.rate,),
         solver="greedy",
         started=task.started,
@@ -175,30 +182,31 @@ def _solve_pulp(task: Task) -> AllocationResult:
 
     ilp.make_solver(task.solver, None)  # an unknown name is refused before any work
     _require_plain(task.problem, task.solver)
-    relaxed = mckp.relax(task.tables.loss, task.tables.cost, task.tables.limit)
-    bound = mckp.chosen_loss(task.tables.loss, relaxed.choice) - relaxed.rate * relaxed.slack
-    known = greedy_choice(task.tables.loss, task.tables.cost, task.tables.limit)
-    known_loss = mckp.chosen_loss(task.tables.loss, known)
+    tables = task.tables
+    check_feasible(task.problem, tables)
+    relaxed = mckp.relax(tables.loss, tables.cost, tables.limit)
+    known = greedy_choice(tables.loss, tables.cost, tables.limit)
+    known_loss = passes.totals(tables.loss, tables.cost, known)[0]
     answer = ilp.solve_ilp(
-        task.tables.loss,
-        task.tables.costs,
-        task.tables.limits,
+        tables.loss,
+        tables.costs,
+        tables.limits,
         reference=known_loss,
         solver=task.solver,
         time_limit_s=ilp.remaining(task.deadline),
     )
-    better = answer.choice is not None and (
-        mckp.chosen_cost(task.tables.cost, answer.choice) <= task.tables.limit
-        and mckp.chosen_loss(task.tables.loss, answer.choice) <= known_loss
-    )
-    choice = answer.choice if better and answer.choice is not None else known
+    choice, improved = known, False
+    if answer.choice is not None:
+        loss, cost = passes.totals(tables.loss, tables.cost, answer.choice)
+        improved = cost <= tables.limit and loss <= known_loss
+        choice = answer.choice if improved else known
     return make_result(
         task.problem,
-        task.tables.expand(choice),
-        proven=answer.proven and better,
+        tables.expand(choice),
+        proven=answer.proven and improved,
         in_time=answer.proven or time.perf_counter() < task.deadline,
-        bound=bound,
-        dual_bound=bound,
+        bound=relaxed.bound,
+        dual_bound=relaxed.bound,
         multipliers=(relaxed.rate,),
         solver=task.solver,
         started=task.started,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -18,16 +19,22 @@ from numpy.typing import NDArray
 from mpqsearch.allocate import closing, passes
 from mpqsearch.allocate.problem import Floats, Integers
 
-DIRECT_ITEMS = 16_384
+DIRECT_ITEMS = 4_096
 """Up to so many items the hulls of all of them are cheaper than bracketing."""
 
-SAMPLE_ITEMS = 8_192
+SAMPLE_ITEMS = 4_096
 """Sampled items; the width of the bracket falls with the root of this."""
 
-NEAR_MOVES = 4_000
+SPREADS = 1.8
+"""Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
+
+NEAR_MOVES = 600
 """Moves nearest to the break that the first improvement looks at."""
 
-ROUNDING = 4 * np.finfo(np.float64).eps
+NEAR_STATES = 20_000
+"""States that the first improvement keeps."""
+
+ROUNDING = 4 * float(np.finfo(np.float64).eps)
 """Differences of the total below this share of it cannot be told from rounding."""
 
 
@@ -38,14 +45,21 @@ class Relaxed:
     Attributes:
         rate: Critical multiplier; 0 when the budget does not bind.
         choice: ``[n]`` break solution: a minimizer of loss + rate * cost that fits.
-        slack: Budget that the break solution leaves.
-        near: Items whose minimizer changes closest to the rate, or None for all items.
+        loss: Its total loss.
+        slack: Budget that it leaves; negative when nothing fits.
+        near: Items whose minimizer changes closest to the rate.
     """
 
     rate: float
     choice: NDArray[np.int32]
+    loss: float
     slack: int
-    near: NDArray[np.int64] | None
+    near: NDArray[np.int64]
+
+    @property
+    def bound(self) -> float:
+        """Lagrangian lower bound at ``rate``."""
+        return self.loss - self.rate * self.slack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,19 +85,13 @@ class CoreSolution:
     in_time: bool
 
 
+class BudgetTooSmallError(ValueError):
+    """Even the cheapest choices exceed the limit."""
+
+
 def smallest_cost(loss: Floats, cost: Integers) -> int:
     """Smallest attainable total cost."""
-    return chosen_cost(cost, passes.cheapest(loss, cost))
-
-
-def chosen_cost(cost: Integers, choice: Integers) -> int:
-    """Total cost of ``choice``."""
-    return int(cost[np.arange(len(cost)), choice].sum(dtype=np.int64))
-
-
-def chosen_loss(loss: Floats, choice: Integers) -> float:
-    """Total loss of ``choice`` in float64 (numpy sums pairwise)."""
-    return float(loss[np.arange(len(loss)), choice].sum(dtype=np.float64))
+    return passes.totals(loss, cost, passes.cheapest(loss, cost))[1]
 
 
 def solve_table(
@@ -94,85 +102,103 @@ def solve_table(
     Args:
         loss: ``[n, k]``, infinite where forbidden, at least one finite loss per item.
         cost: ``[n, k]`` integers.
-        limit: Budget; must be at least ``smallest_cost``.
+        limit: Budget.
         gap_tolerance: Stop as soon as the relative gap is certified to be at most this; 0 asks for a proof.
         deadline: ``time.perf_counter()`` value at which to return the best found.
+
+    Raises:
+        BudgetTooSmallError: Nothing fits.
     """
+    if len(loss) <= DIRECT_ITEMS:  # small tables take one layout, so that they need no compilation of their own
+        loss, cost = loss.astype(np.float64), cost.astype(np.int64)
+    loss, cost = passes.column_major(loss), passes.column_major(cost)
     relaxed = relax(loss, cost, limit)
-    base_loss = chosen_loss(loss, relaxed.choice)
-    if relaxed.rate == 0.0 or relaxed.slack == 0:
-        return CoreSolution(relaxed.choice, relaxed.rate, base_loss, base_loss, base_loss, proven=True, in_time=True)
-    bound = base_loss - relaxed.rate * relaxed.slack
-    start = CoreSolution(
-        relaxed.choice, relaxed.rate, bound, bound, base_loss, proven=False, in_time=time.perf_counter() <= deadline
-    )
-    improved = _settled(_improve_near_break(loss, cost, relaxed, start, deadline))
+    if relaxed.slack < 0:
+        raise BudgetTooSmallError
+    start = _settled(_break_solution(relaxed))
+    if _within(start, gap_tolerance) or time.perf_counter() > deadline:
+        return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
+    improved = _settled(_improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline))
     if _within(improved, gap_tolerance) or not improved.in_time:
         return improved
-    return _close(loss, cost, limit, relaxed, improved, deadline)
+    return _close(loss, cost, limit, relaxed, improved, gap_tolerance, deadline)
 
 
-def relax(loss: Floats, cost: Integers, limit: int) -> Relaxed:
-    """Linear relaxation by bracketing, sampling and hulls."""
+def relax(
+    loss: Floats, cost: Integers, limit: int, low: float = 0.0, high: float = float("inf"), base: Integers | None = None
+) -> Relaxed:
+    """Linear relaxation, given that the critical rate lies between ``low`` and ``high``; ``base`` minimizes at ``high``."""
     if len(loss) <= DIRECT_ITEMS:
-        return _relax_by_hulls(loss, cost, limit)
-    low, high = _sampled_bracket(loss, cost, limit)
-    found = _settle(loss, cost, limit, low, high)
+        return _relax_by_hulls(loss, cost, limit, low, base)
+    found = _settle(loss, cost, limit, *_sampled_bracket(loss, cost, limit, low, high))
     if found is None:
-        return _relax_by_hulls(loss, cost, limit)
-    rest = found.unsettled
-    inner = relax(loss[rest], cost[rest], limit - found.settled_cost)
-    choice = found.choice
+        return _relax_by_hulls(loss, cost, limit, low, base)
+    passed, low, high = found
+    rest = passed.unsettled
+    inner_loss, inner_cost = passes.gather(loss, cost, rest)
+    inner = relax(inner_loss, inner_cost, limit - passed.settled_cost, low, high, passed.choice[rest])
+    choice = passed.choice
     choice[rest] = inner.choice
-    return Relaxed(inner.rate, choice, inner.slack, rest if inner.near is None else rest[inner.near])
+    return Relaxed(inner.rate, choice, passed.settled_loss + inner.loss, inner.slack, rest[inner.near])
 
 
-def _relax_by_hulls(loss: Floats, cost: Integers, limit: int) -> Relaxed:
-    steps = passes.hull_steps(loss, cost)
-    slack = limit - chosen_cost(cost, steps.base)
+def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
+    """Relaxation from the hull steps of every item; steps outside the bracket are not even looked at."""
+    steps = passes.hull_steps(loss, cost, base, low)
+    slack = limit - passes.totals(loss, cost, steps.base)[1]
     used = np.cumsum(steps.size)
-    taken = int(np.searchsorted(used, slack, side="right"))
+    taken = int(np.searchsorted(used, slack, side="right")) if slack >= 0 else 0
+    if base is not None and (slack < 0 or taken == len(used)):  # rounding at an end of the bracket: do without it
+        return _relax_by_hulls(loss, cost, limit, 0.0, None)
     choice = steps.base.copy()
     choice[steps.item[:taken]] = steps.to[:taken]  # of repeated items numpy keeps the last assignment
     rate = float(steps.rate[taken]) if taken < len(used) else 0.0
-    return Relaxed(rate, choice, slack - (int(used[taken - 1]) if taken else 0), None)
+    total, spent = passes.totals(loss, cost, choice)
+    return Relaxed(rate, choice, total, limit - spent, np.arange(len(loss)))
 
 
-def _sampled_bracket(loss: Floats, cost: Integers, limit: int) -> tuple[float, float]:
+def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
     """Rates that enclose the critical one with high probability, from one random item in each of many strata."""
     n = len(loss)
     edges = np.linspace(0, n, SAMPLE_ITEMS + 1).astype(np.int64)
     picked = edges[:-1] + (np.random.default_rng(0).random(SAMPLE_ITEMS) * np.diff(edges)).astype(np.int64)
-    sample_loss, sample_cost = loss[picked], cost[picked]
+    sample_loss, sample_cost = passes.gather(loss, cost, picked)
     steps = passes.hull_steps(sample_loss, sample_cost)
     if not steps.rate.size:
-        return 0.0, 1.0
-    reached = chosen_cost(sample_cost, steps.base) + np.cumsum(steps.size)
+        return least, most if np.isfinite(most) else 1.0
+    base_cost = passes.totals(sample_loss, sample_cost, steps.base)[1]
+    reached = base_cost + np.cumsum(steps.size)
     target = limit * (SAMPLE_ITEMS / n)
     at = int(np.searchsorted(reached, target))
     taken = steps.base.copy()
     taken[steps.item[:at]] = steps.to[:at]
     sizes = sample_cost[np.arange(SAMPLE_ITEMS), taken].astype(np.float64)
     # Neighbours resemble each other (channels of one layer): their differences show what the strata leave unexplained.
-    spread = 2.5 * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * SAMPLE_ITEMS))
+    spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * SAMPLE_ITEMS))
     first = int(np.searchsorted(reached, target - spread))
     last = int(np.searchsorted(reached, target + spread)) + 1
     high = float(steps.rate[first - 1]) if first > 0 else float(steps.rate[0]) * 2
     low = float(steps.rate[last]) if last < len(reached) else 0.0
-    return low, high
+    return max(low, least), min(high, most)
 
 
-def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> passes.Bracketed | None:
-    """Widen the bracket until it encloses the critical rate; None if it never shrinks the problem."""
-    for _ in range(64):
+def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> tuple[passes.Bracketed, float, float] | None:
+    """Move the bracket until it encloses the critical rate; None if it does not shrink the problem."""
+    for attempt in range(64):
         found = passes.bracket(loss, cost, low, high)
         if found.cost_high > limit:
-            low, high = high, high * 4
+            if attempt > 0 and smallest_cost(loss, cost) > limit:
+                return None
+            low, high = high, high * 2.0 ** (attempt + 1)
         elif found.cost_low <= limit and low > 0:
-            high, low = low, (low / 4 if low > 1e-300 else 0.0)
+            high, low = low, (low / 2.0 ** (attempt + 1) if low > 1e-290 else 0.0)
         else:
-            return found if found.unsettled.size < 0.9 * len(loss) else None
+            return (found, low, high) if found.unsettled.size < 0.9 * len(loss) else None
     return None
+
+
+def _break_solution(relaxed: Relaxed) -> CoreSolution:
+    return CoreSolution(relaxed.choice, relaxed.rate, relaxed.bound, relaxed.bound, relaxed.loss, proven=False, in_time=True)
 
 
 def _settled(solution: CoreSolution) -> CoreSolution:
@@ -186,42 +212,64 @@ def _within(solution: CoreSolution, gap_tolerance: float) -> bool:
     return solution.proven or solution.loss - solution.floor <= gap_tolerance * abs(solution.loss)
 
 
-def _improve_near_break(loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, deadline: float) -> CoreSolution:
+def _improve_near_break(
+    loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, gap_tolerance: float, deadline: float
+) -> CoreSolution:
     """Improve the break solution by the moves that cost least per unit, without proof."""
-    near = np.arange(len(loss)) if relaxed.near is None else relaxed.near
+    near = relaxed.near
     excess = relaxed.rate * relaxed.slack
-    moves = passes.collect_moves(loss[near], cost[near], relaxed.choice[near], relaxed.rate, 0, excess)
+    near_loss, near_cost = passes.gather(loss, cost, near)
+    moves = passes.collect_moves(near_loss, near_cost, relaxed.choice[near], relaxed.rate, 0, excess)
     if moves.item.size > NEAR_MOVES:
         best = np.argpartition(moves.penalty / np.abs(moves.size), NEAR_MOVES)[:NEAR_MOVES]
-        moves = _subset(moves, best)
-    tolerance = ROUNDING * abs(start.loss)
+        moves = passes.subset(moves, best)
     closed = closing.close(
-        moves, relaxed.slack, relaxed.rate, excess=excess, tolerance=tolerance, deadline=deadline, max_states=100_000
+        moves,
+        relaxed.slack,
+        relaxed.rate,
+        excess=excess,
+        tolerance=max(ROUNDING, gap_tolerance / 2) * abs(start.loss),
+        deadline=deadline,
+        max_states=NEAR_STATES,
     )
     improved = replace(start, in_time=closed.in_time)
-    return _apply(loss, improved, near[closed.item], closed.choice)
+    return _apply(loss, improved, relaxed, near[closed.item], closed.choice)
 
 
-def _subset(moves: passes.Moves, kept: NDArray[np.int64]) -> passes.Moves:
-    return replace(moves, item=moves.item[kept], choice=moves.choice[kept], penalty=moves.penalty[kept], size=moves.size[kept])
-
-
-def _apply(loss: Floats, solution: CoreSolution, item: Integers, to: Integers) -> CoreSolution:
+def _apply(loss: Floats, solution: CoreSolution, relaxed: Relaxed, item: Integers, to: Integers) -> CoreSolution:
+    """The break solution with some items changed, unless the known solution is better."""
     if not item.size:
         return solution
-    choice = solution.choice.copy()
+    change = loss[item, to].astype(np.float64) - loss[item, relaxed.choice[item]]
+    total = relaxed.loss + math.fsum(change)
+    if total >= solution.loss:
+        return solution
+    choice = relaxed.choice.copy()
     choice[item] = to
-    return replace(solution, choice=choice, loss=chosen_loss(loss, choice))
+    return replace(solution, choice=choice, loss=total)
 
 
-def _close(loss: Floats, cost: Integers, limit: int, relaxed: Relaxed, best: CoreSolution, deadline: float) -> CoreSolution:
+def _close(
+    loss: Floats,
+    cost: Integers,
+    limit: int,
+    relaxed: Relaxed,
+    best: CoreSolution,
+    gap_tolerance: float,
+    deadline: float,
+) -> CoreSolution:
+    """Search every move that a better solution could contain; exhausting them proves the best one optimal."""
     excess = max(best.loss - best.dual_bound, 0.0)
     moves = passes.collect_moves(loss, cost, relaxed.choice, relaxed.rate, limit, excess)
-    tolerance = ROUNDING * abs(best.loss)
-    closed = closing.close(moves, relaxed.slack, relaxed.rate, excess=excess, tolerance=tolerance, deadline=deadline)
-    base = replace(best, choice=relaxed.choice, dual_bound=min(moves.bound, best.loss))
-    answer = _apply(loss, base, closed.item, closed.choice) if closed.item.size else replace(best, dual_bound=base.dual_bound)
-    if answer.loss > best.loss:  # a gain within rounding: keep the better one
-        answer = replace(best, dual_bound=base.dual_bound)
-    floor = answer.loss if closed.proven else max(base.dual_bound, min(best.dual_bound + closed.floor, answer.loss))
-    return replace(answer, floor=floor, proven=closed.proven, in_time=closed.in_time)
+    closed = closing.close(
+        moves,
+        relaxed.slack,
+        relaxed.rate,
+        excess=excess,
+        tolerance=max(ROUNDING, gap_tolerance / 2) * abs(best.loss),
+        deadline=deadline,
+    )
+    answer = _apply(loss, best, relaxed, closed.item, closed.choice)
+    floor = min(max(best.dual_bound, best.dual_bound + closed.floor), answer.loss)
+    proven = closed.proven and gap_tolerance == 0
+    return _settled(replace(answer, floor=answer.loss if proven else floor, proven=proven, in_time=closed.in_time))

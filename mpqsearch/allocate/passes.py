@@ -1,4 +1,4 @@
-"""Streaming passes over the tables in numpy: the reference for ``kernels`` and the fallback without numba.
+"""Streaming passes over the tables: compiled where ``backend`` says so, otherwise in numpy, which is the reference.
 
 Every function reads ``loss [n, k]`` (infinite where forbidden) and ``cost [n, k]`` block by block, so the memory
 beside the tables is bounded however large n is. ``rate`` is always a Lagrange multiplier in loss per unit of cost.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpqsearch.allocate.backend import kernels
 from mpqsearch.allocate.problem import Floats, Integers
 
 BLOCK_CELLS = 1 << 18
@@ -28,6 +30,7 @@ class Bracketed:
         cost_low: Total cost of the minimizers at the low rate (the larger total).
         cost_high: Total cost of the minimizers at the high rate.
         settled_cost: Total cost of the settled items.
+        settled_loss: Total loss of the settled items.
     """
 
     choice: NDArray[np.int32]
@@ -35,6 +38,7 @@ class Bracketed:
     cost_low: int
     cost_high: int
     settled_cost: int
+    settled_loss: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,9 +89,14 @@ def blocks(loss: Floats) -> Iterator[slice]:
 
 def bracket(loss: Floats, cost: Integers, low: float, high: float) -> Bracketed:
     """Minimizers at both ends of a bracket of rates, in one pass."""
+    if compiled := kernels(loss.size):
+        choice, rest, *costs, settled_loss = compiled.bracket(loss, cost, float(low), float(high))
+        cost_low, cost_high, settled_cost = (int(total) for total in costs)
+        return Bracketed(choice, rest, cost_low, cost_high, settled_cost, float(settled_loss))
     choice = np.empty(len(loss), dtype=np.int32)
     unsettled: list[NDArray[np.int64]] = []
     cost_low = cost_high = settled_cost = 0
+    settled_loss = 0.0
     for part in blocks(loss):
         loss_part, cost_part = loss[part].astype(np.float64), cost[part]
         at_low = np.argmin(loss_part + low * cost_part, axis=1)
@@ -98,10 +107,11 @@ def bracket(loss: Floats, cost: Integers, low: float, high: float) -> Bracketed:
         cost_low += int(cost_part[rows, at_low].sum(dtype=np.int64))
         cost_high += int(sizes_high.sum(dtype=np.int64))
         settled_cost += int(sizes_high[settled].sum(dtype=np.int64))
+        settled_loss += float(loss_part[rows, at_high][settled].sum())
         choice[part] = at_high
         unsettled.append(np.flatnonzero(~settled) + part.start)
     joined = np.concatenate(unsettled) if unsettled else np.empty(0, dtype=np.int64)
-    return Bracketed(choice, joined, cost_low, cost_high, settled_cost)
+    return Bracketed(choice, joined, cost_low, cost_high, settled_cost, settled_loss)
 
 
 def lagrangian(loss: Floats, cost: Integers, rate: float, limit: int) -> float:
@@ -122,6 +132,9 @@ def lagrangian(loss: Floats, cost: Integers, rate: float, limit: int) -> float:
 
 def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, limit: int, threshold: float) -> Moves:
     """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``, and the Lagrangian bound."""
+    if compiled := kernels(loss.size):
+        item, choice, penalty, size, loss_sum, used = compiled.moves(loss, cost, base, float(rate), float(threshold))
+        return Moves(item, choice, penalty, size, loss_sum + rate * (int(used) - limit))
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
     total, used = 0.0, 0
     for part in blocks(loss):
@@ -145,8 +158,16 @@ def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, lim
     )
 
 
+def subset(moves: Moves, kept: Integers) -> Moves:
+    """Some of the moves."""
+    return Moves(moves.item[kept], moves.choice[kept], moves.penalty[kept], moves.size[kept], moves.bound)
+
+
 def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
     """Cheapest permitted choice of every item; of equal costs the one with the least loss."""
+    if compiled := kernels(loss.size):
+        cheapest_choice: NDArray[np.int32] = compiled.cheapest(loss, cost)
+        return cheapest_choice
     choice = np.empty(len(loss), dtype=np.int32)
     for part in blocks(loss):
         permitted = np.isfinite(loss[part])
@@ -156,12 +177,46 @@ def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
     return choice
 
 
-def hull_steps(loss: Floats, cost: Integers) -> HullSteps:
-    """Lower hulls of all items by gift wrapping: each round takes every item one hull vertex further.
+def totals(loss: Floats, cost: Integers, choice: Integers) -> tuple[float, int]:
+    """Total loss in float64 and exact total cost of ``choice``."""
+    if compiled := kernels(loss.size):
+        total, used = compiled.totals(loss, cost, choice)
+        return float(total), int(used)
+    rows = np.arange(len(loss))
+    return float(loss[rows, choice].sum(dtype=np.float64)), int(cost[rows, choice].sum(dtype=np.int64))
 
-    Needs no sorted costs, ignores dominated and duplicated choices, and skips collinear vertices.
+
+def gather(loss: Floats, cost: Integers, rows: Integers) -> tuple[Floats, Integers]:
+    """Rows of both tables in the layout of the fast path: Fortran order, read-only like the problem's own tables."""
+    picked_loss, picked_cost = np.take(loss.T, rows, axis=1).T, np.take(cost.T, rows, axis=1).T
+    picked_loss.flags.writeable = picked_cost.flags.writeable = False
+    return picked_loss, picked_cost
+
+
+def column_major(table: NDArray[Any]) -> NDArray[Any]:
+    """The table with each choice's column contiguous, read-only: the layout that the compiled loops are fast on."""
+    ordered = np.asfortranarray(table).view()
+    ordered.flags.writeable = False
+    return ordered
+
+
+def hull_steps(loss: Floats, cost: Integers, base: Integers | None = None, low: float = 0.0) -> HullSteps:
+    """Lower hulls of all items by gift wrapping: the steps with a rate of at least ``low``.
+
+    Starts from ``base`` (a hull vertex of every item) or the cheapest choices. Needs no sorted costs, ignores dominated
+    and duplicated choices, and skips collinear vertices.
     """
-    base = cheapest(loss, cost)
+    base = cheapest(loss, cost) if base is None else np.ascontiguousarray(base, dtype=np.int32)
+    if compiled := kernels(loss.size):
+        item, to, size, gain, rate = compiled.hulls(loss, cost, base, float(low))
+    else:
+        item, to, size, gain, rate = _gift_wrapping(loss, cost, base, low)
+    order = np.argsort(-rate, kind="stable")  # stable: of equal rates an item's earlier step stays first
+    return HullSteps(base, item[order], to[order], size[order], gain[order], rate[order])
+
+
+def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> tuple[NDArray[Any], ...]:
+    """Item, choice, size, gain and rate of all hull steps; each round takes every item one vertex further."""
     rounds: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
     rates: list[NDArray[np.float64]] = []
     item = np.arange(len(loss))
@@ -175,7 +230,7 @@ def hull_steps(loss: Floats, cost: Integers) -> HullSteps:
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = np.where((size > 0) & (gain > 0), gain / size, -np.inf)
         steepest = slope.max(axis=1)
-        going = steepest > 0
+        going = (steepest > 0) & (steepest >= low)
         to = np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1)
         kept = np.flatnonzero(going)
         item, at, table, sizes = item[kept], to[kept], table[kept], sizes[kept]
@@ -184,9 +239,6 @@ def hull_steps(loss: Floats, cost: Integers) -> HullSteps:
         rounds.append((item, at, size[kept, at], gain[kept, at]))
         rates.append(last)
     if not rounds:
-        nothing = np.empty(0, dtype=np.int64)
-        return HullSteps(base, nothing, nothing.astype(np.int32), nothing, nothing.astype(float), nothing.astype(float))
-    rate = np.concatenate(rates)
-    order = np.argsort(-rate, kind="stable")  # stable: of equal rates an item's earlier step stays first
-    items, to_all, size_all, gain_all = (np.concatenate(arrays)[order] for arrays in zip(*rounds, strict=True))
-    return HullSteps(base, items, to_all.astype(np.int32), size_all, gain_all, rate[order])
+        return tuple(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int64, np.float64, np.float64))
+    items, to_all, size_all, gain_all = (np.concatenate(arrays) for arrays in zip(*rounds, strict=True))
+    return items, to_all.astype(np.int32), size_all, gain_all, np.concatenate(rates)

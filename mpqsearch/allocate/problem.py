@@ -204,14 +204,17 @@ class AllocationProblem:
 
     def evaluate(self, choice: Integers) -> tuple[float, tuple[int, ...]]:
         """Exact total loss (float64, pairwise terms included) and integer costs of ``choice [n]``."""
+        from mpqsearch.allocate import passes
+
         picked = np.asarray(choice)
         rows = np.arange(self.n_items)
-        loss = float(np.sum(self.loss[rows, picked], dtype=np.float64))
+        loss, main_cost = passes.totals(self.loss, self.cost, picked)
         if self.pairwise is not None and len(self.pairwise.first):
             pairs = self.pairwise
             values = pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]]
             loss += float(np.sum(values, dtype=np.float64))
-        totals = [int(np.sum(budget.cost[rows, picked], dtype=np.int64)) for budget in self.budgets]
+        totals = [main_cost]
+        totals += [int(np.sum(budget.cost[rows, picked], dtype=np.int64)) for budget in self.more_budgets]
         if self.layers is not None:
             totals[0] += layer_overhead(self.layers, picked, self.n_choices)
         return loss, tuple(totals)

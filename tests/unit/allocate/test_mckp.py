@@ -1,0 +1,109 @@
+"""The exact engine: relaxation by bracketing against the full sort, closing, both backends."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from mpqsearch.allocate import mckp, passes
+from mpqsearch.allocate.backend import has_numba, use_backend
+
+
+@pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.skipif(not has_numba(), reason="no numba"))])
+def backend(request):
+    previous = use_backend(request.param)
+    yield request.param
+    use_backend(previous)
+
+
+def tables(n, seed=0, dtype=np.float64, order="F", kind="decaying"):
+    """Channel-like tables: rate-distortion losses over several decades, sizes that repeat in runs (layers)."""
+    rng = np.random.default_rng(seed)
+    weights = np.repeat(rng.integers(200, 9000, n // 50 + 1), 50)[:n]
+    bits = np.arange(2, 9)
+    loss = (rng.lognormal(0, 2, n) * weights)[:, None] * 4.0**-bits
+    if kind == "noisy":
+        loss = loss * rng.lognormal(0, 0.6, loss.shape)
+    elif kind == "equal":
+        loss = np.broadcast_to(4.0**-bits, loss.shape) * 1.0
+        weights = np.full(n, 1000)
+    cost = weights[:, None] * bits
+    return np.array(loss, dtype=dtype, order=order), np.array(cost, order=order), int(weights.sum())
+
+
+@pytest.mark.parametrize("average", [2.0, 2.013, 4.37, 7.9, 8.0, 9.0])
+@pytest.mark.parametrize("kind", ["decaying", "noisy", "equal"])
+def test_bracketing_finds_the_rate_of_the_full_sort(backend, kind, average):
+    loss, cost, weights = tables(9000, kind=kind)
+    limit = int(weights * average)
+    bracketed = mckp.relax(loss, cost, limit)
+    sorted_once = mckp._relax_by_hulls(loss, cost, limit, 0.0, None)
+    assert bracketed.rate == pytest.approx(sorted_once.rate, rel=1e-12)
+    assert bracketed.bound == pytest.approx(sorted_once.bound, rel=1e-12)
+    assert 0 <= bracketed.slack
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layout_and_precision_do_not_change_the_optimum(backend, order, dtype):
+    loss, cost, weights = tables(6000, kind="noisy", dtype=np.float32)
+    limit = int(weights * 3.5)
+    reference = mckp.solve_table(loss.astype(np.float64), cost, limit)
+    answer = mckp.solve_table(np.array(loss, dtype=dtype, order=order), np.array(cost, order=order), limit)
+    assert answer.proven
+    assert answer.loss == pytest.approx(reference.loss, rel=1e-14)
+
+
+def test_backends_agree():
+    if not has_numba():
+        pytest.skip("no numba")
+    loss, cost, weights = tables(6000, kind="noisy")
+    losses = []
+    for name in ("numpy", "numba"):
+        previous = use_backend(name)
+        losses.append(mckp.solve_table(loss, cost, int(weights * 2.9)).loss)
+        use_backend(previous)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-14)
+
+
+def test_more_than_127_choices(backend):
+    """An int8 choice index would wrap around and break the budget."""
+    rng = np.random.default_rng(1)
+    loss, cost = np.sort(rng.random((30, 400)), axis=1)[:, ::-1], np.sort(rng.integers(0, 10**6, (30, 400)), axis=1)
+    limit = int(cost[:, 300].sum())
+    answer = mckp.solve_table(loss, cost, limit)
+    assert answer.proven
+    assert passes.totals(loss, cost, answer.choice)[1] <= limit
+    assert answer.choice.max() > 127
+
+
+def test_grain_of_the_sizes_tightens_the_slack(backend):
+    """All sizes are multiples of 1000; 999 units of budget can never be used."""
+    rng = np.random.default_rng(2)
+    loss, cost = rng.random((8, 4)), rng.integers(1, 9, (8, 4)) * 1000
+    limit = int(cost.min(axis=1).sum()) + 3000
+    assert mckp.solve_table(loss, cost, limit + 999).loss == mckp.solve_table(loss, cost, limit).loss
+
+
+def test_a_deadline_in_the_past_returns_a_certified_solution(backend):
+    loss, cost, weights = tables(3000, kind="noisy")
+    answer = mckp.solve_table(loss, cost, int(weights * 4.2), deadline=time.perf_counter())
+    assert not answer.in_time
+    assert not answer.proven
+    assert answer.dual_bound <= answer.loss < answer.dual_bound * 1.01
+
+
+def test_a_gap_tolerance_is_certified(backend):
+    loss, cost, weights = tables(5000, kind="noisy")
+    loose = mckp.solve_table(loss, cost, int(weights * 4.2), gap_tolerance=1e-5)
+    tight = mckp.solve_table(loss, cost, int(weights * 4.2))
+    assert loose.loss - loose.floor <= 1e-5 * loose.loss
+    assert loose.floor <= tight.loss <= loose.loss
+
+
+def test_too_small_a_budget_is_refused_for_large_tables_too(backend):
+    loss, cost, _ = tables(9000)
+    with pytest.raises(mckp.BudgetTooSmallError):
+        mckp.solve_table(loss, cost, int(cost.min(axis=1).sum()) - 1)
