@@ -1,0 +1,62 @@
+"""Bit maps for other tools. A seam: one file per target, all behind `get_exporter`; rendering needs no torch.
+
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="resolve", inputs=..., provenance=...)
+    exporter = get_exporter("quanto")            # "neutral", "quanto"; `EXPORTERS` holds them all
+    exporter.capabilities() -> Capabilities      # widths, layer kinds, granularity
+    exporter.plan(job) -> list[PlanEntry]        # layer, asked, will_get, reason; `plan_table` makes rows of it
+    exporter.write(folder, job) -> list[Path]    # all or nothing
+    exporter.verify(folder) -> Verification      # the consumer itself says what it got; .ok, .summary()
+
+The bit map of every run is in the neutral format already, when it is written with
+
+    artifacts.save_bit_map(path, bit_map, inputs, neutral_extra(table, bit_map, provenance=...))
+    load_neutral(path, table) -> NeutralMap      # schema, digests and accounting checked
+"""
+
+from mpqsearch.export.accounting import accounting
+from mpqsearch.export.contract import (
+    EXPORTERS,
+    ROUNDINGS,
+    Capabilities,
+    Exporter,
+    ExportJob,
+    PlanEntry,
+    Verification,
+    VerifyEntry,
+    get_exporter,
+    plan_table,
+    register,
+)
+from mpqsearch.export.neutral import (
+    NeutralExporter,
+    NeutralMap,
+    bit_map_schema,
+    load_neutral,
+    neutral_extra,
+    structure_digest,
+    write_neutral,
+)
+
+register("neutral", NeutralExporter)
+
+__all__ = [
+    "EXPORTERS",
+    "ROUNDINGS",
+    "Capabilities",
+    "ExportJob",
+    "Exporter",
+    "NeutralExporter",
+    "NeutralMap",
+    "PlanEntry",
+    "Verification",
+    "VerifyEntry",
+    "accounting",
+    "bit_map_schema",
+    "get_exporter",
+    "load_neutral",
+    "neutral_extra",
+    "plan_table",
+    "register",
+    "structure_digest",
+    "write_neutral",
+]

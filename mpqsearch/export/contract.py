@@ -1,0 +1,190 @@
+"""What every export target answers: what it can hold, what a layer will get and why, the files, and what was read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
+from mpqsearch.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from mpqsearch.models.denoiser import Denoiser
+
+ROUNDINGS = ("resolve", "up", "down", "error")
+"""What happens to a width that a target cannot hold.
+
+``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next width it has,
+so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
+"""
+
+REASONS = (
+    "exact",
+    "rounded_up",
+    "rounded_down",
+    "resolved",
+    "collapsed_channels",
+    "kept_full_precision",
+    "unsupported_kind",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a target can hold.
+
+    ``widths``: bits of a weight, ascending, without full precision. ``kinds``: layer kinds as in `LayerSpec.kind`.
+    ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``: the pip
+    name of the consumer, empty when there is none.
+    """
+
+    widths: tuple[int, ...]
+    kinds: tuple[str, ...]
+    granularity: str
+    payload: bool
+    requires: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanEntry:
+    """One layer: the widths asked (lowest and highest of its channels), the one it will get, and why.
+
+    ``will_get`` is 16 for a layer that stays at full precision; for a target with channel granularity it is None where the channels
+    keep widths of their own. ``reason`` is one of `REASONS`, ``detail`` says it for people.
+    """
+
+    layer: str
+    asked: tuple[int, int]
+    will_get: int | None
+    reason: str
+    detail: str = ""
+
+    @property
+    def asked_text(self) -> str:
+        """The asked widths in short form, as in ``4`` or ``2..6``."""
+        low, high = self.asked
+        return f"{low}" if low == high else f"{low}..{high}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyEntry:
+    """One layer as the consumer holds it: asked of it (after the plan), got, and what is wrong (empty when nothing is)."""
+
+    layer: str
+    asked: int | None
+    got: int | None
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True when the consumer has what the plan promised."""
+        return not self.problem and self.asked == self.got
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good."""
+
+    target: str
+    entries: tuple[VerifyEntry, ...]
+    problems: tuple[str, ...] = ()
+    forward_error: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """True when every layer and the forward pass are as promised."""
+        return not self.problems and all(e.ok for e in self.entries)
+
+    def summary(self) -> str:
+        """One line, then one line per difference."""
+        good = sum(e.ok for e in self.entries)
+        lines = [f"{self.target}: {good} of {len(self.entries)} layers as planned"]
+        if self.forward_error is not None:
+            lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
+        lines += [f"  {e.layer}: asked {e.asked}, got {e.got}. {e.problem}" for e in self.entries if not e.ok]
+        return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self) | {"ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """What an exporter is given.
+
+    ``denoiser`` holds the full-precision model; targets that write weights need it. ``rounding`` is one of `ROUNDINGS`.
+    ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
+    """
+
+    table: LayerTable
+    bit_map: BitMap
+    denoiser: Denoiser | None = None
+    rounding: str = "resolve"
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
+        self.bit_map.validate(self.table)
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """One target. ``write`` returns the files; ``verify`` reads them with the consumer itself."""
+
+    name: str
+
+    def capabilities(self) -> Capabilities:
+        """What the target can hold."""
+        ...
+
+    def plan(self, job: ExportJob) -> list[PlanEntry]:
+        """One entry per layer, in the order of the table. Raises `ConfigError` for a width refused by ``rounding="error"``."""
+        ...
+
+    def write(self, folder: Path, job: ExportJob) -> list[Path]:
+        """Write the export into ``folder``; a reader sees all of it or none."""
+        ...
+
+    def verify(self, folder: Path) -> Verification:
+        """Load ``folder`` with the consumer and read back what it holds."""
+        ...
+
+
+EXPORTERS: dict[str, Callable[[], Exporter]] = {}
+"""Target name to a function that makes its exporter; add to it with `register`."""
+
+
+def register(name: str, make: Callable[[], Exporter]) -> None:
+    """Add a target. Raises `ConfigError` when the name is taken."""
+    if name in EXPORTERS:
+        raise ConfigError(f"the export target {name!r} is registered already")
+    EXPORTERS[name] = make
+
+
+def get_exporter(name: str) -> Exporter:
+    """The exporter of a target. Raises `UnknownNameError`, listing the known ones, for any other name."""
+    if name not in EXPORTERS:
+        raise UnknownNameError("export target", name, EXPORTERS)
+    return EXPORTERS[name]()
+
+
+def plan_table(plan: Iterable[PlanEntry]) -> list[dict[str, Any]]:
+    """The plan as flat rows: layer, asked, will_get (``full`` for full precision), reason, detail."""
+    shown = {None: "per channel", FULL_PRECISION: "full"}
+    return [
+        {
+            "layer": e.layer,
+            "asked": e.asked_text,
+            "will_get": shown.get(e.will_get, str(e.will_get)),
+            "reason": e.reason,
+            "detail": e.detail,
+        }
+        for e in plan
+    ]

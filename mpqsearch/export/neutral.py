@@ -1,0 +1,252 @@
+"""The neutral bit map: one JSON that names every layer with its shape, widths, settings and stored bits, and adds up.
+
+It is the file that `mpqsearch.artifacts.save_bit_map` writes, given what `neutral_extra` returns; any tool that reads JSON can
+follow it without this package. ``schema/bitmap.schema.json`` describes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpqsearch.artifacts import load_bit_map, read_json, save_bit_map
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, StorageModel
+from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core.formats import WIDTHS
+from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
+from mpqsearch.export.accounting import accounting, layer_bits, storage_from, unquantized
+from mpqsearch.export.contract import Capabilities, ExportJob, PlanEntry, Verification, VerifyEntry
+
+FILE = "bitmap.json"
+
+
+def neutral_extra(
+    table: LayerTable,
+    bit_map: BitMap,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    source: str = "",
+    class_name: str = "",
+    storage: StorageModel = DEFAULT_STORAGE,
+) -> dict[str, Any]:
+    """What makes a bit map file self-explaining: pass it to ``artifacts.save_bit_map(path, bit_map, inputs, extra)``.
+
+    Kind, shape and stored bits of every layer, parameters without codes and why, ties, totals that add up, the fingerprint of the
+    structure, and ``provenance`` (plain JSON data: command, seed, method). Raises `LayerMismatchError` when the map is for another
+    model.
+    """
+    bit_map.validate(table)
+    model = {"name": table.model, "structure": structure_digest(table)}
+    model |= {k: v for k, v in (("source", source), ("class_name", class_name)) if v}
+    entries = bit_map.to_data()["layers"]
+    return {
+        "map_digest": bit_map.digest,
+        "model": model,
+        "layers": {la.name: entries[la.name] | _layer_extra(la, bit_map, storage) for la in table},
+        "unquantized": unquantized(table, bit_map, storage),
+        "ties": _ties(table),
+        "accounting": accounting(table, bit_map, storage),
+        "provenance": dict(provenance or {}),
+    }
+
+
+def structure_digest(table: LayerTable) -> str:
+    """SHA-256 over the sorted lines ``name|kind|shape`` of the weight layers: the same after weights are trained or re-saved."""
+    return _structure((la.name, la.kind, la.weight_shape) for la in table)
+
+
+@cache
+def bit_map_schema() -> dict[str, Any]:
+    """The JSON Schema of the neutral bit map, as shipped with the package."""
+    schema: dict[str, Any] = json.loads(resources.files("mpqsearch.export").joinpath("schema/bitmap.schema.json").read_text())
+    return schema
+
+
+def check_schema(body: Mapping[str, Any], where: str) -> None:
+    """Raise `ArtifactError` naming the first place where ``body``, a whole envelope, breaks the schema."""
+    from jsonschema import Draft202012Validator
+
+    errors = sorted(Draft202012Validator(bit_map_schema()).iter_errors(body), key=lambda e: list(map(str, e.absolute_path)))
+    if errors:
+        place = " / ".join(map(str, errors[0].absolute_path)) or "the top level"
+        more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise ArtifactError(f"{where} is no neutral bit map: at {place}: {errors[0].message[:300]}{more}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeutralMap:
+    """A neutral file that was read and checked: the map, the layers as the file describes them, and its whole data."""
+
+    bit_map: BitMap
+    layers: tuple[LayerSpec, ...]
+    data: Mapping[str, Any]
+
+
+def write_neutral(path: Path, table: LayerTable, bit_map: BitMap, inputs: Mapping[str, str], **extra: Any) -> None:
+    """Write the neutral file (keywords as in `neutral_extra`) and read it back, so that what is on disk is known to be whole."""
+    save_bit_map(path, bit_map, inputs, neutral_extra(table, bit_map, **extra))
+    load_neutral(path, table)
+
+
+def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
+    """Read a neutral file: schema, sidecar, digest of the map and the whole accounting are checked.
+
+    Raises `ArtifactError` when anything does not hold, `LayerMismatchError` when ``table`` is another model's.
+    """
+    artifact = read_json(path, "mpqsearch/bitmap")
+    check_schema(json.loads(path.read_bytes()), str(path))
+    data = artifact.data
+    bit_map = load_bit_map(path)
+    layers = tuple(_layer_spec(name, entry) for name, entry in data["layers"].items())
+    _check_digests(path, data, bit_map, layers)
+    _check_accounting(path, data, bit_map, layers)
+    if table is not None:
+        if structure_digest(table) != data["model"]["structure"]:
+            raise LayerMismatchError(
+                f"{path} is for a model of another structure ({data['model']['name']!r}) than {table.model!r}. Allocate again for it."
+            )
+        bit_map.validate(table)
+    return NeutralMap(bit_map=bit_map, layers=layers, data=data)
+
+
+class NeutralExporter:
+    """The neutral bit map as an export target: it holds every map as it is."""
+
+    name = "neutral"
+
+    def capabilities(self) -> Capabilities:
+        """Every width, every kind, every channel; a map without weights."""
+        return Capabilities(
+            widths=WIDTHS, kinds=("*",), granularity="channel", payload=False, notes=("a map for other tools, without weights",)
+        )
+
+    def plan(self, job: ExportJob) -> list[PlanEntry]:
+        """Every layer as asked."""
+        return [_as_asked(la.name, job.bit_map) for la in job.table]
+
+    def write(self, folder: Path, job: ExportJob) -> list[Path]:
+        """Write ``bitmap.json``, and ``bitmap.safetensors`` when there are many channel widths."""
+        path = folder / FILE
+        source = job.denoiser.source if job.denoiser is not None else ""
+        class_name = type(job.denoiser.module).__name__ if job.denoiser is not None else ""
+        write_neutral(path, job.table, job.bit_map, job.inputs, provenance=job.provenance, source=source, class_name=class_name)
+        sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
+        return [path] if sidecar is None else [path, folder / sidecar["file"]]
+
+    def verify(self, folder: Path) -> Verification:
+        """Read the file again with every check of `load_neutral`."""
+        try:
+            read = load_neutral(folder / FILE)
+        except MpqsearchError as error:
+            return Verification(target=self.name, entries=(), problems=(str(error),))
+        entries = []
+        for layer in read.layers:
+            widths = read.bit_map.weights[layer.name]
+            bits = None if widths.ndim else int(widths)
+            entries.append(VerifyEntry(layer=layer.name, asked=bits, got=bits))
+        return Verification(target=self.name, entries=tuple(entries))
+
+
+def _as_asked(name: str, bit_map: BitMap) -> PlanEntry:
+    widths = bit_map.weights[name]
+    return PlanEntry(
+        layer=name,
+        asked=(int(widths.min()), int(widths.max())),
+        will_get=None if widths.ndim else int(widths),
+        reason="exact",
+    )
+
+
+def _layer_extra(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> dict[str, Any]:
+    widths = bit_map.weights[layer.name]
+    bits = layer_bits(layer, widths, bit_map.format_of(layer.name), storage)
+    entry: dict[str, Any] = {
+        "kind": layer.kind,
+        "shape": list(layer.weight_shape),
+        "channel_axis": layer.channel_axis,
+        "groups": layer.groups,
+        "payload_bits": bits.payload,
+        "metadata_bits": bits.metadata,
+    }
+    if widths.ndim:
+        entry["channel_summary"] = {str(b): n for b, n in sorted(Counter(widths.tolist()).items())}
+    return entry
+
+
+def _layer_spec(name: str, entry: Mapping[str, Any]) -> LayerSpec:
+    return LayerSpec(
+        name=name,
+        kind=entry["kind"],
+        weight_shape=tuple(entry["shape"]),
+        channel_axis=entry["channel_axis"],
+        groups=entry["groups"],
+    )
+
+
+def _ties(table: LayerTable) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for layer in table:
+        if layer.tie:
+            groups.setdefault(layer.tie, []).append(layer.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _structure(lines: Any) -> str:
+    text = "\n".join(sorted(f"{name}|{kind}|{','.join(map(str, shape))}" for name, kind, shape in lines))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_digests(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
+    if bit_map.digest != data["map_digest"]:
+        raise ArtifactError(f"{path}: the widths or settings were changed after the map was written (map_digest differs)")
+    if _structure((la.name, la.kind, la.weight_shape) for la in layers) != data["model"]["structure"]:
+        raise ArtifactError(f"{path}: names, kinds or shapes were changed after the map was written (model.structure differs)")
+
+
+def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
+    """Recount everything from the shapes and widths of the file itself."""
+    storage = storage_from(data["accounting"]["storage"])
+    whole = 0
+    for layer in layers:
+        entry, widths = data["layers"][layer.name], bit_map.weights[layer.name]
+        if widths.ndim and len(widths) != layer.n_channels:
+            raise ArtifactError(f"{path}: {layer.name!r} has {len(widths)} widths for {layer.n_channels} output channels")
+        if widths.ndim and {int(k): v for k, v in entry["channel_summary"].items()} != _counts(widths):
+            raise ArtifactError(f"{path}: channel_summary of {layer.name!r} does not count its widths")
+        bits = layer_bits(layer, widths, bit_map.format_of(layer.name), storage)
+        _require(path, f"{layer.name}.payload_bits", entry["payload_bits"], bits.payload)
+        _require(path, f"{layer.name}.metadata_bits", entry["metadata_bits"], bits.metadata)
+        whole += bits.unquantized
+    totals, apart = data["accounting"], data["unquantized"]
+    names = {la.name for la in layers}
+    values = sum(la.n_weights for la in layers) + sum(u["n_values"] for u in apart if u["name"] not in names)
+    stored = sum(u["stored_bits"] for u in apart)
+    _require(path, "stored_bits of unquantized layers", sum(u["stored_bits"] for u in apart if u["name"] in names), whole)
+    _require(path, "accounting.n_parameters", totals["n_parameters"], values)
+    _require(path, "accounting.payload_bits", totals["payload_bits"], sum(e["payload_bits"] for e in data["layers"].values()))
+    _require(path, "accounting.metadata_bits", totals["metadata_bits"], sum(e["metadata_bits"] for e in data["layers"].values()))
+    _require(path, "accounting.unquantized_bits", totals["unquantized_bits"], stored)
+    parts = totals["payload_bits"] + totals["metadata_bits"] + totals["unquantized_bits"]
+    _require(path, "accounting.total_bits", totals["total_bits"], parts)
+    _require(path, "accounting.bits_per_weight", totals["bits_per_weight"], parts / values)
+
+
+def _require(path: Path, what: str, found: float, computed: float) -> None:
+    # a ratio may be written by a tool that rounds to single precision; counts are integers and must be equal
+    close = found == computed if isinstance(computed, int) else abs(found - computed) <= 1e-6 * abs(computed)
+    if not close:
+        raise ArtifactError(f"{path}: the accounting does not add up: {what} is {found}, recounted {computed}")
+
+
+def _counts(widths: Any) -> dict[int, int]:
+    values, counts = np.unique(widths, return_counts=True)
+    return {int(b): int(n) for b, n in zip(values, counts, strict=True)}

@@ -1,0 +1,90 @@
+"""Where the bytes of a map go. Bits are counted by `StorageModel` alone; here they are only sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, Policy, StorageModel
+from mpqsearch.core.budget import DEFAULT_STORAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeBreakdown:
+    """Stored bits of a model by what they are for; together they are `mpqsearch.core.size_bits`.
+
+    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and pre-scaling factors of searched layers.
+    ``tags``: which channel has which width. ``fixed``: everything of the layers that the policy holds at a quantized width.
+    ``full_precision``: weight layers at 16 bits. ``kept``: norms, biases, embeddings.
+    """
+
+    codes: int
+    scales: int
+    tags: int
+    fixed: int
+    full_precision: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """All stored bits."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+TITLES = {
+    "codes": "codes of searched layers",
+    "scales": "scales and zero points",
+    "tags": "channel tags",
+    "fixed": "layers fixed by the policy",
+    "full_precision": "weight layers at full precision",
+    "kept": "norms, biases and other parameters",
+}
+
+
+def size_breakdown(
+    table: LayerTable, bit_map: BitMap, policy: Policy | None = None, storage: StorageModel = DEFAULT_STORAGE
+) -> SizeBreakdown:
+    """Sort the stored bits of ``bit_map``; without a policy no layer counts as fixed."""
+    bit_map.validate(table)
+    parts = dict.fromkeys(TITLES, 0)
+    for layer in table:
+        fixed = policy is not None and policy.fixed_width(layer) is not None
+        for part, bits in _layer_parts(layer, bit_map, fixed, storage).items():
+            parts[part] += bits
+    parts["kept"] = storage.kept_bits(table)
+    return SizeBreakdown(**parts)
+
+
+def breakdown_rows(
+    table: LayerTable, maps: Mapping[str, BitMap], policy: Policy | None = None, storage: StorageModel = DEFAULT_STORAGE
+) -> dict[str, Any]:
+    """``columns`` and ``rows`` of kB for several maps, with the total and the average bits."""
+    rows = []
+    for label, bit_map in maps.items():
+        parts = size_breakdown(table, bit_map, policy, storage)
+        sizes = [f"{getattr(parts, key) / 8000:,.2f}" for key in TITLES]
+        rows.append([label, *sizes, f"{parts.total / 8000:,.2f}", f"{parts.total / table.n_parameters:.3f}"])
+    return {"columns": ["map", *TITLES.values(), "total", "bits per parameter"], "rows": rows}
+
+
+def _layer_parts(layer: LayerSpec, bit_map: BitMap, fixed: bool, storage: StorageModel) -> dict[str, int]:
+    widths, fmt = bit_map.weights[layer.name], bit_map.format_of(layer.name)
+    total = storage.layer_total(layer, widths, fmt)
+    if (widths == FULL_PRECISION).all():
+        return {"full_precision": total}
+    if fixed:
+        return {"fixed": total}
+    # counted twice, with and without tags: the difference is what the tags take
+    untagged = replace(storage, tag_bits=0).layer_total(layer, widths, fmt)
+    values, counts = np.unique(np.broadcast_to(widths, layer.n_channels), return_counts=True)
+    codes = sum(int(n) * _codes(layer, bit_map, int(b), storage) for b, n in zip(values, counts, strict=True))
+    return {"codes": codes, "tags": total - untagged, "scales": untagged - codes}
+
+
+def _codes(layer: LayerSpec, bit_map: BitMap, bits: int, storage: StorageModel) -> int:
+    fmt = bit_map.format_of(layer.name)
+    stored = storage.channel_bits(layer, bits, fmt, mixed=False)
+    return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)

@@ -1,0 +1,98 @@
+"""How every figure looks: two themes, and one colour and marker per method that survive grey print and colour blindness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's palette without the yellow, which vanishes on white, and the black, which vanishes at night."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+_GREY = "#8A8A8A"
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesStyle:
+    """Colour, marker and line of one method; two methods never share both colour and marker."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+    size: float = 6.0
+
+
+_KNOWN = {"uniform": SeriesStyle(_GREY, "*", "-", 10.0), "random": SeriesStyle(_GREY, "x", ":", 6.0)}
+
+_BASE: dict[str, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "svg.hashsalt": "mpqsearch",  # equal figures are equal files
+    "svg.fonttype": "path",  # a reader without our font sees the same figure
+}
+
+THEMES: dict[str, dict[str, Any]] = {
+    "light": _BASE
+    | {
+        "figure.facecolor": "#FFFFFF",
+        "axes.facecolor": "#FFFFFF",
+        "savefig.facecolor": "#FFFFFF",
+        "text.color": "#1B1F24",
+        "axes.labelcolor": "#1B1F24",
+        "axes.edgecolor": "#57606A",
+        "xtick.color": "#3B434B",
+        "ytick.color": "#3B434B",
+        "grid.color": "#E3E6E9",
+    },
+    "dark": _BASE
+    | {
+        "figure.facecolor": "#15181C",
+        "axes.facecolor": "#15181C",
+        "savefig.facecolor": "#15181C",
+        "text.color": "#E6E9ED",
+        "axes.labelcolor": "#E6E9ED",
+        "axes.edgecolor": "#8B949E",
+        "xtick.color": "#C3C9D0",
+        "ytick.color": "#C3C9D0",
+        "grid.color": "#2C3238",
+    },
+}
+"""Settings for ``matplotlib.rc_context``: the report draws each figure once in each theme."""
+
+
+def series_styles(names: Sequence[str]) -> dict[str, SeriesStyle]:
+    """A style for each of ``names``; the baselines are grey, the others take colours in the order given."""
+    others = [n for n in names if _base_name(n) not in _KNOWN]
+    styles = {n: SeriesStyle(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(others)}
+    return {n: styles.get(n) or _KNOWN[_base_name(n)] for n in names}
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """``ax``, or the axes of a new figure of ``size`` inches that pyplot does not know, so nothing has to be closed."""
+    return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+def ink() -> str:
+    """The colour of text in the present theme."""
+    return str(rcParams["text.color"])
+
+
+def muted() -> str:
+    """A colour between text and background in the present theme."""
+    return str(rcParams["axes.edgecolor"])
+
+
+def _base_name(name: str) -> str:
+    return name.split(" (", maxsplit=1)[0]
