@@ -54,8 +54,11 @@ class QuantFormat:
             raise ConfigError(f"scale_bits must be 16 (half-precision scales), got {self.scale_bits}")
 
     def zero_point_bits(self, bits: int) -> int:
-        """Stored bits of one row's zero point: an integer in the code range, none, or an integer or half-integer."""
-        return {"affine": bits, "midrise": 0, "auto": bits + 1}[self.codebook]
+        """Stored bits of one row's zero point: an integer in the code range, or none.
+
+        ``auto`` takes no more than ``affine``: the sign bit of the (positive) scale says which codebook the row uses.
+        """
+        return 0 if self.codebook == "midrise" else bits
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""

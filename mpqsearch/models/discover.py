@@ -49,12 +49,11 @@ def discover(denoiser: Denoiser, cond: Condition = None) -> LayerTable:
 
     ``cond`` defaults to class 0 for class-conditional models. Raises `ModelError` when the model has no weight layer.
     """
-    modules: dict[str, nn.Module] = {name: m for name, m in denoiser.module.named_modules() if isinstance(m, WEIGHT_LAYERS)}
+    modules, borrowers = _owners(denoiser.module)
     if not modules:
         raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
     macs = _measure(denoiser, modules, cond)
     order = [*macs, *(n for n in modules if n not in macs)]
-    ties = _ties(modules)
     first, last = _ends(order, modules, denoiser.sample_shape)
     layers = tuple(
         _spec(
@@ -62,11 +61,12 @@ def discover(denoiser: Denoiser, cond: Condition = None) -> LayerTable:
             modules[name],
             macs.get(name, 0),
             "first" if name == first else "last" if name == last else _role(name, modules[name]),
-            ties,
         )
         for name in order
     )
-    return LayerTable(digest=denoiser.digest, layers=layers, kept=tuple(_kept(denoiser.module, modules)), model=denoiser.name)
+    return LayerTable(
+        digest=denoiser.digest, layers=layers, kept=(*borrowers, *_kept(denoiser.module, modules)), model=denoiser.name
+    )
 
 
 def example_condition(denoiser: Denoiser, n: int) -> Condition:
@@ -103,7 +103,7 @@ def _measure(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Condition)
     return macs
 
 
-def _spec(name: str, module: nn.Module, macs: int, role: str, ties: dict[str, str]) -> LayerSpec:
+def _spec(name: str, module: nn.Module, macs: int, role: str) -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     kind = next(base.__name__ for base in type(module).__mro__ if base in WEIGHT_LAYERS)
@@ -116,7 +116,6 @@ def _spec(name: str, module: nn.Module, macs: int, role: str, ties: dict[str, st
         macs=macs,
         role=role,
         has_bias=getattr(module, "bias", None) is not None,
-        tie=ties.get(name, ""),
     )
 
 
@@ -141,17 +140,20 @@ def _inputs(module: nn.Module) -> int:
     return int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
 
 
-def _ties(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Layers that share one weight tensor must share their widths."""
+def _owners(model: nn.Module) -> tuple[dict[str, nn.Module], list[KeptParameter]]:
+    """Weight layers by name, and the layers that only borrow the weight of another: it is quantized and stored once."""
     owner: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    for name, module in modules.items():
-        key = id(module.weight)
-        if key in owner:
-            ties[name] = ties[owner[key]] = owner[key]
+    modules: dict[str, nn.Module] = {}
+    borrowers: list[KeptParameter] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHT_LAYERS):
+            continue
+        first = owner.setdefault(id(module.weight), name)
+        if first == name:
+            modules[name] = module
         else:
-            owner[key] = name
-    return ties
+            borrowers.append(KeptParameter(name=f"{name}.weight", n_values=0, reason=f"shares the weight of {first}"))
+    return modules, borrowers
 
 
 def _kept(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[KeptParameter]:

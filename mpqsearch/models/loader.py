@@ -25,8 +25,8 @@ def load_model(source: str, *, device: str = "cpu", revision: str | None = None)
 
     source
         An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline; its
-        ``unet`` or ``transformer`` is taken) or with ``config.json`` and safetensors (a diffusers model; a ``scheduler_config.json`` in it or
-        in a sibling folder ``scheduler`` is used); or ``owner/name`` of a pipeline on the hub.
+        ``unet`` or ``transformer`` is taken) or with ``config.json`` and safetensors (a diffusers model; a
+        ``scheduler_config.json`` in it or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub pipeline.
 
     Raises `ModelError` when the source does not exist, is damaged, is a pickle, or is no denoiser.
     """

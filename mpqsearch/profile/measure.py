@@ -16,8 +16,8 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.probes import ProbeInput, ProbeResult, probe
-from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of
-from mpqsearch.quant.tables import column_factors, row_errors
+from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
+from mpqsearch.quant.tables import column_factors
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 
 Progress = Callable[[str, int, int], None]
@@ -80,10 +80,10 @@ def profile_model(
     widths = tuple(sorted(policy.widths))
     stats, power, inputs = _calibrate(denoiser, table, sampler, spec, report)
     variants = variants_of(spec, fmt)
-    arrays = _tables(denoiser, table, widths, variants, stats, report)
+    arrays, errors = _tables(denoiser, table, widths, variants, stats, report)
     arrays["output_power"] = _concat(table, power)
-    probed = [v for v in variants if not variants[v].prescale]
-    result = _probe(denoiser, table, widths, {v: variants[v] for v in probed}, sampler, spec, stats, inputs, report)
+    probed = list(errors)
+    result = _probe(denoiser, table, errors, sampler, spec, stats, inputs, report)
     arrays["gain"] = _concat(table, result.gain)
     arrays["gain_std_error"] = _concat(table, result.gain_std_error)
     for variant in probed:
@@ -153,9 +153,11 @@ def _tables(
     variants: Mapping[str, QuantFormat],
     stats: Mapping[str, RowStatistics],
     report: Progress,
-) -> dict[str, NDArray[Any]]:
+) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Tensor]]]:
+    """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed."""
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     columns: dict[str, list[Tensor]] = {}
+    errors: dict[str, dict[str, Tensor]] = {}
     for done, layer in enumerate(table, start=1):
         weight: Any = modules[layer.name].weight
         rows = rows_of(weight.float(), layer)
@@ -164,31 +166,25 @@ def _tables(
         assert factor is not None
         columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows * factor))
         for variant, fmt in variants.items():
-            for name, values in error_tables(weight, layer, widths, fmt, stats[layer.name]).items():
+            error = width_errors(weight, layer, widths, fmt, stats[layer.name])
+            if not fmt.prescale:
+                errors.setdefault(variant, {})[layer.name] = error
+            for name, values in error_tables(error, stats[layer.name]).items():
                 columns.setdefault(f"{name}/{variant}", []).append(values)
         report("error tables", done, len(table))
-    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
+    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}, errors
 
 
 def _probe(
     denoiser: Denoiser,
     table: LayerTable,
-    widths: tuple[int, ...],
-    variants: Mapping[str, QuantFormat],
+    errors: Mapping[str, Mapping[str, Tensor]],
     sampler: SamplerSpec,
     spec: CalibrationSpec,
     stats: Mapping[str, RowStatistics],
     inputs: Sequence[ProbeInput],
     report: Progress,
 ) -> ProbeResult:
-    modules: dict[str, Any] = dict(denoiser.module.named_modules())
-    errors: dict[str, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for variant, fmt in variants.items():
-            errors[variant] = {
-                la.name: torch.stack([row_errors(modules[la.name].weight, la, b, fmt, stats[la.name]) for b in widths])
-                for la in table
-            }
     done = 0
 
     def tick(n: int) -> None:

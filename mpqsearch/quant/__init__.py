@@ -2,7 +2,7 @@
 
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, prescale_factors
+from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, prescale_factors, width_errors
 
 __all__ = [
     "QuantizedModel",
@@ -19,4 +19,5 @@ __all__ = [
     "quantize_weight",
     "rows_of",
     "weight_of",
+    "width_errors",
 ]

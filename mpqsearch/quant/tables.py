@@ -53,25 +53,26 @@ def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tenso
     return factor.repeat_interleave(per_input, dim=1)
 
 
-def error_tables(
-    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None
-) -> dict[str, Tensor]:
-    """Errors ``[C, W]`` of every row at every width, made with the quantizer that is deployed.
+def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
+    """Errors ``[C, W]`` of every row at every width, from the weight errors ``[W, C, D]`` of `width_errors`.
 
     ``weight_error``: ``sum (w - w_q)**2``. With ``stats`` also ``output_error`` = ``e' H e``, the exact mean squared error of
     that output channel over the calibration set, and ``output_error_centred`` = ``e' (H - m m') e``, what is left of it once
     the mean shift is folded into the bias. Rows are independent given the input, so the layer's error is the sum over rows.
     """
-    names = ["weight_error"] + (["output_error", "output_error_centred"] if stats is not None else [])
-    tables: dict[str, list[Tensor]] = {name: [] for name in names}
-    for bits in widths:
-        error = row_errors(weight, layer, bits, fmt, stats)
-        tables["weight_error"].append(error.square().sum(1))
-        if stats is not None:
-            full, shift = _through(error, stats)
-            tables["output_error"].append(full)
-            tables["output_error_centred"].append((full - shift.square()).clamp_min(0))
-    return {name: torch.stack(columns, 1) for name, columns in tables.items()}
+    tables = {"weight_error": errors.square().sum(2).T}
+    if stats is not None:
+        through = [_through(error, stats) for error in errors]
+        tables["output_error"] = torch.stack([full for full, _ in through], 1)
+        tables["output_error_centred"] = torch.stack([(full - shift.square()).clamp_min(0) for full, shift in through], 1)
+    return tables
+
+
+def width_errors(
+    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None
+) -> Tensor:
+    """``w_q - w`` as rows at every width: ``[W, C, D]``, made with the quantizer that is deployed."""
+    return torch.stack([row_errors(weight, layer, bits, fmt, stats) for bits in widths])
 
 
 def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor:

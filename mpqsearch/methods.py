@@ -1,0 +1,431 @@
+"""Ways to allocate bits, all to the same noun: uniform, random, OMQ, and integer programs over layers or channels.
+
+A method turns a profile and a budget into an `Allocation`. Losses are named transforms of the raw measurements (`LOSSES`); the
+integer programs see numbers only. Every map is costed again from the map itself, in `mpqsearch.core.budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import AllocationProblem, AllocationResult, solve
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    Budget,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    StorageModel,
+    bops,
+    size_bits,
+)
+from mpqsearch.core.budget import DEFAULT_STORAGE, uniform_map
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+
+Floats = NDArray[np.float64]
+
+LOSSES = ("weight", "output", "gain", "probe", "final")
+"""``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
+gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``final``: layer totals
+from final samples with one layer quantized at a time (where measured, else scaled from ``probe``)."""
+
+ALLOCATORS = ("uniform", "random", "omq", "ilp-layer", "ilp-channel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``codebook``, ``bias_correction``).
+
+    ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
+    """
+
+    name: str
+    allocator: str
+    loss: str = "probe"
+    codebook: str = "affine"
+    bias_correction: bool = False
+    prescale: bool = False
+    order: str = "kurtosis"
+    solver: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("allocator", self.allocator, ALLOCATORS),
+            ("loss", self.loss, LOSSES),
+            ("OMQ order", self.order, tuple(ORDERS)),
+        ):
+            if value not in known:
+                raise UnknownNameError(what, value, known, f"(method {self.name!r})")
+        if self.prescale and self.codebook != "affine":
+            raise ConfigError(f"method {self.name!r}: prescale goes with the affine codebook only, got {self.codebook!r}")
+
+    @property
+    def variant(self) -> str:
+        """The quantizer variant of the profile that prices this method."""
+        return f"{self.codebook}+prescale" if self.prescale else self.codebook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """A bit map with what is known of it. ``result`` is None for methods that solve nothing."""
+
+    method: MethodSpec
+    budget: Budget
+    bit_map: BitMap
+    limit: int
+    size_bits: int
+    bops: int
+    predicted_loss: float
+    result: AllocationResult | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def within_budget(self) -> bool:
+        """False when a method cannot keep to the budget, such as OMQ with the tags of its mixed channels."""
+        return (self.bops if self.budget.quantity == "bops" else self.size_bits) <= self.limit
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data (the bit map has a file of its own)."""
+        from dataclasses import asdict
+
+        solved = None
+        if self.result is not None:
+            r = self.result
+            finite = {k: float(v) for k, v in (("lower_bound", r.lower_bound), ("gap", r.gap)) if np.isfinite(v)}
+            solved = {"status": r.status, "solver": r.solver, "seconds": round(r.seconds, 4), "loss": float(r.loss), **finite}
+        return {
+            "method": asdict(self.method),
+            "budget": self.budget.label(),
+            "limit": self.limit,
+            "size_bits": self.size_bits,
+            "bops": self.bops,
+            "within_budget": self.within_budget,
+            "predicted_loss": self.predicted_loss,
+            "bit_map_digest": self.bit_map.digest,
+            "result": solved,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    table: LayerTable
+    profile: SensitivityProfile
+    policy: Policy
+    budget: Budget
+    method: MethodSpec
+    format: QuantFormat
+    storage: StorageModel
+    limit: int
+
+    @property
+    def searched(self) -> list[str]:
+        return [la.name for la in self.table if self.policy.fixed_width(la) is None]
+
+    def cost(self, bit_map: BitMap) -> int:
+        return bops(self.table, bit_map) if self.budget.quantity == "bops" else size_bits(self.table, bit_map, self.storage)
+
+    def map_of(self, widths: Mapping[str, Any]) -> BitMap:
+        base = uniform_map(self.table, self.policy, min(self.policy.widths), self.format)
+        return BitMap(model_digest=self.table.digest, weights={**base.weights, **widths}, format=self.format)
+
+
+def allocate(
+    method: MethodSpec,
+    budget: Budget,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    policy: Policy,
+    fmt: QuantFormat,
+    storage: StorageModel = DEFAULT_STORAGE,
+) -> Allocation:
+    """Choose widths under a budget on the whole model.
+
+    Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the budget is above what
+    full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant that the method needs.
+    """
+    policy.check(table)
+    table.require_same_names(set(profile.names), "the profile")
+    if profile.model_digest != table.digest:
+        raise ConfigError("the profile was measured on another model; profile this one")
+    if method.variant not in profile.variants:
+        raise UnknownNameError(
+            "quantizer variant", method.variant, profile.variants, "Add its codebook to [calibration] and profile again."
+        )
+    if set(policy.widths) - set(profile.widths):
+        raise ConfigError(f"the policy searches the widths {policy.widths}, the profile has {profile.widths}; profile again")
+    chosen = QuantFormat(
+        codebook=method.codebook, criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates, prescale=method.prescale
+    )
+    limit = int(budget.limit) if budget.quantity == "bops" else budget.limit_bits(table, policy, storage)
+    task = _Task(
+        table=table, profile=profile, policy=policy, budget=budget, method=method, format=chosen, storage=storage, limit=limit
+    )
+    _check_budget(task)
+    bit_map, result, notes = _ALLOCATORS[method.allocator](task)
+    return Allocation(
+        method=method,
+        budget=budget,
+        bit_map=bit_map,
+        limit=limit,
+        size_bits=size_bits(table, bit_map, storage),
+        bops=bops(table, bit_map),
+        predicted_loss=predicted_loss(table, profile, bit_map, bias_correction=method.bias_correction),
+        result=result,
+        notes=notes,
+    )
+
+
+def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool) -> Floats:
+    """Loss ``[C, W]`` of every channel at every width of the profile."""
+    if loss == "weight":
+        weight: Floats = profile.arrays[f"weight_error/{variant}"].astype(np.float64)
+        return weight
+    error: Floats = profile.arrays[f"output_error/{variant}"].astype(np.float64)
+    if bias_correction:
+        has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)
+        error = np.where(has_bias[:, None], profile.arrays[f"output_error_centred/{variant}"], error)
+    if loss == "output":
+        return error
+    rows = profile.arrays["gain"].astype(np.float64)[:, None] * error
+    if loss == "gain":
+        return rows
+    totals = _layer_totals(profile, variant, loss, profile.layer_sum(rows))
+    sums = profile.layer_sum(rows)
+    factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
+    scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
+    return scaled
+
+
+def predicted_loss(
+    table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool, loss: str = "probe"
+) -> float:
+    """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods."""
+    fmt = bit_map.format
+    losses = channel_losses(
+        profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
+    )
+    column = {b: j for j, b in enumerate(profile.widths)}
+    total = 0.0
+    for layer in table:
+        widths = bit_map.channel_widths(layer.name, layer.n_channels)
+        rows = losses[profile.rows(layer.name)]
+        for bits in np.unique(widths):
+            if int(bits) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
+                total += float(rows[widths == bits, column[int(bits)]].sum())
+    return total
+
+
+def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback: Floats) -> Floats:
+    """Loss ``[L, W]`` of whole layers: from probes, or from final samples where those were measured."""
+    probes = profile.arrays.get(f"layer_probe_error/{variant}")
+    totals = fallback if probes is None else probes.astype(np.float64)
+    if loss == "probe":
+        return totals
+    measured = [k for k in profile.arrays if k.startswith("layer_final_error/")]
+    if not measured:
+        raise ConfigError("the loss 'final' needs calibration.final_widths in the profile; add them and profile again")
+    # One codebook is measured; the ratio of final to first-order error belongs to the layer and carries over to the others.
+    source = measured[0].split("/")[1]
+    final = profile.arrays[measured[0]].astype(np.float64)
+    known = np.isfinite(final)
+    base = profile.arrays.get(f"layer_probe_error/{source}", totals).astype(np.float64)
+    ratio = np.divide(final, base, out=np.full_like(base, np.nan), where=known & (base > 0))
+    return totals * _fill_ratio(ratio, profile.widths)
+
+
+def _fill_ratio(ratio: Floats, widths: tuple[int, ...]) -> Floats:
+    """Interpolate the logarithm of a ratio ``[L, W]`` over the widths where it is NaN; rows that are all NaN get the median."""
+    out = np.empty_like(ratio)
+    usable = np.isfinite(ratio) & (ratio > 0)
+    middle = float(np.median(ratio[usable])) if usable.any() else 1.0
+    for i, row in enumerate(ratio):
+        ok = usable[i]
+        out[i] = np.exp(np.interp(widths, np.array(widths)[ok], np.log(row[ok]))) if ok.any() else middle
+    return out
+
+
+def _check_budget(task: _Task) -> None:
+    smallest = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
+    least = task.cost(smallest)
+    if least > task.limit:
+        unit = "BOPs" if task.budget.quantity == "bops" else "bits stored"
+        per = (
+            ""
+            if task.budget.quantity == "bops"
+            else f" ({least / task.table.n_parameters:.4f} bits a parameter, {-(-least // 8)} bytes)"
+        )
+        raise InfeasibleBudgetError(
+            f"the budget {task.budget.label()} allows {task.limit} {unit}; the smallest attainable is {least}{per}: every searched layer "
+            f"at {min(task.policy.widths)} bits ({task.policy.describe()}). Raise the budget, or allow smaller widths."
+        )
+    full = task.map_of({la.name: np.uint8(FULL_PRECISION) for la in task.table})
+    if task.limit > task.cost(full):
+        raise ConfigError(
+            f"the budget {task.budget.label()} is above full precision, which takes {task.cost(full)}: there is nothing to quantize"
+        )
+
+
+_Outcome = tuple[BitMap, AllocationResult | None, tuple[str, ...]]
+
+
+def _uniform(task: _Task) -> _Outcome:
+    for bits in sorted(task.policy.widths, reverse=True):
+        bit_map = task.map_of({n: np.uint8(bits) for n in task.searched})
+        if task.cost(bit_map) <= task.limit:
+            return bit_map, None, ()
+    raise InfeasibleBudgetError(f"no uniform width of {task.policy.widths} fits the budget {task.budget.label()}")
+
+
+def _random(task: _Task) -> _Outcome:
+    """Random widths, repaired at random until the budget is met and no further bit fits."""
+    rng = np.random.default_rng([task.method.seed, int(task.limit) % (2**31)])
+    names, _, cost = _layer_table_costs(task)
+    choice = rng.integers(0, cost.shape[1], len(names))
+    room = task.limit - _fixed_cost(task)
+    rows = np.arange(len(names))
+    while cost[rows, choice].sum() > room:
+        choice[rng.choice(np.flatnonzero(choice > 0))] -= 1
+    for i in rng.permutation(np.repeat(rows, cost.shape[1])):
+        if choice[i] + 1 < cost.shape[1] and cost[rows, choice].sum() - cost[i, choice[i]] + cost[i, choice[i] + 1] <= room:
+            choice[i] += 1
+    widths = sorted(task.policy.widths)
+    return task.map_of({n: np.uint8(widths[c]) for n, c in zip(names, choice, strict=True)}), None, ()
+
+
+def _omq(task: _Task) -> _Outcome:
+    """MPQ-DM's OMQ: in each layer as many channels one bit up as one bit down, in the order of a score, split by output error."""
+    base, _, _ = _uniform(task)
+    widths: dict[str, Any] = {}
+    error = task.profile.arrays[f"output_error/{task.method.variant}"]
+    column = {b: j for j, b in enumerate(task.profile.widths)}
+    for name in task.searched:
+        n = int(base.weights[name])
+        rows = error[task.profile.rows(name)]
+        if n - 1 not in column or n + 1 not in column:
+            widths[name] = np.uint8(n)
+            continue
+        down, keep, up = (rows[:, column[b]].astype(np.float64) for b in (n - 1, n, n + 1))
+        order = np.argsort(-ORDERS[task.method.order](task, name), kind="stable")
+        widths[name] = _best_split(order, n, down, keep, up)
+    notes = ("the channel tags of mixed layers come on top of the uniform size: OMQ has no means to pay for them",)
+    return task.map_of(widths), None, notes
+
+
+def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats) -> NDArray[np.uint8]:
+    """Promote the head and demote the tail of ``order`` by 0, 10, ..., 50 % of the channels; the split with the least error."""
+    group = max(1, len(order) // 10)
+    best, found = np.inf, np.full(len(order), n, dtype=np.uint8)
+    for groups in range(6):
+        k = groups * group
+        if 2 * k > len(order):
+            break
+        head, tail = order[:k], order[len(order) - k :]
+        total = keep.sum() + (up[head] - keep[head]).sum() + (down[tail] - keep[tail]).sum()
+        if total < best:
+            best, found = total, np.full(len(order), n, dtype=np.uint8)
+            found[head], found[tail] = n + 1, n - 1
+    return found
+
+
+ORDERS: dict[str, Callable[[Any, str], Floats]] = {
+    "kurtosis": lambda task, name: task.profile.arrays["kurtosis_prescaled"][task.profile.rows(name)],
+    "random": lambda task, name: np.random.default_rng([task.method.seed, task.profile.index[name]]).random(
+        task.table[name].n_channels
+    ),
+    "variance": lambda task, name: task.profile.arrays["output_power"][task.profile.rows(name)],
+    "output": lambda task, name: task.profile.arrays[f"output_error/{task.method.variant}"][task.profile.rows(name), 0],
+}
+"""Scores that rank the channels of a layer for OMQ; the highest are promoted."""
+
+
+def _ilp_layer(task: _Task) -> _Outcome:
+    names, loss, cost = _layer_table_costs(task)
+    result = solve(
+        AllocationProblem(
+            loss=loss,
+            cost=cost,
+            limit=task.limit - _fixed_cost(task),
+            names=tuple(names),
+            choices=tuple(f"{b} bits" for b in sorted(task.policy.widths)),
+            ties=_tie_groups(task, names),
+        ),
+        solver=task.method.solver,
+    )
+    widths = np.array(sorted(task.policy.widths), dtype=np.uint8)[result.choice]
+    return task.map_of(dict(zip(names, widths, strict=True))), result, ()
+
+
+def _ilp_channel(task: _Task) -> _Outcome:
+    """Exact over all channels of all layers at once; channels of a mixed layer pay for their tags."""
+    if task.budget.quantity == "bops":
+        raise ConfigError("ilp-channel takes a size budget; a BOPs budget needs ilp-layer")
+    widths = sorted(task.policy.widths)
+    layers = [task.table[n] for n in task.searched]
+    losses = channel_losses(
+        task.profile, task.table, task.method.variant, task.method.loss, bias_correction=task.method.bias_correction
+    )
+    columns = [task.profile.widths.index(b) for b in widths]
+    loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
+    each = np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
+    cost = np.repeat(each, [la.n_channels for la in layers], axis=0)
+    room = task.limit - _fixed_cost(task) - sum(task.storage.fixed_bits(la, task.format) for la in layers)
+    by_layer = _ilp_layer(task)
+    if room < int(cost.min(axis=1).sum()):  # the tags alone do not fit: layer widths are all that is left
+        return by_layer[0], by_layer[1], ("the budget does not hold the channel tags; widths are by layer",)
+    result = solve(AllocationProblem(loss=loss, cost=cost, limit=room), solver=task.method.solver)
+    chosen = np.array(widths, dtype=np.uint8)[result.choice]
+    ends = np.cumsum([la.n_channels for la in layers])[:-1]
+    bit_map = task.map_of(dict(zip((la.name for la in layers), np.split(chosen, ends), strict=True)))
+    assert by_layer[1] is not None
+    if by_layer[1].loss < result.loss:
+        return by_layer[0], by_layer[1], ("widths by layer predict a smaller loss than widths by channel with their tags",)
+    return bit_map, result, ()
+
+
+def _layer_table_costs(task: _Task) -> tuple[list[str], Floats, NDArray[np.int64]]:
+    """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at the searched widths, widths ascending."""
+    widths = sorted(task.policy.widths)
+    names = task.searched
+    losses = task.profile.layer_sum(
+        channel_losses(task.profile, task.table, task.method.variant, task.method.loss, bias_correction=task.method.bias_correction)
+    )
+    rows = [task.profile.index[n] for n in names]
+    loss = losses[rows][:, [task.profile.widths.index(b) for b in widths]]
+    if task.budget.quantity == "bops":
+        cost = [[task.table[n].macs * b * FULL_PRECISION for b in widths] for n in names]
+    else:
+        cost = [[task.storage.layer_total(task.table[n], np.array(b, dtype=np.uint8), task.format) for b in widths] for n in names]
+    return names, loss, np.array(cost, dtype=np.int64)
+
+
+def _fixed_cost(task: _Task) -> int:
+    """What the budget pays before anything is searched: fixed layers and everything that is no weight layer."""
+    lowest = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
+    return task.cost(lowest) - int(_layer_table_costs(task)[2][:, 0].sum())
+
+
+def _tie_groups(task: _Task, names: list[str]) -> list[list[int]] | None:
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if task.table[name].tie:
+            groups.setdefault(task.table[name].tie, []).append(i)
+    tied = [g for g in groups.values() if len(g) > 1]
+    return tied or None
+
+
+_ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {
+    "uniform": _uniform,
+    "random": _random,
+    "omq": _omq,
+    "ilp-layer": _ilp_layer,
+    "ilp-channel": _ilp_channel,
+}

@@ -1,0 +1,21 @@
+"""Features, then statistics, then values: three steps, each on its own."""
+
+from mpqsearch.metrics.evaluate import Evaluation, Reference, evaluate
+from mpqsearch.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extractor, module_extractor
+from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
+from mpqsearch.metrics.reference import load_reference, save_reference
+
+__all__ = [
+    "EXTRACTORS",
+    "Evaluation",
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "Reference",
+    "evaluate",
+    "frechet_distance",
+    "kernel_distance",
+    "load_extractor",
+    "load_reference",
+    "module_extractor",
+    "save_reference",
+]

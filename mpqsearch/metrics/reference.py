@@ -1,0 +1,68 @@
+"""Reference statistics of real data: safetensors with mean, covariance and a subset of features, and what they were made with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpqsearch.artifacts import atomic_write
+from mpqsearch.errors import ArtifactError
+from mpqsearch.metrics.extractors import FeatureExtractor
+from mpqsearch.metrics.frechet import FeatureStatistics
+from mpqsearch.models import REFERENCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReference:
+    """Statistics of a data set under one extractor; ``features`` ``[m, d]`` is a random subset for kernel distances."""
+
+    name: str
+    statistics: FeatureStatistics
+    features: Tensor
+    extractor: str
+
+
+def save_reference(path: Path, features: Tensor, extractor: FeatureExtractor, name: str, subset: int = 2000) -> None:
+    """Write the statistics of all ``features`` ``[n, d]`` and a seeded random subset of them."""
+    from safetensors.torch import save
+
+    statistics = FeatureStatistics.of(features)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset]
+    tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "features": features[chosen].half().contiguous()}
+    metadata = {"n": str(statistics.n), "extractor": extractor.label, "name": name}
+    with atomic_write(path) as handle:
+        handle.write(save(tensors, metadata={"mpqsearch": json.dumps(metadata)}))
+
+
+def load_reference(path: Path | None, extractor: FeatureExtractor) -> DataReference | None:
+    """Statistics from ``path``, or the embedded ones of the extractor, or None when it has none.
+
+    Raises `ArtifactError` when they were made with another extractor.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = path or REFERENCE / extractor.name / "reference.safetensors"
+    if path is None and not file.is_file():
+        return None
+    if not file.is_file():
+        raise ArtifactError(f"the reference statistics {file} do not exist")
+    try:
+        with safe_open(file, "pt") as handle:
+            metadata = json.loads(handle.metadata()["mpqsearch"])
+            mean, covariance, features = (handle.get_tensor(k) for k in ("mean", "covariance", "features"))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{file} is damaged or holds no reference statistics: {error}") from error
+    if metadata["extractor"] != extractor.label:
+        raise ArtifactError(
+            f"{file} was made with the extractor {metadata['extractor']}, this one is {extractor.label}. Make the statistics again."
+        )
+    return DataReference(
+        name=metadata["name"],
+        statistics=FeatureStatistics(n=int(metadata["n"]), mean=mean, covariance=covariance),
+        features=features.float(),
+        extractor=metadata["extractor"],
+    )
