@@ -48,8 +48,9 @@ def solve_ilp(
     costs: tuple[Integers, ...],
     limits: tuple[int, ...],
     *,
-    reference: float,
+    reference: float | None,
     solver: str = "highs",
+    gap: float = 0.0,
     time_limit_s: float | None = None,
 ) -> IlpAnswer:
     """One binary variable per permitted cell, one row per item and per budget.
@@ -58,18 +59,18 @@ def solve_ilp(
         loss: ``[n, k]``, infinite where forbidden.
         costs: One ``[n, k]`` table per budget.
         limits: One limit per budget.
-        reference: Objective of a feasible solution, by which losses are scaled.
+        reference: Objective of a feasible solution, by which losses are scaled; without one, the losses' range is used.
         solver: ``highs``, ``cbc`` or the name of any PuLP solver.
+        gap: Absolute gap, in units of the loss, at which the solver may stop.
         time_limit_s: Wall time for the solver.
     """
     import pulp
 
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
     shifted = loss - loss.min(axis=1, keepdims=True)
-    excess = reference - float(loss.min(axis=1).sum())
-    scale = OBJECTIVE_SCALE / excess if excess > 0 else 1.0
+    scale = objective_scale(loss, reference)
     cells = [
-        [(int(j), pulp.LpVariable(f"z_{i}_{j}", cat="Binary")) for j in np.flatnonzero(np.isfinite(loss[i]))]
+        [(int(j), model.add_variable(f"z_{i}_{j}", cat="Binary")) for j in np.flatnonzero(np.isfinite(loss[i]))]
         for i in range(len(loss))
     ]
     model += pulp.LpAffineExpression((z, float(shifted[i, j] * scale)) for i, row in enumerate(cells) for j, z in row)
@@ -80,12 +81,48 @@ def solve_ilp(
         model += (
             pulp.LpAffineExpression((z, int(reduced[i, j])) for i, row in enumerate(cells) for j, z in row if reduced[i, j]) <= room
         )
-    solution_status = run(model, solver, time_limit_s)
+    solution_status = run(model, solver, time_limit_s, gap * scale)
     infeasible = solution_status == pulp.LpSolutionInfeasible
     if solution_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return IlpAnswer(None, proven=False, infeasible=infeasible)
     choice = np.array([max(row, key=lambda cell: cell[1].value() or 0.0)[0] for row in cells], dtype=np.int32)
     return IlpAnswer(choice, proven=solution_status == pulp.LpSolutionOptimal, infeasible=False)
+
+
+def objective_scale(loss: Floats, reference: float | None) -> float:
+    """Factor that brings the known solution's objective (above the unattainable minimum) to ``OBJECTIVE_SCALE``."""
+    least = float(loss.min(axis=1).sum(dtype=np.float64))
+    if reference is None:
+        reference = float(np.where(np.isfinite(loss), loss, -np.inf).max(axis=1).sum(dtype=np.float64))
+    excess = reference - least
+    return OBJECTIVE_SCALE / excess if excess > 0 else 1.0
+
+
+def maximize_planes(
+    planes: list[tuple[float, NDArray[np.float64]]], low: NDArray[np.float64], high: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Maximum over a box of the least of some planes (value at zero, slope): the cutting-plane model of a dual.
+
+    Raises:
+        SolverError: The linear program was not solved.
+    """
+    import pulp
+
+    model = pulp.LpProblem("cutting_planes", pulp.LpMaximize)
+    # Steps from the box's corner and differences of values keep the numbers near one, whatever the magnitudes.
+    heights = [height + float(slope @ low) for height, slope in planes]
+    floor = min(heights)
+    value_unit = max(max(heights) - floor, *(float(np.abs(slope) @ (high - low)) for _, slope in planes), 1e-300)
+    value = model.add_variable("value")
+    steps = [model.add_variable(f"step_{b}", 0.0, 1.0) for b in range(len(low))]
+    model += value
+    for height, (_, slope) in zip(heights, planes, strict=True):
+        tilt = pulp.LpAffineExpression((step, float(slope[b] * (high[b] - low[b]) / value_unit)) for b, step in enumerate(steps))
+        model += value - tilt <= (height - floor) / value_unit
+    if run(model, "highs", None) != pulp.LpSolutionOptimal:
+        raise SolverError("the cutting-plane program of the Lagrangian dual was not solved.")
+    point = low + (high - low) * np.array([float(step.value() or 0.0) for step in steps])
+    return point, floor + value_unit * float(value.value())
 
 
 def reduce_costs(loss: Floats, cost: Integers, limit: int) -> tuple[NDArray[np.int64], int]:
@@ -98,7 +135,7 @@ def reduce_costs(loss: Floats, cost: Integers, limit: int) -> tuple[NDArray[np.i
     return reduced // grain, (limit - int(least.sum())) // grain
 
 
-def run(model: Any, solver: str, time_limit_s: float | None) -> int:
+def run(model: Any, solver: str, time_limit_s: float | None, gap: float = 0.0) -> int:
     """Solve ``model`` and return its ``sol_status``.
 
     Raises:
@@ -107,7 +144,7 @@ def run(model: Any, solver: str, time_limit_s: float | None) -> int:
     """
     import pulp
 
-    backend = make_solver(solver, time_limit_s)
+    backend = make_solver(solver, time_limit_s, gap)
     try:
         model.solve(backend)
     except pulp.PulpError as error:
@@ -115,7 +152,7 @@ def run(model: Any, solver: str, time_limit_s: float | None) -> int:
     return int(model.sol_status)
 
 
-def make_solver(solver: str, time_limit_s: float | None) -> Any:
+def make_solver(solver: str, time_limit_s: float | None, gap: float = 0.0) -> Any:
     """A fresh PuLP solver: copies lose their time limit."""
     import warnings
 
@@ -127,6 +164,8 @@ def make_solver(solver: str, time_limit_s: float | None) -> Any:
         if name not in pulp.listSolvers(onlyAvailable=True):
             raise UnknownNameError("solver", solver, [*SOLVERS, *pulp.listSolvers(onlyAvailable=True)])
         options: dict[str, Any] = {"msg": False, "gapRel": 0.0}
+        if gap > 0:
+            options["gapAbs"] = gap
         if time_limit_s is not None:
             options["timeLimit"] = max(time_limit_s, 0.01)
         return pulp.getSolver(name, **options)

@@ -159,16 +159,15 @@ def _hulls(loss: Any, cost: Any, base: Any, low: float) -> Any:
     for row in range(n):
         at, last = base[row], np.inf
         while True:
-            steepest, following, step = 0.0, -1, np.int64(0)
+            steepest, following, step = -np.inf, -1, np.int64(0)
             for j in range(k):
                 wider = np.int64(cost[row, j]) - np.int64(cost[row, at])
-                better = float(loss[row, at]) - float(loss[row, j])
-                if wider <= 0 or better <= 0:
+                if wider <= 0:
                     continue
-                slope = better / wider
+                slope = (float(loss[row, at]) - float(loss[row, j])) / wider
                 if slope > steepest or (slope == steepest and wider > step):
                     steepest, following, step = slope, j, wider
-            if following < 0 or steepest < low:
+            if following < 0 or steepest < low or steepest == -np.inf or (steepest <= 0.0 <= low):
                 break
             last = min(last, steepest)
             item[count], to[count], size[count], rate[count] = row, following, step, last

@@ -203,6 +203,7 @@ def column_major(table: NDArray[Any]) -> NDArray[Any]:
 def hull_steps(loss: Floats, cost: Integers, base: Integers | None = None, low: float = 0.0) -> HullSteps:
     """Lower hulls of all items by gift wrapping: the steps with a rate of at least ``low``.
 
+    With ``low`` = 0 these are the steps that lower the loss; with minus infinity the whole hull, rising part included.
     Starts from ``base`` (a hull vertex of every item) or the cheapest choices. Needs no sorted costs, ignores dominated
     and duplicated choices, and skips collinear vertices.
     """
@@ -228,9 +229,9 @@ def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> 
         size = sizes - sizes[rows, at][:, None]
         gain = table[rows, at][:, None] - table
         with np.errstate(divide="ignore", invalid="ignore"):
-            slope = np.where((size > 0) & (gain > 0), gain / size, -np.inf)
+            slope = np.where(size > 0, gain / size, -np.inf)
         steepest = slope.max(axis=1)
-        going = (steepest > 0) & (steepest >= low)
+        going = (steepest >= low) & (steepest > (0.0 if low >= 0 else -np.inf))
         to = np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1)
         kept = np.flatnonzero(going)
         item, at, table, sizes = item[kept], to[kept], table[kept], sizes[kept]

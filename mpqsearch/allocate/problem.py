@@ -22,6 +22,9 @@ Status = Literal["optimal", "feasible", "time_limit", "heuristic"]
 FREE = -1
 """Label of an item that belongs to no tie group, or of an item that is not fixed."""
 
+WIDTH_SLIP = 1e-9
+"""Mean widths in bits are compared up to this; one channel of a million moves a mean by more."""
+
 MAX_TOTAL = 2**62
 """Largest total cost that is accepted, so that no sum of int64 costs can overflow."""
 
@@ -82,6 +85,34 @@ class LayerRules:
     def n_layers(self) -> int:
         """Number of layers, L."""
         return int(self.layer.max()) + 1 if self.layer.size else 0
+
+    def average_bounds(self) -> tuple[Floats, Floats]:
+        """``[L]`` smallest and ``[L]`` largest mean width that a layer may have."""
+        low = self.average_min if self.average is None else self.average
+        high = self.average_max if self.average is None else self.average
+        spread = (self.n_layers,)
+        return (
+            np.broadcast_to(np.asarray(-np.inf if low is None else low, dtype=np.float64), spread),
+            np.broadcast_to(np.asarray(np.inf if high is None else high, dtype=np.float64), spread),
+        )
+
+    def permits(self, choice: Integers) -> bool:
+        """Whether every layer's mean width and number of different choices obey the rules."""
+        count = np.bincount(self.layer, minlength=self.n_layers)
+        present = count > 0
+        mean = np.bincount(self.layer, weights=self.width[choice], minlength=self.n_layers)[present] / count[present]
+        low, high = (bound[present] for bound in self.average_bounds())
+        if bool(((mean < low - WIDTH_SLIP) | (mean > high + WIDTH_SLIP)).any()):
+            return False
+        if self.average_step is not None:
+            steps = mean / self.average_step
+            if bool((np.abs(steps - np.round(steps)) > WIDTH_SLIP).any()):
+                return False
+        if self.max_distinct is None:
+            return True
+        used = np.zeros((self.n_layers, len(self.width)), dtype=bool)
+        used[self.layer, choice] = True
+        return bool((used.sum(axis=1) <= self.max_distinct).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -228,13 +259,15 @@ class AllocationProblem:
         return _index(choice, self.choices, self.n_choices, "choice")
 
     def permits(self, choice: Integers) -> bool:
-        """Whether ``choice [n]`` obeys the allowed choices, pins and ties (not the budgets)."""
+        """Whether ``choice [n]`` obeys the allowed choices, pins, ties and layer rules (not the budgets)."""
         picked = np.asarray(choice)
         if picked.shape != (self.n_items,) or (picked.size and not 0 <= picked.min() <= picked.max() < self.n_choices):
             return False
         if self.allowed is not None and not bool(self.allowed[np.arange(self.n_items), picked].all()):
             return False
         if self.fixed_choice is not None and bool(((self.fixed_choice != FREE) & (self.fixed_choice != picked)).any()):
+            return False
+        if self.layers is not None and not self.layers.permits(picked):
             return False
         if self.tie_labels is None:
             return True
