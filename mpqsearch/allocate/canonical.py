@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.problem import FREE, AllocationProblem, Floats, Integers, Mask
+from mpqsearch.allocate.problem import FREE, AllocationProblem, Floats, Integers, Mask, PairwiseTerms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,6 +36,11 @@ class Tables:
     def limit(self) -> int:
         """Limit of the main budget."""
         return self.limits[0]
+
+    @property
+    def item_row(self) -> NDArray[np.int64]:
+        """``[n]`` row of every item."""
+        return np.arange(len(self.loss)) if self.row is None else self.row
 
     def expand(self, choice: Integers) -> NDArray[np.int32]:
         """Choice per item from choice per row."""
@@ -89,3 +94,19 @@ def _sum_rows(table: NDArray[Any], row: NDArray[np.int64]) -> NDArray[Any]:
     starts = np.flatnonzero(np.diff(row[order], prepend=-1))
     summed: NDArray[Any] = np.add.reduceat(table[order], starts, axis=0)
     return summed
+
+
+def merged_pairs(pairs: PairwiseTerms, row: Integers, loss: Floats) -> tuple[PairwiseTerms, Floats]:
+    """Pairwise terms between rows, one per pair of rows, and the loss table with the terms inside a row added."""
+    first, second, value = row[pairs.first], row[pairs.second], pairs.value.astype(np.float64)
+    inside = first == second
+    loss = loss.astype(np.float64)
+    np.add.at(loss, first[inside], np.diagonal(value[inside], axis1=1, axis2=2))
+    first, second, value = first[~inside], second[~inside], value[~inside]
+    swapped = first > second
+    value[swapped] = value[swapped].transpose(0, 2, 1)
+    low, high = np.minimum(first, second), np.maximum(first, second)
+    keys, group = np.unique(low * np.int64(len(loss)) + high, return_inverse=True)
+    summed = np.zeros((keys.size, *value.shape[1:]))
+    np.add.at(summed, group, value)
+    return PairwiseTerms(first=keys // len(loss), second=keys % len(loss), value=summed), loss

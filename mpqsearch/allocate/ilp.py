@@ -12,13 +12,14 @@ trustworthy here (each was seen broken in the field):
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.problem import Floats, Integers
+from mpqsearch.allocate.problem import WIDTH_SLIP, Floats, Integers, LayerRules, PairwiseTerms
 from mpqsearch.errors import SolverError, UnknownNameError
 
 OBJECTIVE_SCALE = 1e4
@@ -43,23 +44,50 @@ class IlpAnswer:
     infeasible: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SideRules:
+    """What couples the rows beside the budgets; rows are the items after ties were merged.
+
+    Attributes:
+        row: ``[n]`` row of every item.
+        layers: Constraints on the items of a layer.
+        pairs: Losses of pairs of rows.
+        cuts: ``[c, n_rows]`` choices of which any answer must differ in at least ``distance`` rows of weight.
+        weight: ``[n_rows]`` items in every row.
+        distance: See ``cuts``.
+    """
+
+    row: Integers
+    layers: LayerRules | None = None
+    pairs: PairwiseTerms | None = None
+    cuts: tuple[Integers, ...] = ()
+    weight: Integers | None = None
+    distance: int = 0
+
+
+Cells = list[dict[int, Any]]
+"""The binary variable of every permitted choice, per row."""
+
+
 def solve_ilp(
     loss: Floats,
     costs: tuple[Integers, ...],
     limits: tuple[int, ...],
     *,
     reference: float | None,
+    side: SideRules | None = None,
     solver: str = "highs",
     gap: float = 0.0,
     time_limit_s: float | None = None,
 ) -> IlpAnswer:
-    """One binary variable per permitted cell, one row per item and per budget.
+    """One binary variable per permitted cell, one row per item and per budget, and the side rules.
 
     Args:
         loss: ``[n, k]``, infinite where forbidden.
         costs: One ``[n, k]`` table per budget.
         limits: One limit per budget.
         reference: Objective of a feasible solution, by which losses are scaled; without one, the losses' range is used.
+        side: Layer rules, pairwise terms and diversity cuts.
         solver: ``highs``, ``cbc`` or the name of any PuLP solver.
         gap: Absolute gap, in units of the loss, at which the solver may stop.
         time_limit_s: Wall time for the solver.
@@ -67,34 +95,117 @@ def solve_ilp(
     import pulp
 
     model = pulp.LpProblem("allocation", pulp.LpMinimize)
-    shifted = loss - loss.min(axis=1, keepdims=True)
     scale = objective_scale(loss, reference)
-    cells = [
-        [(int(j), model.add_variable(f"z_{i}_{j}", cat="Binary")) for j in np.flatnonzero(np.isfinite(loss[i]))]
+    cells: Cells = [
+        {int(j): model.add_variable(f"z_{i}_{j}", cat="Binary") for j in np.flatnonzero(np.isfinite(loss[i]))}
         for i in range(len(loss))
     ]
-    model += pulp.LpAffineExpression((z, float(shifted[i, j] * scale)) for i, row in enumerate(cells) for j, z in row)
     for row in cells:
-        model += pulp.LpAffineExpression((z, 1) for _, z in row) == 1
-    for cost, limit in zip(costs, limits, strict=True):
-        reduced, room = reduce_costs(loss, cost, limit)
-        model += (
-            pulp.LpAffineExpression((z, int(reduced[i, j])) for i, row in enumerate(cells) for j, z in row if reduced[i, j]) <= room
-        )
+        model += _linear((z, 1) for z in row.values()) == 1
+    shifted = loss - loss.min(axis=1, keepdims=True)
+    objective = [(z, float(shifted[i, j] * scale)) for i, row in enumerate(cells) for j, z in row.items()]
+    if side is not None and side.pairs is not None:
+        objective += _pair_terms(model, cells, side.pairs, scale)
+    overhead = [] if side is None or side.layers is None else _layer_rules(model, cells, side.layers, side.row)
+    if side is not None:
+        _diversity_cuts(model, cells, side)
+    for number, (cost, limit) in enumerate(zip(costs, limits, strict=True)):
+        _budget(model, cells, loss, cost, limit, overhead if number == 0 else [])
+    model.setObjective(_linear(objective))
     solution_status = run(model, solver, time_limit_s, gap * scale)
     infeasible = solution_status == pulp.LpSolutionInfeasible
     if solution_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return IlpAnswer(None, proven=False, infeasible=infeasible)
-    choice = np.array([max(row, key=lambda cell: cell[1].value() or 0.0)[0] for row in cells], dtype=np.int32)
+    # A binary may come back as 1.0000000000000044: the largest of its row is the chosen one.
+    choice = np.array([max(row, key=lambda j: row[j].value() or 0.0) for row in cells], dtype=np.int32)
     return IlpAnswer(choice, proven=solution_status == pulp.LpSolutionOptimal, infeasible=False)
+
+
+def _linear(terms: Iterable[tuple[Any, float]]) -> Any:
+    import pulp
+
+    return pulp.LpAffineExpression(terms)
+
+
+def _budget(model: Any, cells: Cells, loss: Floats, cost: Integers, limit: int, overhead: list[tuple[Any, int]]) -> None:
+    """One budget in reduced costs; overheads keep the divisor of everything at one."""
+    reduced, room, grain = reduce_costs(loss, cost, limit)
+    if overhead:
+        reduced, room, grain = reduced * grain, limit - _cheapest_total(loss, cost), 1
+    terms = [(z, int(reduced[i, j])) for i, row in enumerate(cells) for j, z in row.items() if reduced[i, j]]
+    model += _linear([*terms, *overhead]) <= room
+
+
+def _pair_terms(model: Any, cells: Cells, pairs: PairwiseTerms, scale: float) -> list[tuple[Any, float]]:
+    """Products of two binaries by the reformulation-linearization: their sums over one index are the other binary."""
+    objective = []
+    for number, (first, second) in enumerate(zip(pairs.first, pairs.second, strict=True)):
+        rows, columns = cells[int(first)], cells[int(second)]
+        product = {(a, b): model.add_variable(f"y_{number}_{a}_{b}", 0.0, 1.0) for a in rows for b in columns}
+        for a, z in rows.items():
+            model += _linear([*((product[a, b], 1) for b in columns), (z, -1)]) == 0
+        for b, z in columns.items():
+            model += _linear([*((product[a, b], 1) for a in rows), (z, -1)]) == 0
+        objective += [(y, float(pairs.value[number, a, b] * scale)) for (a, b), y in product.items()]
+    return objective
+
+
+def _layer_rules(model: Any, cells: Cells, rules: LayerRules, row: Integers) -> list[tuple[Any, int]]:
+    """Averages, distinct choices and overheads of layers; returns the overheads as terms of the main budget."""
+    low, high = rules.average_bounds()
+    overhead: list[tuple[Any, int]] = []
+    for layer in range(rules.n_layers):
+        members = [cells[int(r)] for r in row[np.flatnonzero(rules.layer == layer)]]
+        if not members:
+            continue
+        total = _linear((z, float(rules.width[j])) for member in members for j, z in member.items())
+        if np.isfinite(low[layer]):
+            model += total >= float(low[layer] - WIDTH_SLIP) * len(members)
+        if np.isfinite(high[layer]):
+            model += total <= float(high[layer] + WIDTH_SLIP) * len(members)
+        if rules.average_step is not None:
+            steps = model.add_variable(f"steps_{layer}", cat="Integer")
+            model += total == rules.average_step * len(members) * steps
+        if rules.max_distinct is not None or rules.mixed_overhead is not None or rules.choice_overhead is not None:
+            overhead += _used_choices(model, members, rules, layer)
+    return overhead
+
+
+def _used_choices(model: Any, members: Cells, rules: LayerRules, layer: int) -> list[tuple[Any, int]]:
+    used = {j: model.add_variable(f"used_{layer}_{j}", cat="Binary") for j in {j for member in members for j in member}}
+    for member in members:
+        for j, z in member.items():
+            model += z <= used[j]
+    if rules.max_distinct is not None:
+        model += _linear((u, 1) for u in used.values()) <= rules.max_distinct
+    terms: list[tuple[Any, int]] = []
+    if rules.choice_overhead is not None:
+        terms += [(u, int(rules.choice_overhead[layer, j])) for j, u in used.items()]
+    if rules.mixed_overhead is not None:
+        mixed = model.add_variable(f"mixed_{layer}", cat="Binary")
+        model += _linear((u, 1) for u in used.values()) <= 1 + (len(used) - 1) * mixed
+        terms.append((mixed, int(np.broadcast_to(rules.mixed_overhead, (rules.n_layers,))[layer])))
+    return terms
+
+
+def _diversity_cuts(model: Any, cells: Cells, side: SideRules) -> None:
+    """Every cut keeps away from one known choice: at most so much weight may stay as it is there."""
+    if not side.cuts or side.weight is None:
+        return
+    total = int(side.weight.sum())
+    for cut in side.cuts:
+        stays = _linear(
+            (row[int(j)], int(side.weight[i])) for i, (row, j) in enumerate(zip(cells, cut, strict=True)) if int(j) in row
+        )
+        model += stays <= total - side.distance
 
 
 def objective_scale(loss: Floats, reference: float | None) -> float:
     """Factor that brings the known solution's objective (above the unattainable minimum) to ``OBJECTIVE_SCALE``."""
     least = float(loss.min(axis=1).sum(dtype=np.float64))
-    if reference is None:
-        reference = float(np.where(np.isfinite(loss), loss, -np.inf).max(axis=1).sum(dtype=np.float64))
-    excess = reference - least
+    excess = 0.0 if reference is None else reference - least
+    if excess <= 0:  # nothing known, or every item already has its best choice
+        excess = float(np.where(np.isfinite(loss), loss, -np.inf).max(axis=1).sum(dtype=np.float64)) - least
     return OBJECTIVE_SCALE / excess if excess > 0 else 1.0
 
 
@@ -125,14 +236,19 @@ def maximize_planes(
     return point, floor + value_unit * float(value.value())
 
 
-def reduce_costs(loss: Floats, cost: Integers, limit: int) -> tuple[NDArray[np.int64], int]:
-    """Costs above each item's cheapest choice, divided by their common divisor, and what is left of the limit."""
+def _cheapest_total(loss: Floats, cost: Integers) -> int:
+    least = np.where(np.isfinite(loss), cost.astype(np.int64), np.iinfo(np.int64).max).min(axis=1)
+    return int(least.sum())
+
+
+def reduce_costs(loss: Floats, cost: Integers, limit: int) -> tuple[NDArray[np.int64], int, int]:
+    """Costs above each item's cheapest choice and what is left of the limit, divided by their common divisor (last)."""
     permitted = np.isfinite(loss)
     sizes = cost.astype(np.int64)
     least = np.where(permitted, sizes, np.iinfo(np.int64).max).min(axis=1, keepdims=True)
     reduced = np.where(permitted, sizes - least, 0)
     grain = max(int(np.gcd.reduce(reduced, axis=None)), 1)
-    return reduced // grain, (limit - int(least.sum())) // grain
+    return reduced // grain, (limit - int(least.sum())) // grain, grain
 
 
 def run(model: Any, solver: str, time_limit_s: float | None, gap: float = 0.0) -> int:

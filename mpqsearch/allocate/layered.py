@@ -282,24 +282,19 @@ class _Inner:
 
     def _convex_points(self, targets: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
         marginal = np.sort(np.diff(self.loss, axis=1), axis=None)
-        # Least loss first in the sum: losses span many decades, so the curve is anchored at its lowest point.
         lowest = int(np.searchsorted(marginal, 0.0))
-        bottom = float(self.loss.min(axis=1).sum())
-        above = bottom + np.cumsum(marginal[lowest:])
-        below = bottom - np.cumsum(marginal[:lowest][::-1])[::-1]
-        curve = np.concatenate([below, [bottom], above])
+        curve = _curve_through(float(self.loss.min(axis=1).sum()), marginal, lowest)
         ticks = np.arange(self.least, self.most + 1) if targets is None else targets
         return ticks, curve[ticks - self.least], True
 
     def _hull_curve(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         steps = self._steps()
         rows = np.arange(len(self.loss))
-        base = float(self.loss[rows, steps.base].sum())
-        start = int(self.tick[steps.base].sum())
-        return (
-            np.concatenate([[start], start + np.cumsum(steps.size)]),
-            np.concatenate([[base], base - np.cumsum(steps.gain)]),
-        )
+        lowest = int(np.searchsorted(-steps.rate, 0.0))  # from here on steps raise the loss
+        choice = steps.base.copy()
+        choice[steps.item[:lowest]] = steps.to[:lowest]
+        ticks = int(self.tick[steps.base].sum()) + np.concatenate([[0], np.cumsum(steps.size)])
+        return ticks, _curve_through(float(self.loss[rows, choice].sum()), -steps.gain, lowest)
 
     def _steps(self) -> passes.HullSteps:
         sizes = np.broadcast_to(self.tick, self.loss.shape)
@@ -352,3 +347,10 @@ class _Inner:
             return None
         choice[closed.item] = closed.choice
         return choice.astype(np.int64)
+
+
+def _curve_through(bottom: float, change: NDArray[np.float64], lowest: int) -> NDArray[np.float64]:
+    """Losses before and after every change, summed outwards from the lowest point so that small losses survive."""
+    above = bottom + np.cumsum(change[lowest:])
+    below = bottom - np.cumsum(change[:lowest][::-1])[::-1]
+    return np.concatenate([below, [bottom], above])

@@ -48,6 +48,8 @@ class Relaxed:
         loss: Its total loss.
         slack: Budget that it leaves; negative when nothing fits.
         near: Items whose minimizer changes closest to the rate.
+        step: The hull step that does not fit whole (item, choice after it, share of it that fits), or None. The
+            relaxation's own solution is ``choice`` with this share of the step.
     """
 
     rate: float
@@ -55,6 +57,7 @@ class Relaxed:
     loss: float
     slack: int
     near: NDArray[np.int64]
+    step: tuple[int, int, float] | None
 
     @property
     def bound(self) -> float:
@@ -86,7 +89,11 @@ class CoreSolution:
 
 
 class BudgetTooSmallError(ValueError):
-    """Even the cheapest choices exceed the limit."""
+    """Even the cheapest choices exceed the limit; ``smallest`` is what they cost."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__(f"the smallest attainable cost is {smallest}")
+        self.smallest = smallest
 
 
 def smallest_cost(loss: Floats, cost: Integers) -> int:
@@ -114,7 +121,7 @@ def solve_table(
     loss, cost = passes.column_major(loss), passes.column_major(cost)
     relaxed = relax(loss, cost, limit)
     if relaxed.slack < 0:
-        raise BudgetTooSmallError
+        raise BudgetTooSmallError(smallest_cost(loss, cost))
     start = _settled(_break_solution(relaxed))
     if _within(start, gap_tolerance) or time.perf_counter() > deadline:
         return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
@@ -139,7 +146,8 @@ def relax(
     inner = relax(inner_loss, inner_cost, limit - passed.settled_cost, low, high, passed.choice[rest])
     choice = passed.choice
     choice[rest] = inner.choice
-    return Relaxed(inner.rate, choice, passed.settled_loss + inner.loss, inner.slack, rest[inner.near])
+    step = None if inner.step is None else (int(rest[inner.step[0]]), *inner.step[1:])
+    return Relaxed(inner.rate, choice, passed.settled_loss + inner.loss, inner.slack, rest[inner.near], step)
 
 
 def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
@@ -152,9 +160,13 @@ def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: 
         return _relax_by_hulls(loss, cost, limit, 0.0, None)
     choice = steps.base.copy()
     choice[steps.item[:taken]] = steps.to[:taken]  # of repeated items numpy keeps the last assignment
-    rate = float(steps.rate[taken]) if taken < len(used) else 0.0
     total, spent = passes.totals(loss, cost, choice)
-    return Relaxed(rate, choice, total, limit - spent, np.arange(len(loss)))
+    everyone = np.arange(len(loss))
+    if taken == len(used):
+        return Relaxed(0.0, choice, total, limit - spent, everyone, None)
+    share = (limit - spent) / int(steps.size[taken])
+    step = (int(steps.item[taken]), int(steps.to[taken]), share)
+    return Relaxed(float(steps.rate[taken]), choice, total, limit - spent, everyone, step)
 
 
 def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:

@@ -1,0 +1,324 @@
+"""Pairwise terms: iterated linearization and exchange moves, with a certified bound from a convex relaxation.
+
+With x the one-hot vector of all choices the loss is c.x + x'Hx / 2, H zero inside an item's block. Blocks may be filled
+freely: off their diagonal nothing is ever read (an item takes one choice), and what is put on the diagonal is taken
+from c (x squared is x). A fill that makes H positive semidefinite makes the relaxation over the convex hull of all
+affordable choices a convex program, whose Frank-Wolfe steps are separable allocation problems and give a lower bound.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import mckp, passes
+from mpqsearch.allocate.problem import Floats, Integers, PairwiseTerms
+
+ROUNDS = 60
+"""Linearizations; the best choice seen rarely improves after a dozen."""
+
+SWAP_CANDIDATES = 160
+"""Single changes whose pairs are tried together."""
+
+MAX_MOVES = 2_000
+"""Exchange moves after a start."""
+
+STARTS = 12
+"""Vertices of the convex relaxation from which the exchange starts again."""
+
+BOUND_STEPS = 2_000
+"""Frank-Wolfe steps."""
+
+COMPLETION_ROUNDS = 300
+"""Rounds of the fill of the blocks."""
+
+COMPLETION_RANK = 32
+"""Rank of the couplings that the fill assumes; a higher true rank costs tightness, not validity."""
+
+COMPLETION_TOLERANCE = 1e-6
+"""Change of the (scaled) blocks at which the fill ends."""
+
+DENSE_CELLS = 6_000
+"""Up to so many cells (items times choices) the coupling matrix is held densely."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairwiseSolution:
+    """Outcome: best choice found, its loss, and a lower bound (minus infinity when none is known)."""
+
+    choice: NDArray[np.int32]
+    loss: float
+    bound: float
+
+
+class Couplings:
+    """Loss of a choice and of every single change, under pairwise terms."""
+
+    def __init__(self, loss: Floats, pairs: PairwiseTerms) -> None:
+        self.loss = loss.astype(np.float64)
+        self.pairs = pairs
+        self.rows = np.arange(len(loss))
+
+    def total(self, choice: Integers) -> float:
+        """Loss of ``choice``."""
+        terms = self.pairs.value[np.arange(len(self.pairs.first)), choice[self.pairs.first], choice[self.pairs.second]]
+        return float(self.loss[self.rows, choice].sum() + terms.sum())
+
+    def field(self, choice: Integers) -> NDArray[np.float64]:
+        """``[n, k]``: loss of every choice of an item while all others stay; exact for single changes."""
+        pairs, each = self.pairs, np.arange(len(self.pairs.first))
+        field = self.loss.copy()
+        np.add.at(field, pairs.first, pairs.value[each, :, choice[pairs.second]])
+        np.add.at(field, pairs.second, pairs.value[each, choice[pairs.first], :])
+        return field
+
+    def matrix(self) -> NDArray[np.float64]:
+        """``[n k, n k]`` symmetric coupling matrix H."""
+        n, k = self.loss.shape
+        blocks = np.zeros((n, k, n, k))
+        for first, second, value in zip(self.pairs.first, self.pairs.second, self.pairs.value, strict=True):
+            blocks[first, :, second, :] += value
+            blocks[second, :, first, :] += value.T
+        return blocks.reshape(n * k, n * k)
+
+
+def solve_pairwise(
+    loss: Floats,
+    cost: Integers,
+    limit: int,
+    pairs: PairwiseTerms,
+    *,
+    gap_tolerance: float = 0.0,
+    deadline: float = float("inf"),
+) -> PairwiseSolution:
+    """Good choice and lower bound.
+
+    Args:
+        loss: ``[n, k]`` separable losses, infinite where forbidden.
+        cost: ``[n, k]`` integers.
+        limit: Budget.
+        pairs: Terms between different rows, one per pair of rows.
+        gap_tolerance: The bound is not improved beyond this relative gap.
+        deadline: ``time.perf_counter()`` value at which to stop.
+
+    Raises:
+        mckp.BudgetTooSmallError: Nothing fits.
+    """
+    couplings = Couplings(loss, pairs)
+    choice = _iterate_linearizations(couplings, cost, limit, deadline)
+    choice = _exchange(couplings, cost, limit, choice, deadline)
+    total = couplings.total(choice)
+    bound = _simple_bound(couplings, cost, limit)
+    if loss.size <= DENSE_CELLS and bool((couplings.loss >= 0).all()):
+        convex, vertices = _convex_bound(couplings, cost, limit, total, gap_tolerance, deadline)
+        bound = max(bound, convex)
+        for vertex in vertices:
+            other = _exchange(couplings, cost, limit, vertex, deadline)
+            if couplings.total(other) < total:
+                choice, total = other, couplings.total(other)
+    return PairwiseSolution(choice, total, min(bound, total))
+
+
+def _iterate_linearizations(couplings: Couplings, cost: Integers, limit: int, deadline: float) -> NDArray[np.int32]:
+    """Solve the separable problem whose losses are the averaged fields of the choices so far."""
+    best = mckp.solve_table(couplings.loss, cost, limit, deadline=deadline).choice
+    least, mean = couplings.total(best), couplings.field(best)
+    seen = {best.tobytes()}
+    for number in range(1, ROUNDS):
+        if time.perf_counter() > deadline:
+            break
+        choice = mckp.solve_table(mean, cost, limit, gap_tolerance=1e-4, deadline=deadline).choice
+        total = couplings.total(choice)
+        if total < least:
+            best, least = choice, total
+        if choice.tobytes() in seen and number > ROUNDS // 4:
+            break
+        seen.add(choice.tobytes())
+        mean += (couplings.field(choice) - mean) / (number + 1)
+    return best
+
+
+def _exchange(couplings: Couplings, cost: Integers, limit: int, start: Integers, deadline: float) -> NDArray[np.int32]:
+    """Descend by single changes and pairs of changes until none helps."""
+    choice = start.astype(np.int32).copy()
+    lookup = _pair_lookup(couplings)
+    for _ in range(MAX_MOVES):
+        if time.perf_counter() > deadline:
+            break
+        field = couplings.field(choice)
+        gain = field - field[couplings.rows, choice][:, None]
+        growth = cost.astype(np.int64) - cost[couplings.rows, choice].astype(np.int64)[:, None]
+        slack = limit - int(cost[couplings.rows, choice].sum(dtype=np.int64))
+        move = _best_single(gain, growth, slack) or _best_pair(couplings, lookup, choice, gain, growth, slack)
+        if move is None:
+            break
+        for item, to in move:
+            choice[item] = to
+    return choice
+
+
+Move = list[tuple[int, int]]
+
+
+def _best_single(gain: NDArray[np.float64], growth: NDArray[np.int64], slack: int) -> Move | None:
+    value = np.where(growth <= slack, gain, np.inf)
+    item, to = np.unravel_index(int(np.argmin(value)), value.shape)
+    return [(int(item), int(to))] if value[item, to] < -_slip(gain) else None
+
+
+def _slip(gain: NDArray[np.float64]) -> float:
+    """Gains below this are rounding."""
+    finite = gain[np.isfinite(gain)]
+    return 1e-13 * float(np.abs(finite).max(initial=0.0))
+
+
+def _best_pair(
+    couplings: Couplings,
+    lookup: dict[tuple[int, int], int],
+    choice: Integers,
+    gain: NDArray[np.float64],
+    growth: NDArray[np.int64],
+    slack: int,
+) -> Move | None:
+    """Best affordable pair among the single changes that are cheapest at the marginal rate of the budget."""
+    n, k = gain.shape
+    rate = _marginal_rate(gain, growth)
+    price = np.where(np.isfinite(gain), gain + rate * growth, np.inf)
+    price[np.arange(n), choice] = np.inf
+    flat = np.argsort(price, axis=None)[:SWAP_CANDIDATES]
+    flat = flat[np.isfinite(price.ravel()[flat])]
+    item, to = np.divmod(flat, k)
+    value = gain[item, to][:, None] + gain[item, to][None, :]
+    size = growth[item, to][:, None] + growth[item, to][None, :]
+    value = np.where((item[:, None] != item[None, :]) & (size <= slack), value, np.inf)
+    value += _corrections(couplings, lookup, choice, item, to)
+    if not value.size:
+        return None
+    first, second = np.unravel_index(int(np.argmin(value)), value.shape)
+    if not value[first, second] < -_slip(gain):
+        return None
+    return [(int(item[first]), int(to[first])), (int(item[second]), int(to[second]))]
+
+
+def _marginal_rate(gain: NDArray[np.float64], growth: NDArray[np.int64]) -> float:
+    """Cheapest loss per unit of cost at which some item can be made smaller."""
+    smaller = (growth < 0) & np.isfinite(gain)
+    return float(max((gain[smaller] / -growth[smaller]).min(), 0.0)) if smaller.any() else 0.0
+
+
+def _pair_lookup(couplings: Couplings) -> dict[tuple[int, int], int]:
+    pairs = zip(couplings.pairs.first.tolist(), couplings.pairs.second.tolist(), strict=True)
+    return {pair: number for number, pair in enumerate(pairs)}
+
+
+def _corrections(
+    couplings: Couplings, lookup: dict[tuple[int, int], int], choice: Integers, item: Integers, to: Integers
+) -> NDArray[np.float64]:
+    """What two changes cost together beyond the sum of the single ones."""
+    count = len(item)
+    number = np.full((count, count), -1, dtype=np.int64)
+    for a, first in enumerate(item.tolist()):
+        for b, second in enumerate(item.tolist()):
+            number[a, b] = lookup.get((first, second), -1)
+    rows, columns = np.nonzero(number >= 0)
+    value = couplings.pairs.value[number[rows, columns]]
+    each = np.arange(len(rows))
+    here_a, here_b, to_a, to_b = choice[item[rows]], choice[item[columns]], to[rows], to[columns]
+    joint = value[each, to_a, to_b] - value[each, to_a, here_b] - value[each, here_a, to_b] + value[each, here_a, here_b]
+    correction = np.zeros((count, count))
+    correction[rows, columns] = joint
+    return correction + correction.T
+
+
+def _simple_bound(couplings: Couplings, cost: Integers, limit: int) -> float:
+    """Separable bound plus the least value of every pair."""
+    separable = mckp.relax(passes.column_major(couplings.loss), passes.column_major(cost.astype(np.int64)), limit).bound
+    return separable + float(couplings.pairs.value.min(axis=(1, 2), initial=np.inf).sum() if len(couplings.pairs.first) else 0.0)
+
+
+def _convex_bound(
+    couplings: Couplings, cost: Integers, limit: int, target: float, gap_tolerance: float, deadline: float
+) -> tuple[float, list[NDArray[np.int32]]]:
+    """Frank-Wolfe on the convexified loss: a lower bound, and the best vertices met as starts for the exchange.
+
+    The bound at a point z is F(z) + least of gradient . (x - z), valid because F is convex and equals the loss on every
+    one-hot x.
+    """
+    n, k = couplings.loss.shape
+    permitted = np.isfinite(couplings.loss)
+    linear = np.where(permitted, couplings.loss, 0.0).ravel()
+    coupling = couplings.matrix() * np.outer(permitted.ravel(), permitted.ravel())
+    quadratic, diagonal = _convexified(coupling, linear, n, k)
+    linear = linear - diagonal / 2
+    table_cost = passes.column_major(cost.astype(np.int64))
+
+    def least(gradient: NDArray[np.float64]) -> mckp.Relaxed:
+        table = np.where(permitted, gradient.reshape(n, k), np.inf)
+        return mckp.relax(passes.column_major(table), table_cost, limit)
+
+    point = _vertex(least(linear), k)
+    image = quadratic @ point
+    bound = -np.inf
+    starts: list[tuple[float, int, NDArray[np.int32]]] = []
+    for number in range(BOUND_STEPS):
+        gradient = linear + image
+        vertex = least(gradient)
+        if number % 4 == 0:
+            starts = sorted([*starts, (couplings.total(vertex.choice), number, vertex.choice)], key=lambda s: s[:2])[:STARTS]
+        value = float(linear @ point + point @ image / 2)
+        bound = max(bound, value + vertex.bound - float(gradient @ point))
+        if target - bound <= max(gap_tolerance, 1e-9) * abs(target) or time.perf_counter() > deadline:
+            break
+        step = _vertex(vertex, k) - point
+        step_image = quadratic @ step
+        slope, bend = float(gradient @ step), float(step @ step_image)
+        if slope >= 0:
+            break
+        length = min(1.0, -slope / bend) if bend > 0 else 1.0
+        point, image = point + length * step, image + length * step_image
+    return bound, [choice for _, _, choice in starts]
+
+
+def _vertex(relaxed: mckp.Relaxed, k: int) -> NDArray[np.float64]:
+    """The linear relaxation's solution as a point: one-hot but for the item whose step fits only in part."""
+    point = np.zeros((len(relaxed.choice), k))
+    point[np.arange(len(point)), relaxed.choice] = 1.0
+    if relaxed.step is not None:
+        item, to, share = relaxed.step
+        point[item, relaxed.choice[item]] -= share
+        point[item, to] += share
+    return point.ravel()
+
+
+def _convexified(
+    coupling: NDArray[np.float64], linear: NDArray[np.float64], n: int, k: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fill the blocks so that the matrix is positive semidefinite; returns it and its diagonal.
+
+    Works on the matrix scaled by the separable losses, in which all decades count alike. Couplings that come from error
+    vectors have low rank: the leading eigenvectors predict the blocks, the blocks correct the eigenvectors. What is
+    still negative in the end is lifted along the diagonal.
+    """
+    scale = np.sqrt(np.maximum(linear, linear.max(initial=0.0) * 1e-16 + np.finfo(np.float64).tiny))
+    filled = coupling / np.outer(scale, scale)
+    blocks = filled.reshape(n, k, n, k)
+    each = np.arange(n)
+    blocks[each, :, each, :] = 2.0 * np.eye(k)  # the loss of squared error vectors has twice the separable loss here
+    rank = min(COMPLETION_RANK, n * k)
+    basis = np.random.default_rng(0).standard_normal((n * k, rank))
+    for _ in range(COMPLETION_ROUNDS):
+        basis, _ = np.linalg.qr(filled @ basis)
+        values, rotation = np.linalg.eigh(basis.T @ filled @ basis)
+        factor = (basis @ rotation * np.sqrt(np.maximum(values, 0.0))).reshape(n, k, rank)
+        predicted = factor @ factor.transpose(0, 2, 1)
+        change = float(np.abs(blocks[each, :, each, :] - predicted).max(initial=0.0))
+        blocks[each, :, each, :] = predicted
+        if change <= COMPLETION_TOLERANCE:
+            break
+    lowest = float(np.linalg.eigvalsh(filled)[0])
+    filled[np.diag_indices_from(filled)] += max(-lowest, 0.0) + 1e-14 * float(np.abs(filled).max()) * len(filled)
+    quadratic = filled * np.outer(scale, scale)
+    return quadratic, np.diagonal(quadratic).copy()

@@ -1,0 +1,108 @@
+"""One suite for every solver: what any of them must do with any problem that it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpqsearch.allocate import AllocationProblem, solve, verify_certificate
+from mpqsearch.errors import InfeasibleBudgetError, UnknownNameError
+
+EXACT = ["auto", "core", "highs", "cbc", "exhaustive"]
+ALL = [*EXACT, "greedy"]
+SAME = 1e-12  # two float64 sums of the same losses
+
+
+def instance(seed, n=6, k=4, scale=1.0, decades=6):
+    rng = np.random.default_rng(seed)
+    loss = 10.0 ** (-decades * rng.random((n, k))) * scale
+    cost = np.sort(rng.integers(1, 2000, (n, k)), axis=1)
+    limit = int((cost.min(axis=1).sum() + cost.max(axis=1).sum()) // 2)
+    return {"loss": loss, "cost": cost, "limit": limit}
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.parametrize("seed", range(3))
+def test_answer_is_admissible_recosted_and_certified(solver, seed):
+    problem = AllocationProblem(**instance(seed))
+    result = solve(problem, solver=solver)
+    rows = np.arange(problem.n_items)
+    assert result.cost == int(problem.cost[rows, result.choice].sum()) <= problem.limit
+    assert result.loss == pytest.approx(float(problem.loss[rows, result.choice].sum()), rel=SAME)
+    assert result.dual_bound <= result.lower_bound * (1 + SAME)
+    assert result.lower_bound <= result.loss * (1 + SAME)
+    assert verify_certificate(problem, result), verify_certificate(problem, result).problems
+
+
+@pytest.mark.parametrize("solver", EXACT)
+@pytest.mark.parametrize("scale", [1e-15, 1e-9, 1e-4, 1.0, 1e9, 1e15])
+def test_optimal_means_optimal_at_every_scale(solver, scale):
+    problem = AllocationProblem(**instance(7, scale=scale))
+    oracle = solve(problem, solver="exhaustive")
+    result = solve(problem, solver=solver)
+    assert result.status == "optimal"
+    assert result.gap == 0
+    assert result.loss == pytest.approx(oracle.loss, rel=SAME, abs=0)
+    np.testing.assert_array_equal(result.choice, oracle.choice)
+
+
+@pytest.mark.parametrize("solver", EXACT)
+def test_costs_of_a_size_that_float_solvers_confuse(solver):
+    """Sizes of 1e12 and a budget of one unit less than an attainable total."""
+    rng = np.random.default_rng(3)
+    loss = np.sort(rng.random((6, 3)), axis=1)[:, ::-1]
+    cost = np.sort(rng.integers(10**9, 10**12, (6, 3)), axis=1)
+    limit = int(cost[:, 1].sum()) - 1
+    problem = AllocationProblem(loss=loss, cost=cost, limit=limit)
+    result = solve(problem, solver=solver)
+    assert result.cost <= limit
+    assert result.loss == pytest.approx(solve(problem, solver="exhaustive").loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", EXACT)
+def test_ties_pins_and_masks_hold(solver):
+    given = instance(11)
+    allowed = np.ones(given["loss"].shape, dtype=bool)
+    allowed[3, 0] = False
+    problem = AllocationProblem(**given, ties=[[0, 2], [4, 5]], fixed={1: 1}, allowed=allowed)
+    result = solve(problem, solver=solver)
+    assert result.choice[0] == result.choice[2]
+    assert result.choice[4] == result.choice[5]
+    assert result.choice[1] == 1
+    assert result.choice[3] != 0
+    assert result.loss == pytest.approx(solve(problem, solver="exhaustive").loss, rel=SAME)
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_infeasible_names_the_smallest_attainable_value(solver):
+    given = instance(13)
+    least = int(given["cost"].min(axis=1).sum())
+    with pytest.raises(InfeasibleBudgetError, match=str(least)):
+        solve(AllocationProblem(**{**given, "limit": least - 1}), solver=solver)
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_the_smallest_budget_takes_the_cheapest_choices(solver):
+    given = instance(17)
+    least = int(given["cost"].min(axis=1).sum())
+    result = solve(AllocationProblem(**{**given, "limit": least}), solver=solver)
+    assert result.cost == least
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_a_slack_budget_gives_every_item_its_best_choice(solver):
+    given = instance(19)
+    problem = AllocationProblem(**{**given, "limit": int(given["cost"].max(axis=1).sum())})
+    result = solve(problem, solver=solver)
+    np.testing.assert_array_equal(result.choice, problem.loss.argmin(axis=1))
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_one_item_and_one_choice(solver):
+    result = solve(AllocationProblem(loss=np.array([[2.0]]), cost=np.array([[5]]), limit=5), solver=solver)
+    assert (result.loss, result.cost, result.choice.tolist()) == (2.0, 5, [0])
+
+
+def test_an_unknown_solver_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match="highs"):
+        solve(AllocationProblem(**instance(0)), solver="highz")
