@@ -6,8 +6,11 @@ Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
 
 from __future__ import annotations
 
+from mpqsearch.allocate.alternatives import solve_alternatives
+from mpqsearch.allocate.backend import use_backend, warm_up
 from mpqsearch.allocate.certificate import CertificateCheck, verify_certificate
 from mpqsearch.allocate.dispatch import solve
+from mpqsearch.allocate.explain import Explanation, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
 from mpqsearch.allocate.problem import (
     AllocationProblem,
@@ -24,12 +27,17 @@ __all__ = [
     "AllocationResult",
     "CertificateCheck",
     "CostBudget",
+    "Explanation",
     "LayerRules",
     "PairwiseTerms",
     "ParetoPath",
     "Status",
+    "explain",
     "relative_gap",
     "solve",
+    "solve_alternatives",
     "solve_path",
+    "use_backend",
     "verify_certificate",
+    "warm_up",
 ]

@@ -52,17 +52,11 @@ class SideRules:
         row: ``[n]`` row of every item.
         layers: Constraints on the items of a layer.
         pairs: Losses of pairs of rows.
-        cuts: ``[c, n_rows]`` choices of which any answer must differ in at least ``distance`` rows of weight.
-        weight: ``[n_rows]`` items in every row.
-        distance: See ``cuts``.
     """
 
     row: Integers
     layers: LayerRules | None = None
     pairs: PairwiseTerms | None = None
-    cuts: tuple[Integers, ...] = ()
-    weight: Integers | None = None
-    distance: int = 0
 
 
 Cells = list[dict[int, Any]]
@@ -87,7 +81,7 @@ def solve_ilp(
         costs: One ``[n, k]`` table per budget.
         limits: One limit per budget.
         reference: Objective of a feasible solution, by which losses are scaled; without one, the losses' range is used.
-        side: Layer rules, pairwise terms and diversity cuts.
+        side: Layer rules and pairwise terms.
         solver: ``highs``, ``cbc`` or the name of any PuLP solver.
         gap: Absolute gap, in units of the loss, at which the solver may stop.
         time_limit_s: Wall time for the solver.
@@ -107,8 +101,6 @@ def solve_ilp(
     if side is not None and side.pairs is not None:
         objective += _pair_terms(model, cells, side.pairs, scale)
     overhead = [] if side is None or side.layers is None else _layer_rules(model, cells, side.layers, side.row)
-    if side is not None:
-        _diversity_cuts(model, cells, side)
     for number, (cost, limit) in enumerate(zip(costs, limits, strict=True)):
         _budget(model, cells, loss, cost, limit, overhead if number == 0 else [])
     model.setObjective(_linear(objective))
@@ -186,18 +178,6 @@ def _used_choices(model: Any, members: Cells, rules: LayerRules, layer: int) -> 
         model += _linear((u, 1) for u in used.values()) <= 1 + (len(used) - 1) * mixed
         terms.append((mixed, int(np.broadcast_to(rules.mixed_overhead, (rules.n_layers,))[layer])))
     return terms
-
-
-def _diversity_cuts(model: Any, cells: Cells, side: SideRules) -> None:
-    """Every cut keeps away from one known choice: at most so much weight may stay as it is there."""
-    if not side.cuts or side.weight is None:
-        return
-    total = int(side.weight.sum())
-    for cut in side.cuts:
-        stays = _linear(
-            (row[int(j)], int(side.weight[i])) for i, (row, j) in enumerate(zip(cells, cut, strict=True)) if int(j) in row
-        )
-        model += stays <= total - side.distance
 
 
 def objective_scale(loss: Floats, reference: float | None) -> float:

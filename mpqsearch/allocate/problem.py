@@ -205,7 +205,9 @@ class AllocationProblem:
         if self.allowed is not None:
             put(self, "allowed", _allowed_table(self.allowed, loss.shape))
         put(self, "fixed_choice", self._resolved_fixed())
+        put(self, "fixed", self.fixed_choice)  # arrays from here on, so that dataclasses.replace can pass them on
         put(self, "tie_labels", self._resolved_ties())
+        put(self, "ties", self.tie_labels)
         _check_every_item_has_a_choice(self)
         _check_losses(self)
         self._check_parts()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpqsearch.allocate import AllocationProblem, solve, verify_certificate
+from mpqsearch.allocate import AllocationProblem, solve, solve_path, verify_certificate
+from mpqsearch.allocate.infeasible import smallest_attainable
 from mpqsearch.errors import InfeasibleBudgetError
 
 ROUNDING = 1e-12  # two float64 sums of a few losses in different orders
@@ -56,3 +60,113 @@ def test_one_below_the_smallest_attainable_cost_is_refused_with_that_cost(proble
     too_small = AllocationProblem(loss=problem.loss, cost=problem.cost, limit=least - 1, allowed=problem.allowed)
     with pytest.raises(InfeasibleBudgetError, match=str(least)):
         solve(too_small)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(-15, 15), st.integers(1, 1000), st.randoms(use_true_random=False))
+def test_scaling_shifting_and_reordering_leave_the_optimum(problem, decade, factor, random):
+    """P5: units, constants per item and the order of items and choices are not part of the problem."""
+    reference = solve(problem)
+    scaled = solve(
+        AllocationProblem(loss=problem.loss * 10.0**decade, cost=problem.cost, limit=problem.limit, allowed=problem.allowed)
+    )
+    assert scaled.loss == pytest.approx(reference.loss * 10.0**decade, rel=ROUNDING, abs=0)
+    if int(problem.cost.max()) < 10**9:
+        sized = AllocationProblem(
+            loss=problem.loss, cost=problem.cost * factor, limit=problem.limit * factor, allowed=problem.allowed
+        )
+        assert solve(sized).loss == pytest.approx(reference.loss, rel=ROUNDING, abs=0)
+    items, choices = list(range(problem.n_items)), list(range(problem.n_choices))
+    random.shuffle(items)
+    random.shuffle(choices)
+    shuffled = AllocationProblem(
+        loss=problem.loss[items][:, choices],
+        cost=problem.cost[items][:, choices],
+        limit=problem.limit,
+        allowed=problem.allowed[items][:, choices],
+    )
+    assert solve(shuffled).loss == pytest.approx(reference.loss, rel=ROUNDING, abs=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_more_budget_is_never_worse_and_the_bound_is_convex(problem):
+    """P3: over the whole path, losses fall, bounds fall and bend upwards, and no optimum is below them."""
+    path = solve_path(problem)
+    limits = np.unique(np.linspace(path.budgets[0], path.budgets[-1] + 2, 7).astype(np.int64))
+    optima = [
+        solve(AllocationProblem(loss=problem.loss, cost=problem.cost, limit=int(limit), allowed=problem.allowed)).loss
+        for limit in limits
+    ]
+    bounds = [path.lower_bound(int(limit)) for limit in limits]
+    answers = [path.at(int(limit)) for limit in limits]
+    slip = ROUNDING * max(abs(optima[0]), 1e-300)
+    assert all(later <= earlier + slip for earlier, later in itertools.pairwise(optima))
+    assert all(bound <= best + slip for bound, best in zip(bounds, optima, strict=True))
+    assert all(answer.loss >= best - slip for answer, best in zip(answers, optima, strict=True))
+    assert all(answer.cost <= limit for answer, limit in zip(answers, limits, strict=True))
+    assert np.all(np.diff(path.rates) <= 0)
+    assert np.all(np.diff(path.budgets) > 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_dominated_and_duplicated_choices_change_nothing(problem):
+    """P7."""
+    worse = np.column_stack([problem.loss, problem.loss[:, 0] * 2 + 1, problem.loss[:, -1]])
+    dearer = np.column_stack([problem.cost, problem.cost[:, 0] + 1, problem.cost[:, -1]])
+    allowed = np.column_stack([problem.allowed, problem.allowed[:, 0], problem.allowed[:, -1]])
+    more = AllocationProblem(loss=worse, cost=dearer, limit=problem.limit, allowed=allowed)
+    assert solve(more).loss == pytest.approx(solve(problem).loss, rel=ROUNDING, abs=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_the_core_is_never_worse_than_greedy_and_ties_and_pins_equal_brute_force(problem, seed):
+    """P9: ties merge rows, pins reduce the budget."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, 2, problem.n_items)
+    tied = {"loss": problem.loss, "cost": problem.cost, "ties": labels, "fixed": {0: int(rng.integers(problem.n_choices))}}
+    smallest = smallest_attainable(AllocationProblem(**tied, limit=0), 0)
+    free = AllocationProblem(**tied, limit=max(problem.limit, smallest))
+    try:
+        oracle = solve(free, solver="exhaustive")
+    except InfeasibleBudgetError:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(free)
+        return
+    core = solve(free)
+    assert core.loss == pytest.approx(oracle.loss, rel=ROUNDING, abs=0)
+    assert core.loss <= solve(free, solver="greedy").loss * (1 + ROUNDING)
+    assert verify_certificate(free, core)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_a_tampered_certificate_is_refused(problem, seed):
+    """P12: choice, loss, cost, multiplier and bound."""
+    result = solve(problem)
+    rng = np.random.default_rng(seed)
+    assert verify_certificate(problem, result)
+    assert not verify_certificate(problem, replace(result, loss=result.loss * 1.001 + 1e-12))
+    assert not verify_certificate(problem, replace(result, cost=result.cost - 1))
+    assert not verify_certificate(problem, replace(result, multipliers=(-1.0,)))
+    assert not verify_certificate(problem, replace(result, dual_bound=result.loss * 1.01 + 1e-12))
+    other = result.choice.copy()
+    item = int(rng.integers(problem.n_items))
+    other[item] = (other[item] + 1) % problem.n_choices
+    loss, costs = problem.evaluate(other)
+    if abs(loss - result.loss) > 1e-9 * abs(result.loss) or costs[0] != result.cost:
+        assert not verify_certificate(problem, replace(result, choice=other))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(max_items=6))
+def test_a_false_claim_of_optimality_is_found_out(problem):
+    """The check proves optimality again: a feasible but worse map cannot be passed off as the optimum."""
+    best = solve(problem)
+    greedy = solve(problem, solver="greedy")
+    assert verify_certificate(problem, best).proof in ("dual", "search")
+    if greedy.loss > best.loss * (1 + 1e-9):
+        forged = replace(greedy, status="optimal", lower_bound=greedy.loss, gap=0.0)
+        assert not verify_certificate(problem, forged)
