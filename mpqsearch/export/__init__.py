@@ -36,8 +36,11 @@ from mpqsearch.export.neutral import (
     structure_digest,
     write_neutral,
 )
+from mpqsearch.export.quanto import QuantoExporter
+from mpqsearch.export.rounding import plan_layers
 
 register("neutral", NeutralExporter)
+register("quanto", QuantoExporter)
 
 __all__ = [
     "EXPORTERS",
@@ -48,6 +51,7 @@ __all__ = [
     "NeutralExporter",
     "NeutralMap",
     "PlanEntry",
+    "QuantoExporter",
     "Verification",
     "VerifyEntry",
     "accounting",
@@ -55,6 +59,7 @@ __all__ = [
     "get_exporter",
     "load_neutral",
     "neutral_extra",
+    "plan_layers",
     "plan_table",
     "register",
     "structure_digest",

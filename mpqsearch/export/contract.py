@@ -11,7 +11,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from mpqsearch.models.denoiser import Denoiser
+    from mpqsearch.models.denoiser import Condition, Denoiser
 
 ROUNDINGS = ("resolve", "up", "down", "error")
 """What happens to a width that a target cannot hold.
@@ -71,17 +71,23 @@ class PlanEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyEntry:
-    """One layer as the consumer holds it: asked of it (after the plan), got, and what is wrong (empty when nothing is)."""
+    """One layer as the consumer holds it.
+
+    ``asked``: the widths of the map in short form; ``planned``: what the plan made of them, for ``reason``; ``got``: what was read
+    back (None: not found, or a width per channel); ``problem``: what is wrong, empty when nothing is.
+    """
 
     layer: str
-    asked: int | None
+    asked: str
+    planned: int | None
     got: int | None
+    reason: str = "exact"
     problem: str = ""
 
     @property
     def ok(self) -> bool:
         """True when the consumer has what the plan promised."""
-        return not self.problem and self.asked == self.got
+        return not self.problem and self.planned == self.got
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +111,11 @@ class Verification:
         lines = [f"{self.target}: {good} of {len(self.entries)} layers as planned"]
         if self.forward_error is not None:
             lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
-        lines += [f"  {e.layer}: asked {e.asked}, got {e.got}. {e.problem}" for e in self.entries if not e.ok]
+        lines += [
+            f"  {e.layer}: asked {e.asked}, planned {e.planned} ({e.reason}), got {e.got}. {e.problem}".rstrip()
+            for e in self.entries
+            if not e.ok
+        ]
         return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
 
     def to_data(self) -> dict[str, Any]:
@@ -117,13 +127,15 @@ class Verification:
 class ExportJob:
     """What an exporter is given.
 
-    ``denoiser`` holds the full-precision model; targets that write weights need it. ``rounding`` is one of `ROUNDINGS`.
+    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is a condition
+    for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
     ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
     table: LayerTable
     bit_map: BitMap
     denoiser: Denoiser | None = None
+    cond: Condition = None
     rounding: str = "resolve"
     inputs: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -148,11 +148,8 @@ class NeutralExporter:
             read = load_neutral(folder / FILE)
         except MpqsearchError as error:
             return Verification(target=self.name, entries=(), problems=(str(error),))
-        entries = []
-        for layer in read.layers:
-            widths = read.bit_map.weights[layer.name]
-            bits = None if widths.ndim else int(widths)
-            entries.append(VerifyEntry(layer=layer.name, asked=bits, got=bits))
+        plan = [_as_asked(la.name, read.bit_map) for la in read.layers]
+        entries = [VerifyEntry(layer=e.layer, asked=e.asked_text, planned=e.will_get, got=e.will_get) for e in plan]
         return Verification(target=self.name, entries=tuple(entries))
 
 

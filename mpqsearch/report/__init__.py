@@ -2,6 +2,13 @@
 
     info = front_info(records, metric="fd_fp", cost="average_bits")   -> FrontInfo
     ax = plot_front(info, ax=None)                                     -> Axes
+    plot_bits_heatmap(bits_heatmap_info(table, bit_map, policy=None, quantiles=64))
+    plot_bits_by_depth(bits_by_depth_info(table, bit_map, policy=None))
+    plot_sensitivity(sensitivity_info(profile, variant="", worst=8))   # variant "measured": one layer at a time
+    plot_predicted_vs_measured(prediction_info(records, metric="paired_mse"))
+    plot_samples(grid); plot_sample_difference(grid)
+    size_breakdown(table, bit_map, policy, storage)                    -> SizeBreakdown, in bits
+    save_figure(ax, folder / "name")                                   -> name.png, name.svg
     write_pareto_csv(path, records); write_pareto_json(path, records, inputs); read_pareto_json(path) -> list[StudyRecord]
     grid = sample_grid("3 bits", 3.0, {"full precision": uint8, "ilp": uint8}, columns=8)  -> SampleGrid
     build_report(folder, ReportContent(title=..., records=..., table=..., ...), inputs) -> list[Path]
@@ -9,30 +16,62 @@
 Needs no torch. Figures are plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing has to be closed.
 """
 
+from mpqsearch.report.bits import (
+    DepthInfo,
+    HeatmapInfo,
+    bits_by_depth_info,
+    bits_heatmap_info,
+    plot_bits_by_depth,
+    plot_bits_heatmap,
+)
 from mpqsearch.report.breakdown import SizeBreakdown, size_breakdown
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.front import FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_sample_difference, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
+from mpqsearch.report.sensitivity import (
+    PredictionInfo,
+    SensitivityInfo,
+    plot_predicted_vs_measured,
+    plot_sensitivity,
+    prediction_info,
+    sensitivity_info,
+    spearman,
+    spearman_interval,
+)
 from mpqsearch.report.tables import pareto_frame, read_pareto_json, standings, tied, write_pareto_csv, write_pareto_json
 
 __all__ = [
+    "DepthInfo",
     "FrontInfo",
+    "HeatmapInfo",
+    "PredictionInfo",
     "ReportContent",
     "SampleGrid",
+    "SensitivityInfo",
     "SizeBreakdown",
+    "bits_by_depth_info",
+    "bits_heatmap_info",
     "build_report",
     "front_info",
     "pareto_frame",
+    "plot_bits_by_depth",
+    "plot_bits_heatmap",
     "plot_front",
+    "plot_predicted_vs_measured",
     "plot_sample_difference",
     "plot_samples",
+    "plot_sensitivity",
+    "prediction_info",
     "read_pareto_json",
     "render",
     "sample_grid",
     "save_figure",
+    "sensitivity_info",
     "size_breakdown",
+    "spearman",
+    "spearman_interval",
     "standings",
     "tied",
     "write_pareto_csv",

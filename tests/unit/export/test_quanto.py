@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
+from mpqsearch.errors import ConfigError
+from mpqsearch.export import ExportJob, QuantoExporter, plan_layers
+from mpqsearch.export.quanto import MAP, quantized_copy
+from mpqsearch.models.denoiser import Denoiser, adapt
+
+WIDTHS, KINDS = (2, 4, 8), ("Linear", "Conv2d")
+
+
+def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> LayerTable:
+    layers = tuple(LayerSpec(name=f"layer{i}", kind=kind, weight_shape=s, tie=tie) for i, s in enumerate(shapes))
+    return LayerTable(digest="d", layers=layers)
+
+
+def plan_of(table: LayerTable, widths: dict[str, Any], rounding: str) -> list[tuple[int | None, str]]:
+    weights = {n: np.array(w, dtype=np.uint8) for n, w in widths.items()}
+    job = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights), rounding=rounding)
+    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", WIDTHS, KINDS)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "up", "down"),
+    [
+        (1, (2, "rounded_up"), (2, "rounded_up")),
+        (2, (2, "exact"), (2, "exact")),
+        (3, (4, "rounded_up"), (2, "rounded_down")),
+        (5, (8, "rounded_up"), (4, "rounded_down")),
+        (8, (8, "exact"), (8, "exact")),
+        (16, (16, "kept_full_precision"), (16, "kept_full_precision")),
+        ([3, 5, 3, 5], (4, "collapsed_channels"), (4, "collapsed_channels")),
+        ([2, 2, 3, 4], (4, "collapsed_channels"), (2, "collapsed_channels")),
+        ([16, 16, 16, 4], (16, "rounded_up"), (16, "rounded_up")),
+    ],
+)
+def test_rounding_of_one_layer(asked: Any, up: tuple[int, str], down: tuple[int, str]) -> None:
+    table = table_of((4, 6))
+    assert plan_of(table, {"layer0": asked}, "up") == [up]
+    assert plan_of(table, {"layer0": asked}, "down") == [down]
+
+
+def test_error_names_the_layer_and_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"'layer0' \(Linear\) at 3 bits.*resolve, up or down"):
+        plan_of(table_of((4, 6)), {"layer0": 3}, "error")
+
+
+def test_other_kinds_stay_at_full_precision() -> None:
+    table = table_of((4, 6, 3), kind="Conv1d")
+    assert plan_of(table, {"layer0": 4}, "resolve") == [(FULL_PRECISION, "unsupported_kind")]
+    with pytest.raises(ConfigError, match="Linear and Conv2d only"):
+        plan_of(table, {"layer0": 4}, "error")
+
+
+def test_resolve_is_the_best_choice_at_the_payload_of_the_map() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        table = table_of(*[(4, int(rng.integers(1, 9))) for _ in range(5)])
+        asked = {la.name: rng.integers(1, 9, size=4) for la in table}
+        got = [w for w, _ in plan_of(table, asked, "resolve")]
+        payload = sum(la.weights_per_channel * int(asked[la.name].sum()) for la in table)
+
+        def loss(choice: Any, table: LayerTable = table, asked: dict[str, Any] = asked) -> float:
+            return sum(
+                la.weights_per_channel * float((4.0 ** (asked[la.name] - c)).sum()) for la, c in zip(table, choice, strict=True)
+            )
+
+        def bits(choice: Any, table: LayerTable = table) -> int:
+            return sum(la.n_weights * c for la, c in zip(table, choice, strict=True))
+
+        limit = max(payload, bits([2] * 5))
+        best = min(loss(c) for c in itertools.product(WIDTHS, repeat=5) if bits(c) <= limit)
+        assert bits(got) <= limit
+        np.testing.assert_allclose(loss(got), best, rtol=1e-9)
+
+
+def test_resolve_keeps_tied_layers_together() -> None:
+    got = plan_of(table_of((4, 8), (4, 8), tie="qk"), {"layer0": 3, "layer1": 3}, "resolve")
+    assert [w for w, _ in got] == [2, 2]
+
+
+def test_resolve_of_a_map_below_the_narrowest_width() -> None:
+    assert plan_of(table_of((4, 8)), {"layer0": 1}, "resolve") == [(2, "resolved")]
+
+
+class Plain(nn.Module):
+    """No diffusers model: it has no configuration from which another process could build it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(1, 6, 3, padding=1)
+        self.outer = nn.Conv2d(6, 1, 3, padding=1)
+        self.spare = nn.Linear(4, 4)
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        del t, cond
+        result: torch.Tensor = self.outer(self.inner(x).relu())
+        return result
+
+
+def plain_job(**more: Any) -> tuple[Denoiser, ExportJob]:
+    torch.manual_seed(0)
+    denoiser = adapt(Plain(), sample_shape=(1, 6, 6))
+    layers = (
+        LayerSpec(name="inner", kind="Conv2d", weight_shape=(6, 1, 3, 3)),
+        LayerSpec(name="outer", kind="Conv2d", weight_shape=(1, 6, 3, 3)),
+        LayerSpec(name="spare", kind="Linear", weight_shape=(4, 4)),
+    )
+    table = LayerTable(digest=denoiser.digest, layers=layers, model="plain")
+    weights = {"inner": np.array(4), "outer": np.array(8), "spare": np.array(16)}
+    bit_map = BitMap(model_digest=denoiser.digest, weights=weights)
+    return denoiser, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, **more)
+
+
+def test_a_module_that_is_no_diffusers_model(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quanto")
+    _, job = plain_job()
+    exporter = QuantoExporter()
+    exporter.write(tmp_path, job)
+    alone = exporter.verify(tmp_path)
+    assert not alone.ok
+    assert "Give verify() a new instance" in alone.problems[0]
+    torch.manual_seed(1)
+    seen = exporter.verify(tmp_path, module=Plain())
+    assert seen.ok, seen.summary()
+    assert [e.got for e in seen.entries] == [4, 8, 16]
+    assert seen.forward_error is not None
+    assert seen.forward_error < 1e-6
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change a file of an export and the digest that guards it, as a faulty writer would have."""
+    from mpqsearch.artifacts import digest_file
+
+    change(folder)
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["data"]["files"] = {n: digest_file(folder / n) for n in manifest["data"]["files"]}
+    (folder / "export.json").write_text(json.dumps(manifest))
+
+
+def test_verify_sees_what_quanto_ignores(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quanto")
+    from safetensors.torch import load_file, save_file
+
+    _, job = plain_job()
+    exporter = QuantoExporter()
+
+    def misname(folder: Path) -> None:
+        qmap = json.loads((folder / MAP).read_text())
+        qmap["no.such.layer"] = qmap.pop("inner")
+        (folder / MAP).write_text(json.dumps(qmap))
+
+    exporter.write(tmp_path, job)
+    rewrite(tmp_path, misname)
+    seen = exporter.verify(tmp_path, module=Plain())
+    assert [(e.layer, e.planned, e.got) for e in seen.entries if not e.ok] == [("inner", 4, 16)]
+
+    def lose_a_bias(folder: Path) -> None:
+        path = folder / "diffusion_pytorch_model.safetensors"
+        state = load_file(path)
+        del state["spare.bias"]
+        save_file(state, path)
+
+    exporter.write(tmp_path, job)
+    rewrite(tmp_path, lose_a_bias)
+    assert any("'spare.bias'" in p for p in exporter.verify(tmp_path, module=Plain()).problems)
+
+    def shift(folder: Path) -> None:
+        path = folder / "diffusion_pytorch_model.safetensors"
+        state = load_file(path)
+        state["outer.bias"] += 1.0
+        save_file(state, path)
+
+    exporter.write(tmp_path, job)
+    rewrite(tmp_path, shift)
+    seen = exporter.verify(tmp_path, module=Plain())
+    assert any("forward pass differs" in p for p in seen.problems)
+    assert "forward pass" in seen.summary()
+
+
+def test_the_codes_are_those_of_the_width(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quanto")
+    denoiser, job = plain_job()
+    clone = quantized_copy(denoiser.module, QuantoExporter().plan(job))
+    from mpqsearch.export.quanto_check import torch_kernels
+
+    with torch_kernels():
+        weight = clone.inner.weight.dequantize()
+    levels = [len(torch.unique(row)) for row in weight]
+    assert max(levels) <= 16
+    assert min(levels) > 4
+    step = (denoiser.module.inner.weight.amax((1, 2, 3)) - denoiser.module.inner.weight.amin((1, 2, 3))) / 15
+    worst = (weight - denoiser.module.inner.weight).abs().amax((1, 2, 3))
+    assert bool((worst <= 0.5001 * step + 1e-6).all()), "rounding to the nearest of 16 levels over the range of each row"
+
+
+def test_torch_kernel_undoes_quantos_packing() -> None:
+    packed_tensor = pytest.importorskip("optimum.quanto.tensor.packed")
+    from mpqsearch.export.quanto_check import _unpack
+
+    for bits in (2, 4):
+        codes = torch.arange(2**bits, dtype=torch.uint8).repeat(8).reshape(-1, 4)
+        packed = packed_tensor.PackedTensor.pack(codes, bits)
+        assert torch.equal(_unpack(packed._data, bits)[: len(codes)], codes)
+
+
+def test_a_model_is_needed() -> None:
+    _, job = plain_job()
+    with pytest.raises(ConfigError, match="needs the model"):
+        QuantoExporter().write(Path("nowhere"), ExportJob(table=job.table, bit_map=job.bit_map))
+
+
+def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quanto")
+    denoiser, job = plain_job()
+    plan = [e for e in QuantoExporter().plan(job) if e.layer != "spare"]
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="absent"):
+        quantized_copy(denoiser.module, [replace(plan[0], layer="absent"), *plan[1:]])
+
+
+def test_a_missing_library_gives_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("optimum"):
+            raise ModuleNotFoundError("No module named 'optimum'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    _, job = plain_job()
+    with pytest.raises(ConfigError, match=r"pip install 'mpqsearch\[export\]'"):
+        QuantoExporter().write(tmp_path, job)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_needs_neither_torch_nor_the_consumer() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, mpqsearch.export, mpqsearch.report, mpqsearch.pareto\n"
+        "bad = {'torch', 'optimum', 'diffusers', 'pulp', 'optuna', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
