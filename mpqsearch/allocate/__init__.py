@@ -20,6 +20,7 @@ from mpqsearch.allocate.problem import (
     PairwiseTerms,
     Status,
     relative_gap,
+    whole_units,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "use_backend",
     "verify_certificate",
     "warm_up",
+    "whole_units",
 ]

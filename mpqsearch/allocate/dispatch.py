@@ -21,6 +21,9 @@ INFINITY = float("inf")
 LINEARIZED_PRODUCTS = 10_000
 """Products of binaries up to which ``auto`` tries to prove a pairwise problem by an integer program."""
 
+QUICK_PRODUCTS = 1_000
+"""Products up to which the integer program is faster than any other bound."""
+
 PATIENCE_S = 30.0
 """Seconds that ``auto`` gives an integer program nobody asked for, when there is no time limit."""
 
@@ -313,7 +316,13 @@ def _solve_pairwise(task: Task) -> AllocationResult:
     pairs, loss = _row_pairs(task)
     relaxed = mckp.relax(loss, tables.cost, tables.limit)
     found = pairwise.solve_pairwise(
-        loss, tables.cost, tables.limit, pairs, gap_tolerance=max(task.gap_tolerance, 1e-6), deadline=task.deadline
+        loss,
+        tables.cost,
+        tables.limit,
+        pairs,
+        convex=pairs.value.size > QUICK_PRODUCTS,
+        gap_tolerance=max(task.gap_tolerance, 1e-6),
+        deadline=task.deadline,
     )
     gap = relative_gap(found.loss, found.bound)
     answer = Answer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.canonical import canonical_tables, tie_rows
+from mpqsearch.allocate.canonical import canonical_tables, masked_loss, tie_rows
 from mpqsearch.allocate.problem import FREE, AllocationProblem, CostBudget
 from mpqsearch.errors import InfeasibleBudgetError
 
@@ -71,7 +71,8 @@ def _ties(problem: AllocationProblem, budget: CostBudget) -> list[str]:
     number = [other.name for other in problem.budgets].index(budget.name)
     together = np.where(np.isfinite(tables.loss), tables.costs[number], np.iinfo(np.int64).max).min(axis=1)
     apart = np.zeros(len(together), dtype=np.int64)
-    np.add.at(apart, row, _least(problem, budget))
+    own = np.where(np.isfinite(masked_loss(problem)), budget.cost, np.iinfo(np.int64).max).min(axis=1)
+    np.add.at(apart, row, own)
     extra = np.zeros(problem.n_items, dtype=np.int64)
     _, first = np.unique(row, return_index=True)
     extra[first] = together - apart

@@ -91,6 +91,7 @@ def solve_pairwise(
     limit: int,
     pairs: PairwiseTerms,
     *,
+    convex: bool = True,
     gap_tolerance: float = 0.0,
     deadline: float = float("inf"),
 ) -> PairwiseSolution:
@@ -101,6 +102,7 @@ def solve_pairwise(
         cost: ``[n, k]`` integers.
         limit: Budget.
         pairs: Terms between different rows, one per pair of rows.
+        convex: Whether to take the trouble of the convex bound.
         gap_tolerance: The bound is not improved beyond this relative gap.
         deadline: ``time.perf_counter()`` value at which to stop.
 
@@ -112,9 +114,9 @@ def solve_pairwise(
     choice = _exchange(couplings, cost, limit, choice, deadline)
     total = couplings.total(choice)
     bound = _simple_bound(couplings, cost, limit)
-    if loss.size <= DENSE_CELLS and bool((couplings.loss >= 0).all()):
-        convex, vertices = _convex_bound(couplings, cost, limit, total, gap_tolerance, deadline)
-        bound = max(bound, convex)
+    if convex and loss.size <= DENSE_CELLS and bool((couplings.loss >= 0).all()):
+        relaxation, vertices = _convex_bound(couplings, cost, limit, total, gap_tolerance, deadline)
+        bound = max(bound, relaxation)
         for vertex in vertices:
             other = _exchange(couplings, cost, limit, vertex, deadline)
             if couplings.total(other) < total:

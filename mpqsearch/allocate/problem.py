@@ -76,6 +76,17 @@ class LayerRules:
             raise ConfigError(f"LayerRules.layer must be a vector of integers >= 0, got {layer.dtype} {layer.shape}.")
         object.__setattr__(self, "layer", _frozen(layer))
         object.__setattr__(self, "width", _frozen(np.asarray(self.width, dtype=np.float64)))
+        for what in ("average", "average_min", "average_max", "mixed_overhead"):
+            given = getattr(self, what)
+            if given is not None and np.shape(given) not in ((), (self.n_layers,)):
+                raise ConfigError(f"LayerRules.{what} must be one number or {self.n_layers}, got shape {np.shape(given)}.")
+        overhead = self.choice_overhead
+        if overhead is not None and np.shape(overhead) != (self.n_layers, len(self.width)):
+            raise ConfigError(
+                f"LayerRules.choice_overhead must have shape {(self.n_layers, len(self.width))}, got {np.shape(overhead)}."
+            )
+        if any(given is not None and np.min(given) < 0 for given in (self.mixed_overhead, overhead)):
+            raise ConfigError("LayerRules: overheads must be >= 0.")
         if self.average_step is not None and not self.average_step > 0:
             raise ConfigError(f"LayerRules.average_step must be > 0, got {self.average_step}.")
         if self.max_distinct is not None and self.max_distinct < 1:
@@ -385,6 +396,28 @@ def relative_gap(loss: float, bound: float) -> float:
     if loss == 0 or not np.isfinite(bound):
         return float("inf")
     return (loss - bound) / abs(loss)
+
+
+def whole_units(values: Floats, unit: float) -> NDArray[np.int64]:
+    """Measured costs as whole multiples of ``unit``, rounded up, so that a budget in units is never exceeded in truth.
+
+    Args:
+        values: Finite measurements >= 0 of any shape, such as latencies in seconds.
+        unit: Size of one unit, such as 1e-9; the rounding adds less than this per cell.
+
+    Raises:
+        NumericsError: A value is NaN, infinite or negative.
+        ConfigError: The unit is not positive, or a value is too large for it.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if not unit > 0:
+        raise ConfigError(f"unit must be > 0, got {unit}.")
+    if not bool((np.isfinite(table) & (table >= 0)).all()):
+        raise NumericsError("measured costs must be finite and >= 0.")
+    units = np.ceil(table / unit)
+    if table.size and float(units.max()) >= 2**53:
+        raise ConfigError(f"a cost is {units.max():.3g} units of {unit}; use a larger unit.")
+    return units.astype(np.int64)
 
 
 def layer_overhead(rules: LayerRules, choice: Integers, n_choices: int) -> int:

@@ -106,3 +106,19 @@ def test_one_item_and_one_choice(solver):
 def test_an_unknown_solver_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match="highs"):
         solve(AllocationProblem(**instance(0)), solver="highz")
+
+
+@pytest.mark.slow
+def test_a_thousand_random_instances_core_against_highs():
+    """Within HiGHS's own tolerance: a millionth of what greedy leaves above the unattainable minimum."""
+    rng = np.random.default_rng(2024)
+    worse = 0
+    for seed in range(1000):
+        n, k = int(rng.integers(3, 15)), int(rng.integers(2, 8))
+        problem = AllocationProblem(**instance(seed, n, k, scale=10.0 ** rng.integers(-9, 10)))
+        core, highs = solve(problem, solver="core"), solve(problem, solver="highs")
+        assert core.status == "optimal"
+        assert core.loss <= highs.loss * (1 + SAME)
+        assert highs.loss >= core.lower_bound * (1 - SAME)
+        worse += highs.loss > core.loss * (1 + 1e-6)
+    assert worse == 0

@@ -1,0 +1,168 @@
+"""Several budgets, layer rules and pairwise terms against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mpqsearch.allocate import (
+    AllocationProblem,
+    CostBudget,
+    LayerRules,
+    PairwiseTerms,
+    solve,
+    solve_alternatives,
+    verify_certificate,
+)
+from mpqsearch.errors import InfeasibleBudgetError
+
+SAME = 1e-12  # two float64 sums of a few losses in different orders
+SEEDS = st.integers(0, 2**32 - 1)
+DECADES = st.integers(-9, 9)
+
+
+def agrees_with_brute_force(problem, **options):
+    """The answer equals the oracle's, or both refuse."""
+    try:
+        oracle = solve(problem, solver="exhaustive")
+    except InfeasibleBudgetError:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(problem, **options)
+        return None
+    answer = solve(problem, **options)
+    assert answer.status == "optimal"
+    assert answer.loss == pytest.approx(oracle.loss, rel=SAME, abs=0)
+    assert all(answer.costs[budget.name] <= budget.limit for budget in problem.budgets)
+    assert answer.dual_bound <= oracle.loss + SAME * abs(oracle.loss)
+    check = verify_certificate(problem, answer)
+    assert check, check.problems
+    return answer
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, DECADES, st.integers(1, 2))
+def test_several_budgets(seed, decade, extra):
+    rng = np.random.default_rng(seed)
+    n, k = int(rng.integers(2, 6)), int(rng.integers(2, 5))
+    tables = [rng.integers(0, 50, (n, k)) for _ in range(extra + 1)]
+    limits = [int(rng.integers(table.min(axis=1).sum(), table.max(axis=1).sum() + 1)) for table in tables]
+    more = tuple(
+        CostBudget(name=f"budget {b}", cost=table, limit=limit)
+        for b, (table, limit) in enumerate(zip(tables[1:], limits[1:], strict=True))
+    )
+    problem = AllocationProblem(
+        loss=rng.random((n, k)) * 10.0**decade,
+        cost=tables[0],
+        limit=limits[0],
+        more_budgets=more,
+        ties=rng.integers(-1, 2, n) if seed % 3 == 0 else None,
+    )
+    agrees_with_brute_force(problem)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, DECADES)
+def test_a_slack_second_budget_changes_nothing(seed, decade):
+    """P11: its multiplier is zero and it may be dropped."""
+    rng = np.random.default_rng(seed)
+    loss, cost = rng.random((5, 3)) * 10.0**decade, rng.integers(1, 50, (5, 3))
+    limit = int((cost.min(axis=1).sum() + cost.max(axis=1).sum()) // 2)
+    alone = solve(AllocationProblem(loss=loss, cost=cost, limit=limit))
+    slack = CostBudget(name="slack", cost=rng.integers(0, 9, (5, 3)), limit=1000)
+    both = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, more_budgets=(slack,)))
+    assert both.loss == pytest.approx(alone.loss, rel=SAME, abs=0)
+    assert both.multipliers[1] * 1000 <= 1e-6 * both.loss
+
+
+@st.composite
+def layered(draw):
+    """Up to three layers of a few channels, any combination of rules, convex channels or not."""
+    rng = np.random.default_rng(draw(SEEDS))
+    layers = int(rng.integers(1, 4))
+    layer = np.repeat(np.arange(layers), rng.integers(1, 4, layers))
+    k = 3 if len(layer) > 5 else int(rng.integers(2, 5))
+    width = np.array([2.0, 3.0, 4.0, 5.0] if draw(st.booleans()) else [1.0, 2.0, 4.0, 8.0])[:k]
+    loss = rng.random((len(layer), k)) * 10.0 ** draw(DECADES)
+    if draw(st.booleans()):
+        loss = loss[:, :1] * 4.0**-width
+    weights = rng.integers(1, 30, layers)[layer]
+    cost = (weights[:, None] * width).astype(np.int64)
+    rules = draw(
+        st.sampled_from(
+            [{}, {"average_step": 1}, {"average": 3.0}, {"average_min": 2.5, "average_max": 3.5}, {"average_step": 0.5}]
+        )
+    )
+    if draw(st.booleans()):
+        rules = rules | {"mixed_overhead": rng.integers(0, 20, layers)}
+    if draw(st.booleans()):
+        rules = rules | {"max_distinct": int(rng.integers(1, 3))}
+    if draw(st.booleans()):
+        rules = rules | {"choice_overhead": rng.integers(0, 9, (layers, k))}
+    limit = int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 30))
+    return AllocationProblem(loss=loss, cost=cost, limit=limit, layers=LayerRules(layer=layer, width=width, **rules))
+
+
+@settings(max_examples=80, deadline=None)
+@given(layered())
+def test_layer_rules_in_two_levels(problem):
+    """P10: two levels equal brute force over every channel."""
+    agrees_with_brute_force(problem)
+
+
+@settings(max_examples=15, deadline=None)
+@given(layered())
+def test_layer_rules_in_an_integer_program(problem):
+    """The monolithic model is the second opinion."""
+    agrees_with_brute_force(problem, solver="highs")
+
+
+@st.composite
+def coupled(draw):
+    """Squared sums of error vectors: pairwise terms of either sign."""
+    rng = np.random.default_rng(draw(SEEDS))
+    n, k = int(rng.integers(2, 6)), int(rng.integers(2, 4))
+    errors = rng.normal(size=(n, k, 3)) * 2.0 ** -np.arange(k)[:, None]
+    first, second = np.triu_indices(n, 1)
+    value = 2 * np.einsum("par,pbr->pab", errors[first], errors[second])
+    scale = 10.0 ** draw(DECADES)
+    cost = rng.integers(1, 20, (n, 1)) * np.arange(1, k + 1)
+    limit = int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 1))
+    return AllocationProblem(
+        loss=(errors**2).sum(axis=2) * scale,
+        cost=cost,
+        limit=limit,
+        pairwise=PairwiseTerms(first=first, second=second, value=value * scale),
+        ties=[[0, 1]] if draw(st.booleans()) else None,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(coupled())
+def test_pairwise_terms(problem):
+    oracle = solve(problem, solver="exhaustive")
+    answer = solve(problem)
+    assert answer.loss == pytest.approx(oracle.loss, rel=1e-9, abs=1e-12 * float(problem.loss.max()))
+    assert answer.lower_bound <= oracle.loss + 1e-9 * float(problem.loss.max())
+    check = verify_certificate(problem, answer)
+    assert check, check.problems
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, st.integers(1, 3))
+def test_alternatives_are_the_best_that_differ_enough(seed, distance):
+    rng = np.random.default_rng(seed)
+    n, k = 4, 3
+    loss, cost = rng.random((n, k)), rng.integers(1, 20, (n, k))
+    limit = int((cost.min(axis=1).sum() + cost.max(axis=1).sum()) // 2)
+    problem = AllocationProblem(loss=loss, cost=cost, limit=limit)
+    found = solve_alternatives(problem, 4, min_distance=distance)
+    assume(len(found) > 1)
+    grid = np.stack(np.meshgrid(*[np.arange(k)] * n, indexing="ij"), axis=-1).reshape(-1, n)
+    losses, costs = loss[np.arange(n), grid].sum(axis=1), cost[np.arange(n), grid].sum(axis=1)
+    for number, answer in enumerate(found):
+        far = np.ones(len(grid), dtype=bool)
+        for earlier in found[:number]:
+            far &= (grid != earlier.choice).sum(axis=1) >= distance
+        assert answer.loss == pytest.approx(losses[far & (costs <= limit)].min(), rel=SAME)

@@ -1,0 +1,90 @@
+"""Paths, explanations, certificates and time limits on problems small enough to read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpqsearch.allocate import AllocationProblem, CostBudget, explain, solve, solve_path, verify_certificate
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError
+
+NAMES = ("a", "b", "c")
+
+
+def problem(**changes):
+    """Item a gains 8 then 2 per unit, b 4 then 1, c nothing at all."""
+    given = {
+        "loss": np.array([[10.0, 2.0, 0.0], [5.0, 1.0, 0.0], [7.0, 7.0, 7.0]]),
+        "cost": np.array([[1, 2, 3], [1, 2, 3], [1, 2, 3]]),
+        "limit": 5,
+        "names": NAMES,
+    }
+    return AllocationProblem(**(given | changes))
+
+
+def test_the_path_lists_every_vertex():
+    path = solve_path(problem())
+    assert path.budgets.tolist() == [3, 4, 5, 6, 7]
+    assert path.losses.tolist() == [22.0, 14.0, 10.0, 8.0, 7.0]
+    assert path.rates.tolist() == [8.0, 4.0, 2.0, 1.0]
+    assert path.choice(2).tolist() == [1, 1, 0]
+    assert path.at(5).status == "optimal"
+    assert path.at(100).loss == 7.0
+    with pytest.raises(InfeasibleBudgetError, match="is 3"):
+        path.at(2)
+
+
+def test_the_path_certifies_what_lies_between_two_vertices():
+    path = solve_path(problem(cost=np.array([[2, 4, 6]] * 3)))
+    between = path.at(9)
+    assert (between.loss, between.lower_bound, between.status) == (14.0, 12.0, "feasible")
+    assert verify_certificate(replace(path.problem, limit=9), between)
+
+
+def test_the_path_refuses_what_it_cannot_order():
+    more = (CostBudget(name="bops", cost=np.ones((3, 3), dtype=int), limit=3),)
+    with pytest.raises(ConfigError, match="one budget"):
+        solve_path(problem(more_budgets=more))
+
+
+def test_explanation_of_the_next_step():
+    asked = problem()
+    told = explain(asked, solve(asked))
+    assert [item.items for item in told.items] == [("a",), ("b",), ("c",)]
+    first, second, last = told.items
+    assert (first.rate_up, first.next_choice, first.gain, first.rate_down) == (2.0, "choice 2", 2.0, 8.0)
+    assert (second.rate_up, second.rate_down) == (1.0, 4.0)
+    assert (last.next_choice, last.rate_up, last.holds) == (None, 0.0, "at smallest")
+    assert told.slack == 0
+    assert told.rows()[0]["items"] == "a"
+
+
+def test_explanation_prices_pins_and_ties():
+    asked = problem(fixed={"a": 0}, ties=[["b", "c"]])
+    told = explain(asked, solve(asked))
+    prices = {(price.kind, price.items): price.price for price in told.prices}
+    # pinned a, tied b and c: (0, 1, 1) costs 5 and loses 18; without the pin (0, 1, 1) or (2, 0, 0): 12
+    assert prices[("fixed", ("a",))] == pytest.approx(18.0 - 12.0)
+    # without the tie (0, 2, 0): 17
+    assert prices[("tie", ("b", "c"))] == pytest.approx(18.0 - 17.0)
+    assert all(price.proven for price in told.prices)
+
+
+def test_a_forged_optimum_is_found_out():
+    asked = problem(limit=4)
+    worse = replace(solve(asked), choice=np.array([0, 1, 0], dtype=np.int32), loss=18.0)
+    forged = replace(worse, lower_bound=18.0, gap=0.0, status="optimal")
+    assert verify_certificate(asked, solve(asked))
+    assert "smaller loss" in verify_certificate(asked, forged).problems[-1]
+
+
+def test_a_time_limit_is_told_apart_from_an_optimum():
+    rng = np.random.default_rng(0)
+    loss, cost = rng.random((3000, 7)), np.sort(rng.integers(1, 10**6, (3000, 7)), axis=1)
+    hurried = solve(AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 3].sum())), time_limit_s=1e-6)
+    assert hurried.status == "time_limit"
+    assert 0 < hurried.gap < 0.01
+    with pytest.raises(ConfigError, match="time_limit_s"):
+        solve(problem(), time_limit_s=0)

@@ -1,0 +1,149 @@
+"""What a problem refuses, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mpqsearch.allocate import AllocationProblem, CostBudget, LayerRules, PairwiseTerms, solve, whole_units
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, NumericsError, UnknownNameError
+
+NAMES = ("conv_in", "attn.to_q", "attn.to_k")
+
+
+def problem(**changes):
+    given = {
+        "loss": np.array([[3.0, 2.0, 1.0]] * 3),
+        "cost": np.array([[2, 3, 4]] * 3),
+        "limit": 9,
+        "names": NAMES,
+        "choices": ("int2", "int3", "int4"),
+    }
+    return AllocationProblem(**(given | changes))
+
+
+def table(value, cell=(1, 2), dtype=float):
+    values = np.ones((3, 3), dtype=dtype)
+    values[cell] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"loss": table(np.nan)}, NumericsError, r"'attn.to_q', 'int4'.*nan"),
+        ({"loss": table(np.inf)}, NumericsError, r"'attn.to_q', 'int4'.*inf"),
+        ({"loss": table(-1.0)}, NumericsError, r"'attn.to_q', 'int4'.*-1"),
+        ({"loss": np.ones(3)}, ConfigError, "shape"),
+        ({"loss": np.full((3, 3), "a")}, ConfigError, "real numbers"),
+        ({"cost": np.ones((3, 2), dtype=int)}, ConfigError, "shape"),
+        ({"cost": np.ones((3, 3))}, ConfigError, "integers"),
+        ({"cost": table(-5, dtype=int)}, ConfigError, r"'attn.to_q', 'int4'.*-5"),
+        ({"cost": table(2**62, dtype=int)}, ConfigError, "larger unit"),
+        ({"limit": float("nan")}, ConfigError, "finite"),
+        ({"limit": "big"}, ConfigError, "whole number"),
+        ({"names": ("a", "b")}, ConfigError, "2 entries"),
+        ({"names": ("a", "b", "a")}, ConfigError, "'a' appears twice"),
+        ({"allowed": np.ones((3, 3))}, ConfigError, "booleans"),
+        ({"allowed": np.array([[True] * 3, [False] * 3, [True] * 3])}, ConfigError, "'attn.to_q' has no allowed"),
+        ({"ties": [["conv_in", "attn.to_v"]]}, UnknownNameError, "attn.to_q"),
+        ({"ties": [[0, 1], [1, 2]]}, ConfigError, "two tie groups"),
+        ({"ties": np.array([0, 0])}, ConfigError, "2 labels"),
+        ({"fixed": {"conv_in": "int5"}}, UnknownNameError, "int4"),
+        ({"fixed": {5: 0}}, ConfigError, "outside"),
+        ({"fixed": {"conv_in": 0}, "allowed": ~np.eye(3, dtype=bool)}, ConfigError, "'conv_in' is fixed to 'int2'"),
+        ({"more_budgets": (CostBudget(name="cost", cost=np.ones((3, 3), int), limit=1),)}, ConfigError, "own name"),
+        ({"layers": LayerRules(layer=np.zeros(2, int), width=np.arange(3))}, ConfigError, "3 items"),
+        ({"layers": LayerRules(layer=np.zeros(3, int), width=np.arange(2))}, ConfigError, "3 choices"),
+    ],
+)
+def test_refusals_name_the_place(changes, error, words):
+    with pytest.raises(error, match=words):
+        problem(**changes)
+
+
+def test_cells_that_are_not_allowed_may_hold_anything():
+    loss, allowed = table(np.nan), np.ones((3, 3), dtype=bool)
+    allowed[1, 2] = False
+    assert solve(problem(loss=loss, allowed=allowed)).choice[1] != 2
+
+
+def test_negative_losses_are_accepted_on_request():
+    assert solve(problem(loss=table(-1.0), signed_loss=True)).choice[1] == 2
+
+
+def test_a_fractional_limit_is_rounded_down():
+    assert problem(limit=9.99).limit == 9
+
+
+def test_the_tables_cannot_change_under_the_certificate():
+    with pytest.raises(ValueError, match="read-only"):
+        problem().loss[0, 0] = 5.0
+
+
+def test_no_items():
+    result = solve(AllocationProblem(loss=np.empty((0, 3)), cost=np.empty((0, 3), dtype=int), limit=0))
+    assert (result.status, result.loss, result.cost) == ("optimal", 0.0, 0)
+
+
+def test_pairs_of_an_item_with_itself_are_refused():
+    with pytest.raises(ConfigError, match="itself"):
+        PairwiseTerms(first=np.array([1]), second=np.array([1]), value=np.ones((1, 3, 3)))
+
+
+def test_infeasibility_names_pins_ties_and_masks():
+    allowed = np.ones((3, 3), dtype=bool)
+    allowed[2, 0] = False
+    asked = problem(limit=6, fixed={"conv_in": "int4"}, allowed=allowed, ties=[["attn.to_q", "attn.to_k"]])
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        solve(asked)
+    message = str(caught.value)
+    assert "smallest attainable value is 10 (4 more)" in message
+    assert "Choices that are not allowed raise it by 1: 'attn.to_k' +1" in message
+    assert "Fixed items raise it by 2: 'conv_in' +2" in message
+    assert "Ties (named by their first item) raise it by 1: 'attn.to_q' +1" in message
+
+
+def test_two_budgets_that_exclude_each_other_say_what_each_leaves():
+    """Small in one budget is large in the other: 6 of each is attainable alone, together they need 12."""
+    opposite = CostBudget(name="bops", cost=np.array([[4, 3, 2]] * 3), limit=8)
+    with pytest.raises(InfeasibleBudgetError, match=r"smallest cost within the other limits is 10.*smallest bops .* 9"):
+        solve(problem(more_budgets=(opposite,)))
+
+
+def test_measured_costs_are_rounded_up():
+    assert whole_units(np.array([0.0, 1e-9, 1.2e-9]), 1e-9).tolist() == [0, 1, 2]
+    with pytest.raises(NumericsError):
+        whole_units(np.array([-1.0]), 1e-9)
+    with pytest.raises(ConfigError, match="larger unit"):
+        whole_units(np.array([1.0]), 1e-17)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"average": np.ones(3)}, "LayerRules.average must be one number or 2"),
+        ({"choice_overhead": np.ones((2, 2), int)}, "choice_overhead"),
+        ({"mixed_overhead": -1}, ">= 0"),
+        ({"average_step": 0}, "average_step"),
+        ({"max_distinct": 0}, "max_distinct"),
+    ],
+)
+def test_layer_rules_refuse(rules, words):
+    with pytest.raises(ConfigError, match=words):
+        LayerRules(layer=np.array([0, 0, 1]), width=np.arange(3), **rules)
+
+
+def test_a_layer_without_an_admissible_average_is_named():
+    rules = LayerRules(layer=np.array([0, 1, 1]), width=np.array([2.0, 3.0, 4.0]), average=np.array([2.0, 9.0]))
+    with pytest.raises(InfeasibleBudgetError, match="layer 1"):
+        solve(problem(layers=rules))
+
+
+def test_importing_the_allocator_loads_neither_torch_nor_pulp_nor_numba():
+    code = "import sys, mpqsearch.allocate; print([m for m in ('torch', 'pulp', 'numba', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
