@@ -108,7 +108,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``"3bit"`` (average of the whole model), ``"uniform:3"``, ``"450kB"``, ``"1.5MiB"`` or ``"2e9bops"``."""
-        match = re.fullmatch(r"\s*(uniform:)?\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+        match = re.fullmatch(r"\s*(uniform:)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
         if match:
             prefix, number, unit = match.groups()
             try:

@@ -75,7 +75,9 @@ def _build(class_name: str, folder: Path) -> nn.Module:
             f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have"
         )
     try:
-        model: nn.Module = cls.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+        model: nn.Module = cls.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
     except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
         raise ModelError(f"cannot load {folder} as {class_name}: {error}") from error
     return model

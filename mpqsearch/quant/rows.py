@@ -22,6 +22,10 @@ ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
 
 
+FINALISTS = 4
+"""Candidates of the range search that are compared again in float64."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowQuantizer:
     """Scale, zero and width of every row: float32 ``[C]``, float32 ``[C]``, uint8 ``[C]``."""
@@ -120,9 +124,12 @@ def _best_shrink(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, fmt: Q
 
 
 def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float) -> Tensor:
-    """Index of the best factor for each row of a cache-sized block; works in units of the scale, in place."""
-    least = torch.full_like(widest, torch.inf)
-    index = torch.zeros(len(rows), dtype=torch.long)
+    """Index of the best factor for each row of a cache-sized block.
+
+    All factors in float32, in units of the scale and in place; then the best few again in float64, since rounding may reverse
+    candidates that differ by a millionth.
+    """
+    errors = torch.empty(len(factors), len(rows))
     zero_column, top_column = zero[:, None], top[:, None]
     units, nearest = torch.empty_like(rows), torch.empty_like(rows)
     for i, factor in enumerate(factors.tolist()):
@@ -132,11 +139,16 @@ def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, facto
         nearest.clamp_min_(0)
         torch.minimum(nearest, top_column, out=nearest)
         units.sub_(nearest)
-        error = _power_sum(units, p) * scale.pow(p)
-        better = error < least
-        least = torch.where(better, error, least)
-        index.masked_fill_(better, i)
-    return index
+        errors[i] = _power_sum(units, p) * scale.pow(p)
+    few = errors.topk(min(FINALISTS, len(factors)), dim=0, largest=False).indices.sort(dim=0).values
+    exact = torch.stack([_exact_error(rows, widest.double() * factors[i], zero, top, p) for i in few])
+    return few.gather(0, exact.argmin(0, keepdim=True))[0]
+
+
+def _exact_error(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor, p: float) -> Tensor:
+    units = torch.addcmul(zero[:, None].double(), rows.double(), scale.reciprocal()[:, None])
+    units -= units.round().clamp_min_(0).minimum(top[:, None].double())
+    return units.abs_().pow_(p).sum(1) * scale.pow(p)
 
 
 def _power_sum(x: Tensor, p: float) -> Tensor:
@@ -148,10 +160,13 @@ def _power_sum(x: Tensor, p: float) -> Tensor:
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """Scales as they are stored: half precision relative to one power of two a layer, so that small scales do not underflow."""
-    exponent = torch.exp2(scale.amax().log2().floor())
-    half = (scale / exponent).half()
-    return half.clamp_min(torch.finfo(torch.float16).smallest_normal).float() * exponent
+    """Scales as they are stored: half precision times one power of two a layer, which puts the largest just below 2**16.
+
+    Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.
+    """
+    exponent = torch.exp2(scale.amax().log2().floor() - 15).clamp_min(2.0**-126)
+    half = (scale / exponent).clamp(2.0**-24, 65504.0).half()
+    return half.float() * exponent
 
 
 def _top(bits: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def plot_bits_heatmap(info: HeatmapInfo, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(0, n, step), labels[::step], fontsize=7 if n > 20 else 8)
     for i, fixed in enumerate(info.fixed):
         if fixed:
-            ax.axhspan(i - 0.5, i + 0.5, facecolor="none", edgecolor=ink(), hatch="////", linewidth=0, alpha=0.35)
+            ax.axhspan(i - 0.5, i + 0.5, facecolor="none", edgecolor="black", hatch="////", linewidth=0, alpha=0.45)
     ax.grid(visible=False)
     ax.set_xlabel("output channels of the layer, sorted by width (%)")
     bar = ax.figure.colorbar(image, ax=ax, ticks=range(1, _FULL + 1), pad=0.02, fraction=0.04, aspect=30)
@@ -140,13 +140,13 @@ def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("depth: share of the weights, from the input to the output (%)")
     ax.set_ylabel("bits (mean; line: range)")
     handles = [Patch(facecolor=c, hatch=h, edgecolor=ax.get_facecolor(), label=role) for role, (c, h) in styles.items()]
-    ax.figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=6)
     return ax
 
 
 def _width_colours() -> ListedColormap:
-    """Eight steps of cividis, which reads the same with every kind of colour vision, and grey for full precision."""
-    return ListedColormap([*colormaps["cividis"](np.linspace(0, 1, len(WIDTHS))), (0.6, 0.6, 0.6, 1.0)])
+    """Viridis, whose lightness rises with the width, so that it reads in grey and with every colour vision; grey: not quantized."""
+    return ListedColormap([*colormaps["viridis"](np.linspace(0, 1, len(WIDTHS))), (0.6, 0.6, 0.6, 1.0)])
 
 
 def _role_styles(roles: Sequence[str]) -> dict[str, tuple[str, str]]:

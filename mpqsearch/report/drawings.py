@@ -32,7 +32,10 @@ from mpqsearch.report.sensitivity import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """One figure: ``key`` is its file name and anchor, ``section`` the part of the page, ``alt`` what it shows in words."""
+    """One figure: ``key`` is its file name and anchor, ``section`` the part of the page, ``alt`` what it shows in words.
+
+    ``dense`` figures have small print and scroll on a phone instead of shrinking; those not ``in_page`` are files only.
+    """
 
     key: str
     section: str
@@ -40,7 +43,7 @@ class Drawing:
     caption: str
     alt: str
     draw: Draw
-    wide: bool = False
+    dense: bool = False
     in_page: bool = True
 
 
@@ -94,6 +97,7 @@ def _maps(content: ReportContent) -> Iterator[Drawing]:
             caption="Height is the mean width, breadth the share of the weights, colour and hatch the role of the layer.",
             alt=_depth_words(label, depth),
             draw=partial(plot_bits_by_depth, depth),
+            dense=True,
         )
     for label, bit_map in content.maps.items():
         heat = bits_heatmap_info(content.table, bit_map, content.policy)
@@ -104,6 +108,7 @@ def _maps(content: ReportContent) -> Iterator[Drawing]:
             caption="The channels of a layer are sorted by width. Hatched: fixed by the policy.",
             alt=_heatmap_words(label, heat),
             draw=partial(plot_bits_heatmap, heat),
+            dense=True,
         )
 
 

@@ -47,8 +47,11 @@ def save_figure(figure: Axes | Figure, stem: Path) -> tuple[Path, Path]:
     """Write ``<stem>.png`` and ``<stem>.svg`` atomically; returns both paths."""
     whole = root_figure(figure)
     paths = (stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.svg")
+    engine = whole.get_layout_engine()
     for path, kind in zip(paths, ("png", "svg"), strict=True):
         write_bytes(path, figure_bytes(whole, kind))
+        whole.set_layout_engine("none")  # the places were found for the first file; finding them again takes as long as drawing
+    whole.set_layout_engine(engine)
     return paths
 
 

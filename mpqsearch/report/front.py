@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from mpqsearch.core import MetricValue, StudyRecord
@@ -89,7 +89,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     A log axis for distances and errors; a line and a marker per method; a bar from the low to the high end of the spread, drawn
     where it is, which for a bootstrap of a Fréchet distance may lie above the value; the share of hypervolume in the legend.
     """
-    ax = axes_or_new(ax, (6.4, 4.2))
+    ax = axes_or_new(ax, (5.4, 3.7))
     if info.log:
         ax.set_yscale("log", nonpositive="clip")
         _plain_ticks(ax, info)
@@ -154,10 +154,16 @@ def _draw_full_precision(ax: Axes, info: FrontInfo) -> None:
 
 
 def _plain_ticks(ax: Axes, info: FrontInfo) -> None:
-    """Numbers on the minor ticks too when the axis spans less than two decades: else it would have one number."""
+    """Numbers as people write them, on the minor ticks too when the axis spans less than two decades: else it would have one."""
+    ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
     values = np.concatenate([s.value for s in info.series])
-    values = values[values > 0]
-    if len(values) and values.max() / values.min() < 100:
-        ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(3, 1)))
-    else:
-        ax.yaxis.set_minor_formatter(NullFormatter())
+    narrow = len(values) > 0 and values.max() / values.min() < 100
+    ax.yaxis.set_minor_formatter(FuncFormatter(_leading_two_or_five) if narrow else NullFormatter())
+
+
+def _plain_number(value: float, _: object = None) -> str:
+    return f"{value:g}" if 1e-4 <= value < 1e6 else f"{value:.0e}"
+
+
+def _leading_two_or_five(value: float, _: object = None) -> str:
+    return _plain_number(value) if f"{value:e}"[0] in "25" else ""

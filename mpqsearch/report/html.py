@@ -15,14 +15,25 @@ from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront
 from mpqsearch.report.breakdown import breakdown_rows
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.drawings import Drawing, all_drawings
-from mpqsearch.report.figures import data_uri, figure_bytes, render, write_bytes
+from mpqsearch.report.figures import data_uri, render, save_figure
 from mpqsearch.report.front import METRIC_TITLES
 from mpqsearch.report.grids import SampleGrid, difference_strip, png_bytes, sample_strip
+from mpqsearch.report.style import darkened
 from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_json
 
 TEMPLATE = "report.html.j2"
 
 _DECIMALS = {"fd_data": 3, "fd_fp": 3, "kid_data": 5, "paired_psnr": 2, "paired_mse": 5, "class_accuracy": 3}
+
+_HEADINGS = {
+    "fd_data": "FD to data",
+    "fd_fp": "FD to full precision",
+    "kid_data": "KID to data",
+    "paired_psnr": "PSNR, dB",
+    "paired_mse": "Squared error",
+    "class_accuracy": "Right class",
+}
+"""Short names for the heads of columns; the list of metrics says what they are in full."""
 
 
 def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str] | None = None) -> list[Path]:
@@ -38,9 +49,11 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
     paths = [csv, json_path]
     pictures: dict[str, dict[str, str]] = {}
     for drawing in drawings:
-        paths += _write_drawing(folder / "figures", drawing)
+        files = save_figure(render(drawing.draw), folder / "figures" / drawing.key)
+        paths += files
         if drawing.in_page:
-            pictures[drawing.key] = _picture(folder / "figures" / f"{drawing.key}.svg", drawing)
+            svg = files[1].read_bytes()
+            pictures[drawing.key] = {"light": data_uri(svg, "svg"), "dark": data_uri(darkened(svg), "svg")}
     write_text(page, render_page(content, drawings, pictures))
     return [*paths, page]
 
@@ -72,19 +85,6 @@ def render_page(content: ReportContent, drawings: Sequence[Drawing], pictures: M
         config=content.config,
         command=content.command,
     )
-
-
-def _write_drawing(folder: Path, drawing: Drawing) -> list[Path]:
-    figure = render(drawing.draw)
-    paths = [folder / f"{drawing.key}.png", folder / f"{drawing.key}.svg"]
-    write_bytes(paths[0], figure_bytes(figure, "png"))
-    write_bytes(paths[1], figure_bytes(figure, "svg"))
-    return paths
-
-
-def _picture(light: Path, drawing: Drawing) -> dict[str, str]:
-    dark = figure_bytes(render(drawing.draw, "dark"), "svg")
-    return {"light": data_uri(light.read_bytes(), "svg"), "dark": data_uri(dark, "svg")}
 
 
 def _facts(content: ReportContent) -> list[tuple[str, str]]:
@@ -139,6 +139,7 @@ def _points_table(records: Sequence[StudyRecord]) -> dict[str, Any]:
     metrics = _metrics(records)
     marks = {m: standings(records, m) for m in metrics}
     on_front = {id(r) for r in ParetoFront.from_records(records, "fd_fp").front}
+    varying = len({r.n_samples for r in records}) > 1  # else the first screen says it once
     rows = []
     for i, record in enumerate(records):
         cells = [
@@ -150,17 +151,18 @@ def _points_table(records: Sequence[StudyRecord]) -> dict[str, Any]:
             _cell(_number(record.act_bits, 1), record.act_bits),
         ]
         cells += [_metric_cell(record.metrics.get(m), m, marks[m][i]) for m in metrics]
-        cells += [_cell(f"{record.n_samples:,}", record.n_samples), _cell(_number(record.seconds, 1), record.seconds)]
+        cells += [_cell(f"{record.n_samples:,}", record.n_samples)] if varying else []
+        cells.append(_cell(_number(record.seconds, 1), record.seconds))
         rows.append({"cells": cells, "full": record.method == FULL_PRECISION_METHOD})
     headings = [
         ("Method", "text"),
         ("Widths per", "text"),
-        ("Budget, bits", "number"),
-        ("Stored bits per parameter", "number"),
-        ("kB, everything", "number"),
-        ("Activation bits", "number"),
-        *((METRIC_TITLES.get(m, m), "number") for m in metrics),
-        ("Samples", "number"),
+        ("Budget", "number"),
+        ("Bits stored", "number"),
+        ("kB stored", "number"),
+        ("Act. bits", "number"),
+        *((_HEADINGS.get(m, m), "number") for m in metrics),
+        *([("Samples", "number")] if varying else []),
         ("Seconds", "number"),
     ]
     return {"headings": headings, "rows": rows}

@@ -65,7 +65,7 @@ def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (6.4, 4.4))
+    ax = axes_or_new(ax, (5.4, 4.6))
     ax.set_yscale("log", nonpositive="mask")
     widths = np.array(info.widths)
     for i in range(len(info.layers)):
@@ -86,7 +86,9 @@ def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
     ax.set_xticks(widths)
     ax.set_xlabel("bits of the layer, all others at full precision")
     ax.set_ylabel(info.label)
-    ax.figure.legend(loc="outside lower center", ncols=2, title=f"largest of {len(info.layers)} layers", title_fontsize=8)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, title=f"largest of {len(info.layers)} layers", title_fontsize=8
+    )
     return ax
 
 
@@ -145,7 +147,7 @@ def plot_predicted_vs_measured(info: PredictionInfo, ax: Axes | None = None) -> 
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (5.6, 4.4))
+    ax = axes_or_new(ax, (5.4, 4.2))
     names = tuple(dict.fromkeys(info.methods))
     styles = series_styles(names)
     for name in names:

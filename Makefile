@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make quickstart` runs the main job, `make test` runs all checks.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint types contracts benchmark clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/mpqsearch run studies/quickstart.toml
+
+test: $(INSTALLED) lint types contracts
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+contracts: $(INSTALLED)
+	$(BIN)/lint-imports
+
+benchmark: $(INSTALLED)
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-enable -s
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,109 @@
+"""Models of a few thousand random weights, and profiles made of numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpqsearch.core import KeptParameter, LayerSpec, LayerTable, SensitivityProfile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpqsearch.models import Denoiser
+
+CLASSES = 4
+"""Classes of the tiny models; the label after the last is the null class."""
+
+
+def tiny_unet(seed: int = 0) -> nn.Module:
+    """A class-conditional `UNet2DModel` for 8x8 grey images."""
+    import torch
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(seed)
+    return UNet2DModel(  # type: ignore[no-any-return]
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        num_class_embeds=CLASSES + 1,
+    )
+
+
+def tiny_dit(seed: int = 0) -> nn.Module:
+    """A `DiTTransformer2DModel` for 8x8 grey images."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    return DiTTransformer2DModel(  # type: ignore[no-any-return]
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=1,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=CLASSES,
+        norm_num_groups=1,
+    )
+
+
+def tiny_denoiser(kind: str = "unet", seed: int = 0) -> Denoiser:
+    """One of the tiny models behind a `Denoiser`; ``kind`` is ``unet`` or ``dit``."""
+    from mpqsearch.models import adapt
+
+    module = {"unet": tiny_unet, "dit": tiny_dit}[kind](seed)
+    return adapt(module, sample_shape=(1, 8, 8), name=f"tiny-{kind}", n_classes=CLASSES, null_class=CLASSES)
+
+
+def tiny_table(n_layers: int = 5, channels: int = 6, fan_in: int = 12) -> LayerTable:
+    """A table of equal linear layers; the first and the last have those roles."""
+    layers = tuple(
+        LayerSpec(
+            name=f"block.{i}.linear",
+            kind="Linear",
+            weight_shape=(channels, fan_in + i),
+            macs=channels * (fan_in + i),
+            role="first" if i == 0 else "last" if i == n_layers - 1 else "linear",
+            has_bias=True,
+        )
+        for i in range(n_layers)
+    )
+    kept = (KeptParameter(name="norm.weight", n_values=16, reason="normalization"),)
+    return LayerTable(digest="0" * 64, layers=layers, kept=kept, model="tiny")
+
+
+def tiny_profile(table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8), seed: int = 0) -> SensitivityProfile:
+    """A profile of plausible random numbers: errors fall about fourfold a bit, with noise."""
+    rng = np.random.default_rng(seed)
+    n, bits = table.n_channels, np.array(widths, dtype=np.float64)
+
+    def errors() -> Any:
+        level = rng.lognormal(sigma=1.5, size=(n, 1))
+        return (level * 4.0**-bits * rng.lognormal(sigma=0.2, size=(n, len(widths)))).astype(np.float32)
+
+    arrays: dict[str, Any] = {
+        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_prescaled", "gain", "output_power")
+    }
+    arrays["gain_std_error"] = 0.1 * arrays["gain"]
+    for variant in ("affine", "auto", "affine+prescale"):
+        arrays[f"weight_error/{variant}"] = errors()
+        arrays[f"output_error/{variant}"] = errors()
+        arrays[f"output_error_centred/{variant}"] = 0.9 * arrays[f"output_error/{variant}"]
+    return SensitivityProfile(
+        model_digest=table.digest,
+        names=tuple(la.name for la in table),
+        channels=tuple(la.n_channels for la in table),
+        widths=widths,
+        arrays=arrays,
+        means={la.name: np.zeros((1, la.weights_per_channel), dtype=np.float32) for la in table},
+        input_max={la.name: np.ones(la.n_inputs, dtype=np.float32) for la in table},
+    )

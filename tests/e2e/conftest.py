@@ -1,0 +1,88 @@
+"""A tiny model on disk and a tiny study for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+STUDY = """
+[model]
+source = {source}
+[policy]
+widths = [2, 3, 4, 8]
+[quantizer]
+n_candidates = 16
+[sampler]
+steps = 3
+guidance = 1.0
+batch = 8
+[calibration]
+samples = 2
+probe_inputs = 4
+probes = 1
+final_widths = [3]
+final_seeds = 2
+[allocate]
+budgets = ["uniform:3", "uniform:4"]
+[[methods]]
+name = "uniform"
+allocator = "uniform"
+[[methods]]
+name = "omq"
+allocator = "omq"
+[[methods]]
+name = "ilp-layer"
+allocator = "ilp-layer"
+codebook = "auto"
+bias_correction = true
+[[methods]]
+name = "ilp-channel"
+allocator = "ilp-channel"
+codebook = "auto"
+bias_correction = true
+[evaluate]
+samples = 8
+extractor = "random-conv"
+[export]
+targets = ["neutral"]
+"""
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mpqsearch.testing import tiny_unet
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_unet().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path, model_folder: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(source=json.dumps(str(model_folder))))
+    return path
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "mpqsearch.cli", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            check=False,
+        )
+
+    return call

@@ -1,0 +1,181 @@
+"""Every verb on a small real model, as a user calls it; kill, resume, and every kind of mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Cli
+
+
+def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path) -> None:
+    plan = cli("run", study, "--run-dir", "r", "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "would measure" in plan.stderr
+    assert not (tmp_path / "r").exists(), "a dry run writes nothing"
+    first = cli("run", study, "--run-dir", "r")
+    assert first.returncode == 0, first.stderr
+    with (tmp_path / "r/pareto.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert {r["method"] for r in rows} == {"full-precision", "uniform", "omq", "ilp-layer", "ilp-channel"}
+    for column in ("model", "granularity", "target_bits", "average_bits", "size_bytes", "act_bits", "fd_data", "fd_data_low"):
+        assert column in rows[0]
+    for column in ("fd_fp", "paired_psnr", "n_samples", "seeds", "seconds"):
+        assert all(r[column] for r in rows if r["method"] != "full-precision")
+    limits = {r["target_bits"]: int(r["size_bytes"]) for r in rows if r["method"] == "uniform"}
+    assert all(int(r["size_bytes"]) <= limits[r["target_bits"]] for r in rows if r["method"].startswith("ilp"))
+    page = (tmp_path / "r/report.html").read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert list((tmp_path / "r/figures").glob("*.png"))
+    assert "rank correlation" in first.stderr
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    second = cli("run", study, "--run-dir", "r")
+    assert second.returncode == 0, second.stderr
+    for stage in ("layers: reused", "profile: reused", "report: reused", "export: reused"):
+        assert stage in second.stderr
+    changed = [p.name for p, t in stamps.items() if p.stat().st_mtime_ns != t]
+    assert set(changed) <= {"config.toml", "environment.json"}
+    stale = cli("run", study, "--run-dir", "r", "--set", "calibration.samples=3")
+    assert stale.returncode == 4
+    assert "calibration (" in stale.stderr
+    assert "--overwrite" in stale.stderr
+    shown = cli("inspect", "r/allocations/ilp-channel@uniform-3/bitmap.json")
+    assert "conv_in" in shown.stdout
+    assert json.loads(cli("inspect", "r/pareto.json", "--json").stdout)
+    made = cli("quantize", "-c", study, "--run-dir", "r", "--budget", "uniform:3")
+    assert made.returncode == 0, made.stderr
+    from mpqsearch.models import load_model
+
+    assert load_model(str(tmp_path / made.stdout.strip())).n_classes == 5
+
+
+def test_separate_verbs_agree_with_the_whole(cli: Cli, study: Path) -> None:
+    assert "first" in cli("layers", "-c", study, "--run-dir", "r").stdout
+    listed = json.loads(cli("layers", "-c", study, "--run-dir", "r", "--json").stdout)
+    assert len(listed["layers"]) > 20
+    assert cli("profile", "-c", study, "--run-dir", "r").returncode == 0
+    solved = cli("allocate", "-c", study, "--run-dir", "r", "--budget", "3.9bit", "--json")
+    assert solved.returncode == 0, solved.stderr
+    for entry in json.loads(solved.stdout):
+        if entry["method"]["allocator"].startswith("ilp"):
+            assert entry["within_budget"]
+            assert entry["result"]["status"] == "optimal"
+
+
+def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path, tmp_path: Path) -> None:
+    assert cli("profile", "-c", study, "--run-dir", "r").returncode == 0
+    code = (
+        "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, "allocate", "-c", str(study), "--run-dir", "r"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("allocate", "--budget", "0.5bit"), 3, "smallest attainable is"),
+        (("allocate", "--budget", "3 pounds"), 2, "cannot read the budget"),
+        (("allocate", "--budget", "20bit"), 2, "above full precision"),
+        (("layers", "--model", "nowhere"), 2, "unknown model 'nowhere'"),
+        (("layers", "--set", "model.sauce=1"), 2, "did you mean 'source'"),
+        (("layers", "--set", "policy.pinned={nolayer=4}", "--run-dir", "other"), 2, "unknown layer 'nolayer'"),
+        (("export", "--target", "quantto"), 2, "did you mean 'quanto'"),
+        (("export", "--method", "nope"), 2, "unknown method 'nope'"),
+        (("quantize", "--method", "ilp-chanel"), 2, "did you mean 'ilp-channel'"),
+        (("inspect", "nothing.json"), 2, "does not exist"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_mistakes_end_with_one_clear_message(
+    cli: Cli, study: Path, prepared: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    takes_study = arguments[0] not in ("inspect", "frobnicate")
+    extra = ("-c", study) if takes_study else ()
+    extra += () if "--run-dir" in arguments or not takes_study else ("--run-dir", prepared)
+    out = cli(*arguments, *extra)
+    assert out.returncode == code, out.stderr
+    assert message in " ".join(out.stderr.split()), out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A run folder with a finished profile, shared by the tests of mistakes."""
+    from tests.e2e.conftest import STUDY
+
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
+    subprocess.run(
+        [sys.executable, "-m", "mpqsearch.cli", "profile", "-c", str(folder / "study.toml"), "--run-dir", str(folder / "run")],
+        check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_anywhere_the_same_command_continues(study: Path, tmp_path: Path, cli: Cli, sign: int) -> None:
+    arguments = [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"]
+    started = subprocess.Popen(
+        arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "r").glob("metrics/*.json")) and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(sign)
+    _, errors = started.communicate(timeout=60)
+    if sign == signal.SIGINT:
+        assert started.returncode == 130, errors
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "r/report.html").exists()
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "r/metrics").glob("*.json")}
+    assert kept
+    resumed = cli("run", study, "--run-dir", "r")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "profile: reused" in resumed.stderr
+    assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), "finished evaluations are not repeated"
+    straight = cli("run", study, "--run-dir", "s")
+    assert straight.returncode == 0, straight.stderr
+
+    def numbers(run: str) -> list[tuple[str, str, str]]:
+        with (tmp_path / run / "pareto.csv").open() as handle:
+            return [(r["method"], r["fd_fp"], r["paired_mse"]) for r in csv.DictReader(handle)]
+
+    assert numbers("r") == numbers("s")
+
+
+def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model_folder: Path) -> None:
+    import shutil
+
+    from mpqsearch.testing import tiny_unet
+
+    own = tmp_path / "own"
+    shutil.copytree(model_folder, own)
+    text = study.read_text().replace(json.dumps(str(model_folder)), json.dumps(str(own)))
+    study.write_text(text)
+    assert cli("layers", "-c", study, "--run-dir", "r").returncode == 0
+    tiny_unet(seed=1).save_pretrained(own, safe_serialization=True)  # type: ignore[operator]
+    out = cli("profile", "-c", study, "--run-dir", "r")
+    assert out.returncode == 4
+    assert "are not those that" in out.stderr
+
+
+def test_help_has_an_example_for_every_verb(cli: Cli) -> None:
+    for verb in ("layers", "profile", "allocate", "evaluate", "report", "quantize", "export", "run", "inspect"):
+        out = cli(verb, "--help")
+        assert out.returncode == 0
+        assert f"Example: mpqsearch {verb}" in " ".join(out.stdout.split())

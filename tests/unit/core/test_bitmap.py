@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, Policy, QuantFormat
+from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
+from mpqsearch.testing import tiny_table
+
+
+def make(**weights: object) -> BitMap:
+    return BitMap(model_digest="d", weights={k: np.array(v) for k, v in weights.items()})
+
+
+def test_equal_maps_have_equal_digests_and_different_ones_do_not() -> None:
+    assert make(a=[3, 3], b=2).digest == make(a=3, b=2).digest
+    digests = {make(a=3, b=2).digest, make(a=3, b=3).digest, make(a=[3, 2], b=2).digest, make(a=[2, 3], b=2).digest}
+    assert len(digests) == 4
+    other = BitMap(model_digest="d", weights=make(a=3, b=2).weights, format=QuantFormat(codebook="auto"))
+    assert other.digest != make(a=3, b=2).digest
+
+
+def test_data_round_trip_keeps_everything() -> None:
+    first = BitMap(
+        model_digest="d",
+        weights={"a": np.array([1, 1, 8, 16]), "b": np.array(5)},
+        activations={"b": 4},
+        format=QuantFormat(codebook="auto"),
+        formats={"a": QuantFormat(codebook="midrise", criterion="mse")},
+    )
+    second = BitMap.from_data(first.to_data())
+    assert second.digest == first.digest
+    assert second.weights["a"].tolist() == [1, 1, 8, 16]
+    assert second.format_of("a").codebook == "midrise"
+    assert second.activations == {"b": 4}
+
+
+def test_widths_are_read_only_and_checked() -> None:
+    bit_map = make(a=[2, 3])
+    with pytest.raises(ValueError, match="read-only"):
+        bit_map.weights["a"][0] = 4
+    with pytest.raises(ConfigError, match="width 9 is not supported"):
+        make(a=9)
+    with pytest.raises(ConfigError, match="one integer width"):
+        make(a=[2.5, 3.0])
+    with pytest.raises(ConfigError, match="activations name 'z'"):
+        BitMap(model_digest="d", weights={"a": np.array(2)}, activations={"z": 4})
+
+
+def test_validation_names_what_does_not_fit() -> None:
+    table = tiny_table(n_layers=3, channels=2)
+    names = [la.name for la in table]
+    whole = {n: np.array(3) for n in names}
+    BitMap(model_digest=table.digest, weights=whole).validate(table)
+    with pytest.raises(LayerMismatchError, match="made for the model"):
+        BitMap(model_digest="1" * 64, weights=whole).validate(table)
+    with pytest.raises(LayerMismatchError, match=r"missing block\.2\.linear"):
+        BitMap(model_digest=table.digest, weights={n: whole[n] for n in names[:2]}).validate(table)
+    with pytest.raises(LayerMismatchError, match="3 widths for 'block.0.linear', which has 2"):
+        BitMap(model_digest=table.digest, weights={**whole, names[0]: np.array([2, 3, 2])}).validate(table)
+
+
+def test_diff_and_summary_show_what_a_person_looks_for() -> None:
+    left, right = make(a=3, b=[2, 3, 3]), make(a=4, b=[2, 3, 3])
+    assert left.diff(right) == {"a": ("3 bits", "4 bits")}
+    folded = BitMap(model_digest="d", weights={"x.q": np.array(3), "x.k": np.array(3), "x.o": np.array(16)}).summary()
+    assert folded.splitlines() == ["x.{q,k}: 3 bits", "x.{o}: full precision"]
+
+
+def test_the_policy_refuses_pins_that_match_nothing() -> None:
+    table = tiny_table()
+    with pytest.raises(UnknownNameError, match=r"block\.1\.linear"):
+        Policy(pinned={"block.1.lin": 4}).check(table)
+    policy = Policy(pinned={"block.1.*": 4})
+    policy.check(table)
+    assert policy.fixed_width(table["block.1.linear"]) == 4
+    assert policy.fixed_width(table["block.2.linear"]) is None
+    assert policy.fixed_width(table["block.0.linear"]) == 8
+    with pytest.raises(ConfigError, match="fixes every layer"):
+        Policy(pinned={"*": 4}).check(table)
+
+
+def test_transposed_convolutions_count_channels_over_groups() -> None:
+    layer = LayerSpec(name="t", kind="ConvTranspose2d", weight_shape=(6, 4, 3, 3), channel_axis=1, groups=2)
+    assert (layer.n_channels, layer.weights_per_channel, layer.n_inputs) == (8, 27, 6)
+    table = LayerTable(digest="d", layers=(layer,))
+    with pytest.raises(UnknownNameError, match="did you mean 't'|Known: t"):
+        table["tt"]

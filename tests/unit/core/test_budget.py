@@ -1,0 +1,108 @@
+"""Bits are counted in one place; these sums are done by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpqsearch.core import (
+    BitMap,
+    Budget,
+    KeptParameter,
+    LayerSpec,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    average_bits,
+    bops,
+    size_bits,
+    size_bytes,
+    uniform_map,
+)
+from mpqsearch.errors import ConfigError
+
+TABLE = LayerTable(
+    digest="d",
+    layers=(
+        LayerSpec(name="a", kind="Conv2d", weight_shape=(4, 2, 3, 3), macs=720, role="first"),
+        LayerSpec(name="b", kind="Linear", weight_shape=(3, 10), macs=30),
+    ),
+    kept=(KeptParameter(name="n", n_values=7, reason="normalization"),),
+)
+
+
+def make(a: object, b: object, **kwargs: object) -> BitMap:
+    return BitMap(model_digest="d", weights={"a": np.array(a), "b": np.array(b)}, **kwargs)  # type: ignore[arg-type]
+
+
+def test_uniform_layers_pay_codes_scales_zero_points_and_one_exponent() -> None:
+    # a: 4 rows of 18 codes at 8 bits + 16-bit scale + 8-bit zero point, 8 bits a layer; b: 3 rows of 10 at 2; 7 values at 16 bits.
+    expected = (4 * (18 * 8 + 16 + 8) + 8) + (3 * (10 * 2 + 16 + 2) + 8) + 7 * 16
+    assert size_bits(TABLE, make(8, 2)) == expected
+    assert size_bytes(TABLE, make(8, 2)) == -(-expected // 8)
+    assert average_bits(TABLE, make(8, 2)) == expected / (72 + 30 + 7)
+
+
+def test_mixed_layers_pay_a_tag_a_channel() -> None:
+    mixed = 10 * (2 + 3 + 4) + 3 * 16 + (2 + 3 + 4) + 3 * 3 + 8
+    assert size_bits(TABLE, make(8, [2, 3, 4])) - size_bits(TABLE, make(8, 2)) == mixed - (3 * (20 + 18) + 8)
+
+
+def test_a_vector_of_equal_widths_is_one_width_and_pays_no_tags() -> None:
+    assert make(8, [3, 3, 3]).digest == make(8, 3).digest
+    assert size_bits(TABLE, make(8, [3, 3, 3])) == size_bits(TABLE, make(8, 3))
+
+
+def test_full_precision_layers_pay_sixteen_bits_and_nothing_else() -> None:
+    assert size_bits(TABLE, make(16, 16)) == 16 * (72 + 30 + 7)
+
+
+def test_midrise_stores_no_zero_points_and_prescaling_stores_its_factors() -> None:
+    plain = size_bits(TABLE, make(8, 2))
+    assert plain - size_bits(TABLE, make(8, 2, format=QuantFormat(codebook="midrise"))) == 4 * 8 + 3 * 2
+    assert size_bits(TABLE, make(8, 2, format=QuantFormat(prescale=True))) - plain == 16 * (2 + 10)
+    assert size_bits(TABLE, make(8, 2, format=QuantFormat(codebook="auto"))) == plain
+
+
+def test_bops_are_macs_times_both_widths_channel_by_channel() -> None:
+    assert bops(TABLE, make(8, 2)) == 720 * 8 * 16 + 30 * 2 * 16
+    assert bops(TABLE, make(8, [2, 3, 4], activations={"b": 4})) == 720 * 8 * 16 + 30 * 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity", "limit"),
+    [
+        ("3bit", "average_bits", 3.0),
+        (" 2.5 bits", "average_bits", 2.5),
+        ("uniform:3", "uniform_bits", 3.0),
+        ("450kB", "bytes", 450_000.0),
+        ("1.5MiB", "bytes", 1.5 * 2**20),
+        ("2e9bops", "bops", 2e9),
+    ],
+)
+def test_budgets_read_their_notation(text: str, quantity: str, limit: float) -> None:
+    budget = Budget.parse(text)
+    assert (budget.quantity, budget.limit) == (quantity, limit)
+    assert Budget.parse(budget.label()) == budget
+
+
+@pytest.mark.parametrize("text", ["", "three", "3furlongs", "uniform:3kB", "-1bit", "0bit", "1.2.3bit", "uniform:"])
+def test_unreadable_budgets_say_what_is_allowed(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"uniform:3|positive"):
+        Budget.parse(text)
+
+
+def test_the_uniform_map_meets_its_own_budget_exactly() -> None:
+    policy = Policy()
+    for bits in range(1, 9):
+        limit = Budget(quantity="uniform_bits", limit=bits).limit_bits(TABLE, policy)
+        assert limit == size_bits(TABLE, uniform_map(TABLE, policy, bits))
+    half = Budget(quantity="uniform_bits", limit=2.5).limit_bits(TABLE, policy)
+    assert half == (size_bits(TABLE, uniform_map(TABLE, policy, 2)) + size_bits(TABLE, uniform_map(TABLE, policy, 3))) // 2
+    with pytest.raises(ConfigError, match="uniform budget"):
+        Budget(quantity="uniform_bits", limit=9).limit_bits(TABLE, policy)
+
+
+def test_average_bits_budget_counts_every_parameter() -> None:
+    limit = Budget.parse("3bit").limit_bits(TABLE, Policy())
+    assert limit == 3 * 109

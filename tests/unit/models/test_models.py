@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
+from mpqsearch.models import EMBEDDED, adapt, discover, load_model
+from mpqsearch.testing import tiny_denoiser, tiny_unet
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_every_parameter_is_a_layer_or_is_kept_with_a_reason(kind: str) -> None:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    assert table.n_parameters == sum(p.numel() for p in denoiser.module.parameters())
+    assert {k.reason for k in table.kept} <= {"bias", "normalization", "embedding table"}
+    roles = [la.role for la in table]
+    assert roles.count("first") == roles.count("last") == 1
+    assert all(la.macs > 0 for la in table)
+
+
+def test_roles_of_a_unet_and_a_transformer() -> None:
+    unet, dit = (discover(tiny_denoiser(kind)) for kind in ("unet", "dit"))
+    assert unet["conv_in"].role == "first"
+    assert unet["conv_out"].role == "last"
+    assert unet["time_embedding.linear_1"].role == "time"
+    assert unet["up_blocks.0.resnets.0.conv_shortcut"].role == "shortcut"
+    assert unet["down_blocks.0.downsamplers.0.conv"].role == "resample"
+    assert unet["mid_block.attentions.0.to_q"].role == "attention"
+    assert unet["mid_block.resnets.0.conv1"].role == "conv"
+    assert dit["pos_embed.proj"].role == "first"
+    assert dit["proj_out_2"].role == "last"
+    assert dit["transformer_blocks.0.norm1.linear"].role == "norm"
+    assert dit["transformer_blocks.0.ff.net.2"].role == "feed-forward"
+    assert dit["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"].role == "time"
+
+
+def test_macs_of_known_layers() -> None:
+    unet = discover(tiny_denoiser())
+    assert unet["conv_in"].macs == 8 * 8 * 8 * 9  # 8 channels, 8x8 positions, 1x3x3 weights
+    assert unet["down_blocks.0.downsamplers.0.conv"].macs == 8 * 4 * 4 * 8 * 9
+    assert unet["time_embedding.linear_1"].macs == 8 * 32
+
+
+class Odd(nn.Module):
+    """A user's module: a convolution, a shared one, a bare parameter and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Conv2d(1, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2)
+        self.down = nn.Conv2d(4, 1, 2, stride=2)
+        self.twin = nn.Conv2d(4, 1, 2, stride=2)
+        self.twin.weight = self.down.weight
+        self.gate = nn.Parameter(torch.ones(3))
+
+    def denoise(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        h = self.up(self.inlet(x)) * self.gate.mean() + 0 * t.view(-1, 1, 1, 1)
+        out: Tensor = self.down(h) + self.twin(h)
+        return out
+
+
+def test_own_modules_work_and_nothing_is_skipped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    denoiser = adapt(Odd(), sample_shape=(1, 6, 6))
+    table = discover(denoiser)
+    assert [la.name for la in table] == ["inlet", "up", "down"]
+    assert (table["up"].n_channels, table["up"].macs) == (4, 4 * 36 * 2 * 4)
+    reasons = {k.name: k.reason for k in table.kept}
+    assert reasons["twin.weight"] == "shares the weight of down"
+    assert reasons["gate"].startswith("unknown module Odd")
+    assert "gate" in caplog.text
+    assert table.n_parameters == sum(p.numel() for p in denoiser.module.parameters())
+
+
+def test_model_folders_load_and_guide(tmp_path: Path) -> None:
+    model = tiny_unet()
+    model.save_pretrained(tmp_path / "m", safe_serialization=True)  # type: ignore[operator]
+    denoiser = load_model(str(tmp_path / "m"))
+    assert denoiser.digest == adapt(model, sample_shape=(1, 8, 8)).digest
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
+    torch.testing.assert_close(denoiser.denoise(x, t, torch.tensor([0, 1])), model(x, t, class_labels=torch.tensor([0, 1])).sample)
+    with pytest.raises(ConfigError, match="no null class"):
+        denoiser.guided(x, t, torch.tensor([0, 1]), 2.0)
+
+
+def test_a_local_pipeline_loads(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "p")
+    denoiser = load_model(str(tmp_path / "p"))
+    assert denoiser.sample_shape == (3, 8, 8)
+    assert denoiser.scheduler["beta_schedule"] == "squaredcos_cap_v2"
+    assert len(discover(denoiser)) > 5
+
+
+def test_guidance_is_two_calls_in_one() -> None:
+    denoiser = tiny_denoiser()
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([7, 7, 7]), torch.tensor([0, 1, 2])
+    conditional = denoiser.denoise(x, t, labels)
+    unconditional = denoiser.denoise(x, t, torch.full((3,), 4))
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    torch.testing.assert_close(denoiser.guided(x, t, labels, 2.5), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="fmnist-unet"):
+        load_model("fmnist-unett")
+    with pytest.raises(ModelError, match=r"neither config\.json nor model_index\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match="pickle checkpoint"):
+        load_model(str(tmp_path / "model.ckpt"))
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="only pickle checkpoints"):
+        load_model(str(folder))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "Nonsense"}))
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match="'Nonsense'"):
+        load_model(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="damaged"):
+        load_model(str(folder))
+
+
+def test_damaged_and_nan_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_unet()
+    model.save_pretrained(tmp_path / "m", safe_serialization=True)  # type: ignore[operator]
+    weights = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(str(tmp_path / "m"))
+    with torch.no_grad():
+        model.conv_in.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index, operator]
+    with pytest.raises(NumericsError, match=r"conv_in\.weight"):
+        adapt(model, sample_shape=(1, 8, 8))
+
+
+def test_models_that_cannot_be_called_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"denoise\(x, t, cond\)"):
+        adapt(nn.Linear(2, 2), sample_shape=(2,))
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_load_with_classes_and_a_card(name: str) -> None:
+    denoiser = load_model(name)
+    assert (denoiser.n_classes, denoiser.null_class, denoiser.sample_shape) == (10, 10, (1, 28, 28))
+    assert 0.9e6 < sum(p.numel() for p in denoiser.module.parameters()) < 2.0e6

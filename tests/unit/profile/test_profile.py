@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpqsearch.core import BitMap, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import discover
+from mpqsearch.profile import CalibrationSpec, profile_model
+from mpqsearch.quant import quantize_model
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
+from mpqsearch.testing import tiny_denoiser
+
+SAMPLER = SamplerSpec(steps=4, guidance=2.0, batch=4)
+WIDTHS = (2, 4, 8)
+
+
+def measure(kind: str, **kwargs: object) -> tuple[object, object, SensitivityProfile]:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "codebooks": ("affine",), **kwargs}
+    spec = CalibrationSpec(**settings)  # type: ignore[arg-type]
+    return denoiser, table, profile_model(denoiser, table, Policy(widths=WIDTHS), SAMPLER, spec, QuantFormat(n_candidates=20))
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
+    denoiser, table, profile = measure(kind, probe_inputs=16, probes=32)
+    means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
+    seeds = range(1_000_000, 1_000_004)
+    with torch.no_grad():
+        steps = list(trajectory(denoiser, noise_of(seeds, (1, 8, 8)), labels_of(denoiser, seeds), SAMPLER))  # type: ignore[arg-type]
+    predicted, measured = [], []
+    for i, layer in enumerate(table):  # type: ignore[var-annotated, arg-type]
+        weights = {la.name: np.array(8 if la is layer else 16) for la in table}  # type: ignore[attr-defined]
+        one = quantize_model(
+            denoiser.module,  # type: ignore[attr-defined]
+            table,  # type: ignore[arg-type]
+            BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(n_candidates=20)),  # type: ignore[attr-defined]
+            means=means,
+        )
+        change = []
+        for step in steps:
+            t = torch.full((4,), step.timestep)
+            out = denoiser.with_module(one.module).guided(step.x, t, labels_of(denoiser, seeds), 2.0)  # type: ignore[attr-defined, arg-type]
+            change.append((out - step.prediction).square().flatten(1).sum(1).mean())
+        measured.append(float(torch.stack(change).mean()))
+        predicted.append(float(profile.arrays["layer_probe_error/affine"][i, WIDTHS.index(8)]))
+    ratio = np.log(np.array(predicted) / np.array(measured))
+    # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each layer, the
+    # factor of two allows for layers whose effect sits in few directions.
+    assert abs(float(np.median(ratio))) < 0.1
+    assert float(np.abs(ratio).max()) < np.log(2)
+    ranks = [np.argsort(np.argsort(v)) for v in (predicted, measured)]
+    assert float(np.corrcoef(*ranks)[0, 1]) > 0.97
+
+
+def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
+    _, table, profile = measure("unet", codebooks=("affine", "auto"), prescale=True)
+    assert profile.variants == ("affine", "affine+prescale", "auto")
+    for variant in profile.variants:
+        layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
+        assert bool((np.diff(layers, axis=1) < 0).all())
+        centred = profile.arrays[f"output_error_centred/{variant}"]
+        assert bool((centred <= profile.arrays[f"output_error/{variant}"] * (1 + 1e-5)).all())
+    assert bool((profile.arrays["gain"] > 0).all())
+    assert bool((profile.arrays["kurtosis"] > 0.5).all())  # at least 1 for many weights; rows here have as few as 8
+    assert set(profile.means) == {la.name for la in table}  # type: ignore[attr-defined]
+
+
+def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
+    _, _, profile = measure("unet", final_widths=(2,), final_seeds=2)
+    final = profile.arrays["layer_final_error/affine"]
+    assert np.isfinite(final[:, 0]).all()
+    assert np.isnan(final[:, 1:]).all()
+    assert float(final[:, 0].min()) > 0
+    with pytest.raises(ConfigError, match="3 bits"):
+        measure("unet", final_widths=(3,), final_seeds=1)
+
+
+def test_profiling_leaves_the_model_as_it_was() -> None:
+    denoiser, _, _ = measure("dit")
+    fresh = tiny_denoiser("dit")
+    for (name, a), b in zip(denoiser.module.named_parameters(), fresh.module.parameters(), strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(a, b), name
+        assert not a.requires_grad
+        assert a.grad is None
+    assert not any(m._forward_hooks for m in denoiser.module.modules())  # type: ignore[attr-defined]
