@@ -58,8 +58,8 @@ def metric(name: str, value: float, spread: float = 0.12, *, higher: bool = Fals
         seeds="0..2047",
         extractor="fmnist-cnn@1a2b3c4d",
         reference="full-precision samples of the same noise" if "FP" in name else "training images",
-        low=value * (1 - spread),
-        high=value * (1 + spread),
+        low=value - spread * abs(value),
+        high=value + spread * abs(value),
         spread="bootstrap",
         higher_is_better=higher,
     )

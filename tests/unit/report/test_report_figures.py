@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
+from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
+from mpqsearch.pareto import ParetoFront
+from mpqsearch.report import (
+    bits_by_depth_info,
+    bits_heatmap_info,
+    front_info,
+    plot_bits_by_depth,
+    plot_bits_heatmap,
+    plot_front,
+    plot_predicted_vs_measured,
+    plot_sample_difference,
+    plot_samples,
+    plot_sensitivity,
+    prediction_info,
+    render,
+    sample_grid,
+    save_figure,
+    sensitivity_info,
+    spearman,
+    spearman_interval,
+)
+from mpqsearch.report.grids import difference, sample_strip
+from mpqsearch.report.style import COLOURS, THEMES, darkened, series_styles
+
+Maps = Callable[..., Any]
+
+
+def every_plot(table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile) -> list[tuple[Any, Any]]:
+    bit_map = uniform_map(table, policy, 3)
+    grid = sample_grid("3 bits", 3.0, {"full precision": images(0), "ilp": images(1)})
+    return [
+        (plot_front, front_info(records)),
+        (plot_front, front_info(records, "paired_psnr", "size_bytes")),
+        (plot_bits_heatmap, bits_heatmap_info(table, bit_map, policy)),
+        (plot_bits_by_depth, bits_by_depth_info(table, bit_map, policy)),
+        (plot_sensitivity, sensitivity_info(profile)),
+        (plot_predicted_vs_measured, prediction_info(records, "fd_fp", resamples=20)),
+        (plot_samples, grid),
+        (plot_sample_difference, grid),
+    ]
+
+
+def images(seed: int, shape: tuple[int, ...] = (10, 6, 5)) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_every_plot_draws_where_it_is_told_and_changes_nothing_global(
+    table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile
+) -> None:
+    before = dict(mpl.rcParams)
+    for plot, info in every_plot(table, policy, records, profile):
+        figure = Figure()
+        left, right = figure.subplots(1, 2)
+        assert plot(info, right) is right
+        assert not left.has_data()
+        assert right.has_data()
+        fresh = plot(info)
+        assert isinstance(fresh, Axes)
+        assert fresh.figure is not figure
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("theme", sorted(THEMES))
+def test_files_are_the_same_when_drawn_again(tmp_path: Path, records: list[StudyRecord], theme: str) -> None:
+    def draw() -> Axes:
+        return plot_front(front_info(records))
+
+    first = save_figure(render(draw, theme), tmp_path / "a.b")
+    second = save_figure(render(draw, theme), tmp_path / "other")
+    assert [p.name for p in first] == ["a.b.png", "a.b.svg"]
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    assert first[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dark_figure_has_no_light_colour_left(tmp_path: Path, records: list[StudyRecord]) -> None:
+    light = save_figure(render(lambda: plot_front(front_info(records))), tmp_path / "x")[1].read_bytes()
+    dark = darkened(light)
+    for colour in (b"#fefefe", b"#1b1f24"):
+        assert colour in light
+        assert colour not in dark
+    assert b"#15181c" in dark
+    assert COLOURS[0].lower().encode() in dark
+
+
+def test_front_has_every_point_of_every_method(records: list[StudyRecord]) -> None:
+    info = front_info(records)
+    assert [s.name for s in info.series] == ["uniform", "random", "omq", "ilp", "exact-channel"]
+    assert info.log
+    assert info.full_precision is None
+    pareto = ParetoFront.from_records(records)
+    for series in info.series:
+        mine = sorted((r.average_bits, r.metrics["fd_fp"].value) for r in records if r.method == series.name)
+        np.testing.assert_array_equal(np.stack([series.cost, series.value], axis=1), np.array(mine))
+        assert series.hypervolume == pareto.hypervolume(series.name)
+    assert len(info.front) == pareto.on_front.sum()
+
+
+def test_front_draws_lines_marks_spread_and_full_precision(records: list[StudyRecord]) -> None:
+    info = front_info(records, "fd_data")
+    ax = plot_front(info)
+    assert ax.get_yscale() == "log"
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert texts == [*(f"{s.name} ({s.hypervolume:.2f})" for s in info.series), "full precision"]
+    lines = {line.get_label(): line for line in ax.lines}
+    ilp = next(s for s in info.series if s.name == "ilp")
+    np.testing.assert_array_equal(lines[f"ilp ({ilp.hypervolume:.2f})"].get_ydata(), ilp.value)
+    np.testing.assert_array_equal(np.unique(lines["full precision"].get_ydata()), [3.1])
+    ends = sorted((s[0][1], s[1][1]) for c in ax.collections if len(c.get_paths()) == 5 for s in c.get_segments())
+    assert ends == sorted((v.low, v.high) for v in (r.metrics["fd_data"] for r in records[1:]))
+
+
+def test_a_metric_that_nobody_measured(records: list[StudyRecord]) -> None:
+    with pytest.raises(UnknownNameError, match="paired_mse"):
+        front_info(records, "paired_mse")
+
+
+def test_front_on_a_linear_axis_for_values_below_zero(records: list[StudyRecord]) -> None:
+    assert plot_front(front_info(records, "kid_data")).get_yscale() == "linear"
+
+
+def test_unknown_spread_draws_the_point_alone(records: list[StudyRecord]) -> None:
+    bare = dataclasses.replace(records[1].metrics["fd_fp"], low=float("nan"), high=float("nan"))
+    ax = plot_front(front_info([dataclasses.replace(records[1], metrics={"fd_fp": bare})]))
+    assert all(len(c.get_paths()) == 0 for c in ax.collections)
+
+
+def test_no_two_methods_look_the_same() -> None:
+    names = ["uniform", "random", *(f"m{i}" for i in range(10))]
+    looks = {(s.colour, s.marker) for s in series_styles(names).values()}
+    assert len(looks) == len(names)
+    assert series_styles(["uniform (layer)"])["uniform (layer)"] == series_styles(["uniform"])["uniform"]
+
+
+def test_heatmap_sorts_channels_and_marks_fixed_layers(table: LayerTable, policy: Policy) -> None:
+    weights = dict(uniform_map(table, policy, 4).weights)
+    name = table.layers[3].name
+    n = table.layers[3].n_channels
+    weights[name] = np.array([6, 2] * (n // 2), dtype=np.uint8)
+    info = bits_heatmap_info(table, dataclasses.replace(uniform_map(table, policy, 4), weights=weights), policy, quantiles=10)
+    np.testing.assert_array_equal(info.widths[3], [2] * 5 + [6] * 5)
+    assert info.widths.shape == (len(table), 10)
+    assert [la for la, f in zip(info.layers, info.fixed, strict=True) if f] == ["conv_in", "conv_out"]
+    labels = [t.get_text() for t in plot_bits_heatmap(info).get_yticklabels()]
+    assert len(labels) == len(table)
+    assert labels[0] == "conv_in  (fixed)"
+
+
+def test_depth_bars_are_as_broad_as_their_layers(table: LayerTable, policy: Policy) -> None:
+    info = bits_by_depth_info(table, uniform_map(table, policy, 4), policy)
+    bars = plot_bits_by_depth(info).patches
+    widths = np.array([b.get_width() for b in bars])
+    np.testing.assert_allclose(widths, 100 * info.weights / table.n_weights, rtol=1e-9)
+    assert [b.get_height() for b in bars] == [8, *[4] * (len(table) - 2), 8]
+
+
+def test_a_map_of_another_model(table: LayerTable, policy: Policy) -> None:
+    other = dataclasses.replace(table, digest="x")
+    for info in (bits_heatmap_info, bits_by_depth_info):
+        with pytest.raises(LayerMismatchError):
+            info(other, uniform_map(table, policy, 4))
+
+
+def test_sensitivity_is_gain_times_error_summed(profile: SensitivityProfile) -> None:
+    info = sensitivity_info(profile, worst=3)
+    rows = profile.rows(profile.names[5])
+    expected = (profile.arrays["gain"][rows, None].astype(float) * profile.arrays["output_error/affine"][rows]).sum(axis=0)
+    np.testing.assert_allclose(info.loss[5], expected, rtol=1e-6)  # float32 sums
+    assert info.worst == tuple(np.argsort(-info.loss[:, 0])[:3])
+    assert "gain" in info.label
+    with pytest.raises(UnknownNameError, match="affine"):
+        sensitivity_info(profile, "afine")
+
+
+def test_measured_sensitivity_where_only_some_widths_were_measured(profile: SensitivityProfile) -> None:
+    measured = np.full((len(profile.names), 8), np.nan)
+    measured[:, 2] = np.arange(len(profile.names))
+    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error": measured})
+    info = sensitivity_info(more, "measured", worst=2)
+    assert info.worst == (len(profile.names) - 1, len(profile.names) - 2)
+    assert plot_sensitivity(info).get_yscale() == "log"
+
+
+def test_spearman_is_scipys() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, 12), rng.integers(0, 6, 12)
+        np.testing.assert_allclose(spearman(a, b), stats.spearmanr(a, b).statistic, atol=1e-12)
+    assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_bootstrap_interval_holds_the_value_and_narrows() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=400)
+    b = a + rng.normal(size=400)
+    few, many = spearman_interval(a[:30], b[:30]), spearman_interval(a, b)
+    assert many[0] < spearman(a, b) < many[1]
+    assert few[1] - few[0] > 2 * (many[1] - many[0])
+    assert spearman_interval(a[:30], b[:30]) == few
+    assert spearman_interval([1, 2, 3], [1, 2, 3])[1] == 1.0
+
+
+def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]) -> None:
+    info = prediction_info(records, "fd_fp", resamples=50)
+    assert len(info.predicted) == len(records) - 2  # full precision, and one NaN
+    assert np.isfinite(info.predicted).all()
+    better = prediction_info(records, "paired_psnr", resamples=50)
+    assert better.spearman > 0.8, "more decibels are better, so the sign is turned"
+    title = plot_predicted_vs_measured(info).get_title(loc="left")
+    assert f"{info.spearman:.2f} [{info.low:.2f}, {info.high:.2f}]" in title
+    assert f"{info.within:.2f}" in title
+
+
+def test_within_one_budget_is_the_mean_of_the_budgets(records: list[StudyRecord]) -> None:
+    two = [r for r in records if r.target_bits in (3.0, 4.0)]
+    each = [prediction_info([r for r in two if r.target_bits == b], "fd_fp", resamples=5).spearman for b in (3.0, 4.0)]
+    within = prediction_info(two, "fd_fp", resamples=5).within
+    assert within == pytest.approx(np.mean(each))
+    with pytest.raises(ConfigError, match="needs three records"):
+        prediction_info(two[:2], "fd_fp")
+
+
+def test_grid_takes_grey_and_colour_and_first_columns() -> None:
+    grey = sample_grid("g", 3, {"fp": images(0), "q": images(1)}, columns=4)
+    assert grey.reference.shape == (4, 6, 5, 1)
+    colour = sample_grid("c", 3, {"fp": images(0, (3, 3, 6, 5))})
+    np.testing.assert_array_equal(colour.reference[1, :, :, 2], images(0, (3, 3, 6, 5))[1, 2])
+    strip = sample_strip(grey.reference)
+    assert strip.shape == (6, 4 * 5 + 3 * 2, 1)
+    np.testing.assert_array_equal(strip[:, 7:12, 0], images(0)[1])
+
+
+def test_difference_is_absolute_brightened_and_clipped() -> None:
+    grid = sample_grid("g", 3, {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4)
+    assert difference(grid, "q").ravel().tolist() == [12, 255]
+    assert difference(grid, "fp").ravel().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "at least one row"),
+        ({"fp": images(0).astype(np.float32)}, "uint8"),
+        ({"fp": images(0, (2, 2, 6, 5))}, "1 or 3"),
+        ({"fp": images(0), "q": images(0, (9, 6, 5))[:3]}, "same samples"),
+        ({"fp": images(0, (0, 6, 5))}, "not empty"),
+    ],
+)
+def test_grids_that_cannot_be_drawn(rows: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sample_grid("g", 3, rows)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html.parser
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
+from mpqsearch.report import ReportContent, build_report, read_pareto_json, sample_grid
+
+
+@pytest.fixture(scope="session")
+def content(table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile) -> ReportContent:
+    rng = np.random.default_rng(0)
+    rows = {name: rng.integers(0, 256, (8, 12, 12)).astype(np.uint8) for name in ("full precision", "uniform", "ilp")}
+    return ReportContent(
+        title="A <study> & more",
+        records=records,
+        table=table,
+        policy=policy,
+        maps={"ilp, 3 bits": uniform_map(table, policy, 3)},
+        profile=profile,
+        grids=[sample_grid("3 bits", 3.0, rows)],
+        correlations=[{"predictor": "gain × error", "spearman": 0.91234, "layers": 26}],
+        environment={"mpqsearch": "0.1.0", "cores": 2, "libraries": {"torch": "2.13.0"}},
+        config='[model]\nsource = "<script>alert(1)</script>"\n',
+        command="mpqsearch run studies/quickstart.toml",
+        digests={"model": "ab" * 32},
+        seconds={"profile": 12.34},
+        notes=["A note."],
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(content: ReportContent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("report")
+    paths = build_report(where, content, {"config": "c" * 64})
+    assert sorted(paths) == sorted(p for p in where.rglob("*") if p.is_file()), "every file is named, no temporary one is left"
+    return where
+
+
+@pytest.fixture(scope="session")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text()
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags with their attributes, the text, and whether every tag is closed."""
+
+    void = frozenset({"meta", "img", "br", "source", "link", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag]
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
+    outline = Outline(page)
+    assert outline.open == []
+    assert outline.all("link") == []
+    assert all("src" not in a for a in outline.all("script"))
+    sources = [a["src"] for a in outline.all("img")] + [a["srcset"] for a in outline.all("source")]
+    assert len(sources) > 10
+    assert all(str(s).startswith("data:image/") for s in sources)
+    assert not re.search(r"https?://", re.sub(r"data:[^\"]*", "", page))
+    policy = next(a["content"] for a in outline.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy).startswith("default-src 'none'")
+
+
+def test_every_picture_says_what_it_shows(page: str) -> None:
+    texts = [a.get("alt") for a in Outline(page).all("img")]
+    assert all(texts)
+    assert len(set(texts)) == len(texts)
+    assert any("ilp: from" in str(t) for t in texts)
+
+
+def test_user_text_is_escaped(page: str) -> None:
+    assert "<h1>A &lt;study&gt; &amp; more</h1>" in page
+    assert "<script>alert" not in page
+
+
+def test_it_says_what_was_measured_and_what_it_is_not(page: str, records: list[StudyRecord]) -> None:
+    text = " ".join(" ".join(Outline(page).text).split())
+    for part in (
+        "FD[fmnist-cnn@1a2b3c4d]-128 vs FP",
+        "2,048",
+        "0..2047",
+        "searched widths",
+        "not comparable with published FID",
+        "mpqsearch run studies/quickstart.toml",
+        "ab" * 32,
+        "2.13.0",
+        "A note.",
+        "Spearman rank correlation",
+        "scales and zero points",
+        "channel tags",
+        "the difference is not called a win",
+        "gain × error",
+        "0.912",
+    ):
+        assert part in text, part
+    ilp = next(r for r in records if r.method == "ilp" and r.target_bits == 3.0)
+    fd = ilp.metrics["fd_fp"]
+    assert f"{fd.value:.3f}" in text
+    assert f"{fd.low:.3f} – {fd.high:.3f}" in text
+    assert f"{ilp.size_bytes / 1000:,.1f}" in text
+
+
+def test_table_has_a_row_per_record_and_a_heading_per_cell(page: str, records: list[StudyRecord]) -> None:
+    body = page[page.index('<table id="points"') : page.index("</table>", page.index('<table id="points"'))]
+    rows = re.findall(r"<tr.*?</tr>", body, re.DOTALL)
+    assert len(rows) == len(records) + 1
+    n = rows[0].count("<th ")
+    assert rows[0].count("<button") == n
+    assert {r.count("<td ") for r in rows[1:]} == {n}
+
+
+def test_samples_are_there_pixel_for_pixel(page: str, content: ReportContent) -> None:
+    outline = Outline(page)
+    found = next(a["src"] for a in outline.all("img") if a["alt"] == "8 samples, ilp, 3 bits")
+    strip = np.array(Image.open(io.BytesIO(base64.b64decode(str(found).split(",")[1]))))
+    np.testing.assert_array_equal(strip[:, 14:26], content.grids[0].images("ilp")[1, :, :, 0])
+
+
+def test_files_beside_it(folder: Path, records: list[StudyRecord]) -> None:
+    assert len(read_pareto_json(folder / "pareto.json")) == len(records)
+    names = {p.stem for p in (folder / "figures").glob("*.png")}
+    assert names == {p.stem for p in (folder / "figures").glob("*.svg")}
+    assert {"front_fd_fp", "front_fd_data", "heatmap_ilp-3-bits", "depth_ilp-3-bits", "sensitivity", "samples_3-bits"} <= names
+    assert {"difference_3-bits", "predicted_vs_measured"} <= names
+
+
+def test_the_same_content_gives_the_same_bytes(folder: Path, content: ReportContent, tmp_path: Path) -> None:
+    few = dataclasses.replace(content, records=content.records[:6], maps={}, grids=[], profile=None)
+    for where in (tmp_path / "a", tmp_path / "b"):
+        build_report(where, few)
+    assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
+
+
+def test_records_alone_are_enough(tmp_path: Path, records: list[StudyRecord]) -> None:
+    build_report(tmp_path, ReportContent(title="few", records=records[:2]))
+    page = (tmp_path / "report.html").read_text()
+    assert Outline(page).open == []
+    assert 'id="samples"' not in page
+    assert 'id="predictions"' not in page
+
+
+def test_nothing_measured_is_said(tmp_path: Path, records: list[StudyRecord]) -> None:
+    for only in ([], records[:1]):
+        build_report(tmp_path, ReportContent(title="none", records=only))
+        assert "there is no front" in (tmp_path / "report.html").read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+_PROBE = """<script>
+addEventListener("error", e => document.body.dataset.error = e.message, true);
+addEventListener("load", () => {
+  const column = 3, table = document.getElementById("points");
+  const values = () => [...table.tBodies[0].rows].map(r => r.cells[column].dataset.v).join(" ");
+  const heading = table.tHead.rows[0].cells[column], button = heading.querySelector("button");
+  button.click(); document.body.dataset.up = values(); document.body.dataset.sort = heading.getAttribute("aria-sort");
+  button.click(); document.body.dataset.down = values();
+  button.focus(); document.body.dataset.focus = document.activeElement === button;
+  const fd = [...table.tHead.rows[0].cells].findIndex(c => c.innerText.startsWith("FD to full"));
+  table.tHead.rows[0].cells[fd].querySelector("button").click();
+  document.body.dataset.last = table.tBodies[0].rows[table.tBodies[0].rows.length - 1].cells[0].innerText;
+  document.body.dataset.broken = [...document.images].filter(i => !i.naturalWidth).length;
+  document.body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_it_sorts_and_shows_every_picture(page: str, tmp_path: Path, records: list[StudyRecord], width: int) -> None:
+    (tmp_path / "probe.html").write_text(page.replace("</body>", _PROBE))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    command = [str(CHROMIUM), *flags, "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    body: dict[str, Any] = next(a for t, a in Outline(done.stdout).tags if t == "body")
+    assert "data-error" not in body
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    bits = sorted(r.average_bits for r in records)
+    assert [float(v) for v in body["data-up"].split()] == pytest.approx(bits)
+    assert [float(v) for v in body["data-down"].split()] == pytest.approx(bits[::-1])
+    assert (body["data-sort"], body["data-focus"]) == ("ascending", "true")
+    assert body["data-last"].startswith("full-precision"), "cells without a value stay at the end"
+    assert body["data-broken"] == "0"
+    assert int(body["data-overflow"]) <= 0, "nothing makes the page wider than the screen"
