@@ -28,6 +28,7 @@ from mpqsearch.errors import ArtifactError, StaleArtifactError
 VERSIONS = {
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
+    "mpqsearch/final-errors": 1,
     "mpqsearch/allocation": 1,
     "mpqsearch/bitmap": 1,
     "mpqsearch/metrics": 1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpqsearch import artifacts
+from mpqsearch import __version__, artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import BitMap, Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord, average_bits
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError, UnknownNameError
@@ -133,18 +134,40 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     if run.dry_run:
         run.say(f"profile: would measure {len(table)} layers at {len(run.config.policy.widths)} widths")
         return None
-    from mpqsearch.profile import CalibrationSpec, profile_model
+    from mpqsearch.profile import CalibrationSpec
 
     _same_model(run, table)
     settings: Any = {f.name: getattr(run.config.calibration, f.name) for f in fields(run.config.calibration)}
     spec = CalibrationSpec(**settings)
     with run.timed("profile"), _bars() as progress:
-        measured = profile_model(
-            run.denoiser, table, run.config.policy, _sampler(run), spec, run.config.quantizer.format(), progress=progress
-        )
+        measured = _measure(run, table, spec, inputs, progress)
     artifacts.save_profile(path, measured, inputs)
+    shutil.rmtree(run.path("partial"), ignore_errors=True)
     run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s")
     return measured
+
+
+def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:
+    """Profile in two halves, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
+    from mpqsearch.profile import final_errors, profile_base, with_final_errors
+
+    fmt, sampler = run.config.quantizer.format(), _sampler(run)
+    base_path, final_path = run.path("partial", "profile.json"), run.path("partial", "final.json")
+    if artifacts.is_current(base_path, "mpqsearch/profile", inputs, overwrite=True):
+        base = artifacts.load_profile(base_path)
+        run.say(f"profile: continuing from {base_path.parent}")
+    else:
+        base = profile_base(run.denoiser, table, run.config.policy, sampler, spec, fmt, progress=progress)
+        artifacts.save_profile(base_path, base, inputs)
+    known = {}
+    if artifacts.is_current(final_path, "mpqsearch/final-errors", inputs, overwrite=True):
+        known = {(name, bits): value for name, bits, value in artifacts.read_json(final_path, "mpqsearch/final-errors").data}
+
+    def keep(found: Mapping[tuple[str, int], float]) -> None:
+        artifacts.write_json(final_path, "mpqsearch/final-errors", [[n, b, v] for (n, b), v in found.items()], inputs)
+
+    found = final_errors(run.denoiser, table, base, sampler, spec, fmt, known=known, keep=keep, progress=progress)
+    return with_final_errors(base, found)
 
 
 def allocation(
@@ -186,7 +209,13 @@ def allocations(
 def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
     """Digest of everything that the samples of a map depend on: the same point is never evaluated twice."""
     c = run.config.to_data()
-    parts: list[Any] = [table.digest, c["sampler"], c["evaluate"], bit_map.digest if bit_map is not None else "full precision"]
+    parts: list[Any] = [
+        __version__,
+        table.digest,
+        c["sampler"],
+        c["evaluate"],
+        bit_map.digest if bit_map is not None else "full precision",
+    ]
     if bit_map is not None and (bias_correction or bit_map.format.prescale):
         parts += [bias_correction, profile_inputs(run, table)]  # input means and maxima come from the profile
     return artifacts.digest_of(parts)

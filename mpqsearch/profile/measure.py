@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,25 @@ def profile_model(
     *,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Measure a model: see `SensitivityProfile` for what comes out, in which units."""
+    """Measure a model: see `SensitivityProfile` for what comes out, in which units.
+
+    `profile_base` and `final_errors` are its two halves, for callers that keep what is finished.
+    """
+    base = profile_base(denoiser, table, policy, sampler, spec, fmt, progress=progress)
+    return with_final_errors(base, final_errors(denoiser, table, base, sampler, spec, fmt, progress=progress))
+
+
+def profile_base(
+    denoiser: Denoiser,
+    table: LayerTable,
+    policy: Policy,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    fmt: QuantFormat,
+    *,
+    progress: Progress | None = None,
+) -> SensitivityProfile:
+    """Everything but the slow reference of one layer at a time."""
     report = progress or (lambda _label, _done, _total: None)
     widths = tuple(sorted(policy.widths))
     stats, power, inputs = _calibrate(denoiser, table, sampler, spec, report)
@@ -90,11 +108,6 @@ def profile_model(
         arrays[f"layer_probe_error/{variant}"] = _stack(table, result.layer_error[variant])
         arrays[f"layer_probe_std_error/{variant}"] = _stack(table, result.layer_error_std[variant])
     means = {n: s.mean.float().numpy() for n, s in stats.items()}
-    if spec.final_widths:
-        variant = probed[-1]
-        arrays[f"layer_final_error/{variant}"] = final_errors(
-            denoiser, table, widths, spec.final_widths, variants[variant], sampler, spec, stats, report
-        )
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),
@@ -196,40 +209,67 @@ def _probe(
     return probe(denoiser, table, inputs, sampler.guidance, errors, means, probes=spec.probes, seed=spec.seed, tick=tick)
 
 
+FinalErrors = dict[tuple[str, int], float]
+"""Mean squared error of final samples by (layer, width)."""
+
+
 def final_errors(
     denoiser: Denoiser,
     table: LayerTable,
-    widths: tuple[int, ...],
-    measured: Sequence[int],
-    fmt: QuantFormat,
+    profile: SensitivityProfile,
     sampler: SamplerSpec,
     spec: CalibrationSpec,
-    stats: Mapping[str, RowStatistics],
-    report: Progress,
-) -> NDArray[np.float32]:
-    """Mean squared error ``[L, W]`` of the final samples with one layer quantized at a time; NaN at widths not in ``measured``.
+    fmt: QuantFormat,
+    *,
+    known: FinalErrors | None = None,
+    keep: Callable[[FinalErrors], Any] | None = None,
+    progress: Progress | None = None,
+) -> FinalErrors:
+    """Error of the final samples with one layer quantized at a time, at ``spec.final_widths``: the slow reference.
 
-    The slow reference: ``L x len(measured)`` runs of the sampler. Bias correction is on, as in the errors of `probe`.
+    One run of the sampler for each layer and width, with the codebook that `final_variant` names and bias correction on, as in
+    the errors of `probe`. ``known`` holds what an earlier run finished; ``keep`` is called with all results after each layer.
     """
-    for bits in measured:
-        if bits not in widths:
-            raise ConfigError(f"calibration.final_widths asks for {bits} bits, which the policy does not search ({widths})")
+    for bits in spec.final_widths:
+        if bits not in profile.widths:
+            raise ConfigError(f"calibration.final_widths asks for {bits} bits, which the policy does not search ({profile.widths})")
+    found = dict(known or {})
+    todo = [la for la in table if any((la.name, b) not in found for b in spec.final_widths)]
+    if not todo:
+        return found
     seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
     reference = sample(denoiser, seeds, sampler)
-    out = np.full((len(table), len(widths)), np.nan, dtype=np.float32)
-    means = {n: s.mean.float() for n, s in stats.items()}
-    total, done = len(table) * len(measured), 0
-    for i, layer in enumerate(table):
-        for bits in measured:
+    means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
+    chosen = variants_of(spec, fmt)[final_variant(spec)]
+    for done, layer in enumerate(todo, start=1):
+        for bits in spec.final_widths:
             weights = {la.name: np.array(bits if la.name == layer.name else FULL_PRECISION, dtype=np.uint8) for la in table}
             one = quantize_model(
-                denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=fmt), means=means
+                denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=chosen), means=means
             )
             samples = sample(denoiser.with_module(one.module), seeds, sampler)
-            out[i, widths.index(bits)] = float((samples - reference).square().mean())
-            done += 1
-            report("one layer at a time", done, total)
-    return out
+            found[layer.name, bits] = float((samples - reference).square().mean())
+        if keep is not None:
+            keep(found)
+        if progress is not None:
+            progress("one layer at a time", done, len(todo))
+    return found
+
+
+def final_variant(spec: CalibrationSpec) -> str:
+    """The codebook of the one-layer-at-a-time reference: the last that is priced."""
+    return spec.codebooks[-1]
+
+
+def with_final_errors(profile: SensitivityProfile, found: FinalErrors) -> SensitivityProfile:
+    """The profile with ``layer_final_error`` added; unchanged when nothing was measured."""
+    if not found:
+        return profile
+    out = np.full((len(profile.names), len(profile.widths)), np.nan, dtype=np.float32)
+    for (name, bits), value in found.items():
+        out[profile.index[name], profile.widths.index(bits)] = value
+    variant = profile.calibration["spec"]["codebooks"][-1]
+    return replace(profile, arrays={**profile.arrays, f"layer_final_error/{variant}": out})
 
 
 def _concat(table: LayerTable, values: Mapping[str, Tensor]) -> NDArray[np.float32]:
