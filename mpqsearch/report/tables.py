@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_write, read_json, write_json
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.errors import ArtifactError, NumericsError
 from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront, records_table
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 def pareto_frame(records: Iterable[StudyRecord]) -> pd.DataFrame:
     """`mpqsearch.pareto.records_table` as a data frame; what was not measured is NaN."""
+    import pandas as pd  # half a second that figures do not need
+
     return pd.DataFrame(records_table(records))
 
 
