@@ -25,6 +25,14 @@ from mpqsearch.allocate.passes import Moves
 MAX_STATES = 2_000_000
 """States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
 
+GRADE = 1e-9
+"""Efficiencies are ordered in steps of this share of the rate."""
+
+TINY = float(np.finfo(np.float64).tiny)
+
+TIE_BREAK = 0.01
+"""Share of the incumbent's excess by which the distance from a full budget counts when states must be dropped."""
+
 WORK_PER_LEAP = 20_000_000
 """States that the compiled loop makes before it returns for a look at the clock (a fraction of a second)."""
 
@@ -73,15 +81,20 @@ class Closed:
     in_time: bool
 
 
-def build_core(moves: Moves) -> Core:
-    """Group moves by item and order the items."""
+def build_core(moves: Moves, rate: float) -> Core:
+    """Group moves by item and order the items.
+
+    Items of equal efficiency (up to rounding: a share of ``rate``) are shuffled: in their own order the first ones
+    could all only shrink, and the states would wander away from a full budget.
+    """
     efficiency = moves.penalty / np.abs(moves.size)
     by_item = np.lexsort((efficiency, moves.item))
     item = moves.item[by_item]
     heads = np.flatnonzero(np.diff(item, prepend=-1))
     counts = np.diff(heads, append=item.size)
     best = efficiency[by_item][heads]
-    group_order = np.argsort(best, kind="stable")
+    grade = np.round(best / (GRADE * max(abs(rate), TINY)))
+    group_order = np.lexsort((np.random.default_rng(0).permutation(grade.size), grade))
     counts = counts[group_order]
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     within = np.arange(item.size) - np.repeat(start[:-1], counts)
@@ -129,7 +142,7 @@ def close(
         deadline: ``time.perf_counter()`` value at which to stop.
         max_states: States alive at a time.
     """
-    core = build_core(moves)
+    core = build_core(moves, rate)
     grain = int(np.gcd.reduce(core.size)) if core.size.size else 0
     if grain == 0:
         return _nothing(excess, slack, rate, exact_fill)
@@ -273,7 +286,10 @@ class _Search:
 
     def _truncate(self, group: int, max_states: int) -> None:
         bounds = self._bounds(group)
-        order = np.argpartition(bounds, max_states)
+        # Where all moves cost the same per unit all bounds are equal: then the states nearest to a full budget matter.
+        distance = np.abs(self.slack - self.size)
+        weight = TIE_BREAK * (self.excess if np.isfinite(self.excess) else 0.0) / max(int(distance.max()), 1)
+        order = np.argpartition(bounds + weight * distance, max_states)
         self.dropped = min(self.dropped, float(bounds[order[max_states:]].min()))
         self._select(np.sort(order[:max_states]))
 

@@ -13,6 +13,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from mpqsearch.allocate import passes
+
 BLOCK = 1024
 """Items per block: the buffers of a block stay in the first-level cache."""
 
@@ -283,4 +285,5 @@ moves = _jit(_moves)
 totals = _jit(_totals)
 cheapest = _jit(_cheapest)
 hulls = _jit(_hulls)
+wide_hulls = _jit(passes.wide_hulls)
 advance = _jit(_advance)

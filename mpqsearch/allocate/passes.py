@@ -19,6 +19,9 @@ from mpqsearch.allocate.problem import Floats, Integers
 BLOCK_CELLS = 1 << 18
 """Cells per block: a few float64 temporaries of this size stay in the second-level cache."""
 
+WIDE_CHOICES = 64
+"""Choices from which sorting them pays."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bracketed:
@@ -208,12 +211,63 @@ def hull_steps(loss: Floats, cost: Integers, base: Integers | None = None, low: 
     and duplicated choices, and skips collinear vertices.
     """
     base = cheapest(loss, cost) if base is None else np.ascontiguousarray(base, dtype=np.int32)
-    if compiled := kernels(loss.size):
+    compiled = kernels(loss.size)
+    if loss.shape[1] > WIDE_CHOICES:
+        walk = compiled.wide_hulls if compiled else wide_hulls
+        item, to, size, gain, rate = walk(loss, cost, _by_cost(loss, cost), base, float(low))
+    elif compiled:
         item, to, size, gain, rate = compiled.hulls(loss, cost, base, float(low))
     else:
         item, to, size, gain, rate = _gift_wrapping(loss, cost, base, low)
     order = np.argsort(-rate, kind="stable")  # stable: of equal rates an item's earlier step stays first
     return HullSteps(base, item[order], to[order], size[order], gain[order], rate[order])
+
+
+def _by_cost(loss: Floats, cost: Integers) -> NDArray[np.int64]:
+    """Choices of every item by cost, of equal costs the one with the least loss first."""
+    by_loss = np.argsort(loss, axis=1, kind="stable")
+    then_cost = np.argsort(np.take_along_axis(cost, by_loss, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(by_loss, then_cost, axis=1)
+
+
+def wide_hulls(loss: Any, cost: Any, order: Any, base: Any, low: float) -> Any:
+    """Hull steps of items with hundreds of choices: one walk over the choices sorted by cost (a monotone chain).
+
+    Plain loops, which ``kernels`` compiles; the same result as gift wrapping, whose time is quadratic in the choices.
+    """
+    n, k = loss.shape
+    room = n * (k - 1)
+    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
+    size, gain, rate = np.empty(room, dtype=np.int64), np.empty(room), np.empty(room)
+    stack = np.empty(k, dtype=np.int64)
+    count = 0
+    for row in range(n):
+        first = base[row]
+        stack[0], top = first, 1
+        for position in range(k):
+            j = order[row, position]
+            last = stack[top - 1]
+            if loss[row, j] == np.inf or cost[row, j] <= cost[row, last]:
+                continue
+            while top > 1:
+                last, before = stack[top - 1], stack[top - 2]
+                rise = (loss[row, before] - loss[row, last]) / (cost[row, last] - cost[row, before])
+                if rise > (loss[row, last] - loss[row, j]) / (cost[row, j] - cost[row, last]):
+                    break
+                top -= 1
+            stack[top] = j
+            top += 1
+        steepest = np.inf
+        for position in range(1, top):
+            j, last = stack[position], stack[position - 1]
+            wider = np.int64(cost[row, j]) - np.int64(cost[row, last])
+            better = float(loss[row, last]) - float(loss[row, j])
+            steepest = min(steepest, better / wider)
+            if steepest < low or steepest <= 0.0 <= low:
+                break
+            item[count], to[count], size[count], gain[count], rate[count] = row, j, wider, better, steepest
+            count += 1
+    return item[:count], to[:count], size[:count], gain[:count], rate[:count]
 
 
 def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> tuple[NDArray[Any], ...]:

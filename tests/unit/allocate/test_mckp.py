@@ -137,3 +137,19 @@ def test_strongly_correlated_tables_are_proven(backend):
     answer = mckp.solve_table(loss, cost, int(cost[:, 2].sum()))
     assert answer.proven
     assert answer.loss >= answer.dual_bound
+
+
+@pytest.mark.parametrize("low", [0.0, 0.3, -np.inf])
+def test_both_hull_walks_agree(backend, monkeypatch, low):
+    """The chain over sorted choices against gift wrapping: unsorted costs, duplicates, forbidden cells."""
+    rng = np.random.default_rng(8)
+    loss, cost = rng.random((40, 9)) * 5, rng.integers(0, 12, (40, 9))
+    loss[rng.random(loss.shape) < 0.2] = np.inf
+    loss[:, 4] = 2.5
+    wrapped = passes.hull_steps(loss, cost, None, low)
+    monkeypatch.setattr(passes, "WIDE_CHOICES", 1)
+    walked = passes.hull_steps(loss, cost, None, low)
+    np.testing.assert_array_equal(np.sort(walked.item), np.sort(wrapped.item))
+    np.testing.assert_allclose(walked.rate, wrapped.rate, rtol=1e-12)
+    assert walked.size.sum() == wrapped.size.sum()
+    assert walked.rate.size > 20
