@@ -32,6 +32,12 @@ ROUNDING = 1e-13
 SAMPLE_ITEMS = 8_192
 """Items of the sample on which the ascent of a large problem starts."""
 
+REPAIR_ITEMS = 4_096
+"""Items nearest to a change of mind that the first repair may change."""
+
+REPAIR_MOVES = 400
+"""Changes after which the repair gives up."""
+
 PATIENCE_S = 30.0
 """Seconds for all core programs together when the caller sets no time limit."""
 
@@ -218,6 +224,8 @@ def _close(
     doubt = np.partition(np.where(penalty > 0, penalty, np.inf), 0, axis=1)[:, 0] if penalty.shape[1] > 1 else penalty[:, 0]
     doubt = np.where((penalty == 0).sum(axis=1) > 1, 0.0, doubt)
     order = np.argsort(doubt, kind="stable")
+    if known is None:
+        known = _repaired(costs, limits, dual, penalty, order[:REPAIR_ITEMS])
     rate_tuple = tuple(float(rate) for rate in rates)
 
     def loss_of(choice: NDArray[np.int32] | None) -> float:
@@ -248,6 +256,37 @@ def _close(
         if everything and result.infeasible:
             return answer(infeasible=True)
     return answer()
+
+
+def _repaired(
+    costs: tuple[Integers, ...],
+    limits: tuple[int, ...],
+    dual: Evaluation,
+    penalty: NDArray[np.float64],
+    items: NDArray[np.int64],
+) -> NDArray[np.int32] | None:
+    """The dual's minimizers brought within all budgets by the changes that cost least per violation removed, or None."""
+    unit = 1.0 / np.maximum(np.array(limits, dtype=np.float64), 1.0)
+    tables = [cost[items].astype(np.int64) for cost in costs]
+    choice, rows = dual.choice[items].copy(), np.arange(len(items))
+    over = dual.used - np.array(limits, dtype=np.int64)
+    for _ in range(REPAIR_MOVES):
+        if not bool((over > 0).any()):
+            repaired = dual.choice.copy()
+            repaired[items] = choice
+            return repaired
+        growth = [table - table[rows, choice][:, None] for table in tables]
+        left = sum(np.maximum(excess + grown, 0) * one for excess, grown, one in zip(over, growth, unit, strict=True))
+        removed = float((np.maximum(over, 0) * unit).sum()) - left
+        price = penalty[items] - penalty[items, choice][:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where((removed > 0) & np.isfinite(price), price / removed, np.inf)
+        item, to = np.unravel_index(int(np.argmin(rate)), rate.shape)
+        if not np.isfinite(rate[item, to]):
+            return None
+        over = over + np.array([int(grown[item, to]) for grown in growth])
+        choice[item] = to
+    return None
 
 
 def _penalties(

@@ -98,6 +98,12 @@ def _members(rules: LayerRules) -> list[NDArray[np.int64]]:
     return [order[first:last] for first, last in itertools.pairwise(edges)]
 
 
+def _as_slice(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Consecutive rows as a slice: no gather where a layer's channels stand together, as they usually do."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, last) if last - first == len(rows) else rows
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Grid:
     """Widths as whole ticks: width = origin + unit * tick."""
@@ -154,9 +160,10 @@ class _Layer:
     tick: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loss = self.loss_table[self.rows].astype(np.float64)
+        members = _as_slice(self.rows)
+        self.loss = self.loss_table[members].astype(np.float64)
         self.cost = self.cost_table[self.rows[0]].astype(np.int64)
-        if bool((self.cost_table[self.rows] != self.cost).any()):
+        if bool((self.cost_table[members] != self.cost).any()):
             raise NotTwoLevelError(f"the channels of layer {self.number} differ in cost")
         if self.grid is None:
             spread = self.cost - self.cost.min()

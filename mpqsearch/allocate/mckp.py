@@ -23,7 +23,10 @@ DIRECT_ITEMS = 4_096
 """Up to so many items the hulls of all of them are cheaper than bracketing."""
 
 SAMPLE_ITEMS = 4_096
-"""Sampled items; the width of the bracket falls with the root of this."""
+"""Most sampled items; the width of the bracket falls with the root of this."""
+
+SAMPLE_SHARE = 8
+"""A sample takes at most one item in so many, so that it stays cheap beside the pass."""
 
 SPREADS = 1.8
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
@@ -172,21 +175,22 @@ def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: 
 def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
     """Rates that enclose the critical one with high probability, from one random item in each of many strata."""
     n = len(loss)
-    edges = np.linspace(0, n, SAMPLE_ITEMS + 1).astype(np.int64)
-    picked = edges[:-1] + (np.random.default_rng(0).random(SAMPLE_ITEMS) * np.diff(edges)).astype(np.int64)
+    count = max(2, min(SAMPLE_ITEMS, n // SAMPLE_SHARE))
+    edges = np.linspace(0, n, count + 1).astype(np.int64)
+    picked = edges[:-1] + (np.random.default_rng(0).random(count) * np.diff(edges)).astype(np.int64)
     sample_loss, sample_cost = passes.gather(loss, cost, picked)
     steps = passes.hull_steps(sample_loss, sample_cost)
     if not steps.rate.size:
         return least, most if np.isfinite(most) else 1.0
     base_cost = passes.totals(sample_loss, sample_cost, steps.base)[1]
     reached = base_cost + np.cumsum(steps.size)
-    target = limit * (SAMPLE_ITEMS / n)
+    target = limit * (count / n)
     at = int(np.searchsorted(reached, target))
     taken = steps.base.copy()
     taken[steps.item[:at]] = steps.to[:at]
-    sizes = sample_cost[np.arange(SAMPLE_ITEMS), taken].astype(np.float64)
+    sizes = sample_cost[np.arange(count), taken].astype(np.float64)
     # Neighbours resemble each other (channels of one layer): their differences show what the strata leave unexplained.
-    spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * SAMPLE_ITEMS))
+    spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * count))
     first = int(np.searchsorted(reached, target - spread))
     last = int(np.searchsorted(reached, target + spread)) + 1
     high = float(steps.rate[first - 1]) if first > 0 else float(steps.rate[0]) * 2

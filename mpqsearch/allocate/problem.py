@@ -265,11 +265,11 @@ class AllocationProblem:
 
     def item_index(self, item: int | str) -> int:
         """Index of an item given by index or name."""
-        return _index(item, self.names, self.n_items, "item")
+        return _index(item, _positions(self.names), self.n_items, "item")
 
     def choice_index(self, choice: int | str) -> int:
         """Index of a choice given by index or name."""
-        return _index(choice, self.choices, self.n_choices, "choice")
+        return _index(choice, _positions(self.choices), self.n_choices, "choice")
 
     def permits(self, choice: Integers) -> bool:
         """Whether ``choice [n]`` obeys the allowed choices, pins, ties and layer rules (not the budgets)."""
@@ -300,8 +300,9 @@ class AllocationProblem:
             return None
         if isinstance(self.fixed, Mapping):
             fixed = np.full(self.n_items, FREE, dtype=np.int32)
+            positions = _positions(self.names)
             for item, choice in self.fixed.items():
-                fixed[self.item_index(item)] = self.choice_index(choice)
+                fixed[_index(item, positions, self.n_items, "item")] = self.choice_index(choice)
         else:
             fixed = np.asarray(self.fixed)
             if fixed.shape != (self.n_items,) or not np.issubdtype(fixed.dtype, np.integer):
@@ -328,9 +329,10 @@ class AllocationProblem:
                 raise ConfigError("ties: labels must be -1 (free) or a group number >= 0.")
             return _frozen(self.ties)
         labels = np.full(self.n_items, FREE, dtype=np.int64)
+        positions = _positions(self.names)
         for number, group in enumerate(self.ties):
             for item in group:
-                index = self.item_index(item)
+                index = _index(item, positions, self.n_items, "item")
                 if labels[index] not in (FREE, number):
                     raise ConfigError(f"{self.item_name(index)} is in two tie groups; join the groups into one.")
                 labels[index] = number
@@ -507,11 +509,15 @@ def _checked_names(what: str, names: Sequence[str] | None, count: int) -> tuple[
     return listed
 
 
-def _index(asked: int | str, names: Sequence[str] | None, count: int, what: str) -> int:
+def _positions(names: Sequence[str] | None) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names or ())}
+
+
+def _index(asked: int | str, positions: Mapping[str, int], count: int, what: str) -> int:
     if isinstance(asked, str):
-        if names is None or asked not in names:
-            raise UnknownNameError(what, asked, names or ())
-        return names.index(asked)
+        if asked not in positions:
+            raise UnknownNameError(what, asked, positions)
+        return positions[asked]
     if not 0 <= int(asked) < count:
         raise ConfigError(f"{what} {asked} is outside 0 .. {count - 1}.")
     return int(asked)

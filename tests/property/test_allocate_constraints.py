@@ -12,6 +12,7 @@ from mpqsearch.allocate import (
     CostBudget,
     LayerRules,
     PairwiseTerms,
+    budgets,
     solve,
     solve_alternatives,
     verify_certificate,
@@ -166,3 +167,21 @@ def test_alternatives_are_the_best_that_differ_enough(seed, distance):
         for earlier in found[:number]:
             far &= (grid != earlier.choice).sum(axis=1) >= distance
         assert answer.loss == pytest.approx(losses[far & (costs <= limit)].min(), rel=SAME)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_the_repair_ends_within_every_budget(seed):
+    """Started from minimizers over the budgets, the repair returns an admissible choice or nothing."""
+    rng = np.random.default_rng(seed)
+    loss = rng.random((30, 4))
+    tables = tuple(rng.integers(0, 100, (30, 4)) for _ in range(2))
+    limits = tuple(int(table.mean(axis=1).sum() * 0.9) for table in tables)
+    rates = np.zeros(2)
+    start = budgets.evaluate_dual(loss, tables, limits, rates)
+    penalty = loss - loss.min(axis=1, keepdims=True)
+    assume(bool((start.used > np.array(limits)).any()))
+    repaired = budgets._repaired(tables, limits, start, penalty, np.arange(30))
+    assert repaired is not None
+    rows = np.arange(30)
+    assert all(table[rows, repaired].sum() <= limit for table, limit in zip(tables, limits, strict=True))
