@@ -25,6 +25,9 @@ from mpqsearch.allocate.passes import Moves
 MAX_STATES = 2_000_000
 """States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
 
+MAX_HISTORY = 30_000_000
+"""States ever made (16 bytes each) after which the search ends without a proof: memory stays near a gigabyte."""
+
 GRADE = 1e-9
 """Efficiencies are ordered in steps of this share of the rate."""
 
@@ -193,9 +196,10 @@ class _Search:
         self._update_incumbent()
         group, n_groups = 0, len(self.core.start) - 1
         while group < n_groups and self.size.size:
-            if time.perf_counter() > deadline:
+            late = time.perf_counter() > deadline
+            if late or self.n_history > MAX_HISTORY:
                 self.dropped = min(self.dropped, float(self._bounds(group).min()))
-                return self._outcome(in_time=False)
+                return self._outcome(in_time=not late)
             group = self._step(group) if compiled is None else self._leap(group, max_states, compiled)
             if self.size.size > max_states:
                 self._truncate(group, max_states)

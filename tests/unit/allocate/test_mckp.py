@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import mckp, passes
+from mpqsearch.allocate import closing, mckp, passes
 from mpqsearch.allocate.backend import has_numba, use_backend
 
 
@@ -101,6 +101,40 @@ def test_a_gap_tolerance_is_certified(backend):
     tight = mckp.solve_table(loss, cost, int(weights * 4.2))
     assert loose.loss - loose.floor <= 1e-5 * loose.loss
     assert loose.floor <= tight.loss <= loose.loss
+
+
+def test_a_full_history_ends_the_search_with_a_valid_bound(backend, monkeypatch):
+    loss, cost, weights = tables(3000, kind="noisy")
+    proven = mckp.solve_table(loss, cost, int(weights * 4.2))
+    monkeypatch.setattr(closing, "MAX_HISTORY", 0)
+    answer = mckp.solve_table(loss, cost, int(weights * 4.2))
+    assert not answer.proven
+    assert answer.in_time
+    assert answer.dual_bound <= answer.floor <= proven.loss <= answer.loss
+
+
+def test_dropped_states_end_the_proof_but_not_the_bound(backend, monkeypatch):
+    loss, cost, weights = tables(300, kind="noisy")
+    proven = mckp.solve_table(loss, cost, int(weights * 4.2))
+    real = closing.close
+    monkeypatch.setattr(closing, "close", lambda *args, **options: real(*args, **(options | {"max_states": 2})))
+    answer = mckp.solve_table(loss, cost, int(weights * 4.2))
+    assert answer.floor <= proven.loss <= answer.loss
+    assert answer.proven == (answer.loss == proven.loss == answer.floor)
+
+
+@pytest.mark.parametrize("decade", [-15, -9, -4, 4, 9, 15])
+def test_the_map_of_794_layers_does_not_depend_on_the_scale_of_the_losses(decade):
+    """Losses over eight decades; the reference systems' maps change from 1e-4 down."""
+    rng = np.random.default_rng(11)
+    weights = rng.integers(10**5, 10**7, 794)
+    loss = 10.0 ** rng.uniform(-8, 0, (794, 1)) * 4.0 ** -np.arange(7.0) * rng.lognormal(0, 0.3, (794, 7))
+    cost = weights[:, None] * np.arange(2, 9)
+    limit = int(4.4 * weights.sum())
+    reference, scaled = mckp.solve_table(loss, cost, limit), mckp.solve_table(loss * 10.0**decade, cost, limit)
+    assert reference.proven
+    assert scaled.proven
+    np.testing.assert_array_equal(scaled.choice, reference.choice)
 
 
 def test_too_small_a_budget_is_refused_for_large_tables_too(backend):
