@@ -18,6 +18,9 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 
 INFINITY = float("inf")
 
+USELESS_GAP = 1.0
+"""A bound that leaves open whether the loss could be nothing at all is no bound: the answer is called heuristic."""
+
 LINEARIZED_PRODUCTS = 10_000
 """Products of binaries up to which ``auto`` tries to prove a pairwise problem by an integer program."""
 
@@ -125,7 +128,7 @@ def finish(task: Task, answer: Answer) -> AllocationResult:
     bound = loss if answer.proven else min(max(answer.floor, dual), loss)
     choice.flags.writeable = False
     return AllocationResult(
-        status=_status(answer, bound),
+        status=_status(answer, relative_gap(loss, bound)),
         choice=choice,
         loss=loss,
         cost=costs[0],
@@ -139,12 +142,12 @@ def finish(task: Task, answer: Answer) -> AllocationResult:
     )
 
 
-def _status(answer: Answer, bound: float) -> Status:
+def _status(answer: Answer, gap: float) -> Status:
     if answer.proven:
         return "optimal"
-    if bound == -INFINITY:
-        return "heuristic"
-    return "feasible" if answer.in_time else "time_limit"
+    if not answer.in_time:
+        return "time_limit"
+    return "feasible" if gap < USELESS_GAP else "heuristic"
 
 
 def _dual_bound(task: Task, answer: Answer) -> float:

@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]
 
 Status = Literal["optimal", "feasible", "time_limit", "heuristic"]
 """``optimal``: proven. ``feasible``: stopped early, ``gap`` certified. ``time_limit``: the same, because time ran out.
-``heuristic``: no useful bound is known; ``gap`` may be infinite."""
+``heuristic``: no useful bound is known (``gap`` is 1 or more)."""
 
 FREE = -1
 """Label of an item that belongs to no tie group, or of an item that is not fixed."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, CostBudget, explain, solve, solve_path, verify_certificate
+from mpqsearch.allocate import AllocationProblem, CostBudget, PairwiseTerms, explain, solve, solve_path, verify_certificate
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
 NAMES = ("a", "b", "c")
@@ -88,3 +88,24 @@ def test_a_time_limit_is_told_apart_from_an_optimum():
     assert 0 < hurried.gap < 0.01
     with pytest.raises(ConfigError, match="time_limit_s"):
         solve(problem(), time_limit_s=0)
+
+
+def test_an_answer_without_a_useful_bound_is_called_heuristic():
+    """Couplings far larger than the losses, too many for an integer program, losses that may be negative."""
+    rng = np.random.default_rng(0)
+    first, second = np.triu_indices(40, 1)
+    value = rng.normal(size=(len(first), 4, 4)) * 10
+    cost = rng.integers(1, 9, (40, 1)) * np.arange(1, 5)
+    asked = AllocationProblem(
+        loss=rng.random((40, 4)) - 0.5,
+        cost=cost,
+        limit=int(cost[:, 2].sum()),
+        pairwise=PairwiseTerms(first=first, second=second, value=value),
+        signed_loss=True,
+    )
+    answer = solve(asked)
+    assert answer.status == "heuristic"
+    assert answer.gap >= 1
+    start = asked.evaluate(np.zeros(40, dtype=int))[0]
+    assert answer.loss < start
+    assert verify_certificate(asked, answer)
