@@ -67,12 +67,16 @@ def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec
     """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps state."""
     scheduler = _scheduler(denoiser, spec)
     scheduler.set_timesteps(spec.steps)
+    # Where the scheduler clips the predicted sample, the noise must be derived from the clipped one again. Otherwise the two disagree,
+    # guidance at high noise inflates the state, and more steps make it worse (fmnist-unet, guidance 3, 20 steps: the asked class is
+    # recognised in 62 % of the samples without, 99 % with it).
+    extra = {"use_clipped_model_output": True} if spec.name == "ddim" and scheduler.config.clip_sample else {}
     x = x * scheduler.init_noise_sigma
     for index, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t)
         steps = torch.full((len(x),), int(t), dtype=torch.long, device=x.device)
         prediction = denoiser.guided(seen, steps, cond, spec.guidance)
-        after = scheduler.step(prediction.detach(), t, x).prev_sample
+        after = scheduler.step(prediction.detach(), t, x, **extra).prev_sample
         yield Step(index=index, timestep=int(t), x=seen, prediction=prediction, after=after)
         x = after
 

@@ -90,7 +90,7 @@ def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path
         (("allocate", "--budget", "0.5bit"), 3, "smallest attainable is"),
         (("allocate", "--budget", "3 pounds"), 2, "cannot read the budget"),
         (("allocate", "--budget", "20bit"), 2, "above full precision"),
-        (("layers", "--model", "nowhere"), 2, "unknown model 'nowhere'"),
+        (("layers", "--model", "nowhere", "--run-dir", "elsewhere"), 2, "unknown model 'nowhere'"),
         (("layers", "--set", "model.sauce=1"), 2, "did you mean 'source'"),
         (("layers", "--set", "policy.pinned={nolayer=4}", "--run-dir", "other"), 2, "unknown layer 'nolayer'"),
         (("export", "--target", "quantto"), 2, "did you mean 'quanto'"),

@@ -37,7 +37,7 @@ def test_ddim_equals_a_loop_over_diffusers_scheduler() -> None:
         expected = x
         for t in scheduler.timesteps:
             prediction = denoiser.module(expected, t, class_labels=labels).sample
-            expected = scheduler.step(prediction, t, expected).prev_sample
+            expected = scheduler.step(prediction, t, expected, use_clipped_model_output=True).prev_sample
     got = sample(denoiser, [1, 2], SamplerSpec(steps=6, batch=2))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

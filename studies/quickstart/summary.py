@@ -1,0 +1,50 @@
+"""Print the results of a quickstart run as Markdown, and copy its front beside this file.
+
+python studies/quickstart/summary.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    table = pd.read_csv(run / "pareto.csv")
+    full = table[table["method"] == "full-precision"].iloc[0]
+    rows = table[table["method"] != "full-precision"]
+    print(f"{full['n_samples']} samples, seeds {full['seeds']}; full precision: FD to data {_with(full, 'fd_data')}.\n")
+    print("FD to the full-precision samples of the same noise (95 % bootstrap interval), and in brackets the ratio to `uniform`:\n")
+    methods = list(dict.fromkeys(rows["method"]))
+    print("| budget | kB | " + " | ".join(methods) + " |")
+    print("|---|---|" + "---|" * len(methods))
+    for budget, group in rows.groupby("target_bits"):
+        by = group.set_index("method")
+        base = by.loc["uniform", "fd_fp"]
+        cells = [f"{_with(by.loc[m], 'fd_fp')} ({by.loc[m, 'fd_fp'] / base:.2f})" for m in methods]
+        print(f"| uniform:{budget:g} | {by.loc['uniform', 'size_bytes'] / 1000:.0f} | " + " | ".join(cells) + " |")
+    print("\nPaired PSNR in dB, and FD to data:\n")
+    print("| budget | " + " | ".join(methods) + " |")
+    print("|---|" + "---|" * len(methods))
+    for budget, group in rows.groupby("target_bits"):
+        by = group.set_index("method")
+        cells = [f"{by.loc[m, 'paired_psnr']:.1f} dB, {by.loc[m, 'fd_data']:.2f}" for m in methods]
+        print(f"| uniform:{budget:g} | " + " | ".join(cells) + " |")
+    for kind in ("png", "svg"):
+        found = sorted((run / "figures").glob(f"front*fd_fp*.{kind}")) or sorted((run / "figures").glob(f"front*.{kind}"))
+        if found and kind == "png":
+            shutil.copy(found[0], HERE / "front.png")
+
+
+def _with(row: pd.Series, key: str) -> str:
+    return f"{row[key]:.3f} ± {row[f'{key}_high'] - row[key]:.3f}"
+
+
+if __name__ == "__main__":
+    main()
