@@ -438,6 +438,10 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=1, default=str))  # noqa: T201
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+
 def _fail(text: str, code: int) -> NoReturn:
     print(f"mpqsearch: {text}", file=sys.stderr)  # noqa: T201
     raise SystemExit(code)
@@ -451,8 +455,11 @@ def main() -> None:
         if _State.verbose >= 2:
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted. What was finished is kept; the same command continues from there.", 130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # typer turns an interrupt inside a command into the exit code 130 without a word.
+        if isinstance(error, KeyboardInterrupt) or error.code == INTERRUPTED:
+            _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
+        raise
     except BrokenPipeError:
         raise SystemExit(0) from None
 
