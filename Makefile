@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart test lint types contracts benchmark clean
 
-quickstart: $(INSTALLED)
+quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 test: $(INSTALLED) lint types contracts
@@ -25,9 +26,14 @@ contracts: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-enable -s
 
-$(INSTALLED): pyproject.toml constraints.txt
+# torch first and by itself: with it in place, no other package pulls in another build of it.
+$(RUNTIME): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
+	touch $@
+
+$(INSTALLED): $(RUNTIME)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
