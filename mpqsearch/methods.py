@@ -68,6 +68,11 @@ class MethodSpec:
             raise ConfigError(f"method {self.name!r}: prescale goes with the affine codebook only, got {self.codebook!r}")
 
     @property
+    def granularity(self) -> str:
+        """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
+        return "channel" if self.allocator in ("omq", "ilp-channel") else "layer"
+
+    @property
     def variant(self) -> str:
         """The quantizer variant of the profile that prices this method."""
         return f"{self.codebook}+prescale" if self.prescale else self.codebook

@@ -313,7 +313,7 @@ def evaluate_map(
     return StudyRecord(
         model=table.model,
         method=method.name,
-        granularity=bit_map.granularity,
+        granularity=method.granularity,
         target_bits=budget.limit,
         average_bits=average_bits(table, bit_map),
         size_bytes=_bytes(table, bit_map),
