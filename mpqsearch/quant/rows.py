@@ -22,7 +22,7 @@ ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
 
 
-FINALISTS = 4
+FINALISTS = 3
 """Candidates of the range search that are compared again in float64."""
 
 
@@ -131,15 +131,13 @@ def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, facto
     """
     errors = torch.empty(len(factors), len(rows))
     zero_column, top_column = zero[:, None], top[:, None]
-    units, nearest = torch.empty_like(rows), torch.empty_like(rows)
-    for i, factor in enumerate(factors.tolist()):
-        scale = widest * factor
-        torch.addcmul(zero_column, rows, scale.reciprocal()[:, None], out=units)
-        torch.round(units, out=nearest)
-        nearest.clamp_min_(0)
+    at_once = max(1, BLOCK // rows.numel())  # small layers take many candidates in one call
+    for start in range(0, len(factors), at_once):
+        scale = widest * factors[start : start + at_once, None]  # [k, C]
+        units = torch.addcmul(zero_column, rows, scale.reciprocal()[:, :, None])
+        nearest = torch.round(units).clamp_min_(0)
         torch.minimum(nearest, top_column, out=nearest)
-        units.sub_(nearest)
-        errors[i] = _power_sum(units, p) * scale.pow(p)
+        errors[start : start + at_once] = _power_sum(units.sub_(nearest), p) * scale.pow(p)
     few = errors.topk(min(FINALISTS, len(factors)), dim=0, largest=False).indices.sort(dim=0).values
     exact = torch.stack([_exact_error(rows, widest.double() * factors[i], zero, top, p) for i in few])
     return few.gather(0, exact.argmin(0, keepdim=True))[0]
@@ -148,15 +146,15 @@ def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, facto
 def _exact_error(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor, p: float) -> Tensor:
     units = torch.addcmul(zero[:, None].double(), rows.double(), scale.reciprocal()[:, None])
     units -= units.round().clamp_min_(0).minimum(top[:, None].double())
-    return units.abs_().pow_(p).sum(1) * scale.pow(p)
+    return _power_sum(units, p) * scale.pow(p)
 
 
 def _power_sum(x: Tensor, p: float) -> Tensor:
-    """``sum |x|**p`` over columns, in place. Through log2 and exp2, which are vectorised where ``pow`` is not."""
+    """``sum |x|**p`` over the last axis, in place. Through log2 and exp2, which are vectorised where ``pow`` is not."""
     x.square_()
     if p != 2.0:
         x.log2_().mul_(p / 2).exp2_()
-    return x.sum(1)
+    return x.sum(-1)
 
 
 def _stored(scale: Tensor) -> Tensor:
