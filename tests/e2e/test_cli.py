@@ -139,7 +139,13 @@ def test_interrupted_anywhere_the_same_command_continues(
 ) -> None:
     arguments = [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"]
     started = subprocess.Popen(
-        arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        arguments,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not list((tmp_path / "r").glob(marker)) and started.poll() is None and time.monotonic() < deadline:
