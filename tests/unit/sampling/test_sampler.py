@@ -16,11 +16,12 @@ def test_sample_i_is_the_same_at_any_batch_size(name: str) -> None:
     seeds = [3, 14, 15, 92, 65]
     whole = sample(denoiser, seeds, SamplerSpec(name=name, steps=4, guidance=2.0, batch=5))
     parts = sample(denoiser, seeds, SamplerSpec(name=name, steps=4, guidance=2.0, batch=2))
-    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-4)  # other batches round differently, nothing more
+    # Other batches round differently, nothing more; DPM-Solver++ does not clip, and random weights give values of tens.
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-4)
     again = sample(denoiser, seeds, SamplerSpec(name=name, steps=4, guidance=2.0, batch=5))
     assert torch.equal(whole, again)
     alone = sample(denoiser, [92], SamplerSpec(name=name, steps=4, guidance=2.0, batch=5))
-    torch.testing.assert_close(alone[0], whole[3], rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone[0], whole[3], rtol=1e-5, atol=1e-4)
     assert float((whole[0] - whole[1]).abs().max()) > 0.1
 
 
