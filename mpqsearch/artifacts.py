@@ -37,6 +37,7 @@ VERSIONS = {
     "mpqsearch/statistics": 1,
     "mpqsearch/samples": 1,
     "mpqsearch/export": 1,
+    "mpqsearch/checkpoint": 1,
 }
 """The newest version of each schema. Readers accept this version and the one before."""
 

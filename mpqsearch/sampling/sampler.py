@@ -63,6 +63,13 @@ def labels_of(denoiser: Denoiser, seeds: Sequence[int]) -> Condition:
     return torch.tensor([int(s) % denoiser.n_classes for s in seeds], dtype=torch.long)
 
 
+def timesteps_of(denoiser: Denoiser, spec: SamplerSpec) -> tuple[int, ...]:
+    """The timesteps that the denoiser is called with, noise first."""
+    scheduler = _scheduler(denoiser, spec)
+    scheduler.set_timesteps(spec.steps)
+    return tuple(int(t) for t in scheduler.timesteps)
+
+
 def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec) -> Iterator[Step]:
     """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps state."""
     scheduler = _scheduler(denoiser, spec)

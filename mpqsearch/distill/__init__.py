@@ -1,0 +1,34 @@
+"""Distillation of a quantized student: teacher trajectories, the relation loss, and the loop."""
+
+from mpqsearch.distill.loop import PRECISIONS, DistillSpec, DistillState, distill
+from mpqsearch.distill.processes import Processes, processes
+from mpqsearch.distill.teacher import CachedTrajectories, TeacherSource, TeacherStep, Trajectories
+from mpqsearch.distill.trd import (
+    FeatureTap,
+    TimeSmoothedRelations,
+    TRDSpec,
+    find_feature_module,
+    pool_positions,
+    relation_log_probabilities,
+    relation_loss,
+)
+
+__all__ = [
+    "PRECISIONS",
+    "CachedTrajectories",
+    "DistillSpec",
+    "DistillState",
+    "FeatureTap",
+    "Processes",
+    "TRDSpec",
+    "TeacherSource",
+    "TeacherStep",
+    "TimeSmoothedRelations",
+    "Trajectories",
+    "distill",
+    "find_feature_module",
+    "pool_positions",
+    "processes",
+    "relation_log_probabilities",
+    "relation_loss",
+]

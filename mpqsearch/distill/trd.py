@@ -1,0 +1,266 @@
+"""Time-smoothed relation distillation (MPQ-DM, arXiv 2412.11549), with a gradient.
+
+Features of teacher and student are averaged over a window of consecutive timesteps. Each position of the averaged map is compared with
+every other by cosine, a softmax with a temperature turns each row into a distribution, and the loss is ``KL(teacher || student)``, the mean
+over rows. The code released with the paper detaches both sides, so its relation loss is a constant (see `TRDSpec.as_released`); sums
+over rows at temperature 1, where 4,096 cosines give an almost uniform distribution; and forms maps of 4,096 x 4,096. Here positions are
+pooled first, to at most ``pooled_size**2``.
+
+Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels, ``P <= pooled_size**2`` positions and a queue of ``q`` windows: the
+teacher keeps ``N P C`` numbers a window, either side one map of ``N P P (1 + q)`` numbers, and the student the graph of every forward
+pass of the window, or of one with `TRDSpec.truncate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+
+EPSILON = 1e-8
+"""Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
+
+_BLOCK_LISTS = ("up_blocks", "output_blocks", "single_transformer_blocks", "transformer_blocks", "blocks", "layers")
+"""Attributes that hold a denoiser's blocks in the order of the forward pass; the last block of the first that exists is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TRDSpec:
+    """Options of the relation loss.
+
+    window
+        Consecutive timesteps whose features are averaged, 1..100. The window is also one optimiser step, with or without a relation loss.
+    temperature
+        Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
+    weight
+        Of the relation loss beside the mean squared error; 0 switches it off.
+    pooled_size
+        Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
+    truncate
+        Keep no graph of the earlier timesteps of the window: their features enter as constants, in the memory of one forward pass.
+    queue
+        Earlier windows of the same trajectory whose positions are compared with as well, without a gradient (a memory of relations
+        as in MPQ-DMv2, arXiv 2507.04290).
+    as_released
+        Detach both sides as the released code does: the loss is computed and logged, and trains nothing.
+    feature
+        Module whose output is compared; empty: found by `find_feature_module`.
+    """
+
+    window: int = 2
+    temperature: float = 0.1
+    weight: float = 0.1
+    pooled_size: int = 16
+    truncate: bool = False
+    queue: int = 0
+    as_released: bool = False
+    feature: str = ""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("window", 1, 100), ("pooled_size", 1, 64), ("queue", 0, 16)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"distill: {name} must lie in {low}..{high}, got {value}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ConfigError(f"distill: temperature must be positive and finite, got {self.temperature}")
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise ConfigError(f"distill: weight must be at least 0 and finite, got {self.weight}")
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+def find_feature_module(module: nn.Module) -> str:
+    """The module whose output is the last feature map before the output layers: the last up block of a U-Net, the last block of a transformer.
+
+    Raises `ModelError` when the model has no list of blocks under a known name.
+    """
+    found: dict[str, str] = {}
+    for name, child in module.named_modules():
+        key = name.rsplit(".", 1)[-1]
+        if not isinstance(child, nn.ModuleList) or not len(child) or key not in _BLOCK_LISTS:
+            continue
+        # The outermost list of a name: U-Nets hold transformer blocks inside their up blocks, and those are not meant.
+        if key not in found or name.count(".") + 1 < found[key].count("."):
+            found[key] = f"{name}.{len(child) - 1}"
+    if found:
+        depth = min(name.count(".") for name in found.values())
+        return next(found[key] for key in _BLOCK_LISTS if key in found and found[key].count(".") == depth)
+    raise ModelError(
+        f"{type(module).__name__} has none of the block lists {', '.join(_BLOCK_LISTS)}: name the module whose output is compared "
+        "(distill.feature), or set distill.weight to 0."
+    )
+
+
+def pool_positions(features: Tensor, size: int) -> Tensor:
+    """Features as positions ``[N, P, C]`` with ``P <= size**2``.
+
+    Maps ``[N, C, H, W]`` are averaged to at most ``size`` rows and columns. Tokens ``[N, T, C]`` are put on their square grid when ``T`` is a
+    square, else averaged along the sequence. Raises `ModelError` for other shapes.
+    """
+    if features.ndim == 4:
+        grid = (min(features.shape[2], size), min(features.shape[3], size))
+        pooled = features if grid == tuple(features.shape[2:]) else F.adaptive_avg_pool2d(features, grid)
+        return pooled.flatten(2).transpose(1, 2)
+    if features.ndim == 3:
+        n, tokens, channels = features.shape
+        if tokens <= size * size:
+            return features
+        side = math.isqrt(tokens)
+        if side * side == tokens:
+            return pool_positions(features.transpose(1, 2).reshape(n, channels, side, side), size)
+        return F.adaptive_avg_pool1d(features.transpose(1, 2), size * size).transpose(1, 2)
+    raise ModelError(
+        f"relation distillation compares maps [N, C, H, W] or tokens [N, T, C]; the chosen module gives {tuple(features.shape)}. "
+        "Name another one (distill.feature)."
+    )
+
+
+def relation_log_probabilities(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """``log softmax(cos(query, key) / temperature)`` over keys: ``[N, P, C]`` and ``[N, K, C]`` give ``[N, P, K]``, in float32 or wider."""
+    return F.log_softmax(_unit(queries) @ _unit(keys).transpose(1, 2) / temperature, dim=-1)
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    *,
+    student_memory: Sequence[Tensor] = (),
+    teacher_memory: Sequence[Tensor] = (),
+) -> Tensor:
+    """``KL(teacher || student)`` between the relations of positions ``[N, P, C]``, the mean over samples and positions.
+
+    With a memory (positions ``[N, P, C]`` of earlier windows), positions are compared with those as well. The teacher gets no gradient.
+    """
+    teacher = teacher.detach()
+    of_student = relation_log_probabilities(student, torch.cat([student, *student_memory], 1), temperature)
+    of_teacher = relation_log_probabilities(teacher, torch.cat([teacher, *teacher_memory], 1), temperature)
+    rows = of_student.shape[0] * of_student.shape[1]
+    return F.kl_div(of_student, of_teacher, reduction="sum", log_target=True) / rows
+
+
+class TimeSmoothedRelations:
+    """The relation loss over windows: collects positions of both sides step by step, and remembers past windows when there is a queue.
+
+    The memory is emptied by `restart` at the start of each trajectory; `state` and `load_state` keep it over a checkpoint.
+    """
+
+    def __init__(self, spec: TRDSpec) -> None:
+        self.spec = spec
+        self._student: list[Tensor] = []
+        self._teacher: list[Tensor] = []
+        self._memory: deque[tuple[Tensor, Tensor]] = deque(maxlen=spec.queue)
+
+    def add(self, student: Tensor, teacher: Tensor, *, last: bool) -> None:
+        """Positions ``[N, P, C]`` of one timestep; ``last`` of the window. Raises `ConfigError` when the two sides do not match."""
+        if student.shape != teacher.shape:
+            raise ConfigError(
+                f"the student's positions have the shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: both sides need the "
+                "same feature module and pooled_size"
+            )
+        keep_graph = not self.spec.as_released and (last or not self.spec.truncate)
+        self._student.append(student if keep_graph else student.detach())
+        self._teacher.append(teacher.detach())
+
+    def loss(self) -> Tensor:
+        """The relation loss of the steps added since the last call, unweighted."""
+        if not self._student:
+            raise ConfigError("the relation loss needs at least one timestep; add features first")
+        student, teacher = (torch.stack(side).mean(0) for side in (self._student, self._teacher))
+        past = list(self._memory)
+        value = relation_loss(
+            student,
+            teacher,
+            self.spec.temperature,
+            student_memory=[s for s, _ in past],
+            teacher_memory=[t for _, t in past],
+        )
+        if self.spec.queue:
+            self._memory.append((student.detach(), teacher))
+        self._student, self._teacher = [], []
+        return value
+
+    def restart(self) -> None:
+        """Forget everything: another trajectory begins."""
+        self._student, self._teacher = [], []
+        self._memory.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """The memory between two windows, by name."""
+        return {f"{side}.{i}": pair[k] for i, pair in enumerate(self._memory) for k, side in enumerate(("student", "teacher"))}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Back from `state`."""
+        self.restart()
+        for i in range(len(state) // 2):
+            self._memory.append((state[f"student.{i}"], state[f"teacher.{i}"]))
+
+
+class FeatureTap:
+    """Context manager that keeps the pooled output of one module, every time the module runs.
+
+    The hook only reads. Positions are pooled at once, so that a full map is never kept for the teacher. Raises `UnknownNameError` when
+    there is no module of that name.
+    """
+
+    def __init__(self, module: nn.Module, name: str, pooled_size: int) -> None:
+        modules = dict(module.named_modules())
+        if name not in modules:
+            raise UnknownNameError("feature module", name, [n for n in modules if n], "(distill.feature)")
+        self.name, self.pooled_size = name, pooled_size
+        self._module = modules[name]
+        self._kept: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        self._handle = self._module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._handle.remove()
+        self._kept.clear()
+
+    def take(self) -> Tensor:
+        """Positions ``[N, P, C]`` since the last call; guidance in two calls gives them joined, as in one.
+
+        Raises `ModelError` when the module did not run.
+        """
+        if not self._kept:
+            raise ModelError(f"the module {self.name!r} did not run in the forward pass; name another one (distill.feature)")
+        kept, self._kept = self._kept, []
+        return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self._kept.append(_wide(pool_positions(_tensor_of(output, self.name), self.pooled_size)))
+
+
+def _tensor_of(output: Any, name: str) -> Tensor:
+    """The feature among what a block returns: joint blocks return text and image tokens, of which the image is the larger."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if not tensors:
+        raise ModelError(
+            f"the module {name!r} returns {type(output).__name__}, which holds no tensor; name another one (distill.feature)"
+        )
+    return max(tensors, key=Tensor.numel)
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = _wide(x)
+    return x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,278 @@
+"""The loop on tiny models: it learns, resumes bit for bit, saves on a signal and stops when it diverges."""
+
+import copy
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill
+from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
+from mpqsearch.models import Denoiser
+from mpqsearch.sampling import SamplerSpec, timesteps_of
+from mpqsearch.testing import tiny_denoiser
+
+FEATURE = {"unet": "up_blocks.1", "dit": "transformer_blocks.1"}
+
+
+def teacher(kind: str = "unet") -> Denoiser:
+    return tiny_denoiser(kind)
+
+
+def student_of(denoiser: Denoiser, scale: float = 1.2) -> tuple[torch.nn.Module, list[dict]]:
+    """A copy whose weights are off, all of them trainable."""
+    student = copy.deepcopy(denoiser.module)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.mul_(scale)
+    student.requires_grad_(True)
+    return student, [{"name": "all", "params": list(student.parameters()), "lr": 2e-3}]
+
+
+def trajectories(denoiser: Denoiser, feature: str = FEATURE["unet"], **kwargs: object) -> Trajectories:
+    return Trajectories(denoiser, SamplerSpec(steps=5, guidance=2.0), batch=3, feature=feature, pooled_size=4, **kwargs)  # type: ignore[arg-type]
+
+
+def spec(**kwargs: object) -> DistillSpec:
+    relation = TRDSpec(**{"pooled_size": 4, **kwargs.pop("relation", {})})  # type: ignore[arg-type, dict-item]
+    return DistillSpec(**{"steps": 10, "checkpoint_every": 5, "relation": relation, **kwargs})  # type: ignore[arg-type]
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [v.detach().clone() for v in module.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("relation", [{}, {"truncate": True}, {"weight": 0.0}, {"queue": 1}])
+def test_training_lowers_the_loss(kind: str, relation: dict) -> None:
+    denoiser = teacher(kind)
+    student, groups = student_of(denoiser)
+    source = trajectories(denoiser, FEATURE[kind])
+    states = list(distill(denoiser, student, groups, source, spec(steps=18, relation=relation)))
+    assert [s.step for s in states] == list(range(1, 19))
+    # A trajectory has three windows; whole trajectories are compared, since the loss depends on the timestep.
+    assert sum(s.task for s in states[-3:]) < 0.7 * sum(s.task for s in states[:3])
+    assert states[0].rate == 1.0
+    assert states[-1].rate == pytest.approx(1 / 18)
+    assert not denoiser.module.conv_in.weight.requires_grad if kind == "unet" else True
+
+
+def test_equal_student_has_no_loss_and_no_gradient() -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser, scale=1.0)
+    state = next(distill(denoiser, student, groups, trajectories(denoiser), spec()))
+    assert state.loss == 0.0
+    # Rounding of the softmax; gradients of the student with weights off by a fifth are of order 1.
+    assert state.gradient_norm < 1e-7
+
+
+def first_gradient(relation: dict) -> tuple[torch.Tensor, float]:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    state = next(distill(denoiser, student, groups, trajectories(denoiser), spec(clip_norm=0.0, relation=relation)))
+    return torch.cat([p.grad.flatten() for p in student.parameters()]), state.relation
+
+
+def test_relation_loss_trains_and_as_released_does_not() -> None:
+    without, _ = first_gradient({"weight": 0.0})
+    alive, value = first_gradient({"weight": 1.0})
+    dead, same_value = first_gradient({"weight": 1.0, "as_released": True})
+    assert value > 0
+    assert value == same_value
+    assert torch.equal(dead, without)
+    assert float((alive - without).norm() / without.norm()) > 0.01
+
+
+def test_truncation_backs_up_through_the_same_task_loss() -> None:
+    whole, _ = first_gradient({"weight": 0.0})
+    parts, _ = first_gradient({"weight": 0.0, "truncate": True})
+    # The same sums of float32 in another order.
+    assert float((whole - parts).abs().max() / whole.abs().max()) < 1e-5
+
+
+def test_accumulation_is_the_mean_of_windows() -> None:
+    denoiser = teacher()
+    grads = []
+    for accumulate, steps in ((1, 1), (2, 1)):
+        student, groups = student_of(denoiser)
+        loop = distill(denoiser, student, groups, trajectories(denoiser), spec(steps=steps, accumulate=accumulate, clip_norm=0.0))
+        next(loop)
+        grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    student, groups = student_of(denoiser)
+    groups[0]["lr"] = 0.0  # two windows of the same student
+    loop = distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2, clip_norm=0.0, weight_decay=0.0))
+    parts = []
+    for _ in range(2):
+        next(loop)
+        parts.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    assert torch.equal(parts[0], grads[0])
+    assert float((grads[1] - (parts[0] + parts[1]) / 2).abs().max() / grads[1].abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("relation", [{}, {"queue": 2}])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, relation: dict, ema: float) -> None:
+    denoiser = teacher()
+    options = spec(ema=ema, relation=relation)
+    whole, groups = student_of(denoiser)
+    expected = [s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")]
+    half, groups = student_of(denoiser)
+    first = []
+    for state in distill(denoiser, half, groups, trajectories(denoiser), options, folder=tmp_path / "halves"):
+        first.append(state.loss)
+        if state.step == 7:  # killed two steps after the last checkpoint
+            break
+    torch.manual_seed(99)
+    again, groups = student_of(denoiser)
+    states = list(distill(denoiser, again, groups, trajectories(denoiser), options, folder=tmp_path / "halves"))
+    assert [s.step for s in states] == [6, 7, 8, 9, 10]
+    assert first[:5] + [s.loss for s in states] == expected
+    assert same(tensors_of(again), tensors_of(whole))
+    lines = [json.loads(line) for line in (tmp_path / "halves/train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["loss"] for line in lines] == expected
+    # A finished training has nothing to do, and still gives the trained student.
+    finished, groups = student_of(denoiser)
+    assert list(distill(denoiser, finished, groups, trajectories(denoiser), options, folder=tmp_path / "halves")) == []
+    assert same(tensors_of(finished), tensors_of(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, number: signal.Signals) -> None:
+    denoiser = teacher()
+    before = signal.getsignal(number)
+    student, groups = student_of(denoiser)
+    seen = []
+    for state in distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path):
+        seen.append(state)
+        if state.step == 2:
+            os.kill(os.getpid(), number)
+    assert [s.step for s in seen] == [1, 2, 3]
+    assert seen[-1].interrupted
+    assert seen[-1].checkpoint == tmp_path / "ckpt-000003"
+    assert signal.getsignal(number) == before
+    again, groups = student_of(denoiser)
+    states = list(distill(denoiser, again, groups, trajectories(denoiser), spec(), folder=tmp_path))
+    assert [s.step for s in states] == [4, 5, 6, 7, 8, 9, 10]
+    assert sorted(p.name for p in tmp_path.glob("ckpt-*")) == ["ckpt-000005", "ckpt-000010"]
+
+
+def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp_path: Path) -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
+    student, groups = student_of(denoiser)
+    with pytest.raises(StaleArtifactError, match=r"distill\.temperature \(0\.1 on disk, 0\.3 now\)"):
+        list(
+            distill(
+                denoiser,
+                student,
+                groups,
+                trajectories(denoiser),
+                spec(steps=2, relation={"temperature": 0.3}),
+                folder=tmp_path,
+                inputs={"bit_map": "aaaa"},
+            )
+        )
+    with pytest.raises(StaleArtifactError, match=r"bit_map \(aaaa on disk, bbbb now\)"):
+        list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2), folder=tmp_path, inputs={"bit_map": "bbbb"}))
+    with pytest.raises(StaleArtifactError, match=r"teacher\.steps \(5 on disk, 4 now\)"):
+        other = Trajectories(denoiser, SamplerSpec(steps=4, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4)
+        list(distill(denoiser, student, groups, other, spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
+    made = list(
+        distill(
+            denoiser,
+            student,
+            groups,
+            trajectories(denoiser),
+            spec(steps=3),
+            folder=tmp_path,
+            inputs={"bit_map": "aaaa"},
+            overwrite=True,
+        )
+    )
+    assert [s.step for s in made] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    list(distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path))
+    side = tmp_path / "ckpt-000010" / "state.safetensors"
+    side.write_bytes(side.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match=r"ckpt-000010.*'ckpt-000005'"):
+        list(distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path))
+
+
+def test_divergence_stops_with_step_layer_and_advice_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    with pytest.raises(NumericsError, match=r"step 7 of 10.*'conv_in'.*distill\.lr_factor"):
+        for state in distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path):
+            if state.step == 6:
+                with torch.no_grad():
+                    student.conv_in.weight[0] = torch.nan
+    assert json.loads((tmp_path / "latest.json").read_text())["data"]["folder"] == "ckpt-000005"
+    student, groups = student_of(denoiser)
+    groups[0]["lr"] = 3.0
+    with pytest.raises(NumericsError, match=r"more than 20 times what it was at first"):
+        list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=40, clip_norm=0.0)))
+
+
+def test_trajectories_are_those_of_the_sampler_and_never_repeat() -> None:
+    denoiser = teacher()
+    source = trajectories(denoiser)
+    steps = list(source.steps(0))
+    assert tuple(s.timestep for s in steps) == source.timesteps == timesteps_of(denoiser, SamplerSpec(steps=5))
+    with torch.no_grad():
+        for s in steps:
+            assert torch.equal(s.prediction, denoiser.guided(s.x, torch.full((3,), s.timestep), s.cond, 2.0))
+    assert steps[0].features is not None
+    assert steps[0].features.shape == (6, 16, 8)
+    seeds = [trajectories(denoiser, rank=r, world=2).seeds(k) for k in range(2) for r in range(2)]
+    assert len({s for part in seeds for s in part}) == 12
+
+
+def test_cached_trajectories_are_the_same_repeat_and_are_checked(tmp_path: Path) -> None:
+    denoiser = teacher()
+    online, cached = trajectories(denoiser), CachedTrajectories(trajectories(denoiser), tmp_path, 2)
+    for index in (0, 1, 2):
+        for a, b in zip(online.steps(index % 2), cached.steps(index), strict=True):
+            assert a.timestep == b.timestep
+            for x, y in ((a.x, b.x), (a.prediction, b.prediction), (a.features, b.features), (a.cond, b.cond)):
+                assert torch.equal(x, y)
+    assert len(list(tmp_path.iterdir())) == 2
+    other = CachedTrajectories(trajectories(denoiser, seed=1), tmp_path, 2)
+    with pytest.raises(StaleArtifactError, match=r"teacher\.seed \(0 in the file, 1 now\)"):
+        list(other.steps(0))
+    path = tmp_path / "trajectory-000-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="damaged"):
+        list(cached.steps(1))
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="bfloat16"):
+        DistillSpec(precision="bfloat")
+    with pytest.raises(ConfigError, match="ema"):
+        DistillSpec(ema=1.0)
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    with pytest.raises(ConfigError, match="float16 needs a GPU"):
+        list(distill(denoiser, student, groups, trajectories(denoiser), spec(precision="float16")))
+    with pytest.raises(ConfigError, match="make the parameter groups from this student"):
+        list(distill(denoiser, student, student_of(denoiser)[1], trajectories(denoiser), spec()))
+
+
+def test_bfloat16_trains() -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    states = list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=12, precision="bfloat16")))
+    assert states[9].task < states[0].task
