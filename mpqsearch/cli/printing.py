@@ -1,0 +1,86 @@
+"""Results on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
+
+
+def print_json(data: Any) -> None:
+    """Plain data as indented JSON."""
+    print(json.dumps(data, indent=1, default=str))  # noqa: T201
+
+
+def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
+    """Written files, one a line."""
+    if as_json:
+        print_json([str(line) for line in lines])
+        return
+    for line in lines:
+        print(line)  # noqa: T201
+
+
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    """A table as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console()
+    # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
+    """The most sensitive layers of a profile."""
+    from mpqsearch.methods import channel_losses
+
+    variant = "auto" if "auto" in measured.variants else measured.variants[0]
+    totals = measured.layer_sum(channel_losses(measured, table, variant, "probe", bias_correction=True))
+    worst = sorted(range(len(measured.names)), key=lambda i: -float(totals[i].max()))[:15]
+    rows = [
+        [
+            measured.names[i],
+            f"{float(measured.arrays['kurtosis'][measured.rows(measured.names[i])].max()):.1f}",
+            *(f"{totals[i, j]:.3g}" for j in range(len(measured.widths))),
+        ]
+        for i in worst
+    ]
+    print_table(
+        f"most sensitive layers (predicted loss, codebook {variant})",
+        ["layer", "max kurtosis", *(f"{b} bit" for b in measured.widths)],
+        rows,
+    )
+
+
+def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
+    """Evaluated points."""
+    if as_json:
+        print_json([r.to_data() for r in records])
+        return
+    if not records:
+        return
+    keys = [k for k in ("fd_fp", "fd_data", "paired_psnr", "class_accuracy") if any(k in r.metrics for r in records)]
+    rows = [
+        [
+            f"{r.target_bits:g}",
+            r.method,
+            f"{r.average_bits:.3f}",
+            f"{r.size_bytes / 1000:.1f}",
+            *(f"{r.metrics[k].value:.3f} ± {r.metrics[k].high - r.metrics[k].value:.3f}" if k in r.metrics else "" for k in keys),
+        ]
+        for r in records
+    ]
+    print_table(
+        f"{records[0].model}: {records[0].n_samples} samples, seeds {records[0].seeds}",
+        ["budget", "method", "bits", "kB", *keys],
+        rows,
+    )

@@ -1,0 +1,32 @@
+"""The stages of a run: load inputs, call the pure function, save outputs. The same command again continues.
+
+Files of a run folder are described in the README. A stage whose output was made from the present inputs is reused, and one line
+says so. Torch is imported only by the stages that need a model.
+"""
+
+from mpqsearch.stages.allocating import allocation, allocations
+from mpqsearch.stages.base import Run, slug, start
+from mpqsearch.stages.discovering import layers
+from mpqsearch.stages.evaluating import evaluate
+from mpqsearch.stages.exporting import export, quantize
+from mpqsearch.stages.profiling import profile, profile_inputs
+from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
+from mpqsearch.stages.whole import everything
+
+__all__ = [
+    "Run",
+    "allocation",
+    "allocations",
+    "chosen_method",
+    "evaluate",
+    "everything",
+    "export",
+    "layers",
+    "profile",
+    "profile_inputs",
+    "quantize",
+    "rank_correlations",
+    "report",
+    "slug",
+    "start",
+]

@@ -1,0 +1,56 @@
+"""Solve the methods of a study at its budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.methods import Allocation, MethodSpec, allocate
+from mpqsearch.stages.base import Run, slug
+from mpqsearch.stages.profiling import profile_inputs
+
+
+def allocation(
+    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
+) -> tuple[BitMap, dict[str, Any]]:
+    """Solve one method at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds."""
+    folder = run.path("allocations", slug(method.name, budget))
+    c = run.config.to_data()
+    inputs = profile_inputs(run, table) | {
+        "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
+        "budget": artifacts.digest_of(budget.label()),
+        "policy": artifacts.digest_of(c["policy"]),
+    }
+    path, map_path = folder / "allocation.json", folder / "bitmap.json"
+    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
+        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
+    with run.timed("allocate"):
+        made = allocate(method, budget, table, measured, run.config.policy, run.config.quantizer.format())
+    data = made.to_data()
+    if not run.dry_run:
+        _save_map(map_path, made, table, inputs)
+        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
+    return made.bit_map, data
+
+
+def allocations(
+    run: Run, table: LayerTable, measured: SensitivityProfile
+) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, Any]]]:
+    """All methods at all budgets of the configuration."""
+    out = []
+    for budget in run.config.allocate.parsed():
+        for method in run.config.methods:
+            bit_map, data = allocation(run, table, measured, method, budget)
+            out.append((method, budget, bit_map, data))
+    run.say(f"allocate: {len(out)} maps in {run.path('allocations')}")
+    return out
+
+
+def _save_map(path: Path, made: Allocation, table: LayerTable, inputs: Mapping[str, str]) -> None:
+    from mpqsearch.export import neutral_extra
+
+    provenance = {"method": made.method.name, "budget": made.budget.label(), "predicted_loss": made.predicted_loss}
+    artifacts.save_bit_map(path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance))

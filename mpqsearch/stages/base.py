@@ -1,0 +1,129 @@
+"""The run folder that all stages share: paths, the model, timing, progress bars."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch import artifacts
+from mpqsearch.config import Config
+from mpqsearch.core import Budget, LayerTable
+from mpqsearch.errors import StaleArtifactError
+
+if TYPE_CHECKING:
+    from mpqsearch.models import Denoiser
+
+log = logging.getLogger("mpqsearch")
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """One run folder with its configuration: what the stages read and write."""
+
+    config: Config
+    folder: Path
+    overwrite: bool = False
+    dry_run: bool = False
+    say: Say = field(default=lambda text: print(text, file=sys.stderr))  # noqa: T201
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The model, loaded once."""
+        from mpqsearch.models import load_model
+
+        c = self.config.model
+        return load_model(c.source, device=c.device, revision=c.revision)
+
+    @property
+    def source_inputs(self) -> dict[str, str]:
+        """What identifies the model without loading it."""
+        c = self.config.model
+        return {"model_source": artifacts.digest_of([c.source, c.revision])}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall time of a block to the record of its stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def path(self, *parts: str) -> Path:
+        """A path in the run folder."""
+        return self.folder.joinpath(*parts)
+
+
+def slug(method: str, budget: Budget) -> str:
+    """Folder name of one allocation."""
+    return f"{method}@{budget.label().replace(':', '-')}"
+
+
+def start(run: Run) -> None:
+    """Write the resolved configuration and the environment of this run."""
+    if run.dry_run:
+        return
+    artifacts.write_text(run.path("config.toml"), run.config.to_toml())
+    artifacts.write_json(run.path("environment.json"), "mpqsearch/environment", artifacts.environment(), {})
+
+
+def same_model(run: Run, table: LayerTable) -> None:
+    """Raise `StaleArtifactError` when the weights are not those of ``layers.json``."""
+    if run.denoiser.digest != table.digest:
+        raise StaleArtifactError(
+            f"the weights of {run.config.model.source} ({run.denoiser.digest[:10]}) are not those that {run.path('layers.json')} was made "
+            f"from ({table.digest[:10]}). Use another --run-dir, or --overwrite to make everything again."
+        )
+
+
+def sampler_of(run: Run) -> Any:
+    """The sampler of the configuration."""
+    from mpqsearch.sampling import SamplerSpec
+
+    c = run.config.sampler
+    return SamplerSpec(name=c.name, steps=c.steps, guidance=c.guidance, batch=c.batch)
+
+
+def json_text(data: Any) -> str:
+    """Plain JSON without an envelope, for files that other programs read."""
+    return json.dumps(data, indent=2, default=str) + "\n"
+
+
+def bar_of(label: str, total: int) -> Any:
+    """A progress bar over samples."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit="sample", leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+
+
+@contextmanager
+def bars_of() -> Iterator[Callable[[str, int, int], None]]:
+    """One progress bar for each label that is reported."""
+    from tqdm import tqdm
+
+    current: dict[str, Any] = {}
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label not in current:
+            for bar in current.values():
+                bar.close()
+            current.clear()
+            current[label] = tqdm(total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+        current[label].update(done - current[label].n if not current[label].disable else 0)
+
+    try:
+        yield progress
+    finally:
+        for bar in current.values():
+            bar.close()

@@ -1,0 +1,32 @@
+"""Which layers the model has."""
+
+from __future__ import annotations
+
+from mpqsearch import artifacts
+from mpqsearch.core import LayerTable
+from mpqsearch.stages.base import Run
+
+
+def layers(run: Run) -> LayerTable:
+    """Discover the layers of the model, or reuse ``layers.json``."""
+    path = run.path("layers.json")
+    if artifacts.is_current(path, "mpqsearch/layers", run.source_inputs, overwrite=run.overwrite):
+        run.say(f"layers: reused {path}")
+        return artifacts.load_layers(path)
+    if run.dry_run:
+        run.say(f"layers: would discover the layers of {run.config.model.source}")
+    from mpqsearch.models import discover
+
+    table = discover(run.denoiser)
+    run.config.policy.check(table)
+    if not run.dry_run:
+        artifacts.save_layers(path, table, run.source_inputs)
+    run.say(
+        f"layers: {len(table)} weight layers, {table.n_channels} output channels, {table.n_weights} weights; "
+        f"{table.n_parameters - table.n_weights} other parameters stay at full precision"
+    )
+    unknown = [k.name for k in table.kept if k.reason.startswith("unknown")]
+    if unknown:
+        run.say(f"layers: kept at full precision because no quantizer here knows them: {', '.join(unknown)}")
+    run.say(f"layers: policy: {run.config.policy.describe()}")
+    return table

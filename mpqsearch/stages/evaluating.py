@@ -1,0 +1,181 @@
+"""Sample from the maps and measure them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpqsearch import __version__, artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord, average_bits, size_bytes
+from mpqsearch.methods import MethodSpec
+from mpqsearch.stages.allocating import allocations
+from mpqsearch.stages.base import Run, bar_of, same_model, sampler_of, slug
+from mpqsearch.stages.profiling import profile_inputs
+
+if TYPE_CHECKING:
+    from mpqsearch.metrics import FeatureExtractor, Reference
+
+
+def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
+    """Digest of everything that the samples of a map depend on: the same point is never evaluated twice."""
+    c = run.config.to_data()
+    parts: list[Any] = [
+        __version__,
+        table.digest,
+        c["sampler"],
+        c["evaluate"],
+        bit_map.digest if bit_map is not None else "full precision",
+    ]
+    if bit_map is not None and (bias_correction or bit_map.format.prescale):
+        parts += [bias_correction, profile_inputs(run, table)]  # input means and maxima come from the profile
+    return artifacts.digest_of(parts)
+
+
+def reference(run: Run, table: LayerTable, extractor: FeatureExtractor) -> tuple[Reference, StudyRecord]:
+    """Full-precision samples with their features, cached, and their record."""
+    import torch
+
+    from mpqsearch.metrics import Reference, evaluate, load_reference
+    from mpqsearch.sampling import labels_of, sample, to_uint8
+
+    c = run.config.evaluate
+    seeds = tuple(range(c.first_seed, c.first_seed + c.samples))
+    key = evaluation_key(run, table, None, bias_correction=False)
+    cache = run.path("stats", f"full-precision-{key[:16]}.npz")
+    began = time.perf_counter()
+    if cache.exists() and not run.overwrite:
+        samples = torch.from_numpy(artifacts.read_arrays(cache)["samples"])
+    else:
+        same_model(run, table)
+        with run.timed("evaluate"), bar_of("full precision", len(seeds)) as bar:
+            samples = sample(run.denoiser, seeds, sampler_of(run), tick=bar.update)
+        artifacts.write_arrays(cache, {"samples": samples.numpy()})
+    seconds = time.perf_counter() - began
+    labels = labels_of(run.denoiser, seeds)
+    base = Reference(
+        samples=samples,
+        features=extractor(to_uint8(samples)),
+        seeds=seeds,
+        labels=labels if isinstance(labels, torch.Tensor) else None,
+        data=load_reference(Path(c.reference) if c.reference else None, extractor),
+    )
+
+    def measure() -> dict[str, Any]:
+        found = evaluate(samples, base, extractor, is_reference=True)
+        return {"seconds": seconds, "metrics": {k: v.to_data() for k, v in found.metrics.items()}}
+
+    data, _ = artifacts.resumable(
+        run.path("metrics", f"{key[:16]}.json"), "mpqsearch/metrics", {"evaluation": key}, measure, overwrite=run.overwrite
+    )
+    full = uniform_full_precision(table)
+    record = StudyRecord(
+        model=table.model,
+        method="full-precision",
+        granularity="model",
+        target_bits=16.0,
+        average_bits=average_bits(table, full),
+        size_bytes=size_bytes(table, full),
+        act_bits=16.0,
+        bit_map_digest=full.digest,
+        n_samples=c.samples,
+        seeds=f"{seeds[0]}..{seeds[-1]}",
+        seconds=data["seconds"],
+        predicted_loss=0.0,
+        metrics={k: MetricValue(**m) for k, m in data["metrics"].items()},
+    )
+    return base, record
+
+
+def evaluate_map(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    base: Reference,
+    extractor: FeatureExtractor,
+    method: MethodSpec,
+    budget: Budget,
+    bit_map: BitMap,
+    solved: Mapping[str, Any],
+    bar: Any,
+) -> StudyRecord:
+    """Quantize, sample and measure one map, or reuse its metrics."""
+    key = evaluation_key(run, table, bit_map, bias_correction=method.bias_correction)
+    path = run.path("metrics", f"{key[:16]}.json")
+
+    def measure() -> dict[str, Any]:
+        from mpqsearch.metrics import evaluate
+        from mpqsearch.sampling import sample, to_uint8
+
+        same_model(run, table)
+        began = time.perf_counter()
+        module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
+        samples = sample(run.denoiser.with_module(module), base.seeds, sampler_of(run), tick=bar.update)
+        result = evaluate(samples, base, extractor)
+        artifacts.write_arrays(
+            run.path("stats", f"{key[:16]}.npz"), {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()}
+        )
+        return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
+
+    with run.timed("evaluate"):
+        data, reused = artifacts.resumable(path, "mpqsearch/metrics", {"evaluation": key}, measure, overwrite=False)
+    if reused:
+        bar.update(len(base.seeds))
+    return StudyRecord(
+        model=table.model,
+        method=method.name,
+        granularity=method.granularity,
+        target_bits=budget.limit,
+        average_bits=average_bits(table, bit_map),
+        size_bytes=size_bytes(table, bit_map),
+        act_bits=16.0,
+        bit_map_digest=bit_map.digest,
+        n_samples=len(base.seeds),
+        seeds=f"{base.seeds[0]}..{base.seeds[-1]}",
+        seconds=data["seconds"],
+        predicted_loss=solved["predicted_loss"],
+        metrics={k: MetricValue(**m) for k, m in data["metrics"].items()},
+    )
+
+
+def quantized_module(run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool) -> Any:
+    """The fake-quantized copy of the run's model."""
+    import torch
+
+    from mpqsearch.quant import quantize_model
+
+    means = {k: torch.from_numpy(np.array(v)) for k, v in measured.means.items()} if bias_correction else None
+    input_max = {k: torch.from_numpy(np.array(v)) for k, v in measured.input_max.items()}
+    return quantize_model(run.denoiser.module, table, bit_map, means=means, input_max=input_max).module
+
+
+def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:
+    """Measure every map of the configuration, and the full-precision model."""
+    maps = allocations(run, table, measured)
+    if run.dry_run:
+        keys = {evaluation_key(run, table, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}
+        done = sum(run.path("metrics", f"{k[:16]}.json").exists() for k in keys)
+        run.say(
+            f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, {len(keys) - done} to do"
+        )
+        return []
+    from mpqsearch.metrics import load_extractor
+
+    c = run.config.evaluate
+    extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
+    base, full = reference(run, table, extractor)
+    records = [full]
+    with bar_of("evaluate", len(maps) * c.samples) as bar:
+        for method, budget, bit_map, solved in maps:
+            bar.set_postfix_str(slug(method.name, budget))
+            records.append(evaluate_map(run, table, measured, base, extractor, method, budget, bit_map, solved, bar))
+    run.say(f"evaluate: {len(records) - 1} maps and full precision; metrics in {run.path('metrics')}")
+    return records
+
+
+def uniform_full_precision(table: LayerTable) -> BitMap:
+    """The map that quantizes nothing."""
+    return BitMap(model_digest=table.digest, weights={la.name: np.array(16, dtype=np.uint8) for la in table})

@@ -1,0 +1,79 @@
+"""Maps for other quantizers, and the fake-quantized model as a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpqsearch import artifacts
+from mpqsearch.core import Budget, LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.stages.allocating import allocation
+from mpqsearch.stages.base import Run, json_text, same_model, slug
+from mpqsearch.stages.evaluating import quantized_module
+from mpqsearch.stages.reporting import chosen_method
+
+
+def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord]) -> list[Path]:
+    """Write the chosen map for every configured target and let the consumer read it back."""
+    from mpqsearch.export import ExportJob, get_exporter
+
+    c = run.config.export
+    budget = Budget.parse(c.budget) if c.budget else run.config.allocate.parsed()[0]
+    method = chosen_method(run, records)
+    bit_map, solved = allocation(run, table, measured, method, budget)
+    written: list[Path] = []
+    for target in c.targets:
+        exporter = get_exporter(target)
+        folder = run.path("export", target)
+        inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": c.rounding, "target": target}
+        stamp = run.path("export", f"{target}.json")
+        if artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True):
+            run.say(f"export: reused {folder}")
+            continue
+        if run.dry_run:
+            run.say(f"export: would write {method.name} at {budget.label()} for {target}")
+            continue
+        job = ExportJob(
+            table=table,
+            bit_map=bit_map,
+            denoiser=run.denoiser,
+            rounding=c.rounding,
+            inputs={"model": table.digest},
+            provenance={"method": method.name, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
+        )
+        with run.timed("export"):
+            written += exporter.write(folder, job)
+            verification = exporter.verify(folder)
+        run.say(f"export: {verification.summary()}")
+        if not verification.ok:
+            raise ArtifactError(f"the export for {target} in {folder} was not read back as planned: see the lines above")
+        artifacts.write_json(stamp, "mpqsearch/export", verification.to_data(), inputs)
+    return written
+
+
+def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:
+    """Write the fake-quantized model as a diffusers folder with its bit map."""
+    methods = {m.name: m for m in run.config.methods}
+    if method_name not in methods:
+        raise UnknownNameError("method", method_name, methods)
+    method = methods[method_name]
+    bit_map, _ = allocation(run, table, measured, method, budget)
+    folder = run.path("quantized", slug(method_name, budget))
+    if run.dry_run:
+        run.say(f"quantize: would write {folder}")
+        return folder
+    same_model(run, table)
+    module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
+    if not hasattr(module, "save_pretrained"):
+        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant.quantize_model from Python instead")
+    from safetensors.torch import save
+
+    with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
+        handle.write(save({k: v.contiguous().clone() for k, v in module.state_dict().items()}, metadata={"format": "pt"}))
+    artifacts.write_text(folder / "config.json", module.to_json_string())
+    artifacts.write_text(folder / "scheduler_config.json", json_text(dict(run.denoiser.scheduler)))
+    hints = {"n_classes": run.denoiser.n_classes, "null_class": run.denoiser.null_class}
+    artifacts.write_text(folder / "denoiser.json", json_text(hints))
+    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": table.digest})
+    run.say(f"quantize: {folder}")
+    return folder

@@ -1,0 +1,70 @@
+"""Measure the model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from mpqsearch import artifacts
+from mpqsearch.core import LayerTable, SensitivityProfile
+from mpqsearch.stages.base import Run, bars_of, same_model, sampler_of
+
+
+def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+    """Digests of all that a profile depends on."""
+    c = run.config.to_data()
+    return {
+        "model": table.digest,
+        "calibration": artifacts.digest_of(c["calibration"]),
+        "sampler": artifacts.digest_of(c["sampler"]),
+        "quantizer": artifacts.digest_of(c["quantizer"]),
+        "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
+    }
+
+
+def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
+    """Measure the model, or reuse ``profile.json``; None in a dry run that would have to measure."""
+    path = run.path("profile.json")
+    inputs = profile_inputs(run, table)
+    if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
+        run.say(f"profile: reused {path}")
+        return artifacts.load_profile(path)
+    if run.dry_run:
+        run.say(f"profile: would measure {len(table)} layers at {len(run.config.policy.widths)} widths")
+        return None
+    from mpqsearch.profile import CalibrationSpec
+
+    same_model(run, table)
+    settings: Any = {f.name: getattr(run.config.calibration, f.name) for f in fields(run.config.calibration)}
+    spec = CalibrationSpec(**settings)
+    with run.timed("profile"), bars_of() as progress:
+        measured = _measure(run, table, spec, inputs, progress)
+    artifacts.save_profile(path, measured, inputs)
+    shutil.rmtree(run.path("partial"), ignore_errors=True)
+    run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s")
+    return measured
+
+
+def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:
+    """Profile in two halves, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
+    from mpqsearch.profile import final_errors, profile_base, with_final_errors
+
+    fmt, sampler = run.config.quantizer.format(), sampler_of(run)
+    base_path, final_path = run.path("partial", "profile.json"), run.path("partial", "final.json")
+    if artifacts.is_current(base_path, "mpqsearch/profile", inputs, overwrite=True):
+        base = artifacts.load_profile(base_path)
+        run.say(f"profile: continuing from {base_path.parent}")
+    else:
+        base = profile_base(run.denoiser, table, run.config.policy, sampler, spec, fmt, progress=progress)
+        artifacts.save_profile(base_path, base, inputs)
+    known = {}
+    if artifacts.is_current(final_path, "mpqsearch/final-errors", inputs, overwrite=True):
+        known = {(name, bits): value for name, bits, value in artifacts.read_json(final_path, "mpqsearch/final-errors").data}
+
+    def keep(found: Mapping[tuple[str, int], float]) -> None:
+        artifacts.write_json(final_path, "mpqsearch/final-errors", [[n, b, v] for (n, b), v in found.items()], inputs)
+
+    found = final_errors(run.denoiser, table, base, sampler, spec, fmt, known=known, keep=keep, progress=progress)
+    return with_final_errors(base, found)

@@ -1,0 +1,142 @@
+"""Tables, figures and the page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpqsearch import artifacts
+from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.methods import LOSSES, MethodSpec, channel_losses
+from mpqsearch.stages.allocating import allocation
+from mpqsearch.stages.base import Run
+from mpqsearch.stages.evaluating import evaluation_key
+from mpqsearch.stages.profiling import profile_inputs
+
+
+def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = "") -> Path:
+    """Write tables, figures and ``report.html``, or reuse them when nothing changed."""
+    page = run.path("report.html")
+    inputs = {
+        "records": artifacts.digest_of([r.to_data() for r in records]),
+        "config": artifacts.digest_of(run.config.to_data()),
+        "profile": artifacts.digest_of(profile_inputs(run, table)),
+    }
+    path = run.path("pareto.json")
+    # Metrics changed or not, a report is cheap and made of other artifacts only: a stale one is simply drawn again.
+    if page.exists() and artifacts.is_current(path, "mpqsearch/pareto", inputs, overwrite=True):
+        run.say(f"report: reused {page}")
+        return page
+    if run.dry_run:
+        run.say(f"report: would draw {page}")
+        return page
+    from mpqsearch.report import ReportContent, build_report
+
+    chosen = chosen_method(run, records)
+    maps = {}
+    for budget in run.config.allocate.parsed():
+        maps[f"{chosen.name} at {budget.label()}"], _ = allocation(run, table, measured, chosen, budget)
+    content = ReportContent(
+        title=run.config.report.title or f"Bit allocation of {table.model}",
+        records=records,
+        table=table,
+        policy=run.config.policy,
+        maps=maps,
+        profile=measured,
+        variant=chosen.variant,
+        grids=_grids(run, table, measured),
+        correlations=rank_correlations(table, measured),
+        environment=artifacts.environment(),
+        config=run.config.to_toml(),
+        command=command or shlex.join(["mpqsearch", *sys.argv[1:]]),
+        digests={"model": table.digest, **inputs},
+        seconds=run.seconds,
+        notes=_notes(run, table, measured),
+    )
+    with run.timed("report"):
+        build_report(run.folder, content, inputs)
+    run.say(f"report: {page}")
+    return page
+
+
+def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
+    """Spearman correlation over layers of every predictor with one-layer-at-a-time error of final samples, at each measured width."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for key in sorted(k for k in measured.arrays if k.startswith("layer_final_error/")):
+        variant, final = key.split("/")[1], measured.arrays[key]
+        searched = [i for i, name in enumerate(measured.names) if table[name].macs]
+        for j, bits in enumerate(measured.widths):
+            if not np.isfinite(final[searched, j]).all():
+                continue
+            truth = pd.Series(final[searched, j]).rank()
+            for loss in LOSSES[:-1]:
+                totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=True))
+                value = pd.Series(totals[searched, j]).rank().corr(truth)
+                rows.append(
+                    {
+                        "predictor": loss,
+                        "codebook": variant,
+                        "bits": bits,
+                        "layers": len(searched),
+                        "spearman": round(float(value), 3),
+                    }
+                )
+    return rows
+
+
+def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:
+    """The method that is drawn and exported: the configured one, else the one with the least mean log distance to full precision."""
+    by_name = {m.name: m for m in run.config.methods}
+    if run.config.report.chosen:
+        return by_name[run.config.report.chosen]
+    scores: dict[str, list[float]] = {}
+    for r in records:
+        if r.method in by_name and "fd_fp" in r.metrics:
+            scores.setdefault(r.method, []).append(float(np.log(max(r.metrics["fd_fp"].value, 1e-12))))
+    if not scores:
+        return run.config.methods[-1]
+    return by_name[min(scores, key=lambda name: float(np.mean(scores[name])))]
+
+
+def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[Any]:
+    from mpqsearch.report import sample_grid
+    from mpqsearch.sampling import to_uint8
+
+    key = evaluation_key(run, table, None, bias_correction=False)
+    import torch
+
+    columns = run.config.report.grid_columns
+    full = to_uint8(
+        torch.from_numpy(artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns])
+    )
+    grids = []
+    for budget in run.config.allocate.parsed():
+        rows = {"full precision": full.numpy()}
+        for method in run.config.methods:
+            bit_map, _ = allocation(run, table, measured, method, budget)
+            point = evaluation_key(run, table, bit_map, bias_correction=method.bias_correction)
+            file = run.path("stats", f"{point[:16]}.npz")
+            if file.exists():
+                rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
+        grids.append(sample_grid(f"Budget {budget.label()}", budget.limit, rows, columns=columns))
+    return grids
+
+
+def _notes(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[str]:
+    notes = [
+        f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel tags, leftovers."
+    ]
+    over = []
+    for method, budget in ((m, b) for b in run.config.allocate.parsed() for m in run.config.methods):
+        _, data = allocation(run, table, measured, method, budget)
+        if not data["within_budget"]:
+            over.append(f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8 / 1000:.2f} kB")
+    if over:
+        notes.append("Over the budget, because the method has no means to pay for its channel tags: " + "; ".join(over) + ".")
+    return notes
