@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch import __version__
+from mpqsearch._version import __version__
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, StaleArtifactError
 

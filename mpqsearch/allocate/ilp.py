@@ -267,6 +267,19 @@ def make_solver(solver: str, time_limit_s: float | None, gap: float = 0.0) -> An
         return pulp.getSolver(name, **options)
 
 
+def available_solvers() -> dict[str, bool]:
+    """Every solver that PuLP knows, by the name that we take, and whether it works here."""
+    import warnings
+
+    import pulp
+
+    ours = {theirs: name for name, theirs in SOLVERS.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        working = set(pulp.listSolvers(onlyAvailable=True))
+        return {ours.get(name, name): name in working for name in pulp.listSolvers()}
+
+
 def remaining(deadline: float) -> float | None:
     """Seconds left until ``deadline``, or None without one."""
     return None if deadline == float("inf") else max(deadline - time.perf_counter(), 0.0)

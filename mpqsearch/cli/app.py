@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mpqsearch import __version__
+from mpqsearch._version import __version__
 from mpqsearch.errors import MpqsearchError
 
 if TYPE_CHECKING:

@@ -27,13 +27,14 @@ def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
 def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     """A table as wide as the terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))  # names may hold brackets, which rich takes for its own
     console = Console()
     # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
     (console if console.is_terminal else Console(width=200)).print(table)

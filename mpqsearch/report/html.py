@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from mpqsearch import __version__
+from mpqsearch._version import __version__
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront

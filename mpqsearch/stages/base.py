@@ -98,32 +98,3 @@ def sampler_of(run: Run) -> Any:
 def json_text(data: Any) -> str:
     """Plain JSON without an envelope, for files that other programs read."""
     return json.dumps(data, indent=2, default=str) + "\n"
-
-
-def bar_of(label: str, total: int) -> Any:
-    """A progress bar over samples."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit="sample", leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
-
-
-@contextmanager
-def bars_of() -> Iterator[Callable[[str, int, int], None]]:
-    """One progress bar for each label that is reported."""
-    from tqdm import tqdm
-
-    current: dict[str, Any] = {}
-
-    def progress(label: str, done: int, total: int) -> None:
-        if label not in current:
-            for bar in current.values():
-                bar.close()
-            current.clear()
-            current[label] = tqdm(total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
-        current[label].update(done - current[label].n if not current[label].disable else 0)
-
-    try:
-        yield progress
-    finally:
-        for bar in current.values():
-            bar.close()

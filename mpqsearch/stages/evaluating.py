@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpqsearch import __version__, artifacts
+from mpqsearch import artifacts
+from mpqsearch._version import __version__
 from mpqsearch.core import BitMap, Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord, average_bits, size_bytes
 from mpqsearch.methods import MethodSpec
+from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
-from mpqsearch.stages.base import Run, bar_of, same_model, sampler_of, slug
+from mpqsearch.stages.base import Run, same_model, sampler_of, slug
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import LayerTable, SensitivityProfile
-from mpqsearch.stages.base import Run, bars_of, same_model, sampler_of
+from mpqsearch.progress import bars_of
+from mpqsearch.stages.base import Run, same_model, sampler_of
 
 
 def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:

@@ -194,3 +194,14 @@ def test_help_has_an_example_for_every_verb(cli: Cli) -> None:
         out = cli(verb, "--help")
         assert out.returncode == 0
         assert f"Example: mpqsearch {verb}" in " ".join(out.stdout.split())
+
+
+def test_doctor_says_what_works_and_how_to_get_the_rest(cli: Cli) -> None:
+    found = json.loads(cli("doctor", "--json").stdout)
+    by_name = {(r["what"], r["name"]): r for r in found}
+    assert by_name["solver", "highs"]["state"] == "works"
+    assert by_name["library", "torch"]["state"] != "MISSING"
+    assert by_name["extractor", "fmnist-cnn"]["state"] == "works"
+    assert by_name["export", "neutral"]["state"] == "works"
+    absent = [r for r in found if r["state"] == "absent" and r["what"] in ("optional", "export")]
+    assert all("pip install" in r["note"] for r in absent)

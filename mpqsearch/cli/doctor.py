@@ -1,0 +1,132 @@
+"""``mpqsearch doctor``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from mpqsearch._version import __version__
+from mpqsearch.cli.app import app, quiet
+from mpqsearch.cli.printing import print_json, print_table
+
+OPTIONAL = (
+    ("numba", "fast", "compiled passes of the allocator and the quantizer"),
+    ("torch-fidelity", "fid", "the official Inception FID"),
+    ("psycopg2-binary", "postgres", "a search on many machines through PostgreSQL"),
+    ("pymysql", "mysql", "a search on many machines through MySQL"),
+    ("optuna-dashboard", "", "a search in the browser"),
+    ("accelerate", "", "training on several GPUs"),
+    ("tensorboard", "", "training curves in the browser"),
+)
+"""Distribution, the extra of mpqsearch that brings it (empty: by its own name), and what it is for."""
+
+REQUIRED = ("torch", "diffusers", "safetensors", "numpy", "pandas", "matplotlib", "pulp", "highspy", "optuna", "jinja2", "tqdm")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
+) -> None:
+    """Say what works here: libraries, devices, solvers, feature extractors, export targets, and how to get the rest.
+
+    Example: `mpqsearch doctor`
+    """
+    quiet(verbose)
+    rows = [*_libraries(), *_devices(), *_solvers(), *_extractors(), *_targets()]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        f"mpqsearch {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        ["what", "name", "state", "note"],
+        [[r["what"], r["name"], r["state"], r["note"]] for r in rows],
+    )
+
+
+def _row(what: str, name: str, state: str, note: str = "") -> dict[str, str]:
+    return {"what": what, "name": name, "state": state, "note": note}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _get(distribution: str, extra: str) -> str:
+    return f"pip install 'mpqsearch[{extra}]'" if extra else f"pip install {distribution}"
+
+
+def _libraries() -> Iterator[dict[str, str]]:
+    for name in REQUIRED:
+        found = _version(name)
+        yield _row("library", name, found or "MISSING", "" if found else f"pip install {name}")
+    for name, extra, purpose in OPTIONAL:
+        found = _version(name)
+        yield _row("optional", name, found or "absent", purpose if found else f"{purpose}: {_get(name, extra)}")
+
+
+def _devices() -> Iterator[dict[str, str]]:
+    import torch
+
+    yield _row("device", "cpu", "works", f"{torch.get_num_threads()} threads")
+    cuda = torch.cuda.is_available()
+    yield _row(
+        "device", "cuda", "works" if cuda else "absent", torch.cuda.get_device_name() if cuda else "no CUDA device, or a CPU build"
+    )
+    mps = torch.backends.mps.is_available()
+    yield _row("device", "mps", "works" if mps else "absent", "" if mps else "needs Apple silicon")
+
+
+def _solvers() -> Iterator[dict[str, str]]:
+    from mpqsearch.allocate import backend
+    from mpqsearch.allocate.ilp import available_solvers
+
+    yield _row("solver", "exact core", "works", "compiled by numba" if backend.has_numba() else "numpy; faster with numba")
+    solvers = available_solvers()
+    for name in (n for n, works in solvers.items() if works):
+        yield _row("solver", name, "works", "through PuLP")
+    others = ", ".join(n for n, works in solvers.items() if not works)
+    yield _row("solver", "others of PuLP", "absent", f"used by name once their program is installed: {others}")
+
+
+def _extractors() -> Iterator[dict[str, str]]:
+    from mpqsearch.errors import ModelError
+    from mpqsearch.metrics import EXTRACTORS, load_extractor
+
+    for name in EXTRACTORS:
+        if name == "inception" and importlib.util.find_spec("torch_fidelity") is None:
+            yield _row("extractor", name, "absent", f"the official FID: {_get('torch-fidelity', 'fid')}")
+            continue
+        if name == "inception":  # loading it may download its weights
+            yield _row("extractor", name, "installed", "reads or downloads the weights of 2015 when it is first used")
+            continue
+        try:
+            yield _row("extractor", name, "works", load_extractor(name).label)
+        except ModelError as error:
+            yield _row("extractor", name, "broken", str(error))
+
+
+def _targets() -> Iterator[dict[str, str]]:
+    from mpqsearch.export import EXPORTERS, get_exporter
+
+    for name in EXPORTERS:
+        needs: Any = get_exporter(name).capabilities()
+        if not needs.requires:
+            yield _row("export", name, "works", "needs nothing")
+            continue
+        found = _version(needs.requires)
+        yield _row(
+            "export",
+            name,
+            f"{needs.requires} {found}" if found else "absent",
+            "" if found else f"to check an export: pip install {needs.requires}",
+        )
