@@ -15,7 +15,8 @@ from mpqsearch.report.grids import SampleGrid
 class ReportContent:
     """Everything that a report shows, as plain data.
 
-    ``maps`` are chosen bit maps under the label that names them, ``grids`` samples of several methods at one budget,
+    ``maps`` are chosen bit maps under the label that names them, ``point_maps`` the maps of any records under their digest (hovering
+    a point of the front shows its map), ``grids`` samples of several methods at one budget,
     ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``environment`` what
     `mpqsearch.artifacts.environment` returns, ``config`` the text of the resolved configuration, ``digests`` names to SHA-256 of
     the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen.
@@ -26,6 +27,7 @@ class ReportContent:
     table: LayerTable | None = None
     policy: Policy | None = None
     maps: Mapping[str, BitMap] = field(default_factory=dict)
+    point_maps: Mapping[str, BitMap] = field(default_factory=dict)
     profile: SensitivityProfile | None = None
     variant: str = ""
     grids: Sequence[SampleGrid] = ()

@@ -7,9 +7,11 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from mpqsearch.artifacts import atomic_write
 from mpqsearch.report.style import THEMES
@@ -53,6 +55,16 @@ def save_figure(figure: Axes | Figure, stem: Path) -> tuple[Path, Path]:
         whole.set_layout_engine("none")  # the places were found for the first file; finding them again takes as long as drawing
     whole.set_layout_engine(engine)
     return paths
+
+
+def places(axes: Axes, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where data points ``[N, 2]`` lie in the figure: ``[N, 2]`` shares of its width and height, from the top left."""
+    figure = root_figure(axes)
+    figure.draw_without_rendering()
+    pixels = axes.transData.transform(points)
+    share: NDArray[np.float64] = pixels / [figure.bbox.width, figure.bbox.height]
+    share[:, 1] = 1 - share[:, 1]
+    return share
 
 
 def write_bytes(path: Path, content: bytes) -> None:

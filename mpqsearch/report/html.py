@@ -18,6 +18,7 @@ from mpqsearch.report.drawings import Drawing, all_drawings
 from mpqsearch.report.figures import data_uri, render, save_figure
 from mpqsearch.report.front import METRIC_TITLES
 from mpqsearch.report.grids import SampleGrid, difference_strip, png_bytes, sample_strip
+from mpqsearch.report.hover import Spot, spots
 from mpqsearch.report.style import darkened
 from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_json
 
@@ -48,18 +49,25 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
     drawings = all_drawings(content)
     paths = [csv, json_path]
     pictures: dict[str, dict[str, str]] = {}
+    hot: list[Spot] = []
     for drawing in drawings:
-        files = save_figure(render(drawing.draw), folder / "figures" / drawing.key)
+        figure = render(drawing.draw)
+        files = save_figure(figure, folder / "figures" / drawing.key)
+        if drawing.section == "front":
+            hot = spots(figure.axes[0], content.records, drawing.key.removeprefix("front_"), content.table, content.point_maps)
         paths += files
         if drawing.in_page:
             svg = files[1].read_bytes()
             pictures[drawing.key] = {"light": data_uri(svg, "svg"), "dark": data_uri(darkened(svg), "svg")}
-    write_text(page, render_page(content, drawings, pictures))
+    write_text(page, render_page(content, drawings, pictures, hot))
     return [*paths, page]
 
 
-def render_page(content: ReportContent, drawings: Sequence[Drawing], pictures: Mapping[str, Mapping[str, str]]) -> str:
-    """The HTML text. ``pictures`` maps the key of a drawing to its ``light`` and ``dark`` data addresses."""
+def render_page(
+    content: ReportContent, drawings: Sequence[Drawing], pictures: Mapping[str, Mapping[str, str]], hot: Sequence[Spot] = ()
+) -> str:
+    """The HTML text. ``pictures`` maps the key of a drawing to its ``light`` and ``dark`` data addresses; ``hot`` are the points of
+    the front that answer to the pointer."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mpqsearch.report", "templates"),
         autoescape=True,
@@ -76,6 +84,7 @@ def render_page(content: ReportContent, drawings: Sequence[Drawing], pictures: M
         labels=_labels(content.records),
         notes=list(content.notes),
         points=_points_table(content.records),
+        spots=hot,
         figures={section: [d for d in shown if d.section == section] for section in {d.section for d in shown}},
         pictures=pictures,
         grids=[_grid(g) for g in content.grids],

@@ -40,12 +40,14 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
     maps = {}
     for budget in run.config.allocate.parsed():
         maps[f"{chosen.name} at {budget.label()}"], _ = allocation(run, table, measured, chosen, budget)
+    every = [allocation(run, table, measured, m, b)[0] for b in run.config.allocate.parsed() for m in run.config.methods]
     content = ReportContent(
         title=run.config.report.title or f"Bit allocation of {table.model}",
         records=records,
         table=table,
         policy=run.config.policy,
         maps=maps,
+        point_maps={m.digest: m for m in every},
         profile=measured,
         variant=chosen.variant,
         grids=_grids(run, table, measured),

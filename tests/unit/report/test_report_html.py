@@ -16,6 +16,7 @@ from PIL import Image
 
 from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
 from mpqsearch.report import ReportContent, build_report, read_pareto_json, sample_grid
+from mpqsearch.report.hover import map_in_one_line
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,7 @@ def content(table: LayerTable, policy: Policy, records: list[StudyRecord], profi
         table=table,
         policy=policy,
         maps={"ilp, 3 bits": uniform_map(table, policy, 3)},
+        point_maps={r.bit_map_digest: uniform_map(table, policy, 3) for r in records if r.method == "ilp"},
         profile=profile,
         grids=[sample_grid("3 bits", 3.0, rows)],
         correlations=[{"predictor": "gain × error", "spearman": 0.91234, "layers": 26}],
@@ -178,6 +180,28 @@ def test_nothing_measured_is_said(tmp_path: Path, records: list[StudyRecord]) ->
         assert "there is no front" in (tmp_path / "report.html").read_text()
 
 
+def test_a_point_of_the_front_shows_its_map(page: str, records: list[StudyRecord]) -> None:
+    spots = [a for a in Outline(page).all("button") if str(a.get("class", "")).startswith("spot")]
+    measured = [r for r in records if r.method != "full-precision" and "fd_fp" in r.metrics]
+    assert len(spots) == len(measured)
+    labels = [str(a["aria-label"]) for a in spots]
+    ilp = next(r for r in measured if r.method == "ilp" and r.target_bits == 3.0)
+    assert any(label.startswith("ilp") and f"{ilp.average_bits:.3f} bits" in label for label in labels)
+    assert page.count('class="bits"') == sum(r.method == "ilp" for r in measured), (
+        "maps that are known are shown, others are not made up"
+    )
+    # More bits lie further right, a smaller distance further down.
+    left = {label: float(str(a["style"]).split("left:")[1].split("%")[0]) for label, a in zip(labels, spots, strict=True)}
+    bits = {label: float(label.split(", ")[1].split(" ")[0]) for label in labels}
+    assert sorted(labels, key=lambda x: left[x]) == sorted(labels, key=lambda x: bits[x]) or len(set(bits.values())) < len(bits)
+
+
+def test_the_map_in_one_line_folds_many_layers(table: LayerTable, policy: Policy) -> None:
+    line = map_in_one_line(table, uniform_map(table, policy, 3), columns=5)
+    assert len(line) == 5
+    assert "▃" in line
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 _PROBE = """<script>
@@ -192,6 +216,11 @@ addEventListener("load", () => {
   const fd = [...table.tHead.rows[0].cells].findIndex(c => c.innerText.startsWith("FD to full"));
   table.tHead.rows[0].cells[fd].querySelector("button").click();
   document.body.dataset.last = table.tBodies[0].rows[table.tBodies[0].rows.length - 1].cells[0].innerText;
+  const spots = [...document.querySelectorAll(".spot")];
+  spots[0].focus(); document.body.dataset.tip = getComputedStyle(spots[0].querySelector(".tip")).display;
+  const plot = spots[0].parentElement.getBoundingClientRect();
+  document.body.dataset.outside = spots.filter(s => { const r = s.getBoundingClientRect(), x = (r.left + r.right) / 2, y = (r.top + r.bottom) / 2;
+    return x < plot.left || x > plot.right || y < plot.top || y > plot.bottom; }).length;
   document.body.dataset.broken = [...document.images].filter(i => !i.naturalWidth).length;
   document.body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 });
@@ -214,4 +243,5 @@ def test_in_a_browser_it_sorts_and_shows_every_picture(page: str, tmp_path: Path
     assert (body["data-sort"], body["data-focus"]) == ("ascending", "true")
     assert body["data-last"].startswith("full-precision"), "cells without a value stay at the end"
     assert body["data-broken"] == "0"
+    assert (body["data-tip"], body["data-outside"]) == ("block", "0")
     assert int(body["data-overflow"]) <= 0, "nothing makes the page wider than the screen"
