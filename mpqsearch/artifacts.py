@@ -26,6 +26,7 @@ from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, StaleArtifactError
 
 VERSIONS = {
+    "mpqsearch/calls": 1,
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/final-errors": 1,

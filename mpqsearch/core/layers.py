@@ -13,6 +13,7 @@ from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
 ROLES = (
     "conv",
     "shortcut",
+    "skip",
     "resample",
     "attention",
     "feed-forward",
@@ -22,8 +23,10 @@ ROLES = (
     "linear",
     "first",
     "last",
+    "unused",
 )
-"""What a layer does. ``norm`` is the projection of an adaptive norm; ``conv`` and ``linear`` are what is left over."""
+"""What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that skipped over layers, two
+ranges in one input; ``unused`` did not run on the examples, so nothing is known of its errors; ``conv`` and ``linear`` are what is left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class LayerSpec:
 
     ``name`` is the module path and the only key anywhere. ``weight_shape`` is the stored shape, ``channel_axis`` the axis of
     the output channels in it. ``macs`` counts multiply-accumulates of one forward pass on one sample (0 when not measured).
-    Layers with the same non-empty ``tie`` must share their widths.
+    Layers with the same non-empty ``tie`` must share their widths. Those with the same non-empty ``fuse`` see one input and are joined into one
+    layer by consumers that fuse projections (q, k and v of one attention, as in ``fuse_qkv_projections``); `Policy.tie_qkv` ties them.
     """
 
     name: str
@@ -44,6 +48,7 @@ class LayerSpec:
     role: str = "linear"
     has_bias: bool = False
     tie: str = ""
+    fuse: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -161,6 +166,7 @@ class LayerTable:
                     "role": la.role,
                     "has_bias": la.has_bias,
                     "tie": la.tie,
+                    "fuse": la.fuse,
                 }
                 for la in self.layers
             ],

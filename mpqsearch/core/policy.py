@@ -11,7 +11,7 @@ from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, check_width
 from mpqsearch.core.layers import ROLES, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, UnknownNameError
 
-DEFAULT_ROLES = {"first": 8, "last": 8}
+DEFAULT_ROLES = {"first": 8, "last": 8, "unused": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +19,17 @@ class Policy:
     """Widths that are fixed by role or by name; every other layer is searched over ``widths``.
 
     ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched. ``pinned`` maps a
-    layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM.
+    layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM, and so are layers
+    that did not run while the model was measured: their errors seem to cost nothing, and would get the fewest bits.
+
+    ``tie_qkv`` gives the projections that consumers fuse (`LayerSpec.fuse`) the same widths, row for row. Off by default: codes, scales and
+    width tags are stored by row, so rows of different widths can be stacked as they are; engines whose fused layer has one width need it.
     """
 
     widths: tuple[int, ...] = WIDTHS
     roles: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_ROLES))
     pinned: Mapping[str, int] = field(default_factory=dict)
+    tie_qkv: bool = False
 
     def __post_init__(self) -> None:
         if not self.widths or any(w not in WIDTHS for w in self.widths) or len(set(self.widths)) != len(self.widths):
@@ -43,6 +48,10 @@ class Policy:
                 return bits
         return self.roles.get(layer.role)
 
+    def tie_of(self, layer: LayerSpec) -> str:
+        """The name of the group whose layers share their widths with ``layer``; empty when it is free."""
+        return layer.tie or (layer.fuse if self.tie_qkv else "")
+
     def check(self, table: LayerTable) -> None:
         """Raise when a pin matches no layer of the model, or nothing is left to search."""
         for pattern in self.pinned:
@@ -53,11 +62,13 @@ class Policy:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return {"widths": list(self.widths), "roles": dict(self.roles), "pinned": dict(self.pinned)}
+        return {"widths": list(self.widths), "roles": dict(self.roles), "pinned": dict(self.pinned), "tie_qkv": self.tie_qkv}
 
     def describe(self) -> str:
         """One line for people."""
         fixed = [
             f"{k} at {'full precision' if v == FULL_PRECISION else f'{v} bits'}" for k, v in {**self.roles, **self.pinned}.items()
         ]
-        return f"searched widths {', '.join(map(str, self.widths))}; fixed: {'; '.join(fixed) or 'nothing'}"
+        return f"searched widths {', '.join(map(str, self.widths))}; fixed: {'; '.join(fixed) or 'nothing'}" + (
+            "; q, k and v tied" if self.tie_qkv else ""
+        )

@@ -1,18 +1,26 @@
 """Adapters to one ``denoise(x, t, cond)`` call, layer discovery, and the embedded reference models."""
 
-from mpqsearch.models.denoiser import Condition, Denoiser, Denoises, adapt, weights_digest
+from mpqsearch.models.calls import Call, Calls, capture, load_calls, make_call, save_calls
+from mpqsearch.models.denoiser import Condition, Denoiser, Denoises, Given, adapt, weights_digest
 from mpqsearch.models.discover import discover, example_condition
 from mpqsearch.models.loader import EMBEDDED, REFERENCE, load_model
 
 __all__ = [
     "EMBEDDED",
     "REFERENCE",
+    "Call",
+    "Calls",
     "Condition",
     "Denoiser",
     "Denoises",
+    "Given",
     "adapt",
+    "capture",
     "discover",
     "example_condition",
+    "load_calls",
     "load_model",
+    "make_call",
+    "save_calls",
     "weights_digest",
 ]

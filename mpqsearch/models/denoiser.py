@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.errors import ConfigError, ModelError, NumericsError
+from mpqsearch.models.calls import Call
 
 Condition = Tensor | Mapping[str, Tensor] | None
 """Class labels ``[N]``, keyword tensors with a leading sample axis, or nothing."""
+
+Given = Condition | Call
+"""A condition, or a whole recorded call, which brings its own sample and time."""
 
 DEFAULT_SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -42,7 +46,8 @@ class Denoiser:
 
     ``sample_shape`` is the shape of one sample without the batch axis. ``n_classes`` is 0 for unconditional models;
     ``null_class`` is the label that means "no class" (None: the model cannot be guided). ``scheduler`` is a diffusers scheduler
-    configuration. ``digest`` is the SHA-256 over names, dtypes, shapes and bytes of the weights.
+    configuration. ``digest`` is the SHA-256 over names, dtypes, shapes and bytes of the weights. ``calls`` are calls of a pipeline's
+    own run: where there are any, layers are found and measured with them and not with the sampler here.
     """
 
     name: str
@@ -53,9 +58,15 @@ class Denoiser:
     null_class: int | None = None
     digest: str = ""
     source: str = ""
+    calls: Sequence[Call] = ()
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """Prediction ``[N, ...]`` for noisy samples ``x`` at timesteps ``t`` ``[N]``; a learned variance is dropped."""
+    def denoise(self, x: Tensor, t: Tensor, cond: Given = None) -> Tensor:
+        """Prediction ``[N, ...]`` for noisy samples ``x`` at timesteps ``t`` ``[N]``; a learned variance is dropped.
+
+        With a recorded call as ``cond`` the prediction is that of the call: its own sample and time count, not ``x`` and ``t``.
+        """
+        if isinstance(cond, Call):
+            return cond.replay(self.module)
         if isinstance(self.module, Denoises):
             return self.module.denoise(x, t, cond)
         kwargs: dict[str, Any] = dict(cond) if isinstance(cond, Mapping) else {}
@@ -66,7 +77,7 @@ class Denoiser:
         except TypeError as error:
             raise ModelError(
                 f"{type(self.module).__name__} cannot be called as model(x, t{', class_labels=...' if kwargs else ''}): {error}. "
-                "Give it a method denoise(x, t, cond) that passes what it needs."
+                "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
             ) from error
         result: Tensor = out
         if result.shape[1] == 2 * x.shape[1]:
@@ -77,9 +88,15 @@ class Denoiser:
         """The same denoiser with other weights, as after quantization."""
         return replace(self, module=module)
 
-    def guided(self, x: Tensor, t: Tensor, cond: Condition, guidance: float) -> Tensor:
+    def with_calls(self, calls: Sequence[Call]) -> Denoiser:
+        """The same denoiser, measured with these calls. Raises `ConfigError` when there are none."""
+        if not len(calls):
+            raise ConfigError(f"{self.name}: there is no recorded call to measure with")
+        return replace(self, calls=calls)
+
+    def guided(self, x: Tensor, t: Tensor, cond: Given, guidance: float) -> Tensor:
         """Classifier-free guidance ``u + g (c - u)`` in one batched call; ``guidance`` 1 is the conditional prediction."""
-        if guidance == 1.0 or cond is None:
+        if guidance == 1.0 or cond is None or isinstance(cond, Call):
             return self.denoise(x, t, cond)
         if self.null_class is None or not isinstance(cond, Tensor):
             raise ConfigError(f"{self.name} has no null class, so guidance must be 1, got {guidance:g}")
@@ -92,19 +109,30 @@ class Denoiser:
 def adapt(
     module: nn.Module,
     *,
-    sample_shape: tuple[int, ...],
+    sample_shape: tuple[int, ...] = (),
     name: str = "custom",
     scheduler: Mapping[str, Any] | None = None,
     n_classes: int = 0,
     null_class: int | None = None,
     source: str = "",
+    calls: Sequence[Call] = (),
 ) -> Denoiser:
-    """Wrap a module as a `Denoiser`: any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, or a diffusers denoiser.
+    """Wrap a module as a `Denoiser`.
 
-    Raises `NumericsError` when a weight is not finite, `ModelError` when it can be called in neither way.
+    Any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, a diffusers denoiser that takes a sample, a timestep and class labels (both need
+    ``sample_shape``), or any module whatever with recorded ``calls``. Raises `NumericsError` when a weight is not finite, `ModelError`
+    when it can be called in none of these ways.
     """
-    if not isinstance(module, Denoises) and "timestep" not in inspect.signature(module.forward).parameters:
-        raise ModelError(f"{type(module).__name__} is no diffusers denoiser and has no method denoise(x, t, cond). Give it one.")
+    if not len(calls):
+        if not isinstance(module, Denoises) and "timestep" not in inspect.signature(module.forward).parameters:
+            raise ModelError(
+                f"{type(module).__name__} is no diffusers denoiser and has no method denoise(x, t, cond). Give it one, or record calls of its "
+                "pipeline with mpqsearch.models.capture."
+            )
+        if not sample_shape:
+            raise ModelError(
+                f"{type(module).__name__}: give sample_shape, or calls that were recorded with mpqsearch.models.capture"
+            )
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
@@ -112,12 +140,13 @@ def adapt(
     return Denoiser(
         name=name,
         module=module,
-        sample_shape=sample_shape,
+        sample_shape=tuple(sample_shape) if sample_shape or not len(calls) else tuple(calls[0].sample.shape[1:]),
         scheduler=dict(scheduler or DEFAULT_SCHEDULER),
         n_classes=n_classes,
         null_class=null_class,
         digest=weights_digest(module),
         source=source,
+        calls=calls,
     )
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mpqsearch.core import KeptParameter, LayerSpec, LayerTable
 from mpqsearch.errors import ModelError
-from mpqsearch.models.denoiser import Condition, Denoiser
+from mpqsearch.models.calls import Call, tensors_in
+from mpqsearch.models.denoiser import Condition, Denoiser, Given
 
 log = logging.getLogger("mpqsearch")
 
@@ -40,32 +45,52 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("attention", r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj"),
     ("feed-forward", r"\.ff\.|\.ff_|\.mlp|feed_forward|\.net\.\d"),
 )
+_SKIP = re.compile(r"skip_linear|skip_proj|skip_layer|skip_connection|linear_skip|long_skip")
+_QKV = re.compile(r"(^|_)(q|k|v|query|key|value)(_proj|_lin(ear)?)?\d*$")
+_QKV_GROUP = re.compile(r"(^|_)(q|k|v|query|key|value)(?=_|\d|$)")
+_APART = "its weight is used without calling the layer, so its input cannot be measured: kept at full precision"
+EXAMPLES = 4
+"""Recorded calls on which the layers of a model are looked for."""
+
 _FIRST = re.compile(r"^(conv_in|pos_embed\.proj|x_embedder|proj_in|patch_embed\w*(\.proj)?|input_blocks\.0\.0)$")
 _LAST = re.compile(r"^(conv_out|proj_out|proj_out_2|out\.2|final_layer\.linear)$")
 
 
-def discover(denoiser: Denoiser, cond: Condition = None) -> LayerTable:
+def discover(denoiser: Denoiser, cond: Given = None) -> LayerTable:
     """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its reason.
 
-    ``cond`` defaults to class 0 for class-conditional models. Raises `ModelError` when the model has no weight layer.
+    The model runs once on ``cond`` (default: class 0 of class-conditional models), or on a few of the denoiser's recorded calls. Layers that do not
+    run get the role ``unused``, and layers whose weight is used without calling them are kept, since their input cannot be seen. Raises
+    `ModelError` when the model has no weight layer.
     """
     modules, borrowers = _owners(denoiser.module)
     if not modules:
         raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
-    macs = _measure(denoiser, modules, cond)
-    order = [*macs, *(n for n in modules if n not in macs)]
-    first, last = _ends(order, modules, denoiser.sample_shape)
-    layers = tuple(
-        _spec(
-            name,
-            modules[name],
-            macs.get(name, 0),
-            "first" if name == first else "last" if name == last else _role(name, modules[name]),
+    seen = _observe(denoiser, modules, cond)
+    apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
+    layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
+    if not layers:
+        raise ModelError(f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured")
+    first, last = _ends(list(layers), modules, seen, denoiser.sample_shape)
+    unused = [n for n in layers if n not in seen.macs]
+    if unused:
+        log.warning(
+            "%s: %d layers did not run on the examples and are held at 8 bits, such as %s", denoiser.name, len(unused), unused[0]
         )
-        for name in order
-    )
+
+    def role(name: str) -> str:
+        if name not in seen.macs:
+            return "unused"
+        if name in (first, last):
+            return "first" if name == first else "last"
+        found = _role(name, modules[name])
+        return "skip" if found in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)) else found
+
     return LayerTable(
-        digest=denoiser.digest, layers=layers, kept=(*borrowers, *_kept(denoiser.module, modules)), model=denoiser.name
+        digest=denoiser.digest,
+        layers=tuple(_spec(n, m, seen.macs.get(n, 0), role(n), seen.fuse.get(n, "")) for n, m in layers.items()),
+        kept=(*borrowers, *_kept(denoiser.module, layers, apart)),
+        model=denoiser.name,
     )
 
 
@@ -74,36 +99,111 @@ def example_condition(denoiser: Denoiser, n: int) -> Condition:
     return torch.arange(n) % denoiser.n_classes if denoiser.n_classes else None
 
 
+@dataclass
+class _Seen:
+    """What a forward pass showed, by layer name.
+
+    ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``: layers fed with a
+    concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``: layers fed with the sample itself;
+    ``gives``: layers whose output reaches the prediction through no other layer.
+    """
+
+    macs: dict[str, int] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    joined: set[str] = field(default_factory=set)
+    fuse: dict[str, str] = field(default_factory=dict)
+    takes: list[str] = field(default_factory=list)
+    gives: frozenset[str] = frozenset()
+
+
+class _Watch(TorchFunctionMode):
+    """Follows tensors through every torch function: which come from the sample or from a layer, which are concatenations."""
+
+    def __init__(self, weights: dict[int, str], seen: _Seen) -> None:
+        super().__init__()
+        self._weights, self._seen = weights, seen
+        self.origin: Any = WeakIdKeyDictionary()  # tensor -> names of the layers that it comes from; SAMPLE for the model's input
+        self.joins: Any = WeakIdKeyDictionary()  # concatenation -> axis
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` and pass on where its result comes from."""
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "__get__":  # weight.dtype and the like are no use of a weight
+            return out
+        inputs = list(tensors_in((args, kwargs)))
+        names = {self._weights[id(t)] for t in inputs if id(t) in self._weights}
+        self._seen.used |= names
+        came = frozenset(names) or frozenset().union(*(self.origin.get(t, frozenset()) for t in inputs))
+        for result in tensors_in(out) if came else ():
+            self.origin[result] = came
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(out, Tensor):
+            axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+            self.joins[out] = axis % out.dim()
+        return out
+
+
+SAMPLE = "<sample>"
+
+
 @torch.no_grad()
-def _measure(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Condition) -> dict[str, int]:
-    """MACs of one sample for each layer that runs, in the order in which the layers run."""
-    macs: dict[str, int] = {}
-    handles = []
+def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> _Seen:
+    """Run the model on its examples and look."""
+    seen = _Seen()
+    watch = _Watch({id(m.weight): n for n, m in modules.items()}, seen)
+    siblings: dict[str, list[tuple[Any, str]]] = {}
+    device = next(denoiser.module.parameters()).device
+    examples: list[Given] = [cond]
+    if cond is None:
+        examples = list(denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]) or [example_condition(denoiser, 1)]
+    batch = 1
 
     def hook(name: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            # Linear and convolution: weights behind one output, times outputs; a transposed one spreads each input instead.
-            each = math.prod(weight.shape[1:])
-            positions = (inputs[0] if transposed else output).numel()
-            macs[name] = macs.get(name, 0) + positions * each
+        channels = -1 if isinstance(modules[name], nn.Linear) else 1
+        transposed = isinstance(modules[name], nn.modules.conv._ConvTransposeNd)
+        # Linear and convolution: weights behind one output, times outputs; a transposed one spreads each input instead.
+        weight: Any = modules[name].weight
+        each = math.prod(weight.shape[1:])
+        parent, _, short = name.rpartition(".")
 
-        return count
+        def look(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            seen.macs[name] = seen.macs.get(name, 0) + (x if transposed else output).numel() * each // batch
+            if watch.joins.get(x) == channels % x.dim():
+                seen.joined.add(name)
+            if SAMPLE in watch.origin.get(x, ()) and name not in seen.takes:
+                seen.takes.append(name)
+            if _QKV.search(short) and name not in seen.fuse:
+                group = siblings.setdefault(parent, [])
+                mates = [other for ref, other in group if ref() is x]
+                group.append((weakref.ref(x), name))
+                if mates:
+                    for mate in (mates[0], name):
+                        seen.fuse[mate] = f"{parent}.[{_QKV_GROUP.sub('', mates[0].rpartition('.')[2])}]"
 
-    for name, module in modules.items():
-        handles.append(module.register_forward_hook(hook(name)))
+        return look
+
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
     try:
-        x = torch.zeros(1, *denoiser.sample_shape, device=next(denoiser.module.parameters()).device)
-        t = torch.zeros(1, dtype=torch.long, device=x.device)
-        denoiser.denoise(x, t, example_condition(denoiser, 1) if cond is None else cond)
+        for example in examples:
+            if isinstance(example, Call):
+                x, t, batch = example.sample, torch.zeros(1), example.batch
+            else:
+                x = torch.zeros(1, *denoiser.sample_shape, device=device)
+                t = torch.zeros(1, dtype=torch.long, device=device)
+                example = example.to(device) if isinstance(example, Tensor) else example  # noqa: PLW2901
+            watch.origin[x] = frozenset({SAMPLE})
+            with watch:
+                out = denoiser.denoise(x, t, example)
+                seen.gives |= watch.origin.get(out, frozenset()) & set(modules)
+            siblings.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return macs
+    seen.macs = {n: m // len(examples) for n, m in seen.macs.items()}
+    return seen
 
 
-def _spec(name: str, module: nn.Module, macs: int, role: str) -> LayerSpec:
+def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     kind = next(base.__name__ for base in type(module).__mro__ if base in WEIGHT_LAYERS)
@@ -116,6 +216,7 @@ def _spec(name: str, module: nn.Module, macs: int, role: str) -> LayerSpec:
         macs=macs,
         role=role,
         has_bias=getattr(module, "bias", None) is not None,
+        fuse=fuse,
     )
 
 
@@ -126,13 +227,15 @@ def _role(name: str, module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv"
 
 
-def _ends(order: list[str], modules: dict[str, nn.Module], sample_shape: tuple[int, ...]) -> tuple[str, str]:
-    """The layer that takes the sample in and the one that gives the prediction out: by name, else by shape and order."""
-    first = next((n for n in order if _FIRST.match(n)), None)
+def _ends(order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]) -> tuple[str, str]:
+    """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen, else by shape and order."""
+    first = next((n for n in order if n in seen.macs and _FIRST.match(n)), None) or next(iter(seen.takes), None)
     if first is None:
-        takes = [n for n in order if _inputs(modules[n]) == sample_shape[0]]
-        first = takes[0] if takes else next(n for n in order if _role(n, modules[n]) not in ("time", "class"))
-    last = next((n for n in reversed(order) if _LAST.match(n)), order[-1])
+        takes = [n for n in order if sample_shape and _inputs(modules[n]) == sample_shape[0]]
+        first = takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
+    last = next((n for n in reversed(order) if n in seen.macs and _LAST.match(n)), None)
+    if last is None:
+        last = next((n for n in reversed(order) if n in seen.gives), None) or [*seen.macs, *order][len(seen.macs) - 1]
     return first, last if last != first else order[-1]
 
 
@@ -156,8 +259,9 @@ def _owners(model: nn.Module) -> tuple[dict[str, nn.Module], list[KeptParameter]
     return modules, borrowers
 
 
-def _kept(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[KeptParameter]:
+def _kept(model: nn.Module, layers: dict[str, nn.Module], apart: dict[str, nn.Module]) -> Iterator[KeptParameter]:
     quantized = {id(m.weight) for m in layers.values()}
+    unseen = {id(m.weight) for m in apart.values()}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -165,7 +269,9 @@ def _kept(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[KeptParame
                 continue
             seen.add(id(parameter))
             name = f"{module_name}.{key}" if module_name else key
-            yield KeptParameter(name=name, n_values=parameter.numel(), reason=_reason(module, key, name))
+            yield KeptParameter(
+                name=name, n_values=parameter.numel(), reason=_APART if id(parameter) in unseen else _reason(module, key, name)
+            )
 
 
 def _reason(module: nn.Module, key: str, name: str) -> str:

@@ -123,7 +123,9 @@ def profile_base(
 def _calibrate(
     denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, spec: CalibrationSpec, report: Progress
 ) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
-    """Run the sampler once; keep input statistics of every layer and all inputs of the denoiser."""
+    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to probe."""
+    if len(denoiser.calls):
+        return _replay(denoiser, table, spec, report)
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     device = next(denoiser.module.parameters()).device
     kept: list[ProbeInput] = []
@@ -140,12 +142,36 @@ def _calibrate(
                     kept.append(ProbeInput(x=step.x[i : i + 1].clone(), timestep=step.timestep, cond=one))
                 done += 1
                 report("calibrate", done, total)
-    chosen = np.linspace(0, len(kept) - 1, min(spec.probe_inputs, len(kept))).round().astype(int)
-    order = [kept[i] for i in sorted({int(c) for c in chosen})]
-    missing = [la.name for la in table if la.name not in collector.statistics()]
+    order = [kept[i] for i in _spread(len(kept), spec.probe_inputs)]
+    return *_collected(table, collector), order
+
+
+def _replay(
+    denoiser: Denoiser, table: LayerTable, spec: CalibrationSpec, report: Progress
+) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
+    """As `_calibrate`, from recorded calls: all of them for the statistics, ``spec.probe_inputs`` of them to probe."""
+    if spec.final_widths:
+        raise ConfigError("calibration.final_widths needs our own sampler; a model that is measured with recorded calls has none")
+    with torch.no_grad(), InputCollector(denoiser.module, table) as collector:
+        for done, call in enumerate(denoiser.calls, start=1):
+            call.replay(denoiser.module)
+            report("calibrate", done, len(denoiser.calls))
+    chosen = [denoiser.calls[i] for i in _spread(len(denoiser.calls), spec.probe_inputs)]
+    device = next(denoiser.module.parameters()).device
+    inputs = [ProbeInput(x=c.sample.to(device), timestep=int(c.timestep) if np.isfinite(c.timestep) else 0, cond=c) for c in chosen]
+    return *_collected(table, collector), inputs
+
+
+def _spread(total: int, n: int) -> list[int]:
+    """``n`` of ``total`` positions (all, if there are fewer), spread evenly."""
+    return sorted({int(i) for i in np.linspace(0, total - 1, min(n, total)).round()})
+
+
+def _collected(table: LayerTable, collector: InputCollector) -> tuple[dict[str, RowStatistics], dict[str, Tensor]]:
+    """Statistics and output powers of all layers; those that never ran have zeros."""
     stats = dict(collector.statistics())
     power = dict(collector.output_power())
-    for name in missing:  # never ran: no input, so no error reaches the output
+    for name in [la.name for la in table if la.name not in stats]:  # never ran: no input, so no error reaches the output
         layer = table[name]
         d = layer.weights_per_channel
         stats[name] = RowStatistics(
@@ -155,7 +181,7 @@ def _calibrate(
             n_positions=0,
         )
         power[name] = torch.zeros(layer.n_channels)
-    return stats, power, order
+    return stats, power
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import LayerTable
 from mpqsearch.errors import NumericsError
-from mpqsearch.models import Condition, Denoiser
+from mpqsearch.models import Denoiser, Given
 from mpqsearch.quant import rows_of
 
 
@@ -25,7 +25,7 @@ class ProbeInput:
 
     x: Tensor
     timestep: int
-    cond: Condition
+    cond: Given
     weight: float = 1.0
 
 

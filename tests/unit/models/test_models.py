@@ -28,7 +28,8 @@ def test_roles_of_a_unet_and_a_transformer() -> None:
     assert unet["conv_in"].role == "first"
     assert unet["conv_out"].role == "last"
     assert unet["time_embedding.linear_1"].role == "time"
-    assert unet["up_blocks.0.resnets.0.conv_shortcut"].role == "shortcut"
+    assert unet["up_blocks.0.resnets.0.conv_shortcut"].role == "skip"  # fed with torch.cat([hidden, residual])
+    assert unet["down_blocks.1.resnets.0.conv_shortcut"].role == "shortcut"
     assert unet["down_blocks.0.downsamplers.0.conv"].role == "resample"
     assert unet["mid_block.attentions.0.to_q"].role == "attention"
     assert unet["mid_block.resnets.0.conv1"].role == "conv"

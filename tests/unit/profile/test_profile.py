@@ -6,7 +6,7 @@ import torch
 
 from mpqsearch.core import BitMap, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.models import discover
+from mpqsearch.models import capture, discover
 from mpqsearch.profile import CalibrationSpec, profile_model
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
@@ -87,3 +87,22 @@ def test_profiling_leaves_the_model_as_it_was() -> None:
         assert not a.requires_grad
         assert a.grad is None
     assert not any(m._forward_hooks for m in denoiser.module.modules())  # type: ignore[attr-defined]
+
+
+def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
+    denoiser = tiny_denoiser("unet")
+    table = discover(denoiser)
+    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, codebooks=("affine",), prescale=False)
+    sampler = SamplerSpec(steps=4, guidance=1.0, batch=1)
+    settings = (table, Policy(widths=WIDTHS), sampler, spec, QuantFormat(n_candidates=20))
+    own = profile_model(denoiser, *settings)
+    with torch.no_grad(), capture(denoiser.module) as calls:
+        for seed in range(1_000_000, 1_000_004):
+            list(trajectory(denoiser, noise_of([seed], (1, 8, 8)), labels_of(denoiser, [seed]), sampler))
+    recorded = profile_model(denoiser.with_calls(calls), *settings)
+    # The same sixteen inputs in the same order and the same probes: not one number differs.
+    for key, array in own.arrays.items():
+        np.testing.assert_array_equal(recorded.arrays[key], array, err_msg=key)
+    assert list(discover(denoiser.with_calls(calls))) == list(table)
+    with pytest.raises(ConfigError, match="final_widths needs our own sampler"):
+        profile_model(denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat())

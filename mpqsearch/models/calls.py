@@ -1,0 +1,373 @@
+"""Calls of a denoiser as a pipeline makes them: recorded by a hook, stored without pickle, replayed.
+
+A pipeline passes prompt embeddings, guidance, position ids and more, under names that differ from class to class. A hook on the
+denoiser sees all of it, so a recorded call can stand wherever a `Condition` stands and no code per class is needed:
+
+    with capture(pipe.transformer, limit=64) as calls:
+        pipe("a lighthouse", num_inference_steps=20)
+    save_calls("calls.safetensors", calls)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpqsearch import artifacts
+from mpqsearch._version import __version__
+from mpqsearch.errors import ArtifactError, ConfigError, ModelError
+
+SCHEMA = "mpqsearch/calls"
+
+_SAMPLE = ("sample", "hidden_states", "x", "latents")
+_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time", "sigma")
+_PLAIN = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """One call of a denoiser: what it was given, whatever that is.
+
+    ``args`` and ``kwargs`` hold tensors, numbers, strings and nested tuples, lists and dictionaries of them. ``sample`` is the
+    noisy input among them, ``batch`` the number of samples, ``timestep`` the time of the call (NaN when the module takes none). With ``guidance``
+    other than 1 the batch is ``[unconditional, conditional]``, as diffusers has it, and `replay` combines its halves.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sample: Tensor = field(default_factory=lambda: torch.zeros(1))
+    timestep: float = math.nan
+    guidance: float = 1.0
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def replay(self, module: nn.Module) -> Tensor:
+        """The prediction of ``module`` for this call, as one tensor.
+
+        Tensors follow the module's device, and its dtype where they had that of the recorded module. A learned variance is dropped. Several
+        outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as ``[1, values]``.
+        """
+        parameter = next(module.parameters())
+        floats = parameter.dtype if parameter.is_floating_point() else self.dtype
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(parameter.device, floats if value.dtype == self.dtype else value.dtype)
+
+        out = module(*_map(self.args, move), **_map(dict(self.kwargs), move))
+        found = [t for t in tensors_in(out) if t.is_floating_point()]
+        if not found:
+            raise ModelError(
+                f"{type(module).__name__} returned no floating-point tensor ({type(out).__name__}): it predicts nothing"
+            )
+        if len(found) > 1:
+            return torch.cat([t.reshape(1, -1) for t in found], dim=1)
+        result, x = found[0], self.sample
+        if result.dim() == x.dim() > 1 and result.shape[1] == 2 * x.shape[1] and result.shape[2:] == x.shape[2:]:
+            result = result[:, : x.shape[1]]
+        if self.guidance == 1.0:
+            return result
+        if len(result) % 2:
+            raise ConfigError(f"a call recorded with guidance needs an even batch (unconditional, conditional), got {len(result)}")
+        unconditional, conditional = result.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+
+class Calls(Sequence[Call]):
+    """Recorded calls in the order in which they were made. ``seen`` counts all that went by, ``model`` names the class."""
+
+    def __init__(self, calls: Sequence[Call] = (), *, model: str = "", seen: int | None = None) -> None:
+        self._calls = list(calls)
+        self.model = model
+        self.seen = len(self._calls) if seen is None else seen
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> Calls: ...
+    def __getitem__(self, index: int | slice) -> Call | Calls:
+        """One call, or the calls of a slice."""
+        if isinstance(index, slice):
+            return Calls(self._calls[index], model=self.model, seen=self.seen)
+        return self._calls[index]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content."""
+        data, tensors = _encoded(self)
+        total = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
+        for key in sorted(tensors):
+            total.update(key.encode())
+        return total.hexdigest()
+
+
+@contextmanager
+def capture(
+    module: nn.Module, *, limit: int = 64, guidance: float = 1.0, leave_out: Sequence[str] = (), seed: int = 0
+) -> Iterator[Calls]:
+    """Record the calls of ``module`` while the block runs; the `Calls` fill when it ends.
+
+    limit
+        Calls to keep at most. When more go by, each timestep keeps the same number (within one), drawn evenly from its calls with ``seed``.
+    guidance
+        Scale of classifier-free guidance when the pipeline batches ``[unconditional, conditional]``; 1 when it does not.
+    leave_out
+        Keyword arguments that are not recorded, such as caches, which a replay without them does the same with.
+
+    Tensors are copied to main memory; equal ones, such as the prompt embeddings of all steps, are kept once. Raises `ModelError` naming the
+    argument when a value is neither plain data nor a tensor, and when the block ends without a call.
+    """
+    if limit < 1:
+        raise ConfigError(f"capture: limit must be at least 1, got {limit}")
+    calls = Calls(model=type(module).__name__)
+    reservoir = _Reservoir(limit, seed)
+    pool: dict[str, Tensor] = {}
+    signature = inspect.signature(module.forward)
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = {k: v for k, v in kwargs.items() if k not in leave_out}
+        _check(args, wanted, type(module).__name__)
+        kept_args, kept = _map((args, wanted), lambda t: _pooled(t, pool))
+        reservoir.add(_call(signature, kept_args, kept, guidance, next(module.parameters()).dtype))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+    if not reservoir.seen:
+        raise ModelError(
+            f"{type(module).__name__} was not called while its calls were recorded. Run the pipeline inside the block, and give the module "
+            "that it calls (pipe.unet or pipe.transformer)."
+        )
+    calls._calls = reservoir.calls()
+    calls.seen = reservoir.seen
+
+
+def make_call(module: nn.Module, *args: Any, **kwargs: Any) -> Call:
+    """A call from given arguments, as if a pipeline had made it."""
+    _check(args, kwargs, type(module).__name__)
+    return _call(inspect.signature(module.forward), args, kwargs, 1.0, next(module.parameters()).dtype)
+
+
+def save_calls(path: str | Path, calls: Calls) -> None:
+    """Write calls as one safetensors file; the structure of the arguments is JSON in its header."""
+    from safetensors.torch import save
+
+    data, tensors = _encoded(calls)
+    body = {"schema": SCHEMA, "version": artifacts.VERSIONS[SCHEMA], "created_by": f"mpqsearch {__version__}", "data": data}
+    with artifacts.atomic_write(Path(path)) as handle:
+        handle.write(save(tensors, metadata={"mpqsearch": json.dumps(body)}))
+
+
+def load_calls(path: str | Path) -> Calls:
+    """Read what `save_calls` wrote. Raises `ArtifactError` when it is missing, damaged, of another kind or newer."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist. Record the calls of a pipeline with mpqsearch.models.capture and save_calls.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
+            # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of the recording.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    if body.get("schema") != SCHEMA:
+        raise ArtifactError(f"{path} holds {body.get('schema')!r}, but {SCHEMA!r} is needed: a file written by save_calls")
+    newest = artifacts.VERSIONS[SCHEMA]
+    if not newest - 1 <= body["version"] <= newest:
+        raise ArtifactError(
+            f"{path} has version {body['version']} of {SCHEMA!r}; this mpqsearch ({__version__}) reads up to {newest}."
+        )
+    try:
+        data = body["data"]
+        made = [
+            Call(
+                args=tuple(_decode(a, tensors) for a in item["args"]),
+                kwargs={k: _decode(v, tensors) for k, v in item["kwargs"].items()},
+                sample=_decode(item["sample"], tensors),
+                timestep=_decode(item["timestep"], tensors),
+                guidance=item["guidance"],
+                batch=item["batch"],
+                dtype=getattr(torch, item["dtype"]),
+            )
+            for item in data["calls"]
+        ]
+        return Calls(made, model=data["model"], seen=data["seen"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not a whole record of calls: {type(error).__name__} {error}") from error
+
+
+class _Reservoir:
+    """Keeps ``limit`` calls, as evenly over timesteps as it goes; within a timestep those with the smallest random keys."""
+
+    def __init__(self, limit: int, seed: int) -> None:
+        self._limit = limit
+        self._random = random.Random(seed)  # noqa: S311  (which calls are kept is no secret)
+        self._strata: dict[float, list[tuple[float, int, Call]]] = {}
+        self.seen = 0
+
+    def add(self, call: Call) -> None:
+        stratum = self._strata.setdefault(call.timestep if math.isfinite(call.timestep) else 0.0, [])
+        stratum.append((self._random.random(), self.seen, call))
+        self.seen += 1
+        if sum(map(len, self._strata.values())) > self._limit:
+            fullest = max(self._strata.values(), key=lambda kept: (len(kept), max(kept, default=(0.0,))[0]))
+            fullest.remove(max(fullest, key=lambda kept: kept[0]))
+
+    def calls(self) -> list[Call]:
+        return [call for _, _, call in sorted((k for kept in self._strata.values() for k in kept), key=lambda k: k[1])]
+
+
+def _call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: float, dtype: torch.dtype) -> Call:
+    try:
+        bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError:  # the module's own forward will say what is wrong
+        bound = dict(kwargs)
+    named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
+    found = ((v, t) for v in named for t in tensors_in(v) if t.is_floating_point() and t.dim() > 1)
+    holder, sample = next(found, (None, torch.zeros(1)))
+    return Call(
+        args=args,
+        kwargs=kwargs,
+        sample=sample,
+        timestep=next((_number(bound[n]) for n in _TIMESTEP if n in bound), math.nan),
+        guidance=guidance,
+        batch=len(holder) if isinstance(holder, (list, tuple)) else len(sample),
+        dtype=dtype,
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel():
+        return float(value.flatten()[0])
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _pooled(value: Tensor, pool: dict[str, Tensor]) -> Tensor:
+    """A copy in main memory; the same object for equal content."""
+    copy = value.detach().to("cpu", copy=True).contiguous()
+    return pool.setdefault(_key(copy), copy)
+
+
+def _key(value: Tensor) -> str:
+    total = hashlib.sha256(f"{value.dtype}|{tuple(value.shape)}|".encode())
+    total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:32]
+
+
+def _check(args: tuple[Any, ...], kwargs: Mapping[str, Any], owner: str) -> None:
+    """Refuse what can neither be stored nor replayed."""
+    for name, value in [*((f"argument {i}", a) for i, a in enumerate(args)), *((f"argument {k!r}", v) for k, v in kwargs.items())]:
+        bad = _unknown(value)
+        if bad is not None:
+            raise ModelError(
+                f"{owner}: {name} holds a {type(bad).__module__}.{type(bad).__name__}, which can be neither stored nor replayed. "
+                "Name it in capture(..., leave_out=(...)) if the denoiser works without it."
+            )
+
+
+def _unknown(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return next((bad for v in value if (bad := _unknown(v)) is not None), None)
+    if isinstance(value, Mapping):
+        return next((bad for k, v in value.items() if (bad := _unknown(k) or _unknown(v)) is not None), None)
+    return None if isinstance(value, (*_PLAIN, Tensor, np.ndarray, torch.dtype)) else value
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        items = [_map(v, change) for v in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, Mapping):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nested structure, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Calls as JSON data with names in the place of tensors, and the tensors by name (a digest: equal ones are stored once)."""
+    tensors: dict[str, Tensor] = {}
+    known: dict[int, str] = {}
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = known.get(id(value)) or known.setdefault(id(value), _key(value))
+            tensors.setdefault(key, value.detach().cpu().contiguous().clone())
+            return {"tensor": key}
+        if isinstance(value, np.ndarray):
+            return {"array": encode(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, (list, tuple)):
+            return {"list" if isinstance(value, list) else "tuple": [encode(v) for v in value]}
+        if isinstance(value, Mapping):
+            return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        return value
+
+    made = [
+        {
+            "args": [encode(a) for a in call.args],
+            "kwargs": {k: encode(v) for k, v in call.kwargs.items()},
+            "sample": encode(call.sample),
+            "timestep": encode(call.timestep),
+            "guidance": call.guidance,
+            "batch": call.batch,
+            "dtype": str(call.dtype).removeprefix("torch."),
+        }
+        for call in calls
+    ]
+    return {"model": calls.model, "seen": calls.seen, "calls": made}, tensors
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    if kind == "dtype":
+        return getattr(torch, content)
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+    items = [_decode(v, tensors) for v in content]
+    return items if kind == "list" else tuple(items)
