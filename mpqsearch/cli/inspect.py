@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mpqsearch.cli.app import app, quiet
-from mpqsearch.cli.printing import print_json, print_profile, print_table
+from mpqsearch.cli.printing import bar, print_fields, print_json, print_profile, print_records, print_table, spark
 from mpqsearch.errors import ConfigError
 
 
@@ -19,7 +21,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the content as JSON.")] = False,
     verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
 ) -> None:
-    """Show what an artifact holds.
+    """Show what an artifact holds, as a table and a small picture.
 
     Example: `mpqsearch inspect runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
     """
@@ -34,21 +36,89 @@ def inspect(
         raise ConfigError(f"{file} is no artifact of mpqsearch: it should be a JSON file with a schema") from error
     if schema not in artifacts.VERSIONS:
         raise ConfigError(f"{file} has the unknown schema {schema!r}. Known: {', '.join(sorted(artifacts.VERSIONS))}.")
-    found = artifacts.read_json(file, schema)
     if as_json:
-        print_json(found.data)
-    elif schema == "mpqsearch/bitmap":
-        bit_map = artifacts.load_bit_map(file)
-        print(f"bit map {bit_map.digest[:12]} for the model {bit_map.model_digest[:12]}, widths by {bit_map.granularity}")  # noqa: T201
-        print(bit_map.summary())  # noqa: T201
-    elif schema == "mpqsearch/profile":
-        print_profile(artifacts.load_layers(file.with_name("layers.json")), artifacts.load_profile(file))
-    elif schema == "mpqsearch/layers":
-        table = artifacts.load_layers(file)
-        print_table(
-            table.model,
-            ["layer", "kind", "shape", "role"],
-            [[la.name, la.kind, "x".join(map(str, la.weight_shape)), la.role] for la in table],
-        )
+        print_json(artifacts.read_json(file, schema).data)
+    else:
+        _VIEWS.get(schema, _show_data)(file, schema)
+
+
+def _show_bit_map(file: Path, _schema: str) -> None:
+    from mpqsearch import artifacts
+
+    bit_map = artifacts.load_bit_map(file)
+    print(f"bit map {bit_map.digest[:12]} for the model {bit_map.model_digest[:12]}, widths by {bit_map.granularity}")  # noqa: T201
+    print(bit_map.summary())  # noqa: T201
+    channels: dict[int, int] = {}
+    for widths in bit_map.weights.values():
+        for bits in widths.reshape(-1).tolist():
+            channels[bits] = channels.get(bits, 0) + 1
+    unit = "channels" if bit_map.granularity == "channel" else "layers"
+    total = sum(channels.values())
+    # A layer of one width counts as one entry of the map, as it is written.
+    print_table(f"entries of the map by width ({unit}, or whole layers)", ["bits", "entries", ""], _bars(channels, total))
+    means = [float(w.mean()) for w in bit_map.weights.values()]
+    print(f"mean bits over depth: {spark(means, 1, 8)}")  # noqa: T201
+
+
+def _bars(counts: Mapping[int, int], total: int) -> list[list[Any]]:
+    return [[bits, n, bar(n / total)] for bits, n in sorted(counts.items())]
+
+
+def _show_profile(file: Path, _schema: str) -> None:
+    from mpqsearch import artifacts
+
+    print_profile(artifacts.load_layers(file.with_name("layers.json")), artifacts.load_profile(file))
+
+
+def _show_layers(file: Path, _schema: str) -> None:
+    from mpqsearch import artifacts
+
+    table = artifacts.load_layers(file)
+    print_table(
+        table.model,
+        ["layer", "kind", "shape", "role"],
+        [[la.name, la.kind, "x".join(map(str, la.weight_shape)), la.role] for la in table],
+    )
+    weights: dict[str, int] = {}
+    for layer in table:
+        weights[layer.role] = weights.get(layer.role, 0) + layer.n_weights
+    rows = [
+        [role, n, f"{n / table.n_weights:.1%}", bar(n / table.n_weights)]
+        for role, n in sorted(weights.items(), key=lambda x: -x[1])
+    ]
+    print_table("weights by role", ["role", "weights", "share", ""], rows)
+
+
+def _show_front(file: Path, _schema: str) -> None:
+    from mpqsearch.report.tables import read_pareto_json
+
+    records = read_pareto_json(file)
+    print_records(records, as_json=False)
+    shown = [r for r in records if "fd_fp" in r.metrics and r.metrics["fd_fp"].value > 0]
+    if len(shown) < 2:
+        return
+    logs = [math.log10(r.metrics["fd_fp"].value) for r in shown]
+    low, span = min(logs), max(logs) - min(logs) or 1.0
+    rows = [
+        [r.method, f"{r.average_bits:.2f}", f"{r.metrics['fd_fp'].value:.3g}", bar((x - low) / span)]
+        for r, x in zip(shown, logs, strict=True)
+    ]
+    print_table(f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", ["method", "bits", "value", ""], rows)
+
+
+def _show_data(file: Path, schema: str) -> None:
+    from mpqsearch import artifacts
+
+    found = artifacts.read_json(file, schema)
+    if isinstance(found.data, Mapping) and all(not isinstance(v, (list, tuple)) or len(v) < 8 for v in found.data.values()):
+        print_fields(f"{schema} version {found.version}", found.data)
     else:
         print_json(found.data)
+
+
+_VIEWS: dict[str, Callable[[Path, str], None]] = {
+    "mpqsearch/bitmap": _show_bit_map,
+    "mpqsearch/profile": _show_profile,
+    "mpqsearch/layers": _show_layers,
+    "mpqsearch/pareto": _show_front,
+}

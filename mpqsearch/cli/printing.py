@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def print_json(data: Any) -> None:
@@ -38,6 +41,27 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     console = Console()
     # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def spark(values: Sequence[float], low: float, high: float) -> str:
+    """One block a value, ``low`` the smallest block and ``high`` the tallest; a dot where there is no number."""
+    span = high - low or 1.0
+    return "".join("·" if v != v else _BLOCKS[min(7, max(0, round(7 * (v - low) / span)))] for v in values)
+
+
+def bar(share: float, width: int = 24) -> str:
+    """A horizontal bar of ``share``, 0..1, in eighths of a character."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+
+
+def print_fields(title: str, fields: Mapping[str, Any]) -> None:
+    """A small record, a line a field; nested records are folded into one line."""
+    rows = [
+        [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value]
+        for key, value in fields.items()
+    ]
+    print_table(title, ["what", "value"], rows)
 
 
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:

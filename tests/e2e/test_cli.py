@@ -50,7 +50,13 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     assert "--overwrite" in stale.stderr
     shown = cli("inspect", "r/allocations/ilp-channel@uniform-3/bitmap.json")
     assert "conv_in" in shown.stdout
+    assert "mean bits over depth: " in shown.stdout
     assert json.loads(cli("inspect", "r/pareto.json", "--json").stdout)
+    assert "logarithmic bars" in cli("inspect", "r/pareto.json").stdout
+    assert "weights by role" in cli("inspect", "r/layers.json").stdout
+    assert "most sensitive layers" in cli("inspect", "r/profile.json").stdout
+    assert "optimal" in cli("inspect", "r/allocations/ilp-layer@uniform-3/allocation.json").stdout
+    assert "python" in cli("inspect", "r/environment.json").stdout
     made = cli("quantize", "-c", study, "--run-dir", "r", "--budget", "uniform:3")
     assert made.returncode == 0, made.stderr
     from mpqsearch.models import load_model
