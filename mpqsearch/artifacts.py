@@ -39,6 +39,8 @@ VERSIONS = {
     "mpqsearch/samples": 1,
     "mpqsearch/export": 1,
     "mpqsearch/checkpoint": 1,
+    "mpqsearch/search": 1,
+    "mpqsearch/search-evaluation": 1,
 }
 """The newest version of each schema. Readers accept this version and the one before."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import AllocationProblem, AllocationResult, solve
+from mpqsearch.allocate import AllocationProblem, AllocationResult, PairwiseTerms, solve
 from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
@@ -130,6 +130,14 @@ class _Task:
     format: QuantFormat
     storage: StorageModel
     limit: int
+    losses: Floats | None = None
+    pairs: PairwiseTerms | None = None
+
+    def channel_losses(self) -> Floats:
+        if self.losses is not None:
+            return self.losses
+        m = self.method
+        return channel_losses(self.profile, self.table, m.variant, m.loss, bias_correction=m.bias_correction)
 
     @property
     def searched(self) -> list[str]:
@@ -151,8 +159,14 @@ def allocate(
     policy: Policy,
     fmt: QuantFormat,
     storage: StorageModel = DEFAULT_STORAGE,
+    *,
+    losses: Floats | None = None,
+    pairs: PairwiseTerms | None = None,
 ) -> Allocation:
     """Choose widths under a budget on the whole model.
+
+    ``losses`` ``[C, W]`` take the place of the method's own in the integer programs (an outer search builds them, see
+    `mpqsearch.search.surrogate`). ``pairs`` add losses of pairs of searched layers, in the order of the table, to ``ilp-layer``.
 
     Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the budget is above what
     full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant that the method needs.
@@ -172,8 +186,19 @@ def allocate(
     )
     limit = int(budget.limit) if budget.quantity == "bops" else budget.limit_bits(table, policy, storage)
     task = _Task(
-        table=table, profile=profile, policy=policy, budget=budget, method=method, format=chosen, storage=storage, limit=limit
+        table=table,
+        profile=profile,
+        policy=policy,
+        budget=budget,
+        method=method,
+        format=chosen,
+        storage=storage,
+        limit=limit,
+        losses=losses,
+        pairs=pairs,
     )
+    if losses is not None and losses.shape != (sum(profile.channels), len(profile.widths)):
+        raise ConfigError(f"losses must be {(sum(profile.channels), len(profile.widths))} as in the profile, got {losses.shape}")
     _check_budget(task)
     bit_map, result, notes = _ALLOCATORS[method.allocator](task)
     return Allocation(
@@ -362,6 +387,7 @@ def _ilp_layer(task: _Task) -> _Outcome:
             names=tuple(names),
             choices=tuple(f"{b} bits" for b in sorted(task.policy.widths)),
             ties=_tie_groups(task, names),
+            pairwise=task.pairs,
         ),
         solver=task.method.solver,
     )
@@ -375,9 +401,7 @@ def _ilp_channel(task: _Task) -> _Outcome:
         raise ConfigError("ilp-channel takes a size budget; a BOPs budget needs ilp-layer")
     widths = sorted(task.policy.widths)
     layers = [task.table[n] for n in task.searched]
-    losses = channel_losses(
-        task.profile, task.table, task.method.variant, task.method.loss, bias_correction=task.method.bias_correction
-    )
+    losses = task.channel_losses()
     columns = [task.profile.widths.index(b) for b in widths]
     loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
     each = np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
@@ -400,9 +424,7 @@ def _layer_table_costs(task: _Task) -> tuple[list[str], Floats, NDArray[np.int64
     """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at the searched widths, widths ascending."""
     widths = sorted(task.policy.widths)
     names = task.searched
-    losses = task.profile.layer_sum(
-        channel_losses(task.profile, task.table, task.method.variant, task.method.loss, bias_correction=task.method.bias_correction)
-    )
+    losses = task.profile.layer_sum(task.channel_losses())
     rows = [task.profile.index[n] for n in names]
     loss = losses[rows][:, [task.profile.widths.index(b) for b in widths]]
     if task.budget.quantity == "bops":

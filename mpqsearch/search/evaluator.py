@@ -1,0 +1,185 @@
+"""Measures maps of a real model for the ladder: quantized rows are made once for each width and put together for every map."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpqsearch.artifacts import digest_of
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, SensitivityProfile
+from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.probes import ProbeInput
+from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
+from mpqsearch.search.ladder import Measured
+from mpqsearch.search.surrogate import Candidate
+
+REPORTED = ("fd_fp", "fd_data", "paired_psnr")
+
+
+@dataclass(kw_only=True)
+class ModelEvaluator:
+    """An `Evaluator` of one model.
+
+    ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
+    samples of the report seeds; None leaves rungs 3 and 4 out. Rungs 1 and 2 assemble maps from rows that were quantized once for each
+    width and format; the reported rungs quantize the model anew, as the evaluation of a run does.
+    """
+
+    denoiser: Denoiser
+    table: LayerTable
+    profile: SensitivityProfile
+    sampler: SamplerSpec
+    input_seeds: tuple[int, ...]
+    inputs: int = 32
+    reference: Reference | None = None
+    extractor: FeatureExtractor | None = None
+    _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
+    _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of everything that the values depend on besides the map."""
+        report = None
+        if self.reference is not None and self.extractor is not None:
+            data = self.reference.data.name if self.reference.data is not None else None
+            report = [list(self.reference.seeds), self.extractor.label, data]
+        # Bias correction and pre-scaling read the profile's means and maxima.
+        calibration = digest_of({k: np.asarray(v).astype(np.float64).sum() for k, v in self.profile.means.items()})
+        return digest_of([self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report])
+
+    @property
+    def forwards_per_sample(self) -> int:
+        """Forward passes of the denoiser for one final sample; guidance takes two a step."""
+        return self.sampler.steps * self._forwards_per_call
+
+    @property
+    def _forwards_per_call(self) -> int:
+        return 2 if self.sampler.guidance != 1.0 and self.denoiser.n_classes else 1
+
+    def output_error(self, candidate: Candidate) -> Measured:
+        """Rung 1: mean squared error of the (guided) output at the inputs of the full-precision trajectories."""
+        student = self._student(candidate)
+        total = 0.0
+        with torch.no_grad():
+            for item, expected in self._calls:
+                t = torch.full((len(item.x),), item.timestep, dtype=torch.long, device=item.x.device)
+                total += float((student.guided(item.x, t, item.cond, self.sampler.guidance) - expected).square().mean()) * len(
+                    item.x
+                )
+        n = sum(len(item.x) for item, _ in self._calls)
+        return Measured(values=(total / n,), forwards=n * self._forwards_per_call)
+
+    def sample_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
+        """Rung 2: mean squared error of the final sample of each seed."""
+        expected = self._full(tuple(seeds))
+        made = sample(self._student(candidate), seeds, self.sampler)
+        errors = (made.double() - expected.double()).square().flatten(1).mean(1)
+        return Measured(values=tuple(errors.tolist()), forwards=len(seeds) * self.forwards_per_sample)
+
+    def report(self, candidate: Candidate) -> Measured:
+        """Rungs 3 and 4 on the report seeds, with intervals."""
+        assert self.reference is not None
+        assert self.extractor is not None
+        means, peaks = self._statistics(candidate)
+        module = quantize_model(self.denoiser.module, self.table, candidate.bit_map, means=means, input_max=peaks).module
+        made = sample(self.denoiser.with_module(module), self.reference.seeds, self.sampler)
+        found = evaluate(made, self.reference, self.extractor).metrics
+        values: dict[str, float] = {}
+        for name in REPORTED:
+            if name in found:
+                m = found[name]
+                values |= {name: m.value, f"{name}_low": m.low, f"{name}_high": m.high}
+        return Measured(values=values, forwards=len(self.reference.seeds) * self.forwards_per_sample)
+
+    @cached_property
+    def _calls(self) -> list[tuple[ProbeInput, Tensor]]:
+        """Rung 1's inputs with the full-precision output, spread evenly over steps."""
+        device = next(self.denoiser.module.parameters()).device
+        cond = labels_of(self.denoiser, self.input_seeds)
+        cond = cond.to(device) if isinstance(cond, Tensor) else cond
+        each = max(1, self.inputs // len(self.input_seeds))
+        calls = []
+        with torch.no_grad():
+            x = noise_of(self.input_seeds, self.denoiser.sample_shape).to(device)
+            steps = list(trajectory(self.denoiser, x, cond, self.sampler))
+            for i in sorted({round(float(k)) for k in np.linspace(0, len(steps) - 1, min(each, len(steps)))}):
+                step = steps[i]
+                calls.append((ProbeInput(x=step.x, timestep=step.timestep, cond=cond), step.prediction))
+        return calls
+
+    def _full(self, seeds: tuple[int, ...]) -> Tensor:
+        """Full-precision samples of these seeds, in the same batch as the quantized ones."""
+        if seeds not in self._samples:
+            self._samples[seeds] = sample(self.denoiser, seeds, self.sampler)
+        return self._samples[seeds]
+
+    @cached_property
+    def _clone(self) -> Any:
+        return copy.deepcopy(self.denoiser.module).requires_grad_(False)
+
+    @torch.no_grad()
+    def _student(self, candidate: Candidate) -> Denoiser:
+        """The working copy with the map's weights in place."""
+        bit_map = candidate.bit_map
+        bit_map.validate(self.table)
+        targets = dict(self._clone.named_modules())
+        sources: dict[str, Any] = dict(self.denoiser.module.named_modules())
+        means, _ = self._statistics(candidate)
+        for layer in self.table:
+            target: Any = targets[layer.name]
+            widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
+            rows = self._rows(layer.name, widths, bit_map)
+            weight = sources[layer.name].weight
+            target.weight.copy_(weight_of(rows, layer).to(weight.dtype))
+            if target.bias is None:
+                continue
+            bias = sources[layer.name].bias
+            if means is not None and layer.name in means:
+                mean = means[layer.name]
+                error = (rows - rows_of(weight.float(), layer)).reshape(len(mean), len(rows) // len(mean), -1)
+                bias = bias - torch.bmm(error, mean.to(error)[:, :, None]).flatten().to(bias.dtype)
+            target.bias.copy_(bias)
+        return self.denoiser.with_module(self._clone)
+
+    def _rows(self, name: str, widths: Tensor, bit_map: BitMap) -> Tensor:
+        """Rows ``[C, D]`` of one layer, each at its width, from the bank."""
+        rows: Tensor | None = None
+        for bits in np.unique(widths.numpy()).tolist():
+            made = self._quantized(name, int(bits), bit_map.format_of(name))
+            rows = made if rows is None else torch.where((widths == bits)[:, None], made, rows)
+        assert rows is not None
+        return rows
+
+    def _quantized(self, name: str, bits: int, fmt: QuantFormat) -> Tensor:
+        """All rows of one layer at one width, made once."""
+        layer = self.table[name]
+        weight: Any = dict(self.denoiser.module.named_modules())[name].weight if (name, bits, fmt) not in self._bank else None
+        if weight is not None:
+            if bits == FULL_PRECISION:
+                made = rows_of(weight.detach().float(), layer)
+            else:
+                peak = self.profile.input_max.get(name)
+                maxima = None if peak is None else torch.from_numpy(np.array(peak))
+                made = quantize_weight(weight, layer, torch.full((layer.n_channels,), bits, dtype=torch.uint8), fmt, maxima).rows()
+            self._bank[name, bits, fmt] = made
+        return self._bank[name, bits, fmt]
+
+    def _statistics(self, candidate: Candidate) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
+        return (self._means if candidate.bias_correction else None), self._peaks
+
+    @cached_property
+    def _means(self) -> Mapping[str, Tensor]:
+        return {k: torch.from_numpy(np.array(v)) for k, v in self.profile.means.items()}
+
+    @cached_property
+    def _peaks(self) -> Mapping[str, Tensor]:
+        return {k: torch.from_numpy(np.array(v)) for k, v in self.profile.input_max.items()}

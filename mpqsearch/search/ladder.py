@@ -1,0 +1,262 @@
+"""The ladder of measurements, cheap rungs first, with common random numbers, and its cache: no map is measured twice.
+
+==== ================================================= =========================
+rung what                                              samples
+==== ================================================= =========================
+0    predicted loss                                    none
+1    error of the denoiser's output                    calibration inputs
+2    paired error of final samples, in chunks of seeds search seeds
+3    Fréchet distance to full precision                report seeds
+4    Fréchet distance to data                          report seeds
+==== ================================================= =========================
+
+Every map sees the same inputs, noise and classes. Search seeds and report seeds are disjoint, so what a search chose is judged on
+noise that it never saw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpqsearch import artifacts
+from mpqsearch.errors import ArtifactError, ConfigError, NumericsError
+from mpqsearch.search.surrogate import Candidate
+
+SCHEMA = "mpqsearch/search-evaluation"
+
+
+class Evaluator(Protocol):
+    """Measures maps of one model. ``identity`` is a digest of all that its values depend on besides the map."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of model, sampler, calibration inputs and their seeds."""
+        ...
+
+    def output_error(self, candidate: Candidate) -> Measured:
+        """Mean squared error of the denoiser's output on the calibration inputs."""
+        ...
+
+    def sample_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
+        """Mean squared error of the final sample of each seed."""
+        ...
+
+    def report(self, candidate: Candidate) -> Measured:
+        """``fd_fp``, ``paired_psnr``, ``fd_data`` where there are data statistics, with ``<name>_low`` and ``_high``, on the report seeds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """``values`` by name or in order of the seeds, and what they cost: forward passes of the denoiser on one sample."""
+
+    values: Mapping[str, float] | tuple[float, ...]
+    forwards: int
+
+
+class EvaluationCache:
+    """Measured values by digest, in memory and as files that workers share; without a folder, in memory only.
+
+    `measure` holds a lock file while it works, so that of several processes that want the same value one measures and the others
+    wait for it. The lock belongs to the kernel: it goes when its holder is killed.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.hits = 0
+        self.misses = 0
+        self._memory: dict[str, Measured] = {}
+        self._guard = threading.Lock()
+
+    def measure(self, key: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
+        """The value of ``key``, and whether it was made now."""
+        with self._guard:
+            known = self._memory.get(key) or self._read(key)
+            if known is not None:
+                self._memory[key] = known
+                self.hits += 1
+                return known, False
+            with self._locked(key):
+                known = self._read(key)
+                made = known is None
+                value = make() if known is None else known
+                if made:
+                    self.misses += 1
+                    self._write(key, value)
+                else:
+                    self.hits += 1
+            self._memory[key] = value
+            return value, made
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key[:24]}.json"
+
+    def _read(self, key: str) -> Measured | None:
+        if self.folder is None or not self._path(key).exists():
+            return None
+        try:
+            found = artifacts.read_json(self._path(key), SCHEMA)
+        except ArtifactError:
+            self._path(key).unlink(missing_ok=True)  # a damaged cache entry is no loss: it is measured again
+            return None
+        if found.inputs.get("evaluation") != key:
+            return None
+        values = found.data["values"]
+        return Measured(values=tuple(values) if isinstance(values, list) else values, forwards=int(found.data["forwards"]))
+
+    def _write(self, key: str, value: Measured) -> None:
+        if self.folder is None:
+            return
+        values = list(value.values) if isinstance(value.values, tuple) else dict(value.values)
+        artifacts.write_json(self._path(key), SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key})
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        if self.folder is None:
+            yield
+            return
+        path = self._path(key).with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        path.unlink(missing_ok=True)
+
+
+@dataclass(kw_only=True)
+class Ladder:
+    """The rungs for one study. ``seeds`` are the search seeds, measured ``chunk`` at a time.
+
+    ``spent`` counts forward passes that were really made through this object, ``asked`` those that would have been without a cache:
+    the cost by which arms are compared.
+    """
+
+    evaluator: Evaluator
+    seeds: tuple[int, ...]
+    chunk: int = 4
+    cache: EvaluationCache = field(default_factory=EvaluationCache)
+    spent: int = 0
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) < 2 or not 1 <= self.chunk <= len(self.seeds):
+            raise ConfigError(f"a search needs at least 2 seeds and a chunk of 1..{len(self.seeds)}, got chunk={self.chunk}")
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of search seeds."""
+        return -(-len(self.seeds) // self.chunk)
+
+    def output_error(self, candidate: Candidate) -> float:
+        """Rung 1."""
+        found = self._measure(candidate, "output", [], lambda: self.evaluator.output_error(candidate))
+        return float(_row(found)[0])
+
+    def chunk_errors(self, candidate: Candidate, index: int) -> tuple[float, ...]:
+        """Rung 2, one chunk: the error of each of its seeds."""
+        part = self.seeds[index * self.chunk : (index + 1) * self.chunk]
+        found = self._measure(candidate, "samples", list(part), lambda: self.evaluator.sample_errors(candidate, part))
+        return _row(found)
+
+    def errors(self, candidate: Candidate) -> tuple[float, ...]:
+        """Rung 2, all chunks."""
+        return tuple(v for i in range(self.chunks) for v in self.chunk_errors(candidate, i))
+
+    def paired_error(self, candidate: Candidate) -> float:
+        """Rung 2: mean over the search seeds."""
+        return float(np.mean(self.errors(candidate)))
+
+    def report(self, candidate: Candidate) -> dict[str, float]:
+        """Rungs 3 and 4."""
+        found = self._measure(candidate, "report", [], lambda: self.evaluator.report(candidate))
+        assert isinstance(found.values, Mapping)
+        return dict(found.values)
+
+    def _measure(self, candidate: Candidate, rung: str, seeds: list[int], make: Callable[[], Measured]) -> Measured:
+        key = artifacts.digest_of([self.evaluator.identity, candidate.digest, rung, seeds])
+
+        def checked() -> Measured:
+            value = make()
+            numbers = list(value.values.values()) if isinstance(value.values, Mapping) else value.values
+            # Infinity would count as a finished trial and poison the sampler's model: it ends the trial as failed instead.
+            if not all(math.isfinite(v) for v in numbers):
+                raise NumericsError(
+                    f"the {rung} errors of the map {candidate.digest[:10]} at {candidate.budget.label()} are not finite"
+                )
+            return value
+
+        found, made = self.cache.measure(key, checked)
+        self.asked += found.forwards
+        self.spent += found.forwards if made else 0
+        return found
+
+
+def _row(found: Measured) -> tuple[float, ...]:
+    assert isinstance(found.values, tuple)
+    return found.values
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation; NaN with fewer than three points or without spread. Ties get their mean rank."""
+    if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
+        return float("nan")
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def spearman_interval(a: Sequence[float], b: Sequence[float], *, draws: int = 500, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of `spearman` over pairs."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    values: list[float] = []
+    for _ in range(draws):
+        pick = rng.integers(0, len(x), len(x))
+        values.append(spearman(x[pick].tolist(), y[pick].tolist()))
+    known = np.array([v for v in values if not math.isnan(v)])
+    if not known.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def rung_correlations(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlation of every rung with the next ones over measured maps.
+
+    ``points`` hold any of ``predicted``, ``output``, ``paired``, ``fd_fp``, ``fd_data`` and a ``budget``: correlations are within a budget,
+    averaged, since between budgets everything correlates.
+    """
+    names = ("predicted", "output", "paired", "fd_fp", "fd_data")
+    rows: list[dict[str, Any]] = []
+    budgets = sorted({str(p["budget"]) for p in points})
+    for i, cheap in enumerate(names):
+        for dear in names[i + 1 :]:
+            per: list[float] = []
+            count = 0
+            for budget in budgets:
+                having = [p for p in points if p["budget"] == budget and p.get(cheap) is not None and p.get(dear) is not None]
+                value = spearman([float(p[cheap]) for p in having], [float(p[dear]) for p in having])
+                if not math.isnan(value):
+                    per.append(value)
+                    count += len(having)
+            if per:
+                rows.append(
+                    {"cheap": cheap, "dear": dear, "spearman": round(float(np.mean(per)), 3), "maps": count, "budgets": len(per)}
+                )
+    return rows
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    array = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    ranks: np.ndarray[Any, np.dtype[np.float64]] = mean_rank[inverse]
+    return ranks

@@ -1,0 +1,185 @@
+"""Where a study lives: a journal file by default, a database or a proxy for many machines. Passwords never leave this module."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+log = logging.getLogger("mpqsearch")
+
+STORAGE_VARIABLE = "MPQSEARCH_STORAGE"
+"""Environment variable for a storage URL: unlike an argument it shows in no process list and no shell history."""
+
+HEARTBEAT_S = 10
+"""Seconds between two signs of life of a worker."""
+
+GRACE_S = 60
+"""Seconds without a sign of life after which a worker is taken for dead."""
+
+_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]*://[^\s:/@]*:)(?P<password>[^\s]*)(?=@)", re.IGNORECASE)
+_QUERY = re.compile(r"(?P<head>[?&](?:password|passwd|pwd|sslpassword)=)[^&\s]*", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """Text with the passwords of all URLs in it replaced by ``***``."""
+    return _QUERY.sub(r"\g<head>***", _PASSWORD.sub(r"\g<head>***", text))
+
+
+def open_storage(
+    where: str | Path | BaseStorage, *, workers: int = 1, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_S
+) -> BaseStorage:
+    """An Optuna storage.
+
+    Args:
+        where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``, ``grpc://host:port``), or a storage
+            object, which is returned as it is.
+        workers: How many processes will use it.
+        heartbeat_s: Databases only: seconds between signs of life of a running trial.
+        grace_s: Databases only: seconds without one after which a trial is failed and tried again.
+
+    Raises:
+        ConfigError: SQLite with several workers; a driver is missing; the database does not answer. No message holds a password.
+        ArtifactError: A journal is no journal.
+    """
+    if not isinstance(where, (str, Path)):
+        return where
+    text = str(where)
+    if "://" not in text:
+        return _journal(Path(text))
+    scheme = text.split("://", 1)[0].lower()
+    if scheme.startswith("sqlite") and workers > 1:
+        raise ConfigError(
+            f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial and one of them dies (the "
+            "FAQ of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or mysql://."
+        )
+    import optuna
+
+    if scheme == "grpc":
+        host, _, port = text.split("://", 1)[1].rstrip("/").partition(":")
+        return optuna.storages.GrpcStorageProxy(host=host or "localhost", port=int(port or 13000))
+    if scheme.startswith("redis"):
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(text))
+    return _database(_with_driver(text), heartbeat_s, grace_s)
+
+
+def repair_journal(path: Path) -> int:
+    """Cut what a crash left half-written out of a journal, under its lock; the old file is kept as ``.bak``. Returns the lines dropped.
+
+    Optuna appends to a torn last line and can never read the file again. Only lines that are no JSON are dropped.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return 0
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        lines = path.read_bytes().split(b"\n")
+        tail = lines.pop()  # what follows the last line end: empty in a whole file
+        good = [line for line in lines if _is_record(line)]
+        dropped = len(lines) - len(good) + (1 if tail else 0)
+        if not dropped:
+            return 0
+        if not good:
+            raise ArtifactError(
+                f"{path} is no journal of a study: not one line of it can be read. Choose another --storage or delete it."
+            )
+        shutil.copy2(path, _free_name(path))
+        whole = b"".join(line + b"\n" for line in good)
+        if path.read_bytes().startswith(whole):
+            os.truncate(path, len(whole))  # the same file stays in place for workers that have it open
+        else:
+            from mpqsearch.artifacts import atomic_write
+
+            with atomic_write(path) as handle:
+                handle.write(whole)
+    finally:
+        lock.release()
+    log.warning("%s: dropped %d damaged line(s); the file as it was is kept beside it", path.name, dropped)
+    return dropped
+
+
+def has_heartbeat(storage: BaseStorage) -> bool:
+    """True when the storage itself notices dead workers (databases), so that no worker files are needed."""
+    interval = getattr(storage, "get_heartbeat_interval", None)
+    return interval is not None and interval() is not None
+
+
+def _journal(path: Path) -> BaseStorage:
+    import optuna
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    repair_journal(path)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+
+
+def _database(url: str, heartbeat_s: int, grace_s: int) -> BaseStorage:
+    import warnings
+
+    import optuna
+
+    options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs=options,
+                heartbeat_interval=heartbeat_s,
+                grace_period=grace_s,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+            )
+    except ImportError:
+        raise ConfigError(
+            f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgresql]'; for MySQL: pip install "
+            "pymysql and write mysql+pymysql://."
+        ) from None
+    except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
+        message = redact(str(error)).splitlines()[0]
+        for secret in _passwords(url):
+            message = message.replace(secret, "***")
+        raise ConfigError(f"the storage {redact(url)} cannot be opened: {message}") from None
+
+
+def _with_driver(url: str) -> str:
+    """``postgresql://`` with psycopg 3 when psycopg 2, SQLAlchemy's default, is absent; likewise ``mysql://`` with PyMySQL."""
+    scheme, rest = url.split("://", 1)
+    if scheme in ("postgresql", "postgres"):
+        driver = "" if importlib.util.find_spec("psycopg2") else "+psycopg"
+        return f"postgresql{driver}://{rest}"
+    if scheme == "mysql" and not importlib.util.find_spec("MySQLdb"):
+        return f"mysql+pymysql://{rest}"
+    return url
+
+
+def _passwords(url: str) -> list[str]:
+    from urllib.parse import unquote
+
+    found = [m.group("password") for m in _PASSWORD.finditer(url)]
+    return [s for raw in found for s in {raw, unquote(raw)} if s]
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _free_name(path: Path) -> Path:
+    for number in range(1000):
+        name = path.with_name(f"{path.name}.bak{number or ''}")
+        if not name.exists():
+            return name
+    raise ArtifactError(f"there are a thousand backups of {path}; tidy up")

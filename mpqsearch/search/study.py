@@ -1,0 +1,310 @@
+"""The Optuna study: samplers, pruners, a warm start, workers that share it, and resuming.
+
+Optuna's own objects are used as they are: every sampler, pruner and storage of the user's is accepted. What is added here is
+bookkeeping: exactly so many trials over all workers, none lost and none counted twice, and seeds that do not repeat on resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mpqsearch.errors import ConfigError, MpqsearchError, NumericsError, StaleArtifactError, UnknownNameError
+from mpqsearch.search.objective import Objective, ObjectiveFunction
+from mpqsearch.search.storage import GRACE_S, HEARTBEAT_S, has_heartbeat
+from mpqsearch.search.workers import WORKER, SignOfLife, fail_dead_trials, worker_identity
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial, Trial
+
+log = logging.getLogger("mpqsearch")
+
+Mode = Literal["front", "pareto"]
+MODES: tuple[Mode, ...] = ("front", "pareto")
+SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "random", "qmc")
+PRUNERS = ("wilcoxon", "median", "none")
+
+MAX_FAILURES = 10
+"""A study is given up after so many failed trials of one worker in a row."""
+
+CONTEXT = "mpqsearch context"
+SURPLUS = "surplus"
+DRAW = "draw"
+"""User attribute of a trial: which draw of the random sampler it is. A retried trial keeps it."""
+
+
+class _SurplusError(Exception):
+    """This trial began after the study had all its trials."""
+
+
+def seed_of(base: int, *parts: object) -> int:
+    """A sampler seed from a base seed and whatever tells one session from another."""
+    text = repr((base, *parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % (2**31)
+
+
+def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int | None = None) -> BaseSampler:
+    """A sampler by name.
+
+    ``tpe`` is multivariate, also with two objectives; ``gp`` for expensive trials; ``nsga2`` for thousands of cheap ones; ``cmaes``
+    refines numbers in front mode; ``random`` and ``qmc`` are controls. ``fixed_seed`` is for ``qmc``, whose sequence must be the same
+    in every session.
+
+    Raises:
+        UnknownNameError: There is no such sampler.
+        ConfigError: ``cmaes`` with two objectives, or its package is missing.
+    """
+    import warnings
+
+    import optuna
+
+    if name not in SAMPLERS:
+        raise UnknownNameError("sampler of the search", name, SAMPLERS)
+    if name == "cmaes" and mode == "pareto":
+        raise ConfigError("the sampler cmaes takes one objective; use tpe, nsga2 or gp in the mode 'pareto'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        made: BaseSampler
+        if name == "tpe":
+            made = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        elif name == "gp":
+            made = optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+        elif name == "nsga2":
+            made = optuna.samplers.NSGAIISampler(seed=seed, population_size=24)
+        elif name == "cmaes":
+            made = _cmaes(seed)
+        elif name == "qmc":
+            made = optuna.samplers.QMCSampler(
+                seed=seed if fixed_seed is None else fixed_seed, scramble=True, warn_independent_sampling=False
+            )
+        else:
+            made = optuna.samplers.RandomSampler(seed=seed)
+    return made
+
+
+def _cmaes(seed: int) -> BaseSampler:
+    import optuna
+
+    try:
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    except ImportError as error:
+        raise ConfigError(
+            f"the sampler cmaes needs the package cmaes ({error}). Install it: pip install 'mpqsearch[search]'"
+        ) from error
+
+
+def make_pruner(name: str, mode: Mode = "front") -> BasePruner:
+    """A pruner by name; with two objectives Optuna cannot prune, so there is none."""
+    import warnings
+
+    import optuna
+
+    if name not in PRUNERS:
+        raise UnknownNameError("pruner of the search", name, PRUNERS)
+    if name == "none" or mode == "pareto":
+        return optuna.pruners.NopPruner()
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One study: how many trials, by which sampler and pruner, under which name.
+
+    ``sampler`` and ``pruner`` are names or Optuna's objects. ``warm_start`` tries the plain integer program and its simplest variants
+    first. ``context`` are digests of what values depend on: a study of the same name under another one is refused.
+    """
+
+    name: str
+    mode: Mode = "front"
+    trials: int = 60
+    sampler: str | BaseSampler = "tpe"
+    pruner: str | BasePruner = "wilcoxon"
+    seed: int = 0
+    starts: Sequence[Mapping[str, Any]] = ()
+    context: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UnknownNameError("mode of the search", self.mode, MODES)
+        if self.trials < 1:
+            raise ConfigError(f"search.trials must be at least 1, got {self.trials}")
+
+
+def open_study(plan: Plan, storage: BaseStorage) -> Study:
+    """Create the study or continue it; `StaleArtifactError` names what differs when it was made under another context."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    directions: list[Literal["minimize", "maximize"]] = ["minimize"] if plan.mode == "front" else ["minimize", "minimize"]
+    study = optuna.create_study(
+        study_name=plan.name,
+        storage=storage,
+        directions=directions,
+        sampler=make_sampler("random", plan.seed) if isinstance(plan.sampler, str) else plan.sampler,
+        pruner=make_pruner(plan.pruner, plan.mode) if isinstance(plan.pruner, str) else plan.pruner,
+        load_if_exists=True,
+    )
+    before = study.user_attrs.get(CONTEXT)
+    if before is None:
+        study.set_user_attr(CONTEXT, dict(plan.context))
+    elif dict(before) != dict(plan.context):
+        changed = sorted(k for k in {*before, *plan.context} if before.get(k) != plan.context.get(k))
+        raise StaleArtifactError(
+            f"the study {plan.name!r} in this storage was made with other settings: {', '.join(changed)} differ. Its values cannot be "
+            "compared with new ones. Use another --run-dir or study name, or --overwrite to begin it again."
+        )
+    if not study.get_trials(deepcopy=False):
+        for start in plan.starts:
+            study.enqueue_trial(dict(start), user_attrs={"source": "warm start"}, skip_if_exists=True)
+    return study
+
+
+def delete_study(name: str, storage: BaseStorage) -> None:
+    """Remove a study with all its trials, if it exists."""
+    import optuna
+
+    if name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Trials by what has become of them; surplus and failed ones are in none of the first three."""
+
+    finished: int
+    running: int
+    waiting: int
+    failed: int
+
+
+def counts(study: Study) -> Counts:
+    """How far a study is."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    by = {s: sum(t.state == s for t in trials) for s in TrialState}
+    surplus = sum(bool(t.user_attrs.get(SURPLUS)) for t in trials if t.state == TrialState.FAIL)
+    return Counts(
+        finished=by[TrialState.COMPLETE] + by[TrialState.PRUNED],
+        running=by[TrialState.RUNNING],
+        waiting=by[TrialState.WAITING],
+        failed=by[TrialState.FAIL] - surplus,
+    )
+
+
+def work(
+    study: Study,
+    plan: Plan,
+    objective: ObjectiveFunction,
+    *,
+    worker: int = 0,
+    folder: Path | None = None,
+    heartbeat_s: float = HEARTBEAT_S,
+    grace_s: float = GRACE_S,
+    poll_s: float = 0.5,
+    stop: Callable[[], bool] = lambda: False,
+    after_trial: Callable[[FrozenTrial], None] = lambda _trial: None,
+) -> Counts:
+    """Run trials until the study has ``plan.trials`` finished ones, by whatever worker; the same call continues an interrupted study.
+
+    Workers may start and die at any time. A trial that begins when the study already has its number is dropped at once. Trials of dead
+    workers are failed and queued again: by the database's heartbeat, or for a journal by the files that the workers touch in ``folder``.
+    A worker that finds nothing to do waits until the others have finished, since it may have to take over.
+
+    Raises:
+        MpqsearchError: What the objective raised, when `MAX_FAILURES` trials of this worker failed in a row.
+    """
+    import contextlib
+
+    import optuna
+
+    identity = worker_identity(worker)
+    signs = (
+        contextlib.nullcontext() if has_heartbeat(study._storage) or folder is None else SignOfLife(folder, identity, heartbeat_s)
+    )
+    errors: list[MpqsearchError] = []
+
+    def guarded(trial: Trial) -> Any:
+        trial.set_user_attr(WORKER, identity)
+        if _rank(study, trial.number) >= plan.trials:
+            trial.set_user_attr(SURPLUS, True)
+            raise _SurplusError
+        if plan.sampler == "random":  # one seed a draw: an interrupted study goes on exactly as if it had not been
+            study.sampler = make_sampler("random", seed_of(plan.seed, _draw(study, trial)))
+        try:
+            value = objective(trial)
+        except NumericsError as error:
+            errors.append(error)
+            trial.set_user_attr("error", str(error))
+            raise
+        errors.clear()
+        return value
+
+    def told(_study: Study, trial: FrozenTrial) -> None:
+        if not trial.user_attrs.get(SURPLUS):
+            after_trial(trial)
+
+    with signs:
+        session = len(study.get_trials(deepcopy=False))
+        if isinstance(plan.sampler, str) and plan.sampler not in ("random", "tpe"):
+            study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
+        while not stop():
+            fail_dead_trials(study, folder, grace_s)
+            state = counts(study)
+            if state.finished >= plan.trials:
+                break
+            if state.finished + state.running >= plan.trials and not state.waiting:
+                time.sleep(poll_s)
+                continue
+            if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
+                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(study.get_trials(deepcopy=False))), plan.mode)
+            # A worker that was stopped for long may find its trial failed by others meanwhile: then it takes the next one.
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError), callbacks=[told])
+            if len(errors) >= MAX_FAILURES:
+                raise errors[-1]
+    return counts(study)
+
+
+def _rank(study: Study, number: int) -> int:
+    """How many trials that have not failed were begun before this one."""
+    from optuna.trial import TrialState
+
+    return sum(t.number < number and t.state != TrialState.FAIL for t in study.get_trials(deepcopy=False))
+
+
+def _draw(study: Study, trial: Trial) -> int:
+    """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not."""
+    from optuna.trial import TrialState
+
+    while True:
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and DRAW in t.user_attrs]
+        taken = {int(t.user_attrs[DRAW]): t.number for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs}
+        mine = trial.user_attrs.get(DRAW)
+        if mine is not None and not taken.get(mine, trial.number) < trial.number:
+            return int(mine)
+        # Two workers may pick the same number at once: after writing, the trial that began later looks again.
+        trial.set_user_attr(DRAW, next(i for i in range(len(taken) + 1) if i not in taken))
+
+
+def objective_of(objective: Objective, mode: Mode) -> ObjectiveFunction:
+    """The function of one mode."""
+    return objective.front if mode == "front" else objective.pareto
+
+
+def wants_instances(pruner: str | BasePruner) -> bool:
+    """True when a pruner compares instance by instance, as the Wilcoxon pruner does."""
+    return pruner == "wilcoxon" if isinstance(pruner, str) else type(pruner).__name__ == "WilcoxonPruner"

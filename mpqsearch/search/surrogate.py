@@ -1,0 +1,264 @@
+"""From a point of the search space to bit maps: the integer program with its losses built as the point says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import PairwiseTerms
+from mpqsearch.artifacts import digest_of
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
+from mpqsearch.errors import ConfigError
+from mpqsearch.methods import LOSSES, Allocation, MethodSpec, allocate, channel_losses
+from mpqsearch.search.space import BASE, Theta, is_default, value_of
+
+Floats = NDArray[np.float64]
+
+Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
+"""Gains measured again with a map in place: see `mpqsearch.profile.remeasure`."""
+
+_TINY = np.finfo(np.float64).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One map to be measured, with what is known before: the budget, the predicted loss under the method's own loss, and the solver's word."""
+
+    bit_map: BitMap
+    budget: Budget
+    bias_correction: bool
+    predicted: float
+    size_bytes: int
+    average_bits: float
+    status: str = "none"
+    gap: float = 0.0
+    act_bits: int = 16
+
+    @cached_property
+    def digest(self) -> str:
+        """What the measured values depend on, besides model and samples: equal maps are measured once, whatever found them."""
+        return digest_of([self.bit_map.digest, self.bias_correction, self.act_bits])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate:
+    """The integer program around one method. ``losses_of`` and ``candidate`` are pure functions of a point of the space.
+
+    ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
+    terms over the searched layers at the searched widths, ``remeasure`` measures gains again at a map.
+    """
+
+    table: LayerTable
+    profile: SensitivityProfile
+    policy: Policy
+    format: QuantFormat
+    method: MethodSpec
+    correction: Floats | None = None
+    interactions: PairwiseTerms | None = None
+    remeasure: Remeasure | None = None
+    _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.method.allocator not in ("ilp-layer", "ilp-channel"):
+            raise ConfigError(
+                f"search.method must name a method with an integer program (ilp-layer or ilp-channel); {self.method.name!r} is "
+                f"{self.method.allocator!r}"
+            )
+
+    def method_of(self, theta: Theta) -> MethodSpec:
+        """The method with granularity, codebook, pre-scaling and bias correction as the point says."""
+        changes: dict[str, Any] = {}
+        if value_of(theta, "granularity") != BASE:
+            changes["allocator"] = f"ilp-{value_of(theta, 'granularity')}"
+        if value_of(theta, "prescale") != BASE:
+            changes["prescale"] = float(value_of(theta, "prescale")) > 0
+        if value_of(theta, "codebook") != BASE:
+            changes["codebook"] = value_of(theta, "codebook")
+        if changes.get("prescale", self.method.prescale):  # pre-scaling goes with the affine codebook only
+            changes["codebook"] = "affine"
+        if value_of(theta, "bias_correction") != BASE:
+            changes["bias_correction"] = value_of(theta, "bias_correction") == "on"
+        return replace(self.method, **changes) if changes else self.method
+
+    def policy_of(self, theta: Theta) -> Policy:
+        """The policy with the allowed widths of the point."""
+        widths = self.policy.widths
+        if value_of(theta, "widths") != BASE:
+            widths = _read_widths(str(value_of(theta, "widths")))
+        widths = tuple(b for b in widths if b >= value_of(theta, "min_bits"))
+        if widths == self.policy.widths:
+            return self.policy
+        if not widths or set(widths) - set(self.policy.widths):
+            raise ConfigError(f"search.space: the widths {widths} are not among the policy's {self.policy.widths}")
+        return replace(self.policy, widths=widths)
+
+    def format_of(self, theta: Theta) -> QuantFormat:
+        """The range search of the measured maps."""
+        changes: dict[str, Any] = {}
+        if value_of(theta, "criterion") != BASE:
+            changes["criterion"] = value_of(theta, "criterion")
+        if value_of(theta, "range_p"):
+            changes["p"] = value_of(theta, "range_p")
+        return replace(self.format, **changes) if changes else self.format
+
+    def losses_of(self, theta: Theta, method: MethodSpec, profile: SensitivityProfile | None = None) -> Floats:
+        """Losses ``[C, W]`` of every channel at every width. The method's own table, untouched, where the point changes nothing."""
+        profile = self.profile if profile is None else profile
+
+        def table_of(loss: str) -> Floats:
+            return channel_losses(profile, self.table, method.variant, loss, bias_correction=method.bias_correction)
+
+        own = table_of(method.loss)
+        if self.correction is None and is_default(theta, _shapes_losses):
+            return own
+        totals = profile.layer_sum(own)  # [L, W]
+        new = totals if self.correction is None else totals * self.correction
+        mixed = {k: float(value_of(theta, f"mix_{k}")) for k in LOSSES if k != method.loss}
+        if any(mixed.values()):
+            logs = (1 - sum(mixed.values())) * _log(new)
+            for loss, weight in mixed.items():
+                if weight:
+                    logs = logs + weight * _log(_in_scale_of(profile.layer_sum(table_of(loss)), new))
+            new = np.where(new > 0, np.exp(logs), 0.0)
+        exponent = float(value_of(theta, "exponent"))
+        if exponent != 1.0:
+            reference = _middle(new)
+            new = reference * (new / reference) ** exponent
+        new = new * self._multipliers(theta, profile)
+        share = np.divide(own, np.repeat(totals, profile.channels, axis=0), out=np.zeros_like(own), where=own > 0)
+        share = self._shares(theta, profile, share)
+        losses: Floats = share * np.repeat(new, profile.channels, axis=0)
+        return losses
+
+    def _multipliers(self, theta: Theta, profile: SensitivityProfile) -> Floats:
+        """Factors ``[L, W]``: roles, depth, few bits, timesteps."""
+        n, widths = len(profile.names), np.array(profile.widths, dtype=np.float64)
+        layers = np.array([float(value_of(theta, f"role_{self.table[name].role}")) for name in profile.names])
+        position = np.linspace(0.0, 1.0, n) if n > 1 else np.full(1, 0.5)
+        layers = layers * 2.0 ** (float(value_of(theta, "depth")) * (position - 0.5))
+        tilt = float(value_of(theta, "timestep"))
+        if tilt:
+            layers = layers * timestep_factor(profile, tilt)
+        bits: Floats = 2.0 ** (float(value_of(theta, "low_bits")) * (4.0 - widths))
+        return layers[:, None] * bits
+
+    def _shares(self, theta: Theta, profile: SensitivityProfile, share: Floats) -> Floats:
+        """The share ``[C, W]`` of every channel in its layer, reshaped; kurtosis then scales channels across the whole model."""
+        exponent = float(value_of(theta, "row_exponent"))
+        if exponent != 1.0:
+            raised = np.where(share > 0, share, 0.0) ** exponent
+            sums = np.repeat(profile.layer_sum(raised), profile.channels, axis=0)
+            share = np.divide(raised, sums, out=np.zeros_like(raised), where=sums > 0)
+        power = float(value_of(theta, "kurtosis"))
+        if power:
+            heavy = profile.arrays["kurtosis_prescaled"].astype(np.float64)
+            share = share * (np.maximum(heavy, 0.1) / 3.0)[:, None] ** power
+        return share
+
+    def candidate(self, theta: Theta, budget: Budget) -> Candidate:
+        """Solve at one budget. Raises `InfeasibleBudgetError` when the widths of the point do not fit it."""
+        method, policy, fmt = self.method_of(theta), self.policy_of(theta), self.format_of(theta)
+        made = self._solve(theta, budget, method, policy, fmt, self.profile)
+        for _ in range(int(value_of(theta, "rounds"))):
+            if self.remeasure is None:
+                raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
+            there = self._at(made.bit_map)
+            made = self._solve(theta, budget, method, policy, fmt, there)
+        return self.finished(made)
+
+    def finished(self, made: Allocation) -> Candidate:
+        """An allocation as something to measure."""
+        result = made.result
+        return Candidate(
+            bit_map=made.bit_map,
+            budget=made.budget,
+            bias_correction=made.method.bias_correction,
+            predicted=made.predicted_loss,
+            size_bytes=size_bytes(self.table, made.bit_map),
+            average_bits=average_bits(self.table, made.bit_map),
+            status="none" if result is None else result.status,
+            gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
+        )
+
+    def _solve(
+        self, theta: Theta, budget: Budget, method: MethodSpec, policy: Policy, fmt: QuantFormat, profile: SensitivityProfile
+    ) -> Allocation:
+        losses = self.losses_of(theta, method, profile)
+        return allocate(
+            method, budget, self.table, self.profile, policy, fmt, losses=losses, pairs=self._pairs(theta, method, policy, losses)
+        )
+
+    def _pairs(self, theta: Theta, method: MethodSpec, policy: Policy, losses: Floats) -> PairwiseTerms | None:
+        strength = float(value_of(theta, "pairwise"))
+        if not strength or method.allocator != "ilp-layer":
+            return None
+        if self.interactions is None:
+            raise ConfigError("search.space.pairwise needs measured interactions between layers; this surrogate has none")
+        # Terms are measured in units of the method's own totals; the point may have rescaled those.
+        columns = [sorted(self.policy.widths).index(b) for b in sorted(policy.widths)]
+        value = self.interactions.value[:, columns][:, :, columns]
+        own = self.losses_of({}, method)
+        scale = float(np.median(losses[losses > 0]) / np.median(own[own > 0])) if (losses > 0).any() and (own > 0).any() else 1.0
+        return PairwiseTerms(first=self.interactions.first, second=self.interactions.second, value=strength * scale * value)
+
+    def _at(self, bit_map: BitMap) -> SensitivityProfile:
+        if bit_map.digest not in self._remeasured:
+            assert self.remeasure is not None
+            self._remeasured[bit_map.digest] = self.remeasure(self.profile, bit_map)
+        return self._remeasured[bit_map.digest]
+
+
+def timestep_factor(profile: SensitivityProfile, tilt: float) -> Floats:
+    """Factor ``[L]`` of a layer's loss when timestep buckets are weighted by ``exp(tilt * (bucket - 1/2))``, bucket 0..1.
+
+    Raises `ConfigError` when the profile has no gains by timestep.
+    """
+    by_step = profile.arrays.get("layer_gain_by_step")
+    if by_step is None:
+        raise ConfigError("search.space.timestep needs gains by timestep in the profile (layer_gain_by_step); profile again")
+    buckets = np.linspace(0.0, 1.0, by_step.shape[1])
+    weights = np.exp(tilt * (buckets - 0.5))
+    weights /= weights.mean()
+    plain = by_step.astype(np.float64).mean(axis=1)
+    tilted = (by_step.astype(np.float64) * weights).mean(axis=1)
+    factor: Floats = np.divide(tilted, plain, out=np.ones_like(plain), where=plain > 0)
+    return factor
+
+
+def _shapes_losses(name: str) -> bool:
+    """True of parameters that change the loss table itself."""
+    return name in ("exponent", "row_exponent", "low_bits", "kurtosis", "depth", "timestep") or name.startswith(("mix_", "role_"))
+
+
+def _log(totals: Floats) -> Floats:
+    logs: Floats = np.log(np.maximum(totals, _TINY))
+    return logs
+
+
+def _middle(totals: Floats) -> float:
+    """Geometric mean of the positive totals."""
+    positive = totals[totals > 0]
+    return float(np.exp(np.log(positive).mean())) if positive.size else 1.0
+
+
+def _in_scale_of(other: Floats, own: Floats) -> Floats:
+    """``other`` in the units of ``own`` (equal geometric means); where ``other`` is zero, ``own`` stands."""
+    both = (other > 0) & (own > 0)
+    if not both.any():
+        return own
+    scale = np.exp((np.log(own[both]) - np.log(other[both])).mean())
+    scaled: Floats = np.where(both, other * scale, own)
+    return scaled
+
+
+def _read_widths(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"search.space.widths is a list such as '2,3,4,6,8', got {text!r}") from error
+    return tuple(sorted(widths))

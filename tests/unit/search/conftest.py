@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpqsearch.core import Budget, Policy, QuantFormat
+from mpqsearch.methods import MethodSpec
+from mpqsearch.search.ladder import EvaluationCache, Ladder
+from mpqsearch.search.objective import Objective
+from mpqsearch.search.space import parse_space
+from mpqsearch.search.surrogate import Surrogate
+from mpqsearch.testing.synthetic import SyntheticEvaluator
+from mpqsearch.testing.tiny import tiny_profile, tiny_table
+
+SPACE = {
+    "exponent": [0.5, 2.0],
+    "low_bits": [-1.0, 1.0],
+    "depth": [-2.0, 2.0],
+    "role_linear": [0.25, 4.0],
+    "granularity": ["layer", "channel"],
+}
+BUDGETS = (Budget.parse("uniform:2.5"), Budget.parse("uniform:3.5"))
+
+
+def surrogate(allocator: str = "ilp-layer", **more: object) -> Surrogate:
+    table = tiny_table(n_layers=14, channels=12, fan_in=40)
+    method = MethodSpec(name="plain", allocator=allocator, loss="gain", codebook="auto", bias_correction=True)
+    return Surrogate(table=table, profile=tiny_profile(table), policy=Policy(), format=QuantFormat(), method=method, **more)
+
+
+@pytest.fixture
+def make_surrogate() -> Callable[..., Surrogate]:
+    return surrogate
+
+
+@pytest.fixture
+def make_objective() -> Callable[..., Objective]:
+    def make(
+        space: dict[str, object] | None = None, folder: Path | None = None, pause_s: float = 0.0, paired: bool = True
+    ) -> Objective:
+        s = surrogate()
+        evaluator = SyntheticEvaluator(table=s.table, profile=s.profile, pause_s=pause_s)
+        ladder = Ladder(evaluator=evaluator, seeds=tuple(range(8)), chunk=2, cache=EvaluationCache(folder))
+        return Objective(
+            surrogate=s, space=parse_space(SPACE if space is None else space), ladder=ladder, budgets=BUDGETS, paired=paired
+        )
+
+    return make

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpqsearch.allocate import PairwiseTerms
+from mpqsearch.core import Budget, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.methods import allocate, channel_losses
+from mpqsearch.search.space import CATALOGUE, parse_space
+from mpqsearch.search.surrogate import Surrogate
+
+BUDGETS = [Budget.parse(t) for t in ("uniform:2", "uniform:3", "uniform:4", "4.5bit")]
+ALL_DEFAULTS = {name: p.default for name, p in CATALOGUE.items()}
+
+
+def with_final(s: Surrogate) -> Surrogate:
+    """The surrogate with layer totals from final samples that rank layers in another order."""
+    totals = s.profile.layer_sum(channel_losses(s.profile, s.table, "auto", "gain", bias_correction=True))
+    arrays = {
+        **s.profile.arrays,
+        "layer_final_error/auto": (totals * np.arange(1, len(totals) + 1)[::-1, None] ** 2).astype(np.float32),
+    }
+    return replace(s, profile=replace(s.profile, arrays=arrays))
+
+
+@pytest.mark.parametrize("allocator", ["ilp-layer", "ilp-channel"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: b.label())
+def test_defaults_reproduce_the_plain_integer_program_exactly(
+    make_surrogate: Callable[..., Surrogate], allocator: str, budget: Budget
+) -> None:
+    s = make_surrogate(allocator)
+    plain = allocate(s.method, budget, s.table, s.profile, s.policy, s.format)
+    assert plain.result is not None
+    for theta in ({}, ALL_DEFAULTS, parse_space({n: [p.low, p.high] for n, p in list(CATALOGUE.items())[5:10]}).default_point()):
+        found = s.candidate(theta, budget)
+        assert found.bit_map.digest == plain.bit_map.digest
+        assert found.predicted == plain.predicted_loss
+        own = channel_losses(s.profile, s.table, s.method.variant, s.method.loss, bias_correction=True)
+        np.testing.assert_array_equal(s.losses_of(theta, s.method), own)  # the table itself, not one that is nearly so
+
+
+@pytest.mark.parametrize("name", ["exponent", "row_exponent", "low_bits", "kurtosis", "depth", "role_linear"])
+def test_every_shaping_parameter_changes_losses_and_stays_positive(make_surrogate: Callable[..., Surrogate], name: str) -> None:
+    s = make_surrogate()
+    losses = s.losses_of({name: 0.7}, s.method)
+    assert not np.allclose(losses, s.losses_of({}, s.method))
+    assert np.isfinite(losses).all()
+    assert (losses >= 0).all()
+
+
+def test_parameters_do_what_their_meaning_says(make_surrogate: Callable[..., Surrogate]) -> None:
+    s = make_surrogate()
+    own, p = s.losses_of({}, s.method), s.profile
+    totals = p.layer_sum(own)
+    widths = np.array(p.widths)
+
+    squared = p.layer_sum(s.losses_of({"exponent": 2.0}, s.method))
+    ratio = squared / totals**2
+    np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-9)  # one constant for all: a power of the totals
+
+    tilted = s.losses_of({"low_bits": 1.0}, s.method)
+    np.testing.assert_allclose(tilted / own, np.broadcast_to(2.0 ** (4.0 - widths), own.shape), rtol=1e-9)
+
+    doubled = p.layer_sum(s.losses_of({"role_linear": 3.0}, s.method)) / totals
+    inner = [s.table[n].role == "linear" for n in p.names]
+    np.testing.assert_allclose(doubled[inner], 3.0, rtol=1e-9)
+    np.testing.assert_allclose(doubled[~np.array(inner)], 1.0, rtol=1e-9)
+
+    even = s.losses_of({"row_exponent": 0.0}, s.method)
+    np.testing.assert_allclose(p.layer_sum(even), totals, rtol=1e-9)
+    np.testing.assert_allclose(even[p.rows(p.names[2])], np.broadcast_to(totals[2] / 12, (12, len(widths))), rtol=1e-9)
+
+    heavy = s.losses_of({"kurtosis": 1.0}, s.method) / own
+    np.testing.assert_allclose(heavy[:, 0], np.maximum(p.arrays["kurtosis_prescaled"], 0.1) / 3, rtol=1e-6)
+
+
+def test_mixing_takes_a_geometric_mean_of_layer_totals(make_surrogate: Callable[..., Surrogate]) -> None:
+    s = with_final(make_surrogate())
+    p = s.profile
+    own = p.layer_sum(s.losses_of({}, s.method))
+    final = p.layer_sum(channel_losses(p, s.table, "auto", "final", bias_correction=True))
+    for w in (0.25, 1.0):
+        mixed = p.layer_sum(s.losses_of({"mix_final": w}, s.method))
+        ratio = mixed / (own ** (1 - w) * final**w)
+        np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-6)
+    # A common factor of one loss cannot change a map, so mixing needs no units.
+    scaled = {**p.arrays, "layer_final_error/auto": p.arrays["layer_final_error/auto"] * np.float32(1024)}
+    other = replace(s, profile=replace(p, arrays=scaled))
+    theta, budget = {"mix_final": 0.5}, BUDGETS[1]
+    assert other.candidate(theta, budget).digest == s.candidate(theta, budget).digest
+
+
+def test_granularity_codebook_widths_and_range_search_reach_the_map(make_surrogate: Callable[..., Surrogate]) -> None:
+    s = make_surrogate()
+    budget = BUDGETS[1]
+    assert s.candidate({"granularity": "channel"}, budget).bit_map.granularity == "channel"
+    assert s.candidate({"codebook": "affine"}, budget).bit_map.format.codebook == "affine"
+    assert s.candidate({"prescale": 0.5}, budget).bit_map.format.prescale
+    assert s.candidate({"criterion": "mse"}, budget).bit_map.format.criterion == "mse"
+    assert s.candidate({"range_p": 3.0}, budget).bit_map.format.p == 3.0
+    assert not s.candidate({"bias_correction": "off"}, budget).bias_correction
+    narrow = s.candidate({"widths": "2,3,8"}, budget).bit_map
+    assert {int(w) for w in narrow.weights.values()} <= {2, 3, 8}
+    assert all(int(w) >= 2 for w in s.candidate({"min_bits": 2}, budget).bit_map.weights.values())
+    with pytest.raises(ConfigError, match="not among the policy's"):
+        s.candidate({"widths": "2,11"}, budget)
+
+
+def test_rounds_measure_gains_at_the_present_map(make_surrogate: Callable[..., Surrogate]) -> None:
+    seen: list[str] = []
+
+    def remeasure(profile: SensitivityProfile, bit_map: object) -> SensitivityProfile:
+        seen.append(bit_map.digest)
+        gain = profile.arrays["gain"][::-1].copy()
+        return replace(profile, arrays={**profile.arrays, "gain": gain})
+
+    s = make_surrogate(remeasure=remeasure)
+    budget = BUDGETS[1]
+    once = s.candidate({"rounds": 1}, budget)
+    assert seen == [s.candidate({}, budget).bit_map.digest]
+    assert once.digest != s.candidate({}, budget).digest
+    twice = s.candidate({"rounds": 2}, budget)
+    assert seen[-1] == once.bit_map.digest
+    assert twice.digest == once.digest  # the gains do not depend on the map here, so the second round changes nothing
+    with pytest.raises(ConfigError, match="needs the model at hand"):
+        make_surrogate().candidate({"rounds": 1}, budget)
+
+
+def test_pairwise_terms_move_the_map_with_their_strength(make_surrogate: Callable[..., Surrogate]) -> None:
+    plain = make_surrogate()
+    own = plain.losses_of({}, plain.method)
+    totals = plain.profile.layer_sum(own)[1:-1]  # searched layers: first and last are fixed
+    # Layers 0 and 1 of the searched ones make each other's errors much worse.
+    value = 20 * np.sqrt(totals[0][:, None] * totals[1][None, :])[None]
+    s = replace(plain, interactions=PairwiseTerms(first=np.array([0]), second=np.array([1]), value=value))
+    budget = BUDGETS[1]
+    assert s.candidate({"pairwise": 0.0}, budget).digest == plain.candidate({}, budget).digest
+    strong = s.candidate({"pairwise": 1.0}, budget).bit_map
+    weak = plain.candidate({}, budget).bit_map
+    names = [la.name for la in s.table][1:3]
+    assert sum(int(strong.weights[n]) for n in names) > sum(int(weak.weights[n]) for n in names)
+    with pytest.raises(ConfigError, match="interactions"):
+        plain.candidate({"pairwise": 1.0}, budget)
+
+
+def test_a_method_without_an_integer_program_is_refused(make_surrogate: Callable[..., Surrogate]) -> None:
+    with pytest.raises(ConfigError, match="ilp-layer or ilp-channel"):
+        make_surrogate("uniform")
