@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
+PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
+	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test lint types contracts benchmark clean
+.PHONY: quickstart test lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
@@ -25,6 +27,10 @@ contracts: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-enable -s
+
+# The reference of the Python interface, from the docstrings: build/reference/index.html
+reference: $(INSTALLED)
+	$(BIN)/python -m pdoc mpqsearch $(PUBLIC) --output-directory build/reference
 
 # torch first and by itself: with it in place, no other package pulls in another build of it.
 $(RUNTIME): pyproject.toml constraints.txt

@@ -1,0 +1,32 @@
+"""The reference of the Python interface can be made from the docstrings, as `make reference` does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_reference_has_a_page_for_every_public_package(tmp_path: Path) -> None:
+    said = subprocess.run(["make", "-n", "reference", "INSTALLED="], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = next(line for line in said.splitlines() if "pdoc" in line).split()
+    modules = command[command.index("pdoc") + 1 : command.index("--output-directory")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdoc", *modules, "--output-directory", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    packages = {p.parent.name for p in (ROOT / "mpqsearch").glob("*/__init__.py")}
+    pages = {p.stem for p in (tmp_path / "mpqsearch").glob("*.html")}
+    assert packages | {"methods", "config", "errors", "artifacts"} <= pages
+    front = (tmp_path / "mpqsearch.html").read_text()
+    for name in ("profile_model", "allocate_bits", "quantize", "compare"):
+        assert name in front, "the lazy names of the front door are documented too"
