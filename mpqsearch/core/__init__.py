@@ -7,6 +7,7 @@ from mpqsearch.core.layers import ROLES, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.core.metric import MetricValue, StudyRecord
 from mpqsearch.core.policy import Policy
 from mpqsearch.core.profile import SensitivityProfile
+from mpqsearch.core.stored import StoredBits, coded_bits, scale_count, stored_total, unquantized_bits
 
 __all__ = [
     "CODEBOOKS",
@@ -23,10 +24,15 @@ __all__ = [
     "QuantFormat",
     "SensitivityProfile",
     "StorageModel",
+    "StoredBits",
     "StudyRecord",
     "average_bits",
     "bops",
+    "coded_bits",
+    "scale_count",
     "size_bits",
     "size_bytes",
+    "stored_total",
     "uniform_map",
+    "unquantized_bits",
 ]

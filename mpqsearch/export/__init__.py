@@ -18,6 +18,7 @@ from mpqsearch.export.contract import (
     EXPORTERS,
     ROUNDINGS,
     Capabilities,
+    Choice,
     Exporter,
     ExportJob,
     PlanEntry,
@@ -27,6 +28,7 @@ from mpqsearch.export.contract import (
     plan_table,
     register,
 )
+from mpqsearch.export.gguf import GgufExporter
 from mpqsearch.export.neutral import (
     NeutralExporter,
     NeutralMap,
@@ -38,14 +40,19 @@ from mpqsearch.export.neutral import (
 )
 from mpqsearch.export.quanto import QuantoExporter
 from mpqsearch.export.rounding import plan_layers
+from mpqsearch.export.torchao import TorchaoConfigExporter, TorchaoExporter
 
 register("neutral", NeutralExporter)
 register("quanto", QuantoExporter)
+register("torchao", TorchaoExporter)
+register("torchao-config", TorchaoConfigExporter)
+register("gguf", GgufExporter)
 
 __all__ = [
     "EXPORTERS",
     "ROUNDINGS",
     "Capabilities",
+    "Choice",
     "ExportJob",
     "Exporter",
     "NeutralExporter",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, StoredBits
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -28,7 +28,16 @@ REASONS = (
     "collapsed_channels",
     "kept_full_precision",
     "unsupported_kind",
+    "unsupported_shape",
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One format that a target has for a layer, such as ``int4`` or ``Q4_K``; ``width`` is the nominal number of bits, 1..8."""
+
+    name: str
+    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +62,8 @@ class PlanEntry:
     """One layer: the widths asked (lowest and highest of its channels), the one it will get, and why.
 
     ``will_get`` is 16 for a layer that stays at full precision; for a target with channel granularity it is None where the channels
-    keep widths of their own. ``reason`` is one of `REASONS`, ``detail`` says it for people.
+    keep widths of their own. ``reason`` is one of `REASONS`, ``detail`` says it for people. ``choice`` names the target's own format, empty
+    at full precision.
     """
 
     layer: str
@@ -61,6 +71,7 @@ class PlanEntry:
     will_get: int | None
     reason: str
     detail: str = ""
+    choice: str = ""
 
     @property
     def asked_text(self) -> str:
@@ -74,7 +85,8 @@ class VerifyEntry:
     """One layer as the consumer holds it.
 
     ``asked``: the widths of the map in short form; ``planned``: what the plan made of them, for ``reason``; ``got``: what was read
-    back (None: not found, or a width per channel); ``problem``: what is wrong, empty when nothing is.
+    back (None: not found, or a width per channel); ``planned_choice``, ``got_choice``: the target's own formats, where it has names
+    for them; ``problem``: what is wrong, empty when nothing is.
     """
 
     layer: str
@@ -83,22 +95,38 @@ class VerifyEntry:
     got: int | None
     reason: str = "exact"
     problem: str = ""
+    planned_choice: str = ""
+    got_choice: str = ""
 
     @property
     def ok(self) -> bool:
         """True when the consumer has what the plan promised."""
-        return not self.problem and self.planned == self.got
+        return not self.problem and self.planned == self.got and self.planned_choice == self.got_choice
+
+    @property
+    def got_text(self) -> str:
+        """What was read back in short form."""
+        if self.got is None:
+            return "per channel" if self.planned is None and not self.problem else "nothing"
+        return self.got_choice or ("full" if self.got == FULL_PRECISION else str(self.got))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good."""
+    """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good.
+
+    ``promised_bytes``: what the target's cost model says that the tensors take; ``stored_bytes``: what they take on disk;
+    ``header_bytes``: names, shapes and padding of the file. None where no weights are written.
+    """
 
     target: str
     entries: tuple[VerifyEntry, ...]
     problems: tuple[str, ...] = ()
     forward_error: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    promised_bytes: int | None = None
+    stored_bytes: int | None = None
+    header_bytes: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -111,8 +139,10 @@ class Verification:
         lines = [f"{self.target}: {good} of {len(self.entries)} layers as planned"]
         if self.forward_error is not None:
             lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
+        if self.stored_bytes is not None:
+            lines[0] += f"; {self.stored_bytes} bytes of {self.promised_bytes} promised, and {self.header_bytes} of headers"
         lines += [
-            f"  {e.layer}: asked {e.asked}, planned {e.planned} ({e.reason}), got {e.got}. {e.problem}".rstrip()
+            f"  {e.layer}: asked {e.asked}, planned {e.planned_choice or e.planned} ({e.reason}), got {e.got_text}. {e.problem}".rstrip()
             for e in self.entries
             if not e.ok
         ]
@@ -129,6 +159,8 @@ class ExportJob:
 
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is a condition
     for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
+    ``choices`` names the target's own format for layers of a map that was allocated for this target; those are taken as they are.
+    ``input_max`` holds the largest input of each channel, for maps with a pre-scaled format.
     ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
@@ -137,6 +169,8 @@ class ExportJob:
     denoiser: Denoiser | None = None
     cond: Condition = None
     rounding: str = "resolve"
+    choices: Mapping[str, str] = field(default_factory=dict)
+    input_max: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -154,6 +188,14 @@ class Exporter(Protocol):
 
     def capabilities(self) -> Capabilities:
         """What the target can hold."""
+        ...
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at full precision."""
+        ...
+
+    def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
+        """What the layer takes in the target's own file; None stands for full precision."""
         ...
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from mpqsearch.artifacts import load_bit_map, read_json, save_bit_map
-from mpqsearch.core import BitMap, LayerSpec, LayerTable, StorageModel
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StorageModel, StoredBits
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
 from mpqsearch.export.accounting import accounting, layer_bits, storage_from, unquantized
-from mpqsearch.export.contract import Capabilities, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 
 FILE = "bitmap.json"
 
@@ -128,6 +128,17 @@ class NeutralExporter:
         return Capabilities(
             widths=WIDTHS, kinds=("*",), granularity="channel", payload=False, notes=("a map for other tools, without weights",)
         )
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """Every width, for every layer."""
+        del layer
+        return tuple(Choice(name=f"{w} bits", width=w) for w in WIDTHS)
+
+    def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
+        """The ideal cost: what the bit map's own accounting gives a layer at one width, in the affine format."""
+        width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
+        bits = layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
+        return StoredBits(payload=bits.payload, metadata=bits.metadata, unquantized=bits.unquantized)
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
+from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export import EXPORTERS, ROUNDINGS, Exporter, ExportJob, get_exporter, register
+from mpqsearch.export import EXPORTERS, ROUNDINGS, Exporter, ExportJob, Verification, get_exporter, register
 from mpqsearch.export.contract import REASONS
+from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, ConsumerTarget, fresh_process
 from mpqsearch.models.denoiser import Denoiser, adapt
 from mpqsearch.models.discover import discover
 
@@ -64,8 +67,9 @@ def table(denoiser: Denoiser) -> LayerTable:
 @pytest.fixture(params=TARGETS)
 def exporter(request: pytest.FixtureRequest) -> Exporter:
     made = get_exporter(request.param)
-    if made.capabilities().requires:
-        pytest.importorskip("optimum.quanto" if request.param == "quanto" else made.capabilities().requires)
+    missing = made.missing() if isinstance(made, ConsumerTarget) else []
+    if missing:
+        pytest.skip(f"the consumer of {made.name} is not installed: {', '.join(missing)}")
     return made
 
 
@@ -104,25 +108,109 @@ def test_plan_covers_every_layer_with_a_reason(
             assert entry.detail
 
 
+def own_map(exporter: Exporter, table: LayerTable, seed: int = 0) -> tuple[BitMap, dict[str, str]]:
+    """A random map over the target's own formats, and the names of those formats."""
+    rng = np.random.default_rng(seed)
+    widths: dict[str, int] = {}
+    names = {}
+    for layer in table:
+        choices = exporter.choices(layer)
+        pick = choices[int(rng.integers(len(choices)))] if choices else None
+        widths[layer.name] = FULL_PRECISION if pick is None else pick.width
+        if pick is not None:
+            names[layer.name] = pick.name
+    return BitMap(model_digest=table.digest, weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()}), names
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_what_the_target_holds_is_planned_unchanged(exporter: Exporter, table: LayerTable, rounding: str) -> None:
-    bit_map = random_map(table, exporter.capabilities().widths, seed=1)
-    plan = exporter.plan(ExportJob(table=table, bit_map=bit_map, rounding=rounding))
-    assert {e.layer: e.will_get for e in plan} == {n: int(w) for n, w in bit_map.weights.items()}
-    assert {e.reason for e in plan} == {"exact"}
+    bit_map, names = own_map(exporter, table, seed=1)
+    for choices in ({}, names):
+        plan = exporter.plan(ExportJob(table=table, bit_map=bit_map, rounding=rounding, choices=choices))
+        assert {e.layer: e.will_get for e in plan} == {n: int(w) for n, w in bit_map.weights.items()}
+        assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
+        if choices and isinstance(exporter, ConsumerTarget):
+            assert {e.layer: e.choice for e in plan if e.choice} == names
 
 
-def test_the_consumer_holds_what_was_planned(tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable) -> None:
+def test_costs_are_counted_and_grow_with_the_width(exporter: Exporter, table: LayerTable) -> None:
+    for layer in table:
+        full = exporter.cost(layer, None)
+        assert (full.payload, full.metadata) == (0, 0)
+        assert full.unquantized in (16 * layer.n_weights, 32 * layer.n_weights)
+        for choice in exporter.choices(layer):
+            bits = exporter.cost(layer, choice)
+            assert bits.payload >= choice.width * layer.n_weights, "no codes take less than their width"
+            assert bits.unquantized == 0
+
+
+@pytest.fixture(scope="module")
+def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
+    """Every target's export of both models in its own formats, read back by all consumers in one other process."""
+    folders = {}
+    for kind, denoiser in (("unet", tiny_unet()), ("transformer", tiny_transformer())):
+        table = discover(denoiser)
+        for name in TARGETS:
+            exporter = get_exporter(name)
+            if not isinstance(exporter, ConsumerTarget) or exporter.missing():
+                continue
+            bit_map, names = own_map(exporter, table, seed=2)
+            folder = tmp_path_factory.mktemp(f"{kind}-{name}")
+            exporter.write(folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="error", choices=names))
+            folders[kind, name] = folder
+    reports = fresh_process([(name, folder) for (_, name), folder in folders.items()])
+    return {key: (folder, seen) for (key, folder), seen in zip(folders.items(), reports, strict=True)}
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+def test_the_consumer_holds_the_targets_own_formats(
+    exporter: Exporter, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+) -> None:
+    if not isinstance(exporter, ConsumerTarget):
+        pytest.skip("the neutral map has no consumer but this library")
+    folder, report = read_back[kind, exporter.name]
+    manifest = read_json(folder / MANIFEST, "mpqsearch/export").data
+    seen = exporter.compare(manifest, report)
+    assert seen.ok, seen.summary()
+    assert len(seen.entries) == len(manifest["plan"])
+    assert {e.reason for e in seen.entries} <= {"exact", "kept_full_precision"}
+    assert any(e.got != FULL_PRECISION for e in seen.entries)
+    if exporter.capabilities().payload:
+        assert seen.forward_error is not None
+        assert seen.stored_bytes is not None
+        assert seen.promised_bytes is not None
+        assert abs(seen.stored_bytes - seen.promised_bytes) <= SIZE_TOLERANCE * seen.promised_bytes
+        assert seen.header_bytes is not None
+        assert seen.header_bytes > 0
+
+
+def test_all_files_are_named_and_the_model_stays_as_it_is(
+    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+) -> None:
     before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
+    bit_map, names = own_map(exporter, table, seed=3)
+    paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
+    assert sorted(paths) == sorted(p for p in tmp_path.rglob("*") if p.is_file()), "every file is named, no temporary one is left"
+    after = denoiser.module.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def verify_here(exporter: Exporter, folder: Path) -> Verification:
+    """What `verify` does, in this process, which spares the seconds that a new one takes to import the libraries."""
+    if isinstance(exporter, ConsumerTarget):
+        return exporter.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, exporter.read_back(folder))
+    return exporter.verify(folder)
+
+
+def test_a_map_made_for_something_else_is_rounded_and_held(
+    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+) -> None:
     bit_map = random_map(table, (1, 2, 3, 4, 6, 8, 16), mixed=True, seed=2)
     job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", inputs={"bitmap": bit_map.digest})
-    paths = exporter.write(tmp_path / "out", job)
-    assert sorted(paths) == sorted((tmp_path / "out").iterdir()), "every file is named and no temporary one is left"
-    seen = exporter.verify(tmp_path / "out")
+    exporter.write(tmp_path, job)
+    seen = verify_here(exporter, tmp_path)
     assert seen.ok, seen.summary()
     assert [(e.layer, e.got, e.asked) for e in seen.entries] == [(e.layer, e.will_get, e.asked_text) for e in exporter.plan(job)]
-    after = denoiser.module.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before), "the model that was given stays as it is"
 
 
 def test_writing_again_replaces_the_first(tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable) -> None:
@@ -130,15 +218,17 @@ def test_writing_again_replaces_the_first(tmp_path: Path, exporter: Exporter, de
     for width in (can.widths[0], can.widths[-1]):
         bit_map = random_map(table, (width,))
         exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser))
-    seen = exporter.verify(tmp_path)
+    seen = verify_here(exporter, tmp_path)
     assert seen.ok, seen.summary()
-    assert {e.got for e in seen.entries} == {can.widths[-1]}
+    held = {e.got for e, layer in zip(seen.entries, table, strict=True) if exporter.choices(layer)}
+    assert held == {can.widths[-1]} or not held
 
 
 def test_any_damaged_file_is_reported(tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable) -> None:
     paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=random_map(table, (4,)), denoiser=denoiser))
     for path in paths:
         whole = path.read_bytes()
+        assert whole
         path.write_bytes(whole[: len(whole) // 2])
         seen = exporter.verify(tmp_path)
         assert not seen.ok, path.name

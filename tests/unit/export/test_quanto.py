@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
+from mpqsearch.core import FULL_PRECISION, BitMap, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.export import ExportJob, QuantoExporter, plan_layers
 from mpqsearch.export.quanto import MAP, quantized_copy
@@ -28,7 +28,7 @@ def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> L
 def plan_of(table: LayerTable, widths: dict[str, Any], rounding: str) -> list[tuple[int | None, str]]:
     weights = {n: np.array(w, dtype=np.uint8) for n, w in widths.items()}
     job = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights), rounding=rounding)
-    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", WIDTHS, KINDS)]
+    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", QuantoExporter().choices, KINDS)]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,8 @@ def plain_job(**more: Any) -> tuple[Denoiser, ExportJob]:
         LayerSpec(name="outer", kind="Conv2d", weight_shape=(1, 6, 3, 3)),
         LayerSpec(name="spare", kind="Linear", weight_shape=(4, 4)),
     )
-    table = LayerTable(digest=denoiser.digest, layers=layers, model="plain")
+    kept = tuple(KeptParameter(name=f"{la.name}.bias", n_values=la.n_channels, reason="bias") for la in layers)
+    table = LayerTable(digest=denoiser.digest, layers=layers, kept=kept, model="plain")
     weights = {"inner": np.array(4), "outer": np.array(8), "spare": np.array(16)}
     bit_map = BitMap(model_digest=denoiser.digest, weights=weights)
     return denoiser, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, **more)

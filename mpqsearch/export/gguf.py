@@ -1,0 +1,207 @@
+"""GGUF: one tensor type per linear layer, in a file that diffusers, ComfyUI-GGUF and stable-diffusion.cpp read.
+
+Limits, from the format (gguf 0.19, libgguf 0.2.2) and from running it through diffusers 0.42.1:
+
+- Formats are types, not widths: they cost 2.625 (Q2_K) to 8.5 (Q8_0) bits a weight, all in. The K types need rows of a multiple of
+  256 weights, the others of 32; convolutions have shorter rows and stay at 16 bits.
+- Scales are derived by the format's own quantizer; searched ranges and codebooks of a map are not used. `round_trip` gives what it
+  makes of a weight, so that an allocation can be priced with it.
+- Layers at full precision are stored as F16, everything else as F32. The types offered are those that diffusers can read.
+- Names are those of the model (diffusers). ggml itself limits a name to 63 characters; longer ones are read by diffusers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch.artifacts import atomic_path
+from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.target import CHECK, ConsumerTarget, write_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FILE = "diffusion_model.gguf"
+
+TYPES: dict[str, tuple[int, int, int]] = {
+    "Q8_0": (8, 32, 34),
+    "Q6_K": (6, 256, 210),
+    "Q5_K": (5, 256, 176),
+    "Q5_0": (5, 32, 22),
+    "Q5_1": (5, 32, 24),
+    "Q4_K": (4, 256, 144),
+    "IQ4_NL": (4, 32, 18),
+    "Q4_0": (4, 32, 18),
+    "Q4_1": (4, 32, 20),
+    "IQ4_XS": (4, 256, 136),
+    "Q3_K": (3, 256, 110),
+    "Q2_K": (2, 256, 84),
+}
+"""Type to width of its codes, weights of a block and bytes of a block (``gguf.GGML_QUANT_SIZES``), preferred ones of a width first."""
+
+
+class GgufExporter(ConsumerTarget):
+    """``diffusion_model.gguf``: ``Model.from_single_file(file, quantization_config=GGUFQuantizationConfig(...))`` loads it."""
+
+    name = "gguf"
+    requires = "gguf"
+    imports = ("gguf", "libgguf")
+    kinds = ("Linear",)
+    limits = "rows of a multiple of 32 weights (256 for K types)"
+    full_bits = 16
+    tolerance = 2e-3  # diffusers decodes the blocks in half precision, gguf itself in single
+    notes = ("types, not widths: Q2_K takes 2.625 bits a weight, Q4_0 4.5", "scales are derived anew by the format's quantizer")
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """Types whose blocks divide the rows of the layer."""
+        if layer.kind not in self.kinds:
+            return ()
+        return tuple(Choice(name=n, width=w) for n, (w, block, _) in TYPES.items() if layer.weights_per_channel % block == 0)
+
+    def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
+        """Whole blocks: codes, and the scales and minima inside each block."""
+        width, block, size = TYPES[choice.name]
+        blocks = layer.n_weights // block
+        return coded_bits(layer, Fraction(width), other=blocks * (8 * size - width * block))
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
+        import gguf
+        import torch
+
+        from mpqsearch.export.check import copy_of, write_check
+
+        assert job.denoiser is not None
+        module = copy_of(job)
+        layers = {e.layer: e for e in plan}
+        modules: dict[str, Any] = dict(module.named_modules())
+        with atomic_path(folder / FILE) as temporary:
+            writer = gguf.GGUFWriter(temporary, architecture(job.denoiser.module))
+            writer.add_string("mpqsearch.bit_map", job.bit_map.digest)
+            writer.add_array("mpqsearch.layers", list(layers) or [""])
+            writer.add_array("mpqsearch.types", [e.choice or "F16" for e in plan] or [""])
+            for key, tensor in module.state_dict().items():
+                name = key.removesuffix(".weight")
+                if key.endswith(".weight") and name in layers:
+                    weight, choice = modules[name].weight, layers[name].choice
+                    if choice:
+                        blocks = quantize(weight, choice)
+                        writer.add_tensor(key, blocks, raw_dtype=gguf.GGMLQuantizationType[choice])
+                        weight.data.copy_(dequantize(blocks, choice))
+                    else:
+                        half = weight.detach().half()
+                        writer.add_tensor(key, half.numpy())
+                        weight.data.copy_(half)
+                else:
+                    writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        with torch.no_grad():
+            check = write_check(folder / CHECK, job.denoiser.with_module(module), job.cond)
+        return [folder / FILE, *write_config(folder, job.denoiser.module), *check]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """Load the file with diffusers and read the type of every weight."""
+        import gguf
+        import torch
+        from diffusers.models.model_loading_utils import load_gguf_checkpoint
+        from diffusers.quantizers.gguf.utils import GGUFParameter
+
+        from mpqsearch.export.check import forward_error, libraries, planned_layers
+
+        module = load_with_diffusers(folder, module)
+        planned = planned_layers(folder)
+        choices: dict[str, str] = {}
+        for name, layer in module.named_modules():
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, GGUFParameter):
+                choices[name] = gguf.GGMLQuantizationType(weight.quant_type).name
+        widths = {name: TYPES[choices[name]][0] if name in choices else FULL_PRECISION for name in {*choices, *planned}}
+        stored, expected = set(load_gguf_checkpoint(str(folder / FILE))), set(module.state_dict())
+        problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(expected - stored)]
+        problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(stored - expected)]
+        size = sum(int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors)
+        with torch.no_grad():
+            error = forward_error(folder, module)
+        return {
+            "widths": widths,
+            "choices": choices,
+            "problems": problems,
+            "forward_error": error,
+            "versions": libraries("gguf", "libgguf", "accelerate"),
+            "stored_bytes": size,
+            "header_bytes": (folder / FILE).stat().st_size - size,
+        }
+
+    def install_line(self) -> str:
+        """Both libraries are needed."""
+        return f"{', '.join(self.missing())} is not installed. Run: pip install gguf libgguf"
+
+    def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
+        """What the type makes of a weight."""
+        return dequantize(quantize(weight, choice.name), choice.name)
+
+
+def quantize(weight: Tensor, choice: str) -> Any:
+    """Blocks ``uint8 [rows, bytes]`` of a weight ``[rows, columns]`` by the reference quantizers of ggml."""
+    import gguf
+    import libgguf
+    import numpy as np
+
+    rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
+    return np.asarray(libgguf.quantize_rows(rows, gguf.GGMLQuantizationType[choice])).view(np.uint8).reshape(len(rows), -1)
+
+
+def dequantize(blocks: Any, choice: str) -> Tensor:
+    """Weights ``float32 [rows, columns]`` of blocks."""
+    import gguf
+    import torch
+
+    return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[choice]).copy())
+
+
+def architecture(module: Any) -> str:
+    """The value of ``general.architecture``, by which other loaders know the model: the class in lower case where none is known."""
+    known = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sd1"}
+    kind = type(module).__name__
+    return known.get(kind, kind.lower())
+
+
+def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
+    """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same steps."""
+    import torch
+    from diffusers import GGUFQuantizationConfig
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.quantizers.gguf import GGUFQuantizer
+
+    from mpqsearch.export.check import build_model, model_class
+
+    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    if module is None and hasattr(model_class(folder), "from_single_file"):
+        return model_class(folder).from_single_file(
+            str(folder / FILE), quantization_config=config, config=str(folder), torch_dtype=torch.float32
+        )
+    model = module or build_model(folder)
+    state = load_gguf_checkpoint(str(folder / FILE))
+    quantizer = GGUFQuantizer(config, pre_quantized=True)
+    quantizer.preprocess_model(model=model, device_map=None, state_dict=state)
+    missing = set(model.state_dict()) - set(state)
+    assert not missing, f"the file lacks {sorted(missing)[:3]}"
+    for key, value in state.items():
+        if quantizer.check_if_quantized_param(model, value, key, state):
+            quantizer.check_quantized_param_shape(key, model.get_parameter(key), value)
+            quantizer.create_quantized_param(model, value, key, torch.device("cpu"), state)
+        else:
+            owner, _, leaf = key.rpartition(".")
+            holder = model.get_submodule(owner)
+            shape = getattr(holder, leaf).shape
+            held: Any = torch.nn.Parameter(value.reshape(shape).float(), requires_grad=False)
+            setattr(holder, leaf, held if leaf in holder._parameters else held.data)
+    quantizer.postprocess_model(model)
+    return model.eval()
