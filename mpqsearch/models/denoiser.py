@@ -67,6 +67,9 @@ class Denoiser:
         """
         if isinstance(cond, Call):
             return cond.replay(self.module)
+        clock = getattr(self.module, "timestep_clock", None)  # of a model whose activation scales go by the timestep
+        if clock is not None:
+            clock.set(t)
         if isinstance(self.module, Denoises):
             return self.module.denoise(x, t, cond)
         kwargs: dict[str, Any] = dict(cond) if isinstance(cond, Mapping) else {}

@@ -1,23 +1,49 @@
-"""Fake quantization: range search, codebooks, integer codes, and `quantize_model`."""
+"""Fake quantization of weights and activations: range search, codebooks, integer codes, trainable modules."""
 
+from mpqsearch.quant.activations import ActivationQuantizer, ActivationSearch, ActivationTable, RangeCollector, prescale_inputs
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
+from mpqsearch.quant.modules import (
+    QuantLayer,
+    Trainable,
+    WeightQuantizer,
+    build_student,
+    finalize,
+    load_trainable_state,
+    param_groups,
+    quant_layers,
+    trainable_state,
+)
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, prescale_factors, width_errors
 
 __all__ = [
+    "ActivationQuantizer",
+    "ActivationSearch",
+    "ActivationTable",
+    "QuantLayer",
     "QuantizedModel",
     "QuantizedRows",
+    "RangeCollector",
     "RowQuantizer",
     "RowStatistics",
+    "Trainable",
+    "WeightQuantizer",
+    "build_student",
     "decode",
     "encode",
     "error_tables",
+    "finalize",
     "fit_rows",
     "kurtosis",
+    "load_trainable_state",
+    "param_groups",
     "prescale_factors",
+    "prescale_inputs",
+    "quant_layers",
     "quantize_model",
     "quantize_weight",
     "rows_of",
+    "trainable_state",
     "weight_of",
     "width_errors",
 ]

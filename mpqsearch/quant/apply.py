@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
+from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.tables import prescale_factors
+from mpqsearch.quant.tables import stored_factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def quantize_weight(
     if fmt.prescale:
         if input_max is None:
             raise ConfigError(f"{layer.name}: a pre-scaled format needs the input maxima of a profile")
-        factor = prescale_factors(rows, input_max, layer).half().float().clamp(2.0**-14, 2.0**14)
+        factor = stored_factors(rows, input_max, layer)
         rows = rows * factor.repeat_interleave(len(rows) // layer.groups, dim=0)
     full = widths == FULL_PRECISION
     try:
@@ -79,37 +81,56 @@ def quantize_model(
     *,
     means: Mapping[str, Tensor] | None = None,
     input_max: Mapping[str, Tensor] | None = None,
+    activations: ActivationTable | None = None,
 ) -> QuantizedModel:
-    """A copy of ``module`` with every weight replaced by what its codes decode to.
+    """A copy of ``module`` with every weight replaced by what its codes decode to, and quantizers in front of the layers that ask for them.
 
     With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean output is taken
-    off the bias, in layers that have one: it costs no storage. Raises `LayerMismatchError` when the map is for another model.
+    off the bias, in layers that have one: it costs no storage. ``activations`` holds the scales of the activation widths of the map. Raises
+    `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths without them.
     """
     bit_map.validate(table)
-    if bit_map.activations:
-        raise ConfigError("activation quantization is not applied by this version; remove the activation widths from the bit map")
+    quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     clone = copy.deepcopy(module)
-    modules = dict(clone.named_modules())
+    clock = attach_clock(clone, () if activations is None else activations.timesteps)
+    owned = owners_of(clone, table)
     stored: dict[str, QuantizedRows] = {}
     for layer in table:
-        target = modules.get(layer.name)
-        if target is None:
-            raise LayerMismatchError(f"the model has no module {layer.name!r}, which the layer table names")
+        targets: list[Any] = owned[layer.name]
+        if layer.name in quantizers:
+            quantizers[layer.name].clock = clock
+            attach_quantizer(targets[0], quantizers[layer.name])  # what borrows the weight has inputs of its own
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
         if bool((widths == FULL_PRECISION).all()):
             continue
+        target = targets[0]
         weight: Tensor = target.weight
         quantized = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name))
         rows = quantized.rows()
         if means is not None and layer.name in means and target.bias is not None:
             error = rows - rows_of(weight.float(), layer)
-            target.bias.sub_(_shift(error, means[layer.name]).to(target.bias.dtype))
+            target.bias.sub_(bias_shift(error, means[layer.name]).to(target.bias.dtype))
         weight.copy_(weight_of(rows, layer).to(weight.dtype))
         stored[layer.name] = quantized
     return QuantizedModel(module=clone, bit_map=bit_map, rows=stored)
 
 
-def _shift(error: Tensor, mean: Tensor) -> Tensor:
-    """Mean output error of every channel ``[C]``."""
+def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]]:
+    """The module of each layer, and after it those that borrow its weight. Raises `LayerMismatchError` when one is missing."""
+    modules: dict[str, Any] = dict(module.named_modules())
+    missing = [layer.name for layer in table if getattr(modules.get(layer.name), "weight", None) is None]
+    if missing:
+        raise LayerMismatchError(f"the model has no module {missing[0]!r}, which the layer table names")
+    named = {id(modules[layer.name].weight): layer.name for layer in table}
+    out: dict[str, list[nn.Module]] = {layer.name: [modules[layer.name]] for layer in table}
+    for other in modules.values():
+        name = named.get(id(other._parameters.get("weight")))
+        if name is not None and other is not modules[name]:
+            out[name].append(other)
+    return out
+
+
+def bias_shift(error: Tensor, mean: Tensor) -> Tensor:
+    """Mean output error of every channel ``[C]`` from weight errors ``[C, D]`` and the mean input ``[G, D]``."""
     groups = mean.shape[0]
     return torch.bmm(error.reshape(groups, len(error) // groups, -1), mean.to(error)[:, :, None]).flatten()

@@ -110,7 +110,7 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str) -> RowQuan
     if codebook == "midrise":
         zero = torch.where(dead, 0.0, zero)  # the mid-rise levels have no zero: such a row falls back to code 0 = 0.0
     scale = widest if fmt.criterion == "minmax" else widest * _best_shrink(rows, widest, zero, top, fmt)
-    return RowQuantizer(scale=_stored(scale), zero=zero, bits=bits)
+    return RowQuantizer(scale=stored_scale(scale), zero=zero, bits=bits)
 
 
 def _best_shrink(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, fmt: QuantFormat) -> Tensor:
@@ -157,7 +157,7 @@ def _power_sum(x: Tensor, p: float) -> Tensor:
     return x.sum(-1)
 
 
-def _stored(scale: Tensor) -> Tensor:
+def stored_scale(scale: Tensor) -> Tensor:
     """Scales as they are stored: half precision times one power of two a layer, which puts the largest just below 2**16.
 
     Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.

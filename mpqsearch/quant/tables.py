@@ -53,6 +53,11 @@ def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tenso
     return factor.repeat_interleave(per_input, dim=1)
 
 
+def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tensor:
+    """`prescale_factors` ``[G, D]`` as they are stored: half precision."""
+    return prescale_factors(rows, input_max, layer).half().float().clamp(2.0**-14, 2.0**14)
+
+
 def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
     """Errors ``[C, W]`` of every row at every width, from the weight errors ``[W, C, D]`` of `width_errors`.
 
@@ -89,7 +94,7 @@ def column_factors(rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowS
     """Pre-scaling factors ``[C, D]`` of a format, rounded as stored; None when the format has none or inputs are unknown."""
     if not fmt.prescale or stats is None:
         return None
-    factor = prescale_factors(rows, stats.input_max, layer).half().float().clamp(2.0**-14, 2.0**14)
+    factor = stored_factors(rows, stats.input_max, layer)
     return factor.repeat_interleave(len(rows) // layer.groups, dim=0)
 
 

@@ -64,7 +64,7 @@ def loop_decode(row: Tensor, scale: float, zero: float, bits: int) -> Tensor:
 def test_search_error_equals_the_loop_to_1e_6_before_the_scale_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from mpqsearch.quant import rows as module
 
-    monkeypatch.setattr(module, "_stored", lambda scale: scale)
+    monkeypatch.setattr(module, "stored_scale", lambda scale: scale)
     rows = torch.randn(32, 100, generator=torch.Generator().manual_seed(3))
     for codebook in ("affine", "midrise"):
         for bits in (2, 4, 7):

@@ -1,0 +1,418 @@
+"""Trainable quantizers: a copy of a model whose layers compute ``layer(Q_x(x), Q_w(W + B A))`` with gradients.
+
+`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `finalize` the integer
+codes at the end. All widths of a layer are handled by one vectorised pass; low-rank updates are merged before quantization (QALoRA of
+EfficientDM), so nothing is left of them at inference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
+from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.quant.activations import ActivationQuantizer, ActivationTable, attach_clock, attach_quantizer, input_quantizers
+from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, owners_of, quantize_weight
+from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
+
+Trainable = Literal["none", "scales", "lora", "all"]
+"""``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank updates of the
+weights. ``all``: these and all quantized weights with their biases."""
+
+
+class _QuantizeRows(torch.autograd.Function):
+    """Fake quantization of rows with a width for each; straight-through and LSQ gradients.
+
+    With ``s`` the scale of a row, ``f`` the pre-scaling factor of a column, ``q`` the code and ``inside`` where it was not clipped:
+    ``y = s (q - z) / f``, ``dy/dw = inside``, ``dy/ds = (y - w inside) / s``, ``dy/dz = -s (1 - inside) / f``; roundings of scale and zero
+    point to what is stored count as the identity. Rows of width 16 pass through.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        top: Tensor,
+        fixed_zero: Tensor,
+        factor: Tensor | None,
+        full: Tensor | None,
+        lsq: bool,
+    ) -> Tensor:
+        s, z = _as_stored(scale, zero, top, fixed_zero)
+        # The operations of `encode` and `decode`, in their order: codes and scales give these numbers back bit for bit.
+        codes = (rows if factor is None else rows * factor).div(s[:, None]).add_(z[:, None]).round_()
+        clipped = codes.clamp_min(0).minimum(top[:, None])
+        inside = codes == clipped
+        out = clipped.sub_(z[:, None]).mul_(s[:, None])
+        if factor is not None:
+            out.div_(factor)
+        if full is not None:
+            out[full] = rows[full]
+            inside[full] = True
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(inside, *((rows, out) if needs[1] else (None, None)), s, top, fixed_zero, factor)
+        ctx.lsq = lsq
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        inside, rows, out, s, top, fixed_zero, factor = ctx.saved_tensors
+        gw = grad * inside
+        gs = gz = None
+        weight = (inside.shape[1] * top).rsqrt() if ctx.lsq else 1.0
+        if ctx.needs_input_grad[1]:
+            gs = ((grad * out).sum(1) - (gw * rows).sum(1)) / s * weight
+        if ctx.needs_input_grad[2]:
+            outside = grad - gw
+            gz = (-(outside if factor is None else outside / factor).sum(1) * s * weight).masked_fill(fixed_zero, 0)
+        return (gw if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None, None
+
+
+def _as_stored(scale: Tensor, zero: Tensor, top: Tensor, fixed_zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales in half precision with a shared exponent, zero points as integers in the code range (mid-rise rows keep theirs)."""
+    return stored_scale(scale), torch.where(fixed_zero, zero, zero.round().clamp_min(0).minimum(top))
+
+
+class WeightQuantizer(nn.Module):
+    """The weight of one layer as a function of what is trained: `forward` gives it fake-quantized, in its own shape.
+
+    ``scale``, ``zero`` ``[C]`` start from the range search. ``base`` ``[C, D]`` is the full-precision weight: a parameter when all is
+    trained, else a buffer that no checkpoint holds. ``lora_a`` ``[r, D]`` and ``lora_b`` ``[C, r]`` (zero at the start) are its low-rank
+    update; the rank is at most the smaller side.
+    """
+
+    scale: nn.Parameter
+    zero: nn.Parameter
+    bits: Tensor
+    top: Tensor
+    fixed_zero: Tensor
+    factor: Tensor | None
+    full: Tensor | None
+
+    def __init__(
+        self,
+        layer: LayerSpec,
+        weight: Tensor,
+        stored: QuantizedRows,
+        *,
+        trainable: Trainable,
+        rank: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        quantizer = stored.quantizer
+        full = quantizer.bits == FULL_PRECISION
+        learned = trainable != "none"
+        self.layer = layer
+        self.scale = nn.Parameter(quantizer.scale.clone(), requires_grad=learned)
+        fixed_zero = (quantizer.zero != quantizer.zero.round()) | full  # a mid-rise codebook has its zero between two codes
+        self.zero = nn.Parameter(quantizer.zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
+        rows = rows_of(weight.detach().float(), layer).clone()
+        if trainable == "all":
+            self.base: Tensor = nn.Parameter(rows)
+        else:
+            self.register_buffer("base", rows, persistent=False)
+        if trainable == "lora":
+            rank = min(rank, *rows.shape)
+            # As in LoRA: uniform within 1/sqrt(fan-in) (Kaiming with a = sqrt(5)) for one factor, zero for the other.
+            start = (torch.rand(rank, rows.shape[1], generator=generator) * 2 - 1) * rows.shape[1] ** -0.5
+            self.lora_a = nn.Parameter(start.to(rows))
+            self.lora_b = nn.Parameter(rows.new_zeros(len(rows), rank))
+        factor = stored.factor
+        if factor is not None and len(factor) > 1:
+            factor = factor.repeat_interleave(len(rows) // len(factor), dim=0)
+        constants = {
+            "bits": quantizer.bits,
+            "top": torch.exp2(torch.where(full, 8, quantizer.bits).float()) - 1,
+            "fixed_zero": fixed_zero,
+            "factor": factor,
+            "full": full.nonzero().flatten() if bool(full.any()) else None,
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self.n_groups = 1 if stored.factor is None else len(stored.factor)
+        self.dtype = weight.dtype
+
+    def rows(self) -> Tensor:
+        """The weight before quantization ``[C, D]``, low-rank update merged."""
+        return torch.addmm(self.base, self.lora_b, self.lora_a) if hasattr(self, "lora_a") else self.base
+
+    def forward(self) -> Tensor:
+        """The fake-quantized weight in the layer's own shape and dtype."""
+        rows = _QuantizeRows.apply(  # type: ignore[no-untyped-call]
+            self.rows(), self.scale, self.zero, self.top, self.fixed_zero, self.factor, self.full, True
+        )
+        return weight_of(rows, self.layer).to(self.dtype)
+
+    @torch.no_grad()
+    def stored(self) -> QuantizedRows:
+        """Codes, scales, zero points and full-precision rows: what `forward` uses, bit for bit."""
+        rows = self.rows().detach()
+        scale, zero = _as_stored(self.scale.detach(), self.zero.detach(), self.top, self.fixed_zero)
+        scaled = rows if self.factor is None else rows * self.factor
+        widths = torch.where(self.bits == FULL_PRECISION, 8, self.bits).to(torch.uint8)
+        codes = encode(scaled, RowQuantizer(scale=scale, zero=zero, bits=widths))
+        factor = None if self.factor is None else self.factor[:: max(1, len(self.factor) // self.n_groups)].clone()
+        return QuantizedRows(
+            codes=codes,
+            quantizer=RowQuantizer(scale=scale, zero=zero, bits=self.bits.clone()),
+            factor=factor,
+            full_rows=None if self.full is None else rows[self.full].clone(),
+        )
+
+    @torch.no_grad()
+    def mean_step(self) -> float:
+        """Mean distance of neighbouring levels over quantized rows, in the units of the weight."""
+        steps = self.scale.detach() if self.factor is None else self.scale.detach()[:, None] / self.factor
+        return float(steps[self.bits != FULL_PRECISION].mean())
+
+    def extra_repr(self) -> str:
+        """Rows by width."""
+        values, counts = torch.unique(self.bits, return_counts=True)
+        return ", ".join(f"{b}b x{c}" for b, c in zip(values.tolist(), counts.tolist(), strict=True))
+
+
+class QuantLayer(nn.Module):
+    """A linear or convolutional layer with fake-quantized weight and, where asked, input. Takes what the layer takes.
+
+    ``weight`` is the fake-quantized weight, computed anew at each access; ``bias`` is the layer's own. Public attributes of the layer
+    (``in_features``, ``stride``, ...) are copied, for code that reads them.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.Module, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer | None) -> None:
+        super().__init__()
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+        self.register_parameter("bias", getattr(plain, "bias", None))
+        shell = copy.copy(plain)
+        shell.__dict__["_parameters"] = {}
+        self._shell = (shell,)  # in a tuple, since it is no part of the model: it only knows how to call the layer
+        for key, value in vars(plain).items():
+            if not key.startswith("_") and key != "training":
+                setattr(self, key, value)
+
+    @property
+    def weight(self) -> Tensor:
+        """The fake-quantized weight."""
+        made: Tensor = self.weight_quantizer()
+        return made
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``layer(Q_x(x), Q_w(W))``."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self._call(self.weight, x, *args, **kwargs)
+
+    def _call(self, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shell = self._shell[0]
+        shell.__dict__.update(weight=weight, bias=self.bias)
+        try:
+            out: Tensor = shell(x, *args, **kwargs)
+        finally:
+            shell.__dict__.update(weight=None, bias=None)
+        return out
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """An ordinary layer with the given weight, this bias, and this input quantizer in front."""
+        made = copy.copy(self._shell[0])
+        for key in ("weight", "bias"):
+            made.__dict__.pop(key, None)
+        made.__dict__["_parameters"] = {}
+        made.__dict__["_modules"] = {}
+        for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            made.__dict__[hooks] = made.__dict__[hooks].copy()
+        made.register_parameter("weight", weight)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        made.register_parameter("bias", bias)
+        if self.input_quantizer is not None:
+            attach_quantizer(made, self.input_quantizer)
+        return made
+
+
+@torch.no_grad()
+def build_student(
+    module: nn.Module,
+    table: LayerTable,
+    bit_map: BitMap,
+    *,
+    means: Mapping[str, Tensor] | None = None,
+    input_max: Mapping[str, Tensor] | None = None,
+    activations: ActivationTable | None = None,
+    trainable: Trainable = "lora",
+    rank: int = 32,
+    seed: int = 0,
+) -> nn.Module:
+    """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals `quantize_model`'s.
+
+    means, input_max
+        As in `quantize_model`: bias correction, and pre-scaling factors.
+    activations
+        Needed when the bit map has activation widths; made by `RangeCollector` for the same widths.
+    trainable
+        See `Trainable`. Norms, embeddings and layers at 16 bits are never trained.
+    rank, seed
+        Rank of the low-rank updates, and what their random factor is drawn from.
+
+    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` for missing input maxima.
+    """
+    if trainable not in get_args(Trainable):
+        raise UnknownNameError("choice of what is trainable", trainable, get_args(Trainable))
+    if rank < 1:
+        raise ConfigError(f"the rank must be at least 1, got {rank}")
+    bit_map.validate(table)
+    quantizers = input_quantizers(module, table, bit_map, activations, input_max)
+    student = copy.deepcopy(module).requires_grad_(False)
+    clock = attach_clock(student, () if activations is None else activations.timesteps)
+    owned = owners_of(student, table)
+    generator = torch.Generator().manual_seed(seed)
+    swaps: dict[int, nn.Module] = {}
+    for layer in table:
+        widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
+        quantizer = quantizers.get(layer.name)
+        if quantizer is not None:
+            quantizer.clock = clock
+            quantizer.scale.requires_grad_(trainable != "none")
+            quantizer.zero.requires_grad_(trainable != "none")
+        if bool((widths == FULL_PRECISION).all()):
+            if quantizer is not None:
+                attach_quantizer(owned[layer.name][0], quantizer)
+            continue
+        weight: Any = owned[layer.name][0].weight
+        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name))
+        weight_quantizer = WeightQuantizer(layer, weight, stored, trainable=trainable, rank=rank, generator=generator)
+        for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own
+            owner = target is owned[layer.name][0]
+            bias: Any = getattr(target, "bias", None)
+            if bias is not None:
+                if owner and means is not None and layer.name in means:
+                    bias.sub_(bias_shift(stored.rows() - rows_of(weight.float(), layer), means[layer.name]).to(bias.dtype))
+                bias.requires_grad_(trainable == "all")
+            swaps[id(target)] = QuantLayer(target, weight_quantizer, quantizer if owner else None)
+    _replace(student, swaps)
+    student.bit_map = bit_map  # type: ignore[assignment]
+    return student.train(module.training)
+
+
+def _replace(root: nn.Module, swaps: Mapping[int, nn.Module]) -> None:
+    """Put other modules in the place of some, wherever they hang: by identity, since a module may hang in two places."""
+    for parent in list(root.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and id(child) in swaps:
+                parent._modules[key] = swaps[id(child)]
+
+
+def quant_layers(student: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """The `QuantLayer` s of a student, with their names."""
+    for name, module in student.named_modules():
+        if isinstance(module, QuantLayer):
+            yield name, module
+
+
+def param_groups(
+    student: nn.Module,
+    *,
+    lora_lr_factor: float = 1 / 2500,
+    weight_lr_factor: float = 1 / 2500,
+    weight_scale_lr: float = 1e-6,
+    activation_scale_lr: float = 5e-4,
+    relative: bool = False,
+    multiplier: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW, ``{"name", "params", "lr"}``; groups without parameters are left out.
+
+    The defaults are those of the released codes of EfficientDM and MPQ-DM, for 16,000 iterations with linear decay: low-rank updates
+    of a layer (one group each, ``lora:<layer>``; weights ``weights:<layer>``) its mean step times ``lora_lr_factor``
+    (``weight_lr_factor``), ``weight-scales`` and ``activation-scales`` (with zero points) fixed rates. ``relative`` multiplies those
+    two by the mean step of each layer, so that Adam changes scales of any magnitude by the same fraction; the groups are then one a
+    layer. ``multiplier`` multiplies everything, for shorter schedules.
+    """
+    groups: list[dict[str, Any]] = []
+    shared: dict[str, list[nn.Parameter]] = {"weight-scales": [], "activation-scales": []}
+
+    def add(name: str, parameters: list[nn.Parameter], lr: float) -> None:
+        wanted = [p for p in parameters if p.requires_grad]
+        if wanted:
+            groups.append({"name": name, "params": wanted, "lr": lr * multiplier})
+
+    def add_scales(kind: str, name: str, parameters: list[nn.Parameter], lr: float, step: float) -> None:
+        if relative:
+            add(f"{kind}:{name}", parameters, lr * step)
+        else:
+            shared[kind] += parameters
+
+    seen: set[int] = set()
+    for name, part in student.named_modules():
+        if isinstance(part, QuantLayer) and id(part.weight_quantizer) in seen and part.bias is not None:
+            add(f"weights:{name}", [part.bias], part.weight_quantizer.mean_step() * weight_lr_factor)
+        elif isinstance(part, QuantLayer):
+            q = part.weight_quantizer
+            seen.add(id(q))
+            step = q.mean_step()
+            add_scales("weight-scales", name, [q.scale, q.zero], weight_scale_lr, step)
+            if hasattr(q, "lora_a"):
+                add(f"lora:{name}", [q.lora_a, q.lora_b], step * lora_lr_factor)
+            weights = [p for p in (q.base, part.bias) if isinstance(p, nn.Parameter)]
+            add(f"weights:{name}", weights, step * weight_lr_factor)
+        elif isinstance(part, ActivationQuantizer):
+            step = float(part.scale.detach().mean())
+            add_scales("activation-scales", part.name, [part.scale, part.zero], activation_scale_lr, step)
+    for kind, lr in (("weight-scales", weight_scale_lr), ("activation-scales", activation_scale_lr)):
+        add(kind, shared[kind], lr)
+    return groups
+
+
+def trainable_state(student: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a student holds: its trainable parameters, by name. The rest is rebuilt by `build_student`."""
+    return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable_state(student: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put `trainable_state` back. Raises `ArtifactError` when names or shapes are not those of this student."""
+    mine = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    missing, unexpected = [n for n in mine if n not in state], [n for n in state if n not in mine]
+    if missing or unexpected:
+        raise ArtifactError(
+            f"the checkpoint is of another student: {len(missing)} tensors missing (first: {missing[:1]}), {len(unexpected)} unexpected "
+            f"(first: {unexpected[:1]}). Build the student with the bit map, the activations and the trainable choice of the checkpoint."
+        )
+    for name, parameter in mine.items():
+        if state[name].shape != parameter.shape:
+            raise ArtifactError(f"the checkpoint has {name} as {tuple(state[name].shape)}, the student {tuple(parameter.shape)}")
+        parameter.copy_(state[name])
+
+
+@torch.no_grad()
+def finalize(student: nn.Module) -> QuantizedModel:
+    """The student as it would be deployed: ordinary layers with the weights that integer codes decode to, and the codes.
+
+    Weights equal those of the student's forward pass bit for bit. Quantizers of activations stay in front of their layers, with the
+    learned scales. Nothing is left of low-rank updates. The student is not changed. Raises `ConfigError` for a module that is no student.
+    """
+    bit_map = getattr(student, "bit_map", None)
+    if not isinstance(bit_map, BitMap):
+        raise ConfigError(f"{type(student).__name__} was not made by build_student: there is nothing to finalize")
+    clone = copy.deepcopy(student).requires_grad_(False)
+    del clone.bit_map
+    rows: dict[str, QuantizedRows] = {}
+    weights: dict[int, nn.Parameter] = {}
+    swaps: dict[int, nn.Module] = {}
+    for _, layer in quant_layers(clone):
+        q = layer.weight_quantizer
+        if id(q) not in weights:
+            stored = q.stored()
+            rows[q.layer.name] = stored
+            weights[id(q)] = nn.Parameter(weight_of(stored.rows(), q.layer).to(q.dtype), requires_grad=False)
+        swaps[id(layer)] = layer.plain(weights[id(q)])
+    _replace(clone, swaps)
+    return QuantizedModel(module=clone.eval(), bit_map=bit_map, rows=rows)

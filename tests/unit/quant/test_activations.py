@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
+from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
+from mpqsearch.models import adapt, discover
+from mpqsearch.profile import calibrate_activations
+from mpqsearch.quant import ActivationQuantizer, ActivationTable, RangeCollector, build_student, quant_layers, quantize_model
+from mpqsearch.quant.activations import BINS, TimestepClock, _Histogram, _QuantizeActivation
+from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.testing import tiny_denoiser
+
+
+def uniform(table: LayerTable, weight: int, act: int, **kwargs: object) -> BitMap:
+    weights = {la.name: np.array(weight) for la in table}
+    return BitMap(model_digest=table.digest, weights=weights, activations={la.name: act for la in table}, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("prescaled", [False, True])
+def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, prescaled: bool) -> None:
+    # As for weights: clipped values follow s f (c - z), others x + s f e with the rounding error e held fixed.
+    torch.manual_seed(1)
+    x, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    factor = torch.rand(3, 1) + 0.5 if prescaled else None
+    scale, zero, top = torch.tensor([0.25, 0.5]), torch.tensor([3.0, 8.0]), 15
+    index = torch.tensor([0, 1, 1, 0]) if per_sample else None
+    if not per_sample:
+        scale, zero = scale[:1], zero[:1]
+    leaves = [t.clone().requires_grad_() for t in (x, scale, zero)]
+    out = _QuantizeActivation.apply(*leaves, index, factor, top, False)  # type: ignore[no-untyped-call]
+    (out * weight).sum().backward()
+    pick = index if index is not None else torch.zeros(4, dtype=torch.long)
+    f = torch.ones(3, 1).double() if factor is None else factor.double()
+
+    def step(s: Tensor) -> Tensor:
+        return s[pick].view(-1, 1, 1) * f
+
+    u = x.double() / step(scale.double()) + zero.double()[pick].view(-1, 1, 1)
+    code = u.round().clamp(0, top)
+    inside = code == u.round()
+
+    def smooth(v: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        y = torch.where(inside, v + step(s) * (code - u).where(inside, 0), step(s) * (code - z[pick].view(-1, 1, 1)))
+        return (y * weight).sum()
+
+    start = [x.double(), scale.double(), zero.double()]
+    for k, leaf in enumerate(leaves):
+        numeric = torch.empty_like(start[k])
+        for i in range(numeric.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [t.clone() for t in start]
+                moved[k].view(-1)[i] += sign * 1e-5
+                ends.append(smooth(*moved))
+            numeric.view(-1)[i] = (ends[0] - ends[1]) / 2e-5
+        torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
+    assert 0 < int(inside.sum()) < inside.numel(), "both branches must be seen"
+
+
+def test_prescaled_activations_equal_the_direct_formula() -> None:
+    # Y = Q_x(X diag(1/f)) Q_w(W diag(f))': MPQ-DM's equation with the factors where they are at inference.
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    spec = LayerSpec(name="layer", kind="Conv2d", weight_shape=(4, 3, 3, 3), has_bias=True)
+    table = LayerTable(digest="0" * 64, layers=(spec,))
+    root = nn.Module()
+    root.layer = layer
+    x = torch.randn(2, 3, 6, 6) * torch.tensor([0.1, 1, 20]).view(1, 3, 1, 1)
+    x[:, 1] = 0  # a dead channel
+    input_max = {"layer": x.abs().amax((0, 2, 3))}
+    bit_map = uniform(table, 4, 4, format=QuantFormat(prescale=True))
+    with RangeCollector(root, table, factors=prescale(root, table, bit_map, input_max)) as collector:
+        layer(x)
+    activations = collector.table(bit_map.activations)
+    made = quantize_model(root, table, bit_map, input_max=input_max, activations=activations)
+    rows = made.rows["layer"]
+    f = rows.factor.view(3, 9)[:, 0]  # type: ignore[union-attr]
+    assert float(f[1]) == 1.0
+    s, z = activations.scale["layer"], activations.zero["layer"]
+    codes = (x / f.view(1, 3, 1, 1) / s + z).round().clamp(0, 15)
+    scaled_x = (codes - z) * s
+    scaled_w = (rows.codes.float() - rows.quantizer.zero[:, None]) * rows.quantizer.scale[:, None]
+    expected = nn.functional.conv2d(scaled_x, scaled_w.view(4, 3, 3, 3), layer.bias, padding=1)
+    # The same numbers with the factors multiplied out differ in the last digits of float32.
+    torch.testing.assert_close(made.module.layer(x), expected, rtol=1e-5, atol=1e-5)  # type: ignore[operator]
+    student = build_student(root, table, bit_map, input_max=input_max, activations=activations)
+    assert torch.equal(student.layer(x), made.module.layer(x))  # type: ignore[operator]
+
+
+def prescale(*args: object) -> dict[str, Tensor]:
+    from mpqsearch.quant import prescale_inputs
+
+    return prescale_inputs(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("kind", ["normal", "silu", "uniform", "outliers", "positive"])
+def test_range_search_comes_within_a_few_percent_of_the_search_over_all_values(bits: int, kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 40_000)
+    x = {
+        "normal": x,
+        "silu": nn.functional.silu(x * 2),
+        "uniform": torch.rand_like(x) - 0.3,
+        "outliers": torch.where(torch.rand_like(x) < 1e-4, x * 30, x),
+        "positive": x.abs() + 1,
+    }[kind]
+    root, table = linear(10_000)
+    with RangeCollector(root, table) as collector:
+        for part in x.split(10_000, dim=1):
+            root.layer(part)  # type: ignore[operator]
+    found = collector.table({"layer": bits})
+    low, high, top = min(0.0, float(x.min())), max(0.0, float(x.max())), 2**bits - 1
+    errors = []
+    for i in range(80):
+        s = (high - low) * (1 - 0.01 * i) / top
+        z = min(max(round(-low * top / (high - low)), 0), top)
+        errors.append(float((((x / s + z).round().clamp(0, top) - z) * s - x).abs().pow(2.4).sum()))
+    s, z = found.scale["layer"], found.zero["layer"]
+    miss = ((x / s + z).round().clamp(0, top) - z) * s - x
+    assert float(miss.abs().pow(2.4).sum()) <= 1.05 * min(errors)
+    # At 8 bits a step spans two bins of a histogram, so its own estimate of the error is good to a fifth or so.
+    assert float(found.error["layer"]) == pytest.approx(float(miss.square().mean()), rel=0.25 if bits == 8 else 0.1)
+
+
+def linear(n: int) -> tuple[nn.Module, LayerTable]:
+    root = nn.Module()
+    root.layer = nn.Linear(n, 1)
+    return root, LayerTable(digest="0" * 64, layers=(LayerSpec(name="layer", kind="Linear", weight_shape=(1, n)),))
+
+
+def test_histograms_keep_every_value_when_the_reach_doubles() -> None:
+    h = _Histogram("layer")
+    parts = [torch.randn(1000) * 10.0**k for k in (-2, 0, 1, -1, 2)]
+    for part in parts:
+        h.add(part)
+    x = torch.cat(parts)
+    assert float(h.counts.sum()) == 5000
+    assert (h.low, h.high) == pytest.approx((float(x.min()), float(x.max())))
+    again = torch.histc(x, BINS, -h.reach, h.reach)
+    # Values within rounding of an edge may fall to either side; cumulative counts differ by those only.
+    assert float((h.counts.cumsum(0) - again.cumsum(0)).abs().max()) <= 3
+    with pytest.raises(NumericsError, match="layer"):
+        h.add(torch.tensor([1.0, float("nan")]))
+
+
+def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = uniform(table, 16, 4)
+    activations = calibrate_activations(
+        denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4), per_timestep=True
+    )
+    assert activations.timesteps == (0, 200, 400, 600, 800)
+    assert len(activations.scale["conv_in"]) == 5
+    assert float(activations.scale["conv_in"].std()) > 0
+    made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
+    x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+    steps = torch.tensor([800, 200, 0, 600])
+    together = made.denoise(x, steps, labels)
+    # Alone, again, in another order, through the module itself with a plain number: always the scale of the timestep.
+    for i in (2, 0, 3, 1, 1):
+        alone = made.denoise(x[i : i + 1], steps[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
+    direct = made.module(x[:1], 800, class_labels=labels[:1]).sample
+    torch.testing.assert_close(direct, together[:1], rtol=1e-4, atol=1e-5)
+    # Timesteps in between take the nearest calibrated one.
+    for given, nearest in ((290, 200), (310, 400), (999, 800)):
+        made.denoise(x, torch.full((4,), given), labels)
+        clock = made.module.timestep_clock
+        assert isinstance(clock, TimestepClock)
+        assert clock.index is not None
+        assert clock.index.tolist() == [activations.timesteps.index(nearest)] * 4
+
+
+def test_guidance_in_one_call_equals_guidance_in_two() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = uniform(table, 3, 6)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4), per_timestep=True)
+    made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([750, 250]), torch.tensor([1, 3])
+    null = torch.full_like(labels, 4)
+    separate = [made.denoise(x, t, c) for c in (labels, null)]
+    torch.testing.assert_close(made.guided(x, t, labels, 3.0), separate[1] + 3 * (separate[0] - separate[1]), rtol=1e-4, atol=1e-4)
+    sample(made, range(4), SamplerSpec(steps=7, guidance=3.0))  # another number of steps than was calibrated
+
+
+class Own(nn.Module):
+    """A user's denoiser that does everything in `denoise`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def denoise(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        return self.b(nn.functional.silu(self.a(x) * (1 + t.view(-1, 1, 1, 1) / 100)))  # type: ignore[no-any-return]
+
+
+def test_modules_with_a_method_denoise_are_timed_too() -> None:
+    torch.manual_seed(0)
+    denoiser = adapt(Own(), sample_shape=(1, 8, 8))
+    table = discover(denoiser)
+    bit_map = uniform(table, 8, 4)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4), per_timestep=True)
+    scales = activations.scale["b"]
+    assert bool((scales[1:] > scales[:-1]).all()), "the input grows with the timestep by construction"
+    assert not hasattr(denoiser.module, "timestep_clock"), "calibration leaves nothing behind"
+    student = denoiser.with_module(build_student(denoiser.module, table, bit_map, activations=activations))
+    student.denoise(torch.randn(2, 1, 8, 8), torch.tensor([250, 750]), None).sum().backward()
+    grads = {n: layer.input_quantizer.scale.grad for n, layer in quant_layers(student.module)}  # type: ignore[union-attr]
+    assert grads["b"].ne(0).tolist() == [False, True, False, True], "only the scales of the timesteps that were given learn"  # type: ignore[union-attr]
+
+
+def test_copies_keep_a_clock_of_their_own() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = uniform(table, 4, 4)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=3, batch=2), seeds=range(2), per_timestep=True)
+    one = quantize_model(denoiser.module, table, bit_map, activations=activations).module
+    two = copy.deepcopy(one)
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    first = one(x, 0, class_labels=labels).sample
+    two(x, 999, class_labels=labels)
+    assert one.timestep_clock is not two.timestep_clock
+    quantizers = [m for m in two.modules() if isinstance(m, ActivationQuantizer)]
+    assert all(q.clock is two.timestep_clock for q in quantizers)
+    assert torch.equal(one(x, 0, class_labels=labels).sample, first)
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_error_of_the_prediction_falls_with_the_width(kind: str) -> None:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    spec = SamplerSpec(steps=4, batch=8)
+    x, t, labels = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((8,), 500), torch.arange(8) % 4
+    truth = denoiser.denoise(x, t, labels)
+    errors = []
+    for bits in (4, 6, 8):
+        bit_map = uniform(table, 16, bits)
+        activations = calibrate_activations(denoiser, table, bit_map, spec, per_timestep=True)
+        made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
+        errors.append(float((made.denoise(x, t, labels) - truth).square().mean()))
+    # A factor of 4 a bit where rounding dominates; less at low widths, where clipping takes its part.
+    assert errors[0] > 6 * errors[1] > 24 * errors[2] > 0
+
+
+def test_tables_survive_json_and_refuse_what_does_not_fit() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = uniform(table, 4, 4)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=2, batch=2), seeds=range(2))
+    assert activations.timesteps == ()
+    again = ActivationTable.from_data(activations.to_data())
+    assert all(torch.equal(again.scale[n], s) for n, s in activations.scale.items())
+    with pytest.raises(LayerMismatchError, match="4 bits calibrated, 6 asked"):
+        quantize_model(denoiser.module, table, uniform(table, 4, 6), activations=activations)
+    other = ActivationTable.from_data({**activations.to_data(), "model_digest": "1" * 64})
+    with pytest.raises(LayerMismatchError, match="1" * 12):
+        quantize_model(denoiser.module, table, bit_map, activations=other)
+    with pytest.raises(ConfigError, match="needs 3 values"):
+        ActivationTable.from_data({**activations.to_data(), "timesteps": [0, 1, 2]})
+    with pytest.raises(ConfigError, match="full precision"):
+        ActivationTable(model_digest="0", bits={"a": 16}, scale={}, zero={})
+
+
+def test_a_batch_that_does_not_fit_its_timesteps_is_refused() -> None:
+    spec = LayerSpec(name="layer", kind="Linear", weight_shape=(2, 3))
+    clock = TimestepClock((0, 500))
+    quantizer = ActivationQuantizer(spec, 4, torch.ones(2), torch.zeros(2), clock)
+    with pytest.raises(ConfigError, match="no timestep is known"):
+        quantizer(torch.rand(2, 3))
+    clock.set(torch.tensor([0, 500]))
+    assert quantizer(torch.rand(6, 3)).shape == (6, 3)  # three frames of each sample
+    with pytest.raises(ConfigError, match="batch of 3 with 2 different timesteps"):
+        quantizer(torch.rand(3, 3))
+    clock.set(torch.tensor([500, 500]))
+    assert quantizer(torch.rand(3, 3)).shape == (3, 3)

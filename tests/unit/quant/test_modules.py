@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
+from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.models import discover
+from mpqsearch.quant import (
+    ActivationTable,
+    QuantLayer,
+    build_student,
+    decode,
+    encode,
+    finalize,
+    load_trainable_state,
+    param_groups,
+    quant_layers,
+    quantize_model,
+    quantize_weight,
+    rows_of,
+    trainable_state,
+    weight_of,
+)
+from mpqsearch.quant.modules import _QuantizeRows
+from mpqsearch.testing import tiny_denoiser
+
+GEOMETRIES = [
+    nn.Linear(6, 5),
+    nn.Conv1d(4, 6, 3, padding=1, groups=2),
+    nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="circular"),
+    nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False),
+    nn.Conv3d(2, 3, 2),
+    nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, output_padding=1),
+    nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1),
+    nn.ConvTranspose3d(2, 3, 2),
+]
+
+
+def spec_of(module: nn.Module, name: str = "layer") -> LayerSpec:
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return LayerSpec(
+        name=name,
+        kind=type(module).__name__,
+        weight_shape=tuple(module.weight.shape),  # type: ignore[union-attr, arg-type]
+        channel_axis=1 if transposed else 0,
+        groups=int(getattr(module, "groups", 1)),
+        has_bias=module.bias is not None,
+    )
+
+
+def one_layer(module: nn.Module, widths: list[int], **kwargs: object) -> tuple[nn.Module, LayerTable, BitMap]:
+    table = LayerTable(digest="0" * 64, layers=(spec_of(module),))
+    root = nn.Module()
+    root.layer = copy.deepcopy(module)
+    n = table["layer"].n_channels
+    bit_map = BitMap(model_digest=table.digest, weights={"layer": np.resize(widths, n)}, **kwargs)  # type: ignore[arg-type]
+    return root, table, bit_map
+
+
+def input_of(module: nn.Module) -> torch.Tensor:
+    if isinstance(module, nn.Linear):
+        return torch.randn(3, 7, module.in_features)
+    dims = module.weight.dim() - 2  # type: ignore[union-attr, operator]
+    return torch.randn(3, module.in_channels, *(7, 6, 5)[:dims])  # type: ignore[arg-type]
+
+
+def mixed(table: LayerTable, seed: int = 0, **kwargs: object) -> BitMap:
+    rng = np.random.default_rng(seed)
+    weights = {la.name: rng.choice([1, 2, 3, 4, 8, 16], la.n_channels) for la in table}
+    return BitMap(model_digest=table.digest, weights=weights, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("module", GEOMETRIES, ids=lambda m: f"{type(m).__name__}-{m.weight.shape[0]}")
+def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded_weight(module: nn.Module) -> None:
+    root, table, bit_map = one_layer(module, [1, 2, 3, 4, 16])
+    x = input_of(module)
+    made = quantize_model(root, table, bit_map).module.layer(x)  # type: ignore[operator]
+    for trainable in ("none", "scales", "lora", "all"):
+        student = build_student(root, table, bit_map, trainable=trainable, rank=2)  # type: ignore[arg-type]
+        assert isinstance(student.layer, QuantLayer)
+        assert torch.equal(student.layer(x), made)
+        plain = finalize(student).module.layer
+        assert type(plain) is type(module)
+        assert torch.equal(plain(x), made)
+    if isinstance(module, nn.ConvTranspose2d):
+        size = [2 * (s - 1) + 2 for s in x.shape[2:]]
+        assert student.layer(x, output_size=size).shape[2:] == torch.Size(size)
+
+
+@pytest.mark.parametrize("prescaled", [False, True])
+@pytest.mark.parametrize("codebook", ["affine", "midrise"])
+def test_gradients_against_finite_differences_away_from_ties(codebook: str, prescaled: bool) -> None:
+    # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) / f where clipped,
+    # else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in float64 are its oracle.
+    torch.manual_seed(0)
+    rows = torch.randn(5, 9)
+    factor = torch.rand(1, 9) + 0.5 if prescaled else None
+    top = torch.tensor([1.0, 3, 7, 15, 7])
+    scale = torch.tensor([0.7, 0.4, 0.25, 0.11, 0.3])
+    zero = (top / 2 if codebook == "midrise" else (top / 2).round()).clone()
+    full = torch.tensor([4])
+    fixed = torch.full((5,), codebook == "midrise")
+    weight = torch.randn(5, 9)
+    leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
+    out = _QuantizeRows.apply(*leaves, top, fixed, factor, full, False)  # type: ignore[no-untyped-call]
+    (out * weight).sum().backward()
+
+    f = torch.ones(1, 9).double() if factor is None else factor.double()
+    stored = scale.half().double()  # scales are rounded to half precision
+    u = rows.double() * f / stored[:, None] + zero.double()[:, None]
+    code = u.round().clamp(min=0).minimum(top.double()[:, None])
+    inside = code == u.round()
+    left = (code - u).where(inside, 0)
+
+    def smooth(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        y = torch.where(inside, w + s[:, None] * left / f, s[:, None] * (code - z[:, None]) / f)
+        y = torch.cat([y[:4], w[4:]])
+        return (y * weight).sum()
+
+    start = [rows.double(), stored, zero.double()]
+    for k, leaf in enumerate(leaves):
+        numeric = torch.empty_like(start[k])
+        for i in range(numeric.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [t.clone() for t in start]
+                moved[k].view(-1)[i] += sign * 1e-5
+                ends.append(smooth(*moved))
+            numeric.view(-1)[i] = (ends[0] - ends[1]) / 2e-5
+        if k == 2 and codebook == "midrise":
+            numeric.zero_()  # the zero of a mid-rise codebook is no parameter
+        torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+    assert 0 < int(inside[:4].sum()) < 36, "both branches must be seen"
+
+
+def test_straight_through_is_the_gradient_of_the_layer_at_the_quantized_weight() -> None:
+    root, table, bit_map = one_layer(nn.Linear(6, 5), [16])
+    bit_map = BitMap(model_digest=table.digest, weights={"layer": np.array([8, 8, 8, 16, 16])})
+    student = build_student(root, table, bit_map, trainable="all")
+    x, target = torch.randn(4, 6), torch.randn(4, 5)
+    layer = student.layer
+    (layer(x) - target).square().sum().backward()  # type: ignore[operator]
+    with torch.no_grad():
+        grad = 2 * (x @ layer.weight.T + layer.bias - target)  # type: ignore[operator, union-attr]
+    inside = encode_inside(layer)  # type: ignore[arg-type]
+    torch.testing.assert_close(layer.weight_quantizer.base.grad, (grad.T @ x) * inside)  # type: ignore[union-attr]
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))  # type: ignore[union-attr]
+
+
+def encode_inside(layer: QuantLayer) -> torch.Tensor:
+    q = layer.weight_quantizer
+    codes = (q.base / q.scale[:, None] + q.zero[:, None]).round()
+    return (codes.clamp(0).minimum(q.top[:, None]) == codes) | (q.bits == 16)[:, None]
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(codebook="auto"), QuantFormat(prescale=True)])
+def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFormat) -> None:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    input_max = {la.name: torch.rand(la.n_inputs) * 3 for la in table}
+    student = build_student(denoiser.module, table, mixed(table, format=fmt), input_max=input_max, trainable="lora", rank=4)
+    optimizer = torch.optim.AdamW(param_groups(student, multiplier=100.0))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])
+    before = {name: layer.weight.detach().clone() for name, layer in quant_layers(student)}
+    for _ in range(3):
+        optimizer.zero_grad()
+        denoiser.with_module(student).denoise(x, t, labels).square().mean().backward()
+        optimizer.step()
+    after = {name: layer.weight.detach() for name, layer in quant_layers(student)}
+    assert any(not torch.equal(before[n], after[n]) for n in after), "training must have changed codes"
+    made = finalize(student)
+    modules = dict(made.module.named_modules())
+    for name, weight in after.items():
+        stored = made.rows[name]
+        assert stored.codes.dtype == torch.uint8
+        kept = stored.quantizer.bits == 16
+        tops = 2 ** stored.quantizer.bits[~kept].long() - 1
+        assert bool((stored.codes[~kept].amax(1).long() <= tops).all())
+        assert torch.equal(weight_of(stored.rows(), table[name]), weight)
+        assert torch.equal(modules[name].weight, weight)
+        half = stored.quantizer.scale / torch.exp2(stored.quantizer.scale.amax().log2().floor() - 15)
+        assert torch.equal(half, half.half().float()), "scales must be what half precision holds"
+    with torch.no_grad():
+        assert torch.equal(
+            denoiser.with_module(made.module).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels)
+        )
+    assert not any("lora" in k for k in made.module.state_dict())
+
+
+def test_low_rank_update_merges_before_quantization() -> None:
+    root, table, bit_map = one_layer(nn.Conv2d(4, 6, 3), [2, 3, 16])
+    student = build_student(root, table, bit_map, trainable="lora", rank=64)
+    q = student.layer.weight_quantizer  # type: ignore[union-attr]
+    assert q.lora_a.shape == (6, 36), "the rank is at most the smaller side"  # type: ignore[union-attr]
+    with torch.no_grad():
+        q.lora_b.normal_()  # type: ignore[union-attr]
+    layer = table["layer"]
+    merged = q.base + q.lora_b @ q.lora_a  # type: ignore[operator, union-attr]
+    quantizer = quantize_weight(root.layer.weight, layer, q.bits, bit_map.format).quantizer  # type: ignore[arg-type, union-attr]
+    expected = decode(
+        encode(merged, type(quantizer)(scale=quantizer.scale, zero=quantizer.zero, bits=q.bits.clamp(max=8))), quantizer
+    )  # type: ignore[type-var]
+    expected[q.bits == 16] = merged[q.bits == 16]  # type: ignore[index]
+    torch.testing.assert_close(rows_of(student.layer.weight, layer), expected, rtol=1e-6, atol=1e-6)  # type: ignore[arg-type, union-attr]
+
+
+def test_groups_have_the_rates_of_the_paper_and_every_trainable_once() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = mixed(table, activations={la.name: 4 for la in table})
+    activations = flat_activations(table, 4)
+    for trainable in ("none", "scales", "lora", "all"):
+        student = build_student(denoiser.module, table, bit_map, activations=activations, trainable=trainable)  # type: ignore[arg-type]
+        groups = param_groups(student, multiplier=2.0)
+        listed = [id(p) for g in groups for p in g["params"]]
+        assert len(listed) == len(set(listed))
+        assert set(listed) == {id(p) for p in student.parameters() if p.requires_grad}
+        rates = {g["name"]: g["lr"] for g in groups}
+        if trainable == "none":
+            assert not groups
+            continue
+        assert rates["weight-scales"] == pytest.approx(2e-6)
+        assert rates["activation-scales"] == pytest.approx(1e-3)
+        if trainable == "lora":
+            q = dict(quant_layers(student))["conv_out"].weight_quantizer
+            assert rates["lora:conv_out"] == pytest.approx(2 * float(q.scale.detach()[q.bits != 16].mean()) / 2500)
+    by_layer = {g["name"]: g["lr"] for g in param_groups(student, relative=True, activation_scale_lr=1e-2)}
+    assert by_layer["activation-scales:conv_in"] == pytest.approx(1e-2 * 0.1)
+
+
+def flat_activations(table: LayerTable, bits: int, timesteps: tuple[int, ...] = ()) -> ActivationTable:
+    steps = max(1, len(timesteps))
+    return ActivationTable(
+        model_digest=table.digest,
+        bits={la.name: bits for la in table},
+        scale={la.name: torch.full((steps,), 0.1) for la in table},
+        zero={la.name: torch.full((steps,), 5.0) for la in table},
+        timesteps=timesteps,
+    )
+
+
+def test_state_holds_the_trainables_only_and_goes_back_exactly() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = mixed(table)
+    student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
+    generator = torch.Generator().manual_seed(5)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.data += 0.01 * torch.rand(p.shape, generator=generator)
+    state = {k: v.clone() for k, v in trainable_state(student).items()}
+    assert not any("base" in k for k in student.state_dict()), "the frozen weight is rebuilt, not stored"
+    again = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
+    load_trainable_state(again, state)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])
+    assert torch.equal(denoiser.with_module(again).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels))
+    with pytest.raises(ArtifactError, match="rank|shape|as"):
+        load_trainable_state(build_student(denoiser.module, table, bit_map, trainable="lora", rank=3), state)
+    with pytest.raises(ArtifactError, match="another student"):
+        load_trainable_state(build_student(denoiser.module, table, bit_map, trainable="scales"), state)
+
+
+def test_borrowed_weights_stay_shared_and_the_given_model_is_untouched() -> None:
+    root, table, bit_map = one_layer(nn.Linear(6, 6), [2, 3])
+    root.other = nn.Linear(6, 6)
+    root.other.weight = root.layer.weight  # type: ignore[union-attr, assignment]
+    before = {k: v.clone() for k, v in root.state_dict().items()}
+    student = build_student(root, table, bit_map, trainable="lora", rank=2)
+    assert student.other.weight_quantizer is student.layer.weight_quantizer  # type: ignore[union-attr]
+    assert not torch.equal(student.other.bias, student.layer.bias)  # type: ignore[union-attr, arg-type]
+    made = finalize(student).module
+    assert made.other.weight is made.layer.weight  # type: ignore[union-attr]
+    assert all(torch.equal(v, before[k]) for k, v in root.state_dict().items())
+
+
+def test_bad_input_is_named() -> None:
+    root, table, bit_map = one_layer(nn.Linear(6, 6), [2, 3])
+    with pytest.raises(UnknownNameError, match="did you mean 'lora'"):
+        build_student(root, table, bit_map, trainable="loras")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="rank"):
+        build_student(root, table, bit_map, rank=0)
+    with pytest.raises(ConfigError, match="build_student"):
+        finalize(root)
+    wide = BitMap(model_digest=table.digest, weights=bit_map.weights, activations={"layer": 4})
+    with pytest.raises(ConfigError, match="activation widths"):
+        build_student(root, table, wide)
