@@ -142,7 +142,12 @@ def _psnr(mse: float) -> float:
 
 def _bootstrap_weights(n: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.bincount(torch.randint(0, n, (n,), generator=generator), minlength=n).double() for _ in range(BOOTSTRAP)]
+    draws: list[Tensor] = []
+    while len(draws) < BOOTSTRAP:
+        weights = torch.bincount(torch.randint(0, n, (n,), generator=generator), minlength=n).double()
+        if int((weights > 0).sum()) > 1:  # one sample alone, drawn again and again, has no spread: of a handful that does happen
+            draws.append(weights)
+    return draws
 
 
 def _repeat(features: Tensor, weights: Tensor) -> Tensor:

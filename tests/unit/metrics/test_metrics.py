@@ -23,6 +23,7 @@ from mpqsearch.metrics import (
     save_reference,
 )
 from mpqsearch.metrics.evaluate import frechet_label, seeds_label
+from mpqsearch.sampling import to_uint8
 
 
 class Flat(nn.Module):
@@ -192,3 +193,15 @@ def test_the_embedded_extractor_has_its_reference() -> None:
 def test_seed_labels() -> None:
     assert seeds_label(range(5, 9)) == "5..8"
     assert seeds_label([1, 3]).startswith("2 seeds ")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_a_handful_of_samples_has_values_and_intervals(n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(n, 3, 8, 8, generator=generator)
+    noisy = clean + 0.1 * torch.randn(n, 3, 8, 8, generator=generator)
+    extractor = module_extractor(Flat(), "flat")
+    base = Reference(samples=clean, features=extractor(to_uint8(clean)), seeds=tuple(range(n)), labels=None)
+    found = evaluate(noisy, base, extractor).metrics
+    assert found["paired_mse"].value == pytest.approx(0.01, rel=0.2)
+    assert all(np.isfinite([m.value, m.low, m.high]).all() for m in found.values())
