@@ -85,25 +85,22 @@ class Closed:
 
 
 def build_core(moves: Moves, rate: float) -> Core:
-    """Group moves by item and order the items.
+    """Order the items of ``moves``, which stand together item by item.
 
     Items of equal efficiency (up to rounding: a share of ``rate``) are shuffled: in their own order the first ones
     could all only shrink, and the states would wander away from a full budget.
     """
     efficiency = moves.penalty / np.abs(moves.size)
-    by_item = np.lexsort((efficiency, moves.item))
-    item = moves.item[by_item]
-    heads = np.flatnonzero(np.diff(item, prepend=-1))
-    counts = np.diff(heads, append=item.size)
-    best = efficiency[by_item][heads]
+    heads = np.flatnonzero(np.diff(moves.item, prepend=-1))
+    counts = np.diff(heads, append=moves.item.size)
+    best = np.minimum.reduceat(efficiency, heads) if heads.size else efficiency
     grade = np.round(best / (GRADE * max(abs(rate), TINY)))
-    group_order = np.lexsort((np.random.default_rng(0).permutation(grade.size), grade))
+    shuffled = np.random.default_rng(0).permutation(grade.size)
+    group_order = shuffled[np.argsort(grade[shuffled], kind="stable")]
     counts = counts[group_order]
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    within = np.arange(item.size) - np.repeat(start[:-1], counts)
-    order = by_item[np.repeat(heads[group_order], counts) + within]
-    size = moves.size[order]
-    ordered = efficiency[order]
+    order = np.arange(moves.item.size) + np.repeat(heads[group_order] - start[:-1], counts)
+    size, ordered = moves.size[order], efficiency[order]
     return Core(
         start,
         moves.item[order],
@@ -136,7 +133,7 @@ def close(
     """Best set of moves within ``slack``.
 
     Args:
-        moves: Departures from the base choice.
+        moves: Departures from the base choice, item by item.
         slack: Budget that the base choice leaves.
         rate: Multiplier at which the penalties were taken.
         excess: Value above the Lagrangian bound of the best solution known so far.

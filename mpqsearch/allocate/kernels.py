@@ -1,8 +1,9 @@
 """The passes of ``passes`` and the search of ``closing`` as compiled loops. Imported only through ``backend``.
 
-The inner loops run over items with the choice fixed, so that a Fortran-ordered table is read in vector registers; the
-running minimizer is carried as a float64 so that every select of the loop has one lane width. Every function here is
-ordinary Python that numba compiles (``cache=True``: the second process loads machine code).
+The inner loops run over items with the choice fixed, on one-dimensional slices of a column: only so does the compiler
+read a Fortran-ordered table in vector registers. The running minimizer is carried as a float64, so that every select of
+the loop has one lane width. Every function here is ordinary Python that numba compiles (``cache=True``: the second
+process loads machine code).
 """
 
 from __future__ import annotations
@@ -38,15 +39,12 @@ def _bracket(loss: Any, cost: Any, low: float, high: float) -> Any:
     at_low, at_high = np.empty(BLOCK), np.empty(BLOCK)
     for start in range(0, n, BLOCK):
         size = min(BLOCK, n - start)
-        for i in range(size):
-            best_low[i] = np.inf
-            best_high[i] = np.inf
-            at_low[i] = 0.0
-            at_high[i] = 0.0
+        best_low[:], best_high[:], at_low[:], at_high[:] = np.inf, np.inf, 0.0, 0.0
         for j in range(k):
             column = float(j)
+            losses, costs = loss[start : start + size, j], cost[start : start + size, j]
             for i in range(size):
-                here, spent = float(loss[start + i, j]), float(cost[start + i, j])
+                here, spent = float(losses[i]), float(costs[i])
                 value = here + low * spent
                 better = value < best_low[i]
                 best_low[i] = value if better else best_low[i]
@@ -82,28 +80,27 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
     penalty, size = np.empty(4096), np.empty(4096, dtype=np.int64)
     count = 0
     total, carry, used = 0.0, 0.0, 0
-    best, at, close = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    best, at, second = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     for start in range(0, n, BLOCK):
         length = min(BLOCK, n - start)
-        best[:], at[:], close[:] = np.inf, 0.0, 0.0
+        best[:], at[:], second[:] = np.inf, 0.0, np.inf
         for j in range(k):
             column = float(j)
+            losses, costs = loss[start : start + length, j], cost[start : start + length, j]
             for i in range(length):
-                value = float(loss[start + i, j]) + rate * float(cost[start + i, j])
+                value = float(losses[i]) + rate * float(costs[i])
                 better = value < best[i]
+                loser = best[i] if better else value
+                second[i] = min(second[i], loser)
                 best[i] = value if better else best[i]
                 at[i] = column if better else at[i]
-        for j in range(k):
-            for i in range(length):
-                value = float(loss[start + i, j]) + rate * float(cost[start + i, j])
-                close[i] += 1.0 if value - best[i] <= threshold else 0.0
         block_loss = 0.0
         for i in range(length):
             row, chosen = start + i, int(at[i])
             block_loss += float(loss[row, chosen])
             used += cost[row, chosen]
             stay = base[row]
-            if close[i] < 2.0 and chosen == stay:
+            if chosen == stay and not second[i] - best[i] <= threshold:
                 continue
             here = float(loss[row, stay]) + rate * float(cost[row, stay])
             for j in range(k):

@@ -25,8 +25,8 @@ DIRECT_ITEMS = 4_096
 SAMPLE_ITEMS = 4_096
 """Most sampled items; the width of the bracket falls with the root of this."""
 
-SAMPLE_SHARE = 8
-"""A sample takes at most one item in so many, so that it stays cheap beside the pass."""
+SAMPLE_POWER = 2 / 3
+"""A sample takes n to this power: its own time and that of the items which its bracket leaves unsettled balance."""
 
 SPREADS = 1.8
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
@@ -175,7 +175,7 @@ def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: 
 def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
     """Rates that enclose the critical one with high probability, from one random item in each of many strata."""
     n = len(loss)
-    count = max(2, min(SAMPLE_ITEMS, n // SAMPLE_SHARE))
+    count = max(2, min(SAMPLE_ITEMS, int(n**SAMPLE_POWER)))
     edges = np.linspace(0, n, count + 1).astype(np.int64)
     picked = edges[:-1] + (np.random.default_rng(0).random(count) * np.diff(edges)).astype(np.int64)
     sample_loss, sample_cost = passes.gather(loss, cost, picked)
@@ -238,7 +238,7 @@ def _improve_near_break(
     moves = passes.collect_moves(near_loss, near_cost, relaxed.choice[near], relaxed.rate, 0, excess)
     if moves.item.size > NEAR_MOVES:
         best = np.argpartition(moves.penalty / np.abs(moves.size), NEAR_MOVES)[:NEAR_MOVES]
-        moves = passes.subset(moves, best)
+        moves = passes.subset(moves, np.sort(best))
     closed = closing.close(
         moves,
         relaxed.slack,

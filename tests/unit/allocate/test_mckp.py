@@ -156,7 +156,7 @@ def test_bracketing_survives_odd_tables(backend, monkeypatch, seed):
     limits = [least, most, *rng.integers(least, most + 1, 5).tolist()]
     expected = [mckp.solve_table(loss, cost, limit) for limit in limits]
     monkeypatch.setattr(mckp, "DIRECT_ITEMS", 8)
-    monkeypatch.setattr(mckp, "SAMPLE_SHARE", 10)
+    monkeypatch.setattr(mckp, "SAMPLE_POWER", 0.44)
     for limit, direct in zip(limits, expected, strict=True):
         bracketed = mckp.solve_table(loss, cost, limit)
         assert bracketed.loss == pytest.approx(direct.loss, rel=1e-12)
