@@ -14,7 +14,14 @@ from mpqsearch.quant.modules import (
     trainable_state,
 )
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, prescale_factors, width_errors
+from mpqsearch.quant.tables import (
+    RowStatistics,
+    error_tables,
+    kurtosis,
+    prescale_factors,
+    weight_error_tables,
+    width_errors,
+)
 
 __all__ = [
     "ActivationQuantizer",
@@ -44,6 +51,7 @@ __all__ = [
     "quantize_weight",
     "rows_of",
     "trainable_state",
+    "weight_error_tables",
     "weight_of",
     "width_errors",
 ]

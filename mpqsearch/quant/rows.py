@@ -6,24 +6,19 @@ affine codebook (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the mid-rise 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
-
-BLOCK = 1 << 18
-"""Weights handled at a time by the range search: large enough to amortise the calls, small enough to stay in cache."""
+from mpqsearch.quant.search import best_factors, compiled, in_threads
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
-
-
-FINALISTS = 3
-"""Candidates of the range search that are compared again in float64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +63,16 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     what is stored. Raises `NumericsError` when a row is not finite.
     """
     rows = rows.detach().float()
-    widths = torch.as_tensor(bits, dtype=torch.uint8).expand(rows.shape[0]).clone()
-    finite = torch.isfinite(rows).all(1)
-    if not bool(finite.all()):
-        raise NumericsError(f"weight row {int((~finite).nonzero()[0])} holds NaN or infinity and cannot be quantized")
+    widths = torch.as_tensor(bits, dtype=torch.uint8, device=rows.device).expand(rows.shape[0]).clone()
+    moments = row_moments(rows)
     if fmt.codebook == "auto":
-        affine, midrise = (_fit(rows, widths, fmt, codebook) for codebook in ("affine", "midrise"))
+        affine, midrise = (_fit(rows, widths, fmt, codebook, moments) for codebook in ("affine", "midrise"))
         errors = [(decode(encode(rows, q), q) - rows).square().sum(1) for q in (affine, midrise)]
         use = errors[1] < errors[0]
         return RowQuantizer(
             scale=torch.where(use, midrise.scale, affine.scale), zero=torch.where(use, midrise.zero, affine.zero), bits=widths
         )
-    return _fit(rows, widths, fmt, fmt.codebook)
+    return _fit(rows, widths, fmt, fmt.codebook, moments)
 
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
@@ -93,15 +86,76 @@ def decode(codes: Tensor, quantizer: RowQuantizer) -> Tensor:
     return (codes.float() - quantizer.zero[:, None]) * quantizer.scale[:, None]
 
 
-def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str) -> RowQuantizer:
+def fit_grid(
+    rows: Tensor, widths: Sequence[int], codebook: str, fmt: QuantFormat, moments: RowMoments | None = None
+) -> RowQuantizer:
+    """Search the range of every row at every width in one pass: scale, zero ``[C, W]`` and bits ``[W]``.
+
+    Column ``w`` is what `fit_rows` gives at that width. ``codebook`` is ``affine`` or ``midrise``; the one of ``fmt`` is not used.
+    """
+    found = moments or row_moments(rows)
+    bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
+    return _fit(rows, bits.expand(len(rows), -1), fmt, codebook, found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMoments:
+    """Least, largest and root mean square weight of every row, and its kurtosis (Gaussian: 3); float32 ``[C]`` each."""
+
+    low: Tensor
+    high: Tensor
+    rms: Tensor
+    kurtosis: Tensor
+
+
+def row_moments(rows: Tensor) -> RowMoments:
+    """Moments of rows ``[C, D]`` of any floating type, one cache-sized block at a time.
+
+    Kurtosis is ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it, and 0 for a
+    constant row. Raises `NumericsError` when a row is not finite.
+    """
+    out = [torch.empty(len(rows), device=rows.device) for _ in range(4)]
+
+    def work(block: slice) -> None:
+        part = rows[block].float()
+        if compiled(rows) is not None:
+            kernels.moments(part.numpy(), *(x[block].numpy() for x in out))
+            return
+        for target, value in zip(out, _moments_of(part), strict=True):
+            target[block] = value
+
+    kernels: Any = compiled(rows)
+    in_threads(work, rows)
+    bad = (~torch.isfinite(out[3])).nonzero()
+    if len(bad):
+        raise NumericsError(f"weight row {int(bad[0])} holds NaN or infinity and cannot be quantized")
+    return RowMoments(low=out[0], high=out[1], rms=out[2], kurtosis=out[3])
+
+
+def _moments_of(rows: Tensor) -> tuple[Tensor, ...]:
+    double = torch.float32 if rows.device.type == "mps" else torch.float64  # no float64 there
+    wide = rows.to(double)
+    squared = (wide - wide.mean(1, keepdim=True)).square_()
+    n = rows.shape[1]
+    variance = squared.sum(1) / max(n - 1, 1)
+    fourth = squared.square_().mean(1)
+    real = variance > 1e-30
+    kurtosis = torch.where(real, fourth / torch.where(real, variance, 1.0).square(), 0.0)
+    rms = wide.square_().mean(1).sqrt()
+    kurtosis = torch.where(torch.isfinite(rms), kurtosis, torch.nan)
+    return rows.amin(1), rows.amax(1), rms.float(), kurtosis.float()
+
+
+def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str, moments: RowMoments) -> RowQuantizer:
+    """Quantizers of one codebook; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
     top = _top(bits)
+    low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (moments.low, moments.high, moments.rms))
     if codebook == "affine":
-        low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+        low, high = low.clamp_max(0), high.clamp_min(0)
         widest = (high - low) / top
         zero = (-low / widest.clamp_min(torch.finfo(torch.float32).tiny)).round().minimum(top)
     else:
-        reach = rows.abs().amax(1)
-        rms = rows.square().mean(1).sqrt()
+        reach = torch.maximum(-low, high).expand(bits.shape)
         reach = torch.where(bits == 1, reach.minimum(ONE_BIT_RANGE * rms), reach)
         widest = 2 * reach / top
         zero = top / 2
@@ -109,68 +163,24 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str) -> RowQuan
     widest = torch.where(dead, 1.0, widest)  # an all-zero row: any scale gives zero in the affine codebook
     if codebook == "midrise":
         zero = torch.where(dead, 0.0, zero)  # the mid-rise levels have no zero: such a row falls back to code 0 = 0.0
-    scale = widest if fmt.criterion == "minmax" else widest * _best_shrink(rows, widest, zero, top, fmt)
-    return RowQuantizer(scale=stored_scale(scale), zero=zero, bits=bits)
-
-
-def _best_shrink(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, fmt: QuantFormat) -> Tensor:
-    """The shrink factor ``[C]`` with the least error, out of the grid."""
+    if fmt.criterion == "minmax":
+        return RowQuantizer(scale=stored_scale(widest), zero=zero, bits=bits)
     p = 2.0 if fmt.criterion == "mse" else fmt.p
-    factors = 1 - 0.8 * torch.arange(fmt.n_candidates, dtype=torch.float32) / fmt.n_candidates
-    best = torch.empty_like(widest)
-    for block in _blocks(rows):
-        best[block] = factors[_search_block(rows[block], widest[block], zero[block], top[block], factors, p)]
-    return best
-
-
-def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float) -> Tensor:
-    """Index of the best factor for each row of a cache-sized block.
-
-    All factors in float32, in units of the scale and in place; then the best few again in float64, since rounding may reverse
-    candidates that differ by a millionth.
-    """
-    errors = torch.empty(len(factors), len(rows))
-    zero_column, top_column = zero[:, None], top[:, None]
-    at_once = max(1, BLOCK // rows.numel())  # small layers take many candidates in one call
-    for start in range(0, len(factors), at_once):
-        scale = widest * factors[start : start + at_once, None]  # [k, C]
-        units = torch.addcmul(zero_column, rows, scale.reciprocal()[:, :, None])
-        nearest = torch.round(units).clamp_min_(0)
-        torch.minimum(nearest, top_column, out=nearest)
-        errors[start : start + at_once] = _power_sum(units.sub_(nearest), p) * scale.pow(p)
-    few = errors.topk(min(FINALISTS, len(factors)), dim=0, largest=False).indices.sort(dim=0).values
-    exact = torch.stack([_exact_error(rows, widest.double() * factors[i], zero, top, p) for i in few])
-    return few.gather(0, exact.argmin(0, keepdim=True))[0]
-
-
-def _exact_error(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor, p: float) -> Tensor:
-    units = torch.addcmul(zero[:, None].double(), rows.double(), scale.reciprocal()[:, None])
-    units -= units.round().clamp_min_(0).minimum(top[:, None].double())
-    return _power_sum(units, p) * scale.pow(p)
-
-
-def _power_sum(x: Tensor, p: float) -> Tensor:
-    """``sum |x|**p`` over the last axis, in place. Through log2 and exp2, which are vectorised where ``pow`` is not."""
-    x.square_()
-    if p != 2.0:
-        x.log2_().mul_(p / 2).exp2_()
-    return x.sum(-1)
+    grid = [x.reshape(len(rows), -1) for x in (widest, zero, top)]
+    factor = best_factors(rows, grid[0], grid[1], grid[2], fmt.n_candidates, p)
+    return RowQuantizer(scale=stored_scale(widest * factor.reshape(widest.shape)), zero=zero, bits=bits)
 
 
 def stored_scale(scale: Tensor) -> Tensor:
     """Scales as they are stored: half precision times one power of two a layer, which puts the largest just below 2**16.
 
+    ``scale`` is ``[C]``, or ``[C, K]`` for K quantizers of a layer, each with a power of its own.
     Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.
     """
-    exponent = torch.exp2(scale.amax().log2().floor() - 15).clamp_min(2.0**-126)
+    exponent = torch.exp2(scale.amax(0).log2().floor() - 15).clamp_min(2.0**-126)
     half = (scale / exponent).clamp(2.0**-24, 65504.0).half()
     return half.float() * exponent
 
 
 def _top(bits: Tensor) -> Tensor:
     return torch.exp2(bits.float()) - 1
-
-
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK // rows.shape[1])
-    return (slice(start, start + step) for start in range(0, len(rows), step))

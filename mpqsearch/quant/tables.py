@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
-from mpqsearch.quant.rows import decode, encode, fit_rows, rows_of
+from mpqsearch.quant.rows import RowMoments, decode, encode, fit_grid, fit_rows, row_moments, rows_of
+from mpqsearch.quant.search import square_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +28,28 @@ class RowStatistics:
 
 
 def kurtosis(rows: Tensor) -> Tensor:
-    """Fourth standardised moment of each row (Gaussian: 3), 0 for a constant row.
+    """Fourth standardised moment of each row (Gaussian: 3), 0 for a constant row; see `row_moments`."""
+    return row_moments(rows).kurtosis
 
-    ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it.
+
+def weight_error_tables(
+    rows: Tensor, widths: Sequence[int], codebooks: Sequence[str], fmt: QuantFormat, moments: RowMoments | None = None
+) -> dict[str, Tensor]:
+    """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each codebook, in fused passes.
+
+    The numbers are those of `error_tables` over `width_errors`, without the ``[W, C, D]`` weight errors. ``auto`` is the lesser of the
+    other two, row by row, as `fit_rows` chooses.
     """
-    centred = rows.double() - rows.double().mean(1, keepdim=True)
-    squared = centred.square_()
-    n = rows.shape[1]
-    variance = squared.sum(1) / max(n - 1, 1)
-    fourth = squared.square_().mean(1)
-    safe = variance > 1e-30
-    return torch.where(safe, fourth / torch.where(safe, variance, 1.0).square(), 0.0).float()
+    needed = {"affine": {"affine", "auto"}, "midrise": {"midrise", "auto"}}
+    found = moments or row_moments(rows)
+    errors = {}
+    for codebook, asked in needed.items():
+        if asked & set(codebooks):
+            q = fit_grid(rows, widths, codebook, fmt, found)
+            errors[codebook] = square_errors(rows, q.scale, q.zero, torch.exp2(q.bits.float()) - 1)
+    if "auto" in codebooks:
+        errors["auto"] = torch.minimum(errors["affine"], errors["midrise"])
+    return {codebook: errors[codebook] for codebook in codebooks}
 
 
 def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tensor:

@@ -1,0 +1,248 @@
+"""Compiled kernels of the range search and of row moments. Imported only where numba is installed, through `search.compiled`.
+
+Every loop over a row runs over a contiguous slice, so that it compiles to vector instructions; sums are float32 inside `CHUNK`
+elements and float64 over chunks. ``|x|**p`` goes through polynomials for the logarithm and the exponential: a sum over a row agrees
+with float64 to better than 1e-5, and candidates that close are equally good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+CHUNK = 1024
+"""Elements that are summed in float32."""
+
+SMALLEST = 1e-30
+"""Scales below are not searched: their reciprocals would overflow."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_FAST = {"reassoc", "contract", "nnan", "ninf", "nsz", "arcp"}
+_INT, _FLOAT = ir.IntType(32), ir.FloatType()
+_MANTISSA_FROM = 0x3F400000
+"""Bits of 0.75: mantissas lie in [0.75, 1.5), around the 1 where the logarithm must be small."""
+
+
+def _jit(**options: Any) -> Callable[[_Function], _Function]:
+    settings = {"nogil": True, "error_model": "numpy", **options}
+
+    def compile_(body: _Function) -> _Function:
+        made: Any
+        try:
+            made = numba.njit(cache=True, **settings)(body)
+        except RuntimeError:  # no folder that can hold the cache
+            made = numba.njit(**settings)(body)
+        return made  # type: ignore[no-any-return]
+
+    return compile_
+
+
+def _polynomial(function: Callable[[Any], Any], low: float, high: float, degree: int) -> tuple[np.float32, ...]:
+    """Coefficients of the near-minimax polynomial on an interval, from the constant up."""
+    fitted = np.polynomial.Chebyshev.interpolate(function, degree, domain=[low, high])
+    return tuple(np.float32(c) for c in fitted.convert(kind=np.polynomial.Polynomial).coef)
+
+
+_L0, _L1, _L2, _L3, _L4, _L5 = _polynomial(np.log2, 0.75, 1.5, 5)
+_E0, _E1, _E2, _E3, _E4 = _polynomial(np.exp2, -0.5, 0.5, 4)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _exponent(typing: Any, y: Any) -> Any:  # noqa: ARG001
+    """The power of two of a positive float32, as float32. Written in LLVM because numba widens integers to 64 bits."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        bits = b.bitcast(args[0], _INT)
+        return b.sitofp(b.ashr(b.sub(bits, ir.Constant(_INT, _MANTISSA_FROM)), ir.Constant(_INT, 23)), _FLOAT)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _mantissa(typing: Any, y: Any) -> Any:  # noqa: ARG001
+    """A positive float32 over its power of two, in [0.75, 1.5)."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        bits = b.bitcast(args[0], _INT)
+        power = b.and_(b.sub(bits, ir.Constant(_INT, _MANTISSA_FROM)), ir.Constant(_INT, -(1 << 23)))
+        return b.bitcast(b.sub(bits, power), _FLOAT)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _times_power(typing: Any, z: Any, n: Any) -> Any:  # noqa: ARG001
+    """``z * 2**n`` for a whole ``n``, by adding to the exponent."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        shifted = b.shl(b.fptosi(args[1], _INT), ir.Constant(_INT, 23))
+        return b.bitcast(b.add(b.bitcast(args[0], _INT), shifted), _FLOAT)
+
+    return types.float32(types.float32, types.float32), build
+
+
+@_jit(fastmath=_FAST, inline="always")
+def _power(y: Any, exponent: Any) -> Any:
+    """``y**exponent`` of a float32 ``y >= 0``, to a relative 2e-5; below 2**-126 it is a constant near 0."""
+    m = _mantissa(y)
+    log = ((((_L5 * m + _L4) * m + _L3) * m + _L2) * m + _L1) * m + _L0
+    t = max((log + _exponent(y)) * exponent, np.float32(-126.0))
+    n = np.rint(t)
+    f = t - n
+    return _times_power((((_E4 * f + _E3) * f + _E2) * f + _E1) * f + _E0, n)
+
+
+@_jit(fastmath=_FAST)
+def _error_square(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any) -> Any:  # noqa: ARG001
+    total: Any = 0.0
+    for start in range(0, row.shape[0], CHUNK):
+        part = row[start : start + CHUNK]
+        chunk = np.float32(0)
+        for j in range(part.shape[0]):
+            unit = part[j] * inverse + zero
+            off = unit - min(max(np.rint(unit), np.float32(0)), top)
+            chunk += off * off
+        total += chunk
+    return total
+
+
+@_jit(fastmath=_FAST)
+def _error_power(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any) -> Any:
+    total: Any = 0.0
+    for start in range(0, row.shape[0], CHUNK):
+        part = row[start : start + CHUNK]
+        chunk = np.float32(0)
+        for j in range(part.shape[0]):
+            unit = part[j] * inverse + zero
+            off = unit - min(max(np.rint(unit), np.float32(0)), top)
+            chunk += _power(off * off, exponent)
+        total += chunk
+    return total
+
+
+def _searcher(error: Any) -> Any:
+    def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, p: float, best: Any) -> None:
+        n = factors.shape[0]
+        exponent = np.float32(p / 2)
+        errors = np.empty(n)
+        for c in range(rows.shape[0]):
+            row = rows[c]
+            for k in range(widest.shape[1]):
+                base, z, t = widest[c, k], zero[c, k], top[c, k]
+                best[c, k] = 0
+                if base < SMALLEST:
+                    continue
+                errors[:] = np.inf
+                least = np.inf
+                for j in range(0, n + step - 1, step):
+                    i = min(j, n - 1)
+                    scale = base * factors[i]
+                    errors[i] = error(row, np.float32(1) / scale, z, t, exponent) * float(scale) ** p
+                    least = min(least, errors[i])
+                bound = least * (1 + margin)
+                if step > 1:
+                    for low in range(0, n - 1, step):
+                        high = min(low + step, n - 1)
+                        if errors[low] <= bound or errors[high] <= bound:
+                            for i in range(low + 1, high):
+                                scale = base * factors[i]
+                                errors[i] = error(row, np.float32(1) / scale, z, t, exponent) * float(scale) ** p
+                best[c, k] = np.argmin(errors)
+
+    return _jit()(run)
+
+
+_search_square = _searcher(_error_square)
+_search_power = _searcher(_error_power)
+
+
+def search(p: float) -> Callable[..., None]:
+    """The search kernel of one exponent: ``(rows, widest, zero, top, factors, step, margin, best)``, with ``best`` written."""
+    kernel = _search_square if p == 2.0 else _search_power
+
+    def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, best: Any) -> None:
+        kernel(rows, widest, zero, top, factors, step, margin, float(p), best)
+
+    return run
+
+
+@_jit(fastmath={"reassoc", "nsz"})  # no contraction: codes must be those of the quantizer that is deployed
+def square_errors(rows: Any, scale: Any, zero: Any, top: Any, out: Any) -> None:
+    """``sum (w_q - w)**2`` of every row under every quantizer, into ``out``."""
+    for c in range(rows.shape[0]):
+        for k in range(scale.shape[1]):
+            s, z, t = scale[c, k], zero[c, k], top[c, k]
+            total: Any = 0.0
+            for start in range(0, rows.shape[1], CHUNK):
+                part = rows[c, start : start + CHUNK]
+                chunk = np.float32(0)
+                for j in range(part.shape[0]):
+                    code = min(max(np.rint(part[j] / s + z), np.float32(0)), t)
+                    off = (code - z) * s - part[j]
+                    chunk += off * off
+                total += chunk
+            out[c, k] = total
+
+
+@_jit(fastmath=_FAST)
+def _moments(row: Any) -> Any:
+    """Least, largest, mean, and the centred sums of squares and fourth powers of one row."""
+    low, high = row[0], row[0]
+    total: Any = 0.0
+    for start in range(0, row.shape[0], CHUNK):
+        part = row[start : start + CHUNK]
+        chunk = np.float32(0)
+        for j in range(part.shape[0]):
+            low, high = min(low, part[j]), max(high, part[j])
+            chunk += part[j]
+        total += chunk
+    mean = np.float32(total / row.shape[0])
+    # In units of the reach, so that fourth powers of small weights stay normal numbers.
+    reach = max(high, -low)
+    unit = np.float32(1) / reach if reach > SMALLEST else np.float32(1)
+    second: Any = 0.0
+    fourth: Any = 0.0
+    for start in range(0, row.shape[0], CHUNK):
+        part = row[start : start + CHUNK]
+        two, four = np.float32(0), np.float32(0)
+        for j in range(part.shape[0]):
+            square = (part[j] - mean) * unit
+            square *= square
+            two += square
+            four += square * square
+        second += two
+        fourth += four
+    return low, high, mean, second, fourth, unit
+
+
+@_jit(fastmath={"reassoc"})
+def _is_finite(row: Any) -> Any:
+    """Whether all elements are finite: 0 times NaN or infinity is NaN, and a sum keeps it."""
+    total = np.float32(0)
+    for j in range(row.shape[0]):
+        total += row[j] * np.float32(0)
+    return total == 0
+
+
+@_jit()
+def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
+    """Least, largest and root mean square of every row, and the kurtosis of `tables.kurtosis`; each ``[C]``, written.
+
+    A row that is not finite gets NaN in all of them.
+    """
+    n = rows.shape[1]
+    for c in range(rows.shape[0]):
+        if not _is_finite(rows[c]):
+            low[c], high[c], rms[c], kurtosis[c] = np.nan, np.nan, np.nan, np.nan
+            continue
+        low[c], high[c], mean, second, fourth, unit = _moments(rows[c])
+        rms[c] = np.sqrt(second / n / (float(unit) * float(unit)) + float(mean) * float(mean))
+        variance = second / max(n - 1, 1)
+        real = variance / (float(unit) * float(unit))
+        kurtosis[c] = fourth / n / (variance * variance) if real > 1e-30 else 0.0
