@@ -70,8 +70,10 @@ def digest_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: Path, mode: str = "wb", *, flush: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Without ``flush`` the disk is not waited for: for caches, whose entries may be lost.
 
     Raises `ArtifactError` when the disk is full or the folder cannot be written.
     """
@@ -85,7 +87,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         with handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            if flush:
+                os.fsync(handle.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
@@ -120,13 +123,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text atomically."""
-    with atomic_write(path) as handle:
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write text atomically; see `atomic_write` for ``flush``."""
+    with atomic_write(path, flush=flush) as handle:
         handle.write(text.encode())
 
 
-def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
+def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str], *, flush: bool = True) -> None:
     """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are refused."""
     body = {
         "schema": schema,
@@ -139,7 +142,7 @@ def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) ->
         text = json.dumps(body, indent=1, allow_nan=False)
     except ValueError as error:
         raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", flush=flush)
 
 
 def read_json(path: Path, schema: str) -> Artifact:

@@ -118,7 +118,10 @@ class EvaluationCache:
         if self.folder is None:
             return
         values = list(value.values) if isinstance(value.values, tuple) else dict(value.values)
-        artifacts.write_json(self._path(key), SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key})
+        # Not flushed to the disk: what a power cut tears is found out when it is read, and measured again.
+        artifacts.write_json(
+            self._path(key), SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key}, flush=False
+        )
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:

@@ -71,7 +71,8 @@ class Objective:
     the stored bits a parameter and the logarithm of the error.
 
     ``paired`` says how a pruner reads what is reported: True reports every (budget, chunk of seeds) under its own number, in an order of
-    the trial's own, as `optuna.pruners.WilcoxonPruner` wants it; False reports running means in a fixed order, for the others.
+    the trial's own, as `optuna.pruners.WilcoxonPruner` wants it; False reports running means in a fixed order, for the others. Without
+    ``pruning`` nothing is reported. ``use_output`` measures rung 1 too.
     """
 
     surrogate: Surrogate
@@ -80,6 +81,7 @@ class Objective:
     budgets: tuple[Budget, ...]
     bits_range: tuple[float, float] = (2.0, 4.0)
     paired: bool = True
+    pruning: bool = True
     use_output: bool = True
     _uniform: dict[str, Candidate] = field(default_factory=dict, repr=False)
 
@@ -105,6 +107,8 @@ class Objective:
                 ratio = _log_ratio(chunks[k][index], self.ladder.chunk_errors(uniform, index))
                 step = len(self.budgets) * (1 + index) + k
             seen.append(ratio)
+            if not self.pruning:
+                continue
             trial.report(ratio if self.paired else float(np.mean(seen)), step if self.paired else len(seen))
             if trial.should_prune():
                 pruned = True

@@ -192,9 +192,13 @@ class Counts:
 
 def counts(study: Study) -> Counts:
     """How far a study is."""
+    return counts_of(study.get_trials(deepcopy=False))
+
+
+def counts_of(trials: Sequence[FrozenTrial]) -> Counts:
+    """How far a study with these trials is."""
     from optuna.trial import TrialState
 
-    trials = study.get_trials(deepcopy=False)
     by = {s: sum(t.state == s for t in trials) for s in TrialState}
     surplus = sum(bool(t.user_attrs.get(SURPLUS)) for t in trials if t.state == TrialState.FAIL)
     return Counts(
@@ -236,21 +240,28 @@ def work(
         contextlib.nullcontext() if has_heartbeat(study._storage) or folder is None else SignOfLife(folder, identity, heartbeat_s)
     )
     errors: list[MpqsearchError] = []
+    ended: list[int] = []
 
     def guarded(trial: Trial) -> Any:
+        ended.clear()
         trial.set_user_attr(WORKER, identity)
-        if _rank(study, trial.number) >= plan.trials:
+        trials = study.get_trials(deepcopy=False)
+        if sum(t.number < trial.number and t.state != optuna.trial.TrialState.FAIL for t in trials) >= plan.trials:
             trial.set_user_attr(SURPLUS, True)
             raise _SurplusError
         if plan.sampler == "random":  # one seed a draw: an interrupted study goes on exactly as if it had not been
-            study.sampler = make_sampler("random", seed_of(plan.seed, _draw(study, trial)))
+            study.sampler = make_sampler("random", seed_of(plan.seed, _draw(study, trial, trials)))
         try:
             value = objective(trial)
         except NumericsError as error:
             errors.append(error)
             trial.set_user_attr("error", str(error))
             raise
+        except optuna.exceptions.UpdateFinishedTrialError:
+            ended.append(trial._trial_id)
+            raise
         errors.clear()
+        ended.append(trial._trial_id)
         return value
 
     def told(_study: Study, trial: FrozenTrial) -> None:
@@ -263,41 +274,40 @@ def work(
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
         while not stop():
             fail_dead_trials(study, folder, grace_s)
-            state = counts(study)
+            trials = study.get_trials(deepcopy=False)
+            state = counts_of(trials)
             if state.finished >= plan.trials:
                 break
             if state.finished + state.running >= plan.trials and not state.waiting:
                 time.sleep(poll_s)
                 continue
             if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
-                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(study.get_trials(deepcopy=False))), plan.mode)
-            # A worker that was stopped for long may find its trial failed by others meanwhile: then it takes the next one.
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(trials)), plan.mode)
+            try:
                 study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError), callbacks=[told])
+            except Exception:
+                # A worker that was held up for long finds that others have failed its trial meanwhile and queued it again: what it measured
+                # is in the cache, and it takes the next one. Optuna says this with three kinds of errors.
+                if not any(study._storage.get_trial(i).state == optuna.trial.TrialState.FAIL for i in ended):
+                    raise
             if len(errors) >= MAX_FAILURES:
                 raise errors[-1]
     return counts(study)
 
 
-def _rank(study: Study, number: int) -> int:
-    """How many trials that have not failed were begun before this one."""
-    from optuna.trial import TrialState
-
-    return sum(t.number < number and t.state != TrialState.FAIL for t in study.get_trials(deepcopy=False))
-
-
-def _draw(study: Study, trial: Trial) -> int:
+def _draw(study: Study, trial: Trial, trials: Sequence[FrozenTrial]) -> int:
     """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not."""
     from optuna.trial import TrialState
 
     while True:
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and DRAW in t.user_attrs]
-        taken = {int(t.user_attrs[DRAW]): t.number for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs}
+        others = [t for t in trials if t.number != trial.number and DRAW in t.user_attrs]
+        taken = {int(t.user_attrs[DRAW]): t.number for t in others if t.state != TrialState.FAIL or "error" in t.user_attrs}
         mine = trial.user_attrs.get(DRAW)
         if mine is not None and not taken.get(mine, trial.number) < trial.number:
             return int(mine)
         # Two workers may pick the same number at once: after writing, the trial that began later looks again.
         trial.set_user_attr(DRAW, next(i for i in range(len(taken) + 1) if i not in taken))
+        trials = study.get_trials(deepcopy=False)
 
 
 def objective_of(objective: Objective, mode: Mode) -> ObjectiveFunction:

@@ -169,6 +169,29 @@ def test_failed_trials_are_replaced_and_many_in_a_row_end_the_study(make_objecti
         work(open_study(plan, optuna.storages.InMemoryStorage()), plan, never)
 
 
+def test_a_trial_that_was_taken_away_is_no_error_but_one_of_the_objective_is(make_objective: Callable[..., Objective]) -> None:
+    o = make_objective()
+    plan = plan_for(o, trials=3)
+    study = open_study(plan, optuna.storages.InMemoryStorage())
+    taken: list[int] = []
+
+    def held_up(trial: optuna.Trial) -> float:
+        value = o.front(trial)
+        if not taken:  # others took this worker for dead
+            taken.append(trial.number)
+            study._storage.set_trial_state_values(trial._trial_id, state=optuna.trial.TrialState.FAIL)
+        return value
+
+    assert work(study, plan, held_up).finished == 3
+    assert taken == [0]
+
+    def wrong(trial: optuna.Trial) -> float:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        work(open_study(plan, optuna.storages.InMemoryStorage()), plan, wrong)
+
+
 def test_optunas_own_objects_are_taken_as_they_are(make_objective: Callable[..., Objective]) -> None:
     o = make_objective()
     sampler = optuna.samplers.BruteForceSampler()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.search.storage import open_storage, redact, repair_journal
+
+
+def journal_with(path: Path, trials: int) -> optuna.Study:
+    study = optuna.create_study(study_name="s", storage=open_storage(path), load_if_exists=True)
+    study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=trials)
+    return study
+
+
+@pytest.mark.parametrize("cut", [1, 9, 40])
+def test_a_torn_tail_is_cut_and_kept_beside(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "study.journal"
+    journal_with(path, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    study = journal_with(path, 2)  # opens, repairs and goes on
+    assert len([t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]) >= 4
+    assert (tmp_path / "study.journal.bak").read_bytes() == whole[:-cut]
+    assert repair_journal(path) == 0
+
+
+def test_a_torn_line_that_was_written_over_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    journal_with(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-3]) + lines[-3][:-9] + b"".join(lines[-2:]))  # the next append went on in the torn line
+    assert repair_journal(path) == 1
+    assert len(journal_with(path, 1).get_trials()) >= 3
+
+
+def test_a_whole_journal_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    journal_with(path, 2)
+    before = path.read_bytes()
+    assert repair_journal(path) == 0
+    assert path.read_bytes() == before
+    assert list(tmp_path.glob("*.bak*")) == []
+    assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no journal\nat all\n")
+    with pytest.raises(ArtifactError, match="no journal of a study"):
+        open_storage(path)
+    assert path.read_text() == "no journal\nat all\n"
+
+
+def test_sqlite_is_refused_for_several_workers_with_the_reason(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a.db'}"
+    with pytest.raises(ConfigError, match="no row locks"):
+        open_storage(url, workers=2)
+    assert isinstance(open_storage(url), optuna.storages.RDBStorage)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hunter2@db.example:5432/studies",
+        "mysql+pymysql://me:hunter2@db/x?charset=utf8",
+        "postgresql://me:hu/nt@er2@db/x".replace("hu/nt@er2", "hunter2/%40@"),
+        "postgresql://db/x?user=me&password=hunter2&sslmode=require",
+        "redis://:hunter2@cache:6379/0",
+    ],
+)
+def test_passwords_are_never_shown(url: str) -> None:
+    text = redact(f"mpqsearch search --storage {url} --workers 4")
+    assert "hunter2" not in text
+    assert "***" in text
+    assert text.endswith("--workers 4")
+
+
+def test_what_has_no_password_stays_as_it_is() -> None:
+    for text in (
+        "runs/a/study.journal",
+        "grpc://localhost:13000",
+        "sqlite:///a.db",
+        "see https://optuna.org/ or mail me@example.org",
+    ):
+        assert redact(text) == text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unreachable_database_says_so_without_the_password() -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(ConfigError) as caught:
+        open_storage("postgresql://me:hunter2@127.0.0.1:9/none")
+    assert "cannot be opened" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
