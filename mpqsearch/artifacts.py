@@ -31,6 +31,8 @@ VERSIONS = {
     "mpqsearch/profile": 1,
     "mpqsearch/final-errors": 1,
     "mpqsearch/allocation": 1,
+    "mpqsearch/path": 1,
+    "mpqsearch/explanation": 1,
     "mpqsearch/bitmap": 1,
     "mpqsearch/metrics": 1,
     "mpqsearch/pareto": 1,

@@ -121,6 +121,35 @@ class Allocation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Program:
+    """The integer program behind an ``ilp-*`` method: its numbers, and what they stand for.
+
+    An item is a layer or a channel: ``item_layer`` ``[n]`` says to which of ``layers`` it belongs. ``widths`` are the bits of every
+    choice. ``fixed_cost`` is what the whole-model budget pays for all that is no item.
+    """
+
+    problem: AllocationProblem
+    layers: tuple[str, ...]
+    item_layer: NDArray[np.int64]
+    widths: tuple[int, ...]
+    fixed_cost: int
+
+    def weights(self, choice: NDArray[np.int32]) -> dict[str, NDArray[np.uint8]]:
+        """Width (or vector of widths) of every layer under a choice ``[n]`` of every item."""
+        chosen = np.array(self.widths, dtype=np.uint8)[choice]
+        if len(self.item_layer) == len(self.layers):
+            return dict(zip(self.layers, chosen, strict=True))
+        return dict(zip(self.layers, np.split(chosen, np.flatnonzero(np.diff(self.item_layer)) + 1), strict=True))
+
+    def choice(self, bit_map: BitMap) -> NDArray[np.int32]:
+        """Choice ``[n]`` of every item in a bit map; one that this program made, or one of the same widths."""
+        counts = np.bincount(self.item_layer, minlength=len(self.layers))
+        bits = np.concatenate([np.broadcast_to(bit_map.weights[n], int(c)) for n, c in zip(self.layers, counts, strict=True)])
+        found = np.searchsorted(self.widths, bits)
+        return found.astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Task:
     table: LayerTable
     profile: SensitivityProfile
@@ -171,6 +200,35 @@ def allocate(
     Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the budget is above what
     full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant that the method needs.
     """
+    task = _task_of(method, budget, table, profile, policy, fmt, storage, losses=losses, pairs=pairs)
+    _check_budget(task)
+    bit_map, result, notes = _ALLOCATORS[method.allocator](task)
+    return Allocation(
+        method=method,
+        budget=budget,
+        bit_map=bit_map,
+        limit=task.limit,
+        size_bits=size_bits(table, bit_map, storage),
+        bops=bops(table, bit_map),
+        predicted_loss=predicted_loss(table, profile, bit_map, bias_correction=method.bias_correction),
+        result=result,
+        notes=notes,
+    )
+
+
+def _task_of(
+    method: MethodSpec,
+    budget: Budget,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    policy: Policy,
+    fmt: QuantFormat,
+    storage: StorageModel,
+    *,
+    losses: Floats | None = None,
+    pairs: PairwiseTerms | None = None,
+) -> _Task:
+    """What is asked, checked against the profile."""
     policy.check(table)
     table.require_same_names(set(profile.names), "the profile")
     if profile.model_digest != table.digest:
@@ -199,19 +257,7 @@ def allocate(
     )
     if losses is not None and losses.shape != (sum(profile.channels), len(profile.widths)):
         raise ConfigError(f"losses must be {(sum(profile.channels), len(profile.widths))} as in the profile, got {losses.shape}")
-    _check_budget(task)
-    bit_map, result, notes = _ALLOCATORS[method.allocator](task)
-    return Allocation(
-        method=method,
-        budget=budget,
-        bit_map=bit_map,
-        limit=limit,
-        size_bits=size_bits(table, bit_map, storage),
-        bops=bops(table, bit_map),
-        predicted_loss=predicted_loss(table, profile, bit_map, bias_correction=method.bias_correction),
-        result=result,
-        notes=notes,
-    )
+    return task
 
 
 def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool) -> Floats:
@@ -377,26 +423,79 @@ ORDERS: dict[str, Callable[[Any, str], Floats]] = {
 """Scores that rank the channels of a layer for OMQ; the highest are promoted."""
 
 
+def program_of(
+    method: MethodSpec,
+    budget: Budget,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    policy: Policy,
+    fmt: QuantFormat,
+    storage: StorageModel = DEFAULT_STORAGE,
+    *,
+    by_layer: bool = False,
+    pins: bool = False,
+) -> Program:
+    """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one map.
+
+    ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``pins`` takes in the layers whose width the policy fixes, as
+    fixed items, where that width is among the searched ones; they do not change the optimum, and can be priced.
+
+    Raises `ConfigError` for methods that solve no program, and as `allocate` does.
+    """
+    if method.allocator not in ("ilp-layer", "ilp-channel"):
+        raise ConfigError(f"method {method.name!r} ({method.allocator}) solves no integer program; ilp-layer and ilp-channel do")
+    task = _task_of(method, budget, table, profile, policy, fmt, storage)
+    return _layer_program(task, pins=pins) if by_layer or method.allocator == "ilp-layer" else _channel_program(task)
+
+
 def _ilp_layer(task: _Task) -> _Outcome:
-    names, loss, cost = _layer_table_costs(task)
-    result = solve(
-        AllocationProblem(
-            loss=loss,
-            cost=cost,
-            limit=task.limit - _fixed_cost(task),
-            names=tuple(names),
-            choices=tuple(f"{b} bits" for b in sorted(task.policy.widths)),
-            ties=_tie_groups(task, names),
-            pairwise=task.pairs,
-        ),
-        solver=task.method.solver,
-    )
-    widths = np.array(sorted(task.policy.widths), dtype=np.uint8)[result.choice]
-    return task.map_of(dict(zip(names, widths, strict=True))), result, ()
+    program = _layer_program(task)
+    result = solve(program.problem, solver=task.method.solver)
+    return task.map_of(program.weights(result.choice)), result, ()
 
 
 def _ilp_channel(task: _Task) -> _Outcome:
     """Exact over all channels of all layers at once; channels of a mixed layer pay for their tags."""
+    program = _channel_program(task)
+    by_layer = _ilp_layer(task)
+    if program.problem.limit < int(
+        program.problem.cost.min(axis=1).sum()
+    ):  # the tags alone do not fit: layer widths are all that is left
+        return by_layer[0], by_layer[1], ("the budget does not hold the channel tags; widths are by layer",)
+    result = solve(program.problem, solver=task.method.solver)
+    assert by_layer[1] is not None
+    if by_layer[1].loss < result.loss:
+        return by_layer[0], by_layer[1], ("widths by layer predict a smaller loss than widths by channel with their tags",)
+    return task.map_of(program.weights(result.choice)), result, ()
+
+
+def _layer_program(task: _Task, *, pins: bool = False) -> Program:
+    widths = sorted(task.policy.widths)
+    names, loss, cost = _layer_table_costs(task)
+    paid, ties = _fixed_cost(task), _tie_groups(task, names)
+    fixed: dict[int | str, int | str] = {}
+    if pins:
+        pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
+        priced = {n: widths.index(b) for n, b in pinned.items() if b in widths}
+        more_loss, more_cost = _layer_tables(task, list(priced))
+        names, loss, cost = [*names, *priced], np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
+        fixed.update(priced)
+        paid -= int(more_cost[np.arange(len(priced)), list(priced.values())].sum())
+    problem = AllocationProblem(
+        loss=loss,
+        cost=cost,
+        limit=task.limit - paid,
+        names=tuple(names),
+        choices=tuple(f"{b} bits" for b in widths),
+        budget_name=_unit(task),
+        ties=ties,
+        fixed=fixed or None,
+        pairwise=task.pairs,
+    )
+    return Program(problem=problem, layers=tuple(names), item_layer=np.arange(len(names)), widths=tuple(widths), fixed_cost=paid)
+
+
+def _channel_program(task: _Task) -> Program:
     if task.budget.quantity == "bops":
         raise ConfigError("ilp-channel takes a size budget; a BOPs budget needs ilp-layer")
     widths = sorted(task.policy.widths)
@@ -405,33 +504,39 @@ def _ilp_channel(task: _Task) -> _Outcome:
     columns = [task.profile.widths.index(b) for b in widths]
     loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
     each = np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
-    cost = np.repeat(each, [la.n_channels for la in layers], axis=0)
-    room = task.limit - _fixed_cost(task) - sum(task.storage.fixed_bits(la, task.format) for la in layers)
-    by_layer = _ilp_layer(task)
-    if room < int(cost.min(axis=1).sum()):  # the tags alone do not fit: layer widths are all that is left
-        return by_layer[0], by_layer[1], ("the budget does not hold the channel tags; widths are by layer",)
-    result = solve(AllocationProblem(loss=loss, cost=cost, limit=room), solver=task.method.solver)
-    chosen = np.array(widths, dtype=np.uint8)[result.choice]
-    ends = np.cumsum([la.n_channels for la in layers])[:-1]
-    bit_map = task.map_of(dict(zip((la.name for la in layers), np.split(chosen, ends), strict=True)))
-    assert by_layer[1] is not None
-    if by_layer[1].loss < result.loss:
-        return by_layer[0], by_layer[1], ("widths by layer predict a smaller loss than widths by channel with their tags",)
-    return bit_map, result, ()
+    item_layer = np.repeat(np.arange(len(layers)), [la.n_channels for la in layers])
+    paid = _fixed_cost(task) + sum(task.storage.fixed_bits(la, task.format) for la in layers)
+    problem = AllocationProblem(
+        loss=np.asfortranarray(loss),
+        cost=np.asfortranarray(each[item_layer]),
+        limit=task.limit - paid,
+        choices=tuple(f"{b} bits" for b in widths),
+        budget_name=_unit(task),
+    )
+    return Program(
+        problem=problem, layers=tuple(la.name for la in layers), item_layer=item_layer, widths=tuple(widths), fixed_cost=paid
+    )
+
+
+def _unit(task: _Task) -> str:
+    return "BOPs" if task.budget.quantity == "bops" else "bits stored"
 
 
 def _layer_table_costs(task: _Task) -> tuple[list[str], Floats, NDArray[np.int64]]:
     """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at the searched widths, widths ascending."""
+    return (task.searched, *_layer_tables(task, task.searched))
+
+
+def _layer_tables(task: _Task, names: list[str]) -> tuple[Floats, NDArray[np.int64]]:
     widths = sorted(task.policy.widths)
-    names = task.searched
     losses = task.profile.layer_sum(task.channel_losses())
-    rows = [task.profile.index[n] for n in names]
+    rows = np.array([task.profile.index[n] for n in names], dtype=np.int64)
     loss = losses[rows][:, [task.profile.widths.index(b) for b in widths]]
     if task.budget.quantity == "bops":
         cost = [[task.table[n].macs * b * FULL_PRECISION for b in widths] for n in names]
     else:
         cost = [[task.storage.layer_total(task.table[n], np.array(b, dtype=np.uint8), task.format) for b in widths] for n in names]
-    return names, loss, np.array(cost, dtype=np.int64)
+    return loss, np.array(cost, dtype=np.int64).reshape(len(names), len(widths))
 
 
 def _fixed_cost(task: _Task) -> int:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mpqsearch.cli.app import BudgetOption, study_verb
 from mpqsearch.cli.printing import print_json, print_table
 
 if TYPE_CHECKING:
+    from mpqsearch.core import LayerTable
     from mpqsearch.stages import Run
+
+SHOWN_LAYERS = 20
+"""Layers of an explanation that are printed; the files hold all."""
 
 
 @study_verb(settings=lambda own: [f"allocate.budgets={json.dumps(own['budget'])}"] if own["budget"] else [])
-def allocate(run: Run, *, as_json: bool, budget: BudgetOption = None) -> None:  # noqa: ARG001  (read through the settings)
+def allocate(
+    run: Run,
+    *,
+    as_json: bool,
+    budget: BudgetOption = None,  # noqa: ARG001  (read through the settings)
+    path: Annotated[
+        bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="What the next bit would buy and where, the price of the budget, of pins and of ties.")
+    ] = False,
+) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
     Example: `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`
@@ -25,8 +43,13 @@ def allocate(run: Run, *, as_json: bool, budget: BudgetOption = None) -> None:  
     if measured is None:
         return
     made = stages.allocations(run, table, measured)
+    paths = stages.paths(run, table, measured) if path else []
+    explanations = stages.explanations(run, table, measured) if explain else []
+    allocations = [data for _, _, _, data in made]
     if as_json:
-        print_json([data for _, _, _, data in made])
+        wanted = {"paths": paths} if path else {}
+        wanted |= {"explanations": explanations} if explain else {}
+        print_json({"allocations": allocations, **wanted} if wanted else allocations)
         return
     rows = []
     for method, limit, bit_map, data in made:
@@ -47,3 +70,76 @@ def allocate(run: Run, *, as_json: bool, budget: BudgetOption = None) -> None:  
     print_table(
         "allocations", ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"], rows
     )
+    for one in paths:
+        _print_path(table, one)
+    for one in explanations:
+        _print_explanation(one)
+
+
+def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
+    size = data["unit"] != "BOPs"
+    rows = []
+    for answer in data["budgets"]:
+        if "loss" not in answer:
+            rows.append([answer["budget"], f"infeasible: at least {answer['smallest']} {data['unit']}", "-", "-", "-", "-"])
+            continue
+        cost = f"{answer['cost'] / table.n_parameters:.4f}" if size else f"{answer['cost']:.4g}"
+        gap = "-" if answer["gap"] is None else f"{answer['gap']:.1e}"
+        rows.append([answer["budget"], cost, f"{answer['loss']:.4g}", f"{answer['lower_bound']:.4g}", gap, f"{answer['rate']:.3g}"])
+    print_table(
+        f"path of {data['method']['name']}: {data['vertices']} maps of {data['items']} items, answered without solving again",
+        ["budget", "bits a parameter" if size else "BOPs", "loss", "lower bound", "gap", f"loss saved per {_one(data['unit'])}"],
+        rows,
+    )
+
+
+def _print_explanation(data: Mapping[str, Any]) -> None:
+    unit = _one(data["unit"])
+    rows = [
+        [
+            row["layer"],
+            f"{row['bits']:.4g}",
+            row["channels"],
+            f"{row['loss']:.3g}",
+            row["next"] or "-",
+            f"{row['gain']:.3g}",
+            row["extra_cost"],
+            f"{row['rate_up']:.3g}",
+            "-" if row["rate_down"] is None else f"{row['rate_down']:.3g}",
+            row["holds"],
+        ]
+        for row in data["layers"][:SHOWN_LAYERS]
+    ]
+    more = (
+        f"; the best {SHOWN_LAYERS} of {len(data['layers'])} layers, all in explanation.csv"
+        if len(data["layers"]) > SHOWN_LAYERS
+        else ""
+    )
+    print_table(
+        f"{data['method']} at {data['budget']} ({data['status']}): one more {unit} saves {data['shadow_price']:.4g} of a loss of "
+        f"{data['loss']:.4g}; {data['slack']} left over{more}",
+        ["layer", "bits", "channels", "loss", "next", "saves", "costs", f"saved per {unit}", f"lost per {unit} less", "held"],
+        rows,
+    )
+    if data["prices"]:
+        title = "what pins and ties cost: loss that the optimum without them saves" + (
+            f"; {data['unpriced']} that can cost less were not priced" if data["unpriced"] else ""
+        )
+        print_table(title, ["kind", "layers", "price", "share of the loss", "proven"], _price_rows(data["prices"], data["loss"]))
+
+
+def _price_rows(prices: Sequence[Mapping[str, Any]], loss: float) -> list[list[Any]]:
+    return [
+        [
+            "pinned" if price["kind"] == "fixed" else price["kind"],
+            ", ".join(price["items"]),
+            f"{price['price']:.3g}",
+            f"{price['price'] / loss:.2%}" if loss else "-",
+            "yes" if price["proven"] else "no",
+        ]
+        for price in prices
+    ]
+
+
+def _one(unit: str) -> str:
+    return "BOP" if unit == "BOPs" else "bit"

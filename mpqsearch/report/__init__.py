@@ -6,6 +6,7 @@
     plot_bits_by_depth(bits_by_depth_info(table, bit_map, policy=None))
     plot_sensitivity(sensitivity_info(profile, variant="", worst=8))   # variant "measured": one layer at a time
     plot_predicted_vs_measured(prediction_info(records, metric="paired_mse"))
+    plot_path(path_info([PathSeries(...)]))                            # least predicted loss at every budget
     plot_samples(grid); plot_sample_difference(grid)
     size_breakdown(table, bit_map, policy, storage)                    -> SizeBreakdown, in bits
     save_figure(ax, folder / "name")                                   -> name.png, name.svg
@@ -30,6 +31,7 @@ from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.front import FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_sample_difference, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
+from mpqsearch.report.paths import PathInfo, PathSeries, path_info, plot_path
 from mpqsearch.report.sensitivity import (
     PredictionInfo,
     SensitivityInfo,
@@ -46,6 +48,8 @@ __all__ = [
     "DepthInfo",
     "FrontInfo",
     "HeatmapInfo",
+    "PathInfo",
+    "PathSeries",
     "PredictionInfo",
     "ReportContent",
     "SampleGrid",
@@ -56,9 +60,11 @@ __all__ = [
     "build_report",
     "front_info",
     "pareto_frame",
+    "path_info",
     "plot_bits_by_depth",
     "plot_bits_heatmap",
     "plot_front",
+    "plot_path",
     "plot_predicted_vs_measured",
     "plot_sample_difference",
     "plot_samples",

@@ -8,6 +8,7 @@ from mpqsearch.stages.allocating import allocation, allocations
 from mpqsearch.stages.base import Run, slug, start
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.evaluating import evaluate
+from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import export, quantize
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
@@ -20,8 +21,10 @@ __all__ = [
     "chosen_method",
     "evaluate",
     "everything",
+    "explanations",
     "export",
     "layers",
+    "paths",
     "profile",
     "profile_inputs",
     "quantize",

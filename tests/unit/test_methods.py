@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from mpqsearch.allocate import solve
 from mpqsearch.core import BitMap, Budget, Policy, QuantFormat, SensitivityProfile, size_bits, uniform_map
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
-from mpqsearch.methods import ALLOCATORS, MethodSpec, allocate, channel_losses, predicted_loss
+from mpqsearch.methods import ALLOCATORS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
 from mpqsearch.testing import tiny_profile, tiny_table
 
 TABLE = tiny_table(n_layers=6, channels=20, fan_in=30)
@@ -178,3 +179,36 @@ def _fields(profile: SensitivityProfile) -> dict[str, object]:
     from dataclasses import fields
 
     return {f.name: getattr(profile, f.name) for f in fields(profile)}
+
+
+@pytest.mark.parametrize("allocator", ["ilp-layer", "ilp-channel"])
+@pytest.mark.parametrize("budget", ["uniform:3", "5.1bit"])
+def test_a_program_stands_for_the_map_that_is_made_of_it(allocator: str, budget: str) -> None:
+    """Choice and map are the same thing, and the program's costs add up to the stored size of the whole model."""
+    method = MethodSpec(name=allocator, allocator=allocator)
+    made = allocate(method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT)
+    program = program_of(method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT, by_layer=made.bit_map.granularity == "layer")
+    choice = program.choice(made.bit_map)
+    for name, widths in program.weights(choice).items():
+        np.testing.assert_array_equal(np.asarray(made.bit_map.weights[name]), widths)
+    loss, (cost,) = program.problem.evaluate(choice)
+    assert cost + program.fixed_cost == made.size_bits
+    assert made.result is not None
+    assert loss == pytest.approx(made.result.loss, rel=1e-12)
+
+
+def test_pins_enter_a_program_as_fixed_items_and_leave_its_optimum() -> None:
+    method = MethodSpec(name="ilp-layer", allocator="ilp-layer")
+    asked = (method, Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
+    bare, pinned = solve(program_of(*asked).problem), solve(program_of(*asked, pins=True).problem)
+    program = program_of(*asked, pins=True)
+    extra = len(program.layers) - len(program_of(*asked).layers)
+    assert extra == sum(POLICY.fixed_width(la) is not None for la in TABLE) > 0
+    np.testing.assert_array_equal(pinned.choice[: len(bare.choice)], bare.choice)
+    assert program.problem.limit + program.fixed_cost == program_of(*asked).problem.limit + program_of(*asked).fixed_cost
+    assert size_bits(TABLE, allocate(*asked).bit_map) == pinned.cost + program.fixed_cost
+
+
+def test_methods_without_a_program_say_so() -> None:
+    with pytest.raises(ConfigError, match="solves no integer program"):
+        program_of(MethodSpec(name="u", allocator="uniform"), Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, CostBudget, PairwiseTerms, explain, solve, solve_path, verify_certificate
+from mpqsearch.allocate import (
+    AllocationProblem,
+    CostBudget,
+    PairwiseTerms,
+    explain,
+    explain_groups,
+    solve,
+    solve_path,
+    verify_certificate,
+)
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
 NAMES = ("a", "b", "c")
@@ -70,6 +80,49 @@ def test_explanation_prices_pins_and_ties():
     # without the tie (0, 2, 0): 17
     assert prices[("tie", ("b", "c"))] == pytest.approx(18.0 - 17.0)
     assert all(price.proven for price in told.prices)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_are_told_what_their_items_are_told(seed):
+    """The vectorised summary of groups against the explanation of every item by itself."""
+    rng = np.random.default_rng(seed)
+    loss, cost = rng.random((40, 4)), np.sort(rng.integers(1, 90, (40, 4)), axis=1)
+    allowed = rng.random((40, 4)) < 0.8
+    allowed[:, 1] = True
+    group = np.sort(rng.integers(0, 5, 40))
+    asked = AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 2].sum()), allowed=allowed, fixed={3: 1})
+    result = solve(asked)
+    by_item = {int(item.items[0].split()[1]): item for item in explain(asked, result, price_constraints=False).items}
+    told = explain_groups(asked, result, group, [f"layer {g}" for g in range(5)])
+    assert [one.rate_up for one in told] == sorted((one.rate_up for one in told), reverse=True)
+    for one in told:
+        items = [by_item[i] for i in np.flatnonzero(group == int(one.name.split()[1])).tolist()]
+        best = max(items, key=lambda item: item.rate_up)
+        assert one.items == len(items)
+        assert one.loss == pytest.approx(sum(item.loss for item in items), rel=1e-12)
+        assert one.cost == sum(item.cost for item in items)
+        assert (one.rate_up, one.gain, one.extra_cost) == (best.rate_up, best.gain, best.extra_cost)
+        assert one.rate_down == min(item.rate_down for item in items)
+        for what, count in (("at largest", one.at_largest), ("at smallest", one.at_smallest), ("fixed", one.fixed)):
+            assert count == sum(item.holds == what for item in items)
+    assert sum(one.items for one in told) == 40
+    with pytest.raises(ConfigError, match="ties"):
+        explain_groups(replace(asked, ties=[[0, 1]]), result, group, list("abcde"))
+
+
+def test_the_dearest_pins_are_priced_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(sys.modules["mpqsearch.allocate.explain"], "MAX_PRICED", 2)  # the package holds the function of that name
+    asked = problem(fixed={"a": 0, "b": 0, "c": 0})
+    told = explain(asked, solve(asked))
+    assert [price.items for price in told.prices] == [("a",), ("b",)]
+    assert told.unpriced == 1
+
+
+def test_the_shadow_prices_of_all_budgets_are_told_by_name():
+    more = (CostBudget(name="bops", cost=np.array([[1, 2, 3]] * 3), limit=100),)
+    asked = problem(more_budgets=more)
+    result = solve(asked)
+    assert explain(asked, result).shadow_prices == {"cost": result.multipliers[0], "bops": result.multipliers[1]}
 
 
 def test_a_forged_optimum_is_found_out():
