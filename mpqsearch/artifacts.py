@@ -30,6 +30,7 @@ VERSIONS = {
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/final-errors": 1,
+    "mpqsearch/partial-profile": 1,
     "mpqsearch/allocation": 1,
     "mpqsearch/path": 1,
     "mpqsearch/explanation": 1,

@@ -13,17 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from mpqsearch.core import Budget, Policy, QuantFormat
+from mpqsearch.core.budget import parse_size
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
 from mpqsearch.methods import MethodSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``, ``mps``."""
+    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``, ``mps``.
+
+    ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It changes how, not what is measured.
+    """
 
     source: str = "fmnist-unet"
     revision: str | None = None
     device: str = "cpu"
+    memory_limit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.memory_limit:
+            parse_size(self.memory_limit)
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The memory limit in bytes; None without one."""
+        return parse_size(self.memory_limit) if self.memory_limit else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +65,10 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """See `mpqsearch.profile.CalibrationSpec`."""
+    """See `mpqsearch.profile.CalibrationSpec`.
+
+    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``codebooks`` counts.
+    """
 
     samples: int = 8
     first_seed: int = 1_000_000
@@ -62,6 +79,7 @@ class CalibrationConfig:
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
     seed: int = 0
+    weights_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,6 +169,11 @@ class _Task:
         return channel_losses(self.profile, self.table, m.variant, m.loss, bias_correction=m.bias_correction)
 
     @property
+    def row_error(self) -> str:
+        """The errors that split the channels of a layer: those of its output, or what there is."""
+        return "weight_error" if self.profile.weights_only else "output_error"
+
+    @property
     def searched(self) -> list[str]:
         return [la.name for la in self.table if self.policy.fixed_width(la) is None]
 
@@ -262,16 +267,17 @@ def _task_of(
 
 def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool) -> Floats:
     """Loss ``[C, W]`` of every channel at every width of the profile."""
+    what = f"the loss {loss!r}"
     if loss == "weight":
-        weight: Floats = profile.arrays[f"weight_error/{variant}"].astype(np.float64)
+        weight: Floats = profile.need(f"weight_error/{variant}", what).astype(np.float64)
         return weight
-    error: Floats = profile.arrays[f"output_error/{variant}"].astype(np.float64)
+    error: Floats = profile.need(f"output_error/{variant}", what).astype(np.float64)
     if bias_correction:
         has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)
-        error = np.where(has_bias[:, None], profile.arrays[f"output_error_centred/{variant}"], error)
+        error = np.where(has_bias[:, None], profile.need(f"output_error_centred/{variant}", "bias correction"), error)
     if loss == "output":
         return error
-    rows = profile.arrays["gain"].astype(np.float64)[:, None] * error
+    rows = profile.need("gain", what).astype(np.float64)[:, None] * error
     if loss == "gain":
         return rows
     totals = _layer_totals(profile, variant, loss, profile.layer_sum(rows))
@@ -284,7 +290,11 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
 def predicted_loss(
     table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool, loss: str = "probe"
 ) -> float:
-    """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods."""
+    """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
+
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says.
+    """
+    loss = "weight" if profile.weights_only else loss
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -381,7 +391,7 @@ def _omq(task: _Task) -> _Outcome:
     """MPQ-DM's OMQ: in each layer as many channels one bit up as one bit down, in the order of a score, split by output error."""
     base, _, _ = _uniform(task)
     widths: dict[str, Any] = {}
-    error = task.profile.arrays[f"output_error/{task.method.variant}"]
+    error = task.profile.need(f"{task.row_error}/{task.method.variant}", "OMQ")
     column = {b: j for j, b in enumerate(task.profile.widths)}
     for name in task.searched:
         n = int(base.weights[name])
@@ -413,12 +423,16 @@ def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up:
 
 
 ORDERS: dict[str, Callable[[Any, str], Floats]] = {
-    "kurtosis": lambda task, name: task.profile.arrays["kurtosis_prescaled"][task.profile.rows(name)],
+    "kurtosis": lambda task, name: task.profile.need(
+        "kurtosis" if task.profile.weights_only else "kurtosis_prescaled", "OMQ by kurtosis"
+    )[task.profile.rows(name)],
     "random": lambda task, name: np.random.default_rng([task.method.seed, task.profile.index[name]]).random(
         task.table[name].n_channels
     ),
-    "variance": lambda task, name: task.profile.arrays["output_power"][task.profile.rows(name)],
-    "output": lambda task, name: task.profile.arrays[f"output_error/{task.method.variant}"][task.profile.rows(name), 0],
+    "variance": lambda task, name: task.profile.need("output_power", "OMQ by variance")[task.profile.rows(name)],
+    "output": lambda task, name: task.profile.need(f"output_error/{task.method.variant}", "OMQ by output error")[
+        task.profile.rows(name), 0
+    ],
 }
 """Scores that rank the channels of a layer for OMQ; the highest are promoted."""
 

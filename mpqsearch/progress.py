@@ -12,12 +12,17 @@ def bar_of(label: str, total: int, unit: str = "sample") -> Any:
     """A bar over ``total`` units, with rate and time left."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit=unit, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(
+        total=total, desc=label, unit=unit, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True, unit_scale=unit == "B"
+    )
 
 
 @contextmanager
-def bars_of(*, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (label, finished units, their total) that draws one bar for each label, one after the other."""
+def bars_of(*, enabled: bool = True, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (label, finished units, their total) that draws one bar for each label, one after the other.
+
+    Units of ``"B"`` are shown as kB, MB and so on.
+    """
     current: dict[str, Any] = {}
 
     def progress(label: str, done: int, total: int) -> None:
@@ -27,7 +32,7 @@ def bars_of(*, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]
             for bar in current.values():
                 bar.close()
             current.clear()
-            current[label] = bar_of(label, total, unit="")
+            current[label] = bar_of(label, total, unit=unit)
         current[label].update(done - current[label].n if not current[label].disable else 0)
 
     try:

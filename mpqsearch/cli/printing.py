@@ -69,7 +69,8 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
     from mpqsearch.methods import channel_losses
 
     variant = "auto" if "auto" in measured.variants else measured.variants[0]
-    totals = measured.layer_sum(channel_losses(measured, table, variant, "probe", bias_correction=True))
+    loss = "weight" if measured.weights_only else "probe"
+    totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=loss != "weight"))
     worst = sorted(range(len(measured.names)), key=lambda i: -float(totals[i].max()))[:15]
     rows = [
         [
@@ -80,7 +81,7 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
         for i in worst
     ]
     print_table(
-        f"most sensitive layers (predicted loss, codebook {variant})",
+        f"most sensitive layers ({'squared weight error' if loss == 'weight' else 'predicted loss'}, codebook {variant})",
         ["layer", "max kurtosis", *(f"{b} bit" for b in measured.widths)],
         rows,
     )

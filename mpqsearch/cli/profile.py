@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mpqsearch.cli.app import study_verb
 from mpqsearch.cli.printing import print_json, print_profile
@@ -11,9 +15,27 @@ if TYPE_CHECKING:
     from mpqsearch.stages import Run
 
 
-@study_verb()
-def profile(run: Run, *, as_json: bool) -> None:
+def _settings(options: Mapping[str, Any]) -> list[str]:
+    made = ["calibration.weights_only=true"] if options["weights_only"] else []
+    return made + ([f"model.memory_limit={json.dumps(options['memory_limit'])}"] if options["memory_limit"] else [])
+
+
+@study_verb(settings=_settings)
+def profile(
+    run: Run,
+    *,
+    as_json: bool,
+    weights_only: Annotated[  # noqa: ARG001  (read by `_settings`)
+        bool, typer.Option("--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run.")
+    ] = False,
+    memory_limit: Annotated[  # noqa: ARG001
+        str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
+    ] = None,
+) -> None:
     """Measure kurtosis, exact output errors and gains of every channel at every width.
+
+    With `--weights-only` kurtosis and weight errors alone, of models larger than memory too; then
+    `--set calibration.weights_only=true` makes `allocate` use them, with methods whose loss is `weight`.
 
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
     """

@@ -153,6 +153,14 @@ class Budget:
         return int(np.floor(sizes[0] + (self.limit - low) * (sizes[1] - sizes[0]) + 1e-9))
 
 
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``"6GB"``, ``"1.5GiB"`` or ``"800 MB"``. Raises `ConfigError` when it is none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)\s*", text.lower())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"cannot read the size {text!r}. Write a positive number and a unit, such as '6GB', '800MB' or '1.5GiB'.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
 def uniform_map(table: LayerTable, policy: Policy, bits: int, fmt: QuantFormat | None = None) -> BitMap:
     """Every searched layer at ``bits``, fixed layers as the policy says."""
     weights: dict[str, NDArray[np.uint8]] = {}

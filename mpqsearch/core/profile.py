@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.errors import ArtifactError, NumericsError
+from mpqsearch.errors import ArtifactError, ConfigError, NumericsError
 
 Array = NDArray[Any]
 
@@ -39,6 +39,8 @@ class SensitivityProfile:
         and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
     ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
         Mean squared error of final samples with only that layer quantized: the slow reference.
+
+    What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and `need` says so.
 
     A variant is ``<codebook>`` or ``<codebook>+prescale``, as in ``affine``, ``auto``, ``affine+prescale``. ``means`` and
     ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel ``[inputs]``.
@@ -104,8 +106,25 @@ class SensitivityProfile:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Quantizer variants whose errors were measured."""
-        return tuple(sorted(k.split("/")[1] for k in self.arrays if k.startswith("output_error/")))
+        """Quantizer variants whose errors were measured, be it on the weights alone."""
+        families = ("output_error/", "weight_error/")
+        return tuple(sorted({k.split("/")[1] for k in self.arrays if k.startswith(families)}))
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether nothing but the weights was looked at: no input, no output error, no gain."""
+        return not any(k.startswith("output_error/") for k in self.arrays)
+
+    def need(self, key: str, what: str) -> Array:
+        """One array; `ConfigError` that names it and what needs it when it was not measured."""
+        if key not in self.arrays:
+            why = (
+                "this profile was made from the weights alone; there the loss 'weight' works. Profile with calibration for more"
+                if self.weights_only
+                else f"this profile holds {', '.join(sorted(self.arrays))}. Add what is missing to [calibration] and profile again"
+            )
+            raise ConfigError(f"{what} needs {key!r}: {why}.")
+        return self.arrays[key]
 
     def header(self) -> dict[str, Any]:
         """Everything but the arrays, as plain JSON data."""

@@ -4,6 +4,7 @@ from mpqsearch.models.calls import Call, Calls, capture, load_calls, make_call, 
 from mpqsearch.models.denoiser import Condition, Denoiser, Denoises, Given, adapt, weights_digest
 from mpqsearch.models.discover import discover, example_condition
 from mpqsearch.models.loader import EMBEDDED, REFERENCE, load_model
+from mpqsearch.models.weights import StreamedModel, discover_streamed, open_streamed
 
 __all__ = [
     "EMBEDDED",
@@ -14,13 +15,16 @@ __all__ = [
     "Denoiser",
     "Denoises",
     "Given",
+    "StreamedModel",
     "adapt",
     "capture",
     "discover",
+    "discover_streamed",
     "example_condition",
     "load_calls",
     "load_model",
     "make_call",
+    "open_streamed",
     "save_calls",
     "weights_digest",
 ]

@@ -56,30 +56,30 @@ _FIRST = re.compile(r"^(conv_in|pos_embed\.proj|x_embedder|proj_in|patch_embed\w
 _LAST = re.compile(r"^(conv_out|proj_out|proj_out_2|out\.2|final_layer\.linear)$")
 
 
-def discover(denoiser: Denoiser, cond: Given = None) -> LayerTable:
+def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> LayerTable:
     """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its reason.
 
     The model runs once on ``cond`` (default: class 0 of class-conditional models), or on a few of the denoiser's recorded calls. Layers that do not
-    run get the role ``unused``, and layers whose weight is used without calling them are kept, since their input cannot be seen. Raises
-    `ModelError` when the model has no weight layer.
+    run get the role ``unused``, and layers whose weight is used without calling them are kept, since their input cannot be seen. With ``run`` off
+    nothing of that is seen: MACs are 0 and roles go by names and shapes. Raises `ModelError` when the model has no weight layer.
     """
     modules, borrowers = _owners(denoiser.module)
     if not modules:
         raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
-    seen = _observe(denoiser, modules, cond)
+    seen = _observe(denoiser, modules, cond) if run else _Seen()
     apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
     layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
     if not layers:
         raise ModelError(f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured")
     first, last = _ends(list(layers), modules, seen, denoiser.sample_shape)
-    unused = [n for n in layers if n not in seen.macs]
+    unused = [n for n in layers if n not in seen.macs] if run else []
     if unused:
         log.warning(
             "%s: %d layers did not run on the examples and are held at 8 bits, such as %s", denoiser.name, len(unused), unused[0]
         )
 
     def role(name: str) -> str:
-        if name not in seen.macs:
+        if name in unused:
             return "unused"
         if name in (first, last):
             return "first" if name == first else "last"
@@ -229,11 +229,12 @@ def _role(name: str, module: nn.Module) -> str:
 
 def _ends(order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]) -> tuple[str, str]:
     """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen, else by shape and order."""
-    first = next((n for n in order if n in seen.macs and _FIRST.match(n)), None) or next(iter(seen.takes), None)
+    ran = seen.macs or order
+    first = next((n for n in order if n in ran and _FIRST.match(n)), None) or next(iter(seen.takes), None)
     if first is None:
         takes = [n for n in order if sample_shape and _inputs(modules[n]) == sample_shape[0]]
         first = takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
-    last = next((n for n in reversed(order) if n in seen.macs and _LAST.match(n)), None)
+    last = next((n for n in reversed(order) if n in ran and _LAST.match(n)), None)
     if last is None:
         last = next((n for n in reversed(order) if n in seen.gives), None) or [*seen.macs, *order][len(seen.macs) - 1]
     return first, last if last != first else order[-1]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
-from mpqsearch.quant.search import best_factors, compiled, in_threads
+from mpqsearch.quant.search import as_array, best_factors, compiled, in_threads
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
@@ -117,14 +116,13 @@ def row_moments(rows: Tensor) -> RowMoments:
     out = [torch.empty(len(rows), device=rows.device) for _ in range(4)]
 
     def work(block: slice) -> None:
-        part = rows[block].float()
-        if compiled(rows) is not None:
-            kernels.moments(part.numpy(), *(x[block].numpy() for x in out))
+        if kernels is not None:
+            kernels.moments(as_array(rows[block]), *(x[block].numpy() for x in out))
             return
-        for target, value in zip(out, _moments_of(part), strict=True):
+        for target, value in zip(out, _moments_of(rows[block].float()), strict=True):
             target[block] = value
 
-    kernels: Any = compiled(rows)
+    kernels = compiled(rows)
     in_threads(work, rows)
     bad = (~torch.isfinite(out[3])).nonzero()
     if len(bad):

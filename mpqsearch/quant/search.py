@@ -26,6 +26,9 @@ Backend = Literal["auto", "torch", "numba"]
 BLOCK = 1 << 18
 """Weights handled at a time: large enough to amortise the calls, small enough to stay in cache."""
 
+DEVICE_BLOCK = 1 << 24
+"""The same on a device with memory of its own."""
+
 COMPILED_WEIGHTS = 1 << 16
 """Weights of a call from which ``auto`` uses the compiled kernel. By the call alone, so that a layer's choice has no history."""
 
@@ -58,7 +61,7 @@ def best_factors(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, n: int
     """Shrink factor ``[C, K]`` with the least ``sum |w - w_q|**p``, out of ``1 - 0.8 i / n``, ``i < n``.
 
     rows
-        ``[C, D]``, float32.
+        ``[C, D]`` of any floating type; converted to float32 block by block.
     widest, zero, top
         ``[C, K]``: unshrunk scale, zero and largest code of K quantizers for each row.
     exhaustive
@@ -70,16 +73,17 @@ def best_factors(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, n: int
     if kernels is None:
         index = torch.empty(widest.shape, dtype=torch.int64, device=rows.device)
         for block in blocks(rows):
+            part = rows[block].float()
             for k in range(widest.shape[1]):
                 column = widest[block, k], zero[block, k], top[block, k]
-                index[block, k] = _search_block(rows[block], *column, factors, p, step)
+                index[block, k] = _search_block(part, *column, factors, p, step)
         return factors[index]
     index = torch.empty(widest.shape, dtype=torch.int64)
     run = kernels.search(p)
     width = margin(rows.shape[1])
-    arrays = [x.contiguous().numpy() for x in (rows, widest, zero, top)]
+    arrays = [x.contiguous().numpy() for x in (widest, zero, top)]
     grid, out = factors.numpy(), index.numpy()
-    in_threads(lambda block: run(*(x[block] for x in arrays), grid, step, width, out[block]), rows)
+    in_threads(lambda block: run(as_array(rows[block]), *(x[block] for x in arrays), grid, step, width, out[block]), rows)
     return factors[index]
 
 
@@ -89,15 +93,15 @@ def square_errors(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Ten
     out = torch.empty(scale.shape, dtype=torch.float32, device=rows.device)
     if kernels is None:
         for block in blocks(rows):
-            part = rows[block]
+            part = rows[block].float()
             for k in range(scale.shape[1]):
                 s, z, t = (x[block, k, None] for x in (scale, zero, top))
                 codes = (part / s + z).round_().clamp_min_(0).minimum(t)
                 out[block, k] = codes.sub_(z).mul_(s).sub_(part).square_().sum(1)
         return out
-    arrays = [x.contiguous().numpy() for x in (rows, scale, zero, top)]
+    arrays = [x.contiguous().numpy() for x in (scale, zero, top)]
     target = out.numpy()
-    in_threads(lambda block: kernels.square_errors(*(x[block] for x in arrays), target[block]), rows)
+    in_threads(lambda block: kernels.square_errors(as_array(rows[block]), *(x[block] for x in arrays), target[block]), rows)
     return out
 
 
@@ -115,11 +119,16 @@ def compiled(rows: Tensor) -> ModuleType | None:
     return importlib.import_module("mpqsearch.quant.kernels")
 
 
+def as_array(rows: Tensor) -> Any:
+    """A block of rows as the kernels take it: float32, contiguous."""
+    return rows.detach().float().contiguous().numpy()
+
+
 def in_threads(work: Callable[[slice], Any], rows: Tensor) -> None:
     """Call ``work`` on all cache-sized blocks of ``rows``, in as many threads as torch uses. Kernels release the interpreter lock."""
     parts = list(blocks(rows))
     threads = min(torch.get_num_threads(), len(parts))
-    if threads == 1:
+    if threads == 1 or rows.device.type != "cpu":
         for part in parts:
             work(part)
         return
@@ -130,7 +139,7 @@ def in_threads(work: Callable[[slice], Any], rows: Tensor) -> None:
 
 def blocks(rows: Tensor) -> Iterator[slice]:
     """Slices of rows that hold about `BLOCK` weights each."""
-    step = max(1, BLOCK // rows.shape[1])
+    step = max(1, (BLOCK if rows.device.type == "cpu" else DEVICE_BLOCK) // rows.shape[1])
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
@@ -141,7 +150,9 @@ def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, facto
     candidates that differ by a millionth.
     """
     n = len(factors)
-    at_once = max(1, BLOCK // rows.numel())  # small blocks take many candidates in one call
+    at_once = max(
+        1, (BLOCK if rows.device.type == "cpu" else DEVICE_BLOCK) // rows.numel()
+    )  # small blocks take many candidates in one call
     if step == 1 or at_once > COARSE:
         errors = torch.empty(n, len(rows), device=rows.device)
         for start in range(0, n, at_once):

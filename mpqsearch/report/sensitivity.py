@@ -33,7 +33,8 @@ class SensitivityInfo:
 
 
 def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int = 8) -> SensitivityInfo:
-    """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone without gains).
+    """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone without gains, and
+    that of the weights in a profile of nothing else).
 
     ``variant`` is one of ``profile.variants`` (default: ``affine`` if it is there, else the first) or ``measured``, for the error of
     final samples with only that layer quantized. The worst are ranked at the narrowest width that was measured. Raises
@@ -47,10 +48,11 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     if chosen == MEASURED:
         loss, label = profile.arrays["layer_final_error"], "squared error of final samples"
     else:
-        error = profile.arrays[f"output_error/{chosen}"].astype(np.float64)
+        family = "weight" if profile.weights_only else "output"
+        error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)
         gain = profile.arrays.get("gain")
         loss = profile.layer_sum(error if gain is None else gain[:, None].astype(np.float64) * error)
-        label = f"{'output error' if gain is None else 'gain × output error'} ({chosen})"
+        label = f"{f'{family} error' if gain is None else 'gain × output error'} ({chosen})"
     loss = np.asarray(loss, dtype=np.float64)
     known_widths = np.isfinite(loss).any(axis=0)
     narrowest = int(np.argmax(known_widths))

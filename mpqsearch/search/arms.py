@@ -50,7 +50,9 @@ def kurtosis_losses(surrogate: Surrogate) -> Floats:
     profile, table = surrogate.profile, surrogate.table
     weights = np.repeat([float(table[n].weights_per_channel) for n in profile.names], profile.channels)
     bits = np.array(profile.widths, dtype=np.float64)
-    losses: Floats = (profile.arrays["kurtosis_prescaled"].astype(np.float64) * weights)[:, None] * 4.0**-bits
+    losses: Floats = (profile.need("kurtosis_prescaled", "the search by kurtosis").astype(np.float64) * weights)[
+        :, None
+    ] * 4.0**-bits
     return losses
 
 

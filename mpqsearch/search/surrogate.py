@@ -156,7 +156,7 @@ class Surrogate:
             share = np.divide(raised, sums, out=np.zeros_like(raised), where=sums > 0)
         power = float(value_of(theta, "kurtosis"))
         if power:
-            heavy = profile.arrays["kurtosis_prescaled"].astype(np.float64)
+            heavy = profile.need("kurtosis_prescaled", "the search by kurtosis").astype(np.float64)
             share = share * (np.maximum(heavy, 0.1) / 3.0)[:, None] ** power
         return share
 

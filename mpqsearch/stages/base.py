@@ -19,7 +19,7 @@ from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import StaleArtifactError
 
 if TYPE_CHECKING:
-    from mpqsearch.models import Denoiser
+    from mpqsearch.models import Denoiser, StreamedModel
 
 log = logging.getLogger("mpqsearch")
 
@@ -44,6 +44,13 @@ class Run:
 
         c = self.config.model
         return load_model(c.source, device=c.device, revision=c.revision)
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        """The model with its weights left on disk."""
+        from mpqsearch.models import open_streamed
+
+        return open_streamed(self.config.model.source)
 
     @property
     def source_inputs(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpqsearch import artifacts
 from mpqsearch.core import LayerTable
+from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
 
 
@@ -15,9 +16,13 @@ def layers(run: Run) -> LayerTable:
         return artifacts.load_layers(path)
     if run.dry_run:
         run.say(f"layers: would discover the layers of {run.config.model.source}")
-    from mpqsearch.models import discover
+    from mpqsearch.models import discover, discover_streamed
 
-    table = discover(run.denoiser)
+    if run.config.calibration.weights_only:
+        with bars_of(unit="B") as progress:
+            table = discover_streamed(run.streamed, progress=progress)
+    else:
+        table = discover(run.denoiser)
     run.config.policy.check(table)
     if not run.dry_run:
         artifacts.save_layers(path, table, run.source_inputs)

@@ -16,6 +16,13 @@ from mpqsearch.stages.base import Run, same_model, sampler_of
 def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     """Digests of all that a profile depends on."""
     c = run.config.to_data()
+    if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
+        return {
+            "model": table.digest,
+            "calibration": artifacts.digest_of(["weights only", c["calibration"]["codebooks"]]),
+            "quantizer": artifacts.digest_of(c["quantizer"]),
+            "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
+        }
     return {
         "model": table.digest,
         "calibration": artifacts.digest_of(c["calibration"]),
@@ -35,17 +42,42 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     if run.dry_run:
         run.say(f"profile: would measure {len(table)} layers at {len(run.config.policy.widths)} widths")
         return None
-    from mpqsearch.profile import CalibrationSpec
+    if run.config.calibration.weights_only:
+        measured = _measure_weights(run, table, inputs)
+    else:
+        from mpqsearch.profile import CalibrationSpec
 
-    same_model(run, table)
-    settings: Any = {f.name: getattr(run.config.calibration, f.name) for f in fields(run.config.calibration)}
-    spec = CalibrationSpec(**settings)
-    with run.timed("profile"), bars_of() as progress:
-        measured = _measure(run, table, spec, inputs, progress)
+        same_model(run, table)
+        c = run.config.calibration
+        settings: Any = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "weights_only"}
+        with run.timed("profile"), bars_of() as progress:
+            measured = _measure(run, table, CalibrationSpec(**settings), inputs, progress)
     artifacts.save_profile(path, measured, inputs)
     shutil.rmtree(run.path("partial"), ignore_errors=True)
     run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s")
     return measured
+
+
+def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> SensitivityProfile:
+    """Profile the weights on disk; each layer is kept as it is finished."""
+    from mpqsearch.profile.streaming import Partial, profile_weights
+
+    c = run.config
+    kept = Partial(folder=run.path("partial", "weights"), inputs=inputs)
+    if kept.finished():
+        run.say(f"profile: continuing after {kept.finished()} of {len(table)} layers")
+    with run.timed("profile"), bars_of(unit="B") as progress:
+        return profile_weights(
+            run.streamed,
+            table,
+            c.policy,
+            c.calibration.codebooks,
+            c.quantizer.format(),
+            device=c.model.device,
+            memory_limit=c.model.limit_bytes,
+            partial=kept,
+            progress=progress,
+        )
 
 
 def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:

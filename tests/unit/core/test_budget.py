@@ -106,3 +106,12 @@ def test_the_uniform_map_meets_its_own_budget_exactly() -> None:
 def test_average_bits_budget_counts_every_parameter() -> None:
     limit = Budget.parse("3bit").limit_bits(TABLE, Policy())
     assert limit == 3 * 109
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    from mpqsearch.core.budget import parse_size
+
+    assert [parse_size(t) for t in ("6GB", "1.5GiB", "800 mb", "3kB", "7B")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 3000, 7]
+    for wrong in ("6", "GB", "-1GB", "0MB", "6TB", "1e3MB", ""):
+        with pytest.raises(ConfigError, match="cannot read the size"):
+            parse_size(wrong)

@@ -1,0 +1,165 @@
+"""A profile of the weights alone, read from disk layer by layer: kurtosis, and the error of every row at every width.
+
+Neither the model nor the errors ``[W, C, D]`` are ever held: a layer is mapped from its file, its rows pass through the cache in
+blocks, and what stays are a few numbers a row. So the model may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpqsearch import artifacts
+from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.models import StreamedModel
+from mpqsearch.quant import rows_of
+from mpqsearch.quant.rows import row_moments
+from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
+from mpqsearch.quant.tables import weight_error_tables
+
+Arrays = dict[str, NDArray[np.float32]]
+Progress = Callable[[str, int, int], None]
+"""Called with a label, the number of bytes read and their total."""
+
+_SCHEMA = "mpqsearch/partial-profile"
+
+
+@dataclass
+class Partial:
+    """Finished layers of a profile, a file each, so that a run that was killed continues with the next layer.
+
+    ``inputs`` are the digests that the profile depends on: files of other inputs are not used. A file is written atomically, so
+    there is never half a layer.
+    """
+
+    folder: Path
+    inputs: Mapping[str, str]
+    _ready: bool = field(default=False, init=False)
+
+    def finished(self) -> int:
+        """How many layers are kept."""
+        self._open()
+        return len(list(self.folder.glob("[0-9]*.npz")))
+
+    def load(self, position: int) -> Arrays | None:
+        """The arrays of the layer at ``position`` of the table, or None when it is still to do."""
+        self._open()
+        path = self._path(position)
+        return artifacts.read_arrays(path) if path.is_file() else None
+
+    def save(self, position: int, arrays: Arrays) -> None:
+        """Keep a finished layer."""
+        self._open()
+        artifacts.write_arrays(self._path(position), arrays)
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"{position:05d}.npz"
+
+    def _open(self) -> None:
+        """Check once whose files these are; files of other inputs are deleted."""
+        if self._ready:
+            return
+        head = self.folder / "partial.json"
+        if not artifacts.is_current(head, _SCHEMA, self.inputs, overwrite=True):
+            for stale in self.folder.glob("[0-9]*.npz"):
+                stale.unlink()
+            artifacts.write_json(head, _SCHEMA, {}, self.inputs)
+        self._ready = True
+
+
+@torch.no_grad()
+def profile_weights(
+    model: StreamedModel,
+    table: LayerTable,
+    policy: Policy,
+    codebooks: Sequence[str],
+    fmt: QuantFormat,
+    *,
+    device: str = "cpu",
+    memory_limit: int | None = None,
+    partial: Partial | None = None,
+    progress: Progress | None = None,
+) -> SensitivityProfile:
+    """Kurtosis and ``weight_error/<codebook>`` of every channel, from the weights on disk.
+
+    The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results come back.
+    With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what Python and torch take
+    themselves. Raises `ConfigError` when a single layer does not fit it, `NumericsError` naming the layer when a weight is not finite.
+    """
+    widths = tuple(sorted(policy.widths))
+    if memory_limit is not None:
+        check_fits(model, table, len(widths), len(codebooks), device, memory_limit)
+    began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
+    parts: list[Arrays] = []
+    for position, layer in enumerate(table):
+        found = partial.load(position) if partial is not None else None
+        if found is None:
+            found = layer_weights(model, layer, widths, codebooks, fmt, device)
+            if partial is not None:
+                partial.save(position, found)
+        parts.append(found)
+        done += _stored_bytes(model, layer)
+        if progress is not None:
+            progress("weights", done, total)
+    return SensitivityProfile(
+        model_digest=table.digest,
+        names=tuple(la.name for la in table),
+        channels=tuple(la.n_channels for la in table),
+        widths=widths,
+        arrays={key: np.concatenate([p[key] for p in parts]) for key in parts[0]},
+        calibration={
+            "spec": {"weights_only": True, "codebooks": list(codebooks)},
+            "format": fmt.to_data(),
+            "bytes": total,
+            "seconds": round(time.perf_counter() - began, 3),
+        },
+    )
+
+
+def layer_weights(
+    model: StreamedModel, layer: LayerSpec, widths: Sequence[int], codebooks: Sequence[str], fmt: QuantFormat, device: str = "cpu"
+) -> Arrays:
+    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<codebook>`` ``[C, W]``, float32."""
+    rows = rows_of(model.read(f"{layer.name}.weight").to(device), layer)
+    try:
+        moments = row_moments(rows)
+    except NumericsError as error:
+        raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
+    tables = weight_error_tables(rows, widths, codebooks, fmt, moments)
+    arrays = {"kurtosis": moments.kurtosis, **{f"weight_error/{c}": t for c, t in tables.items()}}
+    return {key: value.cpu().numpy() for key, value in arrays.items()}
+
+
+def check_fits(model: StreamedModel, table: LayerTable, n_widths: int, n_codebooks: int, device: str, limit: int) -> int:
+    """Bytes of the largest working set of a layer; `ConfigError` when it is above ``limit``.
+
+    A working set: the stored weights (twice where rows must be put together, as in a transposed convolution), a block in float32 with
+    its temporaries for each thread, and the numbers of every row: scale, zero, width and factor of each quantizer.
+    """
+    block = BLOCK * max(1, torch.get_num_threads()) if device == "cpu" else DEVICE_BLOCK
+
+    def needs(layer: LayerSpec) -> int:
+        copies = 2 if layer.kind.startswith("ConvTranspose") or device != "cpu" else 1
+        grid = layer.n_channels * n_widths * (2 * n_codebooks) * 24
+        longest = max(block, layer.weights_per_channel)
+        return _stored_bytes(model, layer) * copies + longest * 4 * 4 + grid
+
+    largest = max(table, key=needs)
+    need = needs(largest)
+    if need > limit:
+        raise ConfigError(
+            f"the layer {largest.name!r} needs {need / 1e6:.0f} MB as it is measured, more than the memory limit of {limit / 1e6:.0f} MB. "
+            "Raise the limit."
+        )
+    return need
+
+
+def _stored_bytes(model: StreamedModel, layer: LayerSpec) -> int:
+    return model.stored[f"{layer.name}.weight"].n_bytes

@@ -1,0 +1,137 @@
+"""Weight-only profile of a U-Net of Stable Diffusion 1.5's size from disk: seconds, memory, and ratios measured in one run.
+
+python -m pytest tests/benchmarks/test_streaming.py --benchmark-enable --benchmark-only -s        (or: make benchmark)
+
+The weights are random, in bf16, written to a temporary folder of 1.7 GB. Peak memory is that of a child process that does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpqsearch.core import Policy, QuantFormat
+from mpqsearch.models import discover_streamed, open_streamed
+from mpqsearch.profile import profile_weights
+from mpqsearch.quant import rows_of
+from mpqsearch.quant.rows import row_moments
+from tests.benchmarks.test_range_search import loop
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""The configuration of the U-Net of Stable Diffusion 1.5."""
+
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+CODEBOOKS = ("affine", "auto")
+SAMPLE = 40
+"""Layers of which the naive loop runs on one channel; its time is scaled up to all channels of the layer, then to all layers."""
+
+
+def write_model(folder: Path) -> None:
+    """The configuration, and random weights of unit fan-in variance with a heavy-tailed few, as one bf16 file."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with torch.device("meta"):
+        module = UNet2DConditionModel.from_config(CONFIG)
+    g = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, meta in module.state_dict().items():
+        fan_in = max(1, meta[0].numel()) if meta.dim() > 1 else 1
+        values = torch.empty(meta.shape, dtype=torch.float32).normal_(0, fan_in**-0.5, generator=g)
+        weights[key] = values.bfloat16()
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def read_once(folder: Path) -> float:
+    """Seconds of one pass over the bytes of the weights through a buffer of 16 MB."""
+    buffer = bytearray(1 << 24)
+    began = time.perf_counter()
+    with (folder / "diffusion_pytorch_model.safetensors").open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - began
+
+
+def profile(folder: str) -> dict[str, Any]:
+    """All measurements of one process: called in a child, so that the peak is its own."""
+    model = open_streamed(folder)
+    read_once(Path(folder))  # into the page cache, so that all passes below read the same way
+    reading = min(read_once(Path(folder)) for _ in range(3))
+    began = time.perf_counter()
+    table = discover_streamed(model)
+    found = {"read": reading, "discover": time.perf_counter() - began, "channels": table.n_channels, "weights": table.n_weights}
+    row_moments(torch.randn(64, 2048))  # loads the compiled kernels
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        for layer in table:
+            row_moments(rows_of(model.read(f"{layer.name}.weight"), layer))
+        times.append(time.perf_counter() - began)
+    found["kurtosis"] = min(times)
+    began = time.perf_counter()
+    made = profile_weights(model, table, Policy(widths=WIDTHS), CODEBOOKS, QuantFormat())
+    found["profile"] = time.perf_counter() - began
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert made.arrays["weight_error/auto"].shape == (table.n_channels, len(WIDTHS))
+
+    channels, seconds = 0, 0.0
+    for layer in list(table)[:: max(1, len(table) // SAMPLE)]:
+        row = rows_of(model.read(f"{layer.name}.weight"), layer)[0].float()
+        began = time.perf_counter()
+        for bits in WIDTHS:
+            loop(row, bits)
+        seconds += (time.perf_counter() - began) * layer.n_channels
+        channels += layer.n_channels
+    found["loop"] = seconds / channels * table.n_channels
+    found["threads"] = torch.get_num_threads()
+    return found
+
+
+@pytest.mark.benchmark(group="streaming")
+@pytest.mark.timeout(3600)
+def test_profile_of_the_weights_of_a_unet_of_stable_diffusion_size(benchmark: Any, tmp_path: Path) -> None:
+    write_model(tmp_path)
+    code = (
+        "import json, sys; from tests.benchmarks.test_streaming import profile; "
+        f"print(json.dumps(profile({str(tmp_path)!r})), file=sys.stdout)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+
+    def child() -> dict[str, Any]:
+        out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+        made: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+        return made
+
+    found = benchmark.pedantic(child, rounds=1, warmup_rounds=0)
+    print(
+        f"\n{found['weights'] / 1e6:.0f} M weights in bf16, {found['channels']} channels, {found['threads']} threads\n"
+        f"discovery with the digest of all weights: {found['discover']:.1f} s\n"
+        f"one read of the file: {found['read']:.2f} s; kurtosis: {found['kurtosis']:.2f} s, {found['kurtosis'] / found['read']:.1f} times\n"
+        f"profile at {len(WIDTHS)} widths, codebooks {', '.join(CODEBOOKS)}: {found['profile']:.0f} s; peak memory {found['peak'] / 1e9:.2f} GB\n"
+        f"naive loop over channels (affine alone, one channel of {SAMPLE} layers, scaled up): {found['loop']:.0f} s; "
+        f"ratio {found['loop'] / found['profile']:.0f}"
+    )
+    assert found["channels"] == 318_404
+    assert found["loop"] / found["profile"] >= 50
+    assert found["peak"] < 6e9

@@ -1,0 +1,130 @@
+"""Profiles of the weights alone, from disk: the numbers of the loaded model, a layer at a time, kept as they are finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpqsearch.core import Budget, Policy, QuantFormat
+from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.methods import MethodSpec, allocate, channel_losses, predicted_loss
+from mpqsearch.models import StreamedModel, discover_streamed, load_model, open_streamed
+from mpqsearch.profile import CalibrationSpec, Partial, profile_model, profile_weights
+from mpqsearch.profile import streaming as module
+from mpqsearch.sampling import SamplerSpec
+from mpqsearch.testing.tiny import tiny_unet
+
+FMT = QuantFormat(n_candidates=20)
+POLICY = Policy(widths=(2, 4, 8))
+CODEBOOKS = ("affine", "auto")
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_unet().to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    return open_streamed(str(folder))
+
+
+def test_numbers_are_those_of_the_loaded_model(streamed: StreamedModel) -> None:
+    table = discover_streamed(streamed)
+    found = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, codebooks=CODEBOOKS, prescale=False)
+    whole = profile_model(load_model(streamed.source), table, POLICY, SamplerSpec(steps=2, batch=2), spec, FMT)
+    assert set(found.arrays) == {"kurtosis", "weight_error/affine", "weight_error/auto"}
+    for key, array in found.arrays.items():
+        np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-5, err_msg=key)  # float32 sums in another order
+    assert found.model_digest == whole.model_digest
+
+
+def test_a_run_that_was_killed_continues_with_the_next_layer(
+    streamed: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = discover_streamed(streamed)
+    expected = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    names: list[str] = []
+    real = module.layer_weights
+
+    def counted(model: StreamedModel, layer: object, *args: object) -> object:
+        if len(names) == 5:
+            raise KeyboardInterrupt
+        names.append(layer.name)  # type: ignore[attr-defined]
+        return real(model, layer, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "layer_weights", counted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "1"}))
+    assert len(list((tmp_path / "p").glob("[0-9]*.npz"))) == 5
+    done, names[:] = list(names), [""] * -len(names)
+    monkeypatch.setattr(module, "layer_weights", lambda model, layer, *a: names.append(layer.name) or real(model, layer, *a))
+    seen: list[int] = []
+    again = profile_weights(
+        streamed,
+        table,
+        POLICY,
+        CODEBOOKS,
+        FMT,
+        partial=Partial(folder=tmp_path / "p", inputs={"a": "1"}),
+        progress=lambda _label, n, total: seen.append(total - n),
+    )
+    assert names == [la.name for la in table][5:]
+    assert not set(done) & set(names)
+    assert seen[-1] == 0
+    for key, array in expected.arrays.items():
+        np.testing.assert_array_equal(again.arrays[key], array)
+    names.clear()
+    profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "2"}))
+    assert len(names) == len(table), "layers of other inputs are measured again"
+
+
+def test_a_memory_limit_that_no_layer_fits_names_the_layer(streamed: StreamedModel) -> None:
+    table = discover_streamed(streamed)
+    need = module.check_fits(streamed, table, 3, 2, "cpu", 10**9)
+    profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=need)
+    with pytest.raises(ConfigError, match=r"the layer '.*' needs \d+ MB .* more than the memory limit"):
+        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=need - 1)
+
+
+def test_weights_that_are_not_finite_name_their_layer(streamed: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = discover_streamed(streamed)
+    real = StreamedModel.read
+
+    def broken(self: StreamedModel, key: str) -> torch.Tensor:
+        weight = real(self, key).clone()
+        if key == "conv_in.weight":
+            weight[3] = torch.inf
+        return weight
+
+    monkeypatch.setattr(StreamedModel, "read", broken)
+    with pytest.raises(NumericsError, match="layer 'conv_in': weight row 3"):
+        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+
+
+def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: StreamedModel) -> None:
+    table = discover_streamed(streamed)
+    profile = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    assert profile.weights_only
+    assert profile.variants == ("affine", "auto")
+    budget = Budget.parse("uniform:4")
+    for allocator in ("ilp-layer", "ilp-channel"):
+        made = allocate(
+            MethodSpec(name="m", allocator=allocator, loss="weight", codebook="auto"), budget, table, profile, POLICY, FMT
+        )
+        assert made.within_budget
+        losses = channel_losses(profile, table, "auto", "weight", bias_correction=False)
+        assert losses.shape == (table.n_channels, 3)
+        again = predicted_loss(table, profile, made.bit_map, bias_correction=True, loss="weight")
+        assert made.predicted_loss == pytest.approx(again)
+        assert again > 0
+    policy = Policy(widths=(3, 4, 5))
+    given = (budget, table, profile_weights(streamed, table, policy, CODEBOOKS, FMT), policy, FMT)
+    omq = allocate(MethodSpec(name="m", allocator="omq", codebook="auto"), *given).bit_map
+    assert {int(b) for w in omq.weights.values() for b in np.unique(w)} <= {3, 4, 5, 8}
+    for loss, key in (("output", "output_error/auto"), ("gain", "output_error/auto"), ("probe", "output_error/auto")):
+        with pytest.raises(ConfigError, match=rf"the loss '{loss}' needs '{key}': .* the loss 'weight' works"):
+            allocate(MethodSpec(name="m", allocator="ilp-layer", loss=loss, codebook="auto"), budget, table, profile, POLICY, FMT)
+    with pytest.raises(ConfigError, match="OMQ by variance needs 'output_power'"):
+        allocate(MethodSpec(name="m", allocator="omq", order="variance", codebook="auto"), *given)
