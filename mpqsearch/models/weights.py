@@ -91,7 +91,7 @@ class StreamedModel:
                 part = piece.to(dtype)
                 if dtype == torch.float32 and not bool(torch.isfinite(part).all()):
                     raise NumericsError(f"{self.name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
-                total.update(memoryview(part.contiguous().view(torch.uint8).numpy()))
+                total.update(part.contiguous().view(torch.uint8).numpy().data)
             done += self.stored[key].n_bytes
             if progress is not None:
                 progress("read weights", done, size)
