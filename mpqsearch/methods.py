@@ -376,7 +376,7 @@ def _random(task: _Task) -> _Outcome:
     rng = np.random.default_rng([task.method.seed, int(task.limit) % (2**31)])
     names, _, cost = _layer_table_costs(task)
     choice = rng.integers(0, cost.shape[1], len(names))
-    room = task.limit - _fixed_cost(task)
+    room = task.limit - _fixed_cost(task, cost)
     rows = np.arange(len(names))
     while cost[rows, choice].sum() > room:
         choice[rng.choice(np.flatnonzero(choice > 0))] -= 1
@@ -486,7 +486,7 @@ def _ilp_channel(task: _Task) -> _Outcome:
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:
     widths = sorted(task.policy.widths)
     names, loss, cost = _layer_table_costs(task)
-    paid, ties = _fixed_cost(task), _tie_groups(task, names)
+    paid, ties = _fixed_cost(task, cost), _tie_groups(task, names)
     fixed: dict[int | str, int | str] = {}
     if pins:
         pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
@@ -519,7 +519,7 @@ def _channel_program(task: _Task) -> Program:
     loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
     each = np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
     item_layer = np.repeat(np.arange(len(layers)), [la.n_channels for la in layers])
-    paid = _fixed_cost(task) + sum(task.storage.fixed_bits(la, task.format) for la in layers)
+    paid = _fixed_cost(task, _layer_table_costs(task)[2]) + sum(task.storage.fixed_bits(la, task.format) for la in layers)
     problem = AllocationProblem(
         loss=np.asfortranarray(loss),
         cost=np.asfortranarray(each[item_layer]),
@@ -553,10 +553,10 @@ def _layer_tables(task: _Task, names: list[str]) -> tuple[Floats, NDArray[np.int
     return loss, np.array(cost, dtype=np.int64).reshape(len(names), len(widths))
 
 
-def _fixed_cost(task: _Task) -> int:
-    """What the budget pays before anything is searched: fixed layers and everything that is no weight layer."""
+def _fixed_cost(task: _Task, cost: NDArray[np.int64]) -> int:
+    """What the budget pays before anything is searched, given the searched layers' costs: fixed layers and what is no weight layer."""
     lowest = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
-    return task.cost(lowest) - int(_layer_table_costs(task)[2][:, 0].sum())
+    return task.cost(lowest) - int(cost[:, 0].sum())
 
 
 def _tie_groups(task: _Task, names: list[str]) -> list[list[int]] | None:

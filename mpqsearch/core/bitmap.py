@@ -43,7 +43,7 @@ class BitMap:
                 raise ConfigError(
                     f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}"
                 )
-            for bits in np.unique(array):
+            for bits in np.unique(array) if array.ndim else (array,):  # most maps hold one width a layer
                 check_width(int(bits), f"bit map, layer {name!r}")
             if array.ndim == 1 and len(array) and (array == array[0]).all():
                 array = array[0]  # one spelling for one meaning, so that equal maps have equal digests

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
+from mpqsearch.testing import tiny_profile, tiny_table
+from mpqsearch.testing.runs import saved_profile
 from tests.e2e.conftest import Cli
+
+FIRST = "block.0.linear"
 
 
 def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path: Path) -> None:
-    assert cli("profile", "-c", study, "--run-dir", "r").returncode == 0
+    table = tiny_table(n_layers=12, channels=20, fan_in=40)
+    saved_profile(tmp_path / "r", study, table, tiny_profile(table, (2, 3, 4, 8)))
     code = (
         "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
-    pinned = "policy.pinned={conv_in = 8}"
+    pinned = 'policy.pinned={"block.0.linear" = 8}'
     asked = ["allocate", "-c", str(study), "--run-dir", "r", "--set", pinned, "--path", "--explain", "--json"]
     out = subprocess.run(
         [sys.executable, "-c", code, *asked], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
@@ -53,7 +58,7 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
     for point in layer_path["points"][1:]:
         widths |= dict.fromkeys(point["layers"], point["bits"])
     assert set(widths.values()) <= {2, 3, 4, 8}
-    assert "conv_in" not in widths, "pinned layers are no part of the path"
+    assert FIRST not in widths, "pinned layers are no part of the path"
 
     assert len(told["explanations"]) == 4
     for one in told["explanations"]:
@@ -67,7 +72,7 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
         assert rates == sorted(rates, reverse=True)
         assert sum(row["loss"] for row in one["layers"]) > 0
         if one["method"] == "ilp-layer":
-            assert ("fixed", ["conv_in"]) in [(price["kind"], price["items"]) for price in one["prices"]]
+            assert ("fixed", [FIRST]) in [(price["kind"], price["items"]) for price in one["prices"]]
             assert all(price["price"] >= -1e-9 * one["loss"] for price in one["prices"])
 
     shown = cli("allocate", "-c", study, "--run-dir", "r", "--set", pinned, "--path", "--explain")
