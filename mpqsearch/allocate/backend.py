@@ -1,13 +1,18 @@
 """Which implementation of the inner loops runs: compiled (numba, an optional dependency) or plain numpy.
 
-Loading numba takes most of a second, so ``auto`` leaves small problems of a fresh process to numpy; ``warm_up`` loads
-the compiled loops for a process that solves many.
+Loading numba takes most of a second, and compiling the loops for the first time on a machine several, so ``auto`` leaves
+small problems of a fresh process to numpy, and the first larger ones too until numpy has taken about as long as compiling
+would. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``). ``warm_up`` loads,
+and if need be compiles, at once: for a process that solves many.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import os
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -18,6 +23,10 @@ Backend = Literal["auto", "numpy", "numba"]
 COMPILED_CELLS = 1 << 18
 """Table cells from which ``auto`` loads numba: there numpy's own time exceeds the load."""
 
+UNCACHED_CELLS = 1 << 26
+"""Cells that numpy passes over in this process before the loops are compiled where they never were: a few seconds of either."""
+
+_passed: list[int] = [0]
 _chosen: list[Backend] = ["auto"]
 _loaded: list[ModuleType] = []
 
@@ -43,15 +52,31 @@ def has_numba() -> bool:
 
 def warm_up() -> bool:
     """Load the compiled loops if numba is there, so that the next solve does not pay for it."""
-    return kernels(COMPILED_CELLS) is not None
+    return _chosen[0] != "numpy" and has_numba() and _load() is not None
 
 
 def kernels(cells: int) -> ModuleType | None:
-    """The compiled loops for a table of so many cells, or None for numpy."""
+    """The compiled loops for a pass over so many table cells, or None for numpy."""
     if _chosen[0] == "numpy":
         return None
-    if _chosen[0] == "auto" and not _loaded and (cells < COMPILED_CELLS or not has_numba()):
-        return None
+    if _chosen[0] == "auto" and not _loaded:
+        if cells < COMPILED_CELLS or not has_numba():
+            return None
+        _passed[0] += cells
+        if _passed[0] < UNCACHED_CELLS and not _compiled_before():
+            return None
+    return _load()
+
+
+def _load() -> ModuleType:
     if not _loaded:
         _loaded.append(importlib.import_module("mpqsearch.allocate.kernels"))
     return _loaded[0]
+
+
+@functools.cache
+def _compiled_before() -> bool:
+    """Whether numba's cache holds the loops: then loading them is quick."""
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    folder = Path(given) if given else Path(__file__).with_name("__pycache__")
+    return next(folder.rglob("kernels.*.nbi"), None) is not None

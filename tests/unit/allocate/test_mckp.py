@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from mpqsearch.allocate import backend as backend_module
 from mpqsearch.allocate import closing, mckp, passes
 from mpqsearch.allocate.backend import has_numba, use_backend
 
@@ -187,3 +188,23 @@ def test_both_hull_walks_agree(backend, monkeypatch, low):
     np.testing.assert_allclose(walked.rate, wrapped.rate, rtol=1e-12)
     assert walked.size.sum() == wrapped.size.sum()
     assert walked.rate.size > 20
+
+
+def test_loops_that_were_never_compiled_are_left_to_numpy_until_that_costs_as_much(monkeypatch):
+    """Renting before buying: a first solve on a fresh machine must not wait for a compiler."""
+    if not has_numba():
+        pytest.skip("no numba")
+    loaded = []
+    monkeypatch.setattr(backend_module, "_loaded", loaded)
+    monkeypatch.setattr(backend_module, "_passed", [0])
+    monkeypatch.setattr(backend_module, "_load", lambda: "compiled")
+    monkeypatch.setattr(backend_module, "_compiled_before", lambda: False)
+    cells = backend_module.COMPILED_CELLS
+    passes_made = 0
+    while backend_module.kernels(cells) is None:
+        passes_made += 1
+    assert passes_made == backend_module.UNCACHED_CELLS // cells - 1
+    assert backend_module.kernels(cells - 1) is None, "small tables never ask for the compiler"
+    monkeypatch.setattr(backend_module, "_passed", [0])
+    monkeypatch.setattr(backend_module, "_compiled_before", lambda: True)
+    assert backend_module.kernels(cells) == "compiled"
