@@ -155,7 +155,10 @@ def _ascend(
     budget nor the size of the losses matters to the linear program. ``reach`` is the first radius, relative to the
     start (or to the scale, where the start is zero).
     """
-    scale = max(_loss_range(loss), float(np.finfo(np.float64).tiny))
+    scale = _loss_range(loss)
+    if scale < float(np.finfo(np.float64).tiny):  # all choices lose the same: no multiplier can raise the bound
+        zero = np.zeros(len(costs))
+        return zero, evaluate_dual(loss, costs, limits, zero)
     unit = scale / np.maximum(np.array(limits, dtype=np.float64), 1.0)
     centre = start / unit
     radius = reach * max(float(centre.max()), 1.0 if not centre.any() else 0.0)

@@ -59,9 +59,11 @@ def solve(
     if not 0 <= gap_tolerance < 1:
         raise ConfigError(f"gap_tolerance must be in [0, 1), got {gap_tolerance}.")
     method = METHODS.get(solver, _solve_pulp)
+    tables = canonical_tables(problem)
+    infeasible.check_ties(problem, tables)
     task = Task(
         problem=problem,
-        tables=canonical_tables(problem),
+        tables=tables,
         solver=solver,
         gap_tolerance=gap_tolerance,
         started=started,
@@ -289,16 +291,24 @@ def _solve_layers(task: Task) -> AllocationResult:
     """Two levels where the costs have the form; an integer program for the rest."""
     problem, tables = task.problem, task.tables
     assert problem.layers is not None
-    if problem.more_budgets or tables.row is not None:
+    if tables.row is not None:
         return _solve_model(task)
     try:
-        found = layered.solve_layers(tables.loss, tables.cost, tables.limit, problem.layers, deadline=task.deadline)
+        found = layered.solve_layers(
+            tables.loss, tables.costs, tables.limits, problem.layers, gap_tolerance=task.gap_tolerance, deadline=task.deadline
+        )
     except layered.NotTwoLevelError:
         return _solve_model(task)
     except layered.NoLayerOptionError as error:
         raise InfeasibleBudgetError(f"no choice obeys the rules of layer {error.layer}, whatever the budget.") from error
-    except mckp.BudgetTooSmallError as error:
-        raise infeasible.too_small(problem, problem.budgets[0], error.smallest) from error
+    except layered.LayerBudgetError as error:
+        raise infeasible.too_small(problem, problem.budgets[error.number], error.smallest) from error
+    if found.infeasible:
+        raise infeasible.jointly(problem, {})
+    if found.choice is None:
+        raise SolverError(
+            "no choice that meets all budgets and layer rules was found in the time given; allow more, or loosen a limit."
+        )
     return finish(
         task,
         Answer(
@@ -306,8 +316,8 @@ def _solve_layers(task: Task) -> AllocationResult:
             proven=found.proven,
             in_time=found.in_time,
             floor=found.floor,
-            multipliers=(found.rate,),
-            solver="core",
+            multipliers=found.rates,
+            solver="core" if len(tables.costs) == 1 else "core+highs",
         ),
     )
 

@@ -114,9 +114,13 @@ def solve_ilp(
 
 
 def _linear(terms: Iterable[tuple[Any, float]]) -> Any:
+    """Sum of factor times variable. PuLP keeps the last factor of a variable that comes twice; tied items do."""
     import pulp
 
-    return pulp.LpAffineExpression(terms)
+    factors: dict[Any, float] = {}
+    for variable, factor in terms:
+        factors[variable] = factors.get(variable, 0) + factor
+    return pulp.LpAffineExpression(factors)
 
 
 def _budget(model: Any, cells: Cells, loss: Floats, cost: Integers, limit: int, overhead: list[tuple[Any, int]]) -> None:
@@ -158,7 +162,7 @@ def _layer_rules(model: Any, cells: Cells, rules: LayerRules, row: Integers) -> 
         if rules.average_step is not None:
             steps = model.add_variable(f"steps_{layer}", cat="Integer")
             model += total == rules.average_step * len(members) * steps
-        if rules.max_distinct is not None or rules.mixed_overhead is not None or rules.choice_overhead is not None:
+        if any(rule is not None for rule in (rules.max_distinct, rules.max_widths, rules.mixed_overhead, rules.choice_overhead)):
             overhead += _used_choices(model, members, rules, layer)
     return overhead
 
@@ -170,6 +174,12 @@ def _used_choices(model: Any, members: Cells, rules: LayerRules, layer: int) -> 
             model += z <= used[j]
     if rules.max_distinct is not None:
         model += _linear((u, 1) for u in used.values()) <= rules.max_distinct
+    if rules.max_widths is not None:
+        values = sorted({float(rules.width[j]) for j in used})
+        wide = {value: model.add_variable(f"width_{layer}_{v}", cat="Binary") for v, value in enumerate(values)}
+        for j, u in used.items():
+            model += u <= wide[float(rules.width[j])]
+        model += _linear((w, 1) for w in wide.values()) <= rules.max_widths
     terms: list[tuple[Any, int]] = []
     if rules.choice_overhead is not None:
         terms += [(u, int(rules.choice_overhead[layer, j])) for j, u in used.items()]

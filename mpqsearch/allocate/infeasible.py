@@ -5,12 +5,34 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.canonical import canonical_tables, masked_loss, tie_rows
+from mpqsearch.allocate.canonical import Tables, canonical_tables, masked_loss, tie_rows
 from mpqsearch.allocate.problem import FREE, AllocationProblem, CostBudget
 from mpqsearch.errors import InfeasibleBudgetError
 
 LISTED = 5
 """Causes of one kind that a message names."""
+
+
+def check_ties(problem: AllocationProblem, tables: Tables) -> None:
+    """Refuse tied items that have no choice in common, whatever the budget.
+
+    Raises:
+        InfeasibleBudgetError: With the items of the first such group and what each of them may take.
+    """
+    if tables.row is None:
+        return
+    empty = np.flatnonzero(~np.isfinite(tables.loss).any(axis=1))
+    if not empty.size:
+        return
+    permitted = np.isfinite(masked_loss(problem))
+    members = np.flatnonzero(tables.row == empty[0])
+    listed = "; ".join(
+        f"{problem.item_name(item)}: {', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[item]).tolist())}"
+        for item in members[:LISTED].tolist()
+    )
+    raise InfeasibleBudgetError(
+        f"tied items have no allowed choice in common, whatever the budget ({listed}). Untie them or allow more."
+    )
 
 
 def too_small(problem: AllocationProblem, budget: CostBudget, smallest: int) -> InfeasibleBudgetError:

@@ -5,6 +5,7 @@ together. Inside a layer the least loss for every total of ticks is a curve; bet
 chosen by the exact engine. Where all channels are convex the curve is the sorted list of their marginal losses; where
 they are not, its missing points are closed one by one with an exactly filled knapsack of unit sizes.
 Overheads and limits on distinct choices turn a layer's curve into several: one for every set of choices it may use.
+Several budgets change nothing inside a layer as long as each follows its width; between layers they take their own solver.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import closing, mckp, passes
+from mpqsearch.allocate import budgets, closing, mckp, passes
 from mpqsearch.allocate.problem import WIDTH_SLIP, Floats, Integers, LayerRules
 
 MAX_CLOSED_POINTS = 256
@@ -34,26 +35,27 @@ class Curve:
     Attributes:
         ticks: ``[t]`` totals.
         loss: ``[t]`` least losses.
-        cost: ``[t]`` costs, overheads included.
+        costs: One ``[t]`` vector of costs per budget, overheads included.
         choices: The choices that the channels may use.
         complete: Whether every admissible total is in ``ticks``.
     """
 
     ticks: NDArray[np.int64]
     loss: NDArray[np.float64]
-    cost: NDArray[np.int64]
+    costs: tuple[NDArray[np.int64], ...]
     choices: tuple[int, ...]
     complete: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerSolution:
-    """Outcome under layer rules; see ``mckp.CoreSolution``."""
+    """Outcome under layer rules; see ``budgets.BudgetSolution``."""
 
-    choice: NDArray[np.int32]
-    rate: float
+    choice: NDArray[np.int32] | None
+    rates: tuple[float, ...]
     floor: float
     proven: bool
+    infeasible: bool
     in_time: bool
 
 
@@ -69,26 +71,58 @@ class NoLayerOptionError(ValueError):
         self.layer = layer
 
 
-def solve_layers(loss: Floats, cost: Integers, limit: int, rules: LayerRules, *, deadline: float = float("inf")) -> LayerSolution:
-    """Minimize the total loss within ``limit`` and the layer rules.
+class LayerBudgetError(ValueError):
+    """Under the rules even the smallest total of budget ``number`` is ``smallest``, above its limit."""
+
+    def __init__(self, number: int, smallest: int) -> None:
+        super().__init__(f"budget {number}: the smallest attainable cost is {smallest}")
+        self.number, self.smallest = number, smallest
+
+
+def solve_layers(
+    loss: Floats,
+    costs: tuple[Integers, ...],
+    limits: tuple[int, ...],
+    rules: LayerRules,
+    *,
+    gap_tolerance: float = 0.0,
+    deadline: float = float("inf"),
+) -> LayerSolution:
+    """Minimize the total loss within all budgets and the layer rules; overheads belong to the first budget.
 
     Raises:
         NotTwoLevelError: The costs do not have the form that two levels need.
         NoLayerOptionError: One layer's rules cannot be met whatever the budget.
-        mckp.BudgetTooSmallError: Nothing fits.
+        LayerBudgetError: A budget cannot be met even by itself.
     """
     members = _members(rules)
     grid = _grid(rules)
-    layers = [_Layer(number, rows, loss, cost, rules, grid) for number, rows in enumerate(members) if rows.size]
+    layers = [_Layer(number, rows, loss, costs, rules, grid) for number, rows in enumerate(members) if rows.size]
     curves = [layer.curves() for layer in layers]
-    outer_loss, outer_cost = _outer_tables(curves)
-    answer = mckp.solve_table(outer_loss, outer_cost, limit, deadline=deadline)
-    choice = np.zeros(len(loss), dtype=np.int32)
-    for layer, layer_curves, picked in zip(layers, curves, answer.choice, strict=True):
-        choice[layer.rows] = layer.choice_at(*_locate(layer_curves, int(picked)))
+    outer_loss, outer_costs = _outer_tables(curves, len(costs))
+    for number, (cost, limit) in enumerate(zip(outer_costs, limits, strict=True)):
+        smallest = mckp.smallest_cost(outer_loss, cost)
+        if smallest > limit:
+            raise LayerBudgetError(number, smallest)
     complete = all(curve.complete for layer_curves in curves for curve in layer_curves)
-    proven = answer.proven and complete
-    return LayerSolution(choice, answer.rate, answer.floor if complete else answer.dual_bound, proven, answer.in_time)
+    outer = _solve_outer(outer_loss, outer_costs, limits, gap_tolerance, deadline)
+    if outer.choice is None:
+        return LayerSolution(None, outer.rates, outer.bound, False, outer.infeasible and complete, outer.in_time)
+    choice = np.zeros(len(loss), dtype=np.int32)
+    for layer, layer_curves, picked in zip(layers, curves, outer.choice, strict=True):
+        choice[layer.rows] = layer.choice_at(*_locate(layer_curves, int(picked)))
+    floor = outer.floor if complete else outer.bound
+    return LayerSolution(choice, outer.rates, floor, outer.proven and complete, False, outer.in_time)
+
+
+def _solve_outer(
+    loss: NDArray[np.float64], costs: tuple[NDArray[np.int64], ...], limits: tuple[int, ...], gap_tolerance: float, deadline: float
+) -> budgets.BudgetSolution:
+    """One point of every layer's curves: the exact engine for one budget, dual and integer program for several."""
+    if len(costs) > 1:
+        return budgets.solve_budgets(loss, costs, limits, gap_tolerance=gap_tolerance, deadline=deadline)
+    one = mckp.solve_table(loss, costs[0], limits[0], gap_tolerance=gap_tolerance, deadline=deadline)
+    return budgets.BudgetSolution(one.choice, (one.rate,), one.dual_bound, one.floor, one.proven, False, one.in_time)
 
 
 def _members(rules: LayerRules) -> list[NDArray[np.int64]]:
@@ -125,16 +159,17 @@ def _grid(rules: LayerRules) -> _Grid | None:
     return _Grid(np.array([int((width - origin) / unit) for width in widths], dtype=np.int64), origin, unit)
 
 
-def _outer_tables(curves: list[list[Curve]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """One row per layer, one column per point of its curves."""
+def _outer_tables(curves: list[list[Curve]], n_budgets: int) -> tuple[NDArray[np.float64], tuple[NDArray[np.int64], ...]]:
+    """Losses, and costs by budget: one row per layer, one column per point of its curves."""
     columns = max(sum(curve.loss.size for curve in layer) for layer in curves)
     loss = np.full((len(curves), columns), np.inf)
-    cost = np.zeros((len(curves), columns), dtype=np.int64)
+    costs = tuple(np.zeros((len(curves), columns), dtype=np.int64) for _ in range(n_budgets))
     for row, layer in enumerate(curves):
         values = np.concatenate([curve.loss for curve in layer])
         loss[row, : values.size] = values
-        cost[row, : values.size] = np.concatenate([curve.cost for curve in layer])
-    return loss, cost
+        for number, cost in enumerate(costs):
+            cost[row, : values.size] = np.concatenate([curve.costs[number] for curve in layer])
+    return loss, costs
 
 
 def _locate(curves: list[Curve], column: int) -> tuple[Curve, int]:
@@ -152,33 +187,33 @@ class _Layer:
     number: int
     rows: NDArray[np.int64]
     loss_table: Floats
-    cost_table: Integers
+    cost_tables: tuple[Integers, ...]
     rules: LayerRules
     grid: _Grid | None
     loss: NDArray[np.float64] = field(init=False)
-    cost: NDArray[np.int64] = field(init=False)
     tick: NDArray[np.int64] = field(init=False)
+    prices: tuple[tuple[int, int], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         members = _as_slice(self.rows)
         self.loss = self.loss_table[members].astype(np.float64)
-        self.cost = self.cost_table[self.rows[0]].astype(np.int64)
-        if bool((self.cost_table[members] != self.cost).any()):
+        costs = [table[self.rows[0]].astype(np.int64) for table in self.cost_tables]
+        if any(bool((table[members] != cost).any()) for table, cost in zip(self.cost_tables, costs, strict=True)):
             raise NotTwoLevelError(f"the channels of layer {self.number} differ in cost")
         if self.grid is None:
-            spread = self.cost - self.cost.min()
+            spread = costs[0] - costs[0].min()
             self.tick = spread // max(int(np.gcd.reduce(spread)), 1)
         else:
             self.tick = self.grid.tick
-        self._cost_per_tick()
+        self.prices = tuple(self._per_tick(cost) for cost in costs)
 
-    def _cost_per_tick(self) -> tuple[int, int]:
-        """Cost of tick 0 and of every further tick."""
+    def _per_tick(self, cost: NDArray[np.int64]) -> tuple[int, int]:
+        """Cost of tick 0 and of every further tick in one budget."""
         low, high = int(np.argmin(self.tick)), int(np.argmax(self.tick))
         span = int(self.tick[high] - self.tick[low])
-        slope, rest = divmod(int(self.cost[high] - self.cost[low]), span) if span else (0, 0)
-        origin = int(self.cost[low]) - slope * int(self.tick[low])
-        if rest or bool((origin + slope * self.tick != self.cost).any()):
+        slope, rest = divmod(int(cost[high] - cost[low]), span) if span else (0, 0)
+        origin = int(cost[low]) - slope * int(self.tick[low])
+        if rest or bool((origin + slope * self.tick != cost).any()):
             raise NotTwoLevelError(f"the cost of layer {self.number} does not follow its width")
         return origin, slope
 
@@ -194,15 +229,27 @@ class _Layer:
         return found
 
     def _choice_sets(self) -> Iterator[tuple[int, ...]]:
-        every = tuple(range(self.tick.size))
-        widest = len(every) if self.rules.max_distinct is None else min(self.rules.max_distinct, len(every))
-        if self.rules.choice_overhead is not None:
-            for size in range(1, widest + 1):
-                yield from itertools.combinations(every, size)
-            return
-        if self.rules.mixed_overhead is not None and widest > 1:
-            yield from itertools.combinations(every, 1)
-        yield from itertools.combinations(every, widest)
+        """All sets of choices that the rules admit and that no other one of the same overhead contains."""
+        seen: set[tuple[int, ...]] = set()
+        for pool in self._pools():
+            widest = len(pool) if self.rules.max_distinct is None else min(self.rules.max_distinct, len(pool))
+            sizes = [widest]
+            if self.rules.choice_overhead is not None:
+                sizes = list(range(1, widest + 1))
+            elif self.rules.mixed_overhead is not None and widest > 1:
+                sizes = [1, widest]
+            for size in sizes:
+                for choices in itertools.combinations(pool, size):
+                    if choices not in seen:
+                        seen.add(choices)
+                        yield choices
+
+    def _pools(self) -> Iterator[tuple[int, ...]]:
+        """The largest sets of choices with no more different widths than are admitted."""
+        values, which = np.unique(self.rules.width, return_inverse=True)
+        most = len(values) if self.rules.max_widths is None else min(self.rules.max_widths, len(values))
+        for admitted in itertools.combinations(range(len(values)), most):
+            yield tuple(np.flatnonzero(np.isin(which, admitted)).tolist())
 
     def _overhead(self, choices: tuple[int, ...]) -> int:
         total = 0
@@ -219,9 +266,9 @@ class _Layer:
         ticks, loss, complete = inner.points(self._targets(inner.least, inner.most))
         if not ticks.size:
             return None
-        origin, slope = self._cost_per_tick()
-        cost = origin * len(self.rows) + slope * ticks + self._overhead(choices)
-        return Curve(ticks, loss, cost, choices, complete)
+        costs = [origin * len(self.rows) + slope * ticks for origin, slope in self.prices]
+        costs[0] = costs[0] + self._overhead(choices)
+        return Curve(ticks, loss, tuple(costs), choices, complete)
 
     def _targets(self, least: int, most: int) -> NDArray[np.int64] | None:
         """Admissible totals of ticks between ``least`` and ``most``; None when all are."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.allocate import passes
 from mpqsearch.allocate.canonical import Tables, canonical_tables
+from mpqsearch.allocate.infeasible import check_ties
 from mpqsearch.allocate.problem import AllocationProblem, AllocationResult, relative_gap
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
@@ -89,10 +90,12 @@ def solve_path(problem: AllocationProblem) -> ParetoPath:
 
     Raises:
         ConfigError: The problem has several budgets, per-layer rules or pairwise terms.
+        InfeasibleBudgetError: Tied items have no choice in common.
     """
     if problem.more_budgets or problem.layers is not None or problem.pairwise is not None:
         raise ConfigError("solve_path takes one budget and separable losses.")
     tables = canonical_tables(problem)
+    check_ties(problem, tables)
     steps = passes.hull_steps(tables.loss, tables.cost)
     rows = np.arange(len(tables.loss))
     last = steps.base.copy()

@@ -56,6 +56,7 @@ class LayerRules:
         average_min: ``[L]`` or one number: lower bound of a layer's mean width.
         average_max: ``[L]`` or one number: upper bound of a layer's mean width.
         max_distinct: at most so many different choices inside one layer.
+        max_widths: at most so many different widths inside one layer; choices of one width (codebooks, say) count once.
         mixed_overhead: ``[L]`` or one integer: cost that a layer pays once if it uses more than one choice (channel tags).
         choice_overhead: ``[L, k]`` integers: cost that a layer pays once for every choice that it uses.
     """
@@ -67,6 +68,7 @@ class LayerRules:
     average_min: Floats | float | None = None
     average_max: Floats | float | None = None
     max_distinct: int | None = None
+    max_widths: int | None = None
     mixed_overhead: Integers | int | None = None
     choice_overhead: Integers | None = None
 
@@ -89,8 +91,10 @@ class LayerRules:
             raise ConfigError("LayerRules: overheads must be >= 0.")
         if self.average_step is not None and not self.average_step > 0:
             raise ConfigError(f"LayerRules.average_step must be > 0, got {self.average_step}.")
-        if self.max_distinct is not None and self.max_distinct < 1:
-            raise ConfigError(f"LayerRules.max_distinct must be >= 1, got {self.max_distinct}.")
+        for what in ("max_distinct", "max_widths"):
+            given = getattr(self, what)
+            if given is not None and given < 1:
+                raise ConfigError(f"LayerRules.{what} must be >= 1, got {given}.")
 
     @property
     def n_layers(self) -> int:
@@ -108,7 +112,7 @@ class LayerRules:
         )
 
     def permits(self, choice: Integers) -> bool:
-        """Whether every layer's mean width and number of different choices obey the rules."""
+        """Whether every layer's mean width and numbers of different choices and widths obey the rules."""
         count = np.bincount(self.layer, minlength=self.n_layers)
         present = count > 0
         mean = np.bincount(self.layer, weights=self.width[choice], minlength=self.n_layers)[present] / count[present]
@@ -119,11 +123,16 @@ class LayerRules:
             steps = mean / self.average_step
             if bool((np.abs(steps - np.round(steps)) > WIDTH_SLIP).any()):
                 return False
-        if self.max_distinct is None:
+        values, which = np.unique(self.width, return_inverse=True)
+        return self._few(choice, len(self.width), self.max_distinct) and self._few(which[choice], len(values), self.max_widths)
+
+    def _few(self, used_by_item: Integers, kinds: int, most: int | None) -> bool:
+        """Whether no layer's items use more than ``most`` different kinds of something."""
+        if most is None:
             return True
-        used = np.zeros((self.n_layers, len(self.width)), dtype=bool)
-        used[self.layer, choice] = True
-        return bool((used.sum(axis=1) <= self.max_distinct).all())
+        used = np.zeros((self.n_layers, kinds), dtype=bool)
+        used[self.layer, used_by_item] = True
+        return bool((used.sum(axis=1) <= most).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

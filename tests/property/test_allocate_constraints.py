@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -84,7 +86,7 @@ def layered(draw):
     layers = int(rng.integers(1, 4))
     layer = np.repeat(np.arange(layers), rng.integers(1, 4, layers))
     k = 3 if len(layer) > 5 else int(rng.integers(2, 5))
-    width = np.array([2.0, 3.0, 4.0, 5.0] if draw(st.booleans()) else [1.0, 2.0, 4.0, 8.0])[:k]
+    width = np.array(draw(st.sampled_from([[2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 4.0, 8.0], [2.0, 2.0, 4.0, 4.0]])))[:k]
     loss = rng.random((len(layer), k)) * 10.0 ** draw(DECADES)
     if draw(st.booleans()):
         loss = loss[:, :1] * 4.0**-width
@@ -99,6 +101,8 @@ def layered(draw):
         rules = rules | {"mixed_overhead": rng.integers(0, 20, layers)}
     if draw(st.booleans()):
         rules = rules | {"max_distinct": int(rng.integers(1, 3))}
+    if draw(st.booleans()):
+        rules = rules | {"max_widths": int(rng.integers(1, 3))}
     if draw(st.booleans()):
         rules = rules | {"choice_overhead": rng.integers(0, 9, (layers, k))}
     limit = int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 30))
@@ -117,6 +121,43 @@ def test_layer_rules_in_two_levels(problem):
 def test_layer_rules_in_an_integer_program(problem):
     """The monolithic model is the second opinion."""
     agrees_with_brute_force(problem, solver="highs")
+
+
+@settings(max_examples=60, deadline=None)
+@given(layered(), SEEDS, st.booleans())
+def test_layer_rules_beside_other_budgets_pins_masks_and_ties(problem, seed, tied):
+    """Every combination is one problem: BOPs that follow the width, a latency that does not, pins, masks, ties."""
+    rng = np.random.default_rng(seed)
+    layer, width, n = problem.layers.layer, problem.layers.width, problem.n_items
+    bops = (rng.integers(1, 9, layer.max() + 1)[layer][:, None] * width * 3).astype(np.int64)
+    tables = [("bops", bops), ("latency", rng.integers(0, 9, problem.cost.shape))][: int(rng.integers(1, 3))]
+    more = tuple(
+        CostBudget(name=name, cost=table, limit=int(rng.integers(table.min(axis=1).sum(), table.max(axis=1).sum() + 1)))
+        for name, table in tables
+    )
+    allowed = rng.random(problem.loss.shape) < 0.8
+    fixed = {0: int(rng.integers(problem.n_choices))} if rng.random() < 0.5 else {}
+    allowed[np.arange(n), rng.integers(0, problem.n_choices, n)] = True
+    for item, choice in fixed.items():
+        allowed[item, choice] = True
+    labels = rng.integers(-1, 2, n) if tied else None
+    agrees_with_brute_force(replace(problem, more_budgets=more, allowed=allowed, fixed=fixed, ties=labels))
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, DECADES)
+def test_a_choice_may_be_anything_that_has_a_loss_and_a_cost(seed, decade):
+    """Formats with group sizes of their own, and mixtures of channels inside a layer, each with its own stored cost."""
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(1, 40, 4) * 64
+    formats = [(2, 32), (2, 128), (3, 64), (4, 64)]  # bits, group size
+    cost = np.array([[w * bits + w // group * 16 for bits, group in formats] for w in weights])
+    loss = rng.random((4, 1)) * np.array([4.0**-bits * (1 + group / 256) for bits, group in formats]) * 10.0**decade
+    mixture_cost = cost[:, 0] + weights // 10 + 3 * 64  # a tenth of the channels one bit up, and their tags
+    mixture_loss = 0.8 * loss[:, 0]
+    cost, loss = np.column_stack([cost, mixture_cost]), np.column_stack([loss, mixture_loss])
+    limit = int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 1))
+    agrees_with_brute_force(AllocationProblem(loss=loss, cost=cost, limit=limit))
 
 
 @st.composite
@@ -147,6 +188,29 @@ def test_pairwise_terms(problem):
     assert answer.loss == pytest.approx(oracle.loss, rel=1e-9, abs=1e-12 * float(problem.loss.max()))
     assert answer.lower_bound <= oracle.loss + 1e-9 * float(problem.loss.max())
     check = verify_certificate(problem, answer)
+    assert check, check.problems
+
+
+@settings(max_examples=15, deadline=None)
+@given(coupled(), SEEDS)
+def test_pairwise_terms_beside_other_budgets_and_layer_rules(problem, seed):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 9, problem.cost.shape)
+    more = (CostBudget(name="latency", cost=table, limit=int(rng.integers(table.min(axis=1).sum(), table.max(axis=1).sum() + 1))),)
+    layers = None
+    if seed % 2:
+        layers = LayerRules(layer=np.arange(problem.n_items) // 2, width=np.arange(problem.n_choices) + 2.0, max_distinct=1)
+    asked = replace(problem, more_budgets=more, layers=layers)
+    try:
+        oracle = solve(asked, solver="exhaustive")
+    except InfeasibleBudgetError:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(asked)
+        return
+    answer = solve(asked)
+    assert answer.loss == pytest.approx(oracle.loss, rel=1e-9, abs=1e-12 * float(problem.loss.max()))
+    assert answer.lower_bound <= oracle.loss + 1e-9 * float(problem.loss.max())
+    check = verify_certificate(asked, answer)
     assert check, check.problems
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, CostBudget, LayerRules, PairwiseTerms, solve, whole_units
+from mpqsearch.allocate import AllocationProblem, CostBudget, LayerRules, PairwiseTerms, solve, solve_path, whole_units
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, NumericsError, UnknownNameError
 
 NAMES = ("conv_in", "attn.to_q", "attn.to_k")
@@ -107,6 +107,15 @@ def test_infeasibility_names_pins_ties_and_masks():
     assert "Ties (named by their first item) raise it by 1: 'attn.to_q' +1" in message
 
 
+def test_tied_items_without_a_common_choice_are_named_with_what_they_may_take():
+    allowed = np.ones((3, 3), dtype=bool)
+    allowed[1, 1:] = False
+    asked = problem(ties=[["attn.to_q", "attn.to_k"]], fixed={"attn.to_k": "int4"}, allowed=allowed)
+    for ask in (solve, solve_path):
+        with pytest.raises(InfeasibleBudgetError, match=r"no allowed choice in common.*'attn.to_q': 'int2'; 'attn.to_k': 'int4'"):
+            ask(asked)
+
+
 def test_two_budgets_that_exclude_each_other_say_what_each_leaves():
     """Small in one budget is large in the other: 6 of each is attainable alone, together they need 12."""
     opposite = CostBudget(name="bops", cost=np.array([[4, 3, 2]] * 3), limit=8)
@@ -130,6 +139,7 @@ def test_measured_costs_are_rounded_up():
         ({"mixed_overhead": -1}, ">= 0"),
         ({"average_step": 0}, "average_step"),
         ({"max_distinct": 0}, "max_distinct"),
+        ({"max_widths": 0}, "max_widths"),
     ],
 )
 def test_layer_rules_refuse(rules, words):
@@ -141,6 +151,22 @@ def test_a_layer_without_an_admissible_average_is_named():
     rules = LayerRules(layer=np.array([0, 1, 1]), width=np.array([2.0, 3.0, 4.0]), average=np.array([2.0, 9.0]))
     with pytest.raises(InfeasibleBudgetError, match="layer 1"):
         solve(problem(layers=rules))
+
+
+def test_ties_count_twice_in_the_average_of_their_layer():
+    """Met: PuLP keeps only the last factor of a variable that comes twice in an expression."""
+    rules = LayerRules(layer=np.array([0, 0, 0]), width=np.array([2.0, 3.0, 4.0]), average=3.0)
+    asked = problem(layers=rules, ties=[[0, 1]], loss=np.array([[3.0, 2.0, 1.0]] * 2 + [[9.0, 2.0, 1.0]]))
+    result = solve(asked)
+    assert result.choice.tolist() == [1, 1, 1]
+    assert result.loss == solve(asked, solver="exhaustive").loss
+
+
+def test_several_budgets_and_nothing_to_choose():
+    """Met: with one choice an item the range of the losses is zero, and the dual was divided by it."""
+    other = CostBudget(name="bops", cost=np.array([[4, 3, 2]] * 3), limit=12)
+    result = solve(problem(fixed={"conv_in": 0, "attn.to_q": 0, "attn.to_k": 0}, more_budgets=(other,)))
+    assert (result.status, result.loss, result.costs) == ("optimal", 9.0, {"cost": 6, "bops": 12})
 
 
 def test_importing_the_allocator_loads_neither_torch_nor_pulp_nor_numba():
