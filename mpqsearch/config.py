@@ -14,8 +14,10 @@ from typing import Any
 
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
+from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
 from mpqsearch.methods import MethodSpec
+from mpqsearch.search.space import parse_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,69 @@ class ExportConfig:
     rounding: str = "resolve"
 
 
+DEFAULT_SPACE: Mapping[str, Any] = {
+    "exponent": [0.5, 2.0],
+    "row_exponent": [0.5, 2.0],
+    "low_bits": [-1.0, 2.0],
+    "kurtosis": [-1.0, 1.0],
+    "depth": [-3.0, 3.0],
+    "role_conv": [0.2, 5.0],
+    "role_shortcut": [0.2, 5.0],
+    "role_attention": [0.2, 5.0],
+    "role_time": [0.2, 5.0],
+    "role_resample": [0.2, 5.0],
+    "granularity": ["channel", "layer"],
+}
+"""The space of a search that declares none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The outer search around one method; ``trials`` 0: none.
+
+    ``method``: the method whose integer program is searched around (empty: the last one with an integer program). ``mode``: ``front`` (one
+    value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes,
+    random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those of ``[allocate]``). ``samples`` search seeds from
+    ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs for the
+    cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms. ``act_bits``: activation width
+    of searched layers. ``space``: what may change, see `mpqsearch.search.space`.
+    """
+
+    method: str = ""
+    mode: str = "front"
+    trials: int = 0
+    sampler: str = "tpe"
+    pruner: str = "wilcoxon"
+    seed: int = 0
+    budgets: tuple[str, ...] = ()
+    low_bits: float = 2.0
+    high_bits: float = 4.0
+    samples: int = 16
+    first_seed: int = 2_000_000
+    chunk: int = 4
+    inputs: int = 32
+    top: int = 2
+    repeats: int = 3
+    act_bits: int = 16
+    study: str = ""
+    space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
+
+    def __post_init__(self) -> None:
+        if self.trials < 0 or self.top < 1 or self.repeats < 1 or self.samples < 2 or self.inputs < 0:
+            raise ConfigError(
+                "[search] needs trials >= 0, top >= 1, repeats >= 1, samples >= 2 and inputs >= 0, got "
+                f"{self.trials}, {self.top}, {self.repeats}, {self.samples} and {self.inputs}"
+            )
+        if not 1 <= self.chunk <= self.samples:
+            raise ConfigError(f"search.chunk must lie in 1..{self.samples} (search.samples), got {self.chunk}")
+        if not 1 <= self.low_bits < self.high_bits <= 8:
+            raise ConfigError(f"search needs 1 <= low_bits < high_bits <= 8, got {self.low_bits} and {self.high_bits}")
+        check_width(self.act_bits, "search.act_bits")
+        parse_space(self.space)
+        for text in self.budgets:
+            Budget.parse(text)
+
+
 DEFAULT_METHODS = (
     MethodSpec(name="uniform", allocator="uniform"),
     MethodSpec(name="ilp-channel", allocator="ilp-channel", codebook="auto", bias_correction=True),
@@ -147,6 +212,7 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     allocate: AllocateConfig = field(default_factory=AllocateConfig)
     methods: tuple[MethodSpec, ...] = DEFAULT_METHODS
+    search: SearchConfig = field(default_factory=SearchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -158,8 +224,22 @@ class Config:
         if self.report.chosen and self.report.chosen not in names:
             raise UnknownNameError("method", self.report.chosen, names, "(report.chosen)")
         self.allocate.parsed()
+        if self.search.method and self.search.method not in names:
+            raise UnknownNameError("method", self.search.method, names, "(search.method)")
+        self._check_search()
         if self.export.budget:
             Budget.parse(self.export.budget)
+
+    def _check_search(self) -> None:
+        searched = [m.name for m in self.methods if m.allocator == "search"]
+        if searched and not self.search.trials:
+            raise ConfigError(f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one")
+        c, e = self.search, self.evaluate
+        if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.samples:
+            raise ConfigError(
+                f"the search seeds {c.first_seed}..{c.first_seed + c.samples - 1} and the report seeds {e.first_seed}.."
+                f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move search.first_seed."
+            )
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, defaults filled in."""
@@ -244,6 +324,8 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
+    if hint is Any:
+        return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return None if value is None else _convert(next(a for a in arguments if a is not type(None)), value, where)

@@ -36,7 +36,7 @@ LOSSES = ("weight", "output", "gain", "probe", "final")
 gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``final``: layer totals
 from final samples with one layer quantized at a time (where measured, else scaled from ``probe``)."""
 
-ALLOCATORS = ("uniform", "random", "omq", "ilp-layer", "ilp-channel")
+ALLOCATORS = ("uniform", "random", "omq", "ilp-layer", "ilp-channel", "search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class MethodSpec:
     @property
     def granularity(self) -> str:
         """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
-        return "channel" if self.allocator in ("omq", "ilp-channel") else "layer"
+        return "channel" if self.allocator in ("omq", "ilp-channel", "search") else "layer"
 
     @property
     def variant(self) -> str:
@@ -568,10 +568,15 @@ def _tie_groups(task: _Task, names: list[str]) -> list[list[int]] | None:
     return tied or None
 
 
+def _searched(task: _Task) -> _Outcome:
+    raise ConfigError(f"the maps of {task.method.name!r} come out of the outer search, not of one solve; run the stage 'search'")
+
+
 _ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {
     "uniform": _uniform,
     "random": _random,
     "omq": _omq,
     "ilp-layer": _ilp_layer,
     "ilp-channel": _ilp_channel,
+    "search": _searched,
 }

@@ -19,7 +19,7 @@ class ReportContent:
     a point of the front shows its map), ``grids`` samples of several methods at one budget,
     ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``environment`` what
     `mpqsearch.artifacts.environment` returns, ``config`` the text of the resolved configuration, ``digests`` names to SHA-256 of
-    the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen.
+    the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen, ``search`` what ``search.json`` holds.
     """
 
     title: str
@@ -39,3 +39,4 @@ class ReportContent:
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     storage: StorageModel = DEFAULT_STORAGE
+    search: Mapping[str, Any] | None = None

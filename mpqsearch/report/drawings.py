@@ -21,6 +21,7 @@ from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import Draw
 from mpqsearch.report.front import METRIC_TITLES, FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import plot_sample_difference, plot_samples
+from mpqsearch.report.search import search_drawings
 from mpqsearch.report.sensitivity import (
     MEASURED,
     plot_predicted_vs_measured,
@@ -49,7 +50,12 @@ class Drawing:
 
 def all_drawings(content: ReportContent) -> list[Drawing]:
     """Every figure that the content allows; the first front is the one of the first screen."""
-    return [*_fronts(content), *_maps(content), *_profile(content), *_prediction(content), *_grids(content)]
+    return [*_fronts(content), *_maps(content), *_profile(content), *_prediction(content), *_search(content), *_grids(content)]
+
+
+def _search(content: ReportContent) -> Iterator[Drawing]:
+    for key, title, caption, words, draw in search_drawings(content.search) if content.search is not None else ():
+        yield Drawing(key=key, section="search", title=title, caption=caption, alt=words, draw=draw, dense=key == "search_parallel")
 
 
 def _fronts(content: ReportContent) -> Iterator[Drawing]:

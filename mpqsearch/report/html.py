@@ -19,6 +19,7 @@ from mpqsearch.report.figures import data_uri, render, save_figure
 from mpqsearch.report.front import METRIC_TITLES
 from mpqsearch.report.grids import SampleGrid, difference_strip, png_bytes, sample_strip
 from mpqsearch.report.hover import Spot, spots
+from mpqsearch.report.search import arms_table
 from mpqsearch.report.style import darkened
 from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_json
 
@@ -90,6 +91,7 @@ def render_page(
         grids=[_grid(g) for g in content.grids],
         breakdown=_breakdown(content),
         correlations=_plain_table(content.correlations),
+        searched=_plain_table(arms_table(content.search)) if content.search is not None else None,
         provenance=_provenance(content),
         config=content.config,
         command=content.command,

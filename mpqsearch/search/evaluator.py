@@ -16,8 +16,11 @@ from mpqsearch.artifacts import digest_of
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, SensitivityProfile
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
 from mpqsearch.models import Denoiser
+from mpqsearch.profile import calibrate_activations
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
+from mpqsearch.quant.activations import ActivationTable, attach_quantizer, input_quantizers
+from mpqsearch.quant.apply import bias_shift, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 from mpqsearch.search.ladder import Measured
 from mpqsearch.search.surrogate import Candidate
@@ -43,6 +46,8 @@ class ModelEvaluator:
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
     _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
+    _clones: dict[tuple[Any, bool], Any] = field(default_factory=dict, repr=False)
+    _scales: dict[tuple[Any, bool], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -90,7 +95,14 @@ class ModelEvaluator:
         assert self.reference is not None
         assert self.extractor is not None
         means, peaks = self._statistics(candidate)
-        module = quantize_model(self.denoiser.module, self.table, candidate.bit_map, means=means, input_max=peaks).module
+        module = quantize_model(
+            self.denoiser.module,
+            self.table,
+            candidate.bit_map,
+            means=means,
+            input_max=peaks,
+            activations=self._activations(candidate.bit_map),
+        ).module
         made = sample(self.denoiser.with_module(module), self.reference.seeds, self.sampler)
         found = evaluate(made, self.reference, self.extractor).metrics
         values: dict[str, float] = {}
@@ -122,16 +134,38 @@ class ModelEvaluator:
             self._samples[seeds] = sample(self.denoiser, seeds, self.sampler)
         return self._samples[seeds]
 
-    @cached_property
-    def _clone(self) -> Any:
-        return copy.deepcopy(self.denoiser.module).requires_grad_(False)
+    def _clone_for(self, bit_map: BitMap) -> Any:
+        """A working copy with the activation quantizers of a map; one for each set of activation widths."""
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale)
+        if key not in self._clones:
+            clone = copy.deepcopy(self.denoiser.module).requires_grad_(False)
+            if bit_map.activations:
+                found = self._activations(bit_map)
+                quantizers = input_quantizers(self.denoiser.module, self.table, bit_map, found, self._peaks)
+                owners = owners_of(clone, self.table)
+                for name, quantizer in quantizers.items():
+                    attach_quantizer(owners[name][0], quantizer)
+            self._clones[key] = clone
+        return self._clones[key]
+
+    def _activations(self, bit_map: BitMap) -> ActivationTable | None:
+        """Static scales of the activation widths of a map, from the full-precision trajectories of the input seeds."""
+        if not bit_map.activations:
+            return None
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale)
+        if key not in self._scales:
+            self._scales[key] = calibrate_activations(
+                self.denoiser, self.table, bit_map, self.sampler, seeds=self.input_seeds, input_max=self._peaks
+            )
+        return self._scales[key]
 
     @torch.no_grad()
     def _student(self, candidate: Candidate) -> Denoiser:
         """The working copy with the map's weights in place."""
         bit_map = candidate.bit_map
         bit_map.validate(self.table)
-        targets = dict(self._clone.named_modules())
+        clone = self._clone_for(bit_map)
+        targets = dict(clone.named_modules())
         sources: dict[str, Any] = dict(self.denoiser.module.named_modules())
         means, _ = self._statistics(candidate)
         for layer in self.table:
@@ -145,10 +179,9 @@ class ModelEvaluator:
             bias = sources[layer.name].bias
             if means is not None and layer.name in means:
                 mean = means[layer.name]
-                error = (rows - rows_of(weight.float(), layer)).reshape(len(mean), len(rows) // len(mean), -1)
-                bias = bias - torch.bmm(error, mean.to(error)[:, :, None]).flatten().to(bias.dtype)
+                bias = bias - bias_shift(rows - rows_of(weight.float(), layer), mean).to(bias.dtype)
             target.bias.copy_(bias)
-        return self.denoiser.with_module(self._clone)
+        return self.denoiser.with_module(clone)
 
     def _rows(self, name: str, widths: Tensor, bit_map: BitMap) -> Tensor:
         """Rows ``[C, D]`` of one layer, each at its width, from the bank."""

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from mpqsearch.allocate import PairwiseTerms
 from mpqsearch.artifacts import digest_of
-from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    Budget,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    average_bits,
+    size_bytes,
+)
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import LOSSES, Allocation, MethodSpec, allocate, channel_losses
 from mpqsearch.search.space import BASE, Theta, is_default, value_of
@@ -21,6 +31,9 @@ Floats = NDArray[np.float64]
 
 Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
 """Gains measured again with a map in place: see `mpqsearch.profile.remeasure`."""
+
+FIXED_ACT_BITS = 8
+"""Activation width of layers that the policy fixes, where activations are quantized at all."""
 
 _TINY = np.finfo(np.float64).tiny
 
@@ -37,12 +50,11 @@ class Candidate:
     average_bits: float
     status: str = "none"
     gap: float = 0.0
-    act_bits: int = 16
 
     @cached_property
     def digest(self) -> str:
         """What the measured values depend on, besides model and samples: equal maps are measured once, whatever found them."""
-        return digest_of([self.bit_map.digest, self.bias_correction, self.act_bits])
+        return digest_of([self.bit_map.digest, self.bias_correction])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +62,8 @@ class Surrogate:
     """The integer program around one method. ``losses_of`` and ``candidate`` are pure functions of a point of the space.
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
-    terms over the searched layers at the searched widths, ``remeasure`` measures gains again at a map.
+    terms over the searched layers at the searched widths, ``remeasure`` measures gains again at a map. ``act_bits`` is the activation width
+    of all searched layers (16: full precision); where any is below, layers with a fixed weight width take `FIXED_ACT_BITS`, as in MPQ-DM.
     """
 
     table: LayerTable
@@ -61,6 +74,7 @@ class Surrogate:
     correction: Floats | None = None
     interactions: PairwiseTerms | None = None
     remeasure: Remeasure | None = None
+    act_bits: int = FULL_PRECISION
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -169,18 +183,31 @@ class Surrogate:
                 raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
             there = self._at(made.bit_map)
             made = self._solve(theta, budget, method, policy, fmt, there)
-        return self.finished(made)
+        return self.finished(made, theta)
 
-    def finished(self, made: Allocation) -> Candidate:
-        """An allocation as something to measure."""
+    def activations_of(self, theta: Theta) -> dict[str, int]:
+        """Activation widths by layer; empty when all are at full precision."""
+        widths = {}
+        for layer in self.table:
+            chosen = value_of(theta, f"act_{layer.role}")
+            if self.policy.fixed_width(layer) is None:
+                widths[layer.name] = self.act_bits if chosen == BASE else int(chosen)
+        if all(b == FULL_PRECISION for b in widths.values()):
+            return {}
+        return {la.name: widths.get(la.name, FIXED_ACT_BITS) for la in self.table}
+
+    def finished(self, made: Allocation, theta: Theta | None = None) -> Candidate:
+        """An allocation as something to measure, with the activation widths of the point."""
         result = made.result
+        activations = self.activations_of(theta or {})
+        bit_map = replace(made.bit_map, activations=activations) if activations else made.bit_map
         return Candidate(
-            bit_map=made.bit_map,
+            bit_map=bit_map,
             budget=made.budget,
             bias_correction=made.method.bias_correction,
             predicted=made.predicted_loss,
-            size_bytes=size_bytes(self.table, made.bit_map),
-            average_bits=average_bits(self.table, made.bit_map),
+            size_bytes=size_bytes(self.table, bit_map),
+            average_bits=average_bits(self.table, bit_map),
             status="none" if result is None else result.status,
             gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
         )

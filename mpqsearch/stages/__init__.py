@@ -12,6 +12,7 @@ from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import export, quantize
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
+from mpqsearch.stages.searching import search, watch
 from mpqsearch.stages.whole import everything
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "quantize",
     "rank_correlations",
     "report",
+    "search",
     "slug",
     "start",
+    "watch",
 ]

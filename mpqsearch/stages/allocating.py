@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ def allocation(
     run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
 ) -> tuple[BitMap, dict[str, Any]]:
     """Solve one method at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds."""
+    if method.allocator == "search":
+        from mpqsearch.stages.searching import searched_map
+
+        return searched_map(run, table, budget)
     folder = run.path("allocations", slug(method.name, budget))
     c = run.config.to_data()
     inputs = profile_inputs(run, table) | {
@@ -44,7 +49,9 @@ def allocations(
     for budget in run.config.allocate.parsed():
         for method in run.config.methods:
             bit_map, data = allocation(run, table, measured, method, budget)
-            out.append((method, budget, bit_map, data))
+            out.append(
+                (replace(method, bias_correction=data.get("bias_correction", method.bias_correction)), budget, bit_map, data)
+            )
     run.say(f"allocate: {len(out)} maps in {run.path('allocations')}")
     return out
 

@@ -12,10 +12,12 @@ import numpy as np
 from mpqsearch import artifacts
 from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.methods import LOSSES, MethodSpec, channel_losses
+from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.evaluating import evaluation_key
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.searching import search_results
 
 
 def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = "") -> Path:
@@ -26,6 +28,9 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         "config": artifacts.digest_of(run.config.to_data()),
         "profile": artifacts.digest_of(profile_inputs(run, table)),
     }
+    results = run.path("search", "search.json")
+    if run.config.search.trials and results.exists():
+        inputs["search"] = artifacts.digest_file(results)
     path = run.path("pareto.json")
     # Metrics changed or not, a report is cheap and made of other artifacts only: a stale one is simply drawn again.
     if page.exists() and artifacts.is_current(path, "mpqsearch/pareto", inputs, overwrite=True):
@@ -36,6 +41,7 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         return page
     from mpqsearch.report import ReportContent, build_report
 
+    searched = search_results(run, table)
     chosen = chosen_method(run, records)
     maps = {}
     for budget in run.config.allocate.parsed():
@@ -54,10 +60,11 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         correlations=rank_correlations(table, measured),
         environment=artifacts.environment(),
         config=run.config.to_toml(),
-        command=command or shlex.join(["mpqsearch", *sys.argv[1:]]),
+        command=redact(command or shlex.join(["mpqsearch", *sys.argv[1:]])),
         digests={"model": table.digest, **inputs},
         seconds=run.seconds,
         notes=_notes(run, table, measured),
+        search=searched,
     )
     with run.timed("report"):
         build_report(run.folder, content, inputs)
@@ -121,8 +128,8 @@ def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[An
     for budget in run.config.allocate.parsed():
         rows = {"full precision": full.numpy()}
         for method in run.config.methods:
-            bit_map, _ = allocation(run, table, measured, method, budget)
-            point = evaluation_key(run, table, bit_map, bias_correction=method.bias_correction)
+            bit_map, data = allocation(run, table, measured, method, budget)
+            point = evaluation_key(run, table, bit_map, bias_correction=data.get("bias_correction", method.bias_correction))
             file = run.path("stats", f"{point[:16]}.npz")
             if file.exists():
                 rows[method.name] = artifacts.read_arrays(file)["images"][:columns]

@@ -9,6 +9,7 @@ from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export
 from mpqsearch.stages.profiling import profile
 from mpqsearch.stages.reporting import rank_correlations, report
+from mpqsearch.stages.searching import search
 
 
 def everything(run: Run) -> list[StudyRecord]:
@@ -19,6 +20,8 @@ def everything(run: Run) -> list[StudyRecord]:
     if measured is None:
         run.say("allocate, evaluate, report, export: would follow")
         return []
+    if run.config.search.trials:
+        search(run, table, measured)
     records = evaluate(run, table, measured)
     if not run.dry_run:
         for row in rank_correlations(table, measured):
