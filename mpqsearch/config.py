@@ -155,9 +155,10 @@ class SearchConfig:
     ``method``: the method whose integer program is searched around (empty: the last one with an integer program). ``mode``: ``front`` (one
     value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes,
     random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those of ``[allocate]``). ``samples`` search seeds from
-    ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs for the
-    cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms. ``act_bits``: activation width
-    of searched layers. ``space``: what may change, see `mpqsearch.search.space`.
+    ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs
+    for the cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms.
+    ``act_bits``: activation width of searched layers. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
+    may change, see `mpqsearch.search.space`.
     """
 
     method: str = ""
