@@ -1,0 +1,135 @@
+"""Output errors in blocks and by direct products against full second moments and the forward pass, for every kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import discover
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.moments import Piece, output_errors, plan_moments
+from mpqsearch.quant import RowStatistics, error_tables, width_errors
+from mpqsearch.testing import tiny_denoiser
+from tests.unit.quant.test_tables import LAYERS, Wrap, collect
+
+WIDTHS = (2, 4)
+FORMATS = {"affine": QuantFormat(n_candidates=10), "midrise": QuantFormat(codebook="midrise", n_candidates=10)}
+K = len(WIDTHS) * len(FORMATS)
+
+
+def errors_by(module: nn.Module) -> Any:
+    def errors_of(layer: LayerSpec, stats: RowStatistics) -> Mapping[str, Tensor]:
+        weight = module.get_submodule(layer.name).weight
+        return {v: width_errors(weight, layer, WIDTHS, fmt, stats) for v, fmt in FORMATS.items()}  # type: ignore[arg-type]
+
+    return errors_of
+
+
+def pieces(layer: LayerSpec, how: str) -> list[list[Piece]]:
+    end = layer.weights_per_channel if how in ("full", "blocked") else K
+    cuts = [0, end] if how == "full" else [0, end // 3, end]
+    return [[Piece(layer=layer.name, how=how, start=a, stop=b, n_bytes=0)] for a, b in pairwise(cuts) if b > a]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["full", "blocked", "direct"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: str) -> None:
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    spec, stats, _ = collect(layer, x[:1], x[1:])
+    model = Wrap(layer)
+    errors_of = errors_by(model)
+    light = {"layer": replace(stats, second_moment=torch.empty(0))}
+
+    def run() -> None:
+        model(x[:1])
+        model(x[1:])
+
+    table = LayerTable(digest="d", layers=(spec,))
+    found = output_errors(model, table, light, errors_of, pieces(spec, how), run, limit=1 << 14)["layer"]
+    for variant, error in errors_of(spec, stats).items():
+        expected = error_tables(error, stats)
+        # float32 products of at most a few hundred terms, summed in another order.
+        torch.testing.assert_close(found[f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9)
+        scale = float(expected["output_error"].max())
+        torch.testing.assert_close(
+            found[f"output_error_centred/{variant}"], expected["output_error_centred"].float(), rtol=1e-4, atol=1e-6 * scale
+        )
+
+
+@pytest.mark.parametrize(("share", "ways"), [(1.0, {"full"}), (0.2, {"full", "direct"}), (0.06, {"direct", "blocked"})])
+def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    errors_of = errors_by(denoiser.module)
+    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 400, 900, 0])
+
+    def run() -> None:
+        denoiser.denoise(x, t, torch.arange(4))
+
+    with torch.no_grad(), InputCollector(denoiser.module, table) as collector:
+        run()
+    stats = collector.statistics()
+    largest = max(la.groups * la.weights_per_channel**2 * 12 for la in table)
+    limit = int(largest * share * 4 / 3) + 1
+    passes = plan_moments(table, K, limit)
+    used = {p.how for part in passes for p in part}
+    assert used >= ways - {"full"} if share < 1 else used == {"full"}, used
+    for part in passes:
+        assert sum(p.n_bytes for p in part) <= limit
+    done: list[tuple[int, int]] = []
+    found = output_errors(
+        denoiser.module, table, stats, errors_of, passes, run, limit=limit, report=lambda a, b: done.append((a, b))
+    )
+    assert done == [(i + 1, len(passes)) for i in range(len(passes))]
+    assert set(found) == set(table.by_name)
+    for layer in table:
+        for variant, error in errors_of(layer, stats[layer.name]).items():
+            expected = error_tables(error, stats[layer.name])
+            scale = float(expected["output_error"].max())
+            torch.testing.assert_close(
+                found[layer.name][f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-4, atol=1e-7 * scale
+            )
+    assert not any(m._forward_pre_hooks for m in denoiser.module.modules())
+
+
+def test_plans_cover_every_layer_once_and_choose_what_is_cheaper() -> None:
+    wide = LayerSpec(name="wide", kind="Linear", weight_shape=(8, 4000))
+    tall = LayerSpec(name="tall", kind="Linear", weight_shape=(4000, 400))
+    table = LayerTable(digest="d", layers=(wide, tall))
+    assert [[p.how for p in part] for part in plan_moments(table, 7, None)] == [["full", "full"]]
+    limit = 40_000_000  # a moment of `wide` takes 192 MB, its candidates 1.8 MB; a moment of `tall` 2 MB, its candidates 90 MB
+    plan = {p.layer: p.how for part in plan_moments(table, 7, limit) for p in part}
+    assert plan == {"wide": "direct", "tall": "full"}
+    many = [p for part in plan_moments(table, 700, limit) for p in part if p.layer == "wide"]
+    assert {p.how for p in many} == {"blocked"} or len(many) <= 7
+    assert many[0].start == 0
+    assert all(a.stop == b.start for a, b in pairwise(many))
+    # With room for everything: few positions make direct products cheaper, many do not.
+    assert {p.how for part in plan_moments(table, 7, 10**10, positions=100) for p in part if p.layer == "wide"} == {"direct"}
+    assert {p.how for part in plan_moments(table, 7, 10**10, positions=10**6) for p in part if p.layer == "tall"} == {"full"}
+    with pytest.raises(ConfigError, match=r"too small for the layer 'wide'.* Raise the limit to 0\.06 MB"):
+        plan_moments(table, 7, 20_000)
+
+
+def test_a_layer_that_does_not_run_has_no_error() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    specs = tuple(LayerSpec(name=n, kind="Linear", weight_shape=(3, 4)) for n in model)
+    stats = {
+        n: RowStatistics(second_moment=torch.empty(0), mean=torch.zeros(1, 4), input_max=torch.ones(4), n_positions=0)
+        for n in model
+    }
+    table = LayerTable(digest="d", layers=specs)
+    for how in ("full", "direct"):
+        passes = [[p for s in specs for p in pieces(s, how)[0]]]
+        found = output_errors(model, table, stats, errors_by(model), passes, lambda: model["used"](torch.ones(2, 4)) and None)
+        assert float(found["unused"]["output_error/affine"].abs().max()) == 0
+        assert float(found["used"]["output_error/affine"].max()) > 0
