@@ -24,12 +24,15 @@ from mpqsearch.search.space import parse_space
 class ModelConfig:
     """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``, ``mps``.
 
+    ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty: its denoiser).
     ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It changes how, not what is measured.
     """
 
     source: str = "fmnist-unet"
     revision: str | None = None
     device: str = "cpu"
+    dtype: str = "float32"
+    component: str = ""
     memory_limit: str = ""
 
     def __post_init__(self) -> None:
@@ -70,8 +73,12 @@ class CalibrationConfig:
     """See `mpqsearch.profile.CalibrationSpec`.
 
     With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``codebooks`` counts.
+
+    ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for denoisers that need
+    prompt embeddings or anything else that a pipeline gives.
     """
 
+    captured: str = ""
     samples: int = 8
     first_seed: int = 1_000_000
     probe_inputs: int = 40

@@ -30,6 +30,7 @@ from mpqsearch.core.budget import DEFAULT_STORAGE, uniform_map
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 
 Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
 
 LOSSES = ("weight", "output", "gain", "probe", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
@@ -374,17 +375,20 @@ def _uniform(task: _Task) -> _Outcome:
 def _random(task: _Task) -> _Outcome:
     """Random widths, repaired at random until the budget is met and no further bit fits."""
     rng = np.random.default_rng([task.method.seed, int(task.limit) % (2**31)])
-    names, _, cost = _layer_table_costs(task)
-    choice = rng.integers(0, cost.shape[1], len(names))
-    room = task.limit - _fixed_cost(task, cost)
-    rows = np.arange(len(names))
+    names, _, each = _layer_table_costs(task)
+    unit = _units(_layer_labels(task, names))  # tied layers move together
+    cost = np.zeros((int(unit.max(initial=-1)) + 1, each.shape[1]), dtype=np.int64)
+    np.add.at(cost, unit, each)
+    choice = rng.integers(0, cost.shape[1], len(cost))
+    room = task.limit - _fixed_cost(task, each)
+    rows = np.arange(len(cost))
     while cost[rows, choice].sum() > room:
         choice[rng.choice(np.flatnonzero(choice > 0))] -= 1
     for i in rng.permutation(np.repeat(rows, cost.shape[1])):
         if choice[i] + 1 < cost.shape[1] and cost[rows, choice].sum() - cost[i, choice[i]] + cost[i, choice[i] + 1] <= room:
             choice[i] += 1
     widths = sorted(task.policy.widths)
-    return task.map_of({n: np.uint8(widths[c]) for n, c in zip(names, choice, strict=True)}), None, ()
+    return task.map_of({n: np.uint8(widths[c]) for n, c in zip(names, choice[unit], strict=True)}), None, ()
 
 
 def _omq(task: _Task) -> _Outcome:
@@ -393,15 +397,16 @@ def _omq(task: _Task) -> _Outcome:
     widths: dict[str, Any] = {}
     error = task.profile.need(f"{task.row_error}/{task.method.variant}", "OMQ")
     column = {b: j for j, b in enumerate(task.profile.widths)}
-    for name in task.searched:
-        n = int(base.weights[name])
-        rows = error[task.profile.rows(name)]
-        if n - 1 not in column or n + 1 not in column:
-            widths[name] = np.uint8(n)
+    for names in _tied_layers(task):
+        n = int(base.weights[names[0]])
+        if n - 1 not in column or n + 1 not in column or len({task.table[name].n_channels for name in names}) > 1:
+            widths |= dict.fromkeys(names, np.uint8(n))
             continue
-        down, keep, up = (rows[:, column[b]].astype(np.float64) for b in (n - 1, n, n + 1))
-        order = np.argsort(-ORDERS[task.method.order](task, name), kind="stable")
-        widths[name] = _best_split(order, n, down, keep, up)
+        rows = np.stack([error[task.profile.rows(name)] for name in names]).sum(0, dtype=np.float64)
+        down, keep, up = (rows[:, column[b]] for b in (n - 1, n, n + 1))
+        score = np.stack([ORDERS[task.method.order](task, name) for name in names]).sum(0)
+        split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up)
+        widths |= dict.fromkeys(names, split)
     notes = ("the channel tags of mixed layers come on top of the uniform size: OMQ has no means to pay for them",)
     return task.map_of(widths), None, notes
 
@@ -486,7 +491,7 @@ def _ilp_channel(task: _Task) -> _Outcome:
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:
     widths = sorted(task.policy.widths)
     names, loss, cost = _layer_table_costs(task)
-    paid, ties = _fixed_cost(task, cost), _tie_groups(task, names)
+    paid = _fixed_cost(task, cost)
     fixed: dict[int | str, int | str] = {}
     if pins:
         pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
@@ -502,7 +507,7 @@ def _layer_program(task: _Task, *, pins: bool = False) -> Program:
         names=tuple(names),
         choices=tuple(f"{b} bits" for b in widths),
         budget_name=_unit(task),
-        ties=ties,
+        ties=_any(_layer_labels(task, names)),
         fixed=fixed or None,
         pairwise=task.pairs,
     )
@@ -526,6 +531,7 @@ def _channel_program(task: _Task) -> Program:
         limit=task.limit - paid,
         choices=tuple(f"{b} bits" for b in widths),
         budget_name=_unit(task),
+        ties=_any(_row_labels(task)),
     )
     return Program(
         problem=problem, layers=tuple(la.name for la in layers), item_layer=item_layer, widths=tuple(widths), fixed_cost=paid
@@ -559,13 +565,48 @@ def _fixed_cost(task: _Task, cost: NDArray[np.int64]) -> int:
     return task.cost(lowest) - int(cost[:, 0].sum())
 
 
-def _tie_groups(task: _Task, names: list[str]) -> list[list[int]] | None:
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        if task.table[name].tie:
-            groups.setdefault(task.table[name].tie, []).append(i)
-    tied = [g for g in groups.values() if len(g) > 1]
-    return tied or None
+def _tied_layers(task: _Task) -> list[list[str]]:
+    """Searched layers in groups that share their widths; most groups have one member."""
+    groups: dict[str, list[str]] = {}
+    for name in task.searched:
+        groups.setdefault(task.policy.tie_of(task.table[name]) or f"\0{name}", []).append(name)
+    return list(groups.values())
+
+
+def _layer_labels(task: _Task, names: list[str]) -> Labels:
+    """Tie label of each layer, -1 for those that are free."""
+    labels = np.full(len(names), -1, dtype=np.int64)
+    index = {n: i for i, n in enumerate(names)}
+    for label, group in enumerate(g for g in _tied_layers(task) if len(g) > 1):
+        labels[[index[n] for n in group]] = label
+    return labels
+
+
+def _row_labels(task: _Task) -> Labels:
+    """Tie label of each row of the searched layers. Tied layers share widths row for row; with unequal row counts, one width for all rows."""
+    counts = {n: task.table[n].n_channels for n in task.searched}
+    starts = dict(zip(counts, np.cumsum([0, *counts.values()])[:-1].tolist(), strict=True))
+    labels = np.full(sum(counts.values()), -1, dtype=np.int64)
+    used = 0
+    for group in (g for g in _tied_layers(task) if len(g) > 1):
+        n = counts[group[0]]
+        equal = all(counts[name] == n for name in group)
+        for name in group:
+            labels[starts[name] : starts[name] + counts[name]] = used + np.arange(n) if equal else used
+        used += n if equal else 1
+    return labels
+
+
+def _any(labels: Labels) -> Labels | None:
+    """None when nothing is tied."""
+    return labels if (labels >= 0).any() else None
+
+
+def _units(labels: Labels) -> Labels:
+    """Number of the group of each layer: tied ones share it, free ones have their own."""
+    keys = np.where(labels < 0, np.arange(len(labels)) + labels.max(initial=-1) + 1, labels)
+    _, first, unit = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[unit]  # numbered in the order of the layers
 
 
 def _searched(task: _Task) -> _Outcome:

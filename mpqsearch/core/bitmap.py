@@ -82,8 +82,14 @@ class BitMap:
                 "Allocate again for this model."
             )
         table.require_same_names(set(self.weights), "the bit map")
+        tied: dict[str, str] = {}
         for layer in table:
             widths = self.weights[layer.name]
+            mate = tied.setdefault(layer.tie, layer.name) if layer.tie else layer.name
+            if not np.array_equal(widths, self.weights[mate]):
+                raise LayerMismatchError(
+                    f"the bit map gives {layer.name!r} and {mate!r} different widths, but they are tied ({layer.tie!r})"
+                )
             if widths.ndim and len(widths) != layer.n_channels:
                 raise LayerMismatchError(
                     f"the bit map has {len(widths)} widths for {layer.name!r}, which has {layer.n_channels} output channels"

@@ -16,7 +16,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +24,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
@@ -57,7 +58,9 @@ class Call:
         """The prediction of ``module`` for this call, as one tensor.
 
         Tensors follow the module's device, and its dtype where they had that of the recorded module. A learned variance is dropped. Several
-        outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as ``[1, values]``.
+        outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as ``[1, values]``. Where gradients are
+        enabled they are so inside too, whatever the model says: routed experts of some models run under ``no_grad`` in evaluation, which
+        would look as if no error of theirs reached the output.
         """
         parameter = next(module.parameters())
         floats = parameter.dtype if parameter.is_floating_point() else self.dtype
@@ -65,7 +68,8 @@ class Call:
         def move(value: Tensor) -> Tensor:
             return value.to(parameter.device, floats if value.dtype == self.dtype else value.dtype)
 
-        out = module(*_map(self.args, move), **_map(dict(self.kwargs), move))
+        with _Differentiable() if torch.is_grad_enabled() else nullcontext():
+            out = module(*_map(self.args, move), **_map(dict(self.kwargs), move))
         found = [t for t in tensors_in(out) if t.is_floating_point()]
         if not found:
             raise ModelError(
@@ -82,6 +86,19 @@ class Call:
             raise ConfigError(f"a call recorded with guidance needs an even batch (unconditional, conditional), got {len(result)}")
         unconditional, conditional = result.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
+
+
+class _Differentiable(TorchFunctionMode):
+    """Inside, ``no_grad`` of a model has no effect."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` with gradients."""
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.scatter_reduce_ and len(args) == 4 and kwargs == {"reduce": "sum"}:
+            func, kwargs = Tensor.scatter_add_, {}  # the same sum, and repeatable in place: it keeps nothing for its gradient
+        with torch.enable_grad():
+            return func(*args, **(kwargs or {}))
 
 
 class Calls(Sequence[Call]):

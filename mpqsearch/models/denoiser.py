@@ -77,7 +77,7 @@ class Denoiser:
             kwargs["class_labels"] = cond
         try:
             out = self.module(x, t, return_dict=False, **kwargs)[0]
-        except TypeError as error:
+        except (TypeError, AttributeError, ValueError) as error:  # classes say so in each of these ways when an input is missing
             raise ModelError(
                 f"{type(self.module).__name__} cannot be called as model(x, t{', class_labels=...' if kwargs else ''}): {error}. "
                 "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
@@ -140,6 +140,8 @@ def adapt(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(f"{name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
     module.eval().requires_grad_(False)
+    if hasattr(module, "enable_gradient_checkpointing") and not hasattr(module, "gradient_checkpointing"):
+        module.gradient_checkpointing = False  # type: ignore[assignment]  # some classes of diffusers read it and never set it
     return Denoiser(
         name=name,
         module=module,

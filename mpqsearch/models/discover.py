@@ -128,6 +128,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and pass on where its result comes from."""
         out = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():  # flexible attention is compiled as it runs, and the compiler would look in here
+            return out
         if getattr(func, "__name__", "") == "__get__":  # weight.dtype and the like are no use of a weight
             return out
         inputs = list(tensors_in((args, kwargs)))
@@ -250,7 +252,7 @@ def _owners(model: nn.Module) -> tuple[dict[str, nn.Module], list[KeptParameter]
     modules: dict[str, nn.Module] = {}
     borrowers: list[KeptParameter] = []
     for name, module in model.named_modules():
-        if not isinstance(module, WEIGHT_LAYERS):
+        if not isinstance(module, WEIGHT_LAYERS) or not module.weight.numel():
             continue
         first = owner.setdefault(id(module.weight), name)
         if first == name:

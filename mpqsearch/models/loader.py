@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +14,53 @@ import torch
 from torch import nn
 
 from mpqsearch.errors import ModelError, UnknownNameError
+from mpqsearch.models.calls import Call
 from mpqsearch.models.denoiser import DEFAULT_SCHEDULER, Denoiser, adapt
 
 REFERENCE = Path(__file__).parent / "reference"
 EMBEDDED = ("fmnist-unet", "fmnist-dit")
 """Denoisers that ship with the package; see the model cards beside their weights."""
 
+COMPONENTS = ("unet", "transformer", "prior", "decoder")
+"""Parts of a pipeline that may be its denoiser, in the order in which they are looked for."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "stored": None}
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def load_model(source: str, *, device: str = "cpu", revision: str | None = None) -> Denoiser:
-    """Load a denoiser in float32 on ``device``.
+def load_model(
+    source: str,
+    *,
+    device: str = "cpu",
+    revision: str | None = None,
+    dtype: str = "float32",
+    component: str = "",
+    calls: Sequence[Call] = (),
+) -> Denoiser:
+    """Load a denoiser on ``device``.
 
     source
-        An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline; its
-        ``unet`` or ``transformer`` is taken) or with ``config.json`` and safetensors (a diffusers model; a
-        ``scheduler_config.json`` in it or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub pipeline.
+        An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline, of which only the
+        denoiser and the scheduler are read) or with ``config.json`` and safetensors (a diffusers model; a ``scheduler_config.json`` in it
+        or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub pipeline.
+    dtype
+        ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
+    component
+        Part of a pipeline, such as ``controlnet`` or ``transformer_2``; empty: the first of `COMPONENTS` that it has.
+    calls
+        Recorded calls of the pipeline (`capture`), for denoisers that need more than a sample, a time and class labels.
 
     Raises `ModelError` when the source does not exist, is damaged, is a pickle, or is no denoiser.
     """
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    how = _How(device=device, dtype=DTYPES[dtype], revision=revision, component=component, calls=calls)
     if source in EMBEDDED:
-        return _load_folder(REFERENCE / source, source, device)
+        return _load_folder(REFERENCE / source, source, how)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_folder(path, path.resolve().name, device)
+        return _load_folder(path, path.resolve().name, how)
     if path.exists() or path.suffix in (*_PICKLES, ".safetensors"):
         raise ModelError(
             f"{source} is {'a pickle checkpoint, which may run code when loaded' if path.suffix in _PICKLES else 'a single file'}. "
@@ -42,18 +68,29 @@ def load_model(source: str, *, device: str = "cpu", revision: str | None = None)
             "model.save_pretrained(folder, safe_serialization=True) writes one."
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return _from_pipeline(source, source.rsplit("/", 1)[-1], device, revision)
+        return _from_pipeline(source, source.rsplit("/", 1)[-1], how)
     raise UnknownNameError("model", source, EMBEDDED, "It is no folder here and no owner/name of a hub either.")
 
 
-def _load_folder(folder: Path, name: str, device: str) -> Denoiser:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How a model is loaded: see `load_model`; ``dtype`` None keeps that of the file."""
+
+    device: str
+    dtype: torch.dtype | None
+    revision: str | None
+    component: str
+    calls: Sequence[Call]
+
+
+def _load_folder(folder: Path, name: str, how: _How) -> Denoiser:
     if (folder / "model_index.json").is_file():
-        return _from_pipeline(str(folder), name, device, None)
+        return _from_pipeline(str(folder), name, how)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder")
     _refuse_pickles(folder)
     config = _read_config(folder / "config.json")
-    module = _build(config.get("_class_name", ""), folder)
+    module = _build(config.get("_class_name", ""), str(folder), how)
     scheduler = next(
         (
             _read_config(p)
@@ -63,65 +100,102 @@ def _load_folder(folder: Path, name: str, device: str) -> Denoiser:
         dict(DEFAULT_SCHEDULER),
     )
     hints = _read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    return _wrap(module, name, scheduler, hints, str(folder) if name not in EMBEDDED else name, device)
+    return _wrap(module, name, scheduler, hints, str(folder) if name not in EMBEDDED else name, how)
 
 
-def _build(class_name: str, folder: Path) -> nn.Module:
+def _build(class_name: str, source: str, how: _How, **where: Any) -> nn.Module:
     import diffusers
 
     cls = getattr(diffusers, class_name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ModelError(
-            f"{folder}/config.json names the class {class_name!r}, which diffusers {diffusers.__version__} does not have"
+            f"{source}: its config names the class {class_name!r}, which diffusers {diffusers.__version__} does not have"
         )
+    where.setdefault("local_files_only", Path(source).is_dir())
+    wanted = how.dtype or _stored_dtype(Path(source) / where.get("subfolder", ""))
     try:
-        model: nn.Module = cls.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
-        )
+        model: nn.Module = cls.from_pretrained(source, use_safetensors=True, torch_dtype=wanted, low_cpu_mem_usage=False, **where)
     except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
-        raise ModelError(f"cannot load {folder} as {class_name}: {error}") from error
+        raise ModelError(f"cannot load {source} as {class_name}: {error}") from error
     return model
 
 
-def _from_pipeline(source: str, name: str, device: str, revision: str | None) -> Denoiser:
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most tensors of the safetensors files in ``folder``; float32 when there are none to look at."""
+    from safetensors import safe_open
+
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    found: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118  (no mapping)
+    most = found.most_common(1)
+    return names.get(most[0][0], torch.float32) if most else torch.float32
+
+
+def _from_pipeline(source: str, name: str, how: _How) -> Denoiser:
+    """Only the denoiser and the scheduler of a pipeline: text encoders and autoencoders take memory and are not looked at."""
+    local = Path(source).is_dir()
+    index = _read_config(Path(source) / "model_index.json") if local else _hub_index(source, how.revision)
+    parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+    part = how.component or next((p for p in COMPONENTS if p in parts), "")
+    if part not in parts:
+        raise UnknownNameError(
+            f"component of the pipeline {source!r} ({index.get('_class_name')})",
+            part or "/".join(COMPONENTS),
+            parts,
+            "Name its denoiser.",
+        )
+    if local:
+        _refuse_pickles(Path(source) / part)
+    where = {"subfolder": part} if local else {"subfolder": part, "revision": how.revision, "local_files_only": False}
+    module = _build(parts[part][1], source, how, **where)
+    scheduler = dict(DEFAULT_SCHEDULER)
+    if "scheduler" in parts:
+        import diffusers
+
+        try:
+            scheduler = dict(
+                getattr(diffusers, parts["scheduler"][1]).from_pretrained(source, **{**where, "subfolder": "scheduler"}).config
+            )
+        except Exception as error:
+            raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
+    return _wrap(module, name, scheduler, {}, source, how)
+
+
+def _hub_index(source: str, revision: str | None) -> dict[str, Any]:
     import diffusers
 
-    if Path(source).is_dir():
-        for part in ("unet", "transformer"):
-            _refuse_pickles(Path(source) / part)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            source, use_safetensors=True, torch_dtype=torch.float32, revision=revision
-        )
+        return dict(diffusers.DiffusionPipeline.load_config(source, revision=revision))
     except Exception as error:
         raise ModelError(
             f"cannot load the pipeline {source!r}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
             "It must be a folder or a hub identifier with safetensors weights; without a network only folders work."
         ) from error
-    module = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"the pipeline {source!r} ({type(pipe).__name__}) has neither a unet nor a transformer")
-    return _wrap(module, name, dict(pipe.scheduler.config), {}, source, device)
 
 
-def _wrap(module: nn.Module, name: str, scheduler: dict[str, Any], hints: dict[str, Any], source: str, device: str) -> Denoiser:
+def _wrap(module: nn.Module, name: str, scheduler: dict[str, Any], hints: dict[str, Any], source: str, how: _How) -> Denoiser:
     config = dict(getattr(module, "config", {}))
-    size = config.get("sample_size")
-    channels = config.get("in_channels")
-    if size is None or channels is None:
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    shape: tuple[int, ...] = ()
+    if size is not None and channels is not None:
+        shape = (int(channels), *map(int, size if isinstance(size, (list, tuple)) else (size, size)))
+    elif not len(how.calls):
         raise ModelError(
-            f"{source}: its config has no sample_size or in_channels; wrap the module with mpqsearch.models.adapt instead"
+            f"{source}: its config has no sample_size or in_channels. Record calls of its pipeline (mpqsearch.models.capture, save_calls) and "
+            "name the file in calibration.captured, or wrap the module with mpqsearch.models.adapt"
         )
-    spatial = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     n_classes, null_class = _classes(config)
     return adapt(
-        module.float().to(device),
-        sample_shape=(int(channels), *map(int, spatial)),
+        module.to(how.device),
+        sample_shape=shape,
         name=name,
         scheduler={k: v for k, v in scheduler.items() if not k.startswith("_diffusers")},
         n_classes=hints.get("n_classes", n_classes),
         null_class=hints.get("null_class", null_class),
         source=source,
+        calls=how.calls,
     )
 
 

@@ -15,15 +15,16 @@ from mpqsearch.quant import RowStatistics
 
 
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
-    """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x`` with a batch axis.
+    """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x``, with or without a batch axis.
 
     Convolutions are unfolded with their own stride, padding and dilation; a transposed convolution is a convolution of the
     zero-stuffed input with the flipped kernel. So ``rows @ columns`` is the layer's output, exactly, for every kind.
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    dims = x.dim() - 2
     conv: Any = module
+    dims = len(conv.kernel_size)
+    x = x if x.dim() == dims + 2 else x[None]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         x = _zero_stuffed(x, conv)
         stride: tuple[int, ...] = (1,) * dims
@@ -46,6 +47,14 @@ def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     grouped = x.reshape(n, groups, c // groups, *x.shape[2:])
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
     return grouped.permute(order).reshape(groups, -1, layer.weights_per_channel)
+
+
+def _by_channel(x: Tensor, module: nn.Module) -> Tensor:
+    """``[channels, values]`` of an input or output, with or without a batch axis."""
+    if isinstance(module, nn.Linear):
+        return x.movedim(-1, 0).reshape(x.shape[-1], -1)
+    conv: Any = module
+    return x.movedim(-1 - len(conv.kernel_size), 0).flatten(1)
 
 
 def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
@@ -76,7 +85,7 @@ class InputCollector:
 
     def __enter__(self) -> InputCollector:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(self._table[name])))
+            self._handles.append(module.register_forward_hook(self._hook(self._table[name]), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -86,11 +95,12 @@ class InputCollector:
 
     def _hook(self, layer: LayerSpec) -> Any:
         @torch.no_grad()
-        def collect(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().float()
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            x = (inputs[0] if inputs else next(iter(named.values()))).detach().float()
+            if not x.numel():
+                return
             columns = columns_of(x, module, layer)
-            channels = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
-            out = output.detach().float().movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
+            channels, out = (_by_channel(v, module) for v in (x, output.detach().float()))
             # Products in float32, sums over batches in float64: the sums run over many more terms.
             self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
             self._add(self._sum, layer.name, columns.sum(1, dtype=torch.float64))

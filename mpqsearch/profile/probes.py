@@ -157,7 +157,7 @@ def _add_layer_errors(
 ) -> None:
     """Add ``<grad - bias_grad m', E_b>**2`` for every width ``b``: the effect after the mean shift is folded into the bias."""
     layer = table[name]
-    rows = rows_of(weight_grad, layer)
+    rows = rows_of(weight_grad.float(), layer)
     if layer.has_bias:
         mean = means[name].to(rows)
         rows = rows - bias_grad[:, None] * mean.repeat_interleave(len(rows) // len(mean), dim=0)

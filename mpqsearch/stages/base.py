@@ -40,10 +40,11 @@ class Run:
     @cached_property
     def denoiser(self) -> Denoiser:
         """The model, loaded once."""
-        from mpqsearch.models import load_model
+        from mpqsearch.models import load_calls, load_model
 
-        c = self.config.model
-        return load_model(c.source, device=c.device, revision=c.revision)
+        c, captured = self.config.model, self.config.calibration.captured
+        calls = load_calls(captured) if captured else ()
+        return load_model(c.source, device=c.device, revision=c.revision, dtype=c.dtype, component=c.component, calls=calls)
 
     @cached_property
     def streamed(self) -> StreamedModel:
@@ -55,8 +56,10 @@ class Run:
     @property
     def source_inputs(self) -> dict[str, str]:
         """What identifies the model without loading it."""
-        c = self.config.model
-        return {"model_source": artifacts.digest_of([c.source, c.revision])}
+        c, captured = self.config.model, self.config.calibration.captured
+        named = [c.source, c.revision, *([c.component] if c.component else []), *([c.dtype] if c.dtype != "float32" else [])]
+        calls = {"calls": artifacts.digest_file(Path(captured))} if captured and Path(captured).is_file() else {}
+        return {"model_source": artifacts.digest_of(named), **calls}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

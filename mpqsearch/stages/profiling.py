@@ -25,10 +25,11 @@ def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
         }
     return {
         "model": table.digest,
-        "calibration": artifacts.digest_of(c["calibration"]),
+        "calibration": artifacts.digest_of({k: v for k, v in c["calibration"].items() if k != "captured"}),
         "sampler": artifacts.digest_of(c["sampler"]),
         "quantizer": artifacts.digest_of(c["quantizer"]),
         "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
+        **{k: v for k, v in run.source_inputs.items() if k == "calls"},
     }
 
 
@@ -49,7 +50,7 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
 
         same_model(run, table)
         c = run.config.calibration
-        settings: Any = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "weights_only"}
+        settings: Any = {f.name: getattr(c, f.name) for f in fields(CalibrationSpec)}
         with run.timed("profile"), bars_of() as progress:
             measured = _measure(run, table, CalibrationSpec(**settings), inputs, progress)
     artifacts.save_profile(path, measured, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +56,42 @@ def tiny_dit(seed: int = 0) -> nn.Module:
         num_embeds_ada_norm=CLASSES,
         norm_num_groups=1,
     )
+
+
+def tiny_text_unet(seed: int = 0) -> nn.Module:
+    """A `UNet2DConditionModel` with text embeddings of 8 values for 8x8 latents, in its parts as in Stable Diffusion 1.5."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(  # type: ignore[no-any-return]
+        sample_size=8,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def tiny_prompted_pipeline(folder: Path) -> Path:
+    """Write the folder of a Stable Diffusion 1.5 pipeline as far as its denoiser goes: the text encoder is named and is not there."""
+    from diffusers import DDIMScheduler
+
+    unet: Any = tiny_text_unet()
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "safety_checker": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def tiny_denoiser(kind: str = "unet", seed: int = 0) -> Denoiser:

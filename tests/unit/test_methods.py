@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mpqsearch.allocate import solve
-from mpqsearch.core import BitMap, Budget, Policy, QuantFormat, SensitivityProfile, size_bits, uniform_map
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, size_bits, uniform_map
 from mpqsearch.core.budget import DEFAULT_STORAGE
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
 from mpqsearch.methods import ALLOCATORS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
 from mpqsearch.testing import tiny_profile, tiny_table
 
@@ -212,3 +213,64 @@ def test_pins_enter_a_program_as_fixed_items_and_leave_its_optimum() -> None:
 def test_methods_without_a_program_say_so() -> None:
     with pytest.raises(ConfigError, match="solves no integer program"):
         program_of(MethodSpec(name="u", allocator="uniform"), Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
+
+
+def tied_table(**kwargs: str) -> LayerTable:
+    """Layers 1 and 2 of the table are projections of one input; so are 3 and 4, of which one has half the rows."""
+    layers = list(TABLE)
+    layers[1], layers[2] = (replace(la, **{k: v + "a" for k, v in kwargs.items()}) for la in layers[1:3])
+    layers[3], layers[4] = (replace(la, **{k: v + "b" for k, v in kwargs.items()}) for la in layers[3:5])
+    layers[4] = replace(layers[4], weight_shape=(10, layers[4].weight_shape[1]))
+    return LayerTable(digest=TABLE.digest, layers=tuple(layers), kept=TABLE.kept)
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("budget", ["uniform:2", "uniform:3", "5.1bit"])
+@pytest.mark.parametrize("how", ["tie", "fuse"])
+def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
+    table = tied_table(**{how: "qkv"})
+    policy = Policy(tie_qkv=how == "fuse")
+    made = allocate(MethodSpec(name="m", allocator=allocator), Budget.parse(budget), table, tiny_profile(table), policy, FORMAT)
+    made.bit_map.validate(table)
+    widths = [made.bit_map.weights[la.name] for la in table]
+    np.testing.assert_array_equal(widths[1], widths[2])
+    assert widths[3].ndim == widths[4].ndim == 0  # twenty rows against ten: one width for both
+    assert widths[3] == widths[4]
+    assert made.within_budget or allocator == "omq"
+
+
+def test_fused_layers_are_free_unless_the_policy_ties_them() -> None:
+    table = tied_table(fuse="qkv")
+    made = allocate(
+        MethodSpec(name="m", allocator="ilp-channel"), Budget.parse("uniform:3"), table, tiny_profile(table), POLICY, FORMAT
+    )
+    assert not np.array_equal(made.bit_map.weights["block.1.linear"], made.bit_map.weights["block.2.linear"])
+    assert "q, k and v tied" in Policy(tie_qkv=True).describe()
+
+
+def test_a_tied_channel_program_equals_brute_force() -> None:
+    """Two tied layers of three rows: nine free choices of pairs of rows, tried one by one."""
+    small = tiny_table(n_layers=4, channels=3, fan_in=10)
+    layers = [replace(la, tie="t") if i in (1, 2) else la for i, la in enumerate(small)]
+    table = LayerTable(digest=small.digest, layers=tuple(layers), kept=small.kept)
+    profile, policy = tiny_profile(table, seed=3), Policy(widths=(2, 4, 8))
+    made = allocate(
+        MethodSpec(name="m", allocator="ilp-channel", loss="output"), Budget.parse("uniform:3"), table, profile, policy, FORMAT
+    )
+    losses = channel_losses(profile, table, "affine", "output", bias_correction=False)
+    rows = np.stack([losses[profile.rows(layers[i].name)] for i in (1, 2)]).sum(0)
+    best = np.inf
+    for widths in itertools.product(policy.widths, repeat=3):
+        weights = {**uniform_map(table, policy, 2).weights, **{layers[i].name: np.array(widths) for i in (1, 2)}}
+        if size_bits(table, BitMap(model_digest=table.digest, weights=weights)) <= made.limit:
+            best = min(best, sum(float(rows[r, profile.widths.index(w)]) for r, w in enumerate(widths)))
+    assert made.result is not None
+    found = made.bit_map.channel_widths(layers[1].name, 3)
+    assert sum(float(rows[r, profile.widths.index(int(w))]) for r, w in enumerate(found)) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_map_that_breaks_a_tie_is_refused() -> None:
+    table = tied_table(tie="qkv")
+    weights = {la.name: np.array(2 if i == 1 else 4) for i, la in enumerate(table)}
+    with pytest.raises(LayerMismatchError, match="tied"):
+        BitMap(model_digest=table.digest, weights=weights).validate(table)

@@ -1,0 +1,147 @@
+"""The whole way of one denoiser class: record, discover, profile, allocate, quantize, export. Raises at the first thing that does not hold."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat
+from mpqsearch.export import ExportJob, get_exporter, load_neutral
+from mpqsearch.methods import MethodSpec, allocate
+from mpqsearch.models import Calls, adapt, capture, discover, load_calls, save_calls
+from mpqsearch.profile import CalibrationSpec, InputCollector, profile_model
+from mpqsearch.quant import quantize_model, rows_of
+from mpqsearch.sampling import SamplerSpec
+from mpqsearch.testing.denoisers import build
+
+WIDTHS = (2, 4, 8)
+CALLS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Covered:
+    """What was found of one class.
+
+    ``roles`` counts layers by role; ``apart`` are parameters of modules that no quantizer knows, as a share of all. ``power_error``: the largest
+    difference between a layer's measured output power and that of its weights on the recorded second moments, over the layer's largest.
+    ``change``: mean squared change of the prediction at the uniform 3-bit size over its mean square, by method.
+    """
+
+    name: str
+    layers: int
+    channels: int
+    roles: Mapping[str, int]
+    fused: int
+    apart: float
+    power_error: float
+    change: Mapping[str, float]
+    seconds: float
+
+
+def cover(name: str) -> Covered:
+    """Take the class ``name`` all the way. Raises whatever goes wrong, and `AssertionError` when a number does not hold."""
+    start = time.process_time()
+    module, inputs = build(name)
+    with torch.no_grad(), capture(module, limit=CALLS) as recorded:
+        for _ in range(CALLS + 1):
+            module(**inputs)
+            inputs = _later(inputs)
+    assert recorded.seen == CALLS + 1
+    with tempfile.TemporaryDirectory() as folder:
+        calls = _stored(recorded, Path(folder) / "calls.safetensors", module)
+        denoiser = adapt(module, calls=calls, name=name)
+        table = discover(denoiser)
+        assert table.n_parameters == sum(p.numel() for p in module.parameters())
+        power_error = check_statistics(module, table, calls)
+        policy, fmt = Policy(widths=WIDTHS), QuantFormat(n_candidates=8)
+        spec = CalibrationSpec(probe_inputs=1, probes=1, codebooks=("affine",), prescale=False)
+        profile = profile_model(denoiser, table, policy, SamplerSpec(steps=1), spec, fmt)
+        searched = [la for la in table if policy.fixed_width(la) is None]
+        assert any(profile.arrays["gain"][profile.rows(la.name)].any() for la in searched), (
+            "no error of any layer reaches the output"
+        )
+        change = {}
+        with torch.no_grad():
+            reference = [c.replay(module) for c in calls]
+        for allocator in ("ilp-layer", "ilp-channel"):
+            made = allocate(MethodSpec(name=allocator, allocator=allocator), Budget.parse("uniform:3"), table, profile, policy, fmt)
+            assert made.within_budget
+            quantized = quantize_model(module, table, made.bit_map).module
+            with torch.no_grad():
+                outputs = [c.replay(quantized) for c in calls]
+            assert all(bool(torch.isfinite(o).all()) for o in outputs)
+            change[allocator] = _relative(outputs, reference)
+            assert change[allocator] > 0, "quantization changed nothing"
+            target = Path(folder) / allocator
+            target.mkdir()
+            exporter = get_exporter("neutral")
+            exporter.write(target, ExportJob(table=table, bit_map=made.bit_map, denoiser=denoiser))
+            assert exporter.verify(target).ok
+            assert load_neutral(target / "bitmap.json", table).bit_map.digest == made.bit_map.digest
+    return Covered(
+        name=name,
+        layers=len(table),
+        channels=table.n_channels,
+        roles=dict(sorted(Counter(la.role for la in table).items())),
+        fused=sum(1 for la in table if la.fuse),
+        apart=sum(k.n_values for k in table.kept if "unknown" in k.reason or "without calling" in k.reason) / table.n_parameters,
+        power_error=power_error,
+        change=change,
+        seconds=time.process_time() - start,
+    )
+
+
+@torch.no_grad()
+def check_statistics(module: nn.Module, table: LayerTable, calls: Calls) -> float:
+    """Largest relative difference between the power of a layer's outputs and ``w'Hw + 2 b w'm + b^2`` of its inputs.
+
+    Zero, up to rounding, only if the recorded columns are what the rows are multiplied with: it holds for every layer of every model.
+    """
+    with InputCollector(module, table) as collector:
+        for call in calls:
+            call.replay(module)
+    stats, power = collector.statistics(), collector.output_power()
+    modules = dict(module.named_modules())
+    worst = 0.0
+    for layer in table:
+        if layer.name not in stats:
+            continue
+        found = stats[layer.name]
+        weight: Tensor = modules[layer.name].weight
+        rows = rows_of(weight.double(), layer).reshape(layer.groups, -1, layer.weights_per_channel)
+        expected = torch.bmm(rows, found.second_moment.double()).mul_(rows).sum(2).flatten()
+        if layer.has_bias:
+            bias: Tensor = modules[layer.name].bias.double()
+            expected += 2 * bias * torch.bmm(rows, found.mean.double()[:, :, None]).flatten() + bias.square()
+        measured = power[layer.name].double()
+        worst = max(worst, float((expected - measured).abs().max() / measured.abs().max().clamp_min(1e-20)))
+    return worst
+
+
+def _later(inputs: Mapping[str, object]) -> dict[str, object]:
+    """The same call at another time."""
+    return {k: 0.9 * v if "time" in k and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _stored(recorded: Calls, path: Path, module: nn.Module) -> Calls:
+    """Calls after a round trip through a file, which must replay to the very same numbers."""
+    save_calls(path, recorded)
+    calls = load_calls(path)
+    assert calls.digest == recorded.digest
+    with torch.no_grad():
+        for before, after in zip(recorded, calls, strict=True):
+            assert torch.equal(before.replay(module), after.replay(module)), "a call replays to other numbers after it was stored"
+    return calls
+
+
+def _relative(outputs: list[Tensor], reference: list[Tensor]) -> float:
+    error = sum(float((o - r).square().sum()) for o, r in zip(outputs, reference, strict=True))
+    return error / max(float(np.sum([float(r.square().sum()) for r in reference])), 1e-30)
