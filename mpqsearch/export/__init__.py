@@ -14,6 +14,8 @@ The bit map of every run is in the neutral format already, when it is written wi
 """
 
 from mpqsearch.export.accounting import accounting
+from mpqsearch.export.autoround import AutoRoundExporter
+from mpqsearch.export.compressed_tensors import CompressedTensorsExporter
 from mpqsearch.export.contract import (
     EXPORTERS,
     ROUNDINGS,
@@ -28,7 +30,12 @@ from mpqsearch.export.contract import (
     plan_table,
     register,
 )
+from mpqsearch.export.coreml import CoreMLExporter
 from mpqsearch.export.gguf import GgufExporter
+from mpqsearch.export.hqq import HqqExporter
+from mpqsearch.export.inc import IncExporter
+from mpqsearch.export.mlx import MlxExporter
+from mpqsearch.export.modelopt import ModelOptExporter
 from mpqsearch.export.neutral import (
     NeutralExporter,
     NeutralMap,
@@ -38,8 +45,10 @@ from mpqsearch.export.neutral import (
     structure_digest,
     write_neutral,
 )
+from mpqsearch.export.onnx import OnnxExporter
 from mpqsearch.export.quanto import QuantoExporter
 from mpqsearch.export.rounding import plan_layers
+from mpqsearch.export.sdnq import SdnqExporter
 from mpqsearch.export.torchao import TorchaoConfigExporter, TorchaoExporter
 
 register("neutral", NeutralExporter)
@@ -47,6 +56,15 @@ register("quanto", QuantoExporter)
 register("torchao", TorchaoExporter)
 register("torchao-config", TorchaoConfigExporter)
 register("gguf", GgufExporter)
+register("sdnq", SdnqExporter)
+register("onnx", OnnxExporter)
+register("autoround", AutoRoundExporter)
+register("compressed-tensors", CompressedTensorsExporter)
+register("modelopt", ModelOptExporter)
+register("inc", IncExporter)
+register("hqq", HqqExporter)
+register("coreml", CoreMLExporter)
+register("mlx", MlxExporter)
 
 __all__ = [
     "EXPORTERS",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import digest_file, environment, read_json, write_json
-from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, stored_total, unquantized_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, stored_total, unquantized_bits
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
@@ -41,6 +41,7 @@ class ConsumerTarget:
     ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and ``kept_bits``: bits of a value
     in layers at full precision, and in parameters that are no weight layer. ``tolerance``: largest difference of the forward pass as
     a share of the largest output. ``rerounds``: the library derives scales anew, so that ranges and codebooks of a map are not used.
+    ``needs_config``: the model is built from ``config.json`` to read the export back.
     """
 
     name = ""
@@ -50,6 +51,7 @@ class ConsumerTarget:
     limits = ""
     payload = True
     rerounds = True
+    needs_config = True
     full_bits = 32
     kept_bits = 32
     tolerance = 1e-4
@@ -94,8 +96,9 @@ class ConsumerTarget:
         """One entry per layer; see `plan_layers` for the roundings."""
         return plan_layers(job, self.name, self.choices, self.kinds, self.limits)
 
-    def promise(self, table: LayerTable, plan: Sequence[PlanEntry]) -> StoredBits:
+    def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Stored bits of the whole model under a plan."""
+        table = job.table
         layers = {e.layer: self.cost(table[e.layer], self.choice_of(table[e.layer], e.choice)) for e in plan}
         return stored_total(table, layers, self.kept_bits)
 
@@ -117,7 +120,7 @@ class ConsumerTarget:
         (folder / CHECK).unlink(missing_ok=True)
         paths = [*self.write_files(folder, job, plan), *NeutralExporter().write(folder, job)]
         paths = list(dict.fromkeys(paths))
-        promised = self.promise(job.table, plan)
+        promised = self.promise(job, plan)
         data = {
             "target": self.name,
             "rounding": job.rounding,
@@ -155,7 +158,7 @@ class ConsumerTarget:
             return Verification(target=self.name, entries=(), problems=(self.install_line(),))
         if module is not None:
             seen = self.read_back(folder, module)
-        elif (folder / CONFIG).is_file():
+        elif (folder / CONFIG).is_file() or not self.needs_config:
             seen = fresh_process([(self.name, folder)])[0]
         else:
             why = f"{folder} has no {CONFIG}: not a diffusers model. Give verify() a new instance of its class as module."
@@ -170,7 +173,7 @@ class ConsumerTarget:
                 layer=p["layer"],
                 asked=p["asked"],
                 planned=p["will_get"],
-                got=widths.pop(p["layer"], None if p["will_get"] is not None else -1),
+                got=widths.pop(p["layer"], -1 if p["will_get"] is None else None),
                 reason=p["reason"],
                 planned_choice=p["choice"] if "choices" in seen else "",
                 got_choice=choices.get(p["layer"], ""),

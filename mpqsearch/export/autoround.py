@@ -1,0 +1,145 @@
+"""AutoRound: linear layers of 2 to 8 bits in the GPTQ-like layout that ``diffusers`` (``quant_method: auto-round``) loads.
+
+Limits, from its code (auto-round 0.16.1) and from running it through diffusers 0.42.1:
+
+- Our codes, scales and zero points are kept (affine codebook, a scale a row). It runs in half precision, so everything else is stored
+  so too: load it with ``torch_dtype=torch.float16``. Decoded weights are rounded to half precision.
+- Both sides of a layer must be multiples of 32. Convolutions stay at full precision.
+- Codes are a dense bit stream along the inputs, zero points one along the outputs, both in 32-bit words.
+- Layers are named one by one; those at full precision have 16 bits in ``extra_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.artifacts import atomic_path
+from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.core.packing import pack_bits
+from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, write_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpqsearch.quant import QuantizedRows
+
+
+class AutoRoundExporter(ConsumerTarget):
+    """A diffusers folder: ``Model.from_pretrained(folder)`` loads it, with auto-round installed."""
+
+    name = "autoround"
+    requires = "auto-round"
+    imports = ("auto_round", "accelerate")
+    kinds = ("Linear",)
+    limits = "input and output counts that are multiples of 32"
+    rerounds = False
+    full_bits = 16
+    kept_bits = 16
+    tolerance = 2e-3  # decoded weights are rounded to half precision
+    notes = ("our codes; all else in half precision", "affine codebook, linear layers only")
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """2 to 8 bits for linear layers whose sides are multiples of 32."""
+        fits = layer.kind in self.kinds and all(size % 32 == 0 for size in layer.weight_shape)
+        return int_choices(range(2, 9)) if fits else ()
+
+    def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
+        """Dense codes, a half-precision scale and a packed zero point a row."""
+        return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=16, zero_bits=choice.width)
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """Packed weights as diffusers names them, ``config.json`` with the quantization, and the check."""
+        from safetensors.torch import save_file
+
+        from mpqsearch.export.check import fake_quantized, our_rows, own_tensors, write_check
+
+        assert job.denoiser is not None
+        rows = our_rows(job, plan)
+        expected = fake_quantized(job, rows)
+        state: dict[str, Any] = {}
+        for key, tensor in own_tensors(expected.module.state_dict()).items():
+            name = key.removesuffix(".weight")
+            if key.endswith(".weight") and name in rows:
+                state |= {f"{name}.{part}": words for part, words in packed(rows[name]).items()}
+            else:
+                state[key] = half(key, tensor)
+                tensor.copy_(state[key])
+        with atomic_path(folder / WEIGHTS) as temporary:
+            save_file(state, temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest})
+        extra = {"quantization_config": quantization_config(plan)} if rows else {}
+        paths = write_config(folder, job.denoiser.module, extra)
+        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, expected, job.cond)]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """Load the folder with diffusers and read the bits of every layer that AutoRound put in."""
+        import torch
+
+        from mpqsearch.export.check import forward_error, libraries, model_class, planned_layers, stored_size
+
+        if module is not None:
+            raise ConfigError("the target 'autoround' is loaded by diffusers, which builds the model itself: give no module")
+        module = model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float16, local_files_only=True).eval()
+        for parameter in module.parameters():  # compare in single precision, so that only decoding differs
+            parameter.data = parameter.data.float()
+        for layer in module.modules():
+            if getattr(layer, "bias", None) is not None and hasattr(layer, "qweight"):
+                layer.bias = layer.bias.float()
+        planned = set(planned_layers(folder))
+        found = {n: int(m.bits) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits")}
+        return {
+            "widths": {**dict.fromkeys(planned, FULL_PRECISION), **found},
+            "forward_error": forward_error(folder, module),
+            "versions": libraries("auto-round", "accelerate", "transformers"),
+            **stored_size(folder / WEIGHTS),
+        }
+
+
+def packed(rows: QuantizedRows) -> dict[str, Any]:
+    """``qweight`` int32 ``[inputs * b / 32, outputs]``, ``qzeros`` int32 ``[1, outputs * b / 32]``, ``scales`` float16 ``[1, outputs]``."""
+    import torch
+
+    bits = int(rows.quantizer.bits[0])
+    codes = rows.codes.numpy()
+    words = pack_bits(codes, bits).reshape(len(codes), -1).view("<i4")
+    zeros = pack_bits(rows.quantizer.zero.numpy().astype(np.uint8), bits).view("<i4")
+    return {
+        "qweight": torch.from_numpy(_native(words.T)),
+        "qzeros": torch.from_numpy(_native(zeros[None])),
+        "scales": rows.quantizer.scale.half()[None].contiguous(),
+    }
+
+
+def quantization_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``: every layer by its name."""
+    return {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round",
+        "bits": 4,
+        "group_size": -1,
+        "sym": False,
+        "data_type": "int",
+        "extra_config": {e.layer: {"bits": e.will_get, "group_size": -1, "sym": False, "data_type": "int"} for e in plan},
+    }
+
+
+def half(key: str, tensor: Any) -> Any:
+    """A parameter in half precision. Raises `NumericsError` when it does not fit."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    small = tensor.half()
+    if not bool(torch.isfinite(small).all()):
+        raise NumericsError(f"{key!r} has values beyond half precision (65504), in which AutoRound runs")
+    return small
+
+
+def _native(words: NDArray[Any]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(words, dtype=np.int32)

@@ -1,0 +1,417 @@
+"""ONNX: true widths of every output channel inside one layer, as ONNX Runtime runs them.
+
+The rows of a layer are sorted into containers of 2, 4 and 8 bits, each container goes through a ``DequantizeLinear`` with a scale and a
+zero point a row, and ``Concat`` and ``Gather`` put the rows back in order. Limits, from running onnx 1.23 and ONNX Runtime 1.31:
+
+- Our codes, scales and zero points are kept in every codebook: what runs is the fake-quantized model. 1 bit lies in a 2-bit container,
+  3 bits in 4, 5 to 7 bits in 8; the stored size says so.
+- The order of the rows costs 64 bits a row of a mixed layer whose rows are not sorted by width already.
+- Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need opset 25.
+- ONNX Runtime may quantize activations where it fuses 2- and 4-bit weights with a product: the session option
+  ``session.qdq_matmulnbits_accuracy_level`` = ``1`` keeps them in single precision, as the check does.
+- The graph takes the sample, timesteps and, for conditional models, the condition; batch size is free, the shape of a sample is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.artifacts import atomic_path
+from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, stored_total, unquantized_bits
+from mpqsearch.core.packing import pack_bits
+from mpqsearch.errors import ConfigError
+from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry
+from mpqsearch.export.target import CHECK, ConsumerTarget, int_choices
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mpqsearch.quant import QuantizedRows
+
+FILE = "model.onnx"
+OPSET, IR_VERSION = 25, 13
+CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+"""Width to the bits of the ONNX type that holds its codes."""
+
+MAX_INLINE = 1_500_000_000
+"""Bytes of tensors above which they go into a file of their own: a protobuf ends at 2 GB."""
+
+_PREFIX = "u."
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one layer in one container: ``rows`` are their positions in the layer; ``bits`` 32 for rows at full precision."""
+
+    bits: int
+    rows: NDArray[np.int64]
+
+
+class OnnxExporter(ConsumerTarget):
+    """``model.onnx``; weights above 1.5 GB go into ``model.onnx.data``."""
+
+    name = "onnx"
+    requires = "onnxruntime"
+    imports = ("onnx", "onnxruntime", "onnxscript")
+    kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+    rerounds = False
+    needs_config = False
+    tolerance = 1e-5
+    notes = ("a width for every output channel; our codes in every codebook", "stored in 2, 4 or 8 bits a code")
+
+    def capabilities(self) -> Capabilities:
+        """Every width for every output channel."""
+        return Capabilities(
+            widths=tuple(CONTAINERS),
+            kinds=self.kinds,
+            granularity="channel",
+            payload=True,
+            requires=self.requires,
+            notes=self.notes,
+        )
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """1 to 8 bits; 2, 4 and 8 are stored as they are."""
+        return int_choices(tuple(CONTAINERS), "uint{}") if layer.kind in self.kinds else ()
+
+    def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
+        """Containers, and a float32 scale and a zero point a row."""
+        return part_bits(layer, CONTAINERS[choice.width], layer.n_channels)
+
+    def plan(self, job: ExportJob) -> list[PlanEntry]:
+        """Every layer as asked, channel by channel; kinds that it does not have at full precision."""
+        plan = []
+        for layer in job.table:
+            widths = job.bit_map.weights[layer.name]
+            asked = (int(widths.min()), int(widths.max()))
+            if asked[0] == FULL_PRECISION:
+                entry = PlanEntry(
+                    layer=layer.name,
+                    asked=asked,
+                    will_get=FULL_PRECISION,
+                    reason="kept_full_precision",
+                    detail="the map asks for full precision.",
+                )
+            elif layer.kind not in self.kinds:
+                detail = f"onnx quantizes {', '.join(self.kinds)} only; the layer stays at full precision."
+                if job.rounding == "error":
+                    raise ConfigError(f"onnx cannot hold layer {layer.name!r} ({layer.kind}): {detail}")
+                entry = PlanEntry(layer=layer.name, asked=asked, will_get=FULL_PRECISION, reason="unsupported_kind", detail=detail)
+            else:
+                mixed = asked[0] != asked[1]
+                choice = "" if mixed else f"uint{asked[0]}"
+                entry = PlanEntry(
+                    layer=layer.name, asked=asked, will_get=None if mixed else asked[0], reason="exact", choice=choice
+                )
+            plan.append(entry)
+        return plan
+
+    def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
+        """Containers, scales, zero points and the order of the rows, layer by layer."""
+        layers = {}
+        for entry in plan:
+            layer = job.table[entry.layer]
+            if entry.will_get == FULL_PRECISION:
+                layers[layer.name] = unquantized_bits(layer, self.full_bits)
+                continue
+            parts = parts_of(job.bit_map.channel_widths(layer.name, layer.n_channels))
+            each = [part_bits(layer, p.bits, len(p.rows)) for p in parts]
+            order = 0 if in_order(parts) else 64 * layer.n_channels
+            fmt = job.bit_map.format_of(layer.name)
+            order += _shift_bits(parts, fmt.codebook) + (32 * layer.weights_per_channel if fmt.prescale else 0)
+            layers[layer.name] = StoredBits(
+                payload=sum(b.payload for b in each),
+                metadata=sum(b.metadata for b in each) + order,
+                unquantized=sum(b.unquantized for b in each),
+            )
+        return stored_total(job.table, layers, self.kept_bits)
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """Trace the model, put containers in the place of its weights, and write the check."""
+        import onnx
+
+        from mpqsearch.export.check import fake_quantized, our_rows, write_check
+
+        assert job.denoiser is not None
+        for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
+            if job.bit_map.format_of(name).prescale and job.table[name].groups > 1:
+                raise ConfigError(f"onnx cannot hold the pre-scaling of the grouped layer {name!r}; use a format without prescale")
+        rows = our_rows(job, plan, affine=False)
+        expected = fake_quantized(job, rows)
+        check = write_check(folder / CHECK, expected, job.cond)
+        model = traced(expected, job.cond)
+        for name, ours in rows.items():
+            widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
+            whole = job.bit_map.format_of(name).codebook == "affine"
+            put_containers(model.graph, f"{_PREFIX}{name}.weight", job.table[name], parts_of(widths), ours, whole=whole)
+        model.metadata_props.add(key="mpqsearch.bit_map", value=job.bit_map.digest)
+        files = [folder / FILE]
+        outside = sum(len(t.raw_data) for t in model.graph.initializer) > MAX_INLINE
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / FILE) as temporary:
+            if outside:
+                files.append(folder / f"{FILE}.data")
+                files[-1].unlink(missing_ok=True)
+                onnx.save_model(model, temporary, save_as_external_data=True, location=files[-1].name)
+            else:
+                onnx.save_model(model, temporary)
+        return [*files, *check]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """Run the file with ONNX Runtime, and read the containers that its ``DequantizeLinear`` nodes take."""
+        import onnx
+        import onnxruntime
+        from safetensors.numpy import load_file
+
+        from mpqsearch.export.check import libraries, planned_layers
+        from mpqsearch.export.neutral import FILE as MAP
+        from mpqsearch.export.neutral import load_neutral
+
+        if module is not None:
+            raise ConfigError("the target 'onnx' is read without torch: give no module")
+        model = onnx.load(folder / FILE)
+        neutral = load_neutral(folder / MAP)
+        bit_map = neutral.bit_map
+        held = containers_of(model.graph)
+        widths: dict[str, int | None] = {}
+        problems = []
+        for name in planned_layers(folder):
+            if name not in held:
+                widths[name] = FULL_PRECISION
+                continue
+            asked = bit_map.weights[name]
+            problem, got = _compare_rows(name, held[name], bit_map.channel_widths(name, len(held[name][0])))
+            widths[name] = None if asked.ndim and not problem else got
+            problems += [problem] if problem else []
+        error = None
+        if (folder / CHECK).is_file():
+            check = load_file(folder / CHECK)
+            options = onnxruntime.SessionOptions()
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+            session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+            y = session.run(None, {i.name: check[i.name.replace("__", ".")] for i in session.get_inputs()})[0]
+            error = float(np.abs(y - check["y"]).max() / max(np.abs(check["y"]).max(), 1e-12))
+        ours = {u["name"] for u in neutral.data["unquantized"]}  # buffers and constants of the trace belong to the graph
+        ours |= {f"{layer}.weight" for layer in widths}
+        stored = sum(_bytes_of(t) for t in model.graph.initializer if _owner(t.name) in ours)
+        on_disk = sum(p.stat().st_size for p in (folder / FILE, folder / f"{FILE}.data") if p.exists())
+        return {
+            "widths": widths,
+            "problems": problems,
+            "forward_error": error,
+            "versions": libraries("onnx", "onnxruntime", "onnxscript"),
+            "stored_bytes": stored,
+            "header_bytes": on_disk - stored,
+        }
+
+
+def parts_of(widths: NDArray[np.uint8]) -> list[Part]:
+    """Rows by container, narrow ones first; rows at full precision last."""
+    bits = np.array([CONTAINERS.get(int(w), 32) for w in range(FULL_PRECISION + 1)], dtype=np.int64)[widths]
+    return [Part(int(b), np.flatnonzero(bits == b)) for b in np.unique(bits)]
+
+
+def in_order(parts: Sequence[Part]) -> bool:
+    """True when the containers one after another are the rows in order."""
+    order = np.concatenate([p.rows for p in parts])
+    return bool((order == np.arange(len(order))).all())
+
+
+def part_bits(layer: LayerSpec, bits: int, n_rows: int) -> StoredBits:
+    """Bits of ``n_rows`` rows of a layer in containers of ``bits`` bits."""
+    rows = LayerSpec(name=layer.name, kind="Linear", weight_shape=(n_rows, layer.weights_per_channel))
+    if bits == 32:
+        return unquantized_bits(rows, 32)
+    zeros = 8 * -(-n_rows * bits // 8)
+    return coded_bits(rows, bits, scales=n_rows, scale_bits=32, other=zeros)
+
+
+def traced(denoiser: Any, cond: Any) -> Any:
+    """The ONNX graph of a denoiser, its parameters under their own names after a prefix."""
+    import onnx
+    import torch
+
+    if cond is None and denoiser.n_classes:
+        cond = torch.arange(2) % denoiser.n_classes
+    named: dict[str, Tensor] = (
+        {"cond": cond} if isinstance(cond, torch.Tensor) else {f"cond__{k}": v for k, v in (cond or {}).items()}
+    )
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u = denoiser.module
+
+        def forward(self, x: Tensor, t: Tensor, *values: Tensor) -> Tensor:
+            given: Any = None
+            if isinstance(cond, torch.Tensor):
+                given = values[0]
+            elif cond is not None:
+                given = dict(zip(cond, values, strict=True))
+            result: Tensor = denoiser.with_module(self.u).denoise(x, t, given)
+            return result
+
+    x, t = torch.zeros(2, *denoiser.sample_shape), torch.tensor([10, 500])
+    inputs = (x, t, *named.values())
+    batch = torch.export.Dim("batch")
+    shapes = ({0: batch}, {0: batch}, tuple({0: batch} for _ in named))
+    program = torch.onnx.export(
+        Call().eval(),
+        inputs,
+        input_names=["x", "t", *named],
+        output_names=["y"],
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=20,
+        dynamic_shapes=shapes,
+    )
+    model: Any = program.model_proto  # type: ignore[union-attr]
+    model = onnx.version_converter.convert_version(model, OPSET)
+    model.ir_version = IR_VERSION
+    return model
+
+
+def put_containers(graph: Any, name: str, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool) -> None:
+    """Replace the initializer ``name`` of a layer by nodes that decode its rows; ``whole`` when all zero points are integers."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    found = [t for t in graph.initializer if t.name == name]
+    if not found:
+        raise ConfigError(f"the traced model has no parameter {name.removeprefix(_PREFIX)!r}: was it folded or never used?")
+    graph.initializer.remove(found[0])
+    shape = layer.weight_shape
+    # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it transposed instead
+    target, flip = _transposed(graph, name)
+    axis = 1 if flip else 0
+
+    def placed(array: NDArray[Any]) -> NDArray[Any]:
+        return array.T if flip else array
+
+    types = {2: TensorProto.UINT2, 4: TensorProto.UINT4, 8: TensorProto.UINT8}
+    codes, scale, zero = (x.numpy() for x in (ours.codes, ours.quantizer.scale, ours.quantizer.zero))
+    nodes: list[Any] = []
+    outputs = []
+    constants: list[Any] = []
+
+    def constant(suffix: str, array: NDArray[Any]) -> str:
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(array), f"{name}.{suffix}"))
+        return f"{name}.{suffix}"
+
+    def packed(suffix: str, values: NDArray[np.uint8], bits: int, dims: Sequence[int]) -> str:
+        raw = pack_bits(values, bits).tobytes()
+        constants.append(helper.make_tensor(f"{name}.{suffix}", types[bits], dims, raw, raw=True))
+        return f"{name}.{suffix}"
+
+    def node(kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, list(inputs), [output], name=f"{output}.{kind}", **attributes))
+        return output
+
+    for part in parts:
+        tag, rows = f"b{part.bits}", part.rows
+        dims = (shape[1], len(rows)) if flip else (len(rows), *shape[1:])
+        if part.bits == 32:
+            assert ours.full_rows is not None
+            outputs.append(constant(f"{tag}.float", placed(ours.full_rows.numpy()).reshape(dims)))
+            continue
+        inputs = [packed(f"{tag}.codes", placed(codes[rows]), part.bits, dims), constant(f"{tag}.scale", scale[rows])]
+        if whole:
+            inputs.append(packed(f"{tag}.zero", zero[rows].astype(np.uint8), part.bits, (len(rows),)))
+        value = node("DequantizeLinear", inputs, f"{name}.{tag}.rows", axis=axis)
+        if not whole:
+            shift = (zero[rows] * scale[rows]).astype(np.float32)
+            shift = shift[None] if flip else shift.reshape(-1, *[1] * (len(shape) - 1))
+            value = node("Sub", [value, constant(f"{tag}.shift", shift)], f"{name}.{tag}.shifted")
+        outputs.append(value)
+    value = outputs[0] if len(outputs) == 1 else node("Concat", outputs, f"{name}.sorted", axis=axis)
+    if not in_order(parts):
+        order = np.argsort(np.concatenate([p.rows for p in parts]))
+        value = node("Gather", [value, constant("order", order.astype(np.int64))], f"{name}.ordered", axis=axis)
+    if ours.factor is not None:
+        factor = ours.factor.numpy().reshape(1, *shape[1:])
+        value = node("Div", [value, constant("factor", placed(factor))], f"{name}.unscaled")
+    node("Identity", [value], target)
+    graph.initializer.extend(constants)
+    for i, made in enumerate(nodes):
+        graph.node.insert(i, made)
+
+
+def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """For each layer with containers: bits ``[rows]`` of the container and the largest code ``[rows]``, in the order of the rows."""
+    from onnx import numpy_helper
+
+    tensors = {t.name: t for t in graph.initializer}
+    found: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
+    flipped: dict[str, bool] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or not node.input[0].startswith(_PREFIX):
+            continue
+        name, tag = node.input[0].removeprefix(_PREFIX).split(".weight.b")
+        codes = numpy_helper.to_array(tensors[node.input[0]]).astype(np.int64)
+        flip = any(a.name == "axis" and a.i == 1 for a in node.attribute)
+        codes, flipped[name] = codes.T if flip else codes, flip
+        found.setdefault(name, []).append((int(tag.split(".")[0]), codes.reshape(len(codes), -1).max(1)))
+    result = {}
+    for name, parts in found.items():
+        bits = np.concatenate([np.full(len(top), b, dtype=np.int64) for b, top in parts])
+        top = np.concatenate([t for _, t in parts])
+        full = tensors.get(f"{_PREFIX}{name}.weight.b32.float")
+        if full is not None:
+            n_float = full.dims[1] if flipped[name] else full.dims[0]
+            bits = np.concatenate([bits, np.full(n_float, 32)])
+            top = np.concatenate([top, np.zeros(n_float, dtype=np.int64)])
+        order = tensors.get(f"{_PREFIX}{name}.weight.order")
+        if order is not None:
+            index = numpy_helper.to_array(order)
+            bits, top = bits[index], top[index]
+        result[name] = (bits, top)
+    return result
+
+
+def _compare_rows(name: str, held: tuple[NDArray[np.int64], NDArray[np.int64]], asked: NDArray[np.uint8]) -> tuple[str, int]:
+    """A problem in words (empty: none) and the width to report: that of the map when every row fits it, else the container's."""
+    bits, top = held
+    wanted = np.array([CONTAINERS.get(int(w), 32) for w in asked])
+    wrong = np.flatnonzero((bits != wanted) | ((asked < 8) & (top >= 2 ** np.minimum(asked, 8).astype(np.int64))))
+    if len(wrong):
+        row = int(wrong[0])
+        why = f"{name}: row {row} was asked at {asked[row]} bits and lies in {bits[row]} bits with codes up to {top[row]}"
+        return f"{why} ({len(wrong)} such rows)", int(bits.max())
+    return "", int(asked.max())
+
+
+def _transposed(graph: Any, name: str) -> tuple[str, bool]:
+    """Name under which the decoded weight is wanted, and whether transposed; a Transpose that alone takes it is removed."""
+    takers = [n for n in graph.node if name in n.input]
+    if len(takers) != 1 or takers[0].op_type != "Transpose" or [list(a.ints) for a in takers[0].attribute] != [[1, 0]]:
+        return name, False
+    graph.node.remove(takers[0])
+    return str(takers[0].output[0]), True
+
+
+def _shift_bits(parts: Sequence[Part], codebook: str) -> int:
+    """Codebooks without integer zero points: rows are shifted by a float32 instead."""
+    if codebook == "affine":
+        return 0
+    return sum(32 * len(p.rows) - 8 * -(-len(p.rows) * p.bits // 8) for p in parts if p.bits != 32)
+
+
+def _owner(tensor: str) -> str:
+    """The parameter that a tensor of the graph belongs to."""
+    name = tensor.removeprefix(_PREFIX)
+    head, found, _ = name.rpartition(".weight.")
+    return f"{head}.weight" if found else name
+
+
+def _bytes_of(tensor: Any) -> int:
+    from onnx import TensorProto
+
+    bits: Mapping[int, int] = {TensorProto.UINT2: 2, TensorProto.UINT4: 4, TensorProto.UINT8: 8, TensorProto.INT64: 64}
+    n = int(np.prod(tensor.dims)) if tensor.dims else 1
+    return -(-n * bits.get(tensor.data_type, 32) // 8)
