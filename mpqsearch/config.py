@@ -83,10 +83,16 @@ class CalibrationConfig:
     first_seed: int = 1_000_000
     probe_inputs: int = 40
     probes: int = 2
+    buckets: int = 5
+    sampler_seeds: int = 8
+    sampler_probes: int = 4
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = False
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
+    target_error: float = 0.0
+    race: float = 0.0
+    checkpoint: bool = False
     seed: int = 0
     weights_only: bool = False
 

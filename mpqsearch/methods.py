@@ -32,10 +32,15 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameErro
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-LOSSES = ("weight", "output", "gain", "probe", "final")
+LOSSES = ("weight", "output", "gain", "probe", "sampler", "operating", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
-gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``final``: layer totals
-from final samples with one layer quantized at a time (where measured, else scaled from ``probe``)."""
+gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
+totals from such probes of the final sample, through all steps. ``operating``: layer totals from slope and curvature of the final
+samples' error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer quantized
+at a time (where measured, else scaled from ``sampler`` or ``probe``)."""
+
+CAUTION = 2.0
+"""Standard errors by which a change at an operating point is taken for worse than measured."""
 
 ALLOCATORS = ("uniform", "random", "omq", "ilp-layer", "ilp-channel", "search")
 
@@ -288,6 +293,13 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
     return scaled
 
 
+def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ...]:
+    """The losses of `LOSSES` for which a profile holds the measurements."""
+    needs = {"sampler": f"layer_sampler_error/{variant}", "operating": f"layer_operating_error/{variant}"}
+    final = any(k.startswith("layer_final_error/") for k in profile.arrays)
+    return tuple(k for k in LOSSES if (final if k == "final" else needs.get(k, "gain") in profile.arrays))
+
+
 def predicted_loss(
     table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool, loss: str = "probe"
 ) -> float:
@@ -317,6 +329,25 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     totals = fallback if probes is None else probes.astype(np.float64)
     if loss == "probe":
         return totals
+    if loss == "sampler":
+        through = profile.arrays.get(f"layer_sampler_error/{variant}")
+        if through is None:
+            raise ConfigError("the loss 'sampler' needs calibration.sampler_seeds in the profile; set them and profile again")
+        whole: Floats = through.astype(np.float64)
+        return whole
+    if loss == "operating":
+        found = profile.arrays.get(f"layer_operating_error/{variant}")
+        if found is None:
+            raise ConfigError(
+                f"the loss 'operating' needs a profile measured at a bit map of the codebook {variant!r}: see profile.remeasure"
+            )
+        # Changes of either sign: counted from the best width of each layer, which moves every map by the same constant. A gain that is
+        # not clear of the noise is none, and the further a width is from the present one the more noise it has: so this also keeps
+        # the answer where the linearisation holds (studies/predictors).
+        doubt = profile.arrays[f"layer_operating_std_error/{variant}"].astype(np.float64)
+        change = found.astype(np.float64) + CAUTION * doubt
+        counted: Floats = change - change.min(axis=1, keepdims=True)
+        return counted
     measured = [k for k in profile.arrays if k.startswith("layer_final_error/")]
     if not measured:
         raise ConfigError("the loss 'final' needs calibration.final_widths in the profile; add them and profile again")
@@ -324,7 +355,10 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     source = measured[0].split("/")[1]
     final = profile.arrays[measured[0]].astype(np.float64)
     known = np.isfinite(final)
-    base = profile.arrays.get(f"layer_probe_error/{source}", totals).astype(np.float64)
+    # The better the base, the less the ratio changes with the width: probes of the final sample before probes of one prediction.
+    family = next((f for f in ("layer_sampler_error", "layer_probe_error") if f"{f}/{source}" in profile.arrays), "")
+    base = profile.arrays.get(f"{family}/{source}", totals).astype(np.float64)
+    totals = profile.arrays.get(f"{family}/{variant}", totals).astype(np.float64)
     ratio = np.divide(final, base, out=np.full_like(base, np.nan), where=known & (base > 0))
     return totals * _fill_ratio(ratio, profile.widths)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def _settings(options: Mapping[str, Any]) -> list[str]:
     made = ["calibration.weights_only=true"] if options["weights_only"] else []
+    if options["target_error"] is not None:
+        made.append(f"calibration.target_error={options['target_error']!r}")
     return made + ([f"model.memory_limit={json.dumps(options['memory_limit'])}"] if options["memory_limit"] else [])
 
 
@@ -30,6 +32,10 @@ def profile(
     ] = False,
     memory_limit: Annotated[  # noqa: ARG001
         str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
+    ] = None,
+    target_error: Annotated[  # noqa: ARG001
+        float | None,
+        typer.Option("--target-error", help="Probe until the relative standard error of the layer totals is this, such as 0.1."),
     ] = None,
 ) -> None:
     """Measure kurtosis, exact output errors and gains of every channel at every width.

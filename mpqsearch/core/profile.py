@@ -32,13 +32,21 @@ class SensitivityProfile:
     ``gain`` ``[C]``, ``gain_std_error`` ``[C]``
         Mean square of the gradient of a random projection of the model's output with respect to that channel (summed over
         positions): what a unit of output error costs at the end.
+    ``step_gain``, ``step_gain_std_error`` ``[C, B]``
+        The gain inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0 where none was probed.
     ``output_power`` ``[C]``
         Mean square of the channel's output at full precision.
     ``layer_probe_error/<variant>`` ``[L, W]``, ``layer_probe_std_error/<variant>``
         First-order effect on the model's output of quantizing one layer: mean of ``<d(v.f)/dW, W_q - W>**2`` over calibration inputs
         and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
+    ``layer_sampler_error/<variant>`` ``[L, W]``, ``layer_sampler_std_error/<variant>``
+        The same for the *final sample*, through all steps of the sampler, as a mean square over its pixels.
     ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
-        Mean squared error of final samples with only that layer quantized: the slow reference.
+        Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over samples in
+        ``layer_final_std_error/<variant>``.
+    ``layer_operating_error/<variant>``, ``layer_operating_std_error/<variant>`` ``[L, W]``
+        Change of the mean squared error of final samples when one layer of a *given map* gets another width, any sign: slope along the
+        residual plus Gauss-Newton curvature. ``calibration["operating_points"]`` names the maps.
 
     What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and `need` says so.
 
@@ -66,6 +74,8 @@ class SensitivityProfile:
                 "gain_std_error": (n,),
                 "output_power": (n,),
             }.get(family)
+            if family in ("step_gain", "step_gain_std_error"):
+                shape = (n, array.shape[-1])
             if family in ("weight_error", "output_error", "output_error_centred"):
                 shape = (n, w)
             if family.startswith("layer_"):

@@ -1,24 +1,43 @@
 """Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
+from mpqsearch.profile.final_probes import FinalProbes, final_probes
 from mpqsearch.profile.inputs import InputCollector, columns_of
-from mpqsearch.profile.measure import CalibrationSpec, FinalErrors, final_errors, profile_base, profile_model, with_final_errors
-from mpqsearch.profile.probes import ProbeResult, probe
+from mpqsearch.profile.measure import (
+    CalibrationSpec,
+    FinalErrors,
+    final_errors,
+    profile_base,
+    profile_model,
+    race_final_errors,
+    with_final_errors,
+)
+from mpqsearch.profile.operating import remeasure
+from mpqsearch.profile.probes import Prober, ProbeResult, probe
+from mpqsearch.profile.racing import Stability, relative_error, stability
 from mpqsearch.profile.streaming import Partial, profile_weights
 
 __all__ = [
     "CalibrationSpec",
     "FinalErrors",
+    "FinalProbes",
     "InputCollector",
     "Partial",
     "ProbeResult",
+    "Prober",
+    "Stability",
     "calibrate_activations",
     "collect_ranges",
     "columns_of",
     "final_errors",
+    "final_probes",
     "probe",
     "profile_base",
     "profile_model",
     "profile_weights",
+    "race_final_errors",
+    "relative_error",
+    "remeasure",
+    "stability",
     "with_final_errors",
 ]

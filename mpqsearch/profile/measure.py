@@ -14,14 +14,23 @@ from torch import Tensor
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
+from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.profile.probes import ProbeInput, ProbeResult, probe
+from mpqsearch.profile.probes import ProbeInput, Prober, ProbeResult
+from mpqsearch.profile.racing import relative_spread
 from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
 from mpqsearch.quant.tables import column_factors
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 
+MOST = 32
+"""How many times the configured numbers of inputs and seeds `CalibrationSpec.target_error` may take."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a label, the number of finished units and their total."""
+
+
+def _silent(_label: str, _done: int, _total: int) -> None:
+    """Progress of callers that want none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,24 +38,43 @@ class CalibrationSpec:
     """What a profile is measured on.
 
     ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
-    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each. ``codebooks`` are the quantizer
-    variants to price; ``prescale`` prices the affine one with pre-scaling too. ``final_widths`` lists widths at which every
-    layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
+    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in ``buckets`` buckets of
+    timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler.
+    ``codebooks`` are the quantizer variants to price; ``prescale`` prices the affine one with pre-scaling too. ``final_widths`` lists
+    widths at which every layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow, and the
+    reference for the rest.
+
+    ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to ``MOST`` times the
+    numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose widths are still undecided, until the
+    noise costs less than this share of the predicted loss. ``checkpoint`` recomputes activations in the backward passes.
     """
 
     samples: int = 8
     first_seed: int = 1_000_000
     probe_inputs: int = 40
     probes: int = 2
+    buckets: int = 5
+    sampler_seeds: int = 8
+    sampler_probes: int = 4
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = True
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
+    target_error: float = 0.0
+    race: float = 0.0
+    checkpoint: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.probe_inputs, self.probes, self.final_seeds) < 1:
-            raise ConfigError("calibration: samples, probe_inputs, probes and final_seeds must be at least 1")
+        if min(self.samples, self.probe_inputs, self.probes, self.final_seeds, self.buckets, self.sampler_probes) < 1:
+            raise ConfigError(
+                "calibration: samples, probe_inputs, probes, buckets, sampler_probes and final_seeds must be at least 1"
+            )
+        if self.sampler_seeds < 0 or self.race < 0 or not 0 <= self.target_error < 1:
+            raise ConfigError(
+                f"calibration: sampler_seeds and race must not be negative and target_error lies in [0, 1), got "
+                f"{self.sampler_seeds}, {self.race:g}, {self.target_error:g}"
+            )
         if not self.codebooks:
             raise ConfigError("calibration.codebooks must name at least one codebook")
 
@@ -94,34 +122,39 @@ def profile_base(
     progress: Progress | None = None,
 ) -> SensitivityProfile:
     """Everything but the slow reference of one layer at a time."""
-    report = progress or (lambda _label, _done, _total: None)
+    report = progress or _silent
     widths = tuple(sorted(policy.widths))
-    stats, power, inputs = _calibrate(denoiser, table, sampler, spec, report)
+    stats, power, inputs = calibrate(denoiser, table, sampler, spec, report)
     variants = variants_of(spec, fmt)
-    arrays, errors = _tables(denoiser, table, widths, variants, stats, report)
+    arrays, errors = tables_of(denoiser, table, widths, variants, stats, report)
     arrays["output_power"] = _concat(table, power)
-    probed = list(errors)
-    result = _probe(denoiser, table, errors, sampler, spec, stats, inputs, report)
+    means = {n: s.mean.float() for n, s in stats.items()}
+    result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
     arrays["gain"] = _concat(table, result.gain)
     arrays["gain_std_error"] = _concat(table, result.gain_std_error)
-    for variant in probed:
+    arrays["step_gain"] = _concat(table, result.step_gain)
+    arrays["step_gain_std_error"] = _concat(table, result.step_gain_std)
+    for variant in errors:
         arrays[f"layer_probe_error/{variant}"] = _stack(table, result.layer_error[variant])
         arrays[f"layer_probe_std_error/{variant}"] = _stack(table, result.layer_error_std[variant])
-    means = {n: s.mean.float().numpy() for n, s in stats.items()}
+    spent = {"probe_inputs": n_inputs}
+    if spec.sampler_seeds and not len(denoiser.calls):  # recorded calls bring no sampler of ours to differentiate
+        more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
+        arrays |= more
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),
         channels=tuple(la.n_channels for la in table),
         widths=widths,
         arrays=arrays,
-        means=means,
+        means={n: m.numpy() for n, m in means.items()},
         input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
-        calibration={"spec": spec.to_data(), "sampler": sampler.to_data(), "format": fmt.to_data()},
+        calibration={"spec": spec.to_data(), "sampler": sampler.to_data(), "format": fmt.to_data(), "spent": spent},
     )
 
 
-def _calibrate(
-    denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, spec: CalibrationSpec, report: Progress
+def calibrate(
+    denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, spec: CalibrationSpec, report: Progress = _silent
 ) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
     """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to probe."""
     if len(denoiser.calls):
@@ -185,13 +218,13 @@ def _collected(table: LayerTable, collector: InputCollector) -> tuple[dict[str, 
 
 
 @torch.no_grad()
-def _tables(
+def tables_of(
     denoiser: Denoiser,
     table: LayerTable,
     widths: tuple[int, ...],
     variants: Mapping[str, QuantFormat],
     stats: Mapping[str, RowStatistics],
-    report: Progress,
+    report: Progress = _silent,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Tensor]]]:
     """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed."""
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
@@ -220,23 +253,87 @@ def _probe(
     errors: Mapping[str, Mapping[str, Tensor]],
     sampler: SamplerSpec,
     spec: CalibrationSpec,
-    stats: Mapping[str, RowStatistics],
+    means: Mapping[str, Tensor],
     inputs: Sequence[ProbeInput],
     report: Progress,
-) -> ProbeResult:
-    done = 0
+) -> tuple[ProbeResult, int]:
+    """Probe the inputs once, and again with new projections until the target is reached. Returns the number of inputs, too."""
+    prober = Prober(
+        denoiser,
+        table,
+        sampler.guidance,
+        errors,
+        means,
+        probes=spec.probes,
+        seed=spec.seed,
+        buckets=spec.buckets,
+        checkpoint=spec.checkpoint,
+    )
+    done, total = 0, len(inputs)
 
     def tick(n: int) -> None:
         nonlocal done
         done += n
-        report("probe gains", done, len(inputs))
+        report("probe gains", done, max(total, done))
 
-    means = {n: s.mean.float() for n, s in stats.items()}
-    return probe(denoiser, table, inputs, sampler.guidance, errors, means, probes=spec.probes, seed=spec.seed, tick=tick)
+    while True:
+        prober.run(inputs, tick)
+        result = prober.result()
+        wrong = max(relative_spread(_stack(table, result.layer_error[v]), _stack(table, result.layer_error_std[v])) for v in errors)
+        if not spec.target_error or wrong <= spec.target_error or done >= MOST * len(inputs):
+            return result, done
+        total = min(MOST, max(-(-done // len(inputs)) + 1, round((wrong / spec.target_error) ** 2))) * len(inputs)
 
 
-FinalErrors = dict[tuple[str, int], float]
-"""Mean squared error of final samples by (layer, width)."""
+def _probe_sampler(
+    denoiser: Denoiser,
+    table: LayerTable,
+    errors: Mapping[str, Mapping[str, Tensor]],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    means: Mapping[str, Tensor],
+    report: Progress,
+) -> tuple[dict[str, NDArray[Any]], int]:
+    """Layer totals from probes through the sampler, ``spec.sampler_seeds`` trajectories at a time. Returns their number, too."""
+    squares: dict[str, list[NDArray[np.float64]]] = {v: [] for v in errors}
+    done, total = 0, spec.sampler_seeds
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        report("probe the sampler", done, max(total, done))
+
+    while True:
+        found = final_probes(
+            denoiser,
+            table,
+            sampler,
+            range(spec.first_seed + done, spec.first_seed + done + spec.sampler_seeds),
+            errors,
+            means,
+            probes=spec.sampler_probes,
+            seed=spec.seed + done,
+            checkpoint=spec.checkpoint,
+            tick=tick,
+        )
+        arrays: dict[str, NDArray[Any]] = {}
+        wrong = 0.0
+        for variant, effect in found.effect.items():
+            whole = np.square(effect.sum(1, dtype=np.float64))  # [K, L, W]
+            squares[variant].append(whole.reshape(spec.sampler_seeds, spec.sampler_probes, *whole.shape[1:]).mean(1))
+            each = np.concatenate(squares[variant])
+            mean = each.mean(0)
+            spread = each.std(0, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else mean
+            arrays[f"layer_sampler_error/{variant}"] = mean.astype(np.float32)
+            arrays[f"layer_sampler_std_error/{variant}"] = spread.astype(np.float32)
+            wrong = max(wrong, relative_spread(mean, spread))
+        if not spec.target_error or wrong <= spec.target_error or done >= MOST * spec.sampler_seeds:
+            return arrays, done
+        total = min(MOST, max(done // spec.sampler_seeds + 1, round((wrong / spec.target_error) ** 2))) * spec.sampler_seeds
+
+
+FinalErrors = dict[tuple[str, int], tuple[float, ...]]
+"""Squared error (mean over pixels) of each final sample by (layer, width): seeds from ``first_seed`` on."""
 
 
 def final_errors(
@@ -250,36 +347,73 @@ def final_errors(
     known: FinalErrors | None = None,
     keep: Callable[[FinalErrors], Any] | None = None,
     progress: Progress | None = None,
+    wanted: Mapping[str, int] | None = None,
 ) -> FinalErrors:
     """Error of the final samples with one layer quantized at a time, at ``spec.final_widths``: the slow reference.
 
     One run of the sampler for each layer and width, with the codebook that `final_variant` names and bias correction on, as in
     the errors of `probe`. ``known`` holds what an earlier run finished; ``keep`` is called with all results after each layer.
+    ``wanted`` chooses layers and how many seeds each should have (default: all layers, ``spec.final_seeds``).
     """
     for bits in spec.final_widths:
         if bits not in profile.widths:
             raise ConfigError(f"calibration.final_widths asks for {bits} bits, which the policy does not search ({profile.widths})")
-    found = dict(known or {})
-    todo = [la for la in table if any((la.name, b) not in found for b in spec.final_widths)]
+    found = {key: tuple(value) for key, value in (known or {}).items()}
+    seeds_of = {la.name: spec.final_seeds for la in table} if wanted is None else dict(wanted)
+    todo = [la for la in table if any(len(found.get((la.name, b), ())) < seeds_of.get(la.name, 0) for b in spec.final_widths)]
     if not todo:
         return found
-    seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
+    seeds = range(spec.first_seed, spec.first_seed + max(seeds_of.values()))
     reference = sample(denoiser, seeds, sampler)
     means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
     chosen = variants_of(spec, fmt)[final_variant(spec)]
     for done, layer in enumerate(todo, start=1):
         for bits in spec.final_widths:
+            have = found.get((layer.name, bits), ())
+            part = slice(len(have), seeds_of[layer.name])
+            if part.start >= part.stop:
+                continue
             weights = {la.name: np.array(bits if la.name == layer.name else FULL_PRECISION, dtype=np.uint8) for la in table}
             one = quantize_model(
                 denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=chosen), means=means
             )
-            samples = sample(denoiser.with_module(one.module), seeds, sampler)
-            found[layer.name, bits] = float((samples - reference).square().mean())
+            samples = sample(denoiser.with_module(one.module), seeds[part], sampler)
+            each = (samples - reference[part]).square().flatten(1).mean(1)
+            found[layer.name, bits] = (*have, *(float(e) for e in each))
         if keep is not None:
             keep(found)
         if progress is not None:
             progress("one layer at a time", done, len(todo))
     return found
+
+
+def race_final_errors(
+    denoiser: Denoiser,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    fmt: QuantFormat,
+    undecided: Callable[[SensitivityProfile], tuple[Sequence[str], bool]],
+    *,
+    known: FinalErrors | None = None,
+    keep: Callable[[FinalErrors], Any] | None = None,
+    progress: Progress | None = None,
+) -> FinalErrors:
+    """`final_errors` in rounds: two seeds for every layer, then twice as many for the layers that are still undecided.
+
+    ``undecided`` says of the profile so far which layers those are and whether the answer is settled (see `stability`). Ends when it
+    is, when no layer is undecided, or when the undecided ones have ``spec.final_seeds`` seeds.
+    """
+    wanted = {la.name: min(2, spec.final_seeds) for la in table}
+    found = dict(known or {})
+    while True:
+        found = final_errors(denoiser, table, profile, sampler, spec, fmt, known=found, keep=keep, progress=progress, wanted=wanted)
+        names, settled = undecided(with_final_errors(profile, found))
+        open_ = [n for n in names if wanted[n] < spec.final_seeds]
+        if settled or not open_:
+            return found
+        wanted |= {n: min(2 * wanted[n], spec.final_seeds) for n in open_}
 
 
 def final_variant(spec: CalibrationSpec) -> str:
@@ -292,10 +426,14 @@ def with_final_errors(profile: SensitivityProfile, found: FinalErrors) -> Sensit
     if not found:
         return profile
     out = np.full((len(profile.names), len(profile.widths)), np.nan, dtype=np.float32)
-    for (name, bits), value in found.items():
-        out[profile.index[name], profile.widths.index(bits)] = value
+    spread = out.copy()
+    for (name, bits), each in found.items():
+        at = profile.index[name], profile.widths.index(bits)
+        out[at] = np.mean(each)
+        spread[at] = np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else out[at]
     variant = profile.calibration["spec"]["codebooks"][-1]
-    return replace(profile, arrays={**profile.arrays, f"layer_final_error/{variant}": out})
+    measured = {f"layer_final_error/{variant}": out, f"layer_final_std_error/{variant}": spread}
+    return replace(profile, arrays={**profile.arrays, **measured})
 
 
 def _concat(table: LayerTable, values: Mapping[str, Tensor]) -> NDArray[np.float32]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mpqsearch.core import LayerTable
+from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser, Given
-from mpqsearch.quant import rows_of
+from mpqsearch.profile.taps import GradientTap, checkpointed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +31,22 @@ class ProbeInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeResult:
-    """``gain``, ``gain_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``."""
+    """What probes found, each with its standard error over inputs and probes.
+
+    ``gain``, ``gain_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``. ``step_gain``,
+    ``step_gain_std``: layer -> ``[C, B]``, the gain inside each bucket of timesteps (0 where a bucket had no input).
+    """
 
     gain: Mapping[str, Tensor]
     gain_std_error: Mapping[str, Tensor]
     layer_error: Mapping[str, Mapping[str, Tensor]]
     layer_error_std: Mapping[str, Mapping[str, Tensor]]
+    step_gain: Mapping[str, Tensor]
+    step_gain_std: Mapping[str, Tensor]
 
 
-class _Moments:
-    """Running mean and standard error of a vector."""
+class Moments:
+    """Running mean and standard error of a vector; `add` may be called again after the mean has been read."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -48,19 +54,102 @@ class _Moments:
         self.square: Tensor | None = None
 
     def add(self, value: Tensor) -> None:
+        """One more observation."""
         value = value.double()
         self.n += 1
         self.total = value.clone() if self.total is None else self.total + value
         self.square = value.square() if self.square is None else self.square + value.square()
 
-    def mean(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.n
+    def mean(self, size: int) -> Tensor:
+        """Mean ``[size]``; zeros when nothing was observed: a layer that never ran costs nothing."""
+        return torch.zeros(size, dtype=torch.float64) if self.total is None else self.total / self.n
 
-    def std_error(self) -> Tensor:
-        assert self.square is not None
-        variance = (self.square / self.n - self.mean().square()).clamp_min(0)
-        return (variance / max(self.n - 1, 1)).sqrt()
+    def std_error(self, size: int) -> Tensor:
+        """Standard error of the mean ``[size]``; zeros from fewer than two observations."""
+        if self.square is None or self.n < 2:
+            return torch.zeros(size, dtype=torch.float64)
+        variance = (self.square / self.n - self.mean(size).square()).clamp_min(0)
+        return (variance / (self.n - 1)).sqrt()
+
+
+class Prober:
+    """Probes of the denoiser's output that can go on: call `run` with more inputs until `result` is precise enough.
+
+    errors
+        Variant -> layer -> weight errors ``[W, C, D]`` of every width, as the quantizer makes them.
+    means
+        Layer -> mean unfolded input ``[G, D]``: the shift that bias correction takes out, in layers with a bias.
+    buckets
+        Number of buckets of equal width into which the timesteps of the schedule are divided.
+    checkpoint
+        Recompute activations in the backward pass where the model can: memory of one block for twice the forward time.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        table: LayerTable,
+        guidance: float,
+        errors: Mapping[str, Mapping[str, Tensor]],
+        means: Mapping[str, Tensor],
+        *,
+        probes: int = 2,
+        seed: int = 0,
+        buckets: int = 5,
+        checkpoint: bool = False,
+    ) -> None:
+        self._denoiser, self._table, self._guidance = denoiser, table, guidance
+        self._errors, self._means, self._probes, self._checkpoint = errors, means, probes, checkpoint
+        self._generator = torch.Generator().manual_seed(seed)
+        self._timesteps = int(denoiser.scheduler.get("num_train_timesteps", 1000))
+        self._gain = {la.name: Moments() for la in table}
+        self._step_gain = {la.name: [Moments() for _ in range(buckets)] for la in table}
+        self._layer_error = {v: {la.name: Moments() for la in table} for v in errors}
+
+    def run(self, inputs: Sequence[ProbeInput], tick: Callable[[int], Any] | None = None) -> None:
+        """One forward pass an input and one backward pass a probe. Leaves the model as it was.
+
+        Raises `NumericsError` when the output is not finite.
+        """
+        with checkpointed(self._denoiser.module, self._checkpoint), GradientTap(self._denoiser.module, self._table) as tap:
+            for item in inputs:
+                t = torch.full((1,), item.timestep, dtype=torch.long, device=item.x.device)
+                with torch.enable_grad():
+                    output = self._denoiser.guided(item.x, t, item.cond, self._guidance)
+                if not bool(torch.isfinite(output).all()):
+                    raise NumericsError(f"{self._denoiser.name}: the output is not finite at timestep {item.timestep}")
+                sink = self._sink(item)
+                for k in range(self._probes):
+                    v = torch.randn(output.shape, generator=self._generator).to(output)
+                    tap.backward((v * output).sum(), sink, keep_graph=k + 1 < self._probes)
+                if tick is not None:
+                    tick(1)
+
+    def result(self) -> ProbeResult:
+        """What has been found so far."""
+        n_widths = {v: next(iter(e.values())).shape[0] for v, e in self._errors.items()}
+        size = {la.name: la.n_channels for la in self._table}
+        return ProbeResult(
+            gain={n: m.mean(size[n]) for n, m in self._gain.items()},
+            gain_std_error={n: m.std_error(size[n]) for n, m in self._gain.items()},
+            layer_error={v: {n: m.mean(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()},
+            layer_error_std={v: {n: m.std_error(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()},
+            step_gain={n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
+            step_gain_std={n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
+        )
+
+    def _sink(self, item: ProbeInput) -> Callable[[str, Tensor, Tensor, Tensor], None]:
+        def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
+            gain = item.weight * square.cpu()
+            self._gain[name].add(gain)
+            buckets = self._step_gain[name]
+            buckets[min(item.timestep * len(buckets) // self._timesteps, len(buckets) - 1)].add(gain)
+            rows = corrected(rows, bias, self._means[name], self._table[name])
+            for variant, by_layer in self._errors.items():
+                effect = by_layer[name].flatten(1) @ rows.flatten().to(by_layer[name])
+                self._layer_error[variant][name].add(item.weight * effect.cpu().square())
+
+        return take
 
 
 def probe(
@@ -75,100 +164,15 @@ def probe(
     seed: int = 0,
     tick: Callable[[int], Any] | None = None,
 ) -> ProbeResult:
-    """Measure gains and first-order layer errors.
-
-    errors
-        Variant -> layer -> weight errors ``[W, C, D]`` of every width, as the quantizer makes them.
-    means
-        Layer -> mean unfolded input ``[G, D]``: the shift that bias correction takes out, in layers with a bias.
-
-    One forward pass an input and one backward pass a probe. Leaves the model as it was. Raises `NumericsError` when the output
-    is not finite.
-    """
-    modules = {name: m for name, m in denoiser.module.named_modules() if name in table.by_name}
-    gains = {name: _Moments() for name in modules}
-    layer_errors = {variant: {name: _Moments() for name in modules} for variant in errors}
-    weights: dict[str, Any] = {name: m.weight for name, m in modules.items()}
-    generator = torch.Generator().manual_seed(seed)
-    captured: dict[str, list[Tensor]] = {}
-    handles = [m.register_forward_hook(_keep_output(name, captured)) for name, m in modules.items()]
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        for item in inputs:
-            captured.clear()
-            t = torch.full((1,), item.timestep, dtype=torch.long, device=item.x.device)
-            output = denoiser.guided(item.x, t, item.cond, guidance)
-            if not bool(torch.isfinite(output).all()):
-                raise NumericsError(f"{denoiser.name}: the output is not finite at timestep {item.timestep}")
-            flat = [(name, out) for name, outs in captured.items() for out in outs]
-            for k in range(probes):
-                v = torch.randn(output.shape, generator=generator).to(output)
-                targets = [out for _, out in flat] + [weights[name] for name in captured]
-                grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    (v * output).sum(), targets, retain_graph=k + 1 < probes, allow_unused=True
-                )
-                by_output: dict[str, Tensor] = {}
-                bias_grads: dict[str, Tensor] = {}
-                for (name, _), g in zip(flat, grads[: len(flat)], strict=True):
-                    if g is None:
-                        continue
-                    rows = g.movedim(-1 if isinstance(modules[name], nn.Linear) else 1, 0).flatten(1)
-                    by_output[name] = by_output.get(name, 0) + rows.square().sum(1)
-                    bias_grads[name] = bias_grads.get(name, 0) + rows.sum(1)
-                for name, value in by_output.items():
-                    gains[name].add(item.weight * value)
-                for name, g in zip(captured, grads[len(flat) :], strict=True):
-                    if g is None:
-                        continue
-                    _add_layer_errors(layer_errors, errors, means, table, name, g, bias_grads[name], item.weight)
-            if tick is not None:
-                tick(1)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
-    n_widths = {v: next(iter(e.values())).shape[0] for v, e in errors.items()}
-
-    def filled(m: _Moments, size: int, spread: bool) -> Tensor:
-        if not m.n:  # a layer that never ran: its errors cost nothing
-            return torch.zeros(size, dtype=torch.float64)
-        return m.std_error() if spread else m.mean()
-
-    return ProbeResult(
-        gain={n: filled(m, table[n].n_channels, spread=False) for n, m in gains.items()},
-        gain_std_error={n: filled(m, table[n].n_channels, spread=True) for n, m in gains.items()},
-        layer_error={v: {n: filled(m, n_widths[v], spread=False) for n, m in e.items()} for v, e in layer_errors.items()},
-        layer_error_std={v: {n: filled(m, n_widths[v], spread=True) for n, m in e.items()} for v, e in layer_errors.items()},
-    )
+    """Measure gains and first-order layer errors of the denoiser's output in one go: see `Prober`."""
+    prober = Prober(denoiser, table, guidance, errors, means, probes=probes, seed=seed)
+    prober.run(inputs, tick)
+    return prober.result()
 
 
-def _add_layer_errors(
-    store: dict[str, dict[str, _Moments]],
-    errors: Mapping[str, Mapping[str, Tensor]],
-    means: Mapping[str, Tensor],
-    table: LayerTable,
-    name: str,
-    weight_grad: Tensor,
-    bias_grad: Tensor,
-    weight: float,
-) -> None:
-    """Add ``<grad - bias_grad m', E_b>**2`` for every width ``b``: the effect after the mean shift is folded into the bias."""
-    layer = table[name]
-    rows = rows_of(weight_grad.float(), layer)
-    if layer.has_bias:
-        mean = means[name].to(rows)
-        rows = rows - bias_grad[:, None] * mean.repeat_interleave(len(rows) // len(mean), dim=0)
-    for variant, by_layer in errors.items():
-        error = by_layer[name]
-        effect = error.flatten(1) @ rows.flatten()
-        store[variant][name].add(weight * effect.square())
-
-
-def _keep_output(name: str, captured: dict[str, list[Tensor]]) -> Any:
-    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        captured.setdefault(name, []).append(output)
-
-    return keep
+def corrected(rows: Tensor, bias: Tensor, mean: Tensor, layer: LayerSpec) -> Tensor:
+    """Weight gradient ``[C, D]`` after the mean shift of a weight error is folded into the bias: ``dW - db m'``; no bias, no change."""
+    if not layer.has_bias:
+        return rows
+    mean = mean.to(rows)
+    return rows - bias[:, None] * mean.repeat_interleave(len(rows) // len(mean), dim=0)

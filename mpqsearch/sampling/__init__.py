@@ -1,5 +1,29 @@
 """Seeded sampling with one noise stream a sample, over diffusers' own schedulers."""
 
-from mpqsearch.sampling.sampler import SAMPLERS, SamplerSpec, Step, labels_of, noise_of, sample, timesteps_of, to_uint8, trajectory
+from mpqsearch.sampling.sampler import (
+    SAMPLERS,
+    Chain,
+    SamplerSpec,
+    Step,
+    chain_of,
+    labels_of,
+    noise_of,
+    sample,
+    timesteps_of,
+    to_uint8,
+    trajectory,
+)
 
-__all__ = ["SAMPLERS", "SamplerSpec", "Step", "labels_of", "noise_of", "sample", "timesteps_of", "to_uint8", "trajectory"]
+__all__ = [
+    "SAMPLERS",
+    "Chain",
+    "SamplerSpec",
+    "Step",
+    "chain_of",
+    "labels_of",
+    "noise_of",
+    "sample",
+    "timesteps_of",
+    "to_uint8",
+    "trajectory",
+]

@@ -65,19 +65,13 @@ def labels_of(denoiser: Denoiser, seeds: Sequence[int]) -> Condition:
 
 def timesteps_of(denoiser: Denoiser, spec: SamplerSpec) -> tuple[int, ...]:
     """The timesteps that the denoiser is called with, noise first."""
-    scheduler = _scheduler(denoiser, spec)
-    scheduler.set_timesteps(spec.steps)
+    scheduler, _ = _scheduler(denoiser, spec)
     return tuple(int(t) for t in scheduler.timesteps)
 
 
 def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec) -> Iterator[Step]:
     """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps state."""
-    scheduler = _scheduler(denoiser, spec)
-    scheduler.set_timesteps(spec.steps)
-    # Where the scheduler clips the predicted sample, the noise must be derived from the clipped one again. Otherwise the two disagree,
-    # guidance at high noise inflates the state, and more steps make it worse (fmnist-unet, guidance 3, 20 steps: the asked class is
-    # recognised in 62 % of the samples without, 99 % with it).
-    extra = {"use_clipped_model_output": True} if spec.name == "ddim" and scheduler.config.clip_sample else {}
+    scheduler, extra = _scheduler(denoiser, spec)
     x = x * scheduler.init_noise_sigma
     for index, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t)
@@ -86,6 +80,45 @@ def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec
         after = scheduler.step(prediction.detach(), t, x, **extra).prev_sample
         yield Step(index=index, timestep=int(t), x=seen, prediction=prediction, after=after)
         x = after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A trajectory whose scheduler arithmetic is differentiable and whose calls of the denoiser are cut out.
+
+    ``predictions`` are leaves that require gradients, ``inputs`` what the denoiser saw, as functions of the predictions before,
+    ``times`` the timesteps ``[N]`` of each call, ``final`` the sample as a function of all predictions. So the gradient through the
+    whole sampler is put together call by call, with the graph of one call in memory, for any scheduler, multi-step ones included.
+    """
+
+    inputs: tuple[Tensor, ...]
+    predictions: tuple[Tensor, ...]
+    times: tuple[Tensor, ...]
+    final: Tensor
+    cond: Condition
+    spec: SamplerSpec
+
+
+def chain_of(denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec) -> Chain:
+    """Run one batch and keep the scheduler's graph: see `Chain`."""
+    device = next(denoiser.module.parameters()).device
+    cond = labels_of(denoiser, seeds)
+    cond = cond.to(device) if isinstance(cond, Tensor) else cond
+    scheduler, extra = _scheduler(denoiser, spec)
+    inputs, predictions, times = [], [], []
+    with torch.enable_grad():
+        x = noise_of(seeds, denoiser.sample_shape).to(device) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(x, t)
+            steps = torch.full((len(x),), int(t), dtype=torch.long, device=device)
+            with torch.no_grad():
+                prediction = denoiser.guided(seen.detach(), steps, cond, spec.guidance)
+            prediction.requires_grad_(True)
+            inputs.append(seen)
+            predictions.append(prediction)
+            times.append(steps)
+            x = scheduler.step(prediction, t, x, **extra).prev_sample
+    return Chain(inputs=tuple(inputs), predictions=tuple(predictions), times=tuple(times), final=x, cond=cond, spec=spec)
 
 
 @torch.no_grad()
@@ -118,12 +151,23 @@ def to_uint8(samples: Tensor) -> Tensor:
     return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _scheduler(denoiser: Denoiser, spec: SamplerSpec) -> Any:
+def _scheduler(denoiser: Denoiser, spec: SamplerSpec) -> tuple[Any, dict[str, Any]]:
+    """A scheduler with its timesteps set, and what each of its steps is called with."""
     import diffusers
 
     config = dict(denoiser.scheduler)
     if spec.name == "ddim":
-        return diffusers.DDIMScheduler.from_config(config)
-    # The smallest log-SNR of a cosine schedule is minus infinity; diffusers' documentation gives -5.1 as the clip for it.
-    clipped = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
-    return diffusers.DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2, **clipped)
+        scheduler = diffusers.DDIMScheduler.from_config(config)
+        # Where the scheduler clips the predicted sample, the noise must be derived from the clipped one again. Otherwise the two
+        # disagree, guidance at high noise inflates the state, and more steps make it worse (fmnist-unet, guidance 3, 20 steps: the
+        # asked class is recognised in 62 % of the samples without, 99 % with it).
+        extra = {"use_clipped_model_output": True} if scheduler.config.clip_sample else {}
+    else:
+        # The smallest log-SNR of a cosine schedule is minus infinity; diffusers' documentation gives -5.1 as the clip for it.
+        clipped = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
+        scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+            config, algorithm_type="dpmsolver++", solver_order=2, **clipped
+        )
+        extra = {}
+    scheduler.set_timesteps(spec.steps)
+    return scheduler, extra

@@ -83,7 +83,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
 
 def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:
     """Profile in two halves, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
-    from mpqsearch.profile import final_errors, profile_base, with_final_errors
+    from mpqsearch.profile import final_errors, profile_base, race_final_errors, with_final_errors
 
     fmt, sampler = run.config.quantizer.format(), sampler_of(run)
     base_path, final_path = run.path("partial", "profile.json"), run.path("partial", "final.json")
@@ -95,10 +95,37 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         artifacts.save_profile(base_path, base, inputs)
     known = {}
     if artifacts.is_current(final_path, "mpqsearch/final-errors", inputs, overwrite=True):
-        known = {(name, bits): value for name, bits, value in artifacts.read_json(final_path, "mpqsearch/final-errors").data}
+        known = {(name, bits): tuple(each) for name, bits, each in artifacts.read_json(final_path, "mpqsearch/final-errors").data}
 
-    def keep(found: Mapping[tuple[str, int], float]) -> None:
+    def keep(found: Mapping[tuple[str, int], tuple[float, ...]]) -> None:
         artifacts.write_json(final_path, "mpqsearch/final-errors", [[n, b, v] for (n, b), v in found.items()], inputs)
 
-    found = final_errors(run.denoiser, table, base, sampler, spec, fmt, known=known, keep=keep, progress=progress)
+    if spec.race and spec.final_widths:
+        found = race_final_errors(
+            run.denoiser, table, base, sampler, spec, fmt, _undecided(run, table, spec), known=known, keep=keep, progress=progress
+        )
+        seeds = [len(each) for each in found.values()]
+        run.say(
+            f"profile: one layer at a time took {sum(seeds)} samples, {spec.final_seeds * len(seeds)} without the race; "
+            f"{sum(n >= spec.final_seeds for n in seeds)} of {len(seeds)} needed all seeds"
+        )
+    else:
+        found = final_errors(run.denoiser, table, base, sampler, spec, fmt, known=known, keep=keep, progress=progress)
     return with_final_errors(base, found)
+
+
+def _undecided(run: Run, table: LayerTable, spec: Any) -> Any:
+    """For a race: which layers the study's own integer programs still waver on, at its own budgets."""
+    from mpqsearch.methods import MethodSpec
+    from mpqsearch.profile import stability
+
+    method = MethodSpec(name="race", allocator="ilp-layer", loss="final", codebook=spec.codebooks[-1], bias_correction=True)
+    budgets = [b for b in run.config.allocate.parsed() if b.quantity != "bops"]
+
+    def undecided(measured: SensitivityProfile) -> tuple[list[str], bool]:
+        found = stability(measured, table, run.config.policy, method, budgets, run.config.quantizer.format())
+        names = [n for n, share in zip(measured.names, found.undecided, strict=True) if share > 0]
+        run.say(f"profile: {len(names)} layers undecided; the noise costs at most {found.regret.max():.1%} of the predicted loss")
+        return names, found.settled(spec.race)
+
+    return undecided

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
-from mpqsearch.methods import LOSSES, MethodSpec, channel_losses
+from mpqsearch.methods import MethodSpec, available_losses, channel_losses
 from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run
@@ -84,7 +84,7 @@ def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[d
             if not np.isfinite(final[searched, j]).all():
                 continue
             truth = pd.Series(final[searched, j]).rank()
-            for loss in LOSSES[:-1]:
+            for loss in available_losses(measured, variant)[:-1]:
                 totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=True))
                 value = pd.Series(totals[searched, j]).rank().corr(truth)
                 rows.append(

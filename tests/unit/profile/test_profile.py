@@ -19,7 +19,7 @@ WIDTHS = (2, 4, 8)
 def measure(kind: str, **kwargs: object) -> tuple[object, object, SensitivityProfile]:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
-    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "codebooks": ("affine",), **kwargs}
+    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "sampler_seeds": 0, "codebooks": ("affine",), **kwargs}
     spec = CalibrationSpec(**settings)  # type: ignore[arg-type]
     return denoiser, table, profile_model(denoiser, table, Policy(widths=WIDTHS), SAMPLER, spec, QuantFormat(n_candidates=20))
 
@@ -92,7 +92,7 @@ def test_profiling_leaves_the_model_as_it_was() -> None:
 def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, codebooks=("affine",), prescale=False)
+    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, sampler_seeds=0, codebooks=("affine",), prescale=False)
     sampler = SamplerSpec(steps=4, guidance=1.0, batch=1)
     settings = (table, Policy(widths=WIDTHS), sampler, spec, QuantFormat(n_candidates=20))
     own = profile_model(denoiser, *settings)

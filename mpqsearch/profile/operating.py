@@ -1,0 +1,136 @@
+"""Sensitivity at an operating point: what a layer's width changes *given the widths of all the others*.
+
+First order at full precision is right at 6-8 bits and loses the order of maps at 2-4, where errors interact. At a quantized model the
+error of the final sample has a slope: with ``r`` the difference to the full-precision sample and ``J`` the derivative of the sampler,
+
+    |r + J dW|^2 - |r|^2  =  2 r'J dW + |J dW|^2
+
+for every candidate ``dW`` (quantized weight of another width minus the present one). The first term costs one backward pass through
+the sampler for all layers and widths, is exact to first order and contains the interactions with all present errors; the second is
+the Gauss-Newton curvature from random probes. Solving the integer program again with these and measuring again is iterated linearisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqsearch.core import BitMap, LayerTable, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.final_probes import final_probes
+from mpqsearch.quant import RowStatistics, quantize_model, rows_of, width_errors
+from mpqsearch.sampling import SamplerSpec, sample
+
+
+def remeasure(
+    denoiser: Denoiser,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    bit_map: BitMap | Sequence[BitMap],
+    sampler: SamplerSpec,
+    seeds: Sequence[int],
+    *,
+    probes: int = 3,
+    bias_correction: bool = True,
+    checkpoint: bool = False,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> SensitivityProfile:
+    """The profile with ``layer_operating_error`` measured at a bit map, or as a mean over several.
+
+    bit_map
+        Where to linearise; of several, which share one format, each gets its part of the seeds.
+    seeds
+        Trajectories: one sample each, with ``probes`` backward passes through the sampler, the first along the residual.
+
+    ``calibration`` of the result holds ``operating_points`` (digests) and ``operating_mse`` (the measured error of their final samples).
+    Raises `ConfigError` when there are fewer seeds than maps, or the maps differ in format.
+    """
+    maps = [bit_map] if isinstance(bit_map, BitMap) else list(bit_map)
+    if not maps or len(seeds) < len(maps):
+        raise ConfigError(f"measuring at {len(maps)} bit maps needs at least one seed each, got {len(seeds)}")
+    fmt = maps[0].format
+    if any(m.format != fmt for m in maps) or any(m.formats for m in maps):
+        raise ConfigError("the bit maps of one operating point must share one quantizer format")
+    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
+    means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
+    input_max = {n: torch.from_numpy(np.array(m)) for n, m in profile.input_max.items()}
+    candidates = _candidates(denoiser, table, profile.widths, fmt, means, input_max)
+    no_shift = means if bias_correction else {n: torch.zeros_like(m) for n, m in means.items()}
+    changes: list[NDArray[np.float64]] = []
+    errors: list[float] = []
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress("operating point", done, len(seeds))
+
+    for number, one in enumerate(maps):
+        part = seeds[number :: len(maps)]
+        quantized = quantize_model(denoiser.module, table, one, means=means if bias_correction else None, input_max=input_max)
+        reference = sample(denoiser, part, sampler)
+        moves = {}
+        for layer in table:
+            full: Any = denoiser.module.get_submodule(layer.name).weight
+            now: Any = quantized.module.get_submodule(layer.name).weight
+            moves[layer.name] = candidates[layer.name] - (rows_of(now.float(), layer) - rows_of(full.float(), layer))
+        found = final_probes(
+            denoiser.with_module(quantized.module),
+            table,
+            sampler,
+            part,
+            {variant: moves},
+            no_shift,
+            probes=probes,
+            reference=reference,
+            along_residual=True,
+            checkpoint=checkpoint,
+            tick=tick,
+        )
+        effect = found.effect[variant].sum(1, dtype=np.float64).reshape(len(part), probes, len(table), -1)
+        length = found.residual.reshape(len(part), probes)[:, 0].astype(np.float64)
+        pixels = reference[0].numel()
+        slope = 2 * length[:, None, None] * effect[:, 0] / pixels
+        changes.extend(slope + np.square(effect[:, 1:]).mean(1) if probes > 1 else slope)
+        errors.extend(np.square(length) / pixels)
+    stacked = np.array(changes)
+    spread = stacked.std(0, ddof=1) / np.sqrt(len(stacked)) if len(stacked) > 1 else np.zeros_like(stacked[0])
+    return replace(
+        profile,
+        arrays={
+            **profile.arrays,
+            f"layer_operating_error/{variant}": stacked.mean(0).astype(np.float32),
+            f"layer_operating_std_error/{variant}": spread.astype(np.float32),
+        },
+        calibration={
+            **profile.calibration,
+            "operating_points": [m.digest for m in maps],
+            "operating_mse": float(np.mean(errors)),
+        },
+    )
+
+
+def _candidates(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    fmt: QuantFormat,
+    means: Mapping[str, Tensor],
+    input_max: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Quantized minus full-precision rows ``[W, C, D]`` of every layer."""
+    found = {}
+    for layer in table:
+        weight: Any = denoiser.module.get_submodule(layer.name).weight
+        mean = means[layer.name]
+        known = RowStatistics(second_moment=torch.zeros(0), mean=mean, input_max=input_max[layer.name], n_positions=0)
+        found[layer.name] = width_errors(weight, layer, widths, fmt, known)
+    return found

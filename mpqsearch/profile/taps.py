@@ -1,0 +1,102 @@
+"""Gradients of every layer as a backward pass produces them: handed on and dropped, so that one layer's are in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import LayerTable
+from mpqsearch.quant import rows_of
+
+Sink = Callable[[str, Tensor, Tensor, Tensor], Any]
+"""Called with a layer, ``d/dW`` as rows ``[C, D]``, ``d/db`` ``[C]`` (as if it had a bias) and ``sum (d/dy)**2`` ``[C]``."""
+
+
+class GradientTap:
+    """Context manager: inside it `backward` gives the gradients of all layers, layer by layer, to a sink.
+
+    Weights require gradients only inside; a layer that ran more than once gives the sums over its calls. With gradient
+    checkpointing the outputs of layers are not kept either: what stays alive is what autograd itself saves.
+    """
+
+    def __init__(self, module: nn.Module, table: LayerTable) -> None:
+        self._modules = {la.name: module.get_submodule(la.name) for la in table}
+        self._table = table
+        self._handles: list[Any] = []
+        self._bias: dict[str, Tensor] = {}
+        self._square: dict[str, Tensor] = {}
+        self._sink: Sink | None = None
+
+    def __enter__(self) -> GradientTap:
+        for name, module in self._modules.items():
+            weight: Any = module.weight
+            weight.requires_grad_(True)
+            self._handles.append(module.register_forward_hook(self._on_forward(name)))
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._on_weight(name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._modules.values():
+            weight: Any = module.weight
+            weight.requires_grad_(False)
+            weight.grad = None
+
+    def backward(self, objective: Tensor, sink: Sink, *, keep_graph: bool = False, x: Tensor | None = None) -> Tensor | None:
+        """Differentiate a scalar. ``x``: an input whose gradient is returned as well."""
+        self._bias.clear()
+        self._square.clear()
+        self._sink = sink
+        weights: list[Any] = [m.weight for m in self._modules.values()]
+        try:
+            torch.autograd.backward(objective, retain_graph=keep_graph, inputs=weights if x is None else [x, *weights])
+        finally:
+            self._sink = None
+        if x is None:
+            return None
+        found, x.grad = x.grad, None
+        return found
+
+    def _on_forward(self, name: str) -> Any:
+        axis = -1 if isinstance(self._modules[name], nn.Linear) else 1
+
+        def collect(grad: Tensor) -> None:
+            rows = grad.detach().float().movedim(axis, 0).flatten(1)
+            self._bias[name] = self._bias.get(name, 0) + rows.sum(1)
+            self._square[name] = self._square.get(name, 0) + rows.square().sum(1)
+
+        def tap(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            hooked: Any = output
+            if hooked.requires_grad:
+                hooked.register_hook(collect)
+
+        return tap
+
+    def _on_weight(self, name: str) -> Any:
+        def hand_on(weight: Tensor) -> None:
+            grad, weight.grad = weight.grad, None
+            if self._sink is not None and grad is not None and name in self._bias:
+                self._sink(name, rows_of(grad.float(), self._table[name]), self._bias[name], self._square[name])
+
+        return hand_on
+
+
+@contextmanager
+def checkpointed(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, the blocks of a model that supports it recompute their activations in the backward pass (twice the forward time)."""
+    model: Any = module
+    able = wanted and getattr(model, "_supports_gradient_checkpointing", False) and not model.is_gradient_checkpointing
+    if able:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if able:
+            model.disable_gradient_checkpointing()
