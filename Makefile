@@ -13,7 +13,7 @@ quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 test: $(INSTALLED) lint types contracts
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,11 +18,12 @@ from mpqsearch.cli.printing import print_json, print_table
 OPTIONAL = (
     ("numba", "fast", "compiled passes of the allocator and the quantizer"),
     ("torch-fidelity", "fid", "the official Inception FID"),
-    ("psycopg2-binary", "postgres", "a search on many machines through PostgreSQL"),
-    ("pymysql", "mysql", "a search on many machines through MySQL"),
+    ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
+    ("pymysql", "", "a search on many machines through MySQL"),
+    ("cmaes", "search", "CMA-ES, one more sampler of the search"),
     ("optuna-dashboard", "", "a search in the browser"),
-    ("accelerate", "", "training on several GPUs"),
-    ("tensorboard", "", "training curves in the browser"),
+    ("accelerate", "train", "training on several GPUs"),
+    ("tensorboard", "train", "training curves in the browser"),
 )
 """Distribution, the extra of mpqsearch that brings it (empty: by its own name), and what it is for."""
 

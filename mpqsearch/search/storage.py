@@ -169,7 +169,7 @@ def _database(url: str, heartbeat_s: int, grace_s: int) -> BaseStorage:
                 )
         except ImportError:
             raise ConfigError(
-                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgresql]'; for MySQL: pip "
+                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; for MySQL: pip "
                 "install pymysql and write mysql+pymysql://."
             ) from None
         except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
