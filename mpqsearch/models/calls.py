@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -32,8 +33,9 @@ from mpqsearch.errors import ArtifactError, ConfigError, ModelError
 
 SCHEMA = "mpqsearch/calls"
 
-_SAMPLE = ("sample", "hidden_states", "x", "latents")
+_SAMPLE = ("sample", "hidden_states", "x", "latents", "decoder_input_tokens")
 _TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time", "sigma")
+_TIMES = re.compile(r"^(t|sigma|timestep_ratio|\w*timesteps?(_r)?|\w+_time)$")
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -53,6 +55,14 @@ class Call:
     guidance: float = 1.0
     batch: int = 1
     dtype: torch.dtype = torch.float32
+
+    def times(self, module: nn.Module) -> list[Tensor]:
+        """Tensors among the arguments that say when: by the names in the signature of ``module``."""
+        try:
+            bound = inspect.signature(module.forward).bind_partial(*self.args, **self.kwargs).arguments
+        except TypeError:
+            bound = dict(self.kwargs)
+        return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
 
     def replay(self, module: nn.Module) -> Tensor:
         """The prediction of ``module`` for this call, as one tensor.

@@ -34,16 +34,20 @@ WEIGHT_LAYERS = (
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 _ROLES: tuple[tuple[str, str], ...] = (
-    ("time", r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|t_embedder|time_text_embed"),
+    ("time", r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|(?<![a-z])t_embedder|time_text_embed"),
     ("class", r"class_emb|label_emb|class_proj|add_embedding|guidance_embed"),
     (
         "norm",
         r"(^|\.)(norm\w*|adaln\w*|adaLN\w*|scale_shift\w*)\.(linear|proj|\d+)|adaLN_modulation|adaln_single\.linear|^proj_out_1$",
     ),
     ("shortcut", r"shortcut|skip_connection|nin_shortcut|\.skip$|residual_conv"),
-    ("resample", r"downsample|upsample|\.op$|upsampler|downsampler"),
-    ("attention", r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj"),
-    ("feed-forward", r"\.ff\.|\.ff_|\.mlp|feed_forward|\.net\.\d"),
+    ("resample", r"downsample|upsample|\.op$|upsampler|downsampler|(up|down)_sample|(up|down)scalers"),
+    ("attention", r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj|kv_mapper"),
+    ("feed-forward", r"\.ff\.|\.ff_|\.ffn\.|mlp|feed_forward|\.net\.\d|DenseReluDense|\.(gate|up|down)_proj$"),
+)
+_OWN_TIME = re.compile(r"(time_emb|time_proj|timestep|(?<![a-z])t_embedder)\w*(\.\w+)?$")
+_MODULATION = re.compile(
+    r"norm|adaln|modul|_mod\.|film|scale_bias|scale_shift|gamma|beta|context_mlp|mapper|time_mod", re.IGNORECASE
 )
 _SKIP = re.compile(r"skip_linear|skip_proj|skip_layer|skip_connection|linear_skip|long_skip")
 _QKV = re.compile(r"(^|_)(q|k|v|query|key|value)(_proj|_lin(ear)?)?\d*$")
@@ -84,7 +88,13 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
         if name in (first, last):
             return "first" if name == first else "last"
         found = _role(name, modules[name])
-        return "skip" if found in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)) else found
+        if found in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
+            return "skip"
+        if found == "time" and _OWN_TIME.search(name):
+            return found
+        if found in ("time", "linear", "conv", "feed-forward") and name in seen.conditional:
+            return "norm" if found != "time" and _MODULATION.search(name) else seen.conditional[name]
+        return "linear" if found == "time" and name in seen.tokens else found
 
     return LayerTable(
         digest=denoiser.digest,
@@ -105,7 +115,8 @@ class _Seen:
 
     ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``: layers fed with a
     concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``: layers fed with the sample itself;
-    ``gives``: layers whose output reaches the prediction through no other layer.
+    ``gives``: layers whose output reaches the prediction through no other layer. ``conditional``: layers that do not depend on the sample, but
+    on the time (``time``) or on one vector of other conditions (``class``); ``tokens``: those that depend on neither.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -114,6 +125,8 @@ class _Seen:
     fuse: dict[str, str] = field(default_factory=dict)
     takes: list[str] = field(default_factory=list)
     gives: frozenset[str] = frozenset()
+    conditional: dict[str, str] = field(default_factory=dict)
+    tokens: set[str] = field(default_factory=set)
 
 
 class _Watch(TorchFunctionMode):
@@ -123,7 +136,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._weights, self._seen = weights, seen
         self.origin: Any = WeakIdKeyDictionary()  # tensor -> names of the layers that it comes from; SAMPLE for the model's input
-        self.joins: Any = WeakIdKeyDictionary()  # concatenation -> axis
+        self.depends: Any = WeakIdKeyDictionary()  # tensor -> SAMPLE, TIME or both, through whatever layers
+        self.joins: Any = WeakIdKeyDictionary()  # concatenation -> its axis and the origins of its parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and pass on where its result comes from."""
@@ -136,15 +150,27 @@ class _Watch(TorchFunctionMode):
         names = {self._weights[id(t)] for t in inputs if id(t) in self._weights}
         self._seen.used |= names
         came = frozenset(names) or frozenset().union(*(self.origin.get(t, frozenset()) for t in inputs))
-        for result in tensors_in(out) if came else ():
+        on = frozenset().union(*(self.depends.get(t, frozenset()) for t in inputs))
+        for result in tensors_in(out) if came or on else ():
             self.origin[result] = came
+            self.depends[result] = on
         if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(out, Tensor):
             axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-            self.joins[out] = axis % out.dim()
+            parts = [self.origin.get(t, frozenset()) for t in inputs if SAMPLE in self.depends.get(t, ())]
+            self.joins[out] = (axis % out.dim(), parts)
         return out
 
+    def joined(self, x: Tensor, axis: int, parent: str) -> bool:
+        """True when ``x`` joins along its channels two streams of the sample that both come from outside ``parent``.
 
-SAMPLE = "<sample>"
+        The parts that one block makes of one stream, such as attention beside feed-forward, are no skip connection.
+        """
+        found, parts = self.joins.get(x, (None, []))
+        away = [p for p in parts if any(not n.startswith(f"{parent}.") for n in p - {SAMPLE})]
+        return found == axis % x.dim() and len(away) > 1
+
+
+SAMPLE, TIME = "<sample>", "<time>"
 
 
 @torch.no_grad()
@@ -170,8 +196,15 @@ def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> 
         def look(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             seen.macs[name] = seen.macs.get(name, 0) + (x if transposed else output).numel() * each // batch
-            if watch.joins.get(x) == channels % x.dim():
+            if watch.joined(x, channels, parent):
                 seen.joined.add(name)
+            on = watch.depends.get(x, frozenset())
+            if TIME in on and SAMPLE not in on:
+                seen.conditional[name] = "time"
+            elif not on and x.numel() <= batch * x.shape[-1]:
+                seen.conditional[name] = "class"
+            elif not on:
+                seen.tokens.add(name)
             if SAMPLE in watch.origin.get(x, ()) and name not in seen.takes:
                 seen.takes.append(name)
             if _QKV.search(short) and name not in seen.fuse:
@@ -188,12 +221,16 @@ def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> 
     try:
         for example in examples:
             if isinstance(example, Call):
-                x, t, batch = example.sample, torch.zeros(1), example.batch
+                x, batch = example.sample, example.batch
+                t, times = torch.zeros(1), example.times(denoiser.module)
             else:
                 x = torch.zeros(1, *denoiser.sample_shape, device=device)
                 t = torch.zeros(1, dtype=torch.long, device=device)
+                times = [t]
                 example = example.to(device) if isinstance(example, Tensor) else example  # noqa: PLW2901
-            watch.origin[x] = frozenset({SAMPLE})
+            watch.origin[x] = watch.depends[x] = frozenset({SAMPLE})
+            for time in times:
+                watch.depends[time] = frozenset({TIME})
             with watch:
                 out = denoiser.denoise(x, t, example)
                 seen.gives |= watch.origin.get(out, frozenset()) & set(modules)
@@ -202,6 +239,8 @@ def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> 
         for handle in handles:
             handle.remove()
     seen.macs = {n: m // len(examples) for n, m in seen.macs.items()}
+    if "time" not in seen.conditional.values():  # the time was given as a number, and nothing can be said of what depends on it
+        seen.conditional, seen.tokens = {}, set()
     return seen
 
 

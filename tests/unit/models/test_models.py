@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mpqsearch.core import Policy
 from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
-from mpqsearch.models import EMBEDDED, adapt, discover, load_model
+from mpqsearch.models import EMBEDDED, adapt, capture, discover, load_model
 from mpqsearch.testing import tiny_denoiser, tiny_unet
+from mpqsearch.testing.denoisers import build
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -38,6 +41,87 @@ def test_roles_of_a_unet_and_a_transformer() -> None:
     assert dit["transformer_blocks.0.norm1.linear"].role == "norm"
     assert dit["transformer_blocks.0.ff.net.2"].role == "feed-forward"
     assert dit["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"].role == "time"
+
+
+def roles_of(name: str) -> dict[str, str]:
+    module, inputs = build(name)
+    with torch.no_grad(), capture(module) as calls:
+        module(**inputs)
+    return {la.name: la.role for la in discover(adapt(module, calls=calls))}
+
+
+def test_conditions_of_a_transformer_are_told_apart_by_what_they_depend_on() -> None:
+    flux, chroma = roles_of("FluxTransformer2DModel"), roles_of("ChromaTransformer2DModel")
+    assert flux["time_text_embed.timestep_embedder.linear_1"] == "time"
+    assert flux["time_text_embed.guidance_embedder.linear_1"] == flux["time_text_embed.text_embedder.linear_1"] == "class"
+    assert flux["context_embedder"] == "linear"  # a token each: no condition of the whole
+    assert flux["transformer_blocks.0.norm1.linear"] == "norm"
+    assert flux["single_transformer_blocks.0.proj_mlp"] == "feed-forward"
+    assert flux["single_transformer_blocks.0.proj_out"] == "linear"  # attention beside feed-forward is no skip connection
+    assert chroma["distilled_guidance_layer.layers.0.linear_1"] == "time"
+
+
+def test_skip_connections_are_seen_or_known_by_name() -> None:
+    unet, hunyuan, control = (roles_of(n) for n in ("UNet2DConditionModel", "HunyuanDiT2DModel", "UNetControlNetXSModel"))
+    skips = [n for n, role in unet.items() if role == "skip"]
+    assert skips == [n for n in unet if re.match(r"up_blocks\.\d\.resnets\.\d\.conv_shortcut", n)]
+    assert unet["down_blocks.1.resnets.0.conv_shortcut"] == "shortcut"
+    assert {n for n, role in hunyuan.items() if role == "skip"} == {n for n in hunyuan if n.endswith("skip_linear")}
+    assert control["mid_block.ctrl_midblock.resnets.0.conv_shortcut"] == "skip"  # two networks' streams
+
+
+def test_projections_that_consumers_fuse_are_found_by_their_common_input() -> None:
+    module, inputs = build("SD3Transformer2DModel")
+    with torch.no_grad(), capture(module) as calls:
+        module(**inputs)
+    groups: dict[str, set[str]] = {}
+    for layer in discover(adapt(module, calls=calls)):
+        if layer.fuse:
+            groups.setdefault(layer.fuse, set()).add(layer.name.rpartition(".")[2])
+    assert groups["transformer_blocks.0.attn.[to]"] == {"to_q", "to_k", "to_v"}
+    assert groups["transformer_blocks.0.attn.[add_proj]"] == {"add_q_proj", "add_k_proj", "add_v_proj"}
+    unet = discover(tiny_denoiser())
+    assert unet["mid_block.attentions.0.to_q"].fuse == unet["mid_block.attentions.0.to_v"].fuse != ""
+    module, inputs = build("UNet2DConditionModel")  # across: the queries have another input than keys and values
+    with torch.no_grad(), capture(module) as calls:
+        module(**inputs)
+    cross = {
+        la.name.rpartition(".")[2]: la.fuse
+        for la in discover(adapt(module, calls=calls))
+        if "mid_block" in la.name and "attn2" in la.name
+    }
+    assert cross["to_k"] == cross["to_v"] != ""
+    assert cross["to_q"] == ""
+
+
+class Pooled(nn.Module):
+    """Attention of torch itself, whose output weight is used without calling its layer, and a branch that does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.middle = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 8)
+        self.outlet = nn.Linear(8, 4)
+
+    def denoise(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
+        h = self.inlet(x)
+        h = self.attention(h, h, h)[0] if t is not None else self.other(h)
+        out: Tensor = self.outlet(self.middle(h))
+        return out
+
+
+def test_what_cannot_be_measured_is_kept_or_held_at_eight_bits(caplog: pytest.LogCaptureFixture) -> None:
+    denoiser = adapt(Pooled(), sample_shape=(5, 4))
+    table = discover(denoiser)
+    reasons = {k.name: k.reason for k in table.kept}
+    assert reasons["attention.out_proj.weight"].startswith("its weight is used without calling the layer")
+    assert reasons["attention.in_proj_weight"].startswith("unknown module MultiheadAttention")
+    assert table["other"].role == "unused"
+    assert "other" in caplog.text
+    assert Policy().fixed_width(table["other"]) == 8
+    assert table.n_parameters == sum(p.numel() for p in denoiser.module.parameters())
 
 
 def test_macs_of_known_layers() -> None:
