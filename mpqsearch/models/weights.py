@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,16 @@ log = logging.getLogger("mpqsearch")
 
 Progress = Callable[[str, int, int], None]
 
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of one value, by the name of its type in safetensors."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+"""Types of the values that are read, by their names in safetensors."""
 
 _PIECE = 1 << 22
 """Values that are hashed at a time."""
@@ -37,12 +47,17 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """Where one tensor lies: its shard, its name there, and how large it is."""
+    """Where one tensor lies: its shard, the byte there at which it starts, its shape and the type of its values."""
 
     file: Path
-    key: str
+    offset: int
     shape: tuple[int, ...]
-    n_bytes: int
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +77,17 @@ class StreamedModel:
     @property
     def n_bytes(self) -> int:
         """Bytes of all weights as they are stored, each counted once."""
-        return sum({(s.file, s.key): s.n_bytes for s in self.stored.values()}.values())
+        return sum({(s.file, s.offset): s.n_bytes for s in self.stored.values()}.values())
 
     def read(self, key: str) -> Tensor:
         """One tensor as it is stored (bf16, fp16, fp32), mapped from its file. Raises `ModelError` when the file is damaged."""
-        from safetensors import SafetensorError, safe_open
-
         place = self.stored[key]
         try:
-            with safe_open(place.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(place.key)
-        except (SafetensorError, OSError) as error:
+            # Of this tensor alone, and private: its pages go when the tensor goes.
+            mapped = np.memmap(place.file, mode="c", offset=place.offset, shape=(place.n_bytes,))
+        except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {key!r} from {place.file}: {error}") from error
-        return tensor
+        return torch.from_numpy(mapped).view(place.dtype).reshape(place.shape)
 
     def digest(self, progress: Progress | None = None) -> str:
         """What `weights_digest` gives for the loaded model in float32: SHA-256 over names, dtypes, shapes and bytes.
@@ -89,7 +102,8 @@ class StreamedModel:
             values = self.read(key).flatten()
             for piece in torch.split(values, _PIECE):
                 part = piece.to(dtype)
-                if dtype == torch.float32 and not bool(torch.isfinite(part).all()):
+                # A sum is finite unless a value is not, or it overflows: looking at every value is left for then.
+                if dtype == torch.float32 and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
                     raise NumericsError(f"{self.name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
                 total.update(part.contiguous().view(torch.uint8).numpy().data)
             done += self.stored[key].n_bytes
@@ -223,23 +237,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
     """Every key of the state dict with its place; raises `ModelError` where shape or presence differ."""
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, Stored] = {}
-    for path in _files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (no mapping)
-                    part = file.get_slice(key)
-                    shape = tuple(part.get_shape())
-                    size = _DTYPES.get(part.get_dtype(), 0)
-                    if not size and key.endswith("weight"):
-                        raise ModelError(
-                            f"{path}: {key!r} is stored as {part.get_dtype()}; weights must be floats (bf16, fp16, fp32): is it quantized already?"
-                        )
-                    found[key] = Stored(file=path, key=key, shape=shape, n_bytes=torch.Size(shape).numel() * (size or 8))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
+    found = {key: place for path in _files(folder) for key, place in _header(path)}
     meta = module.state_dict(keep_vars=True)
     same: dict[int, str] = {}  # parameters under several names are stored under one
     for key, tensor in meta.items():
@@ -255,3 +253,27 @@ def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
                 f"{folder}: {key!r} is stored with the shape {place.shape}, the configuration says {tuple(tensor.shape)}"
             )
         yield key, place
+
+
+def _header(path: Path) -> Iterator[tuple[str, Stored]]:
+    """The tensors of one file. The library checks the file; where tensors start is in the header that it checked.
+
+    Format: eight bytes with the length of the header, the header in JSON with ``data_offsets`` counted from its end, the values.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None or (key.endswith("weight") and not dtype.is_floating_point):
+            raise ModelError(
+                f"{path}: {key!r} is stored as {entry['dtype']}; weights must be floats (bf16, fp16, fp32): is it quantized already?"
+            )
+        yield key, Stored(file=path, offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]), dtype=dtype)

@@ -190,59 +190,112 @@ def square_errors(rows: Any, scale: Any, zero: Any, top: Any, out: Any) -> None:
             out[c, k] = total
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_bits(typing: Any, stored: Any) -> Any:  # noqa: ARG001
+    """The bits of a float32 from those of a float32 (int32) or of a bfloat16 (int16), which are its upper half."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        if signature.args[0].bitwidth == 32:
+            return args[0]
+        return b.shl(b.zext(args[0], _INT), ir.Constant(_INT, 16))
+
+    return types.int32(stored), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(typing: Any, bits: Any) -> Any:  # noqa: ARG001
+    """Bits read as a float32."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        return b.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.int32), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _ordered(typing: Any, bits: Any) -> Any:  # noqa: ARG001
+    """An integer that orders as the float does, with infinities and NaN at both ends; its own inverse."""
+
+    def build(context: Any, b: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        sign = b.ashr(args[0], ir.Constant(_INT, 31))
+        return b.xor(args[0], b.and_(sign, ir.Constant(_INT, 0x7FFFFFFF)))
+
+    return types.int32(types.int32), build
+
+
+_LARGEST = np.int32(0x7F7FFFFF)
+"""`_ordered` of the largest finite float; that of its negative is ``-_LARGEST - 1``."""
+
+
 @_jit(fastmath=_FAST)
-def _moments(row: Any) -> Any:
-    """Least, largest, mean, and the centred sums of squares and fourth powers of one row."""
-    low, high = row[0], row[0]
-    total: Any = 0.0
-    for start in range(0, row.shape[0], CHUNK):
-        part = row[start : start + CHUNK]
-        chunk = np.float32(0)
+def _raw_moments(bits: Any) -> Any:
+    """`_ordered` least and largest value of a row, and its sums of powers one to four, in one pass."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    one: Any = 0.0
+    two: Any = 0.0
+    three: Any = 0.0
+    four: Any = 0.0
+    for start in range(0, bits.shape[0], CHUNK):
+        part = bits[start : start + CHUNK]
+        a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for j in range(part.shape[0]):
-            low, high = min(low, part[j]), max(high, part[j])
-            chunk += part[j]
-        total += chunk
-    mean = np.float32(total / row.shape[0])
-    # In units of the reach, so that fourth powers of small weights stay normal numbers.
-    reach = max(high, -low)
-    unit = np.float32(1) / reach if reach > SMALLEST else np.float32(1)
+            raw = _float_bits(part[j])
+            key = _ordered(raw)
+            low, high = min(low, key), max(high, key)
+            x = _as_float(raw)
+            square = x * x
+            a += x
+            b += square
+            c += square * x
+            d += square * square
+        one += a
+        two += b
+        three += c
+        four += d
+    return low, high, one, two, three, four
+
+
+@_jit(fastmath=_FAST)
+def _central_moments(bits: Any, mean: Any, unit: Any) -> Any:
+    """Sums of the second and fourth powers of ``(w - mean) * unit``: the second pass of rows for which one does not do."""
     second: Any = 0.0
     fourth: Any = 0.0
-    for start in range(0, row.shape[0], CHUNK):
-        part = row[start : start + CHUNK]
+    for start in range(0, bits.shape[0], CHUNK):
+        part = bits[start : start + CHUNK]
         two, four = np.float32(0), np.float32(0)
         for j in range(part.shape[0]):
-            square = (part[j] - mean) * unit
+            square = (_as_float(_float_bits(part[j])) - mean) * unit
             square *= square
             two += square
             four += square * square
         second += two
         fourth += four
-    return low, high, mean, second, fourth, unit
-
-
-@_jit(fastmath={"reassoc"})
-def _is_finite(row: Any) -> Any:
-    """Whether all elements are finite: 0 times NaN or infinity is NaN, and a sum keeps it."""
-    total = np.float32(0)
-    for j in range(row.shape[0]):
-        total += row[j] * np.float32(0)
-    return total == 0
+    return second, fourth
 
 
 @_jit()
 def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
     """Least, largest and root mean square of every row, and the kurtosis of `tables.kurtosis`; each ``[C]``, written.
 
-    A row that is not finite gets NaN in all of them.
+    ``rows`` are the bits of float32 (int32) or bfloat16 (int16) numbers. Moments about zero make those about the mean, in one pass,
+    unless the mean is large beside the spread or powers leave the normal range; then a second pass does it. A row that is not finite gets NaN.
     """
     n = rows.shape[1]
     for c in range(rows.shape[0]):
-        if not _is_finite(rows[c]):
+        least, largest, one, two, three, four = _raw_moments(rows[c])
+        if largest > _LARGEST or least < -_LARGEST - 1:
             low[c], high[c], rms[c], kurtosis[c] = np.nan, np.nan, np.nan, np.nan
             continue
-        low[c], high[c], mean, second, fourth, unit = _moments(rows[c])
-        rms[c] = np.sqrt(second / n / (float(unit) * float(unit)) + float(mean) * float(mean))
-        variance = second / max(n - 1, 1)
-        real = variance / (float(unit) * float(unit))
-        kurtosis[c] = fourth / n / (variance * variance) if real > 1e-30 else 0.0
+        low[c], high[c] = _as_float(_ordered(least)), _as_float(_ordered(largest))
+        mean = one / n
+        reach = max(abs(float(low[c])), abs(float(high[c])))
+        square, raw, unit = two / n - mean * mean, two / n, 1.0
+        fourth = four / n - 4 * mean * three / n + 6 * mean * mean * raw - 3 * mean**4
+        if not (1e-7 < reach < 1e7) or mean * mean > 0.25 * square:
+            # In units of the reach, so that the fourth powers of small weights stay normal numbers.
+            unit = 1 / reach if reach > SMALLEST else 1.0
+            second, fourth = _central_moments(rows[c], np.float32(mean), np.float32(unit))
+            square, fourth = second / n, fourth / n
+        rms[c] = np.sqrt(square / (unit * unit) + mean * mean)
+        variance = square * n / max(n - 1, 1)
+        kurtosis[c] = fourth / (variance * variance) if variance / (unit * unit) > 1e-30 else 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
-from mpqsearch.quant.search import as_array, best_factors, compiled, in_threads
+from mpqsearch.quant.search import as_bits, best_factors, compiled, in_threads
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
@@ -117,7 +117,7 @@ def row_moments(rows: Tensor) -> RowMoments:
 
     def work(block: slice) -> None:
         if kernels is not None:
-            kernels.moments(as_array(rows[block]), *(x[block].numpy() for x in out))
+            kernels.moments(as_bits(rows[block]), *(x[block].numpy() for x in out))
             return
         for target, value in zip(out, _moments_of(rows[block].float()), strict=True):
             target[block] = value

@@ -124,6 +124,12 @@ def as_array(rows: Tensor) -> Any:
     return rows.detach().float().contiguous().numpy()
 
 
+def as_bits(rows: Tensor) -> Any:
+    """The bits of a block of rows as int16 (bfloat16) or int32 (all others, as float32): no copy where there need be none."""
+    rows = rows.detach().contiguous()
+    return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows.float().view(torch.int32)).numpy()
+
+
 def in_threads(work: Callable[[slice], Any], rows: Tensor) -> None:
     """Call ``work`` on all cache-sized blocks of ``rows``, in as many threads as torch uses. Kernels release the interpreter lock."""
     parts = list(blocks(rows))
