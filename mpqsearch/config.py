@@ -170,7 +170,8 @@ class SearchConfig:
     random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those of ``[allocate]``). ``samples`` search seeds from
     ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs
     for the cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms.
-    ``act_bits``: activation width of searched layers. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
+    ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say whether it
+    pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
     may change, see `mpqsearch.search.space`.
     """
 
@@ -190,6 +191,7 @@ class SearchConfig:
     top: int = 2
     repeats: int = 3
     act_bits: int = 16
+    refit: bool = False
     study: str = ""
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
 

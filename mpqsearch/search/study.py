@@ -296,18 +296,25 @@ def work(
 
 
 def _draw(study: Study, trial: Trial, trials: Sequence[FrozenTrial]) -> int:
-    """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not."""
+    """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not.
+
+    Several workers may claim the same number at once. Each writes its claim and then looks: of two claims at least one is seen by the other
+    side, and whoever sees one moves on, since the other may have begun already. A number that both leave is drawn by a later trial.
+    """
     from optuna.trial import TrialState
 
+    shift = 0
     while True:
         others = [t for t in trials if t.number != trial.number and DRAW in t.user_attrs]
-        taken = {int(t.user_attrs[DRAW]): t.number for t in others if t.state != TrialState.FAIL or "error" in t.user_attrs}
+        taken = {int(t.user_attrs[DRAW]) for t in others if t.state != TrialState.FAIL or "error" in t.user_attrs}
         mine = trial.user_attrs.get(DRAW)
-        if mine is not None and not taken.get(mine, trial.number) < trial.number:
+        if mine is not None and mine not in taken:
             return int(mine)
-        # Two workers may pick the same number at once: after writing, the trial that began later looks again.
-        trial.set_user_attr(DRAW, next(i for i in range(len(taken) + 1) if i not in taken))
+        free = [i for i in range(len(taken) + shift + 1) if i not in taken]
+        trial.set_user_attr(DRAW, free[shift])
         trials = study.get_trials(deepcopy=False)
+        # Those that collided spread out by their order among the running ones, or they would meet again.
+        shift = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
 
 
 def objective_of(objective: Objective, mode: Mode) -> ObjectiveFunction:

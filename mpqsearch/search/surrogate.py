@@ -24,7 +24,7 @@ from mpqsearch.core import (
     size_bytes,
 )
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import LOSSES, Allocation, MethodSpec, allocate, channel_losses
+from mpqsearch.methods import LOSSES, Allocation, MethodSpec, allocate, channel_losses, predicted_loss
 from mpqsearch.search.space import BASE, Theta, is_default, value_of
 
 Floats = NDArray[np.float64]
@@ -210,6 +210,18 @@ class Surrogate:
             average_bits=average_bits(self.table, bit_map),
             status="none" if result is None else result.status,
             gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
+        )
+
+    def measured_map(self, bit_map: BitMap, budget: Budget, *, bias_correction: bool, status: str = "none") -> Candidate:
+        """A map from elsewhere as something to measure."""
+        return Candidate(
+            bit_map=bit_map,
+            budget=budget,
+            bias_correction=bias_correction,
+            predicted=predicted_loss(self.table, self.profile, bit_map, bias_correction=bias_correction),
+            size_bytes=size_bytes(self.table, bit_map),
+            average_bits=average_bits(self.table, bit_map),
+            status=status,
         )
 
     def _solve(

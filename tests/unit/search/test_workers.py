@@ -67,7 +67,7 @@ def check_whole(storage: str, folder: Path, trials: int) -> optuna.Study:
     state = counts(study)
     assert (state.finished, state.running, state.waiting) == (trials, 0, 0)
     done = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
-    assert sorted(t.user_attrs["draw"] for t in done) == list(range(trials))
+    assert len({t.user_attrs["draw"] for t in done}) == trials
     assert len({tuple(sorted(t.params.items())) for t in done}) == trials
     measured = Counter(
         word for line in (folder / "measured.txt").read_text().splitlines() for word in line.split(" ")[2:] if len(word) == 64

@@ -1,0 +1,103 @@
+"""Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four workers.
+
+    python tests/benchmarks/search_overhead.py
+
+Everything but the measurements counts as machinery: sampler, storage, allocation, cache, bookkeeping. Measurements are pauses of
+known length, so the overhead is the rest. CPU time and wall time are both printed: on a busy machine only the first means anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from mpqsearch.search.storage import open_storage
+from mpqsearch.search.study import counts, open_study, work
+from tests.unit.search import postgres
+from tests.unit.search.a_worker import STUDY, objective_in, plan_of
+
+SCRIPT = Path(__file__).parents[1] / "unit/search/a_worker.py"
+ROOT = Path(__file__).parents[2]
+
+
+def overhead(where: str | Path, folder: Path, sampler: str, trials: int = 20, trial_s: float = 1.0) -> None:
+    """Run trials of about a second in this process."""
+    o = objective_in(folder, trial_s / 2)  # two measurements a trial
+    plan = plan_of(o, trials, sampler)
+    study = open_study(plan, open_storage(where))
+    for b in o.budgets:
+        o.ladder.errors(o.uniform(b))  # the uniform maps are measured once a study
+    before = len(o.ladder.evaluator.measured)
+    cpu, wall = time.process_time(), time.perf_counter()
+    work(study, plan, o.front, folder=folder / "workers")
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    paused = (len(o.ladder.evaluator.measured) - before) * trial_s / 2
+    print(
+        f"{name_of(where):10} {sampler:7} {trials} trials of up to {trial_s:g} s (maps that repeat cost nothing): machinery "
+        f"{1000 * cpu / trials:.0f} ms of CPU a trial, {100 * cpu / trials / trial_s:.1f} % of a trial; with waiting "
+        f"{1000 * (wall - paused) / trials:.0f} ms, {100 * (wall - paused) / trials / trial_s:.1f} %",
+        flush=True,
+    )
+
+
+def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
+    """A cheap objective, four processes: every trial once, no map measured twice."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    workers = [
+        subprocess.Popen([sys.executable, str(SCRIPT), str(where), str(folder), str(i), str(trials), "0.0"], env=environment)
+        for i in range(4)
+    ]
+    codes = [w.wait() for w in workers]
+    seconds = time.perf_counter() - began
+    import optuna
+
+    study = optuna.load_study(study_name=STUDY, storage=open_storage(where))
+    state = counts(study)
+    draws = sorted(t.user_attrs["draw"] for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE)
+    words = (folder / "measured.txt").read_text().split()
+    measured = Counter(w for w in words if len(w) == 64)
+    print(
+        f"{name_of(where):10} four workers: {state.finished} of {trials} finished in {seconds:.0f} s, exit codes {codes}, "
+        f"every draw once: {len(set(draws)) == trials}, maps measured more than once: {sum(n > 1 for n in measured.values())}",
+        flush=True,
+    )
+
+
+def name_of(where: str | Path) -> str:
+    """Journal or database."""
+    return "PostgreSQL" if "://" in str(where) else "journal"
+
+
+def main() -> None:
+    """Both storages."""
+    import optuna
+
+    with contextlib.ExitStack() as stack:
+        places: list[str | None] = [None]
+        if postgres.missing():
+            print(f"PostgreSQL not run: {postgres.missing()}")
+        else:
+            places.append(stack.enter_context(postgres.server()))
+        for place in places:
+            for kind in ("random", "tpe", "four"):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                where = place or folder / "study.journal"
+                if kind == "four":
+                    four_workers(where, folder)
+                else:
+                    overhead(where, folder, kind)
+                if place:
+                    optuna.delete_study(study_name=STUDY, storage=open_storage(place))
+
+
+if __name__ == "__main__":
+    main()
