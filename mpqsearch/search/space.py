@@ -126,7 +126,7 @@ def _catalogue() -> dict[str, Parameter]:
             default=0.0,
             low=-4.0,
             high=4.0,
-            meaning="Gains of the timestep buckets are weighted by exp(timestep * (bucket - 1/2)), bucket 0..1 from noise to sample. Needs a "
+            meaning="Gains of the timestep buckets are weighted by exp(timestep * (bucket - 1/2)), bucket 0 clean samples, 1 noise. Needs a "
             "profile with gains by timestep.",
         ),
         Parameter(

@@ -62,7 +62,8 @@ class Surrogate:
     """The integer program around one method. ``losses_of`` and ``candidate`` are pure functions of a point of the space.
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
-    terms over the searched layers at the searched widths, ``remeasure`` measures gains again at a map. ``act_bits`` is the activation width
+    terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
+    ``operating_loss`` names the loss that they are in. ``act_bits`` is the activation width
     of all searched layers (16: full precision); where any is below, layers with a fixed weight width take `FIXED_ACT_BITS`, as in MPQ-DM.
     """
 
@@ -75,6 +76,7 @@ class Surrogate:
     interactions: PairwiseTerms | None = None
     remeasure: Remeasure | None = None
     act_bits: int = FULL_PRECISION
+    operating_loss: str = "operating"
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class Surrogate:
             if self.remeasure is None:
                 raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
             there = self._at(made.bit_map)
-            made = self._solve(theta, budget, method, policy, fmt, there)
+            made = self._solve(theta, budget, replace(method, loss=self.operating_loss), policy, fmt, there)
         return self.finished(made, theta)
 
     def activations_of(self, theta: Theta) -> dict[str, int]:
@@ -253,18 +255,19 @@ class Surrogate:
 
 
 def timestep_factor(profile: SensitivityProfile, tilt: float) -> Floats:
-    """Factor ``[L]`` of a layer's loss when timestep buckets are weighted by ``exp(tilt * (bucket - 1/2))``, bucket 0..1.
+    """Factor ``[L]`` of a layer's loss when timestep buckets are weighted by ``exp(tilt * (bucket - 1/2))``, bucket 0 clean samples, 1 noise.
 
     Raises `ConfigError` when the profile has no gains by timestep.
     """
-    by_step = profile.arrays.get("layer_gain_by_step")
-    if by_step is None:
-        raise ConfigError("search.space.timestep needs gains by timestep in the profile (layer_gain_by_step); profile again")
+    gains = profile.arrays.get("step_gain")
+    if gains is None:
+        raise ConfigError("search.space.timestep needs gains by timestep in the profile (step_gain); profile again")
+    by_step = profile.layer_sum(gains.astype(np.float64))
     buckets = np.linspace(0.0, 1.0, by_step.shape[1])
     weights = np.exp(tilt * (buckets - 0.5))
     weights /= weights.mean()
-    plain = by_step.astype(np.float64).mean(axis=1)
-    tilted = (by_step.astype(np.float64) * weights).mean(axis=1)
+    plain = by_step.mean(axis=1)
+    tilted = (by_step * weights).mean(axis=1)
     factor: Floats = np.divide(tilted, plain, out=np.ones_like(plain), where=plain > 0)
     return factor
 

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from mpqsearch.search.objective import Objective
     from mpqsearch.search.study import Plan
+    from mpqsearch.search.surrogate import Remeasure
 
 MAPS = "maps"
 
@@ -113,6 +115,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         format=run.config.quantizer.format(),
         method=searched_method(run),
         act_bits=c.act_bits,
+        remeasure=_remeasure(run, table),
     )
     reference, extractor = _reference(run, table)
     evaluator = ModelEvaluator(
@@ -216,6 +219,27 @@ def watch(run: Run, table: LayerTable, measured: SensitivityProfile, *, storage:
         time.sleep(every_s)
     line.update()
     line.close()
+
+
+def _remeasure(run: Run, table: LayerTable) -> Remeasure:
+    """Sensitivity at a map, on the calibration seeds."""
+    from mpqsearch.profile import remeasure
+
+    c = run.config.calibration
+    seeds = range(c.first_seed, c.first_seed + c.samples)
+
+    def measured(profile: SensitivityProfile, bit_map: BitMap) -> SensitivityProfile:
+        return remeasure(
+            run.denoiser,
+            table,
+            profile,
+            replace(bit_map, activations={}),
+            sampler_of(run),
+            seeds,
+            bias_correction=searched_method(run).bias_correction,
+        )
+
+    return measured
 
 
 def _reference(run: Run, table: LayerTable) -> tuple[Any, Any]:

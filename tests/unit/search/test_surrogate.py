@@ -118,7 +118,7 @@ def test_rounds_measure_gains_at_the_present_map(make_surrogate: Callable[..., S
         gain = profile.arrays["gain"][::-1].copy()
         return replace(profile, arrays={**profile.arrays, "gain": gain})
 
-    s = make_surrogate(remeasure=remeasure)
+    s = make_surrogate(remeasure=remeasure, operating_loss="gain")
     budget = BUDGETS[1]
     once = s.candidate({"rounds": 1}, budget)
     assert seen == [s.candidate({}, budget).bit_map.digest]
@@ -128,6 +128,21 @@ def test_rounds_measure_gains_at_the_present_map(make_surrogate: Callable[..., S
     assert twice.digest == once.digest  # the gains do not depend on the map here, so the second round changes nothing
     with pytest.raises(ConfigError, match="needs the model at hand"):
         make_surrogate().candidate({"rounds": 1}, budget)
+
+
+def test_timesteps_weigh_the_gains_of_their_bucket(make_surrogate: Callable[..., Surrogate]) -> None:
+    s = make_surrogate()
+    with pytest.raises(ConfigError, match="step_gain"):
+        s.losses_of({"timestep": 1.0}, s.method)
+    steps = np.ones((s.table.n_channels, 3), dtype=np.float32)
+    steps[s.profile.rows(s.profile.names[2])] = [0, 0, 3]  # this layer matters at noise only
+    timed = replace(s, profile=replace(s.profile, arrays={**s.profile.arrays, "step_gain": steps}))
+    ratio = timed.profile.layer_sum(timed.losses_of({"timestep": 2.0}, s.method)) / timed.profile.layer_sum(
+        timed.losses_of({}, s.method)
+    )
+    weights = np.exp([-1.0, 0.0, 1.0])
+    np.testing.assert_allclose(ratio[2], weights[2] / weights.mean(), rtol=1e-6)
+    np.testing.assert_allclose(np.delete(ratio, 2, axis=0), 1.0, rtol=1e-6)
 
 
 def test_pairwise_terms_move_the_map_with_their_strength(make_surrogate: Callable[..., Surrogate]) -> None:
