@@ -24,6 +24,9 @@ USELESS_GAP = 1.0
 LINEARIZED_PRODUCTS = 10_000
 """Products of binaries up to which ``auto`` tries to prove a pairwise problem by an integer program."""
 
+MODELLED_PRODUCTS = 500_000
+"""Products above which no integer program is even built: it would take gigabytes, and end nowhere."""
+
 QUICK_PRODUCTS = 1_000
 """Products up to which the integer program is faster than any other bound."""
 
@@ -189,7 +192,7 @@ def _solve_auto(task: Task) -> AllocationResult:
     """The method that fits the problem."""
     problem = task.problem
     if problem.pairwise is not None and len(problem.pairwise.first):
-        return _solve_pairwise(task) if problem.layers is None and not problem.more_budgets else _solve_model(task)
+        return _solve_pairwise(task) if problem.layers is None else _solve_model(task)
     if problem.layers is not None:
         return _solve_layers(task)
     return _solve_budgets(task) if problem.more_budgets else _solve_core(task)
@@ -327,26 +330,30 @@ def _solve_pairwise(task: Task) -> AllocationResult:
     problem, tables = task.problem, task.tables
     check_feasible(problem, tables)
     pairs, loss = _row_pairs(task)
-    relaxed = mckp.relax(loss, tables.cost, tables.limit)
+    small = pairs.value.size <= LINEARIZED_PRODUCTS
     found = pairwise.solve_pairwise(
         loss,
-        tables.cost,
-        tables.limit,
+        tables.costs,
+        tables.limits,
         pairs,
         convex=pairs.value.size > QUICK_PRODUCTS,
         gap_tolerance=max(task.gap_tolerance, 1e-6),
         deadline=task.deadline,
     )
+    if found is None:
+        if small:
+            return _solve_model(task)
+        raise SolverError("no choice that meets all budgets was found in the time given; allow more, or loosen a limit.")
     gap = relative_gap(found.loss, found.bound)
     answer = Answer(
         choice=found.choice,
         proven=gap <= mckp.ROUNDING,
         in_time=time.perf_counter() < task.deadline,
         floor=found.bound,
-        multipliers=(relaxed.rate,),
+        multipliers=_multipliers(task, loss),
         solver="linearization+exchange",
     )
-    if gap > task.gap_tolerance and pairs.value.size <= LINEARIZED_PRODUCTS and answer.in_time:
+    if gap > task.gap_tolerance and small and answer.in_time:
         answer = _improved_by_model(replace(task, solver="highs"), answer, time.perf_counter() + PATIENCE_S)
     return finish(task, answer)
 
@@ -368,6 +375,11 @@ def _solve_model(task: Task) -> AllocationResult:
     """An integer program, which competes with the greedy solution where there is one."""
     problem, tables = task.problem, task.tables
     check_feasible(problem, tables)
+    if problem.pairwise is not None and problem.pairwise.value.size > MODELLED_PRODUCTS:
+        raise ConfigError(
+            f"{problem.pairwise.value.size} products of pairwise terms are too many for an integer program (at most {MODELLED_PRODUCTS}), "
+            "which layer rules and solvers asked for by name need. Drop the rules, or keep the pairs that matter."
+        )
     known: NDArray[np.int32] | None = None
     if problem.layers is None and not problem.more_budgets:
         known = greedy_choice(tables.loss, tables.cost, tables.limit)
@@ -382,11 +394,13 @@ def _solve_model(task: Task) -> AllocationResult:
     return finish(task, _improved_by_model(task, start, task.deadline))
 
 
-def _multipliers(task: Task) -> tuple[float, ...]:
+def _multipliers(task: Task, loss: NDArray[np.floating] | None = None) -> tuple[float, ...]:
+    """Multipliers of the separable relaxation, with losses of its own on request."""
     tables = task.tables
+    loss = tables.loss if loss is None else loss
     if len(tables.costs) == 1:
-        return (mckp.relax(tables.loss, tables.cost, tables.limit).rate,)
-    rates, _ = budgets.maximize_dual(tables.loss, tables.costs, tables.limits, deadline=task.deadline)
+        return (mckp.relax(loss, tables.cost, tables.limit).rate,)
+    rates, _ = budgets.maximize_dual(loss, tables.costs, tables.limits, deadline=task.deadline)
     return tuple(float(rate) for rate in rates)
 
 

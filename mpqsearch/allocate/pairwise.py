@@ -4,6 +4,9 @@ With x the one-hot vector of all choices the loss is c.x + x'Hx / 2, H zero insi
 freely: off their diagonal nothing is ever read (an item takes one choice), and what is put on the diagonal is taken
 from c (x squared is x). A fill that makes H positive semidefinite makes the relaxation over the convex hull of all
 affordable choices a convex program, whose Frank-Wolfe steps are separable allocation problems and give a lower bound.
+
+Several budgets hold in the choices; the bound takes one budget that they imply, their sum weighted by the multipliers of
+the separable problem.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import mckp, passes
-from mpqsearch.allocate.problem import Floats, Integers, PairwiseTerms
+from mpqsearch.allocate import budgets, mckp, passes
+from mpqsearch.allocate.problem import MAX_TOTAL, Floats, Integers, PairwiseTerms
 
 ROUNDS = 60
 """Linearizations; the best choice seen rarely improves after a dozen."""
@@ -43,6 +46,13 @@ COMPLETION_TOLERANCE = 1e-6
 
 DENSE_CELLS = 6_000
 """Up to so many cells (items times choices) the coupling matrix is held densely."""
+
+
+SEPARABLE_GAP = 1e-4
+"""Relative gap at which a linearization is solved well enough."""
+
+WEIGHT_BITS = 20
+"""Precision of the weights of the implied budget."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,22 +95,59 @@ class Couplings:
         return blocks.reshape(n * k, n * k)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Limits:
+    """All budgets, and one that they imply (the only one, where there is one)."""
+
+    costs: tuple[Integers, ...]
+    limits: tuple[int, ...]
+    cost: Integers
+    limit: int
+
+    def fit(self, choice: Integers) -> bool:
+        """Whether a choice is within all budgets."""
+        rows = np.arange(len(choice))
+        return all(int(c[rows, choice].sum(dtype=np.int64)) <= limit for c, limit in zip(self.costs, self.limits, strict=True))
+
+    def solve(self, loss: Floats, gap_tolerance: float, deadline: float) -> budgets.BudgetSolution:
+        """Best choice for separable losses."""
+        if len(self.costs) > 1:
+            return budgets.solve_budgets(loss, self.costs, self.limits, gap_tolerance=gap_tolerance, deadline=deadline)
+        one = mckp.solve_table(loss, self.cost, self.limit, gap_tolerance=gap_tolerance, deadline=deadline)
+        return budgets.BudgetSolution(one.choice, (one.rate,), one.dual_bound, one.floor, one.proven, False, one.in_time)
+
+
+def implied_budget(costs: tuple[Integers, ...], limits: tuple[int, ...], rates: tuple[float, ...]) -> tuple[NDArray[np.int64], int]:
+    """A budget that every choice within all budgets keeps: their sum, weighted by whole numbers in proportion to ``rates``."""
+    largest = max(rates)
+    room = _largest_weight(costs, limits)
+    weights = [max(round(rate / largest * room), 0) if largest > 0 else int(number == 0) for number, rate in enumerate(rates)]
+    joined = sum(weight * cost.astype(np.int64) for weight, cost in zip(weights, costs, strict=True))
+    return np.asarray(joined, dtype=np.int64), sum(weight * limit for weight, limit in zip(weights, limits, strict=True))
+
+
+def _largest_weight(costs: tuple[Integers, ...], limits: tuple[int, ...]) -> int:
+    """Largest weight with which the sum of all budgets still fits 64 bits."""
+    total = sum(int(cost.max()) * len(cost) + limit for cost, limit in zip(costs, limits, strict=True))
+    return max(min(1 << WEIGHT_BITS, MAX_TOTAL // max(total, 1)), 1)
+
+
 def solve_pairwise(
     loss: Floats,
-    cost: Integers,
-    limit: int,
+    costs: tuple[Integers, ...],
+    limits: tuple[int, ...],
     pairs: PairwiseTerms,
     *,
     convex: bool = True,
     gap_tolerance: float = 0.0,
     deadline: float = float("inf"),
-) -> PairwiseSolution:
-    """Good choice and lower bound.
+) -> PairwiseSolution | None:
+    """Good choice and lower bound; None when no choice within all budgets was found.
 
     Args:
         loss: ``[n, k]`` separable losses, infinite where forbidden.
-        cost: ``[n, k]`` integers.
-        limit: Budget.
+        costs: One ``[n, k]`` table of integers per budget.
+        limits: One limit per budget, each attainable by itself.
         pairs: Terms between different rows, one per pair of rows.
         convex: Whether to take the trouble of the convex bound.
         gap_tolerance: The bound is not improved beyond this relative gap.
@@ -110,29 +157,42 @@ def solve_pairwise(
         mckp.BudgetTooSmallError: Nothing fits.
     """
     couplings = Couplings(loss, pairs)
-    choice = _iterate_linearizations(couplings, cost, limit, deadline)
-    choice = _exchange(couplings, cost, limit, choice, deadline)
+    cost, limit = costs[0], limits[0]
+    if len(costs) > 1:
+        rates, _ = budgets.maximize_dual(couplings.loss, costs, limits, deadline=deadline)
+        cost, limit = implied_budget(costs, limits, tuple(float(rate) for rate in rates))
+    within = Limits(costs, limits, cost, limit)
+    start = _iterate_linearizations(couplings, within, deadline)
+    if start is None:
+        return None
+    choice = _exchange(couplings, within, start, deadline)
     total = couplings.total(choice)
     bound = _simple_bound(couplings, cost, limit)
     if convex and loss.size <= DENSE_CELLS and bool((couplings.loss >= 0).all()):
         relaxation, vertices = _convex_bound(couplings, cost, limit, total, gap_tolerance, deadline)
         bound = max(bound, relaxation)
         for vertex in vertices:
-            other = _exchange(couplings, cost, limit, vertex, deadline)
+            if not within.fit(vertex):
+                continue
+            other = _exchange(couplings, within, vertex, deadline)
             if couplings.total(other) < total:
                 choice, total = other, couplings.total(other)
     return PairwiseSolution(choice, total, min(bound, total))
 
 
-def _iterate_linearizations(couplings: Couplings, cost: Integers, limit: int, deadline: float) -> NDArray[np.int32]:
+def _iterate_linearizations(couplings: Couplings, within: Limits, deadline: float) -> NDArray[np.int32] | None:
     """Solve the separable problem whose losses are the averaged fields of the choices so far."""
-    best = mckp.solve_table(couplings.loss, cost, limit, deadline=deadline).choice
+    best = within.solve(couplings.loss, 0.0 if len(within.costs) == 1 else SEPARABLE_GAP, deadline).choice
+    if best is None:
+        return None
     least, mean = couplings.total(best), couplings.field(best)
     seen = {best.tobytes()}
     for number in range(1, ROUNDS):
         if time.perf_counter() > deadline:
             break
-        choice = mckp.solve_table(mean, cost, limit, gap_tolerance=1e-4, deadline=deadline).choice
+        choice = within.solve(mean, SEPARABLE_GAP, deadline).choice
+        if choice is None:
+            break
         total = couplings.total(choice)
         if total < least:
             best, least = choice, total
@@ -143,18 +203,21 @@ def _iterate_linearizations(couplings: Couplings, cost: Integers, limit: int, de
     return best
 
 
-def _exchange(couplings: Couplings, cost: Integers, limit: int, start: Integers, deadline: float) -> NDArray[np.int32]:
+def _exchange(couplings: Couplings, within: Limits, start: Integers, deadline: float) -> NDArray[np.int32]:
     """Descend by single changes and pairs of changes until none helps."""
     choice = start.astype(np.int32).copy()
     lookup = _pair_lookup(couplings)
+    rows = couplings.rows
     for _ in range(MAX_MOVES):
         if time.perf_counter() > deadline:
             break
         field = couplings.field(choice)
-        gain = field - field[couplings.rows, choice][:, None]
-        growth = cost.astype(np.int64) - cost[couplings.rows, choice].astype(np.int64)[:, None]
-        slack = limit - int(cost[couplings.rows, choice].sum(dtype=np.int64))
-        move = _best_single(gain, growth, slack) or _best_pair(couplings, lookup, choice, gain, growth, slack)
+        gain = field - field[rows, choice][:, None]
+        growths = [cost.astype(np.int64) - cost[rows, choice].astype(np.int64)[:, None] for cost in within.costs]
+        slacks = [limit - int(c[rows, choice].sum(dtype=np.int64)) for c, limit in zip(within.costs, within.limits, strict=True)]
+        implied = within.cost.astype(np.int64) - within.cost[rows, choice].astype(np.int64)[:, None]
+        price = gain + _marginal_rate(gain, implied) * implied
+        move = _best_single(gain, growths, slacks) or _best_pair(couplings, lookup, choice, gain, price, growths, slacks)
         if move is None:
             break
         for item, to in move:
@@ -165,8 +228,9 @@ def _exchange(couplings: Couplings, cost: Integers, limit: int, start: Integers,
 Move = list[tuple[int, int]]
 
 
-def _best_single(gain: NDArray[np.float64], growth: NDArray[np.int64], slack: int) -> Move | None:
-    value = np.where(growth <= slack, gain, np.inf)
+def _best_single(gain: NDArray[np.float64], growths: list[NDArray[np.int64]], slacks: list[int]) -> Move | None:
+    fits = np.logical_and.reduce([growth <= slack for growth, slack in zip(growths, slacks, strict=True)])
+    value = np.where(fits, gain, np.inf)
     item, to = np.unravel_index(int(np.argmin(value)), value.shape)
     return [(int(item), int(to))] if value[item, to] < -_slip(gain) else None
 
@@ -182,20 +246,22 @@ def _best_pair(
     lookup: dict[tuple[int, int], int],
     choice: Integers,
     gain: NDArray[np.float64],
-    growth: NDArray[np.int64],
-    slack: int,
+    price: NDArray[np.float64],
+    growths: list[NDArray[np.int64]],
+    slacks: list[int],
 ) -> Move | None:
     """Best affordable pair among the single changes that are cheapest at the marginal rate of the budget."""
     n, k = gain.shape
-    rate = _marginal_rate(gain, growth)
-    price = np.where(np.isfinite(gain), gain + rate * growth, np.inf)
+    price = np.where(np.isfinite(gain), price, np.inf)
     price[np.arange(n), choice] = np.inf
     flat = np.argsort(price, axis=None)[:SWAP_CANDIDATES]
     flat = flat[np.isfinite(price.ravel()[flat])]
     item, to = np.divmod(flat, k)
     value = gain[item, to][:, None] + gain[item, to][None, :]
-    size = growth[item, to][:, None] + growth[item, to][None, :]
-    value = np.where((item[:, None] != item[None, :]) & (size <= slack), value, np.inf)
+    fits = item[:, None] != item[None, :]
+    for growth, slack in zip(growths, slacks, strict=True):
+        fits = fits & (growth[item, to][:, None] + growth[item, to][None, :] <= slack)
+    value = np.where(fits, value, np.inf)
     value += _corrections(couplings, lookup, choice, item, to)
     if not value.size:
         return None

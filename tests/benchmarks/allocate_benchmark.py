@@ -118,14 +118,14 @@ def layer_problem(count: int, seed: int = 0, average: float = 4.37) -> Allocatio
     return AllocationProblem(loss=loss, cost=cost, limit=int((average + 0.5) * weights.sum()))
 
 
-def with_budgets(problem: AllocationProblem, count: int) -> AllocationProblem:
-    """Add BOPs and then a latency."""
+def with_budgets(problem: AllocationProblem, count: int, share: float = 1.9) -> AllocationProblem:
+    """Add BOPs, at most ``share`` of what they can fall to, and then a latency."""
     rng = np.random.default_rng(5)
     positions = np.repeat(rng.integers(1, 400, problem.n_items // 100 + 1), 100)[: problem.n_items]
     bops = problem.cost.astype(np.int64) * positions[:, None] * 8
     latency = problem.cost.astype(np.int64) // 2 * rng.integers(1, 20, problem.n_items)[:, None] + 3
-    tables = [("bops", bops, 1.9), ("latency", latency, 2.3)][: count - 1]
-    more = tuple(CostBudget(name=name, cost=table, limit=int(table.min(axis=1).sum() * share)) for name, table, share in tables)
+    tables = [("bops", bops, share), ("latency", latency, 2.3)][: count - 1]
+    more = tuple(CostBudget(name=name, cost=table, limit=int(table.min(axis=1).sum() * times)) for name, table, times in tables)
     return replace(problem, more_budgets=more)
 
 
@@ -210,17 +210,24 @@ ROWS = {
     "averages": Row("SD 1.5 channels, integer layer averages", averaged_channels, 0.0, 0.5, 3),
     "averages2": Row("the same under a second budget, 1e-4", lambda: averaged_channels(2), 1e-4, 3.0, 1),
     "pairwise": Row("282 layers x 7, pairwise, coupling 0.5, 1e-2", coupled_layers, 1e-2, 30.0, 1),
+    "pairwise-bops": Row("the same under a second budget", lambda: with_budgets(coupled_layers(), 2, 1.6), 1e-2, 30.0, 1),
     "pairwise-weak": Row("282 layers x 7, pairwise, coupling 0.1, 1e-2", lambda: coupled_layers(coupling=0.1), 1e-2, 30.0, 1),
 }
+
+
+def processor_time() -> float:
+    """Seconds of this process and of the solvers that it waited for."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def best_of(repeats: int, function: Callable[[], object]) -> tuple[float, float]:
     """Least processor and wall time."""
     times = []
     for _ in range(repeats):
-        wall, processor = time.perf_counter(), time.process_time()
+        wall, processor = time.perf_counter(), processor_time()
         function()
-        times.append((time.process_time() - processor, time.perf_counter() - wall))
+        times.append((processor_time() - processor, time.perf_counter() - wall))
     return min(cpu for cpu, _ in times), min(wall for _, wall in times)
 
 
@@ -299,7 +306,7 @@ def naive() -> Iterator[dict[str, object]]:
     core, _ = best_of(9, lambda: solve(problem))
     for solver in ("highs", "cbc"):
         processor, wall = best_of(1, lambda solver=solver: solve(problem, solver=solver))
-        yield {"instance": f"282 layers by {solver}", "cpu_s": processor, "wall_s": wall, "times_core": wall / core}
+        yield {"instance": f"282 layers by {solver}", "cpu_s": processor, "wall_s": wall, "times_core": processor / core}
 
 
 def cold_start() -> dict[str, object]:
@@ -311,8 +318,8 @@ def cold_start() -> dict[str, object]:
         "x = solve(AllocationProblem(loss=l, cost=w[:, None] * np.arange(2, 9), limit=int(4.4 * w.sum())));"
         "assert x.status == 'optimal' and 'torch' not in sys.modules"
     )
-    _, wall = best_of(3, lambda: subprocess.run([sys.executable, "-c", code], check=True))
-    return {"instance": "cold process, 700 layers", "wall_s": wall, "target_s": 1.5}
+    processor, wall = best_of(3, lambda: subprocess.run([sys.executable, "-c", code], check=True))
+    return {"instance": "cold process, library only, 700 layers", "cpu_s": processor, "wall_s": wall, "target_s": 1.5}
 
 
 EXTRAS: dict[str, Callable[[], Iterator[dict[str, object]]]] = {

@@ -15,11 +15,12 @@ from mpqsearch.allocate import (
     LayerRules,
     PairwiseTerms,
     budgets,
+    dispatch,
     solve,
     solve_alternatives,
     verify_certificate,
 )
-from mpqsearch.errors import InfeasibleBudgetError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
 SAME = 1e-12  # two float64 sums of a few losses in different orders
 SEEDS = st.integers(0, 2**32 - 1)
@@ -212,6 +213,41 @@ def test_pairwise_terms_beside_other_budgets_and_layer_rules(problem, seed):
     assert answer.lower_bound <= oracle.loss + 1e-9 * float(problem.loss.max())
     check = verify_certificate(asked, answer)
     assert check, check.problems
+
+
+@pytest.mark.parametrize("coupling", [0.2, 1.0])
+def test_many_pairwise_terms_beside_two_binding_budgets(coupling):
+    """Far too many products for an integer program: within both budgets, better than without the terms, and with a bound."""
+    rng = np.random.default_rng(3)
+    n, bits = 40, np.arange(2, 7)
+    errors = rng.normal(size=(n, 1, 6)) * np.sqrt(rng.lognormal(0, 1, (n, 1, 1)) * 4.0 ** -bits[None, :, None])
+    first, second = np.triu_indices(n, 1)
+    value = 2 * coupling * np.einsum("par,pbr->pab", errors[first], errors[second])
+    weights, macs = rng.integers(10, 90, n), rng.integers(10, 90, n)
+    cost, bops = weights[:, None] * bits, macs[:, None] * bits
+    problem = AllocationProblem(
+        loss=(errors**2).sum(axis=2),
+        cost=cost,
+        limit=int(3.9 * weights.sum()),
+        pairwise=PairwiseTerms(first=first, second=second, value=value),
+        more_budgets=(CostBudget(name="bops", cost=bops, limit=int(3.9 * macs.sum())),),
+    )
+    assert value.size > dispatch.LINEARIZED_PRODUCTS
+    answer = solve(problem, gap_tolerance=1e-3)
+    apart = solve(replace(problem, pairwise=None))
+    assert min(apart.multipliers) > 0, "both budgets bind"
+    assert answer.costs["cost"] <= problem.limit
+    assert answer.costs["bops"] <= problem.more_budgets[0].limit
+    assert answer.loss <= problem.evaluate(apart.choice)[0] * (1 + SAME)
+    assert answer.status in ("feasible", "heuristic")
+    check = verify_certificate(problem, answer)
+    assert check, check.problems
+    layers = LayerRules(layer=np.arange(n) // 2, width=bits.astype(float), max_distinct=1)
+    with pytest.raises(ConfigError, match="too many for an integer program"):
+        crowded = replace(
+            problem, pairwise=PairwiseTerms(first=np.tile(first, 30), second=np.tile(second, 30), value=np.tile(value, (30, 1, 1)))
+        )
+        solve(replace(crowded, layers=layers))
 
 
 @settings(max_examples=15, deadline=None)
