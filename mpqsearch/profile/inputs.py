@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -49,6 +49,16 @@ def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     return grouped.permute(order).reshape(groups, -1, layer.weights_per_channel)
 
 
+def parts_of(x: Tensor, module: nn.Module, at_once: int) -> Iterable[Tensor]:
+    """An input in parts of so many samples, or rows of a linear layer's input; for those who cannot unfold all of it together."""
+    if isinstance(module, nn.Linear):
+        x = x.reshape(-1, x.shape[-1])
+    else:
+        conv: Any = module
+        x = x if x.dim() == len(conv.kernel_size) + 2 else x[None]
+    return torch.split(x, at_once)
+
+
 def _by_channel(x: Tensor, module: nn.Module) -> Tensor:
     """``[channels, values]`` of an input or output, with or without a batch axis."""
     if isinstance(module, nn.Linear):
@@ -71,9 +81,13 @@ def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
 
 
 class InputCollector:
-    """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers."""
+    """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers.
 
-    def __init__(self, model: nn.Module, table: LayerTable) -> None:
+    Without ``moments`` no second moment is kept, and inputs are unfolded one sample at a time.
+    """
+
+    def __init__(self, model: nn.Module, table: LayerTable, *, moments: bool = True) -> None:
+        self._moments = moments
         self._modules = {name: m for name, m in model.named_modules() if name in table.by_name}
         self._table = table
         self._moment: dict[str, Tensor] = {}
@@ -99,15 +113,17 @@ class InputCollector:
             x = (inputs[0] if inputs else next(iter(named.values()))).detach().float()
             if not x.numel():
                 return
-            columns = columns_of(x, module, layer)
             channels, out = (_by_channel(v, module) for v in (x, output.detach().float()))
-            # Products in float32, sums over batches in float64: the sums run over many more terms.
-            self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
-            self._add(self._sum, layer.name, columns.sum(1, dtype=torch.float64))
+            for part in [x] if self._moments or isinstance(module, nn.Linear) else parts_of(x, module, 1):
+                columns = columns_of(part, module, layer)
+                # Products in float32, sums over batches in float64: the sums run over many more terms.
+                if self._moments:
+                    self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
+                self._add(self._sum, layer.name, columns.sum(1, dtype=torch.float64))
+                self._count[layer.name] = self._count.get(layer.name, 0) + columns.shape[1]
             self._add(self._power, layer.name, out.square().sum(1, dtype=torch.float64))
             peak = channels.abs().amax(1)
             self._max[layer.name] = torch.maximum(self._max[layer.name], peak) if layer.name in self._max else peak
-            self._count[layer.name] = self._count.get(layer.name, 0) + columns.shape[1]
 
         return collect
 
@@ -122,7 +138,7 @@ class InputCollector:
         """What has been seen so far, for the layers that ran."""
         return {
             name: RowStatistics(
-                second_moment=self._moment[name] / count,
+                second_moment=self._moment[name] / count if self._moments else torch.empty(0),
                 mean=self._sum[name] / count,
                 input_max=self._max[name],
                 n_positions=count,

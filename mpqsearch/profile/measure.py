@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.moments import output_errors, plan_moments
 from mpqsearch.profile.probes import ProbeInput, Prober, ProbeResult
 from mpqsearch.profile.racing import relative_spread
 from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
@@ -101,13 +102,16 @@ def profile_model(
     spec: CalibrationSpec,
     fmt: QuantFormat,
     *,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units.
 
+    ``memory_limit`` bounds, in bytes, what second moments of inputs take; with it the calibration may run several times
+    (`mpqsearch.profile.moments`), and the numbers are the same up to rounding.
     `profile_base` and `final_errors` are its two halves, for callers that keep what is finished.
     """
-    base = profile_base(denoiser, table, policy, sampler, spec, fmt, progress=progress)
+    base = profile_base(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
     return with_final_errors(base, final_errors(denoiser, table, base, sampler, spec, fmt, progress=progress))
 
 
@@ -119,14 +123,36 @@ def profile_base(
     spec: CalibrationSpec,
     fmt: QuantFormat,
     *,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
     """Everything but the slow reference of one layer at a time."""
     report = progress or _silent
     widths = tuple(sorted(policy.widths))
-    stats, power, inputs = calibrate(denoiser, table, sampler, spec, report)
     variants = variants_of(spec, fmt)
+    # Planned first: a limit that is too small should say so before anything has run.
+    passes = plan_moments(table, len(widths) * len(variants), memory_limit) if memory_limit is not None else []
+    stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
     arrays, errors = tables_of(denoiser, table, widths, variants, stats, report)
+    if memory_limit is not None:
+        modules: dict[str, Any] = dict(denoiser.module.named_modules())
+
+        def errors_of(layer: LayerSpec, seen: RowStatistics) -> dict[str, Tensor]:
+            return {
+                v: errors[v][layer.name] if v in errors else width_errors(modules[layer.name].weight, layer, widths, f, seen)
+                for v, f in variants.items()
+            }
+
+        def run() -> None:
+            for _ in _calibration(denoiser, sampler, spec):
+                pass
+
+        def passed(done: int, total: int) -> None:
+            report("output errors", done, total)
+
+        found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=memory_limit, report=passed)
+        for key in found[table.layers[0].name]:
+            arrays[key] = _concat(table, {name: tables[key] for name, tables in found.items()})
     arrays["output_power"] = _concat(table, power)
     means = {n: s.mean.float() for n, s in stats.items()}
     result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
@@ -154,45 +180,52 @@ def profile_base(
 
 
 def calibrate(
-    denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, spec: CalibrationSpec, report: Progress = _silent
+    denoiser: Denoiser,
+    table: LayerTable,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    report: Progress = _silent,
+    *,
+    moments: bool = True,
 ) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
-    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to probe."""
-    if len(denoiser.calls):
-        return _replay(denoiser, table, spec, report)
-    seeds = range(spec.first_seed, spec.first_seed + spec.samples)
-    device = next(denoiser.module.parameters()).device
-    kept: list[ProbeInput] = []
-    total = -(-spec.samples // sampler.batch) * sampler.steps
-    done = 0
-    with torch.no_grad(), InputCollector(denoiser.module, table) as collector:
-        for start in range(0, spec.samples, sampler.batch):
-            part = list(seeds[start : start + sampler.batch])
-            cond = labels_of(denoiser, part)
-            cond = cond.to(device) if isinstance(cond, Tensor) else cond
-            for step in trajectory(denoiser, noise_of(part, denoiser.sample_shape).to(device), cond, sampler):
-                for i in range(len(part)):
-                    one = cond[i : i + 1] if isinstance(cond, Tensor) else cond
-                    kept.append(ProbeInput(x=step.x[i : i + 1].clone(), timestep=step.timestep, cond=one))
-                done += 1
-                report("calibrate", done, total)
-    order = [kept[i] for i in _spread(len(kept), spec.probe_inputs)]
-    return *_collected(table, collector), order
+    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to probe.
 
-
-def _replay(
-    denoiser: Denoiser, table: LayerTable, spec: CalibrationSpec, report: Progress
-) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
-    """As `_calibrate`, from recorded calls: all of them for the statistics, ``spec.probe_inputs`` of them to probe."""
-    if spec.final_widths:
+    Without ``moments`` the second moments are left empty.
+    """
+    if len(denoiser.calls) and spec.final_widths:
         raise ConfigError("calibration.final_widths needs our own sampler; a model that is measured with recorded calls has none")
-    with torch.no_grad(), InputCollector(denoiser.module, table) as collector:
-        for done, call in enumerate(denoiser.calls, start=1):
-            call.replay(denoiser.module)
-            report("calibrate", done, len(denoiser.calls))
-    chosen = [denoiser.calls[i] for i in _spread(len(denoiser.calls), spec.probe_inputs)]
+    kept: list[ProbeInput] = []
+    total = len(denoiser.calls) or -(-spec.samples // sampler.batch) * sampler.steps
+    with InputCollector(denoiser.module, table, moments=moments) as collector:
+        for done, inputs in enumerate(_calibration(denoiser, sampler, spec), start=1):
+            kept += inputs
+            report("calibrate", done, total)
+    return *_collected(table, collector, moments=moments), [kept[i] for i in _spread(len(kept), spec.probe_inputs)]
+
+
+@torch.no_grad()
+def _calibration(denoiser: Denoiser, sampler: SamplerSpec, spec: CalibrationSpec) -> Iterator[list[ProbeInput]]:
+    """Call the denoiser on all calibration inputs, the same each time, and give out the inputs of every call, one by one."""
     device = next(denoiser.module.parameters()).device
-    inputs = [ProbeInput(x=c.sample.to(device), timestep=int(c.timestep) if np.isfinite(c.timestep) else 0, cond=c) for c in chosen]
-    return *_collected(table, collector), inputs
+    for call in denoiser.calls:
+        call.replay(denoiser.module)
+        yield [ProbeInput(x=call.sample.to(device), timestep=int(call.timestep) if np.isfinite(call.timestep) else 0, cond=call)]
+    if len(denoiser.calls):
+        return
+    seeds = range(spec.first_seed, spec.first_seed + spec.samples)
+    for start in range(0, spec.samples, sampler.batch):
+        part = list(seeds[start : start + sampler.batch])
+        cond = labels_of(denoiser, part)
+        cond = cond.to(device) if isinstance(cond, Tensor) else cond
+        for step in trajectory(denoiser, noise_of(part, denoiser.sample_shape).to(device), cond, sampler):
+            yield [
+                ProbeInput(
+                    x=step.x[i : i + 1].clone(),
+                    timestep=step.timestep,
+                    cond=cond[i : i + 1] if isinstance(cond, Tensor) else cond,
+                )
+                for i in range(len(part))
+            ]
 
 
 def _spread(total: int, n: int) -> list[int]:
@@ -200,7 +233,9 @@ def _spread(total: int, n: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, total - 1, min(n, total)).round()})
 
 
-def _collected(table: LayerTable, collector: InputCollector) -> tuple[dict[str, RowStatistics], dict[str, Tensor]]:
+def _collected(
+    table: LayerTable, collector: InputCollector, *, moments: bool
+) -> tuple[dict[str, RowStatistics], dict[str, Tensor]]:
     """Statistics and output powers of all layers; those that never ran have zeros."""
     stats = dict(collector.statistics())
     power = dict(collector.output_power())
@@ -208,7 +243,7 @@ def _collected(table: LayerTable, collector: InputCollector) -> tuple[dict[str, 
         layer = table[name]
         d = layer.weights_per_channel
         stats[name] = RowStatistics(
-            second_moment=torch.zeros(layer.groups, d, d),
+            second_moment=torch.zeros(layer.groups, d, d) if moments else torch.empty(0),
             mean=torch.zeros(layer.groups, d),
             input_max=torch.zeros(layer.n_inputs),
             n_positions=0,
@@ -241,7 +276,8 @@ def tables_of(
             error = width_errors(weight, layer, widths, fmt, stats[layer.name])
             if not fmt.prescale:
                 errors.setdefault(variant, {})[layer.name] = error
-            for name, values in error_tables(error, stats[layer.name]).items():
+            known = stats[layer.name] if stats[layer.name].second_moment.numel() else None
+            for name, values in error_tables(error, known).items():
                 columns.setdefault(f"{name}/{variant}", []).append(values)
         report("error tables", done, len(table))
     return {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}, errors

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
-from mpqsearch.profile.inputs import columns_of
+from mpqsearch.profile.inputs import columns_of, parts_of
 from mpqsearch.quant import RowStatistics
 
 How = Literal["full", "blocked", "direct"]
@@ -218,10 +218,11 @@ def _watched(module: nn.Module, table: LayerTable, workers: Mapping[Piece, Any],
 
         def collect(layer_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = (args[0] if args else next(iter(kwargs.values()))).detach().float()
-            if isinstance(layer_module, nn.Linear):
-                x = x.reshape(-1, 1, x.shape[-1])
-            once = max(1, x[:1].numel() * max(1, layer.weights_per_channel * layer.groups // layer.n_inputs) * 8)
-            for part in torch.split(x, max(1, scratch // once)):
+            if not x.numel():
+                return
+            samples = x.numel() // x.shape[-1] if isinstance(layer_module, nn.Linear) else x.shape[0]
+            once = x.numel() // samples * (layer.weights_per_channel * layer.groups // layer.n_inputs) * 8
+            for part in parts_of(x, layer_module, max(1, scratch // once)):
                 columns = columns_of(part, layer_module, layer)
                 for worker in by_layer[name]:
                     worker.add(columns)

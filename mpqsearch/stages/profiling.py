@@ -91,7 +91,9 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         base = artifacts.load_profile(base_path)
         run.say(f"profile: continuing from {base_path.parent}")
     else:
-        base = profile_base(run.denoiser, table, run.config.policy, sampler, spec, fmt, progress=progress)
+        base = profile_base(
+            run.denoiser, table, run.config.policy, sampler, spec, fmt, memory_limit=run.config.model.limit_bytes, progress=progress
+        )
         artifacts.save_profile(base_path, base, inputs)
     known = {}
     if artifacts.is_current(final_path, "mpqsearch/final-errors", inputs, overwrite=True):

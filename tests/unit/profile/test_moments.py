@@ -7,16 +7,19 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
+from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
+from mpqsearch.profile import CalibrationSpec, profile_model
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.moments import Piece, output_errors, plan_moments
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
+from mpqsearch.sampling import SamplerSpec
 from mpqsearch.testing import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect
 
@@ -137,3 +140,31 @@ def test_a_layer_that_does_not_run_has_no_error() -> None:
         found = output_errors(model, table, stats, errors_by(model), passes, run)
         assert float(found["unused"]["output_error/affine"].abs().max()) == 0
         assert float(found["used"]["output_error/affine"].max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    spec = CalibrationSpec(samples=3, probe_inputs=2, probes=1, sampler_seeds=0, codebooks=("affine",))
+    given = (
+        denoiser,
+        table,
+        Policy(widths=WIDTHS),
+        SamplerSpec(steps=2, guidance=2.0, batch=2),
+        spec,
+        QuantFormat(n_candidates=10),
+    )
+    whole = profile_model(*given)
+    seen: list[tuple[str, int, int]] = []
+    limited = profile_model(*given, memory_limit=150_000, progress=lambda *a: seen.append(a))
+    assert max(total for label, _, total in seen if label == "output errors") > 1
+    assert set(limited.arrays) == set(whole.arrays)
+    for key, array in whole.arrays.items():
+        # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
+        scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
+        np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
+    for name, mean in whole.means.items():
+        np.testing.assert_allclose(limited.means[name], mean, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="the memory limit is too small"):
+        profile_model(*given, memory_limit=100)
