@@ -96,7 +96,7 @@ def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> l
     )
     payload = sum(la.weights_per_channel * int(a.sum()) for la, a in zip(layers, asked, strict=True))
     ties = tie_groups(layers)
-    limit = max(payload, _least(cost, allowed, ties))  # a target without narrow widths may be unable to stay inside
+    limit = max(payload, least_cost(cost, allowed, ties))  # a target without narrow widths may be unable to stay inside
     names = [la.name for la in layers]
     result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed, ties=ties, names=names))
     entries = []
@@ -108,7 +108,7 @@ def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> l
     return entries
 
 
-def _least(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[int]]) -> int:
+def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[int]]) -> int:
     """The smallest total cost: tied layers share a choice that all of them have."""
     masked = np.where(allowed, cost, np.iinfo(np.int64).max // 2 // max(1, len(cost)))
     tied = {i for group in ties for i in group}

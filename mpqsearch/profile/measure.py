@@ -368,6 +368,26 @@ def _probe_sampler(
         total = min(MOST, max(done // spec.sampler_seeds + 1, round((wrong / spec.target_error) ** 2))) * spec.sampler_seeds
 
 
+def price_errors(
+    denoiser: Denoiser,
+    table: LayerTable,
+    errors: Mapping[str, Tensor],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """First-order effect ``[W]`` on the model's output of ``W`` given weight errors ``[W, C, D]`` of every layer, one layer at a time.
+
+    For quantizers that are not ours: the errors are those that another tool makes. No bias is corrected.
+    """
+    report = progress or _silent
+    stats, _, inputs = calibrate(denoiser, table, sampler, spec, report)
+    still = {n: torch.zeros_like(s.mean).float() for n, s in stats.items()}
+    result, _ = _probe(denoiser, table, {"given": errors}, sampler, spec, still, inputs, report)
+    return {n: v.double().cpu().numpy() for n, v in result.layer_error["given"].items()}
+
+
 FinalErrors = dict[tuple[str, int], tuple[float, ...]]
 """Squared error (mean over pixels) of each final sample by (layer, width): seeds from ``first_seed`` on."""
 

@@ -38,6 +38,7 @@ def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
             bit_map=bit_map,
             denoiser=run.denoiser,
             rounding=c.rounding,
+            input_max=measured.input_max,
             inputs={"model": table.digest},
             provenance={"method": method.name, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
         )
