@@ -65,24 +65,30 @@ def print_fields(title: str, fields: Mapping[str, Any]) -> None:
 
 
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
-    """The most sensitive layers of a profile."""
+    """The most sensitive layers of a profile; ``mean shift``: the largest share of output error that a bias takes off, over the widths."""
     from mpqsearch.methods import channel_losses
 
     variant = "auto" if "auto" in measured.variants else measured.variants[0]
     loss = "weight" if measured.weights_only else "probe"
     totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=loss != "weight"))
     worst = sorted(range(len(measured.names)), key=lambda i: -float(totals[i].max()))[:15]
+    shift = None if measured.weights_only else measured.shift_share(variant)
     rows = [
         [
             measured.names[i],
             f"{float(measured.arrays['kurtosis'][measured.rows(measured.names[i])].max()):.1f}",
+            *(
+                []
+                if shift is None
+                else [f"{100 * float(shift[i].max()):.0f} %" + ("" if table[measured.names[i]].has_bias else " (no bias)")]
+            ),
             *(f"{totals[i, j]:.3g}" for j in range(len(measured.widths))),
         ]
         for i in worst
     ]
     print_table(
         f"most sensitive layers ({'squared weight error' if loss == 'weight' else 'predicted loss'}, codebook {variant})",
-        ["layer", "max kurtosis", *(f"{b} bit" for b in measured.widths)],
+        ["layer", "max kurtosis", *([] if shift is None else ["mean shift"]), *(f"{b} bit" for b in measured.widths)],
         rows,
     )
 

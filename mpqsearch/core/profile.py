@@ -114,6 +114,13 @@ class SensitivityProfile:
         """Sum ``[C, ...]`` over the channels of each layer: ``[L, ...]``."""
         return np.add.reduceat(per_channel, self.offsets[:-1], axis=0)
 
+    def shift_share(self, variant: str) -> Array:
+        """Share ``[L, W]`` of each layer's output error that is a shift of its mean, which a bias can take off without storage; 0..1."""
+        full = self.layer_sum(self.need(f"output_error/{variant}", "the share of the mean shift").astype(np.float64))
+        centred = self.layer_sum(self.need(f"output_error_centred/{variant}", "the share of the mean shift").astype(np.float64))
+        share: Array = np.clip(1 - np.divide(centred, full, out=np.ones_like(full), where=full > 0), 0.0, 1.0)
+        return share
+
     @property
     def variants(self) -> tuple[str, ...]:
         """Quantizer variants whose errors were measured, be it on the weights alone."""

@@ -22,8 +22,8 @@ Random = Callable[..., Tensor]
 
 NOT_COVERED = {
     "CosmosControlNetModel": "its forward resizes a mask with torchvision, which is not required here",
-    "AnyFlowFARTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains need a GPU",
-    "Kandinsky6SRTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains need a GPU",
+    "AnyFlowFARTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
+    "Kandinsky6SRTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
     "WanAnimate2Transformer3DModel": "needs a key-value cache object that the reference pass fills: it can be neither stored nor replayed",
 }
 """Denoisers that do not go all the way, with the reason."""

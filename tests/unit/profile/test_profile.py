@@ -69,6 +69,23 @@ def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     assert set(profile.means) == {la.name for la in table}  # type: ignore[attr-defined]
 
 
+def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> None:
+    _, table, profile = measure("unet")
+    share = profile.shift_share("affine")
+    assert share.shape == (len(table), len(WIDTHS))  # type: ignore[arg-type]
+    assert float(share.min()) >= 0
+    assert float(share.max()) < 1
+    i = profile.index["conv_in"]
+    rows = profile.rows("conv_in")
+    full, centred = (profile.arrays[f"output_error{k}/affine"][rows, 0].sum() for k in ("", "_centred"))
+    assert float(share[i, 0]) == pytest.approx(1 - centred / full, rel=1e-4)
+    # The time embedding of four timesteps hardly varies, a normalized input varies from position to position.
+    varies, still = (float(share[profile.index[n]].mean()) for n in ("mid_block.attentions.0.to_q", "time_embedding.linear_2"))
+    assert varies < still
+    with pytest.raises(ConfigError, match="share of the mean shift"):
+        profile.shift_share("midrise")
+
+
 def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
     _, _, profile = measure("unet", final_widths=(2,), final_seeds=2)
     final = profile.arrays["layer_final_error/affine"]
