@@ -6,7 +6,7 @@ from c (x squared is x). A fill that makes H positive semidefinite makes the rel
 affordable choices a convex program, whose Frank-Wolfe steps are separable allocation problems and give a lower bound.
 
 Several budgets hold in the choices; the bound takes one budget that they imply, their sum weighted by the multipliers of
-the separable problem.
+the last linearization.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ DENSE_CELLS = 6_000
 
 SEPARABLE_GAP = 1e-4
 """Relative gap at which a linearization is solved well enough."""
+
+SEPARABLE_GAP_OF_SEVERAL = 2e-3
+"""The same under several budgets, where closing a gap takes an integer program; the exchange does the rest."""
 
 WEIGHT_BITS = 20
 """Precision of the weights of the implied budget."""
@@ -157,14 +160,13 @@ def solve_pairwise(
         mckp.BudgetTooSmallError: Nothing fits.
     """
     couplings = Couplings(loss, pairs)
-    cost, limit = costs[0], limits[0]
-    if len(costs) > 1:
-        rates, _ = budgets.maximize_dual(couplings.loss, costs, limits, deadline=deadline)
-        cost, limit = implied_budget(costs, limits, tuple(float(rate) for rate in rates))
-    within = Limits(costs, limits, cost, limit)
-    start = _iterate_linearizations(couplings, within, deadline)
+    within = Limits(costs, limits, costs[0], limits[0])
+    start, rates = _iterate_linearizations(couplings, within, deadline)
     if start is None:
         return None
+    if len(costs) > 1:
+        within = Limits(costs, limits, *implied_budget(costs, limits, rates))
+    cost, limit = within.cost, within.limit
     choice = _exchange(couplings, within, start, deadline)
     total = couplings.total(choice)
     bound = _simple_bound(couplings, cost, limit)
@@ -180,17 +182,25 @@ def solve_pairwise(
     return PairwiseSolution(choice, total, min(bound, total))
 
 
-def _iterate_linearizations(couplings: Couplings, within: Limits, deadline: float) -> NDArray[np.int32] | None:
-    """Solve the separable problem whose losses are the averaged fields of the choices so far."""
-    best = within.solve(couplings.loss, 0.0 if len(within.costs) == 1 else SEPARABLE_GAP, deadline).choice
+def _iterate_linearizations(
+    couplings: Couplings, within: Limits, deadline: float
+) -> tuple[NDArray[np.int32] | None, tuple[float, ...]]:
+    """Solve the separable problem whose losses are the averaged fields of the choices so far.
+
+    Returns the best choice met and the multipliers of the last problem, which knows most of the terms.
+    """
+    several = len(within.costs) > 1
+    found = within.solve(couplings.loss, SEPARABLE_GAP_OF_SEVERAL if several else 0.0, deadline)
+    best, rates = found.choice, found.rates
     if best is None:
-        return None
+        return None, rates
     least, mean = couplings.total(best), couplings.field(best)
     seen = {best.tobytes()}
     for number in range(1, ROUNDS):
         if time.perf_counter() > deadline:
             break
-        choice = within.solve(mean, SEPARABLE_GAP, deadline).choice
+        found = within.solve(mean, SEPARABLE_GAP_OF_SEVERAL if several else SEPARABLE_GAP, deadline)
+        choice, rates = found.choice, found.rates
         if choice is None:
             break
         total = couplings.total(choice)
@@ -200,7 +210,7 @@ def _iterate_linearizations(couplings: Couplings, within: Limits, deadline: floa
             break
         seen.add(choice.tobytes())
         mean += (couplings.field(choice) - mean) / (number + 1)
-    return best
+    return best, rates
 
 
 def _exchange(couplings: Couplings, within: Limits, start: Integers, deadline: float) -> NDArray[np.int32]:

@@ -211,7 +211,9 @@ ROWS = {
     "averages": Row("SD 1.5 channels, integer layer averages", averaged_channels, 0.0, 0.5, 3),
     "averages2": Row("the same under a second budget, 1e-4", lambda: averaged_channels(2), 1e-4, 3.0, 1),
     "pairwise": Row("282 layers x 7, pairwise, coupling 0.5, 1e-2", coupled_layers, 1e-2, 30.0, 1),
-    "pairwise-bops": Row("the same under a second budget", lambda: with_budgets(coupled_layers(), 2, 1.6), 1e-2, 30.0, 1),
+    "pairwise-bops": Row(
+        "282 layers x 7, pairwise, coupling 0.5, two budgets, 1e-2", lambda: with_budgets(coupled_layers(), 2, 1.6), 1e-2, 30.0, 1
+    ),
     "pairwise-weak": Row("282 layers x 7, pairwise, coupling 0.1, 1e-2", lambda: coupled_layers(coupling=0.1), 1e-2, 30.0, 1),
 }
 

@@ -215,8 +215,8 @@ def test_pairwise_terms_beside_other_budgets_and_layer_rules(problem, seed):
     assert check, check.problems
 
 
-@pytest.mark.parametrize("coupling", [0.2, 1.0])
-def test_many_pairwise_terms_beside_two_binding_budgets(coupling):
+@pytest.mark.parametrize(("coupling", "most"), [(0.2, 0.05), (1.0, np.inf)])
+def test_many_pairwise_terms_beside_two_binding_budgets(coupling, most):
     """Far too many products for an integer program: within both budgets, better than without the terms, and with a bound."""
     rng = np.random.default_rng(3)
     n, bits = 40, np.arange(2, 7)
@@ -239,7 +239,8 @@ def test_many_pairwise_terms_beside_two_binding_budgets(coupling):
     assert answer.costs["cost"] <= problem.limit
     assert answer.costs["bops"] <= problem.more_budgets[0].limit
     assert answer.loss <= problem.evaluate(apart.choice)[0] * (1 + SAME)
-    assert answer.status in ("feasible", "heuristic")
+    assert answer.gap < most  # at 1.0 the relaxation lets all errors cancel: no useful bound, and the status says so
+    assert answer.status == ("feasible" if answer.gap < 1 else "heuristic")
     check = verify_certificate(problem, answer)
     assert check, check.problems
     layers = LayerRules(layer=np.arange(n) // 2, width=bits.astype(float), max_distinct=1)
