@@ -88,6 +88,7 @@ class CalibrationConfig:
     sampler_probes: int = 4
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = False
+    activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
     target_error: float = 0.0
@@ -95,6 +96,21 @@ class CalibrationConfig:
     checkpoint: bool = False
     seed: int = 0
     weights_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsConfig:
+    """How scales of quantized activations are calibrated, for methods with ``act_bits``: trajectories of the sampler with seeds
+    ``first_seed .. first_seed + samples - 1``, and the range search of `mpqsearch.quant.ActivationSearch`."""
+
+    samples: int = 8
+    first_seed: int = 1_000_000
+    p: float = 2.4
+    n_candidates: int = 80
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ConfigError(f"activations.samples must be at least 1, got {self.samples}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +242,7 @@ class Config:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     allocate: AllocateConfig = field(default_factory=AllocateConfig)
     methods: tuple[MethodSpec, ...] = DEFAULT_METHODS
     search: SearchConfig = field(default_factory=SearchConfig)

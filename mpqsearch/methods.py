@@ -7,7 +7,7 @@ integer programs see numbers only. Every map is costed again from the map itself
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from mpqsearch.core import (
     size_bits,
 )
 from mpqsearch.core.budget import DEFAULT_STORAGE, uniform_map
+from mpqsearch.core.formats import WIDTHS, check_width
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 
 Floats = NDArray[np.float64]
@@ -42,7 +43,11 @@ at a time (where measured, else scaled from ``sampler`` or ``probe``)."""
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
 
-ALLOCATORS = ("uniform", "random", "omq", "ilp-layer", "ilp-channel", "search")
+ALLOCATORS = ("uniform", "random", "omq", "omq-paper", "omq-released", "omq-plus", "ilp-layer", "ilp-channel", "search")
+"""``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and promotion only (see `_omq_paper`
+and its neighbours); all three pre-scale. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs."""
+
+_OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,9 @@ class MethodSpec:
     """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``codebook``, ``bias_correction``).
 
     ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
+    ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
+    scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
+    integer program choose the width of each searched layer's input among these instead.
     """
 
     name: str
@@ -61,8 +69,18 @@ class MethodSpec:
     order: str = "kurtosis"
     solver: str = "auto"
     seed: int = 0
+    act_bits: int = FULL_PRECISION
+    act_timesteps: bool = False
+    act_choices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.allocator in _OMQ[1:]:
+            object.__setattr__(self, "prescale", True)
+        check_width(self.act_bits, f"method {self.name!r}, act_bits")
+        for bits in self.act_choices:
+            check_width(bits, f"method {self.name!r}, act_choices")
+        if self.act_choices and self.allocator != "ilp-layer":
+            raise ConfigError(f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}")
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
             ("loss", self.loss, LOSSES),
@@ -76,7 +94,7 @@ class MethodSpec:
     @property
     def granularity(self) -> str:
         """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
-        return "channel" if self.allocator in ("omq", "ilp-channel", "search") else "layer"
+        return "channel" if self.allocator in (*_OMQ, "ilp-channel", "search") else "layer"
 
     @property
     def variant(self) -> str:
@@ -131,7 +149,8 @@ class Program:
     """The integer program behind an ``ilp-*`` method: its numbers, and what they stand for.
 
     An item is a layer or a channel: ``item_layer`` ``[n]`` says to which of ``layers`` it belongs. ``widths`` are the bits of every
-    choice. ``fixed_cost`` is what the whole-model budget pays for all that is no item.
+    choice, ``inputs`` those of the layer's input where these are chosen too. ``fixed_cost`` is what the whole-model budget pays for all
+    that is no item.
     """
 
     problem: AllocationProblem
@@ -139,6 +158,11 @@ class Program:
     item_layer: NDArray[np.int64]
     widths: tuple[int, ...]
     fixed_cost: int
+    inputs: tuple[int, ...] = ()
+
+    def activations(self, choice: NDArray[np.int32]) -> dict[str, int]:
+        """Width of the input of every layer under a choice ``[n]``, for a program that chooses them."""
+        return {n: self.inputs[int(c)] for n, c in zip(self.layers, choice, strict=True)}
 
     def weights(self, choice: NDArray[np.int32]) -> dict[str, NDArray[np.uint8]]:
         """Width (or vector of widths) of every layer under a choice ``[n]`` of every item."""
@@ -151,8 +175,11 @@ class Program:
         """Choice ``[n]`` of every item in a bit map; one that this program made, or one of the same widths."""
         counts = np.bincount(self.item_layer, minlength=len(self.layers))
         bits = np.concatenate([np.broadcast_to(bit_map.weights[n], int(c)) for n, c in zip(self.layers, counts, strict=True)])
-        found = np.searchsorted(self.widths, bits)
-        return found.astype(np.int32)
+        if not self.inputs:
+            return np.searchsorted(self.widths, bits).astype(np.int32)
+        pairs = list(zip(self.widths, self.inputs, strict=True))
+        acts = [bit_map.activations.get(n, FULL_PRECISION) for n in self.layers]
+        return np.array([pairs.index((int(w), a)) for w, a in zip(bits, acts, strict=True)], dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +192,7 @@ class _Task:
     format: QuantFormat
     storage: StorageModel
     limit: int
+    activation_steps: int = 1
     losses: Floats | None = None
     pairs: PairwiseTerms | None = None
 
@@ -187,8 +215,15 @@ class _Task:
         return bops(self.table, bit_map) if self.budget.quantity == "bops" else size_bits(self.table, bit_map, self.storage)
 
     def map_of(self, widths: Mapping[str, Any]) -> BitMap:
-        base = uniform_map(self.table, self.policy, min(self.policy.widths), self.format)
-        return BitMap(model_digest=self.table.digest, weights={**base.weights, **widths}, format=self.format)
+        base = uniform_map(
+            self.table,
+            self.policy,
+            min(self.policy.widths),
+            self.format,
+            act_bits=max(self.method.act_choices, default=self.method.act_bits),
+            activation_steps=self.activation_steps,
+        )
+        return replace(base, weights={**base.weights, **widths})
 
 
 def allocate(
@@ -212,7 +247,7 @@ def allocate(
     full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant that the method needs.
     """
     task = _task_of(method, budget, table, profile, policy, fmt, storage, losses=losses, pairs=pairs)
-    _check_budget(task)
+    _check_budget(_without_extras(task))
     bit_map, result, notes = _ALLOCATORS[method.allocator](task)
     return Allocation(
         method=method,
@@ -253,7 +288,12 @@ def _task_of(
     chosen = QuantFormat(
         codebook=method.codebook, criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates, prescale=method.prescale
     )
-    limit = int(budget.limit) if budget.quantity == "bops" else budget.limit_bits(table, policy, storage)
+    steps = _activation_steps(method, profile)
+    limit = (
+        int(budget.limit)
+        if budget.quantity == "bops"
+        else budget.limit_bits(table, policy, storage, act_bits=method.act_bits, activation_steps=steps)
+    )
     task = _Task(
         table=table,
         profile=profile,
@@ -263,6 +303,7 @@ def _task_of(
         format=chosen,
         storage=storage,
         limit=limit,
+        activation_steps=steps,
         losses=losses,
         pairs=pairs,
     )
@@ -320,6 +361,9 @@ def predicted_loss(
         for bits in np.unique(widths):
             if int(bits) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
                 total += float(rows[widths == bits, column[int(bits)]].sum())
+        act = bit_map.activations.get(layer.name)
+        if act in column and "layer_activation_error" in profile.arrays:
+            total += float(profile.arrays["layer_activation_error"][profile.index[layer.name], column[act]])
     return total
 
 
@@ -375,7 +419,7 @@ def _fill_ratio(ratio: Floats, widths: tuple[int, ...]) -> Floats:
 
 
 def _check_budget(task: _Task) -> None:
-    smallest = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
+    smallest = _smallest(task)
     least = task.cost(smallest)
     if least > task.limit:
         unit = "BOPs" if task.budget.quantity == "bops" else "bits stored"
@@ -393,6 +437,26 @@ def _check_budget(task: _Task) -> None:
         raise ConfigError(
             f"the budget {task.budget.label()} is above full precision, which takes {task.cost(full)}: there is nothing to quantize"
         )
+
+
+def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
+    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured with."""
+    if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
+        return 1
+    steps = profile.calibration.get("sampler", {}).get("steps")
+    if not steps:
+        raise ConfigError(f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps")
+    return int(steps)
+
+
+def _smallest(task: _Task) -> BitMap:
+    """Every searched layer at its cheapest choice."""
+    bit_map = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
+    if not task.method.act_choices:
+        return bit_map
+    least = min(task.method.act_choices)
+    inputs = dict(bit_map.activations) | dict.fromkeys(task.searched, least)
+    return replace(bit_map, activations={n: a for n, a in inputs.items() if a != FULL_PRECISION})
 
 
 _Outcome = tuple[BitMap, AllocationResult | None, tuple[str, ...]]
@@ -426,10 +490,68 @@ def _random(task: _Task) -> _Outcome:
 
 
 def _omq(task: _Task) -> _Outcome:
-    """MPQ-DM's OMQ: in each layer as many channels one bit up as one bit down, in the order of a score, split by output error."""
-    base, _, _ = _uniform(task)
+    """MPQ-DM's search with the method's own quantizer, priced by the output error with full-precision inputs."""
+    return _split_search(task, f"{task.row_error}/{task.method.variant}", range(6))
+
+
+def _omq_paper(task: _Task) -> _Outcome:
+    """OMQ of the paper: in each layer as many channels one bit up as one bit down, in the order of the kurtosis of pre-scaled rows.
+
+    The split, 0 to 50 % of the channels in steps of a tenth, is the one with the least output error of the layer, measured with the deployed
+    quantizer and, when the method quantizes activations, with quantized (static) inputs.
+    """
+    act = task.method.act_bits
+    array = (
+        f"{task.row_error}/{task.method.variant}"
+        if act == FULL_PRECISION
+        else f"quantized_input_error/{task.method.variant}@a{act}"
+    )
+    return _split_search(task, array, range(6))
+
+
+def _omq_released(task: _Task) -> _Outcome:
+    """OMQ of the released code: splits of 0 and 10 % only, searched with min-max ranges (which are not deployed) and full-precision inputs."""
+    return _split_search(task, f"{task.row_error}/{task.method.variant}+minmax", range(2))
+
+
+def _omq_plus(task: _Task) -> _Outcome:
+    """Promotion only (the "+" of MPQ-DM): the top tenth of each layer's channels one bit up and nobody down, over the uniform size."""
+    base, _, _ = _uniform(_without_extras(task))
     widths: dict[str, Any] = {}
-    error = task.profile.need(f"{task.row_error}/{task.method.variant}", "OMQ")
+    for names in _tied_layers(task):
+        n = int(base.weights[names[0]])
+        found = np.full(task.table[names[0]].n_channels, n, dtype=np.uint8)
+        if n < max(WIDTHS) and len({task.table[name].n_channels for name in names}) == 1:
+            score = np.stack([ORDERS[task.method.order](task, name) for name in names]).sum(0)
+            found[np.argsort(-score, kind="stable")[: len(found) // 10]] = n + 1
+        widths |= {name: found if len(found) == task.table[name].n_channels else np.uint8(n) for name in names}
+    return (
+        task.map_of(widths),
+        None,
+        ("a bit more for a tenth of the channels, channel tags and pre-scaling factors come on top of the uniform size",),
+    )
+
+
+def _without_extras(task: _Task) -> _Task:
+    """For OMQ, which starts from the uniform map of the budget whatever its pre-scaling factors cost: the task without them."""
+    if task.method.allocator not in _OMQ:
+        return task
+    return replace(task, format=replace(task.format, prescale=False))
+
+
+def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
+    if array not in task.profile.arrays and ("@" in array or array.endswith("+minmax")):
+        family, _, variant = array.partition("/")
+        known = [k.partition("/")[2] for k in task.profile.arrays if k.startswith(f"{family}/")]
+        raise UnknownNameError(
+            f"{family.replace('_', ' ')} of the quantizer variant",
+            variant,
+            known,
+            f"Set calibration.prescale{' and calibration.activation_bits' if '@' in variant else ''} and profile again.",
+        )
+    base, _, _ = _uniform(_without_extras(task))
+    widths: dict[str, Any] = {}
+    error = task.profile.need(array, "OMQ")
     column = {b: j for j, b in enumerate(task.profile.widths)}
     for names in _tied_layers(task):
         n = int(base.weights[names[0]])
@@ -439,18 +561,20 @@ def _omq(task: _Task) -> _Outcome:
         rows = np.stack([error[task.profile.rows(name)] for name in names]).sum(0, dtype=np.float64)
         down, keep, up = (rows[:, column[b]] for b in (n - 1, n, n + 1))
         score = np.stack([ORDERS[task.method.order](task, name) for name in names]).sum(0)
-        split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up)
+        split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up, groups)
         widths |= dict.fromkeys(names, split)
-    notes = ("the channel tags of mixed layers come on top of the uniform size: OMQ has no means to pay for them",)
+    notes = (
+        "the channel tags of mixed layers and pre-scaling factors come on top of the uniform size: OMQ has no means to pay for them",
+    )
     return task.map_of(widths), None, notes
 
 
-def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats) -> NDArray[np.uint8]:
+def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats, groups: range) -> NDArray[np.uint8]:
     """Promote the head and demote the tail of ``order`` by 0, 10, ..., 50 % of the channels; the split with the least error."""
     group = max(1, len(order) // 10)
     best, found = np.inf, np.full(len(order), n, dtype=np.uint8)
-    for groups in range(6):
-        k = groups * group
+    for count in groups:
+        k = count * group
         if 2 * k > len(order):
             break
         head, tail = order[:k], order[len(order) - k :]
@@ -504,7 +628,22 @@ def program_of(
 def _ilp_layer(task: _Task) -> _Outcome:
     program = _layer_program(task)
     result = solve(program.problem, solver=task.method.solver)
-    return task.map_of(program.weights(result.choice)), result, ()
+    bit_map = task.map_of(program.weights(result.choice))
+    if program.inputs:
+        widths = dict(bit_map.activations) | program.activations(result.choice)
+        bit_map = replace(bit_map, activations={n: a for n, a in widths.items() if a != FULL_PRECISION})
+    return bit_map, result, ()
+
+
+def _choices(task: _Task) -> list[tuple[int, int | None]]:
+    """What each searched layer may take: weight widths, or pairs with the width of the input."""
+    if not task.method.act_choices:
+        return [(w, None) for w in sorted(task.policy.widths)]
+    if task.budget.quantity != "bops":
+        raise ConfigError(
+            f"method {task.method.name!r}: act_choices need a BOPs budget; a size does not depend on them enough to choose"
+        )
+    return [(w, a) for w in sorted(task.policy.widths) for a in sorted(task.method.act_choices)]
 
 
 def _ilp_channel(task: _Task) -> _Outcome:
@@ -523,11 +662,12 @@ def _ilp_channel(task: _Task) -> _Outcome:
 
 
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:
-    widths = sorted(task.policy.widths)
+    choices = _choices(task)
+    widths = [w for w, _ in choices]
     names, loss, cost = _layer_table_costs(task)
     paid = _fixed_cost(task, cost)
     fixed: dict[int | str, int | str] = {}
-    if pins:
+    if pins and not task.method.act_choices:
         pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
         priced = {n: widths.index(b) for n, b in pinned.items() if b in widths}
         more_loss, more_cost = _layer_tables(task, list(priced))
@@ -539,13 +679,20 @@ def _layer_program(task: _Task, *, pins: bool = False) -> Program:
         cost=cost,
         limit=task.limit - paid,
         names=tuple(names),
-        choices=tuple(f"{b} bits" for b in widths),
+        choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
         budget_name=_unit(task),
         ties=_any(_layer_labels(task, names)),
         fixed=fixed or None,
         pairwise=task.pairs,
     )
-    return Program(problem=problem, layers=tuple(names), item_layer=np.arange(len(names)), widths=tuple(widths), fixed_cost=paid)
+    return Program(
+        problem=problem,
+        layers=tuple(names),
+        item_layer=np.arange(len(names)),
+        widths=tuple(widths),
+        fixed_cost=paid,
+        inputs=tuple(a for _, a in choices if a is not None),
+    )
 
 
 def _channel_program(task: _Task) -> Program:
@@ -577,26 +724,46 @@ def _unit(task: _Task) -> str:
 
 
 def _layer_table_costs(task: _Task) -> tuple[list[str], Floats, NDArray[np.int64]]:
-    """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at the searched widths, widths ascending."""
+    """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at their choices, the first of which is the cheapest."""
     return (task.searched, *_layer_tables(task, task.searched))
 
 
 def _layer_tables(task: _Task, names: list[str]) -> tuple[Floats, NDArray[np.int64]]:
-    widths = sorted(task.policy.widths)
+    choices = _choices(task)
     losses = task.profile.layer_sum(task.channel_losses())
     rows = np.array([task.profile.index[n] for n in names], dtype=np.int64)
-    loss = losses[rows][:, [task.profile.widths.index(b) for b in widths]]
+    loss = losses[rows][:, [task.profile.widths.index(w) for w, _ in choices]]
+    if task.method.act_choices:
+        loss = loss + _activation_losses(task.profile)[rows][:, [_column(task.profile, a) for _, a in choices]]
+    inputs = task.policy.activations_of(task.table, task.method.act_bits)
     if task.budget.quantity == "bops":
-        cost = [[task.table[n].macs * b * FULL_PRECISION for b in widths] for n in names]
+        cost = [[task.table[n].macs * w * (a or inputs.get(n, FULL_PRECISION)) for w, a in choices] for n in names]
     else:
-        cost = [[task.storage.layer_total(task.table[n], np.array(b, dtype=np.uint8), task.format) for b in widths] for n in names]
-    return loss, np.array(cost, dtype=np.int64).reshape(len(names), len(widths))
+        cost = [
+            [task.storage.layer_total(task.table[n], np.array(w, dtype=np.uint8), task.format) for w, _ in choices] for n in names
+        ]
+    return loss, np.array(cost, dtype=np.int64).reshape(len(names), len(choices))
+
+
+def _activation_losses(profile: SensitivityProfile) -> Floats:
+    """Loss ``[L, W + 1]`` of quantizing each layer's input, the last column for full precision."""
+    measured = profile.arrays.get("layer_activation_error")
+    if measured is None:
+        raise ConfigError("act_choices need the errors of quantized inputs: set calibration.activation_bits and profile again")
+    return np.concatenate([measured.astype(np.float64), np.zeros((len(measured), 1))], axis=1)
+
+
+def _column(profile: SensitivityProfile, bits: int | None) -> int:
+    if bits == FULL_PRECISION:
+        return len(profile.widths)
+    if bits not in profile.widths:
+        raise ConfigError(f"act_choices name {bits} bits, the profile has the widths {profile.widths}")
+    return profile.widths.index(int(bits or 0))
 
 
 def _fixed_cost(task: _Task, cost: NDArray[np.int64]) -> int:
     """What the budget pays before anything is searched, given the searched layers' costs: fixed layers and what is no weight layer."""
-    lowest = task.map_of({n: np.uint8(min(task.policy.widths)) for n in task.searched})
-    return task.cost(lowest) - int(cost[:, 0].sum())
+    return task.cost(_smallest(task)) - int(cost[:, 0].sum())
 
 
 def _tied_layers(task: _Task) -> list[list[str]]:
@@ -651,6 +818,9 @@ _ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {
     "uniform": _uniform,
     "random": _random,
     "omq": _omq,
+    "omq-paper": _omq_paper,
+    "omq-released": _omq_released,
+    "omq-plus": _omq_plus,
     "ilp-layer": _ilp_layer,
     "ilp-channel": _ilp_channel,
     "search": _searched,

@@ -26,12 +26,14 @@ class BitMap:
 
     ``weights`` maps a layer name to one width (array of shape ``()``) or to a width per output channel (shape ``[channels]``);
     16 means full precision. ``activations`` maps a layer name to the width of its input; layers that are not named keep
-    full-precision activations. ``format`` says what a width means, ``formats`` overrides it for single layers.
+    full-precision activations. Quantized activations have ``activation_steps`` scales a layer: 1 when static, else one for each of that
+    many timesteps. ``format`` says what a width means, ``formats`` overrides it for single layers.
     """
 
     model_digest: str
     weights: Mapping[str, Widths]
     activations: Mapping[str, int] = field(default_factory=dict)
+    activation_steps: int = 1
     format: QuantFormat = field(default_factory=QuantFormat)
     formats: Mapping[str, QuantFormat] = field(default_factory=dict)
 
@@ -51,6 +53,8 @@ class BitMap:
             array.setflags(write=False)
             clean[name] = array
         object.__setattr__(self, "weights", clean)
+        if not 1 <= self.activation_steps <= 1000:
+            raise ConfigError(f"bit map: activation_steps must lie in 1..1000, got {self.activation_steps}")
         for name, bits in self.activations.items():
             check_width(bits, f"bit map, activations of {name!r}")
             if name not in clean:
@@ -122,6 +126,8 @@ class BitMap:
             "defaults": self.format.to_data(),
             "layers": {},
         }
+        if self.activation_steps != 1:
+            data["activation_steps"] = self.activation_steps
         for name, widths in self.weights.items():
             entry: dict[str, Any] = {}
             if widths.ndim:
@@ -157,6 +163,7 @@ class BitMap:
             model_digest=data["model_digest"],
             weights=weights,
             activations={n: e["activation_bits"] for n, e in data["layers"].items() if "activation_bits" in e},
+            activation_steps=data.get("activation_steps", 1),
             format=QuantFormat(**data["defaults"]),
             formats={n: QuantFormat(**e["quantizer"]) for n, e in data["layers"].items() if "quantizer" in e},
         )

@@ -23,13 +23,19 @@ class StorageModel:
     """Bits that are stored beside the codes.
 
     ``tag_bits`` a channel say the width of each channel, in layers whose channels differ (widths 1..8 take 3 bits).
-    ``layer_bits`` a quantized layer hold the shared exponent of its scales. Parameters outside weight layers (norms, biases,
+    ``layer_bits`` a quantized layer hold the shared exponent of its scales, and as many those of its activations, whose scales take
+    ``activation_scale_bits`` each beside a zero point. Parameters outside weight layers (norms, biases,
     embeddings) and unquantized layers take ``full_precision_bits`` a value.
     """
 
     tag_bits: int = 3
     layer_bits: int = 8
     full_precision_bits: int = FULL_PRECISION
+    activation_scale_bits: int = 16
+
+    def activation_bits(self, bits: int, steps: int) -> int:
+        """Stored bits of the scales and zero points of one layer's input at width ``bits``, with ``steps`` of each."""
+        return 0 if bits == FULL_PRECISION else steps * (self.activation_scale_bits + bits) + self.layer_bits
 
     def channel_bits(self, layer: LayerSpec, bits: int, fmt: QuantFormat, *, mixed: bool) -> int:
         """Stored bits of one output channel of ``layer`` at width ``bits``; ``mixed`` when the layer carries channel tags."""
@@ -64,7 +70,8 @@ def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAUL
     """Stored bits of the whole model under ``bit_map``: everything counted."""
     bit_map.validate(table)
     layers = sum(storage.layer_total(la, bit_map.weights[la.name], bit_map.format_of(la.name)) for la in table)
-    return layers + storage.kept_bits(table)
+    inputs = sum(storage.activation_bits(bits, bit_map.activation_steps) for bits in bit_map.activations.values())
+    return layers + inputs + storage.kept_bits(table)
 
 
 def size_bytes(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
@@ -138,8 +145,16 @@ class Budget:
             "bops": f"{number}bops",
         }[self.quantity]
 
-    def limit_bits(self, table: LayerTable, policy: Policy, storage: StorageModel = DEFAULT_STORAGE) -> int:
-        """The limit as stored bits of the whole model (not for ``bops``)."""
+    def limit_bits(
+        self,
+        table: LayerTable,
+        policy: Policy,
+        storage: StorageModel = DEFAULT_STORAGE,
+        *,
+        act_bits: int = FULL_PRECISION,
+        activation_steps: int = 1,
+    ) -> int:
+        """The limit as stored bits of the whole model (not for ``bops``); a uniform budget is that of the same activations."""
         if self.quantity == "average_bits":
             return int(np.floor(self.limit * table.n_parameters + 1e-9))
         if self.quantity == "bytes":
@@ -149,7 +164,10 @@ class Budget:
         low, high = int(np.floor(self.limit)), int(np.ceil(self.limit))
         if low not in WIDTHS or high not in WIDTHS:
             raise ConfigError(f"a uniform budget must lie in {WIDTHS[0]}..{WIDTHS[-1]} bits, got {self.limit:g}")
-        sizes = [size_bits(table, uniform_map(table, policy, w), storage) for w in (low, high)]
+        sizes = [
+            size_bits(table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps), storage)
+            for w in (low, high)
+        ]
         return int(np.floor(sizes[0] + (self.limit - low) * (sizes[1] - sizes[0]) + 1e-9))
 
 
@@ -161,10 +179,25 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def uniform_map(table: LayerTable, policy: Policy, bits: int, fmt: QuantFormat | None = None) -> BitMap:
-    """Every searched layer at ``bits``, fixed layers as the policy says."""
+def uniform_map(
+    table: LayerTable,
+    policy: Policy,
+    bits: int,
+    fmt: QuantFormat | None = None,
+    *,
+    act_bits: int = FULL_PRECISION,
+    activation_steps: int = 1,
+) -> BitMap:
+    """Every searched layer at ``bits`` with inputs at ``act_bits``, fixed layers as the policy says."""
     weights: dict[str, NDArray[np.uint8]] = {}
     for layer in table:
         fixed = policy.fixed_width(layer)
         weights[layer.name] = np.array(bits if fixed is None else fixed, dtype=np.uint8)
-    return BitMap(model_digest=table.digest, weights=weights, format=fmt or QuantFormat())
+    activations = policy.activations_of(table, act_bits)
+    return BitMap(
+        model_digest=table.digest,
+        weights=weights,
+        activations=activations,
+        activation_steps=activation_steps if activations else 1,
+        format=fmt or QuantFormat(),
+    )

@@ -22,6 +22,9 @@ class Policy:
     layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM, and so are layers
     that did not run while the model was measured: their errors seem to cost nothing, and would get the fewest bits.
 
+    ``activations`` maps a role, a layer name or a pattern to the width of that layer's input where a method quantizes activations, and
+    wins over the rule: searched layers the width of the method, fixed ones 8 bits (MPQ-DM), those at full precision none.
+
     ``tie_qkv`` gives the projections that consumers fuse (`LayerSpec.fuse`) the same widths, row for row. Off by default: codes, scales and
     width tags are stored by row, so rows of different widths can be stacked as they are; engines whose fused layer has one width need it.
     """
@@ -29,6 +32,7 @@ class Policy:
     widths: tuple[int, ...] = WIDTHS
     roles: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_ROLES))
     pinned: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, int] = field(default_factory=dict)
     tie_qkv: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +44,24 @@ class Policy:
             check_width(bits, f"policy.roles.{role}")
         for pattern, bits in self.pinned.items():
             check_width(bits, f"policy.pinned.{pattern}")
+        for key, bits in self.activations.items():
+            check_width(bits, f"policy.activations.{key}")
+
+    def activations_of(self, table: LayerTable, act_bits: int) -> dict[str, int]:
+        """Width of the input of every layer whose activations are quantized when searched layers take ``act_bits`` (16: nothing is)."""
+        if act_bits == FULL_PRECISION:
+            return {}
+        widths = {layer.name: self._activation_width(layer, act_bits) for layer in table}
+        return {name: bits for name, bits in widths.items() if bits != FULL_PRECISION}
+
+    def _activation_width(self, layer: LayerSpec, act_bits: int) -> int:
+        for key, bits in self.activations.items():
+            if layer.name == key or fnmatch.fnmatchcase(layer.name, key):
+                return bits
+        if layer.role in self.activations:
+            return self.activations[layer.role]
+        fixed = self.fixed_width(layer)
+        return act_bits if fixed is None else FULL_PRECISION if fixed == FULL_PRECISION else 8
 
     def fixed_width(self, layer: LayerSpec) -> int | None:
         """The width at which ``layer`` is held, or None when it is searched."""
@@ -57,12 +79,21 @@ class Policy:
         for pattern in self.pinned:
             if not fnmatch.filter(table.by_name, pattern) and pattern not in table.by_name:
                 raise UnknownNameError("layer", pattern, table.by_name, "(policy.pinned matches no layer of the model)")
+        for key in self.activations:
+            if key not in ROLES and not fnmatch.filter(table.by_name, key) and key not in table.by_name:
+                raise UnknownNameError("layer or role", key, (*ROLES, *table.by_name), "(policy.activations matches nothing)")
         if all(self.fixed_width(layer) is not None for layer in table):
             raise ConfigError("the policy fixes every layer: nothing is left to allocate")
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return {"widths": list(self.widths), "roles": dict(self.roles), "pinned": dict(self.pinned), "tie_qkv": self.tie_qkv}
+        return {
+            "widths": list(self.widths),
+            "roles": dict(self.roles),
+            "pinned": dict(self.pinned),
+            "activations": dict(self.activations),
+            "tie_qkv": self.tie_qkv,
+        }
 
     def describe(self) -> str:
         """One line for people."""

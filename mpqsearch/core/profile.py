@@ -29,6 +29,8 @@ class SensitivityProfile:
         Mean over calibration inputs and positions of the squared error of that output channel: ``e' H e``, exact.
     ``output_error_centred/<variant>`` ``[C, W]``
         The same after the mean shift has been folded into the bias: ``e' (H - m m') e``.
+    ``quantized_input_error/<variant>@a<bits>`` ``[C, W]``
+        Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w' x)**2]``, exact.
     ``gain`` ``[C]``, ``gain_std_error`` ``[C]``
         Mean square of the gradient of a random projection of the model's output with respect to that channel (summed over
         positions): what a unit of output error costs at the end.
@@ -41,6 +43,9 @@ class SensitivityProfile:
         and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
     ``layer_sampler_error/<variant>`` ``[L, W]``, ``layer_sampler_std_error/<variant>``
         The same for the *final sample*, through all steps of the sampler, as a mean square over its pixels.
+    ``layer_activation_error`` ``[L, W]``
+        Effect on the model's output of quantizing one layer's input at a static width, if its errors were independent:
+        ``mean (x_q - x)**2 * sum_c gain_c |w_c|**2``.
     ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
         Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over samples in
         ``layer_final_std_error/<variant>``.
@@ -76,7 +81,7 @@ class SensitivityProfile:
             }.get(family)
             if family in ("step_gain", "step_gain_std_error"):
                 shape = (n, array.shape[-1])
-            if family in ("weight_error", "output_error", "output_error_centred"):
+            if family in ("weight_error", "output_error", "output_error_centred", "quantized_input_error"):
                 shape = (n, w)
             if family.startswith("layer_"):
                 shape = (n_layers, w)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,20 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat, st
     return LayerBits(payload=payload, metadata=total - payload, unquantized=0)
 
 
+def mapped_bits(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> LayerBits:
+    """`layer_bits` of one layer of a map, with the scales of its input in the metadata."""
+    bits = layer_bits(layer, bit_map.weights[layer.name], bit_map.format_of(layer.name), storage)
+    scales = storage.activation_bits(bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps)
+    return replace(bits, metadata=bits.metadata + scales)
+
+
 def accounting(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> dict[str, Any]:
     """Totals in bits, that add up: payload + metadata + unquantized = total = `mpqsearch.core.size_bits`.
 
     ``bits_per_weight`` is the total over all parameters of the model, ``payload_bits_per_weight`` the codes over the weights that
     have codes (None when no layer is quantized).
     """
-    layers = {la.name: layer_bits(la, bit_map.weights[la.name], bit_map.format_of(la.name), storage) for la in table}
+    layers = {la.name: mapped_bits(la, bit_map, storage) for la in table}
     coded = sum(la.n_weights for la in table if not layers[la.name].unquantized)
     payload = sum(b.payload for b in layers.values())
     total = size_bits(table, bit_map, storage)

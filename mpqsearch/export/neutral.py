@@ -23,7 +23,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantF
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
-from mpqsearch.export.accounting import accounting, layer_bits, storage_from, unquantized
+from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, storage_from, unquantized
 from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 
 FILE = "bitmap.json"
@@ -176,7 +176,7 @@ def _as_asked(name: str, bit_map: BitMap) -> PlanEntry:
 
 def _layer_extra(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> dict[str, Any]:
     widths = bit_map.weights[layer.name]
-    bits = layer_bits(layer, widths, bit_map.format_of(layer.name), storage)
+    bits = mapped_bits(layer, bit_map, storage)
     entry: dict[str, Any] = {
         "kind": layer.kind,
         "shape": list(layer.weight_shape),
@@ -230,7 +230,7 @@ def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, laye
             raise ArtifactError(f"{path}: {layer.name!r} has {len(widths)} widths for {layer.n_channels} output channels")
         if widths.ndim and {int(k): v for k, v in entry["channel_summary"].items()} != _counts(widths):
             raise ArtifactError(f"{path}: channel_summary of {layer.name!r} does not count its widths")
-        bits = layer_bits(layer, widths, bit_map.format_of(layer.name), storage)
+        bits = mapped_bits(layer, bit_map, storage)
         _require(path, f"{layer.name}.payload_bits", entry["payload_bits"], bits.payload)
         _require(path, f"{layer.name}.metadata_bits", entry["metadata_bits"], bits.metadata)
         whole += bits.unquantized

@@ -34,7 +34,7 @@ from mpqsearch.errors import ArtifactError, ConfigError, ModelError
 SCHEMA = "mpqsearch/calls"
 
 _SAMPLE = ("sample", "hidden_states", "x", "latents", "decoder_input_tokens")
-_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time", "sigma")
+TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time", "sigma")
 _TIMES = re.compile(r"^(t|sigma|timestep_ratio|\w*timesteps?(_r)?|\w+_time)$")
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -274,7 +274,7 @@ def _call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
         args=args,
         kwargs=kwargs,
         sample=sample,
-        timestep=next((_number(bound[n]) for n in _TIMESTEP if n in bound), math.nan),
+        timestep=next((_number(bound[n]) for n in TIMESTEP_ARGUMENTS if n in bound), math.nan),
         guidance=guidance,
         batch=len(holder) if isinstance(holder, (list, tuple)) else len(sample),
         dtype=dtype,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
-from mpqsearch.quant import RowStatistics
+from mpqsearch.quant import ActivationQuantizer, RowStatistics
 
 
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
@@ -149,3 +149,59 @@ class InputCollector:
     def output_power(self) -> Mapping[str, Tensor]:
         """Mean square of every output channel ``[C]``."""
         return {name: self._power[name] / count for name, count in self._count.items()}
+
+
+class QuantizedInputCollector:
+    """Context manager: moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs at full precision.
+
+    ``E[q q']``, ``E[q d']`` and ``E[d d']`` of each layer, ``[G, D, D]`` in float64: three times the memory of `InputCollector`.
+    """
+
+    def __init__(self, model: nn.Module, table: LayerTable, quantizers: Mapping[str, ActivationQuantizer]) -> None:
+        self._modules = {name: m for name, m in model.named_modules() if name in quantizers}
+        self._table, self._quantizers = table, quantizers
+        self._moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._count: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> QuantizedInputCollector:
+        self._handles += [m.register_forward_pre_hook(self._hook(name)) for name, m in self._modules.items()]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Any:
+        layer = self._table[name]
+
+        @torch.no_grad()
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().float()
+            quantized = self._quantizers[name](x)
+            q, d = columns_of(quantized, module, layer), columns_of(quantized - x, module, layer)
+            new = tuple(torch.bmm(a.transpose(1, 2), b).double() for a, b in ((q, q), (q, d), (d, d)))
+            old = self._moments.get(name)
+            self._moments[name] = new if old is None else tuple(o + n for o, n in zip(old, new, strict=True))  # type: ignore[assignment]
+            self._count[name] = self._count.get(name, 0) + q.shape[1]
+
+        return collect
+
+    def errors(self, layer: LayerSpec, rows: Tensor, weight_errors: Tensor) -> Tensor:
+        """``E[(w_q' q - w' x)**2]`` of every row at every width ``[C, W]``, from the weights ``[C, D]`` and their errors ``[W, C, D]``.
+
+        With ``e = w_q - w`` this is ``e' E[q q'] e + 2 e' E[q d'] w + w' E[d d'] w``. Zero for a layer that never ran.
+        """
+        if layer.name not in self._moments:
+            return torch.zeros(len(rows), len(weight_errors), dtype=torch.float64)
+        qq, qd, dd = (m / self._count[layer.name] for m in self._moments[layer.name])
+        groups = len(qq)
+        w = rows.double().reshape(groups, len(rows) // groups, -1)
+        own = (torch.bmm(w, dd) * w).sum(2)
+        across = torch.bmm(w, qd.transpose(1, 2))  # E[q d'] w
+        out = []
+        for error in weight_errors:
+            e = error.double().reshape(w.shape)
+            out.append(((torch.bmm(e, qq) + 2 * across) * e).sum(2) + own)
+        return torch.stack([v.flatten() for v in out], 1).clamp_min(0)

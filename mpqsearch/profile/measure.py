@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
+from mpqsearch.profile.activations import activation_arrays
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.moments import output_errors, plan_moments
@@ -41,9 +43,12 @@ class CalibrationSpec:
     ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
     ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in ``buckets`` buckets of
     timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler.
-    ``codebooks`` are the quantizer variants to price; ``prescale`` prices the affine one with pre-scaling too. ``final_widths`` lists
-    widths at which every layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow, and the
-    reference for the rest.
+    ``codebooks`` are the quantizer variants to price; ``prescale`` prices the affine one with pre-scaling too, and with pre-scaling and
+    min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists widths at which every layer is quantized alone and the final
+    samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
+
+    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and pre-scaled weights with inputs of
+    each of these widths (two more runs of the sampler, and one for each width).
 
     ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to ``MOST`` times the
     numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose widths are still undecided, until the
@@ -59,6 +64,7 @@ class CalibrationSpec:
     sampler_probes: int = 4
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = True
+    activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
     target_error: float = 0.0
@@ -78,6 +84,8 @@ class CalibrationSpec:
             )
         if not self.codebooks:
             raise ConfigError("calibration.codebooks must name at least one codebook")
+        if any(b not in WIDTHS for b in self.activation_bits):
+            raise ConfigError(f"calibration.activation_bits must lie in {WIDTHS[0]}..{WIDTHS[-1]}, got {self.activation_bits}")
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -88,9 +96,8 @@ def variants_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantForm
     """Quantizer variants by name."""
     made = {c: QuantFormat(codebook=c, criterion=base.criterion, p=base.p, n_candidates=base.n_candidates) for c in spec.codebooks}
     if spec.prescale:
-        made["affine+prescale"] = QuantFormat(
-            codebook="affine", criterion=base.criterion, p=base.p, n_candidates=base.n_candidates, prescale=True
-        )
+        made["affine+prescale"] = replace(base, codebook="affine", prescale=True)
+        made["affine+prescale+minmax"] = replace(base, codebook="affine", prescale=True, criterion="minmax")
     return made
 
 
@@ -167,6 +174,20 @@ def profile_base(
     if spec.sampler_seeds and not len(denoiser.calls):  # recorded calls bring no sampler of ours to differentiate
         more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
         arrays |= more
+    if spec.activation_bits:
+        seeds = range(spec.first_seed, spec.first_seed + spec.samples)
+        arrays |= activation_arrays(
+            denoiser,
+            table,
+            sampler,
+            seeds,
+            widths,
+            spec.activation_bits,
+            variants.get("affine+prescale"),
+            stats,
+            result.gain,
+            report,
+        )
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
+from mpqsearch.models.calls import TIMESTEP_ARGUMENTS
 from mpqsearch.quant.rows import rows_of, stored_scale
 from mpqsearch.quant.tables import stored_factors
 
@@ -56,7 +57,7 @@ class ActivationTable:
     bits: Mapping[str, int]
     scale: Mapping[str, Tensor]
     zero: Mapping[str, Tensor]
-    timesteps: tuple[int, ...] = ()
+    timesteps: tuple[float, ...] = ()
     error: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +94,11 @@ class ActivationTable:
                 f"the activation table and the bit map differ in {len(differ)} layers, first {n!r}: "
                 f"{self.bits.get(n, 'none')} bits calibrated, {wanted.get(n, 'none')} asked. Calibrate for this map."
             )
+        if wanted and bit_map.activation_steps != self.steps:
+            raise LayerMismatchError(
+                f"the bit map counts {bit_map.activation_steps} activation scales a layer, the table has {self.steps} "
+                f"(timesteps {list(self.timesteps)}). Calibrate with the sampler that the map was made for."
+            )
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -127,7 +133,7 @@ class ActivationTable:
 class TimestepClock:
     """What a quantized model knows of the time: for each sample of the present call, the nearest calibrated timestep."""
 
-    def __init__(self, timesteps: tuple[int, ...]) -> None:
+    def __init__(self, timesteps: tuple[float, ...]) -> None:
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
         self.index: Tensor | None = None
 
@@ -138,7 +144,7 @@ class TimestepClock:
         self.index = (now.to(self.timesteps.dtype) - self.timesteps).abs().argmin(1)
 
 
-def attach_clock(module: nn.Module, timesteps: tuple[int, ...]) -> TimestepClock | None:
+def attach_clock(module: nn.Module, timesteps: tuple[float, ...]) -> TimestepClock | None:
     """Give ``module``, the whole denoiser, a clock that each call sets; None for static scales.
 
     Calls of the module itself are seen by a forward pre-hook, calls through `Denoiser` by that (a module of the user's with a method
@@ -168,7 +174,7 @@ def _read_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _timestep_argument(module: nn.Module) -> tuple[str, int]:
     names = list(inspect.signature(module.forward).parameters)
-    for name in ("timestep", "timesteps", "t"):
+    for name in TIMESTEP_ARGUMENTS:
         if name in names:
             return name, names.index(name)
     raise ConfigError(
@@ -312,7 +318,7 @@ class RangeCollector:
         self._per_timestep = per_timestep
         self._now: Tensor | None = None
         self._clock_before: Any = None
-        self._histograms: dict[tuple[str, int], _Histogram] = {}
+        self._histograms: dict[tuple[str, float], _Histogram] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> RangeCollector:
@@ -333,7 +339,7 @@ class RangeCollector:
 
     def set(self, t: Tensor | float) -> None:
         """Take note of the timestep of the coming call; the denoiser does this by itself."""
-        self._now = torch.as_tensor(t).detach().reshape(-1).round().long()
+        self._now = torch.as_tensor(t).detach().reshape(-1).double()
 
     def _hook(self, name: str) -> Any:
         factor = self._factors.get(name)
@@ -381,7 +387,7 @@ class RangeCollector:
             scale=scale,
             zero=zero,
             error=error,
-            timesteps=tuple(steps) if self._per_timestep else (),
+            timesteps=tuple(steps) if self._per_timestep and len(steps) > 1 else (),
         )
 
 

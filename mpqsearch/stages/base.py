@@ -20,6 +20,7 @@ from mpqsearch.errors import StaleArtifactError
 
 if TYPE_CHECKING:
     from mpqsearch.models import Denoiser, StreamedModel
+    from mpqsearch.quant import RangeCollector
 
 log = logging.getLogger("mpqsearch")
 
@@ -36,6 +37,7 @@ class Run:
     dry_run: bool = False
     say: Say = field(default=lambda text: print(text, file=sys.stderr))  # noqa: T201
     seconds: dict[str, float] = field(default_factory=dict)
+    ranges: dict[Any, RangeCollector] = field(default_factory=dict)
 
     @cached_property
     def denoiser(self) -> Denoiser:

@@ -11,9 +11,20 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
-from mpqsearch.core import BitMap, Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord, average_bits, size_bytes
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    Budget,
+    LayerTable,
+    MetricValue,
+    SensitivityProfile,
+    StudyRecord,
+    average_bits,
+    size_bytes,
+)
+from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec
-from mpqsearch.progress import bar_of
+from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
 from mpqsearch.stages.profiling import profile_inputs
@@ -34,6 +45,8 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
     ]
     if bit_map is not None and (bias_correction or bit_map.format.prescale):
         parts += [bias_correction, profile_inputs(run, table)]  # input means and maxima come from the profile
+    if bit_map is not None and bit_map.activations:
+        parts += [c["activations"]]
     return artifacts.digest_of(parts)
 
 
@@ -133,7 +146,7 @@ def evaluate_map(
         target_bits=budget.limit,
         average_bits=average_bits(table, bit_map),
         size_bytes=size_bytes(table, bit_map),
-        act_bits=16.0,
+        act_bits=method.act_bits if not method.act_choices else mean_activation_bits(table, bit_map),
         bit_map_digest=bit_map.digest,
         n_samples=len(base.seeds),
         seeds=f"{base.seeds[0]}..{base.seeds[-1]}",
@@ -144,14 +157,55 @@ def evaluate_map(
 
 
 def quantized_module(run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool) -> Any:
-    """The fake-quantized copy of the run's model."""
+    """The fake-quantized copy of the run's model; scales of activations are calibrated where the map asks for them."""
     import torch
 
     from mpqsearch.quant import quantize_model
 
     means = {k: torch.from_numpy(np.array(v)) for k, v in measured.means.items()} if bias_correction else None
     input_max = {k: torch.from_numpy(np.array(v)) for k, v in measured.input_max.items()}
-    return quantize_model(run.denoiser.module, table, bit_map, means=means, input_max=input_max).module
+    activations = activation_table(run, table, bit_map, input_max)
+    return quantize_model(run.denoiser.module, table, bit_map, means=means, input_max=input_max, activations=activations).module
+
+
+def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Any]) -> Any:
+    """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
+
+    Histograms are collected once for all maps that pre-scale alike and have as many scales: only the search depends on the widths.
+    """
+    if not bit_map.activations:
+        return None
+    from mpqsearch.profile import collect_ranges
+    from mpqsearch.quant import ActivationSearch, prescale_inputs
+
+    c, sampler = run.config.activations, sampler_of(run)
+    if bit_map.activation_steps not in (1, sampler.steps):
+        raise ConfigError(
+            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {sampler.steps} steps. "
+            "Allocate again with this sampler."
+        )
+    per_timestep = bit_map.activation_steps > 1
+    factors = prescale_inputs(run.denoiser.module, table, bit_map, input_max)
+    key = (per_timestep, tuple(sorted(factors)), tuple(sorted(bit_map.activations)))
+    if key not in run.ranges:
+        with run.timed("calibrate activations"), bars_of() as progress:
+            run.ranges[key] = collect_ranges(
+                run.denoiser,
+                table,
+                sampler,
+                seeds=range(c.first_seed, c.first_seed + c.samples),
+                per_timestep=per_timestep,
+                layers=bit_map.activations,
+                factors=factors,
+                progress=progress,
+            )
+    return run.ranges[key].table(bit_map.activations, ActivationSearch(p=c.p, n_candidates=c.n_candidates))
+
+
+def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
+    """Width of a layer's input, averaged over multiply-accumulates."""
+    macs = sum(la.macs for la in table)
+    return sum(la.macs * bit_map.activations.get(la.name, FULL_PRECISION) for la in table) / macs if macs else float(FULL_PRECISION)
 
 
 def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:

@@ -19,7 +19,7 @@ from mpqsearch.core import (
     size_bytes,
     uniform_map,
 )
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import ConfigError, UnknownNameError
 
 TABLE = LayerTable(
     digest="d",
@@ -115,3 +115,31 @@ def test_sizes_are_read_with_their_units() -> None:
     for wrong in ("6", "GB", "-1GB", "0MB", "6TB", "1e3MB", ""):
         with pytest.raises(ConfigError, match="cannot read the size"):
             parse_size(wrong)
+
+
+def test_scales_of_activations_are_counted() -> None:
+    plain = make(8, 2)
+    # Two inputs, at 4 and 8 bits: five scales of 16 bits with five zero points each, and an exponent a layer.
+    made = make(8, 2, activations={"a": 8, "b": 4}, activation_steps=5)
+    assert size_bits(TABLE, made) - size_bits(TABLE, plain) == 5 * (16 + 8) + 8 + 5 * (16 + 4) + 8
+    assert size_bits(TABLE, make(8, 2, activations={"b": 16})) == size_bits(TABLE, plain)
+    assert bops(TABLE, made) == 720 * 8 * 8 + 30 * 2 * 4
+    assert made.digest != make(8, 2, activations={"a": 8, "b": 4}).digest
+    again = BitMap.from_data(made.to_data())
+    assert (again.activation_steps, again.digest) == (5, made.digest)
+    with pytest.raises(ConfigError, match="activation_steps"):
+        make(8, 2, activation_steps=0)
+
+
+def test_activation_widths_follow_the_policy() -> None:
+    policy = Policy()
+    assert policy.activations_of(TABLE, 16) == {}
+    assert policy.activations_of(TABLE, 4) == {"a": 8, "b": 4}
+    assert Policy(roles={"first": 16}).activations_of(TABLE, 4) == {"b": 4}
+    assert Policy(activations={"first": 6, "b": 16}).activations_of(TABLE, 4) == {"a": 6}
+    with pytest.raises(UnknownNameError, match="matches nothing"):
+        Policy(activations={"c.*": 4}).check(TABLE)
+    uniform = uniform_map(TABLE, policy, 3, act_bits=4, activation_steps=2)
+    assert (uniform.activations, uniform.activation_steps) == ({"a": 8, "b": 4}, 2)
+    budget = Budget.parse("uniform:3")
+    assert budget.limit_bits(TABLE, policy, act_bits=4, activation_steps=2) == size_bits(TABLE, uniform)

@@ -7,7 +7,7 @@ import torch
 from mpqsearch.core import BitMap, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import capture, discover
-from mpqsearch.profile import CalibrationSpec, profile_model
+from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
 from mpqsearch.testing import tiny_denoiser
@@ -58,7 +58,7 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
 
 def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     _, table, profile = measure("unet", codebooks=("affine", "auto"), prescale=True)
-    assert profile.variants == ("affine", "affine+prescale", "auto")
+    assert profile.variants == ("affine", "affine+prescale", "affine+prescale+minmax", "auto")
     for variant in profile.variants:
         layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
         assert bool((np.diff(layers, axis=1) < 0).all())
@@ -123,3 +123,39 @@ def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
     assert list(discover(denoiser.with_calls(calls))) == list(table)
     with pytest.raises(ConfigError, match="final_widths needs our own sampler"):
         profile_model(denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat())
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> None:
+    denoiser, table, profile = measure(kind, prescale=True, activation_bits=(4,), probe_inputs=2, probes=1)
+    seeds = range(1_000_000, 1_000_004)
+    fmt = QuantFormat(n_candidates=20, prescale=True)
+    input_max = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
+    seen: dict[str, list[torch.Tensor]] = {}
+    modules = dict(denoiser.module.named_modules())  # type: ignore[attr-defined]
+    handles = [
+        modules[la.name].register_forward_pre_hook(lambda _m, args, n=la.name: seen.setdefault(n, []).append(args[0]))
+        for la in table  # type: ignore[attr-defined]
+    ]
+    with torch.no_grad():
+        list(trajectory(denoiser, noise_of(seeds, (1, 8, 8)), labels_of(denoiser, seeds), SAMPLER))  # type: ignore[arg-type]
+    for handle in handles:
+        handle.remove()
+    bit_map = BitMap(
+        model_digest=table.digest,  # type: ignore[attr-defined]
+        weights={la.name: np.array(2) for la in table},  # type: ignore[attr-defined]
+        activations={la.name: 4 for la in table},  # type: ignore[attr-defined]
+        format=fmt,
+    )
+    activations = calibrate_activations(denoiser, table, bit_map, SAMPLER, seeds=seeds, input_max=input_max)  # type: ignore[arg-type]
+    made = dict(
+        quantize_model(denoiser.module, table, bit_map, input_max=input_max, activations=activations).module.named_modules()
+    )  # type: ignore[attr-defined, arg-type]
+    priced = profile.arrays["quantized_input_error/affine+prescale@a4"]
+    for layer in table:  # type: ignore[attr-defined]
+        with torch.no_grad():
+            errors = torch.cat([made[layer.name](x) - modules[layer.name](x) for x in seen[layer.name]])
+        by_channel = errors.movedim(-1 if layer.kind == "Linear" else 1, 0).flatten(1).square().mean(1)
+        np.testing.assert_allclose(priced[profile.rows(layer.name)][:, WIDTHS.index(2)], by_channel, rtol=2e-3, atol=1e-7)
+    assert profile.arrays["layer_activation_error"].shape == (len(table), 3)  # type: ignore[arg-type]
+    assert bool((np.diff(profile.arrays["layer_activation_error"], axis=1) <= 0).all()), "more bits, less error"

@@ -13,7 +13,7 @@ from mpqsearch.models import adapt, discover
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import ActivationQuantizer, ActivationTable, RangeCollector, build_student, quant_layers, quantize_model
 from mpqsearch.quant.activations import BINS, TimestepClock, _Histogram, _QuantizeActivation
-from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.testing import tiny_denoiser
 
 
@@ -154,10 +154,8 @@ def test_histograms_keep_every_value_when_the_reach_doubles() -> None:
 def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
-    bit_map = uniform(table, 16, 4)
-    activations = calibrate_activations(
-        denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4), per_timestep=True
-    )
+    bit_map = uniform(table, 16, 4, activation_steps=5)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4))
     assert activations.timesteps == (0, 200, 400, 600, 800)
     assert len(activations.scale["conv_in"]) == 5
     assert float(activations.scale["conv_in"].std()) > 0
@@ -183,8 +181,8 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
 def test_guidance_in_one_call_equals_guidance_in_two() -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
-    bit_map = uniform(table, 3, 6)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4), per_timestep=True)
+    bit_map = uniform(table, 3, 6, activation_steps=4)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4))
     made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([750, 250]), torch.tensor([1, 3])
     null = torch.full_like(labels, 4)
@@ -208,8 +206,8 @@ def test_modules_with_a_method_denoise_are_timed_too() -> None:
     torch.manual_seed(0)
     denoiser = adapt(Own(), sample_shape=(1, 8, 8))
     table = discover(denoiser)
-    bit_map = uniform(table, 8, 4)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4), per_timestep=True)
+    bit_map = uniform(table, 8, 4, activation_steps=4)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4))
     scales = activations.scale["b"]
     assert bool((scales[1:] > scales[:-1]).all()), "the input grows with the timestep by construction"
     assert not hasattr(denoiser.module, "timestep_clock"), "calibration leaves nothing behind"
@@ -222,8 +220,8 @@ def test_modules_with_a_method_denoise_are_timed_too() -> None:
 def test_copies_keep_a_clock_of_their_own() -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
-    bit_map = uniform(table, 4, 4)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=3, batch=2), seeds=range(2), per_timestep=True)
+    bit_map = uniform(table, 4, 4, activation_steps=3)
+    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=3, batch=2), seeds=range(2))
     one = quantize_model(denoiser.module, table, bit_map, activations=activations).module
     two = copy.deepcopy(one)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
@@ -240,12 +238,14 @@ def test_error_of_the_prediction_falls_with_the_width(kind: str) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     spec = SamplerSpec(steps=4, batch=8)
-    x, t, labels = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((8,), 500), torch.arange(8) % 4
+    # The first step of the calibrated trajectories: inputs that were seen, so that nothing is clipped that was not meant to be.
+    x, t = noise_of(range(1_000_000, 1_000_008), (1, 8, 8)), torch.full((8,), 750)
+    labels = torch.arange(1_000_000, 1_000_008) % 4
     truth = denoiser.denoise(x, t, labels)
     errors = []
     for bits in (4, 6, 8):
-        bit_map = uniform(table, 16, bits)
-        activations = calibrate_activations(denoiser, table, bit_map, spec, per_timestep=True)
+        bit_map = uniform(table, 16, bits, activation_steps=4)
+        activations = calibrate_activations(denoiser, table, bit_map, spec)
         made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
         errors.append(float((made.denoise(x, t, labels) - truth).square().mean()))
     # A factor of 4 a bit where rounding dominates; less at low widths, where clipping takes its part.
@@ -260,6 +260,10 @@ def test_tables_survive_json_and_refuse_what_does_not_fit() -> None:
     assert activations.timesteps == ()
     again = ActivationTable.from_data(activations.to_data())
     assert all(torch.equal(again.scale[n], s) for n, s in activations.scale.items())
+    with pytest.raises(LayerMismatchError, match="counts 2 activation scales a layer, the table has 1"):
+        quantize_model(denoiser.module, table, uniform(table, 4, 4, activation_steps=2), activations=activations)
+    with pytest.raises(ConfigError, match="counts 3 activation scales a layer, the sampler takes 2 steps"):
+        calibrate_activations(denoiser, table, uniform(table, 4, 4, activation_steps=3), SamplerSpec(steps=2))
     with pytest.raises(LayerMismatchError, match="4 bits calibrated, 6 asked"):
         quantize_model(denoiser.module, table, uniform(table, 4, 6), activations=activations)
     other = ActivationTable.from_data({**activations.to_data(), "model_digest": "1" * 64})
