@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from mpqsearch.core import Budget
+from mpqsearch.errors import ConfigError
+from mpqsearch.report.search import arms_table, search_drawings, search_tables, write_search_figures
+from mpqsearch.search.objective import Objective
+from mpqsearch.search.results import Box, finished_trials, measured_points, summarize, trials_as_lines, winner_candidates
+from mpqsearch.search.study import Plan, objective_of, open_study, work
+
+
+@pytest.fixture(scope="module")
+def finished() -> tuple[Objective, optuna.Study]:
+    from mpqsearch.search.ladder import EvaluationCache, Ladder
+    from mpqsearch.search.space import parse_space
+    from mpqsearch.testing.synthetic import SyntheticEvaluator
+    from tests.unit.search.conftest import BUDGETS, SPACE, surrogate
+
+    s = surrogate()
+    ladder = Ladder(
+        evaluator=SyntheticEvaluator(table=s.table, profile=s.profile), seeds=(0, 1, 2, 3), chunk=2, cache=EvaluationCache()
+    )
+    o = Objective(surrogate=s, space=parse_space(SPACE), ladder=ladder, budgets=BUDGETS)
+    plan = Plan(name="s", trials=16, starts=o.space.starts(), context=o.context)
+    study = open_study(plan, optuna.storages.InMemoryStorage())
+    work(study, plan, objective_of(o, "front"))
+    return o, study
+
+
+def test_winners_stand_beside_their_arms_at_the_same_size(finished: tuple[Objective, optuna.Study]) -> None:
+    o, study = finished
+    data = summarize(o, study, repeats=2)
+    json.dumps(data, allow_nan=False)
+    assert data["trials"] == 16
+    for entry in data["budgets"]:
+        rows = {r["arm"]: r for r in entry["rows"]}
+        assert set(rows) >= {"uniform", "random", "shuffled", "kurtosis", "plain", "search"}
+        assert len(rows["random"]["paired_each"]) == 2
+        budget = Budget.parse(entry["budget"])
+        assert all(r["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8 for r in rows.values())
+        best = min(p["paired"] for p in data["points"] if p["budget"] == entry["budget"])
+        assert rows["search"]["paired"] == best
+        assert entry["ratio_to_uniform"] == pytest.approx(best / rows["uniform"]["paired"])
+        assert not entry["worse_than_plain"]
+    assert data["hypervolume"]["search"] >= data["hypervolume"]["plain"]
+    volumes = [r["hypervolume"] for r in data["history"]]
+    assert volumes == sorted(volumes)
+    assert volumes[-1] == data["hypervolume"]["search"]
+    assert [r["forwards"] for r in data["history"]] == sorted(r["forwards"] for r in data["history"])
+
+
+def test_a_map_that_measures_worse_than_uniform_is_named(
+    finished: tuple[Objective, optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o, study = finished
+    honest = o.ladder.report
+    uniform = {o.uniform(b).digest for b in o.budgets}
+
+    def fresh(candidate: object) -> dict[str, float]:  # on the report seeds the uniform map turns out ahead
+        values = honest(candidate)
+        return values | {"paired_psnr": 60.0} if candidate.digest in uniform else values
+
+    monkeypatch.setattr(o.ladder, "report", fresh)
+    data = summarize(o, study, repeats=1)
+    assert all(b["worse_than_uniform"] for b in data["budgets"])
+    assert all("(worse than uniform)" in r["arm"] for r in arms_table(data) if r["arm"].startswith("search ("))
+
+
+def test_the_box_depends_on_no_search(finished: tuple[Objective, optuna.Study]) -> None:
+    o, _ = finished
+    box = Box.of(o)
+    low = o.uniform(o.budgets[0])
+    top = o.ladder.paired_error(low)
+    assert box.hypervolume([]) == 0.0
+    assert box.hypervolume([(low.average_bits, top)]) == 0.0  # the corner itself
+    half = box.hypervolume([(low.average_bits, top * 1e-2)])
+    assert half == pytest.approx(0.5)  # half of the four decades, over the whole breadth
+    middle = (box.bits[0] + box.bits[1]) / 2
+    assert box.hypervolume([(middle, top * 1e-4)]) == pytest.approx(0.5)
+    assert box.hypervolume([(low.average_bits, top * 1e-9)]) == pytest.approx(1.0)
+
+
+def test_winners_are_rebuilt_from_their_points(finished: tuple[Objective, optuna.Study]) -> None:
+    o, study = finished
+    points = measured_points(finished_trials(study))
+    best = winner_candidates(o, points, o.budgets[0], 3)
+    assert [p["paired"] for p in best] == sorted(p["paired"] for p in best)
+    assert all(p["candidate"].digest == p["digest"] for p in best)
+    forged = [{**p, "digest": "0" * 64} for p in points]
+    with pytest.raises(ConfigError, match="Search again"):
+        winner_candidates(o, forged, o.budgets[0], 1)
+
+
+def test_the_archive_holds_every_trial(finished: tuple[Objective, optuna.Study]) -> None:
+    _, study = finished
+    lines = [json.loads(line) for line in trials_as_lines(study).splitlines()]
+    assert [t["number"] for t in lines] == list(range(16))
+    assert all(math.isfinite(t["values"][0]) for t in lines)
+    assert all(t["attributes"]["record"]["points"] for t in lines)
+
+
+def test_figures_and_tables_show_the_data(finished: tuple[Objective, optuna.Study], tmp_path: Path) -> None:
+    o, study = finished
+    data = summarize(o, study, repeats=1)
+    drawings = search_drawings(data)
+    assert {d[0] for d in drawings} >= {
+        "search_front",
+        "search_history_forwards",
+        "search_history_trials",
+        "search_parallel",
+        "search_fresh_seeds",
+    }
+    paths = write_search_figures(tmp_path, data)
+    assert len(paths) == 2 * len(drawings)
+    assert all(p.stat().st_size > 2000 for p in paths)
+    tables = {k: list(csv.DictReader(io.StringIO(text))) for k, text in search_tables(data).items()}
+    assert len(tables["history"]) == 16
+    assert {r["arm"] for r in tables["arms"]} >= {"uniform", "plain", "search"}
+    np.testing.assert_allclose([float(r["paired"]) for r in tables["points"]], [p["paired"] for p in data["points"]])
+
+
+def test_the_front_of_two_objectives_has_a_winner_at_each_budget(make_objective: Callable[..., Objective]) -> None:
+    o = make_objective()
+    plan = Plan(name="p", mode="pareto", trials=12, starts=[{**o.space.default_point(), "target_bits": 2.0}], context=o.context)
+    study = open_study(plan, optuna.storages.InMemoryStorage())
+    work(study, plan, o.pareto)
+    data = summarize(o, study, repeats=1)
+    for entry, budget in zip(data["budgets"], o.budgets, strict=True):
+        winner = next(r for r in entry["rows"] if r["arm"] == "search")
+        assert winner["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8
