@@ -60,3 +60,33 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match="no valid TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_a_search_is_checked_when_it_is_read() -> None:
+    method = [{"name": "ilp", "allocator": "ilp-layer"}, {"name": "found", "allocator": "search"}]
+    good = config_from({"methods": method, "search": {"trials": 5, "space": {"exponent": [0.5, 2.0], "codebook": "auto"}}})
+    assert good.search.space["exponent"] == [0.5, 2.0]
+    for bad, text in (
+        ({"methods": method}, "set search.trials"),
+        ({"search": {"trials": 5, "first_seed": 100}}, "overlap"),
+        ({"search": {"trials": -1}}, "trials >= 0"),
+        ({"search": {"chunk": 40}}, "search.chunk"),
+        ({"search": {"method": "nobody"}}, "search.method"),
+        ({"search": {"space": {"exponent": [3.0, 1.0]}}}, "low must be below high"),
+        ({"search": {"act_bits": 9}}, "width 9"),
+        ({"search": {"budgets": ["three"]}}, "cannot read the budget"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            config_from(bad)
+    assert (
+        config_from({"search": {"trials": 5, "first_seed": 128}}).search.first_seed == 128
+    )  # next to the report seeds, not among them
+
+
+def test_a_search_space_survives_being_written(tmp_path: Path) -> None:
+    config = config_from(
+        {"search": {"trials": 3, "space": {"role_feed-forward": [0.5, 2.0], "rounds": 1, "widths": ["base", "2,4,8"]}}}
+    )
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml())
+    assert load_config(path) == config
