@@ -57,11 +57,13 @@ def kurtosis_losses(surrogate: Surrogate) -> Floats:
 
 
 def _plain_method(surrogate: Surrogate, budget: Budget, allocator: str, seed: int = 0) -> Candidate:
-    method = replace(surrogate.method, name=allocator, allocator=allocator, seed=seed)
+    method = replace(surrogate.method_of({}), name=allocator, allocator=allocator, seed=seed)
     return surrogate.finished(allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format))
 
 
 def _with_losses(surrogate: Surrogate, budget: Budget, losses: Floats) -> Candidate:
     return surrogate.finished(
-        allocate(surrogate.method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format, losses=losses)
+        allocate(
+            surrogate.method_of({}), budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format, losses=losses
+        )
     )

@@ -19,7 +19,7 @@ from mpqsearch.models import Denoiser
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
-from mpqsearch.quant.activations import ActivationTable, attach_quantizer, input_quantizers
+from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import bias_shift, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 from mpqsearch.search.ladder import Measured
@@ -46,8 +46,8 @@ class ModelEvaluator:
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
     _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
-    _clones: dict[tuple[Any, bool], Any] = field(default_factory=dict, repr=False)
-    _scales: dict[tuple[Any, bool], ActivationTable] = field(default_factory=dict, repr=False)
+    _clones: dict[tuple[Any, bool, int], Any] = field(default_factory=dict, repr=False)
+    _scales: dict[tuple[Any, bool, int], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -136,26 +136,34 @@ class ModelEvaluator:
 
     def _clone_for(self, bit_map: BitMap) -> Any:
         """A working copy with the activation quantizers of a map; one for each set of activation widths."""
-        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale)
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale, bit_map.activation_steps)
         if key not in self._clones:
             clone = copy.deepcopy(self.denoiser.module).requires_grad_(False)
             if bit_map.activations:
                 found = self._activations(bit_map)
                 quantizers = input_quantizers(self.denoiser.module, self.table, bit_map, found, self._peaks)
+                assert found is not None
+                clock = attach_clock(clone, found.timesteps)
                 owners = owners_of(clone, self.table)
                 for name, quantizer in quantizers.items():
+                    quantizer.clock = clock
                     attach_quantizer(owners[name][0], quantizer)
             self._clones[key] = clone
         return self._clones[key]
 
     def _activations(self, bit_map: BitMap) -> ActivationTable | None:
-        """Static scales of the activation widths of a map, from the full-precision trajectories of the input seeds."""
+        """Scales of the activation widths of a map, from the full-precision trajectories of the input seeds."""
         if not bit_map.activations:
             return None
-        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale)
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale, bit_map.activation_steps)
         if key not in self._scales:
             self._scales[key] = calibrate_activations(
-                self.denoiser, self.table, bit_map, self.sampler, seeds=self.input_seeds, input_max=self._peaks
+                self.denoiser,
+                self.table,
+                bit_map,
+                self.sampler,
+                seeds=self.input_seeds,
+                input_max=self._peaks,
             )
         return self._scales[key]
 

@@ -226,7 +226,7 @@ def _terms(surrogate: Surrogate, fit: Refit) -> PairwiseTerms | None:
 
 def diverse_candidates(surrogate: Surrogate, budget: Budget, count: int, *, min_distance: int = 3) -> list[Candidate]:
     """The ``count`` best maps by layer that differ from each other in at least ``min_distance`` layers: what a re-fit learns most from."""
-    method = replace(surrogate.method, name="ilp-layer", allocator="ilp-layer")
+    method = replace(surrogate.method_of({}), name="ilp-layer", allocator="ilp-layer")
     program = program_of(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format)
     plain = surrogate.finished(allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format))
     maps: list[Candidate] = []

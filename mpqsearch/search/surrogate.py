@@ -32,9 +32,6 @@ Floats = NDArray[np.float64]
 Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
 """Gains measured again with a map in place: see `mpqsearch.profile.remeasure`."""
 
-FIXED_ACT_BITS = 8
-"""Activation width of layers that the policy fixes, where activations are quantized at all."""
-
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -63,8 +60,8 @@ class Surrogate:
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
     terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
-    ``operating_loss`` names the loss that they are in. ``act_bits`` is the activation width
-    of all searched layers (16: full precision); where any is below, layers with a fixed weight width take `FIXED_ACT_BITS`, as in MPQ-DM.
+    ``operating_loss`` names the loss that they are in. ``act_bits`` is the activation width of all
+    searched layers (16: that of the method); the other layers' are the policy's.
     """
 
     table: LayerTable
@@ -99,6 +96,9 @@ class Surrogate:
             changes["codebook"] = "affine"
         if value_of(theta, "bias_correction") != BASE:
             changes["bias_correction"] = value_of(theta, "bias_correction") == "on"
+        quantized = [b for b in self._role_widths(theta).values() if b != FULL_PRECISION]
+        if quantized and max(quantized) != self.method.act_bits:
+            changes["act_bits"] = max(quantized)  # the budget pays for the scales of the widest
         return replace(self.method, **changes) if changes else self.method
 
     def policy_of(self, theta: Theta) -> Policy:
@@ -187,22 +187,21 @@ class Surrogate:
             made = self._solve(theta, budget, replace(method, loss=self.operating_loss), policy, fmt, there)
         return self.finished(made, theta)
 
-    def activations_of(self, theta: Theta) -> dict[str, int]:
-        """Activation widths by layer; empty when all are at full precision."""
-        widths = {}
-        for layer in self.table:
-            chosen = value_of(theta, f"act_{layer.role}")
-            if self.policy.fixed_width(layer) is None:
-                widths[layer.name] = self.act_bits if chosen == BASE else int(chosen)
-        if all(b == FULL_PRECISION for b in widths.values()):
-            return {}
-        return {la.name: widths.get(la.name, FIXED_ACT_BITS) for la in self.table}
+    def _role_widths(self, theta: Theta) -> dict[str, int]:
+        """Activation width of each role of the model's searched layers."""
+        own = self.act_bits if self.act_bits != FULL_PRECISION else self.method.act_bits
+        roles = {la.role for la in self.table if self.policy.fixed_width(la) is None}
+        chosen = {role: value_of(theta, f"act_{role}") for role in roles}
+        return {role: own if value == BASE else int(value) for role, value in chosen.items()}
 
     def finished(self, made: Allocation, theta: Theta | None = None) -> Candidate:
         """An allocation as something to measure, with the activation widths of the point."""
-        result = made.result
-        activations = self.activations_of(theta or {})
-        bit_map = replace(made.bit_map, activations=activations) if activations else made.bit_map
+        result, bit_map = made.result, made.bit_map
+        widths = self._role_widths(theta or {})
+        if bit_map.activations and len(set(widths.values())) > 1:
+            searched = {la.name: widths[la.role] for la in self.table if self.policy.fixed_width(la) is None}
+            every = {**bit_map.activations, **searched}
+            bit_map = replace(bit_map, activations={n: b for n, b in every.items() if b != FULL_PRECISION})
         return Candidate(
             bit_map=bit_map,
             budget=made.budget,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpqsearch.allocate import PairwiseTerms
-from mpqsearch.core import Budget, SensitivityProfile
+from mpqsearch.core import Budget, SensitivityProfile, size_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import allocate, channel_losses
 from mpqsearch.search.space import CATALOGUE, parse_space
@@ -165,3 +165,21 @@ def test_pairwise_terms_move_the_map_with_their_strength(make_surrogate: Callabl
 def test_a_method_without_an_integer_program_is_refused(make_surrogate: Callable[..., Surrogate]) -> None:
     with pytest.raises(ConfigError, match="ilp-layer or ilp-channel"):
         make_surrogate("uniform")
+
+
+def test_activation_widths_by_role_are_paid_for(make_surrogate: Callable[..., Surrogate]) -> None:
+    budget = BUDGETS[1]
+    plain = make_surrogate().candidate({}, budget)
+    assert not plain.bit_map.activations
+    s = make_surrogate(act_bits=4)
+    four = s.candidate({}, budget).bit_map
+    searched = [la.name for la in s.table if s.policy.fixed_width(la) is None]
+    assert {four.activations[n] for n in searched} == {4}
+    assert [four.activations[la.name] for la in s.table if la.name not in searched] == [8, 8]
+    mixed = s.candidate({"act_linear": 8}, budget).bit_map
+    assert {mixed.activations[n] for n in searched} == {8}
+    none = s.candidate({"act_linear": 16}, budget).bit_map
+    assert not set(searched) & set(none.activations)
+    for found in (four, mixed):
+        limit = budget.limit_bits(s.table, s.policy, act_bits=max(found.activations[n] for n in searched))
+        assert size_bits(s.table, found) <= limit
