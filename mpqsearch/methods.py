@@ -38,7 +38,10 @@ LOSSES = ("weight", "output", "gain", "probe", "sampler", "operating", "final")
 gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
 totals from such probes of the final sample, through all steps. ``operating``: layer totals from slope and curvature of the final
 samples' error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer quantized
-at a time (where measured, else scaled from ``sampler`` or ``probe``)."""
+at a time (where measured, else scaled from ``probe``)."""
+
+BEST_LOSS = "auto"
+"""The best of `LOSSES` that the profile can give: see `best_loss`."""
 
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
@@ -62,7 +65,7 @@ class MethodSpec:
 
     name: str
     allocator: str
-    loss: str = "probe"
+    loss: str = BEST_LOSS
     codebook: str = "affine"
     bias_correction: bool = False
     prescale: bool = False
@@ -83,7 +86,7 @@ class MethodSpec:
             raise ConfigError(f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}")
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
-            ("loss", self.loss, LOSSES),
+            ("loss", self.loss, (BEST_LOSS, *LOSSES)),
             ("OMQ order", self.order, tuple(ORDERS)),
         ):
             if value not in known:
@@ -314,6 +317,7 @@ def _task_of(
 
 def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool) -> Floats:
     """Loss ``[C, W]`` of every channel at every width of the profile."""
+    loss = best_loss(profile, variant) if loss == BEST_LOSS else loss
     what = f"the loss {loss!r}"
     if loss == "weight":
         weight: Floats = profile.need(f"weight_error/{variant}", what).astype(np.float64)
@@ -336,19 +340,37 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
 
 def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ...]:
     """The losses of `LOSSES` for which a profile holds the measurements."""
-    needs = {"sampler": f"layer_sampler_error/{variant}", "operating": f"layer_operating_error/{variant}"}
+    needs = dict.fromkeys(LOSSES, "gain") | {
+        "weight": f"weight_error/{variant}",
+        "output": f"output_error/{variant}",
+        "sampler": f"layer_sampler_error/{variant}",
+        "operating": f"layer_operating_error/{variant}",
+    }
     final = any(k.startswith("layer_final_error/") for k in profile.arrays)
-    return tuple(k for k in LOSSES if (final if k == "final" else needs.get(k, "gain") in profile.arrays))
+    return tuple(k for k in LOSSES if needs[k] in profile.arrays and (final or k != "final"))
+
+
+def best_loss(profile: SensitivityProfile, variant: str) -> str:
+    """What ``auto`` stands for: ``sampler``, else ``final``, ``probe`` or ``weight``, by what the profile holds.
+
+    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map.
+    """
+    found = available_losses(profile, variant)
+    return next(k for k in ("sampler", "final", "probe", "weight") if k in found)
 
 
 def predicted_loss(
-    table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool, loss: str = "probe"
+    table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool, loss: str = BEST_LOSS
 ) -> float:
     """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
 
-    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says.
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is the best loss
+    that every variant of the profile has, so that methods with different quantizers are predicted in one unit.
     """
     loss = "weight" if profile.weights_only else loss
+    if loss == BEST_LOSS:
+        common = set.intersection(*(set(available_losses(profile, v)) for v in profile.variants))
+        loss = next(k for k in ("sampler", "probe") if k in common)
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -399,10 +421,7 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     source = measured[0].split("/")[1]
     final = profile.arrays[measured[0]].astype(np.float64)
     known = np.isfinite(final)
-    # The better the base, the less the ratio changes with the width: probes of the final sample before probes of one prediction.
-    family = next((f for f in ("layer_sampler_error", "layer_probe_error") if f"{f}/{source}" in profile.arrays), "")
-    base = profile.arrays.get(f"{family}/{source}", totals).astype(np.float64)
-    totals = profile.arrays.get(f"{family}/{variant}", totals).astype(np.float64)
+    base = profile.arrays.get(f"layer_probe_error/{source}", totals).astype(np.float64)
     ratio = np.divide(final, base, out=np.full_like(base, np.nan), where=known & (base > 0))
     return totals * _fill_ratio(ratio, profile.widths)
 

@@ -65,32 +65,35 @@ def print_fields(title: str, fields: Mapping[str, Any]) -> None:
 
 
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
-    """The most sensitive layers of a profile; ``mean shift``: the largest share of output error that a bias takes off, over the widths."""
-    from mpqsearch.methods import channel_losses
+    """The most sensitive layers of a profile, the channels with the heaviest tails, and what measuring took.
 
-    variant = "auto" if "auto" in measured.variants else measured.variants[0]
-    loss = "weight" if measured.weights_only else "probe"
-    totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=loss != "weight"))
-    worst = sorted(range(len(measured.names)), key=lambda i: -float(totals[i].max()))[:15]
-    shift = None if measured.weights_only else measured.shift_share(variant)
-    rows = [
-        [
-            measured.names[i],
-            f"{float(measured.arrays['kurtosis'][measured.rows(measured.names[i])].max()):.1f}",
-            *(
-                []
-                if shift is None
-                else [f"{100 * float(shift[i].max()):.0f} %" + ("" if table[measured.names[i]].has_bias else " (no bias)")]
-            ),
-            *(f"{totals[i, j]:.3g}" for j in range(len(measured.widths))),
-        ]
-        for i in worst
-    ]
+    ``mean shift``: the largest share of output error that a bias takes off, over the widths. ``rel. error``: of the loss, from probes.
+    """
+    from mpqsearch.report.profile import profile_summary
+
+    found = profile_summary(measured, table)
     print_table(
-        f"most sensitive layers ({'squared weight error' if loss == 'weight' else 'predicted loss'}, codebook {variant})",
-        ["layer", "max kurtosis", *([] if shift is None else ["mean shift"]), *(f"{b} bit" for b in measured.widths)],
-        rows,
+        f"most sensitive layers ({found.label})",
+        ["layer", "role", "max kurtosis", "mean shift", "rel. error", *(f"{b} bit" for b in measured.widths)],
+        [
+            [
+                row.name,
+                row.role,
+                f"{row.kurtosis:.1f}",
+                "" if row.mean_shift is None else f"{row.mean_shift:.0%}{'' if table[row.name].has_bias else ' (no bias)'}",
+                "" if row.relative_error is None else f"{row.relative_error:.0%}",
+                *(f"{value:.3g}" for value in row.losses),
+            ]
+            for row in found.layers
+        ],
     )
+    print_table(
+        f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above {found.outlier_limit:.1f}",
+        ["layer", "channel", "kurtosis", "times the layer's median"],
+        [[name, channel, f"{value:.1f}", f"{ratio:.1f}"] for name, channel, value, ratio in found.outliers],
+    )
+    if found.spent:
+        print_fields("what it took", found.spent)
 
 
 def print_records(records: list[StudyRecord], *, as_json: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -139,8 +142,11 @@ def profile_base(
     variants = variants_of(spec, fmt)
     # Planned first: a limit that is too small should say so before anything has run.
     passes = plan_moments(table, len(widths) * len(variants), memory_limit) if memory_limit is not None else []
-    stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
-    arrays, errors = tables_of(denoiser, table, widths, variants, stats, report)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "calibration"):
+        stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
+    with _timed(seconds, "error tables"):
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report)
     if memory_limit is not None:
         modules: dict[str, Any] = dict(denoiser.module.named_modules())
 
@@ -157,12 +163,14 @@ def profile_base(
         def passed(done: int, total: int) -> None:
             report("output errors", done, total)
 
-        found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=memory_limit, report=passed)
+        with _timed(seconds, "output errors in passes"):
+            found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=memory_limit, report=passed)
         for key in found[table.layers[0].name]:
             arrays[key] = _concat(table, {name: tables[key] for name, tables in found.items()})
     arrays["output_power"] = _concat(table, power)
     means = {n: s.mean.float() for n, s in stats.items()}
-    result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
+    with _timed(seconds, "probes of the prediction"):
+        result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
     arrays["gain"] = _concat(table, result.gain)
     arrays["gain_std_error"] = _concat(table, result.gain_std_error)
     arrays["step_gain"] = _concat(table, result.step_gain)
@@ -170,9 +178,10 @@ def profile_base(
     for variant in errors:
         arrays[f"layer_probe_error/{variant}"] = _stack(table, result.layer_error[variant])
         arrays[f"layer_probe_std_error/{variant}"] = _stack(table, result.layer_error_std[variant])
-    spent = {"probe_inputs": n_inputs}
+    spent: dict[str, Any] = {"probe_inputs": n_inputs}
     if spec.sampler_seeds and not len(denoiser.calls):  # recorded calls bring no sampler of ours to differentiate
-        more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
+        with _timed(seconds, "probes of the final sample"):
+            more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
         arrays |= more
     if spec.activation_bits:
         seeds = range(spec.first_seed, spec.first_seed + spec.samples)
@@ -188,6 +197,7 @@ def profile_base(
             result.gain,
             report,
         )
+    spent |= {"seconds": seconds, **_memory()}
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),
@@ -198,6 +208,23 @@ def profile_base(
         input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
         calibration={"spec": spec.to_data(), "sampler": sampler.to_data(), "format": fmt.to_data(), "spent": spent},
     )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], label: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[label] = round(time.perf_counter() - began, 3)
+
+
+def _memory() -> dict[str, int]:
+    """Peak resident memory of this process, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_bytes": peak if sys.platform == "darwin" else peak * 1024}
 
 
 def calibrate(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import MethodSpec, allocate, predicted_loss
+from mpqsearch.methods import BEST_LOSS, MethodSpec, allocate, best_loss, predicted_loss
 
 Floats = NDArray[np.float64]
 
@@ -62,6 +62,8 @@ def stability(
     that of the median layer; the widths of one layer share their probes, so they share the draw. Raises `ConfigError` for a loss
     without standard errors.
     """
+    if method.loss == BEST_LOSS:
+        method = replace(method, loss=best_loss(profile, method.variant))
     totals_key, error_key = _keys(profile, method.loss, method.variant)
     by_layer = replace(method, allocator="ilp-layer")
     totals = profile.arrays[totals_key].astype(np.float64)

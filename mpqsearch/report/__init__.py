@@ -5,6 +5,7 @@
     plot_bits_heatmap(bits_heatmap_info(table, bit_map, policy=None, quantiles=64))
     plot_bits_by_depth(bits_by_depth_info(table, bit_map, policy=None))
     plot_sensitivity(sensitivity_info(profile, variant="", worst=8))   # variant "measured": one layer at a time
+    plot_kurtosis(kurtosis_info(profile, bits=4)); plot_gain(gain_info(profile)); profile_summary(profile, table)
     plot_predicted_vs_measured(prediction_info(records, metric="paired_mse"))
     plot_path(path_info([PathSeries(...)]))                            # least predicted loss at every budget
     plot_samples(grid); plot_sample_difference(grid)
@@ -32,6 +33,17 @@ from mpqsearch.report.front import FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_sample_difference, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
 from mpqsearch.report.paths import PathInfo, PathSeries, path_info, plot_path
+from mpqsearch.report.profile import (
+    GainInfo,
+    KurtosisInfo,
+    ProfileSummary,
+    gain_info,
+    kurtosis_info,
+    plot_gain,
+    plot_kurtosis,
+    profile_summary,
+    write_profile_figures,
+)
 from mpqsearch.report.sensitivity import (
     PredictionInfo,
     SensitivityInfo,
@@ -47,10 +59,13 @@ from mpqsearch.report.tables import pareto_frame, read_pareto_json, standings, t
 __all__ = [
     "DepthInfo",
     "FrontInfo",
+    "GainInfo",
     "HeatmapInfo",
+    "KurtosisInfo",
     "PathInfo",
     "PathSeries",
     "PredictionInfo",
+    "ProfileSummary",
     "ReportContent",
     "SampleGrid",
     "SensitivityInfo",
@@ -59,17 +74,22 @@ __all__ = [
     "bits_heatmap_info",
     "build_report",
     "front_info",
+    "gain_info",
+    "kurtosis_info",
     "pareto_frame",
     "path_info",
     "plot_bits_by_depth",
     "plot_bits_heatmap",
     "plot_front",
+    "plot_gain",
+    "plot_kurtosis",
     "plot_path",
     "plot_predicted_vs_measured",
     "plot_sample_difference",
     "plot_samples",
     "plot_sensitivity",
     "prediction_info",
+    "profile_summary",
     "read_pareto_json",
     "render",
     "sample_grid",
@@ -82,4 +102,5 @@ __all__ = [
     "tied",
     "write_pareto_csv",
     "write_pareto_json",
+    "write_profile_figures",
 ]

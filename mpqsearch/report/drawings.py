@@ -122,7 +122,7 @@ def _profile(content: ReportContent) -> Iterator[Drawing]:
     profile = content.profile
     if profile is None or not profile.variants:
         return
-    variants = [content.variant, *((MEASURED,) if "layer_final_error" in profile.arrays else ())]
+    variants = [content.variant, *((MEASURED,) if any(k.startswith("layer_final_error/") for k in profile.arrays) else ())]
     for i, variant in enumerate(variants):
         info = sensitivity_info(profile, variant)
         yield Drawing(

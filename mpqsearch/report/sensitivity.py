@@ -40,13 +40,13 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     final samples with only that layer quantized. The worst are ranked at the narrowest width that was measured. Raises
     `UnknownNameError` for a variant that the profile does not have.
     """
-    measured = "layer_final_error" in profile.arrays
-    known = (*profile.variants, *((MEASURED,) if measured else ()))
+    final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
+    known = (*profile.variants, *((MEASURED,) if final else ()))
     chosen = variant or ("affine" if "affine" in known else next(iter(known), ""))
     if chosen not in known:
         raise UnknownNameError("profile variant", chosen, known)
     if chosen == MEASURED:
-        loss, label = profile.arrays["layer_final_error"], "squared error of final samples"
+        loss, label = profile.arrays[final], f"squared error of final samples ({final.split('/')[1]})"
     else:
         family = "weight" if profile.weights_only else "output"
         error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)

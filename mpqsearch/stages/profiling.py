@@ -55,7 +55,10 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
             measured = _measure(run, table, CalibrationSpec(**settings), inputs, progress)
     artifacts.save_profile(path, measured, inputs)
     shutil.rmtree(run.path("partial"), ignore_errors=True)
-    run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s")
+    from mpqsearch.report.profile import write_profile_figures
+
+    write_profile_figures(run.path("figures"), measured)
+    run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s; pictures in {run.path('figures')}")
     return measured
 
 

@@ -189,7 +189,7 @@ def test_sensitivity_is_gain_times_error_summed(profile: SensitivityProfile) -> 
 def test_measured_sensitivity_where_only_some_widths_were_measured(profile: SensitivityProfile) -> None:
     measured = np.full((len(profile.names), 8), np.nan)
     measured[:, 2] = np.arange(len(profile.names))
-    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error": measured})
+    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error/affine": measured})
     info = sensitivity_info(more, "measured", worst=2)
     assert info.worst == (len(profile.names) - 1, len(profile.names) - 2)
     assert plot_sensitivity(info).get_yscale() == "log"

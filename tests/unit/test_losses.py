@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpqsearch.core import BitMap, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.methods import CAUTION, available_losses, best_loss, channel_losses, predicted_loss
+from mpqsearch.testing import tiny_profile, tiny_table
+
+TABLE = tiny_table()
+TOTALS = np.outer([4.0, 3.0, 2.0, 1.0, 0.5], 4.0 ** -np.arange(8)).astype(np.float32)
+
+
+def holding(*families: str, variants: tuple[str, ...] = ("affine", "auto", "affine+prescale")) -> SensitivityProfile:
+    base = tiny_profile(TABLE)
+    return replace(base, arrays={**base.arrays, **{f"{f}/{v}": TOTALS for f in families for v in variants}})
+
+
+def test_auto_is_the_best_loss_that_was_measured() -> None:
+    assert best_loss(holding(), "auto") == "probe"
+    assert best_loss(holding("layer_final_error"), "auto") == "final"
+    assert best_loss(holding("layer_final_error", "layer_sampler_error"), "auto") == "sampler"
+    assert best_loss(holding("layer_operating_error", "layer_operating_std_error"), "auto") == "probe"
+    only = holding()
+    only = replace(only, arrays={k: a for k, a in only.arrays.items() if k.startswith(("weight_error", "kurtosis"))})
+    assert best_loss(only, "auto") == "weight"
+    assert available_losses(only, "auto") == ("weight",)
+    with pytest.raises(ConfigError, match="sampler_seeds"):
+        channel_losses(holding(), TABLE, "auto", "sampler", bias_correction=True)
+
+
+def test_sampler_totals_are_spread_over_the_channels_and_auto_is_the_same() -> None:
+    profile = holding("layer_sampler_error")
+    losses = channel_losses(profile, TABLE, "auto", "sampler", bias_correction=True)
+    np.testing.assert_allclose(profile.layer_sum(losses), TOTALS, rtol=1e-6)
+    np.testing.assert_array_equal(losses, channel_losses(profile, TABLE, "auto", "auto", bias_correction=True))
+
+
+def test_changes_at_an_operating_point_count_as_worse_than_measured() -> None:
+    rng = np.random.default_rng(0)
+    change = rng.normal(size=(5, 8)).astype(np.float32)
+    doubt = rng.random((5, 8)).astype(np.float32)
+    base = holding()
+    profile = replace(base, arrays={**base.arrays, "layer_operating_error/auto": change, "layer_operating_std_error/auto": doubt})
+    totals = profile.layer_sum(channel_losses(profile, TABLE, "auto", "operating", bias_correction=True))
+    careful = change + CAUTION * doubt
+    # A constant a layer is left open; what counts is the difference between two widths of a layer.
+    np.testing.assert_allclose(totals, careful - careful.min(1, keepdims=True), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="remeasure"):
+        channel_losses(base, TABLE, "auto", "operating", bias_correction=True)
+
+
+def test_predictions_of_all_variants_are_in_one_unit() -> None:
+    maps = [
+        BitMap(model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=f)
+        for f in (QuantFormat(codebook="auto"), QuantFormat(prescale=True))
+    ]
+    everywhere = holding("layer_sampler_error")
+    for bit_map in maps:
+        assert predicted_loss(TABLE, everywhere, bit_map, bias_correction=True) == pytest.approx(
+            float(TOTALS[:, 2].sum()), rel=1e-5
+        )
+    some = holding("layer_sampler_error", variants=("affine", "auto"))  # not of the pre-scaled one: then none is predicted by it
+    value = predicted_loss(TABLE, some, maps[0], bias_correction=True)
+    assert value == pytest.approx(predicted_loss(TABLE, some, maps[0], bias_correction=True, loss="probe"))
