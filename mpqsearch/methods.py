@@ -203,7 +203,11 @@ class _Task:
         if self.losses is not None:
             return self.losses
         m = self.method
-        return channel_losses(self.profile, self.table, m.variant, m.loss, bias_correction=m.bias_correction)
+        # Errors of quantized inputs were measured on one prediction; they may be added to losses of that unit only.
+        loss = "probe" if m.act_choices and m.loss == BEST_LOSS else m.loss
+        if m.act_choices and loss in ("sampler", "operating", "final"):
+            raise ConfigError(f"method {m.name!r}: act_choices go with the losses 'gain' and 'probe', got {loss!r}")
+        return channel_losses(self.profile, self.table, m.variant, loss, bias_correction=m.bias_correction)
 
     @property
     def row_error(self) -> str:
@@ -331,8 +335,11 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
     rows = profile.need("gain", what).astype(np.float64)[:, None] * error
     if loss == "gain":
         return rows
-    totals = _layer_totals(profile, variant, loss, profile.layer_sum(rows))
     sums = profile.layer_sum(rows)
+    if loss == "sampler" and f"layer_sampler_error/{variant}" not in profile.arrays:
+        totals = sums * _sampler_ratio(profile, table, variant, bias_correction=bias_correction)
+    else:
+        totals = _layer_totals(profile, variant, loss, sums)
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
     scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
     return scaled
@@ -343,11 +350,11 @@ def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ..
     needs = dict.fromkeys(LOSSES, "gain") | {
         "weight": f"weight_error/{variant}",
         "output": f"output_error/{variant}",
-        "sampler": f"layer_sampler_error/{variant}",
         "operating": f"layer_operating_error/{variant}",
     }
-    final = any(k.startswith("layer_final_error/") for k in profile.arrays)
-    return tuple(k for k in LOSSES if needs[k] in profile.arrays and (final or k != "final"))
+    families = {k.split("/")[0] for k in profile.arrays}  # of these, one variant gives the others, layer by layer
+    once = {"sampler": "layer_sampler_error", "final": "layer_final_error"}
+    return tuple(k for k in LOSSES if needs[k] in profile.arrays and (k not in once or once[k] in families))
 
 
 def best_loss(profile: SensitivityProfile, variant: str) -> str:
@@ -364,13 +371,13 @@ def predicted_loss(
 ) -> float:
     """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
 
-    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is the best loss
-    that every variant of the profile has, so that methods with different quantizers are predicted in one unit.
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is ``sampler``, or
+    ``probe`` where that was not measured or where errors of quantized inputs were, which are in its unit.
     """
     loss = "weight" if profile.weights_only else loss
     if loss == BEST_LOSS:
-        common = set.intersection(*(set(available_losses(profile, v)) for v in profile.variants))
-        loss = next(k for k in ("sampler", "probe") if k in common)
+        through = any(k.startswith("layer_sampler_error/") for k in profile.arrays)
+        loss = "sampler" if through and "layer_activation_error" not in profile.arrays else "probe"
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -389,6 +396,17 @@ def predicted_loss(
     return total
 
 
+def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str, *, bias_correction: bool) -> Floats:
+    """``[L, W]``: effect on the final sample over gain × error, of a variant that was probed; it belongs to the layer and carries over."""
+    known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_sampler_error/"))
+    if not known:
+        raise ConfigError("the loss 'sampler' needs calibration.sampler_seeds in the profile; set them and profile again")
+    source = variant.split("+", maxsplit=1)[0] if variant.split("+", maxsplit=1)[0] in known else known[0]
+    base = profile.layer_sum(channel_losses(profile, table, source, "gain", bias_correction=bias_correction))
+    through: Floats = profile.arrays[f"layer_sampler_error/{source}"].astype(np.float64)
+    return np.divide(through, base, out=np.zeros_like(base), where=base > 0)
+
+
 def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback: Floats) -> Floats:
     """Loss ``[L, W]`` of whole layers: from probes, or from final samples where those were measured."""
     probes = profile.arrays.get(f"layer_probe_error/{variant}")
@@ -396,11 +414,8 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     if loss == "probe":
         return totals
     if loss == "sampler":
-        through = profile.arrays.get(f"layer_sampler_error/{variant}")
-        if through is None:
-            raise ConfigError("the loss 'sampler' needs calibration.sampler_seeds in the profile; set them and profile again")
-        whole: Floats = through.astype(np.float64)
-        return whole
+        through: Floats = profile.arrays[f"layer_sampler_error/{variant}"].astype(np.float64)
+        return through
     if loss == "operating":
         found = profile.arrays.get(f"layer_operating_error/{variant}")
         if found is None:

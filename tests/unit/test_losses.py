@@ -16,7 +16,8 @@ TOTALS = np.outer([4.0, 3.0, 2.0, 1.0, 0.5], 4.0 ** -np.arange(8)).astype(np.flo
 
 def holding(*families: str, variants: tuple[str, ...] = ("affine", "auto", "affine+prescale")) -> SensitivityProfile:
     base = tiny_profile(TABLE)
-    return replace(base, arrays={**base.arrays, **{f"{f}/{v}": TOTALS for f in families for v in variants}})
+    arrays = {k: a for k, a in base.arrays.items() if k != "layer_activation_error"}
+    return replace(base, arrays={**arrays, **{f"{f}/{v}": TOTALS for f in families for v in variants}})
 
 
 def test_auto_is_the_best_loss_that_was_measured() -> None:
@@ -63,6 +64,14 @@ def test_predictions_of_all_variants_are_in_one_unit() -> None:
         assert predicted_loss(TABLE, everywhere, bit_map, bias_correction=True) == pytest.approx(
             float(TOTALS[:, 2].sum()), rel=1e-5
         )
-    some = holding("layer_sampler_error", variants=("affine", "auto"))  # not of the pre-scaled one: then none is predicted by it
-    value = predicted_loss(TABLE, some, maps[0], bias_correction=True)
-    assert value == pytest.approx(predicted_loss(TABLE, some, maps[0], bias_correction=True, loss="probe"))
+    # A variant that was not probed takes the ratio to gain x error, layer by layer and width by width, from one that was.
+    some = holding("layer_sampler_error", variants=("affine", "auto"))
+    losses = channel_losses(some, TABLE, "affine+prescale", "sampler", bias_correction=True)
+    own, other = (
+        some.layer_sum(channel_losses(some, TABLE, v, "gain", bias_correction=True)) for v in ("affine+prescale", "affine")
+    )
+    np.testing.assert_allclose(some.layer_sum(losses), TOTALS * own / other, rtol=1e-5)
+    acts = replace(some, arrays={**some.arrays, "layer_activation_error": TOTALS})
+    assert predicted_loss(TABLE, acts, maps[0], bias_correction=True) == pytest.approx(
+        predicted_loss(TABLE, acts, maps[0], bias_correction=True, loss="probe")
+    )
