@@ -25,7 +25,7 @@ def run(allocator: str, budget: str, policy: Policy = POLICY, **kwargs: object) 
     return allocate(method, Budget.parse(budget), TABLE, PROFILE, policy, FORMAT)
 
 
-@pytest.mark.parametrize("allocator", [a for a in ALLOCATORS if a != "search"])
+@pytest.mark.parametrize("allocator", SOLVED)
 @pytest.mark.parametrize("budget", ["uniform:2", "uniform:3", "uniform:8", "5.1bit", "2100B"])
 def test_maps_are_valid_and_costed_from_themselves(allocator: str, budget: str) -> None:
     made = run(allocator, budget)
@@ -227,7 +227,7 @@ def tied_table(**kwargs: str) -> LayerTable:
     return LayerTable(digest=TABLE.digest, layers=tuple(layers), kept=TABLE.kept)
 
 
-@pytest.mark.parametrize("allocator", [a for a in ALLOCATORS if a != "search"])
+@pytest.mark.parametrize("allocator", SOLVED)
 @pytest.mark.parametrize("budget", ["uniform:2", "uniform:3", "5.1bit"])
 @pytest.mark.parametrize("how", ["tie", "fuse"])
 def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
