@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch._version import __version__
 
 if TYPE_CHECKING:
-    from mpqsearch.api import allocate_bits, compare, discover, load_model, profile_model, quantize
+    from mpqsearch.api import allocate_bits, compare, discover, load_model, load_quantized, profile_model, quantize
 
-_API = ("allocate_bits", "compare", "discover", "load_model", "profile_model", "quantize")
+_API = ("allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize")
 
-__all__ = ["__version__", "allocate_bits", "compare", "discover", "load_model", "profile_model", "quantize"]
+__all__ = ["__version__", "allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

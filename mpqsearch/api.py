@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.export.packed import load_quantized
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import CalibrationSpec
@@ -20,7 +21,7 @@ from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["allocate_bits", "compare", "discover", "load_model", "profile_model", "quantize"]
+__all__ = ["allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
 
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", codebook="auto", bias_correction=True)
 """What `allocate_bits` does unless told otherwise: exact over all channels, the better codebook of each row, bias corrected."""

@@ -41,6 +41,7 @@ VERSIONS = {
     "mpqsearch/statistics": 1,
     "mpqsearch/samples": 1,
     "mpqsearch/export": 1,
+    "mpqsearch/packed": 1,
     "mpqsearch/checkpoint": 1,
     "mpqsearch/search": 1,
     "mpqsearch/search-evaluation": 1,

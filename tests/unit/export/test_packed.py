@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpqsearch.core import BitMap, QuantFormat
+from mpqsearch.errors import ArtifactError
+from mpqsearch.export.packed import FILE, load_quantized, save_quantized
+from mpqsearch.models import discover
+from mpqsearch.quant import quantize_model
+from mpqsearch.testing.tiny import tiny_denoiser
+
+
+def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, torch.nn.Module]:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    rng = np.random.default_rng(0)
+    weights = {
+        la.name: rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 16], size=la.n_channels if i % 2 else ()).astype(np.uint8)
+        for i, la in enumerate(table)
+    }
+    bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
+    peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.prescale else None
+    save_quantized(folder, denoiser.module, table, bit_map, input_max=peaks)
+    return quantize_model(denoiser.module, table, bit_map, input_max=peaks).module, denoiser.module
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(codebook="auto"), QuantFormat(prescale=True)])
+def test_it_comes_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
+    expected, original = saved(tmp_path, kind, fmt)
+    loaded = load_quantized(tmp_path).state_dict()
+    assert set(loaded) == set(expected.state_dict())
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(loaded[key], tensor), key
+    stored, full = (tmp_path / FILE).stat().st_size, sum(4 * p.numel() for p in original.parameters())
+    assert stored < full
+
+
+def test_a_file_that_ends_early_or_was_altered_is_refused_by_layer(tmp_path: Path) -> None:
+    saved(tmp_path, "unet", replace(QuantFormat(), codebook="auto"))
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole[:-1])
+    with pytest.raises(ArtifactError, match="cut off in the layer 'conv_out'"):
+        load_quantized(tmp_path)
+    (tmp_path / FILE).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match="the layer 'conv_out' is missing or was altered"):
+        load_quantized(tmp_path)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(ArtifactError, match="missing"):
+        load_quantized(tmp_path)
