@@ -185,11 +185,12 @@ def load_quantized(path: str | Path) -> nn.Module:
     maker: Any = getattr(diffusers, str(data["config"].get("_class_name")), None)
     if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
         raise ArtifactError(f"{folder / HEADER} names {data['config'].get('_class_name')!r}, which is no model of diffusers")
-    module: Any = maker.from_config(data["config"]).eval().requires_grad_(False)
+    build: Any = maker  # diffusers has no types to say that it has from_config
+    module: Any = build.from_config(data["config"]).eval().requires_grad_(False)
     target = module.state_dict()
     file = folder / FILE
     try:
-        stored = safe_open(file, framework="np")
+        stored: Any = safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{file} {_first_lost(file, data['digests'])} ({error}). Copy or write the checkpoint again."
