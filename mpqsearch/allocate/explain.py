@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from mpqsearch.allocate.canonical import Tables, canonical_tables
 from mpqsearch.allocate.dispatch import solve
 from mpqsearch.allocate.problem import FREE, AllocationProblem, AllocationResult, Integers
-from mpqsearch.errors import ConfigError
 
 MAX_PRICED = 32
 """Pins and tie groups that are priced by solving again without them: those that may cost most."""
@@ -149,19 +148,19 @@ def explain_groups(
 ) -> tuple[GroupExplanation, ...]:
     """Explain a map with many items by groups of them, such as channels by layers; the best next step first.
 
+    Tied items step together: gains and extra costs of a step are those of all its items, wherever they stand.
+
     Args:
-        problem: The solved problem; no ties.
+        problem: The solved problem.
         result: Its result.
         group: ``[n]`` group of every item, 0 .. len(names) - 1.
         names: Name of every group.
-
-    Raises:
-        ConfigError: Items are tied.
     """
     tables = canonical_tables(problem)
-    if tables.row is not None:
-        raise ConfigError("explain_groups takes no ties; see explain.")
-    margins = _margins(tables, result.choice.astype(np.int64))
+    row = tables.item_row
+    chosen = np.empty(len(tables.loss), dtype=np.int64)
+    chosen[row] = result.choice
+    margins = _margins(tables, chosen).of(row)
     rows = np.arange(problem.n_items)
     count = len(names)
 
@@ -173,9 +172,9 @@ def explain_groups(
     best[group[order]] = order
     least = np.full(count, np.inf)
     np.minimum.at(least, group, margins.rate_down)
-    sizes, losses = np.bincount(group, minlength=count), summed(tables.loss[rows, result.choice])
+    sizes, losses = np.bincount(group, minlength=count), summed(problem.loss[rows, result.choice])
     costs = np.zeros(count, dtype=np.int64)
-    np.add.at(costs, group, tables.cost[rows, result.choice].astype(np.int64))
+    np.add.at(costs, group, problem.cost[rows, result.choice].astype(np.int64))
     held = {what: summed(margins.holds == what).astype(np.int64) for what in ("at largest", "at smallest", "fixed")}
     found = (
         GroupExplanation(
@@ -217,6 +216,10 @@ class _Margins:
     rate_up: NDArray[np.float64]
     rate_down: NDArray[np.float64]
     holds: NDArray[np.str_]
+
+    def of(self, row: NDArray[np.int64]) -> _Margins:
+        """Per item, given the row of every item."""
+        return _Margins(self.to[row], self.gain[row], self.extra_cost[row], self.rate_up[row], self.rate_down[row], self.holds[row])
 
 
 def _margins(tables: Tables, chosen: NDArray[np.int64]) -> _Margins:

@@ -93,8 +93,10 @@ def _path_data(
             row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
             moved = np.flatnonzero(path.tables.item_row == row)
             point |= {"layers": [program.layers[i] for i in moved], "bits": program.widths[to]}
+            point |= {"input_bits": program.inputs[to]} if program.inputs else {}
         points.append(point)
     start = program.weights(path.choice(0)) if by_layer else {}
+    inputs = program.activations(path.choice(0)) if program.inputs else {}
     return {
         "method": asdict(method),
         "unit": program.problem.budget_name,
@@ -103,6 +105,7 @@ def _path_data(
         "items": program.problem.n_items,
         "vertices": vertices,
         "first_map": {name: int(bits) for name, bits in start.items()},
+        "first_inputs": inputs,
         "points": points,
         "budgets": [_answer(run, table, budget, program, path) for budget in budgets],
     }
@@ -155,7 +158,7 @@ def _save_path(
     folder = run.path("paths")
     inputs = _inputs(run, table, method)
     rows = [{**p, "layers": " ".join(p.get("layers", ()))} for p in data["points"]]
-    header = ["cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits"]
+    header = ["cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits", "input_bits"]
     artifacts.write_text(folder / f"{method.name}.csv", _csv(header, rows))
     whole: dict[str, np.ndarray[Any, Any]] = {
         "cost": path.budgets + program.fixed_cost,
@@ -167,6 +170,7 @@ def _save_path(
         "item_row": path.tables.item_row,
         "item_layer": program.item_layer,
         "widths": np.array(program.widths),
+        "input_widths": np.array(program.inputs, dtype=np.int64),
     }
     artifacts.write_arrays(folder / f"{method.name}.npz", whole)
     artifacts.write_json(folder / f"{method.name}.json", "mpqsearch/path", dict(data), inputs)

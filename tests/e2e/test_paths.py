@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,21 @@ def test_a_study_without_a_program_has_no_path(cli: Cli, study: Path) -> None:
     out = cli("allocate", "-c", study, "--run-dir", "r", "--path")
     assert out.returncode == 2
     assert "solves an integer program" in out.stderr
+
+
+def test_layers_that_are_tied_move_together(cli: Cli, study: Path, tmp_path: Path) -> None:
+    table = tiny_table(n_layers=8, channels=20, fan_in=40)
+    tied = replace(table, layers=tuple(replace(la, tie="qkv") if i in (2, 3) else la for i, la in enumerate(table.layers)))
+    saved_profile(tmp_path / "r", study, tied, tiny_profile(tied, (2, 3, 4, 8)))
+    asked = ("allocate", "-c", study, "--run-dir", "r", "--path", "--explain", "--json")
+    out = cli(*asked)
+    assert out.returncode == 0, out.stderr
+    told = json.loads(out.stdout)
+    by_layer, _ = told["paths"]
+    assert any(point.get("layers") == ["block.2.linear", "block.3.linear"] for point in by_layer["points"])
+    assert by_layer["first_inputs"] == {}
+    for one in told["explanations"]:
+        names = ", ".join(row["layer"] for row in one["layers"])
+        assert "block.2.linear" in names
+        if one["method"] == "ilp-layer":
+            assert ("tie", ["block.2.linear", "block.3.linear"]) in [(price["kind"], price["items"]) for price in one["prices"]]

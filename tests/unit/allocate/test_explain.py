@@ -106,8 +106,13 @@ def test_groups_are_told_what_their_items_are_told(seed):
         for what, count in (("at largest", one.at_largest), ("at smallest", one.at_smallest), ("fixed", one.fixed)):
             assert count == sum(item.holds == what for item in items)
     assert sum(one.items for one in told) == 40
-    with pytest.raises(ConfigError, match="ties"):
-        explain_groups(replace(asked, ties=[[0, 1]]), result, group, list("abcde"))
+
+
+def test_tied_items_of_two_groups_step_together():
+    asked = problem(ties=[["a", "b"]], limit=6)  # (1, 1, 0) costs 5; the next step of the pair gains 3 for 2
+    told = explain_groups(asked, solve(asked), np.array([0, 1, 1]), ["first", "second"])
+    assert [(one.name, one.gain, one.extra_cost, one.rate_up) for one in told] == [("first", 3.0, 2, 1.5), ("second", 3.0, 2, 1.5)]
+    assert [(one.items, one.loss, one.cost) for one in told] == [(1, 2.0, 2), (2, 8.0, 3)]
 
 
 def test_the_dearest_pins_are_priced_when_there_are_too_many(monkeypatch):
