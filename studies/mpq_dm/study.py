@@ -1,0 +1,356 @@
+"""MPQ-DM in full against its parts and against this package, at equal size, schedule and seeds.
+
+python studies/mpq_dm/study.py                    # every row that results.csv lacks, most telling first; then figure and README
+python studies/mpq_dm/study.py --minutes 60       # no new row after an hour; the same command continues
+python studies/mpq_dm/study.py --report-only      # figure and README from results.csv
+
+A row is one (model, setting, method, seed). A finished row is in results.csv and is never computed again; an unfinished one continues
+from its last checkpoint in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from report import write_report
+from torch import Tensor
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
+from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill, find_feature_module
+from mpqsearch.errors import NumericsError
+from mpqsearch.methods import MethodSpec, allocate
+from mpqsearch.metrics import FeatureExtractor, Reference, evaluate, load_extractor, load_reference
+from mpqsearch.models import Denoiser, discover, load_model
+from mpqsearch.profile import CalibrationSpec, collect_ranges, profile_model
+from mpqsearch.quant import RangeCollector, build_student, finalize, param_groups, prescale_inputs
+from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
+
+HERE = Path(__file__).resolve().parent
+MODELS = ("fmnist-unet", "fmnist-dit")
+SETTINGS = {"W2A4": (2, 4), "W2A6": (2, 6), "W3A4": (3, 4), "W3A6": (3, 6), "W4A4": (4, 4)}
+COLUMNS = (
+    "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
+    "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule",
+)  # fmt: skip
+"""``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and `Recipe`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss."""
+
+    spec: MethodSpec
+    trainable: str | None = None
+    relation: bool = False
+    as_released: bool = False
+
+    def digest(self, schedule: Schedule) -> str:
+        """The first digits of the digest of all that a row of this method depends on, beside model, setting and seed."""
+        return artifacts.digest_of([asdict(schedule), asdict(self)])[:8]
+
+
+METHODS = {
+    "ours": Recipe(
+        spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True),
+        trainable="lora",
+        relation=True,
+    ),
+    "mpq-dm": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
+    "uniform+qalora": Recipe(spec=MethodSpec(name="uniform+qalora", allocator="uniform"), trainable="lora"),
+    "uniform": Recipe(spec=MethodSpec(name="uniform", allocator="uniform")),
+    "omq-paper": Recipe(spec=MethodSpec(name="omq-paper", allocator="omq-paper", prescale=True)),
+    "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
+    "omq-released": Recipe(
+        spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
+        trainable="lora",
+        relation=True,
+        as_released=True,
+    ),
+}
+LATER = ("uniform+trd", "omq-released")
+"""Methods whose rows come after those of the others for the same seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What all rows share. Learning rates were chosen on ``mpq-dm`` at W2A4 (README) and are the same for all methods."""
+
+    steps: int = 100
+    batch: int = 4
+    trajectories: int = 20
+    samples: int = 128
+    sampler: SamplerSpec = field(default_factory=lambda: SamplerSpec(steps=10, guidance=2.0, batch=32))
+    calibration: CalibrationSpec = field(
+        default_factory=lambda: CalibrationSpec(samples=8, probe_inputs=40, probes=2, prescale=True, activation_bits=(4, 6))
+    )
+    relation: TRDSpec = field(default_factory=lambda: TRDSpec(window=2, temperature=0.1, weight=0.1, pooled_size=14))
+    lora_lr: float = 0.04
+    weight_lr: float = 0.008
+    weight_scale_lr: float = 1e-3
+    activation_scale_lr: float = 5e-3
+    rank: int = 32
+
+
+FULL_PRECISION = Recipe(spec=MethodSpec(name="full-precision", allocator="uniform"))
+"""Stands for the model itself in the digest of its rows."""
+
+
+def digest_of_row(method: str, schedule: Schedule) -> str:
+    """What the column ``schedule`` should say."""
+    return METHODS.get(method, FULL_PRECISION).digest(schedule)
+
+
+class Model:
+    """A model with what its rows share: profile, activation histograms, full-precision samples, teacher trajectories."""
+
+    def __init__(self, name: str, schedule: Schedule, work: Path) -> None:
+        self.name, self.schedule, self.work = name, schedule, work / name
+        self.policy, self.format = Policy(), QuantFormat()
+        self.denoiser: Denoiser = load_model(name)
+        self.table: LayerTable = discover(self.denoiser)
+        self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
+        self._ranges: dict[bool, RangeCollector] = {}
+        self._references: dict[int, Reference] = {}
+
+    @cached_property
+    def profile(self) -> SensitivityProfile:
+        """Measured once and kept in ``profile.json``."""
+        path, spec = self.work / "profile.json", self.schedule.calibration
+        inputs = {"model": self.table.digest, "calibration": artifacts.digest_of([spec.to_data(), self.schedule.sampler.to_data()])}
+        if not artifacts.is_current(path, "mpqsearch/profile", inputs):
+            made = profile_model(self.denoiser, self.table, self.policy, self.schedule.sampler, spec, self.format)
+            artifacts.save_profile(path, made, inputs)
+        return artifacts.load_profile(path)
+
+    def tensors(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}
+
+    def ranges(self, bit_map: BitMap) -> RangeCollector:
+        """Histograms of layer inputs by timestep, with and without pre-scaling; any width is searched on them."""
+        prescaled = bit_map.format.prescale
+        if prescaled not in self._ranges:
+            maxima = self.tensors(self.profile.input_max)
+            spec = self.schedule.calibration
+            self._ranges[prescaled] = collect_ranges(
+                self.denoiser,
+                self.table,
+                self.schedule.sampler,
+                seeds=range(spec.first_seed, spec.first_seed + spec.samples),
+                per_timestep=True,
+                factors=prescale_inputs(self.denoiser.module, self.table, bit_map, maxima) if prescaled else None,
+            )
+        return self._ranges[prescaled]
+
+    def reference(self, seed: int) -> Reference:
+        """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards."""
+        if seed not in self._references:
+            seeds = tuple(range(10_000 * seed, 10_000 * seed + self.schedule.samples))
+            samples = sample(self.denoiser, seeds, self.schedule.sampler)
+            self._references[seed] = Reference(
+                samples=samples,
+                features=self.extractor(to_uint8(samples)),
+                seeds=seeds,
+                labels=labels_of(self.denoiser, seeds),
+                data=load_reference(None, self.extractor),
+            )
+        return self._references[seed]
+
+    def teacher(self, seed: int) -> CachedTrajectories:
+        """Trajectories that all rows of a seed are trained on, in the same order."""
+        s = self.schedule
+        source = Trajectories(
+            self.denoiser,
+            s.sampler,
+            batch=s.batch,
+            seed=seed,
+            feature=find_feature_module(self.denoiser.module),
+            pooled_size=s.relation.pooled_size,
+        )
+        return CachedTrajectories(source, self.work / f"teacher-{seed}", s.trajectories)
+
+
+def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any]:
+    """Allocate, train if the method trains, sample and measure."""
+    began = time.perf_counter()
+    s, recipe = model.schedule, METHODS[method]
+    weight_bits, act_bits = SETTINGS[setting]
+    spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
+    made = allocate(spec, Budget.parse(f"uniform:{weight_bits}"), model.table, model.profile, model.policy, model.format)
+    bit_map = made.bit_map
+    student = build_student(
+        model.denoiser.module,
+        model.table,
+        bit_map,
+        means=model.tensors(model.profile.means) if spec.bias_correction else None,
+        input_max=model.tensors(model.profile.input_max),
+        activations=model.ranges(bit_map).table(bit_map.activations),
+        trainable=recipe.trainable or "none",  # type: ignore[arg-type]
+        rank=s.rank,
+        seed=seed,
+    )
+    row: dict[str, Any] = {
+        "model": model.name,
+        "setting": setting,
+        "method": method,
+        "seed": seed,
+        "average_bits": round(average_bits(model.table, bit_map), 4),
+        "size_bytes": size_bytes(model.table, bit_map),
+        "n_samples": s.samples,
+        "train_steps": 0,
+        "schedule": recipe.digest(s),
+    }
+    folder = model.work / f"{setting}-{method}-{seed}"
+    if recipe.trainable:
+        groups = param_groups(
+            student,
+            lora_lr_factor=s.lora_lr,
+            weight_lr_factor=s.weight_lr,
+            weight_scale_lr=s.weight_scale_lr,
+            activation_scale_lr=s.activation_scale_lr,
+            relative=True,
+        )
+        relation = replace(s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released)
+        training = DistillSpec(steps=s.steps, relation=relation, checkpoint_every=50, keep_last=1)
+        inputs = {"bit_map": bit_map.digest, "recipe": recipe.digest(s)}
+        try:
+            for state in distill(model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs):
+                row["train_steps"] = state.step
+                if state.interrupted:
+                    raise SystemExit("interrupted: the running row is saved; the same command continues")
+            row["train_steps"] = s.steps
+        except NumericsError as error:  # a method that diverges has a row that says so
+            print(f"{method}: {error}", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
+            return row | {"seconds": round(time.perf_counter() - began, 1)}
+    measured = measure(model, finalize(student).module, seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    return row | measured | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str, float]:
+    """Metrics of a quantized module, or of full precision itself (None), on the evaluation noise of ``seed``."""
+    base = model.reference(seed)
+    samples = base.samples if module is None else sample(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
+    found = evaluate(samples, base, model.extractor, is_reference=module is None).metrics
+    out: dict[str, float] = {}
+    for key in ("fd_data", "fd_fp", "paired_psnr"):
+        if key in found:
+            out[key] = round(found[key].value, 5)
+            out[f"{key}_spread"] = round((found[key].high - found[key].low) / 2, 5)
+    out["class_accuracy"] = round(found["class_accuracy"].value, 4)
+    return out
+
+
+def full_precision_row(model: Model, seed: int) -> dict[str, Any]:
+    """Full precision against data: what excess distances are measured from."""
+    full = BitMap(model_digest=model.table.digest, weights={la.name: np.array(16, dtype=np.uint8) for la in model.table})
+    return {
+        "model": model.name,
+        "setting": "full",
+        "method": "full-precision",
+        "seed": seed,
+        "average_bits": round(average_bits(model.table, full), 4),
+        "size_bytes": size_bytes(model.table, full),
+        "n_samples": model.schedule.samples,
+        "train_steps": 0,
+        "seconds": 0.0,
+        "schedule": digest_of_row("full-precision", model.schedule),
+        **measure(model, None, seed),
+    }
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """Rows in the order in which they tell most: seed 0 first, the main methods first, the lowest bits first."""
+    for seed in range(args.seeds):
+        for model in args.models:
+            yield model, "full", "full-precision", seed
+        for tier in ([m for m in METHODS if m not in LATER], list(LATER)):
+            for setting in args.settings:
+                for model in args.models:
+                    for method in tier:
+                        if method in args.methods:
+                            yield model, setting, method, seed
+
+
+def read_results(path: Path, schedule: Schedule, *, overwrite: bool) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    """Finished rows by key. Rows of another schedule or recipe cannot be compared: they are refused, or dropped with ``overwrite``."""
+    if not path.is_file():
+        return {}
+    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(path.read_text())))
+    other = [r for r in rows if r["schedule"] != digest_of_row(r["method"], schedule)]
+    if other and not overwrite:
+        first = other[0]
+        raise SystemExit(
+            f"{path} holds {len(other)} rows of another schedule, the first {first['method']} with {first['schedule']}, which is "
+            f"{digest_of_row(first['method'], schedule)} now. Give another --results, or --overwrite to drop them."
+        )
+    return {(r["model"], r["setting"], r["method"], int(r["seed"])): r for r in rows if r not in other}
+
+
+def write_results(path: Path, rows: Mapping[tuple[str, str, str, int], Mapping[str, Any]]) -> None:
+    """All rows, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    artifacts.write_text(path, text.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--settings", nargs="+", default=tuple(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds, from 0")
+    parser.add_argument("--steps", type=int, help="optimiser steps of two timesteps each (another schedule)")
+    parser.add_argument("--samples", type=int, help="evaluation samples (another schedule)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")
+    parser.add_argument("--results", type=Path, default=HERE / "results.csv")
+    parser.add_argument("--work", type=Path, default=Path("runs/mpq_dm"))
+    parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="drop rows of another schedule")
+    args = parser.parse_args()
+    changes = {k: v for k, v in (("steps", args.steps), ("samples", args.samples)) if v is not None}
+    schedule = replace(Schedule(), **changes)
+    done = read_results(args.results, schedule, overwrite=args.overwrite)
+    rows = list(plan(args))
+    began = time.perf_counter()
+    models: dict[str, Model] = {}
+    for n, key in enumerate(rows, start=1):
+        if key in done or args.report_only:
+            continue
+        if time.perf_counter() - began > 60 * args.minutes:
+            print(f"the time is up; {sum(k in done for k in rows)} of {len(rows)} rows are there", file=sys.stderr)
+            break
+        name, setting, method, seed = key
+        if name not in models:
+            models[name] = Model(name, schedule, args.work)
+        model = models[name]
+        made = full_precision_row(model, seed) if setting == "full" else run_row(model, setting, method, seed)
+        done[key] = made
+        write_results(args.results, done)
+        print(
+            f"{n}/{len(rows)} {name} {setting} {method} seed {seed}: {made['size_bytes']} bytes, FD to FP {made.get('fd_fp', '-')}, "
+            f"to data {made.get('fd_data', '-')}, PSNR {made.get('paired_psnr', '-')} dB, {made['seconds']:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    if done:
+        write_report(HERE if args.results.parent == HERE else args.results.parent, args.results, asdict(schedule), len(rows))
+
+
+if __name__ == "__main__":
+    main()

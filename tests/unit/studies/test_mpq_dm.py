@@ -1,0 +1,123 @@
+"""The study of MPQ-DM: order of rows, resuming from results.csv alone, and its report. Rows themselves are replaced by numbers."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+STUDY = Path(__file__).resolve().parents[3] / "studies" / "mpq_dm"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in ("study", "report"):
+        sys.modules.pop(name, None)
+    import study as loaded
+
+    return loaded
+
+
+class Recorder:
+    """Stands for the model and the rows: remembers what was asked."""
+
+    def __init__(self, study: ModuleType, monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**6) -> None:
+        self.asked: list[tuple[str, str, str, int]] = []
+        self.stop_after = stop_after
+
+        class Model:
+            def __init__(self, name: str, schedule: Any, work: Path) -> None:
+                self.name, self.schedule = name, schedule
+
+        def row(model: Any, setting: str, method: str, seed: int) -> dict[str, Any]:
+            if len(self.asked) == self.stop_after:
+                raise SystemExit("interrupted")
+            self.asked.append((model.name, setting, method, seed))
+            value = 1.0 + len(method) / 10 + seed
+            made = {
+                "model": model.name, "setting": setting, "method": method, "seed": seed, "average_bits": 2.5, "size_bytes": 1000,
+                "n_samples": 8, "train_steps": 5, "seconds": 1.0, "schedule": study.digest_of_row(method, model.schedule),
+            }  # fmt: skip
+            if method == "uniform+trd":  # diverged: no metrics
+                return made
+            metrics = {"fd_data": value + 1, "fd_data_spread": 0.1, "class_accuracy": 0.9}
+            if method != "full-precision":
+                metrics |= {"fd_fp": value, "fd_fp_spread": 0.1, "paired_psnr": 20.0, "paired_psnr_spread": 0.5}
+            return made | metrics
+
+        monkeypatch.setattr(study, "Model", Model)
+        monkeypatch.setattr(study, "run_row", row)
+        monkeypatch.setattr(study, "full_precision_row", lambda model, seed: row(model, "full", "full-precision", seed))
+
+
+def call(study: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["study.py", "--results", str(folder / "results.csv"), "--work", str(folder / "work"), *arguments]
+    )
+    study.main()
+
+
+def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(study, monkeypatch)
+    call(study, monkeypatch, tmp_path)
+    assert len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * 7)
+    rows = [r for r in recorder.asked if r[1] != "full"]
+    assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "mpq-dm", "uniform+qalora")]
+    assert {r[0] for r in rows[:10]} == {"fmnist-unet", "fmnist-dit"}
+    assert all(r[3] == 0 for r in rows[:70])
+
+
+def test_an_interrupted_study_continues_from_the_results_alone(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = ("--seeds", "1", "--models", "fmnist-dit")
+    first = Recorder(study, monkeypatch, stop_after=9)
+    with pytest.raises(SystemExit, match="interrupted"):
+        call(study, monkeypatch, tmp_path, *small)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 10
+    second = Recorder(study, monkeypatch)
+    call(study, monkeypatch, tmp_path, *small, "--work", str(tmp_path / "another"))
+    assert not set(first.asked) & set(second.asked)
+    assert len(first.asked) + len(second.asked) == 36
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == 36
+    third = Recorder(study, monkeypatch)
+    call(study, monkeypatch, tmp_path, *small)
+    assert third.asked == []
+
+
+def test_rows_of_another_schedule_are_refused_or_dropped(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Recorder(study, monkeypatch)
+    small = ("--seeds", "1", "--settings", "W2A4", "--models", "fmnist-dit")
+    call(study, monkeypatch, tmp_path, *small)
+    with pytest.raises(SystemExit, match=r"holds 8 rows of another schedule, the first full-precision"):
+        call(study, monkeypatch, tmp_path, *small, "--steps", "10")
+    again = Recorder(study, monkeypatch)
+    call(study, monkeypatch, tmp_path, *small, "--steps", "10", "--overwrite")
+    assert len(again.asked) == 8
+
+
+def test_report_tells_what_is_there_and_keeps_the_text_around_it(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text("before\n<!-- results: written by study.py -->\nold\n<!-- end of results -->\nafter\n")
+    Recorder(study, monkeypatch)
+    call(study, monkeypatch, tmp_path, "--seeds", "1", "--settings", "W2A4", "W4A4", "--models", "fmnist-dit")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "15 of 15 rows are there" in text
+    assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
+    # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
+    assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    call(study, monkeypatch, tmp_path, "--seeds", "1", "--settings", "W2A4", "W4A4", "--models", "fmnist-dit", "--report-only")
+    assert (tmp_path / "README.md").read_text() == text
