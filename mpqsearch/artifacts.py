@@ -43,6 +43,7 @@ VERSIONS = {
     "mpqsearch/export": 1,
     "mpqsearch/packed": 1,
     "mpqsearch/checkpoint": 1,
+    "mpqsearch/activations": 1,
     "mpqsearch/search": 1,
     "mpqsearch/search-evaluation": 1,
 }

@@ -144,6 +144,58 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How a quantized student is trained; see `mpqsearch.distill.DistillSpec`, `TRDSpec` and `mpqsearch.quant.param_groups`.
+
+    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr``, ``weight_lr``, ``weight_scale_lr`` and ``activation_scale_lr`` are learning
+    rates in units of the mean quantization step of a layer; ``lr_factor`` multiplies all of them. The defaults are for a few hundred steps;
+    the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are
+    kept in files and repeat (0: run online, never repeated). ``seed`` chooses the training noise.
+    """
+
+    trainable: str = "lora"
+    rank: int = 32
+    steps: int = 400
+    batch: int = 8
+    seed: int = 0
+    cached: int = 0
+    window: int = 2
+    temperature: float = 0.1
+    weight: float = 0.1
+    pooled_size: int = 16
+    truncate: bool = False
+    queue: int = 0
+    as_released: bool = False
+    feature: str = ""
+    lora_lr: float = 0.04
+    weight_lr: float = 0.04
+    weight_scale_lr: float = 1e-3
+    activation_scale_lr: float = 5e-3
+    lr_factor: float = 1.0
+    weight_decay: float = 0.01
+    ema: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    precision: str = "float32"
+    explosion: float = 20.0
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trainable not in TRAINABLE:
+            raise UnknownNameError("choice of what is trainable", self.trainable, TRAINABLE, "(distill.trainable)")
+        rates = (self.lora_lr, self.weight_lr, self.weight_scale_lr, self.activation_scale_lr, self.lr_factor)
+        if any(not rate >= 0 for rate in rates):
+            raise ConfigError("distill: learning rates and lr_factor must be at least 0")
+        if self.cached < 0:
+            raise ConfigError(f"distill.cached must be at least 0, got {self.cached}")
+
+
+TRAINABLE = ("scales", "lora", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """``chosen``: the method whose maps are drawn and exported (empty: the one with the best front)."""
 
@@ -247,6 +299,7 @@ class Config:
     methods: tuple[MethodSpec, ...] = DEFAULT_METHODS
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

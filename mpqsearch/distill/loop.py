@@ -100,7 +100,8 @@ class DistillSpec:
 class DistillState:
     """After ``step`` of ``steps``: losses of the step, learning rate as a fraction of its start, norm of the gradient before clipping.
 
-    ``checkpoint`` is the folder written after this step, if any; ``interrupted`` says that a signal came, the state was saved, and the loop ends.
+    ``checkpoint`` is the folder written after this step, if any; ``interrupted`` says that a signal (its number: ``signal``) came, the state
+    was saved, and the loop ends.
     """
 
     step: int
@@ -113,6 +114,7 @@ class DistillState:
     seconds: float
     checkpoint: Path | None = None
     interrupted: bool = False
+    signal: int = 0
 
     def to_data(self) -> dict[str, float]:
         """The numbers, for the log."""
@@ -169,13 +171,20 @@ def distill(
         while done < spec.steps:
             numbers = run.step(done)
             done += 1
-            stop = run.processes.any(stopping.caught, run.device)
+            stop = run.processes.any(stopping.number > 0, run.device)
             path = None
             if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
                 if run.processes.main:
                     path = save_checkpoint(folder, run.checkpoint(done), identity, keep_last=spec.keep_last)
                 run.processes.wait()
-            state = DistillState(step=done, steps=spec.steps, checkpoint=path, interrupted=stop and done < spec.steps, **numbers)
+            state = DistillState(
+                step=done,
+                steps=spec.steps,
+                checkpoint=path,
+                interrupted=stop and done < spec.steps,
+                signal=stopping.number,
+                **numbers,
+            )
             if folder is not None and run.processes.main:
                 _append(folder / "train.jsonl", state.to_data())
             events.write(state)
@@ -408,7 +417,7 @@ class _Signals:
     """Catch SIGTERM and SIGINT once: set a flag, and give the next signal its usual effect."""
 
     def __init__(self) -> None:
-        self.caught = False
+        self.number = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -420,8 +429,8 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _catch(self, _number: int, _frame: FrameType | None) -> None:
-        self.caught = True
+    def _catch(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:

@@ -1,6 +1,13 @@
 """Fake quantization of weights and activations: range search, codebooks, integer codes, trainable modules."""
 
-from mpqsearch.quant.activations import ActivationQuantizer, ActivationSearch, ActivationTable, RangeCollector, prescale_inputs
+from mpqsearch.quant.activations import (
+    ActivationQuantizer,
+    ActivationSearch,
+    ActivationTable,
+    RangeCollector,
+    activation_table_of,
+    prescale_inputs,
+)
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
 from mpqsearch.quant.modules import (
     QuantLayer,
@@ -35,6 +42,7 @@ __all__ = [
     "RowStatistics",
     "Trainable",
     "WeightQuantizer",
+    "activation_table_of",
     "build_student",
     "decode",
     "encode",

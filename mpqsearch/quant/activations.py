@@ -509,3 +509,18 @@ def attach_quantizer(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module.input_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+
+
+def activation_table_of(module: nn.Module, table: LayerTable) -> ActivationTable | None:
+    """The scales and zero points that a quantized model uses now, as they are stored; None when it quantizes no activations."""
+    found = {m.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
+    if not found:
+        return None
+    clock = getattr(module, "timestep_clock", None)
+    return ActivationTable(
+        model_digest=table.digest,
+        bits={n: q.bits for n, q in found.items()},
+        scale={n: stored_scale(q.scale.detach()).cpu() for n, q in found.items()},
+        zero={n: q.zero.detach().round().clamp(0, q.top).cpu() for n, q in found.items()},
+        timesteps=() if clock is None else tuple(int(t) for t in clock.timesteps),
+    )

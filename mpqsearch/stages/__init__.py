@@ -7,6 +7,7 @@ says so. Torch is imported only by the stages that need a model.
 from mpqsearch.stages.allocating import allocation, allocations
 from mpqsearch.stages.base import Run, slug, start
 from mpqsearch.stages.discovering import layers
+from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import export, quantize
@@ -20,6 +21,7 @@ __all__ = [
     "allocation",
     "allocations",
     "chosen_method",
+    "distill",
     "evaluate",
     "everything",
     "explanations",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import Budget, LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
@@ -65,16 +66,23 @@ def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_n
         return folder
     same_model(run, table)
     module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
+    write_model_folder(run, folder, module, bit_map)
+    run.say(f"quantize: {folder}")
+    return folder
+
+
+def write_model_folder(run: Run, folder: Path, module: Any, bit_map: BitMap) -> None:
+    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not of diffusers."""
     if not hasattr(module, "save_pretrained"):
-        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant.quantize_model from Python instead")
+        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
     from safetensors.torch import save
 
+    names = run.denoiser.module.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
+    weights = {k: v.contiguous().clone() for k, v in module.state_dict().items() if k in names}
     with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
-        handle.write(save({k: v.contiguous().clone() for k, v in module.state_dict().items()}, metadata={"format": "pt"}))
+        handle.write(save(weights, metadata={"format": "pt"}))
     artifacts.write_text(folder / "config.json", module.to_json_string())
     artifacts.write_text(folder / "scheduler_config.json", json_text(dict(run.denoiser.scheduler)))
     hints = {"n_classes": run.denoiser.n_classes, "null_class": run.denoiser.null_class}
     artifacts.write_text(folder / "denoiser.json", json_text(hints))
-    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": table.digest})
-    run.say(f"quantize: {folder}")
-    return folder
+    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": bit_map.model_digest})

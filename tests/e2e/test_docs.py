@@ -30,6 +30,8 @@ SMALL = {
     "quantizer.n_candidates": "6",
     "evaluate.samples": "4",
     "report.grid_columns": "2",
+    "distill.steps": "2",
+    "distill.batch": "2",
 }
 WITHOUT_STUDY = ("inspect", "doctor", "--help", "--version")
 

@@ -1,0 +1,209 @@
+"""Train the quantized student of one map, and measure it before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.progress import bar_of
+from mpqsearch.stages.allocating import allocation
+from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.evaluating import activation_table, reference
+from mpqsearch.stages.exporting import write_model_folder
+from mpqsearch.stages.profiling import profile_inputs
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpqsearch.distill import DistillSpec, Processes, TeacherSource
+    from mpqsearch.metrics import FeatureExtractor, Reference
+    from mpqsearch.quant import ActivationTable
+
+KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy")
+"""Metrics that the stage prints."""
+
+
+def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> dict[str, Any]:
+    """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
+
+    Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors`` (integer codes, scales
+    and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned. The
+    same call continues an interrupted training. Raises `SystemExit` with 128 plus the signal's number after a signal.
+    """
+    methods = {m.name: m for m in run.config.methods}
+    if method_name not in methods:
+        raise UnknownNameError("method", method_name, methods)
+    method = methods[method_name]
+    bit_map, _ = allocation(run, table, measured, method, budget)
+    folder = run.path("distilled", slug(method_name, budget))
+    inputs = _inputs(run, table, bit_map) | {"bias_correction": str(method.bias_correction)}
+    path = folder / "metrics.json"
+    if artifacts.is_current(path, "mpqsearch/metrics", inputs, overwrite=run.overwrite):
+        run.say(f"distill: reused {folder}")
+        return dict(artifacts.read_json(path, "mpqsearch/metrics").data)
+    if run.dry_run:
+        run.say(f"distill: would train {method_name} at {budget.label()} for {run.config.distill.steps} steps into {folder}")
+        return {}
+    from mpqsearch.distill import processes
+    from mpqsearch.metrics import load_extractor
+    from mpqsearch.quant import build_student, finalize
+
+    team = processes()  # before the model is loaded: each process gets a GPU of its own
+    same_model(run, table)
+
+    input_max = _tensors(measured.input_max)
+    activations = activation_table(run, table, bit_map, input_max)
+    student = build_student(
+        run.denoiser.module,
+        table,
+        bit_map,
+        means=_tensors(measured.means) if method.bias_correction else None,
+        input_max=input_max,
+        activations=activations,
+        trainable=run.config.distill.trainable,  # type: ignore[arg-type]
+        rank=run.config.distill.rank,
+        seed=run.config.distill.seed,
+    )
+    c = run.config.evaluate
+    extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
+    base = before = None
+    if team.main:
+        base, _ = reference(run, table, extractor)
+        before = _measure(run, finalize(student).module, base, extractor, "before training")
+    team.wait()
+    with run.timed("distill"):
+        _train(run, student, activations, folder, inputs, team)
+    if base is None:  # files are written by the main process
+        raise SystemExit(0)
+    trained = finalize(student)
+    _write(run, folder, trained, table)
+    data = {"before": before, "after": _measure(run, trained.module, base, extractor, "after training")}
+    artifacts.write_json(path, "mpqsearch/metrics", data, inputs)
+    run.say(f"distill: {folder}, trained in {run.seconds['distill']:.0f} s")
+    return data
+
+
+def distill_specs(run: Run) -> DistillSpec:
+    """The settings of the loop, from the configuration."""
+    from mpqsearch.distill import DistillSpec, TRDSpec
+
+    c = {f.name: getattr(run.config.distill, f.name) for f in fields(run.config.distill)}
+    relation = TRDSpec(**{f.name: c[f.name] for f in fields(TRDSpec)})
+    return DistillSpec(relation=relation, **{f.name: c[f.name] for f in fields(DistillSpec) if f.name in c})
+
+
+def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
+    """Digests of all that a trained student depends on."""
+    c = run.config.to_data()
+    logs = ("checkpoint_every", "keep_last", "tensorboard")
+    training = {k: v for k, v in c["distill"].items() if k not in logs}
+    return profile_inputs(run, table) | {
+        "bit_map": bit_map.digest,
+        "activations": artifacts.digest_of(c["activations"]) if bit_map.activations else "none",
+        "distill": artifacts.digest_of(training),
+        "evaluate": artifacts.digest_of(c["evaluate"]),
+    }
+
+
+def _train(
+    run: Run, student: nn.Module, activations: ActivationTable | None, folder: Path, inputs: Mapping[str, str], team: Processes
+) -> None:
+    """Run the loop behind a progress bar; end the program when a signal ended the loop."""
+    from mpqsearch.distill import distill as loop
+    from mpqsearch.quant import param_groups
+
+    c = run.config.distill
+    source = _teacher(run, student, team.rank, team.world)
+    if activations is not None and activations.timesteps and set(activations.timesteps) != set(source.timesteps):
+        raise ConfigError(
+            f"the activation scales are for the timesteps {list(activations.timesteps)}, the training's sampler has "
+            f"{sorted(source.timesteps)}: use the same number of sampler steps for both, or static scales"
+        )
+    groups = param_groups(
+        student,
+        lora_lr_factor=c.lora_lr,
+        weight_lr_factor=c.weight_lr,
+        weight_scale_lr=c.weight_scale_lr,
+        activation_scale_lr=c.activation_scale_lr,
+        relative=True,
+        multiplier=c.lr_factor,
+    )
+    made = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
+    spec = distill_specs(run)
+    with bar_of("distill", spec.steps, unit="step") as bar:
+        for state in loop(
+            run.denoiser, student, groups, source, spec, folder=folder, inputs=made, overwrite=run.overwrite, processes=team
+        ):
+            bar.update(state.step - bar.n if not bar.disable else 0)
+            bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}")
+            if state.interrupted:
+                run.say(f"distill: interrupted after step {state.step} of {state.steps}; saved. The same command continues.")
+                raise SystemExit(128 + state.signal)
+
+
+def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSource:
+    from mpqsearch.distill import CachedTrajectories, Trajectories, find_feature_module
+
+    c = run.config.distill
+    feature = (c.feature or find_feature_module(student)) if c.weight > 0 else ""
+    source = Trajectories(
+        run.denoiser,
+        sampler_of(run),
+        batch=c.batch,
+        seed=c.seed,
+        feature=feature,
+        pooled_size=c.pooled_size,
+        rank=rank,
+        world=world,
+    )
+    return CachedTrajectories(source, run.path("teacher"), c.cached) if c.cached else source
+
+
+def _measure(run: Run, module: nn.Module, base: Reference, extractor: FeatureExtractor, label: str) -> dict[str, Any]:
+    from mpqsearch.metrics import evaluate
+    from mpqsearch.sampling import sample
+
+    with bar_of(label, len(base.seeds)) as bar:
+        samples = sample(run.denoiser.with_module(module), base.seeds, sampler_of(run), tick=bar.update)
+    return {k: v.to_data() for k, v in evaluate(samples, base, extractor).metrics.items()}
+
+
+def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
+    """The trained student: a diffusers folder where the model is of diffusers, and always the integer codes."""
+    from safetensors.torch import save
+
+    from mpqsearch.quant import activation_table_of
+
+    if hasattr(run.denoiser.module, "save_pretrained"):
+        write_model_folder(run, folder, trained.module, trained.bit_map)
+    else:
+        artifacts.save_bit_map(folder / "bitmap.json", trained.bit_map, {"model": table.digest})
+    tensors: dict[str, Any] = {}
+    for name, rows in trained.rows.items():
+        parts = {
+            "codes": rows.codes,
+            "scale": rows.quantizer.scale,
+            "zero": rows.quantizer.zero,
+            "bits": rows.quantizer.bits,
+            "factor": rows.factor,
+            "full_rows": rows.full_rows,
+        }
+        tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
+    with artifacts.atomic_write(folder / "codes.safetensors") as handle:
+        handle.write(save(tensors))
+    learned = activation_table_of(trained.module, table)
+    if learned is not None:
+        artifacts.write_json(folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": table.digest})
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}

@@ -1,0 +1,89 @@
+"""``mpqsearch distill`` on a tiny model: trains, reuses, continues, refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Cli
+
+pytestmark = pytest.mark.slow
+
+SMALL = ("--set", "distill.batch=2", "--set", "distill.rank=4", "--set", "distill.pooled_size=4")
+
+
+def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Path) -> None:
+    call = (
+        "distill",
+        "-c",
+        study,
+        "-o",
+        "run",
+        "--method",
+        "ilp-channel",
+        "--budget",
+        "uniform:3",
+        *SMALL,
+        "--set",
+        "distill.steps=4",
+    )
+    dry = cli(*call, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not (tmp_path / "run/distilled").exists()
+    done = cli(*call, "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["before"]["paired_mse"]["value"] != data["after"]["paired_mse"]["value"]
+    folder = tmp_path / "run/distilled/ilp-channel@uniform-3"
+    assert {
+        "bitmap.json",
+        "codes.safetensors",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "metrics.json",
+        "train.jsonl",
+    } <= {p.name for p in folder.iterdir()}
+    assert len((folder / "train.jsonl").read_text().splitlines()) == 4
+    again = cli(*call, "--json")
+    assert "distill: reused" in again.stderr
+    assert json.loads(again.stdout) == data
+    other = cli(*call, "--set", "distill.temperature=0.5")
+    assert other.returncode == 4
+    assert "distill (" in other.stderr
+    assert "--overwrite" in other.stderr
+    assert cli(*call, "--set", "distill.temperature=0.5", "--overwrite").returncode == 0
+    misspelt = cli(*call, "--set", "distill.temprature=0.5")
+    assert misspelt.returncode == 2
+    assert "'temperature'" in misspelt.stderr
+
+
+def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, tmp_path: Path) -> None:
+    call = ["distill", "-c", str(study), "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL]
+    call += ["--set", "distill.steps=60", "--set", "distill.cached=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mpqsearch.cli", *call],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run/distilled/uniform@uniform-3/train.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "The same command continues" in errors
+    before = len(log.read_text().splitlines())
+    assert 3 <= before < 60
+    done = cli(*call)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
