@@ -64,6 +64,9 @@ class Recipe:
 
 METHODS = {
     "ours": Recipe(
+        spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True), trainable="all", relation=True
+    ),
+    "ours+lora": Recipe(
         spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True),
         trainable="lora",
         relation=True,
@@ -72,6 +75,7 @@ METHODS = {
     "uniform+qalora": Recipe(spec=MethodSpec(name="uniform+qalora", allocator="uniform"), trainable="lora"),
     "uniform": Recipe(spec=MethodSpec(name="uniform", allocator="uniform")),
     "omq-paper": Recipe(spec=MethodSpec(name="omq-paper", allocator="omq-paper", prescale=True)),
+    "mpq-dm+all": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="all", relation=True),
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
@@ -80,7 +84,7 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("uniform+trd", "omq-released")
+LATER = ("mpq-dm+all", "uniform+trd", "omq-released")
 """Methods whose rows come after those of the others for the same seed."""
 
 

@@ -65,11 +65,11 @@ def call(study: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *argu
 def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path)
-    assert len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * 7)
+    assert len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * len(study.METHODS))
     rows = [r for r in recorder.asked if r[1] != "full"]
-    assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "mpq-dm", "uniform+qalora")]
-    assert {r[0] for r in rows[:10]} == {"fmnist-unet", "fmnist-dit"}
-    assert all(r[3] == 0 for r in rows[:70])
+    assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "ours+lora", "mpq-dm")]
+    assert {r[0] for r in rows[:12]} == {"fmnist-unet", "fmnist-dit"}
+    assert all(r[3] == 0 for r in rows[:90])
 
 
 def test_an_interrupted_study_continues_from_the_results_alone(
@@ -83,9 +83,9 @@ def test_an_interrupted_study_continues_from_the_results_alone(
     second = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--work", str(tmp_path / "another"))
     assert not set(first.asked) & set(second.asked)
-    assert len(first.asked) + len(second.asked) == 36
+    assert len(first.asked) + len(second.asked) == 46
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert len(rows) == 36
+    assert len(rows) == 46
     third = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small)
     assert third.asked == []
@@ -97,11 +97,11 @@ def test_rows_of_another_schedule_are_refused_or_dropped(
     Recorder(study, monkeypatch)
     small = ("--seeds", "1", "--settings", "W2A4", "--models", "fmnist-dit")
     call(study, monkeypatch, tmp_path, *small)
-    with pytest.raises(SystemExit, match=r"holds 8 rows of another schedule, the first full-precision"):
+    with pytest.raises(SystemExit, match=r"holds 10 rows of another schedule, the first full-precision"):
         call(study, monkeypatch, tmp_path, *small, "--steps", "10")
     again = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--steps", "10", "--overwrite")
-    assert len(again.asked) == 8
+    assert len(again.asked) == 10
 
 
 def test_report_tells_what_is_there_and_keeps_the_text_around_it(
@@ -114,7 +114,7 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "15 of 15 rows are there" in text
+    assert "19 of 19 rows are there" in text
     assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
