@@ -65,6 +65,8 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
 
 
 def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, tmp_path: Path) -> None:
+    quantized = 'allocator = "uniform"\nact_bits = 4\nact_timesteps = true'
+    study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
     call = ["distill", "-c", str(study), "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL]
     call += ["--set", "distill.steps=60", "--set", "distill.cached=2"]
     process = subprocess.Popen(
@@ -87,3 +89,6 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     done = cli(*call)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+    learned = json.loads((log.parent / "activations.json").read_text())["data"]
+    assert len(learned["timesteps"]) == 3  # the steps of the study's sampler
+    assert all(len(entry["scale"]) == 3 for entry in learned["layers"].values())
