@@ -24,7 +24,7 @@ REPEATS = 5
 def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
     """Forward and backward of a window of two timesteps, eight samples with guidance: W1-W8 by channel, A4 by timestep, rank 32, TRD.
 
-    The ratio is between medians of alternating runs of one process, so that load of the machine falls on both.
+    The ratio is between medians of CPU seconds of alternating runs in one process.
     """
     denoiser = load_model(name)
     table = discover(denoiser)
@@ -39,7 +39,7 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
     window = list(Trajectories(denoiser, sampler, batch=8, feature=feature, pooled_size=14).steps(0))[:2]
 
     def step(module: torch.nn.Module, relation: bool) -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         relations = TimeSmoothedRelations(TRDSpec(pooled_size=14))
         loss = torch.zeros(())
         with FeatureTap(module, feature, 14) as tap:
@@ -53,7 +53,7 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
             loss = loss + 0.1 * relations.loss()
         loss.backward()
         module.zero_grad()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     cases = {"full precision": (full, False), "student": (student, False), "student with relation loss": (student, True)}
     seconds: dict[str, list[float]] = {label: [] for label in cases}
