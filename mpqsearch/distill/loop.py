@@ -59,7 +59,7 @@ class DistillSpec:
         Optimiser steps between checkpoints, and how many are kept.
     explosion
         The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of the mean square of
-        the teacher's prediction, whichever is larger.
+        the teacher's prediction, whichever is larger; during the first trajectory, of that mean square itself.
     tensorboard
         Also write TensorBoard events.
     """
@@ -327,9 +327,11 @@ class _Run:
             raise NumericsError(self._advice(done, "a gradient is not finite", bad))
         self.ceiling = max(self.ceiling, power / 100)
         first = done * self.spec.accumulate < self.windows_per_trajectory
-        if done and loss > self.spec.explosion * self.ceiling:
+        # Losses of different timesteps differ by more than any explosion, so the first trajectory is only held to the size of its targets.
+        usual = power if first else self.ceiling
+        if done and loss > self.spec.explosion * usual:
             largest = max(self.parameters, key=lambda n: _relative_gradient(self.parameters[n]))
-            what = f"the loss is {loss:.3g}, more than {self.spec.explosion:g} times what it was at first ({self.ceiling:.3g})"
+            what = f"the loss is {loss:.3g}, more than {self.spec.explosion:g} times what it was at first ({usual:.3g})"
             raise NumericsError(self._advice(done, what, largest))
         if first:
             self.ceiling = max(self.ceiling, loss)

@@ -4,12 +4,14 @@ import copy
 import json
 import os
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill
+from mpqsearch.distill import CachedTrajectories, DistillSpec, TeacherStep, Trajectories, TRDSpec, distill
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.models import Denoiser
 from mpqsearch.sampling import SamplerSpec, timesteps_of
@@ -224,6 +226,24 @@ def test_divergence_stops_with_step_layer_and_advice_and_keeps_the_checkpoint(tm
     groups[0]["lr"] = 3.0
     with pytest.raises(NumericsError, match=r"more than 20 times what it was at first"):
         list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=40, clip_norm=0.0)))
+
+
+def test_losses_that_differ_between_timesteps_are_no_explosion() -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser, scale=1.0)
+    groups[0]["lr"] = 0.0
+
+    class Uneven(Trajectories):
+        """Loss 0 at all timesteps but the last, where it is 9."""
+
+        def steps(self, index: int) -> Iterator[TeacherStep]:
+            for step in super().steps(index):
+                yield replace(step, prediction=step.prediction + 3.0 * (step.timestep == self.timesteps[-1]))
+
+    source = Uneven(denoiser, SamplerSpec(steps=5, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4)
+    states = list(distill(denoiser, student, groups, source, spec(steps=6, weight_decay=0.0)))
+    assert states[2].task > 8
+    assert max(s.task for s in states if s.step % 3) < 1e-6
 
 
 def test_trajectories_are_those_of_the_sampler_and_never_repeat() -> None:
