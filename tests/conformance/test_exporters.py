@@ -246,7 +246,7 @@ def test_a_map_of_another_model_is_refused(table: LayerTable) -> None:
 
 
 def test_names_that_are_not_known() -> None:
-    with pytest.raises(UnknownNameError, match=r"did you mean 'quanto'.*Known: .*neutral, quanto"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'quanto'.*Known: .*neutral, .*quanto"):
         get_exporter("quant")
     with pytest.raises(ConfigError, match="registered already"):
         register("neutral", EXPORTERS["neutral"])

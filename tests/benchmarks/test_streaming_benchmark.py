@@ -1,6 +1,6 @@
 """Weight-only profile of a U-Net of Stable Diffusion 1.5's size from disk: seconds, memory, and ratios measured in one run.
 
-python -m pytest tests/benchmarks/test_streaming.py --benchmark-enable --benchmark-only -s        (or: make benchmark)
+python -m pytest tests/benchmarks/test_streaming_benchmark.py --benchmark-enable --benchmark-only -s        (or: make benchmark)
 
 The weights are random, in bf16, written to a temporary folder of 1.7 GB. Peak memory is that of a child process that does nothing else.
 """
@@ -134,7 +134,7 @@ def profile(folder: str) -> dict[str, Any]:
 def test_profile_of_the_weights_of_a_unet_of_stable_diffusion_size(benchmark: Any, tmp_path: Path) -> None:
     write_model(tmp_path)
     code = (
-        "import json, sys; from tests.benchmarks.test_streaming import profile; "
+        "import json, sys; from tests.benchmarks.test_streaming_benchmark import profile; "
         f"print(json.dumps(profile({str(tmp_path)!r})), file=sys.stdout)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
