@@ -19,6 +19,7 @@ METRIC_TITLES = {
     "fd_data": "Fréchet distance to data",
     "fd_fp": "Fréchet distance to full precision",
     "kid_data": "Kernel distance to data",
+    "kid_fp": "Kernel distance to full precision",
     "paired_psnr": "PSNR to full precision, same noise (dB)",
     "paired_mse": "Squared error to full precision, same noise",
     "class_accuracy": "Share of samples in the class that was asked for",

@@ -25,12 +25,13 @@ from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_js
 
 TEMPLATE = "report.html.j2"
 
-_DECIMALS = {"fd_data": 3, "fd_fp": 3, "kid_data": 5, "paired_psnr": 2, "paired_mse": 5, "class_accuracy": 3}
+_DECIMALS = {"fd_data": 3, "fd_fp": 3, "kid_data": 5, "kid_fp": 5, "paired_psnr": 2, "paired_mse": 5, "class_accuracy": 3}
 
 _HEADINGS = {
     "fd_data": "FD to data",
     "fd_fp": "FD to full precision",
     "kid_data": "KID to data",
+    "kid_fp": "KD to full precision",
     "paired_psnr": "PSNR, dB",
     "paired_mse": "Squared error",
     "class_accuracy": "Right class",
