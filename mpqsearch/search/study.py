@@ -36,6 +36,9 @@ PRUNERS = ("wilcoxon", "median", "none")
 MAX_FAILURES = 10
 """A study is given up after so many failed trials of one worker in a row."""
 
+NEAR_END = 8
+"""So many trials before the last the study is looked at before every trial."""
+
 CONTEXT = "mpqsearch context"
 SURPLUS = "surplus"
 DRAW = "draw"
@@ -241,11 +244,13 @@ def work(
     )
     errors: list[MpqsearchError] = []
     ended: list[int] = []
+    known: list[FrozenTrial] = []  # the last look at the study
+    look_again = 0.0
 
     def guarded(trial: Trial) -> Any:
         ended.clear()
         trial.set_user_attr(WORKER, identity)
-        trials = study.get_trials(deepcopy=False)
+        known[:] = trials = study.get_trials(deepcopy=False)
         if sum(t.number < trial.number and t.state != optuna.trial.TrialState.FAIL for t in trials) >= plan.trials:
             trial.set_user_attr(SURPLUS, True)
             raise _SurplusError
@@ -273,16 +278,19 @@ def work(
         if isinstance(plan.sampler, str) and plan.sampler not in ("random", "tpe"):
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
         while not stop():
-            fail_dead_trials(study, folder, grace_s)
-            trials = study.get_trials(deepcopy=False)
-            state = counts_of(trials)
-            if state.finished >= plan.trials:
-                break
-            if state.finished + state.running >= plan.trials and not state.waiting:
-                time.sleep(poll_s)
-                continue
+            # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
+            if time.monotonic() >= look_again or len(known) + NEAR_END >= plan.trials:
+                look_again = time.monotonic() + heartbeat_s
+                fail_dead_trials(study, folder, grace_s)
+                known[:] = study.get_trials(deepcopy=False)
+                state = counts_of(known)
+                if state.finished >= plan.trials:
+                    break
+                if state.finished + state.running >= plan.trials and not state.waiting:
+                    time.sleep(poll_s)
+                    continue
             if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
-                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(trials)), plan.mode)
+                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(known)), plan.mode)
             try:
                 study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError), callbacks=[told])
             except Exception:
