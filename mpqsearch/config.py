@@ -151,6 +151,7 @@ class DistillConfig:
     rates in units of the mean quantization step of a layer; ``lr_factor`` multiplies all of them. The defaults are for a few hundred steps;
     the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are
     kept in files and repeat (0: run online, never repeated). ``seed`` chooses the training noise.
+    ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
     """
 
     trainable: str = "lora"
@@ -181,8 +182,12 @@ class DistillConfig:
     checkpoint_every: int = 100
     keep_last: int = 2
     tensorboard: bool = False
+    methods: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for text in self.budgets:
+            Budget.parse(text)
         if self.trainable not in TRAINABLE:
             raise UnknownNameError("choice of what is trainable", self.trainable, TRAINABLE, "(distill.trainable)")
         rates = (self.lora_lr, self.weight_lr, self.weight_scale_lr, self.activation_scale_lr, self.lr_factor)
@@ -312,6 +317,9 @@ class Config:
         self.allocate.parsed()
         if self.search.method and self.search.method not in names:
             raise UnknownNameError("method", self.search.method, names, "(search.method)")
+        for name in self.distill.methods:
+            if name not in names:
+                raise UnknownNameError("method", name, names, "(distill.methods)")
         self._check_search()
         if self.export.budget:
             Budget.parse(self.export.budget)

@@ -102,7 +102,7 @@ def distill_specs(run: Run) -> DistillSpec:
 def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
     """Digests of all that a trained student depends on."""
     c = run.config.to_data()
-    logs = ("checkpoint_every", "keep_last", "tensorboard")
+    logs = ("checkpoint_every", "keep_last", "tensorboard", "methods", "budgets")  # what changes no number
     training = {k: v for k, v in c["distill"].items() if k not in logs}
     return profile_inputs(run, table) | {
         "bit_map": bit_map.digest,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from mpqsearch.core import StudyRecord
+import itertools
+from dataclasses import replace
+
+from mpqsearch.core import Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord
 from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.discovering import layers
+from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export
 from mpqsearch.stages.profiling import profile
@@ -28,6 +32,21 @@ def everything(run: Run) -> list[StudyRecord]:
             run.say(
                 f"profile: rank correlation of {row['predictor']!r} with one layer at a time, {row['bits']} bits: {row['spearman']:.2f}"
             )
+    records += trained(run, table, measured, records)
     report(run, table, measured, records)
     export(run, table, measured, records)
     return records
+
+
+def trained(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord]) -> list[StudyRecord]:
+    """Train the maps that the study names; a record ``<method>+trd`` for each, beside that of the untrained map."""
+    c = run.config.distill
+    found = []
+    budgets = [Budget.parse(text) for text in c.budgets] or list(run.config.allocate.parsed())
+    for name, budget in itertools.product(c.methods, budgets):
+        data = distill(run, table, measured, name, budget)
+        before = next((r for r in records if r.method == name and r.target_bits == budget.limit), None)
+        if data and before is not None:
+            metrics = {k: MetricValue(**v) for k, v in data["after"].items()}
+            found.append(replace(before, method=f"{name}+trd", metrics=metrics))
+    return found

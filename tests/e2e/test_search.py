@@ -22,13 +22,16 @@ exponent = [0.5, 2.0]
 low_bits = [-1.0, 1.0]
 granularity = ["channel", "layer"]
 """
+TRAINING = '[distill]\nmethods = ["search"]\nbudgets = ["uniform:3"]\nsteps = 2\nbatch = 2\nwindow = 1\n'
 METHOD = '[[methods]]\nname = "search"\nallocator = "search"\ncodebook = "auto"\nbias_correction = true\n'
 
 
 @pytest.fixture
 def study(model_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(STUDY.format(source=json.dumps(str(model_folder))).replace("[evaluate]", METHOD + "[evaluate]") + SEARCH)
+    path.write_text(
+        STUDY.format(source=json.dumps(str(model_folder))).replace("[evaluate]", METHOD + "[evaluate]") + SEARCH + TRAINING
+    )
     return path
 
 
@@ -61,7 +64,8 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
     assert 'id="search"' in page
     assert "Progress against evaluation cost" in page
     rows = (folder / "pareto.csv").read_text()
-    assert ",search," in rows or "\nsearch," in rows or "search" in rows
+    assert ",search," in rows
+    assert ",search+trd," in rows
     for name in ("search_front.png", "search_history_forwards.svg", "search_parallel.png"):
         assert (folder / "search" / "figures" / name).stat().st_size > 1000
     assert len((folder / "search" / "trials.jsonl").read_text().splitlines()) == 6
