@@ -29,7 +29,7 @@ from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 
 HERE = Path(__file__).resolve().parent
-BUDGETS = ("uniform:2", "uniform:3", "uniform:4")
+BUDGETS = ("uniform:2", "uniform:3")
 SEEDS = range(32)
 PROBED = range(1_000_000, 1_000_016)
 SAMPLER = SamplerSpec(steps=10, guidance=2.0, batch=32)
