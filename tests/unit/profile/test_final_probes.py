@@ -151,7 +151,7 @@ def test_the_target_error_is_reached_by_going_on() -> None:
     few = profile_base(denoiser, table, policy, sampler, CalibrationSpec(**settings, sampler_seeds=2, sampler_probes=1), FMT)  # type: ignore[arg-type]
     more = CalibrationSpec(**settings, sampler_seeds=2, sampler_probes=1, target_error=0.35)  # type: ignore[arg-type]
     many = profile_base(denoiser, table, policy, sampler, more, FMT)
-    assert few.calibration["spent"] == {"probe_inputs": 4, "sampler_seeds": 2}
+    assert few.calibration["spent"].items() >= {"probe_inputs": 4, "sampler_seeds": 2}.items()
     for loss, key, first in (("probe", "probe_inputs", 4), ("sampler", "sampler_seeds", 2)):
         assert relative_error(few, loss) > 0.35 or many.calibration["spent"][key] == first
         assert relative_error(many, loss) <= 0.35 or many.calibration["spent"][key] >= MOST * first
