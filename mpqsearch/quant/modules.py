@@ -48,31 +48,32 @@ class _QuantizeRows(torch.autograd.Function):
         s, z = _as_stored(scale, zero, top, fixed_zero)
         # The operations of `encode` and `decode`, in their order: codes and scales give these numbers back bit for bit.
         codes = (rows if factor is None else rows * factor).div(s[:, None]).add_(z[:, None]).round_()
-        clipped = codes.clamp_min(0).minimum(top[:, None])
-        inside = codes == clipped
+        clipped = codes.clamp_min(0)
+        torch.minimum(clipped, top[:, None], out=clipped)
+        outside = codes.sub_(clipped).abs_().clamp_max_(1)  # 0 or 1 in floating point: on a CPU several times as fast as booleans
         out = clipped.sub_(z[:, None]).mul_(s[:, None])
         if factor is not None:
             out.div_(factor)
         if full is not None:
             out[full] = rows[full]
-            inside[full] = True
+            outside[full] = 0
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(inside, *((rows, out) if needs[1] else (None, None)), s, top, fixed_zero, factor)
+        ctx.save_for_backward(outside, *((rows, out) if needs[1] else (None, None)), s, top, fixed_zero, factor)
         ctx.lsq = lsq
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        inside, rows, out, s, top, fixed_zero, factor = ctx.saved_tensors
-        gw = grad * inside
+        outside, rows, out, s, top, fixed_zero, factor = ctx.saved_tensors
+        gw = torch.addcmul(grad, grad, outside, value=-1)
         gs = gz = None
-        weight = (inside.shape[1] * top).rsqrt() if ctx.lsq else 1.0
+        weight = (grad.shape[1] * top).rsqrt() if ctx.lsq else 1.0
         if ctx.needs_input_grad[1]:
-            gs = ((grad * out).sum(1) - (gw * rows).sum(1)) / s * weight
+            gs = (torch.linalg.vecdot(grad, out) - torch.linalg.vecdot(gw, rows)) / s * weight
         if ctx.needs_input_grad[2]:
-            outside = grad - gw
-            gz = (-(outside if factor is None else outside / factor).sum(1) * s * weight).masked_fill(fixed_zero, 0)
+            lost = grad * outside if factor is None else grad * outside / factor
+            gz = (-lost.sum(1) * s * weight).masked_fill(fixed_zero, 0)
         return (gw if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None, None
 
 
