@@ -12,7 +12,7 @@ from mpqsearch.cli.printing import print_json, print_table
 if TYPE_CHECKING:
     from mpqsearch.stages import Run
 
-TrialsOption = Annotated[int | None, typer.Option("--trials", help="Trials in all, over all workers and sessions (search.trials).")]
+TrialsOption = Annotated[int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")]
 SamplerOption = Annotated[str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes, random or qmc (search.sampler).")]
 StorageOption = Annotated[
     str | None,

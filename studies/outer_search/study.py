@@ -3,7 +3,7 @@
     python studies/outer_search/study.py                 # runs what results.csv lacks, then draws the figure and the table
     python studies/outer_search/study.py --only-report   # draws them from results.csv alone
 
-Rows that are in ``results.csv`` are not run again, so any later session, on any machine, continues. Searches that were interrupted go on
+Rows that are in ``results.csv`` are not run again, so any later run, on any machine, continues. Searches that were interrupted go on
 from their journal in ``runs/outer_search``.
 """
 
