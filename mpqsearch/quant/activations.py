@@ -240,7 +240,8 @@ class _QuantizeActivation(torch.autograd.Function):
 
 def _dots(a: Tensor, b: Tensor, parts: int) -> Tensor:
     """``sum a b`` of each of ``parts`` equal parts."""
-    return torch.linalg.vecdot(a.reshape(parts, -1), b.reshape(parts, -1))
+    dots: Tensor = torch.linalg.vecdot(a.reshape(parts, -1), b.reshape(parts, -1))
+    return dots
 
 
 class ActivationQuantizer(nn.Module):
