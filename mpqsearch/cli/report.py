@@ -24,4 +24,5 @@ def report(run: Run, *, as_json: bool) -> None:
     if measured is None:
         return
     records = stages.evaluate(run, table, measured)
+    records += stages.trained(run, table, measured, records)
     print_lines([stages.report(run, table, measured, records)], as_json=as_json)

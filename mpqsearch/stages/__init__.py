@@ -14,7 +14,7 @@ from mpqsearch.stages.exporting import export, quantize
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searching import search, watch
-from mpqsearch.stages.whole import everything
+from mpqsearch.stages.whole import everything, trained
 
 __all__ = [
     "Run",
@@ -36,5 +36,6 @@ __all__ = [
     "search",
     "slug",
     "start",
+    "trained",
     "watch",
 ]
