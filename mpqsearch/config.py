@@ -16,8 +16,10 @@ from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
 from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
+from mpqsearch.export import EXPORTERS
 from mpqsearch.methods import MethodSpec
 from mpqsearch.search.space import parse_space
+from mpqsearch.search.study import MODES, PRUNERS, SAMPLERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +325,25 @@ class Config:
         self._check_search()
         if self.export.budget:
             Budget.parse(self.export.budget)
+        for target in self.export.targets:
+            if target not in EXPORTERS:
+                raise UnknownNameError("export target", target, EXPORTERS)
+
+    def method(self, name: str) -> MethodSpec:
+        """The method of that name. Raises `UnknownNameError` when the study has none."""
+        by_name = {m.name: m for m in self.methods}
+        if name not in by_name:
+            raise UnknownNameError("method", name, by_name)
+        return by_name[name]
 
     def _check_search(self) -> None:
+        for what, value, known in (
+            ("sampler", self.search.sampler, SAMPLERS),
+            ("mode", self.search.mode, MODES),
+            ("pruner", self.search.pruner, PRUNERS),
+        ):
+            if value not in known:
+                raise UnknownNameError(f"{what} of the search", value, known, f"(search.{what})")
         searched = [m.name for m in self.methods if m.allocator == "search"]
         if searched and not self.search.trials:
             raise ConfigError(f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one")

@@ -29,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-BudgetOption = Annotated[list[str] | None, typer.Option("--budget", "-b", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated.")]
+BudgetOption = Annotated[
+    list[str] | None, typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated.")
+]
 
 _CONFIG = {"config": Annotated[Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")]}
 _STUDY = {"study": Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")]}
@@ -38,7 +40,13 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         Annotated[str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")],
         None,
     ),
-    "set_": (Annotated[list[str] | None, typer.Option("--set", help="Override one key: table.key=value. May be repeated.")], None),
+    "set_": (
+        Annotated[
+            list[str] | None,
+            typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the study. May be repeated."),
+        ],
+        None,
+    ),
     "run_dir": (
         Annotated[Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")],
         None,

@@ -29,9 +29,11 @@ def distill(
     """
     from mpqsearch import stages
     from mpqsearch.core import Budget
-    from mpqsearch.stages.distilling import KEYS
+    from mpqsearch.stages.distilling import KEYS, distill_specs
 
     limit = Budget.parse(budget)
+    run.config.method(method)
+    distill_specs(run)
     stages.start(run)
     table = stages.layers(run)
     measured = stages.profile(run, table)

@@ -29,6 +29,7 @@ def quantize(
     from mpqsearch.core import Budget
 
     limit = Budget.parse(budget)
+    run.config.method(method)
     table = stages.layers(run)
     measured = stages.profile(run, table)
     if measured is not None:

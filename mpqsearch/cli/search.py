@@ -22,7 +22,7 @@ StorageOption = Annotated[
         "shows in no list of processes.",
     ),
 ]
-WorkersOption = Annotated[int, typer.Option("--workers", help="Local processes, one thread each.")]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Local processes, one thread each.")]
 WatchOption = Annotated[bool, typer.Option("--watch", help="Only follow the study that others work on.")]
 WorkerOption = Annotated[
     int | None,
@@ -59,6 +59,7 @@ def search(
     """
     from mpqsearch import stages
 
+    stages.check_search(run, storage=storage, workers=workers)
     if worker is None and not watch:
         stages.start(run)
     table = stages.layers(run)

@@ -22,6 +22,9 @@ log = logging.getLogger("mpqsearch")
 STORAGE_VARIABLE = "MPQSEARCH_STORAGE"
 """Environment variable for a storage URL: unlike an argument it shows in no process list and no shell history."""
 
+SCHEMES = ("postgresql", "postgres", "mysql", "mariadb", "sqlite", "mssql", "oracle", "redis", "rediss", "grpc")
+"""Kinds of storage URLs, a driver's name after a plus sign left out."""
+
 HEARTBEAT_S = 10
 """Seconds between two signs of life of a worker."""
 
@@ -58,15 +61,11 @@ def open_storage(
     """
     if not isinstance(where, (str, Path)):
         return where
+    check_storage(where, workers=workers)
     text = str(where)
     if "://" not in text:
         return _journal(Path(text))
     scheme = text.split("://", 1)[0].lower()
-    if scheme.startswith("sqlite") and workers > 1:
-        raise ConfigError(
-            f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial and one of them dies (the "
-            "FAQ of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or mysql://."
-        )
     import optuna
 
     if scheme == "grpc":
@@ -75,6 +74,22 @@ def open_storage(
     if scheme.startswith("redis"):
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(text))
     return _database(_with_driver(text), heartbeat_s, grace_s)
+
+
+def check_storage(where: str | Path, *, workers: int = 1) -> None:
+    """Raise `ConfigError` for a kind of storage that is unknown, or that cannot serve so many workers. Opens nothing."""
+    if "://" not in str(where):
+        return
+    scheme = str(where).split("://", 1)[0].lower()
+    if scheme.split("+", 1)[0] not in SCHEMES:
+        raise ConfigError(
+            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the path of a journal file"
+        )
+    if scheme.startswith("sqlite") and workers > 1:
+        raise ConfigError(
+            f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial and one of them dies (the "
+            "FAQ of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or mysql://."
+        )
 
 
 def repair_journal(path: Path) -> int:

@@ -13,13 +13,14 @@ from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import export, quantize
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
-from mpqsearch.stages.searching import search, watch
+from mpqsearch.stages.searching import check_search, search, watch
 from mpqsearch.stages.whole import everything, trained
 
 __all__ = [
     "Run",
     "allocation",
     "allocations",
+    "check_search",
     "chosen_method",
     "distill",
     "evaluate",

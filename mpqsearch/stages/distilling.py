@@ -11,7 +11,7 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
@@ -37,10 +37,7 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
     and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned. The
     same call continues an interrupted training. Raises `SystemExit` with 128 plus the signal's number after a signal.
     """
-    methods = {m.name: m for m in run.config.methods}
-    if method_name not in methods:
-        raise UnknownNameError("method", method_name, methods)
-    method = methods[method_name]
+    method = run.config.method(method_name)
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("distilled", slug(method_name, budget))
     inputs = _inputs(run, table, bit_map) | {"bias_correction": str(method.bias_correction)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord
-from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
 from mpqsearch.stages.evaluating import quantized_module
@@ -55,10 +55,7 @@ def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
 
 def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:
     """Write the fake-quantized model as a diffusers folder with its bit map."""
-    methods = {m.name: m for m in run.config.methods}
-    if method_name not in methods:
-        raise UnknownNameError("method", method_name, methods)
-    method = methods[method_name]
+    method = run.config.method(method_name)
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("quantized", slug(method_name, budget))
     if run.dry_run:

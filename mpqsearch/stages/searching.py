@@ -42,9 +42,8 @@ def search(
     folder). ``workers`` local processes share the study. With ``worker`` this process is one of many: it works until the study
     has its trials and writes nothing but measurements.
     """
+    check_search(run, storage=storage, workers=workers)
     c = run.config.search
-    if not c.trials:
-        raise ConfigError("search.trials is 0: no search is asked for. Set it, for example --set search.trials=60")
     path = run.path("search", "search.json")
     inputs = search_inputs(run, table)
     # What a study depends on is checked when it is opened; with more trials it goes on, and its results are drawn up again.
@@ -68,6 +67,15 @@ def search(
         data = _finish(run, objective, study, inputs)
     run.say(f"search: {path}")
     return data
+
+
+def check_search(run: Run, *, storage: str | None = None, workers: int = 1) -> None:
+    """Raise `ConfigError` for a search that cannot be run, before anything long begins."""
+    from mpqsearch.search.storage import check_storage
+
+    if not run.config.search.trials:
+        raise ConfigError("search.trials is 0: no search is asked for. Set it, for example --set search.trials=60")
+    check_storage(_where(run, storage), workers=workers)
 
 
 def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
@@ -102,12 +110,10 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
     from mpqsearch.search.ladder import EvaluationCache, Ladder
     from mpqsearch.search.objective import TARGET, Objective, check_budgets
     from mpqsearch.search.space import parse_space
-    from mpqsearch.search.study import MODES, Plan, wants_instances
+    from mpqsearch.search.study import Plan, wants_instances
     from mpqsearch.search.surrogate import Surrogate
 
     c = run.config.search
-    if c.mode not in MODES:
-        raise ConfigError(f"search.mode must be one of {', '.join(MODES)}, got {c.mode!r}")
     surrogate = Surrogate(
         table=table,
         profile=measured,
@@ -252,9 +258,15 @@ def _reference(run: Run, table: LayerTable) -> tuple[Any, Any]:
 
 
 def _storage(run: Run, storage: str | None, workers: int) -> Any:
-    from mpqsearch.search.storage import STORAGE_VARIABLE, open_storage
+    from mpqsearch.search.storage import open_storage
 
-    return open_storage(storage or os.environ.get(STORAGE_VARIABLE) or run.path("search", "study.journal"), workers=workers)
+    return open_storage(_where(run, storage), workers=workers)
+
+
+def _where(run: Run, storage: str | None) -> str | Path:
+    from mpqsearch.search.storage import STORAGE_VARIABLE
+
+    return storage or os.environ.get(STORAGE_VARIABLE) or run.path("search", "study.journal")
 
 
 def _opened(run: Run, plan: Plan, storage: str | None, workers: int, *, fresh: bool) -> Study:

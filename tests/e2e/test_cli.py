@@ -118,6 +118,30 @@ def test_mistakes_end_with_one_clear_message(
     assert "Traceback" not in out.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("search", "--trials", "0"), "no search is asked for"),
+        (("search", "--trials", "2", "--workers", "0"), "Invalid value for '--workers'"),
+        (("search", "--trials", "2", "--sampler", "grid"), "unknown sampler"),
+        (("search", "--trials", "2", "--storage", "ftp://me:hunter2@host/x"), "ftp://me:***@host/x"),
+        (("search", "--trials", "2", "--workers", "2", "--storage", "sqlite:///a.db"), "no row locks"),
+        (("distill", "--method", "nope"), "unknown method 'nope'"),
+        (("distill", "--set", "distill.steps=0"), "at least 1"),
+        (("quantize", "--method", "nope"), "unknown method 'nope'"),
+        (("export", "--target", "nope"), "unknown export target 'nope'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_long_begins(
+    cli: Cli, study: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    out = cli(*arguments, "-c", study, "--run-dir", tmp_path / "run")
+    assert out.returncode == 2, out.stderr
+    assert message in " ".join(out.stderr.replace("│", " ").split()), out.stderr
+    assert "hunter2" not in out.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """A run folder with a finished profile, shared by the tests of mistakes."""

@@ -41,6 +41,10 @@ def test_defaults_write_back(tmp_path: Path) -> None:
         ({"methods": []}, "at least one"),
         ({"methods": [{"name": "a", "allocator": "uniform"}] * 2}, "distinct names"),
         ({"report": {"chosen": "nothing"}}, "unknown method 'nothing'"),
+        ({"export": {"targets": ["ggfu"]}}, "did you mean 'gguf'"),
+        ({"search": {"sampler": "tpee"}}, r"did you mean 'tpe'.*search\.sampler"),
+        ({"search": {"mode": "sideways"}}, r"unknown mode of the search 'sideways'"),
+        ({"search": {"pruner": "hedge"}}, r"unknown pruner of the search 'hedge'"),
     ],
 )
 def test_mistakes_are_named(data: dict[str, object], message: str) -> None:

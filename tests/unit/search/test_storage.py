@@ -61,6 +61,11 @@ def test_sqlite_is_refused_for_several_workers_with_the_reason(tmp_path: Path) -
     assert isinstance(open_storage(url), optuna.storages.RDBStorage)
 
 
+def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
+    with pytest.raises(ConfigError, match=r"unknown storage ftp://me:\*\*\*@host/x: write postgresql://"):
+        open_storage("ftp://me:hunter2@host/x")
+
+
 @pytest.mark.parametrize(
     "url",
     [
