@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.errors import UnknownNameError
 from mpqsearch.pareto import FULL_PRECISION_METHOD, ParetoFront
-from mpqsearch.report.style import SeriesStyle, axes_or_new, ink, muted, series_styles
+from mpqsearch.report.style import SeriesStyle, axes_or_new, ink, muted, series_styles, widen_x
 
 METRIC_TITLES = {
     "fd_data": "Fréchet distance to data",
@@ -100,6 +100,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     for series in info.series:
         _draw_series(ax, series, styles[series.name])
     _draw_full_precision(ax, info)
+    widen_x(ax)
     ax.set_xlabel(COST_TITLES[info.cost])
     ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))
     better = "higher" if info.higher_is_better else "lower"

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mpqsearch.report.figures import Draw, render, save_figure
-from mpqsearch.report.style import COLOURS, MARKERS, axes_or_new, ink, muted, series_styles
+from mpqsearch.report.style import COLOURS, MARKERS, axes_or_new, ink, muted, series_styles, widen_x
 
 Data = Mapping[str, Any]
 
@@ -36,6 +37,8 @@ def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None =
     for arm, style in styles.items():
         if arm in data["hypervolume"]:
             ax.axhline(data["hypervolume"][arm], color=style.colour, linestyle="--", linewidth=1.1, label=arm)
+    if against == "trial":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trials" if against == "trial" else "forward passes of the denoiser on one sample")
     ax.set_ylabel("hypervolume (share of the box)")
     ax.legend(ncols=2)
@@ -55,6 +58,7 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
         rows = sorted((r["average_bits"], r["paired"]) for b in data["budgets"] for r in b["rows"] if r["arm"] == arm)
         if rows:
             ax.plot(*zip(*rows, strict=True), color=style.colour, marker=style.marker, markersize=style.size, label=arm)
+    widen_x(ax)
     ax.set_xlabel("stored bits per parameter, everything counted")
     ax.set_ylabel("squared error to full precision, same noise")
     ax.legend(ncols=2)
@@ -131,6 +135,7 @@ def plot_winners_curse(data: Data, ax: Axes | None = None) -> Axes:
     ax.axhline(1.0, color=ink(), linewidth=0.9)
     ax.set_yscale("log")
     ax.set_xticks(x, [b["budget"] for b in entries])
+    ax.set_xlim(-0.5, max(len(entries), 1) - 0.5)
     ax.set_ylabel("squared error / that of uniform")
     ax.legend()
     return ax

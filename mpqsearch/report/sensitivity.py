@@ -70,9 +70,10 @@ def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, (5.4, 4.6))
     ax.set_yscale("log", nonpositive="mask")
     widths = np.array(info.widths)
+    few = int(np.isfinite(info.loss).any(axis=0).sum()) < 3  # too few widths to draw lines alone
     for i in range(len(info.layers)):
         if i not in info.worst:
-            ax.plot(widths, info.loss[i], color=muted(), alpha=0.35, linewidth=0.8, zorder=1)
+            ax.plot(widths, info.loss[i], color=muted(), alpha=0.35, linewidth=0.8, marker="_" if few else "", zorder=1)
     for rank, i in enumerate(info.worst):
         ax.plot(
             widths,

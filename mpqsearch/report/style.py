@@ -36,6 +36,7 @@ _BASE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
@@ -79,6 +80,14 @@ def darkened(svg: bytes) -> bytes:
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """``ax``, or the axes of a new figure of ``size`` inches that pyplot does not know, so nothing has to be closed."""
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+def widen_x(ax: Axes, share: float = 0.05) -> None:
+    """Let the x axis span at least ``share`` of the value at its middle, so that sizes equal but for a few bytes look equal."""
+    low, high = ax.get_xlim()
+    middle, half = (low + high) / 2, share * abs(low + high) / 4
+    if high - low < 2 * half:
+        ax.set_xlim(middle - half, middle + half)
 
 
 def ink() -> str:

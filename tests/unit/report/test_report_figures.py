@@ -35,7 +35,7 @@ from mpqsearch.report import (
     spearman_interval,
 )
 from mpqsearch.report.grids import difference, sample_strip
-from mpqsearch.report.style import COLOURS, THEMES, darkened, series_styles
+from mpqsearch.report.style import COLOURS, THEMES, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]
 
@@ -263,3 +263,15 @@ def test_difference_is_absolute_brightened_and_clipped() -> None:
 def test_grids_that_cannot_be_drawn(rows: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sample_grid("g", 3, rows)
+
+
+def test_sizes_equal_but_for_bytes_look_equal() -> None:
+    ax = Figure().subplots()
+    ax.plot([3.16201, 3.16202], [1, 2])
+    widen_x(ax)
+    low, high = ax.get_xlim()
+    assert high - low == pytest.approx(0.05 * 3.162, rel=1e-3)
+    ax.plot([2.0, 8.0], [1, 2])
+    ax.set_xlim(2, 8)
+    widen_x(ax)
+    assert ax.get_xlim() == (2, 8)
