@@ -19,8 +19,17 @@ from numba.extending import intrinsic
 CHUNK = 1024
 """Elements that are summed in float32."""
 
+CHECK = 256
+"""The same in the search: after so many elements a candidate that is already too bad is given up."""
+
 SMALLEST = 1e-30
 """Scales below are not searched: their reciprocals would overflow."""
+
+LARGEST = 1e300
+"""Above every error; the kernels are compiled without infinities."""
+
+SECOND = 3
+"""Step of the second grid, inside the intervals of the coarse one that are looked into."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _FAST = {"reassoc", "contract", "nnan", "ninf", "nsz", "arcp"}
@@ -99,35 +108,53 @@ def _power(y: Any, exponent: Any) -> Any:
 
 
 @_jit(fastmath=_FAST)
-def _error_square(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any) -> Any:  # noqa: ARG001
+def _error_square(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any, enough: Any) -> Any:  # noqa: ARG001
     total: Any = 0.0
-    for start in range(0, row.shape[0], CHUNK):
-        part = row[start : start + CHUNK]
+    for start in range(0, row.shape[0], CHECK):
+        part = row[start : start + CHECK]
         chunk = np.float32(0)
         for j in range(part.shape[0]):
             unit = part[j] * inverse + zero
             off = unit - min(max(np.rint(unit), np.float32(0)), top)
             chunk += off * off
         total += chunk
+        if total > enough:
+            break
     return total
 
 
 @_jit(fastmath=_FAST)
-def _error_power(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any) -> Any:
+def _error_power(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any, enough: Any) -> Any:
     total: Any = 0.0
-    for start in range(0, row.shape[0], CHUNK):
-        part = row[start : start + CHUNK]
+    for start in range(0, row.shape[0], CHECK):
+        part = row[start : start + CHECK]
         chunk = np.float32(0)
         for j in range(part.shape[0]):
             unit = part[j] * inverse + zero
             off = unit - min(max(np.rint(unit), np.float32(0)), top)
             chunk += _power(off * off, exponent)
         total += chunk
+        if total > enough:
+            break
     return total
 
 
 def _searcher(error: Any) -> Any:
-    def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, p: float, best: Any) -> None:
+    """The search with one error function, which may stop at a partial sum above ``enough``: that it is too much is all that is asked then."""
+
+    def run(
+        rows: Any,
+        widest: Any,
+        zero: Any,
+        top: Any,
+        factors: Any,
+        powers: Any,
+        step: int,
+        second: int,
+        margin: float,
+        p: float,
+        best: Any,
+    ) -> None:
         n = factors.shape[0]
         exponent = np.float32(p / 2)
         errors = np.empty(n)
@@ -138,21 +165,37 @@ def _searcher(error: Any) -> Any:
                 best[c, k] = 0
                 if base < SMALLEST:
                     continue
-                errors[:] = np.inf
-                least = np.inf
+                unit = float(base) ** p
+                errors[:] = LARGEST
+                least = LARGEST
                 for j in range(0, n + step - 1, step):
                     i = min(j, n - 1)
-                    scale = base * factors[i]
-                    errors[i] = error(row, np.float32(1) / scale, z, t, exponent) * float(scale) ** p
+                    power = unit * powers[i]
+                    errors[i] = (
+                        error(row, np.float32(1) / (base * factors[i]), z, t, exponent, least * (1 + margin) / power) * power
+                    )
                     least = min(least, errors[i])
-                bound = least * (1 + margin)
                 if step > 1:
+                    bound = least * (1 + margin)
                     for low in range(0, n - 1, step):
                         high = min(low + step, n - 1)
                         if errors[low] <= bound or errors[high] <= bound:
-                            for i in range(low + 1, high):
-                                scale = base * factors[i]
-                                errors[i] = error(row, np.float32(1) / scale, z, t, exponent) * float(scale) ** p
+                            for i in range(low + second, high, second):
+                                power = unit * powers[i]
+                                enough = least * (1 + margin / 2) / power
+                                errors[i] = error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                least = min(least, errors[i])
+                    bound = least * (1 + margin / 2)
+                    for low in range(0, n - 1, step):
+                        high = min(low + step, n - 1)
+                        for start in range(low, high, second):
+                            stop = min(start + second, high)
+                            if errors[start] <= bound or errors[stop] <= bound:
+                                for i in range(start + 1, stop):
+                                    power = unit * powers[i]
+                                    enough = least / power
+                                    errors[i] = error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                    least = min(least, errors[i])
                 best[c, k] = np.argmin(errors)
 
     return _jit()(run)
@@ -167,7 +210,7 @@ def search(p: float) -> Callable[..., None]:
     kernel = _search_square if p == 2.0 else _search_power
 
     def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, best: Any) -> None:
-        kernel(rows, widest, zero, top, factors, step, margin, float(p), best)
+        kernel(rows, widest, zero, top, factors, factors.astype(np.float64) ** p, step, min(SECOND, step), margin, float(p), best)
 
     return run
 

@@ -3,7 +3,8 @@
 The error as a function of the factor is smooth but for the noise of a finite row, so the search goes from coarse to fine: every
 ``1/COARSE``-th of the grid first, then all candidates beside a coarse one that comes within `margin` of the best. The margin falls
 with the length of the row, as the noise does; short rows are searched exhaustively. A compiled kernel (numba, optional) keeps a row
-in the first-level cache through all its candidates; torch does the same in cache-sized blocks, on any device.
+in the first-level cache through all its candidates, refines in two steps, and gives a candidate up once its partial sum says that it is not
+the best; torch does without the last two, in cache-sized blocks, on any device.
 """
 
 from __future__ import annotations
