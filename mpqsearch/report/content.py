@@ -19,7 +19,8 @@ class ReportContent:
     a point of the front shows its map), ``grids`` samples of several methods at one budget,
     ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``environment`` what
     `mpqsearch.artifacts.environment` returns, ``config`` the text of the resolved configuration, ``digests`` names to SHA-256 of
-    the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen, ``search`` what ``search.json`` holds.
+    the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen,
+    ``chosen`` the record that is exported (one of ``records``), ``search`` what ``search.json`` holds.
     """
 
     title: str
@@ -38,5 +39,6 @@ class ReportContent:
     digests: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    chosen: StudyRecord | None = None
     storage: StorageModel = DEFAULT_STORAGE
     search: Mapping[str, Any] | None = None

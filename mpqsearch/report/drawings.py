@@ -62,7 +62,7 @@ def _fronts(content: ReportContent) -> Iterator[Drawing]:
     measured = {m for r in content.records if r.method != FULL_PRECISION_METHOD for m in r.metrics}
     order = ["fd_fp", *(m for m in METRICS if m != "fd_fp"), *sorted(measured - set(METRICS))]
     for i, metric in enumerate(m for m in order if m in measured):
-        info = front_info(content.records, metric)
+        info = front_info(content.records, metric, chosen=content.chosen)
         yield Drawing(
             key=f"front_{metric}",
             section="metrics" if i else "front",
@@ -76,8 +76,9 @@ def _fronts(content: ReportContent) -> Iterator[Drawing]:
 def _front_caption(info: FrontInfo) -> str:
     scale = "Logarithmic axis. " if info.log else ""
     full = "" if info.full_precision is None else "Dashed: full precision. "
+    ring = "" if info.chosen is None else "Ring: the chosen point. "
     return (
-        f"{scale}{full}Grey band: the front over all methods. Hypervolume is the share of the box between the best values and the "
+        f"{scale}{full}{ring}Grey band: the front over all methods. Hypervolume is the share of the box between the best values and the "
         "worst corner of the uniform maps."
     )
 

@@ -48,7 +48,11 @@ class FrontSeries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontInfo:
-    """What `plot_front` draws; ``label`` is the label that the values carry, ``front`` is ``[K, 2]`` of cost and value."""
+    """What `plot_front` draws.
+
+    ``label`` is the label that the values carry, ``front`` is ``[K, 2]`` of cost and value, ``chosen`` the cost and value of the point
+    that gets a ring.
+    """
 
     metric: str
     label: str
@@ -59,9 +63,12 @@ class FrontInfo:
     front: Floats
     full_precision: MetricValue | None
     spread: str
+    chosen: tuple[float, float] | None = None
 
 
-def front_info(records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str = "average_bits") -> FrontInfo:
+def front_info(
+    records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str = "average_bits", chosen: StudyRecord | None = None
+) -> FrontInfo:
     """The series of one metric. Sizes are in kB. Raises `UnknownNameError` when no quantized record has the metric."""
     every = list(records)
     pareto = ParetoFront.from_records(every, metric, cost)
@@ -81,6 +88,7 @@ def front_info(records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str 
         front=np.array([[_cost(r, cost), r.metrics[metric].value] for r in best], dtype=np.float64).reshape(-1, 2),
         full_precision=None if pareto.full_precision is None else pareto.full_precision.metrics.get(metric),
         spread=first.spread,
+        chosen=(_cost(chosen, cost), chosen.metrics[metric].value) if chosen is not None and metric in chosen.metrics else None,
     )
 
 
@@ -100,6 +108,9 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     for series in info.series:
         _draw_series(ax, series, styles[series.name])
     _draw_full_precision(ax, info)
+    if info.chosen is not None:
+        ring = {"markersize": 14, "markerfacecolor": "none", "markeredgecolor": ink(), "markeredgewidth": 1.3}
+        ax.plot(*info.chosen, "o", label="chosen", zorder=4, **ring)
     widen_x(ax)
     ax.set_xlabel(COST_TITLES[info.cost])
     ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))

@@ -111,10 +111,28 @@ def _facts(content: ReportContent) -> list[tuple[str, str]]:
         facts.append(("Parameters", f"{table.n_parameters:,} in all; {layers}"))
     facts.append(("Samples per point", _span([r.n_samples for r in records])))
     facts.append(("Seeds", ", ".join(dict.fromkeys(r.seeds for r in records)) or "none"))
-    facts.append(("Methods", f"{', '.join(methods)} at {len({r.target_bits for r in quantized})} budgets"))
+    budgets = len({r.target_bits for r in quantized})
+    facts.append(("Methods", f"{', '.join(methods)} at {budgets} budget{'' if budgets == 1 else 's'}"))
     if content.policy is not None:
         facts.append(("Policy", content.policy.describe()))
+    if content.chosen is not None:
+        facts.append(("Chosen", _chosen_words(content.chosen, quantized)))
     return facts
+
+
+def _chosen_words(chosen: StudyRecord, records: Sequence[StudyRecord]) -> str:
+    """The chosen point in a sentence, beside the uniform map of its budget."""
+    uniform = next((r for r in records if r.method == "uniform" and r.target_bits == chosen.target_bits), None)
+    words = [f"{chosen.method}: {chosen.average_bits:.3f} bits a parameter, {chosen.size_bytes / 1000:.1f} kB"]
+    for name, title, unit in (("fd_fp", _HEADINGS["fd_fp"], ""), ("paired_psnr", "PSNR", " dB")):
+        if name in chosen.metrics:
+            beside = f" (uniform: {_plain(name, uniform)})" if uniform is not None and name in uniform.metrics else ""
+            words.append(f"{title} {_plain(name, chosen)}{unit}{beside}")
+    return "; ".join(words)
+
+
+def _plain(name: str, record: StudyRecord) -> str:
+    return f"{record.metrics[name].value:.{_DECIMALS[name]}f}"
 
 
 def _span(values: Sequence[int]) -> str:

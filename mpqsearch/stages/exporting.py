@@ -11,7 +11,7 @@ from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
 from mpqsearch.stages.evaluating import quantized_module
-from mpqsearch.stages.reporting import chosen_method
+from mpqsearch.stages.reporting import chosen_method, export_budget
 
 
 def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord]) -> list[Path]:
@@ -19,7 +19,7 @@ def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
     from mpqsearch.export import ExportJob, get_exporter
 
     c = run.config.export
-    budget = Budget.parse(c.budget) if c.budget else run.config.allocate.parsed()[0]
+    budget = export_budget(run)
     method = chosen_method(run, records)
     bit_map, solved = allocation(run, table, measured, method, budget)
     written: list[Path] = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpqsearch import artifacts
-from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.core import Budget, LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.methods import MethodSpec, available_losses, channel_losses
 from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation
@@ -46,6 +46,7 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
     maps = {}
     for budget in run.config.allocate.parsed():
         maps[f"{chosen.name} at {budget.label()}"], _ = allocation(run, table, measured, chosen, budget)
+    exported, _ = allocation(run, table, measured, chosen, export_budget(run))
     every = [allocation(run, table, measured, m, b)[0] for b in run.config.allocate.parsed() for m in run.config.methods]
     content = ReportContent(
         title=run.config.report.title or f"Bit allocation of {table.model}",
@@ -65,6 +66,7 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         seconds=run.seconds,
         notes=_notes(run, table, measured),
         search=searched,
+        chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
     )
     with run.timed("report"):
         build_report(run.folder, content, inputs)
@@ -97,6 +99,11 @@ def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[d
                     }
                 )
     return rows
+
+
+def export_budget(run: Run) -> Budget:
+    """The budget of the map that is exported: the configured one, else the first of the study."""
+    return Budget.parse(run.config.export.budget) if run.config.export.budget else run.config.allocate.parsed()[0]
 
 
 def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:

@@ -275,3 +275,10 @@ def test_sizes_equal_but_for_bytes_look_equal() -> None:
     ax.set_xlim(2, 8)
     widen_x(ax)
     assert ax.get_xlim() == (2, 8)
+
+
+def test_the_chosen_point_gets_a_ring_where_it_lies(records: list[StudyRecord]) -> None:
+    chosen = next(r for r in records if r.method == "ilp")
+    ax = plot_front(front_info(records, chosen=chosen))
+    ring = next(line for line in ax.lines if line.get_label() == "chosen")
+    assert ring.get_xydata().tolist() == [[chosen.average_bits, chosen.metrics["fd_fp"].value]]
