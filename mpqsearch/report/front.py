@@ -109,8 +109,16 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
         _draw_series(ax, series, styles[series.name])
     _draw_full_precision(ax, info)
     if info.chosen is not None:
-        ring = {"markersize": 14, "markerfacecolor": "none", "markeredgecolor": ink(), "markeredgewidth": 1.3}
-        ax.plot(*info.chosen, "o", label="chosen", zorder=4, **ring)
+        ax.plot(
+            *info.chosen,
+            "o",
+            markersize=12,
+            markerfacecolor="none",
+            markeredgecolor=ink(),
+            markeredgewidth=1.2,
+            label="chosen",
+            zorder=4,
+        )
     widen_x(ax)
     ax.set_xlabel(COST_TITLES[info.cost])
     ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))
