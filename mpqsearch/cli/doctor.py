@@ -117,17 +117,20 @@ def _extractors() -> Iterator[dict[str, str]]:
 
 
 def _targets() -> Iterator[dict[str, str]]:
-    from mpqsearch.export import EXPORTERS, get_exporter
+    from mpqsearch.export import EXPORTERS, get_exporter, importable
 
     for name in EXPORTERS:
-        needs: Any = get_exporter(name).capabilities()
+        exporter: Any = get_exporter(name)
+        needs = exporter.capabilities()
+        reads = "; imports" if name in importable() else ""
         if not needs.requires:
-            yield _row("export", name, "works", "needs nothing")
+            yield _row("export", name, "works", f"needs nothing{reads}")
             continue
-        found = _version(needs.requires)
-        yield _row(
-            "export",
-            name,
-            f"{needs.requires} {found}" if found else "absent",
-            "" if found else f"to check an export: pip install {needs.requires}",
-        )
+        if not needs.by_consumer:
+            note = f"written as {needs.requires} has it at {needs.tested}, NOT verified by it{reads}; {needs.get}"
+            yield _row("export", name, "not verified", note)
+            continue
+        missing, found = exporter.missing(), _version(needs.requires)
+        state = "absent" if missing or not found else f"{needs.requires} {found}"
+        tested = f"tested against {needs.tested}{reads}"
+        yield _row("export", name, state, f"{tested}; {needs.get}" if state == "absent" else tested)

@@ -5,7 +5,8 @@
     exporter.capabilities() -> Capabilities      # widths, layer kinds, granularity
     exporter.plan(job) -> list[PlanEntry]        # layer, asked, will_get, reason; `plan_table` makes rows of it
     exporter.write(folder, job) -> list[Path]    # all or nothing
-    exporter.verify(folder) -> Verification      # the consumer itself says what it got; .ok, .summary()
+    exporter.verify(folder) -> Verification      # the consumer itself says what it got; .ok, .verified, .summary()
+    import_map(path, table) -> Imported          # the other way: the widths that a file of another tool gives a model
 
 The bit map of every run is in the neutral format already, when it is written with
 
@@ -14,7 +15,9 @@ The bit map of every run is in the neutral format already, when it is written wi
 """
 
 from mpqsearch.export.accounting import accounting
+from mpqsearch.export.aimet import AimetExporter
 from mpqsearch.export.autoround import AutoRoundExporter
+from mpqsearch.export.comfyui import ComfyuiExporter
 from mpqsearch.export.compressed_tensors import CompressedTensorsExporter
 from mpqsearch.export.contract import (
     EXPORTERS,
@@ -34,6 +37,7 @@ from mpqsearch.export.coreml import CoreMLExporter
 from mpqsearch.export.gguf import GgufExporter
 from mpqsearch.export.hqq import HqqExporter
 from mpqsearch.export.inc import IncExporter
+from mpqsearch.export.mixdq import MixdqExporter
 from mpqsearch.export.mlx import MlxExporter
 from mpqsearch.export.modelopt import ModelOptExporter
 from mpqsearch.export.neutral import (
@@ -45,9 +49,13 @@ from mpqsearch.export.neutral import (
     structure_digest,
     write_neutral,
 )
+from mpqsearch.export.nncf import NncfExporter
 from mpqsearch.export.onnx import OnnxExporter
 from mpqsearch.export.quanto import QuantoExporter
+from mpqsearch.export.quark import QuarkExporter
+from mpqsearch.export.reading import Imported, Reading, import_map, importable
 from mpqsearch.export.rounding import plan_layers
+from mpqsearch.export.sdcpp import SdcppExporter
 from mpqsearch.export.sdnq import SdnqExporter
 from mpqsearch.export.torchao import TorchaoConfigExporter, TorchaoExporter
 
@@ -65,6 +73,12 @@ register("inc", IncExporter)
 register("hqq", HqqExporter)
 register("coreml", CoreMLExporter)
 register("mlx", MlxExporter)
+register("quark", QuarkExporter)
+register("nncf", NncfExporter)
+register("aimet", AimetExporter)
+register("mixdq", MixdqExporter)
+register("sdcpp", SdcppExporter)
+register("comfyui", ComfyuiExporter)
 
 __all__ = [
     "EXPORTERS",
@@ -73,15 +87,19 @@ __all__ = [
     "Choice",
     "ExportJob",
     "Exporter",
+    "Imported",
     "NeutralExporter",
     "NeutralMap",
     "PlanEntry",
     "QuantoExporter",
+    "Reading",
     "Verification",
     "VerifyEntry",
     "accounting",
     "bit_map_schema",
     "get_exporter",
+    "import_map",
+    "importable",
     "load_neutral",
     "neutral_extra",
     "plan_layers",

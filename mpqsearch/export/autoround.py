@@ -11,6 +11,7 @@ Limits, from its code (auto-round 0.16.1) and from running it through diffusers 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
 from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, Rule, float_note
+from mpqsearch.export.reading import quantization_config as config_of
 from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, write_config
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ class AutoRoundExporter(ConsumerTarget):
     requires = "auto-round"
     imports = ("auto_round", "accelerate")
     kinds = ("Linear",)
+    tested = "0.16.1"
     limits = "input and output counts that are multiples of 32"
     rerounds = False
     full_bits = 16
@@ -53,6 +57,22 @@ class AutoRoundExporter(ConsumerTarget):
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """Dense codes, a half-precision scale and a packed zero point a row."""
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=16, zero_bits=choice.width)
+
+    def read(self, path: Path) -> Reading | None:
+        """``extra_config`` of a ``quantization_config``: exact names, else expressions, else ``bits`` for linear layers."""
+        config = config_of(path, "auto-round")
+        if config is None:
+            return None
+        base = int(config.get("bits", 4))
+        extra = config.get("extra_config") or {}
+        bits = {n: min(int(v.get("bits", base)), FULL_PRECISION) for n, v in extra.items()}
+        plain = {n: b for n, b in bits.items() if re.fullmatch(r"[\w.]+", n)}
+        rules = [Rule(width=b, pattern=n, kinds=self.kinds) for n, b in bits.items() if n not in plain]
+        return Reading(
+            layers=plain,
+            rules=(*rules, Rule(width=base, kinds=self.kinds)),
+            notes=float_note({n: v.get("data_type", "int") for n, v in extra.items()}),
+        )
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights as diffusers names them, ``config.json`` with the quantization, and the check."""

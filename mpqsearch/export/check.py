@@ -8,6 +8,7 @@ A module of its own so that it can run in a fresh process. It imports torch; onl
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import struct
 import sys
@@ -53,13 +54,35 @@ def forward_error(folder: Path, module: nn.Module) -> float | None:
     """Largest difference from the prediction of the check file, over its largest value; None without a check file."""
     if not (folder / CHECK).is_file():
         return None
+    sample_shape = read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"]
+    return relative_error(*_checked_call(folder, module, sample_shape))
+
+
+def call_arguments(folder: Path, module: nn.Module, sample_shape: Sequence[int] | None = None) -> dict[str, Any]:
+    """Arguments by name of the call that ``module`` gets for the inputs of the check file, for libraries that trace a model.
+
+    ``sample_shape``: that of the denoiser, while the manifest is not written yet.
+    """
+    held: dict[str, Any] = {}
+
+    def keep(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        held.update(inspect.signature(called.forward).bind(*args, **kwargs).arguments)
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        _checked_call(folder, module, sample_shape or read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"])
+    finally:
+        handle.remove()
+    return held
+
+
+def _checked_call(folder: Path, module: nn.Module, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What ``module`` predicts for the inputs of the check file, and what the file holds."""
     check = load_file(folder / CHECK)
     named = {k.removeprefix("cond."): v for k, v in check.items() if k.startswith("cond.")}
-    sample_shape = tuple(read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"])
-    denoiser = Denoiser(name="export", module=module, sample_shape=sample_shape)
+    denoiser = Denoiser(name="export", module=module, sample_shape=tuple(sample_shape))
     with torch.no_grad():
-        y = denoiser.denoise(check["x"], check["t"], check.get("cond", named or None))
-    return relative_error(y, check["y"])
+        return denoiser.denoise(check["x"], check["t"], check.get("cond", named or None)), check["y"]
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

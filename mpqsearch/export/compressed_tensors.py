@@ -11,6 +11,7 @@ Limits, from running compressed-tensors 0.20.0:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, Rule, float_note
+from mpqsearch.export.reading import quantization_config as config_of
 from mpqsearch.export.target import CHECK, CONFIG, ConsumerTarget, int_choices, write_config
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ class CompressedTensorsExporter(ConsumerTarget):
     requires = "compressed-tensors"
     imports = ("compressed_tensors",)
     kinds = ("Linear",)
+    tested = "0.20.0"
     rerounds = False
     tolerance = 1e-5
     notes = ("our codes, densely packed", "affine codebook, linear layers only; no diffusers loader")
@@ -47,6 +51,24 @@ class CompressedTensorsExporter(ConsumerTarget):
         padding = layer.n_channels * (32 * words - layer.weights_per_channel * choice.width)
         zeros = 32 * -(-layer.n_channels * choice.width // 32)
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=32, other=padding + zeros + 128)
+
+    def read(self, path: Path) -> Reading | None:
+        """``config_groups`` of a ``quantization_config``: ignored layers first, then exact names, expressions (``re:``) and classes."""
+        config = config_of(path, "compressed-tensors")
+        if config is None:
+            return None
+        said = [(t, FULL_PRECISION) for t in config.get("ignore") or ()]
+        types = {}
+        for group in (config.get("config_groups") or {}).values():
+            weights = group.get("weights") or {}
+            said += [(t, int(weights.get("num_bits", FULL_PRECISION))) for t in group["targets"]]
+            types |= {t: f"{weights.get('type', 'int')}{weights.get('num_bits', '')}" for t in group["targets"]}
+        exact = {t: w for t, w in reversed(said) if "." in t and not t.startswith("re:")}
+        rules = [Rule(width=w, pattern=f"^(?:{t[3:]})", kinds=self.kinds) for t, w in said if t.startswith("re:")]
+        names = [(t, w) for t, w in said if "." not in t and not t.startswith("re:")]  # a class, or a layer at the top of the model
+        rules += [Rule(width=w, pattern=f"^{re.escape(t)}$", kinds=self.kinds) for t, w in names]
+        rules += [Rule(width=w, kinds=(t,)) for t, w in names if t in self.kinds]
+        return Reading(layers=exact, rules=tuple(rules), notes=float_note(types))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Fill the library's own parameters with our scales, let it pack, and write what it holds."""

@@ -46,7 +46,8 @@ class Capabilities:
 
     ``widths``: bits of a weight, ascending, without full precision. ``kinds``: layer kinds as in `LayerSpec.kind`.
     ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``: the pip
-    name of the consumer, empty when there is none.
+    name of the consumer, empty when there is none. ``tested``: the version of the consumer that was run, or whose source was read
+    where ``by_consumer`` is False: such a consumer was never run on what is written here. ``get``: how to get the consumer.
     """
 
     widths: tuple[int, ...]
@@ -54,6 +55,9 @@ class Capabilities:
     granularity: str
     payload: bool
     requires: str = ""
+    tested: str = ""
+    by_consumer: bool = True
+    get: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -115,6 +119,8 @@ class VerifyEntry:
 class Verification:
     """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good.
 
+    ``by_consumer``: False when the consumer cannot be run here and the files were read again by this library alone; they are then as
+    planned, and nothing more is known.
     ``promised_bytes``: what the target's cost model says that the tensors take; ``stored_bytes``: what they take on disk;
     ``header_bytes``: names, shapes and padding of the file. None where no weights are written.
     """
@@ -122,6 +128,7 @@ class Verification:
     target: str
     entries: tuple[VerifyEntry, ...]
     problems: tuple[str, ...] = ()
+    by_consumer: bool = True
     forward_error: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     promised_bytes: int | None = None
@@ -130,13 +137,20 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when every layer and the forward pass are as promised."""
+        """True when every layer and the forward pass are as promised, according to whoever read them (see ``by_consumer``)."""
         return not self.problems and all(e.ok for e in self.entries)
+
+    @property
+    def verified(self) -> bool:
+        """True when the consumer itself said so."""
+        return self.ok and self.by_consumer
 
     def summary(self) -> str:
         """One line, then one line per difference."""
         good = sum(e.ok for e in self.entries)
         lines = [f"{self.target}: {good} of {len(self.entries)} layers as planned"]
+        if not self.by_consumer:
+            lines[0] += ", read by mpqsearch itself: NOT verified by its consumer, which was not run"
         if self.forward_error is not None:
             lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
         if self.stored_bytes is not None:
@@ -150,7 +164,7 @@ class Verification:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return asdict(self) | {"ok": self.ok}
+        return asdict(self) | {"ok": self.ok, "verified": self.verified}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, PlanEntry
+from mpqsearch.export.reading import Reading
 from mpqsearch.export.recipes import RecipeTarget
 from mpqsearch.export.target import int_choices
 
@@ -29,6 +30,7 @@ class CoreMLExporter(RecipeTarget):
     kinds = ("Linear", "Conv2d")
     limits = "more weights than the palette has entries"
     file = "coreml_config.json"
+    tested = "9.0"
     full_bits = 16
     kept_bits = 16
 
@@ -46,6 +48,13 @@ class CoreMLExporter(RecipeTarget):
         """One palette a layer; null leaves it alone."""
         names = {e.layer: {"n_bits": e.will_get, "granularity": "per_tensor"} if e.choice else None for e in plan}
         return {"module_name_configs": names}
+
+    def reading(self, recipe: Any) -> Reading | None:
+        """``n_bits`` by layer; null is full precision."""
+        names = recipe.get("module_name_configs")
+        if not isinstance(names, Mapping):
+            return None
+        return Reading(layers={n: FULL_PRECISION if v is None else int(v["n_bits"]) for n, v in names.items()})
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Palettize and measure each palette."""

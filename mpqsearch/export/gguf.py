@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, bits_of
 from mpqsearch.export.target import CHECK, ConsumerTarget, write_config
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class GgufExporter(ConsumerTarget):
     imports = ("gguf", "libgguf")
     kinds = ("Linear",)
     limits = "rows of a multiple of 32 weights (256 for K types)"
+    tested = "0.19.0"
+    get = "pip install gguf libgguf"
     full_bits = 16
     tolerance = 2e-3  # diffusers decodes the blocks in half precision, gguf itself in single
     notes = ("types, not widths: Q2_K takes 2.625 bits a weight, Q4_0 4.5", "scales are derived anew by the format's quantizer")
@@ -67,6 +71,26 @@ class GgufExporter(ConsumerTarget):
         width, block, size = TYPES[choice.name]
         blocks = layer.n_weights // block
         return coded_bits(layer, Fraction(width), other=blocks * (8 * size - width * block))
+
+    def read(self, path: Path) -> Reading | None:
+        """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its codes."""
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+        if len(files) != 1 or files[0].suffix != ".gguf":
+            return None
+        try:
+            import gguf
+        except ImportError as error:
+            raise ConfigError(f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf") from error
+        try:
+            tensors = gguf.GGUFReader(files[0]).tensors
+        except ValueError as error:
+            raise ArtifactError(f"{files[0]} is damaged or no GGUF file: {error}") from error
+        types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
+        prefix = "model.diffusion_model."
+        return Reading(
+            layers={n.removeprefix(prefix): TYPES[t][0] if t in TYPES else _other_width(n, t) for n, t in types.items()},
+            notes=("a type's blocks and scales are not taken over, its width is",),
+        )
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
@@ -146,6 +170,16 @@ class GgufExporter(ConsumerTarget):
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the type makes of a weight."""
         return dequantize(quantize(weight, choice.name), choice.name)
+
+
+def _other_width(name: str, kind: str) -> int:
+    """Width of a type that is not written here: a float, or a number behind its first letters."""
+    if kind in ("F64", "F32", "F16", "BF16"):
+        return FULL_PRECISION
+    try:
+        return bits_of(kind)
+    except ArtifactError:
+        raise ArtifactError(f"the layer {name!r} has the GGUF type {kind}, whose width is not known here") from None
 
 
 def quantize(weight: Tensor, choice: str) -> Any:

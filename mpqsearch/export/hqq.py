@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import LayerSpec, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, PlanEntry
+from mpqsearch.export.reading import Reading
 from mpqsearch.export.recipes import RecipeTarget
 from mpqsearch.export.target import int_choices
 
@@ -30,6 +31,7 @@ class HqqExporter(RecipeTarget):
     kinds = ("Linear",)
     limits = "a multiple of 8 outputs"
     file = "hqq_config.json"
+    tested = "0.2.8.post1"
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """1 to 6 and 8 bits for linear layers whose rows fill whole words."""
@@ -43,6 +45,12 @@ class HqqExporter(RecipeTarget):
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """One group a row, along the inputs."""
         return {e.layer: {"nbits": e.will_get, "group_size": None, "axis": 1} for e in plan if e.choice}
+
+    def reading(self, recipe: Any) -> Reading | None:
+        """``nbits`` by layer."""
+        if not recipe or not all(isinstance(v, Mapping) and "nbits" in v for v in recipe.values()):
+            return None
+        return Reading(layers={n: int(v["nbits"]) for n, v in recipe.items()})
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Build each layer and ask it what it holds."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import LayerSpec, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, PlanEntry
+from mpqsearch.export.reading import Reading
 from mpqsearch.export.recipes import RecipeTarget
 from mpqsearch.export.target import int_choices
 
@@ -26,6 +27,7 @@ class IncExporter(RecipeTarget):
     imports = ("neural_compressor",)
     kinds = ("Linear",)
     file = "inc_config.json"
+    tested = "3.10"
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """1 to 8 bits for linear layers."""
@@ -44,6 +46,13 @@ class IncExporter(RecipeTarget):
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """Settings of each layer; full precision is a type of its own."""
         return {e.layer: {"bits": e.will_get, "group_size": -1, "use_sym": False} if e.choice else {"dtype": "fp32"} for e in plan}
+
+    def reading(self, recipe: Any) -> Reading | None:
+        """Bits by layer; those of a type have no integers."""
+        settings = [v for v in recipe.values() if isinstance(v, Mapping)]
+        if not recipe or len(settings) < len(recipe) or not all("bits" in v or v.get("dtype") == "fp32" for v in settings):
+            return None
+        return Reading(layers={n: int(v.get("bits", 16)) for n, v in recipe.items()})
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Prepare, convert, and ask every layer that took the place of a linear one."""

@@ -12,7 +12,7 @@ Limits, from running mlx 0.32.4 on a processor without Apple's GPU:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, sc
 from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, Rule, json_at
 from mpqsearch.export.target import CHECK, CONFIG, ConsumerTarget, int_choices, write_config
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class MlxExporter(ConsumerTarget):
     requires = "mlx"
     imports = ("mlx",)
     kinds = ("Linear",)
+    tested = "0.32.4"
+    get = "pip install 'mlx[cpu]'"
     limits = "rows of a multiple of 32 weights"
     rerounds = False
     tolerance = 1e-4  # layers of a few hundred inputs, summed in another order
@@ -52,6 +55,17 @@ class MlxExporter(ConsumerTarget):
         """Dense codes, a float32 scale and bias a group."""
         groups = scale_count(layer, group_size(layer.weights_per_channel))
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32)
+
+    def read(self, path: Path) -> Reading | None:
+        """``quantization`` of ``config.json``: settings or false by name, else ``bits`` for linear layers whose rows MLX can group."""
+        data = json_at(path, CONFIG)
+        settings = data.get("quantization") if isinstance(data, Mapping) else None
+        if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= set(settings):
+            return None
+        base = int(settings["bits"])
+        layers = {n: int(v.get("bits", base)) for n, v in settings.items() if isinstance(v, Mapping)}
+        layers |= dict.fromkeys([n for n, v in settings.items() if v is False], FULL_PRECISION)
+        return Reading(layers=layers, rules=(Rule(width=base, kinds=self.kinds),))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights, ``config.json``, and inputs and outputs of every quantized layer for the check."""

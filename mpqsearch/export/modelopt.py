@@ -7,11 +7,14 @@ does nothing there, so 2 is the narrowest. Scales are the largest magnitude of e
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.core import LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, PlanEntry
+from mpqsearch.export.reading import Reading, Rule
 from mpqsearch.export.recipes import RecipeTarget
 from mpqsearch.export.target import int_choices
 
@@ -27,6 +30,7 @@ class ModelOptExporter(RecipeTarget):
     imports = ("modelopt",)
     kinds = ("Linear", "Conv2d")
     file = "modelopt_config.json"
+    tested = "0.47.0"
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """int2 to int8 for linear layers and 2-d convolutions."""
@@ -46,6 +50,24 @@ class ModelOptExporter(RecipeTarget):
         ]
         return {"quant_cfg": entries, "algorithm": "max"}
 
+    def reading(self, recipe: Any) -> Reading | None:
+        """Exact names and wildcards of weight quantizers, later ones first; both the list and the older mapping."""
+        entries = recipe.get("quant_cfg")
+        if isinstance(entries, Mapping):
+            entries = [
+                {"quantizer_name": n, "cfg": c, "enable": c.get("enable", True)}
+                for n, c in entries.items()
+                if isinstance(c, Mapping)
+            ]
+        if not isinstance(entries, list):
+            return None
+        said = [(str(e["quantizer_name"]), _bits(e)) for e in reversed(entries)]
+        exact = [n.removesuffix(".weight_quantizer") for n, _ in said if n.endswith(".weight_quantizer") and "*" not in n]
+        layers = {stem: next(w for n, w in said if fnmatch.fnmatch(f"{stem}.weight_quantizer", n)) for stem in exact}
+        globs = [(re.sub(r"\.?weight_quantizer$", "", n) or "*", w) for n, w in said if fnmatch.fnmatch("x.weight_quantizer", n)]
+        rules = [Rule(width=w, pattern=fnmatch.translate(n)) for n, w in globs]
+        return Reading(layers=layers, rules=tuple(rules))
+
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Quantize and ask every weight quantizer."""
         import modelopt.torch.quantization as mtq
@@ -58,3 +80,11 @@ class ModelOptExporter(RecipeTarget):
                 widths[name] = int(quantizer.num_bits)
                 weights[name] = quantizer(layer.weight)
         return widths, weights
+
+
+def _bits(entry: Mapping[str, Any]) -> int:
+    """Width of one entry: a number, or exponent and mantissa of a float; 16 when it switches a quantizer off."""
+    bits = (entry.get("cfg") or {}).get("num_bits", FULL_PRECISION)
+    if not entry.get("enable", True):
+        return FULL_PRECISION
+    return sum(bits) + 1 if isinstance(bits, list | tuple) else int(bits)

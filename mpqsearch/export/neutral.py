@@ -25,6 +25,7 @@ from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
 from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, storage_from, unquantized
 from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.reading import Reading, json_at
 
 FILE = "bitmap.json"
 
@@ -139,6 +140,16 @@ class NeutralExporter:
         width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
         bits = layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
         return StoredBits(payload=bits.payload, metadata=bits.metadata, unquantized=bits.unquantized)
+
+    def read(self, path: Path) -> Reading | None:
+        """Our own map, whole."""
+        if path.is_dir():
+            path = path / FILE
+        data = json_at(path)
+        if not isinstance(data, Mapping) or data.get("schema") != "mpqsearch/bitmap":
+            return None
+        bit_map = load_neutral(path).bit_map if "map_digest" in data["data"] else load_bit_map(path)
+        return Reading(bit_map=bit_map)
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""

@@ -59,6 +59,8 @@ class OnnxExporter(ConsumerTarget):
     name = "onnx"
     requires = "onnxruntime"
     imports = ("onnx", "onnxruntime", "onnxscript")
+    tested = "1.32.0"
+    get = "pip install onnx onnxruntime onnxscript"
     kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d")
     rerounds = False
     needs_config = False
@@ -73,6 +75,8 @@ class OnnxExporter(ConsumerTarget):
             granularity="channel",
             payload=True,
             requires=self.requires,
+            tested=self.tested,
+            get=self.get,
             notes=self.notes,
         )
 

@@ -13,7 +13,7 @@ Limits, from its code (0.2.7) and from running it:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from mpqsearch.artifacts import atomic_path, write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, bits_of, float_note, json_at
 from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, write_config
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class QuantoExporter(ConsumerTarget):
     requires = "optimum-quanto"
     imports = ("optimum.quanto",)
     kinds = KINDS
+    tested = "0.2.7"
+    get = "pip install 'mpqsearch[export]'"
     notes = (
         "scales are derived anew from the weights; searched ranges and codebooks are not used",
         "2 and 4 bits have groups of up to 128 inputs with a float scale and shift each",
@@ -74,6 +77,16 @@ class QuantoExporter(ConsumerTarget):
         except ConfigError:
             return list(self.imports)
         return []
+
+    def read(self, path: Path) -> Reading | None:
+        """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
+        data = json_at(path, MAP)
+        if not isinstance(data, Mapping) or not data or not all(isinstance(v, Mapping) and "weights" in v for v in data.values()):
+            return None
+        types = {n: v["weights"] or "none" for n, v in data.items()}
+        inputs = any((v.get("activations") or "none") != "none" for v in data.values())
+        notes = ("quantized activations are not taken over",) if inputs else ()
+        return Reading(layers={n: bits_of(t) for n, t in types.items()}, notes=notes + float_note(types))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Quantize a copy of the model with quanto and write it."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import write_text
-from mpqsearch.core import FULL_PRECISION
+from mpqsearch.core import FULL_PRECISION, LayerTable
+from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, json_at, resolve
 from mpqsearch.export.target import ConsumerTarget, write_config
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 class RecipeTarget(ConsumerTarget):
     """Base of a target that writes a configuration only: the library derives scales from the weights by itself.
 
-    ``file`` is the name of the configuration. A subclass gives `recipe` and `applied`.
+    ``file`` is the name of the configuration. A subclass gives `recipe`, `applied` and `reading`.
     """
 
     file = ""
@@ -33,6 +35,15 @@ class RecipeTarget(ConsumerTarget):
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Let the library quantize ``module``: width of every layer as it says, and the decoded weight of each where it can be had."""
         raise NotImplementedError
+
+    def reading(self, recipe: Any) -> Reading | None:
+        """The widths that a configuration says; None when it is none of this target's."""
+        raise NotImplementedError
+
+    def read(self, path: Path) -> Reading | None:
+        """The widths that a file or folder says; None when it holds no configuration of this target."""
+        recipe = json_at(path, self.file)
+        return self.reading(recipe) if isinstance(recipe, Mapping) else None
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The configuration, and ``config.json`` of the model for the check."""
@@ -56,3 +67,35 @@ class RecipeTarget(ConsumerTarget):
             "problems": problems,
             "versions": libraries(self.requires),
         }
+
+
+class WrittenTarget(RecipeTarget):
+    """Base of a configuration whose consumer was never run here: written by its documentation and source, checked by reading it again.
+
+    A subclass gives ``written`` in place of a recipe, and ``read``.
+    """
+
+    by_consumer = False
+    needs_config = False
+
+    def written(self, plan: Sequence[PlanEntry]) -> str:
+        """The text of the file."""
+        raise NotImplementedError
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """The one file."""
+        write_text(folder / self.file, self.written(plan))
+        return [folder / self.file]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """What our own reader finds in the file; the consumer has no part in it."""
+        from mpqsearch.export.neutral import FILE, load_neutral
+
+        reading = self.read(folder / self.file)
+        if reading is None:
+            raise ConfigError(f"{folder / self.file} is no file of the target {self.name!r}")
+        table = LayerTable(digest="", layers=load_neutral(folder / FILE).layers)
+        widths = dict.fromkeys(table.by_name, FULL_PRECISION)
+        if reading.layers or reading.rules:
+            widths = resolve(reading, table, str(folder / self.file))
+        return {"widths": widths, "versions": {}}

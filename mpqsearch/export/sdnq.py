@@ -22,6 +22,7 @@ from mpqsearch.artifacts import atomic_path, write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, Rule, bits_of, float_note, quantization_config
 from mpqsearch.export.target import CHECK, CONFIG, WEIGHTS, ConsumerTarget, int_choices, planned_widths
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class SdnqExporter(ConsumerTarget):
     imports = ("sdnq", "accelerate")
     kinds = ("Linear", "Conv2d")
     limits = "a multiple of 8 weights"
+    tested = "0.2.8"
     tolerance = 1e-5
     notes = ("scales are derived anew; a scale and a zero point for each tap of a convolution", "one bit is stored as a byte")
 
@@ -48,6 +50,23 @@ class SdnqExporter(ConsumerTarget):
         """Dense codes (a byte at one bit), a float32 scale and zero point a row and tap."""
         code_bits = 8 if choice.width == 1 else choice.width
         return coded_bits(layer, code_bits, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=32)
+
+    def read(self, path: Path) -> Reading | None:
+        """``modules_dtype_dict`` of a ``quantization_config``, by the names of parameters; the rest has ``weights_dtype``."""
+        config = quantization_config(path, "sdnq")
+        if config is None:
+            return None
+        types = {n: t for t, names in (config.get("modules_dtype_dict") or {}).items() for n in names}
+        types |= dict.fromkeys(config.get("modules_to_not_convert") or (), "none")
+        kinds = self.kinds if config.get("quant_conv") else ("Linear",)
+        exact = {n.removesuffix(".weight"): t for n, t in types.items() if n.endswith(".weight") and "*" not in n}
+        rest = tuple(n for n in types if n.removesuffix(".weight") not in exact)
+        notes = (f"patterns are not read, such as {rest[0]!r}",) if rest else ()
+        return Reading(
+            layers={n: bits_of(t) for n, t in exact.items()},
+            rules=(Rule(width=bits_of(config.get("weights_dtype", "int8")), kinds=kinds),),
+            notes=notes + float_note(exact),
+        )
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Let diffusers quantize the model with the configuration, and keep what it saves."""

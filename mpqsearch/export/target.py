@@ -41,7 +41,9 @@ class ConsumerTarget:
     ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and ``kept_bits``: bits of a value
     in layers at full precision, and in parameters that are no weight layer. ``tolerance``: largest difference of the forward pass as
     a share of the largest output. ``rerounds``: the library derives scales anew, so that ranges and codebooks of a map are not used.
-    ``needs_config``: the model is built from ``config.json`` to read the export back.
+    ``needs_config``: the model is built from ``config.json`` to read the export back. ``tested``: version of the library that was run.
+    ``by_consumer``: False when the consumer was never run; ``read_back`` is then our own reading. ``get``: where it comes from, when that is
+    not ``pip install`` of ``requires``.
     """
 
     name = ""
@@ -55,6 +57,9 @@ class ConsumerTarget:
     full_bits = 32
     kept_bits = 32
     tolerance = 1e-4
+    tested = ""
+    by_consumer = True
+    get = ""
     notes: tuple[str, ...] = ()
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
@@ -81,7 +86,15 @@ class ConsumerTarget:
         """What the target can hold, over all shapes."""
         widths = tuple(sorted({c.width for c in self.all_choices()}))
         return Capabilities(
-            widths=widths, kinds=self.kinds, granularity="layer", payload=self.payload, requires=self.requires, notes=self.notes
+            widths=widths,
+            kinds=self.kinds,
+            granularity="layer",
+            payload=self.payload,
+            requires=self.requires,
+            tested=self.tested,
+            by_consumer=self.by_consumer,
+            get=self.get or f"pip install '{self.requires}'",
+            notes=self.notes,
         )
 
     def all_choices(self) -> tuple[Choice, ...]:
@@ -138,6 +151,7 @@ class ConsumerTarget:
             ],
             "promised_bits": {"payload": promised.payload, "metadata": promised.metadata, "unquantized": promised.unquantized},
             "payload": self.payload,
+            "verified_by": self.requires if self.by_consumer else "",
             "sample_shape": list(job.denoiser.sample_shape),
             "files": {p.relative_to(folder).as_posix(): digest_file(p) for p in paths},
             "environment": environment((self.requires, "torch", "diffusers", "safetensors")),
@@ -156,7 +170,7 @@ class ConsumerTarget:
             return Verification(target=self.name, entries=(), problems=tuple(problems))
         if self.missing():
             return Verification(target=self.name, entries=(), problems=(self.install_line(),))
-        if module is not None:
+        if module is not None or not self.by_consumer:
             seen = self.read_back(folder, module)
         elif (folder / CONFIG).is_file() or not self.needs_config:
             seen = fresh_process([(self.name, folder)])[0]
@@ -196,6 +210,7 @@ class ConsumerTarget:
             target=self.name,
             entries=entries,
             problems=tuple(problems),
+            by_consumer=self.by_consumer,
             forward_error=error,
             versions=dict(seen.get("versions", {})),
             promised_bytes=promised,
@@ -209,7 +224,7 @@ class ConsumerTarget:
 
     def install_line(self) -> str:
         """What to say when the library is absent."""
-        return f"{', '.join(self.missing())} is not installed. Run: pip install '{self.requires}'"
+        return f"{', '.join(self.missing())} is not installed. Run: {self.capabilities().get}"
 
     def require(self) -> None:
         """Raise `ConfigError` with the line that installs the library, when it is absent."""

@@ -13,15 +13,17 @@ Limits, from its code (0.18.0) and from running it through diffusers 0.42.1:
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path, write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.reading import Reading, Rule, bits_of, float_note, json_at, quantization_config
 from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, planned_widths, write_config
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class TorchaoExporter(ConsumerTarget):
     kinds = ("Linear",)
     rerounds = False
     tolerance = 1e-5
+    tested = "0.18.0"
     notes = ("stored at 8 bits whatever the width", "affine codebook only; diffusers loads linear layers only")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
@@ -48,6 +51,14 @@ class TorchaoExporter(ConsumerTarget):
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """A byte a weight, a float32 scale and an int8 zero point a row."""
         return coded_bits(layer, 8, scales=layer.n_channels, scale_bits=32, zero_bits=8)
+
+    def read(self, path: Path) -> Reading | None:
+        """The ``FqnToConfig`` in the ``quantization_config`` of a diffusers folder."""
+        config = quantization_config(path, "torchao")
+        if config is None:
+            return None
+        kind = config.get("quant_type")
+        return read_config(kind.get("default", kind) if isinstance(kind, Mapping) else {"_type": str(kind)})
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Weights as diffusers names them, ``config.json`` with the quantization, and the check."""
@@ -100,6 +111,7 @@ class TorchaoConfigExporter(ConsumerTarget):
     requires = "torchao"
     imports = ("torchao",)
     kinds = ("Linear", "Conv2d")
+    tested = "0.18.0"
     limits = "convolutions with more than one input channel a group"
     payload = False
     notes = ("a configuration: torchao derives scales from the weights", "stored at 8 bits whatever the width")
@@ -111,6 +123,11 @@ class TorchaoConfigExporter(ConsumerTarget):
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """A byte a weight, a float32 scale and an int8 zero point a row, and for convolutions each tap."""
         return coded_bits(layer, 8, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=8)
+
+    def read(self, path: Path) -> Reading | None:
+        """``torchao_config.json``, or any JSON that ``config_to_dict`` made."""
+        data = json_at(path, RECIPE)
+        return read_config(data) if isinstance(data, Mapping) and {"_type", "_data"} <= set(data) else None
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The configuration as torchao writes it, and ``config.json`` for the check."""
@@ -140,6 +157,38 @@ class TorchaoConfigExporter(ConsumerTarget):
             if found > 2**bits:
                 problems.append(f"{name} holds codes over a range of {found}, more than {bits} bits have")
         return {"widths": widths, "problems": problems, "versions": libraries("torchao")}
+
+
+def read_config(data: Mapping[str, Any]) -> Reading:
+    """The widths in a configuration as torchao writes it: exact names, then ``re:`` expressions, then ``_default``, for linear layers."""
+    if "fqn_to_config" not in data.get("_data", {}):
+        return Reading(rules=(Rule(width=_config_bits(data), kinds=("Linear",)),), notes=float_note({"all": data["_type"]}))
+    entries = {n.removesuffix(".weight"): c for n, c in data["_data"]["fqn_to_config"].items()}
+    bits = {n: _config_bits(c) for n, c in entries.items()}
+    rules = [
+        Rule(width=b, pattern=rf"^(?:{n[3:]})$", kinds=("Linear",) if "weight" not in n else ())
+        for n, b in bits.items()
+        if n.startswith("re:")
+    ]
+    rules += [Rule(width=bits["_default"], kinds=("Linear",))] if "_default" in bits else []
+    return Reading(
+        layers={n: b for n, b in bits.items() if n != "_default" and not n.startswith("re:")},
+        rules=tuple(rules),
+        notes=float_note({n: (c or {}).get("_type", "") for n, c in entries.items()}),
+    )
+
+
+def _config_bits(config: Mapping[str, Any] | None) -> int:
+    """Width of one torchao configuration: of its ``weight_dtype``, else in its name."""
+    if config is None:
+        return FULL_PRECISION
+    dtype = (config.get("_data") or {}).get("weight_dtype")
+    if isinstance(dtype, Mapping):
+        return bits_of(dtype["_data"])
+    found = re.search(r"(\d+)_?(?:weight|wo\b)", str(config["_type"]), re.IGNORECASE)
+    if found is None:
+        raise ArtifactError(f"the torchao configuration {config['_type']!r} names no width")
+    return int(found[1])
 
 
 def fqn_config(widths: dict[str, int]) -> Any:

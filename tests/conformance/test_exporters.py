@@ -13,7 +13,17 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export import EXPORTERS, ROUNDINGS, Exporter, ExportJob, Verification, get_exporter, register
+from mpqsearch.export import (
+    EXPORTERS,
+    ROUNDINGS,
+    Exporter,
+    ExportJob,
+    Verification,
+    get_exporter,
+    import_map,
+    importable,
+    register,
+)
 from mpqsearch.export.contract import REASONS
 from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, ConsumerTarget, fresh_process
 from mpqsearch.models.denoiser import Denoiser, adapt
@@ -172,6 +182,8 @@ def test_the_consumer_holds_the_targets_own_formats(
     manifest = read_json(folder / MANIFEST, "mpqsearch/export").data
     seen = exporter.compare(manifest, report)
     assert seen.ok, seen.summary()
+    assert seen.verified == exporter.by_consumer
+    assert ("NOT verified" in seen.summary()) != exporter.by_consumer
     assert len(seen.entries) == len(manifest["plan"])
     assert {e.reason for e in seen.entries} <= {"exact", "kept_full_precision"}
     assert any(e.got != FULL_PRECISION for e in seen.entries)
@@ -182,6 +194,24 @@ def test_the_consumer_holds_the_targets_own_formats(
         assert abs(seen.stored_bytes - seen.promised_bytes) <= SIZE_TOLERANCE * seen.promised_bytes
         assert seen.header_bytes is not None
         assert seen.header_bytes > 0
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+def test_what_is_written_is_imported_at_the_same_widths(
+    exporter: Exporter, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+) -> None:
+    if exporter.name not in importable() or not isinstance(exporter, ConsumerTarget):
+        pytest.skip("a map of this target is not read")
+    folder, _ = read_back[kind, exporter.name]
+    table = discover(tiny_unet() if kind == "unet" else tiny_transformer())
+    imported = import_map(folder, table)
+    assert imported.source == exporter.name
+    plan = read_json(folder / MANIFEST, "mpqsearch/export").data["plan"]
+    assert {n: int(w) for n, w in imported.bit_map.weights.items()} == {p["layer"]: p["will_get"] for p in plan}
+    (tmp := folder / "elsewhere").mkdir()
+    for file in (p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, "bitmap.json")):
+        (tmp / file.name).symlink_to(file)
+    assert import_map(tmp, table).bit_map.digest == imported.bit_map.digest, "found out from the file alone"
 
 
 def test_all_files_are_named_and_the_model_stays_as_it_is(
