@@ -58,7 +58,7 @@ class CompressedTensorsExporter(ConsumerTarget):
         if config is None:
             return None
         said = [(t, FULL_PRECISION) for t in config.get("ignore") or ()]
-        types = {}
+        types: dict[str, str] = {}
         for group in (config.get("config_groups") or {}).values():
             weights = group.get("weights") or {}
             said += [(t, int(weights.get("num_bits", FULL_PRECISION))) for t in group["targets"]]

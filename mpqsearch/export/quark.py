@@ -1,6 +1,6 @@
 """AMD Quark: simulated integers of 2, 3, 4 or 8 bits for linear layers and 2-d convolutions, from a configuration by layer.
 
-Limits, from running amd-quark 0.13 (installed without its dependencies' pins, which exclude newer versions of others): scales are derived from the weights, symmetric, a scale a row from its largest magnitude. The layers are
+Limits, from running amd-quark 0.13: scales are derived from the weights, symmetric, a scale a row from its largest magnitude. The layers are
 simulated; Quark's own exports pack 4 and 8 bits. Give ``QConfig.from_dict`` of the file to ``ModelQuantizer``. Names are exact; layers at full
 precision are left out and in ``exclude``.
 """
@@ -64,7 +64,7 @@ class QuarkExporter(RecipeTarget):
             return None
         types = {n: (v.get("weight") or {}).get("dtype", "none") for n, v in recipe["layer_quant_config"].items()}
         rest = (recipe.get("global_quant_config") or {}).get("weight")
-        notes = ("its settings for all other layers are not read; they keep full precision here",) if rest else ()
+        notes: tuple[str, ...] = ("its settings for all other layers are not read; they keep full precision here",) if rest else ()
         exact = {n: t for n, t in types.items() if "*" not in n}
         notes += ("wildcards are not read",) if len(exact) < len(types) else ()
         return Reading(layers={n: bits_of(t) for n, t in exact.items()}, notes=notes + float_note(exact))

@@ -26,7 +26,7 @@ class RecipeTarget(ConsumerTarget):
 
     file = ""
     payload = False
-    notes = ("a configuration: the library derives scales from the weights",)
+    notes: tuple[str, ...] = ("a configuration: the library derives scales from the weights",)
 
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """The configuration as plain JSON data."""
