@@ -117,22 +117,6 @@ def bracket(loss: Floats, cost: Integers, low: float, high: float) -> Bracketed:
     return Bracketed(choice, joined, cost_low, cost_high, settled_cost, settled_loss)
 
 
-def lagrangian(loss: Floats, cost: Integers, rate: float, limit: int) -> float:
-    """A lower bound of every solution within ``limit``, for any rate >= 0.
-
-    Written as loss(minimizer) + rate * (cost(minimizer) - limit), with the costs summed as integers: the two large
-    terms of the textbook form would cancel.
-    """
-    total, used = 0.0, 0
-    for part in blocks(loss):
-        loss_part, cost_part = loss[part].astype(np.float64), cost[part]
-        chosen = np.argmin(loss_part + rate * cost_part, axis=1)
-        rows = np.arange(len(chosen))
-        total += float(loss_part[rows, chosen].sum())
-        used += int(cost_part[rows, chosen].sum(dtype=np.int64))
-    return total + rate * (used - limit)
-
-
 def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, limit: int, threshold: float) -> Moves:
     """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``, and the Lagrangian bound."""
     if compiled := kernels(loss.size):

@@ -272,10 +272,6 @@ class AllocationProblem:
             totals[0] += layer_overhead(self.layers, picked, self.n_choices)
         return loss, tuple(totals)
 
-    def item_index(self, item: int | str) -> int:
-        """Index of an item given by index or name."""
-        return _index(item, _positions(self.names), self.n_items, "item")
-
     def choice_index(self, choice: int | str) -> int:
         """Index of a choice given by index or name."""
         return _index(choice, _positions(self.choices), self.n_choices, "choice")
