@@ -16,7 +16,7 @@ from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
 from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
-from mpqsearch.export import EXPORTERS
+from mpqsearch.export import EXPORTERS, ROUNDINGS
 from mpqsearch.methods import MethodSpec
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.study import MODES, PRUNERS, SAMPLERS
@@ -117,9 +117,17 @@ class ActivationsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AllocateConfig:
-    """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``."""
+    """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
+
+    ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an export for such a
+    target takes its own map.
+    """
 
     budgets: tuple[str, ...] = ("uniform:3",)
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_targets(self.targets, "allocate.targets")
 
     def parsed(self) -> tuple[Budget, ...]:
         """The budgets."""
@@ -213,11 +221,26 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """``targets``: names of exporters. ``budget``: which budget's map (empty: the first). ``rounding``: for widths a target lacks."""
+    """``targets``: names of exporters. ``budget``: which budget's map (empty: the first).
+
+    ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at the size of the
+    map, ``up`` and ``down`` take the next width, ``error`` refuses.
+    """
 
     targets: tuple[str, ...] = ("neutral",)
     budget: str = ""
     rounding: str = "resolve"
+
+    def __post_init__(self) -> None:
+        _check_targets(self.targets, "export.targets")
+        if self.rounding not in ROUNDINGS:
+            raise UnknownNameError("rounding", self.rounding, ROUNDINGS, "(export.rounding)")
+
+
+def _check_targets(names: Sequence[str], where: str) -> None:
+    for name in names:
+        if name not in EXPORTERS:
+            raise UnknownNameError("export target", name, EXPORTERS, f"({where})")
 
 
 DEFAULT_SPACE: Mapping[str, Any] = {
@@ -325,9 +348,6 @@ class Config:
         self._check_search()
         if self.export.budget:
             Budget.parse(self.export.budget)
-        for target in self.export.targets:
-            if target not in EXPORTERS:
-                raise UnknownNameError("export target", target, EXPORTERS)
 
     def method(self, name: str) -> MethodSpec:
         """The method of that name. Raises `UnknownNameError` when the study has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,19 +13,30 @@ from mpqsearch.cli.app import BudgetOption, study_verb
 from mpqsearch.cli.printing import print_json, print_table
 
 if TYPE_CHECKING:
-    from mpqsearch.core import LayerTable
+    from mpqsearch.core import BitMap, Budget, LayerTable
     from mpqsearch.stages import Run
 
 SHOWN_LAYERS = 20
 """Layers of an explanation that are printed; the files hold all."""
 
 
-@study_verb(settings=lambda own: [f"allocate.budgets={json.dumps(own['budget'])}"] if own["budget"] else [])
+def _settings(own: Mapping[str, Any]) -> list[str]:
+    keys = {"budget": "allocate.budgets", "target": "allocate.targets"}
+    return [f"{key}={json.dumps(own[option])}" for option, key in keys.items() if own[option]]
+
+
+@study_verb(settings=_settings)
 def allocate(
     run: Run,
     *,
     as_json: bool,
     budget: BudgetOption = None,  # noqa: ARG001  (read through the settings)
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", "-t", help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ..."
+        ),
+    ] = None,
     path: Annotated[
         bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
     ] = False,
@@ -34,6 +46,9 @@ def allocate(
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
+    With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own formats, and a
+    budget is the size of the target's file, headers apart.
+
     Example: `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`
     """
     from mpqsearch import stages
@@ -42,10 +57,14 @@ def allocate(
     measured = stages.profile(run, table)
     if measured is None:
         return
+    for_targets = stages.target_allocations(run, table, measured)
+    if target:
+        _show_targets(table, for_targets, as_json=as_json)
+        return
     made = stages.allocations(run, table, measured)
     paths = stages.paths(run, table, measured) if path else []
     explanations = stages.explanations(run, table, measured) if explain else []
-    allocations = [data for _, _, _, data in made]
+    allocations = [data for *_, data in (*made, *for_targets)]
     if as_json:
         wanted = {"paths": paths} if path else {}
         wanted |= {"explanations": explanations} if explain else {}
@@ -70,10 +89,38 @@ def allocate(
     print_table(
         "allocations", ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"], rows
     )
+    if for_targets:
+        _show_targets(table, for_targets, as_json=False)
     for one in paths:
         _print_path(table, one)
     for one in explanations:
         _print_explanation(one)
+
+
+def _show_targets(table: LayerTable, made: Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]], *, as_json: bool) -> None:
+    if as_json:
+        print_json([data for *_, data in made])
+        return
+    rows = []
+    for name, limit, _, data in made:
+        used = Counter(data["choices"].values())
+        full = len(table) - sum(used.values())
+        rows.append(
+            [
+                limit.label(),
+                name,
+                f"{data['size_bits'] / table.n_parameters:.4f}",
+                -(-data["size_bits"] // 8),
+                f"{data['predicted_loss']:.4g}",
+                data["status"],
+                ", ".join(f"{n} {fmt}" for fmt, n in used.most_common()) + (f", {full} at full precision" if full else ""),
+            ]
+        )
+    print_table(
+        "maps for targets, in their own formats; bytes as in their files, headers apart",
+        ["budget", "target", "bits a parameter", "bytes", "predicted loss", "status", "layers by format"],
+        rows,
+    )
 
 
 def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:

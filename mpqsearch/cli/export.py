@@ -9,16 +9,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpqsearch.cli.app import study_verb
-from mpqsearch.cli.printing import print_lines
+from mpqsearch.cli.printing import print_json, print_lines, print_table
+from mpqsearch.core import FULL_PRECISION
+from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpqsearch.stages import Run
+    from mpqsearch.stages import Exported, Run
 
-_KEYS = {"target": "export.targets", "budget": "export.budget", "method": "report.chosen"}
+DIFFERS = 1
+"""Exit code of ``--verify`` when a consumer holds another thing than was planned."""
+
+_KEYS = {"target": "export.targets", "budget": "export.budget", "method": "report.chosen", "round_": "export.rounding"}
 
 
 def _settings(own: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(own[option])}" for option, key in _KEYS.items() if own[option]]
+    settings = [f"{key}={json.dumps(own[option])}" for option, key in _KEYS.items() if own[option]]
+    if own["allocated"]:
+        if not own["target"]:
+            raise ConfigError("--allocated exports the maps made for the targets that --target names: name at least one")
+        settings.append(f"allocate.targets={json.dumps(own['target'])}")
+    return settings
+
+
+RoundOption = Annotated[
+    str | None,
+    typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats), up, down, error."),
+]
+AllocatedOption = Annotated[
+    bool, typer.Option("--allocated", help="The map that `allocate --target` makes for the target, instead of a method's.")
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="Load the result with its consumer and compare, layer by layer; exit code 1 on a difference."),
+]
 
 
 @study_verb(settings=_settings)
@@ -29,14 +52,74 @@ def export(
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf, torchao ... Repeatable.")] = None,  # noqa: ARG001
     budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,  # noqa: ARG001
     method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,  # noqa: ARG001
+    round_: RoundOption = None,  # noqa: ARG001
+    allocated: AllocatedOption = False,  # noqa: ARG001
+    verify: VerifyOption = False,
 ) -> None:
-    """Write a map for another quantizer and let that quantizer read it back.
+    """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say it is good.
 
-    Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4`
+    Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4 --verify`
     """
     from mpqsearch import stages
 
     table = stages.layers(run)
     measured = stages.profile(run, table)
-    if measured is not None:
-        print_lines(stages.export(run, table, measured, []), as_json=as_json)
+    if measured is None:
+        return
+    exports = stages.export(run, table, measured, [], verify=verify, again=verify)
+    if not verify:
+        print_lines([path for one in exports for path in one.paths], as_json=as_json)
+        return
+    if as_json:
+        print_json([_plain(one) for one in exports])
+    else:
+        for one in exports:
+            _print_verification(one)
+    if any(one.differs for one in exports):
+        raise typer.Exit(DIFFERS)
+
+
+def _plain(one: Exported) -> dict[str, Any]:
+    keys = ("target", "map", "rounding", "ideal_bits", "accounted_bits", "verification")
+    return {key: one.data[key] for key in keys}
+
+
+def _print_verification(one: Exported) -> None:
+    data, found = one.data, one.data["verification"]
+    rows = [
+        [
+            entry["layer"],
+            entry["asked"],
+            entry["planned_choice"] or _width(entry["planned"]),
+            entry["got_text"],
+            entry["reason"].replace("_", " "),
+            "" if entry["ok"] else f"DIFFERS {entry['problem']}".rstrip(),
+        ]
+        for entry in found["entries"]
+    ]
+    good = sum(entry["ok"] for entry in found["entries"])
+    print_table(
+        f"{one.target}: {data['map']}: {good} of {len(rows)} layers as planned",
+        ["layer", "asked", "planned", "got", "reason", ""],
+        rows,
+    )
+    if data["accounted_bits"] is not None:
+        sizes = {"the map, packed densely": data["ideal_bits"] / 8, f"in the format of {one.target}": data["accounted_bits"] / 8}
+        if found["stored_bytes"] is not None:
+            sizes |= {"found in the file": found["stored_bytes"], "headers of the file, apart": found["header_bytes"]}
+        each = [[what, f"{size:.0f}", f"{8 * size / data['n_parameters']:.3f}"] for what, size in sizes.items()]
+        print_table("sizes", ["what", "bytes", "bits a parameter"], each)
+    if found["forward_error"] is not None:
+        print(f"forward pass: differs by at most {found['forward_error']:.2g} of the largest output")  # noqa: T201
+    for problem in found["problems"]:
+        print(f"problem: {problem}")  # noqa: T201
+    verdict = "read back by its consumer as planned"
+    if not found["verified"]:
+        verdict = (
+            "as planned in mpqsearch's own reading; NOT verified, its consumer was not run" if found["ok"] else "NOT as planned"
+        )
+    print(f"{one.target}: {verdict}")  # noqa: T201
+
+
+def _width(bits: int | None) -> str:
+    return {None: "per channel", FULL_PRECISION: "full"}.get(bits, str(bits))

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpqsearch.allocate import AllocationProblem, AllocationResult, solve
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy, QuantFormat, StoredBits, stored_total
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    LayerSpec,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    StoredBits,
+    stored_total,
+)
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
-from mpqsearch.export.contract import Choice
+from mpqsearch.export.contract import FULL, Choice
 from mpqsearch.export.rounding import least_cost, tie_groups
 from mpqsearch.export.target import ConsumerTarget
+from mpqsearch.methods import BEST_LOSS, channel_losses
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FULL = "full"
-"""Column of full precision in the tables here."""
+Floats = NDArray[np.float64]
+
+_TINY = 1e-300  # a layer without any error has the nearest width that has none, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +62,17 @@ class TargetAllocation:
             },
             "size_bits": self.stored.total,
             "limit": self.limit,
+            "within_budget": self.stored.total <= self.limit,
             "predicted_loss": self.loss,
+            "bit_map_digest": self.bit_map.digest,
         }
         if self.result is not None:
-            data |= {"status": self.result.status, "solver": self.result.solver}
+            data |= {"status": self.result.status, "solver": self.result.solver, "gap": float(self.result.gap)}
         return data
+
+    def asked(self) -> dict[str, str]:
+        """The format of *every* layer, `FULL` for those at full precision: ``choices`` of an `ExportJob` that leaves nothing open."""
+        return {name: self.choices.get(name, FULL) for name in self.bit_map.weights}
 
 
 def formats_of(target: ConsumerTarget, table: LayerTable) -> tuple[str, ...]:
@@ -62,47 +81,64 @@ def formats_of(target: ConsumerTarget, table: LayerTable) -> tuple[str, ...]:
     return tuple(name for _, name in sorted(found))
 
 
-def target_errors(target: ConsumerTarget, table: LayerTable, module: nn.Module) -> dict[str, Tensor]:
+def target_errors(
+    target: ConsumerTarget, table: LayerTable, module: nn.Module, fmt: QuantFormat | None = None
+) -> dict[str, Tensor]:
     """Weight errors ``[formats, channels, fan-in]`` of every layer in every format of `formats_of`, zero where it has none.
 
     Targets that round by themselves and can be asked (`ConsumerTarget.round_trip`) give their own errors; others that derive their
-    scales get those of minimum and maximum; the rest keep our codes, in the affine codebook.
+    scales get those of minimum and maximum; the rest keep our codes, in the affine codebook with the range search of ``fmt``.
     """
-    import torch
-
-    from mpqsearch.quant import rows_of
-    from mpqsearch.quant.tables import row_errors
-
     formats = formats_of(target, table)
-    asks = type(target).round_trip is not ConsumerTarget.round_trip
-    fmt = QuantFormat(criterion="minmax") if target.rerounds else QuantFormat()
     modules: dict[str, Any] = dict(module.named_modules())
-    errors = {}
+    return {la.name: _layer_errors(target, la, modules[la.name].weight, formats, fmt or QuantFormat()) for la in table}
+
+
+def target_losses(
+    target: ConsumerTarget,
+    table: LayerTable,
+    weights: Callable[[str], Tensor],
+    profile: SensitivityProfile,
+    fmt: QuantFormat | None = None,
+) -> dict[str, Floats]:
+    """Loss ``[formats]`` of every layer in every format of `formats_of`, from a profile and the target's own weight errors.
+
+    A channel's loss is its own squared weight error in that format, times what the profile found a unit of squared weight error of
+    that channel to cost (the best loss that the profile has, see `mpqsearch.methods.best_loss`; from a profile of the weights alone, one)
+    at the width whose error in the layer is nearest. Layers are looked at one after another and nothing runs, so this works for any
+    model of which ``weights`` gives the weight of a layer by its name. Without a layer's loss in the profile: full cost, zero loss.
+    """
+    formats = formats_of(target, table)
+    variant = "affine" if "affine" in profile.variants else profile.variants[0]
+    found = {}
+    priced = channel_losses(profile, table, variant, BEST_LOSS, bias_correction=False)
+    squares = profile.need(f"weight_error/{variant}", "the losses of a target").astype(np.float64)
     for layer in table:
-        weight = modules[layer.name].weight.detach().float()
-        rows = rows_of(weight, layer)
-        found = torch.zeros(len(formats), *rows.shape)
-        for choice in target.choices(layer):
-            ours = None if asks else row_errors(weight, layer, choice.width, fmt, None)
-            found[formats.index(choice.name)] = (
-                rows_of(target.round_trip(weight, layer, choice), layer) - rows if ours is None else ours
-            )
-        errors[layer.name] = found
-    return errors
+        rows = profile.rows(layer.name)
+        unit = np.divide(priced[rows], squares[rows], out=np.zeros_like(squares[rows]), where=squares[rows] > 0)  # [C, W]
+        errors = _layer_errors(target, layer, weights(layer.name), formats, fmt or QuantFormat())
+        own = errors.double().square().sum(-1).cpu().numpy()  # [F, C]
+        distance = np.abs(np.log(own.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
+        found[layer.name] = (unit.T[distance.argmin(1)] * own).sum(1)
+    return found
 
 
 def allocate_for(
     target: ConsumerTarget,
     table: LayerTable,
-    losses: Mapping[str, Sequence[float]],
+    losses: Mapping[str, Sequence[float] | Floats],
     limit: int,
     policy: Policy | None = None,
+    *,
+    fmt: QuantFormat | None = None,
+    at_least_smallest: bool = False,
 ) -> TargetAllocation:
     """The formats of least total loss whose file takes no more than ``limit`` bits, headers apart: solved exactly.
 
     ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is offered too.
     ``policy`` fixes layers by role or name: such a layer takes the format of that width, or full precision where the target has none.
-    Tied layers share their format. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
+    Tied layers share their format. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with
+    ``at_least_smallest`` the smallest file is made instead.
     """
     table.require_same_names(set(losses), "the losses")
     formats = (*formats_of(target, table), FULL)
@@ -118,23 +154,27 @@ def allocate_for(
             cost[i, j], allowed[i, j] = target.cost(layer, choice).total, True
         cost[i, -1], allowed[i, -1] = target.cost(layer, None).total, fixed is None or not offered
     kept = target.kept_bits * sum(k.n_values for k in table.kept)
-    ties = tie_groups(list(table))
+    ties = tie_groups(list(table), None if policy is None else policy.tie_of)
     least = least_cost(cost, allowed, ties) + kept
     if least > limit:
-        raise InfeasibleBudgetError(
-            f"the budget allows {limit} bits ({limit // 8} bytes); the smallest file of {target.name} takes {least} "
-            f"({-(-least // 8)} bytes). Layers that it cannot quantize stay at {target.full_bits} bits."
-        )
+        if not at_least_smallest:
+            raise InfeasibleBudgetError(
+                f"the budget allows {limit} bits ({limit // 8} bytes); the smallest file of {target.name} takes {least} "
+                f"({-(-least // 8)} bytes). Layers that it cannot quantize stay at {target.full_bits} bits."
+            )
+        limit = least
     names = [la.name for la in table]
     problem = AllocationProblem(
         loss=loss, cost=cost, limit=limit - kept, allowed=allowed, ties=ties, names=names, choices=list(formats)
     )
     result = solve(problem)
-    return assemble(target, table, [formats[j] for j in result.choice], limit=limit, losses=losses, result=result)
+    return assemble(
+        target, table, [formats[j] for j in result.choice], limit=limit, losses=losses, result=result, fmt=fmt or QuantFormat()
+    )
 
 
 def uniform_for(
-    target: ConsumerTarget, table: LayerTable, fmt: str, losses: Mapping[str, Sequence[float]] | None = None
+    target: ConsumerTarget, table: LayerTable, fmt: str, losses: Mapping[str, Sequence[float] | Floats] | None = None
 ) -> TargetAllocation:
     """Every layer that has the format ``fmt`` in it, all others at full precision: what most tools do."""
     picked = [fmt if fmt in {c.name for c in target.choices(layer)} else FULL for layer in table]
@@ -149,8 +189,9 @@ def assemble(
     picked: Sequence[str],
     *,
     limit: int,
-    losses: Mapping[str, Sequence[float]] | None = None,
+    losses: Mapping[str, Sequence[float] | Floats] | None = None,
     result: AllocationResult | None = None,
+    fmt: QuantFormat | None = None,
 ) -> TargetAllocation:
     """An allocation from the name of a format for every layer; it is costed again from the names."""
     formats = formats_of(target, table)
@@ -168,7 +209,9 @@ def assemble(
     return TargetAllocation(
         target=target.name,
         bit_map=BitMap(
-            model_digest=table.digest, weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()}, format=QuantFormat()
+            model_digest=table.digest,
+            weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()},
+            format=fmt or QuantFormat(),
         ),
         choices={n: c.name for n, c in choices.items()},
         stored=stored,
@@ -176,3 +219,24 @@ def assemble(
         loss=total,
         result=result,
     )
+
+
+def _layer_errors(target: ConsumerTarget, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat) -> Tensor:
+    """Weight errors ``[formats, channels, fan-in]`` of one layer."""
+    import torch
+
+    from mpqsearch.quant import rows_of
+    from mpqsearch.quant.tables import row_errors
+
+    ours = replace(fmt, codebook="affine", prescale=False, criterion="minmax" if target.rerounds else fmt.criterion)
+    weight = weight.detach().float().cpu()
+    rows = rows_of(weight, layer)
+    found = torch.zeros(len(formats), *rows.shape)
+    for choice in target.choices(layer):
+        error = (
+            rows_of(target.round_trip(weight, layer, choice), layer) - rows
+            if target.asks_itself
+            else row_errors(weight, layer, choice.width, ours, None)
+        )
+        found[formats.index(choice.name)] = error
+    return found

@@ -20,6 +20,9 @@ ROUNDINGS = ("resolve", "up", "down", "error")
 so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
 """
 
+FULL = "full"
+"""Stands for full precision where formats are named."""
+
 REASONS = (
     "exact",
     "rounded_up",
@@ -163,8 +166,9 @@ class Verification:
         return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self) | {"ok": self.ok, "verified": self.verified}
+        """As plain JSON data; every entry says whether it is as planned, and in short form what was read back."""
+        entries = [asdict(e) | {"ok": e.ok, "got_text": e.got_text} for e in self.entries]
+        return asdict(self) | {"entries": entries, "ok": self.ok, "verified": self.verified}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +177,8 @@ class ExportJob:
 
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is a condition
     for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
-    ``choices`` names the target's own format for layers of a map that was allocated for this target; those are taken as they are.
+    ``choices`` names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
+    taken as they are, and are planned as ``resolved`` where the map asks for another width.
     ``input_max`` holds the largest input of each channel, for maps with a pre-scaled format.
     ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """

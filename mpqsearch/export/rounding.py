@@ -9,7 +9,7 @@ import numpy as np
 from mpqsearch.allocate import AllocationProblem, solve
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import FULL, Choice, ExportJob, PlanEntry
 
 _EXACT = 1e-9  # a mean of widths that is this close to a width is that width
 
@@ -19,12 +19,14 @@ Choices = Callable[[LayerSpec], Sequence[Choice]]
 def plan_layers(job: ExportJob, target: str, choices: Choices, kinds: Sequence[str], limits: str = "") -> list[PlanEntry]:
     """One entry per layer for a target with one format per layer, out of ``choices(layer)``, the preferred one of each width first.
 
-    A layer that ``job.choices`` names gets that format. A layer whose channels differ stands for its mean width. ``up`` and ``down``
-    round layer by layer, to the nearest end where the target has nothing beyond. ``resolve`` chooses the widths of all layers
-    together so that their codes take no more bits than the map gives them: if the map is the best for its size and each bit divides
-    a layer's squared error by four, channel ``c`` has a loss in proportion to ``4**(asked_c - b)`` at width ``b``, and the knapsack
-    over that is solved. A map that the target can hold comes back unchanged. ``error`` raises `ConfigError` at the first layer that
-    the target cannot hold as asked. ``kinds`` and ``limits`` say in messages what the target is able to hold.
+    A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another width. A layer whose
+    channels differ stands for its mean width. ``up`` and ``down`` round layer by layer, to the nearest end where the target has nothing
+    beyond. ``resolve`` chooses the widths of all other layers together so that their codes take no more bits than the map gives them:
+    if the map is the best for its size and each bit divides a layer's squared error by four, channel ``c`` has a loss in proportion to
+    ``4**(asked_c - b)`` at width ``b``, and the knapsack over that is solved. (With a profile there are better losses: see
+    `mpqsearch.export.allocation.allocate_for`, which gives the choices.) A map that the target can hold comes back unchanged. ``error``
+    raises `ConfigError` at the first layer that the target cannot hold as asked. ``kinds`` and ``limits`` say in messages what the target
+    is able to hold.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
@@ -52,19 +54,24 @@ def _alone(
     """The entry of a layer that is decided on its own; None when ``resolve`` decides it with the others."""
     asked = job.bit_map.channel_widths(layer.name, layer.n_channels)
     low, high, mean = int(asked.min()), int(asked.max()), float(asked.mean())
-    if layer.name in job.choices:
-        named = {c.name: c for c in choices}
-        if job.choices[layer.name] not in named:
-            raise UnknownNameError(f"{target} format of {layer.name!r}", job.choices[layer.name], named)
-        return _entry(layer, job, named[job.choices[layer.name]], "exact", "")
-    if low == FULL_PRECISION:
+    picked = job.choices.get(layer.name)
+    if low == FULL_PRECISION and picked in (None, FULL):
         return _entry(layer, job, None, "kept_full_precision", "the map asks for full precision.")
-    if layer.kind not in kinds:
+    if layer.kind not in kinds and picked in (None, FULL):
         detail = f"{target} quantizes {' and '.join(kinds)} only; the layer stays at full precision."
         return _entry(layer, job, None, "unsupported_kind", detail)
-    if not choices:
+    if not choices and picked in (None, FULL):
         shape = "x".join(map(str, layer.weight_shape))
         return _entry(layer, job, None, "unsupported_shape", f"{target} needs {limits}; the shape is {shape}.")
+    if picked is not None:
+        named = {c.name: c for c in choices}
+        if picked not in (*named, FULL):
+            raise UnknownNameError(f"{target} format of {layer.name!r}", picked, (*named, FULL))
+        choice = named.get(picked)
+        if choice is not None and low == high == choice.width:
+            return _entry(layer, job, choice, "exact", "")
+        detail = f"mean width {mean:.2f}; the formats of all layers were chosen together."
+        return _entry(layer, job, choice, "resolved", detail)
     widths = sorted({c.width for c in choices})
     if mean > widths[-1]:
         return _entry(layer, job, None, "rounded_up", f"mean width {mean:.2f}, above the widest, {widths[-1]}.")
@@ -116,12 +123,12 @@ def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[in
     return int(masked[alone].min(axis=1).sum()) + sum(int(masked[list(g)].sum(axis=0).min()) for g in ties)
 
 
-def tie_groups(layers: Sequence[LayerSpec]) -> list[list[int]]:
-    """Indices of layers that must share a choice."""
+def tie_groups(layers: Sequence[LayerSpec], tie_of: Callable[[LayerSpec], str] | None = None) -> list[list[int]]:
+    """Indices of layers that must share a choice; ``tie_of`` names the group of a layer (default: what the model itself ties)."""
     groups: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        if layer.tie:
-            groups.setdefault(layer.tie, []).append(i)
+        if label := layer.tie if tie_of is None else tie_of(layer):
+            groups.setdefault(label, []).append(i)
     return [g for g in groups.values() if len(g) > 1]
 
 

@@ -231,6 +231,16 @@ class ConsumerTarget:
         if self.missing():
             raise ConfigError(self.install_line())
 
+    @property
+    def asks_itself(self) -> bool:
+        """Whether `round_trip` gives the errors of the target's own quantizer, for which the library must be there."""
+        return type(self).round_trip is not ConsumerTarget.round_trip
+
+    def require_quantizer(self) -> None:
+        """Raise `ConfigError` with the line that installs the library, when an allocation cannot be priced without it."""
+        if self.asks_itself:
+            self.require()
+
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """The weight as the target gives it back, in float32; only for targets that round by themselves."""
         raise ConfigError(f"the target {self.name!r} has no quantizer that can be called on one weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -68,6 +68,32 @@ def breakdown_rows(
         sizes = [f"{getattr(parts, key) / 8000:,.2f}" for key in TITLES]
         rows.append([label, *sizes, f"{parts.total / 8000:,.2f}", f"{parts.total / table.n_parameters:.3f}"])
     return {"columns": ["map", *TITLES.values(), "total", "bits per parameter"], "rows": rows}
+
+
+def export_rows(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """``columns`` and ``rows`` of what was exported: ideal, accounted and found kB side by side; None when nothing was."""
+    if not exports:
+        return None
+    rows = [
+        [
+            row["target"],
+            row["map"],
+            *(f"{row[key] / 1000:,.2f}" if row[key] != "" else "" for key in _EXPORT_SIZES),
+            f"{row['stored_bits_per_parameter']:.3f}",
+            row["weights"],
+            row["verified"],
+        ]
+        for row in exports
+    ]
+    return {"columns": ["target", "map", *_EXPORT_SIZES.values(), "stored bits per parameter", "weights", "verified"], "rows": rows}
+
+
+_EXPORT_SIZES = {
+    "ideal_bytes": "ideal kB of the map",
+    "accounted_bytes": "kB in the target's format",
+    "stored_bytes": "kB found in the file",
+    "header_bytes": "kB of headers",
+}
 
 
 def _layer_parts(layer: LayerSpec, bit_map: BitMap, fixed: bool, storage: StorageModel) -> dict[str, int]:

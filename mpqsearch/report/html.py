@@ -12,7 +12,7 @@ from mpqsearch._version import __version__
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront
-from mpqsearch.report.breakdown import breakdown_rows
+from mpqsearch.report.breakdown import breakdown_rows, export_rows
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.drawings import Drawing, all_drawings
 from mpqsearch.report.figures import data_uri, render, save_figure
@@ -92,6 +92,7 @@ def render_page(
         grids=[_grid(g) for g in content.grids],
         breakdown=_breakdown(content),
         correlations=_plain_table(content.correlations),
+        exports=export_rows(content.exports),
         searched=_plain_table(arms_table(content.search)) if content.search is not None else None,
         provenance=_provenance(content),
         config=content.config,

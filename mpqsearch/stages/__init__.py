@@ -10,13 +10,15 @@ from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
-from mpqsearch.stages.exporting import export, quantize
+from mpqsearch.stages.exporting import Exported, export, quantize, require_verified
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searching import check_search, search, watch
+from mpqsearch.stages.targeting import target_allocation, target_allocations
 from mpqsearch.stages.whole import everything, trained
 
 __all__ = [
+    "Exported",
     "Run",
     "allocation",
     "allocations",
@@ -34,9 +36,12 @@ __all__ = [
     "quantize",
     "rank_correlations",
     "report",
+    "require_verified",
     "search",
     "slug",
     "start",
+    "target_allocation",
+    "target_allocations",
     "trained",
     "watch",
 ]

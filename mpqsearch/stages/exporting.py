@@ -2,55 +2,203 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord, size_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
 from mpqsearch.stages.evaluating import quantized_module
-from mpqsearch.stages.reporting import chosen_method, export_budget
+from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
+from mpqsearch.stages.targeting import resolved_for, target_allocation
+
+if TYPE_CHECKING:
+    from mpqsearch.export import Exporter, ExportJob
 
 
-def export(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord]) -> list[Path]:
-    """Write the chosen map for every configured target and let the consumer read it back."""
-    from mpqsearch.export import ExportJob, get_exporter
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """One target's export: its files, what ``export/<target>.json`` says of it, and what the consumer said, when it was asked."""
 
+    target: str
+    paths: tuple[Path, ...]
+    data: Mapping[str, Any]
+
+    @property
+    def differs(self) -> bool:
+        """True when the consumer was asked and did not find what was planned."""
+        found = self.data["verification"]
+        return found is not None and not found["ok"]
+
+
+def export(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    records: list[StudyRecord],
+    *,
+    verify: bool = True,
+    again: bool = False,
+) -> list[Exported]:
+    """Write a map for every configured target, and with ``verify`` let the consumer read it back in a process of its own.
+
+    A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written and verified from
+    the same inputs is reused; with ``verify`` an export that is only written is read back now, and with ``again`` one that was read back
+    before, too. ``export/<target>.json`` holds what was promised and found, ``export/sizes.csv`` the sizes of all targets. A difference
+    does not raise: see `Exported.differs`.
+    """
     c = run.config.export
     budget = export_budget(run)
-    method = chosen_method(run, records)
-    bit_map, solved = allocation(run, table, measured, method, budget)
-    written: list[Path] = []
+    exports = []
     for target in c.targets:
-        exporter = get_exporter(target)
-        folder = run.path("export", target)
-        inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": c.rounding, "target": target}
-        stamp = run.path("export", f"{target}.json")
-        if artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True):
-            run.say(f"export: reused {folder}")
-            continue
-        if run.dry_run:
-            run.say(f"export: would write {method.name} at {budget.label()} for {target}")
-            continue
-        job = ExportJob(
-            table=table,
-            bit_map=bit_map,
-            denoiser=run.denoiser,
-            rounding=c.rounding,
-            input_max=measured.input_max,
-            inputs={"model": table.digest},
-            provenance={"method": method.name, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
-        )
+        done = _export_one(run, table, measured, records, target, budget, verify=verify, again=again)
+        if done is not None:
+            exports.append(done)
+    rows, sizes = size_rows(run), run.path("export", "sizes.csv")
+    text = _csv(rows)
+    if rows and not run.dry_run and not (sizes.is_file() and sizes.read_text() == text):
+        artifacts.write_text(sizes, text)
+    return exports
+
+
+def require_verified(exports: Sequence[Exported]) -> None:
+    """Raise `ArtifactError` when a consumer found another thing than was planned."""
+    for one in exports:
+        if one.differs:
+            raise ArtifactError(f"the export for {one.target} was not read back as planned: see the lines above")
+
+
+def _export_one(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    records: list[StudyRecord],
+    target: str,
+    budget: Budget,
+    *,
+    verify: bool,
+    again: bool,
+) -> Exported | None:
+    from mpqsearch.export import get_exporter
+
+    own = target in run.config.allocate.targets
+    choices: Mapping[str, str] = {}
+    if own:
+        bit_map, solved = target_allocation(run, table, measured, target, budget)
+        label, choices = f"allocated for {target} at {budget.label()}", solved["choices"]
+    else:
+        method = chosen_method(run, records)
+        bit_map, solved = allocation(run, table, measured, method, budget)
+        label = f"{method.name} at {budget.label()}"
+    rounding = run.config.export.rounding
+    folder, stamp = run.path("export", target), run.path("export", f"{target}.json")
+    inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": rounding, "target": target}
+    inputs |= {"choices": artifacts.digest_of(dict(choices)), "profile": artifacts.digest_of(profile_inputs(run, table))}
+    written = artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True)
+    data = dict(artifacts.read_json(stamp, "mpqsearch/export").data) if written else {}
+    found = data.get("verification")
+    if found is not None and not found["ok"] and not again:
+        written = False  # it was found wanting: make it anew
+    if written and (not verify or (found is not None and not again)):
+        run.say(f"export: reused {folder}")
+        return Exported(target=target, paths=tuple(folder / name for name in data["files"]), data=data)
+    if run.dry_run:
+        run.say(f"export: would write {label} for {target}")
+        return None
+    exporter = get_exporter(target)
+    if not written:
+        provenance = {"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]}
+        job = _job(run, table, measured, exporter, bit_map, choices, provenance)
+        stamp.unlink(missing_ok=True)
         with run.timed("export"):
-            written += exporter.write(folder, job)
-            verification = exporter.verify(folder)
-        run.say(f"export: {verification.summary()}")
-        if not verification.ok:
-            raise ArtifactError(f"the export for {target} in {folder} was not read back as planned: see the lines above")
-        artifacts.write_json(stamp, "mpqsearch/export", verification.to_data(), inputs)
-    return written
+            paths = exporter.write(folder, job)
+        data = _written(table, exporter, job, label) | {"files": [p.relative_to(folder).as_posix() for p in paths]}
+        artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
+        run.say(f"export: {folder} is written; not read back by its consumer" if not verify else f"export: {folder} is written")
+    if verify:
+        data["verification"] = _verified(run, exporter, folder)
+        artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
+    return Exported(target=target, paths=tuple(folder / name for name in data["files"]), data=data)
+
+
+def _job(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    exporter: Exporter,
+    bit_map: BitMap,
+    choices: Mapping[str, str],
+    provenance: Mapping[str, Any],
+) -> ExportJob:
+    """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
+    from mpqsearch.export import ExportJob
+    from mpqsearch.export.target import ConsumerTarget
+
+    job = ExportJob(
+        table=table,
+        bit_map=bit_map,
+        denoiser=run.denoiser,
+        rounding=run.config.export.rounding,
+        choices=choices,
+        input_max=measured.input_max,
+        inputs={"model": table.digest},
+        provenance=provenance,
+    )
+    if choices or job.rounding != "resolve" or not isinstance(exporter, ConsumerTarget):
+        return job
+    if exporter.capabilities().granularity == "channel":
+        return job  # it holds every width; what it cannot quantize stays at full precision
+    if all(e.reason in ("exact", "kept_full_precision") for e in exporter.plan(replace(job, rounding="up"))):
+        return job
+    made = resolved_for(run, table, measured, exporter, bit_map)
+    return replace(job, choices=made.asked())
+
+
+def _written(table: LayerTable, exporter: Exporter, job: ExportJob, label: str) -> dict[str, Any]:
+    """What ``export/<target>.json`` says before any consumer has looked."""
+    from mpqsearch.export import plan_table
+    from mpqsearch.export.target import ConsumerTarget
+
+    plan = exporter.plan(job)
+    promised = exporter.promise(job, plan) if isinstance(exporter, ConsumerTarget) else None
+    return {
+        "target": exporter.name,
+        "map": label,
+        "rounding": job.rounding,
+        "rounded_layers": sum(e.reason not in ("exact", "kept_full_precision") for e in plan),
+        "payload": exporter.capabilities().payload,
+        "n_parameters": table.n_parameters,
+        "ideal_bits": size_bits(table, job.bit_map),
+        "accounted_bits": None if promised is None else promised.total,
+        "plan": plan_table(plan),
+        "verification": None,
+    }
+
+
+def _verified(run: Run, exporter: Exporter, folder: Path) -> dict[str, Any]:
+    from mpqsearch.export.target import ConsumerTarget
+
+    if isinstance(exporter, ConsumerTarget):
+        exporter.require()  # an absent consumer can say nothing: that is an error, not a difference
+    with run.timed("verify"):
+        found = exporter.verify(folder)
+    run.say(f"export: {found.summary()}")
+    return found.to_data()
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, SIZE_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:

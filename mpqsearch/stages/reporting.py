@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         "config": artifacts.digest_of(run.config.to_data()),
         "profile": artifacts.digest_of(profile_inputs(run, table)),
     }
+    exports = {p.stem: artifacts.digest_file(p) for p in sorted(run.path("export").glob("*.json"))}
+    if exports:
+        inputs["exports"] = artifacts.digest_of(exports)
     results = run.path("search", "search.json")
     if run.config.search.trials and results.exists():
         inputs["search"] = artifacts.digest_file(results)
@@ -59,6 +63,7 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         variant=chosen.variant,
         grids=_grids(run, table, measured),
         correlations=rank_correlations(table, measured),
+        exports=size_rows(run),
         environment=artifacts.environment(),
         config=run.config.to_toml(),
         command=redact(command or shlex.join(["mpqsearch", *sys.argv[1:]])),
@@ -72,6 +77,58 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
         build_report(run.folder, content, inputs)
     run.say(f"report: {page}")
     return page
+
+
+SIZE_COLUMNS = (
+    "target",
+    "map",
+    "ideal_bytes",
+    "accounted_bytes",
+    "stored_bytes",
+    "header_bytes",
+    "stored_bits_per_parameter",
+    "weights",
+    "verified",
+)
+"""Columns of ``export/sizes.csv``; see `size_rows`."""
+
+
+def size_rows(run: Run) -> list[dict[str, Any]]:
+    """One row for each target that was exported: ideal, accounted and found bytes side by side.
+
+    ``ideal_bytes``: what the asked map takes when its codes are packed densely, as a budget counts. ``accounted_bytes``: what the target's
+    own format takes, headers apart. ``stored_bytes``, ``header_bytes``: what was found in the file; empty until it was verified, and
+    for targets that write no weights.
+    """
+    rows = []
+    for path in sorted(run.path("export").glob("*.json")):
+        data = artifacts.read_json(path, "mpqsearch/export").data
+        if data.get("accounted_bits") is None:
+            continue  # the neutral map promises no file; an export of an earlier version did not say
+        found = data["verification"] or {}
+        accounted, stored = -(-data["accounted_bits"] // 8), found.get("stored_bytes")
+        rows.append(
+            {
+                "target": data["target"],
+                "map": data["map"],
+                "ideal_bytes": -(-data["ideal_bits"] // 8),
+                "accounted_bytes": accounted,
+                "stored_bytes": "" if stored is None else stored,
+                "header_bytes": "" if stored is None else found["header_bytes"],
+                "stored_bits_per_parameter": round(8 * (accounted if stored is None else stored) / data["n_parameters"], 4),
+                "weights": "yes" if data["payload"] else "no, settings only",
+                "verified": _verdict(found),
+            }
+        )
+    return rows
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    if not found:
+        return "no"
+    if not found["ok"]:
+        return "DIFFERS"
+    return "yes" if found["verified"] else "no, its consumer was not run"
 
 
 def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:

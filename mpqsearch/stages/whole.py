@@ -10,7 +10,7 @@ from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
-from mpqsearch.stages.exporting import export
+from mpqsearch.stages.exporting import export, require_verified
 from mpqsearch.stages.profiling import profile
 from mpqsearch.stages.reporting import rank_correlations, report
 from mpqsearch.stages.searching import search
@@ -33,8 +33,11 @@ def everything(run: Run) -> list[StudyRecord]:
                 f"profile: rank correlation of {row['predictor']!r} with one layer at a time, {row['bits']} bits: {row['spearman']:.2f}"
             )
     records += trained(run, table, measured, records)
-    report(run, table, measured, records)
-    export(run, table, measured, records)
+    try:
+        exports = export(run, table, measured, records)
+    finally:  # the report shows what was stored; whatever an export runs into, the results are drawn
+        report(run, table, measured, records)
+    require_verified(exports)
     return records
 
 

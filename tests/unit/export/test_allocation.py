@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from mpqsearch.core import KeptParameter, LayerSpec, LayerTable, Policy
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError
+from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.export import ExportJob
-from mpqsearch.export.allocation import FULL, allocate_for, formats_of, uniform_for
+from mpqsearch.export.allocation import allocate_for, formats_of, target_errors, target_losses, uniform_for
+from mpqsearch.export.contract import FULL
 from mpqsearch.export.gguf import TYPES, GgufExporter
+from mpqsearch.export.mlx import MlxExporter
+from mpqsearch.quant.tables import row_errors
 
 TARGET = GgufExporter()
 TABLE = LayerTable(
@@ -84,3 +89,96 @@ def test_uniform_is_the_type_where_it_fits() -> None:
     assert made.choices == {"wide": "Q4_K"}
     assert made.stored.payload == 4 * 2048
     assert made.stored.metadata == 8 * 16 * 8
+
+
+def test_a_map_that_fits_nowhere_becomes_the_smallest_file() -> None:
+    made = allocate_for(TARGET, TABLE, losses(0), 1000, at_least_smallest=True)
+    assert made.stored.total == min(size(p) for p in every_map()) == made.limit
+
+
+def test_a_policy_ties_the_projections_that_are_fused() -> None:
+    layers = tuple(LayerSpec(name=n, kind="Linear", weight_shape=(8, 64), fuse="qkv") for n in "qkv")
+    table = LayerTable(digest="d", layers=layers, kept=())
+    formats = formats_of(TARGET, table)
+    one = {n: [10.0 ** (3 * i - TYPES[f][0]) for f in formats] for i, n in enumerate("qkv")}
+    limit = 8 * 8 * 64 * 3 * 6 // 8
+    free, tied = (allocate_for(TARGET, table, one, limit, Policy(roles={}, tie_qkv=tie)) for tie in (False, True))
+    assert len(set(free.choices.values())) > 1
+    assert len(set(tied.choices.values())) == 1
+
+
+def test_formats_that_a_map_did_not_ask_for_are_called_resolved() -> None:
+    weights = {"conv": 4, "wide": 3, "narrow": 5, "alone": 16}
+    table = replace(TABLE, layers=tuple(replace(la, tie="") for la in TABLE))
+    bit_map = BitMap(model_digest="d", weights={n: np.array(w, dtype=np.uint8) for n, w in weights.items()})
+    choices = {"conv": FULL, "wide": "Q4_0", "narrow": "Q5_1", "alone": FULL}
+    plan = {e.layer: e for e in TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices))}
+    assert {n: e.reason for n, e in plan.items()} == {
+        "conv": "unsupported_kind",
+        "wide": "resolved",
+        "narrow": "exact",
+        "alone": "kept_full_precision",
+    }
+    assert (plan["wide"].choice, plan["narrow"].choice, plan["alone"].choice) == ("Q4_0", "Q5_1", "")
+    left = TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices | {"narrow": FULL}))[2]
+    assert (left.reason, left.will_get) == ("resolved", 16)
+    with pytest.raises(ConfigError, match="cannot hold layer 'conv'"):
+        TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices, rounding="error"))
+    with pytest.raises(UnknownNameError, match="gguf format of 'wide'"):
+        TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices={"wide": "Q5_X"}))
+
+
+def small_model() -> tuple[LayerTable, torch.nn.Module]:
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 8), "b": torch.nn.Linear(64, 4)})
+    layers = tuple(LayerSpec(name=n, kind="Linear", weight_shape=tuple(module[n].weight.shape)) for n in "ab")
+    return LayerTable(digest="d", layers=layers, kept=()), module
+
+
+def profile_of(table: LayerTable, module: torch.nn.Module, unit: np.ndarray | None) -> SensitivityProfile:
+    """A profile in which a unit of squared weight error costs ``unit`` ``[C, W]``; None: a profile of the weights alone."""
+    widths = (2, 4, 8)
+    rows = [row_errors(module[la.name].weight, la, b, QuantFormat(), None).square().sum(1) for la in table for b in widths]
+    weight = np.concatenate([np.stack([r.detach().numpy() for r in rows[3 * i : 3 * i + 3]], axis=1) for i in range(len(table))])
+    arrays = {"weight_error/affine": weight}
+    if unit is not None:
+        arrays |= {"output_error/affine": weight * unit, "gain": np.ones(len(weight))}
+    return SensitivityProfile(
+        model_digest="d",
+        names=("a", "b"),
+        channels=(8, 4),
+        widths=widths,
+        arrays={k: v.astype(np.float32) for k, v in arrays.items()},
+    )
+
+
+def test_losses_are_the_targets_own_errors_at_the_price_of_the_profile() -> None:
+    table, module = small_model()
+    weights = {n: m.weight for n, m in module.items()}
+    formats = formats_of(TARGET, table)
+    own = {n: e.double().square().sum(-1).numpy() for n, e in target_errors(TARGET, table, module).items()}  # [F, C]
+    for name, choice in (("a", "Q4_0"), ("b", "Q8_0")):  # the oracle of the errors: the format itself
+        decoded = TARGET.round_trip(weights[name], table[name], next(c for c in TARGET.choices(table[name]) if c.name == choice))
+        expected = (decoded - weights[name]).double().square().sum(1).detach().numpy()
+        np.testing.assert_allclose(own[name][formats.index(choice)], expected, rtol=1e-6)
+    alone = target_losses(TARGET, table, weights.__getitem__, profile_of(table, module, None))
+    unit = np.random.default_rng(0).lognormal(size=(12, 3))
+    priced = target_losses(TARGET, table, weights.__getitem__, profile_of(table, module, unit))
+    column = {"Q4_0": 1, "Q8_0": 2}  # formats whose error is nearest to that of 4 and 8 bits
+    for name, part in (("a", slice(0, 8)), ("b", slice(8, 12))):
+        np.testing.assert_allclose(alone[name], own[name].sum(1), rtol=1e-6)
+        for choice, w in column.items():
+            row = own[name][formats.index(choice)]
+            np.testing.assert_allclose(priced[name][formats.index(choice)], (row * unit[part, w]).sum(), rtol=1e-5)
+
+
+def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
+    table, module = small_model()
+    target = MlxExporter()
+    fmt = QuantFormat(n_candidates=8)
+    errors = target_errors(target, table, module, fmt)
+    for layer in table:
+        for choice in target.choices(layer):
+            found = errors[layer.name][formats_of(target, table).index(choice.name)]
+            expected = row_errors(module[layer.name].weight.detach(), layer, choice.width, fmt, None)
+            assert torch.equal(found, expected)

@@ -1,0 +1,112 @@
+"""Maps for one target: solved over its own formats, with its true stored cost and the error of its own quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch import artifacts
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, SensitivityProfile, size_bits
+from mpqsearch.errors import ConfigError
+from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.profiling import profile_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpqsearch.export.allocation import Floats, TargetAllocation
+    from mpqsearch.export.target import ConsumerTarget
+
+
+def target_of(name: str) -> ConsumerTarget:
+    """The target of that name. Raises `UnknownNameError` for an unknown one, `ConfigError` for one that has no formats of its own."""
+    from mpqsearch.export import get_exporter
+    from mpqsearch.export.target import ConsumerTarget
+
+    found = get_exporter(name)
+    if not isinstance(found, ConsumerTarget):
+        raise ConfigError(f"the target {name!r} holds every map as it is: leave out --target (or allocate.targets)")
+    return found
+
+
+def target_allocation(
+    run: Run, table: LayerTable, measured: SensitivityProfile, name: str, budget: Budget
+) -> tuple[BitMap, dict[str, Any]]:
+    """Solve over the formats of a target at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds.
+
+    The folder is ``allocations/target-<name>@<budget>``; ``bitmap.json`` names the target's format of every layer in its provenance.
+    Raises `InfeasibleBudgetError`, with the size of the target's smallest file, when nothing fits.
+    """
+    target = target_of(name)
+    folder = run.path("allocations", slug(f"target-{name}", budget))
+    inputs = profile_inputs(run, table) | {
+        "target": artifacts.digest_of([name, [c.name for c in target.all_choices()]]),
+        "budget": artifacts.digest_of(budget.label()),
+        "policy": artifacts.digest_of(run.config.to_data()["policy"]),
+    }
+    path, map_path = folder / "allocation.json", folder / "bitmap.json"
+    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
+        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
+    from mpqsearch.export import neutral_extra
+    from mpqsearch.export.allocation import allocate_for
+
+    limit = budget.limit_bits(table, run.config.policy)
+    losses = _losses(run, table, measured, target)
+    with run.timed("allocate"):
+        made = allocate_for(target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format())
+    data = made.to_data() | {"budget": budget.label()}
+    if not run.dry_run:
+        provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
+        artifacts.save_bit_map(map_path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance))
+        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
+    return made.bit_map, data
+
+
+def target_allocations(
+    run: Run, table: LayerTable, measured: SensitivityProfile
+) -> list[tuple[str, Budget, BitMap, dict[str, Any]]]:
+    """All targets of ``[allocate]`` at all its budgets."""
+    c = run.config.allocate
+    out = [(name, b, *target_allocation(run, table, measured, name, b)) for b in c.parsed() for name in c.targets]
+    if out:
+        run.say(f"allocate: {len(out)} maps for {', '.join(c.targets)} in {run.path('allocations')}")
+    return out
+
+
+def resolved_for(
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget, bit_map: BitMap
+) -> TargetAllocation:
+    """Solve again over the target's formats at the size that ``bit_map`` has with all that is stored, for a map made for something else.
+
+    What the policy fixes stays fixed, and layers that the map leaves at full precision stay there. Where the target has no file
+    as small as the map, its smallest one is made, and one line says so.
+    """
+    from mpqsearch.export.allocation import allocate_for
+
+    kept = {n: FULL_PRECISION for n, w in bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
+    policy = replace(run.config.policy, pinned={**kept, **run.config.policy.pinned})
+    limit = size_bits(table, bit_map)
+    losses = _losses(run, table, measured, target)
+    made = allocate_for(target, table, losses, limit, policy, fmt=run.config.quantizer.format(), at_least_smallest=True)
+    if made.stored.total > limit:
+        run.say(
+            f"export: the map takes {-(-limit // 8)} bytes; the smallest file of {target.name} takes {-(-made.stored.total // 8)}, "
+            "and that is what is written"
+        )
+    return made
+
+
+def _losses(run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget) -> dict[str, Floats]:
+    from mpqsearch.export.allocation import target_losses
+
+    target.require_quantizer()
+    if not measured.weights_only:
+        same_model(run, table)
+        modules: dict[str, Any] = dict(run.denoiser.module.named_modules())
+
+    def weight_of(name: str) -> Tensor:
+        weight: Tensor = run.streamed.read(f"{name}.weight") if measured.weights_only else modules[name].weight
+        return weight
+
+    with run.timed("allocate"):
+        return target_losses(target, table, weight_of, measured, run.config.quantizer.format())

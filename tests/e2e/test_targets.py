@@ -1,0 +1,208 @@
+"""Maps for a target on the command line: allocated over its own formats, exported, and read back by its consumer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from mpqsearch.artifacts import read_json
+from mpqsearch.cli import app
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+from mpqsearch.export import ExportJob, get_exporter, load_neutral
+from mpqsearch.export.contract import Verification, VerifyEntry
+from mpqsearch.export.gguf import FILE, GgufExporter
+
+pytest.importorskip("gguf")
+pytest.importorskip("libgguf")
+
+STUDY = """
+[model]
+source = {source}
+[policy]
+widths = [2, 4, 8]
+[quantizer]
+n_candidates = 8
+[sampler]
+steps = 2
+batch = 4
+[calibration]
+samples = 2
+probe_inputs = 2
+probes = 1
+sampler_seeds = 2
+sampler_probes = 1
+codebooks = ["affine"]
+[allocate]
+budgets = ["6bit"]
+[[methods]]
+name = "ilp-layer"
+allocator = "ilp-layer"
+[evaluate]
+samples = 4
+extractor = "random-conv"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the profile of a small transformer, whose rows of 64 take GGUF blocks of 32."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+    )
+    where = tmp_path_factory.mktemp("targets")
+    model.save_pretrained(where / "dit", safe_serialization=True)
+    (where / "study.toml").write_text(STUDY.format(source=json.dumps(str(where / "dit"))))
+    assert call(where, "profile").exit_code == 0
+    return where
+
+
+def call(folder: Path, verb: str, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [verb, "-c", str(folder / "study.toml"), "-o", str(folder / "r"), *arguments])
+
+
+def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path) -> None:
+    done = call(folder, "allocate", "--target", "gguf", "--budget", "6bit", "--budget", "8bit", "--json")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert [m["budget"] for m in made] == ["6bit", "8bit"]
+    assert not (folder / "r/allocations/ilp-layer@6bit").exists(), "only what --target names is solved"
+    for data in made:
+        where = folder / "r/allocations" / f"target-gguf@{data['budget']}"
+        neutral = load_neutral(where / "bitmap.json")
+        choices = neutral.data["provenance"]["choices"]
+        assert choices == data["choices"]
+        assert data["status"] == "optimal"
+        assert data["size_bits"] <= data["limit"]
+        assert data["limit"] - data["size_bits"] < 0.05 * data["limit"], "the budget is used"
+        table = read_json(folder / "r/layers.json", "mpqsearch/layers")
+        from mpqsearch.core import LayerTable
+
+        job = ExportJob(table=LayerTable.from_data(table.data), bit_map=neutral.bit_map, choices=choices, rounding="error")
+        plan = GgufExporter().plan(job)
+        assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
+        assert GgufExporter().promise(job, plan).total == data["size_bits"]
+    shown = call(folder, "allocate", "--target", "gguf")
+    assert "layers by format" in shown.stdout
+    assert "Q8_0" in shown.stdout
+
+
+def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
+    written = call(folder, "export", "--target", "gguf", "--allocated")
+    assert written.exit_code == 0, written.output
+    files = [Path(line) for line in written.stdout.split()]
+    assert {f.name for f in files} >= {FILE, "export.json", "bitmap.json"}
+    assert not any(word in written.output for word in ("as planned", "ok", "verified"))
+    stamp = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    assert stamp["verification"] is None
+    assert stamp["rounded_layers"] == 0
+    assert read_sizes(folder)["gguf"]["stored_bytes"] == ""
+    shown = call(folder, "export", "--target", "gguf", "--allocated", "--verify", "--json")
+    assert shown.exit_code == 0, shown.output
+    (one,) = json.loads(shown.stdout)
+    found = one["verification"]
+    assert found["ok"]
+    assert all(e["ok"] and e["got_choice"] == e["planned_choice"] for e in found["entries"])
+    assert {"layer", "asked", "got_text", "reason"} <= set(found["entries"][0])
+    allocated = read_json(folder / "r/allocations/target-gguf@6bit/allocation.json", "mpqsearch/allocation").data
+    row = read_sizes(folder)["gguf"]
+    assert int(row["accounted_bytes"]) == -(-allocated["size_bits"] // 8) == int(row["stored_bytes"])
+    assert int(row["ideal_bytes"]) < int(row["stored_bytes"])
+    assert int(row["header_bytes"]) + int(row["stored_bytes"]) == (folder / "r/export/gguf" / FILE).stat().st_size
+    assert row["verified"] == "yes"
+
+
+def read_sizes(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "r/export/sizes.csv").open() as handle:
+        return {row["target"]: row for row in csv.DictReader(handle)}
+
+
+def test_a_difference_ends_with_exit_code_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(folder, "export", "--target", "gguf").exit_code == 0
+    entries = (VerifyEntry(layer="x", asked="4", planned=4, got=8, planned_choice="Q4_0", got_choice="Q8_0", reason="resolved"),)
+    monkeypatch.setattr(GgufExporter, "verify", lambda *_: Verification(target="gguf", entries=entries))
+    shown = call(folder, "export", "--target", "gguf", "--verify")
+    assert shown.exit_code == 1
+    for text in ("0 of 1 layers as planned", "Q4_0", "Q8_0", "resolved", "DIFFERS", "NOT as planned"):
+        assert text in shown.stdout
+    assert read_sizes(folder)["gguf"]["verified"] == "DIFFERS"
+    monkeypatch.undo()
+    damaged = folder / "r/export/gguf" / FILE
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shown = call(folder, "export", "--target", "gguf", "--verify")
+    assert shown.exit_code == 1
+    assert "is missing or was changed after the export" in shown.stdout
+    again = call(folder, "export", "--target", "gguf")
+    assert "is written" in again.stderr, "what was found wanting is made anew"
+    assert read_sizes(folder)["gguf"]["verified"] == "no"
+
+
+def test_a_map_made_for_something_else_is_solved_again_at_its_size(folder: Path) -> None:
+    assert call(folder, "export", "--target", "gguf", "--overwrite").exit_code == 0
+    resolved = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    assert resolved["map"] == "ilp-layer at 6bit"
+    assert "resolved" in {row["reason"] for row in resolved["plan"]}
+    assert 0.95 * resolved["ideal_bits"] < resolved["accounted_bits"] <= resolved["ideal_bits"]
+    sizes = {}
+    for rounding in ("up", "down"):
+        assert call(folder, "export", "--target", "gguf", "--round", rounding).exit_code == 0
+        data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+        assert data["rounding"] == rounding
+        sizes[rounding] = data["accounted_bits"]
+    assert sizes["down"] <= sizes["up"]
+    refused = call(folder, "export", "--target", "gguf", "--round", "error")
+    assert isinstance(refused.exception, ConfigError)
+    assert "gguf cannot hold layer 'pos_embed.proj' (Conv2d) at 8 bits" in str(refused.exception)
+    small = call(folder, "export", "--target", "gguf", "--budget", "3bit")
+    assert small.exit_code == 0
+    assert "the smallest file of gguf takes" in small.stderr
+    data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    assert data["accounted_bits"] > data["ideal_bits"]
+    row = read_sizes(folder)["gguf"]
+    assert float(row["stored_bits_per_parameter"]) == pytest.approx(data["accounted_bits"] / data["n_parameters"], abs=1e-3)
+
+
+def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = call(folder, "allocate", "--target", "ggfu").exception
+    assert isinstance(unknown, UnknownNameError)
+    assert unknown.exit_code == 2
+    assert "did you mean 'gguf'" in str(unknown)
+    assert "onnx" in str(unknown)
+    assert "unknown rounding 'nearest'" in str(call(folder, "export", "--round", "nearest").exception)
+    small = call(folder, "allocate", "--target", "gguf", "--budget", "3bit").exception
+    assert isinstance(small, InfeasibleBudgetError)
+    assert "smallest file of gguf takes" in str(small)
+    for arguments in (("allocate", "--target", "neutral"), ("export", "--allocated", "--target", "neutral")):
+        assert "holds every map as it is" in str(call(folder, *arguments).exception)
+    assert "name at least one" in str(call(folder, "export", "--allocated").exception)
+    monkeypatch.setattr(GgufExporter, "imports", ("gguf", "no_such_library"))
+    for arguments in (("allocate", "--target", "gguf", "-b", "7bit"), ("export", "--target", "gguf", "-b", "7bit", "--verify")):
+        assert "no_such_library is not installed. Run: pip install gguf libgguf" in str(call(folder, *arguments).exception)
+
+
+def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> None:
+    assert call(folder, "export", "--target", "gguf", "--allocated").exit_code == 0
+    done = call(folder, "report")
+    assert done.exit_code == 0, done.output
+    page = (folder / "r/report.html").read_text()
+    row = read_sizes(folder)["gguf"]
+    assert "what the file of the target really takes" in page
+    for key in ("ideal_bytes", "accounted_bytes"):
+        assert f"{int(row[key]) / 1000:,.2f}" in page
+    assert np.isclose(float(row["stored_bits_per_parameter"]), 6, atol=0.2)
+    assert get_exporter("gguf").capabilities().payload
