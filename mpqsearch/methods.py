@@ -91,8 +91,6 @@ class MethodSpec:
         ):
             if value not in known:
                 raise UnknownNameError(what, value, known, f"(method {self.name!r})")
-        if self.prescale and self.codebook != "affine":
-            raise ConfigError(f"method {self.name!r}: prescale goes with the affine codebook only, got {self.codebook!r}")
 
     @property
     def granularity(self) -> str:

@@ -29,7 +29,10 @@ class QuantFormat:
         Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared error,
         both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the full range.
     prescale
-        Multiply each input channel by ``sqrt(max|x| / max|w|)`` before quantizing and divide after (MPQ-DM, SmoothQuant at 0.5).
+        Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide after, and its inputs the
+        other way round.
+    strength
+        The ``a`` of pre-scaling in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out the weights.
     scale_bits
         Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization rounds to).
     """
@@ -40,6 +43,7 @@ class QuantFormat:
     n_candidates: int = 80
     prescale: bool = False
     scale_bits: int = 16
+    strength: float = 0.5
 
     def __post_init__(self) -> None:
         if self.codebook not in CODEBOOKS:
@@ -52,6 +56,8 @@ class QuantFormat:
             raise ConfigError(f"p must lie in (0, 8], got {self.p}")
         if self.scale_bits != 16:
             raise ConfigError(f"scale_bits must be 16 (half-precision scales), got {self.scale_bits}")
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"the strength of pre-scaling must lie in 0..1, got {self.strength}")
 
     def zero_point_bits(self, bits: int) -> int:
         """Stored bits of one row's zero point: an integer in the code range, or none.
@@ -61,8 +67,11 @@ class QuantFormat:
         return 0 if self.codebook == "midrise" else bits
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
+        """As plain JSON data. The strength is left out at its default, so that digests are those of maps from before it."""
+        data = asdict(self)
+        if self.strength == 0.5:
+            del data["strength"]
+        return data
 
 
 def check_width(bits: int, where: str) -> None:

@@ -11,12 +11,14 @@ from mpqsearch.profile.measure import (
     profile_base,
     profile_model,
     race_final_errors,
+    variants_of,
     with_final_errors,
 )
 from mpqsearch.profile.operating import remeasure
 from mpqsearch.profile.probes import Prober, ProbeResult, probe
 from mpqsearch.profile.racing import Stability, relative_error, stability
 from mpqsearch.profile.streaming import Partial, profile_weights
+from mpqsearch.profile.together import choose_strengths
 
 __all__ = [
     "CalibrationSpec",
@@ -28,6 +30,7 @@ __all__ = [
     "Prober",
     "Stability",
     "calibrate_activations",
+    "choose_strengths",
     "collect_ranges",
     "columns_of",
     "final_errors",
@@ -41,5 +44,6 @@ __all__ = [
     "relative_error",
     "remeasure",
     "stability",
+    "variants_of",
     "with_final_errors",
 ]

@@ -99,6 +99,7 @@ def variants_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantForm
     """Quantizer variants by name."""
     made = {c: QuantFormat(codebook=c, criterion=base.criterion, p=base.p, n_candidates=base.n_candidates) for c in spec.codebooks}
     if spec.prescale:
+        made |= {f"{c}+prescale": replace(f, prescale=True) for c, f in made.items()}
         made["affine+prescale"] = replace(base, codebook="affine", prescale=True)
         made["affine+prescale+minmax"] = replace(base, codebook="affine", prescale=True, criterion="minmax")
     return made

@@ -31,11 +31,14 @@ BINS = 2048
 class ActivationSearch:
     """How a range is searched: ``sum |x - x_q|**p`` over the shrink factors ``1 - 0.8 i / n`` of the range, ``i < n_candidates``.
 
-    The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4).
+    The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4), which shrink both ends of
+    the range by one factor. With ``zero_points`` each end is cut where it costs least: all zero points are tried at every eighth factor, then
+    all factors at the best of them. It takes no storage, and halves the error of four-bit inputs with one long tail (after SiLU, GELU).
     """
 
     p: float = 2.4
     n_candidates: int = 80
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 8 or not 1 <= self.n_candidates <= 1000:
@@ -420,6 +423,14 @@ class _Histogram:
         return (torch.arange(BINS) + 0.5) * (2 * self.reach / BINS) - self.reach
 
 
+def search_range(values: Tensor, bits: int, search: ActivationSearch) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the best range of ``bits`` bits for some values, as `RangeCollector` finds it."""
+    seen = _Histogram("values")
+    seen.add(values)
+    scale, zero, _ = _search([seen], bits, search)
+    return scale[0].to(values), zero[0].to(values)
+
+
 def _search(histograms: list[_Histogram], bits: int, search: ActivationSearch) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, zero and mean squared error ``[T]`` of the best range for each histogram."""
     if not histograms:
@@ -435,12 +446,28 @@ def _search(histograms: list[_Histogram], bits: int, search: ActivationSearch) -
         seen = h.counts > 0
         # The edge bins hold the extremes themselves: their centres may lie outside the values that were seen.
         values, counts = h.centres[seen].clamp(h.low, h.high), h.counts[seen]
-        codes = (values / scale[:, None]).add_(zero).round_().clamp_(0, top)
-        square = codes.sub_(zero).mul_(scale[:, None]).sub_(values).square_()
-        best = int((square.log2().mul_(search.p / 2).exp2_() @ counts).argmin())  # vectorised, which pow is not
-        out.append((scale[best], zero, square[best] @ counts / counts.sum()))
-    s, z, e = (torch.stack(list(v)) for v in zip(*out, strict=True))
+        found = [_best(values, counts, scale, zero.expand(len(scale)), top, search.p)]
+        if search.zero_points:
+            coarse, zero_points = torch.meshgrid(scale[::8], torch.arange(top + 1.0), indexing="ij")
+            rough = _best(values, counts, coarse.flatten(), zero_points.flatten(), top, search.p)
+            found.append(_best(values, counts, scale, rough[1].expand(len(scale)), top, search.p))
+        out.append(min(found, key=lambda f: float(f[3])))
+    s, z, e, _ = (torch.stack(list(v)) for v in zip(*out, strict=True))
     return s, z, e
+
+
+def _best(
+    values: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, top: int, p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of K quantizers ``[K]`` the one with the least ``sum |x - x_q|**p``: its scale, zero, mean squared error and that sum."""
+    sums = torch.empty(len(scales))
+    for part in range(0, len(scales), 128):  # as much as stays in cache
+        s, z = scales[part : part + 128, None], zeros[part : part + 128, None]
+        square = (values / s).add_(z).round_().clamp_(0, top).sub_(z).mul_(s).sub_(values).square_()
+        sums[part : part + 128] = square.log2_().mul_(p / 2).exp2_() @ counts  # vectorised, which pow is not
+    b = int(sums.argmin())
+    square = (values / scales[b]).add_(zeros[b]).round_().clamp_(0, top).sub_(zeros[b]).mul_(scales[b]).sub_(values).square_()
+    return scales[b], zeros[b], square @ counts / counts.sum(), sums[b]
 
 
 def _spread(values: Tensor, found: list[_Histogram | None]) -> Tensor:
@@ -465,14 +492,14 @@ def prescale_inputs(
     modules: dict[str, Any] = dict(module.named_modules())
     out = {}
     for name, bits in bit_map.activations.items():
-        if bits == FULL_PRECISION or not bit_map.format_of(name).prescale:
+        fmt = bit_map.format_of(name)
+        if bits == FULL_PRECISION or not fmt.prescale:
             continue
         if input_max is None or name not in input_max:
             raise ConfigError(f"{name}: a pre-scaled format needs the input maxima of a profile")
         layer = table[name]
-        out[name] = input_factors(
-            layer, stored_factors(rows_of(modules[name].weight.detach().float(), layer), input_max[name], layer)
-        )
+        rows = rows_of(modules[name].weight.detach().float(), layer)
+        out[name] = input_factors(layer, stored_factors(rows, input_max[name], layer, fmt.strength))
     return out
 
 

@@ -60,7 +60,7 @@ def quantize_weight(
     if fmt.prescale:
         if input_max is None:
             raise ConfigError(f"{layer.name}: a pre-scaled format needs the input maxima of a profile")
-        factor = stored_factors(rows, input_max, layer)
+        factor = stored_factors(rows, input_max, layer, fmt.strength)
         rows = rows * factor.repeat_interleave(len(rows) // layer.groups, dim=0)
     full = widths == FULL_PRECISION
     try:

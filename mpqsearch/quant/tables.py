@@ -52,8 +52,8 @@ def weight_error_tables(
     return {codebook: errors[codebook] for codebook in codebooks}
 
 
-def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tensor:
-    """Factor of every column ``[G, D]``: ``sqrt(max|x| / max|w|)`` of its input channel (MPQ-DM; SmoothQuant at strength 0.5).
+def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, strength: float = 0.5) -> Tensor:
+    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at strength ``a``; MPQ-DM: 0.5).
 
     Dead channels (no input, or no weight) get 1, where the released code of MPQ-DM divides by zero.
     """
@@ -62,13 +62,14 @@ def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tenso
     by_input = rows.abs().reshape(groups, len(rows) // groups, -1, per_input).amax((1, 3))  # [G, inputs of a group]
     x = input_max.to(by_input).reshape(groups, -1)
     alive = (by_input > 1e-12) & (x > 1e-12)
-    factor = torch.where(alive, x / torch.where(alive, by_input, 1.0), 1.0).sqrt()
+    x, w = torch.where(alive, x, 1.0), torch.where(alive, by_input, 1.0)
+    factor = (x / w).sqrt() if strength == 0.5 else x.pow(strength) / w.pow(1 - strength)
     return factor.repeat_interleave(per_input, dim=1)
 
 
-def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec) -> Tensor:
+def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, strength: float = 0.5) -> Tensor:
     """`prescale_factors` ``[G, D]`` as they are stored: half precision."""
-    return prescale_factors(rows, input_max, layer).half().float().clamp(2.0**-14, 2.0**14)
+    return prescale_factors(rows, input_max, layer, strength).half().float().clamp(2.0**-14, 2.0**14)
 
 
 def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ def column_factors(rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowS
     """Pre-scaling factors ``[C, D]`` of a format, rounded as stored; None when the format has none or inputs are unknown."""
     if not fmt.prescale or stats is None:
         return None
-    factor = stored_factors(rows, stats.input_max, layer)
+    factor = stored_factors(rows, stats.input_max, layer, fmt.strength)
     return factor.repeat_interleave(len(rows) // layer.groups, dim=0)
 
 

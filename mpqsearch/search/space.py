@@ -164,7 +164,7 @@ def _catalogue() -> dict[str, Parameter]:
             kind="choice",
             default=BASE,
             choices=(BASE, 0.0, 0.5),
-            meaning="Strength of pre-scaling: 0 none, 0.5 as in MPQ-DM and SmoothQuant (affine codebook only; factors are stored and counted).",
+            meaning="Strength of pre-scaling: 0 none, 0.5 as in MPQ-DM and SmoothQuant (factors are stored and counted).",
         ),
         Parameter(
             name="bias_correction",

@@ -92,7 +92,8 @@ class Surrogate:
             changes["prescale"] = float(value_of(theta, "prescale")) > 0
         if value_of(theta, "codebook") != BASE:
             changes["codebook"] = value_of(theta, "codebook")
-        if changes.get("prescale", self.method.prescale):  # pre-scaling goes with the affine codebook only
+        codebook = changes.get("codebook", self.method.codebook)
+        if changes.get("prescale", self.method.prescale) and f"{codebook}+prescale" not in self.profile.variants:
             changes["codebook"] = "affine"
         if value_of(theta, "bias_correction") != BASE:
             changes["bias_correction"] = value_of(theta, "bias_correction") == "on"

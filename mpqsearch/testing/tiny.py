@@ -132,12 +132,17 @@ def tiny_profile(table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6,
         k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_prescaled", "gain", "output_power")
     }
     arrays["gain_std_error"] = 0.1 * arrays["gain"]
-    for variant in ("affine", "auto", "affine+prescale", "affine+prescale+minmax"):
+
+    def price(variant: str) -> None:
         arrays[f"weight_error/{variant}"] = errors()
         arrays[f"output_error/{variant}"] = errors()
         arrays[f"output_error_centred/{variant}"] = 0.9 * arrays[f"output_error/{variant}"]
+
+    for variant in ("affine", "auto", "affine+prescale", "affine+prescale+minmax"):
+        price(variant)
     arrays["quantized_input_error/affine+prescale@a4"] = arrays["output_error/affine+prescale"] + errors().mean(1, keepdims=True)
     arrays["layer_activation_error"] = (4.0**-bits * rng.lognormal(sigma=1.0, size=(len(table), 1))).astype(np.float32)
+    price("auto+prescale")
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),

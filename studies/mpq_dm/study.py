@@ -34,13 +34,14 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, allocate
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate, load_extractor, load_reference
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec, collect_ranges, profile_model
-from mpqsearch.quant import RangeCollector, build_student, finalize, param_groups, prescale_inputs
+from mpqsearch.profile import CalibrationSpec, choose_strengths, collect_ranges, profile_model, variants_of
+from mpqsearch.quant import ActivationSearch, RangeCollector, build_student, finalize, param_groups, prescale_inputs
 from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("fmnist-unet", "fmnist-dit")
 SETTINGS = {"W2A4": (2, 4), "W2A6": (2, 6), "W3A4": (3, 4), "W3A6": (3, 6), "W4A4": (4, 4)}
+OWN_SEARCH = ActivationSearch(zero_points=True)
 COLUMNS = (
     "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
     "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule",
@@ -50,12 +51,18 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss."""
+    """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
+
+    ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
+    (zero points searched, strength of pre-scaling by layer) in place of the released codes'.
+    """
 
     spec: MethodSpec
     trainable: str | None = None
     relation: bool = False
     as_released: bool = False
+    size_of: str = field(default="", metadata={"added": True})
+    own_inputs: bool = field(default=False, metadata={"added": True})
 
     def digest(self, schedule: Schedule) -> str:
         """The first digits of the digest of all that a row of this method depends on, beside model, setting and seed."""
@@ -67,24 +74,29 @@ def told(value: Any) -> Any:
     if not is_dataclass(value) or isinstance(value, type):
         return value
     default = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
-    own = isinstance(value, (Schedule, Recipe))  # what this study decides is always told
-    return {k: told(getattr(value, k)) for k, d in default.items() if own or getattr(value, k) != d}
+    # What this study decides is always told, but for what was added to it since it began.
+    always = {f.name for f in fields(value) if isinstance(value, (Schedule, Recipe)) and not f.metadata.get("added")}
+    return {k: told(getattr(value, k)) for k, d in default.items() if k in always or getattr(value, k) != d}
 
 
+OURS = Recipe(
+    spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True, prescale=True),
+    trainable="all",
+    relation=True,
+    size_of="mpq-dm",
+    own_inputs=True,
+)
 METHODS = {
-    "ours": Recipe(
-        spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True), trainable="all", relation=True
-    ),
-    "ours+lora": Recipe(
-        spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True),
-        trainable="lora",
-        relation=True,
-    ),
+    "ours": OURS,
+    "ours+lora": replace(OURS, trainable="lora"),
     "mpq-dm": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
     "uniform+qalora": Recipe(spec=MethodSpec(name="uniform+qalora", allocator="uniform"), trainable="lora"),
     "uniform": Recipe(spec=MethodSpec(name="uniform", allocator="uniform")),
     "omq-paper": Recipe(spec=MethodSpec(name="omq-paper", allocator="omq-paper", prescale=True)),
     "mpq-dm+all": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="all", relation=True),
+    "mpq-dm+inputs": Recipe(
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True, own_inputs=True
+    ),
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
@@ -93,7 +105,7 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("mpq-dm+all", "uniform+trd", "omq-released")
+LATER = ("mpq-dm+all", "mpq-dm+inputs", "uniform+trd", "omq-released")
 """Methods whose rows come after those of the others for the same seed."""
 
 
@@ -135,14 +147,16 @@ class Model:
         self.denoiser: Denoiser = load_model(name)
         self.table: LayerTable = discover(self.denoiser)
         self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
-        self._ranges: dict[bool, RangeCollector] = {}
+        self._ranges: dict[str, RangeCollector] = {}
+        self._maps: dict[str, BitMap] = {}
         self._references: dict[int, Reference] = {}
 
     @cached_property
     def profile(self) -> SensitivityProfile:
         """Measured once and kept in ``profile.json``."""
         path, spec = self.work / "profile.json", self.schedule.calibration
-        inputs = {"model": self.table.digest, "calibration": artifacts.digest_of([spec.to_data(), self.schedule.sampler.to_data()])}
+        asked = [spec.to_data(), self.schedule.sampler.to_data(), sorted(variants_of(spec, self.format))]
+        inputs = {"model": self.table.digest, "calibration": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
             made = profile_model(self.denoiser, self.table, self.policy, self.schedule.sampler, spec, self.format)
             artifacts.save_profile(path, made, inputs)
@@ -152,20 +166,63 @@ class Model:
         return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}
 
     def ranges(self, bit_map: BitMap) -> RangeCollector:
-        """Histograms of layer inputs by timestep, with and without pre-scaling; any width is searched on them."""
-        prescaled = bit_map.format.prescale
-        if prescaled not in self._ranges:
+        """Histograms of layer inputs by timestep, pre-scaled as the map has it; any width is searched on them."""
+        strengths = {n: bit_map.format_of(n).strength for n in bit_map.activations} if bit_map.format.prescale else {}
+        key = artifacts.digest_of(strengths)
+        if key not in self._ranges:
             maxima = self.tensors(self.profile.input_max)
-            spec = self.schedule.calibration
-            self._ranges[prescaled] = collect_ranges(
-                self.denoiser,
-                self.table,
-                self.schedule.sampler,
-                seeds=range(spec.first_seed, spec.first_seed + spec.samples),
-                per_timestep=True,
-                factors=prescale_inputs(self.denoiser.module, self.table, bit_map, maxima) if prescaled else None,
+            factors = prescale_inputs(self.denoiser.module, self.table, bit_map, maxima)
+            self._ranges[key] = collect_ranges(
+                self.denoiser, self.table, self.schedule.sampler, seeds=self.seeds, per_timestep=True, factors=factors
             )
-        return self._ranges[prescaled]
+        return self._ranges[key]
+
+    @property
+    def seeds(self) -> range:
+        """Of the calibration trajectories."""
+        spec = self.schedule.calibration
+        return range(spec.first_seed, spec.first_seed + spec.samples)
+
+    def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
+        """What a method allocates, with the strengths of pre-scaling that it chooses."""
+        key = artifacts.digest_of([setting, told(recipe.spec), recipe.size_of, recipe.own_inputs])
+        if key not in self._maps:
+            self._maps[key] = self._allocate(recipe, setting)
+        return self._maps[key]
+
+    def _allocate(self, recipe: Recipe, setting: str) -> BitMap:
+        weight_bits, act_bits = SETTINGS[setting]
+        budget = Budget.parse(f"uniform:{weight_bits}")
+        if recipe.size_of:
+            budget = Budget(quantity="bytes", limit=size_bytes(self.table, self.bit_map(METHODS[recipe.size_of], setting)))
+        spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
+        made = allocate(spec, budget, self.table, self.profile, self.policy, self.format).bit_map
+        if not (recipe.own_inputs and made.format.prescale):
+            return made
+        return choose_strengths(
+            self.denoiser,
+            self.table,
+            made,
+            self.schedule.sampler,
+            input_max=self.tensors(self.profile.input_max),
+            seeds=self.seeds,
+            search=OWN_SEARCH,
+            gain={n: torch.from_numpy(self.profile.arrays["gain"][self.profile.rows(n)].copy()) for n in self.profile.names},
+        )
+
+    def student(self, recipe: Recipe, bit_map: BitMap, seed: int) -> torch.nn.Module:
+        """The quantized model of a method, ready to train."""
+        return build_student(
+            self.denoiser.module,
+            self.table,
+            bit_map,
+            means=self.tensors(self.profile.means) if recipe.spec.bias_correction else None,
+            input_max=self.tensors(self.profile.input_max),
+            activations=self.ranges(bit_map).table(bit_map.activations, OWN_SEARCH if recipe.own_inputs else None),
+            trainable=recipe.trainable or "none",  # type: ignore[arg-type]
+            rank=self.schedule.rank,
+            seed=seed,
+        )
 
     def reference(self, seed: int) -> Reference:
         """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards."""
@@ -199,21 +256,8 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
     """Allocate, train if the method trains, sample and measure."""
     began = time.perf_counter()
     s, recipe = model.schedule, METHODS[method]
-    weight_bits, act_bits = SETTINGS[setting]
-    spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
-    made = allocate(spec, Budget.parse(f"uniform:{weight_bits}"), model.table, model.profile, model.policy, model.format)
-    bit_map = made.bit_map
-    student = build_student(
-        model.denoiser.module,
-        model.table,
-        bit_map,
-        means=model.tensors(model.profile.means) if spec.bias_correction else None,
-        input_max=model.tensors(model.profile.input_max),
-        activations=model.ranges(bit_map).table(bit_map.activations),
-        trainable=recipe.trainable or "none",  # type: ignore[arg-type]
-        rank=s.rank,
-        seed=seed,
-    )
+    bit_map = model.bit_map(recipe, setting)
+    student = model.student(recipe, bit_map, seed)
     row: dict[str, Any] = {
         "model": model.name,
         "setting": setting,

@@ -64,6 +64,24 @@ def test_layer_program_equals_brute_force() -> None:
     assert made.result.loss == pytest.approx(best, rel=1e-9)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("budget", ["uniform:3", "2900B"])
+def test_channels_are_allocated_with_prescaling_and_its_factors_paid_for(budget: str) -> None:
+    made = run("ilp-channel", budget, codebook="auto", prescale=True, bias_correction=True)
+    bit_map: BitMap = made.bit_map  # type: ignore[attr-defined]
+    assert bit_map.format == QuantFormat(codebook="auto", prescale=True)
+    assert made.within_budget  # type: ignore[attr-defined]
+    plain = replace(bit_map, format=QuantFormat(codebook="auto"))
+    assert made.size_bits - size_bits(TABLE, plain) == 16 * sum(la.n_inputs for la in TABLE)  # type: ignore[attr-defined]
+    losses = channel_losses(PROFILE, TABLE, "auto+prescale", "probe", bias_correction=True)
+    searched = [la for la in TABLE if POLICY.fixed_width(la) is None]
+    widths = [bit_map.channel_widths(la.name, la.n_channels) for la in searched]
+    own = sum(
+        losses[PROFILE.rows(la.name)][np.arange(len(w)), [PROFILE.widths.index(int(b)) for b in w]].sum()
+        for la, w in zip(searched, widths, strict=True)
+    )
+    assert made.result.loss == pytest.approx(own, rel=1e-6), "priced by the errors of pre-scaled weights"  # type: ignore[attr-defined]
+
+
 def test_channels_beat_layers_beat_uniform_in_predicted_loss() -> None:
     for budget in ("uniform:2", "uniform:3", "uniform:4"):
         losses = [run(a, budget, codebook="auto").predicted_loss for a in ("ilp-channel", "ilp-layer", "uniform")]  # type: ignore[attr-defined]

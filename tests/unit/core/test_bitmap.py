@@ -35,6 +35,18 @@ def test_data_round_trip_keeps_everything() -> None:
     assert second.activations == {"b": 4}
 
 
+def test_the_strength_of_prescaling_is_written_only_where_it_is_not_the_default() -> None:
+    plain, strong = (
+        BitMap(model_digest="d", weights={"a": np.array(4)}, format=QuantFormat(prescale=True), formats=formats)
+        for formats in ({}, {"a": QuantFormat(prescale=True, strength=0.75)})
+    )
+    assert "strength" not in plain.to_data()["defaults"], "digests of maps from before it hold"
+    assert BitMap.from_data(strong.to_data()).format_of("a").strength == 0.75
+    assert strong.digest != plain.digest
+    with pytest.raises(ConfigError, match=r"strength of pre-scaling must lie in 0\.\.1, got 1\.5"):
+        QuantFormat(strength=1.5)
+
+
 def test_widths_are_read_only_and_checked() -> None:
     bit_map = make(a=[2, 3])
     with pytest.raises(ValueError, match="read-only"):

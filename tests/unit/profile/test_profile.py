@@ -58,7 +58,7 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
 
 def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     _, table, profile = measure("unet", codebooks=("affine", "auto"), prescale=True)
-    assert profile.variants == ("affine", "affine+prescale", "affine+prescale+minmax", "auto")
+    assert profile.variants == ("affine", "affine+prescale", "affine+prescale+minmax", "auto", "auto+prescale")
     for variant in profile.variants:
         layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
         assert bool((np.diff(layers, axis=1) < 0).all())

@@ -11,7 +11,15 @@ from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models import adapt, discover
 from mpqsearch.profile import calibrate_activations
-from mpqsearch.quant import ActivationQuantizer, ActivationTable, RangeCollector, build_student, quant_layers, quantize_model
+from mpqsearch.quant import (
+    ActivationQuantizer,
+    ActivationSearch,
+    ActivationTable,
+    RangeCollector,
+    build_student,
+    quant_layers,
+    quantize_model,
+)
 from mpqsearch.quant.activations import BINS, TimestepClock, _Histogram, _QuantizeActivation
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.testing import tiny_denoiser
@@ -128,6 +136,34 @@ def test_range_search_comes_within_a_few_percent_of_the_search_over_all_values(b
     assert float(miss.abs().pow(2.4).sum()) <= 1.05 * min(errors)
     # At 8 bits a step spans two bins of a histogram, so its own estimate of the error is good to a fifth or so.
     assert float(found.error["layer"]) == pytest.approx(float(miss.square().mean()), rel=0.25 if bits == 8 else 0.1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", ["normal", "silu", "outliers", "positive"])
+def test_searched_zero_points_come_close_to_all_pairs_and_never_lose(bits: int, kind: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 40_000)
+    x = {
+        "normal": x,
+        "silu": nn.functional.silu(x * 2),
+        "outliers": torch.where(torch.rand_like(x) < 1e-4, x.abs() * 30, x),
+        "positive": x.abs() + 1,
+    }[kind]
+    root, table = linear(40_000)
+    with RangeCollector(root, table) as collector:
+        root.layer(x)  # type: ignore[operator]
+    low, high, top = min(0.0, float(x.min())), max(0.0, float(x.max())), 2**bits - 1
+
+    def error(s: float, z: float) -> float:
+        return float((((x / s + z).round().clamp(0, top) - z) * s - x).abs().pow(2.4).sum())
+
+    plain, searched = (collector.table({"layer": bits}, ActivationSearch(zero_points=on)) for on in (False, True))
+    found, joint = (error(float(t.scale["layer"]), float(t.zero["layer"])) for t in (searched, plain))
+    every = min(error((high - low) * (1 - 0.01 * i) / top, z) for i in range(80) for z in range(top + 1))
+    assert found <= 1.05 * every
+    assert found <= 1.01 * joint  # the histogram's own rounding
+    if kind == "silu" and bits == 4:
+        assert found < 0.7 * joint, "the short end of the range has levels of its own"
 
 
 def linear(n: int) -> tuple[nn.Module, LayerTable]:

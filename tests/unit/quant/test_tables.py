@@ -95,6 +95,9 @@ def test_prescaling_balances_inputs_and_survives_dead_channels() -> None:
     rows = torch.tensor([[1.0, 0.0, 4.0], [-2.0, 0.0, 1.0]])
     factor = prescale_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec)
     torch.testing.assert_close(factor, torch.tensor([[2.0, 1.0, 1.0]]))  # sqrt(8 / 2); no weight; no input
+    for strength, expected in ((0.0, 0.5), (0.25, 8**0.25 / 2**0.75), (1.0, 8.0)):  # 1 / max|w|, between, max|x|
+        factor = prescale_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec, strength)
+        torch.testing.assert_close(factor, torch.tensor([[expected, 1.0, 1.0]]))
 
 
 @torch.no_grad()

@@ -1,0 +1,126 @@
+"""Pre-scaling for weights and inputs that are quantized together: its strength, layer by layer.
+
+Measured with the quantizers that are deployed, on the inputs that the layers of the full-precision model see while it samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.activations import run_sampler
+from mpqsearch.profile.inputs import columns_of
+from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of
+from mpqsearch.quant.activations import search_range
+from mpqsearch.sampling import SamplerSpec
+
+STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Strengths of pre-scaling that `choose_strengths` tries."""
+
+POSITIONS = 256
+"""Positions of a layer's input that each call of the denoiser gives to `choose_strengths`."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def choose_strengths(
+    denoiser: Denoiser,
+    table: LayerTable,
+    bit_map: BitMap,
+    sampler: SamplerSpec,
+    *,
+    input_max: Mapping[str, Tensor],
+    seeds: Sequence[int] = range(1_000_000, 1_000_008),
+    strengths: Sequence[float] = STRENGTHS,
+    search: ActivationSearch | None = None,
+    gain: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> BitMap:
+    """``bit_map`` with the strength of pre-scaling that suits each layer: the least output error of weights and inputs quantized together.
+
+    Searched for layers whose input is quantized and whose format pre-scales; the others keep what they have. The error is counted without
+    its mean by channel, which a bias can take up, and weighted by ``gain`` (layer -> ``[C]``) where that is given. Every call
+    of the denoiser is a timestep with a range of its own.
+
+    Takes one run of the sampler for each strength, and the memory of the pre-scaled weights once. Strengths take no storage: they only say
+    how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a strength is not in 0..1.
+    """
+    wanted = [
+        la.name
+        for la in table
+        if bit_map.format_of(la.name).prescale and bit_map.activations.get(la.name, FULL_PRECISION) != FULL_PRECISION
+    ]
+    if not wanted:
+        raise ConfigError("choose_strengths: no layer of the bit map has both pre-scaling and a quantized input")
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    errors: dict[str, list[float]] = {name: [] for name in wanted}
+    for strength in strengths:
+        trials = {
+            name: _Trial(
+                table[name],
+                modules[name],
+                replace(bit_map, formats={name: replace(bit_map.format_of(name), strength=strength)}),
+                input_max[name],
+                search or ActivationSearch(),
+            )
+            for name in wanted
+        }
+        handles = [modules[name].register_forward_pre_hook(trial.see) for name, trial in trials.items()]
+        try:
+            run_sampler(denoiser, sampler, seeds, f"pre-scaling at {strength:g}", progress)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, trial in trials.items():
+            errors[name].append(trial.error(None if gain is None else gain[name]))
+    best = {name: strengths[min(range(len(e)), key=e.__getitem__)] for name, e in errors.items()}
+    formats = {name: replace(bit_map.format_of(name), strength=a) for name, a in best.items() if a != bit_map.format.strength}
+    return replace(bit_map, formats={**bit_map.formats, **formats})
+
+
+class _Trial:
+    """One layer at one strength: sums of its output error and of the square of that, by channel."""
+
+    def __init__(self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch) -> None:
+        self._layer, self._search = layer, search
+        self._bits = bit_map.activations[layer.name]
+        weight: Any = module.weight
+        widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
+        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), input_max)
+        assert stored.factor is not None
+        self._factor = stored.factor[:, None, :]
+        shape = (layer.groups, layer.n_channels // layer.groups, -1)
+        self._exact = rows_of(weight.float(), layer).reshape(shape).transpose(1, 2)
+        self._quantized = stored.rows().reshape(shape).transpose(1, 2)
+        self._sum = self._square = torch.zeros(layer.n_channels, dtype=torch.float64)
+        self._count = 0
+
+    def see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook of the layer."""
+        x = inputs[0].detach().float()
+        columns = columns_of(x, module, self._layer)
+        # Evenly over samples and places; an odd stride so that it does not follow the rows of an image.
+        columns = columns[:, :: max(1, columns.shape[1] // POSITIONS) | 1]
+        scaled = columns / self._factor
+        scale, zero = search_range(scaled, self._bits, self._search)
+        top = 2**self._bits - 1
+        seen = (scaled / scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale).mul_(self._factor)
+        error = torch.bmm(seen, self._quantized).sub_(torch.bmm(columns, self._exact))
+        self._sum = self._sum + error.sum(1, dtype=torch.float64).flatten().cpu()
+        self._square = self._square + error.square_().sum(1, dtype=torch.float64).flatten().cpu()
+        self._count += columns.shape[1]
+
+    def error(self, gain: Tensor | None) -> float:
+        """Mean squared error about the mean, summed over channels; 0 for a layer that never ran."""
+        if not self._count:
+            return 0.0
+        spread = self._square / self._count - (self._sum / self._count).square()
+        return float(spread.sum() if gain is None else spread @ gain.double().cpu())

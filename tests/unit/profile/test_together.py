@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpqsearch.core import BitMap, LayerTable, QuantFormat
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.profile import calibrate_activations, choose_strengths, together
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.quant import ActivationSearch, quantize_model
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
+from mpqsearch.testing import tiny_denoiser
+
+SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
+SEEDS = range(1_000_000, 1_000_004)
+SEARCH = ActivationSearch(n_candidates=20, zero_points=True)
+
+
+def run(denoiser: Denoiser) -> None:
+    with torch.no_grad():
+        list(trajectory(denoiser, noise_of(SEEDS, denoiser.sample_shape), labels_of(denoiser, SEEDS), SAMPLER))
+
+
+def setting(kind: str) -> tuple[Denoiser, LayerTable, BitMap, dict[str, Tensor]]:
+    denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    bit_map = BitMap(
+        model_digest=table.digest,
+        weights={la.name: np.array(3) for la in table},
+        activations={la.name: 3 for la in table},
+        activation_steps=SAMPLER.steps,
+        format=QuantFormat(n_candidates=20, prescale=True),
+    )
+    with InputCollector(denoiser.module, table) as collector:
+        run(denoiser)
+    return denoiser, table, bit_map, {n: s.input_max for n, s in collector.statistics().items()}
+
+
+def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[str, Tensor]:
+    """Errors ``[values, C]`` of each layer's output on the inputs of the full-precision model, by running both on the same calls."""
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    modules = dict(denoiser.module.named_modules())
+    now: list[Tensor] = []
+    handles = [denoiser.module.register_forward_pre_hook(lambda _m, args: now.append(args[1]))]
+    handles += [
+        modules[la.name].register_forward_hook(
+            lambda _m, args, out, n=la.name: seen.setdefault(n, []).append((now[-1], args[0], out))
+        )
+        for la in table
+    ]
+    run(denoiser)
+    for handle in handles:
+        handle.remove()
+    copies = dict(quantized.named_modules())
+    out = {}
+    for la in table:
+        parts = []
+        for t, x, exact in seen[la.name]:
+            quantized.timestep_clock.set(t)
+            error = (copies[la.name](x) - exact).detach()
+            error = error if la.kind == "Linear" else error.movedim(1, -1)
+            parts.append(error.reshape(-1, error.shape[-1]))
+        out[la.name] = torch.cat(parts).double()
+    return out
+
+
+def test_strengths_are_those_of_the_least_error_of_weights_and_inputs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, table, bit_map, input_max = setting("dit")
+    monkeypatch.setattr(together, "POSITIONS", 10**9)
+    strengths = (0.0, 0.3, 0.5, 0.8, 1.0)
+    chosen = choose_strengths(
+        denoiser, table, bit_map, SAMPLER, input_max=input_max, seeds=SEEDS, strengths=strengths, search=SEARCH
+    )
+    assert dict(chosen.weights) == dict(bit_map.weights)
+    assert {f.codebook for f in chosen.formats.values()} <= {"affine"}
+    errors: dict[str, list[float]] = {}
+    for a in strengths:
+        one = BitMap(
+            model_digest=table.digest,
+            weights=bit_map.weights,
+            activations=bit_map.activations,
+            activation_steps=bit_map.activation_steps,
+            format=QuantFormat(n_candidates=20, prescale=True, strength=a),
+        )
+        activations = calibrate_activations(denoiser, table, one, SAMPLER, seeds=SEEDS, input_max=input_max, search=SEARCH)
+        made = quantize_model(denoiser.module, table, one, input_max=input_max, activations=activations)
+        for name, error in layer_errors(denoiser, made.module, table).items():
+            errors.setdefault(name, []).append(float((error - error.mean(0)).square().mean(0).sum()))
+    linear = [la.name for la in table if la.kind == "Linear"]
+    assert len(linear) > 5
+    for name in linear:  # of convolutions the padded border is counted with the inputs, so their ranges differ a little
+        best = errors[name][strengths.index(chosen.format_of(name).strength)]
+        assert best <= min(errors[name]) * (1 + 1e-6), name
+    assert len({chosen.format_of(n).strength for n in linear}) > 1, "one strength for all would need no search"
+
+
+def test_strengths_need_a_layer_with_both() -> None:
+    denoiser = tiny_denoiser("unet")
+    table = discover(denoiser)
+    plain = BitMap(model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(prescale=True))
+    with pytest.raises(ConfigError, match="both pre-scaling and a quantized input"):
+        choose_strengths(denoiser, table, plain, SAMPLER, input_max={})
