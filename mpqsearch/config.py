@@ -109,6 +109,7 @@ class ActivationsConfig:
     first_seed: int = 1_000_000
     p: float = 2.4
     n_candidates: int = 80
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -74,6 +74,12 @@ class BitMap:
         return self.weights[name].ndim == 1
 
     @property
+    def scaled_inputs(self) -> tuple[tuple[str, float], ...]:
+        """Layers whose quantized inputs are pre-scaled, with the strength: beside their widths, what the ranges of inputs depend on."""
+        formats = ((n, self.format_of(n)) for n, bits in sorted(self.activations.items()) if bits != FULL_PRECISION)
+        return tuple((n, f.strength) for n, f in formats if f.prescale)
+
+    @property
     def granularity(self) -> str:
         """``channel`` when any layer is mixed inside, else ``layer``."""
         return "channel" if any(w.ndim for w in self.weights.values()) else "layer"

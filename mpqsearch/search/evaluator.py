@@ -136,7 +136,7 @@ class ModelEvaluator:
 
     def _clone_for(self, bit_map: BitMap) -> Any:
         """A working copy with the activation quantizers of a map; one for each set of activation widths."""
-        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale, bit_map.activation_steps)
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.scaled_inputs, bit_map.activation_steps)
         if key not in self._clones:
             clone = copy.deepcopy(self.denoiser.module).requires_grad_(False)
             if bit_map.activations:
@@ -155,7 +155,7 @@ class ModelEvaluator:
         """Scales of the activation widths of a map, from the full-precision trajectories of the input seeds."""
         if not bit_map.activations:
             return None
-        key = (tuple(sorted(bit_map.activations.items())), bit_map.format.prescale, bit_map.activation_steps)
+        key = (tuple(sorted(bit_map.activations.items())), bit_map.scaled_inputs, bit_map.activation_steps)
         if key not in self._scales:
             self._scales[key] = calibrate_activations(
                 self.denoiser,

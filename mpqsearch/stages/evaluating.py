@@ -186,7 +186,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
         )
     per_timestep = bit_map.activation_steps > 1
     factors = prescale_inputs(run.denoiser.module, table, bit_map, input_max)
-    key = (per_timestep, tuple(sorted(factors)), tuple(sorted(bit_map.activations)))
+    key = (per_timestep, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
     if key not in run.ranges:
         with run.timed("calibrate activations"), bars_of() as progress:
             run.ranges[key] = collect_ranges(
@@ -199,7 +199,8 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
                 factors=factors,
                 progress=progress,
             )
-    return run.ranges[key].table(bit_map.activations, ActivationSearch(p=c.p, n_candidates=c.n_candidates))
+    search = ActivationSearch(p=c.p, n_candidates=c.n_candidates, zero_points=c.zero_points)
+    return run.ranges[key].table(bit_map.activations, search)
 
 
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:

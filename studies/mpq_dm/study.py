@@ -97,6 +97,7 @@ METHODS = {
     "mpq-dm+inputs": Recipe(
         spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True, own_inputs=True
     ),
+    "ours-untrained": replace(OURS, trainable=None, relation=False),
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
@@ -105,7 +106,7 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("mpq-dm+all", "mpq-dm+inputs", "uniform+trd", "omq-released")
+LATER = ("mpq-dm+inputs", "ours-untrained", "mpq-dm+all", "uniform+trd", "omq-released")
 """Methods whose rows come after those of the others for the same seed."""
 
 
@@ -147,7 +148,7 @@ class Model:
         self.denoiser: Denoiser = load_model(name)
         self.table: LayerTable = discover(self.denoiser)
         self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
-        self._ranges: dict[str, RangeCollector] = {}
+        self._ranges: dict[tuple[tuple[str, float], ...], RangeCollector] = {}
         self._maps: dict[str, BitMap] = {}
         self._references: dict[int, Reference] = {}
 
@@ -167,8 +168,7 @@ class Model:
 
     def ranges(self, bit_map: BitMap) -> RangeCollector:
         """Histograms of layer inputs by timestep, pre-scaled as the map has it; any width is searched on them."""
-        strengths = {n: bit_map.format_of(n).strength for n in bit_map.activations} if bit_map.format.prescale else {}
-        key = artifacts.digest_of(strengths)
+        key = bit_map.scaled_inputs
         if key not in self._ranges:
             maxima = self.tensors(self.profile.input_max)
             factors = prescale_inputs(self.denoiser.module, self.table, bit_map, maxima)

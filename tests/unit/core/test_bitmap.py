@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,9 @@ def test_the_strength_of_prescaling_is_written_only_where_it_is_not_the_default(
     assert "strength" not in plain.to_data()["defaults"], "digests of maps from before it hold"
     assert BitMap.from_data(strong.to_data()).format_of("a").strength == 0.75
     assert strong.digest != plain.digest
+    inputs = replace(strong, activations={"a": 4})
+    assert (strong.scaled_inputs, inputs.scaled_inputs) == ((), (("a", 0.75),))
+    assert replace(inputs, activations={"a": 16}).scaled_inputs == ()
     with pytest.raises(ConfigError, match=r"strength of pre-scaling must lie in 0\.\.1, got 1\.5"):
         QuantFormat(strength=1.5)
 
