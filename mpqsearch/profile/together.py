@@ -41,14 +41,12 @@ def choose_strengths(
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     strengths: Sequence[float] = STRENGTHS,
     search: ActivationSearch | None = None,
-    gain: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> BitMap:
     """``bit_map`` with the strength of pre-scaling that suits each layer: the least output error of weights and inputs quantized together.
 
-    Searched for layers whose input is quantized and whose format pre-scales; the others keep what they have. The error is counted without
-    its mean by channel, which a bias can take up, and weighted by ``gain`` (layer -> ``[C]``) where that is given. Every call
-    of the denoiser is a timestep with a range of its own.
+    Searched for layers whose input is quantized and whose format pre-scales; the others keep what they have. Every call of the denoiser is
+    a timestep with a range of its own. (Weighting channels by their gain, or leaving out the mean error, chose no better: studies/mpq_dm.)
 
     Takes one run of the sampler for each strength, and the memory of the pre-scaled weights once. Strengths take no storage: they only say
     how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a strength is not in 0..1.
@@ -80,14 +78,14 @@ def choose_strengths(
             for handle in handles:
                 handle.remove()
         for name, trial in trials.items():
-            errors[name].append(trial.error(None if gain is None else gain[name]))
+            errors[name].append(trial.error)
     best = {name: strengths[min(range(len(e)), key=e.__getitem__)] for name, e in errors.items()}
     formats = {name: replace(bit_map.format_of(name), strength=a) for name, a in best.items() if a != bit_map.format.strength}
     return replace(bit_map, formats={**bit_map.formats, **formats})
 
 
 class _Trial:
-    """One layer at one strength: sums of its output error and of the square of that, by channel."""
+    """One layer at one strength: ``error`` is the sum of its squared output error over what it has seen."""
 
     def __init__(self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch) -> None:
         self._layer, self._search = layer, search
@@ -100,8 +98,7 @@ class _Trial:
         shape = (layer.groups, layer.n_channels // layer.groups, -1)
         self._exact = rows_of(weight.float(), layer).reshape(shape).transpose(1, 2)
         self._quantized = stored.rows().reshape(shape).transpose(1, 2)
-        self._sum = self._square = torch.zeros(layer.n_channels, dtype=torch.float64)
-        self._count = 0
+        self.error = 0.0
 
     def see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A forward pre-hook of the layer."""
@@ -114,13 +111,4 @@ class _Trial:
         top = 2**self._bits - 1
         seen = (scaled / scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale).mul_(self._factor)
         error = torch.bmm(seen, self._quantized).sub_(torch.bmm(columns, self._exact))
-        self._sum = self._sum + error.sum(1, dtype=torch.float64).flatten().cpu()
-        self._square = self._square + error.square_().sum(1, dtype=torch.float64).flatten().cpu()
-        self._count += columns.shape[1]
-
-    def error(self, gain: Tensor | None) -> float:
-        """Mean squared error about the mean, summed over channels; 0 for a layer that never ran."""
-        if not self._count:
-            return 0.0
-        spread = self._square / self._count - (self._sum / self._count).square()
-        return float(spread.sum() if gain is None else spread @ gain.double().cpu())
+        self.error += float(error.square_().sum(dtype=torch.float64))

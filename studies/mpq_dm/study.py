@@ -207,7 +207,6 @@ class Model:
             input_max=self.tensors(self.profile.input_max),
             seeds=self.seeds,
             search=OWN_SEARCH,
-            gain={n: torch.from_numpy(self.profile.arrays["gain"][self.profile.rows(n)].copy()) for n in self.profile.names},
         )
 
     def student(self, recipe: Recipe, bit_map: BitMap, seed: int) -> torch.nn.Module:
