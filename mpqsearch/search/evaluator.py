@@ -46,8 +46,8 @@ class ModelEvaluator:
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
     _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
-    _clones: dict[tuple[Any, bool, int], Any] = field(default_factory=dict, repr=False)
-    _scales: dict[tuple[Any, bool, int], ActivationTable] = field(default_factory=dict, repr=False)
+    _clones: dict[tuple[Any, Any, int], Any] = field(default_factory=dict, repr=False)
+    _scales: dict[tuple[Any, Any, int], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
