@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
 
+_NUMBER = re.compile(r"[-+]?\d|nan|inf")
+"""How the cells of a column of numbers begin."""
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -28,14 +31,15 @@ def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
 
 
 def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """A table as wide as the terminal."""
+    """A table as wide as the terminal; columns of numbers to the right, of words to the left."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        numbers = i > 0 and all(_NUMBER.match(str(row[i])) for row in rows if str(row[i]))
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))  # names may hold brackets, which rich takes for its own
     console = Console()
