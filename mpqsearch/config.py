@@ -121,11 +121,13 @@ class AllocateConfig:
     """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
 
     ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an export for such a
-    target takes its own map.
+    target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import`` wrote or can read. Each is a method of
+    that name (allocator ``map``).
     """
 
     budgets: tuple[str, ...] = ("uniform:3",)
     targets: tuple[str, ...] = ()
+    maps: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_targets(self.targets, "allocate.targets")
@@ -271,7 +273,8 @@ class SearchConfig:
     for the cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms.
     ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say whether it
     pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
-    may change, see `mpqsearch.search.space`.
+    may change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
+    is tried first, and it is measured beside the winners.
     """
 
     method: str = ""
@@ -292,6 +295,7 @@ class SearchConfig:
     act_bits: int = 16
     refit: bool = False
     study: str = ""
+    start_from: str = ""
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
 
     def __post_init__(self) -> None:
@@ -335,7 +339,15 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        named = [m.name for m in self.methods]
+        maps = tuple(MethodSpec(name=n, allocator="map") for n in self.allocate.maps if n not in named)
+        object.__setattr__(self, "methods", (*self.methods, *maps))
         names = [m.name for m in self.methods]
+        for method in self.methods:
+            if (method.allocator == "map") != (method.name in self.allocate.maps):
+                raise ConfigError(
+                    f"the method {method.name!r} needs the allocator 'map' and a file in [allocate.maps], both or neither"
+                )
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"methods need distinct names and at least one entry, got {names}")
         if self.report.chosen and self.report.chosen not in names:

@@ -46,9 +46,10 @@ BEST_LOSS = "auto"
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
 
-ALLOCATORS = ("uniform", "random", "omq", "omq-paper", "omq-released", "omq-plus", "ilp-layer", "ilp-channel", "search")
+ALLOCATORS = ("uniform", "random", "omq", "omq-paper", "omq-released", "omq-plus", "ilp-layer", "ilp-channel", "search", "map")
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and promotion only (see `_omq_paper`
-and its neighbours); all three pre-scale. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs."""
+and its neighbours); all three pre-scale. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs.
+``search`` and ``map`` solve nothing: the map is that of an outer search, or one from elsewhere."""
 
 _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
@@ -95,7 +96,7 @@ class MethodSpec:
     @property
     def granularity(self) -> str:
         """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
-        return "channel" if self.allocator in (*_OMQ, "ilp-channel", "search") else "layer"
+        return "channel" if self.allocator in (*_OMQ, "ilp-channel", "search", "map") else "layer"
 
     @property
     def variant(self) -> str:
@@ -846,6 +847,10 @@ def _searched(task: _Task) -> _Outcome:
     raise ConfigError(f"the maps of {task.method.name!r} come out of the outer search, not of one solve; run the stage 'search'")
 
 
+def _given(task: _Task) -> _Outcome:
+    raise ConfigError(f"the map of {task.method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
+
+
 _ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {
     "uniform": _uniform,
     "random": _random,
@@ -856,4 +861,5 @@ _ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {
     "ilp-layer": _ilp_layer,
     "ilp-channel": _ilp_channel,
     "search": _searched,
+    "map": _given,
 }

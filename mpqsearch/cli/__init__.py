@@ -1,9 +1,23 @@
 """The command line: parse, call one stage, print. Results go to stdout, logs and progress to stderr. One file a verb."""
 
-from mpqsearch.cli import allocate, distill, doctor, evaluate, export, inspect, layers, profile, quantize, report, run, search
+from mpqsearch.cli import (
+    allocate,
+    distill,
+    doctor,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    layers,
+    profile,
+    quantize,
+    report,
+    run,
+    search,
+)
 from mpqsearch.cli.app import app, main
 
-VERBS = (layers, profile, allocate, search, evaluate, report, quantize, distill, export, run, inspect, doctor)
+VERBS = (layers, profile, allocate, search, evaluate, report, quantize, distill, export, import_, run, inspect, doctor)
 """The modules that register the verbs."""
 
 __all__ = ["VERBS", "app", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,8 +33,16 @@ WorkerOption = Annotated[
 ]
 
 
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--start-from", help="A map from elsewhere: its nearest point is tried first, and it is measured beside the winners."
+    ),
+]
+
+
 def _settings(own: Any) -> list[str]:
-    given = []
+    given = [f"search.start_from={json.dumps(own['start_from'])}"] if own["start_from"] else []
     if own["trials"] is not None:
         given.append(f"search.trials={own['trials']}")
     if own["sampler"] is not None:
@@ -52,6 +61,7 @@ def search(
     workers: WorkersOption = 1,
     watch: WatchOption = False,
     worker: WorkerOption = None,
+    start_from: StartOption = None,  # noqa: ARG001
 ) -> None:
     """Search over how the integer program is built, scored by measured samples. Run it again to continue.
 

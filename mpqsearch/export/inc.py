@@ -50,7 +50,8 @@ class IncExporter(RecipeTarget):
     def reading(self, recipe: Any) -> Reading | None:
         """Bits by layer; those of a type have no integers."""
         settings = [v for v in recipe.values() if isinstance(v, Mapping)]
-        if not recipe or len(settings) < len(recipe) or not all("bits" in v or v.get("dtype") == "fp32" for v in settings):
+        said = len(settings) == len(recipe) and all("bits" in v or v.get("dtype") == "fp32" for v in settings)
+        if not recipe or not said or "quantization" in recipe:  # the last is MLX's
             return None
         return Reading(layers={n: int(v.get("bits", 16)) for n, v in recipe.items()})
 

@@ -64,7 +64,11 @@ class ModelOptExporter(RecipeTarget):
         said = [(str(e["quantizer_name"]), _bits(e)) for e in reversed(entries)]
         exact = [n.removesuffix(".weight_quantizer") for n, _ in said if n.endswith(".weight_quantizer") and "*" not in n]
         layers = {stem: next(w for n, w in said if fnmatch.fnmatch(f"{stem}.weight_quantizer", n)) for stem in exact}
-        globs = [(re.sub(r"\.?weight_quantizer$", "", n) or "*", w) for n, w in said if fnmatch.fnmatch("x.weight_quantizer", n)]
+        globs = [
+            (re.sub(r"\.?weight_quantizer$", "", n) or "*", w)
+            for n, w in said
+            if "*" in n and n.endswith(("weight_quantizer", "*"))
+        ]
         rules = [Rule(width=w, pattern=fnmatch.translate(n)) for n, w in globs]
         return Reading(layers=layers, rules=tuple(rules))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpqsearch.core import Budget
+from mpqsearch.core import BitMap, Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.pareto import hypervolume_2d
 from mpqsearch.search.arms import ARMS, control_candidates
@@ -129,12 +129,19 @@ def winner_candidates(objective: Objective, points: Sequence[Mapping[str, Any]],
 
 
 def summarize(
-    objective: Objective, study: Study, *, top: int = 2, repeats: int = 3, reported_arms: Sequence[str] = ("uniform", "plain")
+    objective: Objective,
+    study: Study,
+    *,
+    top: int = 2,
+    repeats: int = 3,
+    reported_arms: Sequence[str] = ("uniform", "plain"),
+    start: BitMap | None = None,
 ) -> dict[str, Any]:
     """All results of a study as plain data, measuring what is still missing: arms, and winners on report seeds when there are any.
 
     ``top`` maps a budget are measured on the report seeds. The map handed out is the one that the *search* seeds chose; the report seeds only
-    say what it is worth (the winner's curse), and whether it is worse than the uniform or the plain map there.
+    say what it is worth (the winner's curse), and whether it is worse than the uniform or the plain map there. ``start``: the map that the
+    search started from, as one more row at every budget that it fits.
     """
     trials = finished_trials(study)
     points = measured_points(trials)
@@ -150,6 +157,11 @@ def summarize(
             arm_points[arm].append((candidates[0].average_bits, float(np.exp(np.mean(np.log(np.maximum(errors, 1e-30)))))))
             report = objective.ladder.report(candidates[0]) if reports and arm in reported_arms else {}
             rows.append(_row(arm, candidates[0], errors, report))
+        if start is not None:
+            own = objective.surrogate.measured_map(start, budget, bias_correction=objective.surrogate.method.bias_correction)
+            if _fits(objective, own, budget):
+                report = objective.ladder.report(own) if reports else {}
+                rows.append(_row("start", own, [objective.ladder.paired_error(own)], report))
         found = winner_candidates(objective, points, budget, top)
         for place, point in enumerate(found):
             report = objective.ladder.report(point["candidate"]) if reports else {}
@@ -231,6 +243,12 @@ def _row(arm: str, candidate: Candidate, errors: Sequence[float], report: Mappin
     }
 
 
+def _fits(objective: Objective, candidate: Candidate, budget: Budget) -> bool:
+    """Whether a map from elsewhere keeps a budget of size."""
+    s = objective.surrogate
+    return budget.quantity != "bops" and 8 * candidate.size_bytes <= budget.limit_bits(s.table, s.policy) + 7
+
+
 def _verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The winner against its arms, on the search seeds and on fresh ones."""
     by = {r["arm"]: r for r in rows}
@@ -248,6 +266,9 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             worse[arm] = worse[arm] or fresh > 1
         if "fd_fp" in winner and "fd_fp" in by[arm]:
             verdict[f"fd_ratio_to_{arm}"] = winner["fd_fp"] / max(by[arm]["fd_fp"], 1e-30)
+    if "start" in by:
+        verdict["ratio_to_start"] = winner["paired"] / max(by["start"]["paired"], 1e-30)
+        verdict["worse_than_start"] = verdict["ratio_to_start"] > 1
     return verdict | {"worse_than_uniform": worse["uniform"], "worse_than_plain": worse["plain"]}
 
 

@@ -11,6 +11,7 @@ from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import Exported, export, quantize, require_verified
+from mpqsearch.stages.importing import import_map
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searching import check_search, search, watch
@@ -29,6 +30,7 @@ __all__ = [
     "everything",
     "explanations",
     "export",
+    "import_map",
     "layers",
     "paths",
     "profile",

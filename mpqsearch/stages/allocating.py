@@ -22,6 +22,10 @@ def allocation(
         from mpqsearch.stages.searching import searched_map
 
         return searched_map(run, table, budget)
+    if method.allocator == "map":
+        from mpqsearch.stages.importing import given_map
+
+        return given_map(run, table, measured, method)
     folder = run.path("allocations", slug(method.name, budget))
     c = run.config.to_data()
     inputs = profile_inputs(run, table) | {
@@ -44,11 +48,14 @@ def allocation(
 def allocations(
     run: Run, table: LayerTable, measured: SensitivityProfile
 ) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, Any]]]:
-    """All methods at all budgets of the configuration."""
+    """All methods at all budgets of the configuration; maps from elsewhere once, at their own size."""
     out = []
-    for budget in run.config.allocate.parsed():
+    for place, given in enumerate(run.config.allocate.parsed()):
         for method in run.config.methods:
-            bit_map, data = allocation(run, table, measured, method, budget)
+            if method.allocator == "map" and place:
+                continue
+            bit_map, data = allocation(run, table, measured, method, given)
+            budget = Budget.parse(data["budget"]) if method.allocator == "map" else given
             out.append(
                 (replace(method, bias_correction=data.get("bias_correction", method.bias_correction)), budget, bit_map, data)
             )

@@ -293,7 +293,7 @@ def _inputs(run: Run, table: LayerTable, method: MethodSpec) -> dict[str, str]:
     return profile_inputs(run, table) | {
         "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
         "policy": artifacts.digest_of(c["policy"]),
-        "budgets": artifacts.digest_of(c["allocate"]),
+        "budgets": artifacts.digest_of({"budgets": c["allocate"]["budgets"]}),
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run, sampler_of
@@ -82,10 +82,23 @@ def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     """Digests of all that the result of a search depends on."""
     c = run.config.to_data()
     own = {k: c[k] for k in ("methods", "policy", "quantizer", "evaluate")}
+    own["methods"] = [m for m in own["methods"] if m["allocator"] != "map"]
+    settings = {k: v for k, v in c["search"].items() if k != "start_from"} | {"budgets": [b.label() for b in budgets_of(run)]}
+    start = start_map(run, table)
     return profile_inputs(run, table) | {
-        "search": artifacts.digest_of(c["search"] | {"budgets": [b.label() for b in budgets_of(run)]}),
+        "search": artifacts.digest_of(settings | ({"start_from": start.digest} if start is not None else {})),
         **{k: artifacts.digest_of(v) for k, v in own.items()},
     }
+
+
+def start_map(run: Run, table: LayerTable) -> BitMap | None:
+    """The map that the search starts from, read from its file; None without one."""
+    from mpqsearch.export import import_map
+
+    named = run.config.search.start_from
+    if not named:
+        return None
+    return import_map(Path(run.config.allocate.maps.get(named, named)), table, fmt=run.config.quantizer.format()).bit_map
 
 
 def budgets_of(run: Run) -> tuple[Budget, ...]:
@@ -153,6 +166,12 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
     starts = objective.space.starts()
     if c.mode == "pareto":
         starts = [{**p, TARGET: t} for t in (c.low_bits, (c.low_bits + c.high_bits) / 2, c.high_bits) for p in starts[:1]]
+    start = start_map(run, table)
+    if start is not None:
+        from mpqsearch.search.start import start_point, with_start
+
+        own_size = {TARGET: min(max(c.low_bits, average_bits(table, start)), c.high_bits)} if c.mode == "pareto" else {}
+        starts = with_start(starts, start_point(surrogate, objective.space, start) | own_size)
     plan = Plan(
         name=c.study or run.folder.resolve().name,
         mode="pareto" if c.mode == "pareto" else "front",
@@ -161,7 +180,9 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         pruner=c.pruner,
         seed=c.seed,
         starts=starts,
-        context=objective.context | {"sampler": artifacts.digest_of([c.sampler, c.pruner, c.seed])},
+        context=objective.context
+        | {"sampler": artifacts.digest_of([c.sampler, c.pruner, c.seed])}
+        | ({"start_from": start.digest} if start is not None else {}),
     )
     return objective, plan
 
@@ -341,7 +362,7 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
     from mpqsearch.search.results import summarize, trials_as_lines
 
     c = run.config.search
-    data = summarize(objective, study, top=c.top, repeats=c.repeats)
+    data = summarize(objective, study, top=c.top, repeats=c.repeats, start=start_map(run, objective.surrogate.table))
     from mpqsearch.export import neutral_extra
 
     for entry in data["budgets"]:
@@ -362,6 +383,10 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
             )
         elif entry["worse_than_plain"]:
             run.say(f"search: note: at {entry['budget']} the map of the search measures worse than the plain integer program's")
+        if entry.get("worse_than_start"):
+            run.say(
+                f"search: note: at {entry['budget']} the map that was started from fits and measures better than what was found"
+            )
     for row in data["predicted_vs_measured"]:
         if row["weak"]:
             run.say(

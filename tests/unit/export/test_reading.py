@@ -1,0 +1,275 @@
+"""Files in the words of the consumers' own documentation, and what they mean for the layers of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpqsearch.artifacts import save_bit_map
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
+from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
+from mpqsearch.export import import_map, importable, neutral_extra
+
+TABLE = LayerTable(
+    digest="d" * 64,
+    model="tiny",
+    layers=(
+        LayerSpec(name="conv_in", kind="Conv2d", weight_shape=(8, 4, 3, 3)),
+        LayerSpec(name="blocks.0.to_q", kind="Linear", weight_shape=(64, 32)),
+        LayerSpec(name="blocks.0.to_k", kind="Linear", weight_shape=(64, 32)),
+        LayerSpec(name="blocks.1.to_q", kind="Linear", weight_shape=(64, 32)),
+        LayerSpec(name="proj_out", kind="Linear", weight_shape=(4, 64)),
+    ),
+)
+NAMES = [la.name for la in TABLE]
+
+
+def config(method: str, **more: Any) -> dict[str, Any]:
+    return {"_class_name": "X", "quantization_config": {"quant_method": method, **more}}
+
+
+INTX = {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int3"}}}
+INT8 = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"group_size": None}}
+
+FOREIGN = {
+    "quanto": (
+        "quanto_qmap.json",
+        {
+            "conv_in": {"weights": "qint8", "activations": "none"},
+            "blocks.0.to_q": {"weights": "qint4", "activations": "qint8"},
+            "blocks.1.to_q": {"weights": "qfloat8_e4m3fn", "activations": "none"},
+            "proj_out": {"weights": "none", "activations": "none"},
+        },
+        [8, 4, 16, 8, 16],
+    ),
+    "autoround": (
+        "config.json",
+        config(
+            "auto-round",
+            bits=4,
+            group_size=32,
+            extra_config={"blocks.0.to_q": {"bits": 3}, r".*1\.to.*": {"bits": 8}, "proj_out": {"bits": 16}},
+        ),
+        [16, 3, 4, 8, 16],
+    ),
+    "compressed-tensors": (
+        "config.json",
+        config(
+            "compressed-tensors",
+            format="pack-quantized",
+            config_groups={
+                "a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}},
+                "b": {"targets": [r"re:blocks\.0\..*"], "weights": {"num_bits": 6, "type": "int"}},
+                "c": {"targets": ["blocks.0.to_k"], "weights": {"num_bits": 8, "type": "float"}},
+            },
+            ignore=["proj_out"],
+        ),
+        [16, 6, 8, 4, 16],
+    ),
+    "torchao": (
+        "config.json",
+        config(
+            "torchao",
+            quant_type={
+                "default": {
+                    "_type": "FqnToConfig",
+                    "_data": {
+                        "fqn_to_config": {
+                            "blocks.0.to_q": INTX,
+                            r"re:blocks\.0\..*": INT8,
+                            "proj_out.weight": None,
+                            "_default": INTX,
+                        }
+                    },
+                }
+            },
+        ),
+        [16, 3, 8, 3, 16],
+    ),
+    "torchao-config": ("torchao_config.json", {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}, [16, 4, 4, 4, 4]),
+    "mlx": (
+        "config.json",
+        {"quantization": {"group_size": 64, "bits": 4, "blocks.0.to_q": {"group_size": 32, "bits": 6}, "proj_out": False}},
+        [16, 6, 4, 4, 16],
+    ),
+    "sdnq": (
+        "config.json",
+        config(
+            "sdnq",
+            weights_dtype="int8",
+            quant_conv=True,
+            modules_dtype_dict={"uint3": ["blocks.0.to_q.weight"], "float8_e4m3fn": ["blocks.0.to_k.weight"]},
+            modules_to_not_convert=["proj_out.weight"],
+        ),
+        [8, 3, 8, 8, 16],
+    ),
+    "modelopt": (
+        "modelopt_config.json",
+        {
+            "quant_cfg": [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "*.to_q.weight_quantizer", "cfg": {"num_bits": 4, "axis": 0}, "enable": True},
+                {"quantizer_name": "blocks.1.to_q.weight_quantizer", "cfg": {"num_bits": [4, 3]}, "enable": True},
+            ]
+        },
+        [16, 4, 16, 8, 16],
+    ),
+    "inc": (
+        "inc_config.json",
+        {"blocks.0.to_q": {"bits": 5, "group_size": -1}, "proj_out": {"dtype": "fp32"}},
+        [16, 5, 16, 16, 16],
+    ),
+    "hqq": ("hqq_config.json", {"blocks.0.to_q": {"nbits": 2, "group_size": 64, "axis": 1}}, [16, 2, 16, 16, 16]),
+    "coreml": ("x.json", {"module_name_configs": {"conv_in": {"n_bits": 6}, "proj_out": None}}, [6, 16, 16, 16, 16]),
+    "quark": (
+        "config.json",
+        {"quant_method": "quark", "layer_quant_config": {"conv_in": {"weight": {"dtype": "int4"}}, "proj_out": {"weight": None}}},
+        [4, 16, 16, 16, 16],
+    ),
+    "nncf": ("nncf_config.json", {"passes": [], "layers": {"conv_in": 8, "proj_out": 4}}, [8, 16, 16, 16, 4]),
+    "aimet": (
+        "sim.json",
+        {"version": "1.0.0", "param_encodings": [{"name": "conv_in.weight", "dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL"}]},
+        [4, 16, 16, 16, 16],
+    ),
+    "comfyui": (
+        "meta.json",
+        {
+            "_quantization_metadata": {
+                "format_version": "1.0",
+                "layers": {"model.diffusion_model.proj_out": {"format": "float8_e4m3fn"}},
+            }
+        },
+        [16, 16, 16, 16, 8],
+    ),
+}
+
+
+def written(folder: Path, name: str, data: Any) -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def widths(bit_map: BitMap) -> list[int]:
+    return [int(bit_map.weights[n]) for n in NAMES]
+
+
+@pytest.mark.parametrize("source", FOREIGN)
+def test_a_file_is_known_by_what_it_holds(source: str, tmp_path: Path) -> None:
+    name, data, expected = FOREIGN[source]
+    path = written(tmp_path, name, data)
+    for where in (path, tmp_path) if not name.startswith(("x.", "sim.", "meta.")) and source != "quark" else (path,):
+        imported = import_map(where, TABLE)
+        assert imported.source == source
+        assert widths(imported.bit_map) == expected
+    assert widths(import_map(path, TABLE, source).bit_map) == expected
+    floats = any("float" in n for n in imported.notes)
+    assert floats == (source in ("quanto", "compressed-tensors", "sdnq", "comfyui"))
+
+
+def test_every_target_but_the_graph_is_importable() -> None:
+    assert set(importable()) >= {*FOREIGN, "gguf", "mixdq", "sdcpp", "neutral"}
+    assert "onnx" not in importable()
+
+
+def test_mixdq_as_its_repository_has_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "weight_4.00.yaml", "model.conv_in: 8\nmodel.blocks.0.to_q: 2\n# a comment\n")
+    assert widths(import_map(path, TABLE).bit_map) == [8, 2, 16, 16, 16]
+    written(tmp_path, "weight_4.00.yaml", "conv_in: {bits: 8}\n")
+    with pytest.raises(ArtifactError, match="no bit map that is known"):
+        import_map(path, TABLE)
+    written(tmp_path, "weight_4.00.yaml", "a: [1\n")
+    with pytest.raises(ArtifactError, match="no valid YAML"):
+        import_map(path, TABLE)
+
+
+def test_rules_of_sdcpp_in_their_order(tmp_path: Path) -> None:
+    path = written(tmp_path, "rules.txt", r"^blocks\.0\.to_q\.weight$=q8_0,blocks\.0=q4_K,to_q=q5_1,proj_out=f16")
+    assert widths(import_map(path, TABLE).bit_map) == [16, 8, 4, 5, 16]
+    written(tmp_path, "rules.txt", "to_q=q9_9")
+    with pytest.raises(ConfigError, match="q9_9"):
+        import_map(path, TABLE)
+
+
+def test_gguf_types_become_the_widths_of_their_codes(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    rows = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    for name, kind in (("blocks.0.to_q", "Q8_0"), ("blocks.0.to_k", "Q5_1")):
+        raw = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"model.diffusion_model.{name}.weight", gguf.quants.quantize(rows, raw), raw_dtype=raw)
+    writer.add_tensor("conv_in.weight", np.zeros((8, 4, 3, 3), dtype=np.float16))
+    writer.add_tensor("norm.weight", np.zeros(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for where in (path, tmp_path):
+        imported = import_map(where, TABLE)
+        assert (imported.source, widths(imported.bit_map)) == ("gguf", [16, 8, 5, 16, 16])
+    path.write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="damaged or no GGUF"):
+        import_map(path, TABLE)
+
+
+def neutral(path: Path, table: LayerTable = TABLE) -> BitMap:
+    weights = {la.name: np.array(3, dtype=np.uint8) for la in table} | {
+        "conv_in": np.array([2, 2, 2, 2, 4, 4, 4, 4], dtype=np.uint8)
+    }
+    bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(codebook="auto"))
+    save_bit_map(path, bit_map, {"layers": "x"}, neutral_extra(table, bit_map))
+    return bit_map
+
+
+def test_our_own_map_comes_back_whole(tmp_path: Path) -> None:
+    made = neutral(tmp_path / "bitmap.json")
+    for where in (tmp_path, tmp_path / "bitmap.json"):
+        imported = import_map(where, TABLE, fmt=QuantFormat(codebook="midrise"))
+        assert imported.bit_map.digest == made.digest, "its settings are its own"
+    retrained = LayerTable(digest="e" * 64, layers=TABLE.layers)
+    moved = import_map(tmp_path, retrained)
+    assert moved.bit_map.model_digest == "e" * 64
+    assert "other weights" in moved.notes[0]
+    with pytest.raises(LayerMismatchError, match="missing"):
+        import_map(
+            tmp_path, LayerTable(digest="d" * 64, layers=(*TABLE.layers, LayerSpec(name="new", kind="Linear", weight_shape=(2, 2))))
+        )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"blocks.9.to_q": {"weights": "qint4"}},
+            r"the layer 'blocks\.9\.to_q' \(did you mean 'blocks\.[01]\.to_q'\?\), which 'tiny' does not have",
+        ),
+        ({"conv_in": {"weights": "qint12"}}, r"gives 'conv_in' 12 bits; widths are 1 to 8, or 16"),
+        ({"conv_in": {"weights": "qfancy"}}, "'qfancy' names no width"),
+        ({"conv_in": {"weights": None}}, "quantizes no layer"),
+        ("{", "no valid JSON"),
+        ({"something": "else"}, r"no bit map that is known .*Say which with --from"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(data: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ArtifactError, LayerMismatchError), match=message):
+        import_map(written(tmp_path, "quanto_qmap.json", data), TABLE)
+
+
+def test_sources_and_places_that_do_not_fit(tmp_path: Path) -> None:
+    path = written(tmp_path, "quanto_qmap.json", FOREIGN["quanto"][1])
+    with pytest.raises(UnknownNameError, match="did you mean 'quanto'"):
+        import_map(path, TABLE, "quant")
+    with pytest.raises(ArtifactError, match="of the format 'mlx'"):
+        import_map(path, TABLE, "mlx")
+    with pytest.raises(ArtifactError, match="does not exist"):
+        import_map(tmp_path / "nothing", TABLE)
+    written(tmp_path, "hqq_config.json", FOREIGN["hqq"][1])
+    with pytest.raises(ConfigError, match="as quanto and as hqq. Say which"):
+        import_map(tmp_path, TABLE)
+    assert import_map(tmp_path, TABLE, "hqq").source == "hqq"
