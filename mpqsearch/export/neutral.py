@@ -1,7 +1,7 @@
 """The neutral bit map: one JSON that names every layer with its shape, widths, settings and stored bits, and adds up.
 
 It is the file that `mpqsearch.artifacts.save_bit_map` writes, given what `neutral_extra` returns; any tool that reads JSON can
-follow it without this package. ``schema/bitmap.schema.json`` describes it.
+follow it without this package. ``schema/bitmap-1.schema.json`` describes version 1; one file a version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mpqsearch.artifacts import load_bit_map, read_json, save_bit_map
+from mpqsearch.artifacts import VERSIONS, load_bit_map, read_json, save_bit_map
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StorageModel, StoredBits
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.formats import WIDTHS
@@ -66,9 +66,10 @@ def structure_digest(table: LayerTable) -> str:
 
 
 @cache
-def bit_map_schema() -> dict[str, Any]:
-    """The JSON Schema of the neutral bit map, as shipped with the package."""
-    schema: dict[str, Any] = json.loads(resources.files("mpqsearch.export").joinpath("schema/bitmap.schema.json").read_text())
+def bit_map_schema(version: int = VERSIONS["mpqsearch/bitmap"]) -> dict[str, Any]:
+    """The JSON Schema of one version of the neutral bit map, as shipped with the package: those that are read, by default the newest."""
+    file = resources.files("mpqsearch.export").joinpath(f"schema/bitmap-{version}.schema.json")
+    schema: dict[str, Any] = json.loads(file.read_text())
     return schema
 
 
@@ -76,7 +77,9 @@ def check_schema(body: Mapping[str, Any], where: str) -> None:
     """Raise `ArtifactError` naming the first place where ``body``, a whole envelope, breaks the schema."""
     from jsonschema import Draft202012Validator
 
-    errors = sorted(Draft202012Validator(bit_map_schema()).iter_errors(body), key=lambda e: list(map(str, e.absolute_path)))
+    errors = sorted(
+        Draft202012Validator(bit_map_schema(int(body["version"]))).iter_errors(body), key=lambda e: list(map(str, e.absolute_path))
+    )
     if errors:
         place = " / ".join(map(str, errors[0].absolute_path)) or "the top level"
         more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""

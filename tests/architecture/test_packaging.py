@@ -41,7 +41,7 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
         "mpqsearch/py.typed",
-        "mpqsearch/export/schema/bitmap.schema.json",
+        "mpqsearch/export/schema/bitmap-1.schema.json",
         "mpqsearch/report/templates/report.html.j2",
         "mpqsearch/models/reference/fmnist-unet/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-dit/diffusion_pytorch_model.safetensors",

@@ -11,7 +11,7 @@ import pytest
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, QuantFormat, average_bits, size_bits
 from mpqsearch.errors import ArtifactError, LayerMismatchError
-from mpqsearch.export import ExportJob, get_exporter, load_neutral, neutral_extra, structure_digest, write_neutral
+from mpqsearch.export import ExportJob, bit_map_schema, get_exporter, load_neutral, neutral_extra, structure_digest, write_neutral
 
 TABLE = LayerTable(
     digest="d" * 64,
@@ -181,3 +181,52 @@ def test_plan_keeps_every_width() -> None:
     plan = {e.layer: e for e in get_exporter("neutral").plan(ExportJob(table=TABLE, bit_map=example()))}
     assert (plan["conv"].asked, plan["conv"].will_get, plan["conv"].asked_text) == ((2, 16), None, "2..16")
     assert (plan["attn.q"].will_get, plan["attn.q"].reason) == (3, "exact")
+
+
+GOLDEN = Path(__file__).parent / "golden"
+NEWEST = artifacts.VERSIONS["mpqsearch/bitmap"]
+DIGEST = "b30f2b6466b9cbf042a9398fa6dcbc5984192193310b58238ff6592e956919c2"
+"""Of the map of every golden file: `example`, whatever version it was written in."""
+
+
+@pytest.mark.parametrize("form", ["", "-sidecar"])
+@pytest.mark.parametrize("version", range(max(1, NEWEST - 1), NEWEST + 1))
+def test_files_of_this_and_the_previous_version_are_read(version: int, form: str) -> None:
+    read = load_neutral(GOLDEN / f"bitmap-{version}{form}.json", TABLE)
+    assert read.bit_map.digest == DIGEST == example().digest
+    assert read.data["accounting"]["total_bits"] == size_bits(TABLE, read.bit_map)
+    assert ("sidecar" in read.data) == bool(form)
+
+
+def test_every_version_has_golden_files_and_a_schema() -> None:
+    for version in range(1, NEWEST + 1):
+        assert (GOLDEN / f"bitmap-{version}.json").is_file(), "write it with the version that is replaced, before it is"
+        assert (GOLDEN / f"bitmap-{version}-sidecar.json").is_file()
+        assert bit_map_schema(version)["properties"]["version"]["const"] == version
+
+
+def test_a_golden_file_outlives_one_new_version_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = GOLDEN / f"bitmap-{NEWEST}.json"
+    monkeypatch.setitem(artifacts.VERSIONS, "mpqsearch/bitmap", NEWEST + 1)
+    assert load_neutral(path, TABLE).bit_map.digest == DIGEST
+    monkeypatch.setitem(artifacts.VERSIONS, "mpqsearch/bitmap", NEWEST + 2)
+    with pytest.raises(ArtifactError, match=rf"has version {NEWEST} .* reads {NEWEST + 1} and {NEWEST + 2}"):
+        load_neutral(path, TABLE)
+    monkeypatch.setitem(artifacts.VERSIONS, "mpqsearch/bitmap", NEWEST - 1)
+    with pytest.raises(ArtifactError, match=rf"reads up to {NEWEST - 1}. Upgrade"):
+        load_neutral(path, TABLE)
+
+
+def test_what_is_written_today_is_the_golden_file(tmp_path: Path) -> None:
+    """The format cannot drift unnoticed within a version: only who wrote it may differ."""
+    for form in ("", "-sidecar"):
+        body = json.loads((GOLDEN / f"bitmap-{NEWEST}{form}.json").read_text())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(artifacts, "SIDECAR_CHANNELS", 4 if form else 4096)
+            (tmp_path / form.lstrip("-")).mkdir(exist_ok=True)
+            now = json.loads(written(tmp_path / form.lstrip("-")).read_text())
+        for each in (body, now):
+            each.pop("created_by")
+            if form:
+                each["data"]["sidecar"].pop("file")
+        assert now == body
