@@ -30,6 +30,7 @@ from mpqsearch.export.contract import (
     Verification,
     VerifyEntry,
     get_exporter,
+    lost_inputs,
     plan_table,
     register,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "import_map",
     "importable",
     "load_neutral",
+    "lost_inputs",
     "neutral_extra",
     "plan_layers",
     "plan_table",

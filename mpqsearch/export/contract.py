@@ -51,6 +51,7 @@ class Capabilities:
     ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``: the pip
     name of the consumer, empty when there is none. ``tested``: the version of the consumer that was run, or whose source was read
     where ``by_consumer`` is False: such a consumer was never run on what is written here. ``get``: how to get the consumer.
+    ``inputs``: True when widths of layers' inputs are written too.
     """
 
     widths: tuple[int, ...]
@@ -62,6 +63,7 @@ class Capabilities:
     by_consumer: bool = True
     get: str = ""
     notes: tuple[str, ...] = ()
+    inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,8 +250,20 @@ def get_exporter(name: str) -> Exporter:
     return EXPORTERS[name]()
 
 
-def plan_table(plan: Iterable[PlanEntry]) -> list[dict[str, Any]]:
-    """The plan as flat rows: layer, asked, will_get (``full`` for full precision), reason, detail."""
+def lost_inputs(exporter: Exporter, bit_map: BitMap) -> dict[str, int]:
+    """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs; empty where it does."""
+    if exporter.capabilities().inputs:
+        return {}
+    return {n: bits for n, bits in bit_map.activations.items() if bits != FULL_PRECISION}
+
+
+def plan_table(plan: Iterable[PlanEntry], lost: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """The plan as flat rows: layer, asked, will_get (``full`` for full precision), reason, detail.
+
+    ``lost`` of `lost_inputs` are the widths of inputs that the target does not take; the details of their layers say so.
+    """
+    lost = lost or {}
+    said = {n: f"its input, at {bits} bits in the map, is not quantized by what is written." for n, bits in lost.items()}
     shown = {None: "per channel", FULL_PRECISION: "full"}
     return [
         {
@@ -257,7 +271,7 @@ def plan_table(plan: Iterable[PlanEntry]) -> list[dict[str, Any]]:
             "asked": e.asked_text,
             "will_get": shown.get(e.will_get, str(e.will_get)),
             "reason": e.reason,
-            "detail": e.detail,
+            "detail": " ".join(filter(None, (e.detail, said.get(e.layer, "")))),
         }
         for e in plan
     ]

@@ -130,7 +130,12 @@ class NeutralExporter:
     def capabilities(self) -> Capabilities:
         """Every width, every kind, every channel; a map without weights."""
         return Capabilities(
-            widths=WIDTHS, kinds=("*",), granularity="channel", payload=False, notes=("a map for other tools, without weights",)
+            widths=WIDTHS,
+            kinds=("*",),
+            granularity="channel",
+            payload=False,
+            notes=("a map for other tools, without weights",),
+            inputs=True,
         )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:

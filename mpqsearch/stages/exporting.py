@@ -121,6 +121,10 @@ def _export_one(
             paths = exporter.write(folder, job)
         data = _written(table, exporter, job, label) | {"files": [p.relative_to(folder).as_posix() for p in paths]}
         artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
+        if data["lost_inputs"]:
+            run.say(
+                f"export: {target} says nothing of inputs: the map quantizes those of {data['lost_inputs']} layers, what is written none"
+            )
         run.say(f"export: {folder} is written; not read back by its consumer" if not verify else f"export: {folder} is written")
     if verify:
         data["verification"] = _verified(run, exporter, folder)
@@ -163,10 +167,10 @@ def _job(
 
 def _written(table: LayerTable, exporter: Exporter, job: ExportJob, label: str) -> dict[str, Any]:
     """What ``export/<target>.json`` says before any consumer has looked."""
-    from mpqsearch.export import plan_table
+    from mpqsearch.export import lost_inputs, plan_table
     from mpqsearch.export.target import ConsumerTarget
 
-    plan = exporter.plan(job)
+    plan, lost = exporter.plan(job), lost_inputs(exporter, job.bit_map)
     promised = exporter.promise(job, plan) if isinstance(exporter, ConsumerTarget) else None
     return {
         "target": exporter.name,
@@ -177,7 +181,8 @@ def _written(table: LayerTable, exporter: Exporter, job: ExportJob, label: str) 
         "n_parameters": table.n_parameters,
         "ideal_bits": size_bits(table, job.bit_map),
         "accounted_bits": None if promised is None else promised.total,
-        "plan": plan_table(plan),
+        "lost_inputs": len(lost),
+        "plan": plan_table(plan, lost),
         "verification": None,
     }
 

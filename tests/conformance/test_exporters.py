@@ -22,6 +22,8 @@ from mpqsearch.export import (
     get_exporter,
     import_map,
     importable,
+    lost_inputs,
+    plan_table,
     register,
 )
 from mpqsearch.export.contract import REASONS
@@ -116,6 +118,20 @@ def test_plan_covers_every_layer_with_a_reason(
             assert entry.asked[0] <= (entry.will_get or entry.asked[0]) <= entry.asked[1]
         else:
             assert entry.detail
+
+
+def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Exporter, table: LayerTable) -> None:
+    first, second = (la.name for la in list(table)[:2])
+    bit_map = BitMap(
+        model_digest=table.digest, weights={la.name: np.array(4) for la in table}, activations={first: 6, second: FULL_PRECISION}
+    )
+    lost = lost_inputs(exporter, bit_map)
+    assert lost == ({} if exporter.name == "neutral" else {first: 6})
+    plan = exporter.plan(ExportJob(table=table, bit_map=bit_map))
+    said = {row["layer"] for row in plan_table(plan, lost) if "its input, at 6 bits in the map" in row["detail"]}
+    assert said == set(lost)
+    for row, entry in zip(plan_table(plan, lost), plan, strict=True):
+        assert row["detail"].startswith(entry.detail), "what was said of the weights is still said"
 
 
 def own_map(exporter: Exporter, table: LayerTable, seed: int = 0) -> tuple[BitMap, dict[str, str]]:

@@ -41,6 +41,13 @@ allocator = "ilp-channel"
 codebook = "auto"
 bias_correction = true
 act_bits = 4
+[[methods]]
+name = "ours-a4-prescaled"
+allocator = "ilp-channel"
+codebook = "auto"
+prescale = true
+bias_correction = true
+act_bits = 4
 """
 
 
@@ -56,6 +63,8 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
         "calibration.activation_bits=[4]",
         "--set",
         "calibration.final_widths=[]",
+        "--set",
+        "activations.zero_points=true",
     )
     made = cli("run", study, "--run-dir", "r", *options)
     assert made.returncode == 0, made.stderr
@@ -71,12 +80,13 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "omq-released": 4,
             "omq-plus": 4,
             "ours-a4": 4,
+            "ours-a4-prescaled": 4,
         }
         error = {m: float(rows[m, budget]["paired_mse"]) for m in acts}
         assert error["uniform-a4"] > error["uniform"], "four bits for the activations must show in the samples"
         size = {m: int(rows[m, budget]["size_bytes"]) for m in acts}
         assert size["uniform"] < size["uniform-a4"] < size["uniform-a6-steps"], "scales are stored, one a step more than one"
-        assert size["ours-a4"] <= size["uniform-a4"]
+        assert max(size["ours-a4"], size["ours-a4-prescaled"]) <= size["uniform-a4"]
     bit_map = json.loads((tmp_path / "r/allocations/uniform-a6-steps@uniform-3/bitmap.json").read_text())["data"]
     assert bit_map["activation_steps"] == 3
     assert bit_map["layers"]["conv_in"]["activation_bits"] == 8
@@ -84,5 +94,13 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     again = cli("run", study, "--run-dir", "r", *options)
     assert again.returncode == 0, again.stderr
     assert "report: reused" in again.stderr
+    export = ("export", "-c", study, "--run-dir", "r", *options, "--method", "uniform-a4", "--budget", "uniform:4")
+    exported = cli(*export, "--target", "neutral", "--target", "mixdq")
+    assert exported.returncode == 0, exported.stderr
+    quantized = sum("activation_bits" in e for e in bit_map["layers"].values())
+    assert f"mixdq says nothing of inputs: the map quantizes those of {quantized} layers" in exported.stderr
+    assert "neutral says nothing" not in exported.stderr
+    plan = json.loads((tmp_path / "r/export/mixdq.json").read_text())["data"]["plan"]
+    assert sum("not quantized by what is written" in row["detail"] for row in plan) == quantized
     changed = cli("run", study, "--run-dir", "r", *options, "--set", "activations.samples=4", "--dry-run")
     assert "; 2 reused" in changed.stderr, "maps without quantized activations keep their metrics, the others do not"
