@@ -134,7 +134,7 @@ class ActivationTable:
 
 
 class TimestepClock:
-    """What a quantized model knows of the time: for each sample of the present call, the nearest calibrated timestep."""
+    """What a quantized model knows of the time: the nearest calibrated timestep of the present call, or one for each of its samples."""
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
@@ -143,6 +143,8 @@ class TimestepClock:
     def set(self, t: Tensor | float) -> None:
         """Take note of the timestep of a call: one number, or one a sample ``[N]``."""
         now = torch.as_tensor(t).detach().reshape(-1, 1)
+        if now.device.type == "cpu" and bool((now == now[0]).all()):  # elsewhere asking would wait for the device
+            now = now[:1]
         self.timesteps = self.timesteps.to(now.device)
         self.index = (now.to(self.timesteps.dtype) - self.timesteps).abs().argmin(1)
 
@@ -213,12 +215,8 @@ class _QuantizeActivation(torch.autograd.Function):
         codes = torch.div(x, step).add_(z).round_()
         needs = ctx.needs_input_grad
         if any(needs[:3]):
-            clipped = codes.clamp(0, top)
-            outside = (
-                codes.sub_(clipped).abs_().clamp_max_(1)
-            )  # 0 or 1 in floating point: on a CPU several times as fast as booleans
-            out = clipped.sub_(z).mul_(step)
-            ctx.save_for_backward(outside, x if needs[1] else None, out if needs[1] else None, s, index, factor)
+            out = codes.clamp(0, top).sub_(z).mul_(step)
+            ctx.save_for_backward(codes, x if needs[1] else None, out if needs[1] else None, s, index, factor)
             ctx.steps, ctx.top, ctx.lsq = len(scale), top, lsq
             return out
         return codes.clamp_(0, top).sub_(z).mul_(step)
@@ -226,23 +224,27 @@ class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        outside, x, out, s, index, factor = ctx.saved_tensors
-        gx = torch.addcmul(grad, grad, outside, value=-1)
-        parts = len(grad) if index is not None else 1  # sums by sample, or over everything
+        codes, x, out, s, index, factor = ctx.saved_tensors
+        # The gradient where the code was in range, else 0, in one pass; codes are integers, so the open interval is the closed range.
+        gx = torch.ops.aten.hardtanh_backward(grad, codes, -0.5, ctx.top + 0.5)
+        parts = 1 if index is None else len(index)  # sums by sample, or over everything
         gs = gz = None
         weight = (grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0
         if ctx.needs_input_grad[1]:
             gs = (_dots(grad, out, parts) - _dots(gx, x, parts)) / s.view(-1) * weight
         if ctx.needs_input_grad[2]:
-            lost = grad * outside if factor is None else grad * outside * factor
-            gz = -lost.reshape(parts, -1).sum(1) * s.view(-1) * weight
+            lost = grad - gx if factor is None else (grad - gx).mul_(factor)
+            lost = lost.reshape(parts, -1).sum(1)
+            gz = -lost * s.view(-1) * weight
         if index is not None:
             gs, gz = (None if g is None else g.new_zeros(ctx.steps).index_add_(0, index, g) for g in (gs, gz))
         return (gx if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None
 
 
 def _dots(a: Tensor, b: Tensor, parts: int) -> Tensor:
-    """``sum a b`` of each of ``parts`` equal parts."""
+    """``sum a b`` ``[parts]`` of each of equal parts; of a single one without the product in memory."""
+    if parts == 1:
+        return torch.dot(a.reshape(-1), b.reshape(-1))[None]
     dots: Tensor = torch.linalg.vecdot(a.reshape(parts, -1), b.reshape(parts, -1))
     return dots
 
@@ -283,7 +285,7 @@ class ActivationQuantizer(nn.Module):
         index = self.clock.index if self.clock is not None else None
         if index is None:
             raise ConfigError(f"{self.name}: scales by timestep, but no timestep is known. Call the whole denoiser, not the layer.")
-        return _fit_batch(index, n, self.name)
+        return index if len(index) == 1 else _fit_batch(index, n, self.name)
 
     def extra_repr(self) -> str:
         """Width and number of scales."""

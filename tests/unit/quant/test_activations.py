@@ -211,7 +211,7 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
         clock = made.module.timestep_clock
         assert isinstance(clock, TimestepClock)
         assert clock.index is not None
-        assert clock.index.tolist() == [activations.timesteps.index(nearest)] * 4
+        assert set(clock.index.tolist()) == {activations.timesteps.index(nearest)}
 
 
 def test_guidance_in_one_call_equals_guidance_in_two() -> None:
