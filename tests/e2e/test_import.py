@@ -31,7 +31,7 @@ def test_a_map_of_another_tool_is_measured_exported_and_searched_from(cli: Cli, 
     assert rows["theirs"]["metrics"]["paired_psnr"]["value"] > 0
 
     named = ["--set", f"allocate.maps.theirs={data['file']}"]
-    out = cli("export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "mixdq")
+    out = cli("export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "mixdq", "--verify")
     assert out.returncode == 0, out.stderr
     assert "NOT verified by its consumer" in out.stderr
     lines = (tmp_path / "r/export/mixdq/mixdq_weight.yaml").read_text().splitlines()
