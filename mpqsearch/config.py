@@ -88,6 +88,8 @@ class CalibrationConfig:
     buckets: int = 5
     sampler_seeds: int = 8
     sampler_probes: int = 4
+    context_seeds: int = 12
+    context_widths: tuple[int, ...] = (2, 3, 4)
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = False
     activation_bits: tuple[int, ...] = ()

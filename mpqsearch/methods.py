@@ -33,15 +33,19 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameErro
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-LOSSES = ("weight", "output", "gain", "probe", "sampler", "operating", "final")
+LOSSES = ("weight", "output", "gain", "probe", "sampler", "context", "operating", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
 gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
-totals from such probes of the final sample, through all steps. ``operating``: layer totals from slope and curvature of the final
+totals from such probes of the final sample, through all steps. ``context``: the same with what a layer's error does among the errors of the
+others, for predicting what a whole map loses. ``operating``: layer totals from slope and curvature of the final
 samples' error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer quantized
 at a time (where measured, else scaled from ``probe``)."""
 
 BEST_LOSS = "auto"
 """The best of `LOSSES` that the profile can give: see `best_loss`."""
+
+LEAST = 0.1
+"""Share of a layer's own loss that the slope among the other layers' errors leaves at least: it cannot make an error a gain."""
 
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
@@ -335,8 +339,13 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
     if loss == "gain":
         return rows
     sums = profile.layer_sum(rows)
-    if loss == "sampler" and f"layer_sampler_error/{variant}" not in profile.arrays:
-        totals = sums * _sampler_ratio(profile, table, variant, bias_correction=bias_correction)
+    if loss in ("sampler", "context"):
+        if f"layer_sampler_error/{variant}" in profile.arrays:
+            totals = profile.arrays[f"layer_sampler_error/{variant}"].astype(np.float64)
+        else:
+            totals = sums * _sampler_ratio(profile, table, variant, bias_correction=bias_correction)
+        if loss == "context":
+            totals = _among_others(profile, variant, totals)
     else:
         totals = _layer_totals(profile, variant, loss, sums)
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
@@ -352,14 +361,15 @@ def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ..
         "operating": f"layer_operating_error/{variant}",
     }
     families = {k.split("/")[0] for k in profile.arrays}  # of these, one variant gives the others, layer by layer
-    once = {"sampler": "layer_sampler_error", "final": "layer_final_error"}
+    once = {"sampler": "layer_sampler_error", "context": "layer_context_slope", "final": "layer_final_error"}
     return tuple(k for k in LOSSES if needs[k] in profile.arrays and (k not in once or once[k] in families))
 
 
 def best_loss(profile: SensitivityProfile, variant: str) -> str:
     """What ``auto`` stands for: ``sampler``, else ``final``, ``probe`` or ``weight``, by what the profile holds.
 
-    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map.
+    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map; nor is ``context``, which predicts
+    the losses of given maps best, and misleads a program that leaves the maps at which it was measured.
     """
     found = available_losses(profile, variant)
     return next(k for k in ("sampler", "final", "probe", "weight") if k in found)
@@ -370,13 +380,14 @@ def predicted_loss(
 ) -> float:
     """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
 
-    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is ``sampler``, or
-    ``probe`` where that was not measured or where errors of quantized inputs were, which are in its unit.
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is ``context``, or
+    ``sampler`` where no slopes were measured, or ``probe`` where neither was or where errors of quantized inputs were, which are in its unit.
     """
     loss = "weight" if profile.weights_only else loss
     if loss == BEST_LOSS:
         through = any(k.startswith("layer_sampler_error/") for k in profile.arrays)
-        loss = "sampler" if through and "layer_activation_error" not in profile.arrays else "probe"
+        slopes = any(k.startswith("layer_context_slope/") for k in profile.arrays)
+        loss = "probe" if not through or "layer_activation_error" in profile.arrays else "context" if slopes else "sampler"
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -406,15 +417,34 @@ def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str,
     return np.divide(through, base, out=np.zeros_like(base), where=base > 0)
 
 
+def _among_others(profile: SensitivityProfile, variant: str, own: Floats) -> Floats:
+    """Layer totals ``[L, W]`` with the slope among the errors of the others, given those of layers alone.
+
+    A slope belongs to the errors that the others had where it was measured. In a map of wider widths they are smaller, so above the middle of
+    ``context_widths`` it is taken down with the square root of the whole model's loss. A variant that was not measured takes another's ratio.
+    """
+    known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_context_slope/"))
+    if not known:
+        raise ConfigError("the loss 'context' needs calibration.context_seeds in the profile; set them and profile again")
+    source = next((v for v in (variant, variant.split("+", maxsplit=1)[0]) if v in known), known[0])
+    slope: Floats = profile.arrays[f"layer_context_slope/{source}"].astype(np.float64)
+    if source != variant:
+        alone = profile.arrays[f"layer_sampler_error/{source}"].astype(np.float64)
+        slope = slope * np.divide(own, alone, out=np.zeros_like(own), where=alone > 0)
+    mixed = [b for b in profile.calibration.get("spec", {}).get("context_widths", ()) if b in profile.widths]
+    whole = own.sum(axis=0)
+    middle = whole[profile.widths.index(sorted(mixed)[len(mixed) // 2])] if mixed else whole[0]
+    share = np.sqrt(np.divide(whole, middle, out=np.ones_like(whole), where=middle > 0)).clip(max=1.0)
+    among: Floats = np.maximum(own + share * slope, LEAST * own)
+    return among
+
+
 def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback: Floats) -> Floats:
     """Loss ``[L, W]`` of whole layers: from probes, or from final samples where those were measured."""
     probes = profile.arrays.get(f"layer_probe_error/{variant}")
     totals = fallback if probes is None else probes.astype(np.float64)
     if loss == "probe":
         return totals
-    if loss == "sampler":
-        through: Floats = profile.arrays[f"layer_sampler_error/{variant}"].astype(np.float64)
-        return through
     if loss == "operating":
         found = profile.arrays.get(f"layer_operating_error/{variant}")
         if found is None:

@@ -43,6 +43,9 @@ class SensitivityProfile:
         and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
     ``layer_sampler_error/<variant>`` ``[L, W]``, ``layer_sampler_std_error/<variant>``
         The same for the *final sample*, through all steps of the sampler, as a mean square over its pixels.
+    ``layer_context_slope/<variant>``, ``layer_context_std_error/<variant>`` ``[L, W]``
+        Change of the mean squared error of the final sample, to first order and of any sign, that the error of one layer makes among the
+        errors of all others: a mean over quantized models that mix ``context_widths``.
     ``layer_activation_error`` ``[L, W]``
         Effect on the model's output of quantizing one layer's input at a static width, if its errors were independent:
         ``mean (x_q - x)**2 * sum_c gain_c |w_c|**2``.

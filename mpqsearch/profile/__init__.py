@@ -1,6 +1,7 @@
 """Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
+from mpqsearch.profile.contexts import ContextProbes, context_probes, latin_contexts
 from mpqsearch.profile.final_probes import FinalProbes, final_probes
 from mpqsearch.profile.inputs import InputCollector, columns_of
 from mpqsearch.profile.measure import (
@@ -22,6 +23,7 @@ from mpqsearch.profile.together import choose_strengths
 
 __all__ = [
     "CalibrationSpec",
+    "ContextProbes",
     "FinalErrors",
     "FinalProbes",
     "InputCollector",
@@ -33,8 +35,10 @@ __all__ = [
     "choose_strengths",
     "collect_ranges",
     "columns_of",
+    "context_probes",
     "final_errors",
     "final_probes",
+    "latin_contexts",
     "price_errors",
     "probe",
     "profile_base",

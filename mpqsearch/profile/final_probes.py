@@ -36,7 +36,10 @@ class FinalProbes:
     one output channel over all steps. ``row_along`` is the mean over samples of a channel's effect along the residual times the
     length of that, in the same unit, so that ``2 row_along`` is the slope of the error of the sample (empty without a residual).
     ``gain`` ``[T, C]``: mean square of ``d(v . x_final) / dy`` of a channel at a step, summed over positions. ``residual`` ``[K]``:
-    ``v . (x_final - x_reference)``, zero at the full-precision model. ``seeds`` ``[K]``: whose trajectory.
+    ``v . (x_final - x_reference)``, zero at the full-precision model. ``samples`` ``[K]``: how many samples a probe looks at together.
+
+    A probe of a batch of N samples projects all of them at once, ``v ~ N(0, I / (N d))``: its square is in the mean the error of a sample, since
+    the projections of different samples are independent, and along the residuals of a batch it is the exact sum over its samples.
     """
 
     effect: Mapping[str, Floats32]
@@ -44,7 +47,7 @@ class FinalProbes:
     row_along: Mapping[str, Floats32]
     gain: Floats32
     residual: Floats32
-    seeds: NDArray[np.int64]
+    samples: NDArray[np.int64]
 
 
 def final_probes(
@@ -57,30 +60,36 @@ def final_probes(
     *,
     probes: int = 4,
     seed: int = 0,
+    batch: int = 1,
     reference: Tensor | None = None,
     along_residual: bool = False,
     checkpoint: bool = False,
     tick: Callable[[int], Any] | None = None,
 ) -> FinalProbes:
-    """Probe the final samples of ``seeds``, one trajectory at a time.
+    """Probe the final samples of ``seeds``, ``batch`` trajectories at a time.
 
     errors
         Variant -> layer -> ``[W, C, D]``: candidate weight minus present weight. At the full-precision model that is the
         quantization error; at an operating point the difference of two quantized weights.
     means
         Layer -> mean unfolded input ``[G, D]``: the shift that bias correction takes out, in layers with a bias.
+    probes
+        Projections of each batch. A larger batch has fewer of them in all for the same work, and makes better use of a processor.
     reference
-        Full-precision samples ``[len(seeds), ...]`` at an operating point; with ``along_residual`` the first probe of each sample
+        Full-precision samples ``[len(seeds), ...]`` at an operating point; with ``along_residual`` the first probe of each batch
         is its residual, normalised to the length of a random ``v``.
 
     Costs ``T (2 + 2 probes)`` forward passes a sample: the trajectory, its recomputation step by step (so that the graph of one
     call is all the memory taken) and a backward pass a probe. Leaves the model as it was. Raises `NumericsError` when a sample is
     not finite.
     """
+    if batch < 1:
+        raise ConfigError(f"probes of final samples need a batch of at least 1, got {batch}")
     if along_residual and reference is None:
         raise ConfigError("a probe along the residual needs the reference samples")
     n_widths = {v: next(iter(e.values())).shape[0] for v, e in errors.items()}
-    total, starts = len(seeds) * probes, np.cumsum([0, *(la.n_channels for la in table)])
+    parts = [slice(i, min(i + batch, len(seeds))) for i in range(0, len(seeds), batch)]
+    total, starts = len(parts) * probes, np.cumsum([0, *(la.n_channels for la in table)])
     effect = {v: np.zeros((total, sampler.steps, len(table), w), dtype=np.float32) for v, w in n_widths.items()}
     row_square = {v: np.zeros((int(starts[-1]), w)) for v, w in n_widths.items()}
     row_along = {v: np.zeros((int(starts[-1]), w)) for v, w in n_widths.items() if along_residual}
@@ -102,14 +111,16 @@ def final_probes(
         return take
 
     with checkpointed(denoiser.module, checkpoint), GradientTap(denoiser.module, table) as tap:
-        for number, one in enumerate(seeds):
-            chain = chain_of(denoiser, [one], sampler)
-            if not bool(torch.isfinite(chain.final).all()):
-                raise NumericsError(f"{denoiser.name}: the sample of seed {one} is not finite")
+        for number, part in enumerate(parts):
+            chain = chain_of(denoiser, seeds[part], sampler)
+            finite = torch.isfinite(chain.final).flatten(1).all(1)
+            if not bool(finite.all()):
+                bad = seeds[part][int(finite.logical_not().nonzero()[0])]
+                raise NumericsError(f"{denoiser.name}: the sample of seed {bad} is not finite")
             v = torch.randn((probes, *chain.final.shape), generator=generator).to(chain.final) / chain.final.numel() ** 0.5
             first = number * probes
             if reference is not None:
-                left = chain.final.detach() - reference[number : number + 1].to(chain.final)
+                left = chain.final.detach() - reference[part].to(chain.final)
                 if along_residual and float(left.norm()) > 0:
                     v[0] = left / left.norm()
                 residual[first : first + probes] = (v * left).flatten(1).sum(1).cpu().numpy()
@@ -129,18 +140,19 @@ def final_probes(
                         objective[k] = objective[k] + (back * seen).sum()
             for k, found in enumerate(by_probe):
                 for (variant, name), by_row in found.items():
-                    part = slice(starts[position[name]], starts[position[name] + 1])
-                    if k == 0 and along_residual:
-                        row_along[variant][part] += float(residual[first]) / chain.final.numel() * by_row.double().numpy()
+                    own = slice(starts[position[name]], starts[position[name] + 1])
+                    if k == 0 and along_residual:  # the mean over the batch, of which there are as many as it has samples
+                        share = float(residual[first]) * len(chain.final) / chain.final.numel()
+                        row_along[variant][own] += share * by_row.double().numpy()
                     else:
-                        row_square[variant][part] += by_row.double().square().numpy()
+                        row_square[variant][own] += by_row.double().square().numpy()
             if tick is not None:
-                tick(1)
+                tick(len(chain.final))
     return FinalProbes(
         effect=effect,
-        row_square={n: (s / max(total - len(seeds) * along_residual, 1)).astype(np.float32) for n, s in row_square.items()},
+        row_square={n: (s / max(total - len(parts) * along_residual, 1)).astype(np.float32) for n, s in row_square.items()},
         row_along={n: (s / len(seeds)).astype(np.float32) for n, s in row_along.items()},
         gain=(gain / total).astype(np.float32),
         residual=residual,
-        seeds=np.repeat(np.asarray(seeds, dtype=np.int64), probes),
+        samples=np.repeat([p.stop - p.start for p in parts], probes).astype(np.int64),
     )

@@ -22,6 +22,27 @@ def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
+    seen = _windows(x, module, layer)
+    dims = (seen.dim() - 3) // 2
+    # [N, G, C/G, L..., k...] -> [G, N, L..., C/G, k...]
+    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    return seen.permute(order).reshape(layer.groups, -1, layer.weights_per_channel)
+
+
+def column_sums(x: Tensor, module: nn.Module, layer: LayerSpec) -> tuple[Tensor, int]:
+    """Sum ``[G, D]`` in float64 of `columns_of` over positions, and their number, without unfolding the input."""
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.sum(0, dtype=torch.float64)[None], len(rows)
+    conv: Any = module
+    x = x if x.dim() == len(conv.kernel_size) + 2 else x[None]
+    # Sums over samples first: unfolding is linear, and then there is one sample to unfold.
+    columns = columns_of(x.sum(0, keepdim=True, dtype=torch.float64), module, layer)
+    return columns.sum(1), len(x) * columns.shape[1]
+
+
+def _windows(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
+    """What a convolution sees at each position, as a view ``[N, G, C/G, L..., k...]`` of its padded input."""
     conv: Any = module
     dims = len(conv.kernel_size)
     x = x if x.dim() == dims + 2 else x[None]
@@ -41,12 +62,7 @@ def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
         x = x.unfold(2 + axis, reach, stride[axis])[..., :: conv.dilation[axis]]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
-    n, c = x.shape[:2]
-    groups = layer.groups
-    # [N, G, C/G, L..., k...] -> [G, N, L..., C/G, k...]
-    grouped = x.reshape(n, groups, c // groups, *x.shape[2:])
-    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    return grouped.permute(order).reshape(groups, -1, layer.weights_per_channel)
+    return x.reshape(len(x), layer.groups, -1, *x.shape[2:])
 
 
 def parts_of(x: Tensor, module: nn.Module, at_once: int) -> Iterable[Tensor]:
@@ -83,7 +99,7 @@ def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
 class InputCollector:
     """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers.
 
-    Without ``moments`` no second moment is kept, and inputs are unfolded one sample at a time.
+    Without ``moments`` no second moment is kept, and no input is unfolded.
     """
 
     def __init__(self, model: nn.Module, table: LayerTable, *, moments: bool = True) -> None:
@@ -114,13 +130,15 @@ class InputCollector:
             if not x.numel():
                 return
             channels, out = (_by_channel(v, module) for v in (x, output.detach().float()))
-            for part in [x] if self._moments or isinstance(module, nn.Linear) else parts_of(x, module, 1):
-                columns = columns_of(part, module, layer)
+            if self._moments:
+                columns = columns_of(x, module, layer)
                 # Products in float32, sums over batches in float64: the sums run over many more terms.
-                if self._moments:
-                    self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
-                self._add(self._sum, layer.name, columns.sum(1, dtype=torch.float64))
-                self._count[layer.name] = self._count.get(layer.name, 0) + columns.shape[1]
+                self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
+                total, count = columns.sum(1, dtype=torch.float64), columns.shape[1]
+            else:
+                total, count = column_sums(x, module, layer)
+            self._add(self._sum, layer.name, total)
+            self._count[layer.name] = self._count.get(layer.name, 0) + count
             self._add(self._power, layer.name, out.square().sum(1, dtype=torch.float64))
             peak = channels.abs().amax(1)
             self._max[layer.name] = torch.maximum(self._max[layer.name], peak) if layer.name in self._max else peak

@@ -19,17 +19,21 @@ from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import activation_arrays
+from mpqsearch.profile.contexts import context_probes, latin_contexts
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.moments import output_errors, plan_moments
 from mpqsearch.profile.probes import ProbeInput, Prober, ProbeResult
 from mpqsearch.profile.racing import relative_spread
-from mpqsearch.quant import RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
-from mpqsearch.quant.tables import column_factors
+from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
+from mpqsearch.quant.tables import RecomputedErrors, column_factors, errors_again, held_bytes, width_quantizers
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 
 MOST = 32
 """How many times the configured numbers of inputs and seeds `CalibrationSpec.target_error` may take."""
+
+HELD = 4
+"""Weight errors are held when they take less than one part in so many of a memory limit."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, the number of finished units and their total."""
@@ -45,7 +49,8 @@ class CalibrationSpec:
 
     ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
     ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in ``buckets`` buckets of
-    timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler.
+    timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler. ``context_seeds``
+    trajectories (0: none) give slopes at maps that mix ``context_widths`` (those of them that are searched).
     ``codebooks`` are the quantizer variants to price; ``prescale`` prices the affine one with pre-scaling too, and with pre-scaling and
     min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists widths at which every layer is quantized alone and the final
     samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
@@ -65,6 +70,8 @@ class CalibrationSpec:
     buckets: int = 5
     sampler_seeds: int = 8
     sampler_probes: int = 4
+    context_seeds: int = 12
+    context_widths: tuple[int, ...] = (2, 3, 4)
     codebooks: tuple[str, ...] = ("affine", "auto")
     prescale: bool = True
     activation_bits: tuple[int, ...] = ()
@@ -80,10 +87,10 @@ class CalibrationSpec:
             raise ConfigError(
                 "calibration: samples, probe_inputs, probes, buckets, sampler_probes and final_seeds must be at least 1"
             )
-        if self.sampler_seeds < 0 or self.race < 0 or not 0 <= self.target_error < 1:
+        if min(self.sampler_seeds, self.context_seeds) < 0 or self.race < 0 or not 0 <= self.target_error < 1:
             raise ConfigError(
-                f"calibration: sampler_seeds and race must not be negative and target_error lies in [0, 1), got "
-                f"{self.sampler_seeds}, {self.race:g}, {self.target_error:g}"
+                f"calibration: sampler_seeds, context_seeds and race must not be negative and target_error lies in [0, 1), got "
+                f"{self.sampler_seeds}, {self.context_seeds}, {self.race:g}, {self.target_error:g}"
             )
         if not self.codebooks:
             raise ConfigError("calibration.codebooks must name at least one codebook")
@@ -118,8 +125,9 @@ def profile_model(
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units.
 
-    ``memory_limit`` bounds, in bytes, what second moments of inputs take; with it the calibration may run several times
-    (`mpqsearch.profile.moments`), and the numbers are the same up to rounding.
+    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take; with it the calibration may run several times
+    (`mpqsearch.profile.moments`), errors may be made again at every probe, and the numbers are the same up to rounding. The errors of one layer
+    at all widths, and its gradient, are always in memory.
     `profile_base` and `final_errors` are its two halves, for callers that keep what is finished.
     """
     base = profile_base(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
@@ -141,14 +149,18 @@ def profile_base(
     report = progress or _silent
     widths = tuple(sorted(policy.widths))
     variants = variants_of(spec, fmt)
+    # Errors that are held take their part of the limit, when that is small; else they are made again at every probe.
+    held = held_bytes(table, len(widths) * sum(not f.prescale for f in variants.values()))
+    hold = memory_limit is None or held <= memory_limit // HELD
+    room = None if memory_limit is None else memory_limit - held * hold
     # Planned first: a limit that is too small should say so before anything has run.
-    passes = plan_moments(table, len(widths) * len(variants), memory_limit) if memory_limit is not None else []
+    passes = plan_moments(table, len(widths) * len(variants), room) if room is not None else []
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibration"):
         stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report)
-    if memory_limit is not None:
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, hold=hold)
+    if room is not None:
         modules: dict[str, Any] = dict(denoiser.module.named_modules())
 
         def errors_of(layer: LayerSpec, seen: RowStatistics) -> dict[str, Tensor]:
@@ -165,7 +177,7 @@ def profile_base(
             report("output errors", done, total)
 
         with _timed(seconds, "output errors in passes"):
-            found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=memory_limit, report=passed)
+            found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=room, report=passed)
         for key in found[table.layers[0].name]:
             arrays[key] = _concat(table, {name: tables[key] for name, tables in found.items()})
     arrays["output_power"] = _concat(table, power)
@@ -184,6 +196,8 @@ def profile_base(
         with _timed(seconds, "probes of the final sample"):
             more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
         arrays |= more
+        with _timed(seconds, "slopes at contexts"):
+            arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
     if spec.activation_bits:
         seeds = range(spec.first_seed, spec.first_seed + spec.samples)
         arrays |= activation_arrays(
@@ -309,11 +323,17 @@ def tables_of(
     variants: Mapping[str, QuantFormat],
     stats: Mapping[str, RowStatistics],
     report: Progress = _silent,
-) -> tuple[dict[str, NDArray[Any]], dict[str, dict[str, Tensor]]]:
-    """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed."""
+    *,
+    hold: bool = True,
+) -> tuple[dict[str, NDArray[Any]], dict[str, Mapping[str, Tensor]]]:
+    """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed.
+
+    Without ``hold`` the errors are not kept: each layer's are made again from its scales whenever they are looked at, the same bit for bit.
+    """
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     columns: dict[str, list[Tensor]] = {}
-    errors: dict[str, dict[str, Tensor]] = {}
+    held: dict[str, dict[str, Tensor]] = {v: {} for v, f in variants.items() if not f.prescale}
+    scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {v: {} for v in held}
     for done, layer in enumerate(table, start=1):
         weight: Any = modules[layer.name].weight
         rows = rows_of(weight.float(), layer)
@@ -322,14 +342,27 @@ def tables_of(
         assert factor is not None
         columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows * factor))
         for variant, fmt in variants.items():
-            error = width_errors(weight, layer, widths, fmt, stats[layer.name])
-            if not fmt.prescale:
-                errors.setdefault(variant, {})[layer.name] = error
+            if fmt.prescale:
+                error = width_errors(weight, layer, widths, fmt, stats[layer.name])
+            else:
+                scales[variant][layer.name], error = width_quantizers(weight, layer, widths, fmt)
+                if hold:
+                    held[variant][layer.name] = error
             known = stats[layer.name] if stats[layer.name].second_moment.numel() else None
             for name, values in error_tables(error, known).items():
                 columns.setdefault(f"{name}/{variant}", []).append(values)
         report("error tables", done, len(table))
-    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}, errors
+    arrays = {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
+    if hold:
+        return arrays, dict(held)
+
+    def again(variant: str) -> Mapping[str, Tensor]:
+        return RecomputedErrors(
+            list(table.by_name),
+            lambda name: errors_again(modules[name].weight, table[name], scales[variant][name], variants[variant]),
+        )
+
+    return arrays, {variant: again(variant) for variant in scales}
 
 
 def _probe(
@@ -415,6 +448,47 @@ def _probe_sampler(
         if not spec.target_error or wrong <= spec.target_error or done >= MOST * spec.sampler_seeds:
             return arrays, done
         total = min(MOST, max(done // spec.sampler_seeds + 1, round((wrong / spec.target_error) ** 2))) * spec.sampler_seeds
+
+
+def _probe_contexts(
+    denoiser: Denoiser,
+    table: LayerTable,
+    policy: Policy,
+    errors: Mapping[str, Mapping[str, Tensor]],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    means: Mapping[str, Tensor],
+    report: Progress,
+) -> dict[str, NDArray[Any]]:
+    """Slopes of layers among the errors of the others; nothing when no seed or fewer than two of the widths are asked for."""
+    widths = tuple(sorted(policy.widths))
+    mixed = [b for b in spec.context_widths if b in widths]
+    if spec.context_seeds < max(len(mixed), 1) or len(mixed) < 2:
+        return {}
+    contexts = latin_contexts(table, policy, mixed, seed=spec.seed)
+    done = 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        report("slopes at contexts", done, spec.context_seeds)
+
+    found = context_probes(
+        denoiser,
+        table,
+        sampler,
+        contexts,
+        widths,
+        final_variant(spec),
+        range(spec.first_seed, spec.first_seed + spec.context_seeds),
+        errors,
+        means,
+        checkpoint=spec.checkpoint,
+        tick=tick,
+    )
+    return {f"layer_context_slope/{v}": each.astype(np.float32) for v, each in found.slope.items()} | {
+        f"layer_context_std_error/{v}": each.astype(np.float32) for v, each in found.std_error.items()
+    }
 
 
 def price_errors(

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpqsearch.core import BitMap, LayerTable, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.final_probes import final_probes
-from mpqsearch.quant import RowStatistics, quantize_model, rows_of, width_errors
+from mpqsearch.quant import RowStatistics, quantize_model, rows_of
+from mpqsearch.quant.tables import RecomputedErrors, errors_again, held_bytes, width_quantizers
 from mpqsearch.sampling import SamplerSpec, sample
 
 
@@ -38,8 +39,10 @@ def remeasure(
     seeds: Sequence[int],
     *,
     probes: int = 3,
+    batch: int = 2,
     bias_correction: bool = True,
     checkpoint: bool = False,
+    memory_limit: int | None = None,
     progress: Callable[[str, int, int], Any] | None = None,
 ) -> SensitivityProfile:
     """The profile with ``layer_operating_error`` measured at a bit map, or as a mean over several.
@@ -47,7 +50,10 @@ def remeasure(
     bit_map
         Where to linearise; of several, which share one format, each gets its part of the seeds.
     seeds
-        Trajectories: one sample each, with ``probes`` backward passes through the sampler, the first along the residual.
+        Trajectories: one sample each, ``batch`` at a time with ``probes`` backward passes through the sampler, the first along the residual.
+        Standard errors are over batches.
+    memory_limit
+        Bytes that the weight errors of all candidates may take; where they take more they are made again at every probe.
 
     ``calibration`` of the result holds ``operating_points`` (digests) and ``operating_mse`` (the measured error of their final samples).
     Raises `ConfigError` when there are fewer seeds than maps, or the maps differ in format.
@@ -61,10 +67,12 @@ def remeasure(
     variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
     means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
     input_max = {n: torch.from_numpy(np.array(m)) for n, m in profile.input_max.items()}
-    candidates = _candidates(denoiser, table, profile.widths, fmt, means, input_max)
+    hold = memory_limit is None or held_bytes(table, 2 * len(profile.widths)) <= memory_limit
+    candidates = _candidates(denoiser, table, profile.widths, fmt, means, input_max, hold=hold)
     no_shift = means if bias_correction else {n: torch.zeros_like(m) for n, m in means.items()}
     changes: list[NDArray[np.float64]] = []
     errors: list[float] = []
+    sizes: list[int] = []
     done = 0
 
     def tick(n: int) -> None:
@@ -77,43 +85,42 @@ def remeasure(
         part = seeds[number :: len(maps)]
         quantized = quantize_model(denoiser.module, table, one, means=means if bias_correction else None, input_max=input_max)
         reference = sample(denoiser, part, sampler)
-        moves = {}
-        for layer in table:
-            full: Any = denoiser.module.get_submodule(layer.name).weight
-            now: Any = quantized.module.get_submodule(layer.name).weight
-            moves[layer.name] = candidates[layer.name] - (rows_of(now.float(), layer) - rows_of(full.float(), layer))
         found = final_probes(
             denoiser.with_module(quantized.module),
             table,
             sampler,
             part,
-            {variant: moves},
+            {variant: _moves(denoiser.module, quantized.module, table, candidates, hold=hold)},
             no_shift,
             probes=probes,
+            batch=batch,
             reference=reference,
             along_residual=True,
             checkpoint=checkpoint,
             tick=tick,
         )
-        effect = found.effect[variant].sum(1, dtype=np.float64).reshape(len(part), probes, len(table), -1)
-        length = found.residual.reshape(len(part), probes)[:, 0].astype(np.float64)
-        pixels = reference[0].numel()
-        slope = 2 * length[:, None, None] * effect[:, 0] / pixels
+        effect = found.effect[variant].sum(1, dtype=np.float64).reshape(-1, probes, *found.effect[variant].shape[2:])
+        length = found.residual.reshape(-1, probes)[:, 0].astype(np.float64)
+        counts = found.samples.reshape(-1, probes)[:, 0]
+        pixels = counts * reference[0].numel()
+        slope = (2 * length / pixels)[:, None, None] * effect[:, 0]
         changes.extend(slope + np.square(effect[:, 1:]).mean(1) if probes > 1 else slope)
         errors.extend(np.square(length) / pixels)
+        sizes.extend(counts)
     stacked = np.array(changes)
+    mean = np.average(stacked, axis=0, weights=sizes)
     spread = stacked.std(0, ddof=1) / np.sqrt(len(stacked)) if len(stacked) > 1 else np.zeros_like(stacked[0])
     return replace(
         profile,
         arrays={
             **profile.arrays,
-            f"layer_operating_error/{variant}": stacked.mean(0).astype(np.float32),
+            f"layer_operating_error/{variant}": mean.astype(np.float32),
             f"layer_operating_std_error/{variant}": spread.astype(np.float32),
         },
         calibration={
             **profile.calibration,
             "operating_points": [m.digest for m in maps],
-            "operating_mse": float(np.mean(errors)),
+            "operating_mse": float(np.average(errors, weights=sizes)),
         },
     )
 
@@ -125,12 +132,37 @@ def _candidates(
     fmt: QuantFormat,
     means: Mapping[str, Tensor],
     input_max: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+    *,
+    hold: bool,
+) -> Mapping[str, Tensor]:
     """Quantized minus full-precision rows ``[W, C, D]`` of every layer."""
-    found = {}
+    scales, held = {}, {}
+    known = {
+        la.name: RowStatistics(second_moment=torch.zeros(0), mean=means[la.name], input_max=input_max[la.name], n_positions=0)
+        for la in table
+    }
     for layer in table:
         weight: Any = denoiser.module.get_submodule(layer.name).weight
-        mean = means[layer.name]
-        known = RowStatistics(second_moment=torch.zeros(0), mean=mean, input_max=input_max[layer.name], n_positions=0)
-        found[layer.name] = width_errors(weight, layer, widths, fmt, known)
-    return found
+        scales[layer.name], error = width_quantizers(weight, layer, widths, fmt, known[layer.name])
+        if hold:
+            held[layer.name] = error
+
+    def again(name: str) -> Tensor:
+        weight: Any = denoiser.module.get_submodule(name).weight
+        return errors_again(weight, table[name], scales[name], fmt, known[name])
+
+    return held if hold else RecomputedErrors(list(table.by_name), again)
+
+
+def _moves(
+    full: nn.Module, now: nn.Module, table: LayerTable, candidates: Mapping[str, Tensor], *, hold: bool
+) -> Mapping[str, Tensor]:
+    """Candidate minus present rows ``[W, C, D]`` of every layer."""
+
+    def move(name: str) -> Tensor:
+        before: Any = full.get_submodule(name).weight
+        present: Any = now.get_submodule(name).weight
+        return candidates[name] - (rows_of(present.detach().float(), table[name]) - rows_of(before.detach().float(), table[name]))
+
+    names = list(table.by_name)
+    return {name: move(name) for name in names} if hold else RecomputedErrors(names, move)

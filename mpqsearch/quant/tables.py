@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpqsearch.core import LayerSpec, QuantFormat
-from mpqsearch.quant.rows import RowMoments, decode, encode, fit_grid, fit_rows, row_moments, rows_of
+from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
+from mpqsearch.quant.rows import RowMoments, RowQuantizer, decode, encode, fit_grid, fit_rows, row_moments, rows_of
 from mpqsearch.quant.search import square_errors
 
 
@@ -96,10 +96,68 @@ def width_errors(
 
 def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor:
     """``w_q - w`` as rows ``[C, D]`` in the units of the weight."""
+    return _searched(weight, layer, bits, fmt, stats)[0]
+
+
+class RecomputedErrors(Mapping[str, Tensor]):
+    """Layer -> weight errors ``[W, C, D]`` that are made again at every look, so that no more than those of one layer are in memory.
+
+    ``make`` is called with the name of a layer. The numbers are those of the errors that it stands for, bit for bit; `width_quantizers` keeps
+    what the range search found, so that it is not done again.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = tuple(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The errors of one layer; `KeyError` for a layer that is not among them."""
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def width_quantizers(
+    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None = None
+) -> tuple[tuple[RowQuantizer, ...], Tensor]:
+    """The quantizer of every row at every width, one a width, and the errors of `width_errors` that they make."""
+    found = [_searched(weight, layer, bits, fmt, stats) for bits in widths]
+    return tuple(q for _, q in found), torch.stack([error for error, _ in found])
+
+
+def errors_again(
+    weight: Tensor, layer: LayerSpec, quantizers: Sequence[RowQuantizer], fmt: QuantFormat, stats: RowStatistics | None = None
+) -> Tensor:
+    """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit."""
+    scaled, factor = _scaled(weight, layer, fmt, stats)
+    return torch.stack([_error(scaled, factor, q) for q in quantizers])
+
+
+def held_bytes(table: LayerTable, n_candidates: int) -> int:
+    """What the weight errors of ``n_candidates`` quantizers take in float32 when those of all layers are held."""
+    return 4 * n_candidates * table.n_weights
+
+
+def _searched(
+    weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None
+) -> tuple[Tensor, RowQuantizer]:
+    scaled, factor = _scaled(weight, layer, fmt, stats)
+    quantizer = fit_rows(scaled, bits, fmt)
+    return _error(scaled, factor, quantizer), quantizer
+
+
+def _scaled(weight: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None) -> tuple[Tensor, Tensor | None]:
     rows = rows_of(weight.detach().float(), layer)
     factor = column_factors(rows, layer, fmt, stats)
-    scaled = rows if factor is None else rows * factor
-    quantizer = fit_rows(scaled, bits, fmt)
+    return rows if factor is None else rows * factor, factor
+
+
+def _error(scaled: Tensor, factor: Tensor | None, quantizer: RowQuantizer) -> Tensor:
     error = decode(encode(scaled, quantizer), quantizer) - scaled
     return error if factor is None else error / factor
 

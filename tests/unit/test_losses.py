@@ -75,3 +75,32 @@ def test_predictions_of_all_variants_are_in_one_unit() -> None:
     assert predicted_loss(TABLE, acts, maps[0], bias_correction=True) == pytest.approx(
         predicted_loss(TABLE, acts, maps[0], bias_correction=True, loss="probe")
     )
+
+
+def test_the_loss_among_others_adds_slopes_and_never_makes_an_error_a_gain() -> None:
+    slope = np.outer([1.0, -1.0, 0.1, -9.0, 0.0], 2.0 ** -np.arange(8)).astype(np.float32)
+    base = holding("layer_sampler_error")
+    variants = ("affine", "auto")
+    profile = replace(
+        base,
+        arrays={**base.arrays, **{f"layer_context_slope/{v}": slope for v in variants}},
+        calibration={"spec": {"context_widths": [2, 3, 4]}},
+    )
+    assert "context" in available_losses(profile, "auto")
+    assert best_loss(profile, "auto") == "sampler"  # a program leaves the maps at which slopes hold
+    found = profile.layer_sum(channel_losses(profile, TABLE, "auto", "context", bias_correction=True))
+    # Totals fall by 4 a bit, so above 3 bits the slope is halved with every bit; widths are 1..8.
+    share = np.minimum(1.0, 2.0 ** (2.0 - np.arange(8)))
+    np.testing.assert_allclose(found, np.maximum(TOTALS + share * slope, 0.1 * TOTALS), rtol=1e-5)
+    np.testing.assert_allclose(found[3], 0.1 * TOTALS[3], rtol=1e-5)
+    three = BitMap(model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto"))
+    predicted = predicted_loss(TABLE, profile, three, bias_correction=True)
+    assert predicted == pytest.approx(float(found[:, 2].sum()), rel=1e-5)
+    assert predicted == predicted_loss(TABLE, profile, three, bias_correction=True, loss="context")
+    # A variant without slopes takes those of another in the ratio of the two losses.
+    own = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "sampler", bias_correction=True))
+    other = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "context", bias_correction=True))
+    share = np.minimum(1.0, np.sqrt(own.sum(0) / own.sum(0)[2]))
+    np.testing.assert_allclose(other, np.maximum(own + share * slope * own / TOTALS, 0.1 * own), rtol=1e-4)
+    with pytest.raises(ConfigError, match="context_seeds"):
+        channel_losses(base, TABLE, "auto", "context", bias_correction=True)

@@ -156,3 +156,28 @@ def test_the_target_error_is_reached_by_going_on() -> None:
         assert relative_error(few, loss) > 0.35 or many.calibration["spent"][key] == first
         assert relative_error(many, loss) <= 0.35 or many.calibration["spent"][key] >= MOST * first
     assert many.calibration["spent"]["probe_inputs"] > 4
+
+
+def test_a_batch_along_its_residual_is_the_mean_of_its_samples() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    sampler = SamplerSpec(steps=2, guidance=2.0, batch=4)
+    seeds = [1, 2, 3]
+    generator = torch.Generator().manual_seed(0)
+    reference = sample(denoiser, seeds, sampler) + 0.1 * torch.randn((3, *denoiser.sample_shape), generator=generator)
+    change = {la.name: 0.01 * torch.randn((2, la.n_channels, la.weights_per_channel), generator=generator) for la in table}
+    means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
+    slopes, along = [], []
+    for batch in (1, 2, 3):
+        found = final_probes(
+            denoiser, table, sampler, seeds, {"x": change}, means, probes=1, batch=batch, reference=reference, along_residual=True
+        )
+        assert found.samples.tolist() == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
+        each = 2 * found.residual[:, None, None] * found.effect["x"].sum(1) / (found.samples * reference[0].numel())[:, None, None]
+        slopes.append(np.average(each, axis=0, weights=found.samples))
+        along.append(found.row_along["x"])
+    for other in (1, 2):  # float32 sums over another batch
+        np.testing.assert_allclose(slopes[other], slopes[0], rtol=1e-3, atol=1e-5 * np.abs(slopes[0]).max())
+        np.testing.assert_allclose(along[other], along[0], rtol=1e-3, atol=1e-5 * np.abs(along[0]).max())
+    with pytest.raises(ConfigError, match="batch"):
+        final_probes(denoiser, table, sampler, seeds, {"x": change}, means, batch=0)

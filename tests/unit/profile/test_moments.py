@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat
+from mpqsearch.core.budget import uniform_map
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.profile import CalibrationSpec, profile_model
+from mpqsearch.profile import CalibrationSpec, profile_base, profile_model, remeasure
 from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.measure import calibrate, tables_of
 from mpqsearch.profile.moments import Piece, output_errors, plan_moments
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
+from mpqsearch.quant.tables import held_bytes
 from mpqsearch.sampling import SamplerSpec
 from mpqsearch.testing import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect
@@ -146,7 +149,9 @@ def test_a_layer_that_does_not_run_has_no_error() -> None:
 def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
-    spec = CalibrationSpec(samples=3, probe_inputs=2, probes=1, sampler_seeds=0, codebooks=("affine",))
+    spec = CalibrationSpec(
+        samples=3, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=len(WIDTHS), codebooks=("affine",)
+    )
     given = (
         denoiser,
         table,
@@ -164,7 +169,40 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
         # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
         scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
         np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
+    assert ("layer_context_slope/affine" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
     for name, mean in whole.means.items():
         np.testing.assert_allclose(limited.means[name], mean, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="the memory limit is too small"):
         profile_model(*given, memory_limit=100)
+
+
+def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
+    denoiser = tiny_denoiser("unet")
+    table = discover(denoiser)
+    stats, _, _ = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2))
+    variants = {c: QuantFormat(codebook=c, n_candidates=10) for c in ("affine", "auto")}
+    arrays, held = tables_of(denoiser, table, WIDTHS, variants, stats)
+    same, again = tables_of(denoiser, table, WIDTHS, variants, stats, hold=False)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(same[key], array, err_msg=key)
+    for variant, by_layer in held.items():
+        assert list(again[variant]) == list(by_layer)
+        for name, error in by_layer.items():
+            assert torch.equal(again[variant][name], error)
+            assert again[variant][name] is not again[variant][name]
+    assert held_bytes(table, 3) == 12 * sum(p.numel() for p in [denoiser.module.get_submodule(la.name).weight for la in table])
+    with pytest.raises(KeyError):
+        again["auto"]["no such layer"]
+
+
+def test_an_operating_point_has_the_same_numbers_at_any_limit() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(3, 4), roles={})
+    fmt = QuantFormat(n_candidates=10, prescale=True)
+    spec = CalibrationSpec(samples=2, probe_inputs=2, codebooks=("affine",), sampler_seeds=0)
+    base = profile_base(denoiser, table, policy, sampler, spec, QuantFormat(n_candidates=10))
+    at = uniform_map(table, policy, 3, fmt)
+    found = [remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=n) for n in (None, 1)]
+    for key in ("layer_operating_error/affine+prescale", "layer_operating_std_error/affine+prescale"):
+        np.testing.assert_array_equal(found[0].arrays[key], found[1].arrays[key])

@@ -1,0 +1,102 @@
+"""Slopes of layers among the errors of the others, against the measured error of the quantized models themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mpqsearch.core import Policy, QuantFormat
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import discover
+from mpqsearch.profile import CalibrationSpec, context_probes, latin_contexts, profile_base
+from mpqsearch.profile.contexts import _quantized
+from mpqsearch.quant import weight_of, width_errors
+from mpqsearch.sampling import SamplerSpec, noise_of, sample
+from mpqsearch.sampling import sampler as sampler_module
+from mpqsearch.testing import tiny_denoiser
+
+FMT = QuantFormat(n_candidates=10)
+
+
+def test_contexts_are_a_latin_square() -> None:
+    table = discover(tiny_denoiser("dit"))
+    policy = Policy(tie_qkv=True)
+    maps = latin_contexts(table, policy, (2, 3, 4), seed=1)
+    assert maps.shape == (3, len(table))
+    shared: dict[str, list[int]] = {}
+    for layer, column in zip(table, maps.T.tolist(), strict=True):
+        fixed = policy.fixed_width(layer)
+        assert sorted(column) == ([2, 3, 4] if fixed is None else [fixed] * 3)
+        if fixed is None and policy.tie_of(layer):
+            assert shared.setdefault(policy.tie_of(layer), column) == column
+    assert shared
+    assert not np.array_equal(maps, latin_contexts(table, policy, (2, 3, 4), seed=2))
+
+
+def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: central differences of the error of the final samples along the error of one layer, in float64, at both contexts."""
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    widths, policy = (3, 5), Policy(widths=(3, 5))
+    means = {la.name: torch.full((la.groups, la.weights_per_channel), 0.05) for la in table}
+    errors = {
+        la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, widths, FMT, None).double()  # type: ignore[arg-type]
+        for la in table
+    }
+    denoiser.module.double()
+    monkeypatch.setattr(sampler_module, "noise_of", lambda seeds, shape: noise_of(seeds, shape).double())
+    sampler = SamplerSpec(steps=2, guidance=2.0, batch=4)
+    contexts, seeds = latin_contexts(table, policy, widths, seed=3), [5, 6, 7, 8]
+    found = context_probes(denoiser, table, sampler, contexts, widths, "a", seeds, {"a": errors}, means, batch=2)
+    assert len(found.mse) == 2
+    reference = sample(denoiser, seeds, sampler)
+    step = 1e-4
+    for i, layer in list(enumerate(table))[:: len(table) // 4]:
+        for j in range(2):
+            measured, seen = [], []
+            for number, context in enumerate(contexts):
+                part = seeds[number::2]
+                module = _quantized(denoiser.module, table, context, widths, errors, means)
+                target = module.get_submodule(layer.name)
+                error, ends = errors[layer.name][j], []
+                shift = torch.bmm(error.reshape(layer.groups, -1, error.shape[1]), means[layer.name].double()[:, :, None]).flatten()
+
+                def mse(module: torch.nn.Module = module, part: list[int] = part, number: int = number) -> float:
+                    return float((sample(denoiser.with_module(module), part, sampler) - reference[number::2]).square().mean())
+
+                seen.append(mse())
+                kept = [p.detach().clone() for p in target.parameters()]
+                for sign in (1, -1):
+                    target.weight.data = kept[0] + sign * step * weight_of(error, layer)
+                    if layer.has_bias:
+                        target.bias.data = kept[1] - sign * step * shift
+                    ends.append(mse())
+                measured.append((ends[0] - ends[1]) / (2 * step))
+            assert found.slope["a"][i, j] == pytest.approx(np.mean(measured), rel=2e-3, abs=1e-7), layer.name
+            assert found.mse == pytest.approx(seen, rel=1e-4)
+    with pytest.raises(ConfigError, match="at least one seed"):
+        context_probes(denoiser, table, sampler, contexts, widths, "a", [1], {"a": errors}, means)
+
+
+def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=2,
+        probe_inputs=2,
+        probes=1,
+        sampler_seeds=1,
+        sampler_probes=1,
+        context_seeds=3,
+        codebooks=("affine",),
+        prescale=False,
+    )
+    sampler = SamplerSpec(steps=2, batch=2)
+    whole = profile_base(denoiser, table, Policy(widths=(2, 3, 4, 8)), sampler, spec, FMT)
+    assert whole.arrays["layer_context_slope/affine"].shape == (len(table), 4)
+    assert whole.arrays["layer_context_std_error/affine"].shape == (len(table), 4)
+    for policy, changed in ((Policy(widths=(4, 8)), spec), (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0))):
+        assert "layer_context_slope/affine" not in profile_base(denoiser, table, policy, sampler, changed, FMT).arrays
