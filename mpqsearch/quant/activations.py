@@ -33,7 +33,7 @@ class ActivationSearch:
 
     The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4), which shrink both ends of
     the range by one factor. With ``zero_points`` each end is cut where it costs least: all zero points are tried at every eighth factor, then
-    all factors at the best of them. It takes no storage, and halves the error of four-bit inputs with one long tail (after SiLU, GELU).
+    all factors at the best of them. It takes no storage, and up to 40 % off the squared error of four-bit inputs with one long tail (notebook 07).
     """
 
     p: float = 2.4
