@@ -178,8 +178,8 @@ class BitMap:
 def run_lengths(widths: Widths) -> list[list[int]]:
     """``[[width, count], ...]`` of a vector."""
     starts = np.flatnonzero(np.r_[True, widths[1:] != widths[:-1]])
-    counts = np.diff(np.r_[starts, len(widths)])
-    return [[int(widths[s]), int(c)] for s, c in zip(starts, counts, strict=True)]
+    pairs: list[list[int]] = np.stack([widths[starts], np.diff(np.r_[starts, len(widths)])], axis=1).tolist()
+    return pairs
 
 
 def _spell(widths: Widths | None) -> str:

@@ -2,8 +2,8 @@
 
 ``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, rows of that width in order), the
 half-precision scales with one exponent a layer, zero points, widths, pre-scaling factors and rows at full precision; every other tensor of
-the model is stored as it is. ``packed.json`` names the model, the map and the SHA-256 of every layer's tensors. Layers are written and
-read one after another, so that no more than one of them is in memory beside the model.
+the model is stored as it is. ``packed.json`` names the model, the map's digest and the SHA-256 of every layer's tensors; the map is
+beside it in ``bitmap.json``. Layers are written and read one after another, so that no more than one of them is in memory beside the model.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import atomic_write, read_json, write_json
+from mpqsearch.artifacts import atomic_write, read_json, save_bit_map, write_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from mpqsearch.quant import QuantizedRows
 
-FILE, HEADER = "packed.safetensors", "packed.json"
+FILE, HEADER, MAP = "packed.safetensors", "packed.json", "bitmap.json"
 _SCHEMA = "mpqsearch/packed"
 _TYPES = {
     "uint8": "U8",
@@ -43,6 +44,9 @@ _TYPES = {
 _TYPES |= {"bfloat16": "BF16", "float64": "F64"}
 
 Arrays = dict[str, NDArray[Any]]
+
+BLOCK = 1 << 18
+"""Weights that are decoded at a time: their temporaries stay in the cache."""
 
 
 def pack_layer(rows: QuantizedRows) -> Arrays:
@@ -75,25 +79,26 @@ def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor
     """
     import torch
 
-    from mpqsearch.quant import QuantizedRows, RowQuantizer
-
     bits = arrays["bits"]
     n, fan_in = layer.n_channels, layer.weights_per_channel
     if bits.shape != (n,) or arrays["scale"].shape != (n,) or arrays["zero"].shape != (n,):
         raise ConfigError(f"{n} widths, scales and zero points are needed, got {bits.shape}")
-    codes = np.zeros((n, fan_in), dtype=np.uint8)
+    scale = torch.from_numpy(arrays["scale"].astype(np.float32) * arrays["exponent"][0])
+    zero = torch.from_numpy(arrays["zero"].astype(np.float32) / 2)
+    out = torch.empty(n, fan_in)
+    step = max(1, BLOCK // fan_in)
     for width in np.unique(bits[bits != FULL_PRECISION]):
-        chosen = bits == width
-        count = int(chosen.sum()) * fan_in
-        codes[chosen] = unpack_bits(arrays[f"codes.{int(width)}"], int(width), count).reshape(-1, fan_in)
-    scale = arrays["scale"].astype(np.float32) * arrays["exponent"][0]
-    quantizer = RowQuantizer(
-        scale=torch.from_numpy(scale),
-        zero=torch.from_numpy(arrays["zero"].astype(np.float32) / 2),
-        bits=torch.from_numpy(bits.copy()),
-    )
-    optional = {k: torch.from_numpy(arrays[k].copy()) if k in arrays else None for k in ("factor", "full_rows")}
-    return QuantizedRows(codes=torch.from_numpy(codes), quantizer=quantizer, **optional).rows()
+        rows = torch.from_numpy(np.flatnonzero(bits == width))
+        codes = torch.from_numpy(unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)).view(-1, fan_in)
+        for start in range(0, len(rows), step):  # what `mpqsearch.quant.decode` does, in blocks that stay in the cache
+            part = rows[start : start + step]
+            block = codes[start : start + step].float()
+            out[part] = block.sub_(zero[part, None]).mul_(scale[part, None])
+    if "factor" in arrays:
+        out /= torch.from_numpy(arrays["factor"]).repeat_interleave(n // len(arrays["factor"]), dim=0)
+    if "full_rows" in arrays:
+        out[torch.from_numpy(bits == FULL_PRECISION)] = torch.from_numpy(arrays["full_rows"])
+    return out
 
 
 def save_quantized(
@@ -145,14 +150,17 @@ def save_quantized(
         text = json.dumps({"__metadata__": {"format": "mpqsearch.packed"}, **entries}).encode()
         text += b" " * (-len(text) % 8)
         handle.write(struct.pack("<Q", len(text)) + text)
+        own: dict[str, list[str]] = {name: [] for name in quantized}
+        for key in sorted(k for k in sizes if ".packed." in k):
+            own[key.split(".packed.")[0]].append(key)
         for key, tensor in state.items():
             raw = _raw(tensor)
             digests[key] = hashlib.sha256(raw).hexdigest()
             handle.write(raw)
         for name, arrays in parts():
             total = hashlib.sha256()
-            for key in sorted(k for k in sizes if k.startswith(f"{name}.packed.")):
-                raw = arrays[key.removeprefix(f"{name}.packed.")].tobytes()
+            for key in own[name]:
+                raw = np.ascontiguousarray(arrays[key.removeprefix(f"{name}.packed.")]).reshape(-1).view(np.uint8)
                 if len(raw) != sizes[key][2]:
                     raise ConfigError(f"layer {name!r}: {key} takes {len(raw)} bytes, {sizes[key][2]} were laid out")
                 total.update(raw)
@@ -161,11 +169,12 @@ def save_quantized(
     data = {
         "model": table.to_data(),
         "config": json.loads(to_text()),
-        "map": bit_map.to_data(),
+        "map_digest": bit_map.digest,
         "digests": digests,
     }
+    save_bit_map(folder / MAP, bit_map, dict(inputs or {}))
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs or {}))
-    return [folder / FILE, folder / HEADER]
+    return [p for p in (folder / FILE, folder / MAP, (folder / MAP).with_suffix(".safetensors"), folder / HEADER) if p.is_file()]
 
 
 def load_quantized(path: str | Path) -> nn.Module:
@@ -186,8 +195,9 @@ def load_quantized(path: str | Path) -> nn.Module:
     if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
         raise ArtifactError(f"{folder / HEADER} names {data['config'].get('_class_name')!r}, which is no model of diffusers")
     build: Any = maker  # diffusers has no types to say that it has from_config
-    module: Any = build.from_config(data["config"]).eval().requires_grad_(False)
-    target = module.state_dict()
+    with _without_filling():
+        module: Any = build.from_config(data["config"]).eval().requires_grad_(False)
+    target, parameters = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
     file = folder / FILE
     try:
         stored: Any = safe_open(file, framework="np")
@@ -206,14 +216,14 @@ def load_quantized(path: str | Path) -> nn.Module:
             arrays = {k: stored.get_tensor(k) for k in found}
             total = hashlib.sha256()
             for key in found:
-                total.update(np.ascontiguousarray(arrays[key]).tobytes())
+                total.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8))
             if not found or total.hexdigest() != digest:
                 raise ArtifactError(f"{file}: the layer {name!r} is missing or was altered after the checkpoint was written")
             if name in by_layer:
                 layer = table[name]
                 rows = unpack_layer({k.removeprefix(f"{name}.packed."): a for k, a in arrays.items()}, layer)
-                weight = target[f"{name}.weight"]
-                weight.copy_(weight_of(rows, layer).to(weight.dtype))
+                weight = parameters[f"{name}.weight"]
+                weight.data = weight_of(rows, layer).to(weight.dtype)  # its own memory: no second copy of the layer
             else:
                 target[name].copy_(torch.from_numpy(arrays[name].copy()).reshape(target[name].shape))
     missing = sorted(k for k in target if k not in data["digests"] and k.removesuffix(".weight") not in data["digests"])
@@ -252,10 +262,32 @@ def _layout(
     return sizes
 
 
-def _raw(tensor: Tensor) -> bytes:
+def _raw(tensor: Tensor) -> NDArray[np.uint8]:
     import torch
 
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    raw: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return raw
+
+
+@contextmanager
+def _without_filling() -> Iterator[None]:
+    """Build modules without their random initial weights, which take longer than reading all of them and are read over at once."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    init = torch.nn.init
+    skipped = {init.kaiming_uniform_, init.kaiming_normal_, init.xavier_uniform_, init.xavier_normal_, init.uniform_, init.normal_}
+    skipped |= {init.trunc_normal_, torch.Tensor.uniform_, torch.Tensor.normal_}
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            if func in skipped:
+                return args[0] if args else given["tensor"]
+            return func(*args, **given)
+
+    with Mode():
+        yield
 
 
 def _first_lost(file: Path, digests: Mapping[str, str]) -> str:

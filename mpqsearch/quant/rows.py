@@ -76,8 +76,14 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
     """Integer codes ``uint8 [C, D]`` of ``rows``."""
-    codes = rows.float() / quantizer.scale[:, None] + quantizer.zero[:, None]
-    return codes.round_().clamp_min_(0).minimum(_top(quantizer.bits)[:, None]).to(torch.uint8)
+    codes, top = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device), _top(quantizer.bits)
+
+    def work(block: slice) -> None:
+        found = rows[block].float() / quantizer.scale[block, None] + quantizer.zero[block, None]
+        codes[block] = found.round_().clamp_min_(0).minimum(top[block, None])
+
+    in_threads(work, rows)
+    return codes
 
 
 def decode(codes: Tensor, quantizer: RowQuantizer) -> Tensor:
