@@ -195,6 +195,7 @@ def _iterate_linearizations(
     if best is None:
         return None, rates
     least, mean = couplings.total(best), couplings.field(best)
+    allowed = np.isfinite(couplings.loss)  # what is not allowed stays infinite: the mean of infinities is no number
     seen = {best.tobytes()}
     for number in range(1, ROUNDS):
         if time.perf_counter() > deadline:
@@ -209,7 +210,7 @@ def _iterate_linearizations(
         if choice.tobytes() in seen and number > ROUNDS // 4:
             break
         seen.add(choice.tobytes())
-        mean += (couplings.field(choice) - mean) / (number + 1)
+        mean[allowed] += (couplings.field(choice)[allowed] - mean[allowed]) / (number + 1)
     return best, rates
 
 

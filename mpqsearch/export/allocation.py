@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import AllocationProblem, AllocationResult, solve
+from mpqsearch.allocate import AllocationProblem, AllocationResult, PairwiseTerms, solve
 from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
@@ -123,6 +123,25 @@ def target_losses(
     return found
 
 
+def probed_losses(effect: Floats, table: LayerTable, *, coupling: float = 0.5) -> tuple[dict[str, Floats], PairwiseTerms]:
+    """Losses ``[formats]`` of every layer, and losses of pairs of layers, from probes of the final sample.
+
+    effect
+        ``[K, L, F]``: what the target's own error of layer ``l`` in format ``f`` adds to the K random projections of the final sample
+        (`mpqsearch.profile.final_probes`, summed over the steps, given the errors of `target_errors`).
+    coupling
+        Share of the interactions that is believed, 0..1. To first order the error of a map is ``E (sum_l effect[:, l, f_l])**2``: its
+        squares are the losses of the layers, twice its products those of the pairs. A product has the noise of K probes whatever it is,
+        and a solver looks for the ones that the noise made negative; 0.5 was the best on other seeds than those probed, at the sizes
+        of Q4_0 and Q5_0 together (studies/gguf).
+    """
+    effect = np.concatenate([effect, np.zeros((*effect.shape[:2], 1))], axis=2)  # full precision is the last column, without error
+    first, second = np.triu_indices(len(table), 1)
+    products = np.einsum("kpa,kpb->pab", effect[:, first], effect[:, second], optimize=True) / len(effect)
+    losses = {la.name: np.square(effect[:, i, :-1]).mean(0) for i, la in enumerate(table)}
+    return losses, PairwiseTerms(first=first, second=second, value=2 * coupling * products)
+
+
 def allocate_for(
     target: ConsumerTarget,
     table: LayerTable,
@@ -131,11 +150,13 @@ def allocate_for(
     policy: Policy | None = None,
     *,
     fmt: QuantFormat | None = None,
+    pairs: PairwiseTerms | None = None,
     at_least_smallest: bool = False,
 ) -> TargetAllocation:
     """The formats of least total loss whose file takes no more than ``limit`` bits, headers apart: solved exactly.
 
-    ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is offered too.
+    ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is offered too, as the
+    last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is then not always proven to be the best.
     ``policy`` fixes layers by role or name: such a layer takes the format of that width, or full precision where the target has none.
     Tied layers share their format. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with
     ``at_least_smallest`` the smallest file is made instead.
@@ -165,7 +186,14 @@ def allocate_for(
         limit = least
     names = [la.name for la in table]
     problem = AllocationProblem(
-        loss=loss, cost=cost, limit=limit - kept, allowed=allowed, ties=ties, names=names, choices=list(formats)
+        loss=loss,
+        cost=cost,
+        limit=limit - kept,
+        allowed=allowed,
+        ties=ties,
+        names=names,
+        choices=list(formats),
+        pairwise=pairs,
     )
     result = solve(problem)
     return assemble(
@@ -174,12 +202,18 @@ def allocate_for(
 
 
 def uniform_for(
-    target: ConsumerTarget, table: LayerTable, fmt: str, losses: Mapping[str, Sequence[float] | Floats] | None = None
+    target: ConsumerTarget,
+    table: LayerTable,
+    fmt: str,
+    losses: Mapping[str, Sequence[float] | Floats] | None = None,
+    *,
+    fallback: str = FULL,
 ) -> TargetAllocation:
-    """Every layer that has the format ``fmt`` in it, all others at full precision: what most tools do."""
-    picked = [fmt if fmt in {c.name for c in target.choices(layer)} else FULL for layer in table]
-    if set(picked) == {FULL}:
+    """Every layer that has the format ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what most tools do."""
+    has = [{c.name for c in target.choices(layer)} for layer in table]
+    if not any(fmt in names for names in has):
         raise ConfigError(f"no layer of the model can take {fmt!r}; {target.name} needs {target.limits or 'other shapes'}")
+    picked = [next((f for f in (fmt, fallback) if f in names), FULL) for names in has]
     return assemble(target, table, picked, limit=0, losses=losses)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.export import ExportJob
-from mpqsearch.export.allocation import allocate_for, formats_of, target_errors, target_losses, uniform_for
+from mpqsearch.export.allocation import allocate_for, formats_of, probed_losses, target_errors, target_losses, uniform_for
 from mpqsearch.export.contract import FULL
 from mpqsearch.export.gguf import TYPES, GgufExporter
 from mpqsearch.export.mlx import MlxExporter
@@ -182,3 +183,35 @@ def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
             found = errors[layer.name][formats_of(target, table).index(choice.name)]
             expected = row_errors(module[layer.name].weight.detach(), layer, choice.width, fmt, None)
             assert torch.equal(found, expected)
+
+
+def test_with_interactions_it_is_the_best_map_by_the_probes_themselves() -> None:
+    free = replace(TABLE, layers=tuple(replace(la, tie="") for la in TABLE))
+    formats = (*FORMATS, FULL)
+    rng = np.random.default_rng(3)
+    scale = 2.0 ** -np.array([TYPES[f][0] for f in FORMATS])
+    sign = rng.choice([-1.0, 1.0], size=(len(free), len(FORMATS)))  # errors of different formats that may cancel
+    effect = scale * (rng.normal(size=(64, 1, 1)) * sign + 0.3 * rng.normal(size=(64, len(free), len(FORMATS))))
+    maps = list(itertools.product(*[[*(c.name for c in TARGET.choices(la)), FULL] for la in free]))
+    sizes = np.array([size(p) for p in maps])
+    limit = int(sizes.min() + 0.4 * (sizes.max() - sizes.min()))
+    whole = np.concatenate([effect, np.zeros((64, len(free), 1))], axis=2)
+    columns = np.array([[formats.index(f) for f in p] for p in maps])
+    error = np.square(whole[:, np.arange(len(free)), columns].sum(-1)).mean(0)
+    losses_of, pairs = probed_losses(effect, free, coupling=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # choices that are not allowed must not turn the linearization into NaN
+        made = allocate_for(TARGET, free, losses_of, limit, pairs=pairs)
+    found = tuple(made.choices.get(la.name, FULL) for la in free)
+    assert size(found) <= limit
+    assert error[maps.index(found)] == pytest.approx(error[sizes <= limit].min(), rel=1e-9)
+    assert made.loss == pytest.approx(
+        sum(losses_of[la.name][FORMATS.index(f)] for la, f in zip(free, found, strict=True) if f != FULL)
+    )
+    alone = allocate_for(TARGET, free, losses_of, limit)
+    assert error[maps.index(tuple(alone.choices.get(la.name, FULL) for la in free))] > error[maps.index(found)]
+
+
+def test_what_a_uniform_type_does_not_fit_takes_the_fallback() -> None:
+    made = uniform_for(TARGET, TABLE, "Q4_K", fallback="Q5_0")
+    assert made.choices == {"wide": "Q4_K", "narrow": "Q5_0", "alone": "Q5_0"}

@@ -7,22 +7,27 @@ import numpy as np
 import pytest
 import torch
 
+from mpqsearch.artifacts import load_bit_map
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.errors import ArtifactError
-from mpqsearch.export.packed import FILE, load_quantized, save_quantized
+from mpqsearch.export.packed import FILE, MAP, load_quantized, save_quantized
 from mpqsearch.models import discover
 from mpqsearch.quant import quantize_model
 from mpqsearch.testing.tiny import tiny_denoiser
 
 
+def expected_map(kind: str) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        la.name: rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 16], size=la.n_channels if i % 2 else ()).astype(np.uint8)
+        for i, la in enumerate(discover(tiny_denoiser(kind)))
+    }
+
+
 def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, torch.nn.Module]:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
-    rng = np.random.default_rng(0)
-    weights = {
-        la.name: rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 16], size=la.n_channels if i % 2 else ()).astype(np.uint8)
-        for i, la in enumerate(table)
-    }
+    weights = expected_map(kind)
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
     peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.prescale else None
     save_quantized(folder, denoiser.module, table, bit_map, input_max=peaks)
@@ -37,6 +42,9 @@ def test_it_comes_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) 
     assert set(loaded) == set(expected.state_dict())
     for key, tensor in expected.state_dict().items():
         assert torch.equal(loaded[key], tensor), key
+    kept = load_bit_map(tmp_path / MAP)
+    assert kept.format == fmt
+    assert all(np.array_equal(kept.weights[n], w) for n, w in expected_map(kind).items())
     stored, full = (tmp_path / FILE).stat().st_size, sum(4 * p.numel() for p in original.parameters())
     assert stored < full
 
