@@ -155,7 +155,7 @@ def save_quantized(
             own[key.split(".packed.")[0]].append(key)
         for key, tensor in state.items():
             raw = _raw(tensor)
-            digests[key] = hashlib.sha256(raw).hexdigest()
+            digests[key] = hashlib.sha256(raw.data).hexdigest()
             handle.write(raw)
         for name, arrays in parts():
             total = hashlib.sha256()
@@ -163,7 +163,7 @@ def save_quantized(
                 raw = np.ascontiguousarray(arrays[key.removeprefix(f"{name}.packed.")]).reshape(-1).view(np.uint8)
                 if len(raw) != sizes[key][2]:
                     raise ConfigError(f"layer {name!r}: {key} takes {len(raw)} bytes, {sizes[key][2]} were laid out")
-                total.update(raw)
+                total.update(raw.data)
                 handle.write(raw)
             digests[name] = total.hexdigest()
     data = {
@@ -216,7 +216,7 @@ def load_quantized(path: str | Path) -> nn.Module:
             arrays = {k: stored.get_tensor(k) for k in found}
             total = hashlib.sha256()
             for key in found:
-                total.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8))
+                total.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
             if not found or total.hexdigest() != digest:
                 raise ArtifactError(f"{file}: the layer {name!r} is missing or was altered after the checkpoint was written")
             if name in by_layer:
