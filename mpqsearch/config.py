@@ -124,15 +124,19 @@ class AllocateConfig:
 
     ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an export for such a
     target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import`` wrote or can read. Each is a method of
-    that name (allocator ``map``).
+    that name (allocator ``map``). ``target_probes``: trajectories through which a target's own errors are probed, with the interactions
+    of layers (`mpqsearch.export.allocation.probed_losses`; 128 in studies/gguf); 0: they are priced with the profile, and nothing runs.
     """
 
     budgets: tuple[str, ...] = ("uniform:3",)
     targets: tuple[str, ...] = ()
+    target_probes: int = 0
     maps: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_targets(self.targets, "allocate.targets")
+        if self.target_probes < 0:
+            raise ConfigError(f"allocate.target_probes must be at least 0, got {self.target_probes}")
 
     def parsed(self) -> tuple[Budget, ...]:
         """The budgets."""

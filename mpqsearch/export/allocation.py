@@ -67,7 +67,9 @@ class TargetAllocation:
             "bit_map_digest": self.bit_map.digest,
         }
         if self.result is not None:
-            data |= {"status": self.result.status, "solver": self.result.solver, "gap": float(self.result.gap)}
+            data |= {"status": self.result.status, "solver": self.result.solver}
+            if np.isfinite(self.result.gap):  # no bound, no gap
+                data["gap"] = float(self.result.gap)
         return data
 
     def asked(self) -> dict[str, str]:

@@ -38,6 +38,7 @@ class Run:
     say: Say = field(default=lambda text: print(text, file=sys.stderr))  # noqa: T201
     seconds: dict[str, float] = field(default_factory=dict)
     ranges: dict[Any, RangeCollector] = field(default_factory=dict)
+    target_losses: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def denoiser(self) -> Denoiser:

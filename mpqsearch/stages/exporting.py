@@ -101,6 +101,7 @@ def _export_one(
     folder, stamp = run.path("export", target), run.path("export", f"{target}.json")
     inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": rounding, "target": target}
     inputs |= {"choices": artifacts.digest_of(dict(choices)), "profile": artifacts.digest_of(profile_inputs(run, table))}
+    inputs["probes"] = artifacts.digest_of(run.config.allocate.target_probes)
     written = artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True)
     data = dict(artifacts.read_json(stamp, "mpqsearch/export").data) if written else {}
     found = data.get("verification")

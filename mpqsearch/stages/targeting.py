@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch import artifacts
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, SensitivityProfile, size_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.base import Run, same_model, sampler_of, slug
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mpqsearch.allocate import PairwiseTerms
     from mpqsearch.export.allocation import Floats, TargetAllocation
     from mpqsearch.export.target import ConsumerTarget
+
+PROBES = 2
+"""Random projections of each probed trajectory."""
 
 
 def target_of(name: str) -> ConsumerTarget:
@@ -43,6 +47,7 @@ def target_allocation(
         "target": artifacts.digest_of([name, [c.name for c in target.all_choices()]]),
         "budget": artifacts.digest_of(budget.label()),
         "policy": artifacts.digest_of(run.config.to_data()["policy"]),
+        "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
     path, map_path = folder / "allocation.json", folder / "bitmap.json"
     if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
@@ -51,9 +56,9 @@ def target_allocation(
     from mpqsearch.export.allocation import allocate_for
 
     limit = budget.limit_bits(table, run.config.policy)
-    losses = _losses(run, table, measured, target)
+    losses, pairs = _losses(run, table, measured, target)
     with run.timed("allocate"):
-        made = allocate_for(target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format())
+        made = allocate_for(target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs)
     data = made.to_data() | {"budget": budget.label()}
     if not run.dry_run:
         provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
@@ -86,8 +91,9 @@ def resolved_for(
     kept = {n: FULL_PRECISION for n, w in bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
     policy = replace(run.config.policy, pinned={**kept, **run.config.policy.pinned})
     limit = size_bits(table, bit_map)
-    losses = _losses(run, table, measured, target)
-    made = allocate_for(target, table, losses, limit, policy, fmt=run.config.quantizer.format(), at_least_smallest=True)
+    losses, pairs = _losses(run, table, measured, target)
+    fmt = run.config.quantizer.format()
+    made = allocate_for(target, table, losses, limit, policy, fmt=fmt, pairs=pairs, at_least_smallest=True)
     if made.stored.total > limit:
         run.say(
             f"export: the map takes {-(-limit // 8)} bytes; the smallest file of {target.name} takes {-(-made.stored.total // 8)}, "
@@ -96,10 +102,24 @@ def resolved_for(
     return made
 
 
-def _losses(run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget) -> dict[str, Floats]:
+def _losses(
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget
+) -> tuple[dict[str, Floats], PairwiseTerms | None]:
+    """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each target."""
+    if target.name not in run.target_losses:
+        target.require_quantizer()
+        probed = run.config.allocate.target_probes
+        with run.timed("allocate"):
+            run.target_losses[target.name] = (
+                _probed(run, table, target) if probed else (_priced(run, table, measured, target), None)
+            )
+    found: tuple[dict[str, Floats], PairwiseTerms | None] = run.target_losses[target.name]
+    return found
+
+
+def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget) -> dict[str, Floats]:
     from mpqsearch.export.allocation import target_losses
 
-    target.require_quantizer()
     if not measured.weights_only:
         same_model(run, table)
         modules: dict[str, Any] = dict(run.denoiser.module.named_modules())
@@ -108,5 +128,43 @@ def _losses(run: Run, table: LayerTable, measured: SensitivityProfile, target: C
         weight: Tensor = run.streamed.read(f"{name}.weight") if measured.weights_only else modules[name].weight
         return weight
 
-    with run.timed("allocate"):
-        return target_losses(target, table, weight_of, measured, run.config.quantizer.format())
+    return target_losses(target, table, weight_of, measured, run.config.quantizer.format())
+
+
+def _probed(run: Run, table: LayerTable, target: ConsumerTarget) -> tuple[dict[str, Floats], PairwiseTerms]:
+    import numpy as np
+    import torch
+
+    from mpqsearch.export.allocation import probed_losses, target_errors
+    from mpqsearch.profile import final_probes
+    from mpqsearch.progress import bars_of
+
+    c = run.config
+    if c.calibration.weights_only or c.calibration.captured:
+        raise ConfigError(
+            "allocate.target_probes needs our own sampler on a loaded model; leave it out to price errors with the profile"
+        )
+    same_model(run, table)
+    errors = target_errors(target, table, run.denoiser.module, c.quantizer.format())
+    uncorrected = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}  # no export corrects a bias
+    n, first, done = c.allocate.target_probes, c.calibration.first_seed, 0
+    with bars_of() as progress:
+
+        def tick(more: int) -> None:
+            nonlocal done
+            done += more
+            progress(f"probe the errors of {target.name}", done, n)
+
+        found = final_probes(
+            run.denoiser,
+            table,
+            sampler_of(run),
+            range(first, first + n),
+            {target.name: errors},
+            uncorrected,
+            probes=PROBES,
+            seed=c.calibration.seed,
+            checkpoint=c.calibration.checkpoint,
+            tick=tick,
+        )
+    return probed_losses(found.effect[target.name].sum(1, dtype=np.float64), table)

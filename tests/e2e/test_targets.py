@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from mpqsearch.artifacts import read_json
 from mpqsearch.cli import app
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, StaleArtifactError, UnknownNameError
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufExporter
@@ -127,6 +127,32 @@ def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
     assert row["verified"] == "yes"
 
 
+def test_interactions_are_probed_when_asked(folder: Path) -> None:
+    made = {}
+    for probes in (0, 3):
+        done = call(
+            folder,
+            "allocate",
+            "--target",
+            "gguf",
+            "-b",
+            "7bit",
+            "--json",
+            "--overwrite",
+            "--set",
+            f"allocate.target_probes={probes}",
+        )
+        assert done.exit_code == 0, done.output
+        (made[probes],) = json.loads(done.stdout)
+        assert made[probes]["size_bits"] <= made[probes]["limit"]
+    assert made[0]["predicted_loss"] != made[3]["predicted_loss"]
+    stale = call(folder, "allocate", "--target", "gguf", "-b", "7bit").exception
+    assert isinstance(stale, StaleArtifactError)
+    assert "probes (" in str(stale)
+    refused = call(folder, "allocate", "--target", "gguf", "-b", "5.9bit", "--set", "allocate.target_probes=-1").exception
+    assert "at least 0" in str(refused)
+
+
 def read_sizes(folder: Path) -> dict[str, dict[str, str]]:
     with (folder / "r/export/sizes.csv").open() as handle:
         return {row["target"]: row for row in csv.DictReader(handle)}
@@ -191,7 +217,7 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
         assert "holds every map as it is" in str(call(folder, *arguments).exception)
     assert "name at least one" in str(call(folder, "export", "--allocated").exception)
     monkeypatch.setattr(GgufExporter, "imports", ("gguf", "no_such_library"))
-    for arguments in (("allocate", "--target", "gguf", "-b", "7bit"), ("export", "--target", "gguf", "-b", "7bit", "--verify")):
+    for arguments in (("allocate", "--target", "gguf", "-b", "7.5bit"), ("export", "--target", "gguf", "-b", "7.5bit", "--verify")):
         assert "no_such_library is not installed. Run: pip install gguf libgguf" in str(call(folder, *arguments).exception)
 
 
