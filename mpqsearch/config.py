@@ -276,8 +276,10 @@ class SearchConfig:
     value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes,
     random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those of ``[allocate]``). ``samples`` search seeds from
     ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs
-    for the cheap rung (0: none). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of the random arms.
-    ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say whether it
+    for the cheap rung (0: none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those of
+    the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further seeds, which choose
+    the one handed out (0 samples: the search seeds choose). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws
+    of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say whether it
     pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
     may change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
     is tried first, and it is measured beside the winners.
@@ -296,6 +298,9 @@ class SearchConfig:
     first_seed: int = 2_000_000
     chunk: int = 4
     inputs: int = 32
+    error: str = "features"
+    finalists: int = 4
+    final_samples: int = 32
     top: int = 2
     repeats: int = 3
     act_bits: int = 16
@@ -305,11 +310,10 @@ class SearchConfig:
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
 
     def __post_init__(self) -> None:
-        if self.trials < 0 or self.top < 1 or self.repeats < 1 or self.samples < 2 or self.inputs < 0:
-            raise ConfigError(
-                "[search] needs trials >= 0, top >= 1, repeats >= 1, samples >= 2 and inputs >= 0, got "
-                f"{self.trials}, {self.top}, {self.repeats}, {self.samples} and {self.inputs}"
-            )
+        least = {"trials": 0, "top": 1, "repeats": 1, "samples": 2, "inputs": 0, "finalists": 1, "final_samples": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"search.{name} must be at least {low}, got {getattr(self, name)}")
         if not 1 <= self.chunk <= self.samples:
             raise ConfigError(f"search.chunk must lie in 1..{self.samples} (search.samples), got {self.chunk}")
         if not 1 <= self.low_bits < self.high_bits <= 8:

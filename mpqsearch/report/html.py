@@ -93,6 +93,7 @@ def render_page(
         breakdown=_breakdown(content),
         correlations=_plain_table(content.correlations),
         exports=export_rows(content.exports),
+        search_error=content.search["error"] if content.search is not None else "",
         searched=_plain_table(arms_table(content.search)) if content.search is not None else None,
         provenance=_provenance(content),
         config=content.config,

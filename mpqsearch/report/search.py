@@ -60,7 +60,7 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
             ax.plot(*zip(*rows, strict=True), color=style.colour, marker=style.marker, markersize=style.size, label=arm)
     widen_x(ax)
     ax.set_xlabel("stored bits per parameter, everything counted")
-    ax.set_ylabel("squared error to full precision, same noise")
+    ax.set_ylabel(data["error"])
     ax.legend(ncols=2)
     return ax
 
@@ -120,7 +120,7 @@ def plot_search_prediction(data: Data, ax: Axes | None = None) -> Axes:
                 label=label,
             )
     ax.set_xlabel("predicted loss")
-    ax.set_ylabel("measured squared error")
+    ax.set_ylabel(data["error"])
     ax.legend(title="Spearman, 95 % interval", title_fontsize=8)
     return ax
 
@@ -136,7 +136,7 @@ def plot_winners_curse(data: Data, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.set_xticks(x, [b["budget"] for b in entries])
     ax.set_xlim(-0.5, max(len(entries), 1) - 0.5)
-    ax.set_ylabel("squared error / that of uniform")
+    ax.set_ylabel("error / that of uniform")
     ax.legend()
     return ax
 
@@ -150,7 +150,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             "search_front",
             "Measured maps and control arms",
             "Error on the search seeds. Random and shuffled arms: geometric mean of their draws.",
-            f"Scatter plot of squared error against stored bits for {len(data['points'])} maps and the control arms.",
+            f"Scatter plot of {data['error']} against stored bits for {len(data['points'])} maps and the control arms.",
             partial(plot_search_front, data),
         ),
         (
@@ -213,7 +213,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
                 "search_fresh_seeds",
                 "The chosen maps on fresh seeds",
                 "What was chosen looks better on the seeds that chose it (the winner's curse); the second value is the one to believe.",
-                f"Ratios of squared error to uniform. {words}.",
+                f"Ratios of the error to uniform. {words}.",
                 partial(plot_winners_curse, data),
             )
         )

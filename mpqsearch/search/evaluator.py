@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpqsearch.artifacts import digest_of
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
 from mpqsearch.models import Denoiser
 from mpqsearch.profile import calibrate_activations
@@ -21,11 +22,19 @@ from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import bias_shift, owners_of
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
 from mpqsearch.search.ladder import Measured
 from mpqsearch.search.surrogate import Candidate
 
 REPORTED = ("fd_fp", "fd_data", "paired_psnr")
+
+ERRORS = ("features", "pixels")
+"""What rung 2 measures of a final sample: squared distance of the extractor's features, or mean squared error of the pixels, to the
+full-precision sample of the same noise. The mean of the first bounds from above the squared Wasserstein distance of the features'
+distributions, of which the Fréchet distance is the Gaussian form, and it has a value for every seed."""
+
+FEATURE_FLOOR = 1e-6
+"""Feature distances are held above this share of the features' mean squared length: 8-bit images of close samples are equal."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +42,8 @@ class ModelEvaluator:
     """An `Evaluator` of one model.
 
     ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
-    samples of the report seeds; None leaves rungs 3 and 4 out. Rungs 1 and 2 assemble maps from rows that were quantized once for each
+    samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``.
+    Rungs 1 and 2 assemble maps from rows that were quantized once for each
     width and format; the reported rungs quantize the model anew, as the evaluation of a run does.
     """
 
@@ -45,10 +55,24 @@ class ModelEvaluator:
     inputs: int = 32
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
+    error: str = "pixels"
     _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
     _clones: dict[tuple[Any, Any, int], Any] = field(default_factory=dict, repr=False)
     _scales: dict[tuple[Any, Any, int], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.error not in ERRORS:
+            raise UnknownNameError("error of the search", self.error, ERRORS, "(search.error)")
+        if self.error == "features" and self.extractor is None:
+            raise ConfigError("the error 'features' needs a feature extractor; use 'pixels' without one (search.error)")
+
+    @property
+    def error_name(self) -> str:
+        """What rung 2 measures, for axes and tables."""
+        if self.error == "features" and self.extractor is not None:
+            return f"squared feature distance ({self.extractor.label})"
+        return "squared error of samples"
 
     @cached_property
     def identity(self) -> str:
@@ -59,7 +83,10 @@ class ModelEvaluator:
             report = [list(self.reference.seeds), self.extractor.label, data]
         # Bias correction and pre-scaling read the profile's means and maxima.
         calibration = digest_of({k: np.asarray(v).astype(np.float64).sum() for k, v in self.profile.means.items()})
-        return digest_of([self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report])
+        error = [self.error, self.extractor.label] if self.error == "features" and self.extractor is not None else self.error
+        return digest_of(
+            [self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report, error]
+        )
 
     @property
     def forwards_per_sample(self) -> int:
@@ -84,11 +111,18 @@ class ModelEvaluator:
         return Measured(values=(total / n,), forwards=n * self._forwards_per_call)
 
     def sample_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
-        """Rung 2: mean squared error of the final sample of each seed."""
-        expected = self._full(tuple(seeds))
+        """Rung 2: the error of the final sample of each seed."""
         made = sample(self._student(candidate), seeds, self.sampler)
-        errors = (made.double() - expected.double()).square().flatten(1).mean(1)
+        errors = self._errors(made, self._full(tuple(seeds)))
         return Measured(values=tuple(errors.tolist()), forwards=len(seeds) * self.forwards_per_sample)
+
+    def _errors(self, made: Tensor, expected: Tensor) -> Tensor:
+        """Error ``[N]`` of each sample."""
+        if self.error == "pixels" or self.extractor is None:
+            return (made.double() - expected.double()).square().flatten(1).mean(1)
+        full = self.extractor(to_uint8(expected)).double()
+        distance = (self.extractor(to_uint8(made)).double() - full).square().sum(1)
+        return distance.clamp_min(FEATURE_FLOOR * float(full.square().sum(1).mean()))
 
     def report(self, candidate: Candidate) -> Measured:
         """Rungs 3 and 4 on the report seeds, with intervals."""
@@ -105,7 +139,8 @@ class ModelEvaluator:
         ).module
         made = sample(self.denoiser.with_module(module), self.reference.seeds, self.sampler)
         found = evaluate(made, self.reference, self.extractor).metrics
-        values: dict[str, float] = {}
+        errors = self._errors(made, self.reference.samples)
+        values: dict[str, float] = {"error": float(errors.mean())}
         for name in REPORTED:
             if name in found:
                 m = found[name]

@@ -6,12 +6,13 @@ rung what                                              samples
 0    predicted loss                                    none
 1    error of the denoiser's output                    calibration inputs
 2    paired error of final samples, in chunks of seeds search seeds
+     the same for the best few maps of each budget     final seeds
 3    Fréchet distance to full precision                report seeds
 4    Fréchet distance to data                          report seeds
 ==== ================================================= =========================
 
-Every map sees the same inputs, noise and classes. Search seeds and report seeds are disjoint, so what a search chose is judged on
-noise that it never saw.
+Every map sees the same inputs, noise and classes. Search, final and report seeds are disjoint: the final seeds choose among what the
+search seeds proposed, and what was chosen is judged on noise that neither saw.
 """
 
 from __future__ import annotations
@@ -42,16 +43,22 @@ class Evaluator(Protocol):
         """Digest of model, sampler, calibration inputs and their seeds."""
         ...
 
+    @property
+    def error_name(self) -> str:
+        """What `sample_errors` measures, for axes and tables."""
+        ...
+
     def output_error(self, candidate: Candidate) -> Measured:
         """Mean squared error of the denoiser's output on the calibration inputs."""
         ...
 
     def sample_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
-        """Mean squared error of the final sample of each seed."""
+        """Error of the final sample of each seed against full precision."""
         ...
 
     def report(self, candidate: Candidate) -> Measured:
-        """``fd_fp``, ``paired_psnr``, ``fd_data`` where there are data statistics, with ``<name>_low`` and ``_high``, on the report seeds."""
+        """``error`` (the mean of `sample_errors`), ``fd_fp``, ``paired_psnr``, and ``fd_data`` where there are data statistics, with
+        ``<name>_low`` and ``_high``, on the report seeds."""
         ...
 
 
@@ -138,7 +145,7 @@ class EvaluationCache:
 
 @dataclass(kw_only=True)
 class Ladder:
-    """The rungs for one study. ``seeds`` are the search seeds, measured ``chunk`` at a time.
+    """The rungs for one study. ``seeds`` are the search seeds, measured ``chunk`` at a time; ``final`` the final seeds (none: no finals).
 
     ``spent`` counts forward passes that were really made through this object, ``asked`` those that would have been without a cache:
     the cost by which arms are compared.
@@ -147,6 +154,7 @@ class Ladder:
     evaluator: Evaluator
     seeds: tuple[int, ...]
     chunk: int = 4
+    final: tuple[int, ...] = ()
     cache: EvaluationCache = field(default_factory=EvaluationCache)
     spent: int = 0
     asked: int = 0
@@ -154,6 +162,8 @@ class Ladder:
     def __post_init__(self) -> None:
         if len(self.seeds) < 2 or not 1 <= self.chunk <= len(self.seeds):
             raise ConfigError(f"a search needs at least 2 seeds and a chunk of 1..{len(self.seeds)}, got chunk={self.chunk}")
+        if set(self.seeds) & set(self.final):
+            raise ConfigError("the final seeds of a search must not be among its search seeds: they would choose twice")
 
     @property
     def chunks(self) -> int:
@@ -178,6 +188,11 @@ class Ladder:
     def paired_error(self, candidate: Candidate) -> float:
         """Rung 2: mean over the search seeds."""
         return float(np.mean(self.errors(candidate)))
+
+    def final_error(self, candidate: Candidate) -> float:
+        """Rung 2: mean over the final seeds."""
+        found = self._measure(candidate, "samples", list(self.final), lambda: self.evaluator.sample_errors(candidate, self.final))
+        return float(np.mean(_row(found)))
 
     def report(self, candidate: Candidate) -> dict[str, float]:
         """Rungs 3 and 4."""

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 FLOOR = 1e-4
 """The box of the hypervolume ends at this share of the error of the uniform map of the smallest budget."""
 
-PSNR_PEAK_SQUARED = 4.0
-"""Square of the value range [-1, 1], to get the squared error back from a PSNR."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
@@ -104,6 +101,21 @@ def history(trials: Sequence[FrozenTrial], box: Box) -> list[dict[str, Any]]:
     return rows
 
 
+def finalists(objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, count: int) -> list[dict[str, Any]]:
+    """The best ``count`` maps of a budget on the search seeds, and the plain program's where it was measured, ordered by their error on the
+    *final* seeds (``final``), which nothing was chosen by before. Without final seeds: by the search seeds, as `winner_candidates`."""
+    found = winner_candidates(objective, points, budget, count)
+    if not objective.ladder.final:
+        return found
+    plain = objective.surrogate.candidate({}, budget).digest
+    if all(f["digest"] != plain for f in found):
+        own = [p for p in points if p["budget"] == budget.label() and p["digest"] == plain]
+        found += winner_candidates(objective, own, budget, 1)
+    return sorted(
+        ({**f, "final": objective.ladder.final_error(f["candidate"])} for f in found), key=lambda f: (f["final"], f["trial"])
+    )
+
+
 def winner_candidates(objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, top: int) -> list[dict[str, Any]]:
     """The ``top`` measured maps that fit ``budget`` with the least paired error, rebuilt from their points of the space.
 
@@ -134,14 +146,16 @@ def summarize(
     *,
     top: int = 2,
     repeats: int = 3,
+    n_finalists: int = 4,
     reported_arms: Sequence[str] = ("uniform", "plain"),
     start: BitMap | None = None,
 ) -> dict[str, Any]:
     """All results of a study as plain data, measuring what is still missing: arms, and winners on report seeds when there are any.
 
-    ``top`` maps a budget are measured on the report seeds. The map handed out is the one that the *search* seeds chose; the report seeds only
-    say what it is worth (the winner's curse), and whether it is worse than the uniform or the plain map there. ``start``: the map that the
-    search started from, as one more row at every budget that it fits.
+    ``n_finalists`` maps a budget, the best on the search seeds, and the plain program's run again on the final seeds, and the best there is
+    handed out; ``top`` of them are measured on the report seeds, which only say what the map is worth (the winner's curse), and whether it
+    is worse than the uniform or the plain map there. ``start``: the map that the search started from, as one more row at every budget that
+    it fits.
     """
     trials = finished_trials(study)
     points = measured_points(trials)
@@ -162,17 +176,18 @@ def summarize(
             if _fits(objective, own, budget):
                 report = objective.ladder.report(own) if reports else {}
                 rows.append(_row("start", own, [objective.ladder.paired_error(own)], report))
-        found = winner_candidates(objective, points, budget, top)
-        for place, point in enumerate(found):
+        found = finalists(objective, points, budget, n_finalists if objective.ladder.final else top)
+        for place, point in enumerate(found[:top]):
             report = objective.ladder.report(point["candidate"]) if reports else {}
             rows.append(
                 _row("search" if place == 0 else f"search, place {place + 1}", point["candidate"], [point["paired"]], report)
-                | {"trial": point["trial"], "params": point["params"]}
+                | {"trial": point["trial"], "params": point["params"], "final": point.get("final")}
             )
         budgets.append({"budget": budget.label(), "rows": rows, **_verdict(rows)})
     searched = [(p["average_bits"], p["paired"]) for p in points]
     predicted = [(p["predicted"], p["paired"], p["budget"]) for p in points]
     return {
+        "error": objective.ladder.evaluator.error_name,
         "trials": len(trials),
         "pruned": sum(bool((finished_record(t) or {})["pruned"]) for t in trials),
         "forwards": sum(int((finished_record(t) or {})["forwards"]) for t in trials),
@@ -260,8 +275,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for arm in ("uniform", "plain"):
         verdict[f"ratio_to_{arm}"] = winner["paired"] / max(by[arm]["paired"], 1e-30)
         worse[arm] = verdict[f"ratio_to_{arm}"] > 1
-        if "paired_psnr" in winner and "paired_psnr" in by[arm]:
-            fresh = _squared_error(winner["paired_psnr"]) / max(_squared_error(by[arm]["paired_psnr"]), 1e-30)
+        if "error" in winner and "error" in by[arm]:
+            fresh = winner["error"] / max(by[arm]["error"], 1e-30)
             verdict[f"fresh_ratio_to_{arm}"] = fresh
             worse[arm] = worse[arm] or fresh > 1
         if "fd_fp" in winner and "fd_fp" in by[arm]:
@@ -270,10 +285,6 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         verdict["ratio_to_start"] = winner["paired"] / max(by["start"]["paired"], 1e-30)
         verdict["worse_than_start"] = verdict["ratio_to_start"] > 1
     return verdict | {"worse_than_uniform": worse["uniform"], "worse_than_plain": worse["plain"]}
-
-
-def _squared_error(psnr: float) -> float:
-    return float(PSNR_PEAK_SQUARED * 10 ** (-psnr / 10))
 
 
 def _reported(budgets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

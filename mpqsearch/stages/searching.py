@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MAPS = "maps"
 
+INPUT_SEEDS = 4
+"""Trajectories from which the inputs of the cheap rung come; their seeds follow the search seeds, and the final seeds theirs."""
+
 
 def search(
     run: Run,
@@ -137,20 +140,23 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         remeasure=_remeasure(run, table),
     )
     reference, extractor = _reference(run, table)
+    after = c.first_seed + c.samples
     evaluator = ModelEvaluator(
         denoiser=run.denoiser,
         table=table,
         profile=measured,
         sampler=sampler_of(run),
-        input_seeds=tuple(range(c.first_seed + c.samples, c.first_seed + c.samples + 4)),
+        input_seeds=tuple(range(after, after + INPUT_SEEDS)),
         inputs=max(c.inputs, 1),
         reference=reference,
         extractor=extractor,
+        error=c.error,
     )
     ladder = Ladder(
         evaluator=evaluator,
         seeds=tuple(range(c.first_seed, c.first_seed + c.samples)),
         chunk=c.chunk,
+        final=tuple(range(after + INPUT_SEEDS, after + INPUT_SEEDS + c.final_samples)),
         cache=EvaluationCache(run.path("search", "cache")),
     )
     objective = Objective(
@@ -362,7 +368,8 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
     from mpqsearch.search.results import summarize, trials_as_lines
 
     c = run.config.search
-    data = summarize(objective, study, top=c.top, repeats=c.repeats, start=start_map(run, objective.surrogate.table))
+    start = start_map(run, objective.surrogate.table)
+    data = summarize(objective, study, top=c.top, repeats=c.repeats, n_finalists=c.finalists, start=start)
     from mpqsearch.export import neutral_extra
 
     for entry in data["budgets"]:

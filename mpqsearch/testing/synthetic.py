@@ -38,6 +38,11 @@ class SyntheticEvaluator:
         """Digest of the truth."""
         return digest_of([self.table.digest, self.seed, self.variant])
 
+    @property
+    def error_name(self) -> str:
+        """What the errors are."""
+        return "synthetic error"
+
     @cached_property
     def bias(self) -> Any:
         """Hidden factor ``[L]`` of each layer."""
@@ -69,6 +74,7 @@ class SyntheticEvaluator:
         """Rungs 3 and 4."""
         error = self.truth(candidate)
         values = {
+            "error": error,
             "fd_fp": error,
             "fd_fp_low": 0.9 * error,
             "fd_fp_high": 1.1 * error,

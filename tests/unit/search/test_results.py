@@ -68,7 +68,7 @@ def test_a_map_that_measures_worse_than_uniform_is_named(
 
     def fresh(candidate: object) -> dict[str, float]:  # on the report seeds the uniform map turns out ahead
         values = honest(candidate)
-        return values | {"paired_psnr": 60.0} if candidate.digest in uniform else values
+        return values | {"error": 1e-9} if candidate.digest in uniform else values
 
     monkeypatch.setattr(o.ladder, "report", fresh)
     data = summarize(o, study, repeats=1)
