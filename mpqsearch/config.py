@@ -279,9 +279,9 @@ class SearchConfig:
     for the cheap rung (0: none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those of
     the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further seeds, which choose
     the one handed out (0 samples: the search seeds choose). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws
-    of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say whether it
-    pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what
-    may change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
+    of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say
+    whether it pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
+    change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
     is tried first, and it is measured beside the winners.
     """
 

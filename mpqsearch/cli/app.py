@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -143,7 +144,8 @@ def quiet(verbose: int) -> None:
         level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     if not verbose:
-        for noisy in ("diffusers", "huggingface_hub", "matplotlib"):
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its logger sets itself up anew when it is imported
+        for noisy in ("diffusers", "huggingface_hub", "matplotlib", "torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -58,8 +58,7 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
         arms = [r["arm"] for r in entry["rows"]]
         assert arms == ["uniform", "random", "shuffled", "kurtosis", "plain", "search"]
         assert all(r["size_bytes"] <= entry["rows"][0]["size_bytes"] + 1 for r in entry["rows"])
-        winner, plain = entry["rows"][-1], entry["rows"][-2]
-        assert winner["paired"] <= plain["paired"]  # the plain program is the first trial, so nothing worse can win
+        assert entry["rows"][-1]["final"] > 0  # chosen among the best few on seeds of its own
     page = (folder / "report.html").read_text()
     assert 'id="search"' in page
     assert "Progress against evaluation cost" in page

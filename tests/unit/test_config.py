@@ -73,7 +73,7 @@ def test_a_search_is_checked_when_it_is_read() -> None:
     for bad, text in (
         ({"methods": method}, "set search.trials"),
         ({"search": {"trials": 5, "first_seed": 100}}, "overlap"),
-        ({"search": {"trials": -1}}, "trials >= 0"),
+        ({"search": {"trials": -1}}, "trials must be at least 0"),
         ({"search": {"chunk": 40}}, "search.chunk"),
         ({"search": {"method": "nobody"}}, "search.method"),
         ({"search": {"space": {"exponent": [3.0, 1.0]}}}, "low must be below high"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.report.search import arms_table, search_drawings, search_tables, write_search_figures
 from mpqsearch.search.objective import Objective
-from mpqsearch.search.results import Box, finished_trials, measured_points, summarize, trials_as_lines, winner_candidates
+from mpqsearch.search.results import Box, finalists, finished_trials, measured_points, summarize, trials_as_lines, winner_candidates
 from mpqsearch.search.study import Plan, objective_of, open_study, work
 
 
@@ -138,3 +139,25 @@ def test_the_front_of_two_objectives_has_a_winner_at_each_budget(make_objective:
     for entry, budget in zip(data["budgets"], o.budgets, strict=True):
         winner = next(r for r in entry["rows"] if r["arm"] == "search")
         assert winner["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8
+
+
+def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
+    finished: tuple[Objective, optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o, study = finished
+    points, budget = measured_points(finished_trials(study)), o.budgets[0]
+    best = [w["digest"] for w in winner_candidates(o, points, budget, 2)]
+    assert [f["digest"] for f in finalists(o, points, budget, 2)] == best
+
+    plain = o.surrogate.candidate({}, budget).digest
+    monkeypatch.setattr(o.ladder, "final", (900, 901))
+    monkeypatch.setattr(o.ladder, "final_error", lambda c: 1.0 if c.digest == plain else 2.0)
+    chosen = finalists(o, points, budget, 2)
+    assert chosen[0]["digest"] == plain  # it runs whatever its place on the search seeds
+    assert set(best) <= {f["digest"] for f in chosen}
+
+
+def test_final_seeds_are_not_search_seeds(finished: tuple[Objective, optuna.Study]) -> None:
+    ladder = finished[0].ladder
+    with pytest.raises(ConfigError, match="choose twice"):
+        dataclasses.replace(ladder, final=ladder.seeds[:1])
