@@ -132,5 +132,6 @@ def _targets() -> Iterator[dict[str, str]]:
             continue
         missing, found = exporter.missing(), _version(needs.requires)
         state = "absent" if missing or not found else f"{needs.requires} {found}"
-        tested = f"tested against {needs.tested}{reads}"
+        other = found and not found.startswith(needs.tested)
+        tested = f"{'NOT tested in this version, only in' if other else 'tested against'} {needs.tested}{reads}"
         yield _row("export", name, state, f"{tested}; {needs.get}" if state == "absent" else tested)

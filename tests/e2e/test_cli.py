@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mpqsearch.export import EXPORTERS
 from tests.e2e.conftest import Cli
 
 
@@ -235,3 +236,7 @@ def test_doctor_says_what_works_and_how_to_get_the_rest(cli: Cli) -> None:
     assert by_name["export", "neutral"]["state"] == "works"
     absent = [r for r in found if r["state"] == "absent" and r["what"] in ("optional", "export")]
     assert all("pip install" in r["note"] for r in absent)
+    targets = [r for r in found if r["what"] == "export"]
+    assert [r["name"] for r in targets] == list(EXPORTERS)
+    assert all("tested" in r["note"] or "NOT verified" in r["note"] for r in targets if r["name"] != "neutral")
+    assert {r["name"] for r in targets if r["state"] == "not verified"} == {"mixdq", "sdcpp", "comfyui"}
