@@ -128,7 +128,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
         return "no"
     if not found["ok"]:
         return "DIFFERS"
-    return "yes" if found["verified"] else "no, its consumer was not run"
+    return "yes" if found.get("verified") else "no, its consumer was not run"
 
 
 def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
