@@ -23,10 +23,10 @@ from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat, average_bits
 from mpqsearch.metrics import load_extractor
 from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec, probe
+from mpqsearch.profile import CalibrationSpec, context_probes, latin_contexts, probe
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.measure import calibrate, tables_of
-from mpqsearch.quant import rows_of, weight_of
+from mpqsearch.quant import rows_of, weight_of, width_errors
 from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 
 MODELS = ("fmnist-unet", "fmnist-dit")
@@ -189,6 +189,8 @@ class Bench:
     ) -> dict[str, Any]:
         """`mpqsearch.profile.final_probes` at a map (None: full precision), of the quantized weights at ``columns`` minus the present ones."""
 
+        _ = self.errors, self.means  # their time is in the setup
+
         def measure() -> tuple[dict[str, Any], float]:
             at = [16] * len(self.table) if widths is None else list(widths)
             picked = [WIDTHS.index(b) for b in columns]
@@ -211,6 +213,33 @@ class Bench:
             return arrays, 2 * len(seeds) * SAMPLER.steps * (2 + 2 * probes + bool(residual))
 
         return self.part(f"probes-{label}", measure)
+
+    def setup(self) -> dict[str, Any]:
+        """Only the cost of what probes of final samples need beforehand: mean inputs, and the range search at three widths."""
+
+        def measure() -> tuple[dict[str, Any], float]:
+            spec = CalibrationSpec(samples=self.samples, codebooks=("auto",), prescale=False)
+            calibrate(self.denoiser, self.table, SAMPLER, spec, moments=False)
+            for layer in self.table:
+                weight: Any = self.denoiser.module.get_submodule(layer.name).weight
+                width_errors(weight, layer, RANGES["2-4"], FORMAT, None)
+            return {}, 2 * self.samples * SAMPLER.steps
+
+        return self.part("setup", measure)
+
+    def contexts(self, seeds: int = 12) -> dict[str, Any]:
+        """``slope`` ``[L, W]`` at three maps of 2-4 bits in which each layer has each width once: see `mpqsearch.profile.contexts`."""
+        _ = self.errors, self.means
+
+        def measure() -> tuple[dict[str, Any], float]:
+            maps = latin_contexts(self.table, POLICY, RANGES["2-4"])
+            chosen = range(CALIBRATION, CALIBRATION + seeds)
+            found = context_probes(
+                self.denoiser, self.table, SAMPLER, maps, WIDTHS, "auto", chosen, {"auto": self.errors}, self.means
+            )
+            return {"slope": found.slope["auto"]}, 2 * seeds * SAMPLER.steps * 5
+
+        return self.part("contexts", measure)
 
     def static(self) -> dict[str, Any]:
         """``weight``, ``output``, ``relative`` ``[L, W]``: no gradient anywhere; the calibration run is in the cost."""

@@ -20,6 +20,7 @@ from bench import CALIBRATION, MODELS, RANGES, WIDTHS, Bench
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from mpqsearch.methods import LEAST
 from mpqsearch.report import save_figure, spearman, spearman_interval
 from mpqsearch.report.style import COLOURS, THEMES
 from mpqsearch.sampling import SamplerSpec
@@ -85,6 +86,13 @@ def slope_and_curvature(part: dict[str, Any], probes: int, pixels: int) -> tuple
     return slope, curvature, float(np.square(residual[along]).mean() / pixels)
 
 
+def among_others(own: Table, slope: Table) -> Table:
+    """As the loss ``context`` adds slopes (`mpqsearch.methods`): smaller where the whole model's loss is below that at 3 bits."""
+    whole = own.sum(0)
+    share = np.sqrt(whole / whole[WIDTHS.index(3)]).clip(max=1.0)
+    return np.maximum(own + share * slope, LEAST * own)
+
+
 def predictions(cell: Cell) -> None:
     """All metrics of one cell."""
     b, columns = cell.bench, cell.columns
@@ -105,6 +113,17 @@ def predictions(cell: Cell) -> None:
     through = np.square(effect.sum(1)).mean(0)[:, columns]
     cell.additive("sampler probe", through, static, full)
     cell.additive("sampler probe, steps independent", np.square(effect).sum(1).mean(0)[:, columns], static, full)
+    few, contexts, setup = (
+        b.final_probes_at("fp-few", None, WIDTHS, range(first, first + 4), 2, residual=False),
+        b.contexts(),
+        b.setup(),
+    )
+    alone = np.square(few["effect"].astype(np.float64).sum(1)).mean(0)
+    cell.additive("sampler probe, 4 seeds x 2", alone[:, columns], setup, few)
+    cell.additive("slope at 3 balanced maps", contexts["slope"][:, columns], setup, contexts)
+    cell.additive("context, 4 seeds x 2", among_others(alone, contexts["slope"])[:, columns], setup, few, contexts)
+    every = among_others(np.square(effect.sum(1)).mean(0), contexts["slope"])
+    cell.additive("context", every[:, columns], setup, full, contexts)
     chosen = np.searchsorted(WIDTHS, cell.truth["widths"][:, b.searched])
     whole = effect.sum(1)[:, b.searched][:, np.arange(len(b.searched)), chosen].sum(2)  # [K, maps]
     cell.add(
