@@ -124,7 +124,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))
     better = "higher" if info.higher_is_better else "lower"
     ax.set_title(f"{info.label}  ({better} is better; bars: 95 %, {info.spread})", loc="left", fontsize=8.5)
-    ax.legend(title="method (hypervolume)", title_fontsize=8)
+    ax.legend(title="method (hypervolume)", title_fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
     return ax
 
 

@@ -27,19 +27,16 @@ def main() -> None:
     for budget, group in rows.groupby("target_bits"):
         by = group.set_index("method")
         base = by.loc["uniform", "fd_fp"]
-        cells = [f"{_with(by.loc[m], 'fd_fp')} ({by.loc[m, 'fd_fp'] / base:.2f})" for m in methods]
+        cells = [f"{_with(by.loc[m], 'fd_fp')} ({by.loc[m, 'fd_fp'] / base:.2f})" if m in by.index else "" for m in methods]
         print(f"| uniform:{budget:g} | {by.loc['uniform', 'size_bytes'] / 1000:.0f} | " + " | ".join(cells) + " |")
     print("\nPaired PSNR in dB, and FD to data:\n")
     print("| budget | " + " | ".join(methods) + " |")
     print("|---|" + "---|" * len(methods))
     for budget, group in rows.groupby("target_bits"):
         by = group.set_index("method")
-        cells = [f"{by.loc[m, 'paired_psnr']:.1f} dB, {by.loc[m, 'fd_data']:.2f}" for m in methods]
+        cells = [f"{by.loc[m, 'paired_psnr']:.1f} dB, {by.loc[m, 'fd_data']:.2f}" if m in by.index else "" for m in methods]
         print(f"| uniform:{budget:g} | " + " | ".join(cells) + " |")
-    for kind in ("png", "svg"):
-        found = sorted((run / "figures").glob(f"front*fd_fp*.{kind}")) or sorted((run / "figures").glob(f"front*.{kind}"))
-        if found and kind == "png":
-            shutil.copy(found[0], HERE / "front.png")
+    shutil.copy(run / "figures" / "front_fd_fp.png", HERE / "front.png")
 
 
 def _with(row: pd.Series, key: str) -> str:
