@@ -98,7 +98,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     A log axis for distances and errors; a line and a marker per method; a bar from the low to the high end of the spread, drawn
     where it is, which for a bootstrap of a Fréchet distance may lie above the value; the share of hypervolume in the legend.
     """
-    ax = axes_or_new(ax, (5.4, 3.7))
+    ax = axes_or_new(ax, (5.4, 4.3))
     if info.log:
         ax.set_yscale("log", nonpositive="clip")
         _plain_ticks(ax, info)
@@ -124,7 +124,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))
     better = "higher" if info.higher_is_better else "lower"
     ax.set_title(f"{info.label}  ({better} is better; bars: 95 %, {info.spread})", loc="left", fontsize=8.5)
-    ax.legend(title="method (hypervolume)", title_fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+    ax.legend(title="method (hypervolume)", title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     return ax
 
 
