@@ -132,6 +132,5 @@ def _targets() -> Iterator[dict[str, str]]:
             continue
         missing, found = exporter.missing(), _version(needs.requires)
         state = "absent" if missing or not found else f"{needs.requires} {found}"
-        other = found and not found.startswith(needs.tested)
-        tested = f"{'NOT tested in this version, only in' if other else 'tested against'} {needs.tested}{reads}"
+        tested = f"{'NOT tested in this version, only in' if needs.untested() else 'tested against'} {needs.tested}{reads}"
         yield _row("export", name, state, f"{tested}; {needs.get}" if state == "absent" else tested)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -64,6 +65,14 @@ class Capabilities:
     get: str = ""
     notes: tuple[str, ...] = ()
     inputs: bool = False
+
+    def untested(self) -> str:
+        """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is none."""
+        try:
+            found = metadata.version(self.requires) if self.requires and self.by_consumer else ""
+        except metadata.PackageNotFoundError:
+            return ""
+        return "" if found.startswith(self.tested) else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

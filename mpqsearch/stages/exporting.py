@@ -114,6 +114,11 @@ def _export_one(
         run.say(f"export: would write {label} for {target}")
         return None
     exporter = get_exporter(target)
+    needs = exporter.capabilities()
+    if other := needs.untested():
+        run.say(
+            f"export: WARNING: {needs.requires} {other} was never tried with {target}, only {needs.tested}; go by what --verify finds"
+        )
     if not written:
         provenance = {"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]}
         job = _job(run, table, measured, exporter, bit_map, choices, provenance)

@@ -5,9 +5,12 @@ For targets whose consumer was never run (`by_consumer` is False) this is all th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 
 from mpqsearch.core import BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
-from mpqsearch.export import EXPORTERS, ExportJob, Reading, get_exporter
+from mpqsearch.export import EXPORTERS, Capabilities, ExportJob, Reading, get_exporter
 from mpqsearch.export.aimet import encodings
 from mpqsearch.export.reading import resolve
 from mpqsearch.export.sdcpp import SKIPPED, spelled
@@ -125,3 +128,12 @@ def test_resolve_names_what_is_wrong() -> None:
         resolve(Reading(layers={"kept": 9}), TABLE, "x.json")
     with pytest.raises(LayerMismatchError, match="quantizes no layer"):
         resolve(Reading(layers={"elsewhere": 16}), TABLE, "x.json")
+
+
+def test_a_consumer_of_another_version_than_the_tested_one_is_named() -> None:
+    have = metadata.version("numpy")
+    made = partial(Capabilities, widths=(4,), kinds=("Linear",), granularity="layer", payload=False, requires="numpy")
+    assert made(tested=have).untested() == ""
+    assert made(tested="0.0").untested() == have
+    assert made(tested="0.0", by_consumer=False).untested() == ""  # it was never run: said elsewhere
+    assert dataclasses.replace(made(tested="1"), requires="no-such-package").untested() == ""
