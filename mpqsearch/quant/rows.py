@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
-from mpqsearch.quant.search import as_bits, best_factors, compiled, in_threads
+from mpqsearch.quant.search import as_bits, best_factors, compiled, copied_as_bits, in_threads, shares
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
@@ -120,16 +120,21 @@ def row_moments(rows: Tensor) -> RowMoments:
     constant row. Raises `NumericsError` when a row is not finite.
     """
     out = [torch.empty(len(rows), device=rows.device) for _ in range(4)]
-
-    def work(block: slice) -> None:
-        if kernels is not None:
-            kernels.moments(as_bits(rows[block]), *(x[block].numpy() for x in out))
-            return
-        for target, value in zip(out, _moments_of(rows[block].float()), strict=True):
-            target[block] = value
-
     kernels = compiled(rows)
-    in_threads(work, rows)
+    if kernels is not None:
+        arrays = [x.numpy() for x in out]
+        in_threads(
+            lambda part: kernels.moments(as_bits(rows[part]), *(x[part] for x in arrays)),
+            rows,
+            None if copied_as_bits(rows) else shares(rows),
+        )
+    else:
+
+        def work(block: slice) -> None:
+            for target, value in zip(out, _moments_of(rows[block].float()), strict=True):
+                target[block] = value
+
+        in_threads(work, rows)
     bad = (~torch.isfinite(out[3])).nonzero()
     if len(bad):
         raise NumericsError(f"weight row {int(bad[0])} holds NaN or infinity and cannot be quantized")

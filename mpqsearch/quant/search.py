@@ -9,9 +9,11 @@ the best; torch does without the last two, in cache-sized blocks, on any device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import ModuleType
@@ -125,23 +127,46 @@ def as_array(rows: Tensor) -> Any:
     return rows.detach().float().contiguous().numpy()
 
 
+def copied_as_bits(rows: Tensor) -> bool:
+    """Whether `as_bits` takes a copy of these rows."""
+    return not rows.is_contiguous() or rows.dtype not in (torch.bfloat16, torch.float32)
+
+
 def as_bits(rows: Tensor) -> Any:
     """The bits of a block of rows as int16 (bfloat16) or int32 (all others, as float32): no copy where there need be none."""
     rows = rows.detach().contiguous()
     return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows.float().view(torch.int32)).numpy()
 
 
-def in_threads(work: Callable[[slice], Any], rows: Tensor) -> None:
-    """Call ``work`` on all cache-sized blocks of ``rows``, in as many threads as torch uses. Kernels release the interpreter lock."""
-    parts = list(blocks(rows))
+def in_threads(work: Callable[[slice], Any], rows: Tensor, parts: Sequence[slice] | None = None) -> None:
+    """Call ``work`` on all parts of ``rows`` (by default its cache-sized blocks), in as many threads as torch uses.
+
+    Kernels release the interpreter lock. ``work`` must not call this again.
+    """
+    parts = list(blocks(rows)) if parts is None else parts
     threads = min(torch.get_num_threads(), len(parts))
-    if threads == 1 or rows.device.type != "cpu":
+    if threads <= 1 or rows.device.type != "cpu":
         for part in parts:
             work(part)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, parts):
-            pass
+    for _ in _pool(os.getpid(), torch.get_num_threads()).map(work, parts):
+        pass
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(_process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that are kept, since starting them takes as long as a small layer; a forked process has its own."""
+    return ThreadPoolExecutor(threads, "mpqsearch-rows")
+
+
+def shares(rows: Tensor) -> list[slice]:
+    """Consecutive slices of rows, one for each thread of torch, of at least `BLOCK` weights where there are so many.
+
+    For kernels that pass over a row once and need no block that stays in cache.
+    """
+    n = max(1, min(torch.get_num_threads(), rows.numel() // BLOCK, len(rows)))
+    edges = [len(rows) * i // n for i in range(n + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def blocks(rows: Tensor) -> Iterator[slice]:

@@ -176,6 +176,21 @@ def test_moments_are_those_of_numpy(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize(("n", "parts"), [(1, 1), (2, 1), (3, 2), (70, 3)])
+def test_moments_do_not_depend_on_the_number_of_threads(backend: str, n: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(n, 3000, generator=torch.Generator().manual_seed(6))
+    strided = torch.stack([rows, rows], 2)[:, :, 0]
+    alone = row_moments(rows)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(search, "BLOCK", 1 << 12)
+    assert sum(len(rows[part]) for part in search.shares(rows)) == n
+    assert len(search.shares(rows)) == parts
+    for found in (row_moments(rows), row_moments(strided)):
+        for name in ("low", "high", "rms", "kurtosis"):
+            assert torch.equal(getattr(found, name), getattr(alone, name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_rows_that_are_not_finite_are_named(backend: str, bad: float) -> None:
     rows = torch.ones(100, 1100)
