@@ -9,6 +9,7 @@ from mpqsearch.quant.activations import (
     prescale_inputs,
 )
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
+from mpqsearch.quant.compensate import compensate
 from mpqsearch.quant.modules import (
     QuantLayer,
     Trainable,
@@ -44,6 +45,7 @@ __all__ = [
     "WeightQuantizer",
     "activation_table_of",
     "build_student",
+    "compensate",
     "decode",
     "encode",
     "error_tables",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
+from mpqsearch.quant.compensate import compensate
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.tables import stored_factors
 
@@ -21,13 +22,15 @@ from mpqsearch.quant.tables import stored_factors
 class QuantizedRows:
     """One layer as it would be stored: ``codes`` uint8 ``[C, D]``, the quantizer, and column factors ``[G, D]`` of pre-scaling.
 
-    Rows of width 16 are not quantized; their weights are in ``full_rows`` ``[k, D]``, in order.
+    Rows of width 16 are not quantized; their weights are in ``full_rows`` ``[k, D]``, in order. ``start`` ``[C, D]`` are weights whose nearest
+    codes these are, where that is not true of the layer's own (error-compensated rounding): what training starts from.
     """
 
     codes: Tensor
     quantizer: RowQuantizer
     factor: Tensor | None = None
     full_rows: Tensor | None = None
+    start: Tensor | None = None
 
     def rows(self) -> Tensor:
         """The weights ``[C, D]`` in float32, the very numbers of the forward pass."""
@@ -49,10 +52,16 @@ class QuantizedModel:
 
 
 def quantize_weight(
-    weight: Tensor, layer: LayerSpec, widths: Tensor, fmt: QuantFormat, input_max: Tensor | None = None
+    weight: Tensor,
+    layer: LayerSpec,
+    widths: Tensor,
+    fmt: QuantFormat,
+    input_max: Tensor | None = None,
+    moment: Tensor | None = None,
 ) -> QuantizedRows:
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
+    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is error-compensated; see `compensate`.
     Raises `ConfigError` when the format pre-scales and ``input_max`` (largest magnitude of each input channel) is not given.
     """
     rows = rows_of(weight.detach().float(), layer)
@@ -67,10 +76,14 @@ def quantize_weight(
         quantizer = fit_rows(rows, torch.where(full, 8, widths), fmt)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
+    start = None
+    if moment is not None:
+        rows, quantizer = compensate(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
+        start = rows if factor is None else rows / factor.repeat_interleave(len(rows) // layer.groups, dim=0)
     codes = encode(rows, quantizer)
     kept = rows_of(weight.detach().float(), layer)[full] if bool(full.any()) else None
     quantizer = RowQuantizer(scale=quantizer.scale, zero=quantizer.zero, bits=widths.to(torch.uint8))
-    return QuantizedRows(codes=codes, quantizer=quantizer, factor=factor, full_rows=kept)
+    return QuantizedRows(codes=codes, quantizer=quantizer, factor=factor, full_rows=kept, start=start)
 
 
 @torch.no_grad()
@@ -82,11 +95,13 @@ def quantize_model(
     means: Mapping[str, Tensor] | None = None,
     input_max: Mapping[str, Tensor] | None = None,
     activations: ActivationTable | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> QuantizedModel:
     """A copy of ``module`` with every weight replaced by what its codes decode to, and quantizers in front of the layers that ask for them.
 
     With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean output is taken
-    off the bias, in layers that have one: it costs no storage. ``activations`` holds the scales of the activation widths of the map. Raises
+    off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D, D]`` of that input) rounding is
+    error-compensated in the layers that it names. ``activations`` holds the scales of the activation widths of the map. Raises
     `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths without them.
     """
     bit_map.validate(table)
@@ -105,7 +120,8 @@ def quantize_model(
             continue
         target = targets[0]
         weight: Tensor = target.weight
-        quantized = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name))
+        moment = moment_of(layer.name, moments, means if target.bias is not None else None)
+        quantized = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment)
         rows = quantized.rows()
         if means is not None and layer.name in means and target.bias is not None:
             error = rows - rows_of(weight.float(), layer)
@@ -128,6 +144,22 @@ def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]
         if name is not None and other is not modules[name]:
             out[name].append(other)
     return out
+
+
+def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
+    """What the weight error of a layer is measured with: the second moment of its input, less the mean that the bias makes good."""
+    if moments is None or name not in moments:
+        return None
+    moment = moments[name]
+    if means is None or name not in means:
+        return moment
+    mean = means[name].to(moment)
+    return moment - mean[:, :, None] * mean[:, None, :]
+
+
+def scaled_moment(moment: Tensor, factor: Tensor) -> Tensor:
+    """Second moment ``[G, D, D]`` of inputs over their pre-scaling factors ``[G, D]``."""
+    return moment / (factor[:, :, None] * factor[:, None, :]).to(moment)
 
 
 def bias_shift(error: Tensor, mean: Tensor) -> Tensor:

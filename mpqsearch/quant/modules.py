@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.quant.activations import ActivationQuantizer, ActivationTable, attach_clock, attach_quantizer, input_quantizers
-from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, owners_of, quantize_weight
+from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, moment_of, owners_of, quantize_weight
 from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
 
 Trainable = Literal["none", "scales", "lora", "all"]
@@ -116,7 +116,7 @@ class WeightQuantizer(nn.Module):
         self.scale = nn.Parameter(quantizer.scale.clone(), requires_grad=learned)
         fixed_zero = (quantizer.zero != quantizer.zero.round()) | full  # a mid-rise codebook has its zero between two codes
         self.zero = nn.Parameter(quantizer.zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
-        rows = rows_of(weight.detach().float(), layer).clone()
+        rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer).clone()
         if trainable == "all":
             self.base: Tensor = nn.Parameter(rows)
         else:
@@ -249,14 +249,16 @@ def build_student(
     means: Mapping[str, Tensor] | None = None,
     input_max: Mapping[str, Tensor] | None = None,
     activations: ActivationTable | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     trainable: Trainable = "lora",
     rank: int = 32,
     seed: int = 0,
 ) -> nn.Module:
     """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals `quantize_model`'s.
 
-    means, input_max
-        As in `quantize_model`: bias correction, and pre-scaling factors.
+    means, input_max, moments
+        As in `quantize_model`: bias correction, pre-scaling factors, and error-compensated rounding. With the last, weights start where the
+        codes that it chose are their nearest ones.
     activations
         Needed when the bit map has activation widths; made by `RangeCollector` for the same widths.
     trainable
@@ -289,7 +291,8 @@ def build_student(
                 attach_quantizer(owned[layer.name][0], quantizer)
             continue
         weight: Any = owned[layer.name][0].weight
-        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name))
+        moment = moment_of(layer.name, moments, means if getattr(owned[layer.name][0], "bias", None) is not None else None)
+        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment)
         weight_quantizer = WeightQuantizer(layer, weight, stored, trainable=trainable, rank=rank, generator=generator)
         for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own
             owner = target is owned[layer.name][0]

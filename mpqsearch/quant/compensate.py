@@ -1,0 +1,171 @@
+"""Error-compensated rounding: codes that are chosen for the output of a layer, given what its inputs are like.
+
+Rounding every weight to its nearest level makes the least error of the *weights*. The error of the output is ``e' H e`` with ``H`` the second
+moment of the inputs, and where inputs are correlated the error of one column can be made good by others. Columns are rounded one after
+the other, and what each loses is taken off those still to come, in the proportion that a Cholesky factor of the inverse of ``H`` gives (GPTQ,
+arXiv 2210.17323). Then scales are fitted to the codes by least squares and each code is chosen anew given all others, which can only
+lower the error. Widths, codebooks and what is stored stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpqsearch.errors import ConfigError
+from mpqsearch.quant.rows import RowQuantizer, decode, encode, stored_scale
+
+BLOCK = 64
+"""Columns whose effect on the columns after them is applied at once."""
+
+EDGE = 0.49
+"""Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was chosen."""
+
+
+def compensate(
+    rows: Tensor,
+    quantizer: RowQuantizer,
+    moment: Tensor,
+    *,
+    damping: float = 0.01,
+    sweeps: int = 2,
+    block: int = BLOCK,
+) -> tuple[Tensor, RowQuantizer]:
+    """Rows ``[C, D]`` whose nearest codes are the compensated ones, and the quantizer with its scales fitted to them.
+
+    rows
+        ``[C, D]``, in the units that are quantized (pre-scaled ones times their factors).
+    quantizer
+        Of those rows, any widths and zero points; rows of width 16 are left as they are.
+    moment
+        ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error; with
+        pre-scaling, that of the inputs over their factors.
+    damping
+        Is added to the diagonal, in units of its mean: what columns never saw, and the noise of few samples, count for so much.
+    sweeps
+        Fits of the scales, each with a new choice of all codes; 0 keeps the given scales and the codes of the first pass.
+
+    No row has more output error under ``moment`` than its nearest codes have: rows for which the method fails keep those. Takes
+    ``C D**2`` multiplications a pass and ``G D**2`` numbers in float64. Raises `ConfigError` for a moment that does not fit the rows.
+    """
+    groups, width = moment.shape[0], rows.shape[1]
+    if tuple(moment.shape) != (groups, width, width) or len(rows) % groups or not damping > 0:
+        raise ConfigError(
+            f"compensated rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups that divide the "
+            f"rows, and a positive damping; got {tuple(moment.shape)} and {damping:g}"
+        )
+    exact = rows.detach().float()
+    truth = moment.to(exact.device, torch.float64)
+    level = truth.diagonal(dim1=1, dim2=2).mean(1)
+    alive = level > 0  # a group that never saw an input has nothing to compensate
+    if not bool(alive.any()):
+        return exact.clone(), quantizer
+    level = torch.where(alive, level, 1.0)
+    damped = truth + (damping * level)[:, None, None] * torch.eye(width, dtype=torch.float64, device=exact.device)
+    order = damped.diagonal(dim1=1, dim2=2).argsort(
+        dim=1, descending=True
+    )  # what costs most is rounded while most can make it good
+    back = order.argsort(dim=1)
+    ordered = _take(_take(damped, order, 2), order, 1)
+    work = _Rows(_take(exact.reshape(groups, -1, width), order, 2), quantizer, ordered.float(), block)
+    work.first_pass(torch.linalg.cholesky(_inverse(ordered), upper=True).float())
+    for _ in range(sweeps):
+        work.fit_scales()
+        work.sweep()
+    found = _take(work.target, back, 2).reshape(rows.shape)
+    fitted = replace(quantizer, scale=work.scale.flatten())
+    codes = encode(found, fitted)
+    nearest = encode(exact, quantizer)
+    before, after = (_output_error(decode(c, q) - exact, truth) for c, q in ((nearest, quantizer), (codes, fitted)))
+    keep = (after < before) & alive.repeat_interleave(len(rows) // groups) & (quantizer.bits <= 8)
+    # One exponent serves all scales of a layer, so what is kept of both is rounded to storage together.
+    scale = stored_scale(torch.where(keep, fitted.scale, quantizer.scale))
+    final = replace(quantizer, scale=scale)
+    codes = torch.where(keep[:, None], codes, nearest)
+    centre = decode(codes, final)
+    off = (EDGE * scale)[:, None]
+    moved = torch.where(keep[:, None], found, exact).clamp(centre - off, centre + off)
+    same = ~keep[:, None] & (encode(exact, final) == nearest)  # clipped weights of kept rows stay where they are
+    return torch.where(same | (quantizer.bits > 8)[:, None], exact, moved), final
+
+
+class _Rows:
+    """Rows ``[G, c, D]`` in the order in which columns are rounded; ``target`` is what was rounded, ``now`` what it became."""
+
+    def __init__(self, rows: Tensor, quantizer: RowQuantizer, moment: Tensor, block: int) -> None:
+        shape = rows.shape[:2]
+        self.exact, self.moment, self.block = rows, moment, block
+        self.scale, self.zero = quantizer.scale.reshape(shape).clone(), quantizer.zero.reshape(shape)
+        self.top = torch.exp2(quantizer.bits.clamp(max=8).float()).reshape(shape) - 1
+        self.full = (quantizer.bits > 8).reshape(shape)
+        self.target, self.now = rows.clone(), rows.clone()
+
+    def rounded(self, column: Tensor) -> Tensor:
+        """The nearest levels ``[G, c]``."""
+        codes = (column / self.scale + self.zero).round_().clamp_min_(0).minimum(self.top)
+        return torch.where(self.full, column, codes.sub_(self.zero).mul_(self.scale))
+
+    def blocks(self) -> list[slice]:
+        width = self.exact.shape[2]
+        return [slice(a, min(a + self.block, width)) for a in range(0, width, self.block)]
+
+    def first_pass(self, factor: Tensor) -> None:
+        """Round columns in turn, each after the corrections for those before it; ``factor`` ``[G, D, D]`` is upper triangular."""
+        left = self.exact.clone()
+        for part in self.blocks():
+            here = left[:, :, part].clone()
+            inner = factor[:, part, part]
+            lost = torch.empty_like(here)
+            for j in range(here.shape[2]):
+                column = here[:, :, j].clone()
+                value = self.rounded(column)
+                lost[:, :, j] = (column - value) / inner[:, j, j, None]
+                here[:, :, j:] -= lost[:, :, j, None] * inner[:, j, None, j:]
+                self.target[:, :, part.start + j], self.now[:, :, part.start + j] = column, value
+            left[:, :, part.stop :] -= torch.bmm(lost, factor[:, part, part.stop :])
+
+    def fit_scales(self) -> None:
+        """The scales with the least output error for the present codes."""
+        codes = self.now / self.scale[:, :, None]
+        through = torch.bmm(codes, self.moment)
+        best, norm = (through * self.exact).sum(2), (through * codes).sum(2)
+        good = (best > 0) & (norm > 0) & ~self.full
+        scale = torch.where(good, best / torch.where(good, norm, 1.0), self.scale)
+        rounded = stored_scale(scale.flatten()).reshape(scale.shape)
+        self.now = torch.where(self.full[:, :, None], self.now, codes * rounded[:, :, None])
+        self.scale = torch.where(self.full, self.scale, rounded)
+
+    def sweep(self) -> None:
+        """Choose each code anew given all others: coordinate descent on the output error."""
+        slope = torch.bmm(self.now - self.exact, self.moment)
+        diagonal = self.moment.diagonal(dim1=1, dim2=2)
+        for part in self.blocks():
+            here, inner = slope[:, :, part], self.moment[:, part, part]
+            moved = torch.empty_like(here)
+            for j in range(here.shape[2]):
+                at = part.start + j
+                wanted = self.now[:, :, at] - here[:, :, j] / diagonal[:, at, None]
+                value = self.rounded(wanted)
+                moved[:, :, j] = value - self.now[:, :, at]
+                here += moved[:, :, j, None] * inner[:, j, None, :]
+                self.target[:, :, at], self.now[:, :, at] = wanted, value
+            slope[:, :, : part.start] += torch.bmm(moved, self.moment[:, part, : part.start])
+            slope[:, :, part.stop :] += torch.bmm(moved, self.moment[:, part, part.stop :])
+
+
+def _take(x: Tensor, order: Tensor, axis: int) -> Tensor:
+    """``x`` with the entries along ``axis`` 1 or 2 in the order ``[G, D]`` of its group."""
+    index = order[:, :, None] if axis == 1 else order[:, None, :]
+    return x.gather(axis, index.expand(x.shape))
+
+
+def _inverse(moment: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
+
+
+def _output_error(error: Tensor, moment: Tensor) -> Tensor:
+    """``e' H e`` of every row ``[C]`` in float64."""
+    grouped = error.double().reshape(len(moment), -1, error.shape[1])
+    return torch.bmm(grouped, moment).mul_(grouped).sum(2).flatten()
