@@ -1,6 +1,7 @@
 """Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
+from mpqsearch.profile.compensated import compensated_profile, input_statistics
 from mpqsearch.profile.contexts import ContextProbes, context_probes, latin_contexts
 from mpqsearch.profile.final_probes import FinalProbes, final_probes
 from mpqsearch.profile.inputs import InputCollector, columns_of
@@ -35,9 +36,11 @@ __all__ = [
     "choose_strengths",
     "collect_ranges",
     "columns_of",
+    "compensated_profile",
     "context_probes",
     "final_errors",
     "final_probes",
+    "input_statistics",
     "latin_contexts",
     "price_errors",
     "probe",

@@ -1,0 +1,120 @@
+"""What rows lose at every width under error-compensated rounding, and the input moments that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqsearch.core import LayerSpec, LayerTable, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.activations import run_sampler
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.quant import RowQuantizer, RowStatistics, compensate, decode, encode, fit_rows, rows_of
+from mpqsearch.quant.apply import scaled_moment
+from mpqsearch.quant.tables import stored_factors
+from mpqsearch.sampling import SamplerSpec
+
+ALONE = ("layer_probe_error", "layer_sampler_error")
+"""Layer totals that follow the errors of the layer's own rows."""
+
+TOGETHER = (
+    "layer_context_slope",
+    "layer_context_std_error",
+    "layer_operating_error",
+    "layer_operating_std_error",
+    "layer_final_error",
+)
+"""Layer totals that were measured with the errors themselves, and mean nothing for others."""
+
+
+@torch.no_grad()
+def input_statistics(
+    denoiser: Denoiser, table: LayerTable, sampler: SamplerSpec, seeds: Sequence[int]
+) -> Mapping[str, RowStatistics]:
+    """Second moments, means and largest magnitudes of the inputs of all layers that run while the model samples.
+
+    Takes ``D**2`` float64 numbers for a layer of fan-in ``D``. Class-conditional models want seeds that cover all classes: layers that see nothing
+    but the class and the timestep have few different inputs, and every one that is missing is one that codes are not chosen for.
+    """
+    with InputCollector(denoiser.module, table) as collector:
+        run_sampler(denoiser, sampler, seeds, "input moments")
+    return collector.statistics()
+
+
+@torch.no_grad()
+def compensated_profile(
+    denoiser: Denoiser,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    stats: Mapping[str, RowStatistics],
+    fmt: QuantFormat,
+) -> SensitivityProfile:
+    """``profile`` with the output errors of the variant ``fmt`` as error-compensated rounding leaves them, for integer programs.
+
+    stats
+        From `input_statistics`; layers that are not named keep what the profile has.
+    fmt
+        The format whose variant is priced anew, with its own range search and strength of pre-scaling.
+
+    Layer totals from probes change as the gain-weighted errors of their rows do; totals that belong to the errors of other layers
+    (``context``, ``operating``, ``final``) are left out for this variant. Raises `ConfigError` when the profile lacks the variant.
+    """
+    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
+    if f"output_error/{variant}" not in profile.arrays:
+        raise ConfigError(f"the profile has no output errors of the variant {variant!r}; it has {', '.join(profile.variants)}")
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != variant or k.partition("/")[0] not in TOGETHER}
+    plain = profile.arrays[f"output_error/{variant}"].copy()
+    centred = profile.arrays[f"output_error_centred/{variant}"].copy()
+    for name in profile.names:
+        if name in stats:
+            layer = table[name]
+            plain[profile.rows(name)], centred[profile.rows(name)] = _errors(
+                rows_of(modules[name].weight.detach().float(), layer), layer, profile.widths, fmt, stats[name]
+            )
+    arrays |= {f"output_error/{variant}": plain, f"output_error_centred/{variant}": centred}
+    gain = profile.arrays.get("gain", np.ones(sum(profile.channels)))[:, None].astype(np.float64)
+    biased = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
+    sums = [
+        profile.layer_sum(
+            gain * np.where(biased, a[f"output_error_centred/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
+        )
+        for a in (profile.arrays, arrays)
+    ]
+    share = np.divide(sums[1], sums[0], out=np.ones_like(sums[0]), where=sums[0] > 0)
+    arrays |= {f"{k}/{variant}": (arrays[f"{k}/{variant}"] * share).astype(np.float32) for k in ALONE if f"{k}/{variant}" in arrays}
+    return replace(profile, arrays=arrays, calibration={**profile.calibration, "compensated": variant})
+
+
+def _errors(
+    rows: Tensor, layer: LayerSpec, widths: Sequence[int], fmt: QuantFormat, stats: RowStatistics
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Output errors ``[C, W]`` of all rows at all widths, and what is left of them without the mean shift."""
+    groups, n = layer.groups, len(widths)
+    moment, mean = stats.second_moment, stats.mean.to(stats.second_moment)
+    scaled = rows
+    if fmt.prescale:
+        factor = stored_factors(rows, stats.input_max, layer, fmt.strength)
+        scaled = rows * factor.repeat_interleave(len(rows) // groups, dim=0)
+        moment, mean = scaled_moment(moment, factor), mean / factor.to(mean)
+    # All widths in one pass, as so many more rows of each group: [G, W, c, D].
+    wide = scaled.reshape(groups, 1, -1, scaled.shape[1]).expand(-1, n, -1, -1)
+    found = [fit_rows(scaled, bits, fmt) for bits in widths]
+    parts = [torch.stack([getattr(q, k).reshape(groups, -1) for q in found], 1).flatten() for k in ("scale", "zero", "bits")]
+    quantizer = RowQuantizer(scale=parts[0], zero=parts[1], bits=parts[2])
+    covariance = moment - mean[:, :, None] * mean[:, None, :]
+    stacked = wide.reshape(-1, scaled.shape[1])
+    chosen, fitted = compensate(stacked, quantizer, covariance if layer.has_bias else moment)
+    error = (decode(encode(chosen, fitted), fitted) - stacked).double().reshape(groups, -1, scaled.shape[1])
+    out = []
+    for measured in (moment, covariance):
+        value = torch.bmm(error, measured.to(error)).mul_(error).sum(2).clamp_min_(0)
+        out.append(value.reshape(groups, n, -1).transpose(1, 2).reshape(len(rows), n).float().cpu().numpy())
+    return out[0], out[1]
