@@ -74,7 +74,11 @@ class SamplerConfig:
 class CalibrationConfig:
     """See `mpqsearch.profile.CalibrationSpec`.
 
-    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``codebooks`` counts.
+    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``codebooks`` counts. With
+    ``prediction_only`` only what predicts the loss of given maps is measured.
+
+    ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of ``samples``: the losses
+    ``operating`` that a method can then take.
 
     ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for denoisers that need
     prompt embeddings or anything else that a pipeline gives.
@@ -99,7 +103,21 @@ class CalibrationConfig:
     race: float = 0.0
     checkpoint: bool = False
     seed: int = 0
+    prediction_only: bool = False
     weights_only: bool = False
+    at: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("weights_only", "captured"):
+            if self.at and getattr(self, name):
+                raise ConfigError(
+                    f"calibration.at = {self.at!r} measures gains at a bit map with the sampler, which calibration.{name} does without: set "
+                    "one of them"
+                )
+        if self.weights_only and self.prediction_only:
+            raise ConfigError(
+                "calibration.weights_only runs nothing and calibration.prediction_only runs the sampler: set one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,11 +33,12 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameErro
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-LOSSES = ("weight", "output", "gain", "probe", "sampler", "context", "operating", "final")
+LOSSES = ("weight", "output", "gain", "probe", "sampler", "slope", "context", "operating", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
 gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
-totals from such probes of the final sample, through all steps. ``context``: the same with what a layer's error does among the errors of the
-others, for predicting what a whole map loses. ``operating``: layer totals from slope and curvature of the final
+totals from such probes of the final sample, through all steps. ``slope``: what a layer's error does among the errors of the others, at maps that
+mix widths in balance (`mpqsearch.profile.contexts`): it predicts what a whole map loses, at the widths that were mixed, and is not for choosing
+widths. ``context``: ``sampler`` and that slope, for maps beyond those widths. ``operating``: layer totals from slope and curvature of the final
 samples' error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer quantized
 at a time (where measured, else scaled from ``probe``)."""
 
@@ -215,7 +216,7 @@ class _Task:
     @property
     def row_error(self) -> str:
         """The errors that split the channels of a layer: those of its output, or what there is."""
-        return "weight_error" if self.profile.weights_only else "output_error"
+        return "output_error" if f"output_error/{self.method.variant}" in self.profile.arrays else "weight_error"
 
     @property
     def searched(self) -> list[str]:
@@ -329,6 +330,8 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
     if loss == "weight":
         weight: Floats = profile.need(f"weight_error/{variant}", what).astype(np.float64)
         return weight
+    if loss == "slope":
+        return _slopes_of_rows(profile, table, variant, bias_correction=bias_correction)
     error: Floats = profile.need(f"output_error/{variant}", what).astype(np.float64)
     if bias_correction:
         has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)
@@ -340,6 +343,8 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
         return rows
     sums = profile.layer_sum(rows)
     if loss in ("sampler", "context"):
+        if loss == "context":
+            _context_slopes(profile, variant, loss)  # what is asked for is named first
         if f"layer_sampler_error/{variant}" in profile.arrays:
             totals = profile.arrays[f"layer_sampler_error/{variant}"].astype(np.float64)
         else:
@@ -358,21 +363,53 @@ def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ..
     needs = dict.fromkeys(LOSSES, "gain") | {
         "weight": f"weight_error/{variant}",
         "output": f"output_error/{variant}",
+        "slope": f"weight_error/{variant}",
         "operating": f"layer_operating_error/{variant}",
     }
     families = {k.split("/")[0] for k in profile.arrays}  # of these, one variant gives the others, layer by layer
-    once = {"sampler": "layer_sampler_error", "context": "layer_context_slope", "final": "layer_final_error"}
-    return tuple(k for k in LOSSES if needs[k] in profile.arrays and (k not in once or once[k] in families))
+    once = {
+        "sampler": {"layer_sampler_error"},
+        "slope": {"layer_context_slope"},
+        "context": {"layer_sampler_error", "layer_context_slope"},
+        "final": {"layer_final_error"},
+    }
+    return tuple(k for k in LOSSES if needs[k] in profile.arrays and once.get(k, set()) <= families)
 
 
 def best_loss(profile: SensitivityProfile, variant: str) -> str:
     """What ``auto`` stands for: ``sampler``, else ``final``, ``probe`` or ``weight``, by what the profile holds.
 
-    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map; nor is ``context``, which predicts
-    the losses of given maps best, and misleads a program that leaves the maps at which it was measured.
+    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map; nor are ``slope`` and ``context``, which
+    predict the losses of given maps best, and mislead a program that leaves the maps at which they were measured. Raises `ConfigError` for a
+    profile that was made for predictions alone.
     """
+    if profile.prediction_only:
+        raise ConfigError(
+            "the loss 'auto' was asked of a profile that was made for predictions alone (calibration.prediction_only): it says what a given map "
+            "loses, and misleads when widths are chosen by it. Profile without --prediction-only in another --run-dir, or name the loss "
+            f"({', '.join(available_losses(profile, variant))})."
+        )
     found = available_losses(profile, variant)
     return next(k for k in ("sampler", "final", "probe", "weight") if k in found)
+
+
+def prediction_loss(profile: SensitivityProfile) -> str:
+    """The loss that predicts what a given map loses: what ``auto`` stands for in `predicted_loss`.
+
+    ``slope`` where no wider width is searched than those that were mixed (``context_widths``), or nothing else was measured; beyond them ``context``,
+    or ``sampler`` where no slopes were measured. ``probe`` where neither was, or where errors of quantized inputs were, which are in its
+    unit; ``weight`` from the weights alone. By ``studies/predictors``, and the same for all maps of a profile, so that they compare.
+    """
+    families = {k.split("/")[0] for k in profile.arrays}
+    if profile.weights_only:
+        return "weight"
+    if "layer_activation_error" in families:
+        return "probe"
+    if "layer_context_slope" in families:
+        mixed = profile.calibration.get("spec", {}).get("context_widths", profile.widths)
+        beyond = max(profile.widths) > max(mixed) and "layer_sampler_error" in families
+        return "context" if beyond else "slope"
+    return "sampler" if "layer_sampler_error" in families else "probe"
 
 
 def predicted_loss(
@@ -380,14 +417,9 @@ def predicted_loss(
 ) -> float:
     """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
 
-    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is ``context``, or
-    ``sampler`` where no slopes were measured, or ``probe`` where neither was or where errors of quantized inputs were, which are in its unit.
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is `prediction_loss`.
     """
-    loss = "weight" if profile.weights_only else loss
-    if loss == BEST_LOSS:
-        through = any(k.startswith("layer_sampler_error/") for k in profile.arrays)
-        slopes = any(k.startswith("layer_context_slope/") for k in profile.arrays)
-        loss = "probe" if not through or "layer_activation_error" in profile.arrays else "context" if slopes else "sampler"
+    loss = "weight" if profile.weights_only else prediction_loss(profile) if loss == BEST_LOSS else loss
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -410,11 +442,49 @@ def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str,
     """``[L, W]``: effect on the final sample over gain × error, of a variant that was probed; it belongs to the layer and carries over."""
     known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_sampler_error/"))
     if not known:
-        raise ConfigError("the loss 'sampler' needs calibration.sampler_seeds in the profile; set them and profile again")
+        raise _lacks(profile, variant, "sampler", "calibration.sampler_seeds")
     source = variant.split("+", maxsplit=1)[0] if variant.split("+", maxsplit=1)[0] in known else known[0]
     base = profile.layer_sum(channel_losses(profile, table, source, "gain", bias_correction=bias_correction))
     through: Floats = profile.arrays[f"layer_sampler_error/{source}"].astype(np.float64)
     return np.divide(through, base, out=np.zeros_like(base), where=base > 0)
+
+
+def _slopes_of_rows(profile: SensitivityProfile, table: LayerTable, variant: str, *, bias_correction: bool) -> Floats:
+    """``r'J e`` ``[C, W]``, half of what was measured as ``2 r'J e``: over the layers of a context it adds up to the error of that context.
+
+    Inside a layer by gain × error where these were measured, else by the errors of the weights, which also carry the slopes of one variant over
+    to another, layer by layer.
+    """
+    source, slope = _context_slopes(profile, variant, "slope")
+    shares = {}
+    for name in {variant, source}:
+        by = "gain" if f"output_error/{name}" in profile.arrays and "gain" in profile.arrays else "weight"
+        shares[name] = channel_losses(profile, table, name, by, bias_correction=bias_correction)
+    sums = profile.layer_sum(shares[source])
+    factor = np.divide(slope / 2, sums, out=np.zeros_like(sums), where=sums > 0)
+    found: Floats = shares[variant] * np.repeat(factor, profile.channels, axis=0)
+    return found
+
+
+def _context_slopes(profile: SensitivityProfile, variant: str, loss: str) -> tuple[str, Floats]:
+    """Slopes ``[L, W]`` of a variant, or of another that was measured, and of which."""
+    known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_context_slope/"))
+    if not known:
+        raise _lacks(profile, variant, loss, "calibration.context_seeds")
+    source = next((v for v in (variant, variant.split("+", maxsplit=1)[0]) if v in known), known[0])
+    return source, profile.arrays[f"layer_context_slope/{source}"].astype(np.float64)
+
+
+def _lacks(profile: SensitivityProfile, variant: str, loss: str, setting: str) -> ConfigError:
+    """What to raise for a loss that was not measured."""
+    there = ", ".join(available_losses(profile, variant))
+    calls = profile.calibration.get("recorded_calls")
+    if calls:
+        return ConfigError(
+            f"the loss {loss!r} was asked for, which is measured on final samples; this profile was measured on {calls} recorded calls, which bring "
+            f"no sampler. It allows {there}: choose one of these as the loss of the method, or 'auto'."
+        )
+    return ConfigError(f"the loss {loss!r} needs {setting} in the profile, which allows {there}; set it and profile again")
 
 
 def _among_others(profile: SensitivityProfile, variant: str, own: Floats) -> Floats:
@@ -423,11 +493,7 @@ def _among_others(profile: SensitivityProfile, variant: str, own: Floats) -> Flo
     A slope belongs to the errors that the others had where it was measured. In a map of wider widths they are smaller, so above the middle of
     ``context_widths`` it is taken down with the square root of the whole model's loss. A variant that was not measured takes another's ratio.
     """
-    known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_context_slope/"))
-    if not known:
-        raise ConfigError("the loss 'context' needs calibration.context_seeds in the profile; set them and profile again")
-    source = next((v for v in (variant, variant.split("+", maxsplit=1)[0]) if v in known), known[0])
-    slope: Floats = profile.arrays[f"layer_context_slope/{source}"].astype(np.float64)
+    source, slope = _context_slopes(profile, variant, "context")
     if source != variant:
         alone = profile.arrays[f"layer_sampler_error/{source}"].astype(np.float64)
         slope = slope * np.divide(own, alone, out=np.zeros_like(own), where=alone > 0)
@@ -460,7 +526,7 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
         return counted
     measured = [k for k in profile.arrays if k.startswith("layer_final_error/")]
     if not measured:
-        raise ConfigError("the loss 'final' needs calibration.final_widths in the profile; add them and profile again")
+        raise _lacks(profile, variant, "final", "calibration.final_widths")
     # One codebook is measured; the ratio of final to first-order error belongs to the layer and carries over to the others.
     source = measured[0].split("/")[1]
     final = profile.arrays[measured[0]].astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def _settings(options: Mapping[str, Any]) -> list[str]:
-    made = ["calibration.weights_only=true"] if options["weights_only"] else []
+    made = [f"calibration.{key}=true" for key in ("weights_only", "prediction_only") if options[key]]
+    made += [f"calibration.at={json.dumps(str(options['at']))}"] if options["at"] else []
     if options["target_error"] is not None:
         made.append(f"calibration.target_error={options['target_error']!r}")
     return made + ([f"model.memory_limit={json.dumps(options['memory_limit'])}"] if options["memory_limit"] else [])
@@ -30,6 +32,17 @@ def profile(
     weights_only: Annotated[  # noqa: ARG001  (read by `_settings`)
         bool, typer.Option("--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run.")
     ] = False,
+    prediction_only: Annotated[  # noqa: ARG001
+        bool,
+        typer.Option(
+            "--prediction-only",
+            help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
+        ),
+    ] = False,
+    at: Annotated[  # noqa: ARG001
+        Path | None,
+        typer.Option("--at", help="A bit map (bitmap.json) of this model at which gains are measured again, beside the profile."),
+    ] = None,
     memory_limit: Annotated[  # noqa: ARG001
         str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
     ] = None,
@@ -43,7 +56,15 @@ def profile(
     With `--weights-only` kurtosis and weight errors alone, of models larger than memory too; then
     `--set calibration.weights_only=true` makes `allocate` use them, with methods whose loss is `weight`.
 
+    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for a tenth of what one layer at a
+    time costs. At 4-8 bits the whole profile predicts better (`context`, `sampler`), and only it can choose widths.
+
+    With `--at bitmap.json` also what each width of each layer would change at that map, all other layers being quantized as it says: written to
+    `profile-at-<digest>.json`; `--set calibration.at=bitmap.json` lets `allocate` use it, in methods whose loss is `operating`.
+
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
+
+    Example: `mpqsearch profile -c studies/quickstart.toml --at runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
     """
     from mpqsearch import stages
 

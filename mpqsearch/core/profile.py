@@ -138,7 +138,12 @@ class SensitivityProfile:
     @property
     def weights_only(self) -> bool:
         """Whether nothing but the weights was looked at: no input, no output error, no gain."""
-        return not any(k.startswith("output_error/") for k in self.arrays)
+        return not any(k.startswith(("output_error/", "layer_context_slope/")) for k in self.arrays)
+
+    @property
+    def prediction_only(self) -> bool:
+        """Whether only what predicts the loss of given maps was measured: slopes, and the errors of the weights."""
+        return not self.weights_only and not any(k.startswith("output_error/") for k in self.arrays)
 
     def need(self, key: str, what: str) -> Array:
         """One array; `ConfigError` that names it and what needs it when it was not measured."""
@@ -146,6 +151,8 @@ class SensitivityProfile:
             why = (
                 "this profile was made from the weights alone; there the loss 'weight' works. Profile with calibration for more"
                 if self.weights_only
+                else "this profile was made for predictions alone (calibration.prediction_only). Profile without it, in another run folder"
+                if self.prediction_only
                 else f"this profile holds {', '.join(sorted(self.arrays))}. Add what is missing to [calibration] and profile again"
             )
             raise ConfigError(f"{what} needs {key!r}: {why}.")

@@ -78,6 +78,8 @@ class Denoiser:
         try:
             out = self.module(x, t, return_dict=False, **kwargs)[0]
         except (TypeError, AttributeError, ValueError) as error:  # classes say so in each of these ways when an input is missing
+            if len(self.calls):
+                raise ModelError(self._only_calls("a prediction for a sample, a time and a class", error)) from error
             raise ModelError(
                 f"{type(self.module).__name__} cannot be called as model(x, t{', class_labels=...' if kwargs else ''}): {error}. "
                 "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
@@ -96,6 +98,29 @@ class Denoiser:
         if not len(calls):
             raise ConfigError(f"{self.name}: there is no recorded call to measure with")
         return replace(self, calls=calls)
+
+    def require_sampler(self, what: str) -> None:
+        """Raise `ModelError` when ``what`` needs samples, and the denoiser can be run on its recorded calls only.
+
+        Found out with one call of the module on zeros, where there are recorded calls at all.
+        """
+        if not len(self.calls) or isinstance(self.module, Denoises):
+            return
+        device = next(self.module.parameters()).device
+        x, t = torch.zeros(1, *self.sample_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        try:
+            with torch.no_grad():
+                self.denoise(x, t, torch.zeros(1, dtype=torch.long, device=device) if self.n_classes else None)
+        except (ModelError, RuntimeError, IndexError, AssertionError) as error:
+            raise ModelError(self._only_calls(what, error.__cause__ or error)) from error
+
+    def _only_calls(self, what: str, error: BaseException) -> str:
+        return (
+            f"{what} was asked for, which runs the sampler here, but {self.name} is known from {len(self.calls)} recorded calls of its pipeline "
+            f"only: {type(self.module).__name__} cannot be called as model(x, t) ({error}). With recorded calls there are layers, profile "
+            "(losses 'weight', 'output', 'gain' and 'probe'), allocate, quantize, import and export. To sample, give the module a method "
+            "denoise(x, t, cond) that adds what its pipeline gives, or export the map and sample in the pipeline itself."
+        )
 
     def guided(self, x: Tensor, t: Tensor, cond: Given, guidance: float) -> Tensor:
         """Classifier-free guidance ``u + g (c - u)`` in one batched call; ``guidance`` 1 is the conditional prediction."""

@@ -58,6 +58,9 @@ class CalibrationSpec:
     ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and pre-scaled weights with inputs of
     each of these widths (two more runs of the sampler, and one for each width).
 
+    ``prediction_only`` measures nothing but those slopes, the means of inputs and the errors of the weights: what predicting the loss of given
+    maps needs, at a fraction of the cost, and not enough to choose widths by.
+
     ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to ``MOST`` times the
     numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose widths are still undecided, until the
     noise costs less than this share of the predicted loss. ``checkpoint`` recomputes activations in the backward passes.
@@ -81,6 +84,7 @@ class CalibrationSpec:
     race: float = 0.0
     checkpoint: bool = False
     seed: int = 0
+    prediction_only: bool = False
 
     def __post_init__(self) -> None:
         if min(self.samples, self.probe_inputs, self.probes, self.final_seeds, self.buckets, self.sampler_probes) < 1:
@@ -91,6 +95,11 @@ class CalibrationSpec:
             raise ConfigError(
                 f"calibration: sampler_seeds, context_seeds and race must not be negative and target_error lies in [0, 1), got "
                 f"{self.sampler_seeds}, {self.context_seeds}, {self.race:g}, {self.target_error:g}"
+            )
+        if self.prediction_only and (self.final_widths or self.activation_bits):
+            raise ConfigError(
+                "calibration.prediction_only measures slopes alone, but final_widths or activation_bits are set too; leave them empty, or "
+                "prediction_only out"
             )
         if not self.codebooks:
             raise ConfigError("calibration.codebooks must name at least one codebook")
@@ -145,7 +154,9 @@ def profile_base(
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Everything but the slow reference of one layer at a time."""
+    """Everything but the slow reference of one layer at a time; with ``spec.prediction_only`` what `profile_slopes` measures."""
+    if spec.prediction_only:
+        return profile_slopes(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
     report = progress or _silent
     widths = tuple(sorted(policy.widths))
     variants = variants_of(spec, fmt)
@@ -221,7 +232,71 @@ def profile_base(
         arrays=arrays,
         means={n: m.numpy() for n, m in means.items()},
         input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
-        calibration={"spec": spec.to_data(), "sampler": sampler.to_data(), "format": fmt.to_data(), "spent": spent},
+        calibration={
+            "spec": spec.to_data(),
+            "sampler": sampler.to_data(),
+            "format": fmt.to_data(),
+            "spent": spent,
+            **({"recorded_calls": len(denoiser.calls)} if len(denoiser.calls) else {}),
+        },
+    )
+
+
+def profile_slopes(
+    denoiser: Denoiser,
+    table: LayerTable,
+    policy: Policy,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    fmt: QuantFormat,
+    *,
+    memory_limit: int | None = None,
+    progress: Progress | None = None,
+) -> SensitivityProfile:
+    """Only what predicts the loss of given maps: slopes at balanced maps (`mpqsearch.profile.contexts`), beside kurtosis and weight errors.
+
+    One run of the sampler over ``spec.samples`` for the means of inputs, a range search, and ``5 T`` forward passes for each of
+    ``spec.context_seeds``. No second moment is kept and no prediction is probed. Raises `ConfigError` when the denoiser has recorded calls instead
+    of a sampler, when fewer than two of ``spec.context_widths`` are searched, or when there are fewer seeds than those.
+    """
+    report = progress or _silent
+    widths = tuple(sorted(policy.widths))
+    mixed = [b for b in spec.context_widths if b in widths]
+    if len(denoiser.calls):
+        raise ConfigError(
+            f"{denoiser.name}: calibration.prediction_only follows the sampler to its final samples, and this model is measured with "
+            f"{len(denoiser.calls)} recorded calls. Leave it out: the losses 'gain' and 'probe' need no sampler."
+        )
+    if len(mixed) < 2 or spec.context_seeds < len(mixed):
+        raise ConfigError(
+            f"calibration.prediction_only mixes those of calibration.context_widths = {list(spec.context_widths)} that are searched, of "
+            f"{list(widths)} (policy.widths): {len(mixed)}, where at least 2 are needed, with a seed each of context_seeds = "
+            f"{spec.context_seeds}. Change context_widths, policy.widths or context_seeds."
+        )
+    variants = {c: f for c, f in variants_of(spec, fmt).items() if not f.prescale}
+    hold = memory_limit is None or held_bytes(table, len(widths) * len(variants)) <= memory_limit // HELD
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "calibration"):
+        stats, _, _ = calibrate(denoiser, table, sampler, spec, report, moments=False)
+    with _timed(seconds, "error tables"):
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, hold=hold)
+    means = {n: s.mean.float() for n, s in stats.items()}
+    with _timed(seconds, "slopes at contexts"):
+        arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+    return SensitivityProfile(
+        model_digest=table.digest,
+        names=tuple(la.name for la in table),
+        channels=tuple(la.n_channels for la in table),
+        widths=widths,
+        arrays=arrays,
+        means={n: m.numpy() for n, m in means.items()},
+        input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
+        calibration={
+            "spec": spec.to_data(),
+            "sampler": sampler.to_data(),
+            "format": fmt.to_data(),
+            "spent": {"seconds": seconds, **_memory()},
+        },
     )
 
 
@@ -256,7 +331,11 @@ def calibrate(
     Without ``moments`` the second moments are left empty.
     """
     if len(denoiser.calls) and spec.final_widths:
-        raise ConfigError("calibration.final_widths needs our own sampler; a model that is measured with recorded calls has none")
+        raise ConfigError(
+            f"calibration.final_widths = {list(spec.final_widths)} compares final samples, but {denoiser.name} is measured with "
+            f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave final_widths empty: the losses 'gain' and 'probe' are measured "
+            "on the calls."
+        )
     kept: list[ProbeInput] = []
     total = len(denoiser.calls) or -(-spec.samples // sampler.batch) * sampler.steps
     with InputCollector(denoiser.module, table, moments=moments) as collector:

@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.methods import best_loss, channel_losses
+from mpqsearch.methods import best_loss, channel_losses, prediction_loss
 from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.sensitivity import MEASURED, plot_sensitivity, sensitivity_info
 from mpqsearch.report.style import COLOURS, axes_or_new, muted
 
 Floats = NDArray[np.float64]
 
-_SPREADS = {"probe": "layer_probe", "sampler": "layer_sampler", "final": "layer_final"}
+_SPREADS = {
+    "probe": ("layer_probe_error", "layer_probe_std_error"),
+    "sampler": ("layer_sampler_error", "layer_sampler_std_error"),
+    "final": ("layer_final_error", "layer_final_std_error"),
+    "slope": ("layer_context_slope", "layer_context_std_error"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +59,19 @@ class ProfileSummary:
 
 
 def profile_summary(profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5) -> ProfileSummary:
-    """What to read first. The loss is the best that the profile holds, of the codebook ``auto`` where it was priced."""
+    """What to read first. The loss is the best that the profile holds, of the codebook ``auto`` where it was priced; the changes at a bit map
+    where these were measured.
+    """
     variant = "auto" if "auto" in profile.variants else profile.variants[0]
-    loss = best_loss(profile, variant)
+    at = [v for v in profile.variants if f"layer_operating_error/{v}" in profile.arrays and f"output_error/{v}" in profile.arrays]
+    if at:
+        variant, loss = at[-1], "operating"
+    else:
+        loss = prediction_loss(profile) if profile.prediction_only else best_loss(profile, variant)
     totals = profile.layer_sum(channel_losses(profile, table, variant, loss, bias_correction=loss != "weight"))
-    spread = profile.arrays.get(f"{_SPREADS.get(loss, '')}_std_error/{variant}")
-    middle = profile.arrays.get(f"{_SPREADS.get(loss, '')}_error/{variant}")
+    middle, spread = (profile.arrays.get(f"{family}/{variant}") for family in _SPREADS.get(loss, ("", "")))
     kurtosis = profile.arrays["kurtosis"].astype(np.float64)
-    shift = None if profile.weights_only else profile.shift_share(variant)
+    shift = profile.shift_share(variant) if f"output_error/{variant}" in profile.arrays else None
     rows = []
     for i in np.argsort(-totals.max(1), kind="stable")[:layers]:
         error = None
@@ -134,7 +144,7 @@ def kurtosis_info(profile: SensitivityProfile, bits: int = 0, variant: str = "")
     width = bits or min(profile.widths, key=lambda b: abs(b - 4))
     if width not in profile.widths:
         raise ConfigError(f"the profile has the widths {profile.widths}, not {width}")
-    family = "weight" if profile.weights_only else "output"
+    family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
     error = profile.arrays[f"{family}_error/{chosen}"][:, profile.widths.index(width)].astype(np.float64)
     power = profile.arrays.get("output_power")
     label = f"{family} error at {width} bits ({chosen})"

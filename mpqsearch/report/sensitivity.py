@@ -48,7 +48,7 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     if chosen == MEASURED:
         loss, label = profile.arrays[final], f"squared error of final samples ({final.split('/')[1]})"
     else:
-        family = "weight" if profile.weights_only else "output"
+        family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
         error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)
         gain = profile.arrays.get("gain")
         loss = profile.layer_sum(error if gain is None else gain[:, None].astype(np.float64) * error)

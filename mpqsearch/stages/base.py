@@ -64,6 +64,11 @@ class Run:
         calls = {"calls": artifacts.digest_file(Path(captured))} if captured and Path(captured).is_file() else {}
         return {"model_source": artifacts.digest_of(named), **calls}
 
+    def require_sampler(self, what: str) -> None:
+        """Raise `ModelError` before anything long begins, when ``what`` samples and the model is known from recorded calls only."""
+        if self.config.calibration.captured and not self.dry_run:
+            self.denoiser.require_sampler(what)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the wall time of a block to the record of its stage."""

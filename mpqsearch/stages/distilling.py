@@ -37,6 +37,7 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
     and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned. The
     same call continues an interrupted training. Raises `SystemExit` with 128 plus the signal's number after a signal.
     """
+    run.require_sampler("training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("distilled", slug(method_name, budget))

@@ -211,6 +211,7 @@ def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
 
 def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:
     """Measure every map of the configuration, and the full-precision model."""
+    run.require_sampler("an evaluation of samples (evaluate)")
     maps = allocations(run, table, measured)
     if run.dry_run:
         keys = {evaluation_key(run, table, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
+from mpqsearch.errors import LayerMismatchError
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run, same_model, sampler_of
 
 
-def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
-    """Digests of all that a profile depends on."""
+def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str]:
+    """Digests of all that a profile depends on; with the loss ``operating`` also of the bit map at which that was measured."""
     c = run.config.to_data()
+    if loss == "operating" and run.config.calibration.at:
+        return profile_inputs(run, table) | {"at": _map_at(run, table).digest}
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
         return {
             "model": table.digest,
@@ -25,7 +29,7 @@ def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
         }
     return {
         "model": table.digest,
-        "calibration": artifacts.digest_of({k: v for k, v in c["calibration"].items() if k != "captured"}),
+        "calibration": artifacts.digest_of(_counted(c["calibration"])),
         "sampler": artifacts.digest_of(c["sampler"]),
         "quantizer": artifacts.digest_of(c["quantizer"]),
         "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
@@ -33,8 +37,73 @@ def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     }
 
 
+def _counted(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that count for what is measured; those that came later count only where they are used, so that older profiles stay good."""
+    return {k: v for k, v in calibration.items() if k not in ("captured", "at") and (v or k != "prediction_only")}
+
+
 def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
-    """Measure the model, or reuse ``profile.json``; None in a dry run that would have to measure."""
+    """Measure the model, or reuse ``profile.json``; None in a dry run that would have to measure.
+
+    With ``calibration.at`` the profile with the gains at that bit map, from ``profile-at-<digest>.json``.
+    """
+    at = _map_at(run, table) if run.config.calibration.at else None  # a map that does not fit is found before anything long begins
+    measured = _plain_profile(run, table)
+    return measured if measured is None or at is None else _profile_at(run, table, measured, at)
+
+
+def _map_at(run: Run, table: LayerTable) -> BitMap:
+    """The bit map of ``calibration.at``. Raises `LayerMismatchError` when it belongs to another model."""
+    file = Path(run.config.calibration.at)
+    bit_map = artifacts.load_bit_map(file)
+    if bit_map.model_digest != table.digest:
+        raise LayerMismatchError(
+            f"gains were asked for at the bit map {file}, which was made for the model {bit_map.model_digest[:12]}; the model of this run, "
+            f"{table.model}, is {table.digest[:12]}. Name a bit map of this model (mpqsearch allocate makes one, mpqsearch import reads one), or "
+            "the --model and --run-dir that it was made for."
+        )
+    bit_map.validate(table)
+    return bit_map
+
+
+def _profile_at(run: Run, table: LayerTable, measured: SensitivityProfile, at: BitMap) -> SensitivityProfile | None:
+    """The profile with gains measured again at a bit map, or what an earlier run wrote."""
+    path = run.path(f"profile-at-{at.digest[:12]}.json")
+    c = run.config.calibration
+    variant = f"{at.format.codebook}+prescale" if at.format.prescale else at.format.codebook
+    corrected = any(m.bias_correction for m in run.config.methods if m.variant == variant)
+    inputs = profile_inputs(run, table, "operating") | {"bias_correction": str(corrected)}
+    if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
+        run.say(f"profile: reused {path}")
+        return artifacts.load_profile(path)
+    if run.dry_run:
+        run.say(f"profile: would measure gains at the bit map {at.digest[:12]} with {c.samples} trajectories")
+        return None
+    from mpqsearch.profile import remeasure
+
+    same_model(run, table)
+    with run.timed("profile"), bars_of() as progress:
+        found = remeasure(
+            run.denoiser,
+            table,
+            measured,
+            replace(at, activations={}, activation_steps=1),
+            sampler_of(run),
+            range(c.first_seed, c.first_seed + c.samples),
+            bias_correction=corrected,
+            checkpoint=c.checkpoint,
+            memory_limit=run.config.model.limit_bytes,
+            progress=progress,
+        )
+    artifacts.save_profile(path, found, inputs)
+    run.say(
+        f"profile: gains at the bit map {at.digest[:12]} ({'with' if corrected else 'without'} bias correction; its samples differ from full "
+        f"precision by {found.calibration['operating_mse']:.4g} in mean square) written to {path}"
+    )
+    return found
+
+
+def _plain_profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     path = run.path("profile.json")
     inputs = profile_inputs(run, table)
     if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
@@ -46,6 +115,10 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     if run.config.calibration.weights_only:
         measured = _measure_weights(run, table, inputs)
     else:
+        if run.config.calibration.captured and run.config.calibration.sampler_seeds:
+            run.say(
+                "profile: recorded calls bring no sampler: final samples are not probed, the losses 'gain' and 'probe' are measured"
+            )
         from mpqsearch.profile import CalibrationSpec
 
         same_model(run, table)

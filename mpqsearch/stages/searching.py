@@ -46,6 +46,7 @@ def search(
     has its trials and writes nothing but measurements.
     """
     check_search(run, storage=storage, workers=workers)
+    run.require_sampler("a search that is scored by samples (search)")
     c = run.config.search
     path = run.path("search", "search.json")
     inputs = search_inputs(run, table)

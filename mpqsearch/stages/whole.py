@@ -20,6 +20,7 @@ def everything(run: Run) -> list[StudyRecord]:
     """All stages, from the model to the report and the exports."""
     start(run)
     table = layers(run)
+    run.require_sampler("a whole study, with samples of every map (run)")
     measured = profile(run, table)
     if measured is None:
         run.say("allocate, evaluate, report, export: would follow")

@@ -7,7 +7,7 @@ import pytest
 
 from mpqsearch.core import BitMap, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import CAUTION, available_losses, best_loss, channel_losses, predicted_loss
+from mpqsearch.methods import CAUTION, available_losses, best_loss, channel_losses, predicted_loss, prediction_loss
 from mpqsearch.testing import tiny_profile, tiny_table
 
 TABLE = tiny_table()
@@ -104,3 +104,74 @@ def test_the_loss_among_others_adds_slopes_and_never_makes_an_error_a_gain() -> 
     np.testing.assert_allclose(other, np.maximum(own + share * slope * own / TOTALS, 0.1 * own), rtol=1e-4)
     with pytest.raises(ConfigError, match="context_seeds"):
         channel_losses(base, TABLE, "auto", "context", bias_correction=True)
+
+
+SLOPE = np.outer([1.0, -1.0, 0.1, 3.0, 0.0], 2.0 ** -np.arange(8)).astype(np.float32)
+
+
+def with_slopes(
+    base: SensitivityProfile, *, widths: tuple[int, ...] = (2, 3, 4), variants: tuple[str, ...] = ("auto",)
+) -> SensitivityProfile:
+    return replace(
+        base,
+        arrays={**base.arrays, **{f"layer_context_slope/{v}": SLOPE for v in variants}},
+        calibration={"spec": {"context_widths": list(widths)}},
+    )
+
+
+def only_slopes(base: SensitivityProfile) -> SensitivityProfile:
+    kept = ("kurtosis", "weight_error", "layer_context_slope")
+    return replace(base, arrays={k: a for k, a in base.arrays.items() if k.split("/")[0] in kept})
+
+
+def test_a_slope_predicts_half_of_what_was_measured_and_is_split_over_the_channels() -> None:
+    for profile in (with_slopes(holding()), only_slopes(with_slopes(holding()))):
+        rows = channel_losses(profile, TABLE, "auto", "slope", bias_correction=True)
+        np.testing.assert_allclose(profile.layer_sum(rows), SLOPE / 2, rtol=1e-5, atol=1e-9)
+        three = BitMap(
+            model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto")
+        )
+        assert predicted_loss(TABLE, profile, three, bias_correction=True, loss="slope") == pytest.approx(
+            SLOPE[:, 2].sum() / 2, rel=1e-5
+        )
+        # A variant without slopes takes those of another in the ratio of their errors, layer by layer.
+        by = "weight" if profile.prediction_only else "gain"
+        own, other = (profile.layer_sum(channel_losses(profile, TABLE, v, by, bias_correction=True)) for v in ("affine", "auto"))
+        found = profile.layer_sum(channel_losses(profile, TABLE, "affine", "slope", bias_correction=True))
+        np.testing.assert_allclose(found, SLOPE / 2 * own / other, rtol=1e-5, atol=1e-9)
+
+
+def test_what_predicts_a_given_map_goes_by_the_widths_of_the_profile() -> None:
+    through = holding("layer_sampler_error")
+    assert prediction_loss(holding()) == "probe"
+    assert prediction_loss(through) == "sampler"
+    assert prediction_loss(with_slopes(through)) == "context"  # widths of 5-8 bits were searched, 2-4 mixed
+    assert prediction_loss(with_slopes(through, widths=(4, 6, 8))) == "slope"
+    alone = only_slopes(with_slopes(through))
+    assert alone.prediction_only
+    assert not alone.weights_only
+    assert prediction_loss(alone) == "slope"
+    assert available_losses(alone, "auto") == ("weight", "slope")
+    weights = replace(alone, arrays={k: a for k, a in alone.arrays.items() if not k.startswith("layer_")})
+    assert prediction_loss(weights) == "weight"
+    acts = with_slopes(through)
+    assert prediction_loss(replace(acts, arrays={**acts.arrays, "layer_activation_error": TOTALS})) == "probe"
+
+
+def test_a_profile_for_predictions_does_not_choose_widths_unasked() -> None:
+    alone = only_slopes(with_slopes(holding()))
+    with pytest.raises(ConfigError, match=r"made for predictions alone.*--prediction-only.*\(weight, slope\)"):
+        best_loss(alone, "auto")
+    with pytest.raises(ConfigError, match="made for predictions alone"):
+        channel_losses(alone, TABLE, "auto", "gain", bias_correction=True)
+
+
+@pytest.mark.parametrize("loss", ["sampler", "slope", "context", "final"])
+def test_a_loss_of_final_samples_that_recorded_calls_cannot_give_says_so(loss: str) -> None:
+    profile = replace(holding(), calibration={"recorded_calls": 7})
+    with pytest.raises(
+        ConfigError, match=rf"'{loss}' was asked for.*measured on 7 recorded calls.*allows weight, output, gain, probe"
+    ):
+        channel_losses(profile, TABLE, "auto", loss, bias_correction=True)
+    with pytest.raises(ConfigError, match=r"needs calibration\.\w+ in the profile.*profile again"):
+        channel_losses(holding(), TABLE, "auto", loss, bias_correction=True)

@@ -11,7 +11,7 @@ import torch
 from mpqsearch.core import Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.profile import CalibrationSpec, context_probes, latin_contexts, profile_base
+from mpqsearch.profile import CalibrationSpec, context_probes, latin_contexts, profile_base, profile_slopes
 from mpqsearch.profile.contexts import _quantized
 from mpqsearch.quant import weight_of, width_errors
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
@@ -100,3 +100,64 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
     assert whole.arrays["layer_context_std_error/affine"].shape == (len(table), 4)
     for policy, changed in ((Policy(widths=(4, 8)), spec), (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0))):
         assert "layer_context_slope/affine" not in profile_base(denoiser, table, policy, sampler, changed, FMT).arrays
+
+
+def test_slopes_over_a_context_add_up_to_its_error() -> None:
+    """Oracle: with errors so small that the sampler is linear in them, ``|r|^2 = sum r'J e``, the error that its samples measure."""
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
+    errors = {
+        la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, (7, 8), FMT, None) / 8  # type: ignore[arg-type]
+        for la in table
+    }
+    contexts = latin_contexts(table, Policy(widths=(7, 8), roles={}), (7, 8), seed=1)[:1]
+    sampler = SamplerSpec(steps=3, batch=4)
+    found = context_probes(denoiser, table, sampler, contexts, (7, 8), "a", [1, 2, 3, 4], {"a": errors}, means)
+    chosen = (contexts[0] == 8).astype(int)
+    assert found.slope["a"][np.arange(len(table)), chosen].sum() / 2 == pytest.approx(found.mse[0], rel=0.02)
+
+
+def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_other_pass() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=3, codebooks=("affine",)
+    )
+    sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(2, 3, 4))
+    whole = profile_base(denoiser, table, policy, sampler, spec, FMT)
+    passes = 0
+
+    def count(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal passes
+        passes += len(inputs[0])
+
+    handle = denoiser.module.register_forward_pre_hook(count)
+    only = profile_base(denoiser, table, policy, sampler, replace(spec, prediction_only=True), FMT)
+    handle.remove()
+    # Two samples of two steps for the calibration; of each seed the reference, the trajectory of the quantized model, and that with a graph.
+    assert passes == 2 * 2 + 3 * 3 * 2
+    assert set(only.arrays) == {
+        "kurtosis",
+        "kurtosis_prescaled",
+        "weight_error/affine",
+        "layer_context_slope/affine",
+        "layer_context_std_error/affine",
+    }
+    assert only.prediction_only
+    for key, array in only.arrays.items():
+        scale = np.abs(whole.arrays[key]).max()
+        np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-4, atol=1e-6 * scale, err_msg=key)
+    assert set(only.means) == set(whole.means)
+
+
+def test_what_a_profile_for_predictions_needs_is_said() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(prediction_only=True, codebooks=("affine",))
+    with pytest.raises(ConfigError, match=r"\[2, 3, 4\].*of \[4, 8\].*at least 2"):
+        profile_slopes(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
+    with pytest.raises(ConfigError, match="context_seeds = 2"):
+        profile_slopes(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
+    with pytest.raises(ConfigError, match="final_widths"):
+        CalibrationSpec(prediction_only=True, final_widths=(3,))

@@ -1,0 +1,63 @@
+"""What a profile for predictions costs as a whole, in parts of one layer at a time, measured in one run.
+
+    python studies/predictors/cost.py [--layers 6]
+
+Processor seconds of one thread. One layer at a time (final samples of 8 seeds at 2, 3 and 4 bits) runs on evenly spaced layers, and its time is
+scaled up to all that are searched; the profile for predictions is the whole of what `mpqsearch profile --prediction-only` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mpqsearch.core import Policy, QuantFormat
+from mpqsearch.models import discover, load_model
+from mpqsearch.profile import CalibrationSpec, final_errors, profile_slopes
+from mpqsearch.sampling import SamplerSpec
+
+SAMPLER = SamplerSpec(steps=10, guidance=2.0, batch=32)
+WIDTHS = (2, 3, 4)
+SEEDS = 8
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Processor time of a call, and what it gave."""
+    began = time.process_time()
+    found = work()
+    return time.process_time() - began, found
+
+
+def main(say: Callable[..., None] = print) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--layers", type=int, default=6, help="layers that one layer at a time runs on")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    policy, fmt = Policy(widths=WIDTHS), QuantFormat()
+    say("| model | codebooks | profile for predictions | one layer at a time | share |\n|---|---|---|---|---|")
+    for model in ("fmnist-unet", "fmnist-dit"):
+        denoiser = load_model(model)
+        table = discover(denoiser)
+        searched = [la.name for la in table if policy.fixed_width(la) is None]
+        spec = CalibrationSpec(prediction_only=True, codebooks=("auto",), prescale=False)
+        warm = replace(spec, samples=1, context_seeds=3)
+        profile_slopes(denoiser, table, policy, replace(SAMPLER, steps=1), warm, replace(fmt, n_candidates=2))
+        both = replace(spec, codebooks=("affine", "auto"))
+        took = {s.codebooks: seconds(lambda s=s: profile_slopes(denoiser, table, policy, SAMPLER, s, fmt)) for s in (spec, both)}
+        profile = took[both.codebooks][1]
+        slow = CalibrationSpec(codebooks=("auto",), final_widths=WIDTHS, final_seeds=SEEDS)
+        part = searched[:: max(1, len(searched) // args.layers)]
+        wanted = dict.fromkeys(part, SEEDS)
+        one, _ = seconds(lambda: final_errors(denoiser, table, profile, SAMPLER, slow, fmt, wanted=wanted))
+        whole = one * len(searched) / len(part)
+        for codebooks, (mine, _) in took.items():
+            say(f"| {model} | {' and '.join(codebooks)} | {mine:.1f} s | {whole:.0f} s | {mine / whole:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
