@@ -26,11 +26,31 @@ WIDTHS = (2, 3, 4)
 SEEDS = 8
 
 
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time of a call, and what it gave."""
+def seconds(work: Callable[[], Any]) -> float:
+    """Processor time of a call."""
     began = time.process_time()
-    found = work()
-    return time.process_time() - began, found
+    work()
+    return time.process_time() - began
+
+
+def costs(model: str, layers: int) -> tuple[dict[str, float], float]:
+    """Processor seconds of profiles for predictions, by codebooks, and of one layer at a time."""
+    policy, fmt = Policy(widths=WIDTHS), QuantFormat()
+    denoiser = load_model(model)
+    table = discover(denoiser)
+    searched = [la.name for la in table if policy.fixed_width(la) is None]
+    spec = CalibrationSpec(prediction_only=True, codebooks=("auto",), prescale=False)
+    warm = replace(spec, samples=1, context_seeds=3)  # compiles the kernels
+    profile = profile_slopes(denoiser, table, policy, replace(SAMPLER, steps=1), warm, fmt)
+
+    def predict(codebooks: tuple[str, ...]) -> Any:
+        return profile_slopes(denoiser, table, policy, SAMPLER, replace(spec, codebooks=codebooks), fmt)
+
+    took = {" and ".join(c): seconds(lambda c=c: predict(c)) for c in (("auto",), ("affine", "auto"))}
+    slow = CalibrationSpec(codebooks=("auto",), final_widths=WIDTHS, final_seeds=SEEDS)
+    part = searched[:: max(1, len(searched) // layers)]
+    one = seconds(lambda: final_errors(denoiser, table, profile, SAMPLER, slow, fmt, wanted=dict.fromkeys(part, SEEDS)))
+    return took, one * len(searched) / len(part)
 
 
 def main(say: Callable[..., None] = print) -> None:
@@ -38,25 +58,11 @@ def main(say: Callable[..., None] = print) -> None:
     parser.add_argument("--layers", type=int, default=6, help="layers that one layer at a time runs on")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    policy, fmt = Policy(widths=WIDTHS), QuantFormat()
     say("| model | codebooks | profile for predictions | one layer at a time | share |\n|---|---|---|---|---|")
     for model in ("fmnist-unet", "fmnist-dit"):
-        denoiser = load_model(model)
-        table = discover(denoiser)
-        searched = [la.name for la in table if policy.fixed_width(la) is None]
-        spec = CalibrationSpec(prediction_only=True, codebooks=("auto",), prescale=False)
-        warm = replace(spec, samples=1, context_seeds=3)
-        profile_slopes(denoiser, table, policy, replace(SAMPLER, steps=1), warm, replace(fmt, n_candidates=2))
-        both = replace(spec, codebooks=("affine", "auto"))
-        took = {s.codebooks: seconds(lambda s=s: profile_slopes(denoiser, table, policy, SAMPLER, s, fmt)) for s in (spec, both)}
-        profile = took[both.codebooks][1]
-        slow = CalibrationSpec(codebooks=("auto",), final_widths=WIDTHS, final_seeds=SEEDS)
-        part = searched[:: max(1, len(searched) // args.layers)]
-        wanted = dict.fromkeys(part, SEEDS)
-        one, _ = seconds(lambda: final_errors(denoiser, table, profile, SAMPLER, slow, fmt, wanted=wanted))
-        whole = one * len(searched) / len(part)
-        for codebooks, (mine, _) in took.items():
-            say(f"| {model} | {' and '.join(codebooks)} | {mine:.1f} s | {whole:.0f} s | {mine / whole:.1%} |")
+        took, whole = costs(model, args.layers)
+        for codebooks, mine in took.items():
+            say(f"| {model} | {codebooks} | {mine:.1f} s | {whole:.0f} s | {mine / whole:.1%} |")
 
 
 if __name__ == "__main__":
