@@ -36,6 +36,7 @@ def distill(
     distill_specs(run)
     stages.start(run)
     table = stages.layers(run)
+    run.require_sampler("training on trajectories of the sampler (distill)")
     measured = stages.profile(run, table)
     if measured is None:
         return

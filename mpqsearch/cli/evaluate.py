@@ -45,6 +45,7 @@ def evaluate(
 
     stages.start(run)
     table = stages.layers(run)
+    run.require_sampler("an evaluation of samples (evaluate)")
     measured = stages.profile(run, table)
     if measured is not None:
         print_records(stages.evaluate(run, table, measured), as_json=as_json)

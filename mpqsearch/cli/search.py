@@ -73,6 +73,7 @@ def search(
     if worker is None and not watch:
         stages.start(run)
     table = stages.layers(run)
+    run.require_sampler("a search that is scored by samples (search)")
     measured = stages.profile(run, table)
     if measured is None:
         return

@@ -67,7 +67,7 @@ class Run:
     def require_sampler(self, what: str) -> None:
         """Raise `ModelError` before anything long begins, when ``what`` samples and the model is known from recorded calls only."""
         if self.config.calibration.captured and not self.dry_run:
-            self.denoiser.require_sampler(what)
+            self.denoiser.require_sampler(what)  # a stage asks again, for callers that come to it by themselves
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

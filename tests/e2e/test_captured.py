@@ -41,17 +41,22 @@ def test_a_prompted_pipeline_is_profiled_and_allocated_from_recorded_calls(cli: 
     assert exported.returncode == 0, exported.stderr
     bit_map = json.loads(next((tmp_path / "r").rglob("export/**/bitmap.json")).read_text())
     assert any("attn2.to_k" in name for name in bit_map["data"]["layers"])
-    for verb in ("evaluate", "search"):
-        refused = cli(verb, *common, *captured, "--set", "search.trials=2")
-        assert refused.returncode == 2
-        assert f"({verb}) was asked for" in refused.stderr
-        assert "4 recorded calls" in refused.stderr
-        assert "To sample, give the module a method denoise" in refused.stderr
-    assert not list((tmp_path / "r").rglob("stats/*"))
-    slow = cli("profile", *common, *captured, "--set", "calibration.final_widths=[3]", "--overwrite")
-    assert slow.returncode == 2
-    assert "Leave final_widths empty" in slow.stderr
     record(folder, tmp_path / "calls.safetensors", seed=1)
     stale = cli("profile", *common, *captured)
     assert stale.returncode == 4
     assert "calls (" in stale.stderr
+
+
+def test_what_samples_is_refused_before_anything_long_begins(cli: Cli, tmp_path: Path) -> None:
+    folder = tiny_prompted_pipeline(tmp_path / "sd")
+    record(folder, tmp_path / "calls.safetensors")
+    common = ["--model", folder, "--run-dir", "r", "--set", 'calibration.captured="calls.safetensors"']
+    refused = cli("evaluate", *common)
+    assert refused.returncode == 2
+    assert "(evaluate) was asked for" in refused.stderr
+    assert "4 recorded calls" in refused.stderr
+    assert "To sample, give the module a method denoise" in refused.stderr
+    assert not (tmp_path / "r/profile.json").exists()
+    slow = cli("profile", *common, "--set", "calibration.final_widths=[3]")
+    assert slow.returncode == 2
+    assert "Leave final_widths empty" in slow.stderr

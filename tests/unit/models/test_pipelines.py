@@ -15,8 +15,8 @@ from mpqsearch.core import Policy, QuantFormat
 from mpqsearch.errors import ModelError, UnknownNameError
 from mpqsearch.models import capture, discover, load_calls, load_model, save_calls
 from mpqsearch.profile import CalibrationSpec, profile_model
-from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_prompted_pipeline, tiny_text_unet
+from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.testing import tiny_denoiser, tiny_prompted_pipeline, tiny_text_unet
 from mpqsearch.testing.denoisers import RECIPES, build, model_classes
 
 STEPS = 3
@@ -175,3 +175,20 @@ def test_a_half_precision_profile_is_that_of_single_precision(tmp_path: Path) ->
     full, half = (found[d].layer_sum(found[d].arrays["output_error/affine"]) for d in ("float32", "bfloat16"))
     # bfloat16 keeps eight bits: activations differ by about a percent, and so do the squares of errors.
     assert float(abs(half / full - 1).max()) < 0.1
+
+
+def test_a_model_known_from_recorded_calls_only_says_what_it_cannot(tmp_path: Path) -> None:
+    denoiser = load_model(str(tiny_prompted_pipeline(tmp_path / "sd")))
+    with torch.no_grad(), capture(denoiser.module) as calls:
+        denoiser.module(torch.randn(2, 4, 8, 8), torch.tensor(9), encoder_hidden_states=torch.randn(2, 4, 8))
+    recorded = denoiser.with_calls(calls)
+    text = r"a search was asked for.*1 recorded calls.*encoder_hidden_states.*'gain' and 'probe'.*method denoise"
+    with pytest.raises(ModelError, match=text):
+        recorded.require_sampler("a search")
+    with pytest.raises(ModelError, match="a prediction for a sample, a time and a class was asked for"):
+        sample(recorded, [0], SamplerSpec(steps=2))
+    denoiser.require_sampler("a search")  # no calls: what the module says itself is enough
+    plain = tiny_denoiser("dit")
+    with torch.no_grad(), capture(plain.module) as calls:
+        plain.denoise(torch.randn(1, *plain.sample_shape), torch.tensor([3]), torch.tensor([0]))
+    plain.with_calls(calls).require_sampler("a search")  # recorded, and can be called without
