@@ -296,9 +296,11 @@ class SearchConfig:
     ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs
     for the cheap rung (0: none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those of
     the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further seeds, which choose
-    the one handed out (0 samples: the search seeds choose). ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws
-    of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was measured, solve again and say
-    whether it pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
+    the one handed out (0 samples: the search seeds choose); only what beats the plain program's map there by more than a standard error takes its
+    place. ``refine``: rounds of measured descent from the best finalist of each budget (`mpqsearch.search.refine`; 0: none), with
+    ``refine_samples`` seeds for the slopes and as many for choosing steps in each round. ``top``: maps a budget that are measured on the report
+    seeds. ``repeats``: draws of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was
+    measured, solve again and say whether it pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
     change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
     is tried first, and it is measured beside the winners.
     """
@@ -318,7 +320,9 @@ class SearchConfig:
     inputs: int = 32
     error: str = "features"
     finalists: int = 4
-    final_samples: int = 32
+    final_samples: int = 48
+    refine: int = 0
+    refine_samples: int = 16
     top: int = 2
     repeats: int = 3
     act_bits: int = 16
@@ -328,7 +332,17 @@ class SearchConfig:
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
 
     def __post_init__(self) -> None:
-        least = {"trials": 0, "top": 1, "repeats": 1, "samples": 2, "inputs": 0, "finalists": 1, "final_samples": 0}
+        least = {
+            "trials": 0,
+            "top": 1,
+            "repeats": 1,
+            "samples": 2,
+            "inputs": 0,
+            "finalists": 1,
+            "final_samples": 0,
+            "refine": 0,
+            "refine_samples": 8,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"search.{name} must be at least {low}, got {getattr(self, name)}")

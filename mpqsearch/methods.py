@@ -740,17 +740,18 @@ def program_of(
     *,
     by_layer: bool = False,
     pins: bool = False,
+    losses: Floats | None = None,
 ) -> Program:
     """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one map.
 
     ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``pins`` takes in the layers whose width the policy fixes, as
-    fixed items, where that width is among the searched ones; they do not change the optimum, and can be priced.
+    fixed items, where that width is among the searched ones; they do not change the optimum, and can be priced. ``losses`` as in `allocate`.
 
     Raises `ConfigError` for methods that solve no program, and as `allocate` does.
     """
     if method.allocator not in ("ilp-layer", "ilp-channel"):
         raise ConfigError(f"method {method.name!r} ({method.allocator}) solves no integer program; ilp-layer and ilp-channel do")
-    task = _task_of(method, budget, table, profile, policy, fmt, storage)
+    task = _task_of(method, budget, table, profile, policy, fmt, storage, losses=losses)
     return _layer_program(task, pins=pins) if by_layer or method.allocator == "ilp-layer" else _channel_program(task)
 
 

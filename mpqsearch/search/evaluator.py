@@ -17,13 +17,13 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, Sens
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
 from mpqsearch.models import Denoiser
-from mpqsearch.profile import calibrate_activations
+from mpqsearch.profile import calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
-from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
+from mpqsearch.quant.activations import ActivationSearch, ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import bias_shift, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
-from mpqsearch.search.ladder import Measured
+from mpqsearch.search.ladder import Measured, Slopes
 from mpqsearch.search.surrogate import Candidate
 
 REPORTED = ("fd_fp", "fd_data", "paired_psnr")
@@ -42,7 +42,8 @@ class ModelEvaluator:
     """An `Evaluator` of one model.
 
     ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
-    samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``.
+    samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
+    how the ranges of quantized inputs are searched.
     Rungs 1 and 2 assemble maps from rows that were quantized once for each
     width and format; the reported rungs quantize the model anew, as the evaluation of a run does.
     """
@@ -56,6 +57,7 @@ class ModelEvaluator:
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
     error: str = "pixels"
+    ranges: ActivationSearch = field(default_factory=ActivationSearch)
     _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
     _clones: dict[tuple[Any, Any, int], Any] = field(default_factory=dict, repr=False)
     _scales: dict[tuple[Any, Any, int], ActivationTable] = field(default_factory=dict, repr=False)
@@ -86,6 +88,7 @@ class ModelEvaluator:
         error = [self.error, self.extractor.label] if self.error == "features" and self.extractor is not None else self.error
         return digest_of(
             [self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report, error]
+            + ([] if self.ranges == ActivationSearch() else [str(self.ranges)])
         )
 
     @property
@@ -123,6 +126,40 @@ class ModelEvaluator:
         full = self.extractor(to_uint8(expected)).double()
         distance = (self.extractor(to_uint8(made)).double() - full).square().sum(1)
         return distance.clamp_min(FEATURE_FLOOR * float(full.square().sum(1).mean()))
+
+    def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
+        """Half the change of the squared error of final samples for every channel at every width of the profile, to first order."""
+        student = self._student(candidate)
+        widths = self.profile.widths
+        moves = {}
+        for layer in self.table:
+            now = torch.from_numpy(candidate.bit_map.channel_widths(layer.name, layer.n_channels).copy())
+            present = self._rows(layer.name, now, candidate.bit_map)
+            fmt = candidate.bit_map.format_of(layer.name)
+            moves[layer.name] = torch.stack([self._quantized(layer.name, b, fmt) for b in widths]) - present
+        means = self._means
+        if not candidate.bias_correction:
+            means = {n: torch.zeros_like(m) for n, m in means.items()}
+        found, error = [], 0.0
+        for start in range(0, len(seeds), batch):
+            part = tuple(seeds[start : start + batch])
+            probed = final_probes(
+                student,
+                self.table,
+                self.sampler,
+                part,
+                {"moves": moves},
+                means,
+                probes=1,
+                batch=batch,
+                reference=self._full(part),
+                along_residual=True,
+            )
+            found.append(probed.row_along["moves"].astype(np.float64))
+            error += float(np.square(probed.residual.astype(np.float64)).sum())
+        error /= len(seeds) * int(np.prod(self.denoiser.sample_shape))
+        # The trajectory, its recomputation, and one backward pass, which counts as two.
+        return Slopes(rows=np.stack(found), error=error, forwards=4 * len(seeds) * self.forwards_per_sample)
 
     def report(self, candidate: Candidate) -> Measured:
         """Rungs 3 and 4 on the report seeds, with intervals."""
@@ -199,6 +236,7 @@ class ModelEvaluator:
                 self.sampler,
                 seeds=self.input_seeds,
                 input_max=self._peaks,
+                search=self.ranges,
             )
         return self._scales[key]
 

@@ -7,6 +7,7 @@ rung what                                              samples
 1    error of the denoiser's output                    calibration inputs
 2    paired error of final samples, in chunks of seeds search seeds
      the same for the best few maps of each budget     final seeds
+     slopes and steps of the closing refinement        fresh seeds
 3    Fréchet distance to full precision                report seeds
 4    Fréchet distance to data                          report seeds
 ==== ================================================= =========================
@@ -56,6 +57,10 @@ class Evaluator(Protocol):
         """Error of the final sample of each seed against full precision."""
         ...
 
+    def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
+        """Slope of the squared error of final samples for every channel at every width, ``batch`` seeds at a time."""
+        ...
+
     def report(self, candidate: Candidate) -> Measured:
         """``error`` (the mean of `sample_errors`), ``fd_fp``, ``paired_psnr``, and ``fd_data`` where there are data statistics, with
         ``<name>_low`` and ``_high``, on the report seeds."""
@@ -67,6 +72,19 @@ class Measured:
     """``values`` by name or in order of the seeds, and what they cost: forward passes of the denoiser on one sample."""
 
     values: Mapping[str, float] | tuple[float, ...]
+    forwards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slopes:
+    """What to first order becomes of the squared error of final samples (mean over pixels) when one channel takes another width.
+
+    ``rows`` ``[P, C, W]``: half the change, for each of P batches of seeds, C channels and W widths of the profile; 0 for channels that are not
+    searched. ``error`` is the squared error itself, ``forwards`` what they cost, a backward pass counted as two forward passes.
+    """
+
+    rows: np.ndarray[Any, np.dtype[np.float64]]
+    error: float
     forwards: int
 
 
@@ -189,10 +207,23 @@ class Ladder:
         """Rung 2: mean over the search seeds."""
         return float(np.mean(self.errors(candidate)))
 
-    def final_error(self, candidate: Candidate) -> float:
-        """Rung 2: mean over the final seeds."""
-        found = self._measure(candidate, "samples", list(self.final), lambda: self.evaluator.sample_errors(candidate, self.final))
-        return float(np.mean(_row(found)))
+    def errors_on(self, candidate: Candidate, seeds: Sequence[int]) -> tuple[float, ...]:
+        """Rung 2 on any seeds."""
+        found = self._measure(candidate, "samples", list(seeds), lambda: self.evaluator.sample_errors(candidate, seeds))
+        return _row(found)
+
+    def final_errors(self, candidate: Candidate) -> tuple[float, ...]:
+        """Rung 2 on the final seeds."""
+        return self.errors_on(candidate, self.final)
+
+    def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
+        """Slopes at a map; they are large and used once, so they are not kept."""
+        found = self.evaluator.slopes(candidate, seeds, batch)
+        if not (np.isfinite(found.rows).all() and math.isfinite(found.error)):
+            raise NumericsError(f"the slopes at the map {candidate.digest[:10]} at {candidate.budget.label()} are not finite")
+        self.asked += found.forwards
+        self.spent += found.forwards
+        return found
 
     def report(self, candidate: Candidate) -> dict[str, float]:
         """Rungs 3 and 4."""

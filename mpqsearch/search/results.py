@@ -15,7 +15,8 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.pareto import hypervolume_2d
 from mpqsearch.search.arms import ARMS, control_candidates
 from mpqsearch.search.ladder import rung_correlations, spearman, spearman_interval
-from mpqsearch.search.objective import TARGET, Objective, finished_record
+from mpqsearch.search.objective import TARGET, Objective, Point, finished_record
+from mpqsearch.search.refine import Refinement, RefineSpec, refine
 from mpqsearch.search.surrogate import Candidate
 
 if TYPE_CHECKING:
@@ -101,19 +102,72 @@ def history(trials: Sequence[FrozenTrial], box: Box) -> list[dict[str, Any]]:
     return rows
 
 
-def finalists(objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, count: int) -> list[dict[str, Any]]:
-    """The best ``count`` maps of a budget on the search seeds, and the plain program's where it was measured, ordered by their error on the
-    *final* seeds (``final``), which nothing was chosen by before. Without final seeds: by the search seeds, as `winner_candidates`."""
-    found = winner_candidates(objective, points, budget, count)
-    if not objective.ladder.final:
-        return found
-    plain = objective.surrogate.candidate({}, budget).digest
-    if all(f["digest"] != plain for f in found):
-        own = [p for p in points if p["budget"] == budget.label() and p["digest"] == plain]
-        found += winner_candidates(objective, own, budget, 1)
-    return sorted(
-        ({**f, "final": objective.ladder.final_error(f["candidate"])} for f in found), key=lambda f: (f["final"], f["trial"])
-    )
+def finalists(
+    objective: Objective,
+    points: Sequence[Mapping[str, Any]],
+    budget: Budget,
+    count: int,
+    more: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """The best ``count`` maps of a budget on the search seeds, the plain program's, and ``more`` (points with a ``candidate``), best first.
+
+    The *final* seeds judge, which nothing was chosen by before: ``final`` is the mean error there, ``lead`` by how many standard errors of the
+    paired difference a map is better than the plain one. Those that lead by more than one come first, then the plain map, then the others:
+    without evidence the plain map is handed out. Without final seeds the order is that of the search seeds.
+    """
+    ladder = objective.ladder
+    found = [*winner_candidates(objective, points, budget, count), *(dict(p) for p in more)]
+    if not ladder.final:
+        return sorted(found, key=lambda f: float(f["paired"]))
+    plain = objective.surrogate.candidate({}, budget)
+    if all(f["digest"] != plain.digest for f in found):
+        own = [p for p in points if p["budget"] == budget.label() and p["digest"] == plain.digest]
+        point = Point.of(plain, paired=ladder.paired_error(plain)).to_data()
+        found += winner_candidates(objective, own, budget, 1) or [{**point, "trial": None, "params": {}, "candidate": plain}]
+    base = np.array(ladder.final_errors(plain))
+    for f in found:
+        errors = np.array(ladder.final_errors(f["candidate"]))
+        f |= {"final": float(errors.mean()), "lead": _lead(errors - base)}
+    rank = {True: 0, False: 2}
+    return sorted(found, key=lambda f: (1 if f["digest"] == plain.digest else rank[f["lead"] > 1], f["final"]))
+
+
+def _lead(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Minus the mean over its standard error; 0 where nothing differs, and bounded so that it is plain data."""
+    mean = float(differences.mean())
+    noise = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.inf
+    return 0.0 if mean == 0 else float(np.clip(-mean / max(noise, 1e-30), -1e6, 1e6))
+
+
+def refine_winners(
+    objective: Objective, study: Study, spec: RefineSpec, *, n_finalists: int, first_seed: int
+) -> dict[str, Refinement]:
+    """The best finalist of every budget refined (`mpqsearch.search.refine`), by the budget's label; nothing without rounds."""
+    if not spec.rounds:
+        return {}
+    points = measured_points(finished_trials(study))
+    return {
+        b.label(): refine(
+            objective.surrogate,
+            objective.ladder,
+            finalists(objective, points, b, n_finalists)[0]["candidate"],
+            spec,
+            first_seed=first_seed,
+        )
+        for b in objective.budgets
+    }
+
+
+def refined_points(
+    objective: Objective, points: Sequence[Mapping[str, Any]], refinement: Refinement | None
+) -> list[dict[str, Any]]:
+    """A refined map as a finalist, with the trial and the parameters of the map that it started from; none where nothing was better."""
+    if refinement is None or not refinement.moved:
+        return []
+    begun: Mapping[str, Any] = next((p for p in points if p["digest"] == refinement.start.digest), {"trial": None, "params": {}})
+    candidate = refinement.candidate
+    point = Point.of(candidate, paired=objective.ladder.paired_error(candidate)).to_data()
+    return [{**point, "trial": begun["trial"], "params": begun["params"], "candidate": candidate, "refined": True}]
 
 
 def winner_candidates(objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, top: int) -> list[dict[str, Any]]:
@@ -149,13 +203,14 @@ def summarize(
     n_finalists: int = 4,
     reported_arms: Sequence[str] = ("uniform", "plain"),
     start: BitMap | None = None,
+    refined: Mapping[str, Refinement] | None = None,
 ) -> dict[str, Any]:
     """All results of a study as plain data, measuring what is still missing: arms, and winners on report seeds when there are any.
 
-    ``n_finalists`` maps a budget, the best on the search seeds, and the plain program's run again on the final seeds, and the best there is
-    handed out; ``top`` of them are measured on the report seeds, which only say what the map is worth (the winner's curse), and whether it
-    is worse than the uniform or the plain map there. ``start``: the map that the search started from, as one more row at every budget that
-    it fits.
+    ``n_finalists`` maps a budget, the best on the search seeds, the plain program's and the ``refined`` one (by the budget's label) run again on
+    the final seeds, and what is better than the plain one beyond doubt is handed out (`finalists`); ``top`` of them are measured on the report
+    seeds, which only say what the map is worth (the winner's curse), and whether it is worse than the uniform or the plain map there.
+    ``start``: the map that the search started from, as one more row at every budget that it fits.
     """
     trials = finished_trials(study)
     points = measured_points(trials)
@@ -176,14 +231,21 @@ def summarize(
             if _fits(objective, own, budget):
                 report = objective.ladder.report(own) if reports else {}
                 rows.append(_row("start", own, [objective.ladder.paired_error(own)], report))
-        found = finalists(objective, points, budget, n_finalists if objective.ladder.final else top)
+        refinement = (refined or {}).get(budget.label())
+        more = refined_points(objective, points, refinement)
+        found = finalists(objective, points, budget, n_finalists if objective.ladder.final else top, more)
         for place, point in enumerate(found[:top]):
             report = objective.ladder.report(point["candidate"]) if reports else {}
             rows.append(
                 _row("search" if place == 0 else f"search, place {place + 1}", point["candidate"], [point["paired"]], report)
-                | {"trial": point["trial"], "params": point["params"], "final": point.get("final")}
+                | {k: point.get(k) for k in ("trial", "params", "final", "lead")}
+                | {"refined": bool(point.get("refined"))}
             )
-        budgets.append({"budget": budget.label(), "rows": rows, **_verdict(rows)})
+        entry = {"budget": budget.label(), "rows": rows, **_verdict(rows)}
+        if refinement is not None:
+            entry["refinement"] = {"forwards": refinement.forwards, "rounds": list(refinement.rounds)}
+        budgets.append(entry)
+        points += [{k: v for k, v in p.items() if k != "candidate"} for p in more]
     searched = [(p["average_bits"], p["paired"]) for p in points]
     predicted = [(p["predicted"], p["paired"], p["budget"]) for p in points]
     return {
@@ -270,7 +332,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     winner = by.get("search")
     if winner is None:
         return {"winner": None, "worse_than_uniform": False, "worse_than_plain": False}
-    verdict: dict[str, Any] = {"winner": winner["digest"], "trial": winner["trial"], "params": winner["params"]}
+    verdict: dict[str, Any] = {"winner": winner["digest"], **{k: winner[k] for k in ("trial", "params", "refined")}}
     worse = {}
     for arm in ("uniform", "plain"):
         verdict[f"ratio_to_{arm}"] = winner["paired"] / max(by[arm]["paired"], 1e-30)

@@ -163,8 +163,16 @@ def _catalogue() -> dict[str, Parameter]:
             name="prescale",
             kind="choice",
             default=BASE,
-            choices=(BASE, 0.0, 0.5),
-            meaning="Strength of pre-scaling: 0 none, 0.5 as in MPQ-DM and SmoothQuant (factors are stored and counted).",
+            choices=(BASE, 0.0, 0.5, "layers"),
+            meaning="Strength of pre-scaling: 0 none, 0.5 as in MPQ-DM and SmoothQuant (factors are stored and counted); 'layers': the "
+            "one that suits each layer whose input is quantized (mpqsearch.profile.choose_strengths), 0.5 in the others.",
+        ),
+        Parameter(
+            name="act_timesteps",
+            kind="choice",
+            default=BASE,
+            choices=(BASE, "on", "off"),
+            meaning="Whether quantized inputs have a scale for each timestep; the budget pays for them.",
         ),
         Parameter(
             name="bias_correction",

@@ -32,6 +32,9 @@ Floats = NDArray[np.float64]
 Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
 """Gains measured again with a map in place: see `mpqsearch.profile.remeasure`."""
 
+Strengths = Callable[[BitMap], BitMap]
+"""A map with the strength of pre-scaling that suits each layer: see `mpqsearch.profile.choose_strengths`."""
+
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -60,7 +63,7 @@ class Surrogate:
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
     terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
-    ``operating_loss`` names the loss that they are in. ``act_bits`` is the activation width of all
+    ``operating_loss`` names the loss that they are in. ``strengths`` chooses those of pre-scaling. ``act_bits`` is the activation width of all
     searched layers (16: that of the method); the other layers' are the policy's.
     """
 
@@ -72,9 +75,11 @@ class Surrogate:
     correction: Floats | None = None
     interactions: PairwiseTerms | None = None
     remeasure: Remeasure | None = None
+    strengths: Strengths | None = None
     act_bits: int = FULL_PRECISION
     operating_loss: str = "operating"
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
+    _strengths: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.method.allocator not in ("ilp-layer", "ilp-channel"):
@@ -89,7 +94,7 @@ class Surrogate:
         if value_of(theta, "granularity") != BASE:
             changes["allocator"] = f"ilp-{value_of(theta, 'granularity')}"
         if value_of(theta, "prescale") != BASE:
-            changes["prescale"] = float(value_of(theta, "prescale")) > 0
+            changes["prescale"] = value_of(theta, "prescale") != 0
         if value_of(theta, "codebook") != BASE:
             changes["codebook"] = value_of(theta, "codebook")
         codebook = changes.get("codebook", self.method.codebook)
@@ -97,6 +102,8 @@ class Surrogate:
             changes["codebook"] = "affine"
         if value_of(theta, "bias_correction") != BASE:
             changes["bias_correction"] = value_of(theta, "bias_correction") == "on"
+        if value_of(theta, "act_timesteps") != BASE:
+            changes["act_timesteps"] = value_of(theta, "act_timesteps") == "on"
         quantized = [b for b in self._role_widths(theta).values() if b != FULL_PRECISION]
         if quantized and max(quantized) != self.method.act_bits:
             changes["act_bits"] = max(quantized)  # the budget pays for the scales of the widest
@@ -186,7 +193,19 @@ class Surrogate:
                 raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
             there = self._at(made.bit_map)
             made = self._solve(theta, budget, replace(method, loss=self.operating_loss), policy, fmt, there)
-        return self.finished(made, theta)
+        return self.finished(replace(made, budget=budget), theta)
+
+    def room(self, method: MethodSpec, budget: Budget) -> Budget:
+        """The budget, in bytes where scales by timestep would raise a limit that is that of uniform maps: every point has the plain one's size."""
+        if budget.quantity != "uniform_bits" or method.act_timesteps == self.method.act_timesteps:
+            return budget
+        return Budget(quantity="bytes", limit=self.limit_bits(budget) // 8)
+
+    def limit_bits(self, budget: Budget) -> int:
+        """Bits that a map of the whole model may take at a budget of size, with the method's own activations."""
+        steps = int(self.profile.calibration.get("sampler", {}).get("steps", 1)) if self.method.act_timesteps else 1
+        quantized = [b for b in self._role_widths({}).values() if b != FULL_PRECISION]
+        return budget.limit_bits(self.table, self.policy, act_bits=max(quantized, default=FULL_PRECISION), activation_steps=steps)
 
     def _role_widths(self, theta: Theta) -> dict[str, int]:
         """Activation width of each role of the model's searched layers."""
@@ -203,6 +222,8 @@ class Surrogate:
             searched = {la.name: widths[la.role] for la in self.table if self.policy.fixed_width(la) is None}
             every = {**bit_map.activations, **searched}
             bit_map = replace(bit_map, activations={n: b for n, b in every.items() if b != FULL_PRECISION})
+        if value_of(theta or {}, "prescale") == "layers" and bit_map.activations:
+            bit_map = self._with_strengths(bit_map, made.budget)
         return Candidate(
             bit_map=bit_map,
             budget=made.budget,
@@ -213,6 +234,17 @@ class Surrogate:
             status="none" if result is None else result.status,
             gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
         )
+
+    def _with_strengths(self, bit_map: BitMap, budget: Budget) -> BitMap:
+        """Strengths by layer, chosen once a budget: they depend on the widths of the weights far less than on the inputs."""
+        if self.strengths is None:
+            raise ConfigError(
+                "search.space.prescale = 'layers' needs the model at hand to choose strengths; this surrogate has none"
+            )
+        key = (budget.label(), bit_map.format, tuple(sorted(bit_map.activations.items())), bit_map.activation_steps)
+        if key not in self._strengths:
+            self._strengths[key] = self.strengths(bit_map).formats
+        return replace(bit_map, formats={**bit_map.formats, **self._strengths[key]})
 
     def measured_map(self, bit_map: BitMap, budget: Budget, *, bias_correction: bool, status: str = "none") -> Candidate:
         """A map from elsewhere as something to measure."""
@@ -231,7 +263,14 @@ class Surrogate:
     ) -> Allocation:
         losses = self.losses_of(theta, method, profile)
         return allocate(
-            method, budget, self.table, self.profile, policy, fmt, losses=losses, pairs=self._pairs(theta, method, policy, losses)
+            method,
+            self.room(method, budget),
+            self.table,
+            self.profile,
+            policy,
+            fmt,
+            losses=losses,
+            pairs=self._pairs(theta, method, policy, losses),
         )
 
     def _pairs(self, theta: Theta, method: MethodSpec, policy: Policy, losses: Floats) -> PairwiseTerms | None:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from optuna import Study
 
     from mpqsearch.search.objective import Objective
+    from mpqsearch.search.refine import Refinement, RefineSpec
     from mpqsearch.search.study import Plan
-    from mpqsearch.search.surrogate import Remeasure
+    from mpqsearch.search.surrogate import Remeasure, Strengths
 
 MAPS = "maps"
 
 INPUT_SEEDS = 4
-"""Trajectories from which the inputs of the cheap rung come; their seeds follow the search seeds, and the final seeds theirs."""
+"""Trajectories from which the inputs of the cheap rung come; their seeds follow the search seeds, the final seeds theirs, and the seeds of the
+refinement those."""
 
 
 def search(
@@ -139,6 +142,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         method=searched_method(run),
         act_bits=c.act_bits,
         remeasure=_remeasure(run, table),
+        strengths=_strengths(run, table, measured),
     )
     reference, extractor = _reference(run, table)
     after = c.first_seed + c.samples
@@ -152,6 +156,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         reference=reference,
         extractor=extractor,
         error=c.error,
+        ranges=_ranges(run),
     )
     ladder = Ladder(
         evaluator=evaluator,
@@ -276,6 +281,47 @@ def _remeasure(run: Run, table: LayerTable) -> Remeasure:
     return measured
 
 
+def _strengths(run: Run, table: LayerTable, measured: SensitivityProfile) -> Strengths:
+    """Strengths of pre-scaling by layer, on trajectories of the calibration seeds."""
+    import numpy as np
+    import torch
+
+    from mpqsearch.profile import choose_strengths
+
+    first = run.config.calibration.first_seed
+
+    def chosen(bit_map: BitMap) -> BitMap:
+        return choose_strengths(
+            run.denoiser,
+            table,
+            bit_map,
+            sampler_of(run),
+            input_max={n: torch.from_numpy(np.array(m)) for n, m in measured.input_max.items()},
+            seeds=range(first, first + INPUT_SEEDS),
+            search=_ranges(run),
+        )
+
+    return chosen
+
+
+def _ranges(run: Run) -> Any:
+    from mpqsearch.quant import ActivationSearch
+
+    a = run.config.activations
+    return ActivationSearch(p=a.p, n_candidates=a.n_candidates, zero_points=a.zero_points)
+
+
+def refinement_of(run: Run) -> tuple[RefineSpec, int]:
+    """How the winners are refined, and the first of the seeds for it."""
+    from mpqsearch.search.refine import RefineSpec
+
+    c = run.config.search
+    spec = RefineSpec(
+        rounds=c.refine, slope_samples=c.refine_samples, samples=c.refine_samples, batch=min(4, c.refine_samples // 4)
+    )
+    return spec, c.first_seed + c.samples + INPUT_SEEDS + c.final_samples
+
+
 def _reference(run: Run, table: LayerTable) -> tuple[Any, Any]:
     from mpqsearch.metrics import load_extractor
     from mpqsearch.stages.evaluating import reference
@@ -366,19 +412,21 @@ def _spread(run: Run, study: Study, plan: Plan, storage: str | None, workers: in
 
 def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]) -> dict[str, Any]:
     from mpqsearch.report.search import search_tables, write_search_figures
-    from mpqsearch.search.results import summarize, trials_as_lines
+    from mpqsearch.search.results import refine_winners, summarize, trials_as_lines
 
     c = run.config.search
     start = start_map(run, objective.surrogate.table)
-    data = summarize(objective, study, top=c.top, repeats=c.repeats, n_finalists=c.finalists, start=start)
+    spec, first = refinement_of(run)
+    refined = refine_winners(objective, study, spec, n_finalists=c.finalists, first_seed=first)
+    data = summarize(objective, study, top=c.top, repeats=c.repeats, n_finalists=c.finalists, start=start, refined=refined)
     from mpqsearch.export import neutral_extra
 
     for entry in data["budgets"]:
         if entry["winner"] is None:
             continue
         budget = Budget.parse(entry["budget"])
-        bit_map = _winner_map(objective, entry, budget)
-        provenance = {"method": "search", "budget": entry["budget"], "trial": entry["trial"]}
+        bit_map = _winner_map(objective, entry, budget, refined)
+        provenance = {"method": "search", "budget": entry["budget"], "trial": entry["trial"], "refined": entry["refined"]}
         artifacts.save_bit_map(
             run.path("search", MAPS, f"{_slug(budget)}.json"),
             bit_map,
@@ -430,7 +478,11 @@ def _refit(run: Run, objective: Objective, study: Study) -> dict[str, Any]:
     return data
 
 
-def _winner_map(objective: Objective, entry: dict[str, Any], budget: Budget) -> BitMap:
+def _winner_map(objective: Objective, entry: dict[str, Any], budget: Budget, refined: Mapping[str, Refinement]) -> BitMap:
+    if entry["refined"]:
+        return refined[entry["budget"]].candidate.bit_map
+    if entry["trial"] is None:  # the plain program's map, which no trial had measured
+        return objective.surrogate.candidate({}, budget).bit_map
     from mpqsearch.search.objective import TARGET
 
     params = dict(entry["params"])

@@ -14,7 +14,7 @@ from mpqsearch.artifacts import digest_of
 from mpqsearch.core import LayerTable, SensitivityProfile
 
 if TYPE_CHECKING:
-    from mpqsearch.search.ladder import Measured
+    from mpqsearch.search.ladder import Measured, Slopes
     from mpqsearch.search.surrogate import Candidate
 
 
@@ -69,6 +69,23 @@ class SyntheticEvaluator:
         """Rung 2."""
         values = tuple(self.truth(candidate) * float(np.random.default_rng([s, 5]).lognormal(sigma=0.3)) for s in seeds)
         return self._measured(f"samples {list(seeds)}", candidate, values, 10 * len(seeds))
+
+    def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
+        """Half the derivative of the truth for every channel at every width, with noise of a tenth."""
+        from mpqsearch.search.ladder import Slopes
+
+        error = self.profile.arrays[f"output_error/{self.variant}"].astype(np.float64)
+        column = {b: j for j, b in enumerate(self.profile.widths)}
+        truth = self.truth(candidate)
+        names = self.profile.names
+        now = np.concatenate([candidate.bit_map.channel_widths(n, self.table[n].n_channels) for n in names])
+        present = error[np.arange(len(error)), [column[int(b)] for b in now]]
+        weight = np.repeat(self.bias, self.profile.channels) * self.profile.arrays["gain"].astype(np.float64)
+        half = 0.6 * truth ** (1 - 1 / 1.2) * weight[:, None] * (error - present[:, None])
+        rng = np.random.default_rng([*seeds, 6])
+        batches = -(-len(seeds) // batch)
+        rows = half * (1 + 0.1 * rng.standard_normal((batches, *half.shape)))
+        return Slopes(rows=rows, error=truth, forwards=40 * len(seeds))
 
     def report(self, candidate: Candidate) -> Measured:
         """Rungs 3 and 4."""

@@ -11,7 +11,8 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.metrics import Reference, load_extractor
 from mpqsearch.models import discover
 from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
-from mpqsearch.quant import quantize_model
+from mpqsearch.quant import quantize_model, weight_of
+from mpqsearch.quant.apply import bias_shift
 from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 from mpqsearch.search.evaluator import ModelEvaluator
 from mpqsearch.search.surrogate import Surrogate
@@ -106,3 +107,37 @@ def test_rungs_agree_on_what_is_better_and_full_precision_is_perfect(parts: tupl
     assert e.sample_errors(full, [3, 4]).values == (0.0, 0.0)
     assert e.output_error(full).values == (0.0,)
     assert e.output_error(fine).forwards == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("theta", "act_bits"), [({}, 16), ({"bias_correction": "off", "prescale": 0.5}, 16), ({"prescale": 0.5}, 6)]
+)
+def test_slopes_are_those_of_small_steps(parts: tuple[ModelEvaluator, Surrogate], theta: dict[str, object], act_bits: int) -> None:
+    """Against finite differences: a hundredth of the way to the weights of another width, for one layer."""
+    e, s = parts
+    candidate = replace(s, act_bits=act_bits).candidate(theta, Budget.parse("uniform:4"))
+    seeds = (3, 4)
+    found = e.slopes(candidate, seeds, 1)
+    assert found.rows.shape == (2, sum(e.profile.channels), len(e.profile.widths))
+    assert found.forwards == 4 * 2 * 3 * 2
+    assert found.error == pytest.approx(float(np.mean(e.sample_errors(candidate, seeds).values)), rel=1e-4)
+    if act_bits < 16:
+        return  # roundings of inputs have no finite differences; their gradients pass straight through
+    name = next(la.name for la in e.table if s.policy.fixed_width(la) is None and la.n_channels > 1)
+    layer, column = e.table[name], e.profile.widths.index(3)
+    student = e._student(candidate)
+    widths = torch.from_numpy(candidate.bit_map.channel_widths(name, layer.n_channels).copy())
+    before, after = e._rows(name, widths, candidate.bit_map), e._quantized(name, 3, candidate.bit_map.format)
+    module = dict(student.module.named_modules())[name]
+    step = 0.01
+    with torch.no_grad():
+        rows = weight_of(step * (after - before), layer).to(module.weight.dtype)
+        module.weight.add_(rows)
+        if candidate.bias_correction and module.bias is not None:
+            module.bias.sub_(bias_shift(step * (after - before), e._means[name]).to(module.bias.dtype))
+    full = sample(e.denoiser, seeds, SAMPLER).double()
+    moved = float((sample(student, seeds, SAMPLER).double() - full).square().mean())
+    expected = (moved - found.error) / step
+    assert 2 * float(found.rows.mean(0)[e.profile.rows(name), column].sum()) == pytest.approx(
+        expected, rel=0.1, abs=1e-4 * found.error
+    )

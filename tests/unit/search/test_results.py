@@ -16,7 +16,17 @@ from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.report.search import arms_table, search_drawings, search_tables, write_search_figures
 from mpqsearch.search.objective import Objective
-from mpqsearch.search.results import Box, finalists, finished_trials, measured_points, summarize, trials_as_lines, winner_candidates
+from mpqsearch.search.refine import RefineSpec
+from mpqsearch.search.results import (
+    Box,
+    finalists,
+    finished_trials,
+    measured_points,
+    refine_winners,
+    summarize,
+    trials_as_lines,
+    winner_candidates,
+)
 from mpqsearch.search.study import Plan, objective_of, open_study, work
 
 
@@ -151,10 +161,39 @@ def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
 
     plain = o.surrogate.candidate({}, budget).digest
     monkeypatch.setattr(o.ladder, "final", (900, 901))
-    monkeypatch.setattr(o.ladder, "final_error", lambda c: 1.0 if c.digest == plain else 2.0)
+    errors = {plain: (1.0, 3.0), **{d: (0.9, 3.2) for d in best if d != plain}}
+    monkeypatch.setattr(o.ladder, "final_errors", lambda c: errors[c.digest])
     chosen = finalists(o, points, budget, 2)
     assert chosen[0]["digest"] == plain  # it runs whatever its place on the search seeds
     assert set(best) <= {f["digest"] for f in chosen}
+    better = next(d for d in best if d != plain)
+    errors[better] = (0.5, 2.9)  # better by 0.3 +- 0.2: more than a standard error
+    assert finalists(o, points, budget, 2)[0]["digest"] == better
+    errors[better] = (0.2, 3.5)  # better in the mean by 0.15 +- 0.65: no evidence
+    chosen = finalists(o, points, budget, 2)
+    assert chosen[0]["digest"] == plain
+    assert chosen[0]["lead"] == 0.0
+    assert next(f for f in chosen if f["digest"] == better)["lead"] == pytest.approx(0.15 / 0.65)
+    unmeasured = [p for p in points if p["digest"] != plain]  # the plain program's map takes part though no trial found it
+    assert plain in {f["digest"] for f in finalists(o, unmeasured, budget, 2)}
+
+
+def test_refined_winners_stand_in_the_summary(finished: tuple[Objective, optuna.Study]) -> None:
+    o, study = finished
+    o = dataclasses.replace(o, ladder=dataclasses.replace(o.ladder, final=(900, 901, 902, 903)))
+    spec = RefineSpec(rounds=3, slope_samples=8, samples=8, batch=2)
+    refined = refine_winners(o, study, spec, n_finalists=2, first_seed=1000)
+    assert set(refined) == {b.label() for b in o.budgets}
+    assert any(r.moved for r in refined.values())
+    data = summarize(o, study, repeats=1, n_finalists=2, refined=refined)
+    json.dumps(data, allow_nan=False)
+    for entry in data["budgets"]:
+        found = refined[entry["budget"]]
+        row = next(r for r in entry["rows"] if r["arm"] == "search")
+        assert entry["refinement"]["forwards"] == found.forwards
+        assert row["refined"] == entry["refined"] == (row["digest"] == found.candidate.digest and found.moved)
+        assert row["lead"] > 1 or row["digest"] == o.surrogate.candidate({}, Budget.parse(entry["budget"])).digest
+    assert refine_winners(o, study, RefineSpec(rounds=0), n_finalists=2, first_seed=1000) == {}
 
 
 def test_final_seeds_are_not_search_seeds(finished: tuple[Objective, optuna.Study]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpqsearch.allocate import PairwiseTerms
-from mpqsearch.core import Budget, SensitivityProfile, size_bits
+from mpqsearch.core import BitMap, Budget, SensitivityProfile, size_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import allocate, channel_losses
 from mpqsearch.search.space import CATALOGUE, parse_space
@@ -183,3 +183,34 @@ def test_activation_widths_by_role_are_paid_for(make_surrogate: Callable[..., Su
     for found in (four, mixed):
         limit = budget.limit_bits(s.table, s.policy, act_bits=max(found.activations[n] for n in searched))
         assert size_bits(s.table, found) <= limit
+
+
+def test_scales_by_timestep_and_strengths_cost_no_more_than_the_plain_map(make_surrogate: Callable[..., Surrogate]) -> None:
+    s = make_surrogate("ilp-channel", act_bits=4)
+    asked: list[str] = []
+
+    def strengths(bit_map: BitMap) -> BitMap:
+        asked.append(bit_map.digest)
+        return replace(bit_map, formats={n: replace(bit_map.format, strength=0.25) for n in bit_map.activations})
+
+    profile = replace(s.profile, calibration={**s.profile.calibration, "sampler": {"steps": 10}})
+    s = replace(s, profile=profile, strengths=strengths)
+    budget = Budget.parse("uniform:3")
+    plain = s.candidate({}, budget)
+    found = s.candidate({"act_timesteps": "on"}, budget)
+    assert found.bit_map.activation_steps == 10
+    assert plain.bit_map.activation_steps == 1
+    assert found.budget == plain.budget == budget
+    limit = s.limit_bits(budget)
+    assert size_bits(s.table, plain.bit_map) <= limit
+    assert limit - 400 < size_bits(s.table, found.bit_map) <= limit  # the scales are paid for by fewer bits elsewhere
+
+    assert not asked
+    scaled = s.candidate({"prescale": "layers"}, budget)
+    assert len(asked) == 1
+    assert scaled.bit_map.format.prescale
+    assert {f.strength for f in scaled.bit_map.formats.values()} == {0.25}
+    s.candidate({"prescale": "layers", "depth": 1.0}, budget)
+    assert len(asked) == 1  # once a budget
+    with pytest.raises(ConfigError, match="strengths"):
+        replace(s, strengths=None).candidate({"prescale": "layers"}, budget)
