@@ -286,6 +286,11 @@ DEFAULT_SPACE: Mapping[str, Any] = {
 """The space of a search that declares none."""
 
 
+INPUT_SEEDS = 4
+"""Trajectories from which the inputs of the search's cheap rung come; their seeds follow the search seeds, the final seeds theirs, and the seeds
+of the refinement those."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """The outer search around one method; ``trials`` 0: none.
@@ -330,6 +335,11 @@ class SearchConfig:
     study: str = ""
     start_from: str = ""
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
+
+    @property
+    def seeds(self) -> int:
+        """All seeds from ``first_seed`` that something is chosen on: search seeds, those of the cheap rung, final and refinement seeds."""
+        return self.samples + INPUT_SEEDS + self.final_samples + 2 * self.refine * self.refine_samples
 
     def __post_init__(self) -> None:
         least = {
@@ -423,9 +433,9 @@ class Config:
         if searched and not self.search.trials:
             raise ConfigError(f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one")
         c, e = self.search, self.evaluate
-        if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.samples:
+        if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.seeds:
             raise ConfigError(
-                f"the search seeds {c.first_seed}..{c.first_seed + c.samples - 1} and the report seeds {e.first_seed}.."
+                f"the seeds of the search {c.first_seed}..{c.first_seed + c.seeds - 1} and the report seeds {e.first_seed}.."
                 f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move search.first_seed."
             )
 

@@ -42,6 +42,8 @@ class RefineSpec:
     shares
         Lengths of the steps, as the share of the present error that the slope promises to take away. Interactions that the curvature of single
         channels does not hold make the right one smaller than 1.
+    decay
+        Factor by which the steps of every further round are shorter: the first ones take away what all samples agree on.
     changed
         Share of the channels that a step may change at most.
     """
@@ -50,7 +52,8 @@ class RefineSpec:
     slope_samples: int = 16
     samples: int = 16
     batch: int = 4
-    shares: tuple[float, ...] = (0.15, 0.3, 0.6)
+    shares: tuple[float, ...] = (0.2, 0.5)
+    decay: float = 0.5
     changed: float = 0.2
 
     def __post_init__(self) -> None:
@@ -59,8 +62,10 @@ class RefineSpec:
                 "a refinement needs rounds >= 0, batch >= 1, slope_samples of at least two batches (their spread says what is noise) and samples >= "
                 f"2, got {self.rounds}, {self.batch}, {self.slope_samples} and {self.samples}"
             )
-        if not self.shares or not all(0 < s <= 2 for s in self.shares) or not 0 < self.changed <= 1:
-            raise ConfigError(f"a refinement needs shares in (0, 2] and changed in (0, 1], got {self.shares} and {self.changed}")
+        if not self.shares or not all(0 < s <= 2 for s in self.shares) or not (0 < self.changed <= 1 and 0 < self.decay <= 1):
+            raise ConfigError(
+                f"a refinement needs shares in (0, 2], changed and decay in (0, 1], got {self.shares}, {self.changed} and {self.decay}"
+            )
 
     @property
     def seeds(self) -> int:
@@ -103,7 +108,7 @@ def refine(surrogate: Surrogate, ladder: Ladder, start: Candidate, spec: RefineS
         part = seeds[number * (spec.slope_samples + spec.samples) :]
         own, judged = tuple(part[: spec.slope_samples]), tuple(part[spec.slope_samples : spec.slope_samples + spec.samples])
         gathered.append(ladder.slopes(now, own, spec.batch))
-        proposed = steps(surrogate, now, gathered, spec)
+        proposed = steps(surrogate, now, gathered, replace(spec, shares=tuple(s * spec.decay**number for s in spec.shares)))
         before = np.array(ladder.errors_on(now, judged))
         best = now
         row: dict[str, Any] = {"round": number, "error": float(before.mean()), "tried": [], "accepted": False}
@@ -129,8 +134,8 @@ def steps(
     """Candidates ``(share, map, share of channels changed)`` from the slopes at a map, one for each length of step; equal maps once.
 
     Each is the solution of the integer program for ``2 slope + damping * curvature``, with the damping at which the slope promises that
-    share of the present error. Slopes are first shrunk, layer by layer, by the share of noise in them; the curvature of a change
-    is taken as that of two independent errors, the present one and the new one, under the method's own losses.
+    share of the present error. Slopes are first shrunk by the noise in them, or a step would go where noise is largest; the curvature of a
+    change is taken as that of two independent errors, the present one and the new one, under the method's own losses.
     """
     table, profile = surrogate.table, surrogate.profile
     method = _method_of(surrogate, now)
@@ -187,12 +192,17 @@ def _present(program: Program, now: Candidate) -> NDArray[np.int32]:
 
 
 def _shrunk(profile: Any, batches: Floats) -> Floats:
-    """Mean slope ``[C, W]`` over batches ``[P, C, W]``, the rows of each layer times the share of their mean square that is no noise."""
+    """Mean slope ``[C, W]`` over batches ``[P, C, W]``, each entry times ``m**2 / (m**2 + s**2)`` of its mean and standard error.
+
+    Few batches tell little of one entry's noise, so its square is averaged with that of its layer, in proportion to the layer's mean squares.
+    """
     mean = batches.mean(0)
-    noise = batches.var(0, ddof=1) / len(batches)
-    power, chance = profile.layer_sum(np.square(mean)).sum(1), profile.layer_sum(noise).sum(1)
-    kept = np.clip(1 - np.divide(chance, power, out=np.ones_like(power), where=power > 0), 0.0, 1.0)
-    shrunk: Floats = mean * np.repeat(kept, profile.channels)[:, None]
+    power, noise = np.square(mean), batches.var(0, ddof=1) / len(batches)
+    above, below = (profile.layer_sum(a).sum(1) for a in (noise, power))
+    of_layer = np.divide(above, below, out=np.ones_like(below), where=below > 0)
+    row_power = power.mean(1, keepdims=True)
+    pooled = (noise + np.repeat(of_layer, profile.channels)[:, None] * row_power) / 2
+    shrunk: Floats = mean * np.divide(power, power + pooled, out=np.zeros_like(power), where=power > 0)
     return shrunk
 
 

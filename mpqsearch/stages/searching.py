@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
+from mpqsearch.config import INPUT_SEEDS
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from mpqsearch.search.surrogate import Remeasure, Strengths
 
 MAPS = "maps"
-
-INPUT_SEEDS = 4
-"""Trajectories from which the inputs of the cheap rung come; their seeds follow the search seeds, the final seeds theirs, and the seeds of the
-refinement those."""
 
 
 def search(

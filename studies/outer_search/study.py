@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from mpqsearch.artifacts import write_text
-from mpqsearch.config import config_from
+from mpqsearch.config import INPUT_SEEDS, config_from
 from mpqsearch.pareto import hypervolume_2d
 from mpqsearch.search.objective import Point
 from mpqsearch.search.refine import RefineSpec, refine
@@ -31,7 +31,7 @@ from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, counts, open_study, work
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.stages import Run, layers, profile
-from mpqsearch.stages.searching import INPUT_SEEDS, study_of
+from mpqsearch.stages.searching import study_of
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -66,7 +66,7 @@ SEEDS = (0, 1, 2)
 FINALISTS, FINAL_SAMPLES = 2, 48
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
 
-REFINE = RefineSpec(rounds=2, slope_samples=16, samples=16, shares=(0.2, 0.5))
+REFINE = RefineSpec(rounds=2, slope_samples=16, samples=16, shares=(0.2, 0.5), decay=0.5)
 
 SPACES: dict[str, dict[str, Any]] = {
     "fmnist-unet": {

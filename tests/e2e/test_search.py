@@ -17,6 +17,8 @@ chunk = 2
 inputs = 4
 top = 1
 repeats = 1
+refine = 1
+refine_samples = 8
 [search.space]
 exponent = [0.5, 2.0]
 low_bits = [-1.0, 1.0]
@@ -59,6 +61,9 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
         assert arms == ["uniform", "random", "shuffled", "kurtosis", "plain", "search"]
         assert all(r["size_bytes"] <= entry["rows"][0]["size_bytes"] + 1 for r in entry["rows"])
         assert entry["rows"][-1]["final"] > 0  # chosen among the best few on seeds of its own
+        assert entry["rows"][-1]["lead"] > 1 or entry["rows"][-1]["paired"] == entry["rows"][-2]["paired"]  # or the plain map
+        assert len(entry["refinement"]["rounds"]) == 1
+        assert entry["refinement"]["rounds"][0]["tried"]
     page = (folder / "report.html").read_text()
     assert 'id="search"' in page
     assert "Progress against evaluation cost" in page
@@ -108,6 +113,9 @@ def test_a_search_is_planned_and_checked_without_running(cli: Cli, study: Path, 
     overlap = cli("search", "-c", str(study), "--run-dir", str(tmp_path / "r"), "--set", "search.first_seed=4")
     assert overlap.returncode == 2
     assert "overlap" in overlap.stderr
+    late = cli("search", "-c", str(study), "--run-dir", str(tmp_path / "r"), "--set", "evaluate.first_seed=2000060")
+    assert late.returncode == 2  # among the seeds of the refinement
+    assert "2000000..2000071" in late.stderr
     unknown = cli("search", "-c", str(study), "--run-dir", str(tmp_path / "r"), "--set", "search.space.exponet=[1,2]")
     assert unknown.returncode == 2
     assert "did you mean 'exponent'" in unknown.stderr

@@ -8,6 +8,7 @@ import pytest
 
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
+from mpqsearch.search import refine as refine_module
 from mpqsearch.search.ladder import Ladder, Slopes
 from mpqsearch.search.refine import RefineSpec, refine, steps
 from mpqsearch.search.surrogate import Surrogate
@@ -73,6 +74,17 @@ def test_longer_steps_change_more_and_promise_no_more_than_asked(make_surrogate:
         widths = np.concatenate([candidate.bit_map.channel_widths(n, s.table[n].n_channels) for n in s.profile.names])
         promised = -2 * mean[np.arange(len(mean)), [column[int(b)] for b in widths]].sum()
         assert 0 < promised <= 1.1 * share * slopes.error  # shrinking takes a few percent off the measured slopes
+
+
+def test_noise_is_shrunk_and_signal_is_not(make_surrogate: Callable[..., Surrogate]) -> None:
+    s, _, _ = parts(make_surrogate)
+    rng = np.random.default_rng(1)
+    shape = (sum(s.profile.channels), len(s.profile.widths))
+    signal = rng.standard_normal(shape)
+    clear = refine_module._shrunk(s.profile, signal + 0.01 * rng.standard_normal((4, *shape)))
+    np.testing.assert_allclose(clear, signal, atol=0.05)
+    noise = rng.standard_normal((4, *shape))
+    assert np.square(refine_module._shrunk(s.profile, noise)).mean() < 0.6 * np.square(noise.mean(0)).mean()
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
