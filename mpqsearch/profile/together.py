@@ -19,7 +19,6 @@ from mpqsearch.profile.activations import run_sampler
 from mpqsearch.profile.inputs import columns_of
 from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of
 from mpqsearch.quant.activations import search_range
-from mpqsearch.quant.apply import moment_of
 from mpqsearch.sampling import SamplerSpec
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -42,8 +41,6 @@ def choose_strengths(
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     strengths: Sequence[float] = STRENGTHS,
     search: ActivationSearch | None = None,
-    moments: Mapping[str, Tensor] | None = None,
-    means: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> BitMap:
     """``bit_map`` with the strength of pre-scaling that suits each layer: the least output error of weights and inputs quantized together.
@@ -71,7 +68,6 @@ def choose_strengths(
                 replace(bit_map, formats={name: replace(bit_map.format_of(name), strength=strength)}),
                 input_max[name],
                 search or ActivationSearch(),
-                moment_of(name, moments, means if modules[name].bias is not None else None),
             )
             for name in wanted
         }
@@ -91,20 +87,12 @@ def choose_strengths(
 class _Trial:
     """One layer at one strength: ``error`` is the sum of its squared output error over what it has seen."""
 
-    def __init__(
-        self,
-        layer: LayerSpec,
-        module: nn.Module,
-        bit_map: BitMap,
-        input_max: Tensor,
-        search: ActivationSearch,
-        moment: Tensor | None,
-    ) -> None:
+    def __init__(self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch) -> None:
         self._layer, self._search = layer, search
         self._bits = bit_map.activations[layer.name]
         weight: Any = module.weight
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
-        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), input_max, moment)
+        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), input_max)
         assert stored.factor is not None
         self._factor = stored.factor[:, None, :]
         shape = (layer.groups, layer.n_channels // layer.groups, -1)

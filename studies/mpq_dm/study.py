@@ -34,14 +34,25 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, allocate
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate, load_extractor, load_reference
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec, choose_strengths, collect_ranges, profile_model, variants_of
-from mpqsearch.quant import ActivationSearch, RangeCollector, build_student, finalize, param_groups, prescale_inputs
+from mpqsearch.profile import (
+    CalibrationSpec,
+    choose_strengths,
+    collect_ranges,
+    compensated_profile,
+    input_statistics,
+    profile_model,
+    variants_of,
+)
+from mpqsearch.quant import ActivationSearch, RangeCollector, RowStatistics, build_student, finalize, param_groups, prescale_inputs
 from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("fmnist-unet", "fmnist-dit")
 SETTINGS = {"W2A4": (2, 4), "W2A6": (2, 6), "W3A4": (3, 4), "W3A6": (3, 6), "W4A4": (4, 4)}
 OWN_SEARCH = ActivationSearch(zero_points=True)
+MOMENT_SAMPLES = 20
+"""Trajectories, from the first calibration seed, that error-compensated rounding sees: each of the ten classes twice."""
+
 COLUMNS = (
     "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
     "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule",
@@ -54,7 +65,8 @@ class Recipe:
     """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
-    (zero points searched, strength of pre-scaling by layer) in place of the released codes'.
+    (zero points searched, strength of pre-scaling by layer) in place of the released codes'. ``compensated``: error-compensated rounding, which
+    the allocation is priced with and training starts from.
     """
 
     spec: MethodSpec
@@ -63,6 +75,7 @@ class Recipe:
     as_released: bool = False
     size_of: str = field(default="", metadata={"added": True})
     own_inputs: bool = field(default=False, metadata={"added": True})
+    compensated: bool = field(default=False, metadata={"added": True})
 
     def digest(self, schedule: Schedule) -> str:
         """The first digits of the digest of all that a row of this method depends on, beside model, setting and seed."""
@@ -85,6 +98,7 @@ OURS = Recipe(
     relation=True,
     size_of="mpq-dm",
     own_inputs=True,
+    compensated=True,
 )
 METHODS = {
     "ours": OURS,
@@ -163,6 +177,31 @@ class Model:
             artifacts.save_profile(path, made, inputs)
         return artifacts.load_profile(path)
 
+    @cached_property
+    def statistics(self) -> Mapping[str, RowStatistics]:
+        """Second moments and means of the inputs of all layers."""
+        first = self.schedule.calibration.first_seed
+        return input_statistics(self.denoiser, self.table, self.schedule.sampler, range(first, first + MOMENT_SAMPLES))
+
+    def compensated(self, spec: MethodSpec) -> SensitivityProfile:
+        """The profile with the output errors of a method's variant under error-compensated rounding, kept in a file of its own."""
+        path = self.work / f"profile-compensated-{spec.variant}.json"
+        asked = [self.schedule.sampler.to_data(), self.schedule.calibration.first_seed, MOMENT_SAMPLES, spec.variant]
+        inputs = {"profile": artifacts.digest_file(self.work / "profile.npz"), "moments": artifacts.digest_of(asked)}
+        if not artifacts.is_current(path, "mpqsearch/profile", inputs):
+            fmt = replace(self.format, codebook=spec.codebook, prescale=spec.prescale)
+            made = compensated_profile(self.denoiser, self.table, self.profile, self.statistics, fmt)
+            artifacts.save_profile(path, made, inputs)
+        return artifacts.load_profile(path)
+
+    def moments(self, recipe: Recipe) -> dict[str, Mapping[str, Tensor] | None]:
+        """What a recipe's quantizers know of the inputs: means where biases are corrected, second moments where rounding is compensated."""
+        if recipe.compensated:
+            stats = self.statistics
+            means = {n: s.mean for n, s in stats.items()} if recipe.spec.bias_correction else None
+            return {"means": means, "moments": {n: s.second_moment for n, s in stats.items()}}
+        return {"means": self.tensors(self.profile.means) if recipe.spec.bias_correction else None, "moments": None}
+
     def tensors(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
         return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}
 
@@ -185,7 +224,7 @@ class Model:
 
     def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
         """What a method allocates, with the strengths of pre-scaling that it chooses."""
-        key = artifacts.digest_of([setting, told(recipe.spec), recipe.size_of, recipe.own_inputs])
+        key = artifacts.digest_of([setting, told(recipe.spec), recipe.size_of, recipe.own_inputs, recipe.compensated])
         if key not in self._maps:
             self._maps[key] = self._allocate(recipe, setting)
         return self._maps[key]
@@ -196,7 +235,10 @@ class Model:
         if recipe.size_of:
             budget = Budget(quantity="bytes", limit=size_bytes(self.table, self.bit_map(METHODS[recipe.size_of], setting)))
         spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
-        made = allocate(spec, budget, self.table, self.profile, self.policy, self.format).bit_map
+        profile = self.profile
+        if recipe.compensated:
+            profile = self.compensated(spec)
+        made = allocate(spec, budget, self.table, profile, self.policy, self.format).bit_map
         if not (recipe.own_inputs and made.format.prescale):
             return made
         return choose_strengths(
@@ -215,7 +257,7 @@ class Model:
             self.denoiser.module,
             self.table,
             bit_map,
-            means=self.tensors(self.profile.means) if recipe.spec.bias_correction else None,
+            **self.moments(recipe),
             input_max=self.tensors(self.profile.input_max),
             activations=self.ranges(bit_map).table(bit_map.activations, OWN_SEARCH if recipe.own_inputs else None),
             trainable=recipe.trainable or "none",  # type: ignore[arg-type]
