@@ -112,6 +112,7 @@ METHODS = {
         spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True, own_inputs=True
     ),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
+    "ours-nearest": replace(OURS, compensated=False),
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
@@ -120,7 +121,7 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("mpq-dm+inputs", "ours-untrained", "mpq-dm+all", "uniform+trd", "omq-released")
+LATER = ("mpq-dm+inputs", "ours-untrained", "ours-nearest", "mpq-dm+all", "uniform+trd", "omq-released")
 """Methods whose rows come after those of the others for the same seed."""
 
 

@@ -83,9 +83,9 @@ def test_an_interrupted_study_continues_from_the_results_alone(
     second = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--work", str(tmp_path / "another"))
     assert not set(first.asked) & set(second.asked)
-    assert len(first.asked) + len(second.asked) == 56
+    assert len(first.asked) + len(second.asked) == 61
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert len(rows) == 56
+    assert len(rows) == 61
     third = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small)
     assert third.asked == []
@@ -97,11 +97,11 @@ def test_rows_of_another_schedule_are_refused_or_dropped(
     Recorder(study, monkeypatch)
     small = ("--seeds", "1", "--settings", "W2A4", "--models", "fmnist-dit")
     call(study, monkeypatch, tmp_path, *small)
-    with pytest.raises(SystemExit, match=r"holds 12 rows of another schedule, the first full-precision"):
+    with pytest.raises(SystemExit, match=r"holds 13 rows of another schedule, the first full-precision"):
         call(study, monkeypatch, tmp_path, *small, "--steps", "10")
     again = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--steps", "10", "--overwrite")
-    assert len(again.asked) == 12
+    assert len(again.asked) == 13
 
 
 def test_report_tells_what_is_there_and_keeps_the_text_around_it(
@@ -114,7 +114,7 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "23 of 23 rows are there" in text
+    assert "25 of 25 rows are there" in text
     assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
