@@ -12,7 +12,7 @@ from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat, SensitivityP
 from mpqsearch.export.packed import load_quantized
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec
+from mpqsearch.profile import CalibrationSpec, input_statistics
 from mpqsearch.profile import profile_model as measure
 from mpqsearch.progress import bars_of
 from mpqsearch.quant import quantize_model
@@ -73,19 +73,28 @@ def allocate_bits(
     return allocate(method, limit, table, profile, policy or Policy(), quantizer or QuantFormat())
 
 
-def quantize(model: Denoiser, made: Allocation, profile: SensitivityProfile | None = None) -> Denoiser:
+def quantize(
+    model: Denoiser, made: Allocation, profile: SensitivityProfile | None = None, *, sampler: SamplerSpec | None = None
+) -> Denoiser:
     """``model`` with the weights that the codes of ``made`` decode to; the original is left as it is.
 
-    ``profile`` gives the input means that bias correction needs; without it the biases stay as they are. Raises
+    ``profile`` gives the input means that bias correction needs; without it the biases stay as they are. Compensated
+    rounding (``method.rounding``) runs 40 samples of ``sampler`` to learn what the layers' inputs are like. Raises
     `LayerMismatchError` when the map is for another model.
     """
     means: Any = None
     peaks: Any = None
+    moments: Any = None
+    table = discover(model)
     if profile is not None:
         peaks = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
         if made.method.bias_correction:
             means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
-    quantized = quantize_model(model.module, discover(model), made.bit_map, means=means, input_max=peaks)
+    if made.bit_map.format.rounding == "compensated":
+        stats = input_statistics(model, table, sampler or default_sampler(model), range(1_000_000, 1_000_040))
+        moments = {k: s.second_moment for k, s in stats.items()}
+        means = means if means is None else means | {k: s.mean for k, s in stats.items()}
+    quantized = quantize_model(model.module, table, made.bit_map, means=means, input_max=peaks, moments=moments)
     return model.with_module(quantized.module)
 
 

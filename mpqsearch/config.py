@@ -49,11 +49,19 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """How ranges are searched; the codebook belongs to each method."""
+    """How ranges are searched; codebook and rounding belong to each method.
+
+    ``moment_samples``: samples from whose trajectories compensated rounding learns what inputs are like.
+    """
 
     criterion: str = "lp"
     p: float = 2.4
     n_candidates: int = 80
+    moment_samples: int = 40
+
+    def __post_init__(self) -> None:
+        if self.moment_samples < 1:
+            raise ConfigError(f"quantizer.moment_samples must be at least 1, got {self.moment_samples}")
 
     def format(self) -> QuantFormat:
         """The format without a codebook of its own."""

@@ -27,7 +27,7 @@ from mpqsearch.core import (
     size_bits,
 )
 from mpqsearch.core.budget import DEFAULT_STORAGE, uniform_map
-from mpqsearch.core.formats import WIDTHS, check_width
+from mpqsearch.core.formats import ROUNDINGS, WIDTHS, check_width
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 
 Floats = NDArray[np.float64]
@@ -63,6 +63,7 @@ _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 class MethodSpec:
     """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``codebook``, ``bias_correction``).
 
+    ``rounding`` is ``nearest`` or ``compensated`` (`QuantFormat.rounding`); the integer programs price nearest rounding in both cases.
     ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
     ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
     scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
@@ -81,6 +82,7 @@ class MethodSpec:
     act_bits: int = FULL_PRECISION
     act_timesteps: bool = False
     act_choices: tuple[int, ...] = ()
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.allocator in _OMQ[1:]:
@@ -94,6 +96,7 @@ class MethodSpec:
             ("allocator", self.allocator, ALLOCATORS),
             ("loss", self.loss, (BEST_LOSS, *LOSSES)),
             ("OMQ order", self.order, tuple(ORDERS)),
+            ("rounding", self.rounding, ROUNDINGS),
         ):
             if value not in known:
                 raise UnknownNameError(what, value, known, f"(method {self.name!r})")
@@ -297,7 +300,12 @@ def _task_of(
     if set(policy.widths) - set(profile.widths):
         raise ConfigError(f"the policy searches the widths {policy.widths}, the profile has {profile.widths}; profile again")
     chosen = QuantFormat(
-        codebook=method.codebook, criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates, prescale=method.prescale
+        codebook=method.codebook,
+        criterion=fmt.criterion,
+        p=fmt.p,
+        n_candidates=fmt.n_candidates,
+        prescale=method.prescale,
+        rounding=method.rounding,
     )
     steps = _activation_steps(method, profile)
     limit = (

@@ -15,6 +15,7 @@ FULL_PRECISION = 16
 
 CODEBOOKS = ("affine", "midrise", "auto")
 CRITERIA = ("lp", "mse", "minmax")
+ROUNDINGS = ("nearest", "compensated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,9 @@ class QuantFormat:
         other way round.
     strength
         The ``a`` of pre-scaling in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out the weights.
+    rounding
+        ``nearest``: every weight to its nearest level. ``compensated``: codes chosen for the output of the layer, given the second moment of its
+        input (`mpqsearch.quant.compensate`, GPTQ); takes no storage, and changes no width.
     scale_bits
         Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization rounds to).
     """
@@ -44,12 +48,15 @@ class QuantFormat:
     prescale: bool = False
     scale_bits: int = 16
     strength: float = 0.5
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.codebook not in CODEBOOKS:
             raise UnknownNameError("codebook", self.codebook, CODEBOOKS)
         if self.criterion not in CRITERIA:
             raise UnknownNameError("range criterion", self.criterion, CRITERIA)
+        if self.rounding not in ROUNDINGS:
+            raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
         if not 1 <= self.n_candidates <= 1000:
             raise ConfigError(f"n_candidates must lie in 1..1000, got {self.n_candidates}")
         if not 0 < self.p <= 8:
@@ -67,10 +74,12 @@ class QuantFormat:
         return 0 if self.codebook == "midrise" else bits
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data. The strength is left out at its default, so that digests are those of maps from before it."""
+        """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps from before them."""
         data = asdict(self)
         if self.strength == 0.5:
             del data["strength"]
+        if self.rounding == "nearest":
+            del data["rounding"]
         return data
 
 

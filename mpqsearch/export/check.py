@@ -27,6 +27,7 @@ from mpqsearch.export.contract import ExportJob, PlanEntry, get_exporter
 from mpqsearch.export.target import CHECK, CONFIG, MANIFEST
 from mpqsearch.models.denoiser import Condition, Denoiser
 from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
+from mpqsearch.quant.apply import check_moments, moment_of
 
 _TIMESTEPS = (10, 500)
 
@@ -156,6 +157,7 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) 
 
     assert job.denoiser is not None
     modules = dict(job.denoiser.module.named_modules())
+    check_moments(job.bit_map, job.moments)
     rows = {}
     for entry in plan:
         if entry.will_get == FULL_PRECISION:
@@ -173,7 +175,7 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) 
         maxima = job.input_max.get(layer.name)
         input_max = None if maxima is None else torch.as_tensor(maxima)
         weight: Tensor = modules[layer.name].weight
-        rows[layer.name] = quantize_weight(weight, layer, widths, fmt, input_max)
+        rows[layer.name] = quantize_weight(weight, layer, widths, fmt, input_max, moment_of(layer.name, job.moments, None))
     return rows
 
 

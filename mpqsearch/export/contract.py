@@ -190,7 +190,8 @@ class ExportJob:
     for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
     ``choices`` names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
     taken as they are, and are planned as ``resolved`` where the map asks for another width.
-    ``input_max`` holds the largest input of each channel, for maps with a pre-scaled format.
+    ``input_max`` holds the largest input of each channel, for maps with a pre-scaled format, ``moments`` the second moments of inputs for
+    maps with compensated rounding.
     ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
@@ -201,6 +202,7 @@ class ExportJob:
     rounding: str = "resolve"
     choices: Mapping[str, str] = field(default_factory=dict)
     input_max: Mapping[str, Any] = field(default_factory=dict)
+    moments: Mapping[str, Any] | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

@@ -108,18 +108,22 @@ def save_quantized(
     bit_map: BitMap,
     *,
     input_max: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Quantize ``module`` layer by layer and write the packed checkpoint; a reader sees all of it or none.
 
-    ``input_max`` is needed by pre-scaled formats. Raises `LayerMismatchError` when the map is for another model, `ConfigError` for a
+    ``input_max`` is needed by pre-scaled formats, ``moments`` by compensated rounding.
+    Raises `LayerMismatchError` when the map is for another model, `ConfigError` for a
     module without a diffusers configuration.
     """
     import torch
 
     from mpqsearch.quant import quantize_weight
+    from mpqsearch.quant.apply import check_moments, moment_of
 
     bit_map.validate(table)
+    check_moments(bit_map, moments)
     to_text = getattr(module, "to_json_string", None)
     if to_text is None:
         raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
@@ -136,7 +140,12 @@ def save_quantized(
                 peaks = (input_max or {}).get(name)
                 found = None if peaks is None else torch.as_tensor(peaks)
                 weight: Tensor = modules[name].weight
-                yield name, pack_layer(quantize_weight(weight, layer, widths, bit_map.format_of(name), found))
+                yield (
+                    name,
+                    pack_layer(
+                        quantize_weight(weight, layer, widths, bit_map.format_of(name), found, moment_of(name, moments, None))
+                    ),
+                )
 
     state = {
         k: v for k, v in module.state_dict().items() if k.removesuffix(".weight") not in quantized or not k.endswith(".weight")

@@ -102,9 +102,11 @@ def quantize_model(
     With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean output is taken
     off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D, D]`` of that input) rounding is
     error-compensated in the layers that it names. ``activations`` holds the scales of the activation widths of the map. Raises
-    `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths without them.
+    `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths
+    or compensated rounding without what these need.
     """
     bit_map.validate(table)
+    check_moments(bit_map, moments)
     quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     clone = copy.deepcopy(module)
     clock = attach_clock(clone, () if activations is None else activations.timesteps)
@@ -129,6 +131,15 @@ def quantize_model(
         weight.copy_(weight_of(rows, layer).to(weight.dtype))
         stored[layer.name] = quantized
     return QuantizedModel(module=clone, bit_map=bit_map, rows=stored)
+
+
+def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None:
+    """Raise `ConfigError` when the map asks for compensated rounding and there is nothing to compensate with."""
+    if moments is None and any(f.rounding == "compensated" for f in (bit_map.format, *bit_map.formats.values())):
+        raise ConfigError(
+            "the bit map asks for compensated rounding, which needs the second moments of the layers' inputs. Measure them with "
+            "mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = 'nearest'."
+        )
 
 
 def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]]:

@@ -1,4 +1,6 @@
-"""Compiled kernels of the range search and of row moments. Imported only where numba is installed, through `search.compiled`.
+"""Compiled kernels of the range search, of row moments and of compensated rounding.
+
+Imported only where numba is installed, through `search.compiled`.
 
 Every loop over a row runs over a contiguous slice, so that it compiles to vector instructions; sums are float32 inside `CHUNK`
 elements and float64 over chunks. ``|x|**p`` goes through polynomials for the logarithm and the exponential: a sum over a row agrees
@@ -342,3 +344,58 @@ def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
         rms[c] = np.sqrt(square / (unit * unit) + mean * mean)
         variance = square * n / max(n - 1, 1)
         kurtosis[c] = fourth / (variance * variance) if variance / (unit * unit) > 1e-30 else 0.0
+
+
+TILE = 16
+"""Rows that share one pass over a row of a second moment."""
+
+
+@_jit(fastmath={"reassoc", "nsz"})
+def round_in_turn(rows: Any, factor: Any, scale: Any, zero: Any, top: Any, full: Any, target: Any, value: Any) -> None:
+    """Round the columns of ``rows`` ``[c, D]`` one after the other, taking what each loses off those to come by the upper triangular ``factor``.
+
+    ``rows`` is used up. ``target`` is what was rounded, ``value`` what it became; rows that are ``full`` are not rounded.
+    """
+    width = rows.shape[1]
+    for start in range(0, rows.shape[0], TILE):
+        stop = min(start + TILE, rows.shape[0])
+        for j in range(width):
+            ahead = factor[j, j + 1 :]
+            inverse = np.float32(1) / factor[j, j]
+            for r in range(start, stop):
+                x = rows[r, j]
+                target[r, j] = x
+                value[r, j] = x
+                if full[r]:
+                    continue
+                code = min(max(np.rint(x / scale[r] + zero[r]), np.float32(0)), top[r])
+                y = (code - zero[r]) * scale[r]
+                value[r, j] = y
+                lost = (x - y) * inverse
+                left = rows[r, j + 1 :]
+                for k in range(ahead.shape[0]):
+                    left[k] -= lost * ahead[k]
+
+
+@_jit(fastmath={"reassoc", "nsz"})
+def choose_anew(slope: Any, moment: Any, scale: Any, zero: Any, top: Any, full: Any, target: Any, value: Any) -> None:
+    """Choose the level of every column given all others, by coordinate descent; ``slope`` is the error times ``moment``, and is used up."""
+    width = slope.shape[1]
+    for start in range(0, slope.shape[0], TILE):
+        stop = min(start + TILE, slope.shape[0])
+        for j in range(width):
+            ahead = moment[j, j + 1 :]
+            for r in range(start, stop):
+                if full[r]:
+                    continue
+                old = value[r, j]
+                wanted = old - slope[r, j] / moment[j, j]
+                code = min(max(np.rint(wanted / scale[r] + zero[r]), np.float32(0)), top[r])
+                new = (code - zero[r]) * scale[r]
+                target[r, j] = wanted
+                value[r, j] = new
+                step = new - old
+                if step != 0:
+                    left = slope[r, j + 1 :]
+                    for k in range(ahead.shape[0]):
+                        left[k] += step * ahead[k]

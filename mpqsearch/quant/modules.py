@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.quant.activations import ActivationQuantizer, ActivationTable, attach_clock, attach_quantizer, input_quantizers
-from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, moment_of, owners_of, quantize_weight
+from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, check_moments, moment_of, owners_of, quantize_weight
 from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
 
 Trainable = Literal["none", "scales", "lora", "all"]
@@ -273,6 +273,7 @@ def build_student(
     if rank < 1:
         raise ConfigError(f"the rank must be at least 1, got {rank}")
     bit_map.validate(table)
+    check_moments(bit_map, moments)
     quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     student = copy.deepcopy(module).requires_grad_(False)
     clock = attach_clock(student, () if activations is None else activations.timesteps)

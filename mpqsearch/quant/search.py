@@ -113,11 +113,11 @@ def margin(fan_in: int) -> float:
     return float(0.02 + 1.5 / fan_in**0.5)
 
 
-def compiled(rows: Tensor) -> ModuleType | None:
-    """The compiled kernels when this call should use them, else None."""
+def compiled(rows: Tensor, *, times: int = 1) -> ModuleType | None:
+    """The compiled kernels when this call should use them, else None. ``times``: what they save for each weight, in units of a range search."""
     if _backend[0] == "torch" or rows.device.type != "cpu":
         return None
-    if _backend[0] == "auto" and (rows.numel() < COMPILED_WEIGHTS or importlib.util.find_spec("numba") is None):
+    if _backend[0] == "auto" and (rows.numel() * times < COMPILED_WEIGHTS or importlib.util.find_spec("numba") is None):
         return None
     return importlib.import_module("mpqsearch.quant.kernels")
 

@@ -17,11 +17,11 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, Sens
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
 from mpqsearch.models import Denoiser
-from mpqsearch.profile import calibrate_activations, final_probes
+from mpqsearch.profile import InputMoments, calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.activations import ActivationSearch, ActivationTable, attach_clock, attach_quantizer, input_quantizers
-from mpqsearch.quant.apply import bias_shift, owners_of
+from mpqsearch.quant.apply import bias_shift, moment_of, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
 from mpqsearch.search.ladder import Measured, Slopes
 from mpqsearch.search.surrogate import Candidate
@@ -37,13 +37,18 @@ FEATURE_FLOOR = 1e-6
 """Feature distances are held above this share of the features' mean squared length: 8-bit images of close samples are equal."""
 
 
+def compensated(candidate: Candidate) -> bool:
+    """Whether any layer of the map asks for compensated rounding."""
+    return any(f.rounding == "compensated" for f in (candidate.bit_map.format, *candidate.bit_map.formats.values()))
+
+
 @dataclass(kw_only=True)
 class ModelEvaluator:
     """An `Evaluator` of one model.
 
     ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
     samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
-    how the ranges of quantized inputs are searched.
+    how the ranges of quantized inputs are searched, ``moments`` are for maps with compensated rounding.
     Rungs 1 and 2 assemble maps from rows that were quantized once for each
     width and format; the reported rungs quantize the model anew, as the evaluation of a run does.
     """
@@ -56,9 +61,10 @@ class ModelEvaluator:
     inputs: int = 32
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
+    moments: InputMoments | None = None
     error: str = "pixels"
     ranges: ActivationSearch = field(default_factory=ActivationSearch)
-    _bank: dict[tuple[str, int, QuantFormat], Tensor] = field(default_factory=dict, repr=False)
+    _bank: dict[tuple[str, int, QuantFormat, bool], Tensor] = field(default_factory=dict, repr=False)
     _clones: dict[tuple[Any, Any, int], Any] = field(default_factory=dict, repr=False)
     _scales: dict[tuple[Any, Any, int], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
@@ -89,6 +95,7 @@ class ModelEvaluator:
         return digest_of(
             [self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report, error]
             + ([] if self.ranges == ActivationSearch() else [str(self.ranges)])
+            + ([] if self.moments is None else [[list(self.moments.seeds), self.moments.limit]])
         )
 
     @property
@@ -134,12 +141,14 @@ class ModelEvaluator:
         moves = {}
         for layer in self.table:
             now = torch.from_numpy(candidate.bit_map.channel_widths(layer.name, layer.n_channels).copy())
-            present = self._rows(layer.name, now, candidate.bit_map)
+            present = self._rows(layer.name, now, candidate.bit_map, centred=candidate.bias_correction)
             fmt = candidate.bit_map.format_of(layer.name)
-            moves[layer.name] = torch.stack([self._quantized(layer.name, b, fmt) for b in widths]) - present
-        means = self._means
-        if not candidate.bias_correction:
-            means = {n: torch.zeros_like(m) for n, m in means.items()}
+            moves[layer.name] = (
+                torch.stack([self._quantized(layer.name, b, fmt, centred=candidate.bias_correction) for b in widths]) - present
+            )
+        means, _ = self._statistics(candidate)
+        if means is None:
+            means = {n: torch.zeros_like(m) for n, m in self._means.items()}
         found, error = [], 0.0
         for start in range(0, len(seeds), batch):
             part = tuple(seeds[start : start + batch])
@@ -173,6 +182,7 @@ class ModelEvaluator:
             means=means,
             input_max=peaks,
             activations=self._activations(candidate.bit_map),
+            moments=self.moments.moments() if self.moments is not None and compensated(candidate) else None,
         ).module
         made = sample(self.denoiser.with_module(module), self.reference.seeds, self.sampler)
         found = evaluate(made, self.reference, self.extractor).metrics
@@ -245,6 +255,7 @@ class ModelEvaluator:
         """The working copy with the map's weights in place."""
         bit_map = candidate.bit_map
         bit_map.validate(self.table)
+        self._check(candidate)
         clone = self._clone_for(bit_map)
         targets = dict(clone.named_modules())
         sources: dict[str, Any] = dict(self.denoiser.module.named_modules())
@@ -252,7 +263,7 @@ class ModelEvaluator:
         for layer in self.table:
             target: Any = targets[layer.name]
             widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
-            rows = self._rows(layer.name, widths, bit_map)
+            rows = self._rows(layer.name, widths, bit_map, centred=candidate.bias_correction)
             weight = sources[layer.name].weight
             target.weight.copy_(weight_of(rows, layer).to(weight.dtype))
             if target.bias is None:
@@ -264,31 +275,50 @@ class ModelEvaluator:
             target.bias.copy_(bias)
         return self.denoiser.with_module(clone)
 
-    def _rows(self, name: str, widths: Tensor, bit_map: BitMap) -> Tensor:
+    def _rows(self, name: str, widths: Tensor, bit_map: BitMap, *, centred: bool) -> Tensor:
         """Rows ``[C, D]`` of one layer, each at its width, from the bank."""
         rows: Tensor | None = None
         for bits in np.unique(widths.numpy()).tolist():
-            made = self._quantized(name, int(bits), bit_map.format_of(name))
+            made = self._quantized(name, int(bits), bit_map.format_of(name), centred=centred)
             rows = made if rows is None else torch.where((widths == bits)[:, None], made, rows)
         assert rows is not None
         return rows
 
-    def _quantized(self, name: str, bits: int, fmt: QuantFormat) -> Tensor:
-        """All rows of one layer at one width, made once."""
+    def _quantized(self, name: str, bits: int, fmt: QuantFormat, *, centred: bool) -> Tensor:
+        """All rows of one layer at one width, made once. Compensated ones are chosen row by row, so they may be mixed as well; only the
+        last bits of their scales depend on what else is in the layer. ``centred``: the bias takes the mean of their error."""
         layer = self.table[name]
-        weight: Any = dict(self.denoiser.module.named_modules())[name].weight if (name, bits, fmt) not in self._bank else None
-        if weight is not None:
+        key = (name, bits, fmt, centred and fmt.rounding == "compensated")
+        if key not in self._bank:
+            source: Any = dict(self.denoiser.module.named_modules())[name]
             if bits == FULL_PRECISION:
-                made = rows_of(weight.detach().float(), layer)
+                made = rows_of(source.weight.detach().float(), layer)
             else:
-                peak = self.profile.input_max.get(name)
-                maxima = None if peak is None else torch.from_numpy(np.array(peak))
-                made = quantize_weight(weight, layer, torch.full((layer.n_channels,), bits, dtype=torch.uint8), fmt, maxima).rows()
-            self._bank[name, bits, fmt] = made
-        return self._bank[name, bits, fmt]
+                moment = None
+                if fmt.rounding == "compensated" and self.moments is not None:
+                    means = self._moment_means if centred and source.bias is not None else None
+                    moment = moment_of(name, self.moments.moments(), means)
+                full = torch.full((layer.n_channels,), bits, dtype=torch.uint8)
+                made = quantize_weight(source.weight, layer, full, fmt, self._peaks.get(name), moment).rows()
+            self._bank[key] = made
+        return self._bank[key]
 
     def _statistics(self, candidate: Candidate) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
+        if candidate.bias_correction and self.moments is not None and compensated(candidate):
+            return self._moment_means, self._peaks
         return (self._means if candidate.bias_correction else None), self._peaks
+
+    def _check(self, candidate: Candidate) -> None:
+        if compensated(candidate) and self.moments is None:
+            raise ConfigError(
+                "this evaluator has no input moments, which the map's compensated rounding needs (rounding = 'nearest' does not)"
+            )
+
+    @cached_property
+    def _moment_means(self) -> Mapping[str, Tensor]:
+        """Means from the samples of the second moments, so that the two give a covariance; the profile's where there are none."""
+        assert self.moments is not None
+        return {**self._means, **self.moments.means()}
 
     @cached_property
     def _means(self) -> Mapping[str, Tensor]:

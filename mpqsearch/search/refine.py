@@ -167,13 +167,14 @@ def steps(
 
 
 def _method_of(surrogate: Surrogate, now: Candidate) -> MethodSpec:
-    """The method by channel that makes maps like this one: its codebook, pre-scaling, activations and bias correction."""
+    """The method by channel that makes maps like this one: its codebook, pre-scaling, rounding, activations and bias correction."""
     fmt, bit_map = now.bit_map.format, now.bit_map
     return replace(
         surrogate.method,
         allocator="ilp-channel",
         codebook=fmt.codebook,
         prescale=fmt.prescale,
+        rounding=fmt.rounding,
         bias_correction=now.bias_correction,
         act_bits=max(
             (b for n, b in bit_map.activations.items() if surrogate.policy.fixed_width(surrogate.table[n]) is None),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mpqsearch.core import CODEBOOKS, ROLES
-from mpqsearch.core.formats import CRITERIA
+from mpqsearch.core.formats import CRITERIA, ROUNDINGS
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import LOSSES
 
@@ -180,6 +180,13 @@ def _catalogue() -> dict[str, Parameter]:
             default=BASE,
             choices=(BASE, "on", "off"),
             meaning="Whether the mean shift of a layer's output is taken off its bias.",
+        ),
+        Parameter(
+            name="rounding",
+            kind="choice",
+            default=BASE,
+            choices=(BASE, *ROUNDINGS),
+            meaning="Codes nearest to the weights, or chosen for the output of the layer (compensated); the loss tables stay those of nearest.",
         ),
         Parameter(
             name="criterion",

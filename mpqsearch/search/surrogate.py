@@ -104,6 +104,8 @@ class Surrogate:
             changes["bias_correction"] = value_of(theta, "bias_correction") == "on"
         if value_of(theta, "act_timesteps") != BASE:
             changes["act_timesteps"] = value_of(theta, "act_timesteps") == "on"
+        if value_of(theta, "rounding") != BASE:
+            changes["rounding"] = value_of(theta, "rounding")
         quantized = [b for b in self._role_widths(theta).values() if b != FULL_PRECISION]
         if quantized and max(quantized) != self.method.act_bits:
             changes["act_bits"] = max(quantized)  # the budget pays for the scales of the widest

@@ -20,6 +20,7 @@ from mpqsearch.errors import StaleArtifactError
 
 if TYPE_CHECKING:
     from mpqsearch.models import Denoiser, StreamedModel
+    from mpqsearch.profile import InputMoments
     from mpqsearch.quant import RangeCollector
 
 log = logging.getLogger("mpqsearch")
@@ -39,6 +40,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     ranges: dict[Any, RangeCollector] = field(default_factory=dict)
     target_losses: dict[str, Any] = field(default_factory=dict)
+    moments: InputMoments | None = None
 
     @cached_property
     def denoiser(self) -> Denoiser:

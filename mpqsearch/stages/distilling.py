@@ -15,7 +15,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
-from mpqsearch.stages.evaluating import activation_table, reference
+from mpqsearch.stages.evaluating import activation_table, correction_of, reference
 from mpqsearch.stages.exporting import write_model_folder
 from mpqsearch.stages.profiling import profile_inputs
 
@@ -62,12 +62,12 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
         run.denoiser.module,
         table,
         bit_map,
-        means=_tensors(measured.means) if method.bias_correction else None,
         input_max=input_max,
         activations=activations,
         trainable=run.config.distill.trainable,  # type: ignore[arg-type]
         rank=run.config.distill.rank,
         seed=run.config.distill.seed,
+        **correction_of(run, table, measured, bit_map, bias_correction=method.bias_correction),
     )
     c = run.config.evaluate
     extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import FeatureExtractor, Reference
+    from mpqsearch.profile import InputMoments
 
 
 def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
@@ -43,8 +45,8 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
         c["evaluate"],
         bit_map.digest if bit_map is not None else "full precision",
     ]
-    if bit_map is not None and (bias_correction or bit_map.format.prescale):
-        parts += [bias_correction, profile_inputs(run, table)]  # input means and maxima come from the profile
+    if bit_map is not None and (bias_correction or bit_map.format.prescale or bit_map.format.rounding != "nearest"):
+        parts += [bias_correction, profile_inputs(run, table)]  # input statistics come from the profile or its settings
     if bit_map is not None and bit_map.activations:
         parts += [c["activations"]]
     return artifacts.digest_of(parts)
@@ -162,10 +164,60 @@ def quantized_module(run: Run, table: LayerTable, measured: SensitivityProfile, 
 
     from mpqsearch.quant import quantize_model
 
-    means = {k: torch.from_numpy(np.array(v)) for k, v in measured.means.items()} if bias_correction else None
     input_max = {k: torch.from_numpy(np.array(v)) for k, v in measured.input_max.items()}
     activations = activation_table(run, table, bit_map, input_max)
-    return quantize_model(run.denoiser.module, table, bit_map, means=means, input_max=input_max, activations=activations).module
+    return quantize_model(
+        run.denoiser.module,
+        table,
+        bit_map,
+        input_max=input_max,
+        activations=activations,
+        **correction_of(run, table, measured, bit_map, bias_correction=bias_correction),
+    ).module
+
+
+def correction_of(
+    run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
+) -> dict[str, Any]:
+    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and compensated rounding need."""
+    import torch
+
+    means: Mapping[str, torch.Tensor] | None = None
+    if bias_correction:
+        means = {k: torch.from_numpy(np.array(v)) for k, v in measured.means.items()}
+    stats = input_moments(run, table, bit_map)
+    if stats is None:
+        return {"means": means, "moments": None}
+    # A second moment and a mean of other samples would give a covariance that is none.
+    return {"means": means if means is None else ChainMap(stats.means(), means), "moments": stats.moments()}  # type: ignore[arg-type]
+
+
+def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
+    """What compensated rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
+    if all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values())):
+        return None
+    return moments_of(run, table)
+
+
+def moments_of(run: Run, table: LayerTable) -> InputMoments:
+    """The run's input moments; nothing is measured until they are read."""
+    from mpqsearch.profile import InputMoments
+
+    if run.moments is None:
+        first = run.config.calibration.first_seed
+        run.moments = InputMoments(
+            denoiser=run.denoiser,
+            table=table,
+            sampler=sampler_of(run),
+            seeds=range(first, first + run.config.quantizer.moment_samples),
+            limit=run.config.model.limit_bytes,
+        )
+        if run.moments.left_out:
+            run.say(
+                f"compensated rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
+                f"the memory limit: {', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
+            )
+    return run.moments
 
 
 def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Any]) -> Any:

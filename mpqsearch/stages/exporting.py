@@ -14,7 +14,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, Study
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
-from mpqsearch.stages.evaluating import quantized_module
+from mpqsearch.stages.evaluating import input_moments, quantized_module
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
 from mpqsearch.stages.targeting import resolved_for, target_allocation
@@ -158,6 +158,7 @@ def _job(
         rounding=run.config.export.rounding,
         choices=choices,
         input_max=measured.input_max,
+        moments=None if (stats := input_moments(run, table, bit_map)) is None else stats.moments(),
         inputs={"model": table.digest},
         provenance=provenance,
     )

@@ -17,6 +17,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, avera
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run, sampler_of
+from mpqsearch.stages.evaluating import moments_of
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         extractor=extractor,
         error=c.error,
         ranges=_ranges(run),
+        moments=moments_of(run, table),
     )
     ladder = Ladder(
         evaluator=evaluator,

@@ -8,7 +8,7 @@ from mpqsearch.core import Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import channel_losses
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import CalibrationSpec, compensated_profile, input_statistics, profile_model
+from mpqsearch.profile import CalibrationSpec, InputMoments, compensated_profile, input_statistics, profile_model
 from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
 from mpqsearch.sampling import SamplerSpec
@@ -69,3 +69,28 @@ def test_layer_totals_follow_their_rows_and_other_variants_stay() -> None:
             assert np.array_equal(value, after.arrays[key]), key
     with pytest.raises(ConfigError, match="no output errors of the variant 'midrise'; it has"):
         compensated_profile(denoiser, table, before, {}, QuantFormat(codebook="midrise"))
+
+
+def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    whole = input_statistics(denoiser, table, SAMPLER, SEEDS)
+    sizes = sorted({la.groups * la.weights_per_channel**2 for la in table if la.name in whole})
+    runs = []
+    parts = InputMoments(
+        denoiser=denoiser,
+        table=table,
+        sampler=SAMPLER,
+        seeds=SEEDS,
+        limit=40 * sizes[-2],
+        progress=lambda _label, done, total: runs.append(done == total),
+    )
+    large = tuple(la.name for la in table if la.groups * la.weights_per_channel**2 == sizes[-1])
+    assert parts.left_out == large
+    moments, means = parts.moments(), parts.means()
+    for layer in table:
+        assert (layer.name in moments) == (layer.name in whole and layer.name not in large)
+        if layer.name in moments:
+            assert torch.equal(moments[layer.name], whole[layer.name].second_moment)
+            assert torch.equal(means[layer.name], whole[layer.name].mean)
+    assert 1 < sum(runs) < len(table), "some layers at a time, each group once"

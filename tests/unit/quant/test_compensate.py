@@ -12,6 +12,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
 from mpqsearch.quant import build_student, compensate, decode, encode, finalize, fit_rows, quantize_model, quantize_weight, rows_of
 from mpqsearch.quant.rows import RowQuantizer
+from mpqsearch.quant.search import use_backend
 from mpqsearch.testing import tiny_denoiser
 
 FORMATS = [QuantFormat(codebook=c) for c in ("affine", "midrise", "auto")]
@@ -186,3 +187,46 @@ def test_training_starts_from_the_compensated_model(trainable: str) -> None:
         assert torch.equal(ended.module.get_submodule(la.name).weight, made.module.get_submodule(la.name).weight)
         assert torch.equal(ended.module.get_submodule(la.name).bias, made.module.get_submodule(la.name).bias)
     assert any(not torch.equal(made.rows[la.name].codes, nearest.rows[la.name].codes) for la in table)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiled_passes_choose_as_the_others_do(groups: int) -> None:
+    pytest.importorskip("numba")
+    g = torch.Generator().manual_seed(5)
+    rows = torch.randn(36, 70, generator=g)  # more than one tile, and a tile that is not full
+    bits = torch.randint(1, 5, (36,), generator=g).to(torch.uint8)
+    bits[7] = FULL_PRECISION
+    quantizer = fit_rows(rows, torch.where(bits > 8, 8, bits), QuantFormat(codebook="auto"))
+    quantizer = RowQuantizer(scale=quantizer.scale, zero=quantizer.zero, bits=bits)
+    moment = moment_of_inputs(inputs_of(groups, 500, 70))
+    found = {}
+    for backend in ("torch", "numba"):
+        previous = use_backend(backend)
+        try:
+            chosen, fitted = compensate(rows, quantizer, moment)
+        finally:
+            use_backend(previous)
+        error = (decode(encode(chosen, fitted), fitted) - rows).double().reshape(groups, -1, 70)
+        found[backend] = (torch.bmm(error, moment) * error).sum(2).flatten(), chosen
+    assert torch.equal(found["torch"][1][7], rows[7])
+    assert torch.equal(found["numba"][1][7], rows[7])
+    # A code may fall on either side of a tie; nine rows of ten are the same, and all together are as good.
+    close = torch.isclose(found["torch"][0], found["numba"][0], rtol=1e-4)
+    assert float(close.float().mean()) >= 0.9
+    assert float(found["numba"][0].sum()) == pytest.approx(float(found["torch"][0].sum()), rel=5e-3)
+
+
+def test_a_map_that_asks_for_compensation_says_what_it_needs() -> None:
+    model = tiny_denoiser()
+    table = discover(model)
+    bit_map = BitMap(
+        model_digest=table.digest,
+        weights={la.name: np.array(3, dtype=np.uint8) for la in table},
+        format=QuantFormat(rounding="compensated"),
+    )
+    with pytest.raises(ConfigError, match="second moments of the layers' inputs"):
+        quantize_model(model.module, table, bit_map)
+    with pytest.raises(ConfigError, match="second moments of the layers' inputs"):
+        build_student(model.module, table, bit_map)
+    assert BitMap.from_data(bit_map.to_data()).digest == bit_map.digest
+    assert "rounding" not in QuantFormat().to_data(), "digests of maps from before it hold"
