@@ -153,14 +153,16 @@ def test_slopes_are_those_of_small_steps(parts: tuple[ModelEvaluator, Surrogate]
     layer, column = e.table[name], e.profile.widths.index(3)
     student = e._student(candidate)
     widths = torch.from_numpy(candidate.bit_map.channel_widths(name, layer.n_channels).copy())
-    before, after = e._rows(name, widths, candidate.bit_map), e._quantized(name, 3, candidate.bit_map.format)
+    centred = candidate.bias_correction
+    before = e._rows(name, widths, candidate.bit_map, centred=centred)
+    after = e._quantized(name, 3, candidate.bit_map.format, centred=centred)
     module = dict(student.module.named_modules())[name]
     step = 0.01
     with torch.no_grad():
         rows = weight_of(step * (after - before), layer).to(module.weight.dtype)
         module.weight.add_(rows)
         if candidate.bias_correction and module.bias is not None:
-            module.bias.sub_(bias_shift(step * (after - before), e._means[name]).to(module.bias.dtype))
+            module.bias.sub_(bias_shift(step * (after - before), e._statistics(candidate)[0][name]).to(module.bias.dtype))
     full = sample(e.denoiser, seeds, SAMPLER).double()
     moved = float((sample(student, seeds, SAMPLER).double() - full).square().mean())
     expected = (moved - found.error) / step

@@ -1,0 +1,65 @@
+"""Compensated rounding through the command line: evaluation, the model that is written, training, and what a search may choose."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Cli
+
+METHODS = """
+[[methods]]
+name = "plain"
+allocator = "ilp-layer"
+codebook = "auto"
+bias_correction = true
+[[methods]]
+name = "compensated"
+allocator = "ilp-layer"
+codebook = "auto"
+bias_correction = true
+rounding = "compensated"
+[search]
+trials = 2
+samples = 4
+inputs = 0
+final_samples = 4
+method = "plain"
+[search.space]
+rounding = ["base", "compensated"]
+"""
+
+
+@pytest.mark.slow
+def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path) -> None:
+    text = study.read_text()
+    start, end = text.index("[[methods]]"), text.index("[evaluate]")
+    study.write_text(text[:start] + METHODS + text[end:])
+    options = ("--run-dir", "r", "--set", 'allocate.budgets=["uniform:2"]', "--set", "quantizer.moment_samples=8")
+    first = cli("run", study, *options)
+    assert first.returncode == 0, first.stderr
+    with (tmp_path / "r/pareto.csv").open() as handle:
+        rows = {r["method"]: r for r in csv.DictReader(handle)}
+    assert rows["plain"]["size_bytes"] == rows["compensated"]["size_bytes"], "rounding takes no storage"
+    assert float(rows["compensated"]["paired_psnr"]) > float(rows["plain"]["paired_psnr"]) + 1
+    maps = {
+        m: json.loads((tmp_path / f"r/allocations/{m}@uniform-2/bitmap.json").read_text())["data"] for m in ("plain", "compensated")
+    }
+    assert maps["compensated"]["defaults"]["rounding"] == "compensated"
+    assert "rounding" not in maps["plain"]["defaults"]
+    found = json.loads((tmp_path / "r/search/search.json").read_text())["data"]
+    assert found["budgets"][0]["params"]["rounding"] == "compensated", "the search sees what it brings"
+    again = cli("run", study, *options)
+    assert again.returncode == 0, again.stderr
+    assert "search: reused" in again.stderr
+    written = cli("quantize", "--config", study, *options, "--method", "compensated", "--budget", "uniform:2")
+    assert written.returncode == 0, written.stderr
+    trained = cli(
+        "distill", "--config", study, *options, "--method", "compensated", "--budget", "uniform:2", "--set", "distill.steps=4"
+    )
+    assert trained.returncode == 0, trained.stderr
+    before = json.loads((tmp_path / "r/distilled/compensated@uniform-2/metrics.json").read_text())["data"]["before"]
+    assert before["paired_psnr"]["value"] == pytest.approx(float(rows["compensated"]["paired_psnr"]), abs=0.3)
