@@ -51,9 +51,9 @@ def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path
     }
     assert maps["compensated"]["defaults"]["rounding"] == "compensated"
     assert "rounding" not in maps["plain"]["defaults"]
-    trials = [json.loads(line) for line in (tmp_path / "r/search/trials.jsonl").read_text().splitlines()]
-    assert {t["params"]["rounding"] for t in trials} == {"base", "compensated"}
-    assert len({p["bit_map"] for t in trials for p in t["points"]}) == 2, "one map a rounding"
+    found = json.loads((tmp_path / "r/search/search.json").read_text())["data"]
+    assert {t["params"]["rounding"] for t in found["trials_table"]} == {"base", "compensated"}
+    assert found["distinct_maps"] == 2, "one map a rounding"
     again = cli("run", study, *options)
     assert again.returncode == 0, again.stderr
     assert "search: reused" in again.stderr
