@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.backend import kernels
-from mpqsearch.allocate.passes import Moves
+from mpqsearch.allocate.passes import GOLDEN, Moves
 
 MAX_STATES = 2_000_000
 """States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
@@ -84,32 +84,37 @@ class Closed:
     in_time: bool
 
 
-def build_core(moves: Moves, rate: float) -> Core:
-    """Order the items of ``moves``, which stand together item by item.
+def build_core(moves: Moves, rate: float) -> tuple[Core, int]:
+    """Order the items of ``moves``, which stand together item by item; also the common divisor of all sizes (0 without moves).
 
     Items of equal efficiency (up to rounding: a share of ``rate``) are shuffled: in their own order the first ones
     could all only shrink, and the states would wander away from a full budget.
     """
+    grade = GRADE * max(abs(rate), TINY)
+    if compiled := kernels(0):
+        head, key, divisor = compiled.core_keys(moves.item, moves.penalty, moves.size, grade)
+        order = np.argsort(key)
+        start, *arrays = compiled.core_order(head, order, moves.item, moves.choice, moves.penalty, moves.size)
+        return Core(start, *arrays), int(divisor)
     efficiency = moves.penalty / np.abs(moves.size)
     heads = np.flatnonzero(np.diff(moves.item, prepend=-1))
     counts = np.diff(heads, append=moves.item.size)
     best = np.minimum.reduceat(efficiency, heads) if heads.size else efficiency
-    grade = np.round(best / (GRADE * max(abs(rate), TINY)))
-    shuffled = np.random.default_rng(0).permutation(grade.size)
-    group_order = shuffled[np.argsort(grade[shuffled], kind="stable")]
+    group_order = np.argsort(np.round(best / grade) + np.arange(heads.size) * GOLDEN % 1.0)
     counts = counts[group_order]
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    order = np.arange(moves.item.size) + np.repeat(heads[group_order] - start[:-1], counts)
-    size, ordered = moves.size[order], efficiency[order]
-    return Core(
+    within = np.arange(moves.item.size) + np.repeat(heads[group_order] - start[:-1], counts)
+    size, ordered = moves.size[within], efficiency[within]
+    core = Core(
         start,
-        moves.item[order],
-        moves.choice[order],
-        moves.penalty[order],
+        moves.item[within],
+        moves.choice[within],
+        moves.penalty[within],
         size,
         _suffix_minimum(np.where(size > 0, ordered, np.inf), start),
         _suffix_minimum(np.where(size < 0, ordered, np.inf), start),
     )
+    return core, int(np.gcd.reduce(size)) if size.size else 0
 
 
 def _suffix_minimum(values: NDArray[np.float64], start: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -142,8 +147,7 @@ def close(
         deadline: ``time.perf_counter()`` value at which to stop.
         max_states: States alive at a time.
     """
-    core = build_core(moves, rate)
-    grain = int(np.gcd.reduce(core.size)) if core.size.size else 0
+    core, grain = build_core(moves, rate)
     if grain == 0:
         return _nothing(excess, slack, rate, exact_fill)
     left_over = slack % grain

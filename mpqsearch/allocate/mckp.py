@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate import closing, passes
+from mpqsearch.allocate.backend import kernels
 from mpqsearch.allocate.problem import Floats, Integers
 
 DIRECT_ITEMS = 4_096
@@ -155,47 +156,49 @@ def relax(
 
 def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
     """Relaxation from the hull steps of every item; steps outside the bracket are not even looked at."""
-    steps = passes.hull_steps(loss, cost, base, low)
-    slack = limit - passes.totals(loss, cost, steps.base)[1]
-    used = np.cumsum(steps.size)
-    taken = int(np.searchsorted(used, slack, side="right")) if slack >= 0 else 0
-    if base is not None and (slack < 0 or taken == len(used)):  # rounding at an end of the bracket: do without it
+    filled = passes.fill(loss, cost, limit, base, low)
+    if base is not None and (filled.step is None or not filled.fits):  # rounding at an end of the bracket: do without it
         return _relax_by_hulls(loss, cost, limit, 0.0, None)
-    choice = steps.base.copy()
-    choice[steps.item[:taken]] = steps.to[:taken]  # of repeated items numpy keeps the last assignment
-    total, spent = passes.totals(loss, cost, choice)
+    total, spent = passes.totals(loss, cost, filled.choice)
     everyone = np.arange(len(loss))
-    if taken == len(used):
-        return Relaxed(0.0, choice, total, limit - spent, everyone, None)
-    share = (limit - spent) / int(steps.size[taken])
-    step = (int(steps.item[taken]), int(steps.to[taken]), share)
-    return Relaxed(float(steps.rate[taken]), choice, total, limit - spent, everyone, step)
+    if filled.step is None:
+        return Relaxed(0.0, filled.choice, total, limit - spent, everyone, None)
+    item, to, size, rate = filled.step
+    return Relaxed(rate, filled.choice, total, limit - spent, everyone, (item, to, (limit - spent) / size))
 
 
 def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
-    """Rates that enclose the critical one with high probability, from one random item in each of many strata."""
+    """Rates that enclose the critical one with high probability, from one item in each of many strata."""
     n = len(loss)
     count = max(2, min(SAMPLE_ITEMS, int(n**SAMPLE_POWER)))
-    edges = np.linspace(0, n, count + 1).astype(np.int64)
-    picked = edges[:-1] + (np.random.default_rng(0).random(count) * np.diff(edges)).astype(np.int64)
-    sample_loss, sample_cost = passes.gather(loss, cost, picked)
-    steps = passes.hull_steps(sample_loss, sample_cost)
-    if not steps.rate.size:
-        return least, most if np.isfinite(most) else 1.0
-    base_cost = passes.totals(sample_loss, sample_cost, steps.base)[1]
-    reached = base_cost + np.cumsum(steps.size)
+    edges = np.arange(count + 1) * n // count
+    picked = edges[:-1] + (np.arange(count) * passes.GOLDEN % 1.0 * (edges[1:] - edges[:-1])).astype(np.int64)
     target = limit * (count / n)
+    if compiled := kernels(loss.size):
+        low, high = compiled.sampled_rates(*passes.by_choice(loss, cost, picked), float(target), SPREADS)
+    else:
+        low, high = _rates_by_hulls(*passes.gather(loss, cost, picked), target)
+    low, high = max(float(low), least), min(float(high), most)
+    return low, high if np.isfinite(high) else 1.0
+
+
+def _rates_by_hulls(loss: Floats, cost: Integers, target: float) -> tuple[float, float]:
+    """The same rates as ``kernels.sampled_rates`` up to its tolerances, from the sorted hull steps of the sample."""
+    count = len(loss)
+    steps = passes.hull_steps(loss, cost)
+    if not steps.rate.size:
+        return 0.0, float("inf")
+    reached = passes.totals(loss, cost, steps.base)[1] + np.cumsum(steps.size)
     at = int(np.searchsorted(reached, target))
     taken = steps.base.copy()
     taken[steps.item[:at]] = steps.to[:at]
-    sizes = sample_cost[np.arange(count), taken].astype(np.float64)
+    sizes = cost[np.arange(count), taken].astype(np.float64)
     # Neighbours resemble each other (channels of one layer): their differences show what the strata leave unexplained.
     spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * count))
     first = int(np.searchsorted(reached, target - spread))
     last = int(np.searchsorted(reached, target + spread)) + 1
     high = float(steps.rate[first - 1]) if first > 0 else float(steps.rate[0]) * 2
-    low = float(steps.rate[last]) if last < len(reached) else 0.0
-    return max(low, least), min(high, most)
+    return float(steps.rate[last]) if last < len(reached) else 0.0, high
 
 
 def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> tuple[passes.Bracketed, float, float] | None:
@@ -232,13 +235,8 @@ def _improve_near_break(
     loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, gap_tolerance: float, deadline: float
 ) -> CoreSolution:
     """Improve the break solution by the moves that cost least per unit, without proof."""
-    near = relaxed.near
     excess = relaxed.rate * relaxed.slack
-    near_loss, near_cost = passes.gather(loss, cost, near)
-    moves = passes.collect_moves(near_loss, near_cost, relaxed.choice[near], relaxed.rate, 0, excess)
-    if moves.item.size > NEAR_MOVES:
-        best = np.argpartition(moves.penalty / np.abs(moves.size), NEAR_MOVES)[:NEAR_MOVES]
-        moves = passes.subset(moves, np.sort(best))
+    moves = passes.near_moves(loss, cost, relaxed.near, relaxed.choice, relaxed.rate, relaxed.slack, excess, NEAR_MOVES)
     closed = closing.close(
         moves,
         relaxed.slack,
@@ -249,7 +247,7 @@ def _improve_near_break(
         max_states=NEAR_STATES,
     )
     improved = replace(start, in_time=closed.in_time)
-    return _apply(loss, improved, relaxed, near[closed.item], closed.choice)
+    return _apply(loss, improved, relaxed, closed.item, closed.choice)
 
 
 def _apply(loss: Floats, solution: CoreSolution, relaxed: Relaxed, item: Integers, to: Integers) -> CoreSolution:

@@ -22,6 +22,9 @@ BLOCK_CELLS = 1 << 18
 WIDE_CHOICES = 64
 """Choices from which sorting them pays."""
 
+GOLDEN = (5**0.5 - 1) / 2
+"""The fractional parts of its multiples fill the unit interval evenly at every length: a shuffle that needs no generator."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bracketed:
@@ -82,6 +85,21 @@ class HullSteps:
     size: NDArray[np.int64]
     gain: NDArray[np.float64]
     rate: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filled:
+    """Choices after all hull steps, steepest first, that fit a budget.
+
+    Attributes:
+        choice: ``[n]`` choice of every item.
+        fits: Whether the base itself did.
+        step: Item, choice after it, size and rate of the first step that did not fit; None when all did.
+    """
+
+    choice: NDArray[np.int32]
+    fits: bool
+    step: tuple[int, int, int, float] | None
 
 
 def blocks(loss: Floats) -> Iterator[slice]:
@@ -145,6 +163,21 @@ def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, lim
     )
 
 
+def near_moves(loss: Floats, cost: Integers, items: Integers, base: Integers, rate: float, slack: int, excess: float, most: int) -> Moves:
+    """Of some items the ``most`` departures from ``base`` that cost least per unit and could be part of a solution within ``slack``
+    that exceeds the Lagrangian bound by less than ``excess``. The bound itself is not taken again.
+    """
+    if compiled := kernels(loss.size):
+        values, sizes = by_choice(loss, cost, items)
+        item, to, penalty, size = compiled.near_moves(values, sizes, base[items], float(rate), int(slack), float(excess), most)
+        return Moves(items[item], to, penalty, size, np.nan)
+    near_loss, near_cost = gather(loss, cost, items)
+    moves = collect_moves(near_loss, near_cost, base[items], rate, 0, excess)
+    if moves.item.size > most:
+        moves = subset(moves, np.sort(np.argpartition(moves.penalty / np.abs(moves.size), most)[:most]))
+    return Moves(items[moves.item], moves.choice, moves.penalty, moves.size, np.nan)
+
+
 def subset(moves: Moves, kept: Integers) -> Moves:
     """Some of the moves."""
     return Moves(moves.item[kept], moves.choice[kept], moves.penalty[kept], moves.size[kept], moves.bound)
@@ -178,6 +211,31 @@ def gather(loss: Floats, cost: Integers, rows: Integers) -> tuple[Floats, Intege
     picked_loss, picked_cost = np.take(loss.T, rows, axis=1).T, np.take(cost.T, rows, axis=1).T
     picked_loss.flags.writeable = picked_cost.flags.writeable = False
     return picked_loss, picked_cost
+
+
+def by_choice(loss: Floats, cost: Integers, rows: Integers | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Both tables, or some rows of them, as new ``[k, m]`` arrays: one layout, for which loops are compiled once."""
+    losses, costs = (table.T if rows is None else np.take(table.T, rows, axis=1) for table in (loss, cost))
+    return np.array(losses, dtype=np.float64, order="C"), np.array(costs, dtype=np.int64, order="C")
+
+
+def fill(loss: Floats, cost: Integers, limit: int, base: Integers | None = None, low: float = 0.0) -> Filled:
+    """Take the hull steps of all items from ``base`` (see ``hull_steps``) until one exceeds ``limit``."""
+    base = cheapest(loss, cost) if base is None else np.ascontiguousarray(base, dtype=np.int32)
+    slack = limit - totals(loss, cost, base)[1]
+    compiled = kernels(loss.size)
+    if compiled and loss.shape[1] <= WIDE_CHOICES:
+        choice, missed, item, to, size, rate = compiled.fill(*by_choice(loss, cost), base, float(low), slack)
+        return Filled(choice, slack >= 0, None if missed < 0 else (int(item), int(to), int(size), float(rate)))
+    steps = hull_steps(loss, cost, base, low)
+    used = np.cumsum(steps.size)
+    taken = int(np.searchsorted(used, slack, side="right")) if slack >= 0 else 0
+    choice = steps.base.copy()
+    choice[steps.item[:taken]] = steps.to[:taken]  # of repeated items numpy keeps the last assignment
+    step = None
+    if taken < len(used):
+        step = (int(steps.item[taken]), int(steps.to[taken]), int(steps.size[taken]), float(steps.rate[taken]))
+    return Filled(choice, slack >= 0, step)
 
 
 def column_major(table: NDArray[Any]) -> NDArray[Any]:
