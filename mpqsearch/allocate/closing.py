@@ -92,9 +92,10 @@ def build_core(moves: Moves, rate: float) -> tuple[Core, int]:
     """
     grade = GRADE * max(abs(rate), TINY)
     if compiled := kernels(0):
-        head, key, divisor = compiled.core_keys(moves.item, moves.penalty, moves.size, grade)
-        order = np.argsort(key)
-        start, *arrays = compiled.core_order(head, order, moves.item, moves.choice, moves.penalty, moves.size)
+        head, key, up, down, divisor = compiled.core_keys(moves.item, moves.penalty, moves.size, grade)
+        start, *arrays, _ = compiled.core_order(
+            head, np.argsort(key), moves.item, moves.choice, moves.penalty, moves.size, up, down
+        )
         return Core(start, *arrays), int(divisor)
     efficiency = moves.penalty / np.abs(moves.size)
     heads = np.flatnonzero(np.diff(moves.item, prepend=-1))

@@ -21,6 +21,9 @@ BLOCK = 1024
 
 GOLDEN = passes.GOLDEN
 
+SORTED_GROUPS = 512
+"""Groups of moves that a search in one call tries first."""
+
 RATE_RANGE = (1e-290, 1e290)
 """Rates beyond these are not looked for."""
 
@@ -81,10 +84,7 @@ def _bracket(loss: Any, cost: Any, low: float, high: float) -> Any:
 
 def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> Any:
     n, k = loss.shape
-    room = 4096 + k
-    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
-    penalty, size = np.empty(room), np.empty(room, dtype=np.int64)
-    count = 0
+    rows, flagged = np.empty(4096 + BLOCK, dtype=np.int64), 0
     total, carry, used = 0.0, 0.0, 0
     best, at, second = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     for start in range(0, n, BLOCK):
@@ -101,25 +101,37 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
                 best[i] = value if better else best[i]
                 at[i] = column if better else at[i]
         block_loss = 0.0
+        if flagged + length > rows.size:
+            rows = np.concatenate((rows, rows))
         for i in range(length):
             row, chosen = start + i, int(at[i])
             block_loss += float(loss[row, chosen])
             used += cost[row, chosen]
-            stay = base[row]
-            if chosen == stay and not second[i] - best[i] <= threshold:
-                continue
-            here = float(loss[row, stay]) + rate * float(cost[row, stay])
-            if count + k > item.size:
-                item, to = np.concatenate((item, item)), np.concatenate((to, to))
-                penalty, size = np.concatenate((penalty, penalty)), np.concatenate((size, size))
-            for j in range(k):  # written first, counted then: whether a move is kept cannot be predicted
-                change = np.int64(cost[row, j]) - np.int64(cost[row, stay])
-                extra = max(float(loss[row, j]) + rate * float(cost[row, j]) - here, 0.0)
-                item[count], to[count], penalty[count], size[count] = row, j, extra, change
-                count += np.int64((change != 0) & (extra <= threshold))
+            rows[flagged] = row  # written first, counted then: whether a row is kept cannot be predicted
+            flagged += np.int64((chosen != base[row]) | (second[i] - best[i] <= threshold))
         raised = total + block_loss
         carry += (total - raised) + block_loss if abs(total) >= abs(block_loss) else (block_loss - raised) + total
         total = raised
+    room = min(4096, flagged) * k + k
+    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
+    penalty, size = np.empty(room), np.empty(room, dtype=np.int64)
+    count = 0
+    for start in range(0, flagged, BLOCK):
+        part = rows[start : min(start + BLOCK, flagged)]
+        values, sizes = by_choice(loss, cost, part)
+        if count + part.size * k > item.size:
+            more = max(item.size, part.size * k)
+            item, to = np.concatenate((item, np.empty(more, np.int64))), np.concatenate((to, np.empty(more, np.int32)))
+            penalty, size = np.concatenate((penalty, np.empty(more))), np.concatenate((size, np.empty(more, np.int64)))
+        for i in range(part.size):
+            row = part[i]
+            stay = base[row]
+            here, spent = values[stay, i] + rate * sizes[stay, i], sizes[stay, i]
+            for j in range(k):
+                change = sizes[j, i] - spent
+                extra = max(values[j, i] + rate * sizes[j, i] - here, 0.0)
+                item[count], to[count], penalty[count], size[count] = row, j, extra, change
+                count += np.int64((change != 0) & (extra <= threshold))
     return item[:count], to[:count], penalty[:count], size[:count], total + carry, used
 
 
@@ -194,23 +206,35 @@ def _total_at(values: Any, sizes: Any, rate: float, best: Any, spent: Any) -> fl
     return float(spent.sum())
 
 
-def _search_rate(values: Any, sizes: Any, rate: float, wanted: float, close: float, least: float, best: Any, spent: Any) -> Any:
-    """Two rates that enclose the one at which the total size falls to ``wanted``, or twice a rate that is near enough."""
+def _search_rate(
+    values: Any,
+    sizes: Any,
+    rate: float,
+    wanted: float,
+    close: float,
+    least: float,
+    factor: float,
+    grain: float,
+    best: Any,
+    spent: Any,
+) -> Any:
+    """Two rates, a factor of ``grain`` apart or less, that enclose the one at which the total size falls to ``wanted``, or twice
+    a rate whose total is within ``close`` of it. ``least`` is the smallest total.
+    """
     total = total_at(values, sizes, rate, best, spent)
     low, high, total_low, total_high = rate, rate, total, total
-    factor = 4.0
     while total_low < wanted and low > RATE_RANGE[0]:
         high, total_high = low, total_low
         low /= factor
-        factor *= 2.0
+        factor *= factor
         total_low = total_at(values, sizes, low, best, spent)
     while total_high > wanted and total_high > least and high < RATE_RANGE[1]:
         low, total_low = high, total_high
         high *= factor
-        factor *= 2.0
+        factor *= factor
         total_high = total_at(values, sizes, high, best, spent)
-    for attempt in range(30):
-        if total_low < wanted or total_high > wanted or high <= low * (1 + 1e-9):
+    for attempt in range(60):
+        if total_low < wanted or total_high > wanted or high <= low * grain:
             break
         # The size falls like the logarithm of the rate; every third time the middle, should it not.
         share = 0.5 if attempt % 3 == 2 else min(max((total_low - wanted) / max(total_low - total_high, 1.0), 0.05), 0.95)
@@ -225,11 +249,14 @@ def _search_rate(values: Any, sizes: Any, rate: float, wanted: float, close: flo
     return low, high
 
 
-def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float) -> Any:
-    """Rates between which a sample (``[k, m]`` losses and costs) reaches ``target``, give or take ``spreads`` deviations."""
+def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowest: float, highest: float) -> Any:
+    """Rates between which a sample (``[k, m]`` losses and costs) reaches ``target``, give or take ``spreads`` deviations.
+
+    The critical rate is known to lie between ``lowest`` and ``highest``, which may be zero and infinite.
+    """
     k, m = values.shape
     costs = np.empty((k, m))
-    least, widest, fall, rise = 0.0, 0.0, 0.0, 0.0
+    least, fall, rise = 0.0, 0.0, 0.0
     for i in range(m):
         cheap, lossy, dear, good = np.inf, np.inf, 0.0, np.inf
         for j in range(k):
@@ -242,24 +269,77 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float) -> An
             if value < good:
                 dear, good = size, value
         least += cheap
-        widest += max(dear, cheap)
         fall += lossy - good
         rise += max(dear - cheap, 0.0)
     if not (fall > 0.0 and rise > 0.0):
-        return 0.0, np.inf
+        return lowest, highest
+    first, grain = fall / rise, 1.01
+    if lowest > 0.0 and highest < np.inf:
+        first, grain = np.sqrt(lowest * highest), (highest / lowest) ** 0.01
+    if not (RATE_RANGE[0] < first < RATE_RANGE[1]) or grain <= 1.0:
+        return lowest, highest
     best, spent = np.empty(m), np.empty(m)
-    slip = 1e-3 * (widest - least) / np.sqrt(m)
-    low, high = search_rate(values, costs, fall / rise, target, slip, least, best, spent)
+    low, high = search_rate(values, costs, first, target, 4e-3 * target, least, grain**64, grain, best, spent)
     centre = np.sqrt(low * high)
     total_at(values, costs, centre, best, spent)
     squares = 0.0
     for i in range(m - 1):  # neighbours resemble each other: see ``mckp``
         squares += (spent[i + 1] - spent[i]) ** 2
     spread = spreads * np.sqrt(squares / max(m - 1, 1) / 2 * m)
-    bottom, _ = search_rate(values, costs, centre, target + spread, 0.1 * spread, least, best, spent)
-    _, top = search_rate(values, costs, centre, target - spread, 0.1 * spread, least, best, spent)
-    reached = total_at(values, costs, bottom, best, spent) >= target  # else even at a rate of zero there is room
-    return (bottom if reached else 0.0), (top * 2.0 if bottom == top else top)
+    bottom, _ = search_rate(values, costs, low, target + spread, 0.2 * spread, least, grain**12, grain, best, spent)
+    bottom_total = total_at(values, costs, bottom, best, spent)
+    _, top = search_rate(values, costs, high, target - spread, 0.2 * spread, least, grain**12, grain, best, spent)
+    top = top * grain if top <= bottom else top
+    return max(bottom if bottom_total >= target else 0.0, lowest), min(top, highest)  # a rate of zero leaves room
+
+
+def _wrapped(values: Any, sizes: Any, base: Any, low: float) -> Any:
+    """Hull steps of ``[k, m]`` losses and costs with a rate of at least ``low``, all first ones, then all second ones, ..."""
+    k, m = values.shape
+    room = 2 * m + 16
+    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
+    size, rate = np.empty(room, dtype=np.int64), np.empty(room)
+    table, costs = values, sizes
+    row, last = np.arange(m), np.full(m, np.inf)
+    at_loss, at_cost = np.empty(m), np.empty(m, dtype=np.int64)
+    for i in range(m):
+        at_loss[i], at_cost[i] = values[base[i], i], sizes[base[i], i]
+    steepest, best, following = np.empty(m), np.empty(m), np.empty(m)
+    count, active = 0, m
+    while active > 0:
+        steepest[:active], best[:active], following[:active] = -np.inf, 0.0, -1.0
+        for j in range(k):
+            column, losses, spent = float(j), table[j], costs[j]
+            for i in range(active):  # one lane width and no branches, as everywhere
+                wider = float(spent[i] - at_cost[i])
+                slope = (at_loss[i] - losses[i]) / wider if wider > 0.0 else -np.inf
+                better = (slope > steepest[i]) | ((slope == steepest[i]) & (wider > best[i]) & (wider > 0.0))
+                steepest[i] = slope if better else steepest[i]
+                best[i] = wider if better else best[i]
+                following[i] = column if better else following[i]
+        if count + active > item.size:
+            more = item.size + active
+            item, to = np.concatenate((item, np.empty(more, np.int64))), np.concatenate((to, np.empty(more, np.int32)))
+            size, rate = np.concatenate((size, np.empty(more, np.int64))), np.concatenate((rate, np.empty(more)))
+        kept = 0
+        for i in range(active):
+            slope, j = steepest[i], int(following[i])
+            if j < 0 or slope < low or slope == -np.inf or (slope <= 0.0 <= low):
+                continue
+            step = costs[j, i] - at_cost[i]
+            last[kept] = min(last[i], slope)
+            item[count], to[count], size[count], rate[count] = row[i], j, step, last[kept]
+            count += 1
+            row[kept], at_loss[kept], at_cost[kept] = row[i], table[j, i], costs[j, i]
+            kept += 1
+        if 0 < kept < active:
+            rest_table, rest_costs = np.empty((k, kept)), np.empty((k, kept), dtype=np.int64)
+            for j in range(k):
+                for i in range(kept):
+                    rest_table[j, i], rest_costs[j, i] = values[j, row[i]], sizes[j, row[i]]
+            table, costs = rest_table, rest_costs
+        active = kept
+    return item, to, size, rate, count
 
 
 def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
@@ -269,30 +349,7 @@ def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
     Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate, and the number of steps.
     """
     k, m = values.shape
-    room = m * (k - 1)
-    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
-    size, rate = np.empty(room, dtype=np.int64), np.empty(room)
-    row_loss, row_cost = np.empty(k), np.empty(k, dtype=np.int64)
-    count = 0
-    for i in range(m):
-        for j in range(k):
-            row_loss[j], row_cost[j] = values[j, i], sizes[j, i]
-        at, last = np.int64(base[i]), np.inf
-        while True:
-            steepest, following, step = -np.inf, -1, np.int64(0)
-            for j in range(k):
-                wider = row_cost[j] - row_cost[at]
-                if wider <= 0:
-                    continue
-                slope = (row_loss[at] - row_loss[j]) / wider
-                if slope > steepest or (slope == steepest and wider > step):
-                    steepest, following, step = slope, j, wider
-            if following < 0 or steepest < low or steepest == -np.inf or (steepest <= 0.0 <= low):
-                break
-            last = min(last, steepest)
-            item[count], to[count], size[count], rate[count] = i, following, step, last
-            count += 1
-            at = following
+    item, to, size, rate, count = wrapped(values, sizes, base, low)
     choice = np.empty(m, dtype=np.int32)
     for i in range(m):
         choice[i] = base[i]
@@ -344,86 +401,104 @@ def _near_moves(values: Any, sizes: Any, base: Any, rate: float, slack: int, exc
     Every move that fits by itself lowers the excess for those that follow. Tables are ``[k, m]``, items count from 0.
     """
     k, m = values.shape
-    room = m * k
-    item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
-    penalty, size, unit = np.empty(room), np.empty(room, dtype=np.int64), np.empty(room)
+    unit, here, spent = np.empty((k, m)), np.empty(m), np.empty(m)
+    alone = np.full(m, np.inf)
+    room = float(slack)
+    for i in range(m):
+        spent[i] = float(sizes[base[i], i])
+        here[i] = values[base[i], i] + rate * spent[i]
+    for j in range(k):
+        losses, costs, units = values[j], sizes[j], unit[j]
+        for i in range(m):
+            change = float(costs[i]) - spent[i]
+            extra = losses[i] + rate * float(costs[i]) - here[i]
+            extra = max(extra, 0.0)
+            units[i] = extra / abs(change) if change != 0.0 else np.inf
+            single = extra + rate * (room - change) if (change != 0.0) & (change <= room) else np.inf
+            alone[i] = min(alone[i], single)
+    excess = min(excess, alone.min())
+    shortlist = np.empty(min(m * k, 8 * most + k), dtype=np.float64)
+    limit, listed = np.inf, 0
+    for i in range(m):  # the limit falls as better ones are met
+        for j in range(k):
+            if unit[j, i] < limit:
+                shortlist[listed] = unit[j, i]
+                listed += 1
+        if listed + k > shortlist.size and listed > most:
+            limit = np.partition(shortlist[:listed], most - 1)[most - 1]
+            kept = 0
+            for position in range(listed):
+                if shortlist[position] < limit:
+                    shortlist[kept] = shortlist[position]
+                    kept += 1
+            listed = kept
+    if listed > most:
+        limit = np.partition(shortlist[:listed], most - 1)[most - 1]
+    item, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int32)
+    penalty, size = np.empty(most), np.empty(most, dtype=np.int64)
     count = 0
     for i in range(m):
-        stay = np.int64(base[i])
-        here = values[stay, i] + rate * sizes[stay, i]
         for j in range(k):
-            change = sizes[j, i] - sizes[stay, i]
-            extra = max(values[j, i] + rate * sizes[j, i] - here, 0.0)
-            item[count], to[count], penalty[count], size[count] = i, j, extra, change
-            unit[count] = extra / abs(change)
-            count += np.int64((change != 0) & (extra <= excess))
-            alone = extra + rate * (slack - change)
-            excess = alone if change != 0 and change <= slack and alone < excess else excess
-    kept, limit = 0, np.inf
-    if count > most:
-        limit = np.partition(unit[:count], most - 1)[most - 1]
-    for move in range(count):
-        if unit[move] <= limit and penalty[move] <= excess and kept < most:
-            item[kept], to[kept], penalty[kept], size[kept] = item[move], to[move], penalty[move], size[move]
-            kept += 1
-    return item[:kept], to[:kept], penalty[:kept], size[:kept]
+            if unit[j, i] <= limit and unit[j, i] < np.inf and count < most:
+                change = sizes[j, i] - sizes[base[i], i]
+                extra = max(values[j, i] + rate * float(sizes[j, i]) - here[i], 0.0)
+                if extra <= excess:
+                    item[count], to[count], penalty[count], size[count] = i, j, extra, change
+                    count += 1
+    return item[:count], to[:count], penalty[:count], size[:count]
 
 
 def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
-    """First move of every group, the group's place in the order, and the common divisor of all sizes: see ``closing``."""
+    """First move of every group, the group's place in the order, its least penalties per unit of increase and of decrease, and the
+    common divisor of all sizes: see ``closing``.
+    """
     count = item.size
     head, key = np.empty(count + 1, dtype=np.int64), np.empty(count)
+    up, down = np.empty(count), np.empty(count)
     groups, divisor = 0, np.int64(0)
-    best = np.inf
     for move in range(count):
         if move == 0 or item[move] != item[move - 1]:
-            if groups > 0:
-                key[groups - 1] = best
-            head[groups] = move
+            head[groups], up[groups], down[groups] = move, np.inf, np.inf
             groups += 1
-            best = np.inf
-        length = abs(size[move])
-        best = min(best, penalty[move] / length)
-        if divisor == 0 or length % divisor != 0:
-            a, b = length, divisor
+        unit = penalty[move] / abs(size[move])
+        if size[move] > 0:
+            up[groups - 1] = min(up[groups - 1], unit)
+        else:
+            down[groups - 1] = min(down[groups - 1], unit)
+        if divisor == 0 or size[move] % divisor != 0:
+            a, b = abs(size[move]), divisor
             while b != 0:
                 a, b = b, a % b
             divisor = a
-    if groups > 0:
-        key[groups - 1] = best
     head[groups] = count
     for group in range(groups):
         fraction = group * GOLDEN
-        key[group] = np.round(key[group] / grain) + (fraction - np.floor(fraction))
-    return head[: groups + 1], key[:groups], divisor
+        key[group] = np.round(min(up[group], down[group]) / grain) + (fraction - np.floor(fraction))
+    return head[: groups + 1], key[:groups], up[:groups], down[:groups], divisor
 
 
-def _core_order(head: Any, order: Any, item: Any, to: Any, penalty: Any, size: Any) -> Any:
-    """All moves in the order of their groups, and the least penalties per unit from every group on."""
-    count, groups = item.size, order.size
+def _core_order(head: Any, order: Any, item: Any, to: Any, penalty: Any, size: Any, group_up: Any, group_down: Any) -> Any:
+    """The moves of some groups in their order, the least penalties per unit from each of them on, and where each move stood."""
+    groups, count = order.size, 0
+    for group in order:
+        count += head[group + 1] - head[group]
     start = np.empty(groups + 1, dtype=np.int64)
     new_item, new_to = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
-    new_penalty, new_size = np.empty(count), np.empty(count, dtype=np.int64)
+    new_penalty, new_size, place = np.empty(count), np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     position = 0
     for group in range(groups):
         start[group] = position
         for move in range(head[order[group]], head[order[group] + 1]):
-            new_item[position], new_to[position] = item[move], to[move]
+            new_item[position], new_to[position], place[position] = item[move], to[move], move
             new_penalty[position], new_size[position] = penalty[move], size[move]
             position += 1
     start[groups] = count
     up, down = np.empty(groups + 1), np.empty(groups + 1)
     up[groups], down[groups] = np.inf, np.inf
     for group in range(groups - 1, -1, -1):
-        least_up, least_down = up[group + 1], down[group + 1]
-        for move in range(start[group], start[group + 1]):
-            unit = new_penalty[move] / abs(new_size[move])
-            if new_size[move] > 0:
-                least_up = min(least_up, unit)
-            else:
-                least_down = min(least_down, unit)
-        up[group], down[group] = least_up, least_down
-    return start, new_item, new_to, new_penalty, new_size, up, down
+        up[group] = min(up[group + 1], group_up[order[group]])
+        down[group] = min(down[group + 1], group_down[order[group]])
+    return start, new_item, new_to, new_penalty, new_size, up, down, place
 
 
 def _advance(
@@ -468,16 +543,11 @@ def _advance(
     while group < n_groups and count > 0 and count <= max_states and work > 0:
         fill = up[group] if exact_fill else min(rate, up[group])
         kept = 0
-        for s in range(count):
+        for s in range(count):  # here and below: written first, counted then, for want of a pattern that could be predicted
             free = slack - size[s]
-            rest = 0.0
-            if free > 0:
-                rest = free * fill
-            elif free < 0:
-                rest = -free * down[group]
-            if penalty[s] + rest + offset < excess - tolerance:
-                size[kept], penalty[kept], state[kept] = size[s], penalty[s], state[s]
-                kept += 1
+            rest = 0.0 if free == 0 else abs(free) * (fill if free > 0 else down[group])
+            size[kept], penalty[kept], state[kept] = size[s], penalty[s], state[s]
+            kept += np.int64(penalty[kept] + rest + offset < excess - tolerance)
         count = kept
         if count == 0:
             break
@@ -493,37 +563,27 @@ def _advance(
                 room = 2 * wanted
                 out_size, out_penalty = np.empty(room, dtype=np.int64), np.empty(room)
                 out_state, out_move = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
-            a, b, made, least = 0, 0, 0, np.inf
+            a, b, made, least, latest = 0, 0, 0, np.inf, np.iinfo(np.int64).min
             more, extra = move_size[move], move_penalty[move]
             while a < merged or b < count:
-                from_new = False
-                if a == merged:
-                    from_new = True
-                elif b < count:
-                    shifted = size[b] + more
-                    if shifted < in_size[a]:
-                        from_new = True
-                    elif shifted == in_size[a]:
-                        from_new = penalty[b] + extra < in_penalty[a]
-                if from_new:
-                    new_size, new_penalty = size[b] + more, penalty[b] + extra
-                    new_state, new_move = state[b], move
-                    b += 1
-                else:
-                    new_size, new_penalty = in_size[a], in_penalty[a]
-                    new_state, new_move = in_state[a], in_move[a]
-                    a += 1
-                if exact_fill:
-                    if made > 0 and out_size[made - 1] == new_size:
-                        continue
-                else:
-                    value = new_penalty - rate * new_size
-                    if value >= least:
-                        continue
-                    least = value
+                # Past the end of a list its last state is read, and never taken.
+                here, there = min(a, merged - 1), min(b, count - 1)
+                old_size, new_size = in_size[here], size[there] + more
+                old_penalty, new_penalty = in_penalty[here], penalty[there] + extra
+                first_one = (new_size < old_size) | ((new_size == old_size) & (new_penalty < old_penalty))
+                from_new = ((a == merged) | first_one) & (b < count)
+                b += np.int64(from_new)
+                a += np.int64(not from_new)
+                new_size = new_size if from_new else old_size
+                new_penalty = new_penalty if from_new else old_penalty
                 out_size[made], out_penalty[made] = new_size, new_penalty
-                out_state[made], out_move[made] = new_state, new_move
-                made += 1
+                out_state[made] = state[there] if from_new else in_state[here]
+                out_move[made] = move if from_new else in_move[here]
+                value = new_penalty - rate * new_size
+                keep = new_size != latest if exact_fill else value < least
+                made += np.int64(keep)
+                latest = new_size if keep else latest
+                least = min(value, least)
             in_size, out_size = out_size, in_size
             in_penalty, out_penalty = out_penalty, in_penalty
             in_state, out_state = out_state, in_state
@@ -538,13 +598,13 @@ def _advance(
         if in_size.size < 2 * count:
             in_size, in_penalty = np.empty(4 * count, dtype=np.int64), np.empty(4 * count)
             in_state, in_move = np.empty(4 * count, dtype=np.int64), np.empty(4 * count, dtype=np.int64)
+        while n_history + count > parents.size:
+            parents, moved = np.concatenate((parents, parents)), np.concatenate((moved, moved))
         for s in range(count):
-            if move_of[s] >= 0:
-                if n_history == parents.size:
-                    parents, moved = np.concatenate((parents, parents)), np.concatenate((moved, moved))
-                parents[n_history], moved[n_history] = state[s], move_of[s]
-                state[s] = n_history
-                n_history += 1
+            born = move_of[s] >= 0
+            parents[n_history], moved[n_history] = state[s], move_of[s]
+            state[s] = n_history if born else state[s]
+            n_history += np.int64(born)
             free = slack - size[s]
             if free == 0 or (free > 0 and not exact_fill):
                 value = penalty[s] + price * free + offset
@@ -554,17 +614,244 @@ def _advance(
     return group, size[:count], penalty[:count], state[:count], parents, moved, n_history, excess, best_state
 
 
+def _search(
+    item: Any,
+    to: Any,
+    penalty: Any,
+    size: Any,
+    rate: float,
+    slack: int,
+    excess: float,
+    tolerance: float,
+    grade: float,
+    states: int,
+    work: int,
+) -> Any:
+    """Closing in one call: the least excess, its floor, which moves make it, and whether the search came to its end.
+
+    The best groups alone at first; the others are seldom reached.
+    """
+    nothing = np.empty(0, dtype=np.int64)
+    head, key, group_up, group_down, divisor = core_keys(item, penalty, size, grade)
+    if divisor == 0:
+        return min(excess, rate * slack), min(excess, rate * slack), nothing, True
+    groups = key.size
+    order, rest_up, rest_down = np.empty(0, dtype=np.int64), np.inf, np.inf
+    if groups > SORTED_GROUPS:
+        limit = np.partition(key, SORTED_GROUPS - 1)[SORTED_GROUPS - 1]
+        order, first = np.empty(SORTED_GROUPS, dtype=np.int64), 0
+        for group in range(groups):
+            if key[group] <= limit and first < SORTED_GROUPS:
+                order[first] = group
+                first += 1
+            else:
+                rest_up, rest_down = min(rest_up, group_up[group]), min(rest_down, group_down[group])
+        order = order[:first][np.argsort(key[order[:first]])]
+    else:
+        order = np.argsort(key)
+    start, _, _, core_penalty, core_size, up, down, place = core_order(head, order, item, to, penalty, size, group_up, group_down)
+    up, down = np.minimum(up, rest_up), np.minimum(down, rest_down)
+    left_over = slack % divisor
+    slack -= left_over
+    offset, best_state, given = rate * left_over, -1, excess
+    if rate * slack + offset < excess:
+        excess, best_state = rate * slack + offset, 0
+    parents, moved = np.empty(1024, dtype=np.int64), np.empty(1024, dtype=np.int64)
+    parents[0], moved[0] = -1, -1
+    zero = np.zeros(1, dtype=np.int64)
+    group, alive, _, _, parents, moved, _, excess, best_state = advance(
+        start,
+        core_penalty,
+        core_size,
+        up,
+        down,
+        0,
+        zero,
+        np.zeros(1),
+        zero,
+        parents,
+        moved,
+        1,
+        slack,
+        rate,
+        False,
+        offset,
+        excess,
+        tolerance,
+        best_state,
+        states,
+        work,
+    )
+    if group == order.size and order.size < groups and alive.size > 0:  # the others matter after all: start again with all
+        order = np.argsort(key)
+        start, _, _, core_penalty, core_size, up, down, place = core_order(
+            head, order, item, to, penalty, size, group_up, group_down
+        )
+        parents[0], moved[0], zero[0] = -1, -1, 0
+        excess, best_state = given, -1
+        if rate * slack + offset < excess:
+            excess, best_state = rate * slack + offset, 0
+        group, alive, _, _, parents, moved, _, excess, best_state = advance(
+            start,
+            core_penalty,
+            core_size,
+            up,
+            down,
+            0,
+            zero,
+            np.zeros(1),
+            zero,
+            parents,
+            moved,
+            1,
+            slack,
+            rate,
+            False,
+            offset,
+            excess,
+            tolerance,
+            best_state,
+            states,
+            work,
+        )
+    chosen = np.empty(groups, dtype=np.int64)
+    count = 0
+    while best_state > 0:
+        chosen[count] = place[moved[best_state]]
+        best_state = parents[best_state]
+        count += 1
+    return excess, excess - tolerance, chosen[:count], group == order.size or alive.size == 0
+
+
+def _solve(
+    loss: Any,
+    cost: Any,
+    limit: int,
+    gap: float,
+    rounding: float,
+    tiny: float,
+    direct: int,
+    sample: int,
+    spreads: float,
+    near: int,
+    near_work: int,
+    states: int,
+    work: int,
+) -> Any:
+    """The whole of ``mckp.solve_table`` for tables that one bracket makes small enough, in one call.
+
+    Returns a code (0: not for this function, 1: solved, 2: the last search did not end), the break solution with its rate, loss,
+    slack and items near the break, and the best solution with its loss, bound and whether it is proven.
+    """
+    n = loss.shape[0]
+    low, settled_cost, settled_loss = 0.0, 0, 0.0
+    none, nowhere = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    nothing = (0, none, 0.0, 0.0, 0, nowhere, none, 0.0, 0.0, False)
+    if n <= direct:
+        choice, rows = cheapest(loss, cost), np.arange(n)
+    else:
+        picked = np.empty(sample, dtype=np.int64)
+        for i in range(sample):
+            first, last = i * n // sample, (i + 1) * n // sample
+            fraction = i * GOLDEN
+            picked[i] = first + int((fraction - np.floor(fraction)) * (last - first))
+        values, sizes = by_choice(loss, cost, picked)
+        low, high = sampled_rates(values, sizes, limit * (sample / n), spreads, 0.0, np.inf)
+        high = high if high < np.inf else 1.0
+        width = min(max(high / low, 1.01), 4.0) if low > 0.0 else 4.0
+        for _ in range(4):
+            choice, rows, cost_low, cost_high, settled_cost, settled_loss = bracket(loss, cost, low, high)
+            if cost_high > limit:
+                low, high = high, high * width
+            elif cost_low <= limit and low > 0.0:
+                low, high = low / width, low
+            else:
+                break
+        if cost_high > limit or (cost_low <= limit and low > 0.0) or rows.size > 4 * direct:
+            return nothing
+    values, sizes = by_choice(loss, cost, rows)
+    base = choice[rows]
+    slack = limit - settled_cost
+    for i in range(rows.size):
+        slack -= sizes[base[i], i]
+    if slack < 0:
+        return nothing
+    inner, missed, _, _, _, rate = fill(values, sizes, base, low, slack)
+    if missed < 0 and low > 0.0:
+        return nothing
+    slack, total = limit - settled_cost, settled_loss
+    carry = 0.0
+    for i in range(rows.size):
+        choice[rows[i]] = inner[i]
+        slack -= sizes[inner[i], i]
+        value = values[inner[i], i]
+        raised = total + value
+        carry += (total - raised) + value if abs(total) >= abs(value) else (value - raised) + total
+        total = raised
+    total += carry
+    dual = total - rate * slack
+    if total - dual <= max(rounding, gap) * abs(total):
+        proven = total - dual <= rounding * abs(total)
+        return 1, choice, rate, total, slack, rows, choice, total, total if proven else dual, proven
+    tolerance = max(rounding, gap / 2) * abs(total)
+    grade = tiny * rate
+    item, to, penalty, size = near_moves(values, sizes, inner, rate, slack, rate * slack, near)
+    _, _, chosen, _ = search(item, to, penalty, size, rate, slack, rate * slack, tolerance, grade, states, near_work)
+    best, best_loss, changed = choice, total, 0.0
+    for move in chosen:
+        changed += values[to[move], item[move]] - values[inner[item[move]], item[move]]
+    if chosen.size > 0 and total + changed < total:
+        best, best_loss = choice.copy(), total + changed
+        for move in chosen:
+            best[rows[item[move]]] = to[move]
+    if best_loss - dual <= max(rounding, gap) * abs(best_loss):
+        proven = best_loss - dual <= rounding * abs(best_loss)
+        return 1, choice, rate, total, slack, rows, best, best_loss, best_loss if proven else dual, proven
+    excess = best_loss - dual
+    tolerance = max(rounding, gap / 2) * abs(best_loss)
+    item, to, penalty, size, _, _ = moves(loss, cost, choice, rate, excess)
+    _, floor, chosen, ended = search(item, to, penalty, size, rate, slack, excess, tolerance, grade, states, work)
+    if not ended:
+        return 2, choice, rate, total, slack, rows, best, best_loss, dual, False
+    changed = 0.0
+    for move in chosen:
+        row = item[move]
+        changed += float(loss[row, to[move]]) - float(loss[row, choice[row]])
+    if chosen.size > 0 and total + changed < best_loss:
+        best, best_loss = choice.copy(), total + changed
+        for move in chosen:
+            best[item[move]] = to[move]
+    floor = min(dual + max(floor, 0.0), best_loss)
+    proven = gap == 0.0 or best_loss - floor <= rounding * abs(best_loss)
+    return 1, choice, rate, total, slack, rows, best, best_loss, best_loss if proven else floor, proven
+
+
+def _by_choice(loss: Any, cost: Any, rows: Any) -> Any:
+    """Some rows of both tables as ``[k, m]``."""
+    k, m = loss.shape[1], rows.size
+    values, sizes = np.empty((k, m)), np.empty((k, m), dtype=np.int64)
+    for j in range(k):
+        losses, costs = loss[:, j], cost[:, j]
+        for i in range(m):
+            values[j, i], sizes[j, i] = losses[rows[i]], costs[rows[i]]
+    return values, sizes
+
+
 total_at = _jit(_total_at)
 search_rate = _jit(_search_rate)
 sampled_rates = _jit(_sampled_rates)
-fill = _jit(_fill)
-near_moves = _jit(_near_moves)
-core_keys = _jit(_core_keys)
-core_order = _jit(_core_order)
 bracket = _jit(_bracket)
+by_choice = _jit(_by_choice)
 moves = _jit(_moves)
 totals = _jit(_totals)
 cheapest = _jit(_cheapest)
 hulls = _jit(_hulls)
 wide_hulls = _jit(passes.wide_hulls)
+wrapped = _jit(_wrapped)
+fill = _jit(_fill)
+near_moves = _jit(_near_moves)
+core_keys = _jit(_core_keys)
+core_order = _jit(_core_order)
 advance = _jit(_advance)
+search = _jit(_search)
+solve = _jit(_solve)

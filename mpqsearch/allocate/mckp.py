@@ -32,8 +32,23 @@ SAMPLE_POWER = 2 / 3
 SPREADS = 1.8
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
 
-NEAR_MOVES = 600
+NEAR_MOVES = 150
 """Moves nearest to the break that the first improvement looks at."""
+
+QUICK_ITEMS = 250_000
+"""Items up to which the compiled engine goes from the table to the answer in one call."""
+
+QUICK_STATES = 50_000
+"""States alive at a time in that call; where these do not do, the search starts again in leaps that look at the clock."""
+
+QUICK_SPREADS = 2.2
+"""``SPREADS`` of that call, where a miss is dearer than the items it would have left."""
+
+NEAR_WORK = 50_000
+"""States made in the first search of that call."""
+
+QUICK_WORK = 2_000_000
+"""States made in each search of that call (some milliseconds)."""
 
 NEAR_STATES = 20_000
 """States that the first improvement keeps."""
@@ -123,6 +138,10 @@ def solve_table(
     if len(loss) <= DIRECT_ITEMS:  # small tables take one layout, so that they need no compilation of their own
         loss, cost = loss.astype(np.float64), cost.astype(np.int64)
     loss, cost = passes.column_major(loss), passes.column_major(cost)
+    quick = _in_one_call(loss, cost, limit, gap_tolerance) if deadline == float("inf") else None
+    if quick is not None:
+        relaxed, improved, ended = quick
+        return improved if ended else _close(loss, cost, limit, relaxed, improved, gap_tolerance, deadline)
     relaxed = relax(loss, cost, limit)
     if relaxed.slack < 0:
         raise BudgetTooSmallError(smallest_cost(loss, cost))
@@ -133,6 +152,34 @@ def solve_table(
     if _within(improved, gap_tolerance) or not improved.in_time:
         return improved
     return _close(loss, cost, limit, relaxed, improved, gap_tolerance, deadline)
+
+
+def _in_one_call(loss: Floats, cost: Integers, limit: int, gap_tolerance: float) -> tuple[Relaxed, CoreSolution, bool] | None:
+    """Relaxation, best solution and whether it is final, from the compiled engine; None where it does not apply."""
+    n, k = loss.shape
+    compiled = kernels(loss.size) if n <= QUICK_ITEMS and k <= passes.WIDE_CHOICES else None
+    if compiled is None or QUICK_WORK == 0:
+        return None
+    sample = max(2, min(SAMPLE_ITEMS, int(n**SAMPLE_POWER)))
+    code, choice, rate, total, slack, near, best, best_loss, floor, proven = compiled.solve(
+        loss,
+        cost,
+        limit,
+        float(gap_tolerance),
+        ROUNDING,
+        closing.GRADE,
+        DIRECT_ITEMS,
+        sample,
+        QUICK_SPREADS,
+        NEAR_MOVES,
+        NEAR_WORK,
+        QUICK_STATES,
+        QUICK_WORK,
+    )
+    if code == 0:
+        return None
+    relaxed = Relaxed(rate, choice, total, slack, near, None)
+    return relaxed, CoreSolution(best, rate, relaxed.bound, floor, best_loss, proven, in_time=True), code == 1
 
 
 def relax(
@@ -175,7 +222,7 @@ def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, mos
     picked = edges[:-1] + (np.arange(count) * passes.GOLDEN % 1.0 * (edges[1:] - edges[:-1])).astype(np.int64)
     target = limit * (count / n)
     if compiled := kernels(loss.size):
-        low, high = compiled.sampled_rates(*passes.by_choice(loss, cost, picked), float(target), SPREADS)
+        low, high = compiled.sampled_rates(*passes.by_choice(loss, cost, picked), float(target), SPREADS, least, most)
     else:
         low, high = _rates_by_hulls(*passes.gather(loss, cost, picked), target)
     low, high = max(float(low), least), min(float(high), most)

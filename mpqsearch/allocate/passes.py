@@ -163,7 +163,9 @@ def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, lim
     )
 
 
-def near_moves(loss: Floats, cost: Integers, items: Integers, base: Integers, rate: float, slack: int, excess: float, most: int) -> Moves:
+def near_moves(
+    loss: Floats, cost: Integers, items: Integers, base: Integers, rate: float, slack: int, excess: float, most: int
+) -> Moves:
     """Of some items the ``most`` departures from ``base`` that cost least per unit and could be part of a solution within ``slack``
     that exceeds the Lagrangian bound by less than ``excess``. The bound itself is not taken again.
     """

@@ -108,6 +108,7 @@ def test_a_full_history_ends_the_search_with_a_valid_bound(backend, monkeypatch)
     loss, cost, weights = tables(3000, kind="noisy")
     proven = mckp.solve_table(loss, cost, int(weights * 4.2))
     monkeypatch.setattr(closing, "MAX_HISTORY", 0)
+    monkeypatch.setattr(mckp, "QUICK_WORK", 0)
     answer = mckp.solve_table(loss, cost, int(weights * 4.2))
     assert not answer.proven
     assert answer.in_time
@@ -118,6 +119,7 @@ def test_dropped_states_end_the_proof_but_not_the_bound(backend, monkeypatch):
     loss, cost, weights = tables(300, kind="noisy")
     proven = mckp.solve_table(loss, cost, int(weights * 4.2))
     real = closing.close
+    monkeypatch.setattr(mckp, "QUICK_WORK", 0)
     monkeypatch.setattr(closing, "close", lambda *args, **options: real(*args, **(options | {"max_states": 2})))
     answer = mckp.solve_table(loss, cost, int(weights * 4.2))
     assert answer.floor <= proven.loss <= answer.loss
