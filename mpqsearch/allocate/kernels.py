@@ -24,8 +24,8 @@ GOLDEN = passes.GOLDEN
 SORTED_GROUPS = 512
 """Groups of moves that a search in one call tries first."""
 
-RATE_RANGE = (1e-290, 1e290)
-"""Rates beyond these are not looked for."""
+LEAST_RATE = 1e-290
+"""Below this a rate counts as zero."""
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -212,25 +212,25 @@ def _search_rate(
     rate: float,
     wanted: float,
     close: float,
-    least: float,
+    most: float,
     factor: float,
     grain: float,
     best: Any,
     spent: Any,
 ) -> Any:
     """Two rates, a factor of ``grain`` apart or less, that enclose the one at which the total size falls to ``wanted``, or twice
-    a rate whose total is within ``close`` of it. ``least`` is the smallest total.
+    a rate whose total is within ``close`` of it. At the rate ``most`` it has fallen as far as it can.
     """
     total = total_at(values, sizes, rate, best, spent)
     low, high, total_low, total_high = rate, rate, total, total
-    while total_low < wanted and low > RATE_RANGE[0]:
+    while total_low < wanted and low > LEAST_RATE:
         high, total_high = low, total_low
         low /= factor
         factor *= factor
         total_low = total_at(values, sizes, low, best, spent)
-    while total_high > wanted and total_high > least and high < RATE_RANGE[1]:
+    while total_high > wanted and high < most:
         low, total_low = high, total_high
-        high *= factor
+        high = min(high * factor, most)
         factor *= factor
         total_high = total_at(values, sizes, high, best, spent)
     for attempt in range(60):
@@ -256,7 +256,7 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
     """
     k, m = values.shape
     costs = np.empty((k, m))
-    least, fall, rise = 0.0, 0.0, 0.0
+    steepest, fall, rise = 0.0, 0.0, 0.0
     for i in range(m):
         cheap, lossy, dear, good = np.inf, np.inf, 0.0, np.inf
         for j in range(k):
@@ -268,7 +268,9 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
                 cheap, lossy = size, value
             if value < good:
                 dear, good = size, value
-        least += cheap
+        for j in range(k):
+            if costs[j, i] > cheap:
+                steepest = max(steepest, (lossy - values[j, i]) / (costs[j, i] - cheap))
         fall += lossy - good
         rise += max(dear - cheap, 0.0)
     if not (fall > 0.0 and rise > 0.0):
@@ -276,19 +278,21 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
     first, grain = fall / rise, 1.01
     if lowest > 0.0 and highest < np.inf:
         first, grain = np.sqrt(lowest * highest), (highest / lowest) ** 0.01
-    if not (RATE_RANGE[0] < first < RATE_RANGE[1]) or grain <= 1.0:
+    most = 2.0 * steepest  # far beyond, losses would vanish beside rate * size
+    first = min(first, most)
+    if not first > LEAST_RATE or grain <= 1.0:
         return lowest, highest
     best, spent = np.empty(m), np.empty(m)
-    low, high = search_rate(values, costs, first, target, 4e-3 * target, least, grain**64, grain, best, spent)
+    low, high = search_rate(values, costs, first, target, 4e-3 * target, most, grain**64, grain, best, spent)
     centre = np.sqrt(low * high)
     total_at(values, costs, centre, best, spent)
     squares = 0.0
     for i in range(m - 1):  # neighbours resemble each other: see ``mckp``
         squares += (spent[i + 1] - spent[i]) ** 2
     spread = spreads * np.sqrt(squares / max(m - 1, 1) / 2 * m)
-    bottom, _ = search_rate(values, costs, low, target + spread, 0.2 * spread, least, grain**12, grain, best, spent)
+    bottom, _ = search_rate(values, costs, low, target + spread, 0.2 * spread, most, grain**12, grain, best, spent)
     bottom_total = total_at(values, costs, bottom, best, spent)
-    _, top = search_rate(values, costs, high, target - spread, 0.2 * spread, least, grain**12, grain, best, spent)
+    _, top = search_rate(values, costs, high, target - spread, 0.2 * spread, most, grain**12, grain, best, spent)
     top = top * grain if top <= bottom else top
     return max(bottom if bottom_total >= target else 0.0, lowest), min(top, highest)  # a rate of zero leaves room
 
@@ -348,7 +352,7 @@ def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
     The step in question is selected, not sorted for: parts of the steps are taken or left as a whole.
     Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate, and the number of steps.
     """
-    k, m = values.shape
+    m = values.shape[1]
     item, to, size, rate, count = wrapped(values, sizes, base, low)
     choice = np.empty(m, dtype=np.int32)
     for i in range(m):

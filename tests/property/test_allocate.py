@@ -10,11 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpqsearch.allocate import AllocationProblem, solve, solve_path, verify_certificate
+from mpqsearch.allocate import AllocationProblem, solve, solve_path, use_backend, verify_certificate
+from mpqsearch.allocate.backend import has_numba
 from mpqsearch.allocate.infeasible import smallest_attainable
 from mpqsearch.errors import InfeasibleBudgetError
 
 ROUNDING = 1e-12  # two float64 sums of a few losses in different orders
+
+
+@pytest.fixture(
+    params=["numpy", pytest.param("numba", marks=pytest.mark.skipif(not has_numba(), reason="no numba"))], scope="module"
+)
+def backend(request):
+    previous = use_backend(request.param)
+    yield request.param
+    use_backend(previous)
+
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @st.composite

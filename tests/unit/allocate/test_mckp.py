@@ -166,6 +166,57 @@ def test_bracketing_survives_odd_tables(backend, monkeypatch, seed):
         assert passes.totals(loss, cost, bracketed.choice)[1] <= limit
 
 
+@pytest.mark.skipif(not has_numba(), reason="no numba")
+@pytest.mark.parametrize("gap", [0.0, 1e-6])
+@pytest.mark.parametrize("average", [2.0, 2.4, 3.7, 5.3, 7.9, 9.0])
+@pytest.mark.parametrize("kind", ["decaying", "noisy", "equal"])
+def test_one_call_and_many_come_to_the_same(monkeypatch, kind, average, gap):
+    """The engine in one compiled call against its parts, with the bracket and without."""
+    loss, cost, weights = tables(9000, kind=kind, dtype=np.float32)
+    limit = int(weights * average)
+    previous = use_backend("numba")
+    at_once = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
+    with monkeypatch.context() as patched:
+        patched.setattr(mckp, "DIRECT_ITEMS", 10_000)
+        directly = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
+    monkeypatch.setattr(mckp, "QUICK_WORK", 0)
+    in_parts = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
+    use_backend(previous)
+    assert at_once.dual_bound == pytest.approx(in_parts.dual_bound, rel=1e-12)
+    assert directly.dual_bound == pytest.approx(in_parts.dual_bound, rel=1e-12)
+    for answer in (at_once, directly):
+        assert answer.proven >= (gap == 0)
+        assert passes.totals(loss, cost, answer.choice) == (
+            pytest.approx(answer.loss, rel=1e-12),
+            int(cost[np.arange(9000), answer.choice].sum()),
+        )
+        assert passes.totals(loss, cost, answer.choice)[1] <= limit
+        assert answer.loss - answer.floor <= gap * answer.loss
+        assert answer.loss == pytest.approx(in_parts.loss, rel=max(gap, 1e-12))
+
+
+@pytest.mark.skipif(not has_numba(), reason="no numba")
+def test_a_search_that_one_call_cannot_end_is_ended_in_parts(monkeypatch):
+    loss, cost, weights = tables(6000, kind="noisy")
+    previous = use_backend("numba")
+    expected = mckp.solve_table(loss, cost, int(weights * 3.1))
+    monkeypatch.setattr(mckp, "QUICK_WORK", 1)
+    answer = mckp.solve_table(loss, cost, int(weights * 3.1))
+    use_backend(previous)
+    assert answer.proven
+    assert answer.loss == pytest.approx(expected.loss, rel=1e-14)
+
+
+@pytest.mark.parametrize("average", [2.1, 4.37, 7.7])
+def test_the_sample_encloses_the_rate(backend, average):
+    loss, cost, weights = tables(20_000)
+    limit = int(weights * average)
+    low, high = mckp._sampled_bracket(loss, cost, limit, 0.0, np.inf)
+    rate = mckp.relax(loss, cost, limit).rate
+    assert low <= rate <= high
+    assert high < 2 * low
+
+
 def test_strongly_correlated_tables_are_proven(backend):
     """Loss = constant - cost: every choice lies on one line, the hardest class for branch and bound."""
     rng = np.random.default_rng(5)
