@@ -108,7 +108,7 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
             block_loss += float(loss[row, chosen])
             used += cost[row, chosen]
             rows[flagged] = row  # written first, counted then: whether a row is kept cannot be predicted
-            flagged += np.int64((chosen != base[row]) | (second[i] - best[i] <= threshold))
+            flagged += int((chosen != base[row]) | (second[i] - best[i] <= threshold))
         raised = total + block_loss
         carry += (total - raised) + block_loss if abs(total) >= abs(block_loss) else (block_loss - raised) + total
         total = raised
@@ -131,7 +131,7 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
                 change = sizes[j, i] - spent
                 extra = max(values[j, i] + rate * sizes[j, i] - here, 0.0)
                 item[count], to[count], penalty[count], size[count] = row, j, extra, change
-                count += np.int64((change != 0) & (extra <= threshold))
+                count += int((change != 0) & (extra <= threshold))
     return item[:count], to[:count], penalty[:count], size[:count], total + carry, used
 
 
@@ -179,14 +179,14 @@ def _hulls(loss: Any, cost: Any, base: Any, low: float) -> Any:
                 wider = np.int64(cost[row, j]) - np.int64(cost[row, at])
                 if wider <= 0:
                     continue
-                slope = (float(loss[row, at]) - float(loss[row, j])) / wider
+                slope = (np.float64(loss[row, at]) - np.float64(loss[row, j])) / wider
                 if slope > steepest or (slope == steepest and wider > step):
                     steepest, following, step = slope, j, wider
             if following < 0 or steepest < low or steepest == -np.inf or (steepest <= 0.0 <= low):
                 break
             last = min(last, steepest)
             item[count], to[count], size[count], rate[count] = row, following, step, last
-            gain[count] = float(loss[row, at]) - float(loss[row, following])
+            gain[count] = np.float64(loss[row, at]) - np.float64(loss[row, following])
             count += 1
             at = following
     return item[:count], to[:count], size[:count], gain[:count], rate[:count]
@@ -551,7 +551,7 @@ def _advance(
             free = slack - size[s]
             rest = 0.0 if free == 0 else abs(free) * (fill if free > 0 else down[group])
             size[kept], penalty[kept], state[kept] = size[s], penalty[s], state[s]
-            kept += np.int64(penalty[kept] + rest + offset < excess - tolerance)
+            kept += int(penalty[kept] + rest + offset < excess - tolerance)
         count = kept
         if count == 0:
             break
@@ -567,7 +567,7 @@ def _advance(
                 room = 2 * wanted
                 out_size, out_penalty = np.empty(room, dtype=np.int64), np.empty(room)
                 out_state, out_move = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
-            a, b, made, least, latest = 0, 0, 0, np.inf, np.iinfo(np.int64).min
+            a, b, made, least, latest = 0, 0, 0, np.inf, np.int64(np.iinfo(np.int64).min)
             more, extra = move_size[move], move_penalty[move]
             while a < merged or b < count:
                 # Past the end of a list its last state is read, and never taken.
@@ -576,8 +576,8 @@ def _advance(
                 old_penalty, new_penalty = in_penalty[here], penalty[there] + extra
                 first_one = (new_size < old_size) | ((new_size == old_size) & (new_penalty < old_penalty))
                 from_new = ((a == merged) | first_one) & (b < count)
-                b += np.int64(from_new)
-                a += np.int64(not from_new)
+                b += int(from_new)
+                a += int(not from_new)
                 new_size = new_size if from_new else old_size
                 new_penalty = new_penalty if from_new else old_penalty
                 out_size[made], out_penalty[made] = new_size, new_penalty
@@ -585,7 +585,7 @@ def _advance(
                 out_move[made] = move if from_new else in_move[here]
                 value = new_penalty - rate * new_size
                 keep = new_size != latest if exact_fill else value < least
-                made += np.int64(keep)
+                made += int(keep)
                 latest = new_size if keep else latest
                 least = min(value, least)
             in_size, out_size = out_size, in_size
@@ -608,7 +608,7 @@ def _advance(
             born = move_of[s] >= 0
             parents[n_history], moved[n_history] = state[s], move_of[s]
             state[s] = n_history if born else state[s]
-            n_history += np.int64(born)
+            n_history += int(born)
             free = slack - size[s]
             if free == 0 or (free > 0 and not exact_fill):
                 value = penalty[s] + price * free + offset
@@ -820,7 +820,7 @@ def _solve(
     changed = 0.0
     for move in chosen:
         row = item[move]
-        changed += float(loss[row, to[move]]) - float(loss[row, choice[row]])
+        changed += np.float64(loss[row, to[move]]) - np.float64(loss[row, choice[row]])
     if chosen.size > 0 and total + changed < best_loss:
         best, best_loss = choice.copy(), total + changed
         for move in chosen:

@@ -172,12 +172,12 @@ def near_moves(
     if compiled := kernels(loss.size):
         values, sizes = by_choice(loss, cost, items)
         item, to, penalty, size = compiled.near_moves(values, sizes, base[items], float(rate), int(slack), float(excess), most)
-        return Moves(items[item], to, penalty, size, np.nan)
+        return Moves(np.asarray(items, dtype=np.int64)[item], to, penalty, size, np.nan)
     near_loss, near_cost = gather(loss, cost, items)
     moves = collect_moves(near_loss, near_cost, base[items], rate, 0, excess)
     if moves.item.size > most:
         moves = subset(moves, np.sort(np.argpartition(moves.penalty / np.abs(moves.size), most)[:most]))
-    return Moves(items[moves.item], moves.choice, moves.penalty, moves.size, np.nan)
+    return Moves(np.asarray(items, dtype=np.int64)[moves.item], moves.choice, moves.penalty, moves.size, np.nan)
 
 
 def subset(moves: Moves, kept: Integers) -> Moves:
