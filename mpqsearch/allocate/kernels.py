@@ -363,7 +363,7 @@ def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
     while n_active > 0 and slack >= 0 and missed < 0:
         first, middle, final = rate[active[0]], rate[active[n_active // 2]], rate[active[n_active - 1]]
         pivot = max(min(first, middle), min(max(first, middle), final))
-        n_steeper, n_flatter, used = 0, 0, np.int64(0)
+        n_steeper, n_flatter, used = 0, 0, 0
         for position in range(n_active):
             step_at = active[position]
             if rate[step_at] > pivot:
