@@ -23,8 +23,8 @@ Backend = Literal["auto", "numpy", "numba"]
 COMPILED_CELLS = 1 << 18
 """Table cells from which ``auto`` loads numba: there numpy's own time exceeds the load."""
 
-UNCACHED_CELLS = 1 << 26
-"""Cells that numpy passes over in this process before the loops are compiled where they never were: a few seconds of either."""
+UNCACHED_CELLS = 1 << 28
+"""Cells that numpy passes over in this process before the loops are compiled where they never were: some ten seconds of either."""
 
 _passed: list[int] = [0]
 _chosen: list[Backend] = ["auto"]
