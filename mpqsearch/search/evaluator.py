@@ -50,7 +50,7 @@ class ModelEvaluator:
     samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
     how the ranges of quantized inputs are searched, ``moments`` are for maps with compensated rounding.
     Rungs 1 and 2 assemble maps from rows that were quantized once for each
-    width and format; the reported rungs quantize the model anew, as the evaluation of a run does.
+    width and format, the ``bank``, which evaluators of the same model, profile and moments may share; the reported rungs quantize the model anew, as the evaluation of a run does.
     """
 
     denoiser: Denoiser
@@ -64,7 +64,7 @@ class ModelEvaluator:
     moments: InputMoments | None = None
     error: str = "pixels"
     ranges: ActivationSearch = field(default_factory=ActivationSearch)
-    _bank: dict[tuple[str, int, QuantFormat, bool], Tensor] = field(default_factory=dict, repr=False)
+    bank: dict[tuple[str, int, QuantFormat, bool], Tensor] = field(default_factory=dict, repr=False)
     _clones: dict[tuple[Any, Any, int], Any] = field(default_factory=dict, repr=False)
     _scales: dict[tuple[Any, Any, int], ActivationTable] = field(default_factory=dict, repr=False)
     _samples: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
@@ -289,7 +289,7 @@ class ModelEvaluator:
         last bits of their scales depend on what else is in the layer. ``centred``: the bias takes the mean of their error."""
         layer = self.table[name]
         key = (name, bits, fmt, centred and fmt.rounding == "compensated")
-        if key not in self._bank:
+        if key not in self.bank:
             source: Any = dict(self.denoiser.module.named_modules())[name]
             if bits == FULL_PRECISION:
                 made = rows_of(source.weight.detach().float(), layer)
@@ -300,8 +300,8 @@ class ModelEvaluator:
                     moment = moment_of(name, self.moments.moments(), means)
                 full = torch.full((layer.n_channels,), bits, dtype=torch.uint8)
                 made = quantize_weight(source.weight, layer, full, fmt, self._peaks.get(name), moment).rows()
-            self._bank[key] = made
-        return self._bank[key]
+            self.bank[key] = made
+        return self.bank[key]
 
     def _statistics(self, candidate: Candidate) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
         if candidate.bias_correction and self.moments is not None and compensated(candidate):

@@ -22,15 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from mpqsearch.artifacts import write_text
-from mpqsearch.config import INPUT_SEEDS, config_from
+from mpqsearch.config import config_from
 from mpqsearch.pareto import hypervolume_2d
-from mpqsearch.search.objective import Point
-from mpqsearch.search.refine import RefineSpec, refine
-from mpqsearch.search.results import FLOOR, Box, finalists, finished_trials, importances, measured_points, winner_candidates
+from mpqsearch.search.results import FLOOR, Box, finalists, finished_trials, importances, measured_points
 from mpqsearch.search.storage import open_storage
-from mpqsearch.search.study import Plan, counts, open_study, work
+from mpqsearch.search.study import Plan, open_study, work
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.stages import Run, layers, profile
+from mpqsearch.stages.evaluating import moments_of
 from mpqsearch.stages.searching import study_of
 
 HERE = Path(__file__).parent
@@ -52,21 +51,22 @@ MODELS = ("fmnist-unet", "fmnist-dit")
 MODES = {"W16": 16, "WA4": 4}
 """``W16``: weights only. ``WA4``: activations of searched layers at 4 bits as well."""
 
-ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-inputs", "random-search", "tpe-search", "outer-search")
-"""``ilp-channel-inputs`` (``WA4`` only): the plain program by channel with the settings of inputs in `INPUTS`. ``random-search`` and ``tpe-search``
-end with their best maps on the final seeds. ``outer-search`` measures its first points, and TPE's where the cost leaves room, and refines
-the best map of every size (`mpqsearch.search.refine`)."""
+ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", "random-losses", "tpe-losses", "random-search", "outer-search")
+"""``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search. ``random-losses`` and ``tpe-losses`` are kept from
+an earlier version (20,000 forward passes; only how losses are built was searched)."""
 
-INPUTS = {"prescale": "layers", "act_timesteps": "on"}
-"""Settings of four-bit inputs among the first points of ``outer-search``, beside searched zero points: pre-scaling with strengths by layer,
-and a scale for each timestep, which the size pays for."""
+KEPT = ("random-losses", "tpe-losses")
+
+QUANTIZER: dict[str, dict[str, Any]] = {
+    "W16": {"rounding": "compensated"},
+    "WA4": {"rounding": "compensated", "prescale": 0.5, "act_timesteps": "on"},
+}
+"""What of the quantizer the searches may choose besides, at no or counted storage; the second point of ``outer-search``."""
 
 TARGETS = (2, 3, 4)
 SEEDS = (0, 1, 2)
-FINALISTS, FINAL_SAMPLES = 2, 48
+FINALISTS, FINAL_SAMPLES = 1, 32
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
-
-REFINE = RefineSpec(rounds=2, slope_samples=16, samples=16, shares=(0.2, 0.5), decay=0.5)
 
 SPACES: dict[str, dict[str, Any]] = {
     "fmnist-unet": {
@@ -97,14 +97,14 @@ SPACES: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(model: str, mode: str, seed: int, samples: int, report_samples: int, *, inputs: bool = False) -> Any:
-    """The study of one cell; search seeds and report seeds are its own. ``inputs``: with searched zero points and priced pre-scaling."""
+def settings(model: str, mode: str, seed: int, samples: int, report_samples: int) -> Any:
+    """The study of one cell; search seeds and report seeds are its own."""
+    quantizer = {name: ["base", value] for name, value in QUANTIZER[mode].items()}
     return config_from(
         {
             "model": {"source": model},
             "sampler": {"steps": 10, "guidance": 2.0},
-            "calibration": {"samples": 8, "probe_inputs": 80, "probes": 2, "codebooks": ["affine", "auto"], "prescale": inputs},
-            "activations": {"zero_points": inputs},
+            "calibration": {"samples": 8, "probe_inputs": 80, "probes": 2, "codebooks": ["affine", "auto"], "prescale": True},
             "allocate": {"budgets": [f"uniform:{t}" for t in TARGETS]},
             "methods": [{"name": "plain", "allocator": "ilp-channel", "codebook": "auto", "bias_correction": True}],
             "evaluate": {"samples": report_samples, "first_seed": 10_000 * seed},
@@ -118,66 +118,58 @@ def settings(model: str, mode: str, seed: int, samples: int, report_samples: int
                 "first_seed": 2_000_000 + 1000 * seed,
                 "seed": seed,
                 "act_bits": MODES[mode],
-                "space": SPACES[model] | ({"prescale": ["base", "layers"], "act_timesteps": ["base", "on"]} if inputs else {}),
+                "space": SPACES[model] | quantizer,
             },
         }
     )
 
 
-def study_at(model: str, mode: str, seed: int, options: argparse.Namespace, *, inputs: bool) -> tuple[Run, Any, Plan]:
-    """Run, objective and plan of one cell."""
-    folder = options.runs / f"{model}{'-inputs' * inputs}"
-    config = settings(model, mode, seed, options.samples, options.report_samples, inputs=inputs)
-    base = Run(config=config, folder=folder)
-    table = layers(base)
-    measured = profile(base, table)
-    assert measured is not None
-    run = Run(config=config, folder=folder / f"{mode}-{seed}")
+def cell(model: str, mode: str, seed: int, options: argparse.Namespace, missing: set[str], shared: dict[str, Any]) -> None:
+    """The missing arms of one model, mode and seed. ``shared`` is what all cells of a model have in common."""
+    folder = options.runs / model
+    config = settings(model, mode, seed, options.samples, options.report_samples)
+    if model not in shared:
+        base = Run(config=config, folder=folder)
+        table = layers(base)
+        measured = profile(base, table)
+        assert measured is not None
+        shared[model] = base, table, measured, moments_of(base, table), {}
+    base, table, measured, moments, bank = shared[model]
+    run = Run(config=config, folder=folder / f"{mode}-{seed}", moments=moments)
     run.__dict__["denoiser"] = base.denoiser
-    return run, *study_of(run, table, measured)
-
-
-def cell(model: str, mode: str, seed: int, options: argparse.Namespace, missing: set[str]) -> None:
-    """The missing arms of one model, mode and seed."""
-    box = Box.of(study_at(model, mode, seed, options, inputs=False)[1])  # the same for all arms
-    for inputs in (False, True):
-        # Of four-bit inputs the plain arms, random search and TPE know nothing but a width.
-        mine = [a for a in ARMS if a in missing and (mode == "WA4" and a in ("ilp-channel-inputs", "outer-search")) == inputs]
-        if not mine:
-            continue
-        run, objective, plan = study_at(model, mode, seed, options, inputs=inputs)
-        for arm in mine:
-            before = objective.ladder.asked
-            if arm.startswith("ilp"):
-                theta = {"granularity": arm.split("-")[1], **(INPUTS if inputs else {})}
-                chosen = [objective.surrogate.candidate(theta, b) for b in objective.budgets]
-                front = [(c.average_bits, objective.ladder.paired_error(c)) for c in chosen]
-                cost = objective.ladder.asked - before
-            else:
-                chosen, front, cost = searched(arm, run, objective, plan, options, inputs=inputs)
-            volume = box.hypervolume(front)
-            rows = [
-                row_of(model, mode, arm, seed, t, c, objective.ladder.report(c), volume, cost)
-                for t, c in zip(TARGETS, chosen, strict=True)
-            ]
-            print(f"{model} {mode} seed {seed} {arm}: fd_fp " + ", ".join(f"{r['fd_fp']:.3f}" for r in rows), flush=True)
-            append(options.results, rows)
+    objective, plan = study_of(run, table, measured)
+    objective.ladder.evaluator.bank = bank
+    box = Box.of(objective)
+    for arm in (a for a in ARMS if a in missing):
+        before = objective.ladder.asked
+        if arm.startswith("ilp"):
+            theta = QUANTIZER[mode] if arm == "ilp-channel-quantizer" else {}
+            chosen = [objective.surrogate.candidate({"granularity": arm.split("-")[1], **theta}, b) for b in objective.budgets]
+            front = [(c.average_bits, objective.ladder.paired_error(c)) for c in chosen]
+            cost = objective.ladder.asked - before
+        else:
+            chosen, front, cost = searched(arm, mode, run, objective, plan, options)
+        volume = box.hypervolume(front)
+        rows = [
+            row_of(model, mode, arm, seed, t, c, objective.ladder.report(c), volume, cost)
+            for t, c in zip(TARGETS, chosen, strict=True)
+        ]
+        print(f"{model} {mode} seed {seed} {arm}: fd_fp " + ", ".join(f"{r['fd_fp']:.3f}" for r in rows), flush=True)
+        append(options.results, rows)
 
 
 def searched(
-    arm: str, run: Run, objective: Any, plan: Plan, options: argparse.Namespace, *, inputs: bool
+    arm: str, mode: str, run: Run, objective: Any, plan: Plan, options: argparse.Namespace
 ) -> tuple[list[Candidate], list[Any], int]:
     """One search until its forward passes are spent: the map of every budget, all measured points, and the cost."""
-    starts = [dict(plan.starts[0])]  # all begin with the plain program, so none can end below it on the search seeds
-    if inputs:
-        starts += [{**starts[0], **INPUTS}]
+    plain = dict(plan.starts[0])  # both begin with the plain program, so neither can end below it on the search seeds
     own = Plan(
         name=arm,
         trials=plan.trials,
         sampler="random" if arm == "random-search" else "tpe",
         pruner=plan.pruner,
         seed=plan.seed,
-        starts=starts,
+        starts=[plain] if arm == "random-search" else [plain, {**plain, **QUANTIZER[mode]}],
         context=objective.context,
     )
     study = open_study(own, open_storage(run.path(f"{arm}.journal")))
@@ -185,49 +177,17 @@ def searched(
     def spent() -> int:
         return sum(int(t.user_attrs["record"]["forwards"]) for t in finished_trials(study))
 
-    descent = arm == "outer-search"
-    judged = len(objective.budgets) * (2 if descent else FINALISTS + 1) * FINAL_SAMPLES
-    if descent:
-        each = 4 * REFINE.slope_samples + (1 + len(REFINE.shares)) * REFINE.samples
-        judged += len(objective.budgets) * REFINE.rounds * each
-    closing = judged * objective.ladder.evaluator.forwards_per_sample
-    work(
-        study,
-        own,
-        objective.front,
-        folder=run.path("workers"),
-        stop=lambda: counts(study).finished >= len(starts) and spent() >= options.cost - closing,
-    )
+    closing = len(objective.budgets) * (FINALISTS + 1) * FINAL_SAMPLES * objective.ladder.evaluator.forwards_per_sample
+    work(study, own, objective.front, folder=run.path("workers"), stop=lambda: spent() >= options.cost - closing)
     points = measured_points(finished_trials(study))
     before = objective.ladder.asked
-    winners = []
-    for budget in objective.budgets:
-        if not descent:
-            winners.append(finalists(objective, points, budget, FINALISTS)[0]["candidate"])
-            continue
-        c = run.config.search
-        first = winner_candidates(objective, points, budget, 1)[0]
-        refined = refine(
-            objective.surrogate,
-            objective.ladder,
-            first["candidate"],
-            REFINE,
-            first_seed=c.first_seed + c.samples + INPUT_SEEDS + c.final_samples,
-        )
-        for row in refined.rounds:
-            tried = ", ".join(f"{t['share']:g}: {t['change'] / row['error']:+.2f}" for t in row["tried"])
-            print(f"  {budget.label()} round {row['round']}: {tried}{'' if row['accepted'] else ' (none taken)'}", flush=True)
-        last = refined.candidate
-        more = {**Point.of(last, paired=objective.ladder.paired_error(last)).to_data(), "candidate": last} | {
-            k: first[k] for k in ("trial", "params")
-        }
-        points.append(more)
-        winners.append(finalists(objective, [], budget, 0, [more])[0]["candidate"])
+    winners = [finalists(objective, points, budget, FINALISTS)[0]["candidate"] for budget in objective.budgets]
     found = importances(study)
-    if found and arm == "tpe-search":
-        write_text(run.path("importances.csv"), "parameter,importance\n" + "".join(f"{k},{v:.4f}\n" for k, v in found.items()))
-    front = [(p["average_bits"], p["paired"]) for p in points]
-    return winners, front, spent() + objective.ladder.asked - before
+    if found:
+        write_text(
+            run.path(f"{arm}-importances.csv"), "parameter,importance\n" + "".join(f"{k},{v:.4f}\n" for k, v in found.items())
+        )
+    return winners, [(p["average_bits"], p["paired"]) for p in points], spent() + objective.ladder.asked - before
 
 
 def row_of(
@@ -301,9 +261,9 @@ def report(results: Path) -> None:
             text.append(f"| {model}, {mode} | {arm} | " + " | ".join(cells) + f" | {volume} | {reported} | {seeds} | {cost} |")
     text += ["", *comparisons(rows, present)]
     absent = [
-        f"{m} {k} seed {s}: {', '.join(a for a in arms_of(k) if not has(rows, m, k, a, s))}"
+        f"{m} {k} seed {s}: {', '.join(a for a in ARMS if not has(rows, m, k, a, s))}"
         for m, k, s in itertools.product(MODELS, MODES, SEEDS)
-        if not all(has(rows, m, k, a, s) for a in arms_of(k))
+        if not all(has(rows, m, k, a, s) for a in ARMS)
     ]
     text += ["", "Rows that were not run yet: " + ("; ".join(absent) + "." if absent else "none.")]
     readme = HERE / "README.md"
@@ -312,11 +272,6 @@ def report(results: Path) -> None:
         _, _, tail = rest.partition("<!-- end of table -->\n")
         write_text(readme, head + "<!-- table -->\n" + "\n".join(text) + "\n<!-- end of table -->\n" + tail)
     print("\n".join(text))
-
-
-def arms_of(mode: str) -> list[str]:
-    """The arms of a mode."""
-    return [a for a in ARMS if mode == "WA4" or a != "ilp-channel-inputs"]
 
 
 def volumes(rows: list[dict[str, str]], model: str, mode: str, arm: str) -> dict[str, float]:
@@ -440,20 +395,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/outer_search"))
-    parser.add_argument("--cost", type=int, default=20_000, help="forward passes of each search (one sample, one call)")
+    parser.add_argument("--cost", type=int, default=10_000, help="forward passes of each search (one sample, one call)")
     parser.add_argument("--samples", type=int, default=8, help="search seeds")
     parser.add_argument("--report-samples", type=int, default=128)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="*", default=[a for a in ARMS if a not in KEPT], choices=[a for a in ARMS if a not in KEPT])
     parser.add_argument("--only-report", action="store_true")
     options = parser.parse_args()
     if not options.only_report:
+        shared: dict[str, Any] = {}
         for seed, mode, model in itertools.product(options.seeds, options.modes, options.models):
-            missing = {a for a in arms_of(mode) if a in options.arms and not has(read(options.results), model, mode, a, seed)}
+            missing = {
+                a for a in ARMS if a in options.arms and a not in KEPT and not has(read(options.results), model, mode, a, seed)
+            }
             if missing:
-                cell(model, mode, seed, options, missing)
+                cell(model, mode, seed, options, missing, shared)
     report(options.results)
 
 
