@@ -50,7 +50,8 @@ class ModelEvaluator:
     samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
     how the ranges of quantized inputs are searched, ``moments`` are for maps with compensated rounding.
     Rungs 1 and 2 assemble maps from rows that were quantized once for each
-    width and format, the ``bank``, which evaluators of the same model, profile and moments may share; the reported rungs quantize the model anew, as the evaluation of a run does.
+    width and format, the ``bank``, which evaluators of the same model, profile and moments may share;
+    the reported rungs quantize the model anew, as the evaluation of a run does.
     """
 
     denoiser: Denoiser

@@ -52,8 +52,8 @@ MODES = {"W16": 16, "WA4": 4}
 """``W16``: weights only. ``WA4``: activations of searched layers at 4 bits as well."""
 
 ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", "random-losses", "tpe-losses", "random-search", "outer-search")
-"""``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search. ``random-losses`` and ``tpe-losses`` are kept from
-an earlier version (20,000 forward passes; only how losses are built was searched)."""
+"""``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search. ``random-losses`` and ``tpe-losses`` are
+kept from an earlier version (20,000 forward passes; only how losses are built was searched)."""
 
 KEPT = ("random-losses", "tpe-losses")
 
