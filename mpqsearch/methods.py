@@ -401,12 +401,15 @@ def best_loss(profile: SensitivityProfile, variant: str) -> str:
     return next(k for k in ("sampler", "final", "probe", "weight") if k in found)
 
 
-def prediction_loss(profile: SensitivityProfile) -> str:
+def prediction_loss(profile: SensitivityProfile, mean_width: float = 0.0) -> str:
     """The loss that predicts what a given map loses: what ``auto`` stands for in `predicted_loss`.
 
-    ``slope`` where no wider width is searched than those that were mixed (``context_widths``), or nothing else was measured; beyond them ``context``,
-    or ``sampler`` where no slopes were measured. ``probe`` where neither was, or where errors of quantized inputs were, which are in its
-    unit; ``weight`` from the weights alone. By ``studies/predictors``, and the same for all maps of a profile, so that they compare.
+    mean_width
+        Bits a weight of the map. ``slope`` up to the widest of those that were mixed (``context_widths``; rounded, so to 4.5 bits with 2, 3
+        and 4), where it was measured to be best whatever wider widths a map holds, or where nothing else was measured; above them ``context``.
+
+    ``sampler`` where no slopes were measured, ``probe`` where neither was, or where errors of quantized inputs were, which are in its unit;
+    ``weight`` from the weights alone. By ``studies/predictors``. Maps of one budget compare; those on the two sides of that width less so.
     """
     families = {k.split("/")[0] for k in profile.arrays}
     if profile.weights_only:
@@ -415,9 +418,16 @@ def prediction_loss(profile: SensitivityProfile) -> str:
         return "probe"
     if "layer_context_slope" in families:
         mixed = profile.calibration.get("spec", {}).get("context_widths", profile.widths)
-        beyond = max(profile.widths) > max(mixed) and "layer_sampler_error" in families
+        beyond = mean_width > max(mixed) + 0.5 and "layer_sampler_error" in families
         return "context" if beyond else "slope"
     return "sampler" if "layer_sampler_error" in families else "probe"
+
+
+def _mean_width(table: LayerTable, bit_map: BitMap) -> float:
+    """Mean width of the weights that a map quantizes; 0 when it quantizes none."""
+    means = np.array([bit_map.weights[la.name].mean() for la in table])
+    count = np.array([la.n_weights for la in table]) * (means < FULL_PRECISION)
+    return float((means * count).sum() / max(count.sum(), 1))
 
 
 def predicted_loss(
@@ -427,7 +437,10 @@ def predicted_loss(
 
     From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is `prediction_loss`.
     """
-    loss = "weight" if profile.weights_only else prediction_loss(profile) if loss == BEST_LOSS else loss
+    if profile.weights_only:
+        loss = "weight"
+    elif loss == BEST_LOSS:
+        loss = prediction_loss(profile, _mean_width(table, bit_map))
     fmt = bit_map.format
     losses = channel_losses(
         profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
@@ -458,10 +471,11 @@ def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str,
 
 
 def _slopes_of_rows(profile: SensitivityProfile, table: LayerTable, variant: str, *, bias_correction: bool) -> Floats:
-    """``r'J e`` ``[C, W]``, half of what was measured as ``2 r'J e``: over the layers of a context it adds up to the error of that context.
+    """``2 r'J e`` ``[C, W]``: what the error of a row makes of the mean squared error of the final samples, given those of the others.
 
-    Inside a layer by gain × error where these were measured, else by the errors of the weights, which also carry the slopes of one variant over
-    to another, layer by layer.
+    Twice the share of a row in the error of a context, since a mean over contexts holds a row's own part only in those in which it has that
+    width: summed over a map it comes to about the error of its samples (studies/predictors). Inside a layer by gain × error where these were
+    measured, else by the errors of the weights, which also carry the slopes of one variant over to another, layer by layer.
     """
     source, slope = _context_slopes(profile, variant, "slope")
     shares = {}
@@ -469,7 +483,7 @@ def _slopes_of_rows(profile: SensitivityProfile, table: LayerTable, variant: str
         by = "gain" if f"output_error/{name}" in profile.arrays and "gain" in profile.arrays else "weight"
         shares[name] = channel_losses(profile, table, name, by, bias_correction=bias_correction)
     sums = profile.layer_sum(shares[source])
-    factor = np.divide(slope / 2, sums, out=np.zeros_like(sums), where=sums > 0)
+    factor = np.divide(slope, sums, out=np.zeros_like(sums), where=sums > 0)
     found: Floats = shares[variant] * np.repeat(factor, profile.channels, axis=0)
     return found
 

@@ -30,10 +30,12 @@ from mpqsearch.quant import rows_of, weight_of, width_errors
 from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 
 MODELS = ("fmnist-unet", "fmnist-dit")
-RANGES = {"2-4": (2, 3, 4), "4-8": (4, 6, 8)}
+RANGES = {"2-4": (2, 3, 4), "4-8": (4, 6, 8), "2-8": (2, 3, 4, 6, 8)}
 WIDTHS = (2, 3, 4, 6, 8)
 MAPS = 40
-TRUTH_SEEDS = {"2-4": range(64), "4-8": range(16)}
+TRUTH_SEEDS = {"2-4": range(64), "4-8": range(16), "2-8": range(32)}
+FEWER_SEEDS = {("fmnist-unet", "2-8"): range(16)}
+"""Where the truth has fewer seeds than `TRUTH_SEEDS`: the slow model on the maps that were drawn last."""
 ONE_SEEDS = {2: 8, 3: 8, 4: 8, 6: 2, 8: 2}
 EPS_INPUTS = 16
 CALIBRATION = 1_000_000
@@ -152,7 +154,7 @@ class Bench:
     def truth(self, bits_range: str) -> dict[str, Any]:
         """``widths`` ``[M, L]``, ``mse`` ``[M, samples]``, ``fd`` ``[M]``: a file a map."""
         rows = self.maps(bits_range)
-        seeds = TRUTH_SEEDS[bits_range]
+        seeds = FEWER_SEEDS.get((self.model, bits_range), TRUTH_SEEDS[bits_range])
         cost = len(seeds) * SAMPLER.steps * 2
         every = TRUTH_SEEDS["2-4"]
         reference = torch.from_numpy(

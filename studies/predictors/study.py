@@ -93,20 +93,27 @@ def among_others(own: Table, slope: Table) -> Table:
     return np.maximum(own + share * slope, LEAST * own)
 
 
-def predictions(cell: Cell) -> None:
-    """All metrics of one cell."""
-    b, columns = cell.bench, cell.columns
-    pixels = int(np.prod(b.denoiser.sample_shape))
-    first = CALIBRATION
-    static, eps, absolute = b.static(), b.eps_probes(), b.absolute()
-    cell.additive("weight error", static["weight"][:, columns], {"seconds": static["seconds"], "forwards": 0})
-    cell.additive("output error", static["output"][:, columns], static)
-    cell.additive("relative output error", static["relative"][:, columns], static)
+def of_one_prediction(cell: Cell, static: dict[str, Any]) -> None:
+    """Metrics with gradients of the denoiser's own output."""
+    b, columns, eps, absolute = cell.bench, cell.columns, cell.bench.eps_probes(), cell.bench.absolute()
     cell.additive("sum |g dW|", absolute["absolute"][:, columns], static, absolute)
     starts = np.cumsum([0, *(la.n_channels for la in b.table)])[:-1]
     gain = np.add.reduceat(eps["gain"][:, None] * static["rows"], starts, axis=0)
     cell.additive("gain x exact row error", gain[:, columns], static, eps)
     cell.additive("layer probe of the prediction", eps["layer"][:, columns], static, eps)
+
+
+def predictions(cell: Cell) -> None:
+    """All metrics of one cell; on maps of 2-8 bits those that need no reference of their own."""
+    b, columns = cell.bench, cell.columns
+    pixels = int(np.prod(b.denoiser.sample_shape))
+    first = CALIBRATION
+    static = b.static()
+    cell.additive("weight error", static["weight"][:, columns], {"seconds": static["seconds"], "forwards": 0})
+    cell.additive("output error", static["output"][:, columns], static)
+    cell.additive("relative output error", static["relative"][:, columns], static)
+    if cell.bits_range != "2-8":
+        of_one_prediction(cell, static)
 
     full = b.final_probes_at("fp", None, WIDTHS, range(first, first + 8), 4, residual=False)
     effect = full["effect"].astype(np.float64)
@@ -124,6 +131,8 @@ def predictions(cell: Cell) -> None:
     cell.additive("context, 4 seeds x 2", among_others(alone, contexts["slope"])[:, columns], setup, few, contexts)
     every = among_others(np.square(effect.sum(1)).mean(0), contexts["slope"])
     cell.additive("context", every[:, columns], setup, full, contexts)
+    if cell.bits_range == "2-8":
+        return
     chosen = np.searchsorted(WIDTHS, cell.truth["widths"][:, b.searched])
     whole = effect.sum(1)[:, b.searched][:, np.arange(len(b.searched)), chosen].sum(2)  # [K, maps]
     cell.add(

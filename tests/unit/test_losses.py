@@ -94,9 +94,8 @@ def test_the_loss_among_others_adds_slopes_and_never_makes_an_error_a_gain() -> 
     np.testing.assert_allclose(found, np.maximum(TOTALS + share * slope, 0.1 * TOTALS), rtol=1e-5)
     np.testing.assert_allclose(found[3], 0.1 * TOTALS[3], rtol=1e-5)
     three = BitMap(model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto"))
-    predicted = predicted_loss(TABLE, profile, three, bias_correction=True)
+    predicted = predicted_loss(TABLE, profile, three, bias_correction=True, loss="context")
     assert predicted == pytest.approx(float(found[:, 2].sum()), rel=1e-5)
-    assert predicted == predicted_loss(TABLE, profile, three, bias_correction=True, loss="context")
     # A variant without slopes takes those of another in the ratio of the two losses.
     own = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "sampler", bias_correction=True))
     other = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "context", bias_correction=True))
@@ -124,38 +123,45 @@ def only_slopes(base: SensitivityProfile) -> SensitivityProfile:
     return replace(base, arrays={k: a for k, a in base.arrays.items() if k.split("/")[0] in kept})
 
 
-def test_a_slope_predicts_half_of_what_was_measured_and_is_split_over_the_channels() -> None:
+def test_a_slope_predicts_what_was_measured_and_is_split_over_the_channels() -> None:
     for profile in (with_slopes(holding()), only_slopes(with_slopes(holding()))):
         rows = channel_losses(profile, TABLE, "auto", "slope", bias_correction=True)
-        np.testing.assert_allclose(profile.layer_sum(rows), SLOPE / 2, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(profile.layer_sum(rows), SLOPE, rtol=1e-5, atol=1e-9)
         three = BitMap(
             model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto")
         )
         assert predicted_loss(TABLE, profile, three, bias_correction=True, loss="slope") == pytest.approx(
-            SLOPE[:, 2].sum() / 2, rel=1e-5
+            SLOPE[:, 2].sum(), rel=1e-5
         )
         # A variant without slopes takes those of another in the ratio of their errors, layer by layer.
         by = "weight" if profile.prediction_only else "gain"
         own, other = (profile.layer_sum(channel_losses(profile, TABLE, v, by, bias_correction=True)) for v in ("affine", "auto"))
         found = profile.layer_sum(channel_losses(profile, TABLE, "affine", "slope", bias_correction=True))
-        np.testing.assert_allclose(found, SLOPE / 2 * own / other, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(found, SLOPE * own / other, rtol=1e-5, atol=1e-9)
 
 
-def test_what_predicts_a_given_map_goes_by_the_widths_of_the_profile() -> None:
+def test_what_predicts_a_given_map_goes_by_its_mean_width() -> None:
     through = holding("layer_sampler_error")
+    both = with_slopes(through)
     assert prediction_loss(holding()) == "probe"
     assert prediction_loss(through) == "sampler"
-    assert prediction_loss(with_slopes(through)) == "context"  # widths of 5-8 bits were searched, 2-4 mixed
-    assert prediction_loss(with_slopes(through, widths=(4, 6, 8))) == "slope"
-    alone = only_slopes(with_slopes(through))
+    assert [prediction_loss(both, bits) for bits in (2.0, 4.4, 4.6, 8.0)] == ["slope", "slope", "context", "context"]
+    assert prediction_loss(with_slopes(through, widths=(4, 6, 8)), 8.0) == "slope"
+    alone = only_slopes(both)
     assert alone.prediction_only
     assert not alone.weights_only
-    assert prediction_loss(alone) == "slope"
+    assert prediction_loss(alone, 8.0) == "slope"
     assert available_losses(alone, "auto") == ("weight", "slope")
     weights = replace(alone, arrays={k: a for k, a in alone.arrays.items() if not k.startswith("layer_")})
     assert prediction_loss(weights) == "weight"
-    acts = with_slopes(through)
-    assert prediction_loss(replace(acts, arrays={**acts.arrays, "layer_activation_error": TOTALS})) == "probe"
+    assert prediction_loss(replace(both, arrays={**both.arrays, "layer_activation_error": TOTALS})) == "probe"
+    for bits, loss in ((3, "slope"), (6, "context")):
+        bit_map = BitMap(
+            model_digest=TABLE.digest, weights={la.name: np.array(bits) for la in TABLE}, format=QuantFormat(codebook="auto")
+        )
+        found = predicted_loss(TABLE, both, bit_map, bias_correction=True)
+        assert found == predicted_loss(TABLE, both, bit_map, bias_correction=True, loss=loss)
+        assert found != predicted_loss(TABLE, both, bit_map, bias_correction=True, loss="sampler")
 
 
 def test_a_profile_for_predictions_does_not_choose_widths_unasked() -> None:
