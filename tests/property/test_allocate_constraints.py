@@ -42,6 +42,7 @@ def agrees_with_brute_force(problem, **options):
     assert answer.dual_bound <= oracle.loss + SAME * abs(oracle.loss)
     check = verify_certificate(problem, answer)
     assert check, check.problems
+    assert check.verified_bound <= oracle.loss + SAME * abs(oracle.loss)
     return answer
 
 
@@ -115,6 +116,75 @@ def layered(draw):
 def test_layer_rules_in_two_levels(problem):
     """P10: two levels equal brute force over every channel."""
     agrees_with_brute_force(problem)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layered())
+def test_a_false_claim_under_layer_rules_is_found_out(problem):
+    """The second-best map of a small problem, called optimal, is refused; the optimum is proven again, not believed."""
+    try:
+        best = solve(problem)
+    except InfeasibleBudgetError:
+        return
+    assert verify_certificate(problem, best).proof in ("dual", "search", "weaker")
+    if problem.n_choices**problem.n_items > 3000:
+        return
+    assert verify_certificate(problem, best).proof != "weaker"
+    grid = np.stack(np.meshgrid(*[np.arange(problem.n_choices)] * problem.n_items, indexing="ij"), -1).reshape(-1, problem.n_items)
+    for choice in grid:
+        loss, costs = problem.evaluate(choice)
+        if problem.permits(choice) and costs[0] <= problem.limit and loss > best.loss * (1 + 1e-9):
+            forged = replace(
+                best, choice=choice.astype(np.int32), loss=loss, cost=costs[0], costs={"cost": costs[0]}, lower_bound=loss
+            )
+            assert not verify_certificate(problem, forged)
+            return
+
+
+def test_layer_rules_of_many_channels_are_proven_again_from_the_tables():
+    """Far too many assignments to try: curves of the layers, one enumeration; a larger claim is refused."""
+    rng = np.random.default_rng(4)
+    layer, width = np.repeat(np.arange(6), [30, 50, 20, 40, 60, 10]), np.arange(2.0, 9.0)
+    weights = rng.integers(10, 90, 6)[layer]
+    loss = (rng.lognormal(0, 1, layer.size) * weights)[:, None] * 4.0**-width
+    cost = (weights[:, None] * width).astype(np.int64)
+    rules = LayerRules(layer=layer, width=width, average_step=1)
+    problem = AllocationProblem(loss=loss, cost=cost, limit=int(4.4 * weights.sum()), layers=rules)
+    answer = solve(problem)
+    assert answer.status == "optimal"
+    check = verify_certificate(problem, answer)
+    assert check, check.problems
+    assert check.proof == "search"
+    assert check.verified_bound == answer.lower_bound > answer.dual_bound
+    worse = solve(replace(problem, limit=problem.limit - int(weights.min()) * 20))
+    assert worse.loss > answer.loss
+    assert not verify_certificate(problem, replace(worse, multipliers=answer.multipliers, dual_bound=answer.dual_bound))
+    tagged = replace(problem, layers=LayerRules(layer=layer, width=width, mixed_overhead=200))
+    mixed = solve(tagged)
+    check = verify_certificate(tagged, mixed)
+    assert check, check.problems
+    assert check.proof in ("dual", "search")
+
+
+def test_a_bound_that_leaves_no_witness_is_called_weaker():
+    """Pairs: what the multipliers prove is stated beside what the convex relaxation claims."""
+    rng = np.random.default_rng(1)
+    n, bits = 30, np.arange(2, 7)
+    errors = rng.normal(size=(n, 1, 6)) * np.sqrt(rng.lognormal(0, 1, (n, 1, 1)) * 4.0 ** -bits[None, :, None])
+    first, second = np.triu_indices(n, 1)
+    value = 0.4 * np.einsum("par,pbr->pab", errors[first], errors[second])
+    weights = rng.integers(10, 90, n)
+    problem = AllocationProblem(
+        loss=(errors**2).sum(axis=2),
+        cost=weights[:, None] * bits,
+        limit=int(3.4 * weights.sum()),
+        pairwise=PairwiseTerms(first=first, second=second, value=value),
+    )
+    answer = solve(problem, gap_tolerance=1e-2)
+    check = verify_certificate(problem, answer)
+    assert check, check.problems
+    assert check.proof == "weaker"
+    assert check.verified_bound == check.dual_bound < answer.lower_bound
 
 
 @settings(max_examples=15, deadline=None)
