@@ -63,7 +63,7 @@ _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 class MethodSpec:
     """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``codebook``, ``bias_correction``).
 
-    ``rounding`` is ``nearest`` or ``compensated`` (`QuantFormat.rounding`); the integer programs price nearest rounding in both cases.
+    ``rounding`` is ``nearest`` or ``compensated`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
     ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
     ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
     scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the

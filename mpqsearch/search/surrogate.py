@@ -35,6 +35,9 @@ Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
 Strengths = Callable[[BitMap], BitMap]
 """A map with the strength of pre-scaling that suits each layer: see `mpqsearch.profile.choose_strengths`."""
 
+Priced = Callable[[MethodSpec], SensitivityProfile]
+"""The profile with the errors that a method's rounding leaves."""
+
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -63,7 +66,8 @@ class Surrogate:
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
     terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
-    ``operating_loss`` names the loss that they are in. ``strengths`` chooses those of pre-scaling. ``act_bits`` is the activation width of all
+    ``operating_loss`` names the loss that they are in. ``strengths`` chooses those of pre-scaling, ``priced`` gives
+    the profile as the rounding of a method prices it (None: as nearest rounding does). ``act_bits`` is the activation width of all
     searched layers (16: that of the method); the other layers' are the policy's.
     """
 
@@ -76,6 +80,7 @@ class Surrogate:
     interactions: PairwiseTerms | None = None
     remeasure: Remeasure | None = None
     strengths: Strengths | None = None
+    priced: Priced | None = None
     act_bits: int = FULL_PRECISION
     operating_loss: str = "operating"
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
@@ -134,10 +139,12 @@ class Surrogate:
 
     def losses_of(self, theta: Theta, method: MethodSpec, profile: SensitivityProfile | None = None) -> Floats:
         """Losses ``[C, W]`` of every channel at every width. The method's own table, untouched, where the point changes nothing."""
-        profile = self.profile if profile is None else profile
+        profile = self.profile_for(method) if profile is None else profile
 
         def table_of(loss: str) -> Floats:
-            return channel_losses(profile, self.table, method.variant, loss, bias_correction=method.bias_correction)
+            # Other losses than the method's own may know nearest rounding alone.
+            source = profile if loss == method.loss or not profile.calibration.get("compensated") else self.profile
+            return channel_losses(source, self.table, method.variant, loss, bias_correction=method.bias_correction)
 
         own = table_of(method.loss)
         if self.correction is None and is_default(theta, _shapes_losses):
@@ -160,6 +167,10 @@ class Surrogate:
         share = self._shares(theta, profile, share)
         losses: Floats = share * np.repeat(new, profile.channels, axis=0)
         return losses
+
+    def profile_for(self, method: MethodSpec) -> SensitivityProfile:
+        """The profile that prices a method: with compensated rounding, the errors that it leaves."""
+        return self.profile if self.priced is None or method.rounding == "nearest" else self.priced(method)
 
     def _multipliers(self, theta: Theta, profile: SensitivityProfile) -> Floats:
         """Factors ``[L, W]``: roles, depth, few bits, timesteps."""
@@ -189,7 +200,7 @@ class Surrogate:
     def candidate(self, theta: Theta, budget: Budget) -> Candidate:
         """Solve at one budget. Raises `InfeasibleBudgetError` when the widths of the point do not fit it."""
         method, policy, fmt = self.method_of(theta), self.policy_of(theta), self.format_of(theta)
-        made = self._solve(theta, budget, method, policy, fmt, self.profile)
+        made = self._solve(theta, budget, method, policy, fmt, self.profile_for(method))
         for _ in range(int(value_of(theta, "rounds"))):
             if self.remeasure is None:
                 raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
@@ -254,7 +265,19 @@ class Surrogate:
             bit_map=bit_map,
             budget=budget,
             bias_correction=bias_correction,
-            predicted=predicted_loss(self.table, self.profile, bit_map, bias_correction=bias_correction),
+            predicted=predicted_loss(
+                self.table,
+                self.profile_for(
+                    replace(
+                        self.method,
+                        codebook=bit_map.format.codebook,
+                        prescale=bit_map.format.prescale,
+                        rounding=bit_map.format.rounding,
+                    )
+                ),
+                bit_map,
+                bias_correction=bias_correction,
+            ),
             size_bytes=size_bytes(self.table, bit_map),
             average_bits=average_bits(self.table, bit_map),
             status=status,
@@ -268,7 +291,7 @@ class Surrogate:
             method,
             self.room(method, budget),
             self.table,
-            self.profile,
+            self.profile_for(method),
             policy,
             fmt,
             losses=losses,

@@ -11,6 +11,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.stages.base import Run, slug
+from mpqsearch.stages.compensating import priced
 from mpqsearch.stages.profiling import profile_inputs
 
 
@@ -37,7 +38,9 @@ def allocation(
     if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
         return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
     with run.timed("allocate"):
-        made = allocate(method, budget, table, measured, run.config.policy, run.config.quantizer.format())
+        made = allocate(
+            method, budget, table, priced(run, table, measured, method), run.config.policy, run.config.quantizer.format()
+        )
     data = made.to_data()
     if not run.dry_run:
         _save_map(map_path, made, table, inputs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.config import Config
-from mpqsearch.core import Budget, LayerTable
+from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import StaleArtifactError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Run:
     ranges: dict[Any, RangeCollector] = field(default_factory=dict)
     target_losses: dict[str, Any] = field(default_factory=dict)
     moments: InputMoments | None = None
+    priced: dict[str, SensitivityProfile] = field(default_factory=dict)
 
     @cached_property
     def denoiser(self) -> Denoiser:

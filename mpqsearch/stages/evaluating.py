@@ -28,11 +28,11 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.compensating import input_moments
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import FeatureExtractor, Reference
-    from mpqsearch.profile import InputMoments
 
 
 def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
@@ -190,34 +190,6 @@ def correction_of(
         return {"means": means, "moments": None}
     # A second moment and a mean of other samples would give a covariance that is none.
     return {"means": means if means is None else ChainMap(stats.means(), means), "moments": stats.moments()}  # type: ignore[arg-type]
-
-
-def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
-    """What compensated rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
-    if all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values())):
-        return None
-    return moments_of(run, table)
-
-
-def moments_of(run: Run, table: LayerTable) -> InputMoments:
-    """The run's input moments; nothing is measured until they are read."""
-    from mpqsearch.profile import InputMoments
-
-    if run.moments is None:
-        first = run.config.calibration.first_seed
-        run.moments = InputMoments(
-            denoiser=run.denoiser,
-            table=table,
-            sampler=sampler_of(run),
-            seeds=range(first, first + run.config.quantizer.moment_samples),
-            limit=run.config.model.limit_bytes,
-        )
-        if run.moments.left_out:
-            run.say(
-                f"compensated rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
-                f"the memory limit: {', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
-            )
-    return run.moments
 
 
 def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Any]) -> Any:

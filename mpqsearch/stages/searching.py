@@ -17,7 +17,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, avera
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run, sampler_of
-from mpqsearch.stages.evaluating import moments_of
+from mpqsearch.stages.compensating import moments_of, priced
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         act_bits=c.act_bits,
         remeasure=_remeasure(run, table),
         strengths=_strengths(run, table, measured),
+        priced=lambda method: priced(run, table, measured, method),
     )
     reference, extractor = _reference(run, table)
     after = c.first_seed + c.samples

@@ -29,7 +29,7 @@ from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, open_study, work
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.stages import Run, layers, profile
-from mpqsearch.stages.evaluating import moments_of
+from mpqsearch.stages.compensating import moments_of
 from mpqsearch.stages.searching import study_of
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import pytest
 from mpqsearch.allocate import PairwiseTerms
 from mpqsearch.core import BitMap, Budget, SensitivityProfile, size_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import allocate, channel_losses
+from mpqsearch.methods import MethodSpec, allocate, channel_losses
 from mpqsearch.search.space import CATALOGUE, parse_space
 from mpqsearch.search.surrogate import Surrogate
 
@@ -214,3 +214,29 @@ def test_scales_by_timestep_and_strengths_cost_no_more_than_the_plain_map(make_s
     assert len(asked) == 1  # once a budget
     with pytest.raises(ConfigError, match="strengths"):
         replace(s, strengths=None).candidate({"prescale": "layers"}, budget)
+
+
+def test_a_rounding_is_priced_with_the_errors_that_it_leaves(make_surrogate: Callable[..., Surrogate]) -> None:
+    plain = make_surrogate("ilp-channel")
+    half = replace(
+        plain.profile,
+        arrays={k: v / 2 if k.startswith("output_error") else v for k, v in plain.profile.arrays.items()},
+        calibration={**plain.profile.calibration, "compensated": "auto"},
+    )
+    asked = []
+
+    def priced(method: MethodSpec) -> SensitivityProfile:
+        asked.append(method.rounding)
+        return half
+
+    s = replace(plain, priced=priced)
+    budget = Budget.parse("uniform:3")
+    assert s.candidate({}, budget).predicted == plain.candidate({}, budget).predicted
+    assert not asked, "nearest rounding keeps the profile"
+    found = s.candidate({"rounding": "compensated"}, budget)
+    assert set(asked) == {"compensated"}
+    assert found.bit_map.format.rounding == "compensated"
+    np.testing.assert_allclose(
+        s.losses_of({}, s.method_of({"rounding": "compensated"})), plain.losses_of({}, plain.method) / 2, rtol=1e-6
+    )
+    assert found.predicted == pytest.approx(s.measured_map(found.bit_map, budget, bias_correction=True).predicted)

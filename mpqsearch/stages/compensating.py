@@ -1,0 +1,74 @@
+"""What compensated rounding needs of a run: moments of the layers' inputs, and the profile as that rounding prices it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
+from mpqsearch.methods import MethodSpec
+from mpqsearch.stages.base import Run, sampler_of
+from mpqsearch.stages.profiling import profile_inputs
+
+if TYPE_CHECKING:
+    from mpqsearch.profile import InputMoments
+
+NOT_PRICED = ("weight", "context", "slope", "operating", "final")
+"""Losses that are measured with the errors of nearest rounding themselves, and stay those of nearest rounding."""
+
+
+def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
+    """What compensated rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
+    if all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values())):
+        return None
+    return moments_of(run, table)
+
+
+def moments_of(run: Run, table: LayerTable) -> InputMoments:
+    """The run's input moments; nothing is measured until they are read."""
+    from mpqsearch.profile import InputMoments
+
+    if run.moments is None:
+        first = run.config.calibration.first_seed
+        run.moments = InputMoments(
+            denoiser=run.denoiser,
+            table=table,
+            sampler=sampler_of(run),
+            seeds=range(first, first + run.config.quantizer.moment_samples),
+            limit=run.config.model.limit_bytes,
+        )
+        if run.moments.left_out:
+            run.say(
+                f"compensated rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
+                f"the memory limit: {', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
+            )
+    return run.moments
+
+
+def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
+    """``measured`` with the errors that the method's rounding leaves, from ``profiles/compensated-<variant>.json`` where that is there.
+
+    The profile itself for nearest rounding, for losses that know no other, and where nothing may run (weights only, a dry run).
+    """
+    if method.rounding == "nearest" or method.loss in NOT_PRICED or measured.weights_only:
+        return measured
+    if method.variant not in run.priced:
+        from mpqsearch.core import QuantFormat
+        from mpqsearch.profile import compensated_profile
+
+        path, inputs = run.path("profiles", f"compensated-{method.variant}.json"), profile_inputs(run, table)
+        if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
+            run.priced[method.variant] = artifacts.load_profile(path)
+        elif run.dry_run:
+            return measured
+        else:
+            c = run.config.quantizer
+            fmt = QuantFormat(
+                codebook=method.codebook, criterion=c.criterion, p=c.p, n_candidates=c.n_candidates, prescale=method.prescale
+            )
+            run.say(f"profile: pricing compensated rounding ({method.variant})")
+            with run.timed("price"):
+                made = compensated_profile(run.denoiser, table, measured, moments_of(run, table), fmt)
+            artifacts.save_profile(path, made, inputs)
+            run.priced[method.variant] = made
+    return run.priced[method.variant]
