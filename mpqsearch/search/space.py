@@ -186,7 +186,7 @@ def _catalogue() -> dict[str, Parameter]:
             kind="choice",
             default=BASE,
             choices=(BASE, *ROUNDINGS),
-            meaning="Codes nearest to the weights, or chosen for the output of the layer (compensated), which is then priced with the errors that it leaves.",
+            meaning="Codes nearest to the weights, or chosen for the output of the layer (compensated) and priced with the errors that this leaves.",
         ),
         Parameter(
             name="criterion",
