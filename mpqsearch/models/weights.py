@@ -79,15 +79,22 @@ class StreamedModel:
         """Bytes of all weights as they are stored, each counted once."""
         return sum({(s.file, s.offset): s.n_bytes for s in self.stored.values()}.values())
 
-    def read(self, key: str) -> Tensor:
-        """One tensor as it is stored (bf16, fp16, fp32), mapped from its file. Raises `ModelError` when the file is damaged."""
+    def read(self, key: str, part: slice = slice(None)) -> Tensor:
+        """One tensor as it is stored (bf16, fp16, fp32), or ``part`` of its first axis, mapped from its file.
+
+        Raises `ModelError` when the file is damaged.
+        """
         place = self.stored[key]
+        first = place.shape[0] if place.shape else 1
+        start, stop, _ = part.indices(first)
+        each = place.n_bytes // max(first, 1)
         try:
-            # Of this tensor alone, and private: its pages go when the tensor goes.
-            mapped = np.memmap(place.file, mode="c", offset=place.offset, shape=(place.n_bytes,))
+            # Of these values alone, and private: their pages go when the tensor goes.
+            mapped = np.memmap(place.file, mode="c", offset=place.offset + start * each, shape=((stop - start) * each,))
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {key!r} from {place.file}: {error}") from error
-        return torch.from_numpy(mapped).view(place.dtype).reshape(place.shape)
+        shape = (stop - start, *place.shape[1:]) if place.shape else ()
+        return torch.from_numpy(mapped).view(place.dtype).reshape(shape)
 
     def digest(self, progress: Progress | None = None) -> str:
         """What `weights_digest` gives for the loaded model in float32: SHA-256 over names, dtypes, shapes and bytes.

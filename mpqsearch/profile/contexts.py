@@ -24,6 +24,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.quant import weight_of
+from mpqsearch.quant.tables import error_part, error_rows
 from mpqsearch.sampling import SamplerSpec, sample
 
 Floats = NDArray[np.float64]
@@ -138,7 +139,7 @@ def _quantized(
         if bits not in column:
             continue
         target: Any = made.get_submodule(layer.name)
-        error = errors[layer.name][column[bits]]
+        error = torch.cat([error_part(errors, layer.name, part)[column[bits]] for part in error_rows(errors, layer)])
         target.weight.add_(weight_of(error, layer).to(target.weight))
         if layer.has_bias:
             mean = means[layer.name].to(error)

@@ -21,6 +21,7 @@ from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.probes import corrected
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
+from mpqsearch.quant.tables import error_part, error_rows
 from mpqsearch.sampling import SamplerSpec, chain_of
 
 Floats32 = NDArray[np.float32]
@@ -102,9 +103,14 @@ def final_probes(
         def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
             i = position[name]
             gain[t, starts[i] : starts[i + 1]] += square.cpu().double().numpy()
-            rows = corrected(rows, bias, means[name], table[name])
-            for variant, by_layer in errors.items():
-                by_row = torch.einsum("wcd,cd->cw", by_layer[name], rows.to(by_layer[name])).cpu()
+            found: dict[str, list[Tensor]] = {v: [] for v in errors}
+            for part in error_rows(next(iter(errors.values())), table[name]):
+                some = corrected(rows, bias, means[name], table[name], part)
+                for variant, by_layer in errors.items():
+                    error = error_part(by_layer, name, part)
+                    found[variant].append(torch.einsum("wcd,cd->cw", error, some.to(error)).cpu())
+            for variant, parts in found.items():
+                by_row = torch.cat(parts)
                 effect[variant][k, t, i] = by_row.sum(0).numpy()
                 run[variant, name] = run.get((variant, name), 0) + by_row
 

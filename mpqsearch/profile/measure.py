@@ -22,11 +22,20 @@ from mpqsearch.profile.activations import activation_arrays
 from mpqsearch.profile.contexts import context_probes, latin_contexts
 from mpqsearch.profile.final_probes import final_probes
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.profile.moments import output_errors, plan_moments
+from mpqsearch.profile.moments import blocks_within, output_errors, plan_moments
 from mpqsearch.profile.probes import ProbeInput, Prober, ProbeResult
 from mpqsearch.profile.racing import relative_spread
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
-from mpqsearch.quant.tables import RecomputedErrors, column_factors, errors_again, held_bytes, width_quantizers
+from mpqsearch.quant.tables import (
+    RecomputedErrors,
+    column_factors,
+    error_part,
+    errors_again,
+    held_bytes,
+    joined_quantizers,
+    row_blocks,
+    width_quantizers,
+)
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, trajectory
 
 MOST = 32
@@ -134,9 +143,10 @@ def profile_model(
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units.
 
-    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take; with it the calibration may run several times
-    (`mpqsearch.profile.moments`), errors may be made again at every probe, and the numbers are the same up to rounding. The errors of one layer
-    at all widths, and its gradient, are always in memory.
+    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the largest layer with them. With it
+    the calibration may run several times (`mpqsearch.profile.moments`), errors may be made again at every probe, some rows at a time, and the
+    numbers are the same up to rounding (1e-4 of the largest). The gradient of a layer comes in one piece, and slopes at contexts need a second
+    copy of the model. Raises `ConfigError`, with the smallest limit that works, when a layer does not fit.
     `profile_base` and `final_errors` are its two halves, for callers that keep what is finished.
     """
     base = profile_base(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
@@ -165,20 +175,27 @@ def profile_base(
     hold = memory_limit is None or held <= memory_limit // HELD
     room = None if memory_limit is None else memory_limit - held * hold
     # Planned first: a limit that is too small should say so before anything has run.
+    blocks = blocks_within(denoiser.module, table, len(widths) * len(variants), memory_limit)
     passes = plan_moments(table, len(widths) * len(variants), room) if room is not None else []
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibration"):
         stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, hold=hold)
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold)
     if room is not None:
         modules: dict[str, Any] = dict(denoiser.module.named_modules())
 
-        def errors_of(layer: LayerSpec, seen: RowStatistics) -> dict[str, Tensor]:
-            return {
-                v: errors[v][layer.name] if v in errors else width_errors(modules[layer.name].weight, layer, widths, f, seen)
-                for v, f in variants.items()
-            }
+        def errors_of(layer: LayerSpec, seen: RowStatistics) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+            for part in blocks[layer.name]:
+                yield (
+                    part,
+                    {
+                        v: error_part(errors[v], layer.name, part)
+                        if v in errors
+                        else width_errors(modules[layer.name].weight, layer, widths, f, seen, part)
+                        for v, f in variants.items()
+                    },
+                )
 
         def run() -> None:
             for _ in _calibration(denoiser, sampler, spec):
@@ -275,11 +292,12 @@ def profile_slopes(
         )
     variants = {c: f for c, f in variants_of(spec, fmt).items() if not f.prescale}
     hold = memory_limit is None or held_bytes(table, len(widths) * len(variants)) <= memory_limit // HELD
+    blocks = blocks_within(denoiser.module, table, len(widths) * len(variants), memory_limit)
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibration"):
         stats, _, _ = calibrate(denoiser, table, sampler, spec, report, moments=False)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, hold=hold)
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold)
     means = {n: s.mean.float() for n, s in stats.items()}
     with _timed(seconds, "slopes at contexts"):
         arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
@@ -403,33 +421,41 @@ def tables_of(
     stats: Mapping[str, RowStatistics],
     report: Progress = _silent,
     *,
+    blocks: Mapping[str, Sequence[slice]] | None = None,
     hold: bool = True,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Mapping[str, Tensor]]]:
     """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed.
 
-    Without ``hold`` the errors are not kept: each layer's are made again from its scales whenever they are looked at, the same bit for bit.
+    ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once). Without ``hold`` the errors are not kept:
+    they are made again from their scales whenever they are looked at, the same bit for bit.
     """
+    slices = blocks or {la.name: row_blocks(la, 1, None) for la in table}
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     columns: dict[str, list[Tensor]] = {}
     held: dict[str, dict[str, Tensor]] = {v: {} for v, f in variants.items() if not f.prescale}
     scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {v: {} for v in held}
     for done, layer in enumerate(table, start=1):
         weight: Any = modules[layer.name].weight
-        rows = rows_of(weight.float(), layer)
+        rows = rows_of(weight.detach(), layer)
+        known = stats[layer.name] if stats[layer.name].second_moment.numel() else None
         columns.setdefault("kurtosis", []).append(kurtosis(rows))
-        factor = column_factors(rows, layer, QuantFormat(prescale=True), stats[layer.name])
-        assert factor is not None
-        columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows * factor))
-        for variant, fmt in variants.items():
-            if fmt.prescale:
-                error = width_errors(weight, layer, widths, fmt, stats[layer.name])
-            else:
-                scales[variant][layer.name], error = width_quantizers(weight, layer, widths, fmt)
-                if hold:
-                    held[variant][layer.name] = error
-            known = stats[layer.name] if stats[layer.name].second_moment.numel() else None
-            for name, values in error_tables(error, known).items():
-                columns.setdefault(f"{name}/{variant}", []).append(values)
+        found: dict[str, list[tuple[tuple[RowQuantizer, ...], Tensor]]] = {v: [] for v in held}
+        for part in slices[layer.name]:
+            factor = column_factors(rows, layer, QuantFormat(prescale=True), stats[layer.name], part)
+            assert factor is not None
+            columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows[part].float() * factor))
+            for variant, fmt in variants.items():
+                if fmt.prescale:
+                    error = width_errors(weight, layer, widths, fmt, stats[layer.name], part)
+                else:
+                    quantizers, error = width_quantizers(weight, layer, widths, fmt, part=part)
+                    found[variant].append((quantizers, error if hold else torch.empty(0)))
+                for name, values in error_tables(error, known).items():
+                    columns.setdefault(f"{name}/{variant}", []).append(values)
+        for variant, parts in found.items():
+            scales[variant][layer.name] = joined_quantizers([q for q, _ in parts])
+            if hold:
+                held[variant][layer.name] = torch.cat([error for _, error in parts], 1) if len(parts) > 1 else parts[0][1]
         report("error tables", done, len(table))
     arrays = {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
     if hold:
@@ -438,7 +464,8 @@ def tables_of(
     def again(variant: str) -> Mapping[str, Tensor]:
         return RecomputedErrors(
             list(table.by_name),
-            lambda name: errors_again(modules[name].weight, table[name], scales[variant][name], variants[variant]),
+            lambda name, part: errors_again(modules[name].weight, table[name], scales[variant][name], variants[variant], part=part),
+            slices.__getitem__,
         )
 
     return arrays, {variant: again(variant) for variant in scales}

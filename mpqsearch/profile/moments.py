@@ -17,7 +17,8 @@ Layers are packed into passes over the calibration inputs so that what one pass 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,11 +30,13 @@ from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.profile.inputs import columns_of, parts_of
 from mpqsearch.quant import RowStatistics
+from mpqsearch.quant.tables import row_blocks, row_bytes
 
 How = Literal["full", "blocked", "direct"]
 
-Errors = Callable[[LayerSpec, RowStatistics], Mapping[str, Tensor]]
-"""Weight errors ``[W, C, D]`` of a layer under each quantizer variant; the statistics it gets have no second moment."""
+Errors = Callable[[LayerSpec, RowStatistics], Iterable[tuple[slice, Mapping[str, Tensor]]]]
+"""Weight errors of a layer, in slices of rows (of whole groups, or inside one): each with ``[W, c, D]`` under each quantizer variant. The statistics
+that it gets have no second moment."""
 
 Tables = dict[str, dict[str, Tensor]]
 """Layer -> ``output_error/<variant>`` and ``output_error_centred/<variant>``, ``[C, W]`` float32."""
@@ -51,6 +54,33 @@ class Piece:
     start: int
     stop: int
     n_bytes: int
+
+
+def blocks_within(module: nn.Module, table: LayerTable, n_candidates: int, limit: int | None) -> dict[str, list[slice]]:
+    """For each layer the slices of its rows whose errors under ``n_candidates`` quantizers fit a memory limit, beside the layer's gradient.
+
+    Raises `ConfigError` that names the layer and the smallest limit that works.
+    """
+    if limit is None:
+        return {la.name: row_blocks(la, n_candidates, None) for la in table}
+    modules: dict[str, Any] = dict(module.named_modules())
+
+    def whole(layer: LayerSpec) -> int:
+        """What no slices make smaller: autograd gives a gradient in one piece, in the type of the weights; it is used as rows in float32."""
+        size = int(modules[layer.name].weight.element_size())
+        as_rows = 4 if size != 4 or layer.kind.startswith("ConvTranspose") else 0
+        return layer.n_weights * (size + as_rows)
+
+    largest = max(table, key=lambda la: whole(la) + row_bytes(la, n_candidates))
+    row = row_bytes(largest, n_candidates)
+    least = whole(largest) + row
+    if least > limit:
+        raise ConfigError(
+            f"the memory limit of {limit / 1e6:.3g} MB is too small for the layer {largest.name!r}: its gradient, which comes in one piece, takes "
+            f"{whole(largest) / 1e6:.3g} MB, and the errors of one row {row / 1e6:.3g} MB. Raise the limit to {math.ceil(least / 1e3) / 1e3} MB, "
+            "or profile with --weights-only, which takes no gradient."
+        )
+    return {la.name: row_blocks(la, n_candidates, (limit - whole(la)) // SCRATCH) for la in table}
 
 
 def plan_moments(table: LayerTable, n_candidates: int, limit: int | None, *, positions: int = 0) -> list[list[Piece]]:
@@ -107,15 +137,17 @@ def output_errors(
     sums: dict[str, dict[str, Tensor]] = {}
     scratch = (limit or 1 << 31) // SCRATCH
     for done, pieces in enumerate(passes, start=1):
-        workers = {}
+        workers: dict[Piece, _Moment | _Direct] = {}
         for piece in pieces:
-            errors = errors_of(table[piece.layer], stats[piece.layer]) if piece.how == "direct" else None
-            workers[piece] = _Direct(table[piece.layer], piece, errors) if errors else _Moment(table[piece.layer], piece)
+            layer = table[piece.layer]
+            workers[piece] = (
+                _Direct(layer, piece, errors_of(layer, stats[piece.layer])) if piece.how == "direct" else _Moment(layer, piece)
+            )
         with _watched(module, table, workers, scratch):
             run()
         for piece, worker in workers.items():
             layer = table[piece.layer]
-            found = worker.finish(errors_of(layer, stats[piece.layer]) if piece.how != "direct" else {})
+            found = worker.finish(errors_of(layer, stats[piece.layer]) if isinstance(worker, _Moment) else ())
             total = sums.setdefault(piece.layer, {})
             for key, value in found.items():
                 total[key] = total[key] + value if key in total else value
@@ -139,36 +171,47 @@ class _Moment:
         self._sum = product if self._sum is None else self._sum.add_(product)
         self._count += columns.shape[1]
 
-    def finish(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, errors: Iterable[tuple[slice, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
         """What these rows contribute to ``e' H e``: variant -> ``[W, C]`` float64."""
-        out = {}
-        for variant, error in errors.items():
-            if self._sum is None:
-                out[variant] = torch.zeros(error.shape[:2], dtype=torch.float64)
-                continue
-            moment = (self._sum / self._count).to(error.dtype)
-            parts = []
-            for one in error:
-                grouped = one.reshape(self._layer.groups, len(one) // self._layer.groups, -1)
-                through = torch.bmm(grouped, moment.transpose(1, 2))  # [G, c, stop - start]
-                parts.append(
-                    through.mul_(grouped[:, :, self._piece.start : self._piece.stop]).sum(2, dtype=torch.float64).flatten()
-                )
-            out[variant] = torch.stack(parts).cpu()
-        return out
+        out: dict[str, list[Tensor]] = {}
+        moment = None if self._sum is None else (self._sum / self._count).float()
+        for rows, some in errors:
+            for variant, error in some.items():
+                out.setdefault(variant, []).append(self._through(error, rows, moment))
+        return {variant: torch.cat(parts, 1) for variant, parts in out.items()}
+
+    def _through(self, error: Tensor, rows: slice, moment: Tensor | None) -> Tensor:
+        if moment is None:
+            return torch.zeros(error.shape[:2], dtype=torch.float64)
+        mine = moment[groups_of(self._layer, rows)].to(error.dtype)
+        columns = slice(self._piece.start, self._piece.stop)
+        parts = []
+        for one in error:
+            grouped = one.reshape(len(mine), len(one) // len(mine), -1)
+            through = torch.bmm(grouped, mine.transpose(1, 2))  # [G, c, stop - start]
+            parts.append(through.mul_(grouped[:, :, columns]).sum(2, dtype=torch.float64).flatten())
+        return torch.stack(parts).cpu()
 
 
 class _Direct:
     """Products of the candidates' errors with the inputs: squares summed over positions."""
 
-    def __init__(self, layer: LayerSpec, piece: Piece, errors: Mapping[str, Tensor]) -> None:
-        self._names = [(variant, w) for variant, error in errors.items() for w in range(len(error))]
-        stacked = [errors[variant][w] for variant, w in self._names[piece.start : piece.stop]]
-        g = layer.groups
+    def __init__(self, layer: LayerSpec, piece: Piece, errors: Iterable[tuple[slice, Mapping[str, Tensor]]]) -> None:
+        k, g = piece.stop - piece.start, layer.groups
+        self._names: list[tuple[str, int]] = []
+        self._widths: dict[str, int] = {}
+        stacked = torch.empty(0)
+        for rows, some in errors:
+            if not self._names:
+                self._widths = {variant: len(error) for variant, error in some.items()}
+                self._names = [(variant, w) for variant, n in self._widths.items() for w in range(n)]
+                first = next(iter(some.values()))
+                stacked = torch.empty(k, layer.n_channels, layer.weights_per_channel, device=first.device)
+            for i, (variant, w) in enumerate(self._names[piece.start : piece.stop]):
+                stacked[i, rows] = some[variant][w]
         # [k, C, D] -> [G, D, k * C / G]
-        self._errors = torch.stack([e.reshape(g, len(e) // g, -1) for e in stacked]).permute(1, 3, 0, 2).flatten(2)
+        self._errors = stacked.reshape(k, g, -1, layer.weights_per_channel).permute(1, 3, 0, 2).flatten(2)
         self._piece, self._layer = piece, layer
-        self._widths = {variant: len(error) for variant, error in errors.items()}
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -179,7 +222,7 @@ class _Direct:
         self._sum = squares if self._sum is None else self._sum.add_(squares)
         self._count += columns.shape[1]
 
-    def finish(self, errors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # noqa: ARG002  (they are held since the start)
+    def finish(self, errors: Iterable[Any]) -> dict[str, Tensor]:  # noqa: ARG002  (they are held since the start)
         """Variant -> ``[W, C]`` float64, zero for candidates of other pieces."""
         k = self._piece.stop - self._piece.start
         found = torch.zeros(k, self._layer.n_channels, dtype=torch.float64)
@@ -191,17 +234,26 @@ class _Direct:
         return out
 
 
+def groups_of(layer: LayerSpec, rows: slice) -> slice:
+    """The groups to which a slice of rows belongs."""
+    each = layer.n_channels // layer.groups
+    return slice(rows.start // each, -(-rows.stop // each))
+
+
 def _tables(layer: LayerSpec, found: Mapping[str, Tensor], stats: RowStatistics, errors_of: Errors) -> dict[str, Tensor]:
     """Errors and what is left of them without the mean shift, as `error_tables` names them."""
+    shifts: dict[str, list[Tensor]] = {}
+    for rows, some in errors_of(layer, stats):
+        mean = stats.mean[groups_of(layer, rows)]
+        for variant, error in some.items():
+            grouped = error.reshape(len(error), len(mean), -1, error.shape[2])
+            shift = torch.einsum("wgcd,gd->wgc", grouped, mean.to(grouped)).flatten(1)
+            shifts.setdefault(variant, []).append(shift.double().cpu())
     out = {}
-    errors = errors_of(layer, stats)
     for variant, full in found.items():
-        error = errors[variant]
-        grouped = error.reshape(len(error), layer.groups, -1, error.shape[2])
-        shift = torch.einsum("wgcd,gd->wgc", grouped, stats.mean.to(grouped)).flatten(1).double().cpu()
         full = full.clamp_min(0)  # noqa: PLW2901
         out[f"output_error/{variant}"] = full.T.float()
-        out[f"output_error_centred/{variant}"] = (full - shift.square()).clamp_min(0).T.float()
+        out[f"output_error_centred/{variant}"] = (full - torch.cat(shifts[variant], 1).square()).clamp_min(0).T.float()
     return out
 
 

@@ -25,8 +25,16 @@ from mpqsearch.core import BitMap, LayerTable, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.final_probes import final_probes
+from mpqsearch.profile.moments import blocks_within
 from mpqsearch.quant import RowStatistics, quantize_model, rows_of
-from mpqsearch.quant.tables import RecomputedErrors, errors_again, held_bytes, width_quantizers
+from mpqsearch.quant.tables import (
+    RecomputedErrors,
+    error_part,
+    errors_again,
+    held_bytes,
+    joined_quantizers,
+    width_quantizers,
+)
 from mpqsearch.sampling import SamplerSpec, sample
 
 
@@ -53,7 +61,8 @@ def remeasure(
         Trajectories: one sample each, ``batch`` at a time with ``probes`` backward passes through the sampler, the first along the residual.
         Standard errors are over batches.
     memory_limit
-        Bytes that the weight errors of all candidates may take; where they take more they are made again at every probe.
+        Bytes that the weight errors of all candidates may take; where they take more they are made again at every probe, some rows at a time.
+        The gradient of one layer has to fit, too; beside that there is a quantized copy of the model.
 
     ``calibration`` of the result holds ``operating_points`` (digests) and ``operating_mse`` (the measured error of their final samples).
     Raises `ConfigError` when there are fewer seeds than maps, or the maps differ in format.
@@ -68,7 +77,8 @@ def remeasure(
     means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
     input_max = {n: torch.from_numpy(np.array(m)) for n, m in profile.input_max.items()}
     hold = memory_limit is None or held_bytes(table, 2 * len(profile.widths)) <= memory_limit
-    candidates = _candidates(denoiser, table, profile.widths, fmt, means, input_max, hold=hold)
+    blocks = blocks_within(denoiser.module, table, 2 * len(profile.widths), memory_limit)
+    candidates = _candidates(denoiser, table, profile.widths, fmt, means, input_max, blocks, hold=hold)
     no_shift = means if bias_correction else {n: torch.zeros_like(m) for n, m in means.items()}
     changes: list[NDArray[np.float64]] = []
     errors: list[float] = []
@@ -90,7 +100,7 @@ def remeasure(
             table,
             sampler,
             part,
-            {variant: _moves(denoiser.module, quantized.module, table, candidates, hold=hold)},
+            {variant: _moves(denoiser.module, quantized.module, table, candidates, blocks, hold=hold)},
             no_shift,
             probes=probes,
             batch=batch,
@@ -132,6 +142,7 @@ def _candidates(
     fmt: QuantFormat,
     means: Mapping[str, Tensor],
     input_max: Mapping[str, Tensor],
+    blocks: Mapping[str, Sequence[slice]],
     *,
     hold: bool,
 ) -> Mapping[str, Tensor]:
@@ -143,26 +154,36 @@ def _candidates(
     }
     for layer in table:
         weight: Any = denoiser.module.get_submodule(layer.name).weight
-        scales[layer.name], error = width_quantizers(weight, layer, widths, fmt, known[layer.name])
+        parts = [width_quantizers(weight, layer, widths, fmt, known[layer.name], part) for part in blocks[layer.name]]
+        scales[layer.name] = joined_quantizers([q for q, _ in parts])
         if hold:
-            held[layer.name] = error
+            held[layer.name] = torch.cat([error for _, error in parts], 1)
 
-    def again(name: str) -> Tensor:
+    def again(name: str, part: slice) -> Tensor:
         weight: Any = denoiser.module.get_submodule(name).weight
-        return errors_again(weight, table[name], scales[name], fmt, known[name])
+        return errors_again(weight, table[name], scales[name], fmt, known[name], part)
 
-    return held if hold else RecomputedErrors(list(table.by_name), again)
+    return held if hold else RecomputedErrors(list(table.by_name), again, blocks.__getitem__)
 
 
 def _moves(
-    full: nn.Module, now: nn.Module, table: LayerTable, candidates: Mapping[str, Tensor], *, hold: bool
+    full: nn.Module,
+    now: nn.Module,
+    table: LayerTable,
+    candidates: Mapping[str, Tensor],
+    blocks: Mapping[str, Sequence[slice]],
+    *,
+    hold: bool,
 ) -> Mapping[str, Tensor]:
     """Candidate minus present rows ``[W, C, D]`` of every layer."""
 
-    def move(name: str) -> Tensor:
+    def move(name: str, part: slice) -> Tensor:
         before: Any = full.get_submodule(name).weight
         present: Any = now.get_submodule(name).weight
-        return candidates[name] - (rows_of(present.detach().float(), table[name]) - rows_of(before.detach().float(), table[name]))
+        mine, was = (rows_of(w.detach(), table[name])[part].float() for w in (present, before))
+        return error_part(candidates, name, part) - (mine - was)
 
     names = list(table.by_name)
-    return {name: move(name) for name in names} if hold else RecomputedErrors(names, move)
+    if hold:
+        return {name: move(name, slice(0, table[name].n_channels)) for name in names}
+    return RecomputedErrors(names, move, blocks.__getitem__)

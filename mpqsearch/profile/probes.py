@@ -17,6 +17,7 @@ from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser, Given
 from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.quant.tables import EVERY, error_part, error_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +145,16 @@ class Prober:
             self._gain[name].add(gain)
             buckets = self._step_gain[name]
             buckets[min(item.timestep * len(buckets) // self._timesteps, len(buckets) - 1)].add(gain)
-            rows = corrected(rows, bias, self._means[name], self._table[name])
-            for variant, by_layer in self._errors.items():
-                effect = by_layer[name].flatten(1) @ rows.flatten().to(by_layer[name])
-                self._layer_error[variant][name].add(item.weight * effect.cpu().square())
+            layer = self._table[name]
+            effect: dict[str, Tensor] = {}
+            for part in error_rows(next(iter(self._errors.values())), layer):
+                some = corrected(rows, bias, self._means[name], layer, part)
+                for variant, by_layer in self._errors.items():
+                    error = error_part(by_layer, name, part)
+                    found = (error.flatten(1) @ some.flatten().to(error)).cpu()
+                    effect[variant] = effect[variant] + found if variant in effect else found
+            for variant, whole in effect.items():
+                self._layer_error[variant][name].add(item.weight * whole.square())
 
         return take
 
@@ -170,9 +177,12 @@ def probe(
     return prober.result()
 
 
-def corrected(rows: Tensor, bias: Tensor, mean: Tensor, layer: LayerSpec) -> Tensor:
-    """Weight gradient ``[C, D]`` after the mean shift of a weight error is folded into the bias: ``dW - db m'``; no bias, no change."""
+def corrected(rows: Tensor, bias: Tensor, mean: Tensor, layer: LayerSpec, part: slice = EVERY) -> Tensor:
+    """Weight gradient ``[C, D]``, or that of some rows, after the mean shift of a weight error is folded into the bias: ``dW - db m'``.
+
+    No bias, no change.
+    """
     if not layer.has_bias:
-        return rows
-    mean = mean.to(rows)
-    return rows - bias[:, None] * mean.repeat_interleave(len(rows) // len(mean), dim=0)
+        return rows[part]
+    groups = torch.arange(len(rows), device=rows.device)[part] // (len(rows) // len(mean))
+    return rows[part] - bias[part, None] * mean.to(rows)[groups]

@@ -6,6 +6,7 @@ blocks, and what stays are a few numbers a row. So the model may be larger than 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpqsearch import artifacts
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
-from mpqsearch.quant import rows_of
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
-from mpqsearch.quant.tables import weight_error_tables
+from mpqsearch.quant.tables import slices_of, weight_error_tables
 
 Arrays = dict[str, NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
@@ -91,17 +92,17 @@ def profile_weights(
 
     The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results come back.
     With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what Python and torch take
-    themselves. Raises `ConfigError` when a single layer does not fit it, `NumericsError` naming the layer when a weight is not finite.
+    themselves; a layer that does not fit it is read some rows at a time (pages of the file come and go). Raises `ConfigError`, with the
+    smallest limit that works, when a single row does not fit, `NumericsError` naming the layer when a weight is not finite.
     """
     widths = tuple(sorted(policy.widths))
-    if memory_limit is not None:
-        check_fits(model, table, len(widths), len(codebooks), device, memory_limit)
+    blocks = rows_within(model, table, len(widths), len(codebooks), device, memory_limit)
     began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
     parts: list[Arrays] = []
     for position, layer in enumerate(table):
         found = partial.load(position) if partial is not None else None
         if found is None:
-            found = layer_weights(model, layer, widths, codebooks, fmt, device)
+            found = layer_weights(model, layer, widths, codebooks, fmt, device, blocks[layer.name])
             if partial is not None:
                 partial.save(position, found)
         parts.append(found)
@@ -124,41 +125,69 @@ def profile_weights(
 
 
 def layer_weights(
-    model: StreamedModel, layer: LayerSpec, widths: Sequence[int], codebooks: Sequence[str], fmt: QuantFormat, device: str = "cpu"
+    model: StreamedModel,
+    layer: LayerSpec,
+    widths: Sequence[int],
+    codebooks: Sequence[str],
+    fmt: QuantFormat,
+    device: str,
+    blocks: Sequence[slice],
 ) -> Arrays:
-    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<codebook>`` ``[C, W]``, float32."""
-    rows = rows_of(model.read(f"{layer.name}.weight").to(device), layer)
-    try:
-        moments = row_moments(rows)
-    except NumericsError as error:
-        raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
-    tables = weight_error_tables(rows, widths, codebooks, fmt, moments)
-    arrays = {"kurtosis": moments.kurtosis, **{f"weight_error/{c}": t for c, t in tables.items()}}
-    return {key: value.cpu().numpy() for key, value in arrays.items()}
+    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<codebook>`` ``[C, W]``, float32.
+
+    ``blocks``: slices of rows that are read and measured one after the other.
+    """
+    parts: list[dict[str, Tensor]] = []
+    for block in blocks:
+        rows = _rows(model, layer, block).to(device)
+        try:
+            moments = row_moments(rows)
+        except NumericsError as error:
+            where = f", counted from row {block.start}" if block.start else ""
+            raise NumericsError(f"layer {layer.name!r}{where}: {error}. Repair or reload the checkpoint.") from error
+        tables = weight_error_tables(rows, widths, codebooks, fmt, moments)
+        parts.append({"kurtosis": moments.kurtosis, **{f"weight_error/{c}": t for c, t in tables.items()}})
+    return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
 
-def check_fits(model: StreamedModel, table: LayerTable, n_widths: int, n_codebooks: int, device: str, limit: int) -> int:
-    """Bytes of the largest working set of a layer; `ConfigError` when it is above ``limit``.
+def _rows(model: StreamedModel, layer: LayerSpec, block: slice) -> Tensor:
+    """Some rows of a layer as they are stored; the slice is of whole groups, or lies inside one."""
+    key = f"{layer.name}.weight"
+    if not layer.kind.startswith("ConvTranspose"):
+        return model.read(key, block).flatten(1)
+    each, inputs = layer.n_channels // layer.groups, layer.weight_shape[0] // layer.groups
+    first, last = block.start // each, -(-block.stop // each)
+    weight = model.read(key, slice(first * inputs, last * inputs)).reshape(last - first, inputs, each, -1)
+    mine = slice(block.start - first * each, block.stop - first * each) if last - first == 1 else slice(None)
+    return weight[:, :, mine].transpose(1, 2).reshape(block.stop - block.start, -1)
+
+
+def rows_within(
+    model: StreamedModel, table: LayerTable, n_widths: int, n_codebooks: int, device: str, limit: int | None
+) -> dict[str, list[slice]]:
+    """For each layer the slices of its rows whose working set fits ``limit`` bytes; `ConfigError` when that of a single row does not.
 
     A working set: the stored weights (twice where rows must be put together, as in a transposed convolution), a block in float32 with
     its temporaries for each thread, and the numbers of every row: scale, zero, width and factor of each quantizer.
     """
+    if limit is None:
+        return {la.name: slices_of(la, la.n_channels) for la in table}
     block = BLOCK * max(1, torch.get_num_threads()) if device == "cpu" else DEVICE_BLOCK
 
-    def needs(layer: LayerSpec) -> int:
+    def each(layer: LayerSpec) -> int:
         copies = 2 if layer.kind.startswith("ConvTranspose") or device != "cpu" else 1
-        grid = layer.n_channels * n_widths * (2 * n_codebooks) * 24
-        longest = max(block, layer.weights_per_channel)
-        return _stored_bytes(model, layer) * copies + longest * 4 * 4 + grid
+        return _stored_bytes(model, layer) // layer.n_channels * copies + n_widths * 2 * n_codebooks * 24
 
-    largest = max(table, key=needs)
-    need = needs(largest)
-    if need > limit:
+    def needs(layer: LayerSpec, rows: int) -> int:
+        return rows * each(layer) + max(min(block, rows * layer.weights_per_channel), layer.weights_per_channel) * 16
+
+    worst = max(table, key=lambda la: needs(la, 1))
+    if needs(worst, 1) > limit:
         raise ConfigError(
-            f"the layer {largest.name!r} needs {need / 1e6:.0f} MB as it is measured, more than the memory limit of {limit / 1e6:.0f} MB. "
-            "Raise the limit."
+            f"the layer {worst.name!r} needs {needs(worst, 1) / 1e6:.3g} MB for one of its rows as it is measured, more than the memory limit of "
+            f"{limit / 1e6:.3g} MB. Raise the limit to {math.ceil(needs(worst, 1) / 1e3) / 1e3} MB."
         )
-    return need
+    return {la.name: slices_of(la, la.n_channels if needs(la, la.n_channels) <= limit else limit // needs(la, 1)) for la in table}
 
 
 def _stored_bytes(model: StreamedModel, layer: LayerSpec) -> int:

@@ -12,6 +12,12 @@ from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.quant.rows import RowMoments, RowQuantizer, decode, encode, fit_grid, fit_rows, row_moments, rows_of
 from mpqsearch.quant.search import square_errors
 
+EVERY = slice(None)
+"""All rows of a layer."""
+
+COPIES = 8
+"""Copies of a row that are in memory while its error is made: as it is scaled, its codes, what they decode to, and temporaries."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStatistics:
@@ -59,7 +65,8 @@ def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, strength
     """
     groups = layer.groups
     per_input = layer.weights_per_channel // (layer.n_inputs // groups)
-    by_input = rows.abs().reshape(groups, len(rows) // groups, -1, per_input).amax((1, 3))  # [G, inputs of a group]
+    seen = rows.reshape(groups, len(rows) // groups, -1, per_input)
+    by_input = torch.maximum(seen.amax((1, 3)), -seen.amin((1, 3))).float()  # [G, inputs of a group]; no copy of the rows
     x = input_max.to(by_input).reshape(groups, -1)
     alive = (by_input > 1e-12) & (x > 1e-12)
     x, w = torch.where(alive, x, 1.0), torch.where(alive, by_input, 1.0)
@@ -88,10 +95,10 @@ def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tenso
 
 
 def width_errors(
-    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None
+    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
 ) -> Tensor:
-    """``w_q - w`` as rows at every width: ``[W, C, D]``, made with the quantizer that is deployed."""
-    return torch.stack([row_errors(weight, layer, bits, fmt, stats) for bits in widths])
+    """``w_q - w`` as rows at every width: ``[W, C, D]``, or of the rows of ``part`` alone, made with the quantizer that is deployed."""
+    return torch.stack([_searched(weight, layer, bits, fmt, stats, part)[0] for bits in widths])
 
 
 def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor:
@@ -100,20 +107,30 @@ def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantF
 
 
 class RecomputedErrors(Mapping[str, Tensor]):
-    """Layer -> weight errors ``[W, C, D]`` that are made again at every look, so that no more than those of one layer are in memory.
+    """Layer -> weight errors ``[W, C, D]`` that are made again at every look, so that no more than those of some rows are in memory.
 
-    ``make`` is called with the name of a layer. The numbers are those of the errors that it stands for, bit for bit; `width_quantizers` keeps
-    what the range search found, so that it is not done again.
+    ``make`` is called with the name of a layer and a slice of its rows, ``blocks`` says in which slices `error_blocks` goes through a layer. The
+    numbers are those of the errors that it stands for; `width_quantizers` keeps what the range search found, so that it is not done again.
     """
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
-        self._names, self._make = tuple(names), make
+    def __init__(
+        self, names: Sequence[str], make: Callable[[str, slice], Tensor], blocks: Callable[[str], Sequence[slice]]
+    ) -> None:
+        self._names, self._make, self.blocks = tuple(names), make, blocks
 
     def __getitem__(self, name: str) -> Tensor:
-        """The errors of one layer; `KeyError` for a layer that is not among them."""
+        """The errors of one layer, all rows at once; `KeyError` for a layer that is not among them."""
+        return torch.cat([self.part(name, rows) for rows in self.blocks(name)], 1)
+
+    def part(self, name: str, rows: slice) -> Tensor:
+        """The errors ``[W, c, D]`` of some rows of a layer; `KeyError` for a layer that is not among them."""
         if name not in self._names:
             raise KeyError(name)
-        return self._make(name)
+        return self._make(name, rows)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the layer is among them; nothing is made."""
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -122,20 +139,75 @@ class RecomputedErrors(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def error_part(errors: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
+    """Errors ``[W, c, D]`` of some rows of a layer, held or made again."""
+    return errors.part(name, rows) if isinstance(errors, RecomputedErrors) else errors[name][:, rows]
+
+
+def error_rows(errors: Mapping[str, Tensor], layer: LayerSpec) -> Sequence[slice]:
+    """The slices of rows in which the errors of a layer are to be looked at: one, when they are held."""
+    return errors.blocks(layer.name) if isinstance(errors, RecomputedErrors) else [slice(0, layer.n_channels)]
+
+
+def row_blocks(layer: LayerSpec, n_candidates: int, room: int | None) -> list[slice]:
+    """Slices of a layer's rows whose errors under ``n_candidates`` quantizers, with what making them takes, fit ``room`` bytes; or single rows.
+
+    A slice is of whole groups, or lies inside one. One slice without a limit.
+    """
+    if room is None:
+        return [slice(0, layer.n_channels)]
+    return slices_of(layer, room // row_bytes(layer, n_candidates))
+
+
+def slices_of(layer: LayerSpec, size: int) -> list[slice]:
+    """All rows of a layer in slices of at most ``size`` of them (at least one), each of whole groups or inside one."""
+    size, group = max(1, size), layer.n_channels // layer.groups
+    if size >= group:
+        step = size // group * group
+        return [slice(i, min(i + step, layer.n_channels)) for i in range(0, layer.n_channels, step)]
+    return [slice(g + i, g + min(i + size, group)) for g in range(0, layer.n_channels, group) for i in range(0, group, size)]
+
+
+def row_bytes(layer: LayerSpec, n_candidates: int) -> int:
+    """What the errors of one row take: those of all candidates, and a handful of copies of the row while they are made."""
+    return 4 * layer.weights_per_channel * (n_candidates + COPIES)
+
+
 def width_quantizers(
-    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None = None
+    weight: Tensor,
+    layer: LayerSpec,
+    widths: tuple[int, ...],
+    fmt: QuantFormat,
+    stats: RowStatistics | None = None,
+    part: slice = EVERY,
 ) -> tuple[tuple[RowQuantizer, ...], Tensor]:
     """The quantizer of every row at every width, one a width, and the errors of `width_errors` that they make."""
-    found = [_searched(weight, layer, bits, fmt, stats) for bits in widths]
+    found = [_searched(weight, layer, bits, fmt, stats, part) for bits in widths]
     return tuple(q for _, q in found), torch.stack([error for error, _ in found])
 
 
+def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQuantizer, ...]:
+    """The quantizers of all rows, one a width, from those of consecutive slices."""
+    return tuple(
+        RowQuantizer(
+            scale=torch.cat([q.scale for q in same]), zero=torch.cat([q.zero for q in same]), bits=torch.cat([q.bits for q in same])
+        )
+        for same in zip(*parts, strict=True)
+    )
+
+
 def errors_again(
-    weight: Tensor, layer: LayerSpec, quantizers: Sequence[RowQuantizer], fmt: QuantFormat, stats: RowStatistics | None = None
+    weight: Tensor,
+    layer: LayerSpec,
+    quantizers: Sequence[RowQuantizer],
+    fmt: QuantFormat,
+    stats: RowStatistics | None = None,
+    part: slice = EVERY,
 ) -> Tensor:
-    """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit."""
-    scaled, factor = _scaled(weight, layer, fmt, stats)
-    return torch.stack([_error(scaled, factor, q) for q in quantizers])
+    """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit; or those of the rows of ``part`` alone."""
+    scaled, factor = _scaled(weight, layer, fmt, stats, part)
+    mine = (RowQuantizer(scale=q.scale[part], zero=q.zero[part], bits=q.bits[part]) for q in quantizers)
+    return torch.stack([_error(scaled, factor, q) for q in mine])
 
 
 def held_bytes(table: LayerTable, n_candidates: int) -> int:
@@ -144,17 +216,21 @@ def held_bytes(table: LayerTable, n_candidates: int) -> int:
 
 
 def _searched(
-    weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None
+    weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
 ) -> tuple[Tensor, RowQuantizer]:
-    scaled, factor = _scaled(weight, layer, fmt, stats)
+    scaled, factor = _scaled(weight, layer, fmt, stats, part)
     quantizer = fit_rows(scaled, bits, fmt)
     return _error(scaled, factor, quantizer), quantizer
 
 
-def _scaled(weight: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None) -> tuple[Tensor, Tensor | None]:
-    rows = rows_of(weight.detach().float(), layer)
-    factor = column_factors(rows, layer, fmt, stats)
-    return rows if factor is None else rows * factor, factor
+def _scaled(
+    weight: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None, part: slice
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of ``part`` in float32 as they are quantized, and their factors, which depend on all rows."""
+    rows = rows_of(weight.detach(), layer)
+    factor = column_factors(rows, layer, fmt, stats, part)
+    some = rows[part].float()
+    return some if factor is None else some * factor, factor
 
 
 def _error(scaled: Tensor, factor: Tensor | None, quantizer: RowQuantizer) -> Tensor:
@@ -162,12 +238,18 @@ def _error(scaled: Tensor, factor: Tensor | None, quantizer: RowQuantizer) -> Te
     return error if factor is None else error / factor
 
 
-def column_factors(rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor | None:
-    """Pre-scaling factors ``[C, D]`` of a format, rounded as stored; None when the format has none or inputs are unknown."""
+def column_factors(
+    rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
+) -> Tensor | None:
+    """Pre-scaling factors ``[C, D]`` of a format, or those of the rows of ``part``, rounded as stored.
+
+    ``rows`` are all rows: a factor goes by the largest weight of its column. None when the format has none or inputs are unknown.
+    """
     if not fmt.prescale or stats is None:
         return None
     factor = stored_factors(rows, stats.input_max, layer, fmt.strength)
-    return factor.repeat_interleave(len(rows) // layer.groups, dim=0)
+    groups = torch.arange(len(rows), device=factor.device)[part] // (len(rows) // layer.groups)
+    return factor[groups]
 
 
 def _through(error: Tensor, stats: RowStatistics) -> tuple[Tensor, Tensor]:

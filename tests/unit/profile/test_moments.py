@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,9 +20,9 @@ from mpqsearch.models import discover
 from mpqsearch.profile import CalibrationSpec, profile_base, profile_model, remeasure
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.measure import calibrate, tables_of
-from mpqsearch.profile.moments import Piece, output_errors, plan_moments
+from mpqsearch.profile.moments import Piece, blocks_within, output_errors, plan_moments
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
-from mpqsearch.quant.tables import held_bytes
+from mpqsearch.quant.tables import held_bytes, row_blocks, row_bytes
 from mpqsearch.sampling import SamplerSpec
 from mpqsearch.testing import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect
@@ -31,12 +32,18 @@ FORMATS = {"affine": QuantFormat(n_candidates=10), "midrise": QuantFormat(codebo
 K = len(WIDTHS) * len(FORMATS)
 
 
-def errors_by(module: nn.Module) -> Any:
-    def errors_of(layer: LayerSpec, stats: RowStatistics) -> Mapping[str, Tensor]:
+def errors_by(module: nn.Module, rows: int | None = None) -> Any:
+    def errors_of(layer: LayerSpec, stats: RowStatistics) -> Iterator[tuple[slice, Mapping[str, Tensor]]]:
         weight = module.get_submodule(layer.name).weight
-        return {v: width_errors(weight, layer, WIDTHS, fmt, stats) for v, fmt in FORMATS.items()}  # type: ignore[arg-type]
+        for part in row_blocks(layer, K, None if rows is None else rows * row_bytes(layer, K)):
+            yield part, {v: width_errors(weight, layer, WIDTHS, fmt, stats, part) for v, fmt in FORMATS.items()}  # type: ignore[arg-type]
 
     return errors_of
+
+
+def whole(errors_of: Any, layer: LayerSpec, stats: RowStatistics) -> dict[str, Tensor]:
+    parts = [some for _, some in errors_of(layer, stats)]
+    return {v: torch.cat([some[v] for some in parts], 1) for v in FORMATS}
 
 
 def pieces(layer: LayerSpec, how: str) -> list[list[Piece]]:
@@ -45,14 +52,15 @@ def pieces(layer: LayerSpec, how: str) -> list[list[Piece]]:
     return [[Piece(layer=layer.name, how=how, start=a, stop=b, n_bytes=0)] for a, b in pairwise(cuts) if b > a]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [None, 1, 3])
 @pytest.mark.parametrize("how", ["full", "blocked", "direct"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: str) -> None:
+def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: str, rows: int | None) -> None:
     layer, shape = LAYERS[name]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.5
     spec, stats, _ = collect(layer, x[:1], x[1:])
     model = Wrap(layer)
-    errors_of = errors_by(model)
+    errors_of = errors_by(model, rows)
     light = {"layer": replace(stats, second_moment=torch.empty(0))}
 
     def run() -> None:
@@ -61,7 +69,7 @@ def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: st
 
     table = LayerTable(digest="d", layers=(spec,))
     found = output_errors(model, table, light, errors_of, pieces(spec, how), run, limit=1 << 14)["layer"]
-    for variant, error in errors_of(spec, stats).items():
+    for variant, error in whole(errors_of, spec, stats).items():
         expected = error_tables(error, stats)
         # float32 products of at most a few hundred terms, summed in another order.
         torch.testing.assert_close(found[f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9)
@@ -98,7 +106,7 @@ def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
     assert done == [(i + 1, len(passes)) for i in range(len(passes))]
     assert set(found) == set(table.by_name)
     for layer in table:
-        for variant, error in errors_of(layer, stats[layer.name]).items():
+        for variant, error in whole(errors_of, layer, stats[layer.name]).items():
             expected = error_tables(error, stats[layer.name])
             scale = float(expected["output_error"].max())
             torch.testing.assert_close(
@@ -172,8 +180,18 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     assert ("layer_context_slope/affine" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
     for name, mean in whole.means.items():
         np.testing.assert_allclose(limited.means[name], mean, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match="the memory limit is too small"):
+    # The smallest limit that works is less than the errors of the largest layer take together, or its second moment: its rows come one by one.
+    with pytest.raises(ConfigError, match=r"its gradient, which comes in one piece.*Raise the limit to [\d.]+ MB") as caught:
         profile_model(*given, memory_limit=100)
+    least = math.ceil(float(str(caught.value).split("Raise the limit to ")[1].split(" MB")[0]) * 1e6)
+    largest = max(table, key=lambda la: la.n_weights)
+    n_candidates = len(WIDTHS) * 3
+    assert least < n_candidates * largest.n_weights * 4
+    assert len(blocks_within(denoiser.module, table, n_candidates, least)[largest.name]) > 1
+    smallest = profile_model(*given, memory_limit=least)
+    for key, array in whole.arrays.items():
+        scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
+        np.testing.assert_allclose(smallest.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
 
 
 def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
@@ -203,6 +221,11 @@ def test_an_operating_point_has_the_same_numbers_at_any_limit() -> None:
     spec = CalibrationSpec(samples=2, probe_inputs=2, codebooks=("affine",), sampler_seeds=0)
     base = profile_base(denoiser, table, policy, sampler, spec, QuantFormat(n_candidates=10))
     at = uniform_map(table, policy, 3, fmt)
-    found = [remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=n) for n in (None, 1)]
+    limit = max(la.n_weights * 4 + row_bytes(la, 4) for la in table)  # the least: a gradient, and the errors of a row
+    found = [remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=n) for n in (None, limit)]
     for key in ("layer_operating_error/affine+prescale", "layer_operating_std_error/affine+prescale"):
-        np.testing.assert_array_equal(found[0].arrays[key], found[1].arrays[key])
+        # Sums over blocks of rows in another order.
+        scale = np.abs(found[0].arrays[key]).max()
+        np.testing.assert_allclose(found[0].arrays[key], found[1].arrays[key], rtol=1e-4, atol=1e-6 * scale)
+    with pytest.raises(ConfigError, match="Raise the limit to"):
+        remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=limit // 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpqsearch.core import Budget, Policy, QuantFormat
+from mpqsearch.core import Budget, LayerSpec, Policy, QuantFormat
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.methods import MethodSpec, allocate, channel_losses, predicted_loss
 from mpqsearch.models import StreamedModel, discover_streamed, load_model, open_streamed
@@ -80,20 +80,51 @@ def test_a_run_that_was_killed_continues_with_the_next_layer(
     assert len(names) == len(table), "layers of other inputs are measured again"
 
 
-def test_a_memory_limit_that_no_layer_fits_names_the_layer(streamed: StreamedModel) -> None:
+def test_a_layer_larger_than_the_limit_is_read_some_rows_at_a_time(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
-    need = module.check_fits(streamed, table, 3, 2, "cpu", 10**9)
-    profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=need)
-    with pytest.raises(ConfigError, match=r"the layer '.*' needs \d+ MB .* more than the memory limit"):
-        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=need - 1)
+    whole = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    with pytest.raises(
+        ConfigError, match=r"the layer '.*' needs .* MB for one of its rows .* Raise the limit to ([\d.]+) MB"
+    ) as caught:
+        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=100)
+    largest = max(table, key=lambda la: la.weights_per_channel)
+    least = (2 + 16) * largest.weights_per_channel + 3 * 2 * 2 * 24  # a row in bf16 and in float32 with temporaries, its quantizers
+    assert f"the layer {largest.name!r}" in str(caught.value)
+    assert len(module.rows_within(streamed, table, 3, 2, "cpu", least)[largest.name]) == largest.n_channels
+    with pytest.raises(ConfigError, match="for one of its rows"):
+        module.rows_within(streamed, table, 3, 2, "cpu", least - 1)
+    for limit in (least, 3 * least):
+        limited = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=limit)
+        for key, array in whole.arrays.items():
+            np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_rows_of_a_transposed_convolution_are_read_in_slices(groups: int, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from mpqsearch.models.weights import Stored, _header
+    from mpqsearch.quant import rows_of
+    from mpqsearch.quant.tables import slices_of
+
+    conv = torch.nn.ConvTranspose2d(6, 12, 3, groups=groups)
+    save_file({"up.weight": conv.weight.detach()}, tmp_path / "w.safetensors")
+    stored: dict[str, Stored] = dict(_header(tmp_path / "w.safetensors"))
+    model = StreamedModel(name="m", module=conv, stored=stored)
+    layer = LayerSpec(name="up", kind="ConvTranspose2d", weight_shape=tuple(conv.weight.shape), channel_axis=1, groups=groups)
+    expected = rows_of(conv.weight.detach(), layer)
+    for size in (1, 2, 5, 100):
+        slices = slices_of(layer, size)
+        assert max(s.stop - s.start for s in slices) <= size
+        assert torch.equal(torch.cat([module._rows(model, layer, s) for s in slices]), expected)
 
 
 def test_weights_that_are_not_finite_name_their_layer(streamed: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     table = discover_streamed(streamed)
     real = StreamedModel.read
 
-    def broken(self: StreamedModel, key: str) -> torch.Tensor:
-        weight = real(self, key).clone()
+    def broken(self: StreamedModel, key: str, part: slice = slice(None)) -> torch.Tensor:
+        weight = real(self, key, part).clone()
         if key == "conv_in.weight":
             weight[3] = torch.inf
         return weight
