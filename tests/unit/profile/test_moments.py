@@ -180,16 +180,36 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     assert ("layer_context_slope/affine" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
     for name, mean in whole.means.items():
         np.testing.assert_allclose(limited.means[name], mean, rtol=1e-5, atol=1e-6)
-    # The smallest limit that works is less than the errors of the largest layer take together, or its second moment: its rows come one by one.
+    with pytest.raises(ConfigError, match="the memory limit of .* is too small"):
+        profile_model(*given, memory_limit=100)
+
+
+def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=1,
+        probe_inputs=1,
+        probes=1,
+        sampler_seeds=1,
+        sampler_probes=1,
+        context_seeds=2,
+        context_widths=WIDTHS,
+        codebooks=("affine",),
+    )
+    given = (denoiser, table, Policy(widths=WIDTHS), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
     with pytest.raises(ConfigError, match=r"its gradient, which comes in one piece.*Raise the limit to [\d.]+ MB") as caught:
         profile_model(*given, memory_limit=100)
     least = math.ceil(float(str(caught.value).split("Raise the limit to ")[1].split(" MB")[0]) * 1e6)
-    largest = max(table, key=lambda la: la.n_weights)
-    n_candidates = len(WIDTHS) * 3
-    assert least < n_candidates * largest.n_weights * 4
-    assert len(blocks_within(denoiser.module, table, n_candidates, least)[largest.name]) > 1
-    smallest = profile_model(*given, memory_limit=least)
+    largest, n_candidates = (
+        max(table, key=lambda la: la.n_weights),
+        len(WIDTHS) * 3,
+    )  # plain, pre-scaled, and that with min-max ranges
+    assert least < n_candidates * largest.n_weights * 4, "less than the errors of the layer take together"
+    assert len(blocks_within(denoiser.module, table, n_candidates, least)[largest.name]) == largest.n_channels
+    whole, smallest = profile_model(*given), profile_model(*given, memory_limit=least)
     for key, array in whole.arrays.items():
+        # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
         scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
         np.testing.assert_allclose(smallest.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
 
