@@ -196,15 +196,13 @@ def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
         context_seeds=2,
         context_widths=WIDTHS,
         codebooks=("affine",),
+        prescale=False,
     )
     given = (denoiser, table, Policy(widths=WIDTHS), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
     with pytest.raises(ConfigError, match=r"its gradient, which comes in one piece.*Raise the limit to [\d.]+ MB") as caught:
         profile_model(*given, memory_limit=100)
     least = math.ceil(float(str(caught.value).split("Raise the limit to ")[1].split(" MB")[0]) * 1e6)
-    largest, n_candidates = (
-        max(table, key=lambda la: la.n_weights),
-        len(WIDTHS) * 3,
-    )  # plain, pre-scaled, and that with min-max ranges
+    largest, n_candidates = max(table, key=lambda la: la.n_weights), len(WIDTHS)
     assert least < n_candidates * largest.n_weights * 4, "less than the errors of the layer take together"
     assert len(blocks_within(denoiser.module, table, n_candidates, least)[largest.name]) == largest.n_channels
     whole, smallest = profile_model(*given), profile_model(*given, memory_limit=least)
