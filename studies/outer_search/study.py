@@ -366,7 +366,15 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
                     [m - min(v) for m, v in zip(middle, values, strict=True)],
                     [max(v) - m for m, v in zip(middle, values, strict=True)],
                 ]
-                ax.errorbar(bits, middle, bars, color=style.colour, marker=style.marker, capsize=2, label=arm)
+                ax.errorbar(
+                    bits,
+                    middle,
+                    bars,
+                    color="black" if arm == "outer-search" else style.colour,
+                    marker=style.marker,
+                    capsize=2,
+                    label=arm,
+                )
             ax.set_title(f"{model}, {mode}", loc="left")
             ax.set_xlabel("stored bits per parameter")
             ax.set_ylabel("Fréchet distance to full precision")
