@@ -95,7 +95,8 @@ def draw(table: pd.DataFrame) -> Figure:
                     x, y, spread = (np.array(v) for v in zip(*sorted(points), strict=True))
                     style = styles[method]
                     ax.errorbar(
-                        x + (k - (len(methods) - 1) / 2) * 0.09, y, np.minimum(spread, y * 0.95) if key != "paired_psnr" else spread,
+                        x + (k - (len(methods) - 1) / 2) * min(0.09, 0.84 / len(methods)), y,
+                        np.minimum(spread, y * 0.95) if key != "paired_psnr" else spread,
                         fmt=style.marker, color=style.colour, ms=style.size, lw=1, label=method,
                     )  # fmt: skip
                 full = table[(table["model"] == model) & (table["method"] == "full-precision")]["fd_data"]
@@ -106,8 +107,12 @@ def draw(table: pd.DataFrame) -> Figure:
                 ax.set_xticks(range(len(settings)), settings)
                 ax.set_xlim(-0.6, len(settings) - 0.4)
                 ax.set_title(f"{model}: {label}")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(methods)))
+                for edge in range(len(settings) - 1):
+                    ax.axvline(edge + 0.5, lw=0.5, color="#8A8A8A", alpha=0.5)
+        # A model may lack methods that another has.
+        named = {n: h for ax in grid.flat for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+        shown = [m for m in methods if m in named]
+        figure.legend([named[m] for m in shown], shown, loc="outside lower center", ncols=max(1, min(len(shown), 6)))
     return figure
 
 
