@@ -653,44 +653,16 @@ def _search(
         order = order[:first][np.argsort(key[order[:first]])]
     else:
         order = np.argsort(key)
-    start, _, _, core_penalty, core_size, up, down, place = core_order(head, order, item, to, penalty, size, group_up, group_down)
-    up, down = np.minimum(up, rest_up), np.minimum(down, rest_down)
     left_over = slack % divisor
     slack -= left_over
-    offset, best_state, given = rate * left_over, -1, excess
-    if rate * slack + offset < excess:
-        excess, best_state = rate * slack + offset, 0
+    offset, given = rate * left_over, excess
     parents, moved = np.empty(1024, dtype=np.int64), np.empty(1024, dtype=np.int64)
-    parents[0], moved[0] = -1, -1
     zero = np.zeros(1, dtype=np.int64)
-    group, alive, _, _, parents, moved, _, excess, best_state = advance(
-        start,
-        core_penalty,
-        core_size,
-        up,
-        down,
-        0,
-        zero,
-        np.zeros(1),
-        zero,
-        parents,
-        moved,
-        1,
-        slack,
-        rate,
-        False,
-        offset,
-        excess,
-        tolerance,
-        best_state,
-        states,
-        work,
-    )
-    if group == order.size and order.size < groups and alive.size > 0:  # the others matter after all: start again with all
-        order = np.argsort(key)
+    while True:
         start, _, _, core_penalty, core_size, up, down, place = core_order(
             head, order, item, to, penalty, size, group_up, group_down
         )
+        up, down = np.minimum(up, rest_up), np.minimum(down, rest_down)
         parents[0], moved[0], zero[0] = -1, -1, 0
         excess, best_state = given, -1
         if rate * slack + offset < excess:
@@ -718,6 +690,9 @@ def _search(
             states,
             work,
         )
+        if group < order.size or order.size == groups or alive.size == 0:
+            break
+        order, rest_up, rest_down = np.argsort(key), np.inf, np.inf  # the others matter after all: start again with all
     chosen = np.empty(groups, dtype=np.int64)
     count = 0
     while best_state > 0:

@@ -1,7 +1,7 @@
 """Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
-from mpqsearch.profile.compensated import InputMoments, compensated_profile, input_statistics
+from mpqsearch.profile.compensated import InputMoments, beyond_limit, compensated_profile, input_statistics
 from mpqsearch.profile.contexts import ContextProbes, context_probes, latin_contexts
 from mpqsearch.profile.final_probes import FinalProbes, final_probes
 from mpqsearch.profile.inputs import InputCollector, columns_of
@@ -34,6 +34,7 @@ __all__ = [
     "ProbeResult",
     "Prober",
     "Stability",
+    "beyond_limit",
     "calibrate_activations",
     "choose_strengths",
     "collect_ranges",

@@ -58,6 +58,12 @@ WORKING = 40
 """Bytes that compensated rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in float32."""
 
 
+def beyond_limit(table: LayerTable, limit: int | None) -> tuple[str, ...]:
+    """Layers that ``limit`` bytes do not let compensated rounding work on: these are rounded to nearest."""
+    sizes = {la.name: la.groups * la.weights_per_channel**2 * WORKING for la in table}
+    return () if limit is None else tuple(name for name, size in sizes.items() if size > limit)
+
+
 @dataclass
 class InputMoments(Mapping[str, RowStatistics]):
     """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of consecutive layers.
@@ -76,12 +82,12 @@ class InputMoments(Mapping[str, RowStatistics]):
 
     def __post_init__(self) -> None:
         self._group: dict[str, int] = {}
-        room, group = self.limit, 0
+        room, group, beyond = self.limit or 0, 0, set(self.left_out)
         for layer in self.table:
+            if layer.name in beyond:
+                continue
             size = layer.groups * layer.weights_per_channel**2
-            if self.limit is not None and room is not None:
-                if size * WORKING > self.limit:
-                    continue
+            if self.limit is not None:
                 if size * WORKING > room:
                     room, group = self.limit, group + 1
                 room -= size * 8
@@ -90,7 +96,7 @@ class InputMoments(Mapping[str, RowStatistics]):
     @property
     def left_out(self) -> tuple[str, ...]:
         """Layers whose second moment is beyond the limit."""
-        return tuple(la.name for la in self.table if la.name not in self._group)
+        return beyond_limit(self.table, self.limit)
 
     def __getitem__(self, name: str) -> RowStatistics:
         group = self._group[name]

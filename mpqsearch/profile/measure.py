@@ -240,23 +240,7 @@ def profile_base(
             result.gain,
             report,
         )
-    spent |= {"seconds": seconds, **_memory()}
-    return SensitivityProfile(
-        model_digest=table.digest,
-        names=tuple(la.name for la in table),
-        channels=tuple(la.n_channels for la in table),
-        widths=widths,
-        arrays=arrays,
-        means={n: m.numpy() for n, m in means.items()},
-        input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
-        calibration={
-            "spec": spec.to_data(),
-            "sampler": sampler.to_data(),
-            "format": fmt.to_data(),
-            "spent": spent,
-            **({"recorded_calls": len(denoiser.calls)} if len(denoiser.calls) else {}),
-        },
-    )
+    return _made(denoiser, table, widths, arrays, stats, sampler, spec, fmt, spent | {"seconds": seconds})
 
 
 def profile_slopes(
@@ -301,19 +285,35 @@ def profile_slopes(
     means = {n: s.mean.float() for n, s in stats.items()}
     with _timed(seconds, "slopes at contexts"):
         arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+    return _made(denoiser, table, widths, arrays, stats, sampler, spec, fmt, {"seconds": seconds})
+
+
+def _made(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    arrays: dict[str, NDArray[Any]],
+    stats: Mapping[str, RowStatistics],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    fmt: QuantFormat,
+    spent: Mapping[str, Any],
+) -> SensitivityProfile:
+    """The profile with what was measured and how."""
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),
         channels=tuple(la.n_channels for la in table),
         widths=widths,
         arrays=arrays,
-        means={n: m.numpy() for n, m in means.items()},
+        means={n: s.mean.float().numpy() for n, s in stats.items()},
         input_max={n: s.input_max.float().numpy() for n, s in stats.items()},
         calibration={
             "spec": spec.to_data(),
             "sampler": sampler.to_data(),
             "format": fmt.to_data(),
-            "spent": {"seconds": seconds, **_memory()},
+            "spent": {**spent, **_memory()},
+            **({"recorded_calls": len(denoiser.calls)} if len(denoiser.calls) else {}),
         },
     )
 

@@ -56,7 +56,8 @@ def remeasure(
     """The profile with ``layer_operating_error`` measured at a bit map, or as a mean over several.
 
     bit_map
-        Where to linearise; of several, which share one format, each gets its part of the seeds.
+        Where to linearise; of several, which share one format, each gets its part of the seeds. Weights are rounded to nearest there, whatever the
+        map says.
     seeds
         Trajectories: one sample each, ``batch`` at a time with ``probes`` backward passes through the sampler, the first along the residual.
         Standard errors are over batches.
@@ -93,7 +94,9 @@ def remeasure(
 
     for number, one in enumerate(maps):
         part = seeds[number :: len(maps)]
-        quantized = quantize_model(denoiser.module, table, one, means=means if bias_correction else None, input_max=input_max)
+        # Errors of other widths are those of nearest rounding, and so is the point that they are compared with.
+        nearest = replace(one, format=replace(fmt, rounding="nearest"))
+        quantized = quantize_model(denoiser.module, table, nearest, means=means if bias_correction else None, input_max=input_max)
         reference = sample(denoiser, part, sampler)
         found = final_probes(
             denoiser.with_module(quantized.module),

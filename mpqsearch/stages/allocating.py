@@ -11,7 +11,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.compensating import priced
+from mpqsearch.stages.compensating import moment_inputs, priced
 from mpqsearch.stages.profiling import profile_inputs
 
 
@@ -34,6 +34,8 @@ def allocation(
         "budget": artifacts.digest_of(budget.label()),
         "policy": artifacts.digest_of(c["policy"]),
     }
+    if method.rounding != "nearest":
+        inputs |= moment_inputs(run, table)
     path, map_path = folder / "allocation.json", folder / "bitmap.json"
     if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
         return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data

@@ -24,6 +24,14 @@ def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments 
     return moments_of(run, table)
 
 
+def moment_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+    """What compensated rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest rounding, if any."""
+    from mpqsearch.profile import beyond_limit
+
+    left_out = beyond_limit(table, run.config.model.limit_bytes)
+    return {"left_out": artifacts.digest_of(list(left_out))} if left_out else {}
+
+
 def moments_of(run: Run, table: LayerTable) -> InputMoments:
     """The run's input moments; nothing is measured until they are read."""
     from mpqsearch.profile import InputMoments
@@ -56,7 +64,10 @@ def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
         from mpqsearch.core import QuantFormat
         from mpqsearch.profile import compensated_profile
 
-        path, inputs = run.path("profiles", f"compensated-{method.variant}.json"), profile_inputs(run, table)
+        path, inputs = (
+            run.path("profiles", f"compensated-{method.variant}.json"),
+            profile_inputs(run, table) | moment_inputs(run, table),
+        )
         if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
             run.priced[method.variant] = artifacts.load_profile(path)
         elif run.dry_run:

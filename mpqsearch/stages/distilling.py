@@ -15,6 +15,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.compensating import moment_inputs
 from mpqsearch.stages.evaluating import activation_table, correction_of, reference
 from mpqsearch.stages.exporting import write_model_folder
 from mpqsearch.stages.profiling import profile_inputs
@@ -42,6 +43,8 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("distilled", slug(method_name, budget))
     inputs = _inputs(run, table, bit_map) | {"bias_correction": str(method.bias_correction)}
+    if bit_map.format.rounding != "nearest":
+        inputs |= moment_inputs(run, table)
     path = folder / "metrics.json"
     if artifacts.is_current(path, "mpqsearch/metrics", inputs, overwrite=run.overwrite):
         run.say(f"distill: reused {folder}")

@@ -28,7 +28,7 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
-from mpqsearch.stages.compensating import input_moments
+from mpqsearch.stages.compensating import input_moments, moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
     ]
     if bit_map is not None and (bias_correction or bit_map.format.prescale or bit_map.format.rounding != "nearest"):
         parts += [bias_correction, profile_inputs(run, table)]  # input statistics come from the profile or its settings
+        parts += [moment_inputs(run, table)] if bit_map.format.rounding != "nearest" else []
     if bit_map is not None and bit_map.activations:
         parts += [c["activations"]]
     return artifacts.digest_of(parts)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpqsearch.core import Policy, QuantFormat, SensitivityProfile
+from mpqsearch.core import Budget, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import channel_losses
+from mpqsearch.methods import MethodSpec, allocate, channel_losses
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import CalibrationSpec, InputMoments, compensated_profile, input_statistics, profile_model
+from mpqsearch.profile import CalibrationSpec, InputMoments, compensated_profile, input_statistics, profile_model, remeasure
 from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
 from mpqsearch.sampling import SamplerSpec
@@ -94,3 +94,17 @@ def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
             assert torch.equal(moments[layer.name], whole[layer.name].second_moment)
             assert torch.equal(means[layer.name], whole[layer.name].mean)
     assert 1 < sum(runs) < len(table), "some layers at a time, each group once"
+
+
+def test_gains_at_a_compensated_map_are_those_of_nearest_rounding() -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    before = measured(denoiser)
+    found = []
+    for rounding in ("nearest", "compensated"):
+        method = MethodSpec(name="m", allocator="ilp-layer", codebook="auto", bias_correction=True, rounding=rounding)
+        bit_map = allocate(method, Budget.parse("uniform:3"), table, before, Policy(), QuantFormat(n_candidates=20)).bit_map
+        assert bit_map.format.rounding == rounding
+        found.append(remeasure(denoiser, table, before, bit_map, SAMPLER, SEEDS, probes=1))
+    for key in ("layer_operating_error/auto", "layer_operating_std_error/auto"):
+        np.testing.assert_array_equal(found[0].arrays[key], found[1].arrays[key])
