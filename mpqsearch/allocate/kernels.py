@@ -16,12 +16,12 @@ import numpy as np
 
 from mpqsearch.allocate import passes
 
-BLOCK = 1024
+BLOCK = 512
 """Items per block: the buffers of a block stay in the first-level cache."""
 
 GOLDEN = passes.GOLDEN
 
-SORTED_GROUPS = 512
+SORTED_GROUPS = 256
 """Groups of moves that a search in one call tries first."""
 
 LEAST_RATE = 1e-290
@@ -85,7 +85,6 @@ def _bracket(loss: Any, cost: Any, low: float, high: float) -> Any:
 def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> Any:
     n, k = loss.shape
     rows, flagged = np.empty(4096 + BLOCK, dtype=np.int64), 0
-    total, carry, used = 0.0, 0.0, 0
     best, at, second = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     for start in range(0, n, BLOCK):
         length = min(BLOCK, n - start)
@@ -100,21 +99,15 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
                 second[i] = min(second[i], loser)
                 best[i] = value if better else best[i]
                 at[i] = column if better else at[i]
-        block_loss = 0.0
         if flagged + length > rows.size:
             rows = np.concatenate((rows, rows))
         for i in range(length):
-            row, chosen = start + i, int(at[i])
-            block_loss += float(loss[row, chosen])
-            used += cost[row, chosen]
-            rows[flagged] = row  # written first, counted then: whether a row is kept cannot be predicted
-            flagged += int((chosen != base[row]) | (second[i] - best[i] <= threshold))
-        raised = total + block_loss
-        carry += (total - raised) + block_loss if abs(total) >= abs(block_loss) else (block_loss - raised) + total
-        total = raised
+            rows[flagged] = start + i  # written first, counted then: whether a row is kept cannot be predicted
+            flagged += int((at[i] != float(base[start + i])) | (second[i] - best[i] <= threshold))
     room = min(4096, flagged) * k + k
     item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
     penalty, size = np.empty(room), np.empty(room, dtype=np.int64)
+    here, spent = best, np.empty(BLOCK, dtype=np.int64)
     count = 0
     for start in range(0, flagged, BLOCK):
         part = rows[start : min(start + BLOCK, flagged)]
@@ -124,26 +117,37 @@ def _moves(loss: Any, cost: Any, base: Any, rate: float, threshold: float) -> An
             item, to = np.concatenate((item, np.empty(more, np.int64))), np.concatenate((to, np.empty(more, np.int32)))
             penalty, size = np.concatenate((penalty, np.empty(more))), np.concatenate((size, np.empty(more, np.int64)))
         for i in range(part.size):
-            row = part[i]
-            stay = base[row]
-            here, spent = values[stay, i] + rate * sizes[stay, i], sizes[stay, i]
+            here[i] = values[base[part[i]], i] + rate * float(sizes[base[part[i]], i])
+            spent[i] = sizes[base[part[i]], i]
+        for j in range(k):
+            losses, costs = values[j], sizes[j]
+            for i in range(part.size):
+                extra = losses[i] + rate * float(costs[i]) - here[i]
+                losses[i] = max(extra, 0.0)
+                costs[i] -= spent[i]
+        for i in range(part.size):
             for j in range(k):
-                change = sizes[j, i] - spent
-                extra = max(values[j, i] + rate * sizes[j, i] - here, 0.0)
-                item[count], to[count], penalty[count], size[count] = row, j, extra, change
-                count += int((change != 0) & (extra <= threshold))
-    return item[:count], to[:count], penalty[:count], size[:count], total + carry, used
+                if values[j, i] <= threshold and sizes[j, i] != 0:
+                    item[count], to[count], penalty[count], size[count] = part[i], j, values[j, i], sizes[j, i]
+                    count += 1
+    return item[:count], to[:count], penalty[:count], size[:count]
 
 
 def _totals(loss: Any, cost: Any, choice: Any) -> Any:
     n = loss.shape[0]
     total, carry, used = 0.0, 0.0, 0
     for start in range(0, n, BLOCK):
-        block_loss = 0.0
-        for row in range(start, min(start + BLOCK, n)):
-            chosen = choice[row]
-            block_loss += float(loss[row, chosen])
-            used += cost[row, chosen]
+        stop = min(start + BLOCK, n)
+        even, odd = 0.0, 0.0
+        for row in range(start, stop - 1, 2):  # two sums: neither waits for the other
+            even += float(loss[row, choice[row]])
+            odd += float(loss[row + 1, choice[row + 1]])
+            used += cost[row, choice[row]]
+            used += cost[row + 1, choice[row + 1]]
+        if (stop - start) % 2 == 1:
+            even += float(loss[stop - 1, choice[stop - 1]])
+            used += cost[stop - 1, choice[stop - 1]]
+        block_loss = even + odd
         raised = total + block_loss
         carry += (total - raised) + block_loss if abs(total) >= abs(block_loss) else (block_loss - raised) + total
         total = raised
@@ -210,6 +214,7 @@ def _search_rate(
     values: Any,
     sizes: Any,
     rate: float,
+    total: float,
     wanted: float,
     close: float,
     most: float,
@@ -219,9 +224,9 @@ def _search_rate(
     spent: Any,
 ) -> Any:
     """Two rates, a factor of ``grain`` apart or less, that enclose the one at which the total size falls to ``wanted``, or twice
-    a rate whose total is within ``close`` of it. At the rate ``most`` it has fallen as far as it can.
+    a rate whose total is within ``close`` of it; and the totals at both. The search starts at ``rate``, where the total is ``total``;
+    at the rate ``most`` it has fallen as far as it can.
     """
-    total = total_at(values, sizes, rate, best, spent)
     low, high, total_low, total_high = rate, rate, total, total
     while total_low < wanted and low > LEAST_RATE:
         high, total_high = low, total_low
@@ -241,12 +246,12 @@ def _search_rate(
         middle = low * (high / low) ** share
         total = total_at(values, sizes, middle, best, spent)
         if abs(total - wanted) <= close:
-            return middle, middle
+            return middle, middle, total, total
         if total > wanted:
             low, total_low = middle, total
         else:
             high, total_high = middle, total
-    return low, high
+    return low, high, total_low, total_high
 
 
 def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowest: float, highest: float) -> Any:
@@ -283,16 +288,20 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
     if not first > LEAST_RATE or grain <= 1.0:
         return lowest, highest
     best, spent = np.empty(m), np.empty(m)
-    low, high = search_rate(values, costs, first, target, 4e-3 * target, most, grain**64, grain, best, spent)
-    centre = np.sqrt(low * high)
-    total_at(values, costs, centre, best, spent)
+    total = total_at(values, costs, first, best, spent)
+    low, high, total_low, total_high = search_rate(
+        values, costs, first, total, target, 4e-3 * target, most, grain**64, grain, best, spent
+    )
+    if low < high:
+        total_at(values, costs, np.sqrt(low * high), best, spent)
     squares = 0.0
     for i in range(m - 1):  # neighbours resemble each other: see ``mckp``
         squares += (spent[i + 1] - spent[i]) ** 2
     spread = spreads * np.sqrt(squares / max(m - 1, 1) / 2 * m)
-    bottom, _ = search_rate(values, costs, low, target + spread, 0.2 * spread, most, grain**12, grain, best, spent)
-    bottom_total = total_at(values, costs, bottom, best, spent)
-    _, top = search_rate(values, costs, high, target - spread, 0.2 * spread, most, grain**12, grain, best, spent)
+    bottom, _, bottom_total, _ = search_rate(
+        values, costs, low, total_low, target + spread, 0.2 * spread, most, grain**12, grain, best, spent
+    )
+    _, top, _, _ = search_rate(values, costs, high, total_high, target - spread, 0.2 * spread, most, grain**12, grain, best, spent)
     top = top * grain if top <= bottom else top
     return max(bottom if bottom_total >= target else 0.0, lowest), min(top, highest)  # a rate of zero leaves room
 
@@ -399,56 +408,88 @@ def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
     return choice, missed, item[missed], np.int64(to[missed]), size[missed], rate[missed]
 
 
-def _near_moves(values: Any, sizes: Any, base: Any, rate: float, slack: int, excess: float, most: int) -> Any:
-    """The ``most`` moves that cost least per unit among those that could be part of a solution with less than ``excess``.
+def _smallest(values: Any, rank: int) -> float:
+    """The value of that rank (from 0), by selection in place. ``np.partition`` takes seconds to compile."""
+    low, high = 0, values.size - 1
+    while low < high:
+        pivot, left, right = values[(low + high) // 2], low, high
+        while left <= right:
+            while values[left] < pivot:
+                left += 1
+            while values[right] > pivot:
+                right -= 1
+            if left <= right:
+                values[left], values[right] = values[right], values[left]
+                left += 1
+                right -= 1
+        if rank <= right:
+            high = right
+        elif rank >= left:
+            low = left
+        else:
+            break
+    return float(values[rank])
 
-    Every move that fits by itself lowers the excess for those that follow. Tables are ``[k, m]``, items count from 0.
+
+def _sorted_by(key: Any, order: Any) -> Any:
+    """Some positions by their keys: a merge sort, which compiles in a tenth of the time of ``np.argsort``."""
+    count = order.size
+    other = np.empty(count, dtype=np.int64)
+    width = 1
+    while width < count:
+        for start in range(0, count, 2 * width):
+            middle, end = min(start + width, count), min(start + 2 * width, count)
+            a, b = start, middle
+            for at in range(start, end):
+                left = a < middle and (b == end or key[order[a]] <= key[order[b]])
+                other[at] = order[a] if left else order[b]
+                a, b = a + int(left), b + int(not left)
+        order, other = other, order
+        width *= 2
+    return order
+
+
+def _near_moves(values: Any, sizes: Any, base: Any, rate: float, slack: int, excess: float, most: int) -> Any:
+    """Moves of the ``most`` items whose cheapest one costs least per unit, as far as they could be part of a solution with less
+    than ``excess``; twice ``most`` at the outside.
+
+    Every move that fits by itself lowers the excess for all. Tables are ``[k, m]``, items count from 0.
     """
     k, m = values.shape
-    unit, here, spent = np.empty((k, m)), np.empty(m), np.empty(m)
-    alone = np.full(m, np.inf)
+    here, spent = np.empty(m), np.empty(m)
+    least, alone = np.full(m, np.inf), np.full(m, np.inf)
     room = float(slack)
     for i in range(m):
         spent[i] = float(sizes[base[i], i])
         here[i] = values[base[i], i] + rate * spent[i]
     for j in range(k):
-        losses, costs, units = values[j], sizes[j], unit[j]
+        losses, costs = values[j], sizes[j]
         for i in range(m):
             change = float(costs[i]) - spent[i]
             extra = losses[i] + rate * float(costs[i]) - here[i]
             extra = max(extra, 0.0)
-            units[i] = extra / abs(change) if change != 0.0 else np.inf
+            unit = extra / abs(change) if change != 0.0 else np.inf
+            least[i] = min(least[i], unit)
             single = extra + rate * (room - change) if (change != 0.0) & (change <= room) else np.inf
             alone[i] = min(alone[i], single)
-    excess = min(excess, alone.min())
-    shortlist = np.empty(min(m * k, 8 * most + k), dtype=np.float64)
-    limit, listed = np.inf, 0
-    for i in range(m):  # the limit falls as better ones are met
-        for j in range(k):
-            if unit[j, i] < limit:
-                shortlist[listed] = unit[j, i]
-                listed += 1
-        if listed + k > shortlist.size and listed > most:
-            limit = np.partition(shortlist[:listed], most - 1)[most - 1]
-            kept = 0
-            for position in range(listed):
-                if shortlist[position] < limit:
-                    shortlist[kept] = shortlist[position]
-                    kept += 1
-            listed = kept
-    if listed > most:
-        limit = np.partition(shortlist[:listed], most - 1)[most - 1]
-    item, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int32)
-    penalty, size = np.empty(most), np.empty(most, dtype=np.int64)
+    limit = np.inf
+    for i in range(m):
+        excess = min(excess, alone[i])
+        alone[i] = least[i]
+    if m > most:
+        limit = smallest(alone, most - 1)
+    item, to = np.empty(2 * most, dtype=np.int64), np.empty(2 * most, dtype=np.int32)
+    penalty, size = np.empty(2 * most), np.empty(2 * most, dtype=np.int64)
     count = 0
     for i in range(m):
+        if least[i] > limit or least[i] == np.inf:
+            continue
         for j in range(k):
-            if unit[j, i] <= limit and unit[j, i] < np.inf and count < most:
-                change = sizes[j, i] - sizes[base[i], i]
-                extra = max(values[j, i] + rate * float(sizes[j, i]) - here[i], 0.0)
-                if extra <= excess:
-                    item[count], to[count], penalty[count], size[count] = i, j, extra, change
-                    count += 1
+            change = sizes[j, i] - sizes[base[i], i]
+            extra = max(values[j, i] + rate * float(sizes[j, i]) - here[i], 0.0)
+            if change != 0 and extra <= excess and extra <= limit * abs(change) and count < 2 * most:
+                item[count], to[count], penalty[count], size[count] = i, j, extra, change
+                count += 1
     return item[:count], to[:count], penalty[:count], size[:count]
 
 
@@ -469,7 +510,8 @@ def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
             up[groups - 1] = min(up[groups - 1], unit)
         else:
             down[groups - 1] = min(down[groups - 1], unit)
-        if divisor == 0 or size[move] % divisor != 0:
+        # Whether the divisor divides, without an integer division (tens of cycles); a rounded quotient costs one more Euclid.
+        if divisor == 0 or np.int64(float(size[move]) / float(divisor)) * divisor != size[move]:
             a, b = abs(size[move]), divisor
             while b != 0:
                 a, b = b, a % b
@@ -642,7 +684,7 @@ def _search(
     groups = key.size
     order, rest_up, rest_down = np.empty(0, dtype=np.int64), np.inf, np.inf
     if groups > SORTED_GROUPS:
-        limit = np.partition(key, SORTED_GROUPS - 1)[SORTED_GROUPS - 1]
+        limit = smallest(key.copy(), SORTED_GROUPS - 1)
         order, first = np.empty(SORTED_GROUPS, dtype=np.int64), 0
         for group in range(groups):
             if key[group] <= limit and first < SORTED_GROUPS:
@@ -650,9 +692,9 @@ def _search(
                 first += 1
             else:
                 rest_up, rest_down = min(rest_up, group_up[group]), min(rest_down, group_down[group])
-        order = order[:first][np.argsort(key[order[:first]])]
+        order = sorted_by(key, order[:first])
     else:
-        order = np.argsort(key)
+        order = sorted_by(key, np.arange(groups))
     left_over = slack % divisor
     slack -= left_over
     offset, given = rate * left_over, excess
@@ -662,7 +704,8 @@ def _search(
         start, _, _, core_penalty, core_size, up, down, place = core_order(
             head, order, item, to, penalty, size, group_up, group_down
         )
-        up, down = np.minimum(up, rest_up), np.minimum(down, rest_down)
+        for group in range(order.size + 1):
+            up[group], down[group] = min(up[group], rest_up), min(down[group], rest_down)
         parents[0], moved[0], zero[0] = -1, -1, 0
         excess, best_state = given, -1
         if rate * slack + offset < excess:
@@ -692,7 +735,11 @@ def _search(
         )
         if group < order.size or order.size == groups or alive.size == 0:
             break
-        order, rest_up, rest_down = np.argsort(key), np.inf, np.inf  # the others matter after all: start again with all
+        order, rest_up, rest_down = (
+            sorted_by(key, np.arange(groups)),
+            np.inf,
+            np.inf,
+        )  # the others matter after all: start again with all
     chosen = np.empty(groups, dtype=np.int64)
     count = 0
     while best_state > 0:
@@ -759,15 +806,13 @@ def _solve(
     if missed < 0 and low > 0.0:
         return nothing
     slack, total = limit - settled_cost, settled_loss
-    carry = 0.0
-    for i in range(rows.size):
-        choice[rows[i]] = inner[i]
-        slack -= sizes[inner[i], i]
-        value = values[inner[i], i]
-        raised = total + value
-        carry += (total - raised) + value if abs(total) >= abs(value) else (value - raised) + total
-        total = raised
-    total += carry
+    for start in range(0, rows.size, BLOCK):
+        block_loss = 0.0
+        for i in range(start, min(start + BLOCK, rows.size)):
+            choice[rows[i]] = inner[i]
+            slack -= sizes[inner[i], i]
+            block_loss += values[inner[i], i]
+        total += block_loss
     dual = total - rate * slack
     if total - dual <= max(rounding, gap) * abs(total):
         proven = total - dual <= rounding * abs(total)
@@ -787,8 +832,8 @@ def _solve(
         proven = best_loss - dual <= rounding * abs(best_loss)
         return 1, choice, rate, total, slack, rows, best, best_loss, best_loss if proven else dual, proven
     excess = best_loss - dual
-    tolerance = max(rounding, gap / 2) * abs(best_loss)
-    item, to, penalty, size, _, _ = moves(loss, cost, choice, rate, excess)
+    tolerance = max(rounding, 0.999 * gap) * min(abs(best_loss), abs(dual))  # the best loss may still fall
+    item, to, penalty, size = moves(loss, cost, choice, rate, excess - tolerance)
     _, floor, chosen, ended = search(item, to, penalty, size, rate, slack, excess, tolerance, grade, states, work)
     if not ended:
         return 2, choice, rate, total, slack, rows, best, best_loss, dual, False
@@ -828,6 +873,8 @@ hulls = _jit(_hulls)
 wide_hulls = _jit(passes.wide_hulls)
 wrapped = _jit(_wrapped)
 fill = _jit(_fill)
+smallest = _jit(_smallest)
+sorted_by = _jit(_sorted_by)
 near_moves = _jit(_near_moves)
 core_keys = _jit(_core_keys)
 core_order = _jit(_core_order)

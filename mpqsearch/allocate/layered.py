@@ -394,7 +394,7 @@ class _Inner:
             return None
         rate = float(steps.rate[taken])
         sizes = passes.column_major(np.broadcast_to(self.tick, self.loss.shape))
-        moves = passes.collect_moves(passes.column_major(self.loss), sizes, choice, rate, 0, np.inf)
+        moves = passes.collect_moves(passes.column_major(self.loss), sizes, choice, rate, np.inf)
         moves = passes.subset(moves, np.flatnonzero(np.isfinite(moves.penalty)))
         closed = closing.close(moves, short, rate, excess=np.inf, tolerance=0.0, exact_fill=True)
         if not np.isfinite(closed.excess):

@@ -41,9 +41,6 @@ QUICK_ITEMS = 250_000
 QUICK_STATES = 50_000
 """States alive at a time in that call; where these do not do, the search starts again in leaps that look at the clock."""
 
-QUICK_SPREADS = 2.2
-"""``SPREADS`` of that call, where a miss is dearer than the items it would have left."""
-
 NEAR_WORK = 50_000
 """States made in the first search of that call."""
 
@@ -141,7 +138,7 @@ def solve_table(
     quick = _in_one_call(loss, cost, limit, gap_tolerance) if deadline == float("inf") else None
     if quick is not None:
         relaxed, improved, ended = quick
-        return improved if ended else _close(loss, cost, limit, relaxed, improved, gap_tolerance, deadline)
+        return improved if ended else _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
     relaxed = relax(loss, cost, limit)
     if relaxed.slack < 0:
         raise BudgetTooSmallError(smallest_cost(loss, cost))
@@ -151,7 +148,7 @@ def solve_table(
     improved = _settled(_improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline))
     if _within(improved, gap_tolerance) or not improved.in_time:
         return improved
-    return _close(loss, cost, limit, relaxed, improved, gap_tolerance, deadline)
+    return _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
 
 
 def _in_one_call(loss: Floats, cost: Integers, limit: int, gap_tolerance: float) -> tuple[Relaxed, CoreSolution, bool] | None:
@@ -170,7 +167,7 @@ def _in_one_call(loss: Floats, cost: Integers, limit: int, gap_tolerance: float)
         closing.GRADE,
         DIRECT_ITEMS,
         sample,
-        QUICK_SPREADS,
+        SPREADS,
         NEAR_MOVES,
         NEAR_WORK,
         QUICK_STATES,
@@ -313,7 +310,6 @@ def _apply(loss: Floats, solution: CoreSolution, relaxed: Relaxed, item: Integer
 def _close(
     loss: Floats,
     cost: Integers,
-    limit: int,
     relaxed: Relaxed,
     best: CoreSolution,
     gap_tolerance: float,
@@ -321,13 +317,14 @@ def _close(
 ) -> CoreSolution:
     """Search every move that a better solution could contain; exhausting them proves the best one optimal."""
     excess = max(best.loss - best.dual_bound, 0.0)
-    moves = passes.collect_moves(loss, cost, relaxed.choice, relaxed.rate, limit, excess)
+    tolerance = max(ROUNDING, gap_tolerance / 2) * abs(best.loss)
+    moves = passes.collect_moves(loss, cost, relaxed.choice, relaxed.rate, excess - tolerance)  # dearer ones improve too little
     closed = closing.close(
         moves,
         relaxed.slack,
         relaxed.rate,
         excess=excess,
-        tolerance=max(ROUNDING, gap_tolerance / 2) * abs(best.loss),
+        tolerance=tolerance,
         deadline=deadline,
     )
     answer = _apply(loss, best, relaxed, closed.item, closed.choice)

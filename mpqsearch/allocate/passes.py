@@ -56,14 +56,12 @@ class Moves:
         choice: ``[m]`` choice that it takes.
         penalty: ``[m]`` increase of loss + rate * cost, >= 0.
         size: ``[m]`` increase of the cost, never 0.
-        bound: The Lagrangian lower bound at this rate, from the whole table.
     """
 
     item: NDArray[np.int64]
     choice: NDArray[np.int32]
     penalty: NDArray[np.float64]
     size: NDArray[np.int64]
-    bound: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,20 +133,15 @@ def bracket(loss: Floats, cost: Integers, low: float, high: float) -> Bracketed:
     return Bracketed(choice, joined, cost_low, cost_high, settled_cost, settled_loss)
 
 
-def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, limit: int, threshold: float) -> Moves:
-    """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``, and the Lagrangian bound."""
+def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, threshold: float) -> Moves:
+    """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``."""
     if compiled := kernels(loss.size):
-        item, choice, penalty, size, loss_sum, used = compiled.moves(loss, cost, base, float(rate), float(threshold))
-        return Moves(item, choice, penalty, size, loss_sum + rate * (int(used) - limit))
+        return Moves(*compiled.moves(loss, cost, base, float(rate), float(threshold)))
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]] = []
-    total, used = 0.0, 0
     for part in blocks(loss):
         loss_part, cost_part, base_part = loss[part].astype(np.float64), cost[part].astype(np.int64), base[part]
         rows = np.arange(len(base_part))
         value = loss_part + rate * cost_part
-        chosen = np.argmin(value, axis=1)
-        total += float(loss_part[rows, chosen].sum())
-        used += int(cost_part[rows, chosen].sum(dtype=np.int64))
         size = cost_part - cost_part[rows, base_part][:, None]
         penalty = np.maximum(value - value[rows, base_part][:, None], 0.0)  # the base is a minimizer up to rounding
         item, choice = np.nonzero((penalty <= threshold) & (size != 0))
@@ -159,7 +152,6 @@ def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, lim
         joined[1].astype(np.int32),
         joined[2].astype(np.float64),
         joined[3].astype(np.int64),
-        total + rate * (used - limit),
     )
 
 
@@ -167,22 +159,22 @@ def near_moves(
     loss: Floats, cost: Integers, items: Integers, base: Integers, rate: float, slack: int, excess: float, most: int
 ) -> Moves:
     """Of some items the ``most`` departures from ``base`` that cost least per unit and could be part of a solution within ``slack``
-    that exceeds the Lagrangian bound by less than ``excess``. The bound itself is not taken again.
+    that exceeds the Lagrangian bound by less than ``excess``.
     """
     if compiled := kernels(loss.size):
         values, sizes = by_choice(loss, cost, items)
         item, to, penalty, size = compiled.near_moves(values, sizes, base[items], float(rate), int(slack), float(excess), most)
-        return Moves(np.asarray(items, dtype=np.int64)[item], to, penalty, size, np.nan)
+        return Moves(np.asarray(items, dtype=np.int64)[item], to, penalty, size)
     near_loss, near_cost = gather(loss, cost, items)
-    moves = collect_moves(near_loss, near_cost, base[items], rate, 0, excess)
+    moves = collect_moves(near_loss, near_cost, base[items], rate, excess)
     if moves.item.size > most:
         moves = subset(moves, np.sort(np.argpartition(moves.penalty / np.abs(moves.size), most)[:most]))
-    return Moves(np.asarray(items, dtype=np.int64)[moves.item], moves.choice, moves.penalty, moves.size, np.nan)
+    return Moves(np.asarray(items, dtype=np.int64)[moves.item], moves.choice, moves.penalty, moves.size)
 
 
 def subset(moves: Moves, kept: Integers) -> Moves:
     """Some of the moves."""
-    return Moves(moves.item[kept], moves.choice[kept], moves.penalty[kept], moves.size[kept], moves.bound)
+    return Moves(moves.item[kept], moves.choice[kept], moves.penalty[kept], moves.size[kept])
 
 
 def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:

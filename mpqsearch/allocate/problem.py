@@ -260,14 +260,14 @@ class AllocationProblem:
         from mpqsearch.allocate import passes
 
         picked = np.asarray(choice)
-        rows = np.arange(self.n_items)
         loss, main_cost = passes.totals(self.loss, self.cost, picked)
         if self.pairwise is not None and len(self.pairwise.first):
             pairs = self.pairwise
             values = pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]]
             loss += float(np.sum(values, dtype=np.float64))
         totals = [main_cost]
-        totals += [int(np.sum(budget.cost[rows, picked], dtype=np.int64)) for budget in self.more_budgets]
+        for budget in self.more_budgets:
+            totals.append(int(np.sum(budget.cost[np.arange(self.n_items), picked], dtype=np.int64)))
         if self.layers is not None:
             totals[0] += layer_overhead(self.layers, picked, self.n_choices)
         return loss, tuple(totals)
