@@ -266,8 +266,7 @@ class AllocationProblem:
             values = pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]]
             loss += float(np.sum(values, dtype=np.float64))
         totals = [main_cost]
-        for budget in self.more_budgets:
-            totals.append(int(np.sum(budget.cost[np.arange(self.n_items), picked], dtype=np.int64)))
+        totals += [int(np.sum(budget.cost[np.arange(self.n_items), picked], dtype=np.int64)) for budget in self.more_budgets]
         if self.layers is not None:
             totals[0] += layer_overhead(self.layers, picked, self.n_choices)
         return loss, tuple(totals)
