@@ -19,6 +19,9 @@ METRICS = {
     "fd_data": "FD to data",
     "paired_psnr": "paired PSNR (dB)",
 }
+PAIRS = (("ours", "mpq-dm"), ("ours", "ours-nearest"), ("ours-compensated", "ours"))
+"""Methods that are compared seed by seed."""
+
 BEGIN, END = "<!-- results: written by study.py -->", "<!-- end of results -->"
 
 
@@ -70,6 +73,8 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
                 )
         lines.append("")
     lines += ["### In ratios", "", *_verdicts(quantized, full), ""]
+    for a, b in PAIRS:
+        lines += [f"`{a}` against `{b}`, ratios (PSNR: difference) seed by seed:", "", *_paired(quantized, full, a, b), ""]
     lines += ["![Distances and PSNR by setting and method](results.png)"]
     return "\n".join(lines)
 
@@ -130,19 +135,40 @@ def _cell(group: pd.DataFrame, key: str) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if key == "paired_psnr" else f"{mean:.3f} ± {spread:.3f}"
 
 
+def _paired(quantized: pd.DataFrame, full: pd.DataFrame, a: str, b: str) -> list[str]:
+    """One method over another at each seed that has both: settings by rows, models and metrics by columns."""
+    models = list(dict.fromkeys(quantized["model"]))
+    heads = [f"{model}, {what}" for model in models for what in ("FD to FP", "excess FD to data", "PSNR dB")]
+    lines = ["| setting | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    at = quantized.set_index(["model", "setting", "method", "seed"])
+    base = full.set_index(["model", "seed"])["fd_data"]
+    for setting in dict.fromkeys(quantized["setting"]):
+        cells = []
+        for model in models:
+            seeds = [s for s in sorted(set(quantized["seed"])) if {(model, setting, m, s) for m in (a, b)} <= set(at.index)]
+            pairs = [(at.loc[(model, setting, a, s)], at.loc[(model, setting, b, s)], base.get((model, s), np.nan)) for s in seeds]
+            cells += [
+                ", ".join(f"{x['fd_fp'] / y['fd_fp']:.2f}" for x, y, _ in pairs),
+                ", ".join(f"{(x['fd_data'] - z) / (y['fd_data'] - z):.2f}" for x, y, z in pairs),
+                ", ".join(f"{x['paired_psnr'] - y['paired_psnr']:+.1f}" for x, y, _ in pairs),
+            ]
+        if any(cells):
+            lines.append(f"| {setting} | " + " | ".join(c or "-" for c in cells) + " |")
+    return lines
+
+
 def _verdicts(quantized: pd.DataFrame, full: pd.DataFrame) -> list[str]:
     lines = [
         "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD to FP | to data |"
     ]
     lines.append("|---|---|---|---|---|---|")
     for (model, setting), group in quantized.groupby(["model", "setting"], sort=False):
-        means = group.groupby("method")[["fd_fp", "fd_data"]].mean()
-        base = full[full["model"] == model]["fd_data"].mean()
+        values = {k: group.pivot_table(index="seed", columns="method", values=k) for k in ("fd_fp", "fd_data")}
+        base = full[full["model"] == model].set_index("seed")["fd_data"]
 
-        def ratio(a: str, b: str, key: str, less: float = 0.0, means: pd.DataFrame = means) -> str:
-            if a not in means.index or b not in means.index or not np.isfinite(means.loc[[a, b], key]).all():
-                return "-"
-            return f"{(means.loc[a, key] - less) / (means.loc[b, key] - less):.2f}"
+        def ratio(a: str, b: str, key: str, less: Any = 0.0, values: Mapping[str, pd.DataFrame] = values) -> str:
+            both = values[key].reindex(columns=[a, b]).sub(less, axis=0).dropna()  # seeds that have the two
+            return f"{both[a].mean() / both[b].mean():.2f}" if len(both) else "-"
 
         cells = [
             ratio("ours", "mpq-dm", "fd_fp"),

@@ -113,6 +113,7 @@ METHODS = {
     ),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
     "ours-nearest": replace(OURS, compensated=False),
+    "ours-compensated": OURS,
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
@@ -121,8 +122,20 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("mpq-dm+inputs", "ours-untrained", "ours-nearest", "mpq-dm+all", "uniform+trd", "omq-released")
+LATER = ("mpq-dm+inputs", "ours-untrained", "ours-nearest", "ours-compensated", "mpq-dm+all", "uniform+trd", "omq-released")
 """Methods whose rows come after those of the others for the same seed."""
+
+
+def recipe_of(method: str, setting: str) -> Recipe:
+    """What a method does at a setting: `ours` compensates where weights have fewer bits than inputs, and rounds to the nearest level else."""
+    recipe = METHODS.get(method, FULL_PRECISION)
+    weight_bits, act_bits = SETTINGS.get(setting, (16, 16))
+    return replace(recipe, compensated=False) if method == "ours" and weight_bits >= act_bits else recipe
+
+
+def is_own(method: str, setting: str) -> bool:
+    """False where `ours` is the very recipe of another name: that has no row of its own."""
+    return method not in ("ours-nearest", "ours-compensated") or recipe_of(method, setting) != recipe_of("ours", setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +162,9 @@ FULL_PRECISION = Recipe(spec=MethodSpec(name="full-precision", allocator="unifor
 """Stands for the model itself in the digest of its rows."""
 
 
-def digest_of_row(method: str, schedule: Schedule) -> str:
+def digest_of_row(method: str, setting: str, schedule: Schedule) -> str:
     """What the column ``schedule`` should say."""
-    return METHODS.get(method, FULL_PRECISION).digest(schedule)
+    return recipe_of(method, setting).digest(schedule)
 
 
 class Model:
@@ -297,7 +310,7 @@ class Model:
 def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any]:
     """Allocate, train if the method trains, sample and measure."""
     began = time.perf_counter()
-    s, recipe = model.schedule, METHODS[method]
+    s, recipe = model.schedule, recipe_of(method, setting)
     bit_map = model.bit_map(recipe, setting)
     student = model.student(recipe, bit_map, seed)
     row: dict[str, Any] = {
@@ -366,7 +379,7 @@ def full_precision_row(model: Model, seed: int) -> dict[str, Any]:
         "n_samples": model.schedule.samples,
         "train_steps": 0,
         "seconds": 0.0,
-        "schedule": digest_of_row("full-precision", model.schedule),
+        "schedule": digest_of_row("full-precision", "full", model.schedule),
         **measure(model, None, seed),
     }
 
@@ -380,7 +393,7 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
             for setting in args.settings:
                 for model in args.models:
                     for method in tier:
-                        if method in args.methods:
+                        if method in args.methods and is_own(method, setting):
                             yield model, setting, method, seed
 
 
@@ -389,12 +402,12 @@ def read_results(path: Path, schedule: Schedule, *, overwrite: bool) -> dict[tup
     if not path.is_file():
         return {}
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(path.read_text())))
-    other = [r for r in rows if r["schedule"] != digest_of_row(r["method"], schedule)]
+    other = [r for r in rows if r["schedule"] != digest_of_row(r["method"], r["setting"], schedule)]
     if other and not overwrite:
         first = other[0]
         raise SystemExit(
             f"{path} holds {len(other)} rows of another schedule, the first {first['method']} with {first['schedule']}, which is "
-            f"{digest_of_row(first['method'], schedule)} now. Give another --results, or --overwrite to drop them."
+            f"{digest_of_row(first['method'], first['setting'], schedule)} now. Give another --results, or --overwrite to drop them."
         )
     return {(r["model"], r["setting"], r["method"], int(r["seed"])): r for r in rows if r not in other}
 
@@ -448,7 +461,9 @@ def main() -> None:
             flush=True,
         )
     if done:
-        write_report(HERE if args.results.parent == HERE else args.results.parent, args.results, asdict(schedule), len(rows))
+        write_report(
+            HERE if args.results.parent == HERE else args.results.parent, args.results, asdict(schedule), len({*rows, *done})
+        )
 
 
 if __name__ == "__main__":

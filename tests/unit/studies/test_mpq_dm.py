@@ -41,7 +41,7 @@ class Recorder:
             value = 1.0 + len(method) / 10 + seed
             made = {
                 "model": model.name, "setting": setting, "method": method, "seed": seed, "average_bits": 2.5, "size_bytes": 1000,
-                "n_samples": 8, "train_steps": 5, "seconds": 1.0, "schedule": study.digest_of_row(method, model.schedule),
+                "n_samples": 8, "train_steps": 5, "seconds": 1.0, "schedule": study.digest_of_row(method, setting, model.schedule),
             }  # fmt: skip
             if method == "uniform+trd":  # diverged: no metrics
                 return made
@@ -65,11 +65,24 @@ def call(study: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *argu
 def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path)
-    assert len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * len(study.METHODS))
+    assert (
+        len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * (len(study.METHODS) - 1))
+    )  # one name at each setting is `ours` itself
     rows = [r for r in recorder.asked if r[1] != "full"]
     assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "ours+lora", "mpq-dm")]
     assert {r[0] for r in rows[:12]} == {"fmnist-unet", "fmnist-dit"}
     assert all(r[3] == 0 for r in rows[:90])
+
+
+def test_ours_compensates_where_weights_have_fewer_bits_than_inputs(study: ModuleType) -> None:
+    for setting, (weight_bits, act_bits) in study.SETTINGS.items():
+        made = study.recipe_of("ours", setting)
+        assert made.compensated == (weight_bits < act_bits)
+        twin, other = ("ours-compensated", "ours-nearest") if made.compensated else ("ours-nearest", "ours-compensated")
+        assert not study.is_own(twin, setting)
+        assert study.is_own(other, setting)
+        schedule = study.Schedule()
+        assert study.digest_of_row("ours", setting, schedule) == study.METHODS[twin].digest(schedule)
 
 
 def test_an_interrupted_study_continues_from_the_results_alone(
