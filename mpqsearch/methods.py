@@ -67,7 +67,9 @@ class MethodSpec:
     ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
     ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
     scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
-    integer program choose the width of each searched layer's input among these instead.
+    integer program choose the width of each searched layer's input among these instead. ``prescale_by_layer`` gives each layer whose input is
+    quantized the strength of pre-scaling with the least output error instead of 0.5 (`mpqsearch.profile.choose_strengths`: six runs
+    of the sampler a map, no storage).
     """
 
     name: str
@@ -76,6 +78,7 @@ class MethodSpec:
     codebook: str = "affine"
     bias_correction: bool = False
     prescale: bool = False
+    prescale_by_layer: bool = False
     order: str = "kurtosis"
     solver: str = "auto"
     seed: int = 0
@@ -92,6 +95,11 @@ class MethodSpec:
             check_width(bits, f"method {self.name!r}, act_choices")
         if self.act_choices and self.allocator != "ilp-layer":
             raise ConfigError(f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}")
+        if self.prescale_by_layer and not (self.prescale and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION):
+            raise ConfigError(
+                f"method {self.name!r}: prescale_by_layer suits pre-scaling to quantized inputs, and needs prescale = true and act_bits "
+                f"or act_choices below {FULL_PRECISION}; got prescale = {str(self.prescale).lower()}, act_bits = {self.act_bits}"
+            )
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
             ("loss", self.loss, (BEST_LOSS, *LOSSES)),

@@ -25,6 +25,7 @@ from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.moments import blocks_within, output_errors, plan_moments
 from mpqsearch.profile.probes import ProbeInput, Prober, ProbeResult
 from mpqsearch.profile.racing import relative_spread
+from mpqsearch.profile.streaming import Partial
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, quantize_model, rows_of, width_errors
 from mpqsearch.quant.tables import (
     RecomputedErrors,
@@ -162,11 +163,18 @@ def profile_base(
     fmt: QuantFormat,
     *,
     memory_limit: int | None = None,
+    partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Everything but the slow reference of one layer at a time; with ``spec.prediction_only`` what `profile_slopes` measures."""
+    """Everything but the slow reference of one layer at a time; with ``spec.prediction_only`` what `profile_slopes` measures.
+
+    ``partial`` keeps the tables of each finished layer and each finished kind of probes. A run that continues from it samples the calibration
+    inputs again and measures what is left.
+    """
     if spec.prediction_only:
-        return profile_slopes(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
+        return profile_slopes(
+            denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, partial=partial, progress=progress
+        )
     report = progress or _silent
     widths = tuple(sorted(policy.widths))
     variants = variants_of(spec, fmt)
@@ -181,7 +189,7 @@ def profile_base(
     with _timed(seconds, "calibration"):
         stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold)
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial)
     if room is not None:
         modules: dict[str, Any] = dict(denoiser.module.named_modules())
 
@@ -204,29 +212,44 @@ def profile_base(
         def passed(done: int, total: int) -> None:
             report("output errors", done, total)
 
-        with _timed(seconds, "output errors in passes"):
+        def in_passes() -> dict[str, NDArray[Any]]:
             found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=room, report=passed)
-        for key in found[table.layers[0].name]:
-            arrays[key] = _concat(table, {name: tables[key] for name, tables in found.items()})
+            return {key: _concat(table, {n: tables[key] for n, tables in found.items()}) for key in found[table.layers[0].name]}
+
+        with _timed(seconds, "output errors in passes"):
+            arrays |= _kept(partial, "output errors", in_passes)
     arrays["output_power"] = _concat(table, power)
     means = {n: s.mean.float() for n, s in stats.items()}
-    with _timed(seconds, "probes of the prediction"):
+
+    def probed() -> dict[str, NDArray[Any]]:
         result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
-    arrays["gain"] = _concat(table, result.gain)
-    arrays["gain_std_error"] = _concat(table, result.gain_std_error)
-    arrays["step_gain"] = _concat(table, result.step_gain)
-    arrays["step_gain_std_error"] = _concat(table, result.step_gain_std)
-    for variant in errors:
-        arrays[f"layer_probe_error/{variant}"] = _stack(table, result.layer_error[variant])
-        arrays[f"layer_probe_std_error/{variant}"] = _stack(table, result.layer_error_std[variant])
-    spent: dict[str, Any] = {"probe_inputs": n_inputs}
+        return {
+            "gain": _concat(table, result.gain),
+            "gain_std_error": _concat(table, result.gain_std_error),
+            "step_gain": _concat(table, result.step_gain),
+            "step_gain_std_error": _concat(table, result.step_gain_std),
+            **{f"layer_probe_error/{v}": _stack(table, result.layer_error[v]) for v in errors},
+            **{f"layer_probe_std_error/{v}": _stack(table, result.layer_error_std[v]) for v in errors},
+            "probe_inputs": np.asarray(n_inputs),
+        }
+
+    def followed() -> dict[str, NDArray[Any]]:
+        found, n_seeds = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
+        return {**found, "sampler_seeds": np.asarray(n_seeds)}
+
+    with _timed(seconds, "probes of the prediction"):
+        arrays |= _kept(partial, "probes", probed)
+    spent: dict[str, Any] = {"probe_inputs": int(arrays.pop("probe_inputs"))}
     if spec.sampler_seeds and not len(denoiser.calls):  # recorded calls bring no sampler of ours to differentiate
         with _timed(seconds, "probes of the final sample"):
-            more, spent["sampler_seeds"] = _probe_sampler(denoiser, table, errors, sampler, spec, means, report)
-        arrays |= more
+            arrays |= _kept(partial, "final probes", followed)
+        spent["sampler_seeds"] = int(arrays.pop("sampler_seeds"))
         with _timed(seconds, "slopes at contexts"):
-            arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+            arrays |= _kept(
+                partial, "slopes", lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+            )
     if spec.activation_bits:
+        gains = torch.split(torch.from_numpy(arrays["gain"]).double(), [la.n_channels for la in table])
         seeds = range(spec.first_seed, spec.first_seed + spec.samples)
         arrays |= activation_arrays(
             denoiser,
@@ -237,7 +260,7 @@ def profile_base(
             spec.activation_bits,
             variants.get("affine+prescale"),
             stats,
-            result.gain,
+            dict(zip((la.name for la in table), gains, strict=True)),
             report,
         )
     return _made(denoiser, table, widths, arrays, stats, sampler, spec, fmt, spent | {"seconds": seconds})
@@ -252,6 +275,7 @@ def profile_slopes(
     fmt: QuantFormat,
     *,
     memory_limit: int | None = None,
+    partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
     """Only what predicts the loss of given maps: slopes at balanced maps (`mpqsearch.profile.contexts`), beside kurtosis and weight errors.
@@ -281,10 +305,10 @@ def profile_slopes(
     with _timed(seconds, "calibration"):
         stats, _, _ = calibrate(denoiser, table, sampler, spec, report, moments=False)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold)
+        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial)
     means = {n: s.mean.float() for n, s in stats.items()}
     with _timed(seconds, "slopes at contexts"):
-        arrays |= _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+        arrays |= _kept(partial, "slopes", lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report))
     return _made(denoiser, table, widths, arrays, stats, sampler, spec, fmt, {"seconds": seconds})
 
 
@@ -423,41 +447,37 @@ def tables_of(
     *,
     blocks: Mapping[str, Sequence[slice]] | None = None,
     hold: bool = True,
+    partial: Partial | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Mapping[str, Tensor]]]:
     """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed.
 
     ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once). Without ``hold`` the errors are not kept:
-    they are made again from their scales whenever they are looked at, the same bit for bit.
+    they are made again from their scales whenever they are looked at, the same bit for bit. ``partial`` keeps tables and scales of a layer.
     """
     slices = blocks or {la.name: row_blocks(la, 1, None) for la in table}
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
-    columns: dict[str, list[Tensor]] = {}
-    held: dict[str, dict[str, Tensor]] = {v: {} for v, f in variants.items() if not f.prescale}
-    scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {v: {} for v in held}
-    for done, layer in enumerate(table, start=1):
+    columns: list[dict[str, NDArray[Any]]] = []
+    plain = [v for v, f in variants.items() if not f.prescale]
+    held: dict[str, dict[str, Tensor]] = {v: {} for v in plain}
+    scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {v: {} for v in plain}
+    for position, layer in enumerate(table):
         weight: Any = modules[layer.name].weight
-        rows = rows_of(weight.detach(), layer)
-        known = stats[layer.name] if stats[layer.name].second_moment.numel() else None
-        columns.setdefault("kurtosis", []).append(kurtosis(rows))
-        found: dict[str, list[tuple[tuple[RowQuantizer, ...], Tensor]]] = {v: [] for v in held}
-        for part in slices[layer.name]:
-            factor = column_factors(rows, layer, QuantFormat(prescale=True), stats[layer.name], part)
-            assert factor is not None
-            columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows[part].float() * factor))
-            for variant, fmt in variants.items():
-                if fmt.prescale:
-                    error = width_errors(weight, layer, widths, fmt, stats[layer.name], part)
-                else:
-                    quantizers, error = width_quantizers(weight, layer, widths, fmt, part=part)
-                    found[variant].append((quantizers, error if hold else torch.empty(0)))
-                for name, values in error_tables(error, known).items():
-                    columns.setdefault(f"{name}/{variant}", []).append(values)
-        for variant, parts in found.items():
-            scales[variant][layer.name] = joined_quantizers([q for q, _ in parts])
-            if hold:
-                held[variant][layer.name] = torch.cat([error for _, error in parts], 1) if len(parts) > 1 else parts[0][1]
-        report("error tables", done, len(table))
-    arrays = {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
+        kept = partial.load(position) if partial is not None else None
+        if kept is None:
+            mine, found, errors = _layer_tables(weight, layer, widths, variants, stats[layer.name], slices[layer.name], hold=hold)
+            if partial is not None:
+                partial.save(position, mine | _packed(found))
+        else:
+            found = {v: _unpacked(kept, v, len(widths), weight.device) for v in plain}
+            mine = {key: values for key, values in kept.items() if not key.startswith(_SCALES)}
+            errors = {v: [errors_again(weight, layer, q, variants[v])] for v, q in found.items()} if hold else {}
+        columns.append(mine)
+        for variant, quantizers in found.items():
+            scales[variant][layer.name] = quantizers
+        for variant, parts in errors.items():
+            held[variant][layer.name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        report("error tables", position + 1, len(table))
+    arrays = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     if hold:
         return arrays, dict(held)
 
@@ -469,6 +489,68 @@ def tables_of(
         )
 
     return arrays, {variant: again(variant) for variant in scales}
+
+
+_SCALES = "quantizer/"
+"""How the names of a layer's scales begin in the file of a `Partial`."""
+
+
+def _layer_tables(
+    weight: Tensor,
+    layer: LayerSpec,
+    widths: tuple[int, ...],
+    variants: Mapping[str, QuantFormat],
+    stats: RowStatistics,
+    slices: Sequence[slice],
+    *,
+    hold: bool,
+) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[RowQuantizer, ...]], dict[str, list[Tensor]]]:
+    """The tables of one layer, float32; the quantizers of each variant without pre-scaling, one a width; and to hold, their errors by slices."""
+    rows = rows_of(weight.detach(), layer)
+    known = stats if stats.second_moment.numel() else None
+    columns: dict[str, list[Tensor]] = {"kurtosis": [kurtosis(rows)]}
+    found: dict[str, list[tuple[RowQuantizer, ...]]] = {v: [] for v, f in variants.items() if not f.prescale}
+    errors: dict[str, list[Tensor]] = {v: [] for v in found if hold}
+    for part in slices:
+        factor = column_factors(rows, layer, QuantFormat(prescale=True), stats, part)
+        assert factor is not None
+        columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows[part].float() * factor))
+        for variant, fmt in variants.items():
+            if fmt.prescale:
+                error = width_errors(weight, layer, widths, fmt, stats, part)
+            else:
+                quantizers, error = width_quantizers(weight, layer, widths, fmt, part=part)
+                found[variant].append(quantizers)
+                if hold:
+                    errors[variant].append(error)
+            for name, values in error_tables(error, known).items():
+                columns.setdefault(f"{name}/{variant}", []).append(values)
+    arrays = {name: torch.cat(parts).float().cpu().numpy() for name, parts in columns.items()}
+    return arrays, {variant: joined_quantizers(parts) for variant, parts in found.items()}, errors
+
+
+def _packed(found: Mapping[str, tuple[RowQuantizer, ...]]) -> dict[str, NDArray[Any]]:
+    """Quantizers as arrays ``[W, C]``."""
+    return {
+        f"{_SCALES}{variant}/{field}": torch.stack([getattr(q, field) for q in quantizers]).cpu().numpy()
+        for variant, quantizers in found.items()
+        for field in ("scale", "zero", "bits")
+    }
+
+
+def _unpacked(kept: Mapping[str, NDArray[Any]], variant: str, n_widths: int, device: torch.device) -> tuple[RowQuantizer, ...]:
+    scale, zero, bits = (torch.from_numpy(kept[f"{_SCALES}{variant}/{field}"]).to(device) for field in ("scale", "zero", "bits"))
+    return tuple(RowQuantizer(scale=scale[w], zero=zero[w], bits=bits[w]) for w in range(n_widths))
+
+
+def _kept(partial: Partial | None, step: str, measure: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """What a step measures, from ``partial`` when an earlier run has finished it."""
+    found = partial.load(step) if partial is not None else None
+    if found is None:
+        found = measure()
+        if partial is not None:
+            partial.save(step, found)
+    return found
 
 
 def _probe(

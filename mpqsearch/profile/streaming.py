@@ -34,10 +34,10 @@ _SCHEMA = "mpqsearch/partial-profile"
 
 @dataclass
 class Partial:
-    """Finished layers of a profile, a file each, so that a run that was killed continues with the next layer.
+    """Finished parts of a profile (layers, and steps over all layers), a file each, so that a run that was killed continues with the next.
 
     ``inputs`` are the digests that the profile depends on: files of other inputs are not used. A file is written atomically, so
-    there is never half a layer.
+    there is never half a part.
     """
 
     folder: Path
@@ -49,19 +49,19 @@ class Partial:
         self._open()
         return len(list(self.folder.glob("[0-9]*.npz")))
 
-    def load(self, position: int) -> Arrays | None:
-        """The arrays of the layer at ``position`` of the table, or None when it is still to do."""
+    def load(self, part: int | str) -> Arrays | None:
+        """The arrays of a part, or None when it is still to do: the layer at a position of the table, or a step by name."""
         self._open()
-        path = self._path(position)
+        path = self._path(part)
         return artifacts.read_arrays(path) if path.is_file() else None
 
-    def save(self, position: int, arrays: Arrays) -> None:
-        """Keep a finished layer."""
+    def save(self, part: int | str, arrays: Arrays) -> None:
+        """Keep a finished part."""
         self._open()
-        artifacts.write_arrays(self._path(position), arrays)
+        artifacts.write_arrays(self._path(part), arrays)
 
-    def _path(self, position: int) -> Path:
-        return self.folder / f"{position:05d}.npz"
+    def _path(self, part: int | str) -> Path:
+        return self.folder / (f"{part:05d}.npz" if isinstance(part, int) else f"{part.replace(' ', '-')}.npz")
 
     def _open(self) -> None:
         """Check once whose files these are; files of other inputs are deleted."""
@@ -69,7 +69,7 @@ class Partial:
             return
         head = self.folder / "partial.json"
         if not artifacts.is_current(head, _SCHEMA, self.inputs, overwrite=True):
-            for stale in self.folder.glob("[0-9]*.npz"):
+            for stale in self.folder.glob("*.npz"):
                 stale.unlink()
             artifacts.write_json(head, _SCHEMA, {}, self.inputs)
         self._ready = True

@@ -32,7 +32,7 @@ BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 24
 """The same on a device with memory of its own."""
 
-COMPILED_WEIGHTS = 1 << 16
+COMPILED_WEIGHTS = 1 << 12
 """Weights of a call from which ``auto`` uses the compiled kernel. By the call alone, so that a layer's choice has no history."""
 
 COARSE = 10

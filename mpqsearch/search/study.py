@@ -39,6 +39,9 @@ MAX_FAILURES = 10
 NEAR_END = 8
 """So many trials before the last the study is looked at before every trial."""
 
+STARTUP = 4
+"""Random trials of ``tpe`` and ``gp`` before they model, the warm start among them. Optuna's ten are half of a short study."""
+
 CONTEXT = "mpqsearch context"
 SURPLUS = "surplus"
 DRAW = "draw"
@@ -78,9 +81,9 @@ def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int 
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         made: BaseSampler
         if name == "tpe":
-            made = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            made = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP)
         elif name == "gp":
-            made = optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+            made = optuna.samplers.GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=STARTUP)
         elif name == "nsga2":
             made = optuna.samplers.NSGAIISampler(seed=seed, population_size=24)
         elif name == "cmaes":

@@ -12,8 +12,8 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.compensating import moment_inputs, priced
+from mpqsearch.stages.prescaling import strengths_of
 from mpqsearch.stages.profiling import profile_inputs
-
 
 def allocation(
     run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
@@ -36,6 +36,8 @@ def allocation(
     }
     if method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
+    if method.prescale_by_layer:
+        inputs["ranges"] = artifacts.digest_of([c["activations"][k] for k in ("p", "n_candidates", "zero_points")])
     path, map_path = folder / "allocation.json", folder / "bitmap.json"
     if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
         return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
@@ -43,6 +45,8 @@ def allocation(
         made = allocate(
             method, budget, table, priced(run, table, measured, method), run.config.policy, run.config.quantizer.format()
         )
+        if method.prescale_by_layer and not run.dry_run:
+            made = replace(made, bit_map=strengths_of(run, table, measured)(made.bit_map))
     data = made.to_data()
     if not run.dry_run:
         _save_map(map_path, made, table, inputs)

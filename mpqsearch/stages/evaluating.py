@@ -224,8 +224,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
                 factors=factors,
                 progress=progress,
             )
-    search = ActivationSearch(p=c.p, n_candidates=c.n_candidates, zero_points=c.zero_points)
-    return run.ranges[key].table(bit_map.activations, search)
+    return run.ranges[key].table(bit_map.activations, ranges_of(run))
 
 
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:

@@ -158,8 +158,9 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
 
 
 def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:
-    """Profile in two halves, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
+    """Profile in parts, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
     from mpqsearch.profile import final_errors, profile_base, race_final_errors, with_final_errors
+    from mpqsearch.profile.streaming import Partial
 
     fmt, sampler = run.config.quantizer.format(), sampler_of(run)
     base_path, final_path = run.path("partial", "profile.json"), run.path("partial", "final.json")
@@ -167,8 +168,19 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         base = artifacts.load_profile(base_path)
         run.say(f"profile: continuing from {base_path.parent}")
     else:
+        kept = Partial(folder=run.path("partial", "base"), inputs=inputs)
+        if kept.finished():
+            run.say(f"profile: continuing after the tables of {kept.finished()} of {len(table)} layers")
         base = profile_base(
-            run.denoiser, table, run.config.policy, sampler, spec, fmt, memory_limit=run.config.model.limit_bytes, progress=progress
+            run.denoiser,
+            table,
+            run.config.policy,
+            sampler,
+            spec,
+            fmt,
+            memory_limit=run.config.model.limit_bytes,
+            partial=kept,
+            progress=progress,
         )
         artifacts.save_profile(base_path, base, inputs)
     known = {}

@@ -18,6 +18,7 @@ from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run, sampler_of
 from mpqsearch.stages.compensating import moments_of, priced
+from mpqsearch.stages.prescaling import ranges_of, strengths_of
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         method=searched_method(run),
         act_bits=c.act_bits,
         remeasure=_remeasure(run, table),
-        strengths=_strengths(run, table, measured),
+        strengths=strengths_of(run, table, measured),
         priced=lambda method: priced(run, table, measured, method),
     )
     reference, extractor = _reference(run, table)
@@ -155,7 +156,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         reference=reference,
         extractor=extractor,
         error=c.error,
-        ranges=_ranges(run),
+        ranges=ranges_of(run),
         moments=moments_of(run, table),
     )
     ladder = Ladder(
@@ -279,36 +280,6 @@ def _remeasure(run: Run, table: LayerTable) -> Remeasure:
         )
 
     return measured
-
-
-def _strengths(run: Run, table: LayerTable, measured: SensitivityProfile) -> Strengths:
-    """Strengths of pre-scaling by layer, on trajectories of the calibration seeds."""
-    import numpy as np
-    import torch
-
-    from mpqsearch.profile import choose_strengths
-
-    first = run.config.calibration.first_seed
-
-    def chosen(bit_map: BitMap) -> BitMap:
-        return choose_strengths(
-            run.denoiser,
-            table,
-            bit_map,
-            sampler_of(run),
-            input_max={n: torch.from_numpy(np.array(m)) for n, m in measured.input_max.items()},
-            seeds=range(first, first + INPUT_SEEDS),
-            search=_ranges(run),
-        )
-
-    return chosen
-
-
-def _ranges(run: Run) -> Any:
-    from mpqsearch.quant import ActivationSearch
-
-    a = run.config.activations
-    return ActivationSearch(p=a.p, n_candidates=a.n_candidates, zero_points=a.zero_points)
 
 
 def refinement_of(run: Run) -> tuple[RefineSpec, int]:

@@ -51,11 +51,12 @@ MODELS = ("fmnist-unet", "fmnist-dit")
 MODES = {"W16": 16, "WA4": 4}
 """``W16``: weights only. ``WA4``: activations of searched layers at 4 bits as well."""
 
-ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", "random-losses", "tpe-losses", "random-search", "outer-search")
-"""``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search. ``random-losses`` and ``tpe-losses`` are
-kept from an earlier version (20,000 forward passes; only how losses are built was searched)."""
+KEPT = ("random-losses", "tpe-losses", "random-narrow", "tpe-narrow")
+"""Rows of earlier versions. ``-losses``: only how losses are built was searched, with 20,000 forward passes. ``-narrow``: that and rounding,
+with ten random trials before TPE models."""
 
-KEPT = ("random-losses", "tpe-losses")
+ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", *KEPT, "random-search", "outer-search")
+"""``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search."""
 
 QUANTIZER: dict[str, dict[str, Any]] = {
     "W16": {"rounding": "compensated"},
@@ -68,32 +69,14 @@ SEEDS = (0, 1, 2)
 FINALISTS, FINAL_SAMPLES = 1, 32
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
 
+LOSSES = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 2.0]}
+CHOICES = {"granularity": ["channel", "layer"], "codebook": ["base", "affine"], "bias_correction": ["base", "off"]}
 SPACES: dict[str, dict[str, Any]] = {
-    "fmnist-unet": {
-        "exponent": [0.5, 2.0],
-        "row_exponent": [0.5, 2.0],
-        "low_bits": [-1.0, 2.0],
-        "kurtosis": [-1.0, 1.0],
-        "depth": [-3.0, 3.0],
-        "role_conv": [0.2, 5.0],
-        "role_shortcut": [0.2, 5.0],
-        "role_resample": [0.2, 5.0],
-        "role_attention": [0.2, 5.0],
-        "role_time": [0.2, 5.0],
-        "granularity": ["channel", "layer"],
-    },
-    "fmnist-dit": {
-        "exponent": [0.5, 2.0],
-        "row_exponent": [0.5, 2.0],
-        "low_bits": [-1.0, 2.0],
-        "kurtosis": [-1.0, 1.0],
-        "depth": [-3.0, 3.0],
-        "role_attention": [0.2, 5.0],
-        "role_feed-forward": [0.2, 5.0],
-        "role_norm": [0.2, 5.0],
-        "role_time": [0.2, 5.0],
-        "granularity": ["channel", "layer"],
-    },
+    model: LOSSES | {f"role_{role}": [0.2, 5.0] for role in roles} | CHOICES
+    for model, roles in (
+        ("fmnist-unet", ("conv", "shortcut", "resample", "attention", "time")),
+        ("fmnist-dit", ("attention", "feed-forward", "norm", "time")),
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from mpqsearch.core import Budget, LayerSpec, Policy, QuantFormat
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.methods import MethodSpec, allocate, channel_losses, predicted_loss
-from mpqsearch.models import StreamedModel, discover_streamed, load_model, open_streamed
-from mpqsearch.profile import CalibrationSpec, Partial, profile_model, profile_weights
+from mpqsearch.models import StreamedModel, discover, discover_streamed, load_model, open_streamed
+from mpqsearch.profile import CalibrationSpec, Partial, profile_base, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
+from mpqsearch.profile.streaming import Arrays
 from mpqsearch.sampling import SamplerSpec
+from mpqsearch.testing import tiny_denoiser
 from mpqsearch.testing.tiny import tiny_unet
 
 FMT = QuantFormat(n_candidates=20)
@@ -159,3 +162,47 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
             allocate(MethodSpec(name="m", allocator="ilp-layer", loss=loss, codebook="auto"), budget, table, profile, POLICY, FMT)
     with pytest.raises(ConfigError, match="OMQ by variance needs 'output_power'"):
         allocate(MethodSpec(name="m", allocator="omq", order="variance", codebook="auto"), *given)
+
+
+class _Stops(Exception):  # noqa: N818
+    pass
+
+
+@dataclass
+class _Killed(Partial):
+    """Keeps so many parts and stops, as a process that is killed."""
+
+    left: int = 0
+
+    def save(self, part: int | str, arrays: Arrays) -> None:
+        if not self.left:
+            raise _Stops
+        super().save(part, arrays)
+        self.left -= 1
+
+
+@pytest.mark.parametrize("memory_limit", [None, 2_000_000])
+def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(tmp_path: Path, memory_limit: int | None) -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=2, probe_inputs=2, probes=1, sampler_seeds=2, sampler_probes=1, context_seeds=3, codebooks=("affine", "auto")
+    )
+    given = (denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=2), spec, QuantFormat(n_candidates=10))
+    straight = profile_base(*given, memory_limit=memory_limit)
+    steps = ["probes", "final-probes", "slopes"] + ["output-errors"] * (memory_limit is not None)
+    for finished in (3, len(table) - 1, 1, 1, *[1] * (len(steps) - 1)):
+        partial = _Killed(folder=tmp_path, inputs={"model": table.digest}, left=finished)
+        with pytest.raises(_Stops):
+            profile_base(*given, memory_limit=memory_limit, partial=partial)
+    assert {p.stem for p in tmp_path.glob("*.npz")} == {f"{i:05d}" for i in range(len(table))} | set(steps) - {"slopes"}
+    resumed = profile_base(*given, memory_limit=memory_limit, partial=Partial(folder=tmp_path, inputs={"model": table.digest}))
+    assert resumed.arrays.keys() == straight.arrays.keys()
+    for key, array in straight.arrays.items():
+        np.testing.assert_array_equal(resumed.arrays[key], array, err_msg=key)
+        assert resumed.arrays[key].dtype == array.dtype
+    spent = resumed.calibration["spent"]
+    assert (spent["probe_inputs"], spent["sampler_seeds"]) == (2, 2)
+    stale = Partial(folder=tmp_path, inputs={"model": "another"})
+    assert stale.load("probes") is None
+    assert not stale.finished()

@@ -1,0 +1,47 @@
+"""Strengths of pre-scaling by layer, chosen with the quantizers that a run deploys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpqsearch.config import INPUT_SEEDS
+from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
+from mpqsearch.stages.base import Run, sampler_of
+
+if TYPE_CHECKING:
+    from mpqsearch.quant import ActivationSearch
+
+
+def ranges_of(run: Run) -> ActivationSearch:
+    """The range search of quantized inputs as the table ``[activations]`` has it."""
+    from mpqsearch.quant import ActivationSearch
+
+    a = run.config.activations
+    return ActivationSearch(p=a.p, n_candidates=a.n_candidates, zero_points=a.zero_points)
+
+
+def strengths_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Callable[[BitMap], BitMap]:
+    """What gives a map the strength that suits each layer, on trajectories of the calibration seeds."""
+    import numpy as np
+    import torch
+
+    from mpqsearch.profile import choose_strengths
+    from mpqsearch.progress import bars_of
+
+    first = run.config.calibration.first_seed
+
+    def chosen(bit_map: BitMap) -> BitMap:
+        with bars_of() as progress:
+            return choose_strengths(
+                run.denoiser,
+                table,
+                bit_map,
+                sampler_of(run),
+                input_max={n: torch.from_numpy(np.array(m)) for n, m in measured.input_max.items()},
+                seeds=range(first, first + INPUT_SEEDS),
+                search=ranges_of(run),
+                progress=progress,
+            )
+
+    return chosen
