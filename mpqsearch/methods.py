@@ -95,7 +95,9 @@ class MethodSpec:
             check_width(bits, f"method {self.name!r}, act_choices")
         if self.act_choices and self.allocator != "ilp-layer":
             raise ConfigError(f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}")
-        if self.prescale_by_layer and not (self.prescale and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION):
+        if self.prescale_by_layer and not (
+            self.prescale and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
+        ):
             raise ConfigError(
                 f"method {self.name!r}: prescale_by_layer suits pre-scaling to quantized inputs, and needs prescale = true and act_bits "
                 f"or act_choices below {FULL_PRECISION}; got prescale = {str(self.prescale).lower()}, act_bits = {self.act_bits}"

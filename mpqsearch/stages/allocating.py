@@ -15,6 +15,7 @@ from mpqsearch.stages.compensating import moment_inputs, priced
 from mpqsearch.stages.prescaling import strengths_of
 from mpqsearch.stages.profiling import profile_inputs
 
+
 def allocation(
     run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
 ) -> tuple[BitMap, dict[str, Any]]:

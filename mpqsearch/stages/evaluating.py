@@ -29,6 +29,7 @@ from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
 from mpqsearch.stages.compensating import input_moments, moment_inputs
+from mpqsearch.stages.prescaling import ranges_of
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
     if not bit_map.activations:
         return None
     from mpqsearch.profile import collect_ranges
-    from mpqsearch.quant import ActivationSearch, prescale_inputs
+    from mpqsearch.quant import prescale_inputs
 
     c, sampler = run.config.activations, sampler_of(run)
     if bit_map.activation_steps not in (1, sampler.steps):

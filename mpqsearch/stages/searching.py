@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpqsearch.search.objective import Objective
     from mpqsearch.search.refine import Refinement, RefineSpec
     from mpqsearch.search.study import Plan
-    from mpqsearch.search.surrogate import Remeasure, Strengths
+    from mpqsearch.search.surrogate import Remeasure
 
 MAPS = "maps"
 

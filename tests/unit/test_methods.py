@@ -400,3 +400,7 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
         run("ilp-layer", "uniform:3", policy, act_choices=acts)
     with pytest.raises(ConfigError, match="ilp-layer"):
         MethodSpec(name="x", allocator="uniform", act_choices=acts)
+    for wrong in ({"prescale": True}, {"act_bits": 4}):
+        with pytest.raises(ConfigError, match="needs prescale = true and act_bits"):
+            MethodSpec(name="x", allocator="ilp-layer", prescale_by_layer=True, **wrong)  # type: ignore[arg-type]
+    assert MethodSpec(name="x", allocator="ilp-layer", prescale=True, act_choices=acts, prescale_by_layer=True).prescale_by_layer

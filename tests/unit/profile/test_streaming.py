@@ -191,7 +191,7 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(tmp_path:
     given = (denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=2), spec, QuantFormat(n_candidates=10))
     straight = profile_base(*given, memory_limit=memory_limit)
     steps = ["probes", "final-probes", "slopes"] + ["output-errors"] * (memory_limit is not None)
-    for finished in (3, len(table) - 1, 1, 1, *[1] * (len(steps) - 1)):
+    for finished in (3, len(table) - 4, 1, *[1] * (len(steps) - 1)):
         partial = _Killed(folder=tmp_path, inputs={"model": table.digest}, left=finished)
         with pytest.raises(_Stops):
             profile_base(*given, memory_limit=memory_limit, partial=partial)
