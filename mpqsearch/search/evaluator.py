@@ -15,7 +15,7 @@ from torch import Tensor
 from mpqsearch.artifacts import digest_of
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.metrics import FeatureExtractor, Reference, evaluate
+from mpqsearch.metrics import FeatureExtractor, FeatureStatistics, Reference, evaluate, frechet_distance
 from mpqsearch.models import Denoiser
 from mpqsearch.profile import InputMoments, calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
@@ -126,6 +126,20 @@ class ModelEvaluator:
         made = sample(self._student(candidate), seeds, self.sampler)
         errors = self._errors(made, self._full(tuple(seeds)))
         return Measured(values=tuple(errors.tolist()), forwards=len(seeds) * self.forwards_per_sample)
+
+    def final_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
+        """The Fréchet distance of the features to those of full precision, then the error of each sample.
+
+        An error that all samples share changes their distribution more than errors of the same size that differ, and only the distance tells
+        them apart. With the error ``pixels`` the first number is the mean of the others.
+        """
+        made, full = sample(self._student(candidate), seeds, self.sampler), self._full(tuple(seeds))
+        errors = self._errors(made, full)
+        distance = float(errors.mean())
+        if self.error == "features" and self.extractor is not None:
+            statistics = [FeatureStatistics.of(self.extractor(to_uint8(x))) for x in (full, made)]
+            distance = frechet_distance(*statistics)
+        return Measured(values=(distance, *errors.tolist()), forwards=len(seeds) * self.forwards_per_sample)
 
     def _errors(self, made: Tensor, expected: Tensor) -> Tensor:
         """Error ``[N]`` of each sample."""

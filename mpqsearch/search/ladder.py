@@ -57,6 +57,10 @@ class Evaluator(Protocol):
         """Error of the final sample of each seed against full precision."""
         ...
 
+    def final_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
+        """A distance to full precision of all samples together, by which finalists are ordered, and after it what `sample_errors` gives."""
+        ...
+
     def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
         """Slope of the squared error of final samples for every channel at every width, ``batch`` seeds at a time."""
         ...
@@ -214,7 +218,14 @@ class Ladder:
 
     def final_errors(self, candidate: Candidate) -> tuple[float, ...]:
         """Rung 2 on the final seeds."""
-        return self.errors_on(candidate, self.final)
+        return self._final(candidate)[1:]
+
+    def final_distance(self, candidate: Candidate) -> float:
+        """Rung 3 on the final seeds."""
+        return self._final(candidate)[0]
+
+    def _final(self, candidate: Candidate) -> tuple[float, ...]:
+        return _row(self._measure(candidate, "final", list(self.final), lambda: self.evaluator.final_errors(candidate, self.final)))
 
     def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
         """Slopes at a map; they are large and used once, so they are not kept."""

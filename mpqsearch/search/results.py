@@ -112,8 +112,9 @@ def finalists(
     """The best ``count`` maps of a budget on the search seeds, the plain program's, and ``more`` (points with a ``candidate``), best first.
 
     The *final* seeds judge, which nothing was chosen by before: ``final`` is the mean error there, ``lead`` by how many standard errors of the
-    paired difference a map is better than the plain one. Those that lead by more than one come first, then the plain map, then the others:
-    without evidence the plain map is handed out. Without final seeds the order is that of the search seeds.
+    paired difference a map is better than the plain one, ``distance`` that of all samples together (`Evaluator.final_errors`). Those that lead by
+    more than one come first, the nearest before the others, then the plain map, then the rest: without evidence the plain map is handed
+    out. Without final seeds the order is that of the search seeds.
     """
     ladder = objective.ladder
     found = [*winner_candidates(objective, points, budget, count), *(dict(p) for p in more)]
@@ -127,9 +128,9 @@ def finalists(
     base = np.array(ladder.final_errors(plain))
     for f in found:
         errors = np.array(ladder.final_errors(f["candidate"]))
-        f |= {"final": float(errors.mean()), "lead": _lead(errors - base)}
+        f |= {"final": float(errors.mean()), "lead": _lead(errors - base), "distance": ladder.final_distance(f["candidate"])}
     rank = {True: 0, False: 2}
-    return sorted(found, key=lambda f: (1 if f["digest"] == plain.digest else rank[f["lead"] > 1], f["final"]))
+    return sorted(found, key=lambda f: (1 if f["digest"] == plain.digest else rank[f["lead"] > 1], f["distance"]))
 
 
 def _lead(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
@@ -238,7 +239,7 @@ def summarize(
             report = objective.ladder.report(point["candidate"]) if reports else {}
             rows.append(
                 _row("search" if place == 0 else f"search, place {place + 1}", point["candidate"], [point["paired"]], report)
-                | {k: point.get(k) for k in ("trial", "params", "final", "lead")}
+                | {k: point.get(k) for k in ("trial", "params", "final", "lead", "distance")}
                 | {"refined": bool(point.get("refined"))}
             )
         entry = {"budget": budget.label(), "rows": rows, **_verdict(rows)}

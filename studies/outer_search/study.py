@@ -66,7 +66,7 @@ QUANTIZER: dict[str, dict[str, Any]] = {
 
 TARGETS = (2, 3, 4)
 SEEDS = (0, 1, 2)
-FINALISTS, FINAL_SAMPLES = 1, 32
+FINALISTS, FINAL_SAMPLES = 2, 32
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
 
 LOSSES = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 2.0]}
@@ -386,7 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/outer_search"))
-    parser.add_argument("--cost", type=int, default=10_000, help="forward passes of each search (one sample, one call)")
+    parser.add_argument("--cost", type=int, default=12_000, help="forward passes of each search (one sample, one call)")
     parser.add_argument("--samples", type=int, default=8, help="search seeds")
     parser.add_argument("--report-samples", type=int, default=128)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -60,7 +61,7 @@ def test_winners_stand_beside_their_arms_at_the_same_size(finished: tuple[Object
         budget = Budget.parse(entry["budget"])
         assert all(r["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8 for r in rows.values())
         best = min(p["paired"] for p in data["points"] if p["budget"] == entry["budget"])
-        assert rows["search"]["paired"] == best
+        assert rows["search"]["paired"] == pytest.approx(best)
         assert entry["ratio_to_uniform"] == pytest.approx(best / rows["uniform"]["paired"])
         assert not entry["worse_than_plain"]
     assert data["hypervolume"]["search"] >= data["hypervolume"]["plain"]
@@ -163,12 +164,21 @@ def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
     monkeypatch.setattr(o.ladder, "final", (900, 901))
     errors = {plain: (1.0, 3.0), **{d: (0.9, 3.2) for d in best if d != plain}}
     monkeypatch.setattr(o.ladder, "final_errors", lambda c: errors[c.digest])
+    distances: dict[str, float] = {}
+    monkeypatch.setattr(o.ladder, "final_distance", lambda c: distances.get(c.digest, float(np.mean(errors[c.digest]))))
     chosen = finalists(o, points, budget, 2)
     assert chosen[0]["digest"] == plain  # it runs whatever its place on the search seeds
     assert set(best) <= {f["digest"] for f in chosen}
     better = next(d for d in best if d != plain)
     errors[better] = (0.5, 2.9)  # better by 0.3 +- 0.2: more than a standard error
     assert finalists(o, points, budget, 2)[0]["digest"] == better
+    third = "x"
+    errors[third], distances[better], distances[third] = (0.4, 2.8), 0.7, 0.6  # of two that lead, the nearer one
+    other = {**next(p for p in points if p["digest"] == better), "digest": third, "candidate": SimpleNamespace(digest=third)}
+    assert [f["digest"] for f in finalists(o, points, budget, 2, [other])][:2] == [third, better]
+    distances[third] = 0.8
+    assert [f["digest"] for f in finalists(o, points, budget, 2, [other])][:2] == [better, third]
+    distances.clear()
     errors[better] = (0.2, 3.5)  # better in the mean by 0.15 +- 0.65: no evidence
     chosen = finalists(o, points, budget, 2)
     assert chosen[0]["digest"] == plain
