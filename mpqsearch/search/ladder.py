@@ -216,16 +216,11 @@ class Ladder:
         found = self._measure(candidate, "samples", list(seeds), lambda: self.evaluator.sample_errors(candidate, seeds))
         return _row(found)
 
-    def final_errors(self, candidate: Candidate) -> tuple[float, ...]:
-        """Rung 2 on the final seeds."""
-        return self._final(candidate)[1:]
-
-    def final_distance(self, candidate: Candidate) -> float:
-        """Rung 3 on the final seeds."""
-        return self._final(candidate)[0]
-
-    def _final(self, candidate: Candidate) -> tuple[float, ...]:
-        return _row(self._measure(candidate, "final", list(self.final), lambda: self.evaluator.final_errors(candidate, self.final)))
+    def final_errors(self, candidate: Candidate) -> tuple[float, tuple[float, ...]]:
+        """On the final seeds: the distance of rung 3, and the errors of rung 2."""
+        found = self._measure(candidate, "final", list(self.final), lambda: self.evaluator.final_errors(candidate, self.final))
+        distance, *errors = _row(found)
+        return distance, tuple(errors)
 
     def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
         """Slopes at a map; they are large and used once, so they are not kept."""

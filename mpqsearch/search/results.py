@@ -125,10 +125,11 @@ def finalists(
         own = [p for p in points if p["budget"] == budget.label() and p["digest"] == plain.digest]
         point = Point.of(plain, paired=ladder.paired_error(plain)).to_data()
         found += winner_candidates(objective, own, budget, 1) or [{**point, "trial": None, "params": {}, "candidate": plain}]
-    base = np.array(ladder.final_errors(plain))
+    measured = {f["digest"]: ladder.final_errors(f["candidate"]) for f in found}
+    base = np.array(measured[plain.digest][1])
     for f in found:
-        errors = np.array(ladder.final_errors(f["candidate"]))
-        f |= {"final": float(errors.mean()), "lead": _lead(errors - base), "distance": ladder.final_distance(f["candidate"])}
+        distance, each = measured[f["digest"]]
+        f |= {"final": float(np.mean(each)), "lead": _lead(np.array(each) - base), "distance": distance}
     rank = {True: 0, False: 2}
     return sorted(found, key=lambda f: (1 if f["digest"] == plain.digest else rank[f["lead"] > 1], f["distance"]))
 

@@ -29,6 +29,7 @@ from mpqsearch.search.results import (
     winner_candidates,
 )
 from mpqsearch.search.study import Plan, objective_of, open_study, work
+from mpqsearch.search.surrogate import Candidate
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +164,13 @@ def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
     plain = o.surrogate.candidate({}, budget).digest
     monkeypatch.setattr(o.ladder, "final", (900, 901))
     errors = {plain: (1.0, 3.0), **{d: (0.9, 3.2) for d in best if d != plain}}
-    monkeypatch.setattr(o.ladder, "final_errors", lambda c: errors[c.digest])
     distances: dict[str, float] = {}
-    monkeypatch.setattr(o.ladder, "final_distance", lambda c: distances.get(c.digest, float(np.mean(errors[c.digest]))))
+
+    def final(candidate: Candidate) -> tuple[float, tuple[float, ...]]:
+        found = errors[candidate.digest]
+        return distances.get(candidate.digest, float(np.mean(found))), found
+
+    monkeypatch.setattr(o.ladder, "final_errors", final)
     chosen = finalists(o, points, budget, 2)
     assert chosen[0]["digest"] == plain  # it runs whatever its place on the search seeds
     assert set(best) <= {f["digest"] for f in chosen}
