@@ -244,9 +244,9 @@ def report(results: Path) -> None:
             text.append(f"| {model}, {mode} | {arm} | " + " | ".join(cells) + f" | {volume} | {reported} | {seeds} | {cost} |")
     text += ["", *comparisons(rows, present)]
     absent = [
-        f"{m} {k} seed {s}: {', '.join(a for a in ARMS if not has(rows, m, k, a, s))}"
+        f"{m} {k} seed {s}: {', '.join(a for a in ARMS if a not in KEPT and not has(rows, m, k, a, s))}"
         for m, k, s in itertools.product(MODELS, MODES, SEEDS)
-        if not all(has(rows, m, k, a, s) for a in ARMS)
+        if not all(has(rows, m, k, a, s) for a in ARMS if a not in KEPT)
     ]
     text += ["", "Rows that were not run yet: " + ("; ".join(absent) + "." if absent else "none.")]
     readme = HERE / "README.md"
@@ -328,17 +328,17 @@ def difference(values: list[float]) -> str:
 
 
 def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
-    """FD to full precision against stored bits, a panel for each model and mode."""
+    """FD to full precision against stored bits, a panel for each model and mode; the arms of earlier versions stand in the table alone."""
     from matplotlib.figure import Figure
 
     from mpqsearch.report.figures import render, save_figure
     from mpqsearch.report.style import series_styles
 
     def panels() -> Figure:
-        figure = Figure(figsize=(4.2 * len(present), 3.4), layout="constrained")
+        figure = Figure(figsize=(3.6 * len(present), 3.6), layout="constrained")
         for ax, (model, mode) in zip(np.atleast_1d(figure.subplots(1, len(present))), present, strict=True):
             ax.set_yscale("log")
-            for arm, style in series_styles(ARMS).items():
+            for arm, style in series_styles([a for a in ARMS if a not in KEPT]).items():
                 mine = [r for r in rows if (r["model"], r["mode"], r["arm"]) == (model, mode, arm)]
                 if not mine:
                     continue
@@ -360,8 +360,8 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
                 )
             ax.set_title(f"{model}, {mode}", loc="left")
             ax.set_xlabel("stored bits per parameter")
-            ax.set_ylabel("Fréchet distance to full precision")
-            ax.legend()
+        figure.axes[0].set_ylabel("Fréchet distance to full precision")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS) - len(KEPT))
         return figure
 
     save_figure(render(panels), HERE / "front")
