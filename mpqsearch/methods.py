@@ -69,7 +69,7 @@ class MethodSpec:
     scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
     integer program choose the width of each searched layer's input among these instead. ``prescale_by_layer`` gives each layer whose input is
     quantized the strength of pre-scaling with the least output error instead of 0.5 (`mpqsearch.profile.choose_strengths`: six runs
-    of the sampler a map, no storage).
+    of the sampler a map, no storage); the stages of a run do that, `allocate` by itself leaves 0.5.
     """
 
     name: str

@@ -168,7 +168,9 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         base = artifacts.load_profile(base_path)
         run.say(f"profile: continuing from {base_path.parent}")
     else:
-        kept = Partial(folder=run.path("partial", "base"), inputs=inputs)
+        # Under a memory limit a layer's file lacks the output errors, which a step of their own measures.
+        limited = str(run.config.model.limit_bytes is not None)
+        kept = Partial(folder=run.path("partial", "base"), inputs={**inputs, "limited": limited})
         if kept.finished():
             run.say(f"profile: continuing after the tables of {kept.finished()} of {len(table)} layers")
         base = profile_base(

@@ -1,0 +1,57 @@
+"""The stage that profiles: what an interrupted run may hand to the next one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpqsearch.config import config_from
+from mpqsearch.core import SensitivityProfile
+from mpqsearch.profile.streaming import Arrays, Partial
+from mpqsearch.stages import Run, layers, profile
+from mpqsearch.testing.tiny import tiny_unet
+
+
+class _Stops(Exception):  # noqa: N818
+    pass
+
+
+def test_layers_kept_under_a_memory_limit_are_not_those_of_a_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_unet().save_pretrained(tmp_path / "model", safe_serialization=True)  # type: ignore[operator]
+
+    def measured(folder: str, limit: str) -> SensitivityProfile:
+        config = config_from(
+            {
+                "model": {"source": str(tmp_path / "model"), "memory_limit": limit},
+                "policy": {"widths": [2, 4]},
+                "sampler": {"steps": 2},
+                "quantizer": {"n_candidates": 10},
+                "calibration": {
+                    "samples": 2, "probe_inputs": 2, "probes": 1, "sampler_seeds": 0, "codebooks": ["affine"], "final_widths": []
+                },
+            }
+        )  # fmt: skip
+        run = Run(config=config, folder=tmp_path / folder)
+        found = profile(run, layers(run))
+        assert found is not None
+        return found
+
+    save, kept = Partial.save, []
+
+    def few(self: Partial, part: int | str, arrays: Arrays) -> None:
+        if len(kept) == 3:
+            raise _Stops
+        kept.append(part)
+        save(self, part, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "save", few)
+        with pytest.raises(_Stops):
+            measured("run", "50MB")
+    assert kept == [0, 1, 2]
+    continued, straight = measured("run", ""), measured("other", "")
+    assert continued.arrays.keys() == straight.arrays.keys()
+    for key, array in straight.arrays.items():
+        np.testing.assert_array_equal(continued.arrays[key], array, err_msg=key)
