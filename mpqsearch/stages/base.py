@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import StaleArtifactError
+from mpqsearch.errors import ArtifactError, StaleArtifactError
 
 if TYPE_CHECKING:
     from mpqsearch.models import Denoiser, StreamedModel
@@ -92,7 +92,15 @@ def slug(method: str, budget: Budget) -> str:
 
 
 def start(run: Run) -> None:
-    """Write the resolved configuration and the environment of this run."""
+    """Write the resolved configuration and the environment of this run.
+
+    Raises `ArtifactError` when a map from elsewhere is missing, which would else show after the profile.
+    """
+    for name, file in run.config.allocate.maps.items():
+        if not Path(file).exists():
+            raise ArtifactError(
+                f"{file} does not exist (allocate.maps.{name}, or --map). Name a file that `mpqsearch import` wrote or can read, or leave it out."
+            )
     if run.dry_run:
         return
     artifacts.write_text(run.path("config.toml"), run.config.to_toml())

@@ -104,6 +104,7 @@ def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path
         (("export", "--method", "nope"), 2, "unknown method 'nope'"),
         (("quantize", "--method", "ilp-chanel"), 2, "did you mean 'ilp-channel'"),
         (("inspect", "nothing.json"), 2, "does not exist"),
+        (("evaluate", "--map", "nothing.json"), 2, "nothing.json does not exist (allocate.maps.nothing"),
         (("frobnicate",), 2, "No such command"),
     ],
 )
