@@ -16,6 +16,7 @@ import typer
 
 from mpqsearch._version import __version__
 from mpqsearch.errors import MpqsearchError
+from mpqsearch.progress import keep_interrupts
 
 if TYPE_CHECKING:
     from mpqsearch.stages import Run
@@ -174,6 +175,7 @@ def _fail(text: str, code: int) -> NoReturn:
 
 def main() -> None:
     """Entry point: exit codes 0 done, 2 usage or configuration, 3 infeasible budget, 4 stale artifact, 130 interrupted."""
+    keep_interrupts()
     try:
         app(standalone_mode=True)
     except MpqsearchError as error:
