@@ -32,6 +32,7 @@ from mpqsearch.distill.teacher import TeacherSource, TeacherStep
 from mpqsearch.distill.trd import FeatureTap, TimeSmoothedRelations, TRDSpec, find_feature_module
 from mpqsearch.errors import ConfigError, NumericsError, UnknownNameError
 from mpqsearch.models import Denoiser
+from mpqsearch.quant import held_weights
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Arithmetic of the student's forward pass; weights, losses and optimiser state are float32 in all of them."""
@@ -256,8 +257,9 @@ class _Run:
             group["lr"] = start * rate
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3)
-        for k in range(self.spec.accumulate):
-            totals += self._window(done * self.spec.accumulate + k, done)
+        with held_weights(self.student):
+            for k in range(self.spec.accumulate):
+                totals += self._window(done * self.spec.accumulate + k, done)
         totals /= self.spec.accumulate
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)

@@ -346,6 +346,72 @@ def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
         kurtosis[c] = fourth / (variance * variance) if variance / (unit * unit) > 1e-30 else 0.0
 
 
+@_jit(inline="always")
+def _code(x: Any, step: Any, zero: Any, top: Any) -> Any:
+    """The code before and after clipping; what is not a number stays so, as in torch."""
+    code = np.rint(x / step + zero)
+    low = np.float32(0) if code < np.float32(0) else code
+    return code, (top if low > top else low)
+
+
+@_jit()  # no fast mathematics: codes must be those of the quantizer that is deployed
+def fake_quantize(rows: Any, step: Any, zero: Any, per: int, first: int, top: Any, out: Any) -> None:
+    """``(clip(round(x / step) + zero) - zero) step`` of ``rows`` ``[R, L]`` into ``out``.
+
+    ``step`` is ``[K, 1]`` or ``[K, L]`` and ``zero`` ``[K]``; row ``r`` has those of ``(first + r) // per``.
+    """
+    for r in range(rows.shape[0]):
+        k = (first + r) // per
+        row, to, z = rows[r], out[r], zero[k]
+        if step.shape[1] == 1:
+            s = step[k, 0]
+            for j in range(row.shape[0]):
+                _, code = _code(row[j], s, z, top)
+                to[j] = (code - z) * s
+        else:
+            steps = step[k]
+            for j in range(row.shape[0]):
+                _, code = _code(row[j], steps[j], z, top)
+                to[j] = (code - z) * steps[j]
+
+
+@_jit(fastmath={"reassoc", "nsz"})
+def fake_quantize_gradients(
+    rows: Any, grad: Any, step: Any, zero: Any, per: int, first: int, top: Any, to_rows: Any, to_step: Any, to_zero: Any
+) -> None:
+    """Straight-through gradient of `fake_quantize` into ``to_rows``, and by row the sums ``g (y - x inside)`` and ``g step (1 - inside)``."""
+    for r in range(rows.shape[0]):
+        k = (first + r) // per
+        z, shared = zero[k], step.shape[1] == 1
+        steps = step[k]
+        s = steps[0]
+        one: Any = 0.0
+        two: Any = 0.0
+        for start in range(0, rows.shape[1], CHUNK):
+            row, g, to = rows[r, start : start + CHUNK], grad[r, start : start + CHUNK], to_rows[r, start : start + CHUNK]
+            a, b = np.float32(0), np.float32(0)
+            if shared:
+                for j in range(row.shape[0]):
+                    raw, code = _code(row[j], s, z, top)
+                    inside = np.float32(1) if raw == code else np.float32(0)
+                    kept = g[j] * inside
+                    to[j] = kept
+                    a += g[j] * (code - z) * s - kept * row[j]
+                    b += (g[j] - kept) * s
+            else:
+                part = steps[start : start + CHUNK]
+                for j in range(row.shape[0]):
+                    raw, code = _code(row[j], part[j], z, top)
+                    inside = np.float32(1) if raw == code else np.float32(0)
+                    kept = g[j] * inside
+                    to[j] = kept
+                    a += g[j] * (code - z) * part[j] - kept * row[j]
+                    b += (g[j] - kept) * part[j]
+            one += a
+            two += b
+        to_step[r], to_zero[r] = one, two
+
+
 TILE = 16
 """Rows that share one pass over a row of a second moment."""
 

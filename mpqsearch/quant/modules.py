@@ -7,6 +7,7 @@ EfficientDM), so nothing is left of them at inference.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -141,13 +142,16 @@ class WeightQuantizer(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.n_groups = 1 if stored.factor is None else len(stored.factor)
         self.dtype = weight.dtype
+        self._held: tuple[Tensor, ...] = ()  # a tuple, so that no checkpoint takes the tensor for a part of the module
 
     def rows(self) -> Tensor:
         """The weight before quantization ``[C, D]``, low-rank update merged."""
         return torch.addmm(self.base, self.lora_b, self.lora_a) if hasattr(self, "lora_a") else self.base
 
     def forward(self) -> Tensor:
-        """The fake-quantized weight in the layer's own shape and dtype."""
+        """The fake-quantized weight in the layer's own shape and dtype; inside `held_weights` the one that is held."""
+        if self._held:
+            return self._held[0]
         rows = _QuantizeRows.apply(  # type: ignore[no-untyped-call]
             self.rows(), self.scale, self.zero, self.top, self.fixed_zero, self.factor, self.full, True
         )
@@ -238,6 +242,28 @@ class QuantLayer(nn.Module):
         if self.input_quantizer is not None:
             attach_quantizer(made, self.input_quantizer)
         return made
+
+
+@contextlib.contextmanager
+def held_weights(student: nn.Module) -> Iterator[None]:
+    """Quantize every weight once for all forward and backward passes inside the block, and once backward when it ends.
+
+    Inside, weights are leaves that collect gradients: backward passes, of which there may be any number, stop at them. The end of the block
+    hands the sums on to what is trained, which is the same by linearity. Parameters must not change inside. After an exception nothing is
+    handed on. Holds one copy of the weights and one of their gradients.
+    """
+    quantizers = [m for m in student.modules() if isinstance(m, WeightQuantizer)]
+    try:
+        made = [q() for q in quantizers]
+        for quantizer, weight in zip(quantizers, made, strict=True):
+            quantizer._held = (weight.detach().requires_grad_(weight.requires_grad),)
+        yield
+        used = [(w, q._held[0].grad) for q, w in zip(quantizers, made, strict=True) if q._held[0].grad is not None]
+    finally:
+        for quantizer in quantizers:
+            quantizer._held = ()
+    if used:
+        torch.autograd.backward(*zip(*used, strict=True))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from mpqsearch.quant import (
     decode,
     encode,
     finalize,
+    held_weights,
     load_trainable_state,
     param_groups,
     quant_layers,
@@ -26,7 +27,7 @@ from mpqsearch.quant import (
     trainable_state,
     weight_of,
 )
-from mpqsearch.quant.modules import _QuantizeRows
+from mpqsearch.quant.modules import Trainable, _QuantizeRows
 from mpqsearch.testing import tiny_denoiser
 
 GEOMETRIES = [
@@ -191,6 +192,37 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
             denoiser.with_module(made.module).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels)
         )
     assert not any("lora" in k for k in made.module.state_dict())
+
+
+@pytest.mark.parametrize("trainable", ["scales", "lora", "all"])
+def test_held_weights_collect_the_gradients_of_all_passes(trainable: Trainable) -> None:
+    root, table, bit_map = one_layer(nn.Conv2d(4, 6, 3), [2, 3, 16])
+    student = build_student(root, table, bit_map, trainable=trainable)
+    inputs = [torch.randn(2, 4, 8, 8) for _ in range(3)]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        student.zero_grad()
+        return found
+
+    for x in inputs:
+        student.layer(x).square().sum().backward()  # type: ignore[operator]
+    apart = gradients()
+    quantizer = student.layer.weight_quantizer  # type: ignore[union-attr]
+    with held_weights(student):
+        assert quantizer() is quantizer()  # type: ignore[operator]
+        for x in inputs:
+            student.layer(x).square().sum().backward()  # type: ignore[operator]
+        assert quantizer.scale.grad is None, "what is trained is reached once, at the end"  # type: ignore[union-attr]
+    together = gradients()
+    assert together.keys() == apart.keys()
+    for name, grad in apart.items():
+        torch.testing.assert_close(together[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+    with pytest.raises(ValueError, match="midway"), held_weights(student):
+        student.layer(inputs[0]).square().sum().backward()  # type: ignore[operator]
+        raise ValueError("midway")
+    assert not any(name.endswith("scale") for name in gradients()), "after an exception nothing is handed on"
+    assert quantizer() is not quantizer()  # type: ignore[operator]
 
 
 def test_low_rank_update_merges_before_quantization() -> None:
