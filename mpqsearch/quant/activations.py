@@ -7,7 +7,6 @@ call or two, other step counts and interrupted sampling all do what is meant; th
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models.calls import TIMESTEP_ARGUMENTS
 from mpqsearch.quant.rows import rows_of, stored_scale
-from mpqsearch.quant.search import compiled, in_threads, shares
+from mpqsearch.quant.search import run_in_shares, takes_compiled
 from mpqsearch.quant.tables import stored_factors
 
 BINS = 2048
@@ -258,56 +257,47 @@ class _CompiledQuantizeActivation(torch.autograd.Function):
         top: int,
         lsq: bool,
     ) -> Tensor:
-        x = x.contiguous()
+        x = x.detach().contiguous()
         s, z = stored_scale(scale), zero.round().clamp(0, top)
         if index is not None:
             s, z = s[index], z[index]
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(x, s, z, index, factor)
-            ctx.steps, ctx.top, ctx.lsq = len(scale), top, lsq
+            ctx.steps, ctx.top, ctx.lsq = scale.shape[0], top, lsq
         out = torch.empty_like(x)
-        rows, steps, zeros = _rows_and_steps(x, s, z, factor)
-        _in_shares("fake_quantize", rows, steps, zeros, top, rows.detach().numpy(), out=(out.view_as(rows).numpy(),))
+        rows, *constants = _rows_and_steps(x, s, z, factor)
+        run_in_shares("fake_quantize", (rows, out.view_as(rows)), (*constants, np.float32(top)))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, s, z, index, factor = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        gx = torch.empty_like(x)
-        rows, steps, zeros = _rows_and_steps(x, s, z, factor)
-        sums = torch.empty(2, len(rows), dtype=torch.float64)
-        given, out = (rows.numpy(), grad.view_as(rows).numpy()), (gx.view_as(rows).numpy(), sums[0].numpy(), sums[1].numpy())
-        _in_shares("fake_quantize_gradients", rows, steps, zeros, ctx.top, *given, out=out)
-        parts = len(s)
-        gs, lost = sums.view(2, parts, -1).sum(2).float()
-        weight = (grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0
-        gs, gz = gs / s * weight, -lost * weight
+        grad, gx = grads[0].contiguous(), torch.empty_like(x)
+        rows, *constants = _rows_and_steps(x, s, z, factor)
+        sums = torch.empty(2, rows.shape[0], dtype=torch.float64)
+        by_row = (rows, grad.view_as(rows), gx.view_as(rows), sums[0], sums[1])
+        run_in_shares("fake_quantize_gradients", by_row, (*constants, np.float32(ctx.top)))
+        parts = s.shape[0]
+        gs, gz = (
+            sums.view(2, parts, -1).sum(2, dtype=torch.float32).mul_((grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0)
+        )
+        gs.div_(s)
         if index is not None:
             gs, gz = (g.new_zeros(ctx.steps).index_add_(0, index, g) for g in (gs, gz))
         return gx, gs, gz, None, None, None, None
 
 
-def _rows_and_steps(x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` as rows ``[R, L]`` with their steps ``[K, 1]`` or ``[K, L]`` and zero points ``[K]``, K a divisor of R, as the kernels take them."""
+def _rows_and_steps(x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None) -> tuple[Tensor, Any, Any, int]:
+    """``x`` as rows ``[R, L]``, steps ``[K, 1]`` or ``[K, L]``, zero points ``[K]`` and how many rows in turn share one: as the kernels take them."""
     if factor is None:
-        return x.view(len(x), -1), s[:, None], z
-    if factor.dim() == 1:  # of the last dimension
-        return x.view(-1, len(factor)), s[:, None] * factor, z
-    n, c = len(x), len(factor)
-    steps = (s[:, None] * factor.view(1, c)).expand(n, c)
-    return x.view(n * c, -1), steps.reshape(-1, 1), z[:, None].expand(n, c).reshape(-1)
-
-
-def _in_shares(kernel: str, rows: Tensor, steps: Tensor, zeros: Tensor, top: int, *given: Any, out: tuple[Any, ...]) -> None:
-    """Run a kernel over the rows, in as many threads as torch uses where there is enough to do."""
-    run = getattr(importlib.import_module("mpqsearch.quant.kernels"), kernel)
-    per, s, z, t = len(rows) // len(steps), steps.numpy(), zeros.numpy(), np.float32(top)
-
-    def work(block: slice) -> None:
-        run(*(a[block] for a in given), s, z, per, block.start, t, *(a[block] for a in out))
-
-    in_threads(work, rows, shares(rows))
+        rows, steps = x.view(x.shape[0], -1), s[:, None]
+    elif factor.dim() == 1:  # of the last dimension
+        rows, steps = x.view(-1, factor.shape[0]), s[:, None] * factor
+    else:
+        n, c = x.shape[0], factor.shape[0]
+        rows, steps = x.view(n * c, -1), (s[:, None] * factor.view(1, c)).expand(n, c).reshape(-1, 1)
+        z = z[:, None].expand(n, c).reshape(-1)
+    return rows, steps.numpy(), z.numpy(), rows.shape[0] // steps.shape[0]
 
 
 def _dots(a: Tensor, b: Tensor, parts: int) -> Tensor:
@@ -348,8 +338,7 @@ class ActivationQuantizer(nn.Module):
         if factor is not None and not self.channels_last:
             factor = factor.view(-1, *(1,) * (x.dim() - 2))
         wanted = x.float()
-        plain = torch.compiler.is_compiling() or type(wanted) not in (Tensor, nn.Parameter) or compiled(wanted) is None
-        quantize = _QuantizeActivation if plain else _CompiledQuantizeActivation
+        quantize = _CompiledQuantizeActivation if takes_compiled(wanted) else _QuantizeActivation
         y: Tensor = quantize.apply(wanted, self.scale, self.zero, index, factor, self.top, True)  # type: ignore[no-untyped-call]
         return y.to(x.dtype)
 

@@ -350,12 +350,12 @@ def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
 def _code(x: Any, step: Any, zero: Any, top: Any) -> Any:
     """The code before and after clipping; what is not a number stays so, as in torch."""
     code = np.rint(x / step + zero)
-    low = np.float32(0) if code < np.float32(0) else code
-    return code, (top if low > top else low)
+    low = np.float32(0) if code < np.float32(0) else code  # noqa: FURB136
+    return code, (top if low > top else low)  # noqa: FURB136
 
 
 @_jit()  # no fast mathematics: codes must be those of the quantizer that is deployed
-def fake_quantize(rows: Any, step: Any, zero: Any, per: int, first: int, top: Any, out: Any) -> None:
+def fake_quantize(rows: Any, out: Any, step: Any, zero: Any, per: int, top: Any, first: int) -> None:
     """``(clip(round(x / step) + zero) - zero) step`` of ``rows`` ``[R, L]`` into ``out``.
 
     ``step`` is ``[K, 1]`` or ``[K, L]`` and ``zero`` ``[K]``; row ``r`` has those of ``(first + r) // per``.
@@ -377,9 +377,9 @@ def fake_quantize(rows: Any, step: Any, zero: Any, per: int, first: int, top: An
 
 @_jit(fastmath={"reassoc", "nsz"})
 def fake_quantize_gradients(
-    rows: Any, grad: Any, step: Any, zero: Any, per: int, first: int, top: Any, to_rows: Any, to_step: Any, to_zero: Any
+    rows: Any, grad: Any, to_rows: Any, to_step: Any, to_zero: Any, step: Any, zero: Any, per: int, top: Any, first: int
 ) -> None:
-    """Straight-through gradient of `fake_quantize` into ``to_rows``, and by row the sums ``g (y - x inside)`` and ``g step (1 - inside)``."""
+    """Straight-through gradient of `fake_quantize` into ``to_rows``, and by row the sums ``g (y - x inside)`` and ``-g step (1 - inside)``."""
     for r in range(rows.shape[0]):
         k = (first + r) // per
         z, shared = zero[k], step.shape[1] == 1
@@ -397,7 +397,7 @@ def fake_quantize_gradients(
                     kept = g[j] * inside
                     to[j] = kept
                     a += g[j] * (code - z) * s - kept * row[j]
-                    b += (g[j] - kept) * s
+                    b += (kept - g[j]) * s
             else:
                 part = steps[start : start + CHUNK]
                 for j in range(row.shape[0]):
@@ -406,10 +406,72 @@ def fake_quantize_gradients(
                     kept = g[j] * inside
                     to[j] = kept
                     a += g[j] * (code - z) * part[j] - kept * row[j]
-                    b += (g[j] - kept) * part[j]
+                    b += (kept - g[j]) * part[j]
             one += a
             two += b
         to_step[r], to_zero[r] = one, two
+
+
+@_jit()  # as above
+def fake_quantize_rows(rows: Any, out: Any, scale: Any, zero: Any, top: Any, full: Any, factor: Any, first: int) -> None:
+    """Rows ``[C, D]`` through a quantizer each: the operations of `rows.encode` and `rows.decode` in their order.
+
+    ``factor`` is ``[1, D]``, or has a row for every row of the whole, of which ``first`` is the first here.
+    """
+    for r in range(rows.shape[0]):
+        row, to, s, z, t = rows[r], out[r], scale[r], zero[r], top[r]
+        if full[r]:
+            to[:] = row
+            continue
+        f = factor[min(first + r, factor.shape[0] - 1)]
+        for j in range(row.shape[0]):
+            _, code = _code(row[j] * f[j], s, z, t)
+            to[j] = (code - z) * s / f[j]
+
+
+@_jit(fastmath={"reassoc", "nsz"})
+def fake_quantize_rows_gradients(
+    rows: Any,
+    grad: Any,
+    to_rows: Any,
+    to_scale: Any,
+    to_zero: Any,
+    scale: Any,
+    zero: Any,
+    top: Any,
+    full: Any,
+    fixed_zero: Any,
+    factor: Any,
+    lsq: bool,
+    first: int,
+) -> None:
+    """Straight-through gradients of `fake_quantize_rows`; those of scale and zero point over ``sqrt(D top)`` with ``lsq``."""
+    for r in range(rows.shape[0]):
+        s, z, t = scale[r], zero[r], top[r]
+        to_scale[r], to_zero[r] = 0, 0
+        if full[r]:
+            to_rows[r] = grad[r]
+            continue
+        one: Any = 0.0
+        two: Any = 0.0
+        factors = factor[min(first + r, factor.shape[0] - 1)]
+        for start in range(0, rows.shape[1], CHUNK):
+            row, g, to = rows[r, start : start + CHUNK], grad[r, start : start + CHUNK], to_rows[r, start : start + CHUNK]
+            f = factors[start : start + CHUNK]
+            a, b = np.float32(0), np.float32(0)
+            for j in range(row.shape[0]):
+                raw, code = _code(row[j] * f[j], s, z, t)
+                inside = np.float32(1) if raw == code else np.float32(0)
+                kept = g[j] * inside
+                to[j] = kept
+                a += g[j] * ((code - z) * s / f[j]) - kept * row[j]
+                b += (kept - g[j]) / f[j]
+            one += a
+            two += b
+        weight = 1 / np.sqrt(float(t) * rows.shape[1]) if lsq else 1.0
+        to_scale[r] = one / s * weight
+        if not fixed_zero[r]:
+            to_zero[r] = two * s * weight
 
 
 TILE = 16

@@ -20,6 +20,7 @@ from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.quant.activations import ActivationQuantizer, ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, check_moments, moment_of, owners_of, quantize_weight
 from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
+from mpqsearch.quant.search import run_in_shares, takes_compiled
 
 Trainable = Literal["none", "scales", "lora", "all"]
 """``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank updates of the
@@ -76,6 +77,41 @@ class _QuantizeRows(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 gz = (-(lost if factor is None else lost.div_(factor)).sum(1) * s * weight).masked_fill(fixed_zero, 0)
         return (gw if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None, None
+
+
+class _CompiledQuantizeRows(torch.autograd.Function):
+    """The same in one compiled pass each way, which keeps nothing but the rows; equal bit for bit."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        top: Tensor,
+        fixed_zero: Tensor,
+        factor: Tensor | None,
+        full: Tensor | None,
+        lsq: bool,
+    ) -> Tensor:
+        s, z = _as_stored(scale, zero, top, fixed_zero)
+        whole = torch.zeros(rows.shape[0], dtype=torch.bool)
+        if full is not None:
+            whole[full] = True
+        rows, factors = rows.detach().contiguous(), rows.new_ones(1, rows.shape[1]) if factor is None else factor
+        ctx.save_for_backward(rows, s, z, top, whole, fixed_zero, factors)
+        ctx.lsq = lsq
+        out = torch.empty_like(rows)
+        run_in_shares("fake_quantize_rows", (rows, out, s, z, top, whole), (factors.numpy(),))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *constants, factors = ctx.saved_tensors
+        gw, gs, gz = torch.empty_like(rows), rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
+        by_row = (rows, grads[0].contiguous(), gw, gs, gz, *constants)
+        run_in_shares("fake_quantize_rows_gradients", by_row, (factors.numpy(), ctx.lsq))
+        return gw, gs, gz, None, None, None, None, None
 
 
 def _as_stored(scale: Tensor, zero: Tensor, top: Tensor, fixed_zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,10 +188,10 @@ class WeightQuantizer(nn.Module):
         """The fake-quantized weight in the layer's own shape and dtype; inside `held_weights` the one that is held."""
         if self._held:
             return self._held[0]
-        rows = _QuantizeRows.apply(  # type: ignore[no-untyped-call]
-            self.rows(), self.scale, self.zero, self.top, self.fixed_zero, self.factor, self.full, True
-        )
-        return weight_of(rows, self.layer).to(self.dtype)
+        rows = self.rows()
+        quantize = _CompiledQuantizeRows if takes_compiled(rows) else _QuantizeRows
+        made = quantize.apply(rows, self.scale, self.zero, self.top, self.fixed_zero, self.factor, self.full, True)  # type: ignore[no-untyped-call]
+        return weight_of(made, self.layer).to(self.dtype)
 
     @torch.no_grad()
     def stored(self) -> QuantizedRows:
@@ -263,7 +299,7 @@ def held_weights(student: nn.Module) -> Iterator[None]:
         for quantizer in quantizers:
             quantizer._held = ()
     if used:
-        torch.autograd.backward(*zip(*used, strict=True))
+        torch.autograd.backward([w for w, _ in used], [g for _, g in used])
 
 
 @torch.no_grad()

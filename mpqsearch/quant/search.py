@@ -122,6 +122,36 @@ def compiled(rows: Tensor, *, times: int = 1) -> ModuleType | None:
     return importlib.import_module("mpqsearch.quant.kernels")
 
 
+def takes_arrays(x: Tensor) -> bool:
+    """Whether numpy can read this float32 tensor: not while something traces the model."""
+    return x.dtype == torch.float32 and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def takes_compiled(x: Tensor) -> bool:
+    """Whether the compiled fake quantization takes this tensor; of any size, since a call costs no more than a few of torch's operations."""
+    return compiled(x, times=COMPILED_WEIGHTS) is not None and takes_arrays(x)
+
+
+def run_in_shares(kernel: str, by_row: Sequence[Tensor], for_all: Sequence[Any]) -> None:
+    """Run a compiled kernel over rows, in as many threads as torch uses where there is enough to do.
+
+    ``by_row`` are tensors without a graph with a row (or a number) for each row; ``for_all`` is what every share is given whole. The last
+    argument is the number of the first row.
+    """
+    run = _kernel(kernel)
+    arrays = [x.numpy() for x in by_row]
+    if by_row[0].numel() < 2 * BLOCK:
+        run(*arrays, *for_all, 0)
+        return
+    in_threads(lambda p: run(*(a[p] for a in arrays), *for_all, p.start), by_row[0], shares(by_row[0]))
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(importlib.import_module("mpqsearch.quant.kernels"), name)
+    return found
+
+
 def as_array(rows: Tensor) -> Any:
     """A block of rows as the kernels take it: float32, contiguous."""
     return rows.detach().float().contiguous().numpy()

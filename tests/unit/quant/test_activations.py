@@ -82,8 +82,12 @@ def test_the_compiled_pass_equals_the_plain_one(shape: tuple[int, ...], per_samp
         shape = (*shape, 1)
     x = torch.randn(shape)
     x.view(-1)[::500] = 40.0
-    weight = torch.randn(shape[0], shape[1], *shape[:1:-1]).permute(0, 1, *range(len(shape) - 1, 1, -1))  # not contiguous from 4 dimensions
-    factor = {"no": None, "rows": torch.rand(shape[1], *(1,) * (len(shape) - 2)) + 0.5, "columns": torch.rand(shape[-1]) + 0.5}[prescaled]
+    weight = torch.randn(shape[0], shape[1], *shape[:1:-1]).permute(
+        0, 1, *range(len(shape) - 1, 1, -1)
+    )  # not contiguous from 4 dimensions
+    factor = {"no": None, "rows": torch.rand(shape[1], *(1,) * (len(shape) - 2)) + 0.5, "columns": torch.rand(shape[-1]) + 0.5}[
+        prescaled
+    ]
     index = torch.arange(shape[0]) % 3 if per_sample else None
     scale, zero = torch.tensor([0.25, 0.5, 0.3])[: 3 if per_sample else 1], torch.tensor([3.0, 8.4, -2.0])[: 3 if per_sample else 1]
     found = []

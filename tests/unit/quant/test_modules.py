@@ -27,7 +27,7 @@ from mpqsearch.quant import (
     trainable_state,
     weight_of,
 )
-from mpqsearch.quant.modules import Trainable, _QuantizeRows
+from mpqsearch.quant.modules import Trainable, _CompiledQuantizeRows, _QuantizeRows
 from mpqsearch.testing import tiny_denoiser
 
 GEOMETRIES = [
@@ -93,9 +93,10 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
         assert student.layer(x, output_size=size).shape[2:] == torch.Size(size)
 
 
+@pytest.mark.parametrize("quantize", [_QuantizeRows, _CompiledQuantizeRows])
 @pytest.mark.parametrize("prescaled", [False, True])
 @pytest.mark.parametrize("codebook", ["affine", "midrise"])
-def test_gradients_against_finite_differences_away_from_ties(codebook: str, prescaled: bool) -> None:
+def test_gradients_against_finite_differences_away_from_ties(codebook: str, prescaled: bool, quantize: type) -> None:
     # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) / f where clipped,
     # else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in float64 are its oracle.
     torch.manual_seed(0)
@@ -108,7 +109,7 @@ def test_gradients_against_finite_differences_away_from_ties(codebook: str, pres
     fixed = torch.full((5,), codebook == "midrise")
     weight = torch.randn(5, 9)
     leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
-    out = _QuantizeRows.apply(*leaves, top, fixed, factor, full, False)  # type: ignore[no-untyped-call]
+    out = quantize.apply(*leaves, top, fixed, factor, full, False)  # type: ignore[attr-defined]
     (out * weight).sum().backward()
 
     f = torch.ones(1, 9).double() if factor is None else factor.double()
@@ -137,6 +138,27 @@ def test_gradients_against_finite_differences_away_from_ties(codebook: str, pres
             numeric.zero_()  # the zero of a mid-rise codebook is no parameter
         torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     assert 0 < int(inside[:4].sum()) < 36, "both branches must be seen"
+
+
+@pytest.mark.parametrize("factors", [0, 1, 70])
+def test_the_compiled_pass_equals_the_plain_one(factors: int) -> None:
+    torch.manual_seed(2)
+    rows, weight = torch.randn(70, 1100), torch.randn(1100, 70).T
+    top = torch.exp2(torch.arange(70) % 8 + 1.0) - 1
+    scale, zero = 4 / (top + 1), top / 2 + torch.randn(70)
+    fixed, full = torch.arange(70) % 3 == 0, torch.tensor([3, 69])
+    factor = torch.rand(factors, 1100) + 0.5 if factors else None
+    found = []
+    for quantize in (_QuantizeRows, _CompiledQuantizeRows):
+        leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
+        out = quantize.apply(*leaves, top, fixed, factor, full, True)  # type: ignore[no-untyped-call]
+        (out * weight).sum().backward()
+        found.append((out.detach(), *(leaf.grad for leaf in leaves)))
+    for k, (plain, one_pass) in enumerate(zip(*found, strict=True)):
+        if k < 2:  # the output and the gradient of the weights, bit for bit
+            assert torch.equal(plain, one_pass)
+        else:
+            torch.testing.assert_close(one_pass, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 def test_straight_through_is_the_gradient_of_the_layer_at_the_quantized_weight() -> None:
