@@ -54,7 +54,7 @@ def use_backend(name: Backend) -> Backend:
     """
     if name not in ("auto", "torch", "numba"):
         raise ConfigError(f"unknown backend {name!r} of the range search. Known: auto, torch, numba.")
-    if name == "numba" and importlib.util.find_spec("numba") is None:
+    if name == "numba" and not _numba_installed():
         raise ConfigError("the backend 'numba' of the range search needs numba: pip install 'mpqsearch[fast]'")
     previous, _backend[0] = _backend[0], name
     return previous
@@ -117,9 +117,14 @@ def compiled(rows: Tensor, *, times: int = 1) -> ModuleType | None:
     """The compiled kernels when this call should use them, else None. ``times``: what they save for each weight, in units of a range search."""
     if _backend[0] == "torch" or rows.device.type != "cpu":
         return None
-    if _backend[0] == "auto" and (rows.numel() * times < COMPILED_WEIGHTS or importlib.util.find_spec("numba") is None):
+    if _backend[0] == "auto" and (rows.numel() * times < COMPILED_WEIGHTS or not _numba_installed()):
         return None
     return importlib.import_module("mpqsearch.quant.kernels")
+
+
+@functools.cache
+def _numba_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None  # looks through every folder where it is not
 
 
 def takes_arrays(x: Tensor) -> bool:

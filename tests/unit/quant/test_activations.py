@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
@@ -24,13 +25,15 @@ from mpqsearch.quant.activations import BINS, TimestepClock, _CompiledQuantizeAc
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.testing import tiny_denoiser
 
+needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")
+
 
 def uniform(table: LayerTable, weight: int, act: int, **kwargs: object) -> BitMap:
     weights = {la.name: np.array(weight) for la in table}
     return BitMap(model_digest=table.digest, weights=weights, activations={la.name: act for la in table}, **kwargs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("quantize", [_QuantizeActivation, _CompiledQuantizeActivation])
+@pytest.mark.parametrize("quantize", [_QuantizeActivation, pytest.param(_CompiledQuantizeActivation, marks=needs_numba)])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("prescaled", [False, True])
 def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, prescaled: bool, quantize: type) -> None:
@@ -73,6 +76,7 @@ def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, p
     assert 0 < int(inside.sum()) < inside.numel(), "both branches must be seen"
 
 
+@needs_numba
 @pytest.mark.parametrize("shape", [(4, 6, 7, 90), (4, 50, 6), (3, 2050)])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("prescaled", ["no", "rows", "columns"])
@@ -103,6 +107,7 @@ def test_the_compiled_pass_equals_the_plain_one(shape: tuple[int, ...], per_samp
             torch.testing.assert_close(one_pass, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
+@needs_numba
 def test_what_is_not_finite_passes_the_compiled_quantizer_as_it_does_the_plain_one() -> None:
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
     plain, compiled = (q.apply(x, torch.tensor([0.5]), torch.tensor([3.0]), None, None, 15, True)  # type: ignore[no-untyped-call]

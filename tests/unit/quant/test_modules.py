@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ GEOMETRIES = [
     nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1),
     nn.ConvTranspose3d(2, 3, 2),
 ]
+
+
+needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")
 
 
 def spec_of(module: nn.Module, name: str = "layer") -> LayerSpec:
@@ -93,7 +97,7 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
         assert student.layer(x, output_size=size).shape[2:] == torch.Size(size)
 
 
-@pytest.mark.parametrize("quantize", [_QuantizeRows, _CompiledQuantizeRows])
+@pytest.mark.parametrize("quantize", [_QuantizeRows, pytest.param(_CompiledQuantizeRows, marks=needs_numba)])
 @pytest.mark.parametrize("prescaled", [False, True])
 @pytest.mark.parametrize("codebook", ["affine", "midrise"])
 def test_gradients_against_finite_differences_away_from_ties(codebook: str, prescaled: bool, quantize: type) -> None:
@@ -140,6 +144,7 @@ def test_gradients_against_finite_differences_away_from_ties(codebook: str, pres
     assert 0 < int(inside[:4].sum()) < 36, "both branches must be seen"
 
 
+@needs_numba
 @pytest.mark.parametrize("factors", [0, 1, 70])
 def test_the_compiled_pass_equals_the_plain_one(factors: int) -> None:
     torch.manual_seed(2)

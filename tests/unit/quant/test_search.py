@@ -228,7 +228,7 @@ def test_square_errors_of_both_backends_agree() -> None:
 def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="torch, numba"):
         use_backend("cuda")  # type: ignore[arg-type]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(search, "_numba_installed", lambda: False)
     with pytest.raises(ConfigError, match=r"mpqsearch\[fast\]"):
         use_backend("numba")
     kept: Backend = use_backend("auto")
