@@ -24,6 +24,9 @@ GOLDEN = passes.GOLDEN
 SORTED_GROUPS = 256
 """Groups of moves that a search in one call tries first."""
 
+BUCKETS = 512
+"""Buckets of rates: few enough for the first-level cache, so many that hardly a step shares the one that matters."""
+
 LEAST_RATE = 1e-290
 """Below this a rate counts as zero."""
 
@@ -203,11 +206,16 @@ def _total_at(values: Any, sizes: Any, rate: float, best: Any, spent: Any) -> fl
     for j in range(k):
         losses, costs = values[j], sizes[j]
         for i in range(m):
-            value = losses[i] + rate * costs[i]
+            size = costs[i]  # read before anything is written, which might be the same memory: a later read keeps the loop scalar
+            value = losses[i] + rate * size
             better = value < best[i]
             best[i] = value if better else best[i]
-            spent[i] = costs[i] if better else spent[i]
-    return float(spent.sum())
+            spent[i] = size if better else spent[i]
+    even, odd = 0.0, 0.0
+    for i in range(0, m - 1, 2):  # two sums: neither waits for the other
+        even += spent[i]
+        odd += spent[i + 1]
+    return even + odd + (spent[m - 1] if m % 2 == 1 else 0.0)
 
 
 def _search_rate(
@@ -261,23 +269,30 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
     """
     k, m = values.shape
     costs = np.empty((k, m))
-    steepest, fall, rise = 0.0, 0.0, 0.0
+    cheap, lossy, dear, good = np.full(m, np.inf), np.full(m, np.inf), np.zeros(m), np.full(m, np.inf)
+    for j in range(k):
+        losses, spending = values[j], costs[j]
+        for i in range(m):
+            size, value = float(sizes[j, i]), losses[i]
+            spending[i] = size
+            size = size if value < np.inf else np.inf
+            cheaper = (size < cheap[i]) | ((size == cheap[i]) & (value < lossy[i]))
+            cheap[i] = size if cheaper else cheap[i]
+            lossy[i] = value if cheaper else lossy[i]
+            better = value < good[i]
+            dear[i] = size if better else dear[i]
+            good[i] = value if better else good[i]
+    steepest, fall, rise, slopes = 0.0, 0.0, 0.0, np.zeros(m)
+    for j in range(k):
+        losses, spending = values[j], costs[j]
+        for i in range(m):
+            wider = spending[i] - cheap[i]
+            slope = (lossy[i] - losses[i]) / wider if wider > 0.0 else 0.0
+            slopes[i] = max(slopes[i], slope)
     for i in range(m):
-        cheap, lossy, dear, good = np.inf, np.inf, 0.0, np.inf
-        for j in range(k):
-            size, value = float(sizes[j, i]), values[j, i]
-            costs[j, i] = size
-            if value == np.inf:
-                continue
-            if size < cheap or (size == cheap and value < lossy):
-                cheap, lossy = size, value
-            if value < good:
-                dear, good = size, value
-        for j in range(k):
-            if costs[j, i] > cheap:
-                steepest = max(steepest, (lossy - values[j, i]) / (costs[j, i] - cheap))
-        fall += lossy - good
-        rise += max(dear - cheap, 0.0)
+        steepest = max(steepest, slopes[i])
+        fall += lossy[i] - good[i]
+        rise += max(dear[i] - cheap[i], 0.0)
     if not (fall > 0.0 and rise > 0.0):
         return lowest, highest
     first, grain = fall / rise, 1.01
@@ -324,12 +339,13 @@ def _wrapped(values: Any, sizes: Any, base: Any, low: float) -> Any:
         for j in range(k):
             column, losses, spent = float(j), table[j], costs[j]
             for i in range(active):  # one lane width and no branches, as everywhere
-                wider = float(spent[i] - at_cost[i])
-                slope = (at_loss[i] - losses[i]) / wider if wider > 0.0 else -np.inf
-                better = (slope > steepest[i]) | ((slope == steepest[i]) & (wider > best[i]) & (wider > 0.0))
-                steepest[i] = slope if better else steepest[i]
-                best[i] = wider if better else best[i]
-                following[i] = column if better else following[i]
+                wider, gain = float(spent[i] - at_cost[i]), at_loss[i] - losses[i]
+                slope_so_far, best_so_far, following_so_far = steepest[i], best[i], following[i]
+                slope = gain / wider if wider > 0.0 else -np.inf
+                better = (slope > slope_so_far) | ((slope == slope_so_far) & (wider > best_so_far) & (wider > 0.0))
+                steepest[i] = slope if better else slope_so_far
+                best[i] = wider if better else best_so_far
+                following[i] = column if better else following_so_far
         if count + active > item.size:
             more = item.size + active
             item, to = np.concatenate((item, np.empty(more, np.int64))), np.concatenate((to, np.empty(more, np.int32)))
@@ -356,79 +372,73 @@ def _wrapped(values: Any, sizes: Any, base: Any, low: float) -> Any:
 
 
 def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
-    """Hull steps (of ``[k, m]`` losses and costs) from ``base``, steepest first, until one does not fit.
+    """Hull steps (of ``[k, m]`` losses and costs) from ``base``, steepest first, until one does not fit; ``low`` is >= 0.
 
-    The step in question is selected, not sorted for: parts of the steps are taken or left as a whole.
-    Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate, and the number of steps.
+    The step in question is selected, not sorted for: the steps are spread over buckets by the bits of their rates, which are in the
+    order of the rates as these are positive, and only the bucket that does not fit as a whole is looked into.
+    Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate.
     """
     m = values.shape[1]
     item, to, size, rate, count = wrapped(values, sizes, base, low)
     choice = np.empty(m, dtype=np.int32)
     for i in range(m):
         choice[i] = base[i]
-    taken = np.zeros(count, dtype=np.bool_)
-    active, steeper, flatter = np.arange(count), np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    n_active, missed = count, -1
-    while n_active > 0 and slack >= 0 and missed < 0:
-        first, middle, final = rate[active[0]], rate[active[n_active // 2]], rate[active[n_active - 1]]
-        pivot = max(min(first, middle), min(max(first, middle), final))
-        n_steeper, n_flatter, used = 0, 0, 0
-        for position in range(n_active):
+    bits, active, used = rate.view(np.int64), np.arange(count), np.empty(BUCKETS, dtype=np.int64)
+    missed = -1
+    while count > 0 and slack >= 0 and missed < 0:
+        least, most, shift = bits[active[0]], bits[active[0]], 0
+        for position in range(count):
+            least, most = min(least, bits[active[position]]), max(most, bits[active[position]])
+        while (most - least) >> shift >= BUCKETS:
+            shift += 1
+        used[:] = 0
+        for position in range(count):
             step_at = active[position]
-            if rate[step_at] > pivot:
-                steeper[n_steeper] = step_at
-                n_steeper += 1
-                used += size[step_at]
-            elif rate[step_at] < pivot:
-                flatter[n_flatter] = step_at
-                n_flatter += 1
-        if used > slack:
-            active, steeper = steeper, active
-            n_active = n_steeper
-            continue
-        slack -= used
-        for position in range(n_steeper):
-            taken[steeper[position]] = True
-        for position in range(n_active):  # equal rates in the order of the items
+            used[(bits[step_at] - least) >> shift] += size[step_at]
+        bucket = BUCKETS - 1
+        while bucket >= 0 and used[bucket] <= slack:
+            slack -= used[bucket]
+            bucket -= 1
+        inside = 0
+        for position in range(count):
             step_at = active[position]
-            if rate[step_at] != pivot:
-                continue
+            place = (bits[step_at] - least) >> shift
+            choice[item[step_at]] = to[step_at] if place > bucket else choice[item[step_at]]
+            active[inside] = step_at
+            inside += int(place == bucket)
+        count = inside
+        position = 0
+        while shift == 0 and count > 0 and missed < 0:  # all of one rate: in the order of the items
+            step_at = active[position]
             if size[step_at] > slack:
                 missed = step_at
-                break
-            taken[step_at] = True
-            slack -= size[step_at]
-        active, flatter = flatter, active
-        n_active = n_flatter
-    for step_at in range(count):
-        if taken[step_at]:
-            choice[item[step_at]] = to[step_at]
+            else:
+                choice[item[step_at]] = to[step_at]
+                slack -= size[step_at]
+                position += 1
     if missed < 0:
         return choice, missed, 0, 0, 0, 0.0
     return choice, missed, item[missed], np.int64(to[missed]), size[missed], rate[missed]
 
 
 def _smallest(values: Any, rank: int) -> float:
-    """The value of that rank (from 0), by selection in place. ``np.partition`` takes seconds to compile."""
-    low, high = 0, values.size - 1
-    while low < high:
-        pivot, left, right = values[(low + high) // 2], low, high
-        while left <= right:
-            while values[left] < pivot:
-                left += 1
-            while values[right] > pivot:
-                right -= 1
-            if left <= right:
-                values[left], values[right] = values[right], values[left]
-                left += 1
-                right -= 1
-        if rank <= right:
-            high = right
-        elif rank >= left:
-            low = left
+    """The value of that rank (from 0), by selection; overwrites ``values``. ``np.partition`` takes seconds to compile."""
+    count, smaller, larger = values.size, np.empty_like(values), np.empty_like(values)
+    while True:
+        first, middle, final = values[0], values[count // 2], values[count - 1]
+        pivot = max(min(first, middle), min(max(first, middle), final))
+        n_smaller, n_larger = 0, 0
+        for i in range(count):
+            smaller[n_smaller], larger[n_larger] = values[i], values[i]
+            n_smaller += int(values[i] < pivot)
+            n_larger += int(values[i] > pivot)
+        if rank < n_smaller:
+            values, smaller, count = smaller, values, n_smaller
+        elif rank >= count - n_larger:
+            rank -= count - n_larger
+            values, larger, count = larger, values, n_larger
         else:
-            break
-    return float(values[rank])
+            return float(pivot)
 
 
 def _sorted_by(key: Any, order: Any) -> Any:
@@ -777,10 +787,14 @@ def _solve(
         choice, rows = cheapest(loss, cost), np.arange(n)
     else:
         picked = np.empty(sample, dtype=np.int64)
-        for i in range(sample):
-            first, last = i * n // sample, (i + 1) * n // sample
+        first, left = 0, 0
+        for i in range(sample):  # strata from i * n // sample on, without the division
+            last, left = first + n // sample, left + n % sample
+            if left >= sample:
+                last, left = last + 1, left - sample
             fraction = i * GOLDEN
             picked[i] = first + int((fraction - np.floor(fraction)) * (last - first))
+            first = last
         values, sizes = by_choice(loss, cost, picked)
         low, high = sampled_rates(values, sizes, limit * (sample / n), spreads, 0.0, np.inf)
         high = high if high < np.inf else 1.0

@@ -23,16 +23,16 @@ from mpqsearch.allocate.problem import Floats, Integers
 DIRECT_ITEMS = 4_096
 """Up to so many items the hulls of all of them are cheaper than bracketing."""
 
-SAMPLE_ITEMS = 4_096
+SAMPLE_ITEMS = 8_192
 """Most sampled items; the width of the bracket falls with the root of this."""
 
-SAMPLE_POWER = 2 / 3
+SAMPLE_POWER = 0.7
 """A sample takes n to this power: its own time and that of the items which its bracket leaves unsettled balance."""
 
-SPREADS = 1.8
+SPREADS = 1.5
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
 
-NEAR_MOVES = 150
+NEAR_MOVES = 80
 """Moves nearest to the break that the first improvement looks at."""
 
 QUICK_ITEMS = 250_000
