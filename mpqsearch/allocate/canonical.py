@@ -51,8 +51,9 @@ class Tables:
 def canonical_tables(problem: AllocationProblem) -> Tables:
     """Tables of ``problem`` without pins, masks and ties; nothing is copied when there are none."""
     loss = masked_loss(problem)
-    costs = tuple(budget.cost for budget in problem.budgets)
-    limits = tuple(budget.limit for budget in problem.budgets)
+    budgets = problem.budgets
+    costs = tuple(budget.cost for budget in budgets)
+    limits = tuple(budget.limit for budget in budgets)
     row = tie_rows(problem.tie_labels)
     if row is not None:
         loss = _sum_rows(loss.astype(np.float64), row)

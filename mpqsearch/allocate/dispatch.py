@@ -126,20 +126,22 @@ def finish(task: Task, answer: Answer) -> AllocationResult:
     loss, costs = problem.evaluate(choice)
     if not problem.permits(choice):
         raise SolverError(f"{answer.solver} returned a choice that breaks allowed, fixed, ties or layer rules.")
-    for budget, cost in zip(problem.budgets, costs, strict=True):
+    spent = list(zip(problem.budgets, costs, strict=True))
+    for budget, cost in spent:
         if cost > budget.limit:
             raise SolverError(f"{answer.solver} returned {budget.name} = {cost}, above the limit {budget.limit}.")
     dual = min(_dual_bound(task, answer), loss)
     bound = loss if answer.proven else min(max(answer.floor, dual), loss)
+    gap = relative_gap(loss, bound)
     choice.flags.writeable = False
     return AllocationResult(
-        status=_status(answer, relative_gap(loss, bound)),
+        status=_status(answer, gap),
         choice=choice,
         loss=loss,
         cost=costs[0],
-        costs={budget.name: cost for budget, cost in zip(problem.budgets, costs, strict=True)},
+        costs={budget.name: cost for budget, cost in spent},
         lower_bound=bound,
-        gap=relative_gap(loss, bound),
+        gap=gap,
         multipliers=answer.multipliers,
         dual_bound=dual,
         solver=answer.solver,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -399,7 +400,7 @@ def relative_gap(loss: float, bound: float) -> float:
     """Relative distance of ``loss`` from a lower ``bound``; 0 when they are equal, infinite without a bound."""
     if loss <= bound:
         return 0.0
-    if loss == 0 or not np.isfinite(bound):
+    if loss == 0 or not math.isfinite(bound):
         return float("inf")
     return (loss - bound) / abs(loss)
 
