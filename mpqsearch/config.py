@@ -220,6 +220,7 @@ class DistillConfig:
     lr_factor: float = 1.0
     weight_decay: float = 0.01
     ema: float = 0.0
+    timestep_weights: str = "uniform"
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"

@@ -2,9 +2,10 @@
 
 One optimiser step is one window of consecutive timesteps of a teacher trajectory (times `DistillSpec.accumulate`). The loss is
 
-    mean over the window of MSE(student's guided prediction, teacher's) + weight * relation loss of the window
+    mean over the window of w_t MSE(student's guided prediction, teacher's) + weight * relation loss of the window
 
 where MSE is the *mean* over samples and elements; the code of EfficientDM and MPQ-DM sums instead, which AdamW's step does not see.
+The weights ``w_t`` of timesteps are 1, or what the sampler makes of an error: see `DistillSpec.timestep_weights`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from mpqsearch.quant import held_weights
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Arithmetic of the student's forward pass; weights, losses and optimiser state are float32 in all of them."""
 
+TIMESTEP_WEIGHTS = ("uniform", "sampler")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillSpec:
@@ -50,6 +53,10 @@ class DistillSpec:
         Of AdamW.
     ema
         Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
+    timestep_weights
+        Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample for a unit of the mean
+        squared error of that timestep's prediction (`mpqsearch.sampling.prediction_gains`), with mean 1 over the timesteps. Models that predict
+        noise err most where there is little noise left, where it changes the sample least.
     clip_norm
         Largest norm of the gradient of all parameters together; 0: not clipped.
     accumulate
@@ -69,6 +76,7 @@ class DistillSpec:
     relation: TRDSpec = field(default_factory=TRDSpec)
     weight_decay: float = 0.01
     ema: float = 0.0
+    timestep_weights: str = "uniform"
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
@@ -80,6 +88,8 @@ class DistillSpec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS, "(distill.precision)")
+        if self.timestep_weights not in TIMESTEP_WEIGHTS:
+            raise UnknownNameError("timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)")
         if min(self.steps, self.accumulate, self.checkpoint_every, self.keep_last) < 1:
             raise ConfigError("distill: steps, accumulate, checkpoint_every and keep_last must be at least 1")
         if not 0 <= self.ema < 1:
@@ -235,6 +245,7 @@ class _Run:
             name = spec.relation.feature or find_feature_module(student)
             self.tap = FeatureTap(student, name, spec.relation.pooled_size)
         self.windows_per_trajectory = -(-len(source.timesteps) // spec.relation.window)
+        self.weights = _timestep_weights(source) if spec.timestep_weights == "sampler" else (1.0,) * len(source.timesteps)
         self.ceiling = 0.0
         self.seconds = 0.0
         self._windows: Iterator[list[TeacherStep]] = iter(())
@@ -286,11 +297,13 @@ class _Run:
         spec = self.spec.relation
         tasks: list[Tensor] = []
         scale = 1 / (len(window) * self.spec.accumulate)
+        first = index % self.windows_per_trajectory * spec.window
+        weights = self.weights[first : first + len(window)]
         for i, given in enumerate(window):
             t = torch.full((len(given.x),), given.timestep, dtype=torch.long, device=given.x.device)
             with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
                 prediction = self.denoiser.guided(given.x, t, given.cond, self.source.guidance)
-            task = F.mse_loss(prediction.float(), given.prediction.float())
+            task = F.mse_loss(prediction.float(), given.prediction.float()) * weights[i]
             if not bool(torch.isfinite(task)) and not self.scaler.is_enabled():
                 raise NumericsError(
                     self._advice(done, f"the loss is {float(task.detach())} at timestep {given.timestep}", self._blame(given))
@@ -306,7 +319,10 @@ class _Run:
         relation = self.relations.loss() if self.tap is not None else torch.zeros((), device=self.device)
         loss = torch.stack(tasks).sum() * scale + relation * (spec.weight / self.spec.accumulate)
         torch.autograd.backward(self.scaler.scale(loss))
-        power = torch.stack([given.prediction.square().mean() for given in window]).mean()
+        # What losses are held to. The relation loss has the same weight at all timesteps, so that small weights do not shrink it.
+        power = torch.stack(
+            [max(w, 1.0) * given.prediction.square().mean() for given, w in zip(window, weights, strict=True)]
+        ).mean()
         return torch.stack([torch.stack(tasks).mean(), relation, power]).detach().float().cpu()
 
     def _take(self, index: int) -> list[TeacherStep]:
@@ -468,6 +484,15 @@ class _Events:
             for key, value in state.to_data().items():
                 if key != "step":
                     self._writer.add_scalar(f"distill/{key}", value, state.step)
+
+
+def _timestep_weights(source: TeacherSource) -> tuple[float, ...]:
+    """The sampler's gains, scaled to mean 1."""
+    gains = source.gains()
+    total = sum(gains)
+    if not total > 0:
+        raise ConfigError("distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform")
+    return tuple(g * len(gains) / total for g in gains)
 
 
 def _windows(steps: Iterator[TeacherStep], size: int) -> Iterator[list[TeacherStep]]:

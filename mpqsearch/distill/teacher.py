@@ -16,10 +16,13 @@ from mpqsearch.artifacts import atomic_write, digest_of
 from mpqsearch.distill.trd import FeatureTap
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.models import Condition, Denoiser
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, timesteps_of, trajectory
+from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, prediction_gains, timesteps_of, trajectory
 
 FIRST_SEED = 2_000_000
 """Seeds of training noise start here: neither those of evaluation (from 0) nor those of calibration (from 1,000,000)."""
+
+GAIN_SAMPLES = 8
+"""Samples, or a batch if that is more, from which the gains of timesteps are estimated."""
 
 SEEDS_APART = 1_000_000
 """Training runs of different ``seed`` draw noise from ranges of this length."""
@@ -53,6 +56,10 @@ class TeacherSource(Protocol):
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """The steps of trajectory ``index``, always the same for the same index."""
+        ...
+
+    def gains(self) -> tuple[float, ...]:
+        """What the prediction at each of the timesteps does to the sample: see `mpqsearch.sampling.prediction_gains`."""
         ...
 
 
@@ -109,6 +116,12 @@ class Trajectories:
         start = FIRST_SEED + self.seed * SEEDS_APART + (index * self.world + self.rank) * self.batch
         return range(start, start + self.batch)
 
+    def gains(self) -> tuple[float, ...]:
+        """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same on all processes."""
+        seeds = range(FIRST_SEED - max(self.batch, GAIN_SAMPLES), FIRST_SEED)
+        device = next(self.denoiser.module.parameters()).device
+        return prediction_gains(self.denoiser, seeds, self.sampler, conditions=lambda d, s: _to(self.conditions(d, s), device))
+
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Run trajectory ``index``; nothing is computed before it is asked for."""
         seeds = self.seeds(index)
@@ -149,6 +162,10 @@ class CachedTrajectories:
     def identity(self) -> dict[str, str]:
         """Those of the source, and after how many trajectories it repeats."""
         return self.source.identity | {"teacher.cached": str(self.count)}
+
+    def gains(self) -> tuple[float, ...]:
+        """Those of the source, computed again for each training: as long as three trajectories or so."""
+        return self.source.gains()
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Read trajectory ``index`` modulo ``count``, or compute and write it."""

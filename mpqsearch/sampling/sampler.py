@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,10 +100,15 @@ class Chain:
     spec: SamplerSpec
 
 
-def chain_of(denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec) -> Chain:
+def chain_of(
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    spec: SamplerSpec,
+    conditions: Callable[[Denoiser, Sequence[int]], Condition] = labels_of,
+) -> Chain:
     """Run one batch and keep the scheduler's graph: see `Chain`."""
     device = next(denoiser.module.parameters()).device
-    cond = labels_of(denoiser, seeds)
+    cond = conditions(denoiser, seeds)
     cond = cond.to(device) if isinstance(cond, Tensor) else cond
     scheduler, extra = _scheduler(denoiser, spec)
     inputs, predictions, times = [], [], []
@@ -119,6 +125,40 @@ def chain_of(denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec) -> Cha
             times.append(steps)
             x = scheduler.step(prediction, t, x, **extra).prev_sample
     return Chain(inputs=tuple(inputs), predictions=tuple(predictions), times=tuple(times), final=x, cond=cond, spec=spec)
+
+
+def prediction_gains(
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    spec: SamplerSpec,
+    *,
+    conditions: Callable[[Denoiser, Sequence[int]], Condition] = labels_of,
+    probe_seed: int = 0,
+) -> tuple[float, ...]:
+    """For each step, the mean squared change of the final sample for a unit change of the mean square of that step's prediction.
+
+    To first order, for errors of no direction of their own, with all that follows: the scheduler's arithmetic (the clipping of predicted
+    samples included) and what later calls of the denoiser make of another input. One batch, estimated along one direction of random signs
+    in the space of samples: one forward and one backward pass of the denoiser a step, with the graph of one call in memory.
+    """
+    chain = chain_of(denoiser, seeds, spec, conditions)
+    generator = torch.Generator().manual_seed(probe_seed)
+    signs = torch.randint(0, 2, chain.final.shape, generator=generator).to(chain.final) * 2 - 1
+    objective = (signs * chain.final).sum()
+    gains = []
+    for index in reversed(range(len(chain.predictions))):
+        (along,) = torch.autograd.grad(objective, chain.predictions[index], retain_graph=True)
+        gains.append(float(along.square().mean()))
+        if index:
+            seen = chain.inputs[index]
+            x = seen.detach().requires_grad_(True)
+            with torch.enable_grad():
+                out = denoiser.guided(x, chain.times[index], chain.cond, spec.guidance)
+            (back,) = torch.autograd.grad((along * out).sum(), x)
+            objective = objective + (back * seen).sum()
+    if not all(math.isfinite(g) for g in gains):
+        raise NumericsError(f"{denoiser.name}: the gradient of the samples of seeds {seeds[0]}..{seeds[-1]} is not finite")
+    return tuple(reversed(gains))
 
 
 @torch.no_grad()

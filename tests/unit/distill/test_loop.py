@@ -99,6 +99,40 @@ def test_truncation_backs_up_through_the_same_task_loss() -> None:
     assert float((whole - parts).abs().max() / whole.abs().max()) < 1e-5
 
 
+def test_timestep_weights_are_the_gains_of_the_sampler() -> None:
+    denoiser = teacher()
+    tasks: dict[str, list[float]] = {}
+    grads: dict[str, torch.Tensor] = {}
+    for kind in ("uniform", "sampler"):
+        student, groups = student_of(denoiser)
+        groups[0]["lr"] = 0.0
+        options = spec(steps=5, clip_norm=0.0, weight_decay=0.0, timestep_weights=kind, relation={"window": 1, "weight": 0.0})
+        tasks[kind] = []
+        for state in distill(denoiser, student, groups, trajectories(denoiser), options):
+            tasks[kind].append(state.task)
+        grads[kind] = torch.cat([p.grad.flatten() for p in student.parameters()])  # of the last timestep
+    gains = trajectories(denoiser).gains()
+    weights = [g * 5 / sum(gains) for g in gains]
+    assert max(weights) > 10 * min(weights)
+    assert tasks["sampler"] == pytest.approx([w * t for w, t in zip(weights, tasks["uniform"], strict=True)], rel=1e-5)
+    assert float((grads["sampler"] - weights[-1] * grads["uniform"]).norm() / grads["sampler"].norm()) < 1e-5
+
+
+def test_timestep_weights_are_part_of_the_identity() -> None:
+    assert spec().identity()["distill.timestep_weights"] == "uniform"
+    assert spec(timestep_weights="sampler").identity() != spec().identity()
+    with pytest.raises(UnknownNameError, match="uniform"):
+        spec(timestep_weights="snr")
+
+
+def test_gains_are_the_same_online_cached_and_on_any_process(tmp_path: Path) -> None:
+    denoiser = teacher()
+    expected = trajectories(denoiser).gains()
+    assert len(expected) == 5
+    assert trajectories(denoiser, rank=1, world=2, seed=3).gains() == expected
+    assert CachedTrajectories(trajectories(denoiser), tmp_path, 2).gains() == expected
+
+
 def test_accumulation_is_the_mean_of_windows() -> None:
     denoiser = teacher()
     grads = []
@@ -119,10 +153,10 @@ def test_accumulation_is_the_mean_of_windows() -> None:
 
 
 @pytest.mark.parametrize("relation", [{}, {"queue": 2}])
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, relation: dict, ema: float) -> None:
+@pytest.mark.parametrize(("ema", "weights"), [(0.0, "uniform"), (0.9, "sampler")])
+def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, relation: dict, ema: float, weights: str) -> None:
     denoiser = teacher()
-    options = spec(ema=ema, relation=relation)
+    options = spec(ema=ema, relation=relation, timestep_weights=weights)
     whole, groups = student_of(denoiser)
     expected = [s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")]
     half, groups = student_of(denoiser)

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from mpqsearch.errors import ConfigError, NumericsError, UnknownNameError
-from mpqsearch.sampling import SAMPLERS, SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
+from mpqsearch.models import Denoiser
+from mpqsearch.sampling import (
+    SAMPLERS,
+    SamplerSpec,
+    chain_of,
+    labels_of,
+    noise_of,
+    prediction_gains,
+    sample,
+    timesteps_of,
+    to_uint8,
+    trajectory,
+)
 from mpqsearch.testing import tiny_denoiser
 
 
@@ -26,8 +40,6 @@ def test_sample_i_is_the_same_at_any_batch_size(name: str) -> None:
 
 
 def test_ddim_equals_a_loop_over_diffusers_scheduler() -> None:
-    from diffusers import DDIMScheduler
-
     denoiser = tiny_denoiser()
     x = noise_of([1, 2], (1, 8, 8))
     labels = labels_of(denoiser, [1, 2])
@@ -60,6 +72,70 @@ def test_nan_is_stopped_with_the_timestep() -> None:
         denoiser.module.conv_out.bias[0] = float("nan")  # type: ignore[union-attr, index, operator]
     with pytest.raises(NumericsError, match="not finite at timestep"):
         sample(denoiser, [0], SamplerSpec(steps=3))
+
+
+class Proportional(torch.nn.Module):
+    """Predicts a multiple of what it sees."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def denoise(self, x: torch.Tensor, _t: torch.Tensor, _cond: object) -> torch.Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("factor", [0.0, 0.3])
+def test_gains_are_what_ddim_makes_of_a_prediction(prediction_type: str, factor: float) -> None:
+    scheduler = dict(tiny_denoiser().scheduler) | {"clip_sample": False, "prediction_type": prediction_type}
+    denoiser = Denoiser(name="line", module=Proportional(factor), sample_shape=(1, 8, 8), scheduler=scheduler)
+    spec = SamplerSpec(steps=4)
+    ddim = DDIMScheduler.from_config(scheduler)
+    times = [*timesteps_of(denoiser, spec), None]
+    alphas = [float(ddim.alphas_cumprod[t]) if t is not None else float(ddim.final_alpha_cumprod) for t in times]
+    # x' = a x + b prediction, by hand: the predicted sample and noise, put together again at the next level.
+    steps = []
+    for now, then in itertools.pairwise(alphas):
+        p, q, r, s = now**0.5, (1 - now) ** 0.5, then**0.5, (1 - then) ** 0.5
+        steps.append((r / p, s - r * q / p) if prediction_type == "epsilon" else (r * p + s * q, s * p - r * q))
+    expected, later = [], 1.0
+    for a, b in reversed(steps):
+        expected.append((b * later) ** 2)
+        later *= a + b * factor
+    # Every entry of the sample depends on one entry of each prediction, so that a direction of random signs is exact.
+    assert prediction_gains(denoiser, [3, 4], spec) == pytest.approx(expected[::-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_gains_of_a_model_are_those_of_finite_differences(name: str) -> None:
+    denoiser, spec = tiny_denoiser(), SamplerSpec(name=name, steps=3, guidance=2.0)
+    denoiser = replace(denoiser, scheduler={**denoiser.scheduler, "clip_sample": False})
+    chain = chain_of(denoiser, [5], spec)
+    signs = torch.randint(0, 2, chain.final.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def along(index: int, entry: int, change: float) -> float:
+        class Changed(torch.nn.Module):
+            calls = 0
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = denoiser.module
+
+            def denoise(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+                out = denoiser.guided(x, t, cond[:1], 2.0)
+                if self.calls == index:
+                    out = out.clone()
+                    out.view(-1)[entry] += change
+                self.calls += 1
+                return out
+
+        final = sample(replace(denoiser, module=Changed()), [5], replace(spec, guidance=1.0))
+        return float((final * signs).sum())
+
+    for index, gain in enumerate(prediction_gains(denoiser, [5], spec)):
+        slopes = [(along(index, e, 0.02) - along(index, e, -0.02)) / 0.04 for e in range(chain.final.numel())]
+        assert gain == pytest.approx(sum(s * s for s in slopes) / len(slopes), rel=0.02)
 
 
 def test_bad_settings_are_refused() -> None:
