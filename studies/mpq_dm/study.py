@@ -66,7 +66,8 @@ class Recipe:
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
     (zero points searched, strength of pre-scaling by layer) in place of the released codes'. ``compensated``: error-compensated rounding, which
-    the allocation is priced with and training starts from.
+    the allocation is priced with and training starts from. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor``
+    multiplies all learning rates.
     """
 
     spec: MethodSpec
@@ -76,6 +77,10 @@ class Recipe:
     size_of: str = field(default="", metadata={"added": True})
     own_inputs: bool = field(default=False, metadata={"added": True})
     compensated: bool = field(default=False, metadata={"added": True})
+    timestep_weights: str = field(default="uniform", metadata={"added": True})
+    clip_norm: float = field(default=1.0, metadata={"added": True})
+    ema: float = field(default=0.0, metadata={"added": True})
+    lr_factor: float = field(default=1.0, metadata={"added": True})
 
     def digest(self, schedule: Schedule) -> str:
         """The first digits of the digest of all that a row of this method depends on, beside model, setting and seed."""
@@ -326,23 +331,8 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
     }
     folder = model.work / f"{setting}-{method}-{seed}"
     if recipe.trainable:
-        groups = param_groups(
-            student,
-            lora_lr_factor=s.lora_lr,
-            weight_lr_factor=s.weight_lr,
-            weight_scale_lr=s.weight_scale_lr,
-            activation_scale_lr=s.activation_scale_lr,
-            relative=True,
-        )
-        relation = replace(s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released)
-        training = DistillSpec(steps=s.steps, relation=relation, checkpoint_every=50, keep_last=1)
-        inputs = {"bit_map": bit_map.digest, "recipe": recipe.digest(s)}
         try:
-            for state in distill(model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs):
-                row["train_steps"] = state.step
-                if state.interrupted:
-                    raise SystemExit("interrupted: the running row is saved; the same command continues")
-            row["train_steps"] = s.steps
+            row["train_steps"] = train(model, recipe, student, seed, folder, {"bit_map": bit_map.digest})
         except NumericsError as error:  # a method that diverges has a row that says so
             print(f"{method}: {error}", file=sys.stderr)
             shutil.rmtree(folder, ignore_errors=True)
@@ -350,6 +340,33 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
     measured = measure(model, finalize(student).module, seed)
     shutil.rmtree(folder, ignore_errors=True)
     return row | measured | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def train(model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, folder: Path, inputs: Mapping[str, str]) -> int:
+    """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the number of optimiser steps."""
+    s = model.schedule
+    groups = param_groups(
+        student,
+        lora_lr_factor=s.lora_lr * recipe.lr_factor,
+        weight_lr_factor=s.weight_lr * recipe.lr_factor,
+        weight_scale_lr=s.weight_scale_lr * recipe.lr_factor,
+        activation_scale_lr=s.activation_scale_lr * recipe.lr_factor,
+        relative=True,
+    )
+    training = DistillSpec(
+        steps=s.steps,
+        relation=replace(s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released),
+        timestep_weights=recipe.timestep_weights,
+        clip_norm=recipe.clip_norm,
+        ema=recipe.ema,
+        checkpoint_every=50,
+        keep_last=1,
+    )
+    inputs = {**inputs, "recipe": recipe.digest(s)}
+    for state in distill(model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs):
+        if state.interrupted:
+            raise SystemExit("interrupted: the running row is saved; the same command continues")
+    return s.steps
 
 
 def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str, float]:
