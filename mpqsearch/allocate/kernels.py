@@ -591,7 +591,8 @@ def _advance(
     given_size, given_penalty, given_state = size, penalty, state
     size, penalty = np.empty(room, dtype=np.int64), np.empty(room)
     state, move_of = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
-    size[:count], penalty[:count], state[:count] = given_size, given_penalty, given_state
+    for s in range(count):  # an assignment to a slice brings an error message along, which takes seconds to compile
+        size[s], penalty[s], state[s] = given_size[s], given_penalty[s], given_state[s]
     in_size, in_penalty = np.empty(room, dtype=np.int64), np.empty(room)
     in_state, in_move = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
     out_size, out_penalty = np.empty(room, dtype=np.int64), np.empty(room)
@@ -600,10 +601,10 @@ def _advance(
         fill = up[group] if exact_fill else min(rate, up[group])
         kept = 0
         for s in range(count):  # here and below: written first, counted then, for want of a pattern that could be predicted
-            free = slack - size[s]
+            free, known = slack - size[s], penalty[s]  # from where it is, not from where it goes: that would wait for the write
             rest = 0.0 if free == 0 else abs(free) * (fill if free > 0 else down[group])
-            size[kept], penalty[kept], state[kept] = size[s], penalty[s], state[s]
-            kept += int(penalty[kept] + rest + offset < excess - tolerance)
+            size[kept], penalty[kept], state[kept] = size[s], known, state[s]
+            kept += int(known + rest + offset < excess - tolerance)
         count = kept
         if count == 0:
             break
