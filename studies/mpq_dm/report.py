@@ -19,7 +19,14 @@ METRICS = {
     "fd_data": "FD to data",
     "paired_psnr": "paired PSNR (dB)",
 }
-PAIRS = (("ours", "mpq-dm"), ("ours", "ours-nearest"), ("ours-compensated", "ours"))
+PAIRS = (
+    ("ours", "mpq-dm"),
+    ("ours", "ours-nearest"),
+    ("ours-compensated", "ours"),
+    ("ours+gentle", "ours"),
+    ("ours+gentle", "mpq-dm"),
+    ("mpq-dm+gentle", "mpq-dm"),
+)
 """Methods that are compared seed by seed."""
 
 BEGIN, END = "<!-- results: written by study.py -->", "<!-- end of results -->"

@@ -105,6 +105,9 @@ OURS = Recipe(
     own_inputs=True,
     compensated=True,
 )
+GENTLE: dict[str, Any] = {"timestep_weights": "sampler", "lr_factor": 0.25}
+"""Training of the methods ``+gentle`` where weights have as many bits as inputs."""
+
 METHODS = {
     "ours": OURS,
     "ours+lora": replace(OURS, trainable="lora"),
@@ -116,6 +119,8 @@ METHODS = {
     "mpq-dm+inputs": Recipe(
         spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True, own_inputs=True
     ),
+    "ours+gentle": OURS,
+    "mpq-dm+gentle": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
     "ours-nearest": replace(OURS, compensated=False),
     "ours-compensated": OURS,
@@ -127,20 +132,37 @@ METHODS = {
         as_released=True,
     ),
 }
-LATER = ("mpq-dm+inputs", "ours-untrained", "ours-nearest", "ours-compensated", "mpq-dm+all", "uniform+trd", "omq-released")
+LATER = (
+    "mpq-dm+gentle",
+    "mpq-dm+inputs",
+    "ours-untrained",
+    "ours-nearest",
+    "ours-compensated",
+    "mpq-dm+all",
+    "uniform+trd",
+    "omq-released",
+)
 """Methods whose rows come after those of the others for the same seed."""
 
 
 def recipe_of(method: str, setting: str) -> Recipe:
-    """What a method does at a setting: `ours` compensates where weights have fewer bits than inputs, and rounds to the nearest level else."""
+    """What a method does at a setting. Where weights have as many bits as inputs `ours` rounds to the nearest level, else it compensates; and
+    the methods ``+gentle`` are trained gently there."""
     recipe = METHODS.get(method, FULL_PRECISION)
     weight_bits, act_bits = SETTINGS.get(setting, (16, 16))
-    return replace(recipe, compensated=False) if method == "ours" and weight_bits >= act_bits else recipe
+    if weight_bits < act_bits:
+        return recipe
+    if method == "ours":
+        return replace(recipe, compensated=False)
+    return replace(recipe, **GENTLE) if method.endswith("+gentle") else recipe
+
+
+TWINS = {"ours-nearest": "ours", "ours-compensated": "ours", "ours+gentle": "ours", "mpq-dm+gentle": "mpq-dm"}
 
 
 def is_own(method: str, setting: str) -> bool:
-    """False where `ours` is the very recipe of another name: that has no row of its own."""
-    return method not in ("ours-nearest", "ours-compensated") or recipe_of(method, setting) != recipe_of("ours", setting)
+    """False where a method is the very recipe of another name: that has no row of its own."""
+    return method not in TWINS or recipe_of(method, setting) != recipe_of(TWINS[method], setting)
 
 
 @dataclass(frozen=True, kw_only=True)

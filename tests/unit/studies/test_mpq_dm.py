@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,23 +67,27 @@ def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatc
     recorder = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path)
     assert (
-        len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * (len(study.METHODS) - 1))
-    )  # one name at each setting is `ours` itself
+        len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * len(study.METHODS) - 4 * 3 - 1)
+    )  # three names are those of other rows below W4A4, one at it
     rows = [r for r in recorder.asked if r[1] != "full"]
     assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "ours+lora", "mpq-dm")]
     assert {r[0] for r in rows[:12]} == {"fmnist-unet", "fmnist-dit"}
     assert all(r[3] == 0 for r in rows[:90])
 
 
-def test_ours_compensates_where_weights_have_fewer_bits_than_inputs(study: ModuleType) -> None:
+def test_rules_go_by_whether_weights_have_fewer_bits_than_inputs(study: ModuleType) -> None:
+    schedule = study.Schedule()
     for setting, (weight_bits, act_bits) in study.SETTINGS.items():
+        fewer = weight_bits < act_bits
         made = study.recipe_of("ours", setting)
-        assert made.compensated == (weight_bits < act_bits)
-        twin, other = ("ours-compensated", "ours-nearest") if made.compensated else ("ours-nearest", "ours-compensated")
+        assert made.compensated == fewer
+        twin, other = ("ours-compensated", "ours-nearest") if fewer else ("ours-nearest", "ours-compensated")
         assert not study.is_own(twin, setting)
         assert study.is_own(other, setting)
-        schedule = study.Schedule()
         assert study.digest_of_row("ours", setting, schedule) == study.METHODS[twin].digest(schedule)
+        for method, plain in (("ours+gentle", "ours-compensated"), ("mpq-dm+gentle", "mpq-dm")):
+            assert study.recipe_of(method, setting) == replace(study.METHODS[plain], **({} if fewer else study.GENTLE))
+            assert study.is_own(method, setting) != fewer
 
 
 def test_an_interrupted_study_continues_from_the_results_alone(
@@ -96,9 +101,9 @@ def test_an_interrupted_study_continues_from_the_results_alone(
     second = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--work", str(tmp_path / "another"))
     assert not set(first.asked) & set(second.asked)
-    assert len(first.asked) + len(second.asked) == 61
+    assert len(first.asked) + len(second.asked) == 63
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert len(rows) == 61
+    assert len(rows) == 63
     third = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small)
     assert third.asked == []
@@ -127,10 +132,24 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "25 of 25 rows are there" in text
+    assert "27 of 27 rows are there" in text
     assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000
     call(study, monkeypatch, tmp_path, "--seeds", "1", "--settings", "W2A4", "W4A4", "--models", "fmnist-dit", "--report-only")
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.modules.pop("trials", None)
+    import trials
+
+    rows = list(csv.DictReader((STUDY / "trials.csv").open()))
+    assert rows
+    for row in rows:
+        assert row["digest"] == trials.RECIPES[row["recipe"]].digest(study.Schedule())
+    # No row of the study trains or measures on the noise of trials.
+    assert int(min(r["training_seed"] for r in rows)) > 100
+    chosen = trials.RECIPES["weighted-slower"]
+    assert chosen == study.recipe_of("ours+gentle", "W4A4")
