@@ -196,6 +196,8 @@ class DistillConfig:
     rates in units of the mean quantization step of a layer; ``lr_factor`` multiplies all of them. The defaults are for a few hundred steps;
     the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are
     kept in files and repeat (0: run online, never repeated). ``seed`` chooses the training noise.
+    ``check_every``: every so many steps, and before the first, the student's Fréchet distance to full precision is measured on ``check_samples``
+    samples of the seeds from ``check_seed`` on, and the student of the least is what comes out (0: that of the last step).
     ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
     """
 
@@ -225,6 +227,9 @@ class DistillConfig:
     accumulate: int = 1
     precision: str = "float32"
     explosion: float = 20.0
+    check_every: int = 0
+    check_samples: int = 128
+    check_seed: int = 3_000_000
     checkpoint_every: int = 100
     keep_last: int = 2
     tensorboard: bool = False
@@ -241,6 +246,10 @@ class DistillConfig:
             raise ConfigError("distill: learning rates and lr_factor must be at least 0")
         if self.cached < 0:
             raise ConfigError(f"distill.cached must be at least 0, got {self.cached}")
+        if self.check_every and self.check_samples < 2:
+            raise ConfigError(
+                f"distill.check_samples must be at least 2, the least that has a covariance, got {self.check_samples}"
+            )
 
 
 TRAINABLE = ("scales", "lora", "all")
@@ -420,6 +429,7 @@ class Config:
             if name not in names:
                 raise UnknownNameError("method", name, names, "(distill.methods)")
         self._check_search()
+        self._check_training()
         if self.export.budget:
             Budget.parse(self.export.budget)
 
@@ -446,6 +456,14 @@ class Config:
             raise ConfigError(
                 f"the seeds of the search {c.first_seed}..{c.first_seed + c.seeds - 1} and the report seeds {e.first_seed}.."
                 f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move search.first_seed."
+            )
+
+    def _check_training(self) -> None:
+        c, e = self.distill, self.evaluate
+        if c.check_every and c.check_seed < e.first_seed + e.samples and e.first_seed < c.check_seed + c.check_samples:
+            raise ConfigError(
+                f"the seeds that choose the trained model {c.check_seed}..{c.check_seed + c.check_samples - 1} and the report seeds "
+                f"{e.first_seed}..{e.first_seed + e.samples - 1} overlap: it would be judged on the noise that chose it. Move distill.check_seed."
             )
 
     def to_data(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -63,6 +63,10 @@ class DistillSpec:
         Windows whose gradients are averaged for one optimiser step.
     precision
         ``float32``, ``bfloat16`` or ``float16`` (GPUs only, with loss scaling).
+    check_every
+        Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at the check with the least,
+        of those before the first step, every ``check_every`` steps and after the last. 0: no checks, it ends as the last step leaves it. The
+        loss is of single predictions on the teacher's path, and can fall while the distribution of the samples moves away from the teacher's.
     checkpoint_every, keep_last
         Optimiser steps between checkpoints, and how many are kept.
     explosion
@@ -80,6 +84,7 @@ class DistillSpec:
     clip_norm: float = 1.0
     accumulate: int = 1
     precision: str = "float32"
+    check_every: int = 0
     checkpoint_every: int = 100
     keep_last: int = 2
     explosion: float = 20.0
@@ -92,6 +97,8 @@ class DistillSpec:
             raise UnknownNameError("timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)")
         if min(self.steps, self.accumulate, self.checkpoint_every, self.keep_last) < 1:
             raise ConfigError("distill: steps, accumulate, checkpoint_every and keep_last must be at least 1")
+        if self.check_every < 0:
+            raise ConfigError(f"distill: check_every must be at least 0 (0: no checks), got {self.check_every}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"distill: ema must lie in 0..1 (exclusive), got {self.ema}")
         if self.clip_norm < 0 or self.weight_decay < 0 or not self.explosion > 1:
@@ -111,8 +118,9 @@ class DistillSpec:
 class DistillState:
     """After ``step`` of ``steps``: losses of the step, learning rate as a fraction of its start, norm of the gradient before clipping.
 
-    ``checkpoint`` is the folder written after this step, if any; ``interrupted`` says that a signal (its number: ``signal``) came, the state
-    was saved, and the loop ends.
+    ``check`` is what the student measured after this step, if it was checked, and ``best`` the step (0: before the first) and the measure of the
+    best check so far. ``checkpoint`` is the folder written after this step, if any; ``interrupted`` says that a signal (its number: ``signal``)
+    came, the state was saved, and the loop ends.
     """
 
     step: int
@@ -123,13 +131,19 @@ class DistillState:
     rate: float
     gradient_norm: float
     seconds: float
+    check: float | None = None
+    best: tuple[int, float] | None = None
     checkpoint: Path | None = None
     interrupted: bool = False
     signal: int = 0
 
     def to_data(self) -> dict[str, float]:
         """The numbers, for the log."""
-        return {k: getattr(self, k) for k in ("step", "loss", "task", "relation", "rate", "gradient_norm", "seconds")}
+        names = ("step", "loss", "task", "relation", "rate", "gradient_norm", "seconds")
+        numbers: dict[str, float] = {k: getattr(self, k) for k in names}
+        if self.check is not None:
+            numbers["check"] = self.check
+        return numbers
 
 
 def distill(
@@ -143,6 +157,7 @@ def distill(
     inputs: Mapping[str, str] | None = None,
     overwrite: bool = False,
     processes: Processes | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
 ) -> Iterator[DistillState]:
     """Train ``student`` in place; yield a `DistillState` after every optimiser step.
 
@@ -161,11 +176,17 @@ def distill(
         Digests of what the student was made from (model, bit map, ...), checked when a checkpoint is continued.
     overwrite
         Delete checkpoints of another training instead of raising `StaleArtifactError`.
+    measure
+        What `DistillSpec.check_every` checks by: the student's loss of quality, less is better; not finite counts as worst. Called on the main
+        process alone, outside of gradients. It must not change the student.
 
     SIGTERM and SIGINT save after the running step and end the loop; a second signal acts as usual. Raises `NumericsError`, naming step, layer
     and what to do, when the loss or a gradient is not finite or the loss explodes; the last checkpoint stays as it is.
     """
+    if spec.check_every and measure is None:
+        raise ConfigError("distill: check_every needs a measure to check by; give one, or set check_every to 0")
     run = _Run(denoiser, student, groups, source, spec, processes or Processes())
+    run.measure = measure
     identity = {**(inputs or {}), **source.identity, **spec.identity(), "distill.parameters": run.parameters_digest()}
     done = 0
     if folder is not None:
@@ -179,10 +200,14 @@ def distill(
         stopping = stack.enter_context(_Signals())
         events = stack.enter_context(_Events(folder if spec.tensorboard and run.processes.main else None))
         run.open(stack)
+        missed = run.check(done)  # before the first step, or one that a signal left out
+        if missed is not None and folder is not None and run.processes.main:
+            _append(folder / "train.jsonl", {"step": done, "check": missed})
         while done < spec.steps:
             numbers = run.step(done)
             done += 1
             stop = run.processes.any(stopping.number > 0, run.device)
+            check = None if stop and done < spec.steps else run.check(done)
             path = None
             if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
                 if run.processes.main:
@@ -191,6 +216,8 @@ def distill(
             state = DistillState(
                 step=done,
                 steps=spec.steps,
+                check=check,
+                best=run.best_check,
                 checkpoint=path,
                 interrupted=stop and done < spec.steps,
                 signal=stopping.number,
@@ -248,6 +275,9 @@ class _Run:
         self.weights = _timestep_weights(source) if spec.timestep_weights == "sampler" else (1.0,) * len(source.timesteps)
         self.ceiling = 0.0
         self.seconds = 0.0
+        self.measure: Callable[[nn.Module], float] | None = None
+        self.checks: dict[int, float] = {}
+        self.best: dict[str, Tensor] = {}
         self._windows: Iterator[list[TeacherStep]] = iter(())
         self._next = -1
 
@@ -290,6 +320,43 @@ class _Run:
         return {
             "loss": loss, "task": task, "relation": relation, "rate": rate, "gradient_norm": norm, "seconds": self.seconds
         }  # fmt: skip
+
+    @property
+    def best_check(self) -> tuple[int, float] | None:
+        """Step and measure of the least, the first of equals."""
+        return min(self.checks.items(), key=lambda c: (c[1], c[0])) if self.checks else None
+
+    def check(self, done: int) -> float | None:
+        """Measure the student after ``done`` steps where a check is due, and keep its parameters when they are the best; None where none is."""
+        every = self.spec.check_every
+        if not every or self.measure is None or (done % every and done != self.spec.steps) or done in self.checks:
+            return None
+        value = math.inf
+        with self._averaged():
+            if self.processes.main:
+                with torch.no_grad():
+                    found = float(self.measure(self.student))
+                value = found if math.isfinite(found) else math.inf
+            self.checks[done] = value  # of the main process; others only need to know which step is the best
+            best = self.best_check
+            if self.processes.any(self.processes.main and best is not None and best[0] == done, self.device):
+                self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
+        return value
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights in the student, where there are any, and the trained ones afterwards."""
+        trained = {n: self.parameters[n].detach().clone() for n in self.average}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(trained)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
 
     def _window(self, index: int, done: int) -> Tensor:
         """Task and relation loss of window ``index`` and mean square of the teacher's predictions; gradients are added to the parameters'."""
@@ -392,6 +459,7 @@ class _Run:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{name}/{key}"] = value
         tensors |= {f"average/{n}": v for n, v in self.average.items()}
+        tensors |= {f"best/{n}": v for n, v in self.best.items()}
         tensors |= {f"memory/{n}": v for n, v in self.relations.state().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -399,7 +467,12 @@ class _Run:
         return Checkpoint(
             step=done,
             tensors=tensors,
-            data={"ceiling": self.ceiling, "seconds": self.seconds, "scaler": self.scaler.state_dict()},
+            data={
+                "ceiling": self.ceiling,
+                "seconds": self.seconds,
+                "scaler": self.scaler.state_dict(),
+                "checks": [[k, v if math.isfinite(v) else None] for k, v in self.checks.items()],
+            },
         )
 
     def load(self, found: Checkpoint) -> int:
@@ -408,11 +481,11 @@ class _Run:
         for key, value in found.tensors.items():
             kind, name = key.split("/", 1)
             parts.setdefault(kind, {})[name] = value
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(parts["parameter"][name])
-            for name, value in parts.get("average", {}).items():
-                self.average[name].copy_(value)
+        self._put(parts["parameter"])
+        for name, value in parts.get("average", {}).items():
+            self.average[name].copy_(value)
+        self.best = {n: v.to(self.device) for n, v in parts.get("best", {}).items()}
+        self.checks = {int(k): math.inf if v is None else float(v) for k, v in found.data.get("checks", [])}
         for key, value in parts.get("optimizer", {}).items():
             name, entry = key.rsplit("/", 1)
             # AdamW keeps its step count on the CPU whatever the device of the parameter.
@@ -427,10 +500,8 @@ class _Run:
         return found.step
 
     def finish(self) -> None:
-        """Give the student its averaged weights, if there are any."""
-        with torch.no_grad():
-            for name, value in self.average.items():
-                self.parameters[name].copy_(value)
+        """Give the student the weights of the best check, or its averaged weights, if there are any."""
+        self._put(self.best or self.average)
 
 
 class _Signals:

@@ -1,6 +1,6 @@
 """Features, then statistics, then values: three steps, each on its own."""
 
-from mpqsearch.metrics.evaluate import Evaluation, Reference, evaluate
+from mpqsearch.metrics.evaluate import Evaluation, Reference, distance_to_full_precision, evaluate
 from mpqsearch.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extractor, module_extractor
 from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
 from mpqsearch.metrics.reference import load_reference, save_reference
@@ -11,6 +11,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureStatistics",
     "Reference",
+    "distance_to_full_precision",
     "evaluate",
     "frechet_distance",
     "kernel_distance",

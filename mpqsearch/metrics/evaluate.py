@@ -42,6 +42,14 @@ class Evaluation:
     features: Tensor
 
 
+def distance_to_full_precision(samples: Tensor, reference: Reference, extractor: FeatureExtractor) -> float:
+    """``fd_fp`` of `evaluate` alone, without its interval: what trainings and choices are steered by. Samples that are not finite: infinite."""
+    if not bool(torch.isfinite(samples).all()):
+        return math.inf
+    features = extractor(to_uint8(samples))
+    return frechet_distance(FeatureStatistics.of(reference.features), FeatureStatistics.of(features))
+
+
 def evaluate(samples: Tensor, reference: Reference, extractor: FeatureExtractor, *, is_reference: bool = False) -> Evaluation:
     """Measure samples ``[N, ...]`` whose noise and labels are those of ``reference``.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,8 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
     """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
 
     Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors`` (integer codes, scales
-    and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned. The
+    and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned:
+    ``before``, ``after`` and, where the student is checked, ``checks``, step and distance of each. The
     same call continues an interrupted training. Raises `SystemExit` with 128 plus the signal's number after a signal.
     """
     run.require_sampler("training on trajectories of the sampler (distill)")
@@ -80,12 +83,20 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
         before = _measure(run, finalize(student).module, base, extractor, "before training")
     team.wait()
     with run.timed("distill"):
-        _train(run, student, activations, folder, inputs, team)
+        _train(run, student, activations, folder, inputs, team, _checking(run, extractor))
     if base is None:  # files are written by the main process
         raise SystemExit(0)
     trained = finalize(student)
     _write(run, folder, trained, table)
-    data = {"before": before, "after": _measure(run, trained.module, base, extractor, "after training")}
+    data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, extractor, "after training")}
+    if run.config.distill.check_every:
+        checks = _checks(folder / "train.jsonl")
+        data["checks"] = [[step, value if math.isfinite(value) else None] for step, value in checks]
+        kept, last = min(checks, key=lambda c: (c[1], c[0])), checks[-1]
+        run.say(
+            f"distill: kept the student of step {kept[0]} of {run.config.distill.steps}, FD[{extractor.label}]-{run.config.distill.check_samples} "
+            f"vs FP on development seeds {kept[1]:.4g} (last step: {last[1]:.4g})"
+        )
     artifacts.write_json(path, "mpqsearch/metrics", data, inputs)
     run.say(f"distill: {folder}, trained in {run.seconds['distill']:.0f} s")
     return data
@@ -114,7 +125,13 @@ def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
 
 
 def _train(
-    run: Run, student: nn.Module, activations: ActivationTable | None, folder: Path, inputs: Mapping[str, str], team: Processes
+    run: Run,
+    student: nn.Module,
+    activations: ActivationTable | None,
+    folder: Path,
+    inputs: Mapping[str, str],
+    team: Processes,
+    checking: Callable[[nn.Module], float],
 ) -> None:
     """Run the loop behind a progress bar; end the program when a signal ended the loop."""
     from mpqsearch.distill import distill as loop
@@ -137,16 +154,54 @@ def _train(
         multiplier=c.lr_factor,
     )
     made = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
+    if c.check_every:
+        made["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.config.to_data()["evaluate"]])
     spec = distill_specs(run)
     with bar_of("distill", spec.steps, unit="step") as bar:
         for state in loop(
-            run.denoiser, student, groups, source, spec, folder=folder, inputs=made, overwrite=run.overwrite, processes=team
+            run.denoiser,
+            student,
+            groups,
+            source,
+            spec,
+            folder=folder,
+            inputs=made,
+            overwrite=run.overwrite,
+            processes=team,
+            measure=checking,
         ):
             bar.update(state.step - bar.n if not bar.disable else 0)
-            bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}")
+            best = f", best check {state.best[1]:.3g} at {state.best[0]}" if state.best else ""
+            bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}{best}")
             if state.interrupted:
                 run.say(f"distill: interrupted after step {state.step} of {state.steps}; saved. The same command continues.")
                 raise SystemExit(128 + state.signal)
+
+
+def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], float]:
+    """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision samples are made once."""
+    from mpqsearch.metrics import Reference, distance_to_full_precision
+    from mpqsearch.quant import finalize
+    from mpqsearch.sampling import sample, to_uint8
+
+    c = run.config.distill
+    seeds = tuple(range(c.check_seed, c.check_seed + c.check_samples))
+    known: list[Reference] = []
+
+    def measure(student: nn.Module) -> float:
+        if not known:
+            samples = sample(run.denoiser, seeds, sampler_of(run))
+            known.append(Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None))
+        found = sample(run.denoiser.with_module(finalize(student).module), seeds, sampler_of(run))
+        return distance_to_full_precision(found, known[0], extractor)
+
+    return measure
+
+
+def _checks(log: Path) -> list[tuple[int, float]]:
+    """Step and distance of every check of a training, in order."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(int(d["step"]), float(d["check"])) for d in lines if "check" in d]
 
 
 def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSource:

@@ -64,6 +64,21 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     assert "'temperature'" in misspelt.stderr
 
 
+def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, tmp_path: Path) -> None:
+    call = ("distill", "-c", study, "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL, "--set", "distill.steps=4")
+    call = (*call, "--set", "distill.check_every=2", "--set", "distill.check_samples=6", "--set", "distill.lr_factor=1000")
+    done = cli(*call, "--json", "--set", "distill.explosion=1e9", "--set", "distill.clip_norm=0")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert [step for step, _ in data["checks"]] == [0, 2, 4]
+    # Rates a thousand times too high leave no student better than the one before training.
+    assert "kept the student of step 0 of 4" in done.stderr
+    assert data["after"]["paired_mse"]["value"] == data["before"]["paired_mse"]["value"]
+    overlapping = cli(*call, "--set", "distill.check_seed=0")
+    assert overlapping.returncode == 2
+    assert "Move distill.check_seed" in overlapping.stderr
+
+
 def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, tmp_path: Path) -> None:
     quantized = 'allocator = "uniform"\nact_bits = 4\nact_timesteps = true'
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))

@@ -180,6 +180,95 @@ def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, relati
     assert same(tensors_of(finished), tensors_of(whole))
 
 
+def checked(
+    folder: Path, values: dict[int, float], **kwargs: object
+) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]], list[int]]:
+    """The trained student, the student at each check, and the steps checked; a check after ``n`` steps is worth ``values[n]``."""
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    seen: dict[int, list[torch.Tensor]] = {}
+    order: list[int] = []
+    steps = iter(sorted(values))
+
+    def measure(module: torch.nn.Module) -> float:
+        order.append(next(steps))
+        seen[order[-1]] = tensors_of(module)
+        return values[order[-1]]
+
+    options = spec(check_every=5, **kwargs)
+    for _ in distill(denoiser, student, groups, trajectories(denoiser), options, folder=folder, measure=measure):
+        pass
+    return tensors_of(student), seen, order
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [({0: 3.0, 5: 1.0, 10: 2.0}, 5), ({0: 1.0, 5: 1.0, 10: 2.0}, 0), ({0: float("nan"), 5: float("inf"), 10: 7.0}, 10)],
+)
+def test_a_checked_student_ends_as_at_its_best_check(tmp_path: Path, values: dict[int, float], best: int, ema: float) -> None:
+    end, seen, order = checked(tmp_path, values, ema=ema)
+    assert order == [0, 5, 10]
+    assert not same(seen[0], seen[5])
+    assert not same(seen[5], seen[10])
+    assert same(end, seen[best])
+    logged = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [d["step"] for d in logged if "check" in d] == [0, 5, 10]
+
+
+def test_checks_do_not_touch_the_training(tmp_path: Path) -> None:
+    denoiser = teacher()
+    plain, groups = student_of(denoiser)
+    losses = [s.loss for s in distill(denoiser, plain, groups, trajectories(denoiser), spec(ema=0.9))]
+    student, groups = student_of(denoiser)
+    options = spec(ema=0.9, check_every=3)
+    states = list(
+        distill(denoiser, student, groups, trajectories(denoiser), options, measure=lambda m: -float(m.conv_in.weight.std()))
+    )
+    assert [s.loss for s in states] == losses
+    assert [s.step for s in states if s.check is not None] == [3, 6, 9, 10]
+    assert all(s.best is not None and s.best[1] <= (s.check or 0) for s in states if s.check is not None)
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])
+def test_checks_go_on_after_a_stop(tmp_path: Path, stop: int) -> None:
+    """By a signal, which saves after the running step; at step 5 the check that was due is made when the training goes on."""
+    denoiser = teacher()
+
+    def run(folder: Path, signal_at: int = 0) -> tuple[list[torch.Tensor], list[float]]:
+        student, groups = student_of(denoiser)
+        found: list[float] = []
+
+        def measure(module: torch.nn.Module) -> float:
+            found.append(abs(float(module.conv_in.weight.detach().std()) - middle))
+            return found[-1]
+
+        loop = distill(denoiser, student, groups, trajectories(denoiser), spec(check_every=5), folder=folder, measure=measure)
+        for state in loop:
+            if state.step == signal_at - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return tensors_of(student), found
+
+    middle = 0.0
+    _, stds = run(tmp_path / "look")
+    middle = stds[1]  # so that the check after five steps is the best
+    whole, values = run(tmp_path / "whole")
+    _, first = run(tmp_path / "parts", signal_at=stop)
+    end, second = run(tmp_path / "parts")
+    assert min(values) == values[1]
+    assert first + second == values
+    assert same(end, whole)
+
+
+def test_checks_need_a_measure() -> None:
+    denoiser = teacher()
+    student, groups = student_of(denoiser)
+    with pytest.raises(ConfigError, match="measure"):
+        next(distill(denoiser, student, groups, trajectories(denoiser), spec(check_every=2)))
+    with pytest.raises(ConfigError, match="check_every"):
+        spec(check_every=-1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, number: signal.Signals) -> None:
     denoiser = teacher()
