@@ -6,9 +6,10 @@ integer programs see numbers only. Every map is costed again from the map itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
     Budget,
+    LayerSpec,
     LayerTable,
     Policy,
     QuantFormat,
@@ -32,6 +34,7 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameErro
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
+T = TypeVar("T")
 
 LOSSES = ("weight", "output", "gain", "probe", "sampler", "slope", "context", "operating", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
@@ -216,6 +219,23 @@ class _Task:
     losses: Floats | None = None
     pairs: PairwiseTerms | None = None
 
+    @cached_property
+    def _known(self) -> dict[Any, Any]:
+        m = self.method
+        widths = (m.act_bits, m.act_choices, self.activation_steps)
+        key = ("task", self.policy.key, self.format, self.storage, self.budget.quantity, *widths)
+        return cast("dict[Any, Any]", self.table.memo.setdefault(key, {}))
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What follows from table, policy, format and prices alone, whatever losses and limit are: made once, and not to be changed."""
+        known = self._known
+        if key not in known:
+            made = make()
+            if isinstance(made, np.ndarray):
+                made.setflags(write=False)
+            known[key] = made
+        return cast("T", known[key])
+
     def channel_losses(self) -> Floats:
         if self.losses is not None:
             return self.losses
@@ -232,22 +252,35 @@ class _Task:
         return "output_error" if f"output_error/{self.method.variant}" in self.profile.arrays else "weight_error"
 
     @property
-    def searched(self) -> list[str]:
-        return [la.name for la in self.table if self.policy.fixed_width(la) is None]
+    def searched(self) -> tuple[str, ...]:
+        return self.once("searched", lambda: tuple(la.name for la in self.table if self.policy.fixed_width(la) is None))
 
     def cost(self, bit_map: BitMap) -> int:
         return bops(self.table, bit_map) if self.budget.quantity == "bops" else size_bits(self.table, bit_map, self.storage)
 
     def map_of(self, widths: Mapping[str, Any]) -> BitMap:
-        base = uniform_map(
-            self.table,
-            self.policy,
-            min(self.policy.widths),
-            self.format,
-            act_bits=max(self.method.act_choices, default=self.method.act_bits),
-            activation_steps=self.activation_steps,
+        base = self.once(
+            "map",
+            lambda: uniform_map(
+                self.table,
+                self.policy,
+                min(self.policy.widths),
+                self.format,
+                act_bits=max(self.method.act_choices, default=self.method.act_bits),
+                activation_steps=self.activation_steps,
+            ),
         )
         return replace(base, weights={**base.weights, **widths})
+
+    @property
+    def least(self) -> int:
+        """Cost of every searched layer at its cheapest choice."""
+        return self.once("least", lambda: self.cost(_smallest(self)))
+
+    @property
+    def most(self) -> int:
+        """Cost of every searched layer at full precision."""
+        return self.once("most", lambda: self.cost(self.map_of({n: np.uint8(FULL_PRECISION) for n in self.table.by_name})))
 
 
 def allocate(
@@ -299,7 +332,9 @@ def _task_of(
     pairs: PairwiseTerms | None = None,
 ) -> _Task:
     """What is asked, checked against the profile."""
-    policy.check(table)
+    if ("checked", policy.key) not in table.memo:
+        policy.check(table)
+        table.memo["checked", policy.key] = True
     table.require_same_names(set(profile.names), "the profile")
     if profile.model_digest != table.digest:
         raise ConfigError("the profile was measured on another model; profile this one")
@@ -435,7 +470,8 @@ def prediction_loss(profile: SensitivityProfile, mean_width: float = 0.0) -> str
 
 def _mean_width(table: LayerTable, bit_map: BitMap) -> float:
     """Mean width of the weights that a map quantizes; 0 when it quantizes none."""
-    means = np.array([bit_map.weights[la.name].mean() for la in table])
+    widths = (bit_map.weights[la.name] for la in table)
+    means = np.array([float(w.mean()) if w.ndim else float(w) for w in widths])
     count = np.array([la.n_weights for la in table]) * (means < FULL_PRECISION)
     return float((means * count).sum() / max(count.sum(), 1))
 
@@ -452,17 +488,27 @@ def predicted_loss(
     elif loss == BEST_LOSS:
         loss = prediction_loss(profile, _mean_width(table, bit_map))
     fmt = bit_map.format
-    losses = channel_losses(
-        profile, table, f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook, loss, bias_correction=bias_correction
-    )
+    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
     column = {b: j for j, b in enumerate(profile.widths)}
+    # Most layers hold one width: their losses are summed once, and the table of all channels is not even made where all do.
+    key = ("layer losses", variant, loss, bias_correction, tuple(table[n].has_bias for n in profile.names))
+    whole: dict[tuple[str, int], float] = profile.memo.setdefault(key, {})
+    losses: Floats | None = None
     total = 0.0
     for layer in table:
-        widths = bit_map.channel_widths(layer.name, layer.n_channels)
-        rows = losses[profile.rows(layer.name)]
-        for bits in np.unique(widths):
-            if int(bits) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
-                total += float(rows[widths == bits, column[int(bits)]].sum())
+        widths = bit_map.weights[layer.name]
+        for bits in np.unique(widths).tolist() if widths.ndim else (int(widths),):
+            if bits not in column:  # fixed widths that were not profiled and full precision cost nothing that is known
+                continue
+            found = None if widths.ndim else whole.get((layer.name, bits))
+            if found is None:
+                if losses is None:
+                    losses = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
+                of_bits = losses[profile.rows(layer.name), column[bits]]
+                found = float(of_bits[widths == bits].sum() if widths.ndim else of_bits.copy().sum())
+                if not widths.ndim:
+                    whole[layer.name, bits] = found
+            total += found
         act = bit_map.activations.get(layer.name)
         if act in column and "layer_activation_error" in profile.arrays:
             total += float(profile.arrays["layer_activation_error"][profile.index[layer.name], column[act]])
@@ -580,8 +626,7 @@ def _fill_ratio(ratio: Floats, widths: tuple[int, ...]) -> Floats:
 
 
 def _check_budget(task: _Task) -> None:
-    smallest = _smallest(task)
-    least = task.cost(smallest)
+    least = task.least
     if least > task.limit:
         unit = "BOPs" if task.budget.quantity == "bops" else "bits stored"
         per = (
@@ -593,10 +638,9 @@ def _check_budget(task: _Task) -> None:
             f"the budget {task.budget.label()} allows {task.limit} {unit}; the smallest attainable is {least}{per}: every searched layer "
             f"at {min(task.policy.widths)} bits ({task.policy.describe()}). Raise the budget, or allow smaller widths."
         )
-    full = task.map_of({la.name: np.uint8(FULL_PRECISION) for la in task.table})
-    if task.limit > task.cost(full):
+    if task.limit > task.most:
         raise ConfigError(
-            f"the budget {task.budget.label()} is above full precision, which takes {task.cost(full)}: there is nothing to quantize"
+            f"the budget {task.budget.label()} is above full precision, which takes {task.most}: there is nothing to quantize"
         )
 
 
@@ -833,23 +877,23 @@ def _layer_program(task: _Task, *, pins: bool = False) -> Program:
         pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
         priced = {n: widths.index(b) for n, b in pinned.items() if b in widths}
         more_loss, more_cost = _layer_tables(task, list(priced))
-        names, loss, cost = [*names, *priced], np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
+        names, loss, cost = (*names, *priced), np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
         fixed.update(priced)
         paid -= int(more_cost[np.arange(len(priced)), list(priced.values())].sum())
     problem = AllocationProblem(
         loss=loss,
         cost=cost,
         limit=task.limit - paid,
-        names=tuple(names),
+        names=names,
         choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
         budget_name=_unit(task),
-        ties=_any(_layer_labels(task, names)),
+        ties=task.once(("ties", names), lambda: _any(_layer_labels(task, names))),
         fixed=fixed or None,
         pairwise=task.pairs,
     )
     return Program(
         problem=problem,
-        layers=tuple(names),
+        layers=names,
         item_layer=np.arange(len(names)),
         widths=tuple(widths),
         fixed_cost=paid,
@@ -865,38 +909,49 @@ def _channel_program(task: _Task) -> Program:
     losses = task.channel_losses()
     columns = [task.profile.widths.index(b) for b in widths]
     loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
-    each = np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
     item_layer = np.repeat(np.arange(len(layers)), [la.n_channels for la in layers])
+    cost = task.once("channel costs", lambda: _channel_costs(task, layers)[item_layer])
     paid = _fixed_cost(task, _layer_table_costs(task)[2]) + sum(task.storage.fixed_bits(la, task.format) for la in layers)
     problem = AllocationProblem(
         loss=np.asfortranarray(loss),
-        cost=np.asfortranarray(each[item_layer]),
+        cost=np.asfortranarray(cost),
         limit=task.limit - paid,
         choices=tuple(f"{b} bits" for b in widths),
         budget_name=_unit(task),
-        ties=_any(_row_labels(task)),
+        ties=task.once("row ties", lambda: _any(_row_labels(task))),
     )
     return Program(
         problem=problem, layers=tuple(la.name for la in layers), item_layer=item_layer, widths=tuple(widths), fixed_cost=paid
     )
 
 
+def _channel_costs(task: _Task, layers: Sequence[LayerSpec]) -> NDArray[np.int64]:
+    """Cost ``[l, k]`` of one channel of each layer at each width, with its tag."""
+    widths = sorted(task.policy.widths)
+    return np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
+
+
 def _unit(task: _Task) -> str:
     return "BOPs" if task.budget.quantity == "bops" else "bits stored"
 
 
-def _layer_table_costs(task: _Task) -> tuple[list[str], Floats, NDArray[np.int64]]:
+def _layer_table_costs(task: _Task) -> tuple[tuple[str, ...], Floats, NDArray[np.int64]]:
     """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at their choices, the first of which is the cheapest."""
     return (task.searched, *_layer_tables(task, task.searched))
 
 
-def _layer_tables(task: _Task, names: list[str]) -> tuple[Floats, NDArray[np.int64]]:
+def _layer_tables(task: _Task, names: Sequence[str]) -> tuple[Floats, NDArray[np.int64]]:
     choices = _choices(task)
     losses = task.profile.layer_sum(task.channel_losses())
     rows = np.array([task.profile.index[n] for n in names], dtype=np.int64)
     loss = losses[rows][:, [task.profile.widths.index(w) for w, _ in choices]]
     if task.method.act_choices:
         loss = loss + _activation_losses(task.profile)[rows][:, [_column(task.profile, a) for _, a in choices]]
+    return loss, task.once(("layer costs", tuple(names)), lambda: _layer_costs(task, names, choices))
+
+
+def _layer_costs(task: _Task, names: Sequence[str], choices: Sequence[tuple[int, int | None]]) -> NDArray[np.int64]:
+    """Cost ``[n, k]`` of each layer at each choice."""
     inputs = task.policy.activations_of(task.table, task.method.act_bits)
     if task.budget.quantity == "bops":
         cost = [[task.table[n].macs * w * (a or inputs.get(n, FULL_PRECISION)) for w, a in choices] for n in names]
@@ -904,7 +959,7 @@ def _layer_tables(task: _Task, names: list[str]) -> tuple[Floats, NDArray[np.int
         cost = [
             [task.storage.layer_total(task.table[n], np.array(w, dtype=np.uint8), task.format) for w, _ in choices] for n in names
         ]
-    return loss, np.array(cost, dtype=np.int64).reshape(len(names), len(choices))
+    return np.array(cost, dtype=np.int64).reshape(len(names), len(choices))
 
 
 def _activation_losses(profile: SensitivityProfile) -> Floats:
@@ -925,7 +980,7 @@ def _column(profile: SensitivityProfile, bits: int | None) -> int:
 
 def _fixed_cost(task: _Task, cost: NDArray[np.int64]) -> int:
     """What the budget pays before anything is searched, given the searched layers' costs: fixed layers and what is no weight layer."""
-    return task.cost(_smallest(task)) - int(cost[:, 0].sum())
+    return task.least - int(cost[:, 0].sum())
 
 
 def _tied_layers(task: _Task) -> list[list[str]]:
@@ -936,7 +991,7 @@ def _tied_layers(task: _Task) -> list[list[str]]:
     return list(groups.values())
 
 
-def _layer_labels(task: _Task, names: list[str]) -> Labels:
+def _layer_labels(task: _Task, names: Sequence[str]) -> Labels:
     """Tie label of each layer, -1 for those that are free."""
     labels = np.full(len(names), -1, dtype=np.int64)
     index = {n: i for i, n in enumerate(names)}

@@ -267,11 +267,8 @@ class _Search:
     def _expand(self, group: int) -> None:
         first, last = int(self.core.start[group]), int(self.core.start[group + 1])
         count = self.size.size
-        sizes, penalties = [self.size], [self.penalty]
-        for move in range(first, last):
-            sizes.append(self.size + self.core.size[move])
-            penalties.append(self.penalty + self.core.penalty[move])
-        size, penalty = np.concatenate(sizes), np.concatenate(penalties)
+        size = np.concatenate([self.size, (self.size + self.core.size[first:last, None]).ravel()])
+        penalty = np.concatenate([self.penalty, (self.penalty + self.core.penalty[first:last, None]).ravel()])
         kept = _undominated(size, penalty - self.rate * size, strict_size=self.exact_fill)
         origin, parent = kept // count - 1, kept % count
         born = origin >= 0

@@ -145,7 +145,8 @@ def solve_table(
     start = _settled(_break_solution(relaxed))
     if _within(start, gap_tolerance) or time.perf_counter() > deadline:
         return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
-    improved = _settled(_improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline))
+    improved, exhausted = _improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline)
+    improved = replace(improved, floor=improved.loss, proven=True) if exhausted and gap_tolerance == 0 else _settled(improved)
     if _within(improved, gap_tolerance) or not improved.in_time:
         return improved
     return _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
@@ -277,8 +278,9 @@ def _within(solution: CoreSolution, gap_tolerance: float) -> bool:
 
 def _improve_near_break(
     loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, gap_tolerance: float, deadline: float
-) -> CoreSolution:
-    """Improve the break solution by the moves that cost least per unit, without proof."""
+) -> tuple[CoreSolution, bool]:
+    """Improve the break solution by the moves that cost least per unit; True when these were all that a better solution could contain, and
+    all of it was searched."""
     excess = relaxed.rate * relaxed.slack
     moves = passes.near_moves(loss, cost, relaxed.near, relaxed.choice, relaxed.rate, relaxed.slack, excess, NEAR_MOVES)
     closed = closing.close(
@@ -291,7 +293,8 @@ def _improve_near_break(
         max_states=NEAR_STATES,
     )
     improved = replace(start, in_time=closed.in_time)
-    return _apply(loss, improved, relaxed, closed.item, closed.choice)
+    exhausted = closed.proven and len(relaxed.near) == len(loss) and moves.item.size < NEAR_MOVES
+    return _apply(loss, improved, relaxed, closed.item, closed.choice), exhausted
 
 
 def _apply(loss: Floats, solution: CoreSolution, relaxed: Relaxed, item: Integers, to: Integers) -> CoreSolution:

@@ -13,11 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core.formats import FULL_PRECISION, QuantFormat, check_width
+from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, QuantFormat, check_width
 from mpqsearch.core.layers import LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
 
 Widths = NDArray[np.uint8]
+
+
+def _one(bits: int) -> Widths:
+    array = np.array(bits, dtype=np.uint8)
+    array.setflags(write=False)
+    return array
+
+
+_ONE: Mapping[int, Widths] = {bits: _one(bits) for bits in (*WIDTHS, FULL_PRECISION)}
+"""The width of a whole layer as maps hold it, made once: an outer search makes thousands of maps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +50,16 @@ class BitMap:
     def __post_init__(self) -> None:
         clean: dict[str, Widths] = {}
         for name, widths in self.weights.items():
+            one = isinstance(widths, (np.uint8, np.ndarray)) and not widths.ndim and widths.dtype == np.uint8
+            if one and int(widths) in _ONE:  # most maps hold one width a layer
+                clean[name] = _ONE[int(widths)]
+                continue
             array = np.array(widths)
             if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
                 raise ConfigError(
                     f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}"
                 )
-            for bits in np.unique(array) if array.ndim else (array,):  # most maps hold one width a layer
+            for bits in np.unique(array) if array.ndim else (array,):
                 check_width(int(bits), f"bit map, layer {name!r}")
             if array.ndim == 1 and len(array) and (array == array[0]).all():
                 array = array[0]  # one spelling for one meaning, so that equal maps have equal digests
@@ -96,7 +110,7 @@ class BitMap:
         for layer in table:
             widths = self.weights[layer.name]
             mate = tied.setdefault(layer.tie, layer.name) if layer.tie else layer.name
-            if not np.array_equal(widths, self.weights[mate]):
+            if mate != layer.name and not np.array_equal(widths, self.weights[mate]):
                 raise LayerMismatchError(
                     f"the bit map gives {layer.name!r} and {mate!r} different widths, but they are tied ({layer.tie!r})"
                 )

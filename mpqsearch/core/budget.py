@@ -88,9 +88,10 @@ def bops(table: LayerTable, bit_map: BitMap) -> int:
     """Bit operations of one forward pass on one sample: MACs x weight width x activation width, channel by channel."""
     total = 0
     for layer in table:
-        widths = bit_map.channel_widths(layer.name, layer.n_channels).astype(np.int64)
+        widths, n = bit_map.weights[layer.name], layer.n_channels
+        bits = int(widths.sum(dtype=np.int64)) if widths.ndim else int(widths) * n
         # MACs spread evenly over output channels, so the sum over channels is the mean width times the layer's MACs.
-        total += layer.macs * int(widths.sum()) * bit_map.activations.get(layer.name, FULL_PRECISION) // layer.n_channels
+        total += layer.macs * bits * bit_map.activations.get(layer.name, FULL_PRECISION) // n
     return total
 
 
@@ -164,10 +165,13 @@ class Budget:
         low, high = int(np.floor(self.limit)), int(np.ceil(self.limit))
         if low not in WIDTHS or high not in WIDTHS:
             raise ConfigError(f"a uniform budget must lie in {WIDTHS[0]}..{WIDTHS[-1]} bits, got {self.limit:g}")
-        sizes = [
-            size_bits(table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps), storage)
-            for w in (low, high)
-        ]
+        key = ("uniform size", policy.key, storage, act_bits, activation_steps)
+        known = table.memo.setdefault(key, {})
+        for w in {low, high} - known.keys():
+            known[w] = size_bits(
+                table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps), storage
+            )
+        sizes = (known[low], known[high])
         return int(np.floor(sizes[0] + (self.limit - low) * (sizes[1] - sizes[0]) + 1e-9))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
@@ -75,7 +75,7 @@ class QuantFormat:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps from before them."""
-        data = asdict(self)
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.strength == 0.5:
             del data["strength"]
         if self.rounding == "nearest":

@@ -125,12 +125,17 @@ class LayerTable:
         """Name to layer."""
         return {layer.name: layer for layer in self.layers}
 
-    @property
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was computed from this table before, by keys of those who computed it: an outer search asks the same of one table for hours."""
+        return {}
+
+    @cached_property
     def n_weights(self) -> int:
         """Weights in weight layers."""
         return sum(layer.n_weights for layer in self.layers)
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
         """All parameters of the model: the denominator of every average."""
         return self.n_weights + sum(k.n_values for k in self.kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,12 @@ class Policy:
             check_width(bits, f"policy.pinned.{pattern}")
         for key, bits in self.activations.items():
             check_width(bits, f"policy.activations.{key}")
+
+    @property
+    def key(self) -> Hashable:
+        """The same for policies that hold every layer at the same widths, by the same rules in the same order."""
+        rules = (self.roles, self.pinned, self.activations)
+        return (self.widths, *(tuple(r.items()) for r in rules), self.tie_qkv)
 
     def activations_of(self, table: LayerTable, act_bits: int) -> dict[str, int]:
         """Width of the input of every layer whose activations are quantized when searched layers take ``act_bits`` (16: nothing is)."""

@@ -100,6 +100,11 @@ class SensitivityProfile:
             array.setflags(write=False)
 
     @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was computed from these arrays before, by keys of those who computed it."""
+        return {}
+
+    @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """``[L + 1]``: channels of layer ``l`` are rows ``offsets[l]:offsets[l + 1]``."""
         return np.cumsum([0, *self.channels], dtype=np.int64)

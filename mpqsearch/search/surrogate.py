@@ -21,6 +21,7 @@ from mpqsearch.core import (
     QuantFormat,
     SensitivityProfile,
     average_bits,
+    size_bits,
     size_bytes,
 )
 from mpqsearch.errors import ConfigError
@@ -85,6 +86,8 @@ class Surrogate:
     operating_loss: str = "operating"
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
     _strengths: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    # Not an argument: `dataclasses.replace` with another correction starts anew.
+    _last_losses: list[tuple[Any, SensitivityProfile, Floats]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.method.allocator not in ("ilp-layer", "ilp-channel"):
@@ -223,7 +226,10 @@ class Surrogate:
     def _role_widths(self, theta: Theta) -> dict[str, int]:
         """Activation width of each role of the model's searched layers."""
         own = self.act_bits if self.act_bits != FULL_PRECISION else self.method.act_bits
-        roles = {la.role for la in self.table if self.policy.fixed_width(la) is None}
+        key = ("searched roles", self.policy.key)
+        if key not in self.table.memo:
+            self.table.memo[key] = sorted({la.role for la in self.table if self.policy.fixed_width(la) is None})
+        roles = self.table.memo[key]
         chosen = {role: value_of(theta, f"act_{role}") for role in roles}
         return {role: own if value == BASE else int(value) for role, value in chosen.items()}
 
@@ -237,13 +243,14 @@ class Surrogate:
             bit_map = replace(bit_map, activations={n: b for n, b in every.items() if b != FULL_PRECISION})
         if value_of(theta or {}, "prescale") == "layers" and bit_map.activations:
             bit_map = self._with_strengths(bit_map, made.budget)
+        stored = made.size_bits if bit_map is made.bit_map else size_bits(self.table, bit_map)
         return Candidate(
             bit_map=bit_map,
             budget=made.budget,
             bias_correction=made.method.bias_correction,
             predicted=made.predicted_loss,
-            size_bytes=size_bytes(self.table, bit_map),
-            average_bits=average_bits(self.table, bit_map),
+            size_bytes=-(-stored // 8),
+            average_bits=stored / self.table.n_parameters,
             status="none" if result is None else result.status,
             gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
         )
@@ -286,7 +293,7 @@ class Surrogate:
     def _solve(
         self, theta: Theta, budget: Budget, method: MethodSpec, policy: Policy, fmt: QuantFormat, profile: SensitivityProfile
     ) -> Allocation:
-        losses = self.losses_of(theta, method, profile)
+        losses = self._losses_at(theta, method, profile)
         return allocate(
             method,
             self.room(method, budget),
@@ -297,6 +304,17 @@ class Surrogate:
             losses=losses,
             pairs=self._pairs(theta, method, policy, losses),
         )
+
+    def _losses_at(self, theta: Theta, method: MethodSpec, profile: SensitivityProfile) -> Floats:
+        """`losses_of`, kept for the next budget of the same point."""
+        key = (frozenset(theta.items()), method)
+        for known, at, losses in self._last_losses:
+            if known == key and at is profile:
+                return losses
+        losses = self.losses_of(theta, method, profile)
+        losses.setflags(write=False)
+        self._last_losses[:] = [(key, profile, losses)]
+        return losses
 
     def _pairs(self, theta: Theta, method: MethodSpec, policy: Policy, losses: Floats) -> PairwiseTerms | None:
         strength = float(value_of(theta, "pairwise"))

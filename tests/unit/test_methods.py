@@ -404,3 +404,29 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
         with pytest.raises(ConfigError, match="needs prescale = true and act_bits"):
             MethodSpec(name="x", allocator="ilp-layer", prescale_by_layer=True, **wrong)  # type: ignore[arg-type]
     assert MethodSpec(name="x", allocator="ilp-layer", prescale=True, act_choices=acts, prescale_by_layer=True).prescale_by_layer
+
+
+def test_what_a_table_remembers_changes_no_map() -> None:
+    """One table asked under many policies, prices and widths gives what a fresh table gives each time."""
+    shared, profile = tiny_table(), tiny_profile(tiny_table())
+    pinned = Policy(pinned={shared.layers[1].name: 5})
+    asked = itertools.product(
+        (Policy(), Policy(widths=(2, 4, 8)), pinned, Policy(roles={})),
+        ("ilp-layer", "ilp-channel", "random"),
+        (Budget.parse("uniform:3"), Budget.parse("uniform:3.5"), Budget(quantity="bops", limit=0.0 + 6 * 16 * 1e4)),
+        ({}, {"prescale": True}, {"act_bits": 8}),
+    )
+    found = 0
+    for policy, allocator, budget, more in [*asked] * 2:
+        method = MethodSpec(name="m", allocator=allocator, loss="gain", **more)
+
+        def at(table: LayerTable, method=method, budget=budget, policy=policy) -> object:
+            try:
+                made = allocate(method, budget, table, profile, policy, QuantFormat())
+            except (ConfigError, InfeasibleBudgetError) as error:
+                return str(error)
+            return made.bit_map.digest, made.limit, made.size_bits, made.bops, made.predicted_loss
+
+        assert at(shared) == at(tiny_table())
+        found += isinstance(at(shared), tuple)
+    assert found > 50

@@ -261,3 +261,26 @@ def test_loops_that_were_never_compiled_are_left_to_numpy_until_that_costs_as_mu
     monkeypatch.setattr(backend_module, "_passed", [0])
     monkeypatch.setattr(backend_module, "_compiled_before", lambda: True)
     assert backend_module.kernels(cells) == "compiled"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_first_search_that_saw_every_move_needs_no_second(monkeypatch, seed):
+    """In small tables the moves near the break are all there are; searching them again finds the same map, proven."""
+    rng = np.random.default_rng([seed, 31])
+    monkeypatch.setattr(mckp, "QUICK_WORK", 0)
+    first, seconds = mckp._improve_near_break, []
+    real = mckp._close
+    monkeypatch.setattr(mckp, "_close", lambda *args: seconds.append(1) or real(*args))
+    for _ in range(60):
+        n, k = int(rng.integers(2, 12)), int(rng.integers(2, 8))
+        loss = (rng.integers(0, 6, (n, k)) if seed % 2 else rng.lognormal(sigma=3, size=(n, k))).astype(np.float64)
+        cost = np.cumsum(rng.integers(1, 9, (n, k)), axis=1)
+        limit = int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 1))
+        seconds.clear()
+        once = mckp.solve_table(loss, cost, limit)
+        assert not seconds
+        with monkeypatch.context() as patched:
+            patched.setattr(mckp, "_improve_near_break", lambda *args: (first(*args)[0], False))
+            twice = mckp.solve_table(loss, cost, limit)
+        assert once.choice.tolist() == twice.choice.tolist()
+        assert (once.loss, once.floor, once.proven) == (twice.loss, twice.floor, twice.proven)

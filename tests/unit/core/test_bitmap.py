@@ -103,3 +103,13 @@ def test_transposed_convolutions_count_channels_over_groups() -> None:
     table = LayerTable(digest="d", layers=(layer,))
     with pytest.raises(UnknownNameError, match="did you mean 't'|Known: t"):
         table["tt"]
+
+
+def test_maps_share_no_width_that_could_be_changed() -> None:
+    table = tiny_table()
+    first, second = (BitMap(model_digest=table.digest, weights={la.name: np.uint8(3) for la in table}) for _ in range(2))
+    name = table.layers[0].name
+    with pytest.raises(ValueError, match="read-only"):
+        first.weights[name][...] = 4
+    assert int(second.weights[name]) == 3
+    assert replace(first, weights={**first.weights, name: np.int64(4)}).weights[name].dtype == np.uint8

@@ -240,3 +240,20 @@ def test_a_rounding_is_priced_with_the_errors_that_it_leaves(make_surrogate: Cal
         s.losses_of({}, s.method_of({"rounding": "compensated"})), plain.losses_of({}, plain.method) / 2, rtol=1e-6
     )
     assert found.predicted == pytest.approx(s.measured_map(found.bit_map, budget, bias_correction=True).predicted)
+
+
+def test_losses_kept_for_a_point_are_used_for_that_point_alone(make_surrogate: Callable[..., Surrogate]) -> None:
+    budgets = (Budget.parse("uniform:2.5"), Budget.parse("uniform:3.5"))
+    correction = np.random.default_rng(0).lognormal(size=(len(make_surrogate().profile.names), 1))
+
+    def maps(s: Surrogate) -> list[str]:
+        return [c.digest for d in (0.0, 2.0) for b in budgets for c in (s.candidate({"depth": d}, b),)]
+
+    s = make_surrogate()
+    plain = maps(s)
+    corrected = maps(replace(s, correction=correction))
+    assert corrected == maps(make_surrogate(correction=correction))
+    assert corrected != plain
+    assert (
+        plain == maps(s) == [d for p in (0.0, 2.0) for b in budgets for d in (make_surrogate().candidate({"depth": p}, b).digest,)]
+    )
