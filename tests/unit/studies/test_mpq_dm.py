@@ -153,3 +153,59 @@ def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypat
     assert int(min(r["training_seed"] for r in rows)) > 100
     chosen = trials.RECIPES["weighted-slower"]
     assert chosen == study.recipe_of("ours+gentle", "W4A4")
+
+
+def test_residual_rows_have_the_levels_that_they_say(study: ModuleType) -> None:
+    import torch
+
+    from mpqsearch.core import QuantFormat
+    from mpqsearch.quant import decode, encode, fit_rows
+
+    for name in ("residual", "trials"):
+        sys.modules.pop(name, None)
+    import residual
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 80, generator=generator)
+    fmt = QuantFormat()
+    for bits in (2, 3, 4):
+        for codebook in ("affine", "midrise"):
+            base = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook))
+            alone = (decode(encode(rows, base), base) - rows).square().sum(1)
+            for tied in (False, True):
+                q = residual.fit_residual(rows, bits, fmt, codebook, tied=tied)
+                made = q.nearest(rows)
+                assert ((made - rows).square().sum(1) <= alone).all()
+                torch.testing.assert_close(q.errors(rows), (made - rows).square().sum(1))
+                assert all(len(row.unique()) <= 2**bits for row in made)
+                codes, signs = q.split(rows)
+                assert set((codes + q.zero[:, None]).unique().tolist()) <= set(range(2 ** (bits - 1)))
+                assert set(signs.unique().tolist()) <= {-1.0, 1.0}
+    symmetric = residual.fit_residual(rows, 2, fmt, "midrise")
+    for row in symmetric.nearest(rows):
+        levels = row.unique()
+        assert len(levels) == 4
+        torch.testing.assert_close(levels, -levels.flip(0))
+    # A row of such levels comes back as it is.
+    exact = torch.tensor([[-1.25, -0.75, 0.75, 1.25]]).repeat(3, 20) * torch.tensor([[1.0], [0.5], [2.0]])
+    torch.testing.assert_close(residual.fit_residual(exact, 2, fmt, "midrise").nearest(exact), exact)
+
+
+def test_compensated_residual_rows_lose_no_more_output(study: ModuleType) -> None:
+    import torch
+
+    from mpqsearch.core import QuantFormat
+
+    for name in ("residual", "trials"):
+        sys.modules.pop(name, None)
+    import residual
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8, 40, generator=generator)
+    inputs = torch.randn(200, 6, generator=generator) @ torch.randn(6, 40, generator=generator)
+    moment = (inputs.T @ inputs).double() / len(inputs)
+    q = residual.fit_residual(rows, 3, QuantFormat(), "midrise")
+    before = residual.error_of(q.nearest(rows) - rows, moment)
+    after = residual.error_of(residual.compensate_residual(rows, q, moment) - rows, moment)
+    assert (after <= before).all()
+    assert after.sum() < 0.2 * before.sum()
