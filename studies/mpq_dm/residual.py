@@ -1,6 +1,7 @@
 """A binary residual branch for salient rows (MPQ-DMv2's idea): does a second scale a row pay for its 16 bits?
 
 python studies/mpq_dm/residual.py --part rows       # fits row by row: what residual_rows.csv lacks
+python studies/mpq_dm/residual.py --part expected   # what the integer program expects: what residual_expected.csv lacks
 python studies/mpq_dm/residual.py --part samples    # distances of untrained models: what residual.csv lacks
 
 A residual row of b bits is ``scale * (code - zero) + alpha * sign`` with a code of b - 1 bits and a sign: levels that are not evenly spaced, for one
@@ -120,7 +121,8 @@ def fit_residual(rows: Tensor, bits: int, fmt: QuantFormat, codebook: str, *, ti
     """Residual quantizers of ``bits`` for rows ``[C, D]`` on bases of one codebook, by squared error.
 
     Starts are the base as `fit_rows` finds it with the branch that suits its residual, and for each of some ratios of the two scales the best of
-    shrunk full ranges; from each, codes and scales in turn. No row has more squared error than its base alone. ``tied``: the ratios stay.
+    shrunk full ranges; from each, codes and scales in turn. No row has more squared error than its base alone. ``tied``: the ratios stay,
+    and that is not promised.
     """
     base = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook))
     widest = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook, criterion="minmax")).scale
@@ -244,8 +246,10 @@ class Layer:
 
 # --- row by row
 
+KINDS = ("nearest", "nearest+tied", "compensated", "compensated+tied")
+
 ROW_COLUMNS = (
-    "model", "bits", "rounding", "chosen_by", "against", "rows", "weight_ratio", "weight_wins", "output_ratio", "output_wins",
+    "model", "bits", "kind", "chosen_by", "against", "rows", "weight_ratio", "weight_wins", "output_ratio", "output_wins",
     "output_total", "equal_bytes_ratio", "equal_bytes_wins",
 )  # fmt: skip
 """Ratios: geometric means over rows of residual over plain error, ``wins`` the share of rows below 1. ``output_total``: of the sums over
@@ -253,51 +257,46 @@ all rows. ``equal_bytes``: output error against a plain row that had those 16 bi
 ratio of the bits (`auto` only)."""
 
 
-def row_table(model: Model) -> list[dict[str, Any]]:
-    """All comparisons of one model."""
+def row_table(model: Model, kind: str) -> list[dict[str, Any]]:
+    """All comparisons of one model and one of `KINDS`."""
     found: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
     fmt = replace(model.format, codebook="auto", prescale=True)
+    rounding, _, tied = kind.partition("+")
+    tight = rounding == "compensated"
     for layer in searched(model):
         part = Layer(model, layer, fmt, NEAREST)
+        share = (TIED_BITS if tied else BRANCH_BITS) / (layer.weights_per_channel + 1)
 
         def both(error: Tensor, part: Layer = part) -> tuple[Tensor, Tensor]:
             return error_of(error, None), error_of(error, part.moment)
 
-        plain = {b: both(part.plain(b)) for b in (*BITS, max(BITS) + 1)}
-        tight = {b: both(part.plain(b, compensated=True)) for b in (*BITS, max(BITS) + 1)}
+        plain = {b: both(part.plain(b, compensated=tight)) for b in (*BITS, max(BITS) + 1)}
         for b in BITS:
-            books = {k: both(part.plain(b, codebook=k)) for k in ("affine", "midrise")}
-            use = books["midrise"][1] < books["affine"][1]
-            chosen = tuple(torch.where(use, m, a) for m, a in zip(books["midrise"], books["affine"], strict=True))
-            others = {**books, "auto": plain[b], "auto, squared error": both(part.plain(b, criterion="mse"))}
-            for rounding, chosen_by, mine, against, up in (
-                ("nearest", "weights", both(part.residual(b)), others, plain[b + 1]),
-                (
-                    "nearest",
-                    "output",
-                    both(part.residual(b, by_output=True)),
-                    {"auto by output": chosen, "auto": plain[b]},
-                    plain[b + 1],
-                ),
-                ("nearest, tied", "weights", both(part.residual(b, tied=True)), {"auto": plain[b]}, plain[b + 1]),
-                ("compensated", "weights", both(part.residual(b, compensated=True)), {"auto": tight[b]}, tight[b + 1]),
-            ):
-                share = (TIED_BITS if "tied" in rounding else BRANCH_BITS) / (layer.weights_per_channel + 1)
-                for name, other in against.items():
-                    alive = (other[0] > 0) & (other[1] > 0) & (mine[0] > 0) & (mine[1] > 0) & (up[1] > 0)
-                    ratios = [(m / o)[alive] for m, o in zip(mine, other, strict=True)]
-                    equal = ratios[1] / (up[1] / other[1])[alive].pow(share)
-                    found.setdefault((b, rounding, chosen_by, name), []).append((*ratios, equal, mine[1], other[1]))
+            made = both(part.residual(b, compensated=tight, tied=bool(tied)))
+            asked = [("weights", made, "auto", plain[b])]
+            if kind == "nearest":
+                books = {k: both(part.plain(b, codebook=k)) for k in ("affine", "midrise")}
+                use = books["midrise"][1] < books["affine"][1]
+                chosen = tuple(torch.where(use, m, a) for m, a in zip(books["midrise"], books["affine"], strict=True))
+                other = {**books, "auto, squared error": both(part.plain(b, criterion="mse"))}
+                by_output = both(part.residual(b, by_output=True))
+                asked += [("weights", made, name, errors) for name, errors in other.items()]
+                asked += [("output", by_output, "auto by output", chosen), ("output", by_output, "auto", plain[b])]
+            for chosen_by, mine, name, errors in asked:
+                alive = torch.stack([*mine, *errors, plain[b + 1][1]]).amin(0) > 0
+                ratios = [(m / o)[alive] for m, o in zip(mine, errors, strict=True)]
+                equal = ratios[1] / (plain[b + 1][1] / errors[1])[alive].pow(share)
+                found.setdefault((b, kind, chosen_by, name), []).append((*ratios, equal, mine[1], errors[1]))
     out = []
-    for (b, rounding, chosen_by, name), parts in found.items():
+    for (b, _, chosen_by, name), parts in found.items():
         all_rows = [torch.cat(x) for x in zip(*parts, strict=True)]
-        row: dict[str, Any] = {"model": model.name, "bits": b, "rounding": rounding, "chosen_by": chosen_by, "against": name}
+        row: dict[str, Any] = {"model": model.name, "bits": b, "kind": kind, "chosen_by": chosen_by, "against": name}
         row["rows"] = len(all_rows[0])
         row["output_total"] = round(float(all_rows[3].sum() / all_rows[4].sum()), 4)
-        for kind, ratio in zip(("weight", "output", "equal_bytes"), all_rows, strict=False):
-            told = kind != "equal_bytes" or name == "auto"
-            row[f"{kind}_ratio"] = round(float(ratio.log().mean().exp()), 4) if told else ""
-            row[f"{kind}_wins"] = round(float((ratio < 1).double().mean()), 4) if told else ""
+        for what, ratio in zip(("weight", "output", "equal_bytes"), all_rows, strict=False):
+            told = what != "equal_bytes" or name == "auto"
+            row[f"{what}_ratio"] = round(float(ratio.log().mean().exp()), 4) if told else ""
+            row[f"{what}_wins"] = round(float((ratio < 1).double().mean()), 4) if told else ""
         out.append(row)
     return out
 
@@ -352,6 +351,16 @@ def ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64]:
     return torch.cat(parts).numpy()
 
 
+def kept_ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64]:
+    """`ratios`, kept in the work folder under the digest of the profile and of how rows are fitted."""
+    of = artifacts.digest_of([artifacts.digest_file(model.work / "profile.npz"), BITS, TIED_BITS, FACTORS, ROUNDS])[:12]
+    path = model.work / f"residual-{option}-{'compensated' if recipe.compensated else 'nearest'}-{of}.npy"
+    if not path.is_file():
+        np.save(path, ratios(model, recipe, option))
+    known: NDArray[np.float64] = np.load(path)
+    return known
+
+
 def with_option(
     model: Model, recipe: Recipe, setting: str, base: BitMap, option: str, known: NDArray[np.float64], *, everywhere: bool = False
 ) -> tuple[BitMap, Masks, float]:
@@ -380,6 +389,21 @@ def with_option(
     starts = np.flatnonzero(np.diff(program.item_layer)) + 1
     masks = dict(zip(program.layers, np.split(result.choice >= len(widths), starts), strict=True))
     return replace(base, weights={**base.weights, **both.weights(result.choice)}), masks, float(result.loss)
+
+
+EXPECTED_COLUMNS = ("model", "setting", "rounding", "option", "loss_ratio", "rows")
+"""``loss_ratio``: what the integer program expects with the option over what it expects without, at the same bytes."""
+
+
+def expected(model: Model, setting: str, rounding: str, option: str) -> dict[str, Any]:
+    """One row of residual_expected.csv; nothing is sampled."""
+    recipe = COMPENSATED if rounding == "compensated" else NEAREST
+    known = kept_ratios(model, recipe, option)
+    base = model.bit_map(OMQ, setting)  # stands for any map: strengths of pre-scaling are not used
+    plain = with_option(model, recipe, setting, base, "choice", np.ones((len(known), len(WIDTHS))))[2]
+    _, masks, loss = with_option(model, recipe, setting, base, option, known)
+    row = {"model": model.name, "setting": setting, "rounding": rounding, "option": option}
+    return row | {"loss_ratio": round(loss / plain, 4), "rows": sum(int(m.sum()) for m in masks.values())}
 
 
 def promoted(model: Model, bit_map: BitMap, bits: int) -> Masks:
@@ -458,7 +482,7 @@ class Samples:
         else:
             key = recipe.compensated, option
             if key not in self._ratios:
-                self._ratios[key] = ratios(model, recipe, option)
+                self._ratios[key] = kept_ratios(model, recipe, option)
             known = self._ratios[key] if change else np.ones_like(self._ratios[key])
             new, found_masks, value = with_option(model, recipe, setting, bit_map, option, known, everywhere=change == "everywhere")
             bit_map, masks = (new, found_masks) if change else (bit_map, {})
@@ -476,6 +500,9 @@ def extra_bits(masks: Masks, option: str = "branch") -> int:
     return sum(each * n + once * (n > 0) for n in used)
 
 
+PARTS = ("rows", "expected", "samples")
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return list(csv.DictReader(path.open())) if path.is_file() else []
 
@@ -487,11 +514,14 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=("rows", "samples"), choices=("rows", "samples"))
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of the comparisons row by row")
     parser.add_argument("--settings", nargs="+", default=("W2A4", "W3A4", "W2A6"), choices=SETTINGS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--results", type=Path, default=HERE, help="folder of residual.csv and residual_rows.csv")
+    parser.add_argument(
+        "--results", type=Path, default=HERE, help="folder of residual.csv, residual_rows.csv and residual_expected.csv"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/mpq_dm"))
     args = parser.parse_args()
     models = {name: Model(name, Schedule(), args.work) for name in args.models}
@@ -499,9 +529,19 @@ def main() -> None:
         path = args.results / "residual_rows.csv"
         rows = read(path)
         for name, model in models.items():
-            if name not in {r["model"] for r in rows}:
-                rows += row_table(model)
-                write(path, ROW_COLUMNS, rows)
+            for kind in args.kinds:
+                if (name, kind) not in {(r["model"], r["kind"]) for r in rows}:
+                    rows += row_table(model, kind)
+                    write(path, ROW_COLUMNS, rows)
+    if "expected" in args.part:
+        path = args.results / "residual_expected.csv"
+        rows = read(path)
+        for rounding, option in [(r, o) for r in ("compensated", "nearest") for o in ("branch", "tied", "choice")]:
+            for name, model in models.items():
+                for setting in args.settings:
+                    if [name, setting, rounding, option] not in [[r[k] for k in EXPECTED_COLUMNS[:4]] for r in rows]:
+                        rows.append(expected(model, setting, rounding, option))
+                        write(path, EXPECTED_COLUMNS, rows)
     if "samples" not in args.part:
         return
     path = args.results / "residual.csv"
