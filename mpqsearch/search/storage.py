@@ -31,6 +31,9 @@ HEARTBEAT_S = 10
 GRACE_S = 60
 """Seconds without a sign of life after which a worker is taken for dead."""
 
+REST_S = 1.0
+"""Seconds of rest after which a connection to a database is tried before it is used; a trial uses one dozens of times at once."""
+
 CREATION_ATTEMPTS = 6
 """Workers that start together on an empty database all try to make its tables; those that come second try again."""
 
@@ -170,12 +173,13 @@ def _database(url: str, heartbeat_s: int, grace_s: int) -> BaseStorage:
 
     import optuna
 
-    options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    # Tried here, see below; said outright, since Optuna switches SQLAlchemy's own trial at every use on for MySQL.
+    options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": False}
     for attempt in range(CREATION_ATTEMPTS):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.storages.RDBStorage(
+                storage = optuna.storages.RDBStorage(
                     url,
                     engine_kwargs=options,
                     heartbeat_interval=heartbeat_s,
@@ -195,7 +199,31 @@ def _database(url: str, heartbeat_s: int, grace_s: int) -> BaseStorage:
             for secret in _passwords(url):
                 message = message.replace(secret, "***")
             raise ConfigError(f"the storage {redact(url)} cannot be opened: {message}") from None
+        else:
+            if options:
+                _try_after_rest(storage.engine)
+            return storage
     raise AssertionError  # the last attempt has returned or raised
+
+
+def _try_after_rest(engine: Any) -> None:
+    """A connection that rested is tried before it is used, and replaced when the server has closed it meanwhile."""
+    from sqlalchemy import event, exc
+
+    @event.listens_for(engine, "checkin")
+    def rests(_connection: Any, record: Any) -> None:
+        record.info["rests since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def wakes(connection: Any, record: Any, _proxy: Any) -> None:
+        if time.monotonic() - record.info.get("rests since", float("inf")) <= REST_S:
+            return
+        try:
+            alive = engine.dialect.do_ping(connection)
+        except Exception as error:
+            raise exc.DisconnectionError from error
+        if not alive:
+            raise exc.DisconnectionError
 
 
 def _is_race(error: Exception) -> bool:

@@ -226,7 +226,7 @@ def work(
     grace_s: float = GRACE_S,
     poll_s: float = 0.5,
     stop: Callable[[], bool] = lambda: False,
-    after_trial: Callable[[FrozenTrial], None] = lambda _trial: None,
+    after_trial: Callable[[Trial], None] = lambda _trial: None,
 ) -> Counts:
     """Run trials until the study has ``plan.trials`` finished ones, by whatever worker; the same call continues an interrupted study.
 
@@ -247,18 +247,25 @@ def work(
     )
     errors: list[MpqsearchError] = []
     ended: list[int] = []
+    begun: list[Trial] = []  # the trial of this round, unless it is surplus
     known: list[FrozenTrial] = []  # the last look at the study
     look_again = 0.0
+    seen = 0  # trials of the study, as far as this worker knows
 
     def guarded(trial: Trial) -> Any:
+        nonlocal seen
         ended.clear()
         trial.set_user_attr(WORKER, identity)
-        known[:] = trials = study.get_trials(deepcopy=False)
-        if sum(t.number < trial.number and t.state != optuna.trial.TrialState.FAIL for t in trials) >= plan.trials:
+        draw = _draw(study, trial, known) if plan.sampler == "random" else 0
+        if trial.number >= plan.trials and plan.sampler != "random":  # one of a smaller number cannot be surplus: no need to look
+            known[:] = study.get_trials(deepcopy=False)
+        seen = max(len(known), trial.number + 1)
+        if trial.number >= plan.trials and _before(trial, known) >= plan.trials:
             trial.set_user_attr(SURPLUS, True)
             raise _SurplusError
+        begun.append(trial)
         if plan.sampler == "random":  # one seed a draw: an interrupted study goes on exactly as if it had not been
-            study.sampler = make_sampler("random", seed_of(plan.seed, _draw(study, trial, trials)))
+            study.sampler = make_sampler("random", seed_of(plan.seed, draw))
         try:
             value = objective(trial)
         except NumericsError as error:
@@ -272,30 +279,33 @@ def work(
         ended.append(trial._trial_id)
         return value
 
-    def told(_study: Study, trial: FrozenTrial) -> None:
-        if not trial.user_attrs.get(SURPLUS):
-            after_trial(trial)
-
+    waited = True  # nobody looks for dead trials while this worker has none of its own
     with signs:
         session = len(study.get_trials(deepcopy=False))
         if isinstance(plan.sampler, str) and plan.sampler not in ("random", "tpe"):
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
         while not stop():
             # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
-            if time.monotonic() >= look_again or len(known) + NEAR_END >= plan.trials:
+            if time.monotonic() >= look_again or seen + NEAR_END >= plan.trials:
                 look_again = time.monotonic() + heartbeat_s
-                fail_dead_trials(study, folder, grace_s)
+                if waited or not has_heartbeat(study._storage):  # with a heartbeat Optuna looks for the dead before every trial
+                    fail_dead_trials(study, folder, grace_s)
                 known[:] = study.get_trials(deepcopy=False)
+                seen = len(known)
                 state = counts_of(known)
                 if state.finished >= plan.trials:
                     break
-                if state.finished + state.running >= plan.trials and not state.waiting:
+                waited = state.finished + state.running >= plan.trials and not state.waiting
+                if waited:
                     time.sleep(poll_s)
                     continue
             if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
-                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, len(known)), plan.mode)
+                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, seen), plan.mode)
+            begun.clear()
             try:
-                study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError), callbacks=[told])
+                study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError))
+                for trial in begun:  # no callback of Optuna's, for which it reads the whole trial again
+                    after_trial(trial)
             except Exception:
                 # A worker that was held up for long finds that others have failed its trial meanwhile and queued it again: what it measured
                 # is in the cache, and it takes the next one. Optuna says this with three kinds of errors.
@@ -306,26 +316,36 @@ def work(
     return counts(study)
 
 
-def _draw(study: Study, trial: Trial, trials: Sequence[FrozenTrial]) -> int:
+def _before(trial: Trial, known: Sequence[FrozenTrial]) -> int:
+    """Trials that began earlier and did not fail."""
+    from optuna.trial import TrialState
+
+    return sum(t.number < trial.number and t.state != TrialState.FAIL for t in known)
+
+
+def _draw(study: Study, trial: Trial, known: list[FrozenTrial]) -> int:
     """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not.
 
     Several workers may claim the same number at once. Each writes its claim and then looks: of two claims at least one is seen by the other
     side, and whoever sees one moves on, since the other may have begun already. A number that both leave is drawn by a later trial.
+
+    ``known`` is an earlier look at the study, good enough for a first claim; it holds the last look when this returns.
     """
     from optuna.trial import TrialState
 
-    shift = 0
+    shift, looked = 0, False
     while True:
-        others = [t for t in trials if t.number != trial.number and DRAW in t.user_attrs]
+        others = [t for t in known if t.number != trial.number and DRAW in t.user_attrs]
         taken = {int(t.user_attrs[DRAW]) for t in others if t.state != TrialState.FAIL or "error" in t.user_attrs}
         mine = trial.user_attrs.get(DRAW)
-        if mine is not None and mine not in taken:
+        if looked and mine is not None and mine not in taken:
             return int(mine)
-        free = [i for i in range(len(taken) + shift + 1) if i not in taken]
-        trial.set_user_attr(DRAW, free[shift])
-        trials = study.get_trials(deepcopy=False)
+        if looked or mine is None:  # of a retried trial the earlier look may say that its dead predecessor has the number still
+            free = [i for i in range(len(taken) + shift + 1) if i not in taken]
+            trial.set_user_attr(DRAW, free[shift])
+        known[:], looked = study.get_trials(deepcopy=False), True
         # Those that collided spread out by their order among the running ones, or they would meet again.
-        shift = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
+        shift = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in known)
 
 
 def objective_of(objective: Objective, mode: Mode) -> ObjectiveFunction:

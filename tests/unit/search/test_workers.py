@@ -14,6 +14,7 @@ import optuna
 import pytest
 
 from mpqsearch.errors import SolverError
+from mpqsearch.search import storage as storage_module
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import counts
 from mpqsearch.search.workers import SignOfLife, is_alive, run_local_workers, worker_identity
@@ -164,3 +165,21 @@ def test_a_local_worker_that_dies_is_started_again_and_then_given_up(tmp_path: P
         )
     assert "me:***@host" in str(caught.value)
     assert "hidden" not in str(caught.value)
+
+
+def test_a_connection_that_the_server_closed_while_it_rested_is_replaced(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    monkeypatch.setattr(storage_module, "REST_S", 0.0)
+    study = optuna.create_study(study_name="rested", storage=open_storage(postgres_url))
+    try:
+        with psycopg.connect(postgres_url, autocommit=True) as other:
+            others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            closed = other.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}").fetchall()
+        assert closed
+        study.set_user_attr("a", 1)
+        assert study.user_attrs == {"a": 1}
+    finally:
+        optuna.delete_study(study_name="rested", storage=open_storage(postgres_url))
