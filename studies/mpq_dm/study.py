@@ -32,7 +32,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, Sens
 from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill, find_feature_module
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, allocate
-from mpqsearch.metrics import FeatureExtractor, Reference, evaluate, load_extractor, load_reference
+from mpqsearch.metrics import FeatureExtractor, Reference, distance_to_full_precision, evaluate, load_extractor, load_reference
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import (
     CalibrationSpec,
@@ -55,9 +55,12 @@ MOMENT_SAMPLES = 20
 
 COLUMNS = (
     "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
-    "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule",
+    "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule", "chosen",
 )  # fmt: skip
-"""``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and `Recipe`."""
+"""``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and `Recipe`. ``chosen``: of methods
+that check, rounding and step of the student that development noise chose, with its distance there."""
+CHECK_SEED = 160
+"""The study's seed whose evaluation noise, from 1,600,000 on, is the development noise of methods that check: of no row and no trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,10 @@ class Recipe:
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
     (zero points searched, strength of pre-scaling by layer) in place of the released codes'. ``compensated``: error-compensated rounding, which
-    the allocation is priced with and training starts from. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor``
-    multiplies all learning rates.
+    the allocation is priced with and training starts from. ``check_every``: the student ends
+    as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of development noise;
+    ``both_roundings``: of two trainings, with and without ``compensated``. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`.
+    ``lr_factor`` multiplies all learning rates.
     """
 
     spec: MethodSpec
@@ -77,6 +82,9 @@ class Recipe:
     size_of: str = field(default="", metadata={"added": True})
     own_inputs: bool = field(default=False, metadata={"added": True})
     compensated: bool = field(default=False, metadata={"added": True})
+    check_every: int = field(default=0, metadata={"added": True})
+    check_samples: int = field(default=0, metadata={"added": True})
+    both_roundings: bool = field(default=False, metadata={"added": True})
     timestep_weights: str = field(default="uniform", metadata={"added": True})
     clip_norm: float = field(default=1.0, metadata={"added": True})
     ema: float = field(default=0.0, metadata={"added": True})
@@ -108,6 +116,9 @@ OURS = Recipe(
 GENTLE: dict[str, Any] = {"timestep_weights": "sampler", "lr_factor": 0.25}
 """Training of the methods ``+gentle`` where weights have as many bits as inputs."""
 
+CHECKED: dict[str, Any] = {"check_every": 50, "check_samples": 128}
+"""How `ours` and ``mpq-dm+checked`` train where weights have as many bits as inputs."""
+
 METHODS = {
     "ours": OURS,
     "ours+lora": replace(OURS, trainable="lora"),
@@ -121,6 +132,7 @@ METHODS = {
     ),
     "ours+gentle": OURS,
     "mpq-dm+gentle": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
+    "mpq-dm+checked": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
     "ours-nearest": replace(OURS, compensated=False),
     "ours-compensated": OURS,
@@ -133,6 +145,7 @@ METHODS = {
     ),
 }
 LATER = (
+    "mpq-dm+checked",
     "mpq-dm+gentle",
     "mpq-dm+inputs",
     "ours-untrained",
@@ -146,18 +159,26 @@ LATER = (
 
 
 def recipe_of(method: str, setting: str) -> Recipe:
-    """What a method does at a setting. Where weights have as many bits as inputs `ours` rounds to the nearest level, else it compensates; and
-    the methods ``+gentle`` are trained gently there."""
+    """What a method does at a setting. Where weights have as many bits as inputs `ours` and ``mpq-dm+checked`` end at the step that development
+    noise chooses, `ours` with the rounding too; and the methods ``+gentle`` are trained gently there."""
     recipe = METHODS.get(method, FULL_PRECISION)
     weight_bits, act_bits = SETTINGS.get(setting, (16, 16))
     if weight_bits < act_bits:
         return recipe
     if method == "ours":
-        return replace(recipe, compensated=False)
+        return replace(recipe, **CHECKED, both_roundings=True)
+    if method == "mpq-dm+checked":
+        return replace(recipe, **CHECKED)
     return replace(recipe, **GENTLE) if method.endswith("+gentle") else recipe
 
 
-TWINS = {"ours-nearest": "ours", "ours-compensated": "ours", "ours+gentle": "ours", "mpq-dm+gentle": "mpq-dm"}
+TWINS = {
+    "ours-nearest": "ours",
+    "ours-compensated": "ours",
+    "ours+gentle": "ours",
+    "mpq-dm+gentle": "mpq-dm",
+    "mpq-dm+checked": "mpq-dm",
+}
 
 
 def is_own(method: str, setting: str) -> bool:
@@ -306,10 +327,10 @@ class Model:
             seed=seed,
         )
 
-    def reference(self, seed: int) -> Reference:
-        """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards."""
+    def reference(self, seed: int, n_samples: int = 0) -> Reference:
+        """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards, ``n_samples`` or those of the schedule."""
         if seed not in self._references:
-            seeds = tuple(range(10_000 * seed, 10_000 * seed + self.schedule.samples))
+            seeds = tuple(range(10_000 * seed, 10_000 * seed + (n_samples or self.schedule.samples)))
             samples = sample(self.denoiser, seeds, self.schedule.sampler)
             self._references[seed] = Reference(
                 samples=samples,
@@ -338,34 +359,48 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
     """Allocate, train if the method trains, sample and measure."""
     began = time.perf_counter()
     s, recipe = model.schedule, recipe_of(method, setting)
-    bit_map = model.bit_map(recipe, setting)
-    student = model.student(recipe, bit_map, seed)
-    row: dict[str, Any] = {
-        "model": model.name,
-        "setting": setting,
-        "method": method,
-        "seed": seed,
-        "average_bits": round(average_bits(model.table, bit_map), 4),
-        "size_bytes": size_bytes(model.table, bit_map),
-        "n_samples": s.samples,
-        "train_steps": 0,
-        "schedule": recipe.digest(s),
-    }
-    folder = model.work / f"{setting}-{method}-{seed}"
-    if recipe.trainable:
+    row: dict[str, Any] = {"model": model.name, "setting": setting, "method": method, "seed": seed, "n_samples": s.samples}
+    row |= {"train_steps": s.steps if recipe.trainable else 0, "schedule": recipe.digest(s)}
+    tried = [replace(recipe, both_roundings=False, compensated=c) for c in (True, False)] if recipe.both_roundings else [recipe]
+    trained: list[Trained] = []
+    folders: list[Path] = []
+    for one in tried:
+        folders.append(folder := model.work / f"{setting}-{method}-{'compensated' if one.compensated else 'nearest'}-{seed}")
+        bit_map = model.bit_map(one, setting)
+        student = model.student(one, bit_map, seed)
         try:
-            row["train_steps"] = train(model, recipe, student, seed, folder, {"bit_map": bit_map.digest})
+            distance, step = train(model, one, student, seed, folder, {"bit_map": bit_map.digest}) if one.trainable else (0.0, 0)
         except NumericsError as error:  # a method that diverges has a row that says so
             print(f"{method}: {error}", file=sys.stderr)
-            shutil.rmtree(folder, ignore_errors=True)
-            return row | {"seconds": round(time.perf_counter() - began, 1)}
-    measured = measure(model, finalize(student).module, seed)
-    shutil.rmtree(folder, ignore_errors=True)
+            continue
+        name = f"{'compensated' if one.compensated else 'nearest'} step {step}, {distance:.3f}" if one.check_every else ""
+        trained.append(Trained(distance, bit_map, student, name))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not trained:
+        return row | {"seconds": round(time.perf_counter() - began, 1)}
+    best = min(trained, key=lambda t: t.distance)
+    row |= {"average_bits": round(average_bits(model.table, best.bit_map), 4), "size_bytes": size_bytes(model.table, best.bit_map)}
+    row |= {"chosen": "; ".join(t.name for t in sorted(trained, key=lambda t: t.distance))}
+    measured = measure(model, finalize(best.student).module, seed)
     return row | measured | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def train(model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, folder: Path, inputs: Mapping[str, str]) -> int:
-    """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the number of optimiser steps."""
+@dataclass(frozen=True)
+class Trained:
+    """A student, its distance on development noise (0 where it is not checked), and what the row says of it."""
+
+    distance: float
+    bit_map: BitMap
+    student: torch.nn.Module
+    name: str
+
+
+def train(
+    model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, folder: Path, inputs: Mapping[str, str]
+) -> tuple[float, int]:
+    """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the least distance on development noise and its step,
+    or 0 and the number of steps of a recipe that does not check."""
     s = model.schedule
     groups = param_groups(
         student,
@@ -381,14 +416,28 @@ def train(model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, fol
         timestep_weights=recipe.timestep_weights,
         clip_norm=recipe.clip_norm,
         ema=recipe.ema,
+        check_every=recipe.check_every,
         checkpoint_every=50,
         keep_last=1,
     )
     inputs = {**inputs, "recipe": recipe.digest(s)}
-    for state in distill(model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs):
+
+    def check(student: torch.nn.Module) -> float:
+        base = model.reference(CHECK_SEED, recipe.check_samples)
+        samples = sample(model.denoiser.with_module(finalize(student).module), base.seeds, s.sampler)
+        return distance_to_full_precision(samples, base, model.extractor)
+
+    state = None
+    for state in distill(
+        model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs, measure=check
+    ):
         if state.interrupted:
             raise SystemExit("interrupted: the running row is saved; the same command continues")
-    return s.steps
+    if not recipe.check_every:
+        return 0.0, s.steps
+    if state is None or state.best is None:  # training was over when the study was interrupted; the student is the best one
+        return check(student), -1
+    return state.best[1], state.best[0]
 
 
 def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str, float]:
@@ -425,7 +474,7 @@ def full_precision_row(model: Model, seed: int) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Rows in the order in which they tell most: seed 0 first, the main methods first, the lowest bits first."""
-    for seed in range(args.seeds):
+    for seed in range(args.from_seed, args.seeds):
         for model in args.models:
             yield model, "full", "full-precision", seed
         for tier in ([m for m in METHODS if m not in LATER], list(LATER)):
@@ -466,6 +515,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=tuple(SETTINGS), choices=SETTINGS)
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=2, help="number of seeds, from 0")
+    parser.add_argument("--from-seed", type=int, default=0, help="leave out the seeds before this one")
     parser.add_argument("--steps", type=int, help="optimiser steps of two timesteps each (another schedule)")
     parser.add_argument("--samples", type=int, help="evaluation samples (another schedule)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")

@@ -66,9 +66,8 @@ def call(study: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *argu
 def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path)
-    assert (
-        len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * len(study.METHODS) - 4 * 3 - 1)
-    )  # three names are those of other rows below W4A4, one at it
+    # Four names are those of other rows below W4A4.
+    assert len(set(recorder.asked)) == len(recorder.asked) == 2 * 2 * (1 + 5 * len(study.METHODS) - 4 * 4)
     rows = [r for r in recorder.asked if r[1] != "full"]
     assert [r[:3] for r in rows[:3]] == [("fmnist-unet", "W2A4", m) for m in ("ours", "ours+lora", "mpq-dm")]
     assert {r[0] for r in rows[:12]} == {"fmnist-unet", "fmnist-dit"}
@@ -80,11 +79,13 @@ def test_rules_go_by_whether_weights_have_fewer_bits_than_inputs(study: ModuleTy
     for setting, (weight_bits, act_bits) in study.SETTINGS.items():
         fewer = weight_bits < act_bits
         made = study.recipe_of("ours", setting)
-        assert made.compensated == fewer
-        twin, other = ("ours-compensated", "ours-nearest") if fewer else ("ours-nearest", "ours-compensated")
-        assert not study.is_own(twin, setting)
-        assert study.is_own(other, setting)
-        assert study.digest_of_row("ours", setting, schedule) == study.METHODS[twin].digest(schedule)
+        assert (made.both_roundings, bool(made.check_every)) == (not fewer, not fewer)
+        assert study.is_own("ours-compensated", setting) != fewer
+        assert study.is_own("ours-nearest", setting)
+        if fewer:
+            assert study.digest_of_row("ours", setting, schedule) == study.METHODS["ours-compensated"].digest(schedule)
+        checked = study.recipe_of("mpq-dm+checked", setting)
+        assert checked == (study.METHODS["mpq-dm"] if fewer else replace(study.METHODS["mpq-dm"], **study.CHECKED))
         for method, plain in (("ours+gentle", "ours-compensated"), ("mpq-dm+gentle", "mpq-dm")):
             assert study.recipe_of(method, setting) == replace(study.METHODS[plain], **({} if fewer else study.GENTLE))
             assert study.is_own(method, setting) != fewer
@@ -101,9 +102,9 @@ def test_an_interrupted_study_continues_from_the_results_alone(
     second = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small, "--work", str(tmp_path / "another"))
     assert not set(first.asked) & set(second.asked)
-    assert len(first.asked) + len(second.asked) == 63
+    assert len(first.asked) + len(second.asked) == 65
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert len(rows) == 63
+    assert len(rows) == 65
     third = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, *small)
     assert third.asked == []
@@ -132,7 +133,7 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "27 of 27 rows are there" in text
+    assert "29 of 29 rows are there" in text
     assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
