@@ -65,16 +65,7 @@ QUANTIZER: dict[str, dict[str, Any]] = {
 """What of the quantizer the searches may choose besides, at no or counted storage; the second point of ``outer-search``."""
 
 TARGETS = (2, 3, 4)
-SEEDS = (0, 1, 2)
-FURTHER = {("fmnist-unet", "W16"): (3, 4, 5), ("fmnist-dit", "WA4"): (3, 4, 5)}
-"""Seeds of the cells in which three did not tell TPE from random search."""
-
-
-def seeds_of(model: str, mode: str) -> tuple[int, ...]:
-    """The seeds that a cell should have."""
-    return SEEDS + FURTHER.get((model, mode), ())
-
-
+SEEDS = (0, 1, 2, 3, 4, 5)
 FINALISTS, FINAL_SAMPLES = 2, 32
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
 
@@ -255,7 +246,7 @@ def report(results: Path) -> None:
     absent = [
         f"{m} {k} seed {s}: {', '.join(a for a in ARMS if a not in KEPT and not has(rows, m, k, a, s))}"
         for m, k in itertools.product(MODELS, MODES)
-        for s in seeds_of(m, k)
+        for s in SEEDS
         if not all(has(rows, m, k, a, s) for a in ARMS if a not in KEPT)
     ]
     text += ["", "Rows that were not run yet: " + ("; ".join(absent) + "." if absent else "none.")]
@@ -296,11 +287,12 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
     """A table of ``outer-search`` against every other arm, seed by seed: ratios of FD, and paired differences of hypervolumes."""
     text = [
         "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, and mean difference of the",
-        "hypervolumes with its standard error.",
+        "hypervolumes with its standard error. Rows of a model alone: all pairs of its two modes together.",
         "",
         "| model, mode | against | seeds | " + " | ".join(f"FD ratio, {t} bit" for t in TARGETS) + " | hypervolume | of FD |",
         "|---|---|---|" + "---|" * (len(TARGETS) + 2),
     ]
+    pairs: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for model, mode in present:
 
         def value(arm: str, seed: str, target: int, column: str, model: str = model, mode: str = mode) -> float:
@@ -323,10 +315,18 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
             searched_seeds = [
                 value("outer-search", s, TARGETS[0], "hypervolume") - value(arm, s, TARGETS[0], "hypervolume") for s in seeds
             ]
+            of_fd = [own[s] - other[s] for s in seeds]
+            for total, part in zip(pairs.setdefault((model, arm), ([], [])), (searched_seeds, of_fd), strict=True):
+                total += part
             text.append(
                 f"| {model}, {mode} | {arm} | {len(seeds)} | "
                 + " | ".join(f"{r:.2f}" for r in ratios)
-                + f" | {difference(searched_seeds)} | {difference([own[s] - other[s] for s in seeds])} |"
+                + f" | {difference(searched_seeds)} | {difference(of_fd)} |"
+            )
+    for (model, arm), (searched, of_fd) in pairs.items():
+        if arm not in KEPT:
+            text.append(
+                f"| {model} | {arm} | {len(of_fd)} pairs |{' |' * len(TARGETS)} {difference(searched)} | {difference(of_fd)} |"
             )
     return text
 
@@ -401,13 +401,13 @@ def main() -> None:
     parser.add_argument("--report-samples", type=int, default=128)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--seeds", nargs="*", type=int, help="default: those that a cell should have")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--arms", nargs="*", default=[a for a in ARMS if a not in KEPT], choices=[a for a in ARMS if a not in KEPT])
     parser.add_argument("--only-report", action="store_true")
     options = parser.parse_args()
     if not options.only_report:
         shared: dict[str, Any] = {}
-        cells = [(m, k, s) for m, k in itertools.product(options.models, options.modes) for s in options.seeds or seeds_of(m, k)]
+        cells = [(m, k, s) for m, k in itertools.product(options.models, options.modes) for s in options.seeds]
         for model, mode, seed in sorted(cells, key=lambda c: c[2]):
             missing = {
                 a for a in ARMS if a in options.arms and a not in KEPT and not has(read(options.results), model, mode, a, seed)
