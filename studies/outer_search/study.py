@@ -317,17 +317,16 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
             ]
             of_fd = [own[s] - other[s] for s in seeds]
             for total, part in zip(pairs.setdefault((model, arm), ([], [])), (searched_seeds, of_fd), strict=True):
-                total += part
+                total.extend(part)
             text.append(
                 f"| {model}, {mode} | {arm} | {len(seeds)} | "
                 + " | ".join(f"{r:.2f}" for r in ratios)
                 + f" | {difference(searched_seeds)} | {difference(of_fd)} |"
             )
+    empty = " |" * len(TARGETS)
     for (model, arm), (searched, of_fd) in pairs.items():
         if arm not in KEPT:
-            text.append(
-                f"| {model} | {arm} | {len(of_fd)} pairs |{' |' * len(TARGETS)} {difference(searched)} | {difference(of_fd)} |"
-            )
+            text.append(f"| {model} | {arm} | {len(of_fd)} pairs |{empty} {difference(searched)} | {difference(of_fd)} |")
     return text
 
 
