@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.e2e import forked
 
 STUDY = """
 [model]
@@ -73,16 +73,10 @@ def study(tmp_path: Path, model_folder: Path) -> Path:
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
+def cli(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    printed = tmp_path_factory.mktemp("printed")
+
     def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "mpqsearch.cli", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=300,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            check=False,
-        )
+        return forked.run([str(a) for a in arguments], tmp_path, printed / "stdout", printed / "stderr")
 
     return call

@@ -8,14 +8,13 @@ that take `--set`), in the order in which a reader meets them. Of scripts that t
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.e2e import forked
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {".venv", ".git", ".hypothesis", ".pytest_cache", "build", "runs", "CHANGELOG.md"}
@@ -69,15 +68,7 @@ def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
             arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
             arguments += ["--set", 'allocate.budgets=["uniform:3", "uniform:4"]'] if arguments[0] == "run" else []
             arguments += [] if "--overwrite" in arguments else ["--overwrite"]
-        done = subprocess.run(
-            [sys.executable, "-m", "mpqsearch.cli", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=900,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        )
+        done = forked.run(arguments, tmp_path, tmp_path / "stdout", tmp_path / "stderr", timeout=900)
         if done.returncode:
             failed.append(f"{command}\n  exit {done.returncode}: {done.stderr[-400:]}")
     assert len(COMMANDS) > 5, "the pages are read"

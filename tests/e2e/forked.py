@@ -1,0 +1,46 @@
+"""Command lines in processes forked from one that has imported the heavy libraries: as separate as new ones, without seconds of imports each."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PRELOADED = (
+    "torch", "diffusers.models.unets.unet_2d", "diffusers.models.transformers", "pandas", "matplotlib.figure", "optuna", "pulp", "scipy.linalg",
+    "mpqsearch.cli.app", "mpqsearch.stages", "mpqsearch.search.study", "mpqsearch.report", "mpqsearch.export", "mpqsearch.distill",
+)  # fmt: skip
+"""What any verb may import. That verbs import no more than they need is tested elsewhere, in new processes."""
+
+
+def run(arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """``mpqsearch <arguments>`` in ``folder``; output goes to two files and comes back as text."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    os.environ["OMP_NUM_THREADS"] = "1"  # the server has the environment of its start
+    process = context.Process(target=_main, args=(arguments, folder, out, err))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise subprocess.TimeoutExpired(arguments, timeout, out.read_bytes(), err.read_bytes())
+    return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+
+
+def _main(arguments: list[str], folder: Path, out: Path, err: Path) -> None:
+    os.chdir(folder)
+    os.environ["COLUMNS"] = "200"
+    for path, number in ((out, 1), (err, 2)):
+        with path.open("wb") as handle:
+            os.dup2(handle.fileno(), number)
+    sys.argv = ["mpqsearch", *arguments]
+    from mpqsearch.cli.app import main
+
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # which a forked process leaves out
