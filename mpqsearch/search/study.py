@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpqsearch.errors import ConfigError, MpqsearchError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.search.objective import Objective, ObjectiveFunction
 from mpqsearch.search.storage import GRACE_S, HEARTBEAT_S, has_heartbeat
-from mpqsearch.search.workers import WORKER, SignOfLife, fail_dead_trials, worker_identity
+from mpqsearch.search.workers import SignOfLife, fail_dead_trials, sign, worker_identity
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -255,7 +255,7 @@ def work(
     def guarded(trial: Trial) -> Any:
         nonlocal seen
         ended.clear()
-        trial.set_user_attr(WORKER, identity)
+        sign(study, trial, identity)
         draw = _draw(study, trial, known) if plan.sampler == "random" else 0
         if trial.number >= plan.trials and plan.sampler != "random":  # one of a smaller number cannot be surplus: no need to look
             known[:] = study.get_trials(deepcopy=False)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import typing
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from mpqsearch.search.storage import GRACE_S, HEARTBEAT_S, has_heartbeat, redact
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.trial import FrozenTrial
+    from optuna.storages import RDBStorage
+    from optuna.trial import FrozenTrial, Trial
 
 log = logging.getLogger("mpqsearch")
 
@@ -96,19 +98,20 @@ def is_alive(folder: Path, identity: str, grace_s: float = GRACE_S) -> bool:
 def fail_dead_trials(study: Study, folder: Path | None, grace_s: float = GRACE_S) -> int:
     """Fail running trials of dead workers and queue them again with the same parameters; returns how many.
 
-    Databases do this themselves, by their heartbeat. For a journal the worker files in ``folder`` say who lives. Of several
+    Databases do this themselves, by their heartbeat, except for a trial whose worker died before its first one: that has no signature
+    (see `sign`) and is failed here when it is older than ``grace_s``. For a journal the worker files in ``folder`` say who lives. Of several
     processes that notice the same dead trial, the storage lets one fail it, and only that one queues it again.
     """
     import warnings
 
     import optuna
 
-    if has_heartbeat(study._storage):
+    watched = has_heartbeat(study._storage)
+    if watched:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(study)
-        return 0
-    if folder is None:
+    elif folder is None:
         return 0
     failed = 0
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -117,12 +120,20 @@ def fail_dead_trials(study: Study, folder: Path | None, grace_s: float = GRACE_S
             started = trial.datetime_start
             if started is None or time.time() - started.timestamp() <= grace_s:
                 continue
-        elif is_alive(folder, str(owner), grace_s):
+        elif watched or folder is None or is_alive(folder, str(owner), grace_s):
             continue
         if _fail(study, trial):
             failed += 1
             log.warning("trial %d: its worker %s is dead; it is tried again", trial.number, owner or "(unknown)")
     return failed
+
+
+def sign(study: Study, trial: Trial, identity: str) -> None:
+    """Write whose trial this is, after its first heartbeat where the storage has them: Optuna makes that in a thread, which may come too late,
+    and never takes a trial without one for dead."""
+    if has_heartbeat(study._storage):
+        typing.cast("RDBStorage", study._storage).record_heartbeat(trial._trial_id)
+    trial.set_user_attr(WORKER, identity)
 
 
 def _fail(study: Study, trial: FrozenTrial) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from mpqsearch.errors import SolverError
 from mpqsearch.search import storage as storage_module
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import counts
-from mpqsearch.search.workers import SignOfLife, is_alive, run_local_workers, worker_identity
+from mpqsearch.search.workers import SignOfLife, fail_dead_trials, is_alive, run_local_workers, sign, worker_identity
 from tests.unit.search import postgres
 from tests.unit.search.a_worker import STUDY
 
@@ -107,6 +108,31 @@ def test_a_killed_worker_costs_no_trial(storage: str, tmp_path: Path) -> None:
 
 def _retry_of(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial:
     return next(t for t in study.get_trials() if t.system_attrs.get("failed_trial") == number)
+
+
+def test_a_database_gives_trials_of_workers_that_died_before_their_first_heartbeat_to_others(tmp_path: Path) -> None:
+    """Optuna makes the first heartbeat in a thread, and takes no trial without one for dead: the study would wait for it for ever."""
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    database = optuna.storages.RDBStorage(url, heartbeat_interval=1, grace_period=60, heartbeat_stale_trial_callback=retry)
+    study = optuna.create_study(storage=database)
+    dead, living = study.ask(), study.ask()
+    dead.suggest_float("exponent", 0.5, 2.0)
+    sign(study, living, "another host")
+    assert fail_dead_trials(study, None, grace_s=60) == 0  # it may have begun a moment ago
+    assert fail_dead_trials(study, None, grace_s=0) == 1
+    states = [t.state for t in study.get_trials()]
+    assert states == [optuna.trial.TrialState.FAIL, optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING]
+    again = study.ask()
+    assert study.get_trials()[again.number].system_attrs["failed_trial"] == dead.number
+    assert again.suggest_float("exponent", 0.5, 2.0) == dead.params["exponent"]
+    assert fail_dead_trials(study, None, grace_s=0) == 1  # the second one's worker is dead too
+    assert study.get_trials()[living.number].state == optuna.trial.TrialState.RUNNING
+    # A signature has a heartbeat before it: the storage itself notices when its worker dies.
+    database.grace_period = -1
+    fail_dead_trials(study, None, grace_s=60)
+    assert study.get_trials()[living.number].state == optuna.trial.TrialState.FAIL
 
 
 def test_a_worker_lives_while_it_shows_signs_and_its_process_runs(tmp_path: Path) -> None:
