@@ -115,7 +115,7 @@ def draw(table: pd.DataFrame) -> Figure:
                     ax.errorbar(
                         x + (k - (len(methods) - 1) / 2) * min(0.09, 0.84 / len(methods)), y,
                         np.minimum(spread, y * 0.95) if key != "paired_psnr" else spread,
-                        fmt=style.marker, color=style.colour, ms=style.size, lw=1, label=method,
+                        fmt=style.marker, color="black" if method == "ours" else style.colour, ms=style.size, lw=1, label=method,
                     )  # fmt: skip
                 full = table[(table["model"] == model) & (table["method"] == "full-precision")]["fd_data"]
                 if key == "fd_data" and len(full):
