@@ -591,12 +591,12 @@ def _append(path: Path, data: Mapping[str, float]) -> None:
 
 
 def _cut_log(path: Path, done: int) -> None:
-    """Drop lines after step ``done``, and a torn last line."""
+    """Drop lines after step ``done``, all of them where nothing is done, and a torn last line."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= done:
+            if done and json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
     artifacts.write_text(path, "".join(kept))

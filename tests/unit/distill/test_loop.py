@@ -216,6 +216,14 @@ def test_a_checked_student_ends_as_at_its_best_check(tmp_path: Path, values: dic
     assert [d["step"] for d in logged if "check" in d] == [0, 5, 10]
 
 
+def test_a_training_that_begins_anew_begins_its_log_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        checked(tmp_path, {0: 1.0, 5: 2.0, 10: 3.0})
+        (tmp_path / "latest.json").unlink()
+    logged = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [d["step"] for d in logged if "check" in d] == [0, 5, 10]
+
+
 def test_checks_do_not_touch_the_training(tmp_path: Path) -> None:
     denoiser = teacher()
     plain, groups = student_of(denoiser)
