@@ -36,6 +36,10 @@ Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 T = TypeVar("T")
 
+KEPT_TASKS = 8
+"""Tasks of one table whose costs are kept, the oldest dropped: a search over activation widths has a policy a trial, and each has a cost table of all
+channels."""
+
 LOSSES = ("weight", "output", "gain", "probe", "sampler", "slope", "context", "operating", "final")
 """``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
 gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
@@ -223,8 +227,11 @@ class _Task:
     def _known(self) -> dict[Any, Any]:
         m = self.method
         widths = (m.act_bits, m.act_choices, self.activation_steps)
-        key = ("task", self.policy.key, self.format, self.storage, self.budget.quantity, *widths)
-        return cast("dict[Any, Any]", self.table.memo.setdefault(key, {}))
+        key = (self.policy.key, self.format, self.storage, self.budget.quantity, *widths)
+        tasks = cast("dict[Any, dict[Any, Any]]", self.table.memo.setdefault("tasks", {}))
+        if key not in tasks and len(tasks) >= KEPT_TASKS:
+            del tasks[next(iter(tasks))]
+        return tasks.setdefault(key, {})
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What follows from table, policy, format and prices alone, whatever losses and limit are: made once, and not to be changed."""

@@ -10,7 +10,7 @@ from mpqsearch.allocate import solve
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, bops, size_bits, uniform_map
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
-from mpqsearch.methods import ALLOCATORS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
+from mpqsearch.methods import ALLOCATORS, KEPT_TASKS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
 from mpqsearch.testing import tiny_profile, tiny_table
 
 TABLE = tiny_table(n_layers=6, channels=20, fan_in=30)
@@ -430,3 +430,4 @@ def test_what_a_table_remembers_changes_no_map() -> None:
         assert at(shared) == at(tiny_table())
         found += isinstance(at(shared), tuple)
     assert found > 50
+    assert len(shared.memo["tasks"]) == KEPT_TASKS
