@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -35,6 +36,7 @@ def overhead(where: str | Path, folder: Path, sampler: str, trials: int = 20, tr
     study = open_study(plan, open_storage(where))
     for b in o.budgets:
         o.ladder.errors(o.uniform(b))  # the uniform maps are measured once a study
+    statements = count_statements(study)
     before = len(o.ladder.evaluator.measured)
     cpu, wall = time.process_time(), time.perf_counter()
     work(study, plan, o.front, folder=folder / "workers")
@@ -43,9 +45,25 @@ def overhead(where: str | Path, folder: Path, sampler: str, trials: int = 20, tr
     print(
         f"{name_of(where):10} {sampler:7} {trials} trials of up to {trial_s:g} s (maps that repeat cost nothing): machinery "
         f"{1000 * cpu / trials:.0f} ms of CPU a trial, {100 * cpu / trials / trial_s:.1f} % of a trial; with waiting "
-        f"{1000 * (wall - paused) / trials:.0f} ms, {100 * (wall - paused) / trials / trial_s:.1f} %",
+        f"{1000 * (wall - paused) / trials:.0f} ms, {100 * (wall - paused) / trials / trial_s:.1f} %"
+        + (f"; {statements[0] / trials:.0f} SQL statements a trial" if statements[0] else ""),
         flush=True,
     )
+
+
+def count_statements(study: Any) -> list[int]:
+    """A count that grows with every SQL statement of a study in a database, heartbeats included."""
+    from sqlalchemy import event
+
+    count = [0]
+    engine = getattr(study._storage, "engine", None) or getattr(getattr(study._storage, "_backend", None), "engine", None)
+    if engine is not None:
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def counts_one(*_: Any) -> None:
+            count[0] += 1
+
+    return count
 
 
 def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
