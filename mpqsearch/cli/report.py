@@ -20,6 +20,7 @@ def report(run: Run, *, as_json: bool) -> None:
     from mpqsearch import stages
 
     table = stages.layers(run)
+    run.require_sampler("a report of samples (report)")
     measured = stages.profile(run, table)
     if measured is None:
         return

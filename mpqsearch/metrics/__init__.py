@@ -3,10 +3,11 @@
 from mpqsearch.metrics.evaluate import Evaluation, Reference, distance_to_full_precision, evaluate
 from mpqsearch.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extractor, module_extractor
 from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
-from mpqsearch.metrics.reference import load_reference, save_reference
+from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
 
 __all__ = [
     "EXTRACTORS",
+    "DataReference",
     "Evaluation",
     "FeatureExtractor",
     "FeatureStatistics",

@@ -19,6 +19,7 @@ from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, StaleArtifactError
 
 if TYPE_CHECKING:
+    from mpqsearch.metrics import DataReference, FeatureExtractor
     from mpqsearch.models import Denoiser, StreamedModel
     from mpqsearch.profile import InputMoments
     from mpqsearch.quant import RangeCollector
@@ -67,10 +68,30 @@ class Run:
         calls = {"calls": artifacts.digest_file(Path(captured))} if captured and Path(captured).is_file() else {}
         return {"model_source": artifacts.digest_of(named), **calls}
 
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """The features that samples are measured with."""
+        from mpqsearch.metrics import load_extractor
+
+        c = self.config.evaluate
+        return load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
+
+    @cached_property
+    def data_reference(self) -> DataReference | None:
+        """Statistics of the data that samples are measured against, if there are any."""
+        from mpqsearch.metrics import load_reference
+
+        c = self.config.evaluate
+        return load_reference(Path(c.reference) if c.reference else None, self.extractor)
+
     def require_sampler(self, what: str) -> None:
-        """Raise `ModelError` before anything long begins, when ``what`` samples and the model is known from recorded calls only."""
-        if self.config.calibration.captured and not self.dry_run:
+        """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded calls only, and what the
+        extractor and the reference statistics raise when they are not to be had."""
+        if self.dry_run:
+            return
+        if self.config.calibration.captured:
             self.denoiser.require_sampler(what)  # a stage asks again, for callers that come to it by themselves
+        _ = self.data_reference
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -56,7 +56,6 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
         run.say(f"distill: would train {method_name} at {budget.label()} for {run.config.distill.steps} steps into {folder}")
         return {}
     from mpqsearch.distill import processes
-    from mpqsearch.metrics import load_extractor
     from mpqsearch.quant import build_student, finalize
 
     team = processes()  # before the model is loaded: each process gets a GPU of its own
@@ -75,11 +74,10 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
         seed=run.config.distill.seed,
         **correction_of(run, table, measured, bit_map, bias_correction=method.bias_correction),
     )
-    c = run.config.evaluate
-    extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
+    extractor = run.extractor
     base = before = None
     if team.main:
-        base, _ = reference(run, table, extractor)
+        base, _ = reference(run, table)
         before = _measure(run, finalize(student).module, base, extractor, "before training")
     team.wait()
     with run.timed("distill"):

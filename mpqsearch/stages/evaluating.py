@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import ChainMap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,14 +53,14 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
     return artifacts.digest_of(parts)
 
 
-def reference(run: Run, table: LayerTable, extractor: FeatureExtractor) -> tuple[Reference, StudyRecord]:
+def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     """Full-precision samples with their features, cached, and their record."""
     import torch
 
-    from mpqsearch.metrics import Reference, evaluate, load_reference
+    from mpqsearch.metrics import Reference, evaluate
     from mpqsearch.sampling import labels_of, sample, to_uint8
 
-    c = run.config.evaluate
+    c, extractor = run.config.evaluate, run.extractor
     seeds = tuple(range(c.first_seed, c.first_seed + c.samples))
     key = evaluation_key(run, table, None, bias_correction=False)
     cache = run.path("stats", f"full-precision-{key[:16]}.npz")
@@ -80,7 +79,7 @@ def reference(run: Run, table: LayerTable, extractor: FeatureExtractor) -> tuple
         features=extractor(to_uint8(samples)),
         seeds=seeds,
         labels=labels if isinstance(labels, torch.Tensor) else None,
-        data=load_reference(Path(c.reference) if c.reference else None, extractor),
+        data=run.data_reference,
     )
 
     def measure() -> dict[str, Any]:
@@ -245,11 +244,8 @@ def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[
             f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, {len(keys) - done} to do"
         )
         return []
-    from mpqsearch.metrics import load_extractor
-
-    c = run.config.evaluate
-    extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
-    base, full = reference(run, table, extractor)
+    c, extractor = run.config.evaluate, run.extractor
+    base, full = reference(run, table)
     records = [full]
     with bar_of("evaluate", len(maps) * c.samples) as bar:
         for method, budget, bit_map, solved in maps:

@@ -294,12 +294,9 @@ def refinement_of(run: Run) -> tuple[RefineSpec, int]:
 
 
 def _reference(run: Run, table: LayerTable) -> tuple[Any, Any]:
-    from mpqsearch.metrics import load_extractor
     from mpqsearch.stages.evaluating import reference
 
-    c = run.config.evaluate
-    extractor = load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
-    return reference(run, table, extractor)[0], extractor
+    return reference(run, table)[0], run.extractor
 
 
 def _storage(run: Run, storage: str | None, workers: int) -> Any:

@@ -120,6 +120,24 @@ def test_mistakes_end_with_one_clear_message(
     assert "Traceback" not in out.stderr
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "report", "distill", "search", "run"])
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("evaluate.extractor=fmnist-cn", 2, "did you mean 'fmnist-cnn'"),
+        ("evaluate.reference=nothing.safetensors", 2, "nothing.safetensors do not exist"),
+    ],
+)
+def test_what_samples_are_measured_with_is_asked_for_before_the_profile(
+    cli: Cli, study: Path, tmp_path: Path, verb: str, setting: str, code: int, message: str
+) -> None:
+    asked = (study,) if verb == "run" else ("-c", study)
+    out = cli(verb, *asked, "--run-dir", "r", "--set", setting, *(("--trials", "2") if verb == "search" else ()))
+    assert out.returncode == code, out.stderr
+    assert message in out.stderr
+    assert not (tmp_path / "r/profile.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
