@@ -20,8 +20,8 @@ def run(arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: fl
     """``mpqsearch <arguments>`` in ``folder``; output goes to two files and comes back as text."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    os.environ["OMP_NUM_THREADS"] = "1"  # the server has the environment of its start
-    process = context.Process(target=_main, args=(arguments, folder, out, err))
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
+    process = context.Process(target=_main, args=(arguments, folder, out, err, dict(os.environ)))
     process.start()
     process.join(timeout)
     if process.exitcode is None:
@@ -31,9 +31,10 @@ def run(arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: fl
     return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
-def _main(arguments: list[str], folder: Path, out: Path, err: Path) -> None:
+def _main(arguments: list[str], folder: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
-    os.environ["COLUMNS"] = "200"
+    os.environ.clear()  # that of the server is of its start
+    os.environ.update(environment, COLUMNS="200")
     for path, number in ((out, 1), (err, 2)):
         with path.open("wb") as handle:
             os.dup2(handle.fileno(), number)
