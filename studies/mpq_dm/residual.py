@@ -391,6 +391,7 @@ def with_option(
     return replace(base, weights={**base.weights, **both.weights(result.choice)}), masks, float(result.loss)
 
 
+ROUNDINGS = ("compensated", "nearest")
 EXPECTED_COLUMNS = ("model", "setting", "rounding", "option", "loss_ratio", "rows")
 """``loss_ratio``: what the integer program expects with the option over what it expects without, at the same bytes."""
 
@@ -518,6 +519,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of the comparisons row by row")
     parser.add_argument("--settings", nargs="+", default=("W2A4", "W3A4", "W2A6"), choices=SETTINGS)
+    parser.add_argument("--roundings", nargs="+", default=ROUNDINGS, choices=ROUNDINGS, help="of what the integer program expects")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument(
         "--results", type=Path, default=HERE, help="folder of residual.csv, residual_rows.csv and residual_expected.csv"
@@ -536,7 +538,7 @@ def main() -> None:
     if "expected" in args.part:
         path = args.results / "residual_expected.csv"
         rows = read(path)
-        for rounding, option in [(r, o) for r in ("compensated", "nearest") for o in ("branch", "tied", "choice")]:
+        for rounding, option in [(r, o) for r in args.roundings for o in ("branch", "tied", "choice")]:
             for name, model in models.items():
                 for setting in args.settings:
                     if [name, setting, rounding, option] not in [[r[k] for k in EXPECTED_COLUMNS[:4]] for r in rows]:
