@@ -19,7 +19,7 @@ StorageOption = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="postgresql://..., mysql://..., grpc://host:port or a journal file. Better in the variable MPQSEARCH_STORAGE, which "
+        help="postgresql://..., mysql://..., redis://..., grpc://host:port or a journal file. Better in the variable MPQSEARCH_STORAGE, which "
         "shows in no list of processes.",
     ),
 ]

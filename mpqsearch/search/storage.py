@@ -25,11 +25,11 @@ STORAGE_VARIABLE = "MPQSEARCH_STORAGE"
 SCHEMES = ("postgresql", "postgres", "mysql", "mariadb", "sqlite", "mssql", "oracle", "redis", "rediss", "grpc")
 """Kinds of storage URLs, a driver's name after a plus sign left out."""
 
-HEARTBEAT_S = 10
-"""Seconds between two signs of life of a worker."""
+PROXY_PORT = 13000
+"""Port of Optuna's gRPC proxy where the address names none, as Optuna has it."""
 
-GRACE_S = 60
-"""Seconds without a sign of life after which a worker is taken for dead."""
+PROXY_WAIT_S = 20.0
+"""Seconds that a proxy is waited for."""
 
 REST_S = 1.0
 """Seconds of rest after which a connection to a database is tried before it is used; a trial uses one dozens of times at once."""
@@ -46,17 +46,13 @@ def redact(text: str) -> str:
     return _QUERY.sub(r"\g<head>***", _PASSWORD.sub(r"\g<head>***", text))
 
 
-def open_storage(
-    where: str | Path | BaseStorage, *, workers: int = 1, heartbeat_s: int = HEARTBEAT_S, grace_s: int = GRACE_S
-) -> BaseStorage:
+def open_storage(where: str | Path | BaseStorage, *, workers: int = 1) -> BaseStorage:
     """An Optuna storage.
 
     Args:
         where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``, ``grpc://host:port``), or a storage
             object, which is returned as it is.
         workers: How many processes will use it.
-        heartbeat_s: Databases only: seconds between signs of life of a running trial.
-        grace_s: Databases only: seconds without one after which a trial is failed and tried again.
 
     Raises:
         ConfigError: SQLite with several workers; a driver is missing; the database does not answer. No message holds a password.
@@ -69,14 +65,11 @@ def open_storage(
     if "://" not in text:
         return _journal(Path(text))
     scheme = text.split("://", 1)[0].lower()
-    import optuna
-
     if scheme == "grpc":
-        host, _, port = text.split("://", 1)[1].rstrip("/").partition(":")
-        return optuna.storages.GrpcStorageProxy(host=host or "localhost", port=int(port or 13000))
+        return _proxy(text)
     if scheme.startswith("redis"):
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(text))
-    return _database(_with_driver(text), heartbeat_s, grace_s)
+        return _redis(text)
+    return _database(_with_driver(text))
 
 
 def check_storage(where: str | Path, *, workers: int = 1) -> None:
@@ -132,12 +125,6 @@ def repair_journal(path: Path) -> int:
     return dropped
 
 
-def has_heartbeat(storage: BaseStorage) -> bool:
-    """True when the storage itself notices dead workers (databases), so that no worker files are needed."""
-    interval = getattr(storage, "get_heartbeat_interval", None)
-    return interval is not None and interval() is not None
-
-
 def _journal(path: Path) -> BaseStorage:
     import optuna
 
@@ -168,37 +155,64 @@ def _journal_backend(path: Path) -> Any:
     return Backend(str(path))
 
 
-def _database(url: str, heartbeat_s: int, grace_s: int) -> BaseStorage:
+def _proxy(url: str) -> BaseStorage:
+    """Optuna's proxy before a storage, when it answers."""
     import warnings
 
+    import optuna
+
+    host, _, port = url.split("://", 1)[1].rstrip("/").partition(":")
+    if port and not port.isdecimal():
+        raise ConfigError(f"{redact(url)} is no address of a proxy: write grpc://host:port (13000 where no port is given)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            proxy = optuna.storages.GrpcStorageProxy(host=host or "localhost", port=int(port or PROXY_PORT))
+        proxy.wait_server_ready(timeout=PROXY_WAIT_S)
+    except ImportError:
+        raise ConfigError(f"{url} needs the packages grpcio and protobuf: pip install 'mpqsearch[grpc]'") from None
+    except ConnectionError:
+        raise ConfigError(
+            f"no proxy answers at {url} within {PROXY_WAIT_S:g} seconds. It is started by optuna.storages.run_grpc_proxy_server(storage, "
+            f"host='0.0.0.0', port={port or PROXY_PORT})."
+        ) from None
+    return proxy
+
+
+def _redis(url: str) -> BaseStorage:
+    """Optuna's journal in a Redis server, when it answers."""
+    import warnings
+
+    import optuna
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(url))
+    except ImportError:
+        raise ConfigError(f"the driver for {redact(url)} is not installed: pip install 'mpqsearch[redis]'") from None
+    except Exception as error:  # noqa: BLE001 - the driver's own, with the address in them
+        raise ConfigError(f"the storage {redact(url)} cannot be opened: {_without_passwords(error, url)}") from None
+
+
+def _database(url: str) -> BaseStorage:
     import optuna
 
     # Tried here, see below; said outright, since Optuna switches SQLAlchemy's own trial at every use on for MySQL.
     options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": False}
     for attempt in range(CREATION_ATTEMPTS):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                storage = optuna.storages.RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=heartbeat_s,
-                    grace_period=grace_s,
-                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
-                )
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         except ImportError:
             raise ConfigError(
-                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; for MySQL: pip "
-                "install pymysql and write mysql+pymysql://."
+                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; for MySQL and "
+                "MariaDB: pip install 'mpqsearch[mysql]'."
             ) from None
         except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
             if attempt + 1 < CREATION_ATTEMPTS and _is_race(error):
                 time.sleep(0.2 * 2**attempt)
                 continue
-            message = redact(str(error)).splitlines()[0]
-            for secret in _passwords(url):
-                message = message.replace(secret, "***")
-            raise ConfigError(f"the storage {redact(url)} cannot be opened: {message}") from None
+            raise ConfigError(f"the storage {redact(url)} cannot be opened: {_without_passwords(error, url)}") from None
         else:
             if options:
                 _try_after_rest(storage.engine)
@@ -241,6 +255,14 @@ def _with_driver(url: str) -> str:
     if scheme == "mysql" and not importlib.util.find_spec("MySQLdb"):
         return f"mysql+pymysql://{rest}"
     return url
+
+
+def _without_passwords(error: Exception, url: str) -> str:
+    """The first line of an error's message."""
+    message = redact(str(error)).splitlines()[0]
+    for secret in _passwords(url):
+        message = message.replace(secret, "***")
+    return message
 
 
 def _passwords(url: str) -> list[str]:

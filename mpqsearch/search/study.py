@@ -11,13 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch.errors import ConfigError, MpqsearchError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.search.objective import Objective, ObjectiveFunction
-from mpqsearch.search.storage import GRACE_S, HEARTBEAT_S, has_heartbeat
-from mpqsearch.search.workers import SignOfLife, fail_dead_trials, sign, worker_identity
+from mpqsearch.search.workers import GRACE_S, HEARTBEAT_S, Lookout, Worker
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -221,7 +219,6 @@ def work(
     objective: ObjectiveFunction,
     *,
     worker: int = 0,
-    folder: Path | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     grace_s: float = GRACE_S,
     poll_s: float = 0.5,
@@ -231,20 +228,15 @@ def work(
     """Run trials until the study has ``plan.trials`` finished ones, by whatever worker; the same call continues an interrupted study.
 
     Workers may start and die at any time. A trial that begins when the study already has its number is dropped at once. Trials of dead
-    workers are failed and queued again: by the database's heartbeat, or for a journal by the files that the workers touch in ``folder``.
-    A worker that finds nothing to do waits until the others have finished, since it may have to take over.
+    workers are failed and queued again: those whose process on this machine is gone, and those that gave no sign of life for ``grace_s``
+    seconds. A worker that finds nothing to do waits until the others have finished, since it may have to take over.
 
     Raises:
         MpqsearchError: What the objective raised, when `MAX_FAILURES` trials of this worker failed in a row.
     """
-    import contextlib
-
     import optuna
 
-    identity = worker_identity(worker)
-    signs = (
-        contextlib.nullcontext() if has_heartbeat(study._storage) or folder is None else SignOfLife(folder, identity, heartbeat_s)
-    )
+    me, lookout = Worker(study, worker, heartbeat_s), Lookout(grace_s)
     errors: list[MpqsearchError] = []
     ended: list[int] = []
     begun: list[Trial] = []  # the trial of this round, unless it is surplus
@@ -253,9 +245,19 @@ def work(
     seen = 0  # trials of the study, as far as this worker knows
 
     def guarded(trial: Trial) -> Any:
-        nonlocal seen
         ended.clear()
-        sign(study, trial, identity)
+        try:
+            value = measured(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            ended.append(trial._trial_id)
+            raise
+        errors.clear()
+        ended.append(trial._trial_id)
+        return value
+
+    def measured(trial: Trial) -> Any:
+        nonlocal seen
+        me.begins(trial)
         draw = _draw(study, trial, known) if plan.sampler == "random" else 0
         if trial.number >= plan.trials and plan.sampler != "random":  # one of a smaller number cannot be surplus: no need to look
             known[:] = study.get_trials(deepcopy=False)
@@ -267,20 +269,13 @@ def work(
         if plan.sampler == "random":  # one seed a draw: an interrupted study goes on exactly as if it had not been
             study.sampler = make_sampler("random", seed_of(plan.seed, draw))
         try:
-            value = objective(trial)
+            return objective(trial)
         except NumericsError as error:
             errors.append(error)
             trial.set_user_attr("error", str(error))
             raise
-        except optuna.exceptions.UpdateFinishedTrialError:
-            ended.append(trial._trial_id)
-            raise
-        errors.clear()
-        ended.append(trial._trial_id)
-        return value
 
-    waited = True  # nobody looks for dead trials while this worker has none of its own
-    with signs:
+    with me:
         session = len(study.get_trials(deepcopy=False))
         if isinstance(plan.sampler, str) and plan.sampler not in ("random", "tpe"):
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
@@ -288,15 +283,14 @@ def work(
             # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
             if time.monotonic() >= look_again or seen + NEAR_END >= plan.trials:
                 look_again = time.monotonic() + heartbeat_s
-                if waited or not has_heartbeat(study._storage):  # with a heartbeat Optuna looks for the dead before every trial
-                    fail_dead_trials(study, folder, grace_s)
                 known[:] = study.get_trials(deepcopy=False)
+                if lookout.fail_dead_trials(study, known):
+                    known[:] = study.get_trials(deepcopy=False)
                 seen = len(known)
                 state = counts_of(known)
                 if state.finished >= plan.trials:
                     break
-                waited = state.finished + state.running >= plan.trials and not state.waiting
-                if waited:
+                if state.finished + state.running >= plan.trials and not state.waiting:
                     time.sleep(poll_s)
                     continue
             if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
@@ -304,6 +298,7 @@ def work(
             begun.clear()
             try:
                 study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError))
+                me.ends()
                 for trial in begun:  # no callback of Optuna's, for which it reads the whole trial again
                     after_trial(trial)
             except Exception:

@@ -334,7 +334,6 @@ def _work(run: Run, study: Study, plan: Plan, objective: Objective, worker: int)
             plan,
             objective_of(objective, plan.mode),
             worker=worker,
-            folder=run.path("search", "workers"),
             after_trial=lambda _trial: line.update(),
         )
     finally:

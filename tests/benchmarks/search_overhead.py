@@ -1,6 +1,6 @@
 """Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four workers.
 
-    python tests/benchmarks/search_overhead.py
+    python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc ...]
 
 Everything but the measurements counts as machinery: sampler, storage, allocation, cache, bookkeeping. Measurements are pauses of
 known length, so the overhead is the rest. CPU time and wall time are both printed: on a busy machine only the first means anything.
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import counts, open_study, work
-from tests.unit.search import postgres
+from tests.unit.search import servers
 from tests.unit.search.a_worker import STUDY, objective_in, plan_of
 
 SCRIPT = Path(__file__).parents[1] / "unit/search/a_worker.py"
@@ -39,7 +39,7 @@ def overhead(where: str | Path, folder: Path, sampler: str, trials: int = 20, tr
     statements = count_statements(study)
     before = len(o.ladder.evaluator.measured)
     cpu, wall = time.process_time(), time.perf_counter()
-    work(study, plan, o.front, folder=folder / "workers")
+    work(study, plan, o.front)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     paused = (len(o.ladder.evaluator.measured) - before) * trial_s / 2
     print(
@@ -91,30 +91,29 @@ def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
 
 
 def name_of(where: str | Path) -> str:
-    """Journal or database."""
-    return "PostgreSQL" if "://" in str(where) else "journal"
+    """Kind of a storage."""
+    return str(where).split("://", 1)[0] if "://" in str(where) else "journal"
 
 
 def main() -> None:
-    """Both storages."""
+    """All storages of the command line, or those that are named."""
     import optuna
 
-    with contextlib.ExitStack() as stack:
-        places: list[str | None] = [None]
-        if postgres.missing():
-            print(f"PostgreSQL not run: {postgres.missing()}")
-        else:
-            places.append(stack.enter_context(postgres.server()))
-        for place in places:
-            for kind in ("random", "tpe", "four"):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                where = place or folder / "study.journal"
-                if kind == "four":
-                    four_workers(where, folder)
-                else:
-                    overhead(where, folder, kind)
-                if place:
-                    optuna.delete_study(study_name=STUDY, storage=open_storage(place))
+    for kind in sys.argv[1:] or ["journal", *servers.DRIVERS]:
+        if kind != "journal" and (reason := servers.missing(kind)):
+            print(f"{kind} not run: {reason}")
+            continue
+        with servers.server(kind) if kind != "journal" else contextlib.nullcontext() as url:
+            for what in ("random", "tpe", "four"):
+                with tempfile.TemporaryDirectory() as name:
+                    folder = Path(name)
+                    where = url or folder / "study.journal"
+                    if what == "four":
+                        four_workers(where, folder)
+                    else:
+                        overhead(where, folder, what)
+                    if url:
+                        optuna.delete_study(study_name=STUDY, storage=open_storage(url))
 
 
 if __name__ == "__main__":

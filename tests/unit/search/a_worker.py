@@ -38,7 +38,7 @@ if __name__ == "__main__":
     where, folder, index, trials, pause_s, *rest = sys.argv[1:]
     o = objective_in(Path(folder), float(pause_s))
     plan = plan_of(o, int(trials), *rest)
-    study = open_study(plan, open_storage(where, workers=4, heartbeat_s=1, grace_s=3))
+    study = open_study(plan, open_storage(where, workers=4))
     with (Path(folder) / "measured.txt").open("a") as log:
 
         def measured(trial: object) -> None:
@@ -51,7 +51,6 @@ if __name__ == "__main__":
             plan,
             o.front,
             worker=int(index),
-            folder=Path(folder) / "workers",
             heartbeat_s=0.5,
             grace_s=6,
             after_trial=measured,

@@ -6,6 +6,7 @@ import optuna
 import pytest
 
 from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.search import storage as storage_module
 from mpqsearch.search.storage import open_storage, redact, repair_journal
 
 
@@ -93,12 +94,46 @@ def test_what_has_no_password_stays_as_it_is() -> None:
         assert redact(text) == text
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_an_unreachable_database_says_so_without_the_password() -> None:
-    pytest.importorskip("psycopg")
+@pytest.mark.parametrize(
+    ("package", "url"),
+    [
+        ("psycopg", "postgresql://me:hunter2@127.0.0.1:9/none"),
+        ("pymysql", "mysql://me:hunter2@127.0.0.1:9/none"),
+        ("redis", "redis://:hunter2@127.0.0.1:9/0"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_said_without_the_password(package: str, url: str) -> None:
+    pytest.importorskip(package)
     with pytest.raises(ConfigError) as caught:
-        open_storage("postgresql://me:hunter2@127.0.0.1:9/none")
+        open_storage(url)
     assert "cannot be opened" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_a_proxy_that_does_not_answer_is_said_with_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(storage_module, "PROXY_WAIT_S", 0.2)
+    with pytest.raises(ConfigError, match=r"no proxy answers at grpc://127.0.0.1:9 .*run_grpc_proxy_server\(storage, .*port=9\)"):
+        open_storage("grpc://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="write grpc://host:port"):
+        open_storage("grpc://127.0.0.1:studies")
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "extra"),
+    [
+        ("GrpcStorageProxy", "grpc://host:13000", "grpc"),
+        ("journal.JournalRedisBackend", "redis://:hunter2@host/0", "redis"),
+        ("RDBStorage", "mysql://me:hunter2@host/x", "mysql"),
+    ],
+)
+def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, url: str, extra: str) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("No module")
+
+    monkeypatch.setattr(f"optuna.storages.{name}", absent)
+    with pytest.raises(ConfigError, match=rf"pip install 'mpqsearch\[{extra}\]'") as caught:
+        open_storage(url)
+    assert "hunter2" not in str(caught.value)

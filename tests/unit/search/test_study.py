@@ -15,6 +15,7 @@ from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import Objective, finished_record
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import SAMPLERS, Plan, counts, make_pruner, make_sampler, objective_of, open_study, work
+from mpqsearch.search.workers import WORKER
 
 
 def plan_for(o: Objective, **more: Any) -> Plan:
@@ -112,13 +113,15 @@ def test_an_interrupted_random_search_goes_on_exactly_as_if_it_had_not_been(
             study,
             plan,
             o.front,
-            folder=tmp_path / "workers" if session else None,  # the first death is noticed late, after another trial
+            grace_s=-1,
             stop=lambda done=done, steps=steps: len(done) >= steps,
             after_trial=lambda t, done=done: done.append(t.number),
         )
 
-        def dies(trial: optuna.Trial) -> float:
+        def dies(trial: optuna.Trial, session: int = session) -> float:
             o.space.suggest(trial)
+            if session == 0:  # as if elsewhere: this death is noticed late, after another trial
+                trial.set_user_attr(WORKER, "elsewhere-1a2b3c-1-0-abcdef")
             raise SystemExit
 
         plan_of_one = replace(plan, trials=100)
@@ -127,7 +130,7 @@ def test_an_interrupted_random_search_goes_on_exactly_as_if_it_had_not_been(
         if session == 2:  # interrupted from the keyboard: Optuna itself fails the trial
             last = study.get_trials()[-1]
             study._storage.set_trial_state_values(last._trial_id, state=optuna.trial.TrialState.FAIL)
-    finished = run(o, plan, open_storage(path), folder=tmp_path / "workers")
+    finished = run(o, plan, open_storage(path), grace_s=-1)
     assert by_draw(finished) == whole
     assert counts(finished).running == 0
 

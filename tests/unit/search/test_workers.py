@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -16,10 +15,11 @@ import pytest
 
 from mpqsearch.errors import SolverError
 from mpqsearch.search import storage as storage_module
+from mpqsearch.search import workers as workers_module
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import counts
-from mpqsearch.search.workers import SignOfLife, fail_dead_trials, is_alive, run_local_workers, sign, worker_identity
-from tests.unit.search import postgres
+from mpqsearch.search.workers import BEAT, WORKER, Lookout, Worker, run_local_workers
+from tests.unit.search import servers
 from tests.unit.search.a_worker import STUDY
 
 ROOT = Path(__file__).parents[3]
@@ -30,20 +30,27 @@ SCRIPT = Path(__file__).with_name("a_worker.py")
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    reason = postgres.missing()
-    if reason:
-        pytest.skip(reason)
-    with postgres.server() as url:
+def urls() -> Iterator[Callable[[str], str]]:
+    """The URL of a server of a kind, which is started when it is first asked for; skips where there can be none."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, str] = {}
+
+        def url(kind: str) -> str:
+            if reason := servers.missing(kind):
+                pytest.skip(reason)
+            if kind not in started:
+                started[kind] = stack.enter_context(servers.server(kind))
+            return started[kind]
+
         yield url
 
 
-@pytest.fixture(params=["journal", "postgresql"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["journal", *servers.DRIVERS])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, urls: Callable[[str], str]) -> Iterator[str]:
     if request.param == "journal":
         yield str(tmp_path / "study.journal")
         return
-    url = request.getfixturevalue("postgres_url")
+    url = urls(request.param)
     yield url
     optuna.delete_study(study_name=STUDY, storage=open_storage(url))
 
@@ -110,59 +117,74 @@ def _retry_of(study: optuna.Study, number: int) -> optuna.trial.FrozenTrial:
     return next(t for t in study.get_trials() if t.system_attrs.get("failed_trial") == number)
 
 
-def test_a_database_gives_trials_of_workers_that_died_before_their_first_heartbeat_to_others(tmp_path: Path) -> None:
-    """Optuna makes the first heartbeat in a thread, and takes no trial without one for dead: the study would wait for it for ever."""
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    database = optuna.storages.RDBStorage(url, heartbeat_interval=1, grace_period=60, heartbeat_stale_trial_callback=retry)
-    study = optuna.create_study(storage=database)
-    dead, living = study.ask(), study.ask()
+def test_trials_of_the_dead_are_tried_again_with_the_same_parameters() -> None:
+    study = optuna.create_study()
+    dead = study.ask()
     dead.suggest_float("exponent", 0.5, 2.0)
-    sign(study, living, "another host")
-    assert fail_dead_trials(study, None, grace_s=60) == 0  # it may have begun a moment ago
-    assert fail_dead_trials(study, None, grace_s=0) == 1
-    states = [t.state for t in study.get_trials()]
-    assert states == [optuna.trial.TrialState.FAIL, optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING]
+    with Worker(study, 3) as mine:
+        mine.begins(dead)
+        assert Lookout(grace_s=0).fail_dead_trials(study) == 0
+    assert Lookout(grace_s=60).fail_dead_trials(study) == 1  # it worked in this process, and does so no more: noticed at once
+    failed, queued = study.get_trials()
+    assert (failed.state, queued.state) == (optuna.trial.TrialState.FAIL, optuna.trial.TrialState.WAITING)
+    assert failed.user_attrs[WORKER] == mine.identity
     again = study.ask()
-    assert study.get_trials()[again.number].system_attrs["failed_trial"] == dead.number
     assert again.suggest_float("exponent", 0.5, 2.0) == dead.params["exponent"]
-    assert fail_dead_trials(study, None, grace_s=0) == 1  # the second one's worker is dead too
-    assert study.get_trials()[living.number].state == optuna.trial.TrialState.RUNNING
-    # A signature has a heartbeat before it: the storage itself notices when its worker dies.
-    database.grace_period = -1
-    fail_dead_trials(study, None, grace_s=60)
-    assert study.get_trials()[living.number].state == optuna.trial.TrialState.FAIL
+    assert WORKER not in again.user_attrs  # or it would be failed again before its new worker could sign it
+    assert Lookout(grace_s=60).fail_dead_trials(study) == 0
 
 
-def test_a_worker_lives_while_it_shows_signs_and_its_process_runs(tmp_path: Path) -> None:
-    identity = worker_identity(0)
-    assert not is_alive(tmp_path, identity)
-    with SignOfLife(tmp_path, identity, interval=0.05) as sign:
-        first = sign.path.stat().st_mtime_ns
-        deadline = time.monotonic() + 5
-        while sign.path.stat().st_mtime_ns == first and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert sign.path.stat().st_mtime_ns > first
-        assert is_alive(tmp_path, identity)
-    assert not is_alive(tmp_path, identity)
+def test_a_worker_that_died_before_it_could_sign_is_given_the_grace_from_its_start() -> None:
+    study = optuna.create_study()
+    study.ask()
+    assert Lookout(grace_s=60).fail_dead_trials(study) == 0
+    assert Lookout(grace_s=-1).fail_dead_trials(study) == 1
 
-    foreign = tmp_path / "other-1-0.json"  # on another host only the time of the last sign counts
-    foreign.write_text(json.dumps({"host": "other", "pid": 1}))
-    assert is_alive(tmp_path, "other-1-0", grace_s=60)
-    os.utime(foreign, (0, 0))
-    assert not is_alive(tmp_path, "other-1-0", grace_s=60)
 
+def test_a_process_that_is_gone_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    here = tmp_path / "here.json"
-    here.write_text(json.dumps({"host": json.loads(_sign(tmp_path))["host"], "pid": ended.pid}))
-    assert not is_alive(tmp_path, "here")  # killed a moment ago: noticed at once, without waiting for the grace
+    with monkeypatch.context() as there:
+        there.setattr(os, "getpid", lambda: ended.pid)
+        worker = Worker(study)
+    with worker:
+        worker.begins(study.ask())
+        assert Lookout(grace_s=60).fail_dead_trials(study) == 1
 
 
-def _sign(folder: Path) -> str:
-    with SignOfLife(folder, "x") as sign:
-        return sign.path.read_text()
+def test_of_another_machine_only_the_beats_count_on_the_clock_of_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, clock = optuna.create_study(), [1000.0]
+    monkeypatch.setattr(workers_module.time, "monotonic", lambda: clock[0])
+    trial = study.ask()
+    trial.set_user_attr(WORKER, "some-other-host-1a2b3c-1-0-abcdef")
+    look = Lookout(grace_s=60)
+    assert look.fail_dead_trials(study) == 0  # the first look: it may have beaten a moment ago
+    clock[0] += 59
+    trial.set_user_attr(BEAT, 1)
+    assert look.fail_dead_trials(study) == 0
+    clock[0] += 59
+    assert look.fail_dead_trials(study) == 0
+    assert Lookout(grace_s=60).fail_dead_trials(study) == 0  # who looks for the first time
+    clock[0] += 2
+    assert look.fail_dead_trials(study) == 1
+
+
+def test_a_long_trial_beats_and_a_short_one_writes_nothing() -> None:
+    study = optuna.create_study()
+    with Worker(study, heartbeat_s=0.05) as worker:
+        long = study.ask()
+        worker.begins(long)
+        end = time.monotonic() + 10
+        while study.get_trials()[0].user_attrs.get(BEAT, 0) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        study.tell(long, 1.0)
+        time.sleep(0.2)  # beats on a trial that has ended do no harm
+    with Worker(study, heartbeat_s=30) as worker:
+        worker.begins(short := study.ask())
+        study.tell(short, 1.0)
+    assert BEAT not in study.get_trials()[1].user_attrs
 
 
 def test_a_local_worker_that_dies_is_started_again_and_then_given_up(tmp_path: Path) -> None:
@@ -194,8 +216,9 @@ def test_a_local_worker_that_dies_is_started_again_and_then_given_up(tmp_path: P
 
 
 def test_a_connection_that_the_server_closed_while_it_rested_is_replaced(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    postgres_url = urls("postgresql")
     import psycopg
 
     monkeypatch.setattr(storage_module, "REST_S", 0.0)
