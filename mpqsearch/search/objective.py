@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 from mpqsearch.search.arms import uniform_candidate
 from mpqsearch.search.ladder import Ladder
+from mpqsearch.search.pruning import LEAST, is_clearly_worse
 from mpqsearch.search.space import Space, Theta
 from mpqsearch.search.surrogate import Candidate, Surrogate
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 INFEASIBLE = 5.0
 """Log ratio to uniform of a budget that the widths of a point cannot meet: finite, worse than anything that was ever useful."""
+
+Pruning = Literal["test", "instances", "means", "none"]
+"""How a trial is cut short, see `Objective`."""
 
 TARGET = "target_bits"
 """Name of the budget parameter in the mode with two objectives."""
@@ -70,9 +74,9 @@ class Objective:
     of the area under the front, up to the grid. In *pareto* mode (`pareto`) the budget is a parameter and the values are
     the stored bits a parameter and the logarithm of the error.
 
-    ``paired`` says how a pruner reads what is reported: True reports every (budget, chunk of seeds) under its own number, in an order of
-    the trial's own, as `optuna.pruners.WilcoxonPruner` wants it; False reports running means in a fixed order, for the others. Without
-    ``pruning`` nothing is reported. ``use_output`` measures rung 1 too.
+    ``pruning`` says how a trial is cut short: ``test`` by `is_clearly_worse` over (budget, chunk of seeds) pairs, measured in an order of
+    the trial's own; ``instances`` reports those pairs to the study's pruner under their own numbers, as `optuna.pruners.WilcoxonPruner`
+    wants it; ``means`` reports running means in a fixed order, for all other pruners; ``none`` never. ``use_output`` measures rung 1 too.
     """
 
     surrogate: Surrogate
@@ -80,10 +84,10 @@ class Objective:
     ladder: Ladder
     budgets: tuple[Budget, ...]
     bits_range: tuple[float, float] = (2.0, 4.0)
-    paired: bool = True
-    pruning: bool = True
+    pruning: Pruning = "test"
     use_output: bool = True
     _uniform: dict[str, Candidate] = field(default_factory=dict, repr=False)
+    _compared: tuple[int, float, dict[int, float]] | None = field(default=None, repr=False)
 
     def front(self, trial: Trial) -> float:
         """One point of the space at every budget; see the class."""
@@ -94,7 +98,7 @@ class Objective:
             trial.set_constraint("budgets out of reach", float(len(missing)))
         outputs: dict[int, float] = {}
         chunks: dict[int, dict[int, tuple[float, ...]]] = {k: {} for k in candidates}
-        seen: list[float] = []
+        ratios: dict[int, float] = {}
         pruned = False
         for kind, k, index in self._order(trial.number, list(candidates)):
             uniform = self.uniform(self.budgets[k])
@@ -106,15 +110,12 @@ class Objective:
                 chunks[k][index] = self.ladder.chunk_errors(candidates[k], index)
                 ratio = _log_ratio(chunks[k][index], self.ladder.chunk_errors(uniform, index))
                 step = len(self.budgets) * (1 + index) + k
-            seen.append(ratio)
-            if not self.pruning:
-                continue
-            trial.report(ratio if self.paired else float(np.mean(seen)), step if self.paired else len(seen))
-            if trial.should_prune():
+            ratios[step] = ratio
+            if self._is_cut_short(trial, ratios):
                 pruned = True
                 break
         errors = {k: [e for i in sorted(got) for e in got[i]] for k, got in chunks.items()}
-        value = self._estimate(trial) if pruned else self._value(errors, missing)
+        value = self._estimate(trial, ratios) if pruned else self._value(errors, missing)
         points = [
             Point.of(
                 c, output=outputs.get(k), paired=float(np.mean(errors[k])) if len(errors[k]) == len(self.ladder.seeds) else None
@@ -124,6 +125,7 @@ class Objective:
         record = {
             "points": [p.to_data() for p in points],
             "pruned": pruned,
+            "ratios": {str(step): ratio for step, ratio in ratios.items()},
             "forwards": self.ladder.asked - asked,
             "new_forwards": self.ladder.spent - spent,
             "seconds": round(time.perf_counter() - began, 3),
@@ -176,27 +178,49 @@ class Objective:
         return float(np.mean([*ratios, *([INFEASIBLE] * len(missing))]))
 
     def _order(self, number: int, budgets: list[int]) -> list[tuple[str, int, int]]:
-        """Measurements of a trial: the cheap rung first, then (budget, chunk) pairs, shuffled by the trial's number when paired."""
+        """Measurements of a trial: the cheap rung first, then (budget, chunk) pairs, shuffled by the trial's number where pairs are compared."""
         first = [("output", k, 0) for k in budgets] if self.use_output else []
         rest = [("samples", k, i) for i in range(self.ladder.chunks) for k in budgets]
-        if self.paired:
+        if self.pruning != "means":
             order = np.random.default_rng([number, 7]).permutation(len(rest))
             rest = [rest[int(j)] for j in order]
         return first + rest
 
-    def _estimate(self, trial: Trial) -> float:
+    def _is_cut_short(self, trial: Trial, ratios: dict[int, float]) -> bool:
+        """Whether what is known of a trial is enough; the last of ``ratios`` is new."""
+        if self.pruning == "none":
+            return False
+        if self.pruning == "test":
+            return len(ratios) >= LEAST and is_clearly_worse(ratios, self._best(trial)[1])
+        step, ratio = next(reversed(ratios.items()))
+        if self.pruning == "means":
+            step, ratio = len(ratios), float(np.mean(list(ratios.values())))
+        trial.report(ratio, step)
+        return trial.should_prune()
+
+    def _best(self, trial: Trial) -> tuple[float, dict[int, float]]:
+        """Value and ratios by instance of the best trial; looked up once a trial, since a database takes long for it."""
+        if self._compared is None or self._compared[0] != trial.number:
+            try:
+                best = trial.study.best_trial
+            except ValueError:  # none has ended
+                self._compared = (trial.number, math.inf, {})
+            else:
+                assert best.value is not None
+                recorded = (finished_record(best) or {}).get("ratios", {})
+                self._compared = (trial.number, best.value, {int(step): ratio for step, ratio in recorded.items()})
+        return self._compared[1:]
+
+    def _estimate(self, trial: Trial, ratios: Mapping[int, float]) -> float:
         """Value of a pruned trial: the best trial's, plus the mean difference over what both were measured on, never below the best.
 
         The sampler learns more from it than from a bare failure, and a trial that was cut short can never become the best one.
         """
-        best = trial.study.best_trial
-        mine = trial.storage.get_trial(trial._trial_id).intermediate_values
-        common = sorted(set(mine) & set(best.intermediate_values))
-        assert best.value is not None
+        value, best = self._best(trial)
+        common = sorted(set(ratios) & set(best))
         if not common:
-            return best.value + 1.0
-        difference = float(np.mean([mine[s] - best.intermediate_values[s] for s in common]))
-        return best.value + max(difference, 1e-6)
+            return value + 1.0
+        return value + max(float(np.mean([ratios[s] - best[s] for s in common])), 1e-6)
 
     @property
     def context(self) -> dict[str, str]:

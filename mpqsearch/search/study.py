@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch.errors import ConfigError, MpqsearchError, NumericsError, StaleArtifactError, UnknownNameError
-from mpqsearch.search.objective import Objective, ObjectiveFunction
+from mpqsearch.search.objective import Objective, ObjectiveFunction, Pruning
 from mpqsearch.search.workers import GRACE_S, HEARTBEAT_S, Lookout, Worker
 
 if TYPE_CHECKING:
@@ -107,20 +107,14 @@ def _cmaes(seed: int) -> BaseSampler:
 
 
 def make_pruner(name: str, mode: Mode = "front") -> BasePruner:
-    """A pruner by name; with two objectives Optuna cannot prune, so there is none."""
-    import warnings
-
+    """A pruner of Optuna's by name; there is none for ``wilcoxon``, which is a test of the objective's own, and none with two objectives."""
     import optuna
 
     if name not in PRUNERS:
         raise UnknownNameError("pruner of the search", name, PRUNERS)
-    if name == "none" or mode == "pareto":
-        return optuna.pruners.NopPruner()
-    if name == "median":
+    if name == "median" and mode == "front":
         return optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=6)
+    return optuna.pruners.NopPruner()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +342,9 @@ def objective_of(objective: Objective, mode: Mode) -> ObjectiveFunction:
     return objective.front if mode == "front" else objective.pareto
 
 
-def wants_instances(pruner: str | BasePruner) -> bool:
-    """True when a pruner compares instance by instance, as the Wilcoxon pruner does."""
-    return pruner == "wilcoxon" if isinstance(pruner, str) else type(pruner).__name__ == "WilcoxonPruner"
+def pruning_of(pruner: str | BasePruner) -> Pruning:
+    """How an objective cuts trials short under a pruner."""
+    if not isinstance(pruner, str):
+        return "instances" if type(pruner).__name__ == "WilcoxonPruner" else "means"
+    by_name: Mapping[str, Pruning] = {"wilcoxon": "test", "median": "means", "none": "none"}
+    return by_name[pruner]

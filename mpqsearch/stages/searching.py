@@ -129,7 +129,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
     from mpqsearch.search.ladder import EvaluationCache, Ladder
     from mpqsearch.search.objective import TARGET, Objective, check_budgets
     from mpqsearch.search.space import parse_space
-    from mpqsearch.search.study import Plan, wants_instances
+    from mpqsearch.search.study import Plan, pruning_of
     from mpqsearch.search.surrogate import Surrogate
 
     c = run.config.search
@@ -172,8 +172,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         ladder=ladder,
         budgets=check_budgets(budgets_of(run)),
         bits_range=(c.low_bits, c.high_bits),
-        paired=wants_instances(c.pruner),
-        pruning=c.pruner != "none",
+        pruning=pruning_of(c.pruner),
         use_output=c.inputs > 0,
     )
     starts = objective.space.starts()

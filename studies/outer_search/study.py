@@ -161,7 +161,7 @@ def searched(
         return sum(int(t.user_attrs["record"]["forwards"]) for t in finished_trials(study))
 
     closing = len(objective.budgets) * (FINALISTS + 1) * FINAL_SAMPLES * objective.ladder.evaluator.forwards_per_sample
-    work(study, own, objective.front, folder=run.path("workers"), stop=lambda: spent() >= options.cost - closing)
+    work(study, own, objective.front, stop=lambda: spent() >= options.cost - closing)
     points = measured_points(finished_trials(study))
     before = objective.ladder.asked
     winners = [finalists(objective, points, budget, FINALISTS)[0]["candidate"] for budget in objective.budgets]

@@ -26,7 +26,7 @@ def objective_in(folder: Path, pause_s: float) -> Objective:
         cache=EvaluationCache(folder / "cache"),
     )
     space = parse_space({"exponent": [0.5, 2.0], "low_bits": [-1.0, 1.0], "depth": [-2.0, 2.0]})
-    return Objective(surrogate=s, space=space, ladder=ladder, budgets=BUDGETS, use_output=False)
+    return Objective(surrogate=s, space=space, ladder=ladder, budgets=BUDGETS, use_output=False, pruning="none")
 
 
 def plan_of(o: Objective, trials: int, sampler: str = "random") -> Plan:

@@ -8,7 +8,7 @@ import pytest
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.methods import MethodSpec
 from mpqsearch.search.ladder import EvaluationCache, Ladder
-from mpqsearch.search.objective import Objective
+from mpqsearch.search.objective import Objective, Pruning
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.surrogate import Surrogate
 from mpqsearch.testing.synthetic import SyntheticEvaluator
@@ -38,13 +38,13 @@ def make_surrogate() -> Callable[..., Surrogate]:
 @pytest.fixture
 def make_objective() -> Callable[..., Objective]:
     def make(
-        space: dict[str, object] | None = None, folder: Path | None = None, pause_s: float = 0.0, paired: bool = True
+        space: dict[str, object] | None = None, folder: Path | None = None, pause_s: float = 0.0, pruning: Pruning = "none"
     ) -> Objective:
         s = surrogate()
         evaluator = SyntheticEvaluator(table=s.table, profile=s.profile, pause_s=pause_s)
         ladder = Ladder(evaluator=evaluator, seeds=tuple(range(8)), chunk=2, cache=EvaluationCache(folder))
         return Objective(
-            surrogate=s, space=parse_space(SPACE if space is None else space), ladder=ladder, budgets=BUDGETS, paired=paired
+            surrogate=s, space=parse_space(SPACE if space is None else space), ladder=ladder, budgets=BUDGETS, pruning=pruning
         )
 
     return make

@@ -14,7 +14,7 @@ from mpqsearch.errors import ConfigError, NumericsError, StaleArtifactError, Unk
 from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import Objective, finished_record
 from mpqsearch.search.storage import open_storage
-from mpqsearch.search.study import SAMPLERS, Plan, counts, make_pruner, make_sampler, objective_of, open_study, work
+from mpqsearch.search.study import SAMPLERS, Plan, counts, make_pruner, make_sampler, objective_of, open_study, pruning_of, work
 from mpqsearch.search.workers import WORKER
 
 
@@ -84,10 +84,12 @@ def test_two_objectives_give_a_front_over_bits(make_objective: Callable[..., Obj
     assert all(o.bits_range[0] <= t.params["target_bits"] <= o.bits_range[1] for t in study.get_trials())
 
 
-@pytest.mark.parametrize("pruner", ["wilcoxon", "median"])
-def test_pruning_saves_measurements_and_cannot_win(make_objective: Callable[..., Objective], pruner: str) -> None:
+@pytest.mark.filterwarnings("ignore:WilcoxonPruner is experimental")
+@pytest.mark.parametrize("kind", ["wilcoxon", "median", "optuna"])
+def test_pruning_saves_measurements_and_cannot_win(make_objective: Callable[..., Objective], kind: str) -> None:
+    pruner = optuna.pruners.WilcoxonPruner(n_startup_steps=6) if kind == "optuna" else kind
     space = {"exponent": [0.25, 3.0], "low_bits": [-3.0, 3.0], "depth": [-3.0, 3.0], "role_linear": [0.01, 100.0]}
-    o = make_objective(space=space, paired=pruner == "wilcoxon")
+    o = make_objective(space=space, pruning=pruning_of(pruner))
     study = run(o, plan_for(o, sampler="random", trials=40, pruner=pruner, starts=o.space.starts()[:1]))
     records = [finished_record(t) for t in study.get_trials()]
     pruned = [r["pruned"] for r in records if r is not None]
