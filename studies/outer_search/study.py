@@ -219,12 +219,12 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def report(results: Path) -> None:
-    """The figure and the table of the README, from ``results.csv`` alone."""
+    """The figure beside a table of results, and the table of the README where they are the study's own."""
     rows = read(results)
     if not rows:
         return
     present = [(m, k) for m in MODELS for k in MODES if any(r["model"] == m and r["mode"] == k for r in rows)]
-    draw(rows, present)
+    draw(rows, present, results.with_name("front"))
     text = [
         "| model, mode | arm | "
         + " | ".join(f"FD to FP, {t} bit" for t in TARGETS)
@@ -336,7 +336,7 @@ def difference(values: list[float]) -> str:
     return text if len(values) < 2 else f"{text} ± {math.sqrt(np.var(values, ddof=1) / len(values)):.4f}"
 
 
-def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
+def draw(rows: list[dict[str, str]], present: list[tuple[str, str]], path: Path) -> None:
     """FD to full precision against stored bits, a panel for each model and mode; the arms of earlier versions stand in the table alone."""
     from matplotlib.figure import Figure
 
@@ -354,9 +354,9 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
                 bits = [np.mean([float(r["average_bits"]) for r in mine if int(r["target_bits"]) == t]) for t in TARGETS]
                 values = [[float(r["fd_fp"]) for r in mine if int(r["target_bits"]) == t] for t in TARGETS]
                 middle = [float(np.exp(np.mean(np.log(v)))) for v in values]
-                bars = [
-                    [m - min(v) for m, v in zip(middle, values, strict=True)],
-                    [max(v) - m for m, v in zip(middle, values, strict=True)],
+                bars = [  # of one seed the mean may be off by a rounding
+                    [max(m - min(v), 0.0) for m, v in zip(middle, values, strict=True)],
+                    [max(max(v) - m, 0.0) for m, v in zip(middle, values, strict=True)],
                 ]
                 ax.errorbar(
                     bits,
@@ -373,7 +373,7 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> None:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS) - len(KEPT))
         return figure
 
-    save_figure(render(panels), HERE / "front")
+    save_figure(render(panels), path)
 
 
 def has(rows: list[dict[str, str]], model: str, mode: str, arm: str, seed: int) -> bool:
