@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mpqsearch.allocate import AllocationProblem, closing, infeasible, mckp, passes, solve
 from mpqsearch.allocate import backend as backend_module
-from mpqsearch.allocate import closing, mckp, passes
 from mpqsearch.allocate.backend import has_numba, use_backend
+from mpqsearch.errors import InfeasibleBudgetError
 
 
 @pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.skipif(not has_numba(), reason="no numba"))])
@@ -241,6 +243,22 @@ def test_both_hull_walks_agree(backend, monkeypatch, low):
     np.testing.assert_allclose(walked.rate, wrapped.rate, rtol=1e-12)
     assert walked.size.sum() == wrapped.size.sum()
     assert walked.rate.size > 20
+
+
+@pytest.mark.parametrize("solver", ["auto", "greedy", "highs"])
+def test_costs_of_32_bits_beside_forbidden_choices(backend, solver):
+    """The largest int64 stands for no cost at all; among int32 it would wrap to -1, and the forbidden choice be the cheapest."""
+    allowed = np.array([[False, True, True]] * 3)
+    cost = np.array([[1, 2, 3]] * 3, dtype=np.int32)
+    asked = AllocationProblem(loss=np.array([[9.0, 4.0, 1.0]] * 3), cost=cost, limit=7, allowed=allowed, ties=[[0, 1]])
+    assert solve(replace(asked, ties=None), solver=solver).loss == 9.0
+    assert solve(asked, solver=solver).choice.tolist() == [1, 1, 2]
+    assert infeasible.smallest_attainable(replace(asked, ties=None), 0) == 6
+    with pytest.raises(InfeasibleBudgetError, match="smallest attainable value is 6"):
+        solve(replace(asked, limit=5, ties=None), solver=solver)
+    with pytest.raises(InfeasibleBudgetError, match="smallest attainable value is 6") as caught:
+        solve(replace(asked, limit=5), solver=solver)
+    assert "Ties" not in str(caught.value)
 
 
 def test_loops_that_were_never_compiled_are_left_to_numpy_until_that_costs_as_much(monkeypatch):
