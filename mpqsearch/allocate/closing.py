@@ -36,6 +36,12 @@ TINY = float(np.finfo(np.float64).tiny)
 TIE_BREAK = 0.01
 """Share of the incumbent's excess by which the distance from a full budget counts when states must be dropped."""
 
+FEW_STATES = 64
+"""States up to which plain Python takes a group faster than numpy."""
+
+GROUPS_PER_WALK = 32
+"""Groups that plain Python takes before it returns for a look at the clock (some milliseconds at most)."""
+
 WORK_PER_LEAP = 20_000_000
 """States that the compiled loop makes before it returns for a look at the clock (a fraction of a second)."""
 
@@ -202,7 +208,12 @@ class _Search:
             if late or self.n_history > MAX_HISTORY:
                 self.dropped = min(self.dropped, float(self._bounds(group).min()))
                 return self._outcome(in_time=not late)
-            group = self._step(group) if compiled is None else self._leap(group, max_states, compiled)
+            if compiled is not None:
+                group = self._leap(group, max_states, compiled)
+            elif self.size.size <= FEW_STATES:
+                group = self._walk(group, min(FEW_STATES, max_states))
+            else:
+                group = self._step(group)
             if self.size.size > max_states:
                 self._truncate(group, max_states)
         return self._outcome(in_time=True)
@@ -214,6 +225,56 @@ class _Search:
             self._expand(group)
             self._update_incumbent()
         return group + 1
+
+    def _walk(self, group: int, most: int) -> int:
+        """Groups in plain Python while there are at most ``most`` states: to the bit what `_step` makes of them one by one.
+
+        Small problems never have more, and a step calls numpy thirty times, which takes longer than all of its arithmetic.
+        """
+        core, slack, exact_fill, rate, offset = self.core, self.slack, self.exact_fill, float(self.rate), float(self.offset)
+        price = 0.0 if exact_fill else rate
+        states = list(zip(self.size.tolist(), self.penalty.tolist(), self.state.tolist(), strict=True))
+        parents: list[int] = []
+        moved: list[int] = []
+        end = min(group + GROUPS_PER_WALK, len(core.start) - 1)
+        while group < end and 0 < len(states) <= most:
+            first, last = core.start[group : group + 2].tolist()
+            up, down, wanted = float(core.up[group]), float(core.down[group]), self.excess - self.tolerance
+            fill = up if exact_fill else min(rate, up)
+            alive = []
+            for size, penalty, state in states:
+                free = slack - size
+                rest = free * fill if free > 0 else -free * down if free < 0 else 0.0
+                if penalty + rest + offset < wanted:
+                    alive.append((size, penalty, state))
+            moves = [(0, 0.0), *zip(core.size[first:last].tolist(), core.penalty[first:last].tolist(), strict=True)]
+            made = sorted(
+                (size + more, penalty + extra - rate * (size + more), move, parent)
+                for move, (more, extra) in enumerate(moves)
+                for parent, (size, penalty, _) in enumerate(alive)
+            )
+            states, least = [], np.inf
+            for size, value, move, parent in made:
+                if states and (size == states[-1][0] if exact_fill else value >= least):
+                    continue  # dominated
+                least = value
+                _, penalty, state = alive[parent]
+                if move > 0:
+                    parents.append(state)
+                    moved.append(first + move - 1)
+                    penalty, state, self.n_history = penalty + moves[move][1], self.n_history, self.n_history + 1
+                states.append((size, penalty, state))
+                free = slack - size
+                total = penalty + price * free + offset
+                if total < self.excess and (free == 0 or (free > 0 and not exact_fill)):
+                    self.excess, self.best_state = total, state
+            group += 1
+        self.parents.append(np.array(parents, dtype=np.int64))
+        self.moved.append(np.array(moved, dtype=np.int64))
+        sizes, penalties, numbers = zip(*states, strict=True) if states else ((), (), ())
+        self.size, self.penalty = np.array(sizes, dtype=np.int64), np.array(penalties, dtype=np.float64)
+        self.state = np.array(numbers, dtype=np.int64)
+        return group
 
     def _leap(self, group: int, max_states: int, compiled: ModuleType) -> int:
         """As many groups as the compiled loop does before it hands back for a look at the clock."""

@@ -22,6 +22,9 @@ BLOCK_CELLS = 1 << 18
 WIDE_CHOICES = 64
 """Choices from which sorting them pays."""
 
+PAIRED_CELLS = 1 << 14
+"""Pairs of choices of the same item up to which hulls are read off a table of all pairs."""
+
 GOLDEN = (5**0.5 - 1) / 2
 """The fractional parts of its multiples fill the unit interval evenly at every length: a shuffle that needs no generator."""
 
@@ -254,7 +257,8 @@ def hull_steps(loss: Floats, cost: Integers, base: Integers | None = None, low: 
     elif compiled:
         item, to, size, gain, rate = compiled.hulls(loss, cost, base, float(low))
     else:
-        item, to, size, gain, rate = _gift_wrapping(loss, cost, base, low)
+        wrap = _wrapped_at_once if loss.size * loss.shape[1] <= PAIRED_CELLS else _gift_wrapping
+        item, to, size, gain, rate = wrap(loss, cost, base, low)
     order = np.argsort(-rate, kind="stable")  # stable: of equal rates an item's earlier step stays first
     return HullSteps(base, item[order], to[order], size[order], gain[order], rate[order])
 
@@ -316,13 +320,8 @@ def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> 
     table, sizes = loss.astype(np.float64), cost.astype(np.int64)
     while item.size:
         rows = np.arange(item.size)
-        size = sizes - sizes[rows, at][:, None]
-        gain = table[rows, at][:, None] - table
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slope = np.where(size > 0, gain / size, -np.inf)
-        steepest = slope.max(axis=1)
+        steepest, to, size, gain = _steepest(table, sizes, table[rows, at], sizes[rows, at])
         going = (steepest >= low) & (steepest > (0.0 if low >= 0 else -np.inf))
-        to = np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1)
         kept = np.flatnonzero(going)
         item, at, table, sizes = item[kept], to[kept], table[kept], sizes[kept]
         # Rounding may let a later slope exceed an earlier one by an ulp; the order of an item's steps must survive.
@@ -333,3 +332,40 @@ def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> 
         return tuple(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int64, np.float64, np.float64))
     items, to_all, size_all, gain_all = (np.concatenate(arrays) for arrays in zip(*rounds, strict=True))
     return items, to_all.astype(np.int32), size_all, gain_all, np.concatenate(rates)
+
+
+def _wrapped_at_once(loss: Floats, cost: Integers, base: Integers, low: float) -> tuple[NDArray[Any], ...]:
+    """`_gift_wrapping` of a small table, where the time is that of numpy's calls and not of the arithmetic: the steps from every choice at
+    once, so that a round only looks them up.
+    """
+    n, k = loss.shape
+    table, sizes = loss.astype(np.float64), cost.astype(np.int64)
+    steepest, to, size, gain = _steepest(table[:, None], sizes[:, None], table, sizes)
+    start = np.arange(0, n * k, k)
+    slope, following = steepest.ravel(), (start[:, None] + to).ravel()  # by the choice before; choices are counted over all items
+    going = (slope >= low) & (slope > (0.0 if low >= 0 else -np.inf))
+    at, last = start + base, np.full(n, np.inf)
+    left, rates = [at[:0]], [last[:0]]
+    while at.size:
+        kept = going[at]
+        at = at[kept]
+        last = np.minimum(last[kept], slope[at])
+        left.append(at)
+        rates.append(last)
+        at = following[at]
+    before = np.concatenate(left)
+    item, choice = np.divmod(following[before], k)
+    pair = before * k + choice
+    return item, choice.astype(np.int32), size.ravel()[pair], gain.ravel()[pair], np.concatenate(rates)
+
+
+def _steepest(loss: Floats, cost: Integers, from_loss: Floats, from_cost: Integers) -> tuple[NDArray[Any], ...]:
+    """Steepest slope ``[...]`` from some loss and cost ``[...]`` to the choices ``[..., k]`` of larger cost, the farthest choice on it, and
+    increase of the cost and decrease of the loss to every choice.
+    """
+    size = cost - from_cost[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = from_loss[..., None] - loss
+        slope = np.where(size > 0, gain / size, -np.inf)
+        steepest = slope.max(axis=-1)
+    return steepest, np.argmax(np.where(slope == steepest[..., None], size, -1), axis=-1), size, gain

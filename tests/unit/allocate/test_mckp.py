@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 
@@ -243,6 +244,51 @@ def test_both_hull_walks_agree(backend, monkeypatch, low):
     np.testing.assert_allclose(walked.rate, wrapped.rate, rtol=1e-12)
     assert walked.size.sum() == wrapped.size.sum()
     assert walked.rate.size > 20
+
+
+def awkward(seed):
+    """A small table with ties, equal and zero costs, dominated and forbidden choices, and a limit from below the least cost to the largest."""
+    rng = np.random.default_rng([seed, 3])
+    n, k = int(rng.integers(1, 25)), int(rng.integers(1, 9))
+    loss = (
+        rng.random((n, k)),
+        rng.integers(0, 5, (n, k)) * 1.0,
+        rng.lognormal(0, 2, (n, 1)) * 4.0 ** -np.arange(k),
+        rng.normal(size=(n, k)),
+    )[seed % 4]
+    cost = (
+        rng.integers(0, 6, (n, k)),
+        rng.integers(1, 9**9, (n, k)),
+        rng.integers(1, 5, (n, 1)) * np.arange(1, k + 1) * 48,
+    )[seed % 3]
+    if seed % 5 == 0:
+        loss[rng.random((n, k)) < 0.3] = np.inf
+        loss[np.arange(n), rng.integers(0, k, n)] = 1.0
+    low, high = int(np.where(np.isfinite(loss), cost, 10**12).min(1).sum()), int(cost.max(1).sum())
+    return loss, cost, int(rng.choice([low - 1, low, high, rng.integers(low, high + 1)], p=[0.1, 0.1, 0.1, 0.7]))
+
+
+def test_few_items_and_few_states_are_taken_as_many_are_to_the_bit(monkeypatch):
+    monkeypatch.setattr(backend_module, "_chosen", ["numpy"])
+
+    def answers():
+        for seed in range(300):
+            loss, cost, limit = awkward(seed)
+            for low in (0.0, 0.2, -np.inf):
+                yield passes.hull_steps(loss, cost, None, low)
+            moves = passes.collect_moves(loss, cost, passes.cheapest(loss, cost), 0.0, 1e9)
+            for exact in (False, True):
+                most = 9 if seed % 2 else 999
+                yield closing.close(moves, limit // 2, 1e-3, excess=1.0, tolerance=0.0, exact_fill=exact, max_states=most)
+            with contextlib.suppress(mckp.BudgetTooSmallError):
+                yield mckp.solve_table(loss, cost, limit)
+
+    few = list(answers())
+    monkeypatch.setattr(passes, "PAIRED_CELLS", 0)
+    monkeypatch.setattr(closing, "FEW_STATES", 0)
+    for a, b in zip(few, answers(), strict=True):
+        for name in a.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), strict=True)
 
 
 @pytest.mark.parametrize("solver", ["auto", "greedy", "highs"])
