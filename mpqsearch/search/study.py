@@ -95,6 +95,16 @@ def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int 
     return made
 
 
+def reseed(sampler: BaseSampler, seed: int) -> None:
+    """Let a ``random`` or ``tpe`` sampler draw what a new one of this seed would: making one takes a hundred times as long, for its generators ask
+    the system for seeds first. Optuna's own ``reseed_rng`` takes no seed.
+    """
+    own: Any = sampler
+    for one in (own, getattr(own, "_random_sampler", None)):  # with too few trials to model, TPE draws from a sampler inside
+        if one is not None:
+            one._rng.rng.seed(seed)
+
+
 def _cmaes(seed: int) -> BaseSampler:
     import optuna
 
@@ -261,7 +271,7 @@ def work(
             raise _SurplusError
         begun.append(trial)
         if plan.sampler == "random":  # one seed a draw: an interrupted study goes on exactly as if it had not been
-            study.sampler = make_sampler("random", seed_of(plan.seed, draw))
+            reseed(study.sampler, seed_of(plan.seed, draw))
         try:
             return objective(trial)
         except NumericsError as error:
@@ -271,7 +281,7 @@ def work(
 
     with me:
         session = len(study.get_trials(deepcopy=False))
-        if isinstance(plan.sampler, str) and plan.sampler not in ("random", "tpe"):
+        if isinstance(plan.sampler, str):
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
         while not stop():
             # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
@@ -287,8 +297,8 @@ def work(
                 if state.finished + state.running >= plan.trials and not state.waiting:
                     time.sleep(poll_s)
                     continue
-            if plan.sampler == "tpe":  # it keeps no state but its generator, so that a seed a trial costs nothing
-                study.sampler = make_sampler("tpe", seed_of(plan.seed, worker, seen), plan.mode)
+            if plan.sampler == "tpe":  # it keeps no state but its generators
+                reseed(study.sampler, seed_of(plan.seed, worker, seen))
             begun.clear()
             try:
                 study.optimize(guarded, n_trials=1, catch=(NumericsError, _SurplusError))

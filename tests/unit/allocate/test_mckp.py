@@ -272,7 +272,7 @@ def test_few_items_and_few_states_are_taken_as_many_are_to_the_bit(monkeypatch):
     monkeypatch.setattr(backend_module, "_chosen", ["numpy"])
 
     def answers():
-        for seed in range(300):
+        for seed in range(150):
             loss, cost, limit = awkward(seed)
             for low in (0.0, 0.2, -np.inf):
                 yield passes.hull_steps(loss, cost, None, low)

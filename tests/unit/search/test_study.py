@@ -14,7 +14,18 @@ from mpqsearch.errors import ConfigError, NumericsError, StaleArtifactError, Unk
 from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import Objective, finished_record
 from mpqsearch.search.storage import open_storage
-from mpqsearch.search.study import SAMPLERS, Plan, counts, make_pruner, make_sampler, objective_of, open_study, pruning_of, work
+from mpqsearch.search.study import (
+    SAMPLERS,
+    Plan,
+    counts,
+    make_pruner,
+    make_sampler,
+    objective_of,
+    open_study,
+    pruning_of,
+    reseed,
+    work,
+)
 from mpqsearch.search.workers import WORKER
 
 
@@ -209,6 +220,21 @@ def test_optunas_own_objects_are_taken_as_they_are(make_objective: Callable[...,
     assert study.pruner is pruner
     assert {t.params["granularity"] for t in study.get_trials()} == {"layer", "channel"}
     assert o.context != o2.context
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_a_sampler_with_a_new_seed_draws_as_a_new_one(name: str) -> None:
+    def drawn(*, anew: bool) -> list[dict[str, Any]]:
+        study = optuna.create_study(sampler=make_sampler(name, 0))
+        for seed in range(3, 12):
+            if anew:
+                study.sampler = make_sampler(name, seed)
+            else:
+                reseed(study.sampler, seed)
+            study.optimize(lambda t: t.suggest_float("x", 0, 1) + t.suggest_int("n", 1, 5), n_trials=1)
+        return [t.params for t in study.get_trials()]
+
+    assert drawn(anew=False) == drawn(anew=True)
 
 
 def test_unknown_names_and_impossible_pairs_are_refused() -> None:
