@@ -149,7 +149,7 @@ def _journal_backend(path: Path) -> Any:
                 super().append_logs(logs)
                 return
             text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
-            with get_lock_file(self._lock), Path(self._file_path).open("ab") as handle:
+            with get_lock_file(self._lock), path.open("ab") as handle:
                 handle.write(text.encode())
 
     return Backend(str(path))
