@@ -501,24 +501,31 @@ def predicted_loss(
     key = ("layer losses", variant, loss, bias_correction, tuple(table[n].has_bias for n in profile.names))
     whole: dict[tuple[str, int], float] = profile.memo.setdefault(key, {})
     losses: Floats | None = None
+    mixed: list[tuple[slice, NDArray[np.uint8]]] = []
     total = 0.0
     for layer in table:
         widths = bit_map.weights[layer.name]
-        for bits in np.unique(widths).tolist() if widths.ndim else (int(widths),):
-            if bits not in column:  # fixed widths that were not profiled and full precision cost nothing that is known
-                continue
-            found = None if widths.ndim else whole.get((layer.name, bits))
-            if found is None:
+        if widths.ndim:
+            mixed.append((profile.rows(layer.name), widths))
+        elif int(widths) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
+            one = (layer.name, int(widths))
+            if one not in whole:
                 if losses is None:
                     losses = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
-                of_bits = losses[profile.rows(layer.name), column[bits]]
-                found = float(of_bits[widths == bits].sum() if widths.ndim else of_bits.copy().sum())
-                if not widths.ndim:
-                    whole[layer.name, bits] = found
-            total += found
+                whole[one] = float(losses[profile.rows(layer.name), column[int(widths)]].copy().sum())
+            total += whole[one]
         act = bit_map.activations.get(layer.name)
         if act in column and "layer_activation_error" in profile.arrays:
             total += float(profile.arrays["layer_activation_error"][profile.index[layer.name], column[act]])
+    if mixed:
+        if losses is None:
+            losses = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
+        place = np.full(FULL_PRECISION + 1, -1)
+        place[list(column)] = list(column.values())
+        columns = place[np.concatenate([w for _, w in mixed])]
+        rows = np.concatenate([np.arange(r.start, r.stop) for r, _ in mixed])
+        known = columns >= 0
+        total += float(losses[rows[known], columns[known]].sum())
     return total
 
 

@@ -1,9 +1,10 @@
 """Which implementation of the inner loops runs: compiled (numba, an optional dependency) or plain numpy.
 
-Loading numba takes most of a second, and compiling the loops for the first time on a machine several, so ``auto`` leaves
-small problems of a fresh process to numpy, and the first larger ones too until numpy has taken about as long as compiling
-would. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``). ``warm_up`` loads,
-and if need be compiles, at once: for a process that solves many.
+Loading numba takes most of a second, and compiling the loops for the first time on a machine many, so ``auto`` leaves problems to numpy
+until it has taken about as long as loading would, or compiling where they never were compiled: whatever comes after, a process takes at
+most twice the time of the better choice. A single large problem counts as that from the start. The solution is the same but for ties
+among solutions of equal loss. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``). ``warm_up`` loads, and if need be
+compiles, at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ COMPILED_CELLS = 1 << 18
 UNCACHED_CELLS = 1 << 28
 """Cells that numpy passes over in this process before the loops are compiled where they never were: some ten seconds of either."""
 
-_passed: list[int] = [0]
+CALL_CELLS = 2500
+"""What a pass of numpy takes beside its cells, in cells: a fifth of a millisecond."""
+
+LOADED_CELLS = 6_000_000
+"""Cells that numpy passes over in small problems, ``CALL_CELLS`` for each pass among them, before the loops are loaded: half a second of either."""
+
+_passed: list[int] = [0, 0]  # cells of large problems, and of small ones
 _chosen: list[Backend] = ["auto"]
 _loaded: list[ModuleType] = []
 
@@ -45,6 +52,7 @@ def use_backend(name: Backend) -> Backend:
     return previous
 
 
+@functools.cache
 def has_numba() -> bool:
     """Whether numba is installed."""
     return importlib.util.find_spec("numba") is not None
@@ -60,10 +68,11 @@ def kernels(cells: int) -> ModuleType | None:
     if _chosen[0] == "numpy":
         return None
     if _chosen[0] == "auto" and not _loaded:
-        if cells < COMPILED_CELLS or not has_numba():
+        small = cells < COMPILED_CELLS
+        _passed[small] += cells + CALL_CELLS
+        if small and _passed[True] < LOADED_CELLS:
             return None
-        _passed[0] += cells
-        if _passed[0] < UNCACHED_CELLS and not _compiled_before():
+        if not has_numba() or (sum(_passed) < UNCACHED_CELLS and not _compiled_before()):
             return None
     return _load()
 

@@ -54,9 +54,9 @@ class StorageModel:
             bits = int(widths)
             fixed = 0 if bits == FULL_PRECISION else self.fixed_bits(layer, fmt)
             return layer.n_channels * self.channel_bits(layer, bits, fmt, mixed=False) + fixed
-        values, counts = np.unique(widths, return_counts=True)
-        total = sum(int(c) * self.channel_bits(layer, int(b), fmt, mixed=True) for b, c in zip(values, counts, strict=True))
-        return total + self.fixed_bits(layer, fmt)
+        counts: list[int] = np.bincount(widths).tolist()
+        channels = sum(n * self.channel_bits(layer, bits, fmt, mixed=True) for bits, n in enumerate(counts) if n)
+        return channels + self.fixed_bits(layer, fmt)
 
     def kept_bits(self, table: LayerTable) -> int:
         """Stored bits of everything that is not a weight layer."""

@@ -313,18 +313,33 @@ def test_loops_that_were_never_compiled_are_left_to_numpy_until_that_costs_as_mu
         pytest.skip("no numba")
     loaded = []
     monkeypatch.setattr(backend_module, "_loaded", loaded)
-    monkeypatch.setattr(backend_module, "_passed", [0])
+    monkeypatch.setattr(backend_module, "_passed", [0, 0])
     monkeypatch.setattr(backend_module, "_load", lambda: "compiled")
     monkeypatch.setattr(backend_module, "_compiled_before", lambda: False)
     cells = backend_module.COMPILED_CELLS
     passes_made = 0
     while backend_module.kernels(cells) is None:
         passes_made += 1
-    assert passes_made == backend_module.UNCACHED_CELLS // cells - 1
-    assert backend_module.kernels(cells - 1) is None, "small tables never ask for the compiler"
-    monkeypatch.setattr(backend_module, "_passed", [0])
+    assert passes_made == backend_module.UNCACHED_CELLS // (cells + backend_module.CALL_CELLS)
+    assert backend_module.kernels(cells - 1) is None, "one small table asks for nothing"
+    monkeypatch.setattr(backend_module, "_passed", [0, 0])
     monkeypatch.setattr(backend_module, "_compiled_before", lambda: True)
     assert backend_module.kernels(cells) == "compiled"
+
+
+def test_many_small_problems_load_the_loops_once_numpy_has_taken_as_long(monkeypatch):
+    """An outer search solves thousands in one process; a command that solves one never waits for numba."""
+    if not has_numba():
+        pytest.skip("no numba")
+    monkeypatch.setattr(backend_module, "_loaded", [])
+    monkeypatch.setattr(backend_module, "_load", lambda: "compiled")
+    for compiled, most in ((True, backend_module.LOADED_CELLS), (False, backend_module.UNCACHED_CELLS)):
+        monkeypatch.setattr(backend_module, "_passed", [0, 0])
+        monkeypatch.setattr(backend_module, "_compiled_before", lambda compiled=compiled: compiled)
+        passes_made = 0
+        while backend_module.kernels(30_000) is None:
+            passes_made += 1
+        assert passes_made == most // (30_000 + backend_module.CALL_CELLS)
 
 
 @pytest.mark.parametrize("seed", range(4))
