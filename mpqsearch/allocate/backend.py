@@ -1,10 +1,10 @@
 """Which implementation of the inner loops runs: compiled (numba, an optional dependency) or plain numpy.
 
-Loading numba takes most of a second, and compiling the loops for the first time on a machine many, so ``auto`` leaves problems to numpy
-until it has taken about as long as loading would, or compiling where they never were compiled: whatever comes after, a process takes at
-most twice the time of the better choice. A single large problem counts as that from the start. The solution is the same but for ties
-among solutions of equal loss. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``). ``warm_up`` loads, and if need be
-compiles, at once.
+Loading numba takes most of a second, and compiling the loops for the first time on a machine many, so ``auto`` leaves problems to
+numpy until it has taken about as long as loading would, or compiling where they never were compiled: whatever comes after, a process
+takes at most twice the time of the better choice. A single large problem counts as that from the start. The solution is the same but
+for ties among solutions of equal loss. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``).
+``warm_up`` loads, and if need be compiles, at once.
 """
 
 from __future__ import annotations

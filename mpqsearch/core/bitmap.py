@@ -193,9 +193,9 @@ class BitMap:
 
 def run_lengths(widths: Widths) -> list[list[int]]:
     """``[[width, count], ...]`` of a vector."""
-    starts = np.flatnonzero(np.r_[True, widths[1:] != widths[:-1]])
-    pairs: list[list[int]] = np.stack([widths[starts], np.diff(np.r_[starts, len(widths)])], axis=1).tolist()
-    return pairs
+    ends = [*(np.flatnonzero(widths[1:] != widths[:-1]) + 1).tolist(), len(widths)]
+    starts = [0, *ends[:-1]]
+    return [[width, end - start] for width, start, end in zip(widths[starts].tolist(), starts, ends, strict=True)]
 
 
 def _spell(widths: Widths | None) -> str:

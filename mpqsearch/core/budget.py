@@ -69,9 +69,35 @@ DEFAULT_STORAGE = StorageModel()
 def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
     """Stored bits of the whole model under ``bit_map``: everything counted."""
     bit_map.validate(table)
-    layers = sum(storage.layer_total(la, bit_map.weights[la.name], bit_map.format_of(la.name)) for la in table)
+    prices = _prices(table, bit_map.format, storage)
+    layers = 0
+    for layer, (whole, channel, fixed) in zip(table, prices, strict=True):
+        widths = bit_map.weights[layer.name]
+        if layer.name in bit_map.formats:
+            layers += storage.layer_total(layer, widths, bit_map.formats[layer.name])
+        elif widths.ndim:
+            layers += int(np.bincount(widths, minlength=len(channel)) @ channel) + fixed
+        else:
+            layers += whole[int(widths)]
     inputs = sum(storage.activation_bits(bits, bit_map.activation_steps) for bits in bit_map.activations.values())
     return layers + inputs + storage.kept_bits(table)
+
+
+def _prices(table: LayerTable, fmt: QuantFormat, storage: StorageModel) -> list[tuple[list[int], NDArray[np.int64], int]]:
+    """Of each layer, by width: stored bits with one width, and of a channel of a mixed one, beside which it has fixed bits; made once a format."""
+    key = ("stored bits", fmt, storage)
+    if key not in table.memo:
+        every = range(FULL_PRECISION + 1)
+        table.memo[key] = [
+            (
+                [storage.layer_total(layer, np.array(bits, dtype=np.uint8), fmt) for bits in every],
+                np.array([storage.channel_bits(layer, bits, fmt, mixed=True) for bits in every]),
+                storage.fixed_bits(layer, fmt),
+            )
+            for layer in table
+        ]
+    prices: list[tuple[list[int], NDArray[np.int64], int]] = table.memo[key]
+    return prices
 
 
 def size_bytes(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
