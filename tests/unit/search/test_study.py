@@ -26,7 +26,7 @@ from mpqsearch.search.study import (
     reseed,
     work,
 )
-from mpqsearch.search.workers import WORKER
+from mpqsearch.search.workers import WORKER, Worker
 
 
 def plan_for(o: Objective, **more: Any) -> Plan:
@@ -185,7 +185,9 @@ def test_failed_trials_are_replaced_and_many_in_a_row_end_the_study(make_objecti
         work(open_study(plan, optuna.storages.InMemoryStorage()), plan, never)
 
 
-def test_a_trial_that_was_taken_away_is_no_error_but_one_of_the_objective_is(make_objective: Callable[..., Objective]) -> None:
+def test_a_trial_that_was_taken_away_is_no_error_but_one_of_the_objective_is(
+    make_objective: Callable[..., Objective], monkeypatch: pytest.MonkeyPatch
+) -> None:
     o = make_objective()
     plan = plan_for(o, trials=3)
     study = open_study(plan, optuna.storages.InMemoryStorage())
@@ -200,6 +202,17 @@ def test_a_trial_that_was_taken_away_is_no_error_but_one_of_the_objective_is(mak
 
     assert work(study, plan, held_up).finished == 3
     assert taken == [0]
+
+    begins = Worker.begins
+
+    def late(self: Worker, trial: optuna.Trial) -> None:
+        if trial.number == 1:  # before its worker could even sign it
+            trial.storage.set_trial_state_values(trial._trial_id, state=optuna.trial.TrialState.FAIL)
+        begins(self, trial)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(Worker, "begins", late)
+        assert work(open_study(plan, optuna.storages.InMemoryStorage()), plan, o.front).finished == 3
 
     def wrong(trial: optuna.Trial) -> float:
         raise ValueError("a bug")
