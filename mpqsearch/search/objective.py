@@ -87,7 +87,7 @@ class Objective:
     pruning: Pruning = "test"
     use_output: bool = True
     _uniform: dict[str, Candidate] = field(default_factory=dict, repr=False)
-    _compared: tuple[int, float, dict[int, float]] | None = field(default=None, repr=False)
+    _compared: tuple[Trial, float, dict[int, float]] | None = field(default=None, repr=False)
 
     def front(self, trial: Trial) -> float:
         """One point of the space at every budget; see the class."""
@@ -200,15 +200,15 @@ class Objective:
 
     def _best(self, trial: Trial) -> tuple[float, dict[int, float]]:
         """Value and ratios by instance of the best trial; looked up once a trial, since a database takes long for it."""
-        if self._compared is None or self._compared[0] != trial.number:
+        if self._compared is None or self._compared[0] is not trial:
             try:
                 best = trial.study.best_trial
             except ValueError:  # none has ended
-                self._compared = (trial.number, math.inf, {})
+                self._compared = (trial, math.inf, {})
             else:
                 assert best.value is not None
                 recorded = (finished_record(best) or {}).get("ratios", {})
-                self._compared = (trial.number, best.value, {int(step): ratio for step, ratio in recorded.items()})
+                self._compared = (trial, best.value, {int(step): ratio for step, ratio in recorded.items()})
         return self._compared[1:]
 
     def _estimate(self, trial: Trial, ratios: Mapping[int, float]) -> float:

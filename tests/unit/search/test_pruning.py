@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 
 import numpy as np
+import optuna
 import pytest
 
+from mpqsearch.search.objective import Objective
 from mpqsearch.search.pruning import LEAST, is_clearly_worse, signed_rank_p
 
 
@@ -51,3 +55,13 @@ def test_a_trial_is_cut_short_only_where_it_is_worse_on_what_both_have_and_on_th
     assert not is_clearly_worse(dict.fromkeys(range(12), 1.0), {})
     worse_but_for_one = dict.fromkeys(range(12), 0.1) | {50: -100.0}
     assert not is_clearly_worse(worse_but_for_one, best)
+
+
+def test_a_trial_is_compared_with_the_best_one_of_its_own_study(make_objective: Callable[..., Objective]) -> None:
+    """One objective may serve several studies, as the arms of a comparison do, whose trials have the same numbers."""
+    o = make_objective(pruning="test")
+    done, empty = optuna.create_study(), optuna.create_study()
+    done.add_trial(optuna.trial.create_trial(value=-1.0, user_attrs={"record": {"ratios": {"3": -0.5}}}))
+    empty.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    assert o._best(done.ask()) == (-1.0, {3: -0.5})
+    assert o._best(empty.ask()) == (math.inf, {})
