@@ -81,7 +81,10 @@ def check_search(run: Run, *, storage: str | None = None, workers: int = 1) -> N
 
     if not run.config.search.trials:
         raise ConfigError("search.trials is 0: no search is asked for. Set it, for example --set search.trials=60")
-    check_storage(_where(run, storage), workers=workers)
+    where = str(_where(run, storage))
+    check_storage(where, workers=workers)
+    if "://" in where and not run.dry_run and not run.path("search", "search.json").exists():
+        _storage(run, storage, workers)  # a server that does not answer
 
 
 def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
@@ -301,7 +304,10 @@ def _reference(run: Run, table: LayerTable) -> tuple[Any, Any]:
 def _storage(run: Run, storage: str | None, workers: int) -> Any:
     from mpqsearch.search.storage import open_storage
 
-    return open_storage(_where(run, storage), workers=workers)
+    where = str(_where(run, storage))
+    if where not in run.storages:
+        run.storages[where] = open_storage(where, workers=workers)
+    return run.storages[where]
 
 
 def _where(run: Run, storage: str | None) -> str | Path:

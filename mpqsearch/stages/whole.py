@@ -13,11 +13,13 @@ from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export, require_verified
 from mpqsearch.stages.profiling import profile
 from mpqsearch.stages.reporting import rank_correlations, report
-from mpqsearch.stages.searching import search
+from mpqsearch.stages.searching import check_search, search
 
 
 def everything(run: Run) -> list[StudyRecord]:
     """All stages, from the model to the report and the exports."""
+    if run.config.search.trials:
+        check_search(run)
     start(run)
     table = layers(run)
     run.require_sampler("a whole study, with samples of every map (run)")

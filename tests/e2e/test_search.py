@@ -104,6 +104,7 @@ def test_workers_share_a_study_and_secrets_stay_secret(cli: Cli, study: Path, tm
     url = "postgresql://me:hunter2@127.0.0.1:9/x"
     unreachable = cli("search", "-c", str(study), "--run-dir", str(tmp_path / "b"), "--storage", url)
     assert unreachable.returncode == 2
+    assert not (tmp_path / "b" / "profile.json").exists()  # told before anything long
     assert "hunter2" not in unreachable.stderr + unreachable.stdout
     for file in (tmp_path / "b").rglob("*"):
         assert not file.is_file() or b"hunter2" not in file.read_bytes()
