@@ -57,7 +57,7 @@ def jointly(problem: AllocationProblem, others_met: dict[str, int]) -> Infeasibl
 def smallest_attainable(problem: AllocationProblem, number: int) -> int:
     """Smallest total of a budget over all choices that masks, pins and ties admit."""
     tables = canonical_tables(problem)
-    sizes = np.where(np.isfinite(tables.loss), tables.costs[number].astype(np.int64), np.iinfo(np.int64).max)
+    sizes = np.where(np.isfinite(tables.loss), tables.costs[number].astype(np.int64, copy=False), np.iinfo(np.int64).max)
     return int(sizes.min(axis=1).sum()) if len(sizes) else 0
 
 
@@ -93,7 +93,7 @@ def _ties(problem: AllocationProblem, budget: CostBudget) -> list[str]:
     number = [other.name for other in problem.budgets].index(budget.name)
     together = np.where(np.isfinite(tables.loss), tables.costs[number], np.iinfo(np.int64).max).min(axis=1)
     apart = np.zeros(len(together), dtype=np.int64)
-    own = np.where(np.isfinite(masked_loss(problem)), budget.cost.astype(np.int64), np.iinfo(np.int64).max).min(axis=1)
+    own = np.where(np.isfinite(masked_loss(problem)), budget.cost.astype(np.int64, copy=False), np.iinfo(np.int64).max).min(axis=1)
     np.add.at(apart, row, own)
     extra = np.zeros(problem.n_items, dtype=np.int64)
     _, first = np.unique(row, return_index=True)

@@ -188,7 +188,7 @@ def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
     choice = np.empty(len(loss), dtype=np.int32)
     for part in blocks(loss):
         permitted = np.isfinite(loss[part])
-        sizes = np.where(permitted, cost[part].astype(np.int64), np.iinfo(np.int64).max)
+        sizes = np.where(permitted, cost[part].astype(np.int64, copy=False), np.iinfo(np.int64).max)
         least = sizes == sizes.min(axis=1, keepdims=True)
         choice[part] = np.argmin(np.where(least & permitted, loss[part], np.inf), axis=1)
     return choice

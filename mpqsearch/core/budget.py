@@ -84,8 +84,11 @@ def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAUL
 
 
 def _prices(table: LayerTable, fmt: QuantFormat, storage: StorageModel) -> list[tuple[list[int], NDArray[np.int64], int]]:
-    """Of each layer, by width: stored bits with one width, and of a channel of a mixed one, beside which it has fixed bits; made once a format."""
-    key = ("stored bits", fmt, storage)
+    """Of each layer, by width: stored bits with one width, and of a channel of a mixed one, beside which it has fixed bits.
+
+    Made once for what of a format is stored: a search over its ranges has another one each trial.
+    """
+    key = ("stored bits", fmt.codebook, fmt.prescale, fmt.scale_bits, storage)
     if key not in table.memo:
         every = range(FULL_PRECISION + 1)
         table.memo[key] = [

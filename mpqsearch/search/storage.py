@@ -247,13 +247,13 @@ def _is_race(error: Exception) -> bool:
 
 
 def _with_driver(url: str) -> str:
-    """``postgresql://`` with psycopg 3 when psycopg 2, SQLAlchemy's default, is absent; likewise ``mysql://`` with PyMySQL."""
+    """``postgresql://`` with psycopg 3 when psycopg 2, SQLAlchemy's default, is absent; likewise ``mysql://`` and ``mariadb://`` with PyMySQL."""
     scheme, rest = url.split("://", 1)
     if scheme in ("postgresql", "postgres"):
         driver = "" if importlib.util.find_spec("psycopg2") else "+psycopg"
         return f"postgresql{driver}://{rest}"
-    if scheme == "mysql" and not importlib.util.find_spec("MySQLdb"):
-        return f"mysql+pymysql://{rest}"
+    if scheme in ("mysql", "mariadb") and not importlib.util.find_spec("MySQLdb"):
+        return f"{scheme}+pymysql://{rest}"
     return url
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from mpqsearch.core import (
     size_bytes,
     uniform_map,
 )
+from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 TABLE = LayerTable(
@@ -143,3 +146,20 @@ def test_activation_widths_follow_the_policy() -> None:
     assert (uniform.activations, uniform.activation_steps) == ({"a": 8, "b": 4}, 2)
     budget = Budget.parse("uniform:3")
     assert budget.limit_bits(TABLE, policy, act_bits=4, activation_steps=2) == size_bits(TABLE, uniform)
+
+
+def test_the_size_of_a_map_is_that_of_its_layers_whatever_formats_they_have() -> None:
+    fmt = QuantFormat(codebook="auto", prescale=True)
+    for widths in ([2, 3, 4], [16, 1, 8], 5, 16):
+        for formats in ({}, {TABLE.layers[1].name: QuantFormat(codebook="midrise")}):
+            made = replace(make(8, widths, format=fmt), formats=formats)
+            parts = [DEFAULT_STORAGE.layer_total(la, made.weights[la.name], made.format_of(la.name)) for la in TABLE]
+            assert size_bits(TABLE, made) == sum(parts) + DEFAULT_STORAGE.kept_bits(TABLE)
+
+
+def test_a_search_over_ranges_keeps_no_prices_of_each_trial() -> None:
+    size_bits(TABLE, make(8, 2))
+    before = len(TABLE.memo)
+    for i in range(5):
+        size_bits(TABLE, make(8, 2, format=QuantFormat(p=2.0 + i / 10)))
+    assert len(TABLE.memo) == before

@@ -99,6 +99,7 @@ def test_what_has_no_password_stays_as_it_is() -> None:
     [
         ("psycopg", "postgresql://me:hunter2@127.0.0.1:9/none"),
         ("pymysql", "mysql://me:hunter2@127.0.0.1:9/none"),
+        ("pymysql", "mariadb://me:hunter2@127.0.0.1:9/none"),
         ("redis", "redis://:hunter2@127.0.0.1:9/0"),
     ],
 )
