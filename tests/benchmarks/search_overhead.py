@@ -128,8 +128,8 @@ def model_itself(folder: Path) -> None:
     work(study, plan, o.front)
     cpu = time.process_time() - cpu - own[0]
     print(
-        f"model      fmnist-unet {TRIALS} trials, {own[0] / TRIALS:.1f} s of measurements each: machinery {1000 * cpu / TRIALS:.0f} ms of CPU a trial, "
-        f"{100 * cpu / own[0]:.2f} %",
+        f"model      fmnist-unet {TRIALS} trials, {own[0] / TRIALS:.1f} s of measurements each: machinery "
+        f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / own[0]:.2f} %",
         flush=True,
     )
 
