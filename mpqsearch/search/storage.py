@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpqsearch.errors import ArtifactError, ConfigError
 
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mpqsearch")
 
+T = TypeVar("T")
+
 STORAGE_VARIABLE = "MPQSEARCH_STORAGE"
 """Environment variable for a storage URL: unlike an argument it shows in no process list and no shell history."""
 
 SCHEMES = ("postgresql", "postgres", "mysql", "mariadb", "sqlite", "mssql", "oracle", "redis", "rediss", "grpc")
 """Kinds of storage URLs, a driver's name after a plus sign left out."""
+
+JOURNAL = "journal+"
+"""What stands before the URL of a database that is to hold a journal instead of Optuna's tables."""
+
+JOURNAL_SCHEMES = ("postgresql", "postgres", "mysql", "mariadb")
+"""Databases that can."""
 
 PROXY_PORT = 13000
 """Port of Optuna's gRPC proxy where the address names none, as Optuna has it."""
@@ -50,8 +59,8 @@ def open_storage(where: str | Path | BaseStorage, *, workers: int = 1) -> BaseSt
     """An Optuna storage.
 
     Args:
-        where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``, ``grpc://host:port``), or a storage
-            object, which is returned as it is.
+        where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``, ``grpc://host:port``,
+            ``journal+postgresql://``, ``journal+mysql://``), or a storage object, which is returned as it is.
         workers: How many processes will use it.
 
     Raises:
@@ -69,6 +78,8 @@ def open_storage(where: str | Path | BaseStorage, *, workers: int = 1) -> BaseSt
         return _proxy(text)
     if scheme.startswith("redis"):
         return _redis(text)
+    if scheme.startswith(JOURNAL):
+        return _journal_in_database(_with_driver(text[len(JOURNAL) :]))
     return _database(_with_driver(text))
 
 
@@ -77,9 +88,18 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
     if "://" not in str(where):
         return
     scheme = str(where).split("://", 1)[0].lower()
+    if scheme.startswith(JOURNAL):
+        base = scheme.removeprefix(JOURNAL).split("+", 1)[0]
+        if base not in JOURNAL_SCHEMES:
+            raise ConfigError(
+                f"no journal can be kept at {redact(str(where))}: write {', '.join(f'{JOURNAL}{s}://...' for s in JOURNAL_SCHEMES)}, "
+                "redis://... (which is a journal as it is) or the path of a journal file"
+            )
+        return
     if scheme.split("+", 1)[0] not in SCHEMES:
+        known = (*SCHEMES, *(JOURNAL + s for s in JOURNAL_SCHEMES))
         raise ConfigError(
-            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the path of a journal file"
+            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in known)} or the path of a journal file"
         )
     if scheme.startswith("sqlite") and workers > 1:
         raise ConfigError(
@@ -196,13 +216,34 @@ def _redis(url: str) -> BaseStorage:
 
 
 def _database(url: str) -> BaseStorage:
+    """Optuna's own tables."""
     import optuna
 
+    if url.startswith("sqlite"):
+        return _made(url, lambda: optuna.storages.RDBStorage(url))
     # Tried here, see below; said outright, since Optuna switches SQLAlchemy's own trial at every use on for MySQL.
-    options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": False}
+    storage: Any = _made(url, lambda: optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": False}))
+    _try_after_rest(storage.engine)
+    return storage  # type: ignore[no-any-return]
+
+
+def _journal_in_database(url: str) -> BaseStorage:
+    import optuna
+
+    from mpqsearch.search.sql_journal import SqlJournalBackend
+
+    backend = _made(url, lambda: SqlJournalBackend(url))
+    _try_after_rest(backend.engine)
+    return optuna.storages.JournalStorage(backend)
+
+
+def _made(url: str, make: Callable[[], T]) -> T:
+    """What opens a database, tried again when others make its tables at the same moment."""
     for attempt in range(CREATION_ATTEMPTS):
         try:
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
+            return make()
+        except ConfigError:
+            raise
         except ImportError:
             raise ConfigError(
                 f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; for MySQL and "
@@ -213,10 +254,6 @@ def _database(url: str) -> BaseStorage:
                 time.sleep(0.2 * 2**attempt)
                 continue
             raise ConfigError(f"the storage {redact(url)} cannot be opened: {_without_passwords(error, url)}") from None
-        else:
-            if options:
-                _try_after_rest(storage.engine)
-            return storage
     raise AssertionError  # the last attempt has returned or raised
 
 

@@ -1,6 +1,6 @@
 """Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four workers.
 
-    python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc ...]
+    python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc|journal+postgresql|journal+mysql ...]
     python tests/benchmarks/search_overhead.py model     # the second one with the model itself, a quarter of an hour
 
 Two searches, both with TPE and the Wilcoxon test, as they stand by default. ``small``: 14 layers by layer, two budgets, three parameters, two
@@ -34,6 +34,7 @@ from mpqsearch.models import discover, load_model
 from mpqsearch.search.ladder import EvaluationCache, Ladder
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.space import parse_space
+from mpqsearch.search.sql_journal import SqlJournalBackend
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, counts, open_study, pruning_of, work
 from mpqsearch.search.surrogate import Surrogate
@@ -97,7 +98,7 @@ def overhead(which: str, where: str | Path, folder: Path, trial_s: float = 1.0) 
     cpu, wall = time.process_time() - cpu - own[0], time.perf_counter() - wall - own[0]
     paused = (len(evaluator.measured) - before) * evaluator.pause_s
     print(
-        f"{name_of(where):10} {which:11} {TRIALS} trials of up to {trial_s:g} s ({paused:.0f} s, what is cut short or repeated left out): machinery "
+        f"{name_of(where):18} {which:11} {TRIALS} trials of up to {trial_s:g} s ({paused:.0f} s, what is cut short or repeated left out): machinery "
         f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / TRIALS / trial_s:.1f} %; with waiting {1000 * (wall - paused) / TRIALS:.0f} ms"
         + (f"; {statements[0] / TRIALS:.0f} SQL statements a trial" if statements[0] else ""),
         flush=True,
@@ -128,7 +129,7 @@ def model_itself(folder: Path) -> None:
     work(study, plan, o.front)
     cpu = time.process_time() - cpu - own[0]
     print(
-        f"model      fmnist-unet {TRIALS} trials, {own[0] / TRIALS:.1f} s of measurements each: machinery "
+        f"model              fmnist-unet {TRIALS} trials, {own[0] / TRIALS:.1f} s of measurements each: machinery "
         f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / own[0]:.2f} %",
         flush=True,
     )
@@ -153,12 +154,21 @@ def count_seconds(evaluator: Any) -> list[float]:
 
 
 def count_statements(study: Any) -> list[int]:
-    """A count that grows with every SQL statement of a study in a database, heartbeats included."""
+    """A count that grows with every SQL statement of a study in a database, heartbeats included; what is sent at once counts as one."""
     from sqlalchemy import event
 
     count = [0]
-    engine = getattr(study._storage, "engine", None) or getattr(getattr(study._storage, "_backend", None), "engine", None)
-    if engine is not None:
+    storage = study._storage
+    backend = getattr(storage, "_backend", None)  # of a journal, or Optuna's tables behind its cache
+    if isinstance(backend, SqlJournalBackend):  # past SQLAlchemy
+        execute = backend._execute
+
+        def counted(*arguments: Any) -> Any:
+            count[0] += 1
+            return execute(*arguments)
+
+        backend._execute = counted
+    elif engine := getattr(storage, "engine", None) or getattr(backend, "engine", None):
 
         @event.listens_for(engine, "before_cursor_execute")
         def counts_one(*_: Any) -> None:
@@ -185,7 +195,7 @@ def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
     words = (folder / "measured.txt").read_text().split()
     measured = Counter(w for w in words if len(w) == 64)
     print(
-        f"{name_of(where):10} four workers: {state.finished} of {trials} finished in {seconds:.0f} s, exit codes {codes}, "
+        f"{name_of(where):18} four workers: {state.finished} of {trials} finished in {seconds:.0f} s, exit codes {codes}, "
         f"every draw once: {len(set(draws)) == trials}, maps measured more than once: {sum(n > 1 for n in measured.values())}",
         flush=True,
     )
@@ -201,7 +211,7 @@ def main() -> None:
     import optuna
 
     warm_up()
-    for kind in sys.argv[1:] or ["journal", *servers.DRIVERS]:
+    for kind in sys.argv[1:] or ["journal", *servers.KINDS]:
         if kind == "model":
             with tempfile.TemporaryDirectory() as name:
                 model_itself(Path(name))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mpqsearch.search.space import parse_space
 from mpqsearch.search.surrogate import Surrogate
 from mpqsearch.testing.synthetic import SyntheticEvaluator
 from mpqsearch.testing.tiny import tiny_profile, tiny_table
+from tests.unit.search import servers
 
 SPACE = {
     "exponent": [0.5, 2.0],
@@ -28,6 +30,23 @@ def surrogate(allocator: str = "ilp-layer", **more: object) -> Surrogate:
     table = tiny_table(n_layers=14, channels=12, fan_in=40)
     method = MethodSpec(name="plain", allocator=allocator, loss="gain", codebook="auto", bias_correction=True)
     return Surrogate(table=table, profile=tiny_profile(table), policy=Policy(), format=QuantFormat(), method=method, **more)
+
+
+@pytest.fixture(scope="session")
+def urls() -> Iterator[Callable[[str], str]]:
+    """The URL of a kind of storage, whose server is started when it is first asked for; skips where there can be none."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, str] = {}
+
+        def url(kind: str) -> str:
+            if reason := servers.missing(kind):
+                pytest.skip(reason)
+            base = kind.removeprefix(servers.JOURNAL)  # both kinds in a database share its server
+            if base not in started:
+                started[base] = stack.enter_context(servers.server(base))
+            return kind.removesuffix(base) + started[base]
+
+        yield url
 
 
 @pytest.fixture

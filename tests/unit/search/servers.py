@@ -26,12 +26,17 @@ DRIVERS = {
 }
 """Kinds of servers, and the packages of which one must be installed."""
 
+JOURNAL = "journal+"
+KINDS = (*DRIVERS, f"{JOURNAL}postgresql", f"{JOURNAL}mysql")
+"""Kinds of storages: what a server holds, and journals in the two databases."""
+
 USERS = {"postgresql": ("postgres", "nobody"), "mysql": ("mysql", "nobody"), "redis": (), "grpc": ()}
 """Who runs a server that refuses to run as root."""
 
 
 def missing(kind: str) -> str:
-    """Why there can be no such server here, or nothing."""
+    """Why there can be no server for such a storage here, or nothing."""
+    kind = kind.removeprefix(JOURNAL)
     if not any(importlib.util.find_spec(name) for name in DRIVERS[kind]):
         return f"no driver for {kind}: pip install {DRIVERS[kind][0]}"
     if kind == "postgresql" and not _postgres_programs():
@@ -47,9 +52,9 @@ def missing(kind: str) -> str:
 
 @contextlib.contextmanager
 def server(kind: str) -> Iterator[str]:
-    """Start a server and yield its URL, with a password in it where it has users."""
-    with _SERVERS[kind]() as url:
-        yield url
+    """Start the server of a storage and yield its URL, with a password in it where it has users."""
+    with _SERVERS[kind.removeprefix(JOURNAL)]() as url:
+        yield JOURNAL + url if kind.startswith(JOURNAL) else url
 
 
 @dataclass

@@ -67,6 +67,19 @@ def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
         open_storage("ftp://me:hunter2@host/x")
 
 
+@pytest.mark.parametrize("base", ["redis", "sqlite", "grpc", "oracle+oracledb", "ftp"])
+def test_where_no_journal_can_be_kept_is_said_with_what_to_write_instead(base: str) -> None:
+    message = rf"no journal can be kept at journal\+{base.replace('+', '.')}://me:\*\*\*@host/x: write journal\+postgresql://.*redis://.*path"
+    with pytest.raises(ConfigError, match=message):
+        open_storage(f"journal+{base}://me:hunter2@host/x")
+
+
+def test_a_driver_that_sends_no_several_statements_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"one of the drivers pymysql, mysqldb, not by mysqlconnector") as caught:
+        open_storage("journal+mysql+mysqlconnector://me:hunter2@host/x")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -75,6 +88,8 @@ def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
         "postgresql://me:hu/nt@er2@db/x".replace("hu/nt@er2", "hunter2/%40@"),
         "postgresql://db/x?user=me&password=hunter2&sslmode=require",
         "redis://:hunter2@cache:6379/0",
+        "journal+postgresql://me:hunter2@db.example:5432/studies",
+        "journal+mysql+pymysql://me:hunter2@db/x?charset=utf8",
     ],
 )
 def test_passwords_are_never_shown(url: str) -> None:
@@ -100,6 +115,10 @@ def test_what_has_no_password_stays_as_it_is() -> None:
         ("psycopg", "postgresql://me:hunter2@127.0.0.1:9/none"),
         ("pymysql", "mysql://me:hunter2@127.0.0.1:9/none"),
         ("pymysql", "mariadb://me:hunter2@127.0.0.1:9/none"),
+        ("psycopg", "journal+postgresql://me:hunter2@127.0.0.1:9/none"),
+        ("psycopg", "journal+postgres://me:hunter2@127.0.0.1:9/none"),
+        ("pymysql", "journal+mysql://me:hunter2@127.0.0.1:9/none"),
+        ("pymysql", "journal+mariadb://me:hunter2@127.0.0.1:9/none"),
         ("redis", "redis://:hunter2@127.0.0.1:9/0"),
     ],
 )
@@ -128,13 +147,14 @@ def test_a_proxy_that_does_not_answer_is_said_with_how_to_start_one(monkeypatch:
         ("GrpcStorageProxy", "grpc://host:13000", "grpc"),
         ("journal.JournalRedisBackend", "redis://:hunter2@host/0", "redis"),
         ("RDBStorage", "mysql://me:hunter2@host/x", "mysql"),
+        ("sqlalchemy.create_engine", "journal+postgresql://me:hunter2@host/x", "postgres"),
     ],
 )
 def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, url: str, extra: str) -> None:
     def absent(*_: object, **__: object) -> None:
         raise ImportError("No module")
 
-    monkeypatch.setattr(f"optuna.storages.{name}", absent)
+    monkeypatch.setattr(name if name.startswith("sqlalchemy") else f"optuna.storages.{name}", absent)
     with pytest.raises(ConfigError, match=rf"pip install 'mpqsearch\[{extra}\]'") as caught:
         open_storage(url)
     assert "hunter2" not in str(caught.value)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -29,23 +28,7 @@ TRIALS = int(os.environ.get("MPQSEARCH_TRIALS", "48"))
 SCRIPT = Path(__file__).with_name("a_worker.py")
 
 
-@pytest.fixture(scope="session")
-def urls() -> Iterator[Callable[[str], str]]:
-    """The URL of a server of a kind, which is started when it is first asked for; skips where there can be none."""
-    with contextlib.ExitStack() as stack:
-        started: dict[str, str] = {}
-
-        def url(kind: str) -> str:
-            if reason := servers.missing(kind):
-                pytest.skip(reason)
-            if kind not in started:
-                started[kind] = stack.enter_context(servers.server(kind))
-            return started[kind]
-
-        yield url
-
-
-@pytest.fixture(params=["journal", *servers.DRIVERS])
+@pytest.fixture(params=["journal", *servers.KINDS])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, urls: Callable[[str], str]) -> Iterator[str]:
     if request.param == "journal":
         yield str(tmp_path / "study.journal")
@@ -215,20 +198,21 @@ def test_a_local_worker_that_dies_is_started_again_and_then_given_up(tmp_path: P
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["postgresql", "journal+postgresql"])
 def test_a_connection_that_the_server_closed_while_it_rested_is_replaced(
-    urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    kind: str, urls: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    postgres_url = urls("postgresql")
+    url = urls(kind)
     import psycopg
 
     monkeypatch.setattr(storage_module, "REST_S", 0.0)
-    study = optuna.create_study(study_name="rested", storage=open_storage(postgres_url))
+    study = optuna.create_study(study_name="rested", storage=open_storage(url))
     try:
-        with psycopg.connect(postgres_url, autocommit=True) as other:
+        with psycopg.connect(url.removeprefix(servers.JOURNAL), autocommit=True) as other:
             others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
             closed = other.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}").fetchall()
         assert closed
         study.set_user_attr("a", 1)
         assert study.user_attrs == {"a": 1}
     finally:
-        optuna.delete_study(study_name="rested", storage=open_storage(postgres_url))
+        optuna.delete_study(study_name="rested", storage=open_storage(url))
