@@ -19,8 +19,8 @@ StorageOption = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="postgresql://..., mysql://..., redis://..., grpc://host:port or a journal file. Better in the variable MPQSEARCH_STORAGE, which "
-        "shows in no list of processes.",
+        help="postgresql://..., mysql://..., journal+postgresql://..., journal+mysql://..., redis://..., grpc://host:port or a journal file. "
+        "Better in the variable MPQSEARCH_STORAGE, which shows in no list of processes.",
     ),
 ]
 WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Local processes, one thread each.")]

@@ -51,7 +51,8 @@ def run(url: str, *statements: str) -> Any:
     engine = sa.create_engine(_with_driver(url.removeprefix(servers.JOURNAL)))
     with contextlib.closing(engine.raw_connection()) as connection:
         cursor = connection.cursor()
-        for statement in statements:
+        patience = "lock_timeout = '5s'" if "postgresql" in url else "SESSION lock_wait_timeout = 5"
+        for statement in (f"SET {patience}", *statements):  # a transaction that was left open fails a test and does not hang it
             cursor.execute(statement)
         found = cursor.fetchall() if cursor.description else None
         connection.commit()
