@@ -1,9 +1,11 @@
 """Optuna's journal in one table of a database: one statement an entry, where Optuna's own tables take some fifty a trial.
 
-Every worker replays the journal in its memory and asks for what came after the last entry it has. That is only right when numbers have no gaps
-and become visible in their order: a row of a second table holds the next number, and whoever takes one locks that row until the entry is
-committed. Taking the number, writing and committing is sent at once, so that a worker that is killed, held up or cut off leaves neither half an
-entry nor the lock behind.
+Every worker replays the journal in its memory and asks for what came after the last entry it has. That is only right when numbers have no
+gaps and become visible in their order: a row of a second table holds the next number, and whoever takes one locks that row until the entry
+is committed. Taking the number, writing and committing is sent at once, so that a worker that is killed, held up or cut off leaves neither
+half an entry nor the lock behind.
+
+Like Optuna's own storages it is opened after a process is forked, not before.
 """
 
 from __future__ import annotations
@@ -36,17 +38,20 @@ JOURNAL, NEXT = "mpqsearch_journal", "mpqsearch_journal_next"
 
 _READ = f"SELECT number, entry FROM {JOURNAL} WHERE number >= %s ORDER BY number"  # noqa: S608 - a constant
 
-# The end of a trial waits for the disk as the server is set, other entries do not: a crash of the server loses at most those of running trials.
+# The end of a trial waits for the disk as the server is set, other entries do not: a crash of the server may cost those of running trials.
 _APPEND_POSTGRESQL = f"""
 WITH taken AS (UPDATE {NEXT} SET next = next + 1 RETURNING next - 1 AS number),
      written AS (INSERT INTO {JOURNAL} (number, entry) SELECT number, %s::text FROM taken RETURNING number)
 SELECT number, CASE WHEN NOT %s::boolean THEN set_config('synchronous_commit', 'off', true) END FROM written
 """  # noqa: S608
 
-# LAST_INSERT_ID with an argument is MySQL's own way to read a counter back; the update's answer brings it. Nothing is read before the lock is
-# had, so that the isolation level is all one, and there is one lock alone, so that nothing can wait in a circle.
+# LAST_INSERT_ID with an argument is MySQL's own way to read a counter back; the update's answer brings it. Nothing is read before the lock
+# is had, so that the isolation level is all one, and everyone waits at that lock first, so that nobody can wait in a circle.
 _APPEND_MYSQL = f"""
-START TRANSACTION; UPDATE {NEXT} SET next = LAST_INSERT_ID(next) + 1; INSERT INTO {JOURNAL} (number, entry) VALUES (LAST_INSERT_ID(), %s); COMMIT
+START TRANSACTION;
+UPDATE {NEXT} SET next = LAST_INSERT_ID(next) + 1;
+INSERT INTO {JOURNAL} (number, entry) VALUES (LAST_INSERT_ID(), %s);
+COMMIT
 """  # noqa: S608
 
 

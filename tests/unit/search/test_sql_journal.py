@@ -95,11 +95,18 @@ def test_writers_at_once_leave_no_gap_and_a_reader_misses_nothing(url: str) -> N
     assert sum(a["worker_id"] != b["worker_id"] for a, b in itertools.pairwise(read)) > writers  # they did write at once
 
 
-def test_own_entries_are_read_back_without_a_statement_and_those_of_others_are_not_missed(url: str) -> None:
+def test_own_entries_are_read_back_without_a_statement_and_those_of_others_are_not_missed(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine, other = backend(url), backend(url)
     statements: list[str] = []
     execute = mine._execute
-    mine._execute = lambda cursor, text, *rest: statements.append(text) or execute(cursor, text, *rest)  # type: ignore[method-assign, func-returns-value]
+
+    def noted(cursor: Any, statement: str, *rest: Any) -> Any:
+        statements.append(statement)
+        return execute(cursor, statement, *rest)
+
+    monkeypatch.setattr(mine, "_execute", noted)
     mine.append_logs([entry(0, 0)])
     assert mine.read_logs(0) == [entry(0, 0)]
     assert len(statements) == 1
