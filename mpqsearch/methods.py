@@ -243,6 +243,19 @@ class _Task:
             known[key] = made
         return cast("T", known[key])
 
+    def of_losses(self, key: Any, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """What follows from losses that were handed in, read-only, whatever the limit: kept for the next budget, until other losses come."""
+        if self.losses is None or self.losses.flags.writeable:
+            return make()
+        memo = self.profile.memo
+        if memo.get("of losses", (None,))[0] is not self.losses:
+            memo["of losses"] = (self.losses, {})
+        known: dict[Any, NDArray[Any]] = memo["of losses"][1]
+        key = (key, self.policy.key, self.method.act_choices)
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
     def channel_losses(self) -> Floats:
         if self.losses is not None:
             return self.losses
@@ -394,7 +407,7 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
         return _slopes_of_rows(profile, table, variant, bias_correction=bias_correction)
     error: Floats = profile.need(f"output_error/{variant}", what).astype(np.float64)
     if bias_correction:
-        has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)
+        has_bias = np.repeat(_has_bias(table, profile), profile.channels)
         error = np.where(has_bias[:, None], profile.need(f"output_error_centred/{variant}", "bias correction"), error)
     if loss == "output":
         return error
@@ -416,6 +429,15 @@ def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str,
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
     scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
     return scaled
+
+
+def _has_bias(table: LayerTable, profile: SensitivityProfile) -> tuple[bool, ...]:
+    """Of every layer of a profile, whether it has a bias, which can take off the mean of its error."""
+    key = ("has bias", profile.names)
+    if key not in table.memo:
+        table.memo[key] = tuple(table[n].has_bias for n in profile.names)
+    known: tuple[bool, ...] = table.memo[key]
+    return known
 
 
 def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ...]:
@@ -477,10 +499,13 @@ def prediction_loss(profile: SensitivityProfile, mean_width: float = 0.0) -> str
 
 def _mean_width(table: LayerTable, bit_map: BitMap) -> float:
     """Mean width of the weights that a map quantizes; 0 when it quantizes none."""
-    widths = (bit_map.weights[la.name] for la in table)
-    means = np.array([float(w.mean()) if w.ndim else float(w) for w in widths])
-    count = np.array([la.n_weights for la in table]) * (means < FULL_PRECISION)
-    return float((means * count).sum() / max(count.sum(), 1))
+    mixed = bit_map.mixed_layers
+    means = dict(zip(mixed.names, (mixed.counts @ np.arange(FULL_PRECISION + 1) / mixed.sizes).tolist(), strict=True))
+    bits = np.array([means[n] if n in means else float(bit_map.weights[n]) for n in table.by_name])
+    if "weights" not in table.memo:
+        table.memo["weights"] = np.array([la.n_weights for la in table])
+    count = table.memo["weights"] * (bits < FULL_PRECISION)
+    return float((bits * count).sum() / max(count.sum(), 1))
 
 
 def predicted_loss(
@@ -498,34 +523,37 @@ def predicted_loss(
     variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
     column = {b: j for j, b in enumerate(profile.widths)}
     # Most layers hold one width: their losses are summed once, and the table of all channels is not even made where all do.
-    key = ("layer losses", variant, loss, bias_correction, tuple(table[n].has_bias for n in profile.names))
+    key = ("layer losses", variant, loss, bias_correction, _has_bias(table, profile))
     whole: dict[tuple[str, int], float] = profile.memo.setdefault(key, {})
-    losses: Floats | None = None
-    mixed: list[tuple[slice, NDArray[np.uint8]]] = []
+
+    def losses() -> Floats:
+        """Those of all channels, kept for the next map, which mostly asks for the same."""
+        if profile.memo.get("losses of") != key:
+            profile.memo["losses of"] = key
+            profile.memo["losses"] = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
+        kept: Floats = profile.memo["losses"]
+        return kept
+
     total = 0.0
+    with_inputs = profile.arrays.get("layer_activation_error") if bit_map.activations else None
     for layer in table:
-        widths = bit_map.weights[layer.name]
-        if widths.ndim:
-            mixed.append((profile.rows(layer.name), widths))
-        elif int(widths) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
-            one = (layer.name, int(widths))
+        name, widths = layer.name, bit_map.weights[layer.name]
+        if not widths.ndim and int(widths) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
+            one = (name, int(widths))
             if one not in whole:
-                if losses is None:
-                    losses = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
-                whole[one] = float(losses[profile.rows(layer.name), column[int(widths)]].copy().sum())
+                whole[one] = float(losses()[profile.rows(name), column[int(widths)]].copy().sum())
             total += whole[one]
-        act = bit_map.activations.get(layer.name)
-        if act in column and "layer_activation_error" in profile.arrays:
-            total += float(profile.arrays["layer_activation_error"][profile.index[layer.name], column[act]])
-    if mixed:
-        if losses is None:
-            losses = channel_losses(profile, table, variant, loss, bias_correction=bias_correction)
+        if with_inputs is not None and (act := bit_map.activations.get(name)) in column:
+            total += float(with_inputs[profile.index[name], column[act]])
+    mixed = bit_map.mixed_layers
+    if mixed.names:
         place = np.full(FULL_PRECISION + 1, -1)
         place[list(column)] = list(column.values())
-        columns = place[np.concatenate([w for _, w in mixed])]
-        rows = np.concatenate([np.arange(r.start, r.stop) for r, _ in mixed])
+        columns = place[mixed.widths]
+        first = profile.offsets[[profile.index[n] for n in mixed.names]]
+        rows = np.repeat(first - mixed.starts, mixed.sizes) + np.arange(len(columns))
         known = columns >= 0
-        total += float(losses[rows[known], columns[known]].sum())
+        total += float(losses()[rows[known], columns[known]].sum())
     return total
 
 
@@ -848,11 +876,16 @@ def program_of(
 def _ilp_layer(task: _Task) -> _Outcome:
     program = _layer_program(task)
     result = solve(program.problem, solver=task.method.solver)
+    return _map_of(task, program, result), result, ()
+
+
+def _map_of(task: _Task, program: Program, result: AllocationResult) -> BitMap:
+    """What a program's answer says."""
     bit_map = task.map_of(program.weights(result.choice))
-    if program.inputs:
-        widths = dict(bit_map.activations) | program.activations(result.choice)
-        bit_map = replace(bit_map, activations={n: a for n, a in widths.items() if a != FULL_PRECISION})
-    return bit_map, result, ()
+    if not program.inputs:
+        return bit_map
+    widths = dict(bit_map.activations) | program.activations(result.choice)
+    return replace(bit_map, activations={n: a for n, a in widths.items() if a != FULL_PRECISION})
 
 
 def _choices(task: _Task) -> list[tuple[int, int | None]]:
@@ -869,16 +902,16 @@ def _choices(task: _Task) -> list[tuple[int, int | None]]:
 def _ilp_channel(task: _Task) -> _Outcome:
     """Exact over all channels of all layers at once; channels of a mixed layer pay for their tags."""
     program = _channel_program(task)
-    by_layer = _ilp_layer(task)
-    if program.problem.limit < int(
-        program.problem.cost.min(axis=1).sum()
-    ):  # the tags alone do not fit: layer widths are all that is left
-        return by_layer[0], by_layer[1], ("the budget does not hold the channel tags; widths are by layer",)
+    by_layer = _layer_program(task)
+    of_layers = solve(by_layer.problem, solver=task.method.solver)
+    if program.problem.limit < task.once("least by channel", lambda: int(program.problem.cost.min(axis=1).sum())):
+        # The tags alone do not fit: layer widths are all that is left.
+        return _map_of(task, by_layer, of_layers), of_layers, ("the budget does not hold the channel tags; widths are by layer",)
     result = solve(program.problem, solver=task.method.solver)
-    assert by_layer[1] is not None
-    if by_layer[1].loss < result.loss:
-        return by_layer[0], by_layer[1], ("widths by layer predict a smaller loss than widths by channel with their tags",)
-    return task.map_of(program.weights(result.choice)), result, ()
+    if of_layers.loss < result.loss:
+        note = "widths by layer predict a smaller loss than widths by channel with their tags"
+        return _map_of(task, by_layer, of_layers), of_layers, (note,)
+    return _map_of(task, program, result), result, ()
 
 
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:
@@ -890,7 +923,7 @@ def _layer_program(task: _Task, *, pins: bool = False) -> Program:
     if pins and not task.method.act_choices:
         pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
         priced = {n: widths.index(b) for n, b in pinned.items() if b in widths}
-        more_loss, more_cost = _layer_tables(task, list(priced))
+        more_loss, more_cost = _layer_losses(task, list(priced)), _layer_costs(task, list(priced))
         names, loss, cost = (*names, *priced), np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
         fixed.update(priced)
         paid -= int(more_cost[np.arange(len(priced)), list(priced.values())].sum())
@@ -920,15 +953,13 @@ def _channel_program(task: _Task) -> Program:
         raise ConfigError("ilp-channel takes a size budget; a BOPs budget needs ilp-layer")
     widths = sorted(task.policy.widths)
     layers = [task.table[n] for n in task.searched]
-    losses = task.channel_losses()
-    columns = [task.profile.widths.index(b) for b in widths]
-    loss = np.concatenate([losses[task.profile.rows(la.name)][:, columns] for la in layers])
-    item_layer = np.repeat(np.arange(len(layers)), [la.n_channels for la in layers])
-    cost = task.once("channel costs", lambda: _channel_costs(task, layers)[item_layer])
-    paid = _fixed_cost(task, _layer_table_costs(task)[2]) + sum(task.storage.fixed_bits(la, task.format) for la in layers)
+    item_layer = task.once("item layers", lambda: np.repeat(np.arange(len(layers)), [la.n_channels for la in layers]))
+    cost = task.once("channel costs", lambda: np.asfortranarray(_channel_costs(task, layers)[item_layer]))
+    beside = task.once("beside channels", lambda: sum(task.storage.fixed_bits(la, task.format) for la in layers))
+    paid = _fixed_cost(task, _layer_costs(task, task.searched)) + beside
     problem = AllocationProblem(
-        loss=np.asfortranarray(loss),
-        cost=np.asfortranarray(cost),
+        loss=task.of_losses("channels", lambda: _channel_losses_at(task, layers, widths)),
+        cost=cost,
         limit=task.limit - paid,
         choices=tuple(f"{b} bits" for b in widths),
         budget_name=_unit(task),
@@ -937,6 +968,13 @@ def _channel_program(task: _Task) -> Program:
     return Program(
         problem=problem, layers=tuple(la.name for la in layers), item_layer=item_layer, widths=tuple(widths), fixed_cost=paid
     )
+
+
+def _channel_losses_at(task: _Task, layers: Sequence[LayerSpec], widths: Sequence[int]) -> Floats:
+    """Losses ``[n, k]`` of the channels of some layers at some widths, column by column in memory."""
+    rows = np.concatenate([np.arange(r.start, r.stop) for r in (task.profile.rows(la.name) for la in layers)])
+    columns = np.array([task.profile.widths.index(b) for b in widths])
+    return task.channel_losses().T[columns[:, None], rows].T
 
 
 def _channel_costs(task: _Task, layers: Sequence[LayerSpec]) -> NDArray[np.int64]:
@@ -951,21 +989,27 @@ def _unit(task: _Task) -> str:
 
 def _layer_table_costs(task: _Task) -> tuple[tuple[str, ...], Floats, NDArray[np.int64]]:
     """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at their choices, the first of which is the cheapest."""
-    return (task.searched, *_layer_tables(task, task.searched))
+    losses = task.of_losses("layers", lambda: _layer_losses(task, task.searched))
+    return task.searched, losses, _layer_costs(task, task.searched)
 
 
-def _layer_tables(task: _Task, names: Sequence[str]) -> tuple[Floats, NDArray[np.int64]]:
+def _layer_losses(task: _Task, names: Sequence[str]) -> Floats:
+    """Loss ``[n, k]`` of each layer at each choice."""
     choices = _choices(task)
     losses = task.profile.layer_sum(task.channel_losses())
     rows = np.array([task.profile.index[n] for n in names], dtype=np.int64)
     loss = losses[rows][:, [task.profile.widths.index(w) for w, _ in choices]]
     if task.method.act_choices:
         loss = loss + _activation_losses(task.profile)[rows][:, [_column(task.profile, a) for _, a in choices]]
-    return loss, task.once(("layer costs", tuple(names)), lambda: _layer_costs(task, names, choices))
+    return loss
 
 
-def _layer_costs(task: _Task, names: Sequence[str], choices: Sequence[tuple[int, int | None]]) -> NDArray[np.int64]:
+def _layer_costs(task: _Task, names: Sequence[str]) -> NDArray[np.int64]:
     """Cost ``[n, k]`` of each layer at each choice."""
+    return task.once(("layer costs", tuple(names)), lambda: _costs_of_layers(task, names, _choices(task)))
+
+
+def _costs_of_layers(task: _Task, names: Sequence[str], choices: Sequence[tuple[int, int | None]]) -> NDArray[np.int64]:
     inputs = task.policy.activations_of(task.table, task.method.act_bits)
     if task.budget.quantity == "bops":
         cost = [[task.table[n].macs * w * (a or inputs.get(n, FULL_PRECISION)) for w, a in choices] for n in names]

@@ -768,6 +768,7 @@ def _solve(
     rounding: float,
     tiny: float,
     direct: int,
+    unsettled: int,
     sample: int,
     spreads: float,
     near: int,
@@ -808,7 +809,7 @@ def _solve(
                 low, high = low / width, low
             else:
                 break
-        if cost_high > limit or (cost_low <= limit and low > 0.0) or rows.size > 4 * direct:
+        if cost_high > limit or (cost_low <= limit and low > 0.0) or rows.size > unsettled:
             return nothing
     values, sizes = by_choice(loss, cost, rows)
     base = choice[rows]

@@ -23,6 +23,9 @@ from mpqsearch.allocate.problem import Floats, Integers
 DIRECT_ITEMS = 4_096
 """Up to so many items the hulls of all of them are cheaper than bracketing."""
 
+QUICK_DIRECT = 1_000
+"""The same for the compiled engine, whose bracket costs less."""
+
 SAMPLE_ITEMS = 8_192
 """Most sampled items; the width of the bracket falls with the root of this."""
 
@@ -133,7 +136,7 @@ def solve_table(
         BudgetTooSmallError: Nothing fits.
     """
     if len(loss) <= DIRECT_ITEMS:  # small tables take one layout, so that they need no compilation of their own
-        loss, cost = loss.astype(np.float64), cost.astype(np.int64)
+        loss, cost = loss.astype(np.float64, copy=False), cost.astype(np.int64, copy=False)
     loss, cost = passes.column_major(loss), passes.column_major(cost)
     quick = _in_one_call(loss, cost, limit, gap_tolerance) if deadline == float("inf") else None
     if quick is not None:
@@ -166,7 +169,8 @@ def _in_one_call(loss: Floats, cost: Integers, limit: int, gap_tolerance: float)
         float(gap_tolerance),
         ROUNDING,
         closing.GRADE,
-        DIRECT_ITEMS,
+        QUICK_DIRECT,
+        4 * DIRECT_ITEMS,
         sample,
         SPREADS,
         NEAR_MOVES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,28 @@ from mpqsearch.core.layers import LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
 
 Widths = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedLayers:
+    """The layers of a map whose channels differ, in its order: what is asked of every channel is asked of all of them at once.
+
+    Attributes:
+        names: ``[m]`` names.
+        widths: ``[c]`` widths of their channels, one layer after another.
+        sizes: ``[m]`` number of channels of each.
+        counts: ``[m, 17]`` number of channels of each that have each width.
+    """
+
+    names: tuple[str, ...]
+    widths: Widths
+    sizes: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """``[m]``: where the channels of each begin."""
+        return np.cumsum(self.sizes) - self.sizes
 
 
 def _one(bits: int) -> Widths:
@@ -46,29 +68,20 @@ class BitMap:
     activation_steps: int = 1
     format: QuantFormat = field(default_factory=QuantFormat)
     formats: Mapping[str, QuantFormat] = field(default_factory=dict)
+    _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         clean: dict[str, Widths] = {}
+        vectors: dict[str, Widths] = {}
         for name, widths in self.weights.items():
-            one = isinstance(widths, (np.uint8, np.ndarray)) and not widths.ndim and widths.dtype == np.uint8
-            if one and int(widths) in _ONE:  # most maps hold one width a layer
+            small = isinstance(widths, (np.uint8, np.ndarray)) and widths.dtype == np.uint8
+            if small and not widths.ndim and int(widths) in _ONE:  # most maps hold one width a layer
                 clean[name] = _ONE[int(widths)]
-                continue
-            array = np.array(widths)
-            if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
-                raise ConfigError(
-                    f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}"
-                )
-            # Counting is many times faster than sorting; what is no small count is none of the widths.
-            found = np.flatnonzero(np.bincount(array)) if array.ndim and array.dtype == np.uint8 else np.unique(array)
-            for bits in found.tolist():
-                check_width(bits, f"bit map, layer {name!r}")
-            if array.ndim == 1 and len(found) == 1:
-                array = array[0]  # one spelling for one meaning, so that equal maps have equal digests
-            array = np.asarray(array, dtype=np.uint8).copy()
-            array.setflags(write=False)
-            clean[name] = array
-        object.__setattr__(self, "weights", clean)
+            elif small and widths.ndim == 1 and len(widths):
+                clean[name] = vectors[name] = widths
+            else:
+                clean[name] = _checked(name, widths)
+        object.__setattr__(self, "weights", clean | _checked_together(vectors))
         if not 1 <= self.activation_steps <= 1000:
             raise ConfigError(f"bit map: activation_steps must lie in 1..1000, got {self.activation_steps}")
         for name, bits in self.activations.items():
@@ -96,12 +109,27 @@ class BitMap:
         return tuple((n, f.strength) for n, f in formats if f.prescale)
 
     @property
+    def mixed_layers(self) -> MixedLayers:
+        """The layers whose channels differ, put together once."""
+        if "mixed" not in self._memo:
+            vectors = {n: w for n, w in self.weights.items() if w.ndim}
+            n, k = len(vectors), FULL_PRECISION + 1
+            widths = np.concatenate([*vectors.values(), np.empty(0, dtype=np.uint8)])
+            sizes = np.fromiter(map(len, vectors.values()), np.int64, n)
+            counts = np.bincount(np.repeat(np.arange(0, n * k, k), sizes) + widths, minlength=n * k).reshape(n, k)
+            self._memo["mixed"] = MixedLayers(names=tuple(vectors), widths=widths, sizes=sizes, counts=counts)
+        mixed: MixedLayers = self._memo["mixed"]
+        return mixed
+
+    @property
     def granularity(self) -> str:
         """``channel`` when any layer is mixed inside, else ``layer``."""
         return "channel" if any(w.ndim for w in self.weights.values()) else "layer"
 
     def validate(self, table: LayerTable) -> None:
         """Raise `LayerMismatchError` unless the map covers exactly the layers of ``table``, with vectors of the right length."""
+        if self._memo.get("fits") is table:
+            return
         if self.model_digest != table.digest:
             raise LayerMismatchError(
                 f"the bit map was made for the model {self.model_digest[:12]}, but this model is {table.digest[:12]}. "
@@ -116,15 +144,34 @@ class BitMap:
                 raise LayerMismatchError(
                     f"the bit map gives {layer.name!r} and {mate!r} different widths, but they are tied ({layer.tie!r})"
                 )
-            if widths.ndim and len(widths) != layer.n_channels:
+            if widths.ndim and len(widths) != table.channels[layer.name]:
                 raise LayerMismatchError(
                     f"the bit map has {len(widths)} widths for {layer.name!r}, which has {layer.n_channels} output channels"
                 )
+        self._memo["fits"] = table
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content: equal maps have equal digests, wherever they came from."""
-        return hashlib.sha256(json.dumps(self.to_data(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        """SHA-256 of the content, as `to_data` has it: equal maps have equal digests, wherever they came from."""
+        if "digest" not in self._memo:
+            self._memo["digest"] = hashlib.sha256(self._as_json().encode()).hexdigest()
+        digest: str = self._memo["digest"]
+        return digest
+
+    def _as_json(self) -> str:
+        """`to_data` as JSON with sorted keys and no spaces. Run lengths are spelled for all layers at once: a search digests every map it makes."""
+        mixed = self.mixed_layers
+        is_last = np.ones(len(mixed.widths), dtype=bool)  # of its run
+        is_last[:-1] = mixed.widths[1:] != mixed.widths[:-1]
+        stops = np.cumsum(mixed.sizes)
+        is_last[stops - 1] = True
+        ends = np.flatnonzero(is_last) + 1
+        codes = mixed.widths[ends - 1] + (FULL_PRECISION + 1) * np.diff(ends, prepend=0)
+        runs = [_RUNS[code] for code in codes.tolist()]
+        cuts = [0, *(np.searchsorted(ends, stops) + 1).tolist()]
+        spelled = {name: ",".join(runs[a:b]) for name, a, b in zip(mixed.names, cuts, cuts[1:], strict=False)}
+        first, *rest = json.dumps(self._to_data(lambda _: _HOLE), sort_keys=True, separators=(",", ":")).split(json.dumps(_HOLE))
+        return first + "".join(f"[{spelled[name]}]{text}" for name, text in zip(sorted(spelled), rest, strict=True))
 
     def diff(self, other: BitMap) -> dict[str, tuple[str, str]]:
         """Layers whose widths differ, as ``name -> (mine, theirs)`` in short form."""
@@ -143,6 +190,9 @@ class BitMap:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data; vectors as run lengths ``[[width, count], ...]``."""
+        return self._to_data(run_lengths)
+
+    def _to_data(self, spell: Callable[[Widths], Any]) -> dict[str, Any]:
         data: dict[str, Any] = {
             "model_digest": self.model_digest,
             "defaults": self.format.to_data(),
@@ -153,7 +203,7 @@ class BitMap:
         for name, widths in self.weights.items():
             entry: dict[str, Any] = {}
             if widths.ndim:
-                entry["channel_bits"] = {"encoding": "rle", "data": run_lengths(widths)}
+                entry["channel_bits"] = {"encoding": "rle", "data": spell(widths)}
             else:
                 entry["bits"] = int(widths)
             if name in self.activations:
@@ -189,6 +239,51 @@ class BitMap:
             format=QuantFormat(**data["defaults"]),
             formats={n: QuantFormat(**e["quantizer"]) for n, e in data["layers"].items() if "quantizer" in e},
         )
+
+
+def _checked(name: str, widths: Any) -> Widths:
+    """The width or the widths of one layer, whatever they came as; of a vector of one width that width."""
+    array = np.array(widths)
+    if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError(f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}")
+    found = np.unique(array)
+    for bits in found.tolist():
+        check_width(bits, f"bit map, layer {name!r}")
+    if array.ndim == 1 and len(found) == 1:
+        array = array[0]  # one spelling for one meaning, so that equal maps have equal digests
+    array = np.asarray(array, dtype=np.uint8).copy()
+    array.setflags(write=False)
+    return array
+
+
+def _checked_together(vectors: Mapping[str, Widths]) -> dict[str, Widths]:
+    """`_checked` of all vectors of small integers at once, as parts of one array; none of them is empty."""
+    if not vectors:
+        return {}
+    every = np.concatenate(list(vectors.values()))
+    every.setflags(write=False)
+    if set(np.flatnonzero(np.bincount(every)).tolist()) - set(_ONE):
+        return {name: _checked(name, widths) for name, widths in vectors.items()}
+    ends = np.cumsum([len(widths) for widths in vectors.values()])
+    starts = np.concatenate([[0], ends[:-1]])
+    least, most = (f.reduceat(every, starts).tolist() for f in (np.minimum, np.maximum))
+    parts = zip(vectors, least, most, starts.tolist(), ends.tolist(), strict=True)
+    return {name: _ONE[low] if low == high else every[start:end] for name, low, high, start, end in parts}
+
+
+class _Runs(dict[int, str]):
+    """Spelling of a run of channels, by 17 times their number plus their width."""
+
+    def __missing__(self, code: int) -> str:
+        count, width = divmod(code, FULL_PRECISION + 1)
+        self[code] = f"[{width},{count}]"
+        return self[code]
+
+
+_RUNS = _Runs()
+
+_HOLE = "\0"
+"""Stands in JSON for what is spelled by other means; no name of a layer holds it."""
 
 
 def run_lengths(widths: Widths) -> list[list[int]]:

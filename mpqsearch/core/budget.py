@@ -69,37 +69,39 @@ DEFAULT_STORAGE = StorageModel()
 def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
     """Stored bits of the whole model under ``bit_map``: everything counted."""
     bit_map.validate(table)
-    prices = _prices(table, bit_map.format, storage)
-    layers = 0
-    for layer, (whole, channel, fixed) in zip(table, prices, strict=True):
+    whole, channel, fixed = _prices(table, bit_map.format, storage)
+    mixed = bit_map.mixed_layers
+    rows = [table.index[name] for name in mixed.names]
+    paid = ((mixed.counts * channel[rows]).sum(axis=1) + fixed[rows]).tolist()
+    layers = sum(paid)
+    for layer, prices in zip(table, whole, strict=True):
         widths = bit_map.weights[layer.name]
-        if layer.name in bit_map.formats:
-            layers += storage.layer_total(layer, widths, bit_map.formats[layer.name])
-        elif widths.ndim:
-            layers += int(np.bincount(widths, minlength=len(channel)) @ channel) + fixed
-        else:
-            layers += whole[int(widths)]
+        if not widths.ndim:
+            layers += prices[int(widths)]
+    for name, fmt in bit_map.formats.items():
+        layer, widths = table[name], bit_map.weights[name]
+        known = whole[table.index[name]][int(widths)] if not widths.ndim else paid[mixed.names.index(name)]
+        layers += storage.layer_total(layer, widths, fmt) - known
     inputs = sum(storage.activation_bits(bits, bit_map.activation_steps) for bits in bit_map.activations.values())
     return layers + inputs + storage.kept_bits(table)
 
 
-def _prices(table: LayerTable, fmt: QuantFormat, storage: StorageModel) -> list[tuple[list[int], NDArray[np.int64], int]]:
-    """Of each layer, by width: stored bits with one width, and of a channel of a mixed one, beside which it has fixed bits.
+def _prices(
+    table: LayerTable, fmt: QuantFormat, storage: StorageModel
+) -> tuple[list[list[int]], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each layer, by width: stored bits with one width, those of a channel of a mixed layer, and what a mixed one has beside its channels.
 
     Made once for what of a format is stored: a search over its ranges has another one each trial.
     """
     key = ("stored bits", fmt.codebook, fmt.prescale, fmt.scale_bits, storage)
     if key not in table.memo:
         every = range(FULL_PRECISION + 1)
-        table.memo[key] = [
-            (
-                [storage.layer_total(layer, np.array(bits, dtype=np.uint8), fmt) for bits in every],
-                np.array([storage.channel_bits(layer, bits, fmt, mixed=True) for bits in every]),
-                storage.fixed_bits(layer, fmt),
-            )
-            for layer in table
-        ]
-    prices: list[tuple[list[int], NDArray[np.int64], int]] = table.memo[key]
+        table.memo[key] = (
+            [[storage.layer_total(layer, np.array(bits, dtype=np.uint8), fmt) for bits in every] for layer in table],
+            np.array([[storage.channel_bits(layer, bits, fmt, mixed=True) for bits in every] for layer in table]),
+            np.array([storage.fixed_bits(layer, fmt) for layer in table]),
+        )
+    prices: tuple[list[list[int]], NDArray[np.int64], NDArray[np.int64]] = table.memo[key]
     return prices
 
 
@@ -116,11 +118,13 @@ def average_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEF
 def bops(table: LayerTable, bit_map: BitMap) -> int:
     """Bit operations of one forward pass on one sample: MACs x weight width x activation width, channel by channel."""
     total = 0
+    mixed = bit_map.mixed_layers
+    sums = dict(zip(mixed.names, (mixed.counts @ np.arange(FULL_PRECISION + 1)).tolist(), strict=True))
     for layer in table:
-        widths, n = bit_map.weights[layer.name], layer.n_channels
-        bits = int(widths.sum(dtype=np.int64)) if widths.ndim else int(widths) * n
+        name, n = layer.name, table.channels[layer.name]
+        bits = sums[name] if name in sums else int(bit_map.weights[name]) * n
         # MACs spread evenly over output channels, so the sum over channels is the mean width times the layer's MACs.
-        total += layer.macs * bits * bit_map.activations.get(layer.name, FULL_PRECISION) // n
+        total += layer.macs * bits * bit_map.activations.get(name, FULL_PRECISION) // n
     return total
 
 

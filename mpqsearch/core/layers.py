@@ -126,6 +126,16 @@ class LayerTable:
         return {layer.name: layer for layer in self.layers}
 
     @cached_property
+    def index(self) -> dict[str, int]:
+        """Name to position."""
+        return {layer.name: i for i, layer in enumerate(self.layers)}
+
+    @cached_property
+    def channels(self) -> dict[str, int]:
+        """Name to number of output channels."""
+        return {layer.name: layer.n_channels for layer in self.layers}
+
+    @cached_property
     def memo(self) -> dict[Any, Any]:
         """What was computed from this table before, by keys of those who computed it: an outer search asks the same of one table for hours."""
         return {}

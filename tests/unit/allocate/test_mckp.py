@@ -162,6 +162,7 @@ def test_bracketing_survives_odd_tables(backend, monkeypatch, seed):
     limits = [least, most, *rng.integers(least, most + 1, 5).tolist()]
     expected = [mckp.solve_table(loss, cost, limit) for limit in limits]
     monkeypatch.setattr(mckp, "DIRECT_ITEMS", 8)
+    monkeypatch.setattr(mckp, "QUICK_DIRECT", 8)
     monkeypatch.setattr(mckp, "SAMPLE_POWER", 0.44)
     for limit, direct in zip(limits, expected, strict=True):
         bracketed = mckp.solve_table(loss, cost, limit)
@@ -180,7 +181,7 @@ def test_one_call_and_many_come_to_the_same(monkeypatch, kind, average, gap):
     previous = use_backend("numba")
     at_once = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
     with monkeypatch.context() as patched:
-        patched.setattr(mckp, "DIRECT_ITEMS", 10_000)
+        patched.setattr(mckp, "QUICK_DIRECT", 10_000)
         directly = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
     monkeypatch.setattr(mckp, "QUICK_WORK", 0)
     in_parts = mckp.solve_table(loss, cost, limit, gap_tolerance=gap)
