@@ -75,10 +75,8 @@ def digest_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb", *, flush: bool = True) -> Iterator[IO[Any]]:
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file that becomes ``path`` when the block ends well, and vanishes when it does not.
-
-    Without ``flush`` the disk is not waited for: for caches, whose entries may be lost.
 
     Raises `ArtifactError` when the disk is full or the folder cannot be written.
     """
@@ -86,19 +84,18 @@ def atomic_write(path: Path, mode: str = "wb", *, flush: bool = True) -> Iterato
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     temporary = Path(handle.name)
     try:
         with handle:
             yield handle
             handle.flush()
-            if flush:
-                os.fsync(handle.fileno())
+            os.fsync(handle.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -111,7 +108,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -122,20 +119,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_text(path: Path, text: str, *, flush: bool = True) -> None:
-    """Write text atomically; see `atomic_write` for ``flush``."""
-    with atomic_write(path, flush=flush) as handle:
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic_write(path) as handle:
         handle.write(text.encode())
 
 
-def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str], *, flush: bool = True) -> None:
+def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
     """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are refused."""
+    try:
+        text = json_text(schema, data, inputs)
+    except ValueError as error:
+        raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
+    write_text(path, text)
+
+
+def json_text(schema: str, data: Any, inputs: Mapping[str, str], *, indent: int | None = 1) -> str:
+    """The envelope of ``schema`` around ``data``; raises `ValueError` for NaN and infinity."""
     body = {
         "schema": schema,
         "version": VERSIONS[schema],
@@ -143,11 +149,7 @@ def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str], *,
         "inputs": dict(inputs),
         "data": data,
     }
-    try:
-        text = json.dumps(body, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
-    write_text(path, text + "\n", flush=flush)
+    return json.dumps(body, indent=indent, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, schema: str) -> Artifact:
@@ -339,7 +341,8 @@ def _brief(digest: str | None) -> str:
     return "nothing" if digest is None else digest[:10]
 
 
-def _disk_error(path: Path, error: OSError) -> ArtifactError:
+def disk_error(path: Path, error: OSError) -> ArtifactError:
+    """What is said when a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ArtifactError(
             f"the disk is full: {path} was not written. What was finished before is kept; free some space and run the same command again."

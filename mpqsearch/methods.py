@@ -538,7 +538,9 @@ def predicted_loss(
     with_inputs = profile.arrays.get("layer_activation_error") if bit_map.activations else None
     for layer in table:
         name, widths = layer.name, bit_map.weights[layer.name]
-        if not widths.ndim and int(widths) in column:  # fixed widths that were not profiled and full precision cost nothing that is known
+        if (
+            not widths.ndim and int(widths) in column
+        ):  # fixed widths that were not profiled and full precision cost nothing that is known
             one = (name, int(widths))
             if one not in whole:
                 whole[one] = float(losses()[profile.rows(name), column[int(widths)]].copy().sum())
@@ -974,7 +976,8 @@ def _channel_losses_at(task: _Task, layers: Sequence[LayerSpec], widths: Sequenc
     """Losses ``[n, k]`` of the channels of some layers at some widths, column by column in memory."""
     rows = np.concatenate([np.arange(r.start, r.stop) for r in (task.profile.rows(la.name) for la in layers)])
     columns = np.array([task.profile.widths.index(b) for b in widths])
-    return task.channel_losses().T[columns[:, None], rows].T
+    losses: Floats = task.channel_losses().T[columns[:, None], rows].T
+    return losses
 
 
 def _channel_costs(task: _Task, layers: Sequence[LayerSpec]) -> NDArray[np.int64]:

@@ -72,7 +72,7 @@ def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAUL
     whole, channel, fixed = _prices(table, bit_map.format, storage)
     mixed = bit_map.mixed_layers
     rows = [table.index[name] for name in mixed.names]
-    paid = ((mixed.counts * channel[rows]).sum(axis=1) + fixed[rows]).tolist()
+    paid: list[int] = ((mixed.counts * channel[rows]).sum(axis=1) + fixed[rows]).tolist()
     layers = sum(paid)
     for layer, prices in zip(table, whole, strict=True):
         widths = bit_map.weights[layer.name]

@@ -18,12 +18,13 @@ search seeds proposed, and what was chosen is judged on noise that neither saw.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import math
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,8 +96,9 @@ class Slopes:
 class EvaluationCache:
     """Measured values by digest, in memory and as files that workers share; without a folder, in memory only.
 
-    `measure` holds a lock file while it works, so that of several processes that want the same value one measures and the others
-    wait for it. The lock belongs to the kernel: it goes when its holder is killed.
+    `measure` locks the file of a value while it works, so that of several processes that want the same value one measures and the others
+    wait for it. The lock belongs to the kernel: it goes when its holder is killed. What a killed process or a power cut leaves in a file,
+    nothing or a part, is no value, and is measured again.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -110,21 +112,13 @@ class EvaluationCache:
         """The value of ``key``, and whether it was made now."""
         with self._guard:
             known = self._memory.get(key) or self._read(key)
-            if known is not None:
-                self._memory[key] = known
-                self.hits += 1
-                return known, False
-            with self._locked(key):
-                known = self._read(key)
-                made = known is None
-                value = make() if known is None else known
-                if made:
-                    self.misses += 1
-                    self._write(key, value)
-                else:
-                    self.hits += 1
-            self._memory[key] = value
-            return value, made
+            made = known is None
+            if known is None:
+                known, made = self._shared(key, make)
+            self._memory[key] = known
+            self.hits += not made
+            self.misses += made
+            return known, made
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -136,33 +130,44 @@ class EvaluationCache:
         try:
             found = artifacts.read_json(self._path(key), SCHEMA)
         except ArtifactError:
-            self._path(key).unlink(missing_ok=True)  # a damaged cache entry is no loss: it is measured again
             return None
         if found.inputs.get("evaluation") != key:
             return None
         values = found.data["values"]
         return Measured(values=tuple(values) if isinstance(values, list) else values, forwards=int(found.data["forwards"]))
 
-    def _write(self, key: str, value: Measured) -> None:
+    def _shared(self, key: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
+        """The value by whichever process comes first, and whether it was this one."""
         if self.folder is None:
-            return
-        values = list(value.values) if isinstance(value.values, tuple) else dict(value.values)
-        # Not flushed to the disk: what a power cut tears is found out when it is read, and measured again.
-        artifacts.write_json(
-            self._path(key), SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key}, flush=False
-        )
-
-    @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        if self.folder is None:
-            yield
-            return
-        path = self._path(key).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as handle:
+            return make(), True
+        path = self._path(key)
+        with _appending(path) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        path.unlink(missing_ok=True)
+            known = self._read(key) if os.fstat(handle.fileno()).st_size else None
+            if known is not None:
+                return known, False
+            value = make()
+            values = list(value.values) if isinstance(value.values, tuple) else dict(value.values)
+            text = artifacts.json_text(SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key}, indent=None)
+            # In place, not by a new file under the old name: whoever waits for the lock has this one open.
+            try:
+                handle.truncate(0)
+                handle.write(text.encode())
+            except OSError as error:
+                raise artifacts.disk_error(path, error) from error
+            return value, True
+
+
+def _appending(path: Path) -> FileIO:
+    """A file to be written at its end, without a buffer; made when it is missing."""
+    try:
+        try:
+            return path.open("ab", buffering=0)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("ab", buffering=0)
+    except OSError as error:
+        raise artifacts.disk_error(path, error) from error
 
 
 @dataclass(kw_only=True)

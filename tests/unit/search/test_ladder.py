@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from mpqsearch.core import Budget
-from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.errors import ArtifactError, ConfigError, NumericsError
 from mpqsearch.search.ladder import EvaluationCache, Ladder, Measured, rung_correlations, spearman, spearman_interval
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.surrogate import Surrogate
@@ -36,9 +36,21 @@ def test_a_damaged_entry_is_measured_again(make_objective: Callable[..., Objecti
     o = make_objective(folder=tmp_path)
     c = o.surrogate.candidate({}, o.budgets[0])
     value = o.ladder.output_error(c)
-    (entry,) = tmp_path.rglob("*.json")
-    entry.write_text(entry.read_text()[:-20])
-    assert make_objective(folder=tmp_path).ladder.output_error(c) == value
+    (entry,) = (p for p in tmp_path.rglob("*") if p.is_file())
+    whole = entry.read_text()
+    for part in (whole[:-20], ""):  # torn by a power cut, and left by a process that was killed while it measured
+        entry.write_text(part)
+        again = make_objective(folder=tmp_path).ladder
+        assert (again.output_error(c), again.spent > 0) == (value, True)
+        assert entry.read_text() == whole
+        again = make_objective(folder=tmp_path).ladder
+        assert (again.output_error(c), again.spent) == (value, 0)
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ab").write_text("in the way of a folder")
+    with pytest.raises(ArtifactError, match=r"cannot write .*ab/"):
+        EvaluationCache(tmp_path).measure("ab" * 32, lambda: Measured(values=(1.0,), forwards=1))
 
 
 def test_workers_that_want_the_same_value_measure_it_once(tmp_path: Path) -> None:
