@@ -196,7 +196,8 @@ class Program:
         chosen = np.array(self.widths, dtype=np.uint8)[choice]
         if len(self.item_layer) == len(self.layers):
             return dict(zip(self.layers, chosen, strict=True))
-        return dict(zip(self.layers, np.split(chosen, np.flatnonzero(np.diff(self.item_layer)) + 1), strict=True))
+        cuts = [0, *np.cumsum(np.bincount(self.item_layer, minlength=len(self.layers))).tolist()]
+        return {n: chosen[a:b] for n, a, b in zip(self.layers, cuts, cuts[1:], strict=False)}
 
     def choice(self, bit_map: BitMap) -> NDArray[np.int32]:
         """Choice ``[n]`` of every item in a bit map; one that this program made, or one of the same widths."""
@@ -355,7 +356,9 @@ def _task_of(
     if ("checked", policy.key) not in table.memo:
         policy.check(table)
         table.memo["checked", policy.key] = True
-    table.require_same_names(set(profile.names), "the profile")
+    if profile.memo.get("fits") is not table:
+        table.require_same_names(set(profile.names), "the profile")
+        profile.memo["fits"] = table
     if profile.model_digest != table.digest:
         raise ConfigError("the profile was measured on another model; profile this one")
     if method.variant not in profile.variants:
@@ -536,14 +539,12 @@ def predicted_loss(
 
     total = 0.0
     with_inputs = profile.arrays.get("layer_activation_error") if bit_map.activations else None
-    for layer in table:
-        name, widths = layer.name, bit_map.weights[layer.name]
-        if (
-            not widths.ndim and int(widths) in column
-        ):  # fixed widths that were not profiled and full precision cost nothing that is known
-            one = (name, int(widths))
+    for name in table.by_name:
+        widths = bit_map.weights[name]
+        if not widths.ndim and (bits := int(widths)) in column:  # those that were not profiled cost nothing that is known
+            one = (name, bits)
             if one not in whole:
-                whole[one] = float(losses()[profile.rows(name), column[int(widths)]].copy().sum())
+                whole[one] = float(losses()[profile.rows(name), column[bits]].copy().sum())
             total += whole[one]
         if with_inputs is not None and (act := bit_map.activations.get(name)) in column:
             total += float(with_inputs[profile.index[name], column[act]])

@@ -137,16 +137,15 @@ class BitMap:
             )
         table.require_same_names(set(self.weights), "the bit map")
         tied: dict[str, str] = {}
-        for layer in table:
-            widths = self.weights[layer.name]
-            mate = tied.setdefault(layer.tie, layer.name) if layer.tie else layer.name
-            if mate != layer.name and not np.array_equal(widths, self.weights[mate]):
+        for name, tie in table.ties.items():
+            mate = tied.setdefault(tie, name)
+            if mate != name and not np.array_equal(self.weights[name], self.weights[mate]):
+                raise LayerMismatchError(f"the bit map gives {name!r} and {mate!r} different widths, but they are tied ({tie!r})")
+        mixed = self.mixed_layers
+        for name, size in zip(mixed.names, mixed.sizes.tolist(), strict=True):
+            if size != table.channels[name]:
                 raise LayerMismatchError(
-                    f"the bit map gives {layer.name!r} and {mate!r} different widths, but they are tied ({layer.tie!r})"
-                )
-            if widths.ndim and len(widths) != table.channels[layer.name]:
-                raise LayerMismatchError(
-                    f"the bit map has {len(widths)} widths for {layer.name!r}, which has {layer.n_channels} output channels"
+                    f"the bit map has {size} widths for {name!r}, which has {table.channels[name]} output channels"
                 )
         self._memo["fits"] = table
 

@@ -60,7 +60,7 @@ class StorageModel:
 
     def kept_bits(self, table: LayerTable) -> int:
         """Stored bits of everything that is not a weight layer."""
-        return self.full_precision_bits * sum(k.n_values for k in table.kept)
+        return self.full_precision_bits * table.n_kept
 
 
 DEFAULT_STORAGE = StorageModel()

@@ -136,6 +136,16 @@ class LayerTable:
         return {layer.name: layer.n_channels for layer in self.layers}
 
     @cached_property
+    def ties(self) -> dict[str, str]:
+        """Name to tie, of the layers that have one."""
+        return {layer.name: layer.tie for layer in self.layers if layer.tie}
+
+    @cached_property
+    def n_kept(self) -> int:
+        """Values outside weight layers."""
+        return sum(k.n_values for k in self.kept)
+
+    @cached_property
     def memo(self) -> dict[Any, Any]:
         """What was computed from this table before, by keys of those who computed it: an outer search asks the same of one table for hours."""
         return {}
@@ -148,7 +158,7 @@ class LayerTable:
     @cached_property
     def n_parameters(self) -> int:
         """All parameters of the model: the denominator of every average."""
-        return self.n_weights + sum(k.n_values for k in self.kept)
+        return self.n_weights + self.n_kept
 
     @property
     def n_channels(self) -> int:

@@ -111,8 +111,7 @@ class EvaluationCache:
     def measure(self, key: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
         """The value of ``key``, and whether it was made now."""
         with self._guard:
-            known = self._memory.get(key) or self._read(key)
-            made = known is None
+            known, made = self._memory.get(key), False
             if known is None:
                 known, made = self._shared(key, make)
             self._memory[key] = known
@@ -125,8 +124,6 @@ class EvaluationCache:
         return self.folder / key[:2] / f"{key[:24]}.json"
 
     def _read(self, key: str) -> Measured | None:
-        if self.folder is None or not self._path(key).exists():
-            return None
         try:
             found = artifacts.read_json(self._path(key), SCHEMA)
         except ArtifactError:

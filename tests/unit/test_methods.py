@@ -431,3 +431,48 @@ def test_what_a_table_remembers_changes_no_map() -> None:
         found += isinstance(at(shared), tuple)
     assert found > 50
     assert len(shared.memo["tasks"]) == KEPT_TASKS
+
+
+def test_losses_that_are_handed_in_are_never_those_of_another_call() -> None:
+    """Tables made from losses are kept for the next budget, and only of losses that nobody can change."""
+    rng = np.random.default_rng(0)
+    tables = [rng.random((sum(PROFILE.channels), len(PROFILE.widths))) for _ in range(2)]
+    for table in tables:
+        table.setflags(write=False)
+    budgets = [Budget.parse(f"uniform:{bits}") for bits in (2, 3)]
+    policies = (Policy(), Policy(widths=(2, 4, 8)))
+    shared = tiny_profile(TABLE)
+
+    def made(profile: SensitivityProfile, losses: np.ndarray, policy: Policy, budget: Budget, allocator: str) -> tuple[str, float]:
+        method = MethodSpec(name="m", allocator=allocator, loss="gain")
+        found = allocate(method, budget, TABLE, profile, policy, FORMAT, losses=losses)
+        return found.bit_map.digest, found.predicted_loss
+
+    asked = [*itertools.product(tables, policies, budgets, ("ilp-layer", "ilp-channel"))] * 2
+    found = [made(shared, *what) for what in asked]
+    assert found == [made(tiny_profile(TABLE), *what) for what in asked]
+    assert len(set(found)) > len(asked) // 4
+    open_to_change = np.array(tables[0])
+    before = made(shared, open_to_change, policies[0], budgets[0], "ilp-channel")
+    open_to_change[:] = tables[1]
+    after = made(shared, open_to_change, policies[0], budgets[0], "ilp-channel")
+    assert (before, after) == (found[1], made(shared, tables[1], policies[0], budgets[0], "ilp-channel"))
+    assert before != after
+
+
+def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
+    rng = np.random.default_rng(0)
+    losses = channel_losses(PROFILE, TABLE, "affine", "gain", bias_correction=False)
+    for _ in range(20):
+        weights = {
+            la.name: np.array(rng.choice([2, 3, 16]) if rng.random() < 0.4 else rng.choice([2, 3, 4, 16], la.n_channels))
+            for la in reversed(TABLE.layers)
+        }
+        made = BitMap(model_digest=TABLE.digest, weights=weights)
+        expected = sum(
+            losses[PROFILE.rows(n)][i, PROFILE.widths.index(int(b))]
+            for n in weights
+            for i, b in enumerate(made.channel_widths(n, TABLE[n].n_channels))
+            if b != 16
+        )
+        assert predicted_loss(TABLE, PROFILE, made, bias_correction=False, loss="gain") == pytest.approx(expected, rel=1e-12)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, Policy, QuantFormat
+from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
 from mpqsearch.testing import tiny_table
 
@@ -20,6 +23,41 @@ def test_equal_maps_have_equal_digests_and_different_ones_do_not() -> None:
     assert len(digests) == 4
     other = BitMap(model_digest="d", weights=make(a=3, b=2).weights, format=QuantFormat(codebook="auto"))
     assert other.digest != make(a=3, b=2).digest
+
+
+def test_the_digest_is_that_of_the_data_as_json() -> None:
+    """Digests are written into artifacts: they must not depend on how they are computed."""
+    rng = np.random.default_rng(0)
+    widths = [*WIDTHS, 16]
+    for _ in range(200):
+        weights: dict[str, np.ndarray] = {}
+        for k in range(int(rng.integers(0, 6))):
+            n = int(rng.integers(1, 400))
+            one, runs = np.array(rng.choice(widths)), np.repeat(rng.choice(widths, n // 10 + 1), 10)[:n]
+            weights[f'{chr(ord("z") - k)}.é"{k}'] = (one, runs.astype(np.uint8), rng.choice(widths, n), rng.choice([2, 3], n))[
+                k % 4
+            ]
+        names = list(weights)[::2]
+        made = BitMap(
+            model_digest="d",
+            weights=weights,
+            activations=dict.fromkeys(names, 4),
+            activation_steps=3,
+            formats=dict.fromkeys(names[:1], QuantFormat(codebook="auto")),
+        )
+        text = json.dumps(made.to_data(), sort_keys=True, separators=(",", ":"))
+        assert made.digest == hashlib.sha256(text.encode()).hexdigest()
+        assert BitMap.from_data(json.loads(text)).digest == made.digest
+
+
+def test_mixed_layers_are_those_whose_channels_differ_in_order() -> None:
+    made = make(a=[2, 3, 3], b=4, c=[5, 5], d=[16, 1])
+    mixed = made.mixed_layers
+    assert mixed.names == ("a", "d")
+    assert mixed.widths.tolist() == [2, 3, 3, 16, 1]
+    assert (mixed.sizes.tolist(), mixed.starts.tolist()) == ([3, 2], [0, 3])
+    assert [{b: int(n) for b, n in enumerate(row) if n} for row in mixed.counts] == [{2: 1, 3: 2}, {1: 1, 16: 1}]
+    assert make(b=4).mixed_layers.names == ()
 
 
 def test_data_round_trip_keeps_everything() -> None:
