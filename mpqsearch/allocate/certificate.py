@@ -272,7 +272,7 @@ def _hull_sum(loss: NDArray[np.float64], ticks: NDArray[np.int64]) -> tuple[NDAr
     finite = np.isfinite(hull)
     if not bool(finite.any(axis=1).all()):
         return np.empty(0, dtype=np.int64), np.empty(0), True
-    exact = bool((np.diff(places) == 1).all()) and bool((hull >= table).all() or (table - hull)[finite].max() == 0)
+    exact = bool((np.diff(places) == 1).all()) and bool((hull >= table).all() or (table[finite] - hull[finite]).max() == 0)
     rows, start = np.arange(len(hull)), finite.argmax(axis=1)
     steps = np.diff(places)
     inside = finite[:, :-1] & finite[:, 1:]
