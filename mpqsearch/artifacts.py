@@ -45,7 +45,6 @@ VERSIONS = {
     "mpqsearch/checkpoint": 1,
     "mpqsearch/activations": 1,
     "mpqsearch/search": 1,
-    "mpqsearch/search-evaluation": 1,
 }
 """The newest version of each schema. Readers accept this version and the one before."""
 
@@ -133,15 +132,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
     """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are refused."""
-    try:
-        text = json_text(schema, data, inputs)
-    except ValueError as error:
-        raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
-    write_text(path, text)
-
-
-def json_text(schema: str, data: Any, inputs: Mapping[str, str], *, indent: int | None = 1) -> str:
-    """The envelope of ``schema`` around ``data``; raises `ValueError` for NaN and infinity."""
     body = {
         "schema": schema,
         "version": VERSIONS[schema],
@@ -149,7 +139,11 @@ def json_text(schema: str, data: Any, inputs: Mapping[str, str], *, indent: int 
         "inputs": dict(inputs),
         "data": data,
     }
-    return json.dumps(body, indent=indent, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(body, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path, schema: str) -> Artifact:

@@ -23,7 +23,8 @@ from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.activations import ActivationSearch, ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import bias_shift, moment_of, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
-from mpqsearch.search.ladder import Measured, Slopes
+from mpqsearch.search.cache import Measured
+from mpqsearch.search.ladder import Slopes
 from mpqsearch.search.surrogate import Candidate
 
 REPORTED = ("fd_fp", "fd_data", "paired_psnr")

@@ -18,23 +18,17 @@ search seeds proposed, and what was chosen is judged on noise that neither saw.
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import FileIO
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mpqsearch import artifacts
-from mpqsearch.errors import ArtifactError, ConfigError, NumericsError
+from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.search.cache import EvaluationCache, Measured
 from mpqsearch.search.surrogate import Candidate
-
-SCHEMA = "mpqsearch/search-evaluation"
 
 
 class Evaluator(Protocol):
@@ -73,14 +67,6 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """``values`` by name or in order of the seeds, and what they cost: forward passes of the denoiser on one sample."""
-
-    values: Mapping[str, float] | tuple[float, ...]
-    forwards: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
     """What to first order becomes of the squared error of final samples (mean over pixels) when one channel takes another width.
 
@@ -91,80 +77,6 @@ class Slopes:
     rows: np.ndarray[Any, np.dtype[np.float64]]
     error: float
     forwards: int
-
-
-class EvaluationCache:
-    """Measured values by digest, in memory and as files that workers share; without a folder, in memory only.
-
-    `measure` locks the file of a value while it works, so that of several processes that want the same value one measures and the others
-    wait for it. The lock belongs to the kernel: it goes when its holder is killed. What a killed process or a power cut leaves in a file,
-    nothing or a part, is no value, and is measured again.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        self.hits = 0
-        self.misses = 0
-        self._memory: dict[str, Measured] = {}
-        self._guard = threading.Lock()
-
-    def measure(self, key: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
-        """The value of ``key``, and whether it was made now."""
-        with self._guard:
-            known, made = self._memory.get(key), False
-            if known is None:
-                known, made = self._shared(key, make)
-            self._memory[key] = known
-            self.hits += not made
-            self.misses += made
-            return known, made
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key[:24]}.json"
-
-    def _read(self, key: str) -> Measured | None:
-        try:
-            found = artifacts.read_json(self._path(key), SCHEMA)
-        except ArtifactError:
-            return None
-        if found.inputs.get("evaluation") != key:
-            return None
-        values = found.data["values"]
-        return Measured(values=tuple(values) if isinstance(values, list) else values, forwards=int(found.data["forwards"]))
-
-    def _shared(self, key: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
-        """The value by whichever process comes first, and whether it was this one."""
-        if self.folder is None:
-            return make(), True
-        path = self._path(key)
-        with _appending(path) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            known = self._read(key) if os.fstat(handle.fileno()).st_size else None
-            if known is not None:
-                return known, False
-            value = make()
-            values = list(value.values) if isinstance(value.values, tuple) else dict(value.values)
-            text = artifacts.json_text(SCHEMA, {"values": values, "forwards": value.forwards}, {"evaluation": key}, indent=None)
-            # In place, not by a new file under the old name: whoever waits for the lock has this one open.
-            try:
-                handle.truncate(0)
-                handle.write(text.encode())
-            except OSError as error:
-                raise artifacts.disk_error(path, error) from error
-            return value, True
-
-
-def _appending(path: Path) -> FileIO:
-    """A file to be written at its end, without a buffer; made when it is missing."""
-    try:
-        try:
-            return path.open("ab", buffering=0)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("ab", buffering=0)
-    except OSError as error:
-        raise artifacts.disk_error(path, error) from error
 
 
 @dataclass(kw_only=True)

@@ -128,8 +128,9 @@ def searched_method(run: Run) -> MethodSpec:
 
 def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple[Objective, Plan]:
     """The objective and the plan of a run's search."""
+    from mpqsearch.search.cache import EvaluationCache
     from mpqsearch.search.evaluator import ModelEvaluator
-    from mpqsearch.search.ladder import EvaluationCache, Ladder
+    from mpqsearch.search.ladder import Ladder
     from mpqsearch.search.objective import TARGET, Objective, check_budgets
     from mpqsearch.search.space import parse_space
     from mpqsearch.search.study import Plan, pruning_of

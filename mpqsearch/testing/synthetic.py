@@ -14,7 +14,8 @@ from mpqsearch.artifacts import digest_of
 from mpqsearch.core import LayerTable, SensitivityProfile
 
 if TYPE_CHECKING:
-    from mpqsearch.search.ladder import Measured, Slopes
+    from mpqsearch.search.cache import Measured
+    from mpqsearch.search.ladder import Slopes
     from mpqsearch.search.surrogate import Candidate
 
 
@@ -107,7 +108,7 @@ class SyntheticEvaluator:
         return self._measured("report", candidate, values, 1000)
 
     def _measured(self, rung: str, candidate: Candidate, values: Any, forwards: int) -> Measured:
-        from mpqsearch.search.ladder import Measured
+        from mpqsearch.search.cache import Measured
 
         self.measured.append(f"{rung} {candidate.digest}")
         if self.pause_s:

@@ -31,7 +31,8 @@ from mpqsearch.config import SearchConfig, config_from
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.methods import MethodSpec
 from mpqsearch.models import discover, load_model
-from mpqsearch.search.ladder import EvaluationCache, Ladder
+from mpqsearch.search.cache import EvaluationCache
+from mpqsearch.search.ladder import Ladder
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.sql_journal import SqlJournalBackend

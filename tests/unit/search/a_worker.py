@@ -6,7 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from mpqsearch.search.ladder import EvaluationCache, Ladder
+from mpqsearch.search.cache import EvaluationCache
+from mpqsearch.search.ladder import Ladder
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.storage import open_storage

@@ -8,7 +8,8 @@ import pytest
 
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.methods import MethodSpec
-from mpqsearch.search.ladder import EvaluationCache, Ladder
+from mpqsearch.search.cache import EvaluationCache
+from mpqsearch.search.ladder import Ladder
 from mpqsearch.search.objective import Objective, Pruning
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.surrogate import Surrogate

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,9 @@ import pytest
 import scipy.stats
 
 from mpqsearch.core import Budget
-from mpqsearch.errors import ArtifactError, ConfigError, NumericsError
-from mpqsearch.search.ladder import EvaluationCache, Ladder, Measured, rung_correlations, spearman, spearman_interval
+from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.search.cache import Measured
+from mpqsearch.search.ladder import Ladder, rung_correlations, spearman, spearman_interval
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.surrogate import Surrogate
 
@@ -30,45 +30,6 @@ def test_a_map_is_measured_once_whatever_found_it(make_objective: Callable[..., 
     assert other.ladder.paired_error(first) == error
     assert other.ladder.spent == 0
     assert not other.ladder.evaluator.measured
-
-
-def test_a_damaged_entry_is_measured_again(make_objective: Callable[..., Objective], tmp_path: Path) -> None:
-    o = make_objective(folder=tmp_path)
-    c = o.surrogate.candidate({}, o.budgets[0])
-    value = o.ladder.output_error(c)
-    (entry,) = (p for p in tmp_path.rglob("*") if p.is_file())
-    whole = entry.read_text()
-    for part in (whole[:-20], ""):  # torn by a power cut, and left by a process that was killed while it measured
-        entry.write_text(part)
-        again = make_objective(folder=tmp_path).ladder
-        assert (again.output_error(c), again.spent > 0) == (value, True)
-        assert entry.read_text() == whole
-        again = make_objective(folder=tmp_path).ladder
-        assert (again.output_error(c), again.spent) == (value, 0)
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    (tmp_path / "ab").write_text("in the way of a folder")
-    with pytest.raises(ArtifactError, match=r"cannot write .*ab/"):
-        EvaluationCache(tmp_path).measure("ab" * 32, lambda: Measured(values=(1.0,), forwards=1))
-
-
-def test_workers_that_want_the_same_value_measure_it_once(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def slow() -> Measured:
-        import time
-
-        calls.append(1)
-        time.sleep(0.2)
-        return Measured(values=(1.5,), forwards=3)
-
-    # Each cache has a memory of its own, as each process has; what they share is the folder and its locks.
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: EvaluationCache(tmp_path).measure("ab" * 32, slow), range(4)))
-    assert len(calls) == 1
-    assert [m.values for m, _ in found] == [(1.5,)] * 4
-    assert sum(made for _, made in found) == 1
 
 
 def test_errors_come_in_chunks_of_the_same_seeds(make_objective: Callable[..., Objective]) -> None:

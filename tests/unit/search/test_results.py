@@ -34,7 +34,8 @@ from mpqsearch.search.surrogate import Candidate
 
 @pytest.fixture(scope="module")
 def finished() -> tuple[Objective, optuna.Study]:
-    from mpqsearch.search.ladder import EvaluationCache, Ladder
+    from mpqsearch.search.cache import EvaluationCache
+    from mpqsearch.search.ladder import Ladder
     from mpqsearch.search.space import parse_space
     from mpqsearch.testing.synthetic import SyntheticEvaluator
     from tests.unit.search.conftest import BUDGETS, SPACE, surrogate
