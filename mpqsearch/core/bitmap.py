@@ -166,7 +166,7 @@ class BitMap:
         is_last[stops - 1] = True
         ends = np.flatnonzero(is_last) + 1
         codes = mixed.widths[ends - 1] + (FULL_PRECISION + 1) * np.diff(ends, prepend=0)
-        runs = [_RUNS[code] for code in codes.tolist()]
+        runs = list(map(_RUNS.__getitem__, codes.tolist()))
         cuts = [0, *(np.searchsorted(ends, stops) + 1).tolist()]
         spelled = {name: ",".join(runs[a:b]) for name, a, b in zip(mixed.names, cuts, cuts[1:], strict=False)}
         first, *rest = json.dumps(self._to_data(lambda _: _HOLE), sort_keys=True, separators=(",", ":")).split(json.dumps(_HOLE))
