@@ -904,17 +904,24 @@ def _choices(task: _Task) -> list[tuple[int, int | None]]:
 
 def _ilp_channel(task: _Task) -> _Outcome:
     """Exact over all channels of all layers at once; channels of a mixed layer pay for their tags."""
-    program = _channel_program(task)
-    by_layer = _layer_program(task)
-    of_layers = solve(by_layer.problem, solver=task.method.solver)
+    program, by_layer = _channel_program(task), _layer_program(task)
     if program.problem.limit < task.once("least by channel", lambda: int(program.problem.cost.min(axis=1).sum())):
-        # The tags alone do not fit: layer widths are all that is left.
+        of_layers = solve(by_layer.problem, solver=task.method.solver)
         return _map_of(task, by_layer, of_layers), of_layers, ("the budget does not hold the channel tags; widths are by layer",)
     result = solve(program.problem, solver=task.method.solver)
-    if of_layers.loss < result.loss:
-        note = "widths by layer predict a smaller loss than widths by channel with their tags"
-        return _map_of(task, by_layer, of_layers), of_layers, (note,)
+    if _least_at(by_layer.problem, result.multipliers[0]) < result.loss:  # mostly it is not, and one solve is enough
+        of_layers = solve(by_layer.problem, solver=task.method.solver)
+        if of_layers.loss < result.loss:
+            note = "widths by layer predict a smaller loss than widths by channel with their tags"
+            return _map_of(task, by_layer, of_layers), of_layers, (note,)
     return _map_of(task, program, result), result, ()
+
+
+def _least_at(problem: AllocationProblem, rate: float) -> float:
+    """Lagrangian lower bound of the loss of any solution, for any multiplier >= 0; none where pairs have a say."""
+    if problem.pairwise is not None:
+        return float("-inf")
+    return float((problem.loss + rate * problem.cost).min(axis=1).sum() - rate * problem.limit)
 
 
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:

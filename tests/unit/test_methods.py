@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mpqsearch import methods
 from mpqsearch.allocate import solve
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, bops, size_bits, uniform_map
 from mpqsearch.core.budget import DEFAULT_STORAGE
@@ -88,6 +89,41 @@ def test_channels_beat_layers_beat_uniform_in_predicted_loss() -> None:
         assert losses[0] <= losses[1] * (1 + 1e-9) <= losses[2] * (1 + 1e-9)
         randoms = [run("random", budget, codebook="auto", seed=s).predicted_loss for s in range(20)]  # type: ignore[attr-defined]
         assert losses[1] <= min(randoms) * (1 + 1e-9)
+
+
+def test_widths_by_layer_are_taken_where_tags_cost_more_than_channels_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program over layers is left out only where its bound says that it cannot win: solving it always changes no map."""
+    rng = np.random.default_rng(0)
+    table = tiny_table(n_layers=8, channels=24, fan_in=6)  # small rows, so that tags cost much
+    profile, notes = tiny_profile(table), []
+
+    def maps() -> list[str]:
+        notes.clear()
+        digests = []
+        for spread, bits in itertools.product((0.0, 0.5, 3.0), np.arange(2.0, 6.0, 0.5)):
+            own = np.exp(spread * rng.normal(size=(sum(profile.channels), 1)) - 1.4 * np.array(profile.widths))
+            method = MethodSpec(name="m", allocator="ilp-channel")
+            made = allocate(method, Budget.parse(f"uniform:{bits}"), table, profile, POLICY, FORMAT, losses=own)
+            digests.append(made.bit_map.digest)
+            notes.append(made.notes)
+            assert made.within_budget
+            assert not made.notes or made.bit_map.granularity == "layer"
+        return digests
+
+    solves: list[int] = []
+    monkeypatch.setattr(methods, "solve", lambda *a, **k: (solves.append(1), solve(*a, **k))[1])
+    quick, taken = maps(), [*notes]
+    assert {(), ("widths by layer predict a smaller loss than widths by channel with their tags",)} <= set(taken)
+    assert len(solves) < 2 * len(quick), "not every budget takes two solves"
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(methods, "_least_at", lambda *_: float("-inf"))
+    assert (maps(), notes) == (quick, taken)
+
+
+def test_a_budget_that_the_tags_alone_exceed_gives_widths_by_layer() -> None:
+    made = run("ilp-channel", "uniform:2", Policy(widths=(2, 4)))
+    assert made.notes == ("the budget does not hold the channel tags; widths are by layer",)  # type: ignore[attr-defined]
+    assert made.bit_map.granularity == "layer"  # type: ignore[attr-defined]
 
 
 def test_predicted_loss_grows_when_the_budget_shrinks() -> None:
