@@ -245,7 +245,7 @@ class _Task:
         return cast("T", known[key])
 
     def of_losses(self, key: Any, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """What follows from losses that were handed in, read-only, whatever the limit: kept for the next budget, until other losses come."""
+        """What follows from losses that were handed in, whatever the limit: kept for the next budget until others come, and not to be changed."""
         if self.losses is None or self.losses.flags.writeable:
             return make()
         memo = self.profile.memo
@@ -255,6 +255,7 @@ class _Task:
         key = (key, self.policy.key, self.method.act_choices)
         if key not in known:
             known[key] = make()
+            known[key].setflags(write=False)
         return known[key]
 
     def channel_losses(self) -> Floats:

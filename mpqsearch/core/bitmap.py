@@ -117,6 +117,8 @@ class BitMap:
             widths = np.concatenate([*vectors.values(), np.empty(0, dtype=np.uint8)])
             sizes = np.fromiter(map(len, vectors.values()), np.int64, n)
             counts = np.bincount(np.repeat(np.arange(0, n * k, k), sizes) + widths, minlength=n * k).reshape(n, k)
+            for array in (widths, sizes, counts):
+                array.setflags(write=False)
             self._memo["mixed"] = MixedLayers(names=tuple(vectors), widths=widths, sizes=sizes, counts=counts)
         mixed: MixedLayers = self._memo["mixed"]
         return mixed

@@ -122,9 +122,7 @@ class EvaluationCache:
 
 def _lock(file: int, place: int, kind: int) -> None:
     """Lock or unlock one byte of a file, waiting for whoever has it."""
-    if hasattr(
-        fcntl, "F_OFD_SETLKW"
-    ):  # Linux: such a lock belongs to the open file, so that two caches of one process have their own
+    if hasattr(fcntl, "F_OFD_SETLKW"):  # Linux's belong to the open file, so that two caches of one process have their own
         fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi", kind, os.SEEK_SET, place, 1, 0))
     else:
         fcntl.lockf(file, fcntl.LOCK_EX if kind == fcntl.F_WRLCK else fcntl.LOCK_UN, 1, place)
