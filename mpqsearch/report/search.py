@@ -29,19 +29,20 @@ def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None =
     ax = axes_or_new(ax, (5.4, 3.4))
     rows = data["history"]
     x = np.arange(1, len(rows) + 1) if against == "trial" else np.array([r["forwards"] for r in rows], dtype=float)
-    ax.step(x, [r["hypervolume"] for r in rows], where="post", color=COLOURS[0], linewidth=1.8, label="search")
+    styles = series_styles(ARM_ORDER)  # the colours of the front
+    ax.step(x, [r["hypervolume"] for r in rows], where="post", color=styles["search"].colour, linewidth=1.8, label="search")
     pruned = np.array([r["pruned"] for r in rows], dtype=bool)
     if pruned.any():
         ax.plot(x[pruned], np.array([r["hypervolume"] for r in rows])[pruned], "|", color=muted(), label="pruned trial")
-    styles = series_styles([a for a in ARM_ORDER if a != "search"])
     for arm, style in styles.items():
-        if arm in data["hypervolume"]:
-            ax.axhline(data["hypervolume"][arm], color=style.colour, linestyle="--", linewidth=1.1, label=arm)
+        if arm != "search" and arm in data["hypervolume"]:
+            line = ":" if arm == "random" else "--"  # its colour is that of uniform, and here are no markers
+            ax.axhline(data["hypervolume"][arm], color=style.colour, linestyle=line, linewidth=1.1, label=arm)
     if against == "trial":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trials" if against == "trial" else "forward passes of the denoiser on one sample")
     ax.set_ylabel("hypervolume (share of the box)")
-    ax.legend(ncols=2)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)  # below: level lines cross the whole of the picture
     return ax
 
 

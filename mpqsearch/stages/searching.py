@@ -443,10 +443,10 @@ def _refit(run: Run, objective: Objective, study: Study) -> dict[str, Any]:
         run.say(f"search: no re-fit: {len(maps)} measured maps, at least {MIN_MAPS} are needed")
         return {}
     data = close_the_loop(objective.surrogate, objective.ladder, objective.budgets, maps)
-    fit = data["fit"]
+    fit, more = data["fit"], 100 * math.expm1(data["mean_log_ratio"])
     run.say(
         f"search: re-fit on {fit['n_maps']} maps: log error of left-out maps {fit['rms_before']:.3f} before, {fit['rms_after']:.3f} after; solved "
-        f"again, the error is {100 * (1 - math.exp(data['mean_log_ratio'])):+.0f} % better than the plain program's"
+        f"again, the program gives maps with {abs(more):.0f} % {'more' if more > 0 else 'less'} error than the plain one's"
     )
     return data
 
