@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -171,8 +172,16 @@ class BitMap:
         runs = list(map(_RUNS.__getitem__, codes.tolist()))
         cuts = [0, *(np.searchsorted(ends, stops) + 1).tolist()]
         spelled = {name: ",".join(runs[a:b]) for name, a, b in zip(mixed.names, cuts, cuts[1:], strict=False)}
-        first, *rest = json.dumps(self._to_data(lambda _: _HOLE), sort_keys=True, separators=(",", ":")).split(json.dumps(_HOLE))
-        return first + "".join(f"[{spelled[name]}]{text}" for name, text in zip(sorted(spelled), rest, strict=True))
+        layers = []
+        for name in sorted(self.weights):
+            inputs = f'"activation_bits":{self.activations[name]},' if name in self.activations else ""
+            own = f',"quantizer":{_compact(self.formats[name].to_data())}' if name in self.formats else ""
+            runs_of = spelled.get(name)
+            bits = f'"bits":{self.weights[name]}' if runs_of is None else f'"channel_bits":{{"data":[{runs_of}],"encoding":"rle"}}'
+            layers.append(f"{_quoted(name)}:{{{inputs}{bits}{own}}}")
+        steps = f'"activation_steps":{self.activation_steps},' if self.activation_steps != 1 else ""
+        defaults, digest = _compact(self.format.to_data()), _quoted(self.model_digest)
+        return f'{{{steps}"defaults":{defaults},"layers":{{{",".join(layers)}}},"model_digest":{digest}}}'
 
     def diff(self, other: BitMap) -> dict[str, tuple[str, str]]:
         """Layers whose widths differ, as ``name -> (mine, theirs)`` in short form."""
@@ -191,9 +200,6 @@ class BitMap:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data; vectors as run lengths ``[[width, count], ...]``."""
-        return self._to_data(run_lengths)
-
-    def _to_data(self, spell: Callable[[Widths], Any]) -> dict[str, Any]:
         data: dict[str, Any] = {
             "model_digest": self.model_digest,
             "defaults": self.format.to_data(),
@@ -204,7 +210,7 @@ class BitMap:
         for name, widths in self.weights.items():
             entry: dict[str, Any] = {}
             if widths.ndim:
-                entry["channel_bits"] = {"encoding": "rle", "data": spell(widths)}
+                entry["channel_bits"] = {"encoding": "rle", "data": run_lengths(widths)}
             else:
                 entry["bits"] = int(widths)
             if name in self.activations:
@@ -283,8 +289,12 @@ class _Runs(dict[int, str]):
 
 _RUNS = _Runs()
 
-_HOLE = "\0"
-"""Stands in JSON for what is spelled by other means; no name of a layer holds it."""
+_quoted = lru_cache(maxsize=100_000)(json.dumps)
+"""A name as JSON."""
+
+
+def _compact(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
 def run_lengths(widths: Widths) -> list[list[int]]:

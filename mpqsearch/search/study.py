@@ -6,10 +6,12 @@ bookkeeping: exactly so many trials over all workers, none lost and none counted
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -279,7 +281,7 @@ def work(
             trial.set_user_attr("error", str(error))
             raise
 
-    with me:
+    with me, _nothing_old_collected():
         session = len(study.get_trials(deepcopy=False))
         if isinstance(plan.sampler, str):
             study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
@@ -313,6 +315,19 @@ def work(
             if len(errors) >= MAX_FAILURES:
                 raise errors[-1]
     return counts(study)
+
+
+@contextlib.contextmanager
+def _nothing_old_collected() -> Iterator[None]:
+    """Leave what is there now out of garbage collection: going through a model and its libraries takes longer than the machinery of ten trials."""
+    frozen = gc.get_freeze_count() > 0  # by the caller, whose business it is
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 def _before(trial: Trial, known: Sequence[FrozenTrial]) -> int:

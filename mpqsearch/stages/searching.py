@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -333,6 +334,7 @@ def _work(run: Run, study: Study, plan: Plan, objective: Objective, worker: int)
     if before.finished:
         run.say(f"search: continuing at {before.finished} of {plan.trials} trials")
     line = _ProgressLine(study, plan)
+    gc.collect()  # the trials leave what is there now out of collection: garbage would stay as long as they last
     try:
         line.update()
         work(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -159,3 +161,29 @@ def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name
     with pytest.raises(ConfigError, match=rf"pip install 'mpqsearch\[{extra}\]'") as caught:
         open_storage(url)
     assert "hunter2" not in str(caught.value)
+
+
+def test_own_lines_are_read_back_without_the_disk_and_those_of_others_are_not_missed(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    mine, other = (open_storage(path)._backend for _ in range(2))  # type: ignore[attr-defined]
+    lines = [{"op_code": 8, "worker_id": "w", "trial_id": 10**6, "i": i} for i in range(7)]
+
+    def read(backend: Any, begin: int) -> list[dict[str, Any]]:
+        return list(backend.read_logs(begin))
+
+    mine.append_logs(lines[:1])
+    assert read(mine, 0) == lines[:1]
+    other.append_logs(lines[1:2])
+    other.append_logs(lines[2:3])
+    mine.append_logs(lines[3:4])
+    assert read(mine, 1) == lines[1:4]
+    mine.append_logs(lines[4:5])
+    other.append_logs(lines[5:6])
+    assert read(mine, 4) == lines[4:5]  # what came after it is read the next time
+    assert read(mine, 5) == lines[5:6]
+    assert read(mine, 6) == []
+    assert read(other, 0) == lines[:6]
+    mine.append_logs(lines[6:])
+    path.rename(tmp_path / "gone")
+    assert read(mine, 6) == lines[6:]
+    assert [json.loads(line) for line in (tmp_path / "gone").read_text().splitlines()] == lines

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -267,3 +268,32 @@ def test_a_point_whose_widths_do_not_fit_is_infeasible_and_finite(make_objective
     assert hard
     assert all(math.isfinite(t.value) and t.value >= 4 for t in hard)
     assert study.best_trial.params["min_bits"] <= 2
+
+
+@pytest.mark.parametrize("frozen_by_the_caller", [False, True])
+def test_what_is_old_is_collected_again_after_the_trials(
+    frozen_by_the_caller: bool, make_objective: Callable[..., Objective], tmp_path: Path
+) -> None:
+    o = make_objective()
+    plan = Plan(name="s", trials=3, sampler="random", context=o.context)
+    study = open_study(plan, open_storage(tmp_path / "j"))
+    seen: list[int] = []
+
+    def looks(trial: optuna.Trial) -> float:
+        seen.append(gc.get_freeze_count())
+        if len(seen) == 3:
+            raise ConfigError("stop here")
+        return trial.suggest_float("x", 0, 1)
+
+    if frozen_by_the_caller:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ConfigError, match="stop here"):
+            work(study, plan, looks)
+        assert len(seen) == 3
+        assert min(seen) > 10_000
+        assert (gc.get_freeze_count() > 0) == frozen_by_the_caller
+        assert (max(seen) <= before) == frozen_by_the_caller
+    finally:
+        gc.unfreeze()
