@@ -905,24 +905,24 @@ def _choices(task: _Task) -> list[tuple[int, int | None]]:
 
 def _ilp_channel(task: _Task) -> _Outcome:
     """Exact over all channels of all layers at once; channels of a mixed layer pay for their tags."""
-    program, by_layer = _channel_program(task), _layer_program(task)
+    program = _channel_program(task)
     if program.problem.limit < task.once("least by channel", lambda: int(program.problem.cost.min(axis=1).sum())):
-        of_layers = solve(by_layer.problem, solver=task.method.solver)
-        return _map_of(task, by_layer, of_layers), of_layers, ("the budget does not hold the channel tags; widths are by layer",)
+        bit_map, result, _ = _ilp_layer(task)
+        return bit_map, result, ("the budget does not hold the channel tags; widths are by layer",)
     result = solve(program.problem, solver=task.method.solver)
-    if _least_at(by_layer.problem, result.multipliers[0]) < result.loss:  # mostly it is not, and one solve is enough
-        of_layers = solve(by_layer.problem, solver=task.method.solver)
-        if of_layers.loss < result.loss:
-            note = "widths by layer predict a smaller loss than widths by channel with their tags"
-            return _map_of(task, by_layer, of_layers), of_layers, (note,)
+    if _least_by_layer(task, result.multipliers[0]) < result.loss:  # mostly it is not, and one solve is enough
+        bit_map, of_layers, _ = _ilp_layer(task)
+        if of_layers is not None and of_layers.loss < result.loss:
+            return bit_map, of_layers, ("widths by layer predict a smaller loss than widths by channel with their tags",)
     return _map_of(task, program, result), result, ()
 
 
-def _least_at(problem: AllocationProblem, rate: float) -> float:
-    """Lagrangian lower bound of the loss of any solution, for any multiplier >= 0; none where pairs have a say."""
-    if problem.pairwise is not None:
+def _least_by_layer(task: _Task, rate: float) -> float:
+    """Lagrangian lower bound of the loss of widths by layer, for any multiplier >= 0; none where pairs have a say."""
+    if task.pairs is not None:
         return float("-inf")
-    return float((problem.loss + rate * problem.cost).min(axis=1).sum() - rate * problem.limit)
+    _, loss, cost = _layer_table_costs(task)
+    return float((loss + rate * cost).min(axis=1).sum() - rate * (task.limit - _fixed_cost(task, cost)))
 
 
 def _layer_program(task: _Task, *, pins: bool = False) -> Program:

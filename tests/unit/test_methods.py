@@ -116,7 +116,7 @@ def test_widths_by_layer_are_taken_where_tags_cost_more_than_channels_gain(monke
     assert {(), ("widths by layer predict a smaller loss than widths by channel with their tags",)} <= set(taken)
     assert len(solves) < 2 * len(quick), "not every budget takes two solves"
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(methods, "_least_at", lambda *_: float("-inf"))
+    monkeypatch.setattr(methods, "_least_by_layer", lambda *_: float("-inf"))
     assert (maps(), notes) == (quick, taken)
 
 
