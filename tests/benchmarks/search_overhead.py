@@ -1,7 +1,7 @@
 """Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four workers.
 
     python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc|journal+postgresql|journal+mysql ...]
-    python tests/benchmarks/search_overhead.py model     # the second one with the model itself, a quarter of an hour
+    python tests/benchmarks/search_overhead.py model     # the second one with the model itself, some minutes
 
 Two searches, both with TPE and the Wilcoxon test, as they stand by default. ``small``: 14 layers by layer, two budgets, three parameters, two
 measurements a trial. ``fmnist-unet``: `mpqsearch search` on that model, 65 layers with 3,977 channels, by channel or by layer at three budgets,
@@ -106,14 +106,14 @@ def overhead(which: str, where: str | Path, folder: Path, trial_s: float = 1.0) 
     )
 
 
-def model_itself(folder: Path) -> None:
-    """The default search of fmnist-unet, whose measurements are real; what they take is taken off."""
+def model_itself(folder: Path, budgets: tuple[Budget, ...], samples: int) -> None:
+    """The search of fmnist-unet, whose measurements are real; what they take is taken off."""
     config = config_from(
         {
             "model": {"source": "fmnist-unet"},
-            "allocate": {"budgets": [b.label() for b in BUDGETS]},
+            "allocate": {"budgets": [b.label() for b in budgets]},
             "calibration": {"samples": 8, "probe_inputs": 80, "probes": 2},
-            "search": {"trials": TRIALS},
+            "search": {"trials": TRIALS, "samples": samples},
         }
     )
     run = Run(config=config, folder=folder)
@@ -130,7 +130,8 @@ def model_itself(folder: Path) -> None:
     work(study, plan, o.front)
     cpu = time.process_time() - cpu - own[0]
     print(
-        f"model              fmnist-unet {TRIALS} trials, {own[0] / TRIALS:.1f} s of measurements each: machinery "
+        f"model              fmnist-unet, budgets: {len(budgets)}, seeds: {samples}: {TRIALS} trials, "
+        f"{own[0] / TRIALS:.1f} s of measurements each: machinery "
         f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / own[0]:.2f} %",
         flush=True,
     )
@@ -214,8 +215,10 @@ def main() -> None:
     warm_up()
     for kind in sys.argv[1:] or ["journal", *servers.KINDS]:
         if kind == "model":
-            with tempfile.TemporaryDirectory() as name:
-                model_itself(Path(name))
+            # As it stands by default, and with trials of about a second.
+            for budgets, samples in ((BUDGETS, SearchConfig().samples), (BUDGETS[1:2], 8)):
+                with tempfile.TemporaryDirectory() as name:
+                    model_itself(Path(name), budgets, samples)
             continue
         if kind != "journal" and (reason := servers.missing(kind)):
             print(f"{kind} not run: {reason}")
