@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 _API = ("allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize")
 
-__all__ = ["__version__", "allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
+__all__ = [
+    "__version__",
+    "allocate_bits",
+    "compare",
+    "discover",
+    "load_model",
+    "load_quantized",
+    "profile_model",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
 
-OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", codebook="auto", bias_correction=True)
-"""What `allocate_bits` does unless told otherwise: exact over all channels, the better codebook of each row, bias corrected."""
+OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True)
+"""What `allocate_bits` does unless told otherwise: exact over all channels, the better scheme of each row, bias corrected."""
 
 
 def profile_model(
@@ -48,7 +48,7 @@ def profile_model(
             table or discover(model),
             policy or Policy(),
             sampler or default_sampler(model),
-            calibration or CalibrationSpec(codebooks=("affine", "auto"), prescale=False),
+            calibration or CalibrationSpec(schemes=("asymmetric", "auto"), smooth=False),
             quantizer or QuantFormat(),
             progress=report,
         )
@@ -90,7 +90,7 @@ def quantize(
         peaks = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
         if made.method.bias_correction:
             means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
-    if made.bit_map.format.rounding == "compensated":
+    if made.bit_map.format.rounding == "gptq":
         stats = input_statistics(model, table, sampler or default_sampler(model), range(1_000_000, 1_000_040))
         moments = {k: s.second_moment for k, s in stats.items()}
         means = means if means is None else means | {k: s.mean for k, s in stats.items()}
@@ -98,7 +98,9 @@ def quantize(
     return model.with_module(quantized.module)
 
 
-def compare(model: Denoiser, quantized: Denoiser, *, seeds: Sequence[int] = range(8), sampler: SamplerSpec | None = None) -> Figure:
+def compare(
+    model: Denoiser, quantized: Denoiser, *, seeds: Sequence[int] = range(8), sampler: SamplerSpec | None = None
+) -> Figure:
     """Samples of both from the same noise, one above the other, titled with their paired PSNR in dB (range [-1, 1], so peak 2)."""
     from mpqsearch.report import plot_samples, sample_grid
 

@@ -205,14 +205,18 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read an npz (no pickle); `ArtifactError` when it is missing or damaged."""
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist, although the JSON beside it does. Delete both and run the stage again.")
+        raise ArtifactError(
+            f"{path} does not exist, although the JSON beside it does. Delete both and run the stage again."
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Delete it and run the stage again.") from error
     except Exception as error:  # zipfile.BadZipFile and zlib.error have no common base
-        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it and run the stage again.") from error
+        raise ArtifactError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete it and run the stage again."
+        ) from error
 
 
 def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> None:
@@ -257,7 +261,9 @@ def load_profile(path: Path) -> SensitivityProfile:
     )
 
 
-def save_bit_map(path: Path, bit_map: BitMap, inputs: Mapping[str, str], extra: Mapping[str, Any] | None = None) -> None:
+def save_bit_map(
+    path: Path, bit_map: BitMap, inputs: Mapping[str, str], extra: Mapping[str, Any] | None = None
+) -> None:
     """Write a bit map; long channel vectors go into a safetensors file of the same name beside it."""
     data = {**bit_map.to_data(), **(extra or {})}
     vectors = {name: w for name, w in bit_map.weights.items() if w.ndim}

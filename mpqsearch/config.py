@@ -49,9 +49,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """How ranges are searched; codebook and rounding belong to each method.
+    """How ranges are searched; scheme and rounding belong to each method.
 
-    ``moment_samples``: samples from whose trajectories compensated rounding learns what inputs are like.
+    ``moment_samples``: samples from whose trajectories GPTQ rounding learns what inputs are like.
     """
 
     criterion: str = "lp"
@@ -64,7 +64,7 @@ class QuantizerConfig:
             raise ConfigError(f"quantizer.moment_samples must be at least 1, got {self.moment_samples}")
 
     def format(self) -> QuantFormat:
-        """The format without a codebook of its own."""
+        """The format without a scheme of its own."""
         return QuantFormat(criterion=self.criterion, p=self.p, n_candidates=self.n_candidates)
 
 
@@ -82,7 +82,7 @@ class SamplerConfig:
 class CalibrationConfig:
     """See `mpqsearch.profile.CalibrationSpec`.
 
-    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``codebooks`` counts. With
+    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes`` counts. With
     ``prediction_only`` only what predicts the loss of given maps is measured.
 
     ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of ``samples``: the losses
@@ -102,8 +102,8 @@ class CalibrationConfig:
     sampler_probes: int = 4
     context_seeds: int = 12
     context_widths: tuple[int, ...] = (2, 3, 4)
-    codebooks: tuple[str, ...] = ("affine", "auto")
-    prescale: bool = False
+    schemes: tuple[str, ...] = ("asymmetric", "auto")
+    smooth: bool = False
     activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
@@ -386,7 +386,7 @@ class SearchConfig:
 
 DEFAULT_METHODS = (
     MethodSpec(name="uniform", allocator="uniform"),
-    MethodSpec(name="ilp-channel", allocator="ilp-channel", codebook="auto", bias_correction=True),
+    MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True),
 )
 
 
@@ -450,7 +450,9 @@ class Config:
                 raise UnknownNameError(f"{what} of the search", value, known, f"(search.{what})")
         searched = [m.name for m in self.methods if m.allocator == "search"]
         if searched and not self.search.trials:
-            raise ConfigError(f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one")
+            raise ConfigError(
+                f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one"
+            )
         c, e = self.search, self.evaluate
         if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.seeds:
             raise ConfigError(

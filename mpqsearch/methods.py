@@ -58,9 +58,20 @@ LEAST = 0.1
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
 
-ALLOCATORS = ("uniform", "random", "omq", "omq-paper", "omq-released", "omq-plus", "ilp-layer", "ilp-channel", "search", "map")
+ALLOCATORS = (
+    "uniform",
+    "random",
+    "omq",
+    "omq-paper",
+    "omq-released",
+    "omq-plus",
+    "ilp-layer",
+    "ilp-channel",
+    "search",
+    "map",
+)
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and promotion only (see `_omq_paper`
-and its neighbours); all three pre-scale. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs.
+and its neighbours); all three smooth. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs.
 ``search`` and ``map`` solve nothing: the map is that of an outer search, or one from elsewhere."""
 
 _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
@@ -68,24 +79,24 @@ _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSpec:
-    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``codebook``, ``bias_correction``).
+    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``scheme``, ``bias_correction``).
 
-    ``rounding`` is ``nearest`` or ``compensated`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
-    ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the pre-scaled rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
+    ``rounding`` is ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
+    ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the smoothed rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
     ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
     scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
-    integer program choose the width of each searched layer's input among these instead. ``prescale_by_layer`` gives each layer whose input is
-    quantized the strength of pre-scaling with the least output error instead of 0.5 (`mpqsearch.profile.choose_strengths`: six runs
+    integer program choose the width of each searched layer's input among these instead. ``smooth_by_layer`` gives each layer whose input is
+    quantized the alpha of smoothing with the least output error instead of 0.5 (`mpqsearch.profile.choose_alphas`: six runs
     of the sampler a map, no storage); the stages of a run do that, `allocate` by itself leaves 0.5.
     """
 
     name: str
     allocator: str
     loss: str = BEST_LOSS
-    codebook: str = "affine"
+    scheme: str = "asymmetric"
     bias_correction: bool = False
-    prescale: bool = False
-    prescale_by_layer: bool = False
+    smooth: bool = False
+    smooth_by_layer: bool = False
     order: str = "kurtosis"
     solver: str = "auto"
     seed: int = 0
@@ -96,18 +107,20 @@ class MethodSpec:
 
     def __post_init__(self) -> None:
         if self.allocator in _OMQ[1:]:
-            object.__setattr__(self, "prescale", True)
+            object.__setattr__(self, "smooth", True)
         check_width(self.act_bits, f"method {self.name!r}, act_bits")
         for bits in self.act_choices:
             check_width(bits, f"method {self.name!r}, act_choices")
         if self.act_choices and self.allocator != "ilp-layer":
-            raise ConfigError(f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}")
-        if self.prescale_by_layer and not (
-            self.prescale and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
+            raise ConfigError(
+                f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}"
+            )
+        if self.smooth_by_layer and not (
+            self.smooth and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
         ):
             raise ConfigError(
-                f"method {self.name!r}: prescale_by_layer suits pre-scaling to quantized inputs, and needs prescale = true and act_bits "
-                f"or act_choices below {FULL_PRECISION}; got prescale = {str(self.prescale).lower()}, act_bits = {self.act_bits}"
+                f"method {self.name!r}: smooth_by_layer suits smoothing to quantized inputs, and needs smooth = true and act_bits "
+                f"or act_choices below {FULL_PRECISION}; got smooth = {str(self.smooth).lower()}, act_bits = {self.act_bits}"
             )
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
@@ -126,7 +139,7 @@ class MethodSpec:
     @property
     def variant(self) -> str:
         """The quantizer variant of the profile that prices this method."""
-        return f"{self.codebook}+prescale" if self.prescale else self.codebook
+        return f"{self.scheme}+smooth" if self.smooth else self.scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +169,13 @@ class Allocation:
         if self.result is not None:
             r = self.result
             finite = {k: float(v) for k, v in (("lower_bound", r.lower_bound), ("gap", r.gap)) if np.isfinite(v)}
-            solved = {"status": r.status, "solver": r.solver, "seconds": round(r.seconds, 4), "loss": float(r.loss), **finite}
+            solved = {
+                "status": r.status,
+                "solver": r.solver,
+                "seconds": round(r.seconds, 4),
+                "loss": float(r.loss),
+                **finite,
+            }
         return {
             "method": asdict(self.method),
             "budget": self.budget.label(),
@@ -202,7 +221,9 @@ class Program:
     def choice(self, bit_map: BitMap) -> NDArray[np.int32]:
         """Choice ``[n]`` of every item in a bit map; one that this program made, or one of the same widths."""
         counts = np.bincount(self.item_layer, minlength=len(self.layers))
-        bits = np.concatenate([np.broadcast_to(bit_map.weights[n], int(c)) for n, c in zip(self.layers, counts, strict=True)])
+        bits = np.concatenate(
+            [np.broadcast_to(bit_map.weights[n], int(c)) for n, c in zip(self.layers, counts, strict=True)]
+        )
         if not self.inputs:
             return np.searchsorted(self.widths, bits).astype(np.int32)
         pairs = list(zip(self.widths, self.inputs, strict=True))
@@ -278,7 +299,11 @@ class _Task:
         return self.once("searched", lambda: tuple(la.name for la in self.table if self.policy.fixed_width(la) is None))
 
     def cost(self, bit_map: BitMap) -> int:
-        return bops(self.table, bit_map) if self.budget.quantity == "bops" else size_bits(self.table, bit_map, self.storage)
+        return (
+            bops(self.table, bit_map)
+            if self.budget.quantity == "bops"
+            else size_bits(self.table, bit_map, self.storage)
+        )
 
     def map_of(self, widths: Mapping[str, Any]) -> BitMap:
         base = self.once(
@@ -302,7 +327,9 @@ class _Task:
     @property
     def most(self) -> int:
         """Cost of every searched layer at full precision."""
-        return self.once("most", lambda: self.cost(self.map_of({n: np.uint8(FULL_PRECISION) for n in self.table.by_name})))
+        return self.once(
+            "most", lambda: self.cost(self.map_of({n: np.uint8(FULL_PRECISION) for n in self.table.by_name}))
+        )
 
 
 def allocate(
@@ -364,16 +391,18 @@ def _task_of(
         raise ConfigError("the profile was measured on another model; profile this one")
     if method.variant not in profile.variants:
         raise UnknownNameError(
-            "quantizer variant", method.variant, profile.variants, "Add its codebook to [calibration] and profile again."
+            "quantizer variant", method.variant, profile.variants, "Add its scheme to [calibration] and profile again."
         )
     if set(policy.widths) - set(profile.widths):
-        raise ConfigError(f"the policy searches the widths {policy.widths}, the profile has {profile.widths}; profile again")
+        raise ConfigError(
+            f"the policy searches the widths {policy.widths}, the profile has {profile.widths}; profile again"
+        )
     chosen = QuantFormat(
-        codebook=method.codebook,
+        scheme=method.scheme,
         criterion=fmt.criterion,
         p=fmt.p,
         n_candidates=fmt.n_candidates,
-        prescale=method.prescale,
+        smooth=method.smooth,
         rounding=method.rounding,
     )
     steps = _activation_steps(method, profile)
@@ -396,11 +425,15 @@ def _task_of(
         pairs=pairs,
     )
     if losses is not None and losses.shape != (sum(profile.channels), len(profile.widths)):
-        raise ConfigError(f"losses must be {(sum(profile.channels), len(profile.widths))} as in the profile, got {losses.shape}")
+        raise ConfigError(
+            f"losses must be {(sum(profile.channels), len(profile.widths))} as in the profile, got {losses.shape}"
+        )
     return task
 
 
-def channel_losses(profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool) -> Floats:
+def channel_losses(
+    profile: SensitivityProfile, table: LayerTable, variant: str, loss: str, *, bias_correction: bool
+) -> Floats:
     """Loss ``[C, W]`` of every channel at every width of the profile."""
     loss = best_loss(profile, variant) if loss == BEST_LOSS else loss
     what = f"the loss {loss!r}"
@@ -524,7 +557,7 @@ def predicted_loss(
     elif loss == BEST_LOSS:
         loss = prediction_loss(profile, _mean_width(table, bit_map))
     fmt = bit_map.format
-    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
+    variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
     column = {b: j for j, b in enumerate(profile.widths)}
     # Most layers hold one width: their losses are summed once, and the table of all channels is not even made where all do.
     key = ("layer losses", variant, loss, bias_correction, _has_bias(table, profile))
@@ -542,7 +575,9 @@ def predicted_loss(
     with_inputs = profile.arrays.get("layer_activation_error") if bit_map.activations else None
     for name in table.by_name:
         widths = bit_map.weights[name]
-        if not widths.ndim and (bits := int(widths)) in column:  # those that were not profiled cost nothing that is known
+        if (
+            not widths.ndim and (bits := int(widths)) in column
+        ):  # those that were not profiled cost nothing that is known
             one = (name, bits)
             if one not in whole:
                 whole[one] = float(losses()[profile.rows(name), column[bits]].copy().sum())
@@ -608,7 +643,9 @@ def _lacks(profile: SensitivityProfile, variant: str, loss: str, setting: str) -
             f"the loss {loss!r} was asked for, which is measured on final samples; this profile was measured on {calls} recorded calls, which bring "
             f"no sampler. It allows {there}: choose one of these as the loss of the method, or 'auto'."
         )
-    return ConfigError(f"the loss {loss!r} needs {setting} in the profile, which allows {there}; set it and profile again")
+    return ConfigError(
+        f"the loss {loss!r} needs {setting} in the profile, which allows {there}; set it and profile again"
+    )
 
 
 def _among_others(profile: SensitivityProfile, variant: str, own: Floats) -> Floats:
@@ -639,7 +676,7 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
         found = profile.arrays.get(f"layer_operating_error/{variant}")
         if found is None:
             raise ConfigError(
-                f"the loss 'operating' needs a profile measured at a bit map of the codebook {variant!r}: see profile.remeasure"
+                f"the loss 'operating' needs a profile measured at a bit map of the scheme {variant!r}: see profile.remeasure"
             )
         # Changes of either sign: counted from the best width of each layer, which moves every map by the same constant. A gain that is
         # not clear of the noise is none, and the further a width is from the present one the more noise it has: so this also keeps
@@ -651,7 +688,7 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     measured = [k for k in profile.arrays if k.startswith("layer_final_error/")]
     if not measured:
         raise _lacks(profile, variant, "final", "calibration.final_widths")
-    # One codebook is measured; the ratio of final to first-order error belongs to the layer and carries over to the others.
+    # One scheme is measured; the ratio of final to first-order error belongs to the layer and carries over to the others.
     source = measured[0].split("/")[1]
     final = profile.arrays[measured[0]].astype(np.float64)
     known = np.isfinite(final)
@@ -696,7 +733,9 @@ def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
         return 1
     steps = profile.calibration.get("sampler", {}).get("steps")
     if not steps:
-        raise ConfigError(f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps")
+        raise ConfigError(
+            f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps"
+        )
     return int(steps)
 
 
@@ -734,7 +773,10 @@ def _random(task: _Task) -> _Outcome:
     while cost[rows, choice].sum() > room:
         choice[rng.choice(np.flatnonzero(choice > 0))] -= 1
     for i in rng.permutation(np.repeat(rows, cost.shape[1])):
-        if choice[i] + 1 < cost.shape[1] and cost[rows, choice].sum() - cost[i, choice[i]] + cost[i, choice[i] + 1] <= room:
+        if (
+            choice[i] + 1 < cost.shape[1]
+            and cost[rows, choice].sum() - cost[i, choice[i]] + cost[i, choice[i] + 1] <= room
+        ):
             choice[i] += 1
     widths = sorted(task.policy.widths)
     return task.map_of({n: np.uint8(widths[c]) for n, c in zip(names, choice[unit], strict=True)}), None, ()
@@ -746,7 +788,7 @@ def _omq(task: _Task) -> _Outcome:
 
 
 def _omq_paper(task: _Task) -> _Outcome:
-    """OMQ of the paper: in each layer as many channels one bit up as one bit down, in the order of the kurtosis of pre-scaled rows.
+    """OMQ of the paper: in each layer as many channels one bit up as one bit down, in the order of the kurtosis of smoothed rows.
 
     The split, 0 to 50 % of the channels in steps of a tenth, is the one with the least output error of the layer, measured with the deployed
     quantizer and, when the method quantizes activations, with quantized (static) inputs.
@@ -779,15 +821,15 @@ def _omq_plus(task: _Task) -> _Outcome:
     return (
         task.map_of(widths),
         None,
-        ("a bit more for a tenth of the channels, channel tags and pre-scaling factors come on top of the uniform size",),
+        ("a bit more for a tenth of the channels, channel tags and smoothing factors come on top of the uniform size",),
     )
 
 
 def _without_extras(task: _Task) -> _Task:
-    """For OMQ, which starts from the uniform map of the budget whatever its pre-scaling factors cost: the task without them."""
+    """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost: the task without them."""
     if task.method.allocator not in _OMQ:
         return task
-    return replace(task, format=replace(task.format, prescale=False))
+    return replace(task, format=replace(task.format, smooth=False))
 
 
 def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
@@ -798,7 +840,7 @@ def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
             f"{family.replace('_', ' ')} of the quantizer variant",
             variant,
             known,
-            f"Set calibration.prescale{' and calibration.activation_bits' if '@' in variant else ''} and profile again.",
+            f"Set calibration.smooth{' and calibration.activation_bits' if '@' in variant else ''} and profile again.",
         )
     base, _, _ = _uniform(_without_extras(task))
     widths: dict[str, Any] = {}
@@ -815,12 +857,14 @@ def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
         split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up, groups)
         widths |= dict.fromkeys(names, split)
     notes = (
-        "the channel tags of mixed layers and pre-scaling factors come on top of the uniform size: OMQ has no means to pay for them",
+        "the channel tags of mixed layers and smoothing factors come on top of the uniform size: OMQ has no means to pay for them",
     )
     return task.map_of(widths), None, notes
 
 
-def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats, groups: range) -> NDArray[np.uint8]:
+def _best_split(
+    order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats, groups: range
+) -> NDArray[np.uint8]:
     """Promote the head and demote the tail of ``order`` by 0, 10, ..., 50 % of the channels; the split with the least error."""
     group = max(1, len(order) // 10)
     best, found = np.inf, np.full(len(order), n, dtype=np.uint8)
@@ -838,7 +882,7 @@ def _best_split(order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up:
 
 ORDERS: dict[str, Callable[[Any, str], Floats]] = {
     "kurtosis": lambda task, name: task.profile.need(
-        "kurtosis" if task.profile.weights_only else "kurtosis_prescaled", "OMQ by kurtosis"
+        "kurtosis" if task.profile.weights_only else "kurtosis_smoothed", "OMQ by kurtosis"
     )[task.profile.rows(name)],
     "random": lambda task, name: np.random.default_rng([task.method.seed, task.profile.index[name]]).random(
         task.table[name].n_channels
@@ -861,20 +905,26 @@ def program_of(
     storage: StorageModel = DEFAULT_STORAGE,
     *,
     by_layer: bool = False,
-    pins: bool = False,
+    overrides: bool = False,
     losses: Floats | None = None,
 ) -> Program:
     """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one map.
 
-    ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``pins`` takes in the layers whose width the policy fixes, as
+    ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``overrides`` takes in the layers whose width the policy fixes, as
     fixed items, where that width is among the searched ones; they do not change the optimum, and can be priced. ``losses`` as in `allocate`.
 
     Raises `ConfigError` for methods that solve no program, and as `allocate` does.
     """
     if method.allocator not in ("ilp-layer", "ilp-channel"):
-        raise ConfigError(f"method {method.name!r} ({method.allocator}) solves no integer program; ilp-layer and ilp-channel do")
+        raise ConfigError(
+            f"method {method.name!r} ({method.allocator}) solves no integer program; ilp-layer and ilp-channel do"
+        )
     task = _task_of(method, budget, table, profile, policy, fmt, storage, losses=losses)
-    return _layer_program(task, pins=pins) if by_layer or method.allocator == "ilp-layer" else _channel_program(task)
+    return (
+        _layer_program(task, overrides=overrides)
+        if by_layer or method.allocator == "ilp-layer"
+        else _channel_program(task)
+    )
 
 
 def _ilp_layer(task: _Task) -> _Outcome:
@@ -913,7 +963,11 @@ def _ilp_channel(task: _Task) -> _Outcome:
     if _least_by_layer(task, result.multipliers[0]) < result.loss:  # mostly it is not, and one solve is enough
         bit_map, of_layers, _ = _ilp_layer(task)
         if of_layers is not None and of_layers.loss < result.loss:
-            return bit_map, of_layers, ("widths by layer predict a smaller loss than widths by channel with their tags",)
+            return (
+                bit_map,
+                of_layers,
+                ("widths by layer predict a smaller loss than widths by channel with their tags",),
+            )
     return _map_of(task, program, result), result, ()
 
 
@@ -925,15 +979,15 @@ def _least_by_layer(task: _Task, rate: float) -> float:
     return float((loss + rate * cost).min(axis=1).sum() - rate * (task.limit - _fixed_cost(task, cost)))
 
 
-def _layer_program(task: _Task, *, pins: bool = False) -> Program:
+def _layer_program(task: _Task, *, overrides: bool = False) -> Program:
     choices = _choices(task)
     widths = [w for w, _ in choices]
     names, loss, cost = _layer_table_costs(task)
     paid = _fixed_cost(task, cost)
     fixed: dict[int | str, int | str] = {}
-    if pins and not task.method.act_choices:
-        pinned = {la.name: task.policy.fixed_width(la) for la in task.table}
-        priced = {n: widths.index(b) for n, b in pinned.items() if b in widths}
+    if overrides and not task.method.act_choices:
+        overrides = {la.name: task.policy.fixed_width(la) for la in task.table}
+        priced = {n: widths.index(b) for n, b in overrides.items() if b in widths}
         more_loss, more_cost = _layer_losses(task, list(priced)), _layer_costs(task, list(priced))
         names, loss, cost = (*names, *priced), np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
         fixed.update(priced)
@@ -977,7 +1031,11 @@ def _channel_program(task: _Task) -> Program:
         ties=task.once("row ties", lambda: _any(_row_labels(task))),
     )
     return Program(
-        problem=problem, layers=tuple(la.name for la in layers), item_layer=item_layer, widths=tuple(widths), fixed_cost=paid
+        problem=problem,
+        layers=tuple(la.name for la in layers),
+        item_layer=item_layer,
+        widths=tuple(widths),
+        fixed_cost=paid,
     )
 
 
@@ -992,7 +1050,9 @@ def _channel_losses_at(task: _Task, layers: Sequence[LayerSpec], widths: Sequenc
 def _channel_costs(task: _Task, layers: Sequence[LayerSpec]) -> NDArray[np.int64]:
     """Cost ``[l, k]`` of one channel of each layer at each width, with its tag."""
     widths = sorted(task.policy.widths)
-    return np.array([[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64)
+    return np.array(
+        [[task.storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers], dtype=np.int64
+    )
 
 
 def _unit(task: _Task) -> str:
@@ -1027,7 +1087,8 @@ def _costs_of_layers(task: _Task, names: Sequence[str], choices: Sequence[tuple[
         cost = [[task.table[n].macs * w * (a or inputs.get(n, FULL_PRECISION)) for w, a in choices] for n in names]
     else:
         cost = [
-            [task.storage.layer_total(task.table[n], np.array(w, dtype=np.uint8), task.format) for w, _ in choices] for n in names
+            [task.storage.layer_total(task.table[n], np.array(w, dtype=np.uint8), task.format) for w, _ in choices]
+            for n in names
         ]
     return np.array(cost, dtype=np.int64).reshape(len(names), len(choices))
 
@@ -1036,7 +1097,9 @@ def _activation_losses(profile: SensitivityProfile) -> Floats:
     """Loss ``[L, W + 1]`` of quantizing each layer's input, the last column for full precision."""
     measured = profile.arrays.get("layer_activation_error")
     if measured is None:
-        raise ConfigError("act_choices need the errors of quantized inputs: set calibration.activation_bits and profile again")
+        raise ConfigError(
+            "act_choices need the errors of quantized inputs: set calibration.activation_bits and profile again"
+        )
     return np.concatenate([measured.astype(np.float64), np.zeros((len(measured), 1))], axis=1)
 
 
@@ -1098,11 +1161,15 @@ def _units(labels: Labels) -> Labels:
 
 
 def _searched(task: _Task) -> _Outcome:
-    raise ConfigError(f"the maps of {task.method.name!r} come out of the outer search, not of one solve; run the stage 'search'")
+    raise ConfigError(
+        f"the maps of {task.method.name!r} come out of the outer search, not of one solve; run the stage 'search'"
+    )
 
 
 def _given(task: _Task) -> _Outcome:
-    raise ConfigError(f"the map of {task.method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
+    raise ConfigError(
+        f"the map of {task.method.name!r} is a file, not what one solve gives; name it in [allocate.maps]"
+    )
 
 
 _ALLOCATORS: dict[str, Callable[[_Task], _Outcome]] = {

@@ -86,7 +86,9 @@ class ParetoFront:
     full_precision: StudyRecord | None = None
 
     @classmethod
-    def from_records(cls, records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str = "average_bits") -> ParetoFront:
+    def from_records(
+        cls, records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str = "average_bits"
+    ) -> ParetoFront:
         """Take the records that have ``metric``; ``cost`` is ``average_bits`` or ``size_bytes``."""
         if cost not in COSTS:
             raise ConfigError(f"unknown cost {cost!r} of a front. Allowed: {', '.join(COSTS)}.")

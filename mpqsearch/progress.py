@@ -44,7 +44,14 @@ def _bar_class() -> type[Any]:
 def bar_of(label: str, total: int, unit: str = "sample") -> Any:
     """A bar over ``total`` units, with rate and time left."""
     return _bar_class()(
-        total=total, desc=label, unit=unit, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True, unit_scale=unit == "B"
+        total=total,
+        desc=label,
+        unit=unit,
+        leave=False,
+        disable=None,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        unit_scale=unit == "B",
     )
 
 

@@ -10,7 +10,14 @@ from mpqsearch.allocate.alternatives import solve_alternatives
 from mpqsearch.allocate.backend import use_backend, warm_up
 from mpqsearch.allocate.certificate import CertificateCheck, verify_certificate
 from mpqsearch.allocate.dispatch import solve
-from mpqsearch.allocate.explain import ConstraintPrice, Explanation, GroupExplanation, ItemExplanation, explain, explain_groups
+from mpqsearch.allocate.explain import (
+    ConstraintPrice,
+    Explanation,
+    GroupExplanation,
+    ItemExplanation,
+    explain,
+    explain_groups,
+)
 from mpqsearch.allocate.path import ParetoPath, solve_path
 from mpqsearch.allocate.problem import (
     AllocationProblem,

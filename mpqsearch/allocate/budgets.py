@@ -103,7 +103,9 @@ def solve_budgets(
     return _close(loss, costs, limits, rates, best, known, solver, gap_tolerance, patience, deadline)
 
 
-def evaluate_dual(loss: Floats, costs: tuple[Integers, ...], limits: tuple[int, ...], rates: NDArray[np.float64]) -> Evaluation:
+def evaluate_dual(
+    loss: Floats, costs: tuple[Integers, ...], limits: tuple[int, ...], rates: NDArray[np.float64]
+) -> Evaluation:
     """One pass: value and minimizers of the Lagrangian at ``rates``."""
     choice = np.empty(len(loss), dtype=np.int32)
     total, used = 0.0, np.zeros(len(costs), dtype=np.int64)
@@ -224,7 +226,9 @@ def _close(
     """Core programs of growing size until the gap is closed."""
     rows = np.arange(len(loss))
     penalty = _penalties(loss, costs, rates, dual.choice)
-    doubt = np.partition(np.where(penalty > 0, penalty, np.inf), 0, axis=1)[:, 0] if penalty.shape[1] > 1 else penalty[:, 0]
+    doubt = (
+        np.partition(np.where(penalty > 0, penalty, np.inf), 0, axis=1)[:, 0] if penalty.shape[1] > 1 else penalty[:, 0]
+    )
     doubt = np.where((penalty == 0).sum(axis=1) > 1, 0.0, doubt)
     order = np.argsort(doubt, kind="stable")
     if known is None:
@@ -338,6 +342,7 @@ def _solve_core(
     full = dual.choice.copy()
     full[core] = answer.choice
     fits = all(
-        int(cost[np.arange(len(loss)), full].sum(dtype=np.int64)) <= limit for cost, limit in zip(costs, limits, strict=True)
+        int(cost[np.arange(len(loss)), full].sum(dtype=np.int64)) <= limit
+        for cost, limit in zip(costs, limits, strict=True)
     )
     return ilp.IlpAnswer(full if fits else None, proven=answer.proven and fits, infeasible=False)

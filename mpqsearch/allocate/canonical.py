@@ -49,7 +49,7 @@ class Tables:
 
 
 def canonical_tables(problem: AllocationProblem) -> Tables:
-    """Tables of ``problem`` without pins, masks and ties; nothing is copied when there are none."""
+    """Tables of ``problem`` without overrides, masks and ties; nothing is copied when there are none."""
     loss = masked_loss(problem)
     budgets = problem.budgets
     costs = tuple(budget.cost for budget in budgets)
@@ -62,7 +62,7 @@ def canonical_tables(problem: AllocationProblem) -> Tables:
 
 
 def masked_loss(problem: AllocationProblem) -> Floats:
-    """The loss table with infinity in every cell that pins or masks forbid."""
+    """The loss table with infinity in every cell that overrides or masks forbid."""
     mask = _permitted(problem)
     return problem.loss if mask is None else np.where(mask, problem.loss, problem.loss.dtype.type(np.inf))
 

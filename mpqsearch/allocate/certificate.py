@@ -87,7 +87,9 @@ def verify_certificate(problem: AllocationProblem, result: AllocationResult) -> 
         problems_found.append(f"cost is {costs[0]}, the result says {result.cost}")
     if any(not np.isfinite(rate) or rate < 0 for rate in result.multipliers):
         problems_found.append(f"multipliers {result.multipliers} are not all finite and >= 0")
-        return CertificateCheck(problems=tuple(problems_found), loss=loss, costs=costs, dual_bound=NOTHING, proof="none")
+        return CertificateCheck(
+            problems=tuple(problems_found), loss=loss, costs=costs, dual_bound=NOTHING, proof="none"
+        )
     dual = dual_bound(problem, result.multipliers)
     if abs(min(dual, loss) - result.dual_bound) > slip:
         problems_found.append(f"the multipliers prove {dual}, the result says {result.dual_bound}")
@@ -116,7 +118,9 @@ def dual_bound(problem: AllocationProblem, multipliers: tuple[float, ...]) -> fl
     for rate, cost, budget in zip(multipliers, costs, problem.budgets, strict=True):
         total += rate * (int(cost[rows, least].sum()) - budget.limit)
     if problem.pairwise is not None:
-        total += float(problem.pairwise.value.min(axis=(1, 2), initial=np.inf).sum() if len(problem.pairwise.first) else 0)
+        total += float(
+            problem.pairwise.value.min(axis=(1, 2), initial=np.inf).sum() if len(problem.pairwise.first) else 0
+        )
     return total
 
 
@@ -124,9 +128,9 @@ def _grouped(problem: AllocationProblem) -> tuple[NDArray[np.float64], list[NDAr
     """Loss (infinite where nothing may be chosen) and costs with one row per tie group or free item."""
     permitted = np.ones(problem.loss.shape, dtype=bool) if problem.allowed is None else problem.allowed.copy()
     if problem.fixed_choice is not None:
-        pinned = np.flatnonzero(problem.fixed_choice >= 0)
-        permitted[pinned] = False
-        permitted[pinned, problem.fixed_choice[pinned]] = True
+        overrides = np.flatnonzero(problem.fixed_choice >= 0)
+        permitted[overrides] = False
+        permitted[overrides, problem.fixed_choice[overrides]] = True
     loss = np.where(permitted, problem.loss, np.inf).astype(np.float64)
     costs = [budget.cost.astype(np.int64) for budget in problem.budgets]
     if problem.tie_labels is None:
@@ -158,7 +162,9 @@ def _prove(problem: AllocationProblem, result: AllocationResult, dual: float, sl
         if claimed <= joined_dual + slip:
             return "dual", claimed, False
         if len(tables.costs) == 1:
-            better = _enumerate(tables.loss, tables.costs[0], problem.limit, result.multiplier, claimed - slip - joined_dual)
+            better = _enumerate(
+                tables.loss, tables.costs[0], problem.limit, result.multiplier, claimed - slip - joined_dual
+            )
             if better is False or (better and tables.exact):
                 return "search", claimed, better
     least = _least_of_all(problem)
@@ -229,7 +235,9 @@ def _layer_row(
         if bool((cost[0, low] + slope * (ticks - ticks[low]) != cost[0]).any()):
             return None
         slopes.append((int(cost[0, low]), slope))
-    overhead = np.zeros(len(ticks), np.int64) if rules.choice_overhead is None else np.asarray(rules.choice_overhead)[layer]
+    overhead = (
+        np.zeros(len(ticks), np.int64) if rules.choice_overhead is None else np.asarray(rules.choice_overhead)[layer]
+    )
     uniform = loss.sum(axis=0)
     ends, values, exact = _hull_sum(loss, ticks)
     tag = 0 if rules.mixed_overhead is None else int(np.broadcast_to(rules.mixed_overhead, (rules.n_layers,))[layer])
@@ -242,9 +250,14 @@ def _layer_row(
     least = np.concatenate([uniform, values])
     once = np.concatenate([overhead, np.full(values.size, tag, dtype=np.int64)])
     least = (
-        np.where(_admitted(rules, layer, float(rules.width.min()) + unit * total_ticks / count), least, np.inf) if ruled else least
+        np.where(_admitted(rules, layer, float(rules.width.min()) + unit * total_ticks / count), least, np.inf)
+        if ruled
+        else least
     )
-    totals = [origin * count + slope * total_ticks + (once if number == 0 else 0) for number, (origin, slope) in enumerate(slopes)]
+    totals = [
+        origin * count + slope * total_ticks + (once if number == 0 else 0)
+        for number, (origin, slope) in enumerate(slopes)
+    ]
     return least, totals, exact
 
 
@@ -259,7 +272,9 @@ def _ticks(sizes: NDArray[np.float64]) -> tuple[NDArray[np.int64] | None, float]
     return whole // divisor, divisor * grain
 
 
-def _hull_sum(loss: NDArray[np.float64], ticks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
+def _hull_sum(
+    loss: NDArray[np.float64], ticks: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
     """Sum over the rows of their lower hulls, at every whole total of ticks, and whether every row is its own hull."""
     places = np.unique(ticks)
     table = np.stack([loss[:, ticks == place].min(axis=1) for place in places], axis=1)
@@ -268,11 +283,15 @@ def _hull_sum(loss: NDArray[np.float64], ticks: NDArray[np.int64]) -> tuple[NDAr
         for last in range(first + 2, places.size):
             for between in range(first + 1, last):
                 share = float(places[between] - places[first]) / float(places[last] - places[first])
-                np.minimum(hull[:, between], (1 - share) * table[:, first] + share * table[:, last], out=hull[:, between])
+                np.minimum(
+                    hull[:, between], (1 - share) * table[:, first] + share * table[:, last], out=hull[:, between]
+                )
     finite = np.isfinite(hull)
     if not bool(finite.any(axis=1).all()):
         return np.empty(0, dtype=np.int64), np.empty(0), True
-    exact = bool((np.diff(places) == 1).all()) and bool((hull >= table).all() or (table[finite] - hull[finite]).max() == 0)
+    exact = bool((np.diff(places) == 1).all()) and bool(
+        (hull >= table).all() or (table[finite] - hull[finite]).max() == 0
+    )
     rows, start = np.arange(len(hull)), finite.argmax(axis=1)
     steps = np.diff(places)
     inside = finite[:, :-1] & finite[:, 1:]
@@ -280,7 +299,9 @@ def _hull_sum(loss: NDArray[np.float64], ticks: NDArray[np.int64]) -> tuple[NDAr
         slope = np.diff(hull, axis=1) / steps
     units = np.sort(np.repeat(slope[inside], np.broadcast_to(steps, slope.shape)[inside]))
     bottom = hull[rows, start].sum(dtype=np.longdouble)
-    curve = bottom + np.concatenate([[0], np.cumsum(units, dtype=np.longdouble)])  # small losses must survive large first ones
+    curve = bottom + np.concatenate(
+        [[0], np.cumsum(units, dtype=np.longdouble)]
+    )  # small losses must survive large first ones
     return int(places[start].sum()) + np.arange(curve.size), curve.astype(np.float64), exact
 
 

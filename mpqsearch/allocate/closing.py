@@ -231,7 +231,13 @@ class _Search:
 
         Small problems never have more, and a step calls numpy thirty times, which takes longer than all of its arithmetic.
         """
-        core, slack, exact_fill, rate, offset = self.core, self.slack, self.exact_fill, float(self.rate), float(self.offset)
+        core, slack, exact_fill, rate, offset = (
+            self.core,
+            self.slack,
+            self.exact_fill,
+            float(self.rate),
+            float(self.offset),
+        )
         price = 0.0 if exact_fill else rate
         states = list(zip(self.size.tolist(), self.penalty.tolist(), self.state.tolist(), strict=True))
         parents: list[int] = []

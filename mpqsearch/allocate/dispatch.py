@@ -175,7 +175,9 @@ def _empty(task: Task) -> AllocationResult:
             raise infeasible.too_small(task.problem, budget, 0)
     nothing = np.empty(0, dtype=np.int32)
     zero = tuple(0.0 for _ in task.problem.budgets)
-    return finish(task, Answer(choice=nothing, proven=True, in_time=True, floor=0.0, multipliers=zero, solver=task.solver))
+    return finish(
+        task, Answer(choice=nothing, proven=True, in_time=True, floor=0.0, multipliers=zero, solver=task.solver)
+    )
 
 
 def check_feasible(problem: AllocationProblem, tables: Tables) -> None:
@@ -206,7 +208,9 @@ def _solve_core(task: Task) -> AllocationResult:
     _require_plain(task)
     tables = task.tables
     try:
-        found = mckp.solve_table(tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance, deadline=task.deadline)
+        found = mckp.solve_table(
+            tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance, deadline=task.deadline
+        )
     except mckp.BudgetTooSmallError:
         check_feasible(task.problem, tables)
         raise
@@ -265,7 +269,9 @@ def _solve_budgets(task: Task) -> AllocationResult:
     if found.infeasible:
         raise infeasible.jointly(task.problem, _floors_within_others(task))
     if found.choice is None:
-        raise SolverError("no choice that meets all budgets was found in the time given; allow more, or loosen a limit.")
+        raise SolverError(
+            "no choice that meets all budgets was found in the time given; allow more, or loosen a limit."
+        )
     return finish(
         task,
         Answer(
@@ -300,12 +306,19 @@ def _solve_layers(task: Task) -> AllocationResult:
         return _solve_model(task)
     try:
         found = layered.solve_layers(
-            tables.loss, tables.costs, tables.limits, problem.layers, gap_tolerance=task.gap_tolerance, deadline=task.deadline
+            tables.loss,
+            tables.costs,
+            tables.limits,
+            problem.layers,
+            gap_tolerance=task.gap_tolerance,
+            deadline=task.deadline,
         )
     except layered.NotTwoLevelError:
         return _solve_model(task)
     except layered.NoLayerOptionError as error:
-        raise InfeasibleBudgetError(f"no choice obeys the rules of layer {error.layer}, whatever the budget.") from error
+        raise InfeasibleBudgetError(
+            f"no choice obeys the rules of layer {error.layer}, whatever the budget."
+        ) from error
     except layered.LayerBudgetError as error:
         raise infeasible.too_small(problem, problem.budgets[error.number], error.smallest) from error
     if found.infeasible:
@@ -345,7 +358,9 @@ def _solve_pairwise(task: Task) -> AllocationResult:
     if found is None:
         if small:
             return _solve_model(task)
-        raise SolverError("no choice that meets all budgets was found in the time given; allow more, or loosen a limit.")
+        raise SolverError(
+            "no choice that meets all budgets was found in the time given; allow more, or loosen a limit."
+        )
     gap = relative_gap(found.loss, found.bound)
     answer = Answer(
         choice=found.choice,

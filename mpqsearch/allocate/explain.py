@@ -1,4 +1,4 @@
-"""Reading a solved map: what the next unit of budget would buy, what holds every item, what pins and ties cost."""
+"""Reading a solved map: what the next unit of budget would buy, what holds every item, what overrides and ties cost."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Explanation:
         shadow_prices: The same for every budget by name.
         slack: Main budget left unused.
         items: Every item or tie group, the best next step first.
-        prices: What pins and ties cost, dearest first; at most ``MAX_PRICED`` of them.
+        prices: What overrides and ties cost, dearest first; at most ``MAX_PRICED`` of them.
         unpriced: Pins and ties beyond these, which were not priced.
     """
 
@@ -219,7 +219,9 @@ class _Margins:
 
     def of(self, row: NDArray[np.int64]) -> _Margins:
         """Per item, given the row of every item."""
-        return _Margins(self.to[row], self.gain[row], self.extra_cost[row], self.rate_up[row], self.rate_down[row], self.holds[row])
+        return _Margins(
+            self.to[row], self.gain[row], self.extra_cost[row], self.rate_up[row], self.rate_down[row], self.holds[row]
+        )
 
 
 def _margins(tables: Tables, chosen: NDArray[np.int64]) -> _Margins:
@@ -275,8 +277,8 @@ def _prices(problem: AllocationProblem, result: AllocationResult) -> tuple[list[
     regret = priced[np.arange(problem.n_items), result.choice] - np.where(permitted, priced, np.inf).min(axis=1)
     cases: list[tuple[float, Callable[[], ConstraintPrice]]] = []
     if problem.fixed_choice is not None:
-        pins = np.flatnonzero(problem.fixed_choice != FREE).tolist()
-        cases += [(float(regret[item]), partial(_without_pin, problem, result, item)) for item in pins]
+        overrides = np.flatnonzero(problem.fixed_choice != FREE).tolist()
+        cases += [(float(regret[item]), partial(_without_pin, problem, result, item)) for item in overrides]
     if problem.tie_labels is not None:
         groups = np.unique(problem.tie_labels[problem.tie_labels != FREE]).tolist()
         tied = [np.flatnonzero(problem.tie_labels == group) for group in groups]

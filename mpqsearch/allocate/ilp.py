@@ -123,7 +123,9 @@ def _linear(terms: Iterable[tuple[Any, float]]) -> Any:
     return pulp.LpAffineExpression(factors)
 
 
-def _budget(model: Any, cells: Cells, loss: Floats, cost: Integers, limit: int, overhead: list[tuple[Any, int]]) -> None:
+def _budget(
+    model: Any, cells: Cells, loss: Floats, cost: Integers, limit: int, overhead: list[tuple[Any, int]]
+) -> None:
     """One budget in reduced costs; overheads keep the divisor of everything at one."""
     reduced, room, grain = reduce_costs(loss, cost, limit)
     if overhead:
@@ -162,7 +164,10 @@ def _layer_rules(model: Any, cells: Cells, rules: LayerRules, row: Integers) -> 
         if rules.average_step is not None:
             steps = model.add_variable(f"steps_{layer}", cat="Integer")
             model += total == rules.average_step * len(members) * steps
-        if any(rule is not None for rule in (rules.max_distinct, rules.max_widths, rules.mixed_overhead, rules.choice_overhead)):
+        if any(
+            rule is not None
+            for rule in (rules.max_distinct, rules.max_widths, rules.mixed_overhead, rules.choice_overhead)
+        ):
             overhead += _used_choices(model, members, rules, layer)
     return overhead
 
@@ -218,7 +223,9 @@ def maximize_planes(
     steps = [model.add_variable(f"step_{b}", 0.0, 1.0) for b in range(len(low))]
     model += value
     for height, (_, slope) in zip(heights, planes, strict=True):
-        tilt = pulp.LpAffineExpression((step, float(slope[b] * (high[b] - low[b]) / value_unit)) for b, step in enumerate(steps))
+        tilt = pulp.LpAffineExpression(
+            (step, float(slope[b] * (high[b] - low[b]) / value_unit)) for b, step in enumerate(steps)
+        )
         model += value - tilt <= (height - floor) / value_unit
     if run(model, "highs", None) != pulp.LpSolutionOptimal:
         raise SolverError("the cutting-plane program of the Lagrangian dual was not solved.")

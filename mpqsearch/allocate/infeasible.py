@@ -1,4 +1,4 @@
-"""Why nothing fits: the smallest attainable value of a budget, and the pins, ties and masks that raise it."""
+"""Why nothing fits: the smallest attainable value of a budget, and the overrides, ties and masks that raise it."""
 
 from __future__ import annotations
 
@@ -51,13 +51,17 @@ def jointly(problem: AllocationProblem, others_met: dict[str, int]) -> Infeasibl
     """Error for budgets that can be met one by one but not together."""
     limits = ", ".join(f"{budget.name} <= {budget.limit}" for budget in problem.budgets)
     floors = "; ".join(f"the smallest {name} within the other limits is {value}" for name, value in others_met.items())
-    return InfeasibleBudgetError(f"no choice meets all budgets together ({limits})" + (f": {floors}." if floors else "."))
+    return InfeasibleBudgetError(
+        f"no choice meets all budgets together ({limits})" + (f": {floors}." if floors else ".")
+    )
 
 
 def smallest_attainable(problem: AllocationProblem, number: int) -> int:
-    """Smallest total of a budget over all choices that masks, pins and ties admit."""
+    """Smallest total of a budget over all choices that masks, overrides and ties admit."""
     tables = canonical_tables(problem)
-    sizes = np.where(np.isfinite(tables.loss), tables.costs[number].astype(np.int64, copy=False), np.iinfo(np.int64).max)
+    sizes = np.where(
+        np.isfinite(tables.loss), tables.costs[number].astype(np.int64, copy=False), np.iinfo(np.int64).max
+    )
     return int(sizes.min(axis=1).sum()) if len(sizes) else 0
 
 
@@ -80,9 +84,9 @@ def _masks(problem: AllocationProblem, budget: CostBudget) -> list[str]:
 def _pins(problem: AllocationProblem, budget: CostBudget) -> list[str]:
     if problem.fixed_choice is None:
         return []
-    pinned = problem.fixed_choice != FREE
-    chosen = budget.cost[np.arange(problem.n_items), np.where(pinned, problem.fixed_choice, 0)].astype(np.int64)
-    return _sentence(problem, "Fixed items", np.where(pinned, chosen - _least(problem, budget), 0))
+    overrides = problem.fixed_choice != FREE
+    chosen = budget.cost[np.arange(problem.n_items), np.where(overrides, problem.fixed_choice, 0)].astype(np.int64)
+    return _sentence(problem, "Fixed items", np.where(overrides, chosen - _least(problem, budget), 0))
 
 
 def _ties(problem: AllocationProblem, budget: CostBudget) -> list[str]:
@@ -93,7 +97,9 @@ def _ties(problem: AllocationProblem, budget: CostBudget) -> list[str]:
     number = [other.name for other in problem.budgets].index(budget.name)
     together = np.where(np.isfinite(tables.loss), tables.costs[number], np.iinfo(np.int64).max).min(axis=1)
     apart = np.zeros(len(together), dtype=np.int64)
-    own = np.where(np.isfinite(masked_loss(problem)), budget.cost.astype(np.int64, copy=False), np.iinfo(np.int64).max).min(axis=1)
+    own = np.where(
+        np.isfinite(masked_loss(problem)), budget.cost.astype(np.int64, copy=False), np.iinfo(np.int64).max
+    ).min(axis=1)
     np.add.at(apart, row, own)
     extra = np.zeros(problem.n_items, dtype=np.int64)
     _, first = np.unique(row, return_index=True)

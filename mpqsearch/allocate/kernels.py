@@ -206,7 +206,9 @@ def _total_at(values: Any, sizes: Any, rate: float, best: Any, spent: Any) -> fl
     for j in range(k):
         losses, costs = values[j], sizes[j]
         for i in range(m):
-            size = costs[i]  # read before anything is written, which might be the same memory: a later read keeps the loop scalar
+            size = costs[
+                i
+            ]  # read before anything is written, which might be the same memory: a later read keeps the loop scalar
             value = losses[i] + rate * size
             better = value < best[i]
             best[i] = value if better else best[i]
@@ -250,7 +252,9 @@ def _search_rate(
         if total_low < wanted or total_high > wanted or high <= low * grain:
             break
         # The size falls like the logarithm of the rate; every third time the middle, should it not.
-        share = 0.5 if attempt % 3 == 2 else min(max((total_low - wanted) / max(total_low - total_high, 1.0), 0.05), 0.95)
+        share = (
+            0.5 if attempt % 3 == 2 else min(max((total_low - wanted) / max(total_low - total_high, 1.0), 0.05), 0.95)
+        )
         middle = low * (high / low) ** share
         total = total_at(values, sizes, middle, best, spent)
         if abs(total - wanted) <= close:
@@ -316,7 +320,9 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
     bottom, _, bottom_total, _ = search_rate(
         values, costs, low, total_low, target + spread, 0.2 * spread, most, grain**12, grain, best, spent
     )
-    _, top, _, _ = search_rate(values, costs, high, total_high, target - spread, 0.2 * spread, most, grain**12, grain, best, spent)
+    _, top, _, _ = search_rate(
+        values, costs, high, total_high, target - spread, 0.2 * spread, most, grain**12, grain, best, spent
+    )
     top = top * grain if top <= bottom else top
     return max(bottom if bottom_total >= target else 0.0, lowest), min(top, highest)  # a rate of zero leaves room
 
@@ -533,7 +539,9 @@ def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
     return head[: groups + 1], key[:groups], up[:groups], down[:groups], divisor
 
 
-def _core_order(head: Any, order: Any, item: Any, to: Any, penalty: Any, size: Any, group_up: Any, group_down: Any) -> Any:
+def _core_order(
+    head: Any, order: Any, item: Any, to: Any, penalty: Any, size: Any, group_up: Any, group_down: Any
+) -> Any:
     """The moves of some groups in their order, the least penalties per unit from each of them on, and where each move stood."""
     groups, count = order.size, 0
     for group in order:
@@ -600,8 +608,13 @@ def _advance(
     while group < n_groups and count > 0 and count <= max_states and work > 0:
         fill = up[group] if exact_fill else min(rate, up[group])
         kept = 0
-        for s in range(count):  # here and below: written first, counted then, for want of a pattern that could be predicted
-            free, known = slack - size[s], penalty[s]  # from where it is, not from where it goes: that would wait for the write
+        for s in range(
+            count
+        ):  # here and below: written first, counted then, for want of a pattern that could be predicted
+            free, known = (
+                slack - size[s],
+                penalty[s],
+            )  # from where it is, not from where it goes: that would wait for the write
             rest = 0.0 if free == 0 else abs(free) * (fill if free > 0 else down[group])
             size[kept], penalty[kept], state[kept] = size[s], known, state[s]
             kept += int(known + rest + offset < excess - tolerance)

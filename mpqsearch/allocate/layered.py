@@ -116,7 +116,11 @@ def solve_layers(
 
 
 def _solve_outer(
-    loss: NDArray[np.float64], costs: tuple[NDArray[np.int64], ...], limits: tuple[int, ...], gap_tolerance: float, deadline: float
+    loss: NDArray[np.float64],
+    costs: tuple[NDArray[np.int64], ...],
+    limits: tuple[int, ...],
+    gap_tolerance: float,
+    deadline: float,
 ) -> budgets.BudgetSolution:
     """One point of every layer's curves: the exact engine for one budget, dual and integer program for several."""
     if len(costs) > 1:
@@ -159,7 +163,9 @@ def _grid(rules: LayerRules) -> _Grid | None:
     return _Grid(np.array([int((width - origin) / unit) for width in widths], dtype=np.int64), origin, unit)
 
 
-def _outer_tables(curves: list[list[Curve]], n_budgets: int) -> tuple[NDArray[np.float64], tuple[NDArray[np.int64], ...]]:
+def _outer_tables(
+    curves: list[list[Curve]], n_budgets: int
+) -> tuple[NDArray[np.float64], tuple[NDArray[np.int64], ...]]:
     """Losses, and costs by budget: one row per layer, one column per point of its curves."""
     columns = max(sum(curve.loss.size for curve in layer) for layer in curves)
     loss = np.full((len(curves), columns), np.inf)

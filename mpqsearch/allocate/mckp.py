@@ -149,13 +149,17 @@ def solve_table(
     if _within(start, gap_tolerance) or time.perf_counter() > deadline:
         return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
     improved, exhausted = _improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline)
-    improved = replace(improved, floor=improved.loss, proven=True) if exhausted and gap_tolerance == 0 else _settled(improved)
+    improved = (
+        replace(improved, floor=improved.loss, proven=True) if exhausted and gap_tolerance == 0 else _settled(improved)
+    )
     if _within(improved, gap_tolerance) or not improved.in_time:
         return improved
     return _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
 
 
-def _in_one_call(loss: Floats, cost: Integers, limit: int, gap_tolerance: float) -> tuple[Relaxed, CoreSolution, bool] | None:
+def _in_one_call(
+    loss: Floats, cost: Integers, limit: int, gap_tolerance: float
+) -> tuple[Relaxed, CoreSolution, bool] | None:
     """Relaxation, best solution and whether it is final, from the compiled engine; None where it does not apply."""
     n, k = loss.shape
     compiled = kernels(loss.size) if n <= QUICK_ITEMS and k <= passes.WIDE_CHOICES else None
@@ -206,7 +210,9 @@ def relax(
 def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
     """Relaxation from the hull steps of every item; steps outside the bracket are not even looked at."""
     filled = passes.fill(loss, cost, limit, base, low)
-    if base is not None and (filled.step is None or not filled.fits):  # rounding at an end of the bracket: do without it
+    if base is not None and (
+        filled.step is None or not filled.fits
+    ):  # rounding at an end of the bracket: do without it
         return _relax_by_hulls(loss, cost, limit, 0.0, None)
     total, spent = passes.totals(loss, cost, filled.choice)
     everyone = np.arange(len(loss))
@@ -250,7 +256,9 @@ def _rates_by_hulls(loss: Floats, cost: Integers, target: float) -> tuple[float,
     return float(steps.rate[last]) if last < len(reached) else 0.0, high
 
 
-def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> tuple[passes.Bracketed, float, float] | None:
+def _settle(
+    loss: Floats, cost: Integers, limit: int, low: float, high: float
+) -> tuple[passes.Bracketed, float, float] | None:
     """Move the bracket until it encloses the critical rate; None if it does not shrink the problem."""
     for attempt in range(64):
         found = passes.bracket(loss, cost, low, high)
@@ -266,7 +274,9 @@ def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -
 
 
 def _break_solution(relaxed: Relaxed) -> CoreSolution:
-    return CoreSolution(relaxed.choice, relaxed.rate, relaxed.bound, relaxed.bound, relaxed.loss, proven=False, in_time=True)
+    return CoreSolution(
+        relaxed.choice, relaxed.rate, relaxed.bound, relaxed.bound, relaxed.loss, proven=False, in_time=True
+    )
 
 
 def _settled(solution: CoreSolution) -> CoreSolution:
@@ -325,7 +335,9 @@ def _close(
     """Search every move that a better solution could contain; exhausting them proves the best one optimal."""
     excess = max(best.loss - best.dual_bound, 0.0)
     tolerance = max(ROUNDING, gap_tolerance / 2) * abs(best.loss)
-    moves = passes.collect_moves(loss, cost, relaxed.choice, relaxed.rate, excess - tolerance)  # dearer ones improve too little
+    moves = passes.collect_moves(
+        loss, cost, relaxed.choice, relaxed.rate, excess - tolerance
+    )  # dearer ones improve too little
     closed = closing.close(
         moves,
         relaxed.slack,

@@ -110,23 +110,33 @@ class Limits:
     def fit(self, choice: Integers) -> bool:
         """Whether a choice is within all budgets."""
         rows = np.arange(len(choice))
-        return all(int(c[rows, choice].sum(dtype=np.int64)) <= limit for c, limit in zip(self.costs, self.limits, strict=True))
+        return all(
+            int(c[rows, choice].sum(dtype=np.int64)) <= limit for c, limit in zip(self.costs, self.limits, strict=True)
+        )
 
     def solve(self, loss: Floats, gap_tolerance: float, deadline: float) -> budgets.BudgetSolution:
         """Best choice for separable losses."""
         if len(self.costs) > 1:
             return budgets.solve_budgets(loss, self.costs, self.limits, gap_tolerance=gap_tolerance, deadline=deadline)
         one = mckp.solve_table(loss, self.cost, self.limit, gap_tolerance=gap_tolerance, deadline=deadline)
-        return budgets.BudgetSolution(one.choice, (one.rate,), one.dual_bound, one.floor, one.proven, False, one.in_time)
+        return budgets.BudgetSolution(
+            one.choice, (one.rate,), one.dual_bound, one.floor, one.proven, False, one.in_time
+        )
 
 
-def implied_budget(costs: tuple[Integers, ...], limits: tuple[int, ...], rates: tuple[float, ...]) -> tuple[NDArray[np.int64], int]:
+def implied_budget(
+    costs: tuple[Integers, ...], limits: tuple[int, ...], rates: tuple[float, ...]
+) -> tuple[NDArray[np.int64], int]:
     """A budget that every choice within all budgets keeps: their sum, weighted by whole numbers in proportion to ``rates``."""
     largest = max(rates)
     room = _largest_weight(costs, limits)
-    weights = [max(round(rate / largest * room), 0) if largest > 0 else int(number == 0) for number, rate in enumerate(rates)]
+    weights = [
+        max(round(rate / largest * room), 0) if largest > 0 else int(number == 0) for number, rate in enumerate(rates)
+    ]
     joined = sum(weight * cost.astype(np.int64) for weight, cost in zip(weights, costs, strict=True))
-    return np.asarray(joined, dtype=np.int64), sum(weight * limit for weight, limit in zip(weights, limits, strict=True))
+    return np.asarray(joined, dtype=np.int64), sum(
+        weight * limit for weight, limit in zip(weights, limits, strict=True)
+    )
 
 
 def _largest_weight(costs: tuple[Integers, ...], limits: tuple[int, ...]) -> int:
@@ -225,10 +235,15 @@ def _exchange(couplings: Couplings, within: Limits, start: Integers, deadline: f
         field = couplings.field(choice)
         gain = field - field[rows, choice][:, None]
         growths = [cost.astype(np.int64) - cost[rows, choice].astype(np.int64)[:, None] for cost in within.costs]
-        slacks = [limit - int(c[rows, choice].sum(dtype=np.int64)) for c, limit in zip(within.costs, within.limits, strict=True)]
+        slacks = [
+            limit - int(c[rows, choice].sum(dtype=np.int64))
+            for c, limit in zip(within.costs, within.limits, strict=True)
+        ]
         implied = within.cost.astype(np.int64) - within.cost[rows, choice].astype(np.int64)[:, None]
         price = gain + _marginal_rate(gain, implied) * implied
-        move = _best_single(gain, growths, slacks) or _best_pair(couplings, lookup, choice, gain, price, growths, slacks)
+        move = _best_single(gain, growths, slacks) or _best_pair(
+            couplings, lookup, choice, gain, price, growths, slacks
+        )
         if move is None:
             break
         for item, to in move:
@@ -306,7 +321,9 @@ def _corrections(
     value = couplings.pairs.value[number[rows, columns]]
     each = np.arange(len(rows))
     here_a, here_b, to_a, to_b = choice[item[rows]], choice[item[columns]], to[rows], to[columns]
-    joint = value[each, to_a, to_b] - value[each, to_a, here_b] - value[each, here_a, to_b] + value[each, here_a, here_b]
+    joint = (
+        value[each, to_a, to_b] - value[each, to_a, here_b] - value[each, here_a, to_b] + value[each, here_a, here_b]
+    )
     correction = np.zeros((count, count))
     correction[rows, columns] = joint
     return correction + correction.T
@@ -315,7 +332,9 @@ def _corrections(
 def _simple_bound(couplings: Couplings, cost: Integers, limit: int) -> float:
     """Separable bound plus the least value of every pair."""
     separable = mckp.relax(passes.column_major(couplings.loss), passes.column_major(cost.astype(np.int64)), limit).bound
-    return separable + float(couplings.pairs.value.min(axis=(1, 2), initial=np.inf).sum() if len(couplings.pairs.first) else 0.0)
+    return separable + float(
+        couplings.pairs.value.min(axis=(1, 2), initial=np.inf).sum() if len(couplings.pairs.first) else 0.0
+    )
 
 
 def _convex_bound(
@@ -346,7 +365,9 @@ def _convex_bound(
         gradient = linear + image
         vertex = least(gradient)
         if number % 4 == 0:
-            starts = sorted([*starts, (couplings.total(vertex.choice), number, vertex.choice)], key=lambda s: s[:2])[:STARTS]
+            starts = sorted([*starts, (couplings.total(vertex.choice), number, vertex.choice)], key=lambda s: s[:2])[
+                :STARTS
+            ]
         value = float(linear @ point + point @ image / 2)
         bound = max(bound, value + vertex.bound - float(gradient @ point))
         if target - bound <= max(gap_tolerance, 1e-9) * abs(target) or time.perf_counter() > deadline:

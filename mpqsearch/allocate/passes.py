@@ -166,7 +166,9 @@ def near_moves(
     """
     if compiled := kernels(loss.size):
         values, sizes = by_choice(loss, cost, items)
-        item, to, penalty, size = compiled.near_moves(values, sizes, base[items], float(rate), int(slack), float(excess), most)
+        item, to, penalty, size = compiled.near_moves(
+            values, sizes, base[items], float(rate), int(slack), float(excess), most
+        )
         return Moves(np.asarray(items, dtype=np.int64)[item], to, penalty, size)
     near_loss, near_cost = gather(loss, cost, items)
     moves = collect_moves(near_loss, near_cost, base[items], rate, excess)
@@ -210,7 +212,9 @@ def gather(loss: Floats, cost: Integers, rows: Integers) -> tuple[Floats, Intege
     return picked_loss, picked_cost
 
 
-def by_choice(loss: Floats, cost: Integers, rows: Integers | None = None) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def by_choice(
+    loss: Floats, cost: Integers, rows: Integers | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Both tables, or some rows of them, as new ``[k, m]`` arrays: one layout, for which loops are compiled once."""
     losses, costs = (table.T if rows is None else np.take(table.T, rows, axis=1) for table in (loss, cost))
     return np.array(losses, dtype=np.float64, order="C"), np.array(costs, dtype=np.int64, order="C")
@@ -342,7 +346,10 @@ def _wrapped_at_once(loss: Floats, cost: Integers, base: Integers, low: float) -
     table, sizes = loss.astype(np.float64), cost.astype(np.int64)
     steepest, to, size, gain = _steepest(table[:, None], sizes[:, None], table, sizes)
     start = np.arange(0, n * k, k)
-    slope, following = steepest.ravel(), (start[:, None] + to).ravel()  # by the choice before; choices are counted over all items
+    slope, following = (
+        steepest.ravel(),
+        (start[:, None] + to).ravel(),
+    )  # by the choice before; choices are counted over all items
     going = (slope >= low) & (slope > (0.0 if low >= 0 else -np.inf))
     at, last = start + base, np.full(n, np.inf)
     left, rates = [at[:0]], [last[:0]]

@@ -57,7 +57,7 @@ class LayerRules:
         average_min: ``[L]`` or one number: lower bound of a layer's mean width.
         average_max: ``[L]`` or one number: upper bound of a layer's mean width.
         max_distinct: at most so many different choices inside one layer.
-        max_widths: at most so many different widths inside one layer; choices of one width (codebooks, say) count once.
+        max_widths: at most so many different widths inside one layer; choices of one width (schemes, say) count once.
         mixed_overhead: ``[L]`` or one integer: cost that a layer pays once if it uses more than one choice (channel tags).
         choice_overhead: ``[L, k]`` integers: cost that a layer pays once for every choice that it uses.
     """
@@ -82,7 +82,9 @@ class LayerRules:
         for what in ("average", "average_min", "average_max", "mixed_overhead"):
             given = getattr(self, what)
             if given is not None and np.shape(given) not in ((), (self.n_layers,)):
-                raise ConfigError(f"LayerRules.{what} must be one number or {self.n_layers}, got shape {np.shape(given)}.")
+                raise ConfigError(
+                    f"LayerRules.{what} must be one number or {self.n_layers}, got shape {np.shape(given)}."
+                )
         overhead = self.choice_overhead
         if overhead is not None and np.shape(overhead) != (self.n_layers, len(self.width)):
             raise ConfigError(
@@ -125,7 +127,9 @@ class LayerRules:
             if bool((np.abs(steps - np.round(steps)) > WIDTH_SLIP).any()):
                 return False
         values, which = np.unique(self.width, return_inverse=True)
-        return self._few(choice, len(self.width), self.max_distinct) and self._few(which[choice], len(values), self.max_widths)
+        return self._few(choice, len(self.width), self.max_distinct) and self._few(
+            which[choice], len(values), self.max_widths
+        )
 
     def _few(self, used_by_item: Integers, kinds: int, most: int | None) -> bool:
         """Whether no layer's items use more than ``most`` different kinds of something."""
@@ -172,7 +176,7 @@ class PairwiseTerms:
 class AllocationProblem:
     """Choose one format per item so that the total loss is least and no budget is exceeded.
 
-    An item is a layer or a channel; a choice is a format: a width, a codebook, a group size. Losses may be
+    An item is a layer or a channel; a choice is a format: a width, a scheme, a group size. Losses may be
     non-monotone and non-convex in the width; only their sum matters. Tables are kept as given (no copy), so a
     Fortran-ordered ``[n, k]`` table, float32 losses and int32 costs are the fastest input for millions of items.
 
@@ -194,7 +198,7 @@ class AllocationProblem:
         signed_loss: Accept negative losses (differences of noisy measurements).
 
     Raises:
-        ConfigError: A table has the wrong shape or type, a cost is negative, a name is unknown, ties or pins contradict.
+        ConfigError: A table has the wrong shape or type, a cost is negative, a name is unknown, ties or overrides contradict.
         NumericsError: A loss is NaN, infinite or (unless ``signed_loss``) negative.
     """
 
@@ -267,7 +271,9 @@ class AllocationProblem:
             values = pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]]
             loss += float(np.sum(values, dtype=np.float64))
         totals = [main_cost]
-        totals += [int(np.sum(budget.cost[np.arange(self.n_items), picked], dtype=np.int64)) for budget in self.more_budgets]
+        totals += [
+            int(np.sum(budget.cost[np.arange(self.n_items), picked], dtype=np.int64)) for budget in self.more_budgets
+        ]
         if self.layers is not None:
             totals[0] += layer_overhead(self.layers, picked, self.n_choices)
         return loss, tuple(totals)
@@ -277,7 +283,7 @@ class AllocationProblem:
         return _index(choice, _positions(self.choices), self.n_choices, "choice")
 
     def permits(self, choice: Integers) -> bool:
-        """Whether ``choice [n]`` obeys the allowed choices, pins, ties and layer rules (not the budgets)."""
+        """Whether ``choice [n]`` obeys the allowed choices, overrides, ties and layer rules (not the budgets)."""
         picked = np.asarray(choice)
         if picked.shape != (self.n_items,) or (picked.size and not 0 <= picked.min() <= picked.max() < self.n_choices):
             return False
@@ -348,7 +354,9 @@ class AllocationProblem:
             if self.layers.layer.shape != (self.n_items,):
                 raise ConfigError(f"LayerRules.layer has {self.layers.layer.size} entries for {self.n_items} items.")
             if self.layers.width.shape != (self.n_choices,):
-                raise ConfigError(f"LayerRules.width has shape {self.layers.width.shape}; {self.n_choices} choices are asked for.")
+                raise ConfigError(
+                    f"LayerRules.width has shape {self.layers.width.shape}; {self.n_choices} choices are asked for."
+                )
         if self.pairwise is not None and len(self.pairwise.first):
             ends = np.concatenate([self.pairwise.first, self.pairwise.second])
             if not 0 <= ends.min() <= ends.max() < self.n_items:

@@ -34,14 +34,20 @@ def allocate(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            "--target", "-t", help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ..."
+            "--target",
+            "-t",
+            help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
         ),
     ] = None,
     path: Annotated[
         bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="What the next bit would buy and where, the price of the budget, of pins and of ties.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="What the next bit would buy and where, the price of the budget, of overrides and of ties.",
+        ),
     ] = False,
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
@@ -87,7 +93,9 @@ def allocate(
             ]
         )
     print_table(
-        "allocations", ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"], rows
+        "allocations",
+        ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"],
+        rows,
     )
     if for_targets:
         _show_targets(table, for_targets, as_json=False)
@@ -97,7 +105,9 @@ def allocate(
         _print_explanation(one)
 
 
-def _show_targets(table: LayerTable, made: Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]], *, as_json: bool) -> None:
+def _show_targets(
+    table: LayerTable, made: Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]], *, as_json: bool
+) -> None:
     if as_json:
         print_json([data for *_, data in made])
         return
@@ -113,7 +123,8 @@ def _show_targets(table: LayerTable, made: Sequence[tuple[str, Budget, BitMap, M
                 -(-data["size_bits"] // 8),
                 f"{data['predicted_loss']:.4g}",
                 data["status"],
-                ", ".join(f"{n} {fmt}" for fmt, n in used.most_common()) + (f", {full} at full precision" if full else ""),
+                ", ".join(f"{n} {fmt}" for fmt, n in used.most_common())
+                + (f", {full} at full precision" if full else ""),
             ]
         )
     print_table(
@@ -128,14 +139,32 @@ def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
     rows = []
     for answer in data["budgets"]:
         if "loss" not in answer:
-            rows.append([answer["budget"], f"infeasible: at least {answer['smallest']} {data['unit']}", "-", "-", "-", "-"])
+            rows.append(
+                [answer["budget"], f"infeasible: at least {answer['smallest']} {data['unit']}", "-", "-", "-", "-"]
+            )
             continue
         cost = f"{answer['cost'] / table.n_parameters:.4f}" if size else f"{answer['cost']:.4g}"
         gap = "-" if answer["gap"] is None else f"{answer['gap']:.1e}"
-        rows.append([answer["budget"], cost, f"{answer['loss']:.4g}", f"{answer['lower_bound']:.4g}", gap, f"{answer['rate']:.3g}"])
+        rows.append(
+            [
+                answer["budget"],
+                cost,
+                f"{answer['loss']:.4g}",
+                f"{answer['lower_bound']:.4g}",
+                gap,
+                f"{answer['rate']:.3g}",
+            ]
+        )
     print_table(
         f"path of {data['method']['name']}: {data['vertices']} maps of {data['items']} items, answered without solving again",
-        ["budget", "bits a parameter" if size else "BOPs", "loss", "lower bound", "gap", f"loss saved per {_one(data['unit'])}"],
+        [
+            "budget",
+            "bits a parameter" if size else "BOPs",
+            "loss",
+            "lower bound",
+            "gap",
+            f"loss saved per {_one(data['unit'])}",
+        ],
         rows,
     )
 
@@ -165,20 +194,33 @@ def _print_explanation(data: Mapping[str, Any]) -> None:
     print_table(
         f"{data['method']} at {data['budget']} ({data['status']}): one more {unit} saves {data['shadow_price']:.4g} of a loss of "
         f"{data['loss']:.4g}; {data['slack']} left over{more}",
-        ["layer", "bits", "channels", "loss", "next", "saves", "costs", f"saved per {unit}", f"lost per {unit} less", "held"],
+        [
+            "layer",
+            "bits",
+            "channels",
+            "loss",
+            "next",
+            "saves",
+            "costs",
+            f"saved per {unit}",
+            f"lost per {unit} less",
+            "held",
+        ],
         rows,
     )
     if data["prices"]:
-        title = "what pins and ties cost: loss that the optimum without them saves" + (
+        title = "what overrides and ties cost: loss that the optimum without them saves" + (
             f"; {data['unpriced']} that can cost less were not priced" if data["unpriced"] else ""
         )
-        print_table(title, ["kind", "layers", "price", "share of the loss", "proven"], _price_rows(data["prices"], data["loss"]))
+        print_table(
+            title, ["kind", "layers", "price", "share of the loss", "proven"], _price_rows(data["prices"], data["loss"])
+        )
 
 
 def _price_rows(prices: Sequence[Mapping[str, Any]], loss: float) -> list[list[Any]]:
     return [
         [
-            "pinned" if price["kind"] == "fixed" else price["kind"],
+            "overrides" if price["kind"] == "fixed" else price["kind"],
             ", ".join(price["items"]),
             f"{price['price']:.3g}",
             f"{price['price'] / loss:.2%}" if loss else "-",

@@ -32,14 +32,21 @@ app = typer.Typer(
 )
 
 BudgetOption = Annotated[
-    list[str] | None, typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated.")
+    list[str] | None,
+    typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated."),
 ]
 
-_CONFIG = {"config": Annotated[Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")]}
+_CONFIG = {
+    "config": Annotated[
+        Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")
+    ]
+}
 _STUDY = {"study": Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")]}
 _SHARED: dict[str, tuple[Any, Any]] = {
     "model": (
-        Annotated[str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")],
+        Annotated[
+            str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")
+        ],
         None,
     ),
     "set_": (
@@ -50,11 +57,20 @@ _SHARED: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "run_dir": (
-        Annotated[Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")],
+        Annotated[
+            Path | None,
+            typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study)."),
+        ],
         None,
     ),
-    "dry_run": (Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")], False),
-    "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")], False),
+    "dry_run": (
+        Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")],
+        False,
+    ),
+    "overwrite": (
+        Annotated[bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")],
+        False,
+    ),
     "as_json": (Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")], False),
     "verbose": (Annotated[int, typer.Option("-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")], 0),
 }
@@ -69,7 +85,10 @@ class State:
 
 
 def study_verb(
-    name: str | None = None, *, settings: Callable[[Mapping[str, Any]], list[str]] | None = None, positional: bool = False
+    name: str | None = None,
+    *,
+    settings: Callable[[Mapping[str, Any]], list[str]] | None = None,
+    positional: bool = False,
 ) -> Callable[[Verb], Verb]:
     """Register a verb ``function(run, *, as_json, <own options>)``; the options that all verbs share are added to its own.
 
@@ -108,7 +127,10 @@ def study_verb(
 
         command.__doc__ = function.__doc__
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for k, (a, d) in options.items()]
+            [
+                inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a)
+                for k, (a, d) in options.items()
+            ]
         )
         command.__annotations__ = {k: a for k, (a, _) in options.items()}
         app.command(name or function.__name__)(command)
@@ -142,7 +164,9 @@ def quiet(verbose: int) -> None:
     """Set how much the libraries may say."""
     State.verbose = verbose
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
     if not verbose:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its logger sets itself up anew when it is imported

@@ -29,7 +29,19 @@ OPTIONAL = (
 )
 """Distribution, the extra of mpqsearch that brings it (empty: by its own name), and what it is for."""
 
-REQUIRED = ("torch", "diffusers", "safetensors", "numpy", "pandas", "matplotlib", "pulp", "highspy", "optuna", "jinja2", "tqdm")
+REQUIRED = (
+    "torch",
+    "diffusers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "pulp",
+    "highspy",
+    "optuna",
+    "jinja2",
+    "tqdm",
+)
 
 
 @app.command()
@@ -83,7 +95,10 @@ def _devices() -> Iterator[dict[str, str]]:
     yield _row("device", "cpu", "works", f"{torch.get_num_threads()} threads")
     cuda = torch.cuda.is_available()
     yield _row(
-        "device", "cuda", "works" if cuda else "absent", torch.cuda.get_device_name() if cuda else "no CUDA device, or a CPU build"
+        "device",
+        "cuda",
+        "works" if cuda else "absent",
+        torch.cuda.get_device_name() if cuda else "no CUDA device, or a CPU build",
     )
     mps = torch.backends.mps.is_available()
     yield _row("device", "mps", "works" if mps else "absent", "" if mps else "needs Apple silicon")
@@ -93,7 +108,9 @@ def _solvers() -> Iterator[dict[str, str]]:
     from mpqsearch.allocate import backend
     from mpqsearch.allocate.ilp import available_solvers
 
-    yield _row("solver", "exact core", "works", "compiled by numba" if backend.has_numba() else "numpy; faster with numba")
+    yield _row(
+        "solver", "exact core", "works", "compiled by numba" if backend.has_numba() else "numpy; faster with numba"
+    )
     solvers = available_solvers()
     for name in (n for n, works in solvers.items() if works):
         yield _row("solver", name, "works", "through PuLP")
@@ -134,5 +151,7 @@ def _targets() -> Iterator[dict[str, str]]:
             continue
         missing, found = exporter.missing(), _version(needs.requires)
         state = "absent" if missing or not found else f"{needs.requires} {found}"
-        tested = f"{'NOT tested in this version, only in' if needs.untested() else 'tested against'} {needs.tested}{reads}"
+        tested = (
+            f"{'NOT tested in this version, only in' if needs.untested() else 'tested against'} {needs.tested}{reads}"
+        )
         yield _row("export", name, state, f"{tested}; {needs.get}" if state == "absent" else tested)

@@ -34,7 +34,8 @@ def evaluate(
     as_json: bool,
     budget: BudgetOption = None,  # noqa: ARG001  (read through the settings)
     map_: Annotated[  # noqa: ARG001
-        list[Path] | None, typer.Option("--map", help="A map from elsewhere (`mpqsearch import`) to measure beside. Repeatable.")
+        list[Path] | None,
+        typer.Option("--map", help="A map from elsewhere (`mpqsearch import`) to measure beside. Repeatable."),
     ] = None,
 ) -> None:
     """Sample from every allocated map and measure it against full precision and data.

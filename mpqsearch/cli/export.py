@@ -26,21 +26,28 @@ def _settings(own: Mapping[str, Any]) -> list[str]:
     settings = [f"{key}={json.dumps(own[option])}" for option, key in _KEYS.items() if own[option]]
     if own["allocated"]:
         if not own["target"]:
-            raise ConfigError("--allocated exports the maps made for the targets that --target names: name at least one")
+            raise ConfigError(
+                "--allocated exports the maps made for the targets that --target names: name at least one"
+            )
         settings.append(f"allocate.targets={json.dumps(own['target'])}")
     return settings
 
 
 RoundOption = Annotated[
     str | None,
-    typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats), up, down, error."),
+    typer.Option(
+        "--round", help="Where the target cannot hold the map: resolve (solve again over its formats), up, down, error."
+    ),
 ]
 AllocatedOption = Annotated[
-    bool, typer.Option("--allocated", help="The map that `allocate --target` makes for the target, instead of a method's.")
+    bool,
+    typer.Option("--allocated", help="The map that `allocate --target` makes for the target, instead of a method's."),
 ]
 VerifyOption = Annotated[
     bool,
-    typer.Option("--verify", help="Load the result with its consumer and compare, layer by layer; exit code 1 on a difference."),
+    typer.Option(
+        "--verify", help="Load the result with its consumer and compare, layer by layer; exit code 1 on a difference."
+    ),
 ]
 
 
@@ -49,7 +56,9 @@ def export(
     run: Run,
     *,
     as_json: bool,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf, torchao ... Repeatable.")] = None,  # noqa: ARG001
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="neutral, gguf, torchao ... Repeatable.")
+    ] = None,
     budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,  # noqa: ARG001
     method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,  # noqa: ARG001
     round_: RoundOption = None,  # noqa: ARG001
@@ -104,7 +113,10 @@ def _print_verification(one: Exported) -> None:
         rows,
     )
     if data["accounted_bits"] is not None:
-        sizes = {"the map, packed densely": data["ideal_bits"] / 8, f"in the format of {one.target}": data["accounted_bits"] / 8}
+        sizes = {
+            "the map, packed densely": data["ideal_bits"] / 8,
+            f"in the format of {one.target}": data["accounted_bits"] / 8,
+        }
         if found["stored_bytes"] is not None:
             sizes |= {"found in the file": found["stored_bytes"], "headers of the file, apart": found["header_bytes"]}
         each = [[what, f"{size:.0f}", f"{8 * size / data['n_parameters']:.3f}"] for what, size in sizes.items()]
@@ -116,7 +128,9 @@ def _print_verification(one: Exported) -> None:
     verdict = "read back by its consumer as planned"
     if not found["verified"]:
         verdict = (
-            "as planned in mpqsearch's own reading; NOT verified, its consumer was not run" if found["ok"] else "NOT as planned"
+            "as planned in mpqsearch's own reading; NOT verified, its consumer was not run"
+            if found["ok"]
+            else "NOT as planned"
         )
     print(f"{one.target}: {verdict}")  # noqa: T201
 

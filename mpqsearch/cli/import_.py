@@ -23,10 +23,15 @@ def import_(
         Path, typer.Argument(help="A map, configuration, checkpoint or folder of another quantizer, or a bitmap.json.")
     ],
     source: Annotated[
-        str | None, typer.Option("--from", help="quanto, autoround, gguf, mlx, mixdq ... (default: found out from the file).")
+        str | None,
+        typer.Option("--from", help="quanto, autoround, gguf, mlx, mixdq ... (default: found out from the file)."),
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="Name of the map in the run folder (default: that of the file).")] = "",
-    codebook: Annotated[str, typer.Option("--codebook", help="What the widths mean here: affine, midrise or auto.")] = "affine",
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the map in the run folder (default: that of the file).")
+    ] = "",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
+    ] = "asymmetric",
 ) -> None:
     """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and searched from.
 
@@ -43,7 +48,7 @@ def import_(
         file,
         source=source,
         name=name or (file.parent.name if file.name == "bitmap.json" else file.stem),
-        codebook=codebook,
+        scheme=scheme,
     )
     bit_map = imported.bit_map
     found = {
@@ -62,5 +67,8 @@ def import_(
     print_table(
         f"{file} as {imported.source} has it",
         ["what", "value"],
-        [[k, "; ".join(v) if isinstance(v, list) else f"{v:.4f}" if isinstance(v, float) else v] for k, v in found.items()],
+        [
+            [k, "; ".join(v) if isinstance(v, list) else f"{v:.4f}" if isinstance(v, float) else v]
+            for k, v in found.items()
+        ],
     )

@@ -55,7 +55,9 @@ def _show_bit_map(file: Path, _schema: str) -> None:
     unit = "channels" if bit_map.granularity == "channel" else "layers"
     total = sum(channels.values())
     # A layer of one width counts as one entry of the map, as it is written.
-    print_table(f"entries of the map by width ({unit}, or whole layers)", ["bits", "entries", ""], _bars(channels, total))
+    print_table(
+        f"entries of the map by width ({unit}, or whole layers)", ["bits", "entries", ""], _bars(channels, total)
+    )
     means = [float(w.mean()) for w in bit_map.weights.values()]
     print(f"mean bits over depth: {spark(means, 1, 8)}")  # noqa: T201
 
@@ -103,14 +105,18 @@ def _show_front(file: Path, _schema: str) -> None:
         [r.method, f"{r.average_bits:.2f}", f"{r.metrics['fd_fp'].value:.3g}", bar((x - low) / span)]
         for r, x in zip(shown, logs, strict=True)
     ]
-    print_table(f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", ["method", "bits", "value", ""], rows)
+    print_table(
+        f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", ["method", "bits", "value", ""], rows
+    )
 
 
 def _show_data(file: Path, schema: str) -> None:
     from mpqsearch import artifacts
 
     found = artifacts.read_json(file, schema)
-    if isinstance(found.data, Mapping) and all(not isinstance(v, (list, tuple)) or len(v) < 8 for v in found.data.values()):
+    if isinstance(found.data, Mapping) and all(
+        not isinstance(v, (list, tuple)) or len(v) < 8 for v in found.data.values()
+    ):
         print_fields(f"{schema} version {found.version}", found.data)
     else:
         print_json(found.data)

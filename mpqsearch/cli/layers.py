@@ -32,7 +32,10 @@ def layers(run: Run, *, as_json: bool) -> None:
     print_table(
         f"{table.model}: {table.n_parameters} parameters",
         ["layer", "kind", "shape", "role", "channels", "MACs", "width"],
-        [[la.name, la.kind, "x".join(map(str, la.weight_shape)), la.role, la.n_channels, la.macs, width(la)] for la in table],
+        [
+            [la.name, la.kind, "x".join(map(str, la.weight_shape)), la.role, la.n_channels, la.macs, width(la)]
+            for la in table
+        ],
     )
     reasons: dict[str, int] = {}
     for k in table.kept:

@@ -84,7 +84,9 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
                 row.name,
                 row.role,
                 f"{row.kurtosis:.1f}",
-                "" if row.mean_shift is None else f"{row.mean_shift:.0%}{'' if table[row.name].has_bias else ' (no bias)'}",
+                ""
+                if row.mean_shift is None
+                else f"{row.mean_shift:.0%}{'' if table[row.name].has_bias else ' (no bias)'}",
                 "" if row.relative_error is None else f"{row.relative_error:.0%}",
                 *(f"{value:.3g}" for value in row.losses),
             ]
@@ -114,7 +116,10 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
             r.method,
             f"{r.average_bits:.3f}",
             f"{r.size_bytes / 1000:.1f}",
-            *(f"{r.metrics[k].value:.3f} ± {r.metrics[k].high - r.metrics[k].value:.3f}" if k in r.metrics else "" for k in keys),
+            *(
+                f"{r.metrics[k].value:.3f} ± {r.metrics[k].high - r.metrics[k].value:.3f}" if k in r.metrics else ""
+                for k in keys
+            ),
         ]
         for r in records
     ]

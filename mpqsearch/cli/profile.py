@@ -30,7 +30,10 @@ def profile(
     *,
     as_json: bool,
     weights_only: Annotated[  # noqa: ARG001  (read by `_settings`)
-        bool, typer.Option("--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run.")
+        bool,
+        typer.Option(
+            "--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run."
+        ),
     ] = False,
     prediction_only: Annotated[  # noqa: ARG001
         bool,
@@ -41,14 +44,18 @@ def profile(
     ] = False,
     at: Annotated[  # noqa: ARG001
         Path | None,
-        typer.Option("--at", help="A bit map (bitmap.json) of this model at which gains are measured again, beside the profile."),
+        typer.Option(
+            "--at", help="A bit map (bitmap.json) of this model at which gains are measured again, beside the profile."
+        ),
     ] = None,
     memory_limit: Annotated[  # noqa: ARG001
         str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
     ] = None,
     target_error: Annotated[  # noqa: ARG001
         float | None,
-        typer.Option("--target-error", help="Probe until the relative standard error of the layer totals is this, such as 0.1."),
+        typer.Option(
+            "--target-error", help="Probe until the relative standard error of the layer totals is this, such as 0.1."
+        ),
     ] = None,
 ) -> None:
     """Measure kurtosis, exact output errors and gains of every channel at every width.

@@ -13,8 +13,12 @@ from mpqsearch.cli.printing import print_json, print_table
 if TYPE_CHECKING:
     from mpqsearch.stages import Run
 
-TrialsOption = Annotated[int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")]
-SamplerOption = Annotated[str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes, random or qmc (search.sampler).")]
+TrialsOption = Annotated[
+    int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
+]
+SamplerOption = Annotated[
+    str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes, random or qmc (search.sampler).")
+]
 StorageOption = Annotated[
     str | None,
     typer.Option(
@@ -28,7 +32,8 @@ WatchOption = Annotated[bool, typer.Option("--watch", help="Only follow the stud
 WorkerOption = Annotated[
     int | None,
     typer.Option(
-        "--worker", help="Be worker number N of a study on a shared storage: measure until it is finished, write no results."
+        "--worker",
+        help="Be worker number N of a study on a shared storage: measure until it is finished, write no results.",
     ),
 ]
 
@@ -36,7 +41,8 @@ WorkerOption = Annotated[
 StartOption = Annotated[
     str | None,
     typer.Option(
-        "--start-from", help="A map from elsewhere: its nearest point is tried first, and it is measured beside the winners."
+        "--start-from",
+        help="A map from elsewhere: its nearest point is tried first, and it is measured beside the winners.",
     ),
 ]
 
@@ -116,4 +122,6 @@ def print_search(data: dict[str, Any]) -> None:
     volumes = sorted(data["hypervolume"].items(), key=lambda kv: -kv[1])
     print_table("hypervolume of the measured fronts", ["arm", "share"], [[k, f"{v:.4f}"] for k, v in volumes])
     if data["importances"]:
-        print_table("which parameters matter", ["parameter", "share"], [[k, f"{v:.2f}"] for k, v in data["importances"].items()])
+        print_table(
+            "which parameters matter", ["parameter", "share"], [[k, f"{v:.2f}"] for k, v in data["importances"].items()]
+        )

@@ -2,7 +2,7 @@
 
 from mpqsearch.core.bitmap import BitMap
 from mpqsearch.core.budget import Budget, StorageModel, average_bits, bops, size_bits, size_bytes, uniform_map
-from mpqsearch.core.formats import CODEBOOKS, FULL_PRECISION, WIDTHS, QuantFormat
+from mpqsearch.core.formats import FULL_PRECISION, SCHEMES, WIDTHS, QuantFormat
 from mpqsearch.core.layers import ROLES, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.core.metric import MetricValue, StudyRecord
 from mpqsearch.core.policy import Policy
@@ -10,9 +10,9 @@ from mpqsearch.core.profile import SensitivityProfile
 from mpqsearch.core.stored import StoredBits, coded_bits, scale_count, stored_total, unquantized_bits
 
 __all__ = [
-    "CODEBOOKS",
     "FULL_PRECISION",
     "ROLES",
+    "SCHEMES",
     "WIDTHS",
     "BitMap",
     "Budget",

@@ -105,9 +105,9 @@ class BitMap:
 
     @property
     def scaled_inputs(self) -> tuple[tuple[str, float], ...]:
-        """Layers whose quantized inputs are pre-scaled, with the strength: beside their widths, what the ranges of inputs depend on."""
+        """Layers whose quantized inputs are smoothed, with the alpha: beside their widths, what the ranges of inputs depend on."""
         formats = ((n, self.format_of(n)) for n, bits in sorted(self.activations.items()) if bits != FULL_PRECISION)
-        return tuple((n, f.strength) for n, f in formats if f.prescale)
+        return tuple((n, f.alpha) for n, f in formats if f.smooth)
 
     @property
     def mixed_layers(self) -> MixedLayers:
@@ -143,7 +143,9 @@ class BitMap:
         for name, tie in table.ties.items():
             mate = tied.setdefault(tie, name)
             if mate != name and not np.array_equal(self.weights[name], self.weights[mate]):
-                raise LayerMismatchError(f"the bit map gives {name!r} and {mate!r} different widths, but they are tied ({tie!r})")
+                raise LayerMismatchError(
+                    f"the bit map gives {name!r} and {mate!r} different widths, but they are tied ({tie!r})"
+                )
         mixed = self.mixed_layers
         for name, size in zip(mixed.names, mixed.sizes.tolist(), strict=True):
             if size != table.channels[name]:
@@ -177,7 +179,11 @@ class BitMap:
             inputs = f'"activation_bits":{self.activations[name]},' if name in self.activations else ""
             own = f',"quantizer":{_compact(self.formats[name].to_data())}' if name in self.formats else ""
             runs_of = spelled.get(name)
-            bits = f'"bits":{self.weights[name]}' if runs_of is None else f'"channel_bits":{{"data":[{runs_of}],"encoding":"rle"}}'
+            bits = (
+                f'"bits":{self.weights[name]}'
+                if runs_of is None
+                else f'"channel_bits":{{"data":[{runs_of}],"encoding":"rle"}}'
+            )
             layers.append(f"{_quoted(name)}:{{{inputs}{bits}{own}}}")
         steps = f'"activation_steps":{self.activation_steps},' if self.activation_steps != 1 else ""
         defaults, digest = _compact(self.format.to_data()), _quoted(self.model_digest)
@@ -187,7 +193,11 @@ class BitMap:
         """Layers whose widths differ, as ``name -> (mine, theirs)`` in short form."""
         names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
         pairs = {n: (_spell(self.weights.get(n)), _spell(other.weights.get(n))) for n in names}
-        same = {n for n in names if n in self.weights and n in other.weights and np.array_equal(self.weights[n], other.weights[n])}
+        same = {
+            n
+            for n in names
+            if n in self.weights and n in other.weights and np.array_equal(self.weights[n], other.weights[n])
+        }
         return {n: p for n, p in pairs.items() if n not in same}
 
     def summary(self) -> str:
@@ -252,7 +262,9 @@ def _checked(name: str, widths: Any) -> Widths:
     """The width or the widths of one layer, whatever they came as; of a vector of one width that width."""
     array = np.array(widths)
     if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ConfigError(f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}")
+        raise ConfigError(
+            f"bit map, layer {name!r}: one integer width or a vector of them is needed, got shape {array.shape}"
+        )
     found = np.unique(array)
     for bits in found.tolist():
         check_width(bits, f"bit map, layer {name!r}")

@@ -45,8 +45,8 @@ class StorageModel:
         return layer.weights_per_channel * bits + fmt.scale_bits + fmt.zero_point_bits(bits) + tag
 
     def fixed_bits(self, layer: LayerSpec, fmt: QuantFormat) -> int:
-        """Stored bits of a quantized layer that no width changes: the shared exponent and pre-scaling factors."""
-        return self.layer_bits + (fmt.scale_bits * layer.n_inputs if fmt.prescale else 0)
+        """Stored bits of a quantized layer that no width changes: the shared exponent and smoothing factors."""
+        return self.layer_bits + (fmt.scale_bits * layer.n_inputs if fmt.smooth else 0)
 
     def layer_total(self, layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> int:
         """Stored bits of a whole layer. ``widths`` is one width (shape ``()``) or one a channel."""
@@ -93,7 +93,7 @@ def _prices(
 
     Made once for what of a format is stored: a search over its ranges has another one each trial.
     """
-    key = ("stored bits", fmt.codebook, fmt.prescale, fmt.scale_bits, storage)
+    key = ("stored bits", fmt.scheme, fmt.smooth, fmt.scale_bits, storage)
     if key not in table.memo:
         every = range(FULL_PRECISION + 1)
         table.memo[key] = (
@@ -133,7 +133,7 @@ class Budget:
     """A limit on the *whole* model.
 
     ``average_bits``: stored bits over all parameters. ``bytes``: stored size. ``bops``: bit operations of a forward pass.
-    ``uniform_bits``: the stored size that the uniform map of that width has under the same policy, in the affine format; the
+    ``uniform_bits``: the stored size that the uniform map of that width has under the same policy, in the asymmetric format; the
     fair budget for comparing methods, since the uniform map then meets it exactly.
     """
 
@@ -212,7 +212,9 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``"6GB"``, ``"1.5GiB"`` or ``"800 MB"``. Raises `ConfigError` when it is none."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)\s*", text.lower())
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"cannot read the size {text!r}. Write a positive number and a unit, such as '6GB', '800MB' or '1.5GiB'.")
+        raise ConfigError(
+            f"cannot read the size {text!r}. Write a positive number and a unit, such as '6GB', '800MB' or '1.5GiB'."
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -13,46 +13,46 @@ WIDTHS = tuple(range(1, 9))
 FULL_PRECISION = 16
 """The width that stands for "not quantized"; such weights are stored in 16-bit floats."""
 
-CODEBOOKS = ("affine", "midrise", "auto")
+SCHEMES = ("asymmetric", "symmetric", "auto")
 CRITERIA = ("lp", "mse", "minmax")
-ROUNDINGS = ("nearest", "compensated")
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantFormat:
     """How a row of weights is turned into integer codes: ``w ~ scale * (code - zero)``, ``code`` in ``[0, 2**bits - 1]``.
 
-    codebook
-        ``affine``: integer zero point, the quantizer of MPQ-DM. ``midrise``: zero fixed at ``(2**bits - 1) / 2``, so the levels
+    scheme
+        ``asymmetric``: integer zero point, the quantizer of MPQ-DM. ``symmetric``: zero fixed at ``(2**bits - 1) / 2``, so the levels
         lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of the two with the smaller
         squared error, row by row.
     criterion
         Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared error,
         both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the full range.
-    prescale
+    smooth
         Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide after, and its inputs the
         other way round.
-    strength
-        The ``a`` of pre-scaling in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out the weights.
+    alpha
+        The ``a`` of smoothing in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out the weights.
     rounding
-        ``nearest``: every weight to its nearest level. ``compensated``: codes chosen for the output of the layer, given the second moment of its
-        input (`mpqsearch.quant.compensate`, GPTQ); takes no storage, and changes no width.
+        ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the second moment of its
+        input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
     scale_bits
         Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization rounds to).
     """
 
-    codebook: str = "affine"
+    scheme: str = "asymmetric"
     criterion: str = "lp"
     p: float = 2.4
     n_candidates: int = 80
-    prescale: bool = False
+    smooth: bool = False
     scale_bits: int = 16
-    strength: float = 0.5
+    alpha: float = 0.5
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
-        if self.codebook not in CODEBOOKS:
-            raise UnknownNameError("codebook", self.codebook, CODEBOOKS)
+        if self.scheme not in SCHEMES:
+            raise UnknownNameError("scheme", self.scheme, SCHEMES)
         if self.criterion not in CRITERIA:
             raise UnknownNameError("range criterion", self.criterion, CRITERIA)
         if self.rounding not in ROUNDINGS:
@@ -63,21 +63,21 @@ class QuantFormat:
             raise ConfigError(f"p must lie in (0, 8], got {self.p}")
         if self.scale_bits != 16:
             raise ConfigError(f"scale_bits must be 16 (half-precision scales), got {self.scale_bits}")
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"the strength of pre-scaling must lie in 0..1, got {self.strength}")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"the alpha of smoothing must lie in 0..1, got {self.alpha}")
 
     def zero_point_bits(self, bits: int) -> int:
         """Stored bits of one row's zero point: an integer in the code range, or none.
 
-        ``auto`` takes no more than ``affine``: the sign bit of the (positive) scale says which codebook the row uses.
+        ``auto`` takes no more than ``asymmetric``: the sign bit of the (positive) scale says which scheme the row uses.
         """
-        return 0 if self.codebook == "midrise" else bits
+        return 0 if self.scheme == "symmetric" else bits
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps from before them."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if self.strength == 0.5:
-            del data["strength"]
+        if self.alpha == 0.5:
+            del data["alpha"]
         if self.rounding == "nearest":
             del data["rounding"]
         return data
@@ -86,4 +86,6 @@ class QuantFormat:
 def check_width(bits: int, where: str) -> None:
     """Raise `ConfigError` unless ``bits`` is a supported width."""
     if bits not in WIDTHS and bits != FULL_PRECISION:
-        raise ConfigError(f"{where}: width {bits} is not supported. Allowed: 1..8, or {FULL_PRECISION} for full precision.")
+        raise ConfigError(
+            f"{where}: width {bits} is not supported. Allowed: 1..8, or {FULL_PRECISION} for full precision."
+        )

@@ -78,7 +78,7 @@ class LayerSpec:
 
     @property
     def n_inputs(self) -> int:
-        """Number of input channels, which is how many pre-scaling factors the layer would carry."""
+        """Number of input channels, which is how many smoothing factors the layer would carry."""
         if self.kind.startswith("ConvTranspose"):
             return self.weight_shape[0]
         return self.weight_shape[1] * self.groups

@@ -18,7 +18,7 @@ DEFAULT_ROLES = {"first": 8, "last": 8, "unused": 8}
 class Policy:
     """Widths that are fixed by role or by name; every other layer is searched over ``widths``.
 
-    ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched. ``pinned`` maps a
+    ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched. ``overrides`` maps a
     layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM, and so are layers
     that did not run while the model was measured: their errors seem to cost nothing, and would get the fewest bits.
 
@@ -31,7 +31,7 @@ class Policy:
 
     widths: tuple[int, ...] = WIDTHS
     roles: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_ROLES))
-    pinned: Mapping[str, int] = field(default_factory=dict)
+    overrides: Mapping[str, int] = field(default_factory=dict)
     activations: Mapping[str, int] = field(default_factory=dict)
     tie_qkv: bool = False
 
@@ -42,15 +42,15 @@ class Policy:
             if role not in ROLES:
                 raise UnknownNameError("layer role", role, ROLES, "(policy.roles)")
             check_width(bits, f"policy.roles.{role}")
-        for pattern, bits in self.pinned.items():
-            check_width(bits, f"policy.pinned.{pattern}")
+        for pattern, bits in self.overrides.items():
+            check_width(bits, f"policy.overrides.{pattern}")
         for key, bits in self.activations.items():
             check_width(bits, f"policy.activations.{key}")
 
     @property
     def key(self) -> Hashable:
         """The same for policies that hold every layer at the same widths, by the same rules in the same order."""
-        rules = (self.roles, self.pinned, self.activations)
+        rules = (self.roles, self.overrides, self.activations)
         return (self.widths, *(tuple(r.items()) for r in rules), self.tie_qkv)
 
     def activations_of(self, table: LayerTable, act_bits: int) -> dict[str, int]:
@@ -71,7 +71,7 @@ class Policy:
 
     def fixed_width(self, layer: LayerSpec) -> int | None:
         """The width at which ``layer`` is held, or None when it is searched."""
-        for pattern, bits in self.pinned.items():
+        for pattern, bits in self.overrides.items():
             if layer.name == pattern or fnmatch.fnmatchcase(layer.name, pattern):
                 return bits
         return self.roles.get(layer.role)
@@ -82,12 +82,16 @@ class Policy:
 
     def check(self, table: LayerTable) -> None:
         """Raise when a pin matches no layer of the model, or nothing is left to search."""
-        for pattern in self.pinned:
+        for pattern in self.overrides:
             if not fnmatch.filter(table.by_name, pattern) and pattern not in table.by_name:
-                raise UnknownNameError("layer", pattern, table.by_name, "(policy.pinned matches no layer of the model)")
+                raise UnknownNameError(
+                    "layer", pattern, table.by_name, "(policy.overrides matches no layer of the model)"
+                )
         for key in self.activations:
             if key not in ROLES and not fnmatch.filter(table.by_name, key) and key not in table.by_name:
-                raise UnknownNameError("layer or role", key, (*ROLES, *table.by_name), "(policy.activations matches nothing)")
+                raise UnknownNameError(
+                    "layer or role", key, (*ROLES, *table.by_name), "(policy.activations matches nothing)"
+                )
         if all(self.fixed_width(layer) is not None for layer in table):
             raise ConfigError("the policy fixes every layer: nothing is left to allocate")
 
@@ -96,7 +100,7 @@ class Policy:
         return {
             "widths": list(self.widths),
             "roles": dict(self.roles),
-            "pinned": dict(self.pinned),
+            "overrides": dict(self.overrides),
             "activations": dict(self.activations),
             "tie_qkv": self.tie_qkv,
         }
@@ -104,7 +108,8 @@ class Policy:
     def describe(self) -> str:
         """One line for people."""
         fixed = [
-            f"{k} at {'full precision' if v == FULL_PRECISION else f'{v} bits'}" for k, v in {**self.roles, **self.pinned}.items()
+            f"{k} at {'full precision' if v == FULL_PRECISION else f'{v} bits'}"
+            for k, v in {**self.roles, **self.overrides}.items()
         ]
         return f"searched widths {', '.join(map(str, self.widths))}; fixed: {'; '.join(fixed) or 'nothing'}" + (
             "; q, k and v tied" if self.tie_qkv else ""

@@ -21,8 +21,8 @@ class SensitivityProfile:
 
     With C channels in all, W widths and L layers, ``arrays`` holds (float32 unless said):
 
-    ``kurtosis``, ``kurtosis_prescaled`` ``[C]``
-        Fourth standardised moment of each row, not excess (Gaussian: 3), before and after MPQ-DM's pre-scaling.
+    ``kurtosis``, ``kurtosis_smoothed`` ``[C]``
+        Fourth standardised moment of each row, not excess (Gaussian: 3), before and after MPQ-DM's smoothing.
     ``weight_error/<variant>`` ``[C, W]``
         ``sum (w - w_q)**2`` of each row.
     ``output_error/<variant>`` ``[C, W]``
@@ -58,7 +58,7 @@ class SensitivityProfile:
 
     What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and `need` says so.
 
-    A variant is ``<codebook>`` or ``<codebook>+prescale``, as in ``affine``, ``auto``, ``affine+prescale``. ``means`` and
+    A variant is ``<scheme>`` or ``<scheme>+smooth``, as in ``asymmetric``, ``auto``, ``asymmetric+smooth``. ``means`` and
     ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel ``[inputs]``.
     """
 
@@ -77,7 +77,7 @@ class SensitivityProfile:
             family = key.split("/")[0]
             shape: tuple[int, ...] | None = {
                 "kurtosis": (n,),
-                "kurtosis_prescaled": (n,),
+                "kurtosis_smoothed": (n,),
                 "gain": (n,),
                 "gain_std_error": (n,),
                 "output_power": (n,),
@@ -130,7 +130,9 @@ class SensitivityProfile:
     def shift_share(self, variant: str) -> Array:
         """Share ``[L, W]`` of each layer's output error that is a shift of its mean, which a bias can take off without storage; 0..1."""
         full = self.layer_sum(self.need(f"output_error/{variant}", "the share of the mean shift").astype(np.float64))
-        centred = self.layer_sum(self.need(f"output_error_centred/{variant}", "the share of the mean shift").astype(np.float64))
+        centred = self.layer_sum(
+            self.need(f"output_error_centred/{variant}", "the share of the mean shift").astype(np.float64)
+        )
         share: Array = np.clip(1 - np.divide(centred, full, out=np.ones_like(full), where=full > 0), 0.0, 1.0)
         return share
 

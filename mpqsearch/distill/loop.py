@@ -94,7 +94,9 @@ class DistillSpec:
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS, "(distill.precision)")
         if self.timestep_weights not in TIMESTEP_WEIGHTS:
-            raise UnknownNameError("timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)")
+            raise UnknownNameError(
+                "timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)"
+            )
         if min(self.steps, self.accumulate, self.checkpoint_every, self.keep_last) < 1:
             raise ConfigError("distill: steps, accumulate, checkpoint_every and keep_last must be at least 1")
         if self.check_every < 0:
@@ -110,7 +112,11 @@ class DistillSpec:
 
     def identity(self) -> dict[str, str]:
         """What the result depends on, as name and value: everything but where checkpoints and logs go."""
-        flat = {k: v for k, v in self.to_data().items() if k not in ("relation", "checkpoint_every", "keep_last", "tensorboard")}
+        flat = {
+            k: v
+            for k, v in self.to_data().items()
+            if k not in ("relation", "checkpoint_every", "keep_last", "tensorboard")
+        }
         return {f"distill.{k}": str(v) for k, v in (flat | self.relation.to_data()).items()}
 
 
@@ -272,7 +278,9 @@ class _Run:
             name = spec.relation.feature or find_feature_module(student)
             self.tap = FeatureTap(student, name, spec.relation.pooled_size)
         self.windows_per_trajectory = -(-len(source.timesteps) // spec.relation.window)
-        self.weights = _timestep_weights(source) if spec.timestep_weights == "sampler" else (1.0,) * len(source.timesteps)
+        self.weights = (
+            _timestep_weights(source) if spec.timestep_weights == "sampler" else (1.0,) * len(source.timesteps)
+        )
         self.ceiling = 0.0
         self.seconds = 0.0
         self.measure: Callable[[nn.Module], float] | None = None
@@ -287,7 +295,9 @@ class _Run:
 
     def parameters_digest(self) -> str:
         """Names, shapes and learning rates of what is trained."""
-        rates = {id(p): rate for g, rate in zip(self.optimizer.param_groups, self.rates, strict=True) for p in g["params"]}
+        rates = {
+            id(p): rate for g, rate in zip(self.optimizer.param_groups, self.rates, strict=True) for p in g["params"]
+        }
         return artifacts.digest_of([[n, list(p.shape), rates[id(p)]] for n, p in self.parameters.items()])
 
     def step(self, done: int) -> dict[str, float]:
@@ -373,11 +383,15 @@ class _Run:
             task = F.mse_loss(prediction.float(), given.prediction.float()) * weights[i]
             if not bool(torch.isfinite(task)) and not self.scaler.is_enabled():
                 raise NumericsError(
-                    self._advice(done, f"the loss is {float(task.detach())} at timestep {given.timestep}", self._blame(given))
+                    self._advice(
+                        done, f"the loss is {float(task.detach())} at timestep {given.timestep}", self._blame(given)
+                    )
                 )
             if self.tap is not None:
                 if given.features is None:
-                    raise ConfigError("the relation loss needs the teacher's features: name a feature module in the trajectories")
+                    raise ConfigError(
+                        "the relation loss needs the teacher's features: name a feature module in the trajectories"
+                    )
                 self.relations.add(self.tap.take(), given.features, last=i + 1 == len(window))
             if spec.truncate and i + 1 < len(window):
                 torch.autograd.backward(self.scaler.scale(task * scale))
@@ -408,7 +422,9 @@ class _Run:
         if self.scaler.is_enabled() and not math.isfinite(norm):
             return  # the scaler leaves this step out and lowers its scale
         if not math.isfinite(norm):
-            bad = next(n for n, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+            bad = next(
+                n for n, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            )
             raise NumericsError(self._advice(done, "a gradient is not finite", bad))
         self.ceiling = max(self.ceiling, power / 100)
         first = done * self.spec.accumulate < self.windows_per_trajectory
@@ -448,7 +464,7 @@ class _Run:
     def _advice(self, done: int, what: str, layer: str) -> str:
         return (
             f"training stopped at step {done + 1} of {self.spec.steps}: {what}; first seen in {layer!r}. The last checkpoint is kept. "
-            "Lower the learning rates (distill.lr_factor) or distill.clip_norm, or give that layer more bits (policy.pinned), "
+            "Lower the learning rates (distill.lr_factor) or distill.clip_norm, or give that layer more bits (policy.overrides), "
             "and start again with --overwrite."
         )
 
@@ -562,7 +578,9 @@ def _timestep_weights(source: TeacherSource) -> tuple[float, ...]:
     gains = source.gains()
     total = sum(gains)
     if not total > 0:
-        raise ConfigError("distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform")
+        raise ConfigError(
+            "distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform"
+        )
     return tuple(g * len(gains) / total for g in gains)
 
 

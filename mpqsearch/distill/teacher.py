@@ -120,7 +120,9 @@ class Trajectories:
         """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same on all processes."""
         seeds = range(FIRST_SEED - max(self.batch, GAIN_SAMPLES), FIRST_SEED)
         device = next(self.denoiser.module.parameters()).device
-        return prediction_gains(self.denoiser, seeds, self.sampler, conditions=lambda d, s: _to(self.conditions(d, s), device))
+        return prediction_gains(
+            self.denoiser, seeds, self.sampler, conditions=lambda d, s: _to(self.conditions(d, s), device)
+        )
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Run trajectory ``index``; nothing is computed before it is asked for."""
@@ -137,7 +139,9 @@ class Trajectories:
                 features = tap.take() if tap is not None and step is not None else None
             if step is None:
                 return
-            yield TeacherStep(timestep=step.timestep, x=step.x, cond=cond, prediction=step.prediction, features=features)
+            yield TeacherStep(
+                timestep=step.timestep, x=step.x, cond=cond, prediction=step.prediction, features=features
+            )
 
 
 class CachedTrajectories:
@@ -188,7 +192,10 @@ class CachedTrajectories:
         header = {"identity": self.source.identity, "timesteps": list(self.timesteps)}
         with atomic_write(path) as handle:
             handle.write(
-                save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"mpqsearch": json.dumps(header)})
+                save(
+                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                    metadata={"mpqsearch": json.dumps(header)},
+                )
             )
 
     def _read(self, path: Path) -> Iterator[TeacherStep]:

@@ -198,7 +198,11 @@ class TimeSmoothedRelations:
 
     def state(self) -> dict[str, Tensor]:
         """The memory between two windows, by name."""
-        return {f"{side}.{i}": pair[k] for i, pair in enumerate(self._memory) for k, side in enumerate(("student", "teacher"))}
+        return {
+            f"{side}.{i}": pair[k]
+            for i, pair in enumerate(self._memory)
+            for k, side in enumerate(("student", "teacher"))
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Back from `state`."""
@@ -226,7 +230,9 @@ class FeatureTap:
         self._handle = self._module.register_forward_hook(self._keep)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._handle.remove()
         self._kept.clear()
 
@@ -236,7 +242,9 @@ class FeatureTap:
         Raises `ModelError` when the module did not run.
         """
         if not self._kept:
-            raise ModelError(f"the module {self.name!r} did not run in the forward pass; name another one (distill.feature)")
+            raise ModelError(
+                f"the module {self.name!r} did not run in the forward pass; name another one (distill.feature)"
+            )
         kept, self._kept = self._kept, []
         return kept[0] if len(kept) == 1 else torch.cat(kept)
 

@@ -78,7 +78,12 @@ def unquantized(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFA
         if bit_map.weights[la.name].ndim == 0 and int(bit_map.weights[la.name]) == FULL_PRECISION
     ]
     kept = [
-        {"name": k.name, "n_values": k.n_values, "stored_bits": storage.full_precision_bits * k.n_values, "reason": k.reason}
+        {
+            "name": k.name,
+            "n_values": k.n_values,
+            "stored_bits": storage.full_precision_bits * k.n_values,
+            "reason": k.reason,
+        }
         for k in table.kept
     ]
     return whole + kept

@@ -2,7 +2,7 @@
 
 Limits, from running aimet-torch 2.42.0 with an empty stand-in for torchvision, which it imports and does not use here:
 
-- Scales and offsets are ours (affine codebook): AIMET quantizes the weights onto our grid. One entry a row; a width for each row is in the
+- Scales and offsets are ours (asymmetric scheme): AIMET quantizes the weights onto our grid. One entry a row; a width for each row is in the
   format, and ignored: all rows get that of the first. So a layer has one width.
 - The file says nothing of layers at full precision, norms and activations, which a `QuantizationSimModel` quantizes by default:
   `simulate` takes those quantizers out.
@@ -40,7 +40,7 @@ class AimetExporter(ConsumerTarget):
     rerounds = False
     tested = "2.42.0"
     get = "pip install aimet-torch (asks for torchvision; take the build that fits your torch)"
-    notes = ("our scales and offsets, no weights", "affine codebook only; simulated")
+    notes = ("our scales and offsets, no weights", "asymmetric scheme only; simulated")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """2 to 8 bits for linear layers and 2-d convolutions."""
@@ -74,7 +74,9 @@ class AimetExporter(ConsumerTarget):
         if isinstance(params, Mapping):
             said = {n: {int(e["bitwidth"]) for e in entries} for n, entries in params.items()}
         else:
-            said = {str(e["name"]): {int(e.get("bw", str(e.get("output_dtype", "")).lstrip("uint") or 16))} for e in params}
+            said = {
+                str(e["name"]): {int(e.get("bw", str(e.get("output_dtype", "")).lstrip("uint") or 16))} for e in params
+            }
         mixed = next((n for n, widths in said.items() if len(widths) > 1), None)
         if mixed is not None:
             raise ArtifactError(
@@ -141,13 +143,17 @@ def simulate(module: nn.Module, folder: Path, data: Mapping[str, Any]) -> Any:
             return self.model(**dict(zip(names, values, strict=True)), return_dict=False)[0]
 
     if not (folder / CHECK).is_file():
-        raise ConfigError(f"{folder} has no {CHECK}: AIMET traces the model, and the export had no condition to run it with")
+        raise ConfigError(
+            f"{folder} has no {CHECK}: AIMET traces the model, and the export had no condition to run it with"
+        )
     arguments = {n: v for n, v in call_arguments(folder, module).items() if isinstance(v, torch.Tensor)}
     names = list(arguments)
     for part in module.modules():
         if not list(part.children()) and not type(part).__module__.startswith("torch.nn"):
             QuantizationMixin.ignore(type(part))
-    sim = QuantizationSimModel(Plain().eval(), dummy_input=tuple(arguments.values()), default_param_bw=8, default_output_bw=16)
+    sim = QuantizationSimModel(
+        Plain().eval(), dummy_input=tuple(arguments.values()), default_param_bw=8, default_output_bw=16
+    )
     kept = {f"model.{n}": v for n, v in data["param_encodings"].items()}
     for name, part in sim.model.named_modules():
         if isinstance(part, QuantizationMixin):

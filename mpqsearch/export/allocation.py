@@ -89,7 +89,7 @@ def target_errors(
     """Weight errors ``[formats, channels, fan-in]`` of every layer in every format of `formats_of`, zero where it has none.
 
     Targets that round by themselves and can be asked (`ConsumerTarget.round_trip`) give their own errors; others that derive their
-    scales get those of minimum and maximum; the rest keep our codes, in the affine codebook with the range search of ``fmt``.
+    scales get those of minimum and maximum; the rest keep our codes, in the asymmetric scheme with the range search of ``fmt``.
     """
     formats = formats_of(target, table)
     modules: dict[str, Any] = dict(module.named_modules())
@@ -111,13 +111,15 @@ def target_losses(
     model of which ``weights`` gives the weight of a layer by its name. Without a layer's loss in the profile: full cost, zero loss.
     """
     formats = formats_of(target, table)
-    variant = "affine" if "affine" in profile.variants else profile.variants[0]
+    variant = "asymmetric" if "asymmetric" in profile.variants else profile.variants[0]
     found = {}
     priced = channel_losses(profile, table, variant, BEST_LOSS, bias_correction=False)
     squares = profile.need(f"weight_error/{variant}", "the losses of a target").astype(np.float64)
     for layer in table:
         rows = profile.rows(layer.name)
-        unit = np.divide(priced[rows], squares[rows], out=np.zeros_like(squares[rows]), where=squares[rows] > 0)  # [C, W]
+        unit = np.divide(
+            priced[rows], squares[rows], out=np.zeros_like(squares[rows]), where=squares[rows] > 0
+        )  # [C, W]
         errors = _layer_errors(target, layer, weights(layer.name), formats, fmt or QuantFormat())
         own = errors.double().square().sum(-1).cpu().numpy()  # [F, C]
         distance = np.abs(np.log(own.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
@@ -125,7 +127,9 @@ def target_losses(
     return found
 
 
-def probed_losses(effect: Floats, table: LayerTable, *, coupling: float = 0.5) -> tuple[dict[str, Floats], PairwiseTerms]:
+def probed_losses(
+    effect: Floats, table: LayerTable, *, coupling: float = 0.5
+) -> tuple[dict[str, Floats], PairwiseTerms]:
     """Losses ``[formats]`` of every layer, and losses of pairs of layers, from probes of the final sample.
 
     effect
@@ -137,7 +141,9 @@ def probed_losses(effect: Floats, table: LayerTable, *, coupling: float = 0.5) -
         and a solver looks for the ones that the noise made negative; 0.5 was the best on other seeds than those probed, at the sizes
         of Q4_0 and Q5_0 together (studies/gguf).
     """
-    effect = np.concatenate([effect, np.zeros((*effect.shape[:2], 1))], axis=2)  # full precision is the last column, without error
+    effect = np.concatenate(
+        [effect, np.zeros((*effect.shape[:2], 1))], axis=2
+    )  # full precision is the last column, without error
     first, second = np.triu_indices(len(table), 1)
     products = np.einsum("kpa,kpb->pab", effect[:, first], effect[:, second], optimize=True) / len(effect)
     losses = {la.name: np.square(effect[:, i, :-1]).mean(0) for i, la in enumerate(table)}
@@ -199,7 +205,13 @@ def allocate_for(
     )
     result = solve(problem)
     return assemble(
-        target, table, [formats[j] for j in result.choice], limit=limit, losses=losses, result=result, fmt=fmt or QuantFormat()
+        target,
+        table,
+        [formats[j] for j in result.choice],
+        limit=limit,
+        losses=losses,
+        result=result,
+        fmt=fmt or QuantFormat(),
     )
 
 
@@ -214,7 +226,9 @@ def uniform_for(
     """Every layer that has the format ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what most tools do."""
     has = [{c.name for c in target.choices(layer)} for layer in table]
     if not any(fmt in names for names in has):
-        raise ConfigError(f"no layer of the model can take {fmt!r}; {target.name} needs {target.limits or 'other shapes'}")
+        raise ConfigError(
+            f"no layer of the model can take {fmt!r}; {target.name} needs {target.limits or 'other shapes'}"
+        )
     picked = [next((f for f in (fmt, fallback) if f in names), FULL) for names in has]
     return assemble(target, table, picked, limit=0, losses=losses)
 
@@ -257,14 +271,16 @@ def assemble(
     )
 
 
-def _layer_errors(target: ConsumerTarget, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat) -> Tensor:
+def _layer_errors(
+    target: ConsumerTarget, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat
+) -> Tensor:
     """Weight errors ``[formats, channels, fan-in]`` of one layer."""
     import torch
 
     from mpqsearch.quant import rows_of
     from mpqsearch.quant.tables import row_errors
 
-    ours = replace(fmt, codebook="affine", prescale=False, criterion="minmax" if target.rerounds else fmt.criterion)
+    ours = replace(fmt, scheme="asymmetric", smooth=False, criterion="minmax" if target.rerounds else fmt.criterion)
     weight = weight.detach().float().cpu()
     rows = rows_of(weight, layer)
     found = torch.zeros(len(formats), *rows.shape)

@@ -2,7 +2,7 @@
 
 Limits, from its code (auto-round 0.16.1) and from running it through diffusers 0.42.1:
 
-- Our codes, scales and zero points are kept (affine codebook, a scale a row). It runs in half precision, so everything else is stored
+- Our codes, scales and zero points are kept (asymmetric scheme, a scale a row). It runs in half precision, so everything else is stored
   so too: load it with ``torch_dtype=torch.float16``. Decoded weights are rounded to half precision.
 - Both sides of a layer must be multiples of 32. Convolutions stay at full precision.
 - Codes are a dense bit stream along the inputs, zero points one along the outputs, both in 32-bit words.
@@ -47,7 +47,7 @@ class AutoRoundExporter(ConsumerTarget):
     full_bits = 16
     kept_bits = 16
     tolerance = 2e-3  # decoded weights are rounded to half precision
-    notes = ("our codes; all else in half precision", "affine codebook, linear layers only")
+    notes = ("our codes; all else in half precision", "asymmetric scheme, linear layers only")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """2 to 8 bits for linear layers whose sides are multiples of 32."""
@@ -104,8 +104,12 @@ class AutoRoundExporter(ConsumerTarget):
         from mpqsearch.export.check import forward_error, libraries, model_class, planned_layers, stored_size
 
         if module is not None:
-            raise ConfigError("the target 'autoround' is loaded by diffusers, which builds the model itself: give no module")
-        module = model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float16, local_files_only=True).eval()
+            raise ConfigError(
+                "the target 'autoround' is loaded by diffusers, which builds the model itself: give no module"
+            )
+        module = (
+            model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float16, local_files_only=True).eval()
+        )
         for parameter in module.parameters():  # compare in single precision, so that only decoding differs
             parameter.data = parameter.data.float()
         for layer in module.modules():
@@ -145,7 +149,9 @@ def quantization_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
         "group_size": -1,
         "sym": False,
         "data_type": "int",
-        "extra_config": {e.layer: {"bits": e.will_get, "group_size": -1, "sym": False, "data_type": "int"} for e in plan},
+        "extra_config": {
+            e.layer: {"bits": e.will_get, "group_size": -1, "sym": False, "data_type": "int"} for e in plan
+        },
     }
 
 

@@ -71,7 +71,9 @@ def call_arguments(folder: Path, module: nn.Module, sample_shape: Sequence[int] 
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        _checked_call(folder, module, sample_shape or read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"])
+        _checked_call(
+            folder, module, sample_shape or read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"]
+        )
     finally:
         handle.remove()
     return held
@@ -149,8 +151,8 @@ def copy_of(job: ExportJob) -> nn.Module:
 def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) -> dict[str, QuantizedRows]:
     """Codes and scales of every planned layer, from our own quantizer at the planned width.
 
-    Targets that hold integer zero points only (``affine``) get the affine codebook without pre-scaling, whatever the map says;
-    for a map in the affine format these are the very codes of the fake-quantized model. Raises `ConfigError` when the model lacks a
+    Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme without smoothing, whatever the map says;
+    for a map in the asymmetric format these are the very codes of the fake-quantized model. Raises `ConfigError` when the model lacks a
     planned layer.
     """
     from dataclasses import replace
@@ -167,7 +169,7 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) 
             raise ConfigError(f"the model has no layer {layer.name!r}, which the plan names")
         fmt = job.bit_map.format_of(layer.name)
         if affine:
-            fmt = replace(fmt, codebook="affine", prescale=False)
+            fmt = replace(fmt, scheme="asymmetric", smooth=False)
         if entry.will_get is None:
             widths = torch.from_numpy(job.bit_map.channel_widths(layer.name, layer.n_channels).copy())
         else:
@@ -175,7 +177,9 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) 
         maxima = job.input_max.get(layer.name)
         input_max = None if maxima is None else torch.as_tensor(maxima)
         weight: Tensor = modules[layer.name].weight
-        rows[layer.name] = quantize_weight(weight, layer, widths, fmt, input_max, moment_of(layer.name, job.moments, None))
+        rows[layer.name] = quantize_weight(
+            weight, layer, widths, fmt, input_max, moment_of(layer.name, job.moments, None)
+        )
     return rows
 
 

@@ -79,6 +79,10 @@ class ComfyuiExporter(WrittenTarget):
         formats = {n: str(v["format"]) for n, v in data[KEY]["layers"].items()}
         unknown = next((n for n, f in formats.items() if f not in FORMATS), None)
         if unknown is not None:
-            raise ArtifactError(f"{path}: the layer {unknown!r} has the format {formats[unknown]!r}, which is not known here")
+            raise ArtifactError(
+                f"{path}: the layer {unknown!r} has the format {formats[unknown]!r}, which is not known here"
+            )
         prefix = "model.diffusion_model."
-        return Reading(layers={n.removeprefix(prefix): FORMATS[f] for n, f in formats.items()}, notes=float_note(formats))
+        return Reading(
+            layers={n.removeprefix(prefix): FORMATS[f] for n, f in formats.items()}, notes=float_note(formats)
+        )

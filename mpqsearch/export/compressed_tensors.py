@@ -2,7 +2,7 @@
 
 Limits, from running compressed-tensors 0.20.0:
 
-- Our codes, scales and zero points are kept (affine codebook, a scale a row). Codes are dense at every width.
+- Our codes, scales and zero points are kept (asymmetric scheme, a scale a row). Codes are dense at every width.
 - One bit makes every weight zero, so 2 is the narrowest. Convolution targets are matched and then skipped without a word, so they are
   listed as ignored and stay at full precision.
 - Layers are named exactly; each width is one group of the configuration. diffusers has no loader for this format.
@@ -39,7 +39,7 @@ class CompressedTensorsExporter(ConsumerTarget):
     tested = "0.20.0"
     rerounds = False
     tolerance = 1e-5
-    notes = ("our codes, densely packed", "affine codebook, linear layers only; no diffusers loader")
+    notes = ("our codes, densely packed", "asymmetric scheme, linear layers only; no diffusers loader")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """int2 to int8 for linear layers."""
@@ -65,7 +65,9 @@ class CompressedTensorsExporter(ConsumerTarget):
             types |= {t: f"{weights.get('type', 'int')}{weights.get('num_bits', '')}" for t in group["targets"]}
         exact = {t: w for t, w in reversed(said) if "." in t and not t.startswith("re:")}
         rules = [Rule(width=w, pattern=f"^(?:{t[3:]})", kinds=self.kinds) for t, w in said if t.startswith("re:")]
-        names = [(t, w) for t, w in said if "." not in t and not t.startswith("re:")]  # a class, or a layer at the top of the model
+        names = [
+            (t, w) for t, w in said if "." not in t and not t.startswith("re:")
+        ]  # a class, or a layer at the top of the model
         rules += [Rule(width=w, pattern=f"^{re.escape(t)}$", kinds=self.kinds) for t, w in names]
         rules += [Rule(width=w, kinds=(t,)) for t, w in names if t in self.kinds]
         return Reading(layers=exact, rules=tuple(rules), notes=float_note(types))
@@ -95,13 +97,22 @@ class CompressedTensorsExporter(ConsumerTarget):
                 modules[name].weight_zero_point.data.copy_((ours.quantizer.zero - middle)[:, None].to(torch.int8))
             ModelCompressor(config).compress_model(module)
         with atomic_path(folder / FILE) as temporary:
-            save_file(own_tensors(module.state_dict()), temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest})
+            save_file(
+                own_tensors(module.state_dict()), temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest}
+            )
         extra = {"quantization_config": settings} if rows else {}
         return [folder / FILE, *write_config(folder, job.denoiser.module, extra), *paths]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Fill a model with the library and read the width of each layer's scheme and codes."""
-        from mpqsearch.export.check import build_model, forward_error, libraries, most_levels, planned_layers, stored_size
+        from mpqsearch.export.check import (
+            build_model,
+            forward_error,
+            libraries,
+            most_levels,
+            planned_layers,
+            stored_size,
+        )
 
         loaded = load(folder, module or build_model(folder))
         widths = dict.fromkeys(planned_layers(folder), FULL_PRECISION)
@@ -146,7 +157,13 @@ def quantization_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for entry in plan:
         if entry.choice:
-            weights = {"num_bits": entry.will_get, "type": "int", "symmetric": False, "strategy": "channel", "dynamic": False}
+            weights = {
+                "num_bits": entry.will_get,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "channel",
+                "dynamic": False,
+            }
             group = groups.setdefault(f"group_{entry.will_get}b", {"targets": [], "weights": weights})
             group["targets"].append(entry.layer)
     return {

@@ -168,7 +168,9 @@ class Verification:
         if self.forward_error is not None:
             lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
         if self.stored_bytes is not None:
-            lines[0] += f"; {self.stored_bytes} bytes of {self.promised_bytes} promised, and {self.header_bytes} of headers"
+            lines[0] += (
+                f"; {self.stored_bytes} bytes of {self.promised_bytes} promised, and {self.header_bytes} of headers"
+            )
         lines += [
             f"  {e.layer}: asked {e.asked}, planned {e.planned_choice or e.planned} ({e.reason}), got {e.got_text}. {e.problem}".rstrip()
             for e in self.entries
@@ -190,8 +192,8 @@ class ExportJob:
     for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
     ``choices`` names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
     taken as they are, and are planned as ``resolved`` where the map asks for another width.
-    ``input_max`` holds the largest input of each channel, for maps with a pre-scaled format, ``moments`` the second moments of inputs for
-    maps with compensated rounding.
+    ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second moments of inputs for
+    maps with GPTQ rounding.
     ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
@@ -274,7 +276,9 @@ def plan_table(plan: Iterable[PlanEntry], lost: Mapping[str, int] | None = None)
     ``lost`` of `lost_inputs` are the widths of inputs that the target does not take; the details of their layers say so.
     """
     lost = lost or {}
-    said = {n: f"its input, at {bits} bits in the map, is not quantized by what is written." for n, bits in lost.items()}
+    said = {
+        n: f"its input, at {bits} bits in the map, is not quantized by what is written." for n, bits in lost.items()
+    }
     shown = {None: "per channel", FULL_PRECISION: "full"}
     return [
         {

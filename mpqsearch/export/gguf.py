@@ -4,7 +4,7 @@ Limits, from the format (gguf 0.19, libgguf 0.2.2) and from running it through d
 
 - Formats are types, not widths: they cost 2.625 (Q2_K) to 8.5 (Q8_0) bits a weight, all in. The K types need rows of a multiple of
   256 weights, the others of 32; convolutions have shorter rows and stay at 16 bits.
-- Scales are derived by the format's own quantizer; searched ranges and codebooks of a map are not used. `round_trip` gives what it
+- Scales are derived by the format's own quantizer; searched ranges and schemes of a map are not used. `round_trip` gives what it
   makes of a weight, so that an allocation can be priced with it.
 - Layers at full precision are stored as F16, everything else as F32. The types offered are those that diffusers can read.
 - Names are those of the model (diffusers). ggml itself limits a name to 63 characters; longer ones are read by diffusers only.
@@ -58,13 +58,18 @@ class GgufExporter(ConsumerTarget):
     get = "pip install gguf libgguf"
     full_bits = 16
     tolerance = 2e-3  # diffusers decodes the blocks in half precision, gguf itself in single
-    notes = ("types, not widths: Q2_K takes 2.625 bits a weight, Q4_0 4.5", "scales are derived anew by the format's quantizer")
+    notes = (
+        "types, not widths: Q2_K takes 2.625 bits a weight, Q4_0 4.5",
+        "scales are derived anew by the format's quantizer",
+    )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Types whose blocks divide the rows of the layer."""
         if layer.kind not in self.kinds:
             return ()
-        return tuple(Choice(name=n, width=w) for n, (w, block, _) in TYPES.items() if layer.weights_per_channel % block == 0)
+        return tuple(
+            Choice(name=n, width=w) for n, (w, block, _) in TYPES.items() if layer.weights_per_channel % block == 0
+        )
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """Whole blocks: codes, and the scales and minima inside each block."""
@@ -80,7 +85,9 @@ class GgufExporter(ConsumerTarget):
         try:
             import gguf
         except ImportError as error:
-            raise ConfigError(f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf") from error
+            raise ConfigError(
+                f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf"
+            ) from error
         try:
             tensors = gguf.GGUFReader(files[0]).tensors
         except ValueError as error:
@@ -88,7 +95,9 @@ class GgufExporter(ConsumerTarget):
         types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
         prefix = "model.diffusion_model."
         return Reading(
-            layers={n.removeprefix(prefix): TYPES[t][0] if t in TYPES else _other_width(n, t) for n, t in types.items()},
+            layers={
+                n.removeprefix(prefix): TYPES[t][0] if t in TYPES else _other_width(n, t) for n, t in types.items()
+            },
             notes=("a type's blocks and scales are not taken over, its width is",),
         )
 
@@ -189,7 +198,9 @@ def quantize(weight: Tensor, choice: str) -> Any:
     import numpy as np
 
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-    return np.asarray(libgguf.quantize_rows(rows, gguf.GGMLQuantizationType[choice])).view(np.uint8).reshape(len(rows), -1)
+    return (
+        np.asarray(libgguf.quantize_rows(rows, gguf.GGMLQuantizationType[choice])).view(np.uint8).reshape(len(rows), -1)
+    )
 
 
 def dequantize(blocks: Any, choice: str) -> Tensor:

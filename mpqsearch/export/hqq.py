@@ -60,7 +60,9 @@ class HqqExporter(RecipeTarget):
         widths, weights = {}, {}
         for name, settings in recipe.items():
             plain = module.get_submodule(name)
-            layer = HQQLinear(plain, BaseQuantizeConfig(**settings), compute_dtype=torch.float32, device="cpu", del_orig=False)
+            layer = HQQLinear(
+                plain, BaseQuantizeConfig(**settings), compute_dtype=torch.float32, device="cpu", del_orig=False
+            )
             widths[name] = int(layer.meta["nbits"])
             weights[name] = layer.dequantize().reshape(plain.weight.shape)
         return widths, weights

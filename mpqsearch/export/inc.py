@@ -40,12 +40,19 @@ class IncExporter(RecipeTarget):
         zeros = 32 * -(-layer.n_channels // per_word)
         exact = coded_bits(layer, choice.width)
         return coded_bits(
-            layer, choice.width, scales=layer.n_channels, scale_bits=16, other=max(0, codes - exact.payload) + zeros + 16
+            layer,
+            choice.width,
+            scales=layer.n_channels,
+            scale_bits=16,
+            other=max(0, codes - exact.payload) + zeros + 16,
         )
 
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """Settings of each layer; full precision is a type of its own."""
-        return {e.layer: {"bits": e.will_get, "group_size": -1, "use_sym": False} if e.choice else {"dtype": "fp32"} for e in plan}
+        return {
+            e.layer: {"bits": e.will_get, "group_size": -1, "use_sym": False} if e.choice else {"dtype": "fp32"}
+            for e in plan
+        }
 
     def reading(self, recipe: Any) -> Reading | None:
         """Bits by layer; those of a type have no integers."""

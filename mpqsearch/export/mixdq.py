@@ -70,4 +70,6 @@ class MixdqExporter(WrittenTarget):
             raise ArtifactError(f"{files[0]} is no valid YAML: {error}") from error
         if not isinstance(data, Mapping) or not all(type(v) is int for v in data.values()):
             return None
-        return Reading(layers={str(n)[max(0, str(n).find(_PREFIX)) :].removeprefix(_PREFIX): v for n, v in data.items()})
+        return Reading(
+            layers={str(n)[max(0, str(n).find(_PREFIX)) :].removeprefix(_PREFIX): v for n, v in data.items()}
+        )

@@ -2,7 +2,7 @@
 
 Limits, from running mlx 0.32.4 on a processor without Apple's GPU:
 
-- Our codes are kept, in either codebook: MLX decodes ``scale * code + bias``, so a zero of ``(2**bits - 1) / 2`` is no obstacle.
+- Our codes are kept, in either scheme: MLX decodes ``scale * code + bias``, so a zero of ``(2**bits - 1) / 2`` is no obstacle.
 - MLX has groups of 32, 64 or 128 inputs. The largest that divides a row is used and the row's scale repeated, so rows must be multiples
   of 32. There are no 7 bits, and no packed convolutions.
 - The model itself must exist in MLX; names are those of the model here. Width by layer is in ``config.json`` under ``quantization``,
@@ -75,8 +75,8 @@ class MlxExporter(ConsumerTarget):
         from mpqsearch.export.check import our_rows, own_tensors
 
         assert job.denoiser is not None
-        prescaled = [e.layer for e in plan if e.choice and job.bit_map.format_of(e.layer).prescale]
-        rows = our_rows(job, plan, affine=bool(prescaled))
+        smoothed = [e.layer for e in plan if e.choice and job.bit_map.format_of(e.layer).smooth]
+        rows = our_rows(job, plan, affine=bool(smoothed))
         state = own_tensors(job.denoiser.module.state_dict())
         check: dict[str, Any] = {}
         settings: dict[str, Any] = {"group_size": 64, "bits": 4}
@@ -119,7 +119,9 @@ class MlxExporter(ConsumerTarget):
                 continue
             x, y = check[f"x.{name}"], check[f"y.{name}"]
             layer = mlx.nn.Linear(x.shape[1], y.shape[1], bias=False).to_quantized(**values)
-            layer.load_weights([(part, weights[f"{name}.{part}"]) for part in ("weight", "scales", "biases")], strict=True)
+            layer.load_weights(
+                [(part, weights[f"{name}.{part}"]) for part in ("weight", "scales", "biases")], strict=True
+            )
             widths[name] = int(layer.bits)
             seen = np.array(layer(mx.array(x)))
             worst = max(worst, float(np.abs(seen - y).max() / np.abs(y).max()))

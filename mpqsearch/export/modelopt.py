@@ -44,7 +44,11 @@ class ModelOptExporter(RecipeTarget):
         """The list form of ``quant_cfg``: everything off, then one entry a layer."""
         entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
         entries += [
-            {"quantizer_name": f"{e.layer}.weight_quantizer", "cfg": {"num_bits": e.will_get, "axis": 0}, "enable": True}
+            {
+                "quantizer_name": f"{e.layer}.weight_quantizer",
+                "cfg": {"num_bits": e.will_get, "axis": 0},
+                "enable": True,
+            }
             for e in plan
             if e.choice
         ]
@@ -62,7 +66,9 @@ class ModelOptExporter(RecipeTarget):
         if not isinstance(entries, list):
             return None
         said = [(str(e["quantizer_name"]), _bits(e)) for e in reversed(entries)]
-        exact = [n.removesuffix(".weight_quantizer") for n, _ in said if n.endswith(".weight_quantizer") and "*" not in n]
+        exact = [
+            n.removesuffix(".weight_quantizer") for n, _ in said if n.endswith(".weight_quantizer") and "*" not in n
+        ]
         layers = {stem: next(w for n, w in said if fnmatch.fnmatch(f"{stem}.weight_quantizer", n)) for stem in exact}
         globs = [
             (re.sub(r"\.?weight_quantizer$", "", n) or "*", w)

@@ -78,7 +78,8 @@ def check_schema(body: Mapping[str, Any], where: str) -> None:
     from jsonschema import Draft202012Validator
 
     errors = sorted(
-        Draft202012Validator(bit_map_schema(int(body["version"]))).iter_errors(body), key=lambda e: list(map(str, e.absolute_path))
+        Draft202012Validator(bit_map_schema(int(body["version"]))).iter_errors(body),
+        key=lambda e: list(map(str, e.absolute_path)),
     )
     if errors:
         place = " / ".join(map(str, errors[0].absolute_path)) or "the top level"
@@ -144,7 +145,7 @@ class NeutralExporter:
         return tuple(Choice(name=f"{w} bits", width=w) for w in WIDTHS)
 
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
-        """The ideal cost: what the bit map's own accounting gives a layer at one width, in the affine format."""
+        """The ideal cost: what the bit map's own accounting gives a layer at one width, in the asymmetric format."""
         width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
         bits = layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
         return StoredBits(payload=bits.payload, metadata=bits.metadata, unquantized=bits.unquantized)
@@ -168,7 +169,9 @@ class NeutralExporter:
         path = folder / FILE
         source = job.denoiser.source if job.denoiser is not None else ""
         class_name = type(job.denoiser.module).__name__ if job.denoiser is not None else ""
-        write_neutral(path, job.table, job.bit_map, job.inputs, provenance=job.provenance, source=source, class_name=class_name)
+        write_neutral(
+            path, job.table, job.bit_map, job.inputs, provenance=job.provenance, source=source, class_name=class_name
+        )
         sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
         return [path] if sidecar is None else [path, folder / sidecar["file"]]
 
@@ -234,9 +237,13 @@ def _structure(lines: Any) -> str:
 
 def _check_digests(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
     if bit_map.digest != data["map_digest"]:
-        raise ArtifactError(f"{path}: the widths or settings were changed after the map was written (map_digest differs)")
+        raise ArtifactError(
+            f"{path}: the widths or settings were changed after the map was written (map_digest differs)"
+        )
     if _structure((la.name, la.kind, la.weight_shape) for la in layers) != data["model"]["structure"]:
-        raise ArtifactError(f"{path}: names, kinds or shapes were changed after the map was written (model.structure differs)")
+        raise ArtifactError(
+            f"{path}: names, kinds or shapes were changed after the map was written (model.structure differs)"
+        )
 
 
 def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
@@ -246,7 +253,9 @@ def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, laye
     for layer in layers:
         entry, widths = data["layers"][layer.name], bit_map.weights[layer.name]
         if widths.ndim and len(widths) != layer.n_channels:
-            raise ArtifactError(f"{path}: {layer.name!r} has {len(widths)} widths for {layer.n_channels} output channels")
+            raise ArtifactError(
+                f"{path}: {layer.name!r} has {len(widths)} widths for {layer.n_channels} output channels"
+            )
         if widths.ndim and {int(k): v for k, v in entry["channel_summary"].items()} != _counts(widths):
             raise ArtifactError(f"{path}: channel_summary of {layer.name!r} does not count its widths")
         bits = mapped_bits(layer, bit_map, storage)
@@ -257,10 +266,19 @@ def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, laye
     names = {la.name for la in layers}
     values = sum(la.n_weights for la in layers) + sum(u["n_values"] for u in apart if u["name"] not in names)
     stored = sum(u["stored_bits"] for u in apart)
-    _require(path, "stored_bits of unquantized layers", sum(u["stored_bits"] for u in apart if u["name"] in names), whole)
+    _require(
+        path, "stored_bits of unquantized layers", sum(u["stored_bits"] for u in apart if u["name"] in names), whole
+    )
     _require(path, "accounting.n_parameters", totals["n_parameters"], values)
-    _require(path, "accounting.payload_bits", totals["payload_bits"], sum(e["payload_bits"] for e in data["layers"].values()))
-    _require(path, "accounting.metadata_bits", totals["metadata_bits"], sum(e["metadata_bits"] for e in data["layers"].values()))
+    _require(
+        path, "accounting.payload_bits", totals["payload_bits"], sum(e["payload_bits"] for e in data["layers"].values())
+    )
+    _require(
+        path,
+        "accounting.metadata_bits",
+        totals["metadata_bits"],
+        sum(e["metadata_bits"] for e in data["layers"].values()),
+    )
     _require(path, "accounting.unquantized_bits", totals["unquantized_bits"], stored)
     parts = totals["payload_bits"] + totals["metadata_bits"] + totals["unquantized_bits"]
     _require(path, "accounting.total_bits", totals["total_bits"], parts)

@@ -3,7 +3,7 @@
 The rows of a layer are sorted into containers of 2, 4 and 8 bits, each container goes through a ``DequantizeLinear`` with a scale and a
 zero point a row, and ``Concat`` and ``Gather`` put the rows back in order. Limits, from running onnx 1.23 and ONNX Runtime 1.31:
 
-- Our codes, scales and zero points are kept in every codebook: what runs is the fake-quantized model. 1 bit lies in a 2-bit container,
+- Our codes, scales and zero points are kept in every scheme: what runs is the fake-quantized model. 1 bit lies in a 2-bit container,
   3 bits in 4, 5 to 7 bits in 8; the stored size says so.
 - The order of the rows costs 64 bits a row of a mixed layer whose rows are not sorted by width already.
 - Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need opset 25.
@@ -65,7 +65,7 @@ class OnnxExporter(ConsumerTarget):
     rerounds = False
     needs_config = False
     tolerance = 1e-5
-    notes = ("a width for every output channel; our codes in every codebook", "stored in 2, 4 or 8 bits a code")
+    notes = ("a width for every output channel; our codes in every scheme", "stored in 2, 4 or 8 bits a code")
 
     def capabilities(self) -> Capabilities:
         """Every width for every output channel."""
@@ -106,7 +106,9 @@ class OnnxExporter(ConsumerTarget):
                 detail = f"onnx quantizes {', '.join(self.kinds)} only; the layer stays at full precision."
                 if job.rounding == "error":
                     raise ConfigError(f"onnx cannot hold layer {layer.name!r} ({layer.kind}): {detail}")
-                entry = PlanEntry(layer=layer.name, asked=asked, will_get=FULL_PRECISION, reason="unsupported_kind", detail=detail)
+                entry = PlanEntry(
+                    layer=layer.name, asked=asked, will_get=FULL_PRECISION, reason="unsupported_kind", detail=detail
+                )
             else:
                 mixed = asked[0] != asked[1]
                 choice = "" if mixed else f"uint{asked[0]}"
@@ -128,7 +130,7 @@ class OnnxExporter(ConsumerTarget):
             each = [part_bits(layer, p.bits, len(p.rows)) for p in parts]
             order = 0 if in_order(parts) else 64 * layer.n_channels
             fmt = job.bit_map.format_of(layer.name)
-            order += _shift_bits(parts, fmt.codebook) + (32 * layer.weights_per_channel if fmt.prescale else 0)
+            order += _shift_bits(parts, fmt.scheme) + (32 * layer.weights_per_channel if fmt.smooth else 0)
             layers[layer.name] = StoredBits(
                 payload=sum(b.payload for b in each),
                 metadata=sum(b.metadata for b in each) + order,
@@ -144,15 +146,17 @@ class OnnxExporter(ConsumerTarget):
 
         assert job.denoiser is not None
         for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
-            if job.bit_map.format_of(name).prescale and job.table[name].groups > 1:
-                raise ConfigError(f"onnx cannot hold the pre-scaling of the grouped layer {name!r}; use a format without prescale")
+            if job.bit_map.format_of(name).smooth and job.table[name].groups > 1:
+                raise ConfigError(
+                    f"onnx cannot hold the smoothing of the grouped layer {name!r}; use a format without smooth"
+                )
         rows = our_rows(job, plan, affine=False)
         expected = fake_quantized(job, rows)
         check = write_check(folder / CHECK, expected, job.cond)
         model = traced(expected, job.cond)
         for name, ours in rows.items():
             widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
-            whole = job.bit_map.format_of(name).codebook == "affine"
+            whole = job.bit_map.format_of(name).scheme == "asymmetric"
             put_containers(model.graph, f"{_PREFIX}{name}.weight", job.table[name], parts_of(widths), ours, whole=whole)
         model.metadata_props.add(key="mpqsearch.bit_map", value=job.bit_map.digest)
         files = [folder / FILE]
@@ -201,7 +205,9 @@ class OnnxExporter(ConsumerTarget):
             session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
             y = session.run(None, {i.name: check[i.name.replace("__", ".")] for i in session.get_inputs()})[0]
             error = float(np.abs(y - check["y"]).max() / max(np.abs(check["y"]).max(), 1e-12))
-        ours = {u["name"] for u in neutral.data["unquantized"]}  # buffers and constants of the trace belong to the graph
+        ours = {
+            u["name"] for u in neutral.data["unquantized"]
+        }  # buffers and constants of the trace belong to the graph
         ours |= {f"{layer}.weight" for layer in widths}
         stored = sum(_bytes_of(t) for t in model.graph.initializer if _owner(t.name) in ours)
         on_disk = sum(p.stat().st_size for p in (folder / FILE, folder / f"{FILE}.data") if p.exists())
@@ -282,13 +288,17 @@ def traced(denoiser: Any, cond: Any) -> Any:
     return model
 
 
-def put_containers(graph: Any, name: str, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool) -> None:
+def put_containers(
+    graph: Any, name: str, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool
+) -> None:
     """Replace the initializer ``name`` of a layer by nodes that decode its rows; ``whole`` when all zero points are integers."""
     from onnx import TensorProto, helper, numpy_helper
 
     found = [t for t in graph.initializer if t.name == name]
     if not found:
-        raise ConfigError(f"the traced model has no parameter {name.removeprefix(_PREFIX)!r}: was it folded or never used?")
+        raise ConfigError(
+            f"the traced model has no parameter {name.removeprefix(_PREFIX)!r}: was it folded or never used?"
+        )
     graph.initializer.remove(found[0])
     shape = layer.weight_shape
     # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it transposed instead
@@ -378,14 +388,18 @@ def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.i
     return result
 
 
-def _compare_rows(name: str, held: tuple[NDArray[np.int64], NDArray[np.int64]], asked: NDArray[np.uint8]) -> tuple[str, int]:
+def _compare_rows(
+    name: str, held: tuple[NDArray[np.int64], NDArray[np.int64]], asked: NDArray[np.uint8]
+) -> tuple[str, int]:
     """A problem in words (empty: none) and the width to report: that of the map when every row fits it, else the container's."""
     bits, top = held
     wanted = np.array([CONTAINERS.get(int(w), 32) for w in asked])
     wrong = np.flatnonzero((bits != wanted) | ((asked < 8) & (top >= 2 ** np.minimum(asked, 8).astype(np.int64))))
     if len(wrong):
         row = int(wrong[0])
-        why = f"{name}: row {row} was asked at {asked[row]} bits and lies in {bits[row]} bits with codes up to {top[row]}"
+        why = (
+            f"{name}: row {row} was asked at {asked[row]} bits and lies in {bits[row]} bits with codes up to {top[row]}"
+        )
         return f"{why} ({len(wrong)} such rows)", int(bits.max())
     return "", int(asked.max())
 
@@ -399,9 +413,9 @@ def _transposed(graph: Any, name: str) -> tuple[str, bool]:
     return str(takers[0].output[0]), True
 
 
-def _shift_bits(parts: Sequence[Part], codebook: str) -> int:
-    """Codebooks without integer zero points: rows are shifted by a float32 instead."""
-    if codebook == "affine":
+def _shift_bits(parts: Sequence[Part], scheme: str) -> int:
+    """Schemes without integer zero points: rows are shifted by a float32 instead."""
+    if scheme == "asymmetric":
         return 0
     return sum(32 * len(p.rows) - 8 * -(-len(p.rows) * p.bits // 8) for p in parts if p.bits != 32)
 

@@ -1,7 +1,7 @@
 """Our own packed checkpoint: codes of 1 to 8 bits densely packed by channel, and back into a diffusers model, bit for bit.
 
 ``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, rows of that width in order), the
-half-precision scales with one exponent a layer, zero points, widths, pre-scaling factors and rows at full precision; every other tensor of
+half-precision scales with one exponent a layer, zero points, widths, smoothing factors and rows at full precision; every other tensor of
 the model is stored as it is. ``packed.json`` names the model, the map's digest and the SHA-256 of every layer's tensors; the map is
 beside it in ``bitmap.json``. Layers are written and read one after another, so that no more than one of them is in memory beside the model.
 """
@@ -61,7 +61,7 @@ def pack_layer(rows: QuantizedRows) -> Arrays:
         "bits": bits.astype(np.uint8),
         "scale": half,
         "exponent": np.array([exponent], dtype=np.float32),
-        "zero": np.rint(2 * zero).astype(np.int16),  # mid-rise zeros are halves
+        "zero": np.rint(2 * zero).astype(np.int16),  # symmetric zeros are halves
     }
     for width in np.unique(bits[bits != FULL_PRECISION]):
         arrays[f"codes.{int(width)}"] = pack_bits(codes[bits == width], int(width))
@@ -89,7 +89,9 @@ def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor
     step = max(1, BLOCK // fan_in)
     for width in np.unique(bits[bits != FULL_PRECISION]):
         rows = torch.from_numpy(np.flatnonzero(bits == width))
-        codes = torch.from_numpy(unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)).view(-1, fan_in)
+        codes = torch.from_numpy(unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)).view(
+            -1, fan_in
+        )
         for start in range(0, len(rows), step):  # what `mpqsearch.quant.decode` does, in blocks that stay in the cache
             part = rows[start : start + step]
             block = codes[start : start + step].float()
@@ -113,7 +115,7 @@ def save_quantized(
 ) -> list[Path]:
     """Quantize ``module`` layer by layer and write the packed checkpoint; a reader sees all of it or none.
 
-    ``input_max`` is needed by pre-scaled formats, ``moments`` by compensated rounding.
+    ``input_max`` is needed by smoothed formats, ``moments`` by GPTQ rounding.
     Raises `LayerMismatchError` when the map is for another model, `ConfigError` for a
     module without a diffusers configuration.
     """
@@ -143,12 +145,16 @@ def save_quantized(
                 yield (
                     name,
                     pack_layer(
-                        quantize_weight(weight, layer, widths, bit_map.format_of(name), found, moment_of(name, moments, None))
+                        quantize_weight(
+                            weight, layer, widths, bit_map.format_of(name), found, moment_of(name, moments, None)
+                        )
                     ),
                 )
 
     state = {
-        k: v for k, v in module.state_dict().items() if k.removesuffix(".weight") not in quantized or not k.endswith(".weight")
+        k: v
+        for k, v in module.state_dict().items()
+        if k.removesuffix(".weight") not in quantized or not k.endswith(".weight")
     }
     with atomic_write(folder / FILE) as handle:
         entries, offset = {}, 0
@@ -183,7 +189,11 @@ def save_quantized(
     }
     save_bit_map(folder / MAP, bit_map, dict(inputs or {}))
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs or {}))
-    return [p for p in (folder / FILE, folder / MAP, (folder / MAP).with_suffix(".safetensors"), folder / HEADER) if p.is_file()]
+    return [
+        p
+        for p in (folder / FILE, folder / MAP, (folder / MAP).with_suffix(".safetensors"), folder / HEADER)
+        if p.is_file()
+    ]
 
 
 def load_quantized(path: str | Path) -> nn.Module:
@@ -202,7 +212,9 @@ def load_quantized(path: str | Path) -> nn.Module:
     table = LayerTable.from_data(data["model"])
     maker: Any = getattr(diffusers, str(data["config"].get("_class_name")), None)
     if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
-        raise ArtifactError(f"{folder / HEADER} names {data['config'].get('_class_name')!r}, which is no model of diffusers")
+        raise ArtifactError(
+            f"{folder / HEADER} names {data['config'].get('_class_name')!r}, which is no model of diffusers"
+        )
     build: Any = maker  # diffusers has no types to say that it has from_config
     with _without_filling():
         module: Any = build.from_config(data["config"]).eval().requires_grad_(False)
@@ -227,7 +239,9 @@ def load_quantized(path: str | Path) -> nn.Module:
             for key in found:
                 total.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
             if not found or total.hexdigest() != digest:
-                raise ArtifactError(f"{file}: the layer {name!r} is missing or was altered after the checkpoint was written")
+                raise ArtifactError(
+                    f"{file}: the layer {name!r} is missing or was altered after the checkpoint was written"
+                )
             if name in by_layer:
                 layer = table[name]
                 rows = unpack_layer({k.removeprefix(f"{name}.packed."): a for k, a in arrays.items()}, layer)
@@ -248,7 +262,11 @@ def _layout(
     """Type, shape and bytes of every tensor, in the order of the file, known before any layer is quantized."""
     sizes: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for key, tensor in state.items():
-        sizes[key] = (_TYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+        sizes[key] = (
+            _TYPES[str(tensor.dtype).removeprefix("torch.")],
+            tuple(tensor.shape),
+            tensor.numel() * tensor.element_size(),
+        )
     for name, layer in quantized.items():
         widths = bit_map.channel_widths(name, layer.n_channels)
         n, fan_in = layer.n_channels, layer.weights_per_channel
@@ -261,7 +279,7 @@ def _layout(
         for width in np.unique(widths[widths != FULL_PRECISION]):
             size = packed_size(int((widths == width).sum()) * fan_in, int(width))
             parts[f"codes.{int(width)}"] = ("U8", (size,), size)
-        if bit_map.format_of(name).prescale:
+        if bit_map.format_of(name).smooth:
             parts["factor"] = ("F32", (layer.groups, fan_in), 4 * layer.groups * fan_in)
         full = int((widths == FULL_PRECISION).sum())
         if full:
@@ -285,7 +303,14 @@ def _without_filling() -> Iterator[None]:
     from torch.overrides import TorchFunctionMode
 
     init = torch.nn.init
-    skipped = {init.kaiming_uniform_, init.kaiming_normal_, init.xavier_uniform_, init.xavier_normal_, init.uniform_, init.normal_}
+    skipped = {
+        init.kaiming_uniform_,
+        init.kaiming_normal_,
+        init.xavier_uniform_,
+        init.xavier_normal_,
+        init.uniform_,
+        init.normal_,
+    }
     skipped |= {init.trunc_normal_, torch.Tensor.uniform_, torch.Tensor.normal_}
 
     class Mode(TorchFunctionMode):
@@ -308,7 +333,9 @@ def _first_lost(file: Path, digests: Mapping[str, str]) -> str:
     except (OSError, ValueError, struct.error):
         return "is missing or has no readable header"
     here = len(raw) - 8 - size
-    lost = [(e["data_offsets"][0], k) for k, e in entries.items() if k != "__metadata__" and e["data_offsets"][1] > here]
+    lost = [
+        (e["data_offsets"][0], k) for k, e in entries.items() if k != "__metadata__" and e["data_offsets"][1] > here
+    ]
     if not lost:
         return f"is damaged ({len(digests)} layers)"
     return f"is cut off in the layer {min(lost)[1].split('.packed.')[0]!r}"

@@ -4,7 +4,7 @@ Limits, from its code (0.2.7) and from running it:
 
 - Widths 2, 4 and 8. One width per layer. Linear and Conv2d; other layers stay at full precision.
 - It re-derives scales from the weights (minimum and maximum, in groups of 128 inputs or fewer for 2 and 4 bits, a row for 8), so the
-  searched ranges and codebooks of a map are not used, and stored bits are above the nominal ones.
+  searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
 - Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoExporter.verify`.
 - Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once per installation.
   Here the same is computed in torch instead, until that kernel exists.
@@ -46,7 +46,7 @@ class QuantoExporter(ConsumerTarget):
     tested = "0.2.7"
     get = "pip install 'mpqsearch[export]'"
     notes = (
-        "scales are derived anew from the weights; searched ranges and codebooks are not used",
+        "scales are derived anew from the weights; searched ranges and schemes are not used",
         "2 and 4 bits have groups of up to 128 inputs with a float scale and shift each",
         "it compiles a C++ kernel, once, where 2 or 4 bits are first loaded or used",
     )
@@ -81,7 +81,11 @@ class QuantoExporter(ConsumerTarget):
     def read(self, path: Path) -> Reading | None:
         """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
         data = json_at(path, MAP)
-        if not isinstance(data, Mapping) or not data or not all(isinstance(v, Mapping) and "weights" in v for v in data.values()):
+        if (
+            not isinstance(data, Mapping)
+            or not data
+            or not all(isinstance(v, Mapping) and "weights" in v for v in data.values())
+        ):
             return None
         types = {n: v["weights"] or "none" for n, v in data.items()}
         inputs = any((v.get("activations") or "none") != "none" for v in data.values())
@@ -130,7 +134,9 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     wanted = {e.layer: f"qint{e.will_get}" for e in plan if e.will_get != FULL_PRECISION}
     wrong = [n for n in {*wanted, *taken} if taken.get(n, {}).get("weights") != wanted.get(n)]
     if wrong:
-        raise ConfigError(f"quanto did not take {', '.join(sorted(wrong)[:5])} as planned; are these modules of the model?")
+        raise ConfigError(
+            f"quanto did not take {', '.join(sorted(wrong)[:5])} as planned; are these modules of the model?"
+        )
     return clone
 
 
@@ -161,5 +167,7 @@ def _write_weights(path: Path, module: nn.Module, job: ExportJob) -> Path:
     from mpqsearch.export.check import own_tensors
 
     with atomic_path(path) as temporary:
-        save_file(own_tensors(module.state_dict()), temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest})
+        save_file(
+            own_tensors(module.state_dict()), temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest}
+        )
     return path

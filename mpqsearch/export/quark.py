@@ -64,7 +64,9 @@ class QuarkExporter(RecipeTarget):
             return None
         types = {n: (v.get("weight") or {}).get("dtype", "none") for n, v in recipe["layer_quant_config"].items()}
         rest = (recipe.get("global_quant_config") or {}).get("weight")
-        notes: tuple[str, ...] = ("its settings for all other layers are not read; they keep full precision here",) if rest else ()
+        notes: tuple[str, ...] = (
+            ("its settings for all other layers are not read; they keep full precision here",) if rest else ()
+        )
         exact = {n: t for n, t in types.items() if "*" not in n}
         notes += ("wildcards are not read",) if len(exact) < len(types) else ()
         return Reading(layers={n: bits_of(t) for n, t in exact.items()}, notes=notes + float_note(exact))

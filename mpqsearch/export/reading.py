@@ -62,7 +62,7 @@ class Imported:
 def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: QuantFormat | None = None) -> Imported:
     """Read the widths that a file or folder of another quantizer gives to the layers of ``table``.
 
-    ``source``: the target whose format it is; None: found out. ``fmt``: what the widths shall mean here (default: the affine codebook), since scales
+    ``source``: the target whose format it is; None: found out. ``fmt``: what the widths shall mean here (default: the asymmetric scheme), since scales
     and codes of the file are not taken over.
 
     Raises `ArtifactError` when there is no such file, when it is damaged or of no known format; `ConfigError` when it fits several;
@@ -122,7 +122,9 @@ def resolve(reading: Reading, table: LayerTable, where: str) -> dict[str, int]:
     if wrong:
         name, width = next(iter(wrong.items()))
         more = f" and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
-        raise LayerMismatchError(f"{where} gives {name!r}{more} {width} bits; widths are 1 to 8, or 16 for full precision")
+        raise LayerMismatchError(
+            f"{where} gives {name!r}{more} {width} bits; widths are 1 to 8, or 16 for full precision"
+        )
     if all(w == FULL_PRECISION for w in widths.values()):
         raise LayerMismatchError(f"{where} quantizes no layer of {table.model or 'the model'!r}")
     return widths
@@ -149,7 +151,11 @@ def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
     if not isinstance(data, Mapping):
         return None
     config = data.get("quantization_config", data)
-    return config if isinstance(config, Mapping) and str(config.get("quant_method", "")).replace("_", "-") == method else None
+    return (
+        config
+        if isinstance(config, Mapping) and str(config.get("quant_method", "")).replace("_", "-") == method
+        else None
+    )
 
 
 def bits_of(name: str) -> int:
@@ -169,7 +175,11 @@ def bits_of(name: str) -> int:
 def float_note(names: Mapping[str, Any]) -> tuple[str, ...]:
     """A note for layers in 8-bit floats or 4-bit floats: here their width stands for integers."""
     floats = sorted(n for n, t in names.items() if re.search(r"(float|fp|nf|mx)_?[48]", str(t).lower()))
-    return (f"{len(floats)} layers are in floats there, such as {floats[0]!r}: here the same width in integers",) if floats else ()
+    return (
+        (f"{len(floats)} layers are in floats there, such as {floats[0]!r}: here the same width in integers",)
+        if floats
+        else ()
+    )
 
 
 def _readings(path: Path, source: str | None) -> dict[str, Reading]:

@@ -16,7 +16,9 @@ _EXACT = 1e-9  # a mean of widths that is this close to a width is that width
 Choices = Callable[[LayerSpec], Sequence[Choice]]
 
 
-def plan_layers(job: ExportJob, target: str, choices: Choices, kinds: Sequence[str], limits: str = "") -> list[PlanEntry]:
+def plan_layers(
+    job: ExportJob, target: str, choices: Choices, kinds: Sequence[str], limits: str = ""
+) -> list[PlanEntry]:
     """One entry per layer for a target with one format per layer, out of ``choices(layer)``, the preferred one of each width first.
 
     A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another width. A layer whose
@@ -99,7 +101,10 @@ def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> l
     allowed = np.array([[int(w) in has for w in widths] for has in offered])
     cost = np.array([la.n_weights for la in layers], dtype=np.int64)[:, None] * widths[None]
     loss = np.stack(
-        [la.weights_per_channel * (4.0 ** (a[:, None] - widths[None])).sum(axis=0) for la, a in zip(layers, asked, strict=True)]
+        [
+            la.weights_per_channel * (4.0 ** (a[:, None] - widths[None])).sum(axis=0)
+            for la, a in zip(layers, asked, strict=True)
+        ]
     )
     payload = sum(la.weights_per_channel * int(a.sum()) for la, a in zip(layers, asked, strict=True))
     ties = tie_groups(layers)
@@ -108,7 +113,11 @@ def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> l
     result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed, ties=ties, names=names))
     entries = []
     for layer, widths_asked, chosen in zip(layers, asked, result.choice, strict=True):
-        got, plain, mean = int(widths[chosen]), bool((widths_asked == widths_asked[0]).all()), float(widths_asked.mean())
+        got, plain, mean = (
+            int(widths[chosen]),
+            bool((widths_asked == widths_asked[0]).all()),
+            float(widths_asked.mean()),
+        )
         exact = plain and got == int(widths_asked[0])
         detail = "" if exact else f"mean width {mean:.2f}; all layers were chosen together at the payload of the map."
         entries.append(_entry(layer, job, _first(choices(layer), got), "exact" if exact else "resolved", detail))

@@ -57,7 +57,9 @@ class SdcppExporter(WrittenTarget):
         """One rule a layer. Raises `ConfigError` for a name that the syntax cannot hold."""
         bad = next((e.layer for e in plan if e.choice and set(e.layer) & set(",=")), None)
         if bad is not None:
-            raise ConfigError(f"the rules of stable-diffusion.cpp cannot name {bad!r}: it contains a comma or an equals sign")
+            raise ConfigError(
+                f"the rules of stable-diffusion.cpp cannot name {bad!r}: it contains a comma or an equals sign"
+            )
         return ",".join(f"^{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice) + "\n"
 
     def read(self, path: Path) -> Reading | None:
@@ -66,12 +68,16 @@ class SdcppExporter(WrittenTarget):
         if not file.is_file() or file.suffix != ".txt":
             return None
         rules = [r.partition("=") for r in file.read_text().strip().split(",") if r]
-        types = {spelled(t): w for t, (w, _, _) in TYPES.items()} | dict.fromkeys(("f16", "f32", "bf16"), FULL_PRECISION)
+        types = {spelled(t): w for t, (w, _, _) in TYPES.items()} | dict.fromkeys(
+            ("f16", "f32", "bf16"), FULL_PRECISION
+        )
         if not all(sign for _, sign, _ in rules):
             return None
         unknown = next((f"{p}={t}" for p, _, t in rules if t not in types), None)
         if unknown is not None:
-            raise ConfigError(f"{file}: the rule {unknown!r} has a type that is not known here. Known: {', '.join(types)}.")
+            raise ConfigError(
+                f"{file}: the rule {unknown!r} has a type that is not known here. Known: {', '.join(types)}."
+            )
         exact = {
             p: re.sub(r"\\(.)", r"\1", p[1:-1]).removesuffix(".weight")
             for p, _, _ in rules
@@ -81,7 +87,9 @@ class SdcppExporter(WrittenTarget):
         first = {n: w for n, w, is_name in reversed(said) if is_name}
         return Reading(
             layers=first,
-            rules=tuple(Rule(width=w, pattern=n.replace(r"\.weight", ""), kinds=self.kinds) for n, w, e in said if not e),
+            rules=tuple(
+                Rule(width=w, pattern=n.replace(r"\.weight", ""), kinds=self.kinds) for n, w, e in said if not e
+            ),
         )
 
 

@@ -3,7 +3,7 @@
 SDNQ is GPL-3.0-only software. Nothing here imports it: diffusers does, when it is installed, from the configuration that is written
 here as data. Limits, from running sdnq 0.2.8 through diffusers 0.42.1:
 
-- It derives scales anew (minimum and maximum of a row, and of each tap of a convolution kernel), so searched ranges and codebooks of a
+- It derives scales anew (minimum and maximum of a row, and of each tap of a convolution kernel), so searched ranges and schemes of a
   map are not used.
 - 2 to 8 bits are packed densely; one bit takes a whole byte a weight in 0.2.8.
 - Its own skip lists and size limits would change a map: the configuration switches them off, and names every layer as
@@ -39,7 +39,10 @@ class SdnqExporter(ConsumerTarget):
     limits = "a multiple of 8 weights"
     tested = "0.2.8"
     tolerance = 1e-5
-    notes = ("scales are derived anew; a scale and a zero point for each tap of a convolution", "one bit is stored as a byte")
+    notes = (
+        "scales are derived anew; a scale and a zero point for each tap of a convolution",
+        "one bit is stored as a byte",
+    )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """uint1 to uint8 for linear layers and 2-d convolutions."""
@@ -78,17 +81,23 @@ class SdnqExporter(ConsumerTarget):
         assert job.denoiser is not None
         module: Any = job.denoiser.module
         if not isinstance(module, diffusers.ModelMixin):
-            raise ConfigError(f"the target 'sdnq' goes through diffusers; {type(module).__name__} is no diffusers model")
+            raise ConfigError(
+                f"the target 'sdnq' goes through diffusers; {type(module).__name__} is no diffusers model"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".sdnq.") as scratch:
             plain, packed = Path(scratch, "plain"), Path(scratch, "packed")
             module.save_pretrained(plain, safe_serialization=True)
             config = diffusers.SDNQConfig(**sdnq_config(plan)) if planned_widths(plan) else None
-            quantized = type(module).from_pretrained(plain, quantization_config=config, torch_dtype=torch.float32).eval()
+            quantized = (
+                type(module).from_pretrained(plain, quantization_config=config, torch_dtype=torch.float32).eval()
+            )
             quantized.save_pretrained(packed, safe_serialization=True, max_shard_size="1TB")
             with atomic_path(folder / WEIGHTS) as temporary:
                 (packed / WEIGHTS).replace(temporary)
-            write_text(folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n")
+            write_text(
+                folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
+            )
         check = write_check(folder / CHECK, job.denoiser.with_module(quantized), job.cond)
         return [folder / WEIGHTS, folder / CONFIG, *check]
 
@@ -100,7 +109,9 @@ class SdnqExporter(ConsumerTarget):
 
         if module is not None:
             raise ConfigError("the target 'sdnq' is loaded by diffusers, which builds the model itself: give no module")
-        module = model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True).eval()
+        module = (
+            model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True).eval()
+        )
         planned = planned_layers(folder)
         choices = {
             name: str(layer.sdnq_dequantizer.weights_dtype)

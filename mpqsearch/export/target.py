@@ -40,7 +40,7 @@ class ConsumerTarget:
     ``requires``: pip name of the library, ``imports``: the modules that must be there. ``kinds``: layer kinds it quantizes.
     ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and ``kept_bits``: bits of a value
     in layers at full precision, and in parameters that are no weight layer. ``tolerance``: largest difference of the forward pass as
-    a share of the largest output. ``rerounds``: the library derives scales anew, so that ranges and codebooks of a map are not used.
+    a share of the largest output. ``rerounds``: the library derives scales anew, so that ranges and schemes of a map are not used.
     ``needs_config``: the model is built from ``config.json`` to read the export back. ``tested``: version of the library that was run.
     ``by_consumer``: False when the consumer was never run; ``read_back`` is then our own reading. ``get``: where it comes from, when that is
     not ``pip install`` of ``requires``.
@@ -149,7 +149,11 @@ class ConsumerTarget:
                 }
                 for e in plan
             ],
-            "promised_bits": {"payload": promised.payload, "metadata": promised.metadata, "unquantized": promised.unquantized},
+            "promised_bits": {
+                "payload": promised.payload,
+                "metadata": promised.metadata,
+                "unquantized": promised.unquantized,
+            },
             "payload": self.payload,
             "verified_by": self.requires if self.by_consumer else "",
             "sample_shape": list(job.denoiser.sample_shape),
@@ -175,7 +179,9 @@ class ConsumerTarget:
         elif (folder / CONFIG).is_file() or not self.needs_config:
             seen = fresh_process([(self.name, folder)])[0]
         else:
-            why = f"{folder} has no {CONFIG}: not a diffusers model. Give verify() a new instance of its class as module."
+            why = (
+                f"{folder} has no {CONFIG}: not a diffusers model. Give verify() a new instance of its class as module."
+            )
             return Verification(target=self.name, entries=(), problems=(why,))
         return self.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, seen)
 
@@ -201,11 +207,15 @@ class ConsumerTarget:
             problems.append("the forward pass is not finite")
             error = None
         if error is not None and error > self.tolerance:
-            problems.append(f"the forward pass differs by {error:.2g} of the largest output, more than {self.tolerance:g}")
+            problems.append(
+                f"the forward pass differs by {error:.2g} of the largest output, more than {self.tolerance:g}"
+            )
         stored = seen.get("stored_bytes")
         promised = None if stored is None else -(-sum(manifest["promised_bits"].values()) // 8)
         if stored is not None and promised is not None and abs(stored - promised) > SIZE_TOLERANCE * promised:
-            problems.append(f"the tensors take {stored} bytes, {promised} were promised: more than {SIZE_TOLERANCE:.0%} apart")
+            problems.append(
+                f"the tensors take {stored} bytes, {promised} were promised: more than {SIZE_TOLERANCE:.0%} apart"
+            )
         return Verification(
             target=self.name,
             entries=entries,

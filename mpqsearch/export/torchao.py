@@ -6,7 +6,7 @@ Limits, from its code (0.18.0) and from running it through diffusers 0.42.1:
 - diffusers loads linear layers only; ``quantize_`` with the configuration takes two-dimensional convolutions as well.
 - One bit would make every weight zero, so 2 is the narrowest.
 - Names that a model does not have are ignored in silence: hence `verify`.
-- ``torchao`` keeps our codes, scales and zero points (affine codebook). ``torchao-config`` lets torchao derive its own from minimum and
+- ``torchao`` keeps our codes, scales and zero points (asymmetric scheme). ``torchao-config`` lets torchao derive its own from minimum and
   maximum; a convolution then has a scale for each tap of its kernel.
 """
 
@@ -42,7 +42,7 @@ class TorchaoExporter(ConsumerTarget):
     rerounds = False
     tolerance = 1e-5
     tested = "0.18.0"
-    notes = ("stored at 8 bits whatever the width", "affine codebook only; diffusers loads linear layers only")
+    notes = ("stored at 8 bits whatever the width", "asymmetric scheme only; diffusers loads linear layers only")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """int2 to int8 for linear layers."""
@@ -84,7 +84,9 @@ class TorchaoExporter(ConsumerTarget):
         with atomic_path(folder / WEIGHTS) as temporary:
             save_file(own_tensors(tensors), temporary, {**metadata, "format": "pt"})
         assert job.denoiser is not None
-        paths = write_config(folder, job.denoiser.module, {"quantization_config": diffusers_config(config)} if rows else {})
+        paths = write_config(
+            folder, job.denoiser.module, {"quantization_config": diffusers_config(config)} if rows else {}
+        )
         return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, fake_quantized(job, rows), job.cond)]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
@@ -94,8 +96,12 @@ class TorchaoExporter(ConsumerTarget):
         from mpqsearch.export.check import forward_error, libraries, model_class, planned_layers, stored_size
 
         if module is not None:
-            raise ConfigError("the target 'torchao' is loaded by diffusers, which builds the model itself: give no module")
-        module = model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True).eval()
+            raise ConfigError(
+                "the target 'torchao' is loaded by diffusers, which builds the model itself: give no module"
+            )
+        module = (
+            model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True).eval()
+        )
         return {
             "widths": seen_widths(module, planned_layers(folder)),
             "forward_error": forward_error(folder, module),
@@ -162,7 +168,9 @@ class TorchaoConfigExporter(ConsumerTarget):
 def read_config(data: Mapping[str, Any]) -> Reading:
     """The widths in a configuration as torchao writes it: exact names, then ``re:`` expressions, then ``_default``, for linear layers."""
     if "fqn_to_config" not in data.get("_data", {}):
-        return Reading(rules=(Rule(width=_config_bits(data), kinds=("Linear",)),), notes=float_note({"all": data["_type"]}))
+        return Reading(
+            rules=(Rule(width=_config_bits(data), kinds=("Linear",)),), notes=float_note({"all": data["_type"]})
+        )
     entries = {n.removesuffix(".weight"): c for n, c in data["_data"]["fqn_to_config"].items()}
     bits = {n: _config_bits(c) for n, c in entries.items()}
     rules = [

@@ -50,7 +50,9 @@ def distance_to_full_precision(samples: Tensor, reference: Reference, extractor:
     return frechet_distance(FeatureStatistics.of(reference.features), FeatureStatistics.of(features))
 
 
-def evaluate(samples: Tensor, reference: Reference, extractor: FeatureExtractor, *, is_reference: bool = False) -> Evaluation:
+def evaluate(
+    samples: Tensor, reference: Reference, extractor: FeatureExtractor, *, is_reference: bool = False
+) -> Evaluation:
     """Measure samples ``[N, ...]`` whose noise and labels are those of ``reference``.
 
     Keys: ``paired_mse``, ``paired_psnr``, ``fd_fp``, ``kid_fp`` (not for the reference itself), ``fd_data``, ``kid_data`` (with data
@@ -64,7 +66,9 @@ def evaluate(samples: Tensor, reference: Reference, extractor: FeatureExtractor,
     draws = _bootstrap_weights(n)
     values: dict[str, MetricValue] = {}
 
-    def put(key: str, name: str, against: str, value: float, resampled: Callable[[Tensor], float], *, higher: bool = False) -> None:
+    def put(
+        key: str, name: str, against: str, value: float, resampled: Callable[[Tensor], float], *, higher: bool = False
+    ) -> None:
         spread = 1.96 * float(torch.tensor([resampled(w) for w in draws], dtype=torch.float64).std())
         values[key] = MetricValue(
             name=name,
@@ -124,7 +128,14 @@ def evaluate(samples: Tensor, reference: Reference, extractor: FeatureExtractor,
         )
     if extractor.classify is not None and reference.labels is not None:
         hit = (extractor.classify(images) == reference.labels).double()
-        put("class_accuracy", "asked class recognised", "labels", float(hit.mean()), lambda w: float(w @ hit / n), higher=True)
+        put(
+            "class_accuracy",
+            "asked class recognised",
+            "labels",
+            float(hit.mean()),
+            lambda w: float(w @ hit / n),
+            higher=True,
+        )
     return Evaluation(metrics=values, features=features)
 
 
@@ -153,7 +164,9 @@ def _bootstrap_weights(n: int) -> list[Tensor]:
     draws: list[Tensor] = []
     while len(draws) < BOOTSTRAP:
         weights = torch.bincount(torch.randint(0, n, (n,), generator=generator), minlength=n).double()
-        if int((weights > 0).sum()) > 1:  # one sample alone, drawn again and again, has no spread: of a handful that does happen
+        if (
+            int((weights > 0).sum()) > 1
+        ):  # one sample alone, drawn again and again, has no spread: of a handful that does happen
             draws.append(weights)
     return draws
 

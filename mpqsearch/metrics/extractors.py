@@ -71,7 +71,10 @@ def _fashion(_weights: Path | None) -> FeatureExtractor:
 
     model = FashionClassifier()
     model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(REFERENCE / "fmnist-cnn/model.safetensors").items()}
+        {
+            k: v.float() if v.is_floating_point() else v
+            for k, v in load_file(REFERENCE / "fmnist-cnn/model.safetensors").items()
+        }
     )
     model.eval().requires_grad_(False)
 

@@ -32,7 +32,11 @@ def save_reference(path: Path, features: Tensor, extractor: FeatureExtractor, na
 
     statistics = FeatureStatistics.of(features)
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:subset]
-    tensors = {"mean": statistics.mean, "covariance": statistics.covariance, "features": features[chosen].half().contiguous()}
+    tensors = {
+        "mean": statistics.mean,
+        "covariance": statistics.covariance,
+        "features": features[chosen].half().contiguous(),
+    }
     metadata = {"n": str(statistics.n), "extractor": extractor.label, "name": name}
     with atomic_write(path) as handle:
         handle.write(save(tensors, metadata={"mpqsearch": json.dumps(metadata)}))

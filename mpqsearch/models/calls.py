@@ -93,7 +93,9 @@ class Call:
         if self.guidance == 1.0:
             return result
         if len(result) % 2:
-            raise ConfigError(f"a call recorded with guidance needs an even batch (unconditional, conditional), got {len(result)}")
+            raise ConfigError(
+                f"a call recorded with guidance needs an even batch (unconditional, conditional), got {len(result)}"
+            )
         unconditional, conditional = result.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
 
@@ -106,7 +108,10 @@ class _Differentiable(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         if func is Tensor.scatter_reduce_ and len(args) == 4 and kwargs == {"reduce": "sum"}:
-            func, kwargs = Tensor.scatter_add_, {}  # the same sum, and repeatable in place: it keeps nothing for its gradient
+            func, kwargs = (
+                Tensor.scatter_add_,
+                {},
+            )  # the same sum, and repeatable in place: it keeps nothing for its gradient
         with torch.enable_grad():
             return func(*args, **(kwargs or {}))
 
@@ -196,7 +201,12 @@ def save_calls(path: str | Path, calls: Calls) -> None:
     from safetensors.torch import save
 
     data, tensors = _encoded(calls)
-    body = {"schema": SCHEMA, "version": artifacts.VERSIONS[SCHEMA], "created_by": f"mpqsearch {__version__}", "data": data}
+    body = {
+        "schema": SCHEMA,
+        "version": artifacts.VERSIONS[SCHEMA],
+        "created_by": f"mpqsearch {__version__}",
+        "data": data,
+    }
     with artifacts.atomic_write(Path(path)) as handle:
         handle.write(save(tensors, metadata={"mpqsearch": json.dumps(body)}))
 
@@ -207,7 +217,9 @@ def load_calls(path: str | Path) -> Calls:
 
     path = Path(path)
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist. Record the calls of a pipeline with mpqsearch.models.capture and save_calls.")
+        raise ArtifactError(
+            f"{path} does not exist. Record the calls of a pipeline with mpqsearch.models.capture and save_calls."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
@@ -216,7 +228,9 @@ def load_calls(path: str | Path) -> Calls:
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
     if body.get("schema") != SCHEMA:
-        raise ArtifactError(f"{path} holds {body.get('schema')!r}, but {SCHEMA!r} is needed: a file written by save_calls")
+        raise ArtifactError(
+            f"{path} holds {body.get('schema')!r}, but {SCHEMA!r} is needed: a file written by save_calls"
+        )
     newest = artifacts.VERSIONS[SCHEMA]
     if not newest - 1 <= body["version"] <= newest:
         raise ArtifactError(
@@ -262,7 +276,9 @@ class _Reservoir:
         return [call for _, _, call in sorted((k for kept in self._strata.values() for k in kept), key=lambda k: k[1])]
 
 
-def _call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: float, dtype: torch.dtype) -> Call:
+def _call(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: float, dtype: torch.dtype
+) -> Call:
     try:
         bound = dict(signature.bind_partial(*args, **kwargs).arguments)
     except TypeError:  # the module's own forward will say what is wrong
@@ -301,7 +317,10 @@ def _key(value: Tensor) -> str:
 
 def _check(args: tuple[Any, ...], kwargs: Mapping[str, Any], owner: str) -> None:
     """Refuse what can neither be stored nor replayed."""
-    for name, value in [*((f"argument {i}", a) for i, a in enumerate(args)), *((f"argument {k!r}", v) for k, v in kwargs.items())]:
+    for name, value in [
+        *((f"argument {i}", a) for i, a in enumerate(args)),
+        *((f"argument {k!r}", v) for k, v in kwargs.items()),
+    ]:
         bad = _unknown(value)
         if bad is not None:
             raise ModelError(

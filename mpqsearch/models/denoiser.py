@@ -77,7 +77,11 @@ class Denoiser:
             kwargs["class_labels"] = cond
         try:
             out = self.module(x, t, return_dict=False, **kwargs)[0]
-        except (TypeError, AttributeError, ValueError) as error:  # classes say so in each of these ways when an input is missing
+        except (
+            TypeError,
+            AttributeError,
+            ValueError,
+        ) as error:  # classes say so in each of these ways when an input is missing
             if len(self.calls):
                 raise ModelError(self._only_calls("a prediction for a sample, a time and a class", error)) from error
             raise ModelError(

@@ -31,7 +31,13 @@ WEIGHT_LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 _ROLES: tuple[tuple[str, str], ...] = (
     ("time", r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|(?<![a-z])t_embedder|time_text_embed"),
@@ -74,12 +80,17 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
     apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
     layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
     if not layers:
-        raise ModelError(f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured")
+        raise ModelError(
+            f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured"
+        )
     first, last = _ends(list(layers), modules, seen, denoiser.sample_shape)
     unused = [n for n in layers if n not in seen.macs] if run else []
     if unused:
         log.warning(
-            "%s: %d layers did not run on the examples and are held at 8 bits, such as %s", denoiser.name, len(unused), unused[0]
+            "%s: %d layers did not run on the examples and are held at 8 bits, such as %s",
+            denoiser.name,
+            len(unused),
+            unused[0],
         )
 
     def role(name: str) -> str:
@@ -135,14 +146,18 @@ class _Watch(TorchFunctionMode):
     def __init__(self, weights: dict[int, str], seen: _Seen) -> None:
         super().__init__()
         self._weights, self._seen = weights, seen
-        self.origin: Any = WeakIdKeyDictionary()  # tensor -> names of the layers that it comes from; SAMPLE for the model's input
+        self.origin: Any = (
+            WeakIdKeyDictionary()
+        )  # tensor -> names of the layers that it comes from; SAMPLE for the model's input
         self.depends: Any = WeakIdKeyDictionary()  # tensor -> SAMPLE, TIME or both, through whatever layers
         self.joins: Any = WeakIdKeyDictionary()  # concatenation -> its axis and the origins of its parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and pass on where its result comes from."""
         out = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():  # flexible attention is compiled as it runs, and the compiler would look in here
+        if (
+            torch.compiler.is_compiling()
+        ):  # flexible attention is compiled as it runs, and the compiler would look in here
             return out
         if getattr(func, "__name__", "") == "__get__":  # weight.dtype and the like are no use of a weight
             return out
@@ -182,7 +197,9 @@ def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> 
     device = next(denoiser.module.parameters()).device
     examples: list[Given] = [cond]
     if cond is None:
-        examples = list(denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]) or [example_condition(denoiser, 1)]
+        examples = list(denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]) or [
+            example_condition(denoiser, 1)
+        ]
     batch = 1
 
     def hook(name: str) -> Any:
@@ -239,7 +256,9 @@ def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> 
         for handle in handles:
             handle.remove()
     seen.macs = {n: m // len(examples) for n, m in seen.macs.items()}
-    if "time" not in seen.conditional.values():  # the time was given as a number, and nothing can be said of what depends on it
+    if (
+        "time" not in seen.conditional.values()
+    ):  # the time was given as a number, and nothing can be said of what depends on it
         seen.conditional, seen.tokens = {}, set()
     return seen
 
@@ -268,13 +287,17 @@ def _role(name: str, module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv"
 
 
-def _ends(order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]) -> tuple[str, str]:
+def _ends(
+    order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]
+) -> tuple[str, str]:
     """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen, else by shape and order."""
     ran = seen.macs or order
     first = next((n for n in order if n in ran and _FIRST.match(n)), None) or next(iter(seen.takes), None)
     if first is None:
         takes = [n for n in order if sample_shape and _inputs(modules[n]) == sample_shape[0]]
-        first = takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
+        first = (
+            takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
+        )
     last = next((n for n in reversed(order) if n in ran and _LAST.match(n)), None)
     if last is None:
         last = next((n for n in reversed(order) if n in seen.gives), None) or [*seen.macs, *order][len(seen.macs) - 1]
@@ -312,7 +335,9 @@ def _kept(model: nn.Module, layers: dict[str, nn.Module], apart: dict[str, nn.Mo
             seen.add(id(parameter))
             name = f"{module_name}.{key}" if module_name else key
             yield KeptParameter(
-                name=name, n_values=parameter.numel(), reason=_APART if id(parameter) in unseen else _reason(module, key, name)
+                name=name,
+                n_values=parameter.numel(),
+                reason=_APART if id(parameter) in unseen else _reason(module, key, name),
             )
 
 

@@ -87,7 +87,9 @@ def _load_folder(folder: Path, name: str, how: _How) -> Denoiser:
     if (folder / "model_index.json").is_file():
         return _from_pipeline(str(folder), name, how)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder")
+        raise ModelError(
+            f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder"
+        )
     _refuse_pickles(folder)
     config = _read_config(folder / "config.json")
     module = _build(config.get("_class_name", ""), str(folder), how)
@@ -114,7 +116,9 @@ def _build(class_name: str, source: str, how: _How, **where: Any) -> nn.Module:
     where.setdefault("local_files_only", Path(source).is_dir())
     wanted = how.dtype or _stored_dtype(Path(source) / where.get("subfolder", ""))
     try:
-        model: nn.Module = cls.from_pretrained(source, use_safetensors=True, torch_dtype=wanted, low_cpu_mem_usage=False, **where)
+        model: nn.Module = cls.from_pretrained(
+            source, use_safetensors=True, torch_dtype=wanted, low_cpu_mem_usage=False, **where
+        )
     except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
         raise ModelError(f"cannot load {source} as {class_name}: {error}") from error
     return model
@@ -156,7 +160,9 @@ def _from_pipeline(source: str, name: str, how: _How) -> Denoiser:
 
         try:
             scheduler = dict(
-                getattr(diffusers, parts["scheduler"][1]).from_pretrained(source, **{**where, "subfolder": "scheduler"}).config
+                getattr(diffusers, parts["scheduler"][1])
+                .from_pretrained(source, **{**where, "subfolder": "scheduler"})
+                .config
             )
         except Exception as error:
             raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
@@ -175,7 +181,9 @@ def _hub_index(source: str, revision: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _wrap(module: nn.Module, name: str, scheduler: dict[str, Any], hints: dict[str, Any], source: str, how: _How) -> Denoiser:
+def _wrap(
+    module: nn.Module, name: str, scheduler: dict[str, Any], hints: dict[str, Any], source: str, how: _How
+) -> Denoiser:
     config = dict(getattr(module, "config", {}))
     size, channels = config.get("sample_size"), config.get("in_channels")
     shape: tuple[int, ...] = ()

@@ -103,7 +103,9 @@ class StreamedModel:
         """
         total = hashlib.sha256()
         done, size = 0, sum(s.n_bytes for s in self.stored.values())
-        buffer = torch.empty(_PIECE)  # one for all pieces: a new one each time costs more in page faults than the conversion
+        buffer = torch.empty(
+            _PIECE
+        )  # one for all pieces: a new one each time costs more in page faults than the conversion
         for key, meta in sorted(self.module.state_dict().items()):
             dtype = torch.float32 if meta.is_floating_point() else meta.dtype
             total.update(f"{key}|{dtype}|{tuple(meta.shape)}|".encode())
@@ -118,7 +120,9 @@ class StreamedModel:
                 )
                 # A sum is finite unless a value is not, or it overflows: looking at every value is left for then.
                 if dtype == torch.float32 and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
-                    raise NumericsError(f"{self.name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
+                    raise NumericsError(
+                        f"{self.name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint."
+                    )
                 total.update(part.contiguous().view(torch.uint8).numpy().data)
             done += self.stored[key].n_bytes
             if progress is not None:
@@ -149,7 +153,11 @@ def open_streamed(source: str, *, calls: Sequence[Call] = ()) -> StreamedModel:
     module = _structure(folder)
     stored = dict(_placed(folder, module))
     name = (
-        source if source in EMBEDDED else folder.resolve().name if folder.name not in ("unet", "transformer") else Path(source).name
+        source
+        if source in EMBEDDED
+        else folder.resolve().name
+        if folder.name not in ("unet", "transformer")
+        else Path(source).name
     )
     return StreamedModel(name=name, module=module, stored=stored, source=source, calls=calls)
 
@@ -216,7 +224,9 @@ def _structure(folder: Path) -> nn.Module:
     name = config.get("_class_name", "")
     cls = getattr(diffusers, name, None)
     if cls is None or not hasattr(cls, "from_config"):
-        raise ModelError(f"{folder}/config.json names the class {name!r}, which diffusers {diffusers.__version__} does not have")
+        raise ModelError(
+            f"{folder}/config.json names the class {name!r}, which diffusers {diffusers.__version__} does not have"
+        )
     try:
         with torch.device("meta"):
             module: nn.Module = cls.from_config(config)
@@ -259,7 +269,9 @@ def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
             same.setdefault(id(tensor), key)
     missing = [k for k, t in meta.items() if k not in found and id(t) not in same]
     if missing:
-        raise ModelError(f"{folder}: the weights lack {', '.join(missing[:3])} and {len(missing) - 1} more of the configured model")
+        raise ModelError(
+            f"{folder}: the weights lack {', '.join(missing[:3])} and {len(missing) - 1} more of the configured model"
+        )
     for key, tensor in meta.items():
         place = found[key if key in found else same[id(tensor)]]
         if place.shape != tuple(tensor.shape):
@@ -290,4 +302,7 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
             raise ModelError(
                 f"{path}: {key!r} is stored as {entry['dtype']}; weights must be floats (bf16, fp16, fp32): is it quantized already?"
             )
-        yield key, Stored(file=path, offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]), dtype=dtype)
+        yield (
+            key,
+            Stored(file=path, offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]), dtype=dtype),
+        )

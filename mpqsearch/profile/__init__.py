@@ -1,9 +1,9 @@
 """Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
-from mpqsearch.profile.compensated import InputMoments, beyond_limit, compensated_profile, input_statistics
 from mpqsearch.profile.contexts import ContextProbes, context_probes, latin_contexts
 from mpqsearch.profile.final_probes import FinalProbes, final_probes
+from mpqsearch.profile.gptq import InputMoments, beyond_limit, gptq_profile, input_statistics
 from mpqsearch.profile.inputs import InputCollector, columns_of
 from mpqsearch.profile.measure import (
     CalibrationSpec,
@@ -21,7 +21,7 @@ from mpqsearch.profile.operating import remeasure
 from mpqsearch.profile.probes import Prober, ProbeResult, probe
 from mpqsearch.profile.racing import Stability, relative_error, stability
 from mpqsearch.profile.streaming import Partial, profile_weights
-from mpqsearch.profile.together import choose_strengths
+from mpqsearch.profile.together import choose_alphas
 
 __all__ = [
     "CalibrationSpec",
@@ -36,13 +36,13 @@ __all__ = [
     "Stability",
     "beyond_limit",
     "calibrate_activations",
-    "choose_strengths",
+    "choose_alphas",
     "collect_ranges",
     "columns_of",
-    "compensated_profile",
     "context_probes",
     "final_errors",
     "final_probes",
+    "gptq_profile",
     "input_statistics",
     "latin_contexts",
     "price_errors",

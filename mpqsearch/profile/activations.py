@@ -20,8 +20,8 @@ from mpqsearch.quant import (
     ActivationTable,
     RangeCollector,
     RowStatistics,
-    prescale_inputs,
     rows_of,
+    smooth_inputs,
     width_errors,
 )
 from mpqsearch.quant.activations import input_factors
@@ -47,7 +47,7 @@ def calibrate_activations(
     seeds
         Trajectories, of ``sampler.steps`` steps each, with its guidance.
     input_max
-        Largest magnitude of each input channel, layer -> ``[inputs]``; needed where the format of the map pre-scales.
+        Largest magnitude of each input channel, layer -> ``[inputs]``; needed where the format of the map smooths.
 
     Memory: 8 kB a layer, times the steps. Raises `ConfigError` when the map has no activation widths, or counts other steps than the
     sampler takes.
@@ -66,7 +66,7 @@ def calibrate_activations(
         seeds=seeds,
         per_timestep=bit_map.activation_steps > 1,
         layers=bit_map.activations,
-        factors=prescale_inputs(denoiser.module, table, bit_map, input_max),
+        factors=smooth_inputs(denoiser.module, table, bit_map, input_max),
         progress=progress,
     )
     return collector.table(bit_map.activations, search)
@@ -125,19 +125,22 @@ def activation_arrays(
     seeds: Sequence[int],
     widths: tuple[int, ...],
     act_bits: tuple[int, ...],
-    prescaled: QuantFormat | None,
+    smoothed: QuantFormat | None,
     stats: Mapping[str, RowStatistics],
     gain: Mapping[str, Tensor],
     report: Callable[[str, int, int], None],
 ) -> dict[str, NDArray[Any]]:
-    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the pre-scaled format at ``act_bits``."""
+    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the smoothed format at ``act_bits``."""
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, progress=report)
     noise = {b: ranges.table(dict.fromkeys(table.by_name, b)).error for b in widths}
-    through = {la.name: float(gain[la.name] @ rows_of(modules[la.name].weight, la).double().square().sum(1).cpu()) for la in table}
+    through = {
+        la.name: float(gain[la.name] @ rows_of(modules[la.name].weight, la).double().square().sum(1).cpu())
+        for la in table
+    }
     per_layer = [[float(noise[b][la.name]) * through[la.name] for b in widths] for la in table]
     arrays: dict[str, NDArray[Any]] = {"layer_activation_error": np.array(per_layer, dtype=np.float32)}
-    if prescaled is None:
+    if smoothed is None:
         return arrays
     factors = {}
     for la in table:
@@ -158,7 +161,7 @@ def activation_arrays(
         columns = []
         for la in table:
             weight = modules[la.name].weight
-            errors = width_errors(weight, la, widths, prescaled, stats[la.name])
+            errors = width_errors(weight, la, widths, smoothed, stats[la.name])
             columns.append(collector.errors(la, rows_of(weight.float(), la), errors))
-        arrays[f"quantized_input_error/affine+prescale@a{act}"] = torch.cat(columns).float().cpu().numpy()
+        arrays[f"quantized_input_error/asymmetric+smooth@a{act}"] = torch.cat(columns).float().cpu().numpy()
     return arrays

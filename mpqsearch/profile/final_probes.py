@@ -123,7 +123,10 @@ def final_probes(
             if not bool(finite.all()):
                 bad = seeds[part][int(finite.logical_not().nonzero()[0])]
                 raise NumericsError(f"{denoiser.name}: the sample of seed {bad} is not finite")
-            v = torch.randn((probes, *chain.final.shape), generator=generator).to(chain.final) / chain.final.numel() ** 0.5
+            v = (
+                torch.randn((probes, *chain.final.shape), generator=generator).to(chain.final)
+                / chain.final.numel() ** 0.5
+            )
             first = number * probes
             if reference is not None:
                 left = chain.final.detach() - reference[part].to(chain.final)
@@ -147,7 +150,9 @@ def final_probes(
             for k, found in enumerate(by_probe):
                 for (variant, name), by_row in found.items():
                     own = slice(starts[position[name]], starts[position[name] + 1])
-                    if k == 0 and along_residual:  # the mean over the batch, of which there are as many as it has samples
+                    if (
+                        k == 0 and along_residual
+                    ):  # the mean over the batch, of which there are as many as it has samples
                         share = float(residual[first]) * len(chain.final) / chain.final.numel()
                         row_along[variant][own] += share * by_row.double().numpy()
                     else:
@@ -156,7 +161,9 @@ def final_probes(
                 tick(len(chain.final))
     return FinalProbes(
         effect=effect,
-        row_square={n: (s / max(total - len(parts) * along_residual, 1)).astype(np.float32) for n, s in row_square.items()},
+        row_square={
+            n: (s / max(total - len(parts) * along_residual, 1)).astype(np.float32) for n, s in row_square.items()
+        },
         row_along={n: (s / len(seeds)).astype(np.float32) for n, s in row_along.items()},
         gain=(gain / total).astype(np.float32),
         residual=residual,

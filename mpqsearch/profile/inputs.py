@@ -118,7 +118,9 @@ class InputCollector:
             self._handles.append(module.register_forward_hook(self._hook(self._table[name]), with_kwargs=True))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -186,7 +188,9 @@ class QuantizedInputCollector:
         self._handles += [m.register_forward_pre_hook(self._hook(name)) for name, m in self._modules.items()]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -61,11 +61,11 @@ class CalibrationSpec:
     ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in ``buckets`` buckets of
     timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler. ``context_seeds``
     trajectories (0: none) give slopes at maps that mix ``context_widths`` (those of them that are searched).
-    ``codebooks`` are the quantizer variants to price; ``prescale`` prices the affine one with pre-scaling too, and with pre-scaling and
+    ``schemes`` are the quantizer variants to price; ``smooth`` prices the asymmetric one with smoothing too, and with smoothing and
     min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists widths at which every layer is quantized alone and the final
     samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
 
-    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and pre-scaled weights with inputs of
+    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and smoothed weights with inputs of
     each of these widths (two more runs of the sampler, and one for each width).
 
     ``prediction_only`` measures nothing but those slopes, the means of inputs and the errors of the weights: what predicting the loss of given
@@ -85,8 +85,8 @@ class CalibrationSpec:
     sampler_probes: int = 4
     context_seeds: int = 12
     context_widths: tuple[int, ...] = (2, 3, 4)
-    codebooks: tuple[str, ...] = ("affine", "auto")
-    prescale: bool = True
+    schemes: tuple[str, ...] = ("asymmetric", "auto")
+    smooth: bool = True
     activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
@@ -111,10 +111,12 @@ class CalibrationSpec:
                 "calibration.prediction_only measures slopes alone, but final_widths or activation_bits are set too; leave them empty, or "
                 "prediction_only out"
             )
-        if not self.codebooks:
-            raise ConfigError("calibration.codebooks must name at least one codebook")
+        if not self.schemes:
+            raise ConfigError("calibration.schemes must name at least one scheme")
         if any(b not in WIDTHS for b in self.activation_bits):
-            raise ConfigError(f"calibration.activation_bits must lie in {WIDTHS[0]}..{WIDTHS[-1]}, got {self.activation_bits}")
+            raise ConfigError(
+                f"calibration.activation_bits must lie in {WIDTHS[0]}..{WIDTHS[-1]}, got {self.activation_bits}"
+            )
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -123,11 +125,14 @@ class CalibrationSpec:
 
 def variants_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]:
     """Quantizer variants by name."""
-    made = {c: QuantFormat(codebook=c, criterion=base.criterion, p=base.p, n_candidates=base.n_candidates) for c in spec.codebooks}
-    if spec.prescale:
-        made |= {f"{c}+prescale": replace(f, prescale=True) for c, f in made.items()}
-        made["affine+prescale"] = replace(base, codebook="affine", prescale=True)
-        made["affine+prescale+minmax"] = replace(base, codebook="affine", prescale=True, criterion="minmax")
+    made = {
+        c: QuantFormat(scheme=c, criterion=base.criterion, p=base.p, n_candidates=base.n_candidates)
+        for c in spec.schemes
+    }
+    if spec.smooth:
+        made |= {f"{c}+smooth": replace(f, smooth=True) for c, f in made.items()}
+        made["asymmetric+smooth"] = replace(base, scheme="asymmetric", smooth=True)
+        made["asymmetric+smooth+minmax"] = replace(base, scheme="asymmetric", smooth=True, criterion="minmax")
     return made
 
 
@@ -179,7 +184,7 @@ def profile_base(
     widths = tuple(sorted(policy.widths))
     variants = variants_of(spec, fmt)
     # Errors that are held take their part of the limit, when that is small; else they are made again at every probe.
-    held = held_bytes(table, len(widths) * sum(not f.prescale for f in variants.values()))
+    held = held_bytes(table, len(widths) * sum(not f.smooth for f in variants.values()))
     hold = memory_limit is None or held <= memory_limit // HELD
     room = None if memory_limit is None else memory_limit - held * hold
     # Planned first: a limit that is too small should say so before anything has run.
@@ -189,7 +194,9 @@ def profile_base(
     with _timed(seconds, "calibration"):
         stats, power, inputs = calibrate(denoiser, table, sampler, spec, report, moments=memory_limit is None)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial)
+        arrays, errors = tables_of(
+            denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial
+        )
     if room is not None:
         modules: dict[str, Any] = dict(denoiser.module.named_modules())
 
@@ -214,7 +221,10 @@ def profile_base(
 
         def in_passes() -> dict[str, NDArray[Any]]:
             found = output_errors(denoiser.module, table, stats, errors_of, passes, run, limit=room, report=passed)
-            return {key: _concat(table, {n: tables[key] for n, tables in found.items()}) for key in found[table.layers[0].name]}
+            return {
+                key: _concat(table, {n: tables[key] for n, tables in found.items()})
+                for key in found[table.layers[0].name]
+            }
 
         with _timed(seconds, "output errors in passes"):
             arrays |= _kept(partial, "output errors", in_passes)
@@ -246,7 +256,9 @@ def profile_base(
         spent["sampler_seeds"] = int(arrays.pop("sampler_seeds"))
         with _timed(seconds, "slopes at contexts"):
             arrays |= _kept(
-                partial, "slopes", lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+                partial,
+                "slopes",
+                lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report),
             )
     if spec.activation_bits:
         gains = torch.split(torch.from_numpy(arrays["gain"]).double(), [la.n_channels for la in table])
@@ -258,7 +270,7 @@ def profile_base(
             seeds,
             widths,
             spec.activation_bits,
-            variants.get("affine+prescale"),
+            variants.get("asymmetric+smooth"),
             stats,
             dict(zip((la.name for la in table), gains, strict=True)),
             report,
@@ -298,17 +310,21 @@ def profile_slopes(
             f"{list(widths)} (policy.widths): {len(mixed)}, where at least 2 are needed, with a seed each of context_seeds = "
             f"{spec.context_seeds}. Change context_widths, policy.widths or context_seeds."
         )
-    variants = {c: f for c, f in variants_of(spec, fmt).items() if not f.prescale}
+    variants = {c: f for c, f in variants_of(spec, fmt).items() if not f.smooth}
     hold = memory_limit is None or held_bytes(table, len(widths) * len(variants)) <= memory_limit // HELD
     blocks = blocks_within(denoiser.module, table, len(widths) * len(variants), memory_limit)
     seconds: dict[str, float] = {}
     with _timed(seconds, "calibration"):
         stats, _, _ = calibrate(denoiser, table, sampler, spec, report, moments=False)
     with _timed(seconds, "error tables"):
-        arrays, errors = tables_of(denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial)
+        arrays, errors = tables_of(
+            denoiser, table, widths, variants, stats, report, blocks=blocks, hold=hold, partial=partial
+        )
     means = {n: s.mean.float() for n, s in stats.items()}
     with _timed(seconds, "slopes at contexts"):
-        arrays |= _kept(partial, "slopes", lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report))
+        arrays |= _kept(
+            partial, "slopes", lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report)
+        )
     return _made(denoiser, table, widths, arrays, stats, sampler, spec, fmt, {"seconds": seconds})
 
 
@@ -393,7 +409,11 @@ def _calibration(denoiser: Denoiser, sampler: SamplerSpec, spec: CalibrationSpec
     device = next(denoiser.module.parameters()).device
     for call in denoiser.calls:
         call.replay(denoiser.module)
-        yield [ProbeInput(x=call.sample.to(device), timestep=int(call.timestep) if np.isfinite(call.timestep) else 0, cond=call)]
+        yield [
+            ProbeInput(
+                x=call.sample.to(device), timestep=int(call.timestep) if np.isfinite(call.timestep) else 0, cond=call
+            )
+        ]
     if len(denoiser.calls):
         return
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
@@ -423,7 +443,9 @@ def _collected(
     """Statistics and output powers of all layers; those that never ran have zeros."""
     stats = dict(collector.statistics())
     power = dict(collector.output_power())
-    for name in [la.name for la in table if la.name not in stats]:  # never ran: no input, so no error reaches the output
+    for name in [
+        la.name for la in table if la.name not in stats
+    ]:  # never ran: no input, so no error reaches the output
         layer = table[name]
         d = layer.weights_per_channel
         stats[name] = RowStatistics(
@@ -457,14 +479,16 @@ def tables_of(
     slices = blocks or {la.name: row_blocks(la, 1, None) for la in table}
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     columns: list[dict[str, NDArray[Any]]] = []
-    plain = [v for v, f in variants.items() if not f.prescale]
+    plain = [v for v, f in variants.items() if not f.smooth]
     held: dict[str, dict[str, Tensor]] = {v: {} for v in plain}
     scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {v: {} for v in plain}
     for position, layer in enumerate(table):
         weight: Any = modules[layer.name].weight
         kept = partial.load(position) if partial is not None else None
         if kept is None:
-            mine, found, errors = _layer_tables(weight, layer, widths, variants, stats[layer.name], slices[layer.name], hold=hold)
+            mine, found, errors = _layer_tables(
+                weight, layer, widths, variants, stats[layer.name], slices[layer.name], hold=hold
+            )
             if partial is not None:
                 partial.save(position, mine | _packed(found))
         else:
@@ -484,7 +508,9 @@ def tables_of(
     def again(variant: str) -> Mapping[str, Tensor]:
         return RecomputedErrors(
             list(table.by_name),
-            lambda name, part: errors_again(modules[name].weight, table[name], scales[variant][name], variants[variant], part=part),
+            lambda name, part: errors_again(
+                modules[name].weight, table[name], scales[variant][name], variants[variant], part=part
+            ),
             slices.__getitem__,
         )
 
@@ -505,18 +531,18 @@ def _layer_tables(
     *,
     hold: bool,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[RowQuantizer, ...]], dict[str, list[Tensor]]]:
-    """The tables of one layer, float32; the quantizers of each variant without pre-scaling, one a width; and to hold, their errors by slices."""
+    """The tables of one layer, float32; the quantizers of each variant without smoothing, one a width; and to hold, their errors by slices."""
     rows = rows_of(weight.detach(), layer)
     known = stats if stats.second_moment.numel() else None
     columns: dict[str, list[Tensor]] = {"kurtosis": [kurtosis(rows)]}
-    found: dict[str, list[tuple[RowQuantizer, ...]]] = {v: [] for v, f in variants.items() if not f.prescale}
+    found: dict[str, list[tuple[RowQuantizer, ...]]] = {v: [] for v, f in variants.items() if not f.smooth}
     errors: dict[str, list[Tensor]] = {v: [] for v in found if hold}
     for part in slices:
-        factor = column_factors(rows, layer, QuantFormat(prescale=True), stats, part)
+        factor = column_factors(rows, layer, QuantFormat(smooth=True), stats, part)
         assert factor is not None
-        columns.setdefault("kurtosis_prescaled", []).append(kurtosis(rows[part].float() * factor))
+        columns.setdefault("kurtosis_smoothed", []).append(kurtosis(rows[part].float() * factor))
         for variant, fmt in variants.items():
-            if fmt.prescale:
+            if fmt.smooth:
                 error = width_errors(weight, layer, widths, fmt, stats, part)
             else:
                 quantizers, error = width_quantizers(weight, layer, widths, fmt, part=part)
@@ -538,12 +564,18 @@ def _packed(found: Mapping[str, tuple[RowQuantizer, ...]]) -> dict[str, NDArray[
     }
 
 
-def _unpacked(kept: Mapping[str, NDArray[Any]], variant: str, n_widths: int, device: torch.device) -> tuple[RowQuantizer, ...]:
-    scale, zero, bits = (torch.from_numpy(kept[f"{_SCALES}{variant}/{field}"]).to(device) for field in ("scale", "zero", "bits"))
+def _unpacked(
+    kept: Mapping[str, NDArray[Any]], variant: str, n_widths: int, device: torch.device
+) -> tuple[RowQuantizer, ...]:
+    scale, zero, bits = (
+        torch.from_numpy(kept[f"{_SCALES}{variant}/{field}"]).to(device) for field in ("scale", "zero", "bits")
+    )
     return tuple(RowQuantizer(scale=scale[w], zero=zero[w], bits=bits[w]) for w in range(n_widths))
 
 
-def _kept(partial: Partial | None, step: str, measure: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+def _kept(
+    partial: Partial | None, step: str, measure: Callable[[], dict[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
     """What a step measures, from ``partial`` when an earlier run has finished it."""
     found = partial.load(step) if partial is not None else None
     if found is None:
@@ -585,7 +617,10 @@ def _probe(
     while True:
         prober.run(inputs, tick)
         result = prober.result()
-        wrong = max(relative_spread(_stack(table, result.layer_error[v]), _stack(table, result.layer_error_std[v])) for v in errors)
+        wrong = max(
+            relative_spread(_stack(table, result.layer_error[v]), _stack(table, result.layer_error_std[v]))
+            for v in errors
+        )
         if not spec.target_error or wrong <= spec.target_error or done >= MOST * len(inputs):
             return result, done
         total = min(MOST, max(-(-done // len(inputs)) + 1, round((wrong / spec.target_error) ** 2))) * len(inputs)
@@ -635,7 +670,9 @@ def _probe_sampler(
             wrong = max(wrong, relative_spread(mean, spread))
         if not spec.target_error or wrong <= spec.target_error or done >= MOST * spec.sampler_seeds:
             return arrays, done
-        total = min(MOST, max(done // spec.sampler_seeds + 1, round((wrong / spec.target_error) ** 2))) * spec.sampler_seeds
+        total = (
+            min(MOST, max(done // spec.sampler_seeds + 1, round((wrong / spec.target_error) ** 2))) * spec.sampler_seeds
+        )
 
 
 def _probe_contexts(
@@ -718,16 +755,22 @@ def final_errors(
 ) -> FinalErrors:
     """Error of the final samples with one layer quantized at a time, at ``spec.final_widths``: the slow reference.
 
-    One run of the sampler for each layer and width, with the codebook that `final_variant` names and bias correction on, as in
+    One run of the sampler for each layer and width, with the scheme that `final_variant` names and bias correction on, as in
     the errors of `probe`. ``known`` holds what an earlier run finished; ``keep`` is called with all results after each layer.
     ``wanted`` chooses layers and how many seeds each should have (default: all layers, ``spec.final_seeds``).
     """
     for bits in spec.final_widths:
         if bits not in profile.widths:
-            raise ConfigError(f"calibration.final_widths asks for {bits} bits, which the policy does not search ({profile.widths})")
+            raise ConfigError(
+                f"calibration.final_widths asks for {bits} bits, which the policy does not search ({profile.widths})"
+            )
     found = {key: tuple(value) for key, value in (known or {}).items()}
     seeds_of = {la.name: spec.final_seeds for la in table} if wanted is None else dict(wanted)
-    todo = [la for la in table if any(len(found.get((la.name, b), ())) < seeds_of.get(la.name, 0) for b in spec.final_widths)]
+    todo = [
+        la
+        for la in table
+        if any(len(found.get((la.name, b), ())) < seeds_of.get(la.name, 0) for b in spec.final_widths)
+    ]
     if not todo:
         return found
     seeds = range(spec.first_seed, spec.first_seed + max(seeds_of.values()))
@@ -740,7 +783,9 @@ def final_errors(
             part = slice(len(have), seeds_of[layer.name])
             if part.start >= part.stop:
                 continue
-            weights = {la.name: np.array(bits if la.name == layer.name else FULL_PRECISION, dtype=np.uint8) for la in table}
+            weights = {
+                la.name: np.array(bits if la.name == layer.name else FULL_PRECISION, dtype=np.uint8) for la in table
+            }
             one = quantize_model(
                 denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=chosen), means=means
             )
@@ -775,7 +820,9 @@ def race_final_errors(
     wanted = {la.name: min(2, spec.final_seeds) for la in table}
     found = dict(known or {})
     while True:
-        found = final_errors(denoiser, table, profile, sampler, spec, fmt, known=found, keep=keep, progress=progress, wanted=wanted)
+        found = final_errors(
+            denoiser, table, profile, sampler, spec, fmt, known=found, keep=keep, progress=progress, wanted=wanted
+        )
         names, settled = undecided(with_final_errors(profile, found))
         open_ = [n for n in names if wanted[n] < spec.final_seeds]
         if settled or not open_:
@@ -784,8 +831,8 @@ def race_final_errors(
 
 
 def final_variant(spec: CalibrationSpec) -> str:
-    """The codebook of the one-layer-at-a-time reference: the last that is priced."""
-    return spec.codebooks[-1]
+    """The scheme of the one-layer-at-a-time reference: the last that is priced."""
+    return spec.schemes[-1]
 
 
 def with_final_errors(profile: SensitivityProfile, found: FinalErrors) -> SensitivityProfile:
@@ -798,7 +845,7 @@ def with_final_errors(profile: SensitivityProfile, found: FinalErrors) -> Sensit
         at = profile.index[name], profile.widths.index(bits)
         out[at] = np.mean(each)
         spread[at] = np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else out[at]
-    variant = profile.calibration["spec"]["codebooks"][-1]
+    variant = profile.calibration["spec"]["schemes"][-1]
     measured = {f"layer_final_error/{variant}": out, f"layer_final_std_error/{variant}": spread}
     return replace(profile, arrays={**profile.arrays, **measured})
 

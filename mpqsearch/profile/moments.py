@@ -126,7 +126,7 @@ def output_errors(
     """Exact output errors of every row of every layer, in the given passes.
 
     stats
-        Mean and largest inputs of each layer (the second moments in them are not used): centring and pre-scaling need them first.
+        Mean and largest inputs of each layer (the second moments in them are not used): centring and smoothing need them first.
     run
         Runs the model on all calibration inputs, the same at each call.
     report
@@ -141,7 +141,9 @@ def output_errors(
         for piece in pieces:
             layer = table[piece.layer]
             workers[piece] = (
-                _Direct(layer, piece, errors_of(layer, stats[piece.layer])) if piece.how == "direct" else _Moment(layer, piece)
+                _Direct(layer, piece, errors_of(layer, stats[piece.layer]))
+                if piece.how == "direct"
+                else _Moment(layer, piece)
             )
         with _watched(module, table, workers, scratch):
             run()
@@ -240,7 +242,9 @@ def groups_of(layer: LayerSpec, rows: slice) -> slice:
     return slice(rows.start // each, -(-rows.stop // each))
 
 
-def _tables(layer: LayerSpec, found: Mapping[str, Tensor], stats: RowStatistics, errors_of: Errors) -> dict[str, Tensor]:
+def _tables(
+    layer: LayerSpec, found: Mapping[str, Tensor], stats: RowStatistics, errors_of: Errors
+) -> dict[str, Tensor]:
     """Errors and what is left of them without the mean shift, as `error_tables` names them."""
     shifts: dict[str, list[Tensor]] = {}
     for rows, some in errors_of(layer, stats):
@@ -303,7 +307,8 @@ def _pieces(layer: LayerSpec, n_candidates: int, room: int, positions: int) -> l
     if full <= room and not _direct_pays(layer, n_candidates, positions):
         return [_piece(layer, "full", 0, d, full)]
     blocked = [
-        _piece(layer, "blocked", a, min(a + rows, d), (min(a + rows, d) - a) * (full // d)) for a in range(0, d, max(rows, 1))
+        _piece(layer, "blocked", a, min(a + rows, d), (min(a + rows, d) - a) * (full // d))
+        for a in range(0, d, max(rows, 1))
     ]
     direct = [
         _piece(layer, "direct", a, min(a + at_once, n_candidates), 2 * each * (min(a + at_once, n_candidates) - a))

@@ -74,7 +74,7 @@ def remeasure(
     fmt = maps[0].format
     if any(m.format != fmt for m in maps) or any(m.formats for m in maps):
         raise ConfigError("the bit maps of one operating point must share one quantizer format")
-    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
+    variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
     means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
     input_max = {n: torch.from_numpy(np.array(m)) for n, m in profile.input_max.items()}
     hold = memory_limit is None or held_bytes(table, 2 * len(profile.widths)) <= memory_limit
@@ -96,7 +96,9 @@ def remeasure(
         part = seeds[number :: len(maps)]
         # Errors of other widths are those of nearest rounding, and so is the point that they are compared with.
         nearest = replace(one, format=replace(fmt, rounding="nearest"))
-        quantized = quantize_model(denoiser.module, table, nearest, means=means if bias_correction else None, input_max=input_max)
+        quantized = quantize_model(
+            denoiser.module, table, nearest, means=means if bias_correction else None, input_max=input_max
+        )
         reference = sample(denoiser, part, sampler)
         found = final_probes(
             denoiser.with_module(quantized.module),
@@ -152,7 +154,9 @@ def _candidates(
     """Quantized minus full-precision rows ``[W, C, D]`` of every layer."""
     scales, held = {}, {}
     known = {
-        la.name: RowStatistics(second_moment=torch.zeros(0), mean=means[la.name], input_max=input_max[la.name], n_positions=0)
+        la.name: RowStatistics(
+            second_moment=torch.zeros(0), mean=means[la.name], input_max=input_max[la.name], n_positions=0
+        )
         for la in table
     }
     for layer in table:

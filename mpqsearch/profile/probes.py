@@ -112,7 +112,10 @@ class Prober:
 
         Raises `NumericsError` when the output is not finite.
         """
-        with checkpointed(self._denoiser.module, self._checkpoint), GradientTap(self._denoiser.module, self._table) as tap:
+        with (
+            checkpointed(self._denoiser.module, self._checkpoint),
+            GradientTap(self._denoiser.module, self._table) as tap,
+        ):
             for item in inputs:
                 t = torch.full((1,), item.timestep, dtype=torch.long, device=item.x.device)
                 with torch.enable_grad():
@@ -134,7 +137,9 @@ class Prober:
             gain={n: m.mean(size[n]) for n, m in self._gain.items()},
             gain_std_error={n: m.std_error(size[n]) for n, m in self._gain.items()},
             layer_error={v: {n: m.mean(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()},
-            layer_error_std={v: {n: m.std_error(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()},
+            layer_error_std={
+                v: {n: m.std_error(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()
+            },
             step_gain={n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
             step_gain_std={n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
         )

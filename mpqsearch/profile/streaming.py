@@ -80,7 +80,7 @@ def profile_weights(
     model: StreamedModel,
     table: LayerTable,
     policy: Policy,
-    codebooks: Sequence[str],
+    schemes: Sequence[str],
     fmt: QuantFormat,
     *,
     device: str = "cpu",
@@ -88,7 +88,7 @@ def profile_weights(
     partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Kurtosis and ``weight_error/<codebook>`` of every channel, from the weights on disk.
+    """Kurtosis and ``weight_error/<scheme>`` of every channel, from the weights on disk.
 
     The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results come back.
     With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what Python and torch take
@@ -96,13 +96,13 @@ def profile_weights(
     smallest limit that works, when a single row does not fit, `NumericsError` naming the layer when a weight is not finite.
     """
     widths = tuple(sorted(policy.widths))
-    blocks = rows_within(model, table, len(widths), len(codebooks), device, memory_limit)
+    blocks = rows_within(model, table, len(widths), len(schemes), device, memory_limit)
     began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
     parts: list[Arrays] = []
     for position, layer in enumerate(table):
         found = partial.load(position) if partial is not None else None
         if found is None:
-            found = layer_weights(model, layer, widths, codebooks, fmt, device, blocks[layer.name])
+            found = layer_weights(model, layer, widths, schemes, fmt, device, blocks[layer.name])
             if partial is not None:
                 partial.save(position, found)
         parts.append(found)
@@ -116,7 +116,7 @@ def profile_weights(
         widths=widths,
         arrays={key: np.concatenate([p[key] for p in parts]) for key in parts[0]},
         calibration={
-            "spec": {"weights_only": True, "codebooks": list(codebooks)},
+            "spec": {"weights_only": True, "schemes": list(schemes)},
             "format": fmt.to_data(),
             "bytes": total,
             "seconds": round(time.perf_counter() - began, 3),
@@ -128,12 +128,12 @@ def layer_weights(
     model: StreamedModel,
     layer: LayerSpec,
     widths: Sequence[int],
-    codebooks: Sequence[str],
+    schemes: Sequence[str],
     fmt: QuantFormat,
     device: str,
     blocks: Sequence[slice],
 ) -> Arrays:
-    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<codebook>`` ``[C, W]``, float32.
+    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<scheme>`` ``[C, W]``, float32.
 
     ``blocks``: slices of rows that are read and measured one after the other.
     """
@@ -145,7 +145,7 @@ def layer_weights(
         except NumericsError as error:
             where = f", counted from row {block.start}" if block.start else ""
             raise NumericsError(f"layer {layer.name!r}{where}: {error}. Repair or reload the checkpoint.") from error
-        tables = weight_error_tables(rows, widths, codebooks, fmt, moments)
+        tables = weight_error_tables(rows, widths, schemes, fmt, moments)
         parts.append({"kurtosis": moments.kurtosis, **{f"weight_error/{c}": t for c, t in tables.items()}})
     return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
@@ -163,7 +163,7 @@ def _rows(model: StreamedModel, layer: LayerSpec, block: slice) -> Tensor:
 
 
 def rows_within(
-    model: StreamedModel, table: LayerTable, n_widths: int, n_codebooks: int, device: str, limit: int | None
+    model: StreamedModel, table: LayerTable, n_widths: int, n_schemes: int, device: str, limit: int | None
 ) -> dict[str, list[slice]]:
     """For each layer the slices of its rows whose working set fits ``limit`` bytes; `ConfigError` when that of a single row does not.
 
@@ -176,7 +176,7 @@ def rows_within(
 
     def each(layer: LayerSpec) -> int:
         copies = 2 if layer.kind.startswith("ConvTranspose") or device != "cpu" else 1
-        return _stored_bytes(model, layer) // layer.n_channels * copies + n_widths * 2 * n_codebooks * 24
+        return _stored_bytes(model, layer) // layer.n_channels * copies + n_widths * 2 * n_schemes * 24
 
     def needs(layer: LayerSpec, rows: int) -> int:
         return rows * each(layer) + max(min(block, rows * layer.weights_per_channel), layer.weights_per_channel) * 16
@@ -187,7 +187,10 @@ def rows_within(
             f"the layer {worst.name!r} needs {needs(worst, 1) / 1e6:.3g} MB for one of its rows as it is measured, more than the memory limit of "
             f"{limit / 1e6:.3g} MB. Raise the limit to {math.ceil(needs(worst, 1) / 1e3) / 1e3} MB."
         )
-    return {la.name: slices_of(la, la.n_channels if needs(la, la.n_channels) <= limit else limit // needs(la, 1)) for la in table}
+    return {
+        la.name: slices_of(la, la.n_channels if needs(la, la.n_channels) <= limit else limit // needs(la, 1))
+        for la in table
+    }
 
 
 def _stored_bytes(model: StreamedModel, layer: LayerSpec) -> int:

@@ -40,7 +40,9 @@ class GradientTap:
             self._handles.append(weight.register_post_accumulate_grad_hook(self._on_weight(name)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -49,7 +51,9 @@ class GradientTap:
             weight.requires_grad_(False)
             weight.grad = None
 
-    def backward(self, objective: Tensor, sink: Sink, *, keep_graph: bool = False, x: Tensor | None = None) -> Tensor | None:
+    def backward(
+        self, objective: Tensor, sink: Sink, *, keep_graph: bool = False, x: Tensor | None = None
+    ) -> Tensor | None:
         """Differentiate a scalar. ``x``: an input whose gradient is returned as well."""
         self._bias.clear()
         self._square.clear()

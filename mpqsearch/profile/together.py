@@ -1,4 +1,4 @@
-"""Pre-scaling for weights and inputs that are quantized together: its strength, layer by layer.
+"""Smoothing for weights and inputs that are quantized together: its alpha, layer by layer.
 
 Measured with the quantizers that are deployed, on the inputs that the layers of the full-precision model see while it samples.
 """
@@ -21,17 +21,17 @@ from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of
 from mpqsearch.quant.activations import search_range
 from mpqsearch.sampling import SamplerSpec
 
-STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
-"""Strengths of pre-scaling that `choose_strengths` tries."""
+ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Alphas of smoothing that `choose_alphas` tries."""
 
 POSITIONS = 256
-"""Positions of a layer's input that each call of the denoiser gives to `choose_strengths`."""
+"""Positions of a layer's input that each call of the denoiser gives to `choose_alphas`."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
-def choose_strengths(
+def choose_alphas(
     denoiser: Denoiser,
     table: LayerTable,
     bit_map: BitMap,
@@ -39,33 +39,33 @@ def choose_strengths(
     *,
     input_max: Mapping[str, Tensor],
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
-    strengths: Sequence[float] = STRENGTHS,
+    alphas: Sequence[float] = ALPHAS,
     search: ActivationSearch | None = None,
     progress: Progress | None = None,
 ) -> BitMap:
-    """``bit_map`` with the strength of pre-scaling that suits each layer: the least output error of weights and inputs quantized together.
+    """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs quantized together.
 
-    Searched for layers whose input is quantized and whose format pre-scales; the others keep what they have. Every call of the denoiser is
+    Searched for layers whose input is quantized and whose format smooths; the others keep what they have. Every call of the denoiser is
     a timestep with a range of its own. (Weighting channels by their gain, or leaving out the mean error, chose no better: studies/mpq_dm.)
 
-    Takes one run of the sampler for each strength, and the memory of the pre-scaled weights once. Strengths take no storage: they only say
-    how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a strength is not in 0..1.
+    Takes one run of the sampler for each alpha, and the memory of the smoothed weights once. Alphas take no storage: they only say
+    how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a alpha is not in 0..1.
     """
     wanted = [
         la.name
         for la in table
-        if bit_map.format_of(la.name).prescale and bit_map.activations.get(la.name, FULL_PRECISION) != FULL_PRECISION
+        if bit_map.format_of(la.name).smooth and bit_map.activations.get(la.name, FULL_PRECISION) != FULL_PRECISION
     ]
     if not wanted:
-        raise ConfigError("choose_strengths: no layer of the bit map has both pre-scaling and a quantized input")
+        raise ConfigError("choose_alphas: no layer of the bit map has both smoothing and a quantized input")
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     errors: dict[str, list[float]] = {name: [] for name in wanted}
-    for strength in strengths:
+    for alpha in alphas:
         trials = {
             name: _Trial(
                 table[name],
                 modules[name],
-                replace(bit_map, formats={name: replace(bit_map.format_of(name), strength=strength)}),
+                replace(bit_map, formats={name: replace(bit_map.format_of(name), alpha=alpha)}),
                 input_max[name],
                 search or ActivationSearch(),
             )
@@ -73,21 +73,23 @@ def choose_strengths(
         }
         handles = [modules[name].register_forward_pre_hook(trial.see) for name, trial in trials.items()]
         try:
-            run_sampler(denoiser, sampler, seeds, f"pre-scaling at {strength:g}", progress)
+            run_sampler(denoiser, sampler, seeds, f"smoothing at {alpha:g}", progress)
         finally:
             for handle in handles:
                 handle.remove()
         for name, trial in trials.items():
             errors[name].append(trial.error)
-    best = {name: strengths[min(range(len(e)), key=e.__getitem__)] for name, e in errors.items()}
-    formats = {name: replace(bit_map.format_of(name), strength=a) for name, a in best.items() if a != bit_map.format.strength}
+    best = {name: alphas[min(range(len(e)), key=e.__getitem__)] for name, e in errors.items()}
+    formats = {name: replace(bit_map.format_of(name), alpha=a) for name, a in best.items() if a != bit_map.format.alpha}
     return replace(bit_map, formats={**bit_map.formats, **formats})
 
 
 class _Trial:
-    """One layer at one strength: ``error`` is the sum of its squared output error over what it has seen."""
+    """One layer at one alpha: ``error`` is the sum of its squared output error over what it has seen."""
 
-    def __init__(self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch) -> None:
+    def __init__(
+        self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch
+    ) -> None:
         self._layer, self._search = layer, search
         self._bits = bit_map.activations[layer.name]
         weight: Any = module.weight

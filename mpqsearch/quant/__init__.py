@@ -1,4 +1,4 @@
-"""Fake quantization of weights and activations: range search, codebooks, integer codes, trainable modules."""
+"""Fake quantization of weights and activations: range search, schemes, integer codes, trainable modules."""
 
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
@@ -6,16 +6,16 @@ from mpqsearch.quant.activations import (
     ActivationTable,
     RangeCollector,
     activation_table_of,
-    prescale_inputs,
+    smooth_inputs,
 )
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
-from mpqsearch.quant.compensate import compensate
+from mpqsearch.quant.gptq import gptq_rows
 from mpqsearch.quant.modules import (
     QuantLayer,
     Trainable,
     WeightQuantizer,
     build_student,
-    finalize,
+    convert,
     held_weights,
     load_trainable_state,
     param_groups,
@@ -27,7 +27,7 @@ from mpqsearch.quant.tables import (
     RowStatistics,
     error_tables,
     kurtosis,
-    prescale_factors,
+    smoothing_factors,
     weight_error_tables,
     width_errors,
 )
@@ -46,22 +46,22 @@ __all__ = [
     "WeightQuantizer",
     "activation_table_of",
     "build_student",
-    "compensate",
+    "convert",
     "decode",
     "encode",
     "error_tables",
-    "finalize",
     "fit_rows",
+    "gptq_rows",
     "held_weights",
     "kurtosis",
     "load_trainable_state",
     "param_groups",
-    "prescale_factors",
-    "prescale_inputs",
     "quant_layers",
     "quantize_model",
     "quantize_weight",
     "rows_of",
+    "smooth_inputs",
+    "smoothing_factors",
     "trainable_state",
     "weight_error_tables",
     "weight_of",

@@ -55,7 +55,7 @@ class ActivationTable:
 
     ``bits``: layer -> width 1..8. ``scale``, ``zero``: layer -> float32 ``[T]``, ``scale > 0`` and ``zero`` an integer in the code
     range. ``timesteps``: the ``T`` calibrated timesteps in ascending order; empty for static scales, then ``T`` is 1. ``error``:
-    layer -> mean squared error ``[T]`` of the values that were seen, in the pre-scaled units when the layer is pre-scaled.
+    layer -> mean squared error ``[T]`` of the values that were seen, in the smoothed units when the layer is smoothed.
     """
 
     model_digest: str
@@ -279,7 +279,9 @@ class _CompiledQuantizeActivation(torch.autograd.Function):
         run_in_shares("fake_quantize_gradients", by_row, (*constants, np.float32(ctx.top)))
         parts = s.shape[0]
         gs, gz = (
-            sums.view(2, parts, -1).sum(2, dtype=torch.float32).mul_((grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0)
+            sums.view(2, parts, -1)
+            .sum(2, dtype=torch.float32)
+            .mul_((grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0)
         )
         gs.div_(s)
         if index is not None:
@@ -312,7 +314,7 @@ class ActivationQuantizer(nn.Module):
     """What the input of a layer passes through: ``x -> scale (clip(round(x / scale) + zero) - zero)``.
 
     ``scale`` and ``zero`` are float32 parameters ``[T]``; the forward pass rounds them to what is stored (half precision with a shared
-    exponent, an integer in the code range). With pre-scaling factors the step of input channel ``i`` is ``scale / delta_i``: the same as
+    exponent, an integer in the code range). With smoothing factors the step of input channel ``i`` is ``scale / delta_i``: the same as
     quantizing ``x delta`` and dividing after, without a pass of its own.
     """
 
@@ -321,7 +323,13 @@ class ActivationQuantizer(nn.Module):
     factor: Tensor | None
 
     def __init__(
-        self, layer: LayerSpec, bits: int, scale: Tensor, zero: Tensor, clock: TimestepClock | None, factor: Tensor | None = None
+        self,
+        layer: LayerSpec,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        clock: TimestepClock | None,
+        factor: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.name, self.bits, self.top = layer.name, bits, 2**bits - 1
@@ -345,7 +353,9 @@ class ActivationQuantizer(nn.Module):
     def _index(self, n: int) -> Tensor:
         index = self.clock.index if self.clock is not None else None
         if index is None:
-            raise ConfigError(f"{self.name}: scales by timestep, but no timestep is known. Call the whole denoiser, not the layer.")
+            raise ConfigError(
+                f"{self.name}: scales by timestep, but no timestep is known. Call the whole denoiser, not the layer."
+            )
         return index if len(index) == 1 else _fit_batch(index, n, self.name)
 
     def extra_repr(self) -> str:
@@ -361,7 +371,9 @@ def _fit_batch(values: Tensor, n: int, name: str) -> Tensor:
         return values.repeat_interleave(n // len(values))
     if bool((values == values[0]).all()):
         return values[:1].expand(n)
-    raise ConfigError(f"{name}: a batch of {n} with {len(values)} different timesteps; which belongs to which is not known")
+    raise ConfigError(
+        f"{name}: a batch of {n} with {len(values)} different timesteps; which belongs to which is not known"
+    )
 
 
 class RangeCollector:
@@ -397,7 +409,9 @@ class RangeCollector:
             self._handles += _watch(self._root, self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -423,7 +437,9 @@ class RangeCollector:
                 self._histograms.setdefault((name, 0), _Histogram(name)).add(x)
                 return
             if self._now is None:
-                raise ConfigError(f"{name}: ranges by timestep, but no timestep is known. Call the whole denoiser, not the layer.")
+                raise ConfigError(
+                    f"{name}: ranges by timestep, but no timestep is known. Call the whole denoiser, not the layer."
+                )
             for t in torch.unique(self._now).tolist():
                 mine = x
                 if not bool((self._now == t).all()):
@@ -449,7 +465,9 @@ class RangeCollector:
             found = [self._histograms.get((name, t)) for t in steps]
             scale[name], zero[name], error[name] = _search([h for h in found if h is not None], b, search)
             if len(scale[name]) != len(steps):
-                scale[name], zero[name], error[name] = (_spread(v, found) for v in (scale[name], zero[name], error[name]))
+                scale[name], zero[name], error[name] = (
+                    _spread(v, found) for v in (scale[name], zero[name], error[name])
+                )
         return ActivationTable(
             model_digest=self._table.digest,
             bits=bits,
@@ -529,7 +547,16 @@ def _best(
         square = (values / s).add_(z).round_().clamp_(0, top).sub_(z).mul_(s).sub_(values).square_()
         sums[part : part + 128] = square.log2_().mul_(p / 2).exp2_() @ counts  # vectorised, which pow is not
     b = int(sums.argmin())
-    square = (values / scales[b]).add_(zeros[b]).round_().clamp_(0, top).sub_(zeros[b]).mul_(scales[b]).sub_(values).square_()
+    square = (
+        (values / scales[b])
+        .add_(zeros[b])
+        .round_()
+        .clamp_(0, top)
+        .sub_(zeros[b])
+        .mul_(scales[b])
+        .sub_(values)
+        .square_()
+    )
     return scales[b], zeros[b], square @ counts / counts.sum(), sums[b]
 
 
@@ -543,26 +570,26 @@ def _spread(values: Tensor, found: list[_Histogram | None]) -> Tensor:
 
 
 def input_factors(layer: LayerSpec, factor: Tensor) -> Tensor:
-    """Pre-scaling factors by input channel ``[inputs]`` from those by column ``[G, D]``."""
+    """Smoothing factors by input channel ``[inputs]`` from those by column ``[G, D]``."""
     per_input = layer.weights_per_channel // (layer.n_inputs // layer.groups)
     return factor.reshape(layer.groups, -1, per_input)[:, :, 0].flatten()
 
 
-def prescale_inputs(
+def smooth_inputs(
     module: nn.Module, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Factors ``[inputs]`` of the layers whose activations are quantized and whose format pre-scales: what `RangeCollector` divides by."""
+    """Factors ``[inputs]`` of the layers whose activations are quantized and whose format smooths: what `RangeCollector` divides by."""
     modules: dict[str, Any] = dict(module.named_modules())
     out = {}
     for name, bits in bit_map.activations.items():
         fmt = bit_map.format_of(name)
-        if bits == FULL_PRECISION or not fmt.prescale:
+        if bits == FULL_PRECISION or not fmt.smooth:
             continue
         if input_max is None or name not in input_max:
-            raise ConfigError(f"{name}: a pre-scaled format needs the input maxima of a profile")
+            raise ConfigError(f"{name}: a smoothed format needs the input maxima of a profile")
         layer = table[name]
         rows = rows_of(modules[name].weight.detach().float(), layer)
-        out[name] = input_factors(layer, stored_factors(rows, input_max[name], layer, fmt.strength))
+        out[name] = input_factors(layer, stored_factors(rows, input_max[name], layer, fmt.alpha))
     return out
 
 
@@ -584,12 +611,12 @@ def input_quantizers(
             )
         return {}
     activations.check(table, bit_map)
-    factors = prescale_inputs(module, table, bit_map, input_max)
+    factors = smooth_inputs(module, table, bit_map, input_max)
     modules: dict[str, Any] = dict(module.named_modules())
     return {
-        name: ActivationQuantizer(table[name], bits, activations.scale[name], activations.zero[name], None, factors.get(name)).to(
-            modules[name].weight.device
-        )
+        name: ActivationQuantizer(
+            table[name], bits, activations.scale[name], activations.zero[name], None, factors.get(name)
+        ).to(modules[name].weight.device)
         for name, bits in activations.bits.items()
     }
 

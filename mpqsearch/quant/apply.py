@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
-from mpqsearch.quant.compensate import compensate
+from mpqsearch.quant.gptq import gptq_rows
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.tables import stored_factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedRows:
-    """One layer as it would be stored: ``codes`` uint8 ``[C, D]``, the quantizer, and column factors ``[G, D]`` of pre-scaling.
+    """One layer as it would be stored: ``codes`` uint8 ``[C, D]``, the quantizer, and column factors ``[G, D]`` of smoothing.
 
     Rows of width 16 are not quantized; their weights are in ``full_rows`` ``[k, D]``, in order. ``start`` ``[C, D]`` are weights whose nearest
-    codes these are, where that is not true of the layer's own (error-compensated rounding): what training starts from.
+    codes these are, where that is not true of the layer's own (GPTQ): what training starts from.
     """
 
     codes: Tensor
@@ -61,15 +61,15 @@ def quantize_weight(
 ) -> QuantizedRows:
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
-    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is error-compensated; see `compensate`.
-    Raises `ConfigError` when the format pre-scales and ``input_max`` (largest magnitude of each input channel) is not given.
+    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is GPTQ; see `gptq_rows`.
+    Raises `ConfigError` when the format smooths and ``input_max`` (largest magnitude of each input channel) is not given.
     """
     rows = rows_of(weight.detach().float(), layer)
     factor = None
-    if fmt.prescale:
+    if fmt.smooth:
         if input_max is None:
-            raise ConfigError(f"{layer.name}: a pre-scaled format needs the input maxima of a profile")
-        factor = stored_factors(rows, input_max, layer, fmt.strength)
+            raise ConfigError(f"{layer.name}: a smoothed format needs the input maxima of a profile")
+        factor = stored_factors(rows, input_max, layer, fmt.alpha)
         rows = rows * factor.repeat_interleave(len(rows) // layer.groups, dim=0)
     full = widths == FULL_PRECISION
     try:
@@ -78,7 +78,7 @@ def quantize_weight(
         raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
     start = None
     if moment is not None:
-        rows, quantizer = compensate(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
+        rows, quantizer = gptq_rows(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
         start = rows if factor is None else rows / factor.repeat_interleave(len(rows) // layer.groups, dim=0)
     codes = encode(rows, quantizer)
     kept = rows_of(weight.detach().float(), layer)[full] if bool(full.any()) else None
@@ -101,9 +101,9 @@ def quantize_model(
 
     With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean output is taken
     off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D, D]`` of that input) rounding is
-    error-compensated in the layers that it names. ``activations`` holds the scales of the activation widths of the map. Raises
+    rounded by GPTQ in the layers that it names. ``activations`` holds the scales of the activation widths of the map. Raises
     `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths
-    or compensated rounding without what these need.
+    or GPTQ rounding without what these need.
     """
     bit_map.validate(table)
     check_moments(bit_map, moments)
@@ -123,7 +123,9 @@ def quantize_model(
         target = targets[0]
         weight: Tensor = target.weight
         moment = moment_of(layer.name, moments, means if target.bias is not None else None)
-        quantized = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment)
+        quantized = quantize_weight(
+            weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment
+        )
         rows = quantized.rows()
         if means is not None and layer.name in means and target.bias is not None:
             error = rows - rows_of(weight.float(), layer)
@@ -134,10 +136,10 @@ def quantize_model(
 
 
 def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None:
-    """Raise `ConfigError` when the map asks for compensated rounding and there is nothing to compensate with."""
-    if moments is None and any(f.rounding == "compensated" for f in (bit_map.format, *bit_map.formats.values())):
+    """Raise `ConfigError` when the map asks for GPTQ rounding and there is nothing to compensate with."""
+    if moments is None and any(f.rounding == "gptq" for f in (bit_map.format, *bit_map.formats.values())):
         raise ConfigError(
-            "the bit map asks for compensated rounding, which needs the second moments of the layers' inputs. Measure them with "
+            "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them with "
             "mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = 'nearest'."
         )
 
@@ -169,7 +171,7 @@ def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[st
 
 
 def scaled_moment(moment: Tensor, factor: Tensor) -> Tensor:
-    """Second moment ``[G, D, D]`` of inputs over their pre-scaling factors ``[G, D]``."""
+    """Second moment ``[G, D, D]`` of inputs over their smoothing factors ``[G, D]``."""
     return moment / (factor[:, :, None] * factor[:, None, :]).to(moment)
 
 

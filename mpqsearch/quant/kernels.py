@@ -1,4 +1,4 @@
-"""Compiled kernels of the range search, of row moments and of compensated rounding.
+"""Compiled kernels of the range search, of row moments and of GPTQ rounding.
 
 Imported only where numba is installed, through `search.compiled`.
 
@@ -174,7 +174,8 @@ def _searcher(error: Any) -> Any:
                     i = min(j, n - 1)
                     power = unit * powers[i]
                     errors[i] = (
-                        error(row, np.float32(1) / (base * factors[i]), z, t, exponent, least * (1 + margin) / power) * power
+                        error(row, np.float32(1) / (base * factors[i]), z, t, exponent, least * (1 + margin) / power)
+                        * power
                     )
                     least = min(least, errors[i])
                 if step > 1:
@@ -185,7 +186,9 @@ def _searcher(error: Any) -> Any:
                             for i in range(low + second, high, second):
                                 power = unit * powers[i]
                                 enough = least * (1 + margin / 2) / power
-                                errors[i] = error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                errors[i] = (
+                                    error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                )
                                 least = min(least, errors[i])
                     bound = least * (1 + margin / 2)
                     for low in range(0, n - 1, step):
@@ -196,7 +199,9 @@ def _searcher(error: Any) -> Any:
                                 for i in range(start + 1, stop):
                                     power = unit * powers[i]
                                     enough = least / power
-                                    errors[i] = error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                    errors[i] = (
+                                        error(row, np.float32(1) / (base * factors[i]), z, t, exponent, enough) * power
+                                    )
                                     least = min(least, errors[i])
                 best[c, k] = np.argmin(errors)
 
@@ -212,7 +217,19 @@ def search(p: float) -> Callable[..., None]:
     kernel = _search_square if p == 2.0 else _search_power
 
     def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, best: Any) -> None:
-        kernel(rows, widest, zero, top, factors, factors.astype(np.float64) ** p, step, min(SECOND, step), margin, float(p), best)
+        kernel(
+            rows,
+            widest,
+            zero,
+            top,
+            factors,
+            factors.astype(np.float64) ** p,
+            step,
+            min(SECOND, step),
+            margin,
+            float(p),
+            best,
+        )
 
     return run
 
@@ -388,7 +405,11 @@ def fake_quantize_gradients(
         one: Any = 0.0
         two: Any = 0.0
         for start in range(0, rows.shape[1], CHUNK):
-            row, g, to = rows[r, start : start + CHUNK], grad[r, start : start + CHUNK], to_rows[r, start : start + CHUNK]
+            row, g, to = (
+                rows[r, start : start + CHUNK],
+                grad[r, start : start + CHUNK],
+                to_rows[r, start : start + CHUNK],
+            )
             a, b = np.float32(0), np.float32(0)
             if shared:
                 for j in range(row.shape[0]):
@@ -413,7 +434,9 @@ def fake_quantize_gradients(
 
 
 @_jit()  # as above
-def fake_quantize_rows(rows: Any, out: Any, scale: Any, zero: Any, top: Any, full: Any, factor: Any, first: int) -> None:
+def fake_quantize_rows(
+    rows: Any, out: Any, scale: Any, zero: Any, top: Any, full: Any, factor: Any, first: int
+) -> None:
     """Rows ``[C, D]`` through a quantizer each: the operations of `rows.encode` and `rows.decode` in their order.
 
     ``factor`` is ``[1, D]``, or has a row for every row of the whole, of which ``first`` is the first here.
@@ -456,7 +479,11 @@ def fake_quantize_rows_gradients(
         two: Any = 0.0
         factors = factor[min(first + r, factor.shape[0] - 1)]
         for start in range(0, rows.shape[1], CHUNK):
-            row, g, to = rows[r, start : start + CHUNK], grad[r, start : start + CHUNK], to_rows[r, start : start + CHUNK]
+            row, g, to = (
+                rows[r, start : start + CHUNK],
+                grad[r, start : start + CHUNK],
+                to_rows[r, start : start + CHUNK],
+            )
             f = factors[start : start + CHUNK]
             a, b = np.float32(0), np.float32(0)
             for j in range(row.shape[0]):

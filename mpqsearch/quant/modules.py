@@ -1,6 +1,6 @@
 """Trainable quantizers: a copy of a model whose layers compute ``layer(Q_x(x), Q_w(W + B A))`` with gradients.
 
-`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `finalize` the integer
+`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `convert` the integer
 codes at the end. All widths of a layer are handled by one vectorised pass; low-rank updates are merged before quantization (QALoRA of
 EfficientDM), so nothing is left of them at inference.
 """
@@ -17,8 +17,22 @@ from torch import Tensor, nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
-from mpqsearch.quant.activations import ActivationQuantizer, ActivationTable, attach_clock, attach_quantizer, input_quantizers
-from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, bias_shift, check_moments, moment_of, owners_of, quantize_weight
+from mpqsearch.quant.activations import (
+    ActivationQuantizer,
+    ActivationTable,
+    attach_clock,
+    attach_quantizer,
+    input_quantizers,
+)
+from mpqsearch.quant.apply import (
+    QuantizedModel,
+    QuantizedRows,
+    bias_shift,
+    check_moments,
+    moment_of,
+    owners_of,
+    quantize_weight,
+)
 from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
 from mpqsearch.quant.search import run_in_shares, takes_compiled
 
@@ -30,7 +44,7 @@ weights. ``all``: these and all quantized weights with their biases."""
 class _QuantizeRows(torch.autograd.Function):
     """Fake quantization of rows with a width for each; straight-through and LSQ gradients.
 
-    With ``s`` the scale of a row, ``f`` the pre-scaling factor of a column, ``q`` the code and ``inside`` where it was not clipped:
+    With ``s`` the scale of a row, ``f`` the smoothing factor of a column, ``q`` the code and ``inside`` where it was not clipped:
     ``y = s (q - z) / f``, ``dy/dw = inside``, ``dy/ds = (y - w inside) / s``, ``dy/dz = -s (1 - inside) / f``; roundings of scale and zero
     point to what is stored count as the identity. Rows of width 16 pass through.
     """
@@ -115,7 +129,7 @@ class _CompiledQuantizeRows(torch.autograd.Function):
 
 
 def _as_stored(scale: Tensor, zero: Tensor, top: Tensor, fixed_zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales in half precision with a shared exponent, zero points as integers in the code range (mid-rise rows keep theirs)."""
+    """Scales in half precision with a shared exponent, zero points as integers in the code range (symmetric rows keep theirs)."""
     return stored_scale(scale), torch.where(fixed_zero, zero, zero.round().clamp_min(0).minimum(top))
 
 
@@ -151,7 +165,9 @@ class WeightQuantizer(nn.Module):
         learned = trainable != "none"
         self.layer = layer
         self.scale = nn.Parameter(quantizer.scale.clone(), requires_grad=learned)
-        fixed_zero = (quantizer.zero != quantizer.zero.round()) | full  # a mid-rise codebook has its zero between two codes
+        fixed_zero = (
+            quantizer.zero != quantizer.zero.round()
+        ) | full  # a symmetric scheme has its zero between two codes
         self.zero = nn.Parameter(quantizer.zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
         rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer).clone()
         if trainable == "all":
@@ -230,7 +246,9 @@ class QuantLayer(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, plain: nn.Module, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer | None) -> None:
+    def __init__(
+        self, plain: nn.Module, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer | None
+    ) -> None:
         super().__init__()
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
@@ -319,7 +337,7 @@ def build_student(
     """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals `quantize_model`'s.
 
     means, input_max, moments
-        As in `quantize_model`: bias correction, pre-scaling factors, and error-compensated rounding. With the last, weights start where the
+        As in `quantize_model`: bias correction, smoothing factors, and GPTQ. With the last, weights start where the
         codes that it chose are their nearest ones.
     activations
         Needed when the bit map has activation widths; made by `RangeCollector` for the same widths.
@@ -354,15 +372,21 @@ def build_student(
                 attach_quantizer(owned[layer.name][0], quantizer)
             continue
         weight: Any = owned[layer.name][0].weight
-        moment = moment_of(layer.name, moments, means if getattr(owned[layer.name][0], "bias", None) is not None else None)
-        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment)
+        moment = moment_of(
+            layer.name, moments, means if getattr(owned[layer.name][0], "bias", None) is not None else None
+        )
+        stored = quantize_weight(
+            weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment
+        )
         weight_quantizer = WeightQuantizer(layer, weight, stored, trainable=trainable, rank=rank, generator=generator)
         for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own
             owner = target is owned[layer.name][0]
             bias: Any = getattr(target, "bias", None)
             if bias is not None:
                 if owner and means is not None and layer.name in means:
-                    bias.sub_(bias_shift(stored.rows() - rows_of(weight.float(), layer), means[layer.name]).to(bias.dtype))
+                    bias.sub_(
+                        bias_shift(stored.rows() - rows_of(weight.float(), layer), means[layer.name]).to(bias.dtype)
+                    )
                 bias.requires_grad_(trainable == "all")
             swaps[id(target)] = QuantLayer(target, weight_quantizer, quantizer if owner else None)
     _replace(student, swaps)
@@ -455,12 +479,14 @@ def load_trainable_state(student: nn.Module, state: Mapping[str, Tensor]) -> Non
         )
     for name, parameter in mine.items():
         if state[name].shape != parameter.shape:
-            raise ArtifactError(f"the checkpoint has {name} as {tuple(state[name].shape)}, the student {tuple(parameter.shape)}")
+            raise ArtifactError(
+                f"the checkpoint has {name} as {tuple(state[name].shape)}, the student {tuple(parameter.shape)}"
+            )
         parameter.copy_(state[name])
 
 
 @torch.no_grad()
-def finalize(student: nn.Module) -> QuantizedModel:
+def convert(student: nn.Module) -> QuantizedModel:
     """The student as it would be deployed: ordinary layers with the weights that integer codes decode to, and the codes.
 
     Weights equal those of the student's forward pass bit for bit. Quantizers of activations stay in front of their layers, with the
@@ -468,7 +494,7 @@ def finalize(student: nn.Module) -> QuantizedModel:
     """
     bit_map = getattr(student, "bit_map", None)
     if not isinstance(bit_map, BitMap):
-        raise ConfigError(f"{type(student).__name__} was not made by build_student: there is nothing to finalize")
+        raise ConfigError(f"{type(student).__name__} was not made by build_student: there is nothing to convert")
     clone = copy.deepcopy(student).requires_grad_(False)
     del clone.bit_map
     rows: dict[str, QuantizedRows] = {}

@@ -1,7 +1,7 @@
 """Quantization of rows: one output channel a row, a width for every row, all rows in one vectorised pass.
 
-Both codebooks share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an integer in the
-affine codebook (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the mid-rise one.
+Both schemes share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an integer in the
+asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the symmetric one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.quant.search import as_bits, best_factors, compiled, copied_as_bits, in_threads, shares, takes_arrays
 
 ONE_BIT_RANGE = 2.5
-"""Start of the range search of the one-bit mid-rise codebook in root mean squares: the optimum is near 0.8 of them."""
+"""Start of the range search of the one-bit symmetric scheme in root mean squares: the optimum is near 0.8 of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +65,16 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     rows = rows.detach().float()
     widths = torch.as_tensor(bits, dtype=torch.uint8, device=rows.device).expand(rows.shape[0]).clone()
     moments = row_moments(rows)
-    if fmt.codebook == "auto":
-        affine, midrise = (_fit(rows, widths, fmt, codebook, moments) for codebook in ("affine", "midrise"))
-        errors = [(decode(encode(rows, q), q) - rows).square().sum(1) for q in (affine, midrise)]
+    if fmt.scheme == "auto":
+        asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, moments) for scheme in ("asymmetric", "symmetric"))
+        errors = [(decode(encode(rows, q), q) - rows).square().sum(1) for q in (asymmetric, symmetric)]
         use = errors[1] < errors[0]
         return RowQuantizer(
-            scale=torch.where(use, midrise.scale, affine.scale), zero=torch.where(use, midrise.zero, affine.zero), bits=widths
+            scale=torch.where(use, symmetric.scale, asymmetric.scale),
+            zero=torch.where(use, symmetric.zero, asymmetric.zero),
+            bits=widths,
         )
-    return _fit(rows, widths, fmt, fmt.codebook, moments)
+    return _fit(rows, widths, fmt, fmt.scheme, moments)
 
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
@@ -93,15 +95,15 @@ def decode(codes: Tensor, quantizer: RowQuantizer) -> Tensor:
 
 
 def fit_grid(
-    rows: Tensor, widths: Sequence[int], codebook: str, fmt: QuantFormat, moments: RowMoments | None = None
+    rows: Tensor, widths: Sequence[int], scheme: str, fmt: QuantFormat, moments: RowMoments | None = None
 ) -> RowQuantizer:
     """Search the range of every row at every width in one pass: scale, zero ``[C, W]`` and bits ``[W]``.
 
-    Column ``w`` is what `fit_rows` gives at that width. ``codebook`` is ``affine`` or ``midrise``; the one of ``fmt`` is not used.
+    Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is ``asymmetric`` or ``symmetric``; the one of ``fmt`` is not used.
     """
     found = moments or row_moments(rows)
     bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
-    return _fit(rows, bits.expand(len(rows), -1), fmt, codebook, found)
+    return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +158,11 @@ def _moments_of(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.amin(1), rows.amax(1), rms.float(), kurtosis.float()
 
 
-def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str, moments: RowMoments) -> RowQuantizer:
-    """Quantizers of one codebook; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
+def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: RowMoments) -> RowQuantizer:
+    """Quantizers of one scheme; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
     top = _top(bits)
     low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (moments.low, moments.high, moments.rms))
-    if codebook == "affine":
+    if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
         widest = (high - low) / top
         zero = (-low / widest.clamp_min(torch.finfo(torch.float32).tiny)).round().minimum(top)
@@ -170,9 +172,9 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, codebook: str, moments: R
         widest = 2 * reach / top
         zero = top / 2
     dead = widest <= 0
-    widest = torch.where(dead, 1.0, widest)  # an all-zero row: any scale gives zero in the affine codebook
-    if codebook == "midrise":
-        zero = torch.where(dead, 0.0, zero)  # the mid-rise levels have no zero: such a row falls back to code 0 = 0.0
+    widest = torch.where(dead, 1.0, widest)  # an all-zero row: any scale gives zero in the asymmetric scheme
+    if scheme == "symmetric":
+        zero = torch.where(dead, 0.0, zero)  # the symmetric levels have no zero: such a row falls back to code 0 = 0.0
     if fmt.criterion == "minmax":
         return RowQuantizer(scale=stored_scale(widest), zero=zero, bits=bits)
     p = 2.0 if fmt.criterion == "mse" else fmt.p
@@ -187,7 +189,9 @@ def stored_scale(scale: Tensor) -> Tensor:
     ``scale`` is ``[C]``, or ``[C, K]`` for K quantizers of a layer, each with a power of its own.
     Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.
     """
-    if scale.device.type == "cpu" and takes_arrays(scale):  # small and called often: a fifth of the time of torch's operations
+    if scale.device.type == "cpu" and takes_arrays(
+        scale
+    ):  # small and called often: a fifth of the time of torch's operations
         values = scale.detach().numpy()
         unit = np.ldexp(np.float32(1), np.maximum(np.frexp(values.max(0))[1] - 16, -126))
         half = np.minimum(np.maximum(values / unit, np.float32(2.0**-24)), np.float32(65504.0)).astype(np.float16)

@@ -60,7 +60,9 @@ def use_backend(name: Backend) -> Backend:
     return previous
 
 
-def best_factors(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, n: int, p: float, *, exhaustive: bool = False) -> Tensor:
+def best_factors(
+    rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, n: int, p: float, *, exhaustive: bool = False
+) -> Tensor:
     """Shrink factor ``[C, K]`` with the least ``sum |w - w_q|**p``, out of ``1 - 0.8 i / n``, ``i < n``.
 
     rows
@@ -86,7 +88,9 @@ def best_factors(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, n: int
     width = margin(rows.shape[1])
     arrays = [x.contiguous().numpy() for x in (widest, zero, top)]
     grid, out = factors.numpy(), index.numpy()
-    in_threads(lambda block: run(as_array(rows[block]), *(x[block] for x in arrays), grid, step, width, out[block]), rows)
+    in_threads(
+        lambda block: run(as_array(rows[block]), *(x[block] for x in arrays), grid, step, width, out[block]), rows
+    )
     return factors[index]
 
 
@@ -104,7 +108,9 @@ def square_errors(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Ten
         return out
     arrays = [x.contiguous().numpy() for x in (scale, zero, top)]
     target = out.numpy()
-    in_threads(lambda block: kernels.square_errors(as_array(rows[block]), *(x[block] for x in arrays), target[block]), rows)
+    in_threads(
+        lambda block: kernels.square_errors(as_array(rows[block]), *(x[block] for x in arrays), target[block]), rows
+    )
     return out
 
 
@@ -210,7 +216,9 @@ def blocks(rows: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
-def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float, step: int) -> Tensor:
+def _search_block(
+    rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float, step: int
+) -> Tensor:
     """Index of the best factor for each row of a cache-sized block.
 
     All factors in float32, in units of the scale and in place; then the best few again in float64, since rounding may reverse
@@ -232,7 +240,9 @@ def _search_block(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, facto
     return few.gather(0, exact.argmin(0, keepdim=True))[0]
 
 
-def _coarse_to_fine(rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float, step: int) -> Tensor:
+def _coarse_to_fine(
+    rows: Tensor, widest: Tensor, zero: Tensor, top: Tensor, factors: Tensor, p: float, step: int
+) -> Tensor:
     """Errors ``[n, C]`` of the candidates that are looked into, infinity for the others."""
     n = len(factors)
     errors = torch.full((n, len(rows)), torch.inf, device=rows.device)

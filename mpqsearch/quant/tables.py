@@ -39,44 +39,46 @@ def kurtosis(rows: Tensor) -> Tensor:
 
 
 def weight_error_tables(
-    rows: Tensor, widths: Sequence[int], codebooks: Sequence[str], fmt: QuantFormat, moments: RowMoments | None = None
+    rows: Tensor, widths: Sequence[int], schemes: Sequence[str], fmt: QuantFormat, moments: RowMoments | None = None
 ) -> dict[str, Tensor]:
-    """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each codebook, in fused passes.
+    """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each scheme, in fused passes.
 
     The numbers are those of `error_tables` over `width_errors`, without the ``[W, C, D]`` weight errors. ``auto`` is the lesser of the
     other two, row by row, as `fit_rows` chooses.
     """
-    needed = {"affine": {"affine", "auto"}, "midrise": {"midrise", "auto"}}
+    needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}}
     found = moments or row_moments(rows)
     errors = {}
-    for codebook, asked in needed.items():
-        if asked & set(codebooks):
-            q = fit_grid(rows, widths, codebook, fmt, found)
-            errors[codebook] = square_errors(rows, q.scale, q.zero, torch.exp2(q.bits.float()) - 1)
-    if "auto" in codebooks:
-        errors["auto"] = torch.minimum(errors["affine"], errors["midrise"])
-    return {codebook: errors[codebook] for codebook in codebooks}
+    for scheme, asked in needed.items():
+        if asked & set(schemes):
+            q = fit_grid(rows, widths, scheme, fmt, found)
+            errors[scheme] = square_errors(rows, q.scale, q.zero, torch.exp2(q.bits.float()) - 1)
+    if "auto" in schemes:
+        errors["auto"] = torch.minimum(errors["asymmetric"], errors["symmetric"])
+    return {scheme: errors[scheme] for scheme in schemes}
 
 
-def prescale_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, strength: float = 0.5) -> Tensor:
-    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at strength ``a``; MPQ-DM: 0.5).
+def smoothing_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
+    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at alpha ``a``; MPQ-DM: 0.5).
 
     Dead channels (no input, or no weight) get 1, where the released code of MPQ-DM divides by zero.
     """
     groups = layer.groups
     per_input = layer.weights_per_channel // (layer.n_inputs // groups)
     seen = rows.reshape(groups, len(rows) // groups, -1, per_input)
-    by_input = torch.maximum(seen.amax((1, 3)), -seen.amin((1, 3))).float()  # [G, inputs of a group]; no copy of the rows
+    by_input = torch.maximum(
+        seen.amax((1, 3)), -seen.amin((1, 3))
+    ).float()  # [G, inputs of a group]; no copy of the rows
     x = input_max.to(by_input).reshape(groups, -1)
     alive = (by_input > 1e-12) & (x > 1e-12)
     x, w = torch.where(alive, x, 1.0), torch.where(alive, by_input, 1.0)
-    factor = (x / w).sqrt() if strength == 0.5 else x.pow(strength) / w.pow(1 - strength)
+    factor = (x / w).sqrt() if alpha == 0.5 else x.pow(alpha) / w.pow(1 - alpha)
     return factor.repeat_interleave(per_input, dim=1)
 
 
-def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, strength: float = 0.5) -> Tensor:
-    """`prescale_factors` ``[G, D]`` as they are stored: half precision."""
-    return prescale_factors(rows, input_max, layer, strength).half().float().clamp(2.0**-14, 2.0**14)
+def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
+    """`smoothing_factors` ``[G, D]`` as they are stored: half precision."""
+    return smoothing_factors(rows, input_max, layer, alpha).half().float().clamp(2.0**-14, 2.0**14)
 
 
 def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
@@ -90,18 +92,27 @@ def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tenso
     if stats is not None:
         through = [_through(error, stats) for error in errors]
         tables["output_error"] = torch.stack([full for full, _ in through], 1)
-        tables["output_error_centred"] = torch.stack([(full - shift.square()).clamp_min(0) for full, shift in through], 1)
+        tables["output_error_centred"] = torch.stack(
+            [(full - shift.square()).clamp_min(0) for full, shift in through], 1
+        )
     return tables
 
 
 def width_errors(
-    weight: Tensor, layer: LayerSpec, widths: tuple[int, ...], fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
+    weight: Tensor,
+    layer: LayerSpec,
+    widths: tuple[int, ...],
+    fmt: QuantFormat,
+    stats: RowStatistics | None,
+    part: slice = EVERY,
 ) -> Tensor:
     """``w_q - w`` as rows at every width: ``[W, C, D]``, or of the rows of ``part`` alone, made with the quantizer that is deployed."""
     return torch.stack([_searched(weight, layer, bits, fmt, stats, part)[0] for bits in widths])
 
 
-def row_errors(weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None) -> Tensor:
+def row_errors(
+    weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None
+) -> Tensor:
     """``w_q - w`` as rows ``[C, D]`` in the units of the weight."""
     return _searched(weight, layer, bits, fmt, stats)[0]
 
@@ -165,7 +176,9 @@ def slices_of(layer: LayerSpec, size: int) -> list[slice]:
     if size >= group:
         step = size // group * group
         return [slice(i, min(i + step, layer.n_channels)) for i in range(0, layer.n_channels, step)]
-    return [slice(g + i, g + min(i + size, group)) for g in range(0, layer.n_channels, group) for i in range(0, group, size)]
+    return [
+        slice(g + i, g + min(i + size, group)) for g in range(0, layer.n_channels, group) for i in range(0, group, size)
+    ]
 
 
 def row_bytes(layer: LayerSpec, n_candidates: int) -> int:
@@ -190,7 +203,9 @@ def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQua
     """The quantizers of all rows, one a width, from those of consecutive slices."""
     return tuple(
         RowQuantizer(
-            scale=torch.cat([q.scale for q in same]), zero=torch.cat([q.zero for q in same]), bits=torch.cat([q.bits for q in same])
+            scale=torch.cat([q.scale for q in same]),
+            zero=torch.cat([q.zero for q in same]),
+            bits=torch.cat([q.bits for q in same]),
         )
         for same in zip(*parts, strict=True)
     )
@@ -216,7 +231,12 @@ def held_bytes(table: LayerTable, n_candidates: int) -> int:
 
 
 def _searched(
-    weight: Tensor, layer: LayerSpec, bits: Tensor | int, fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
+    weight: Tensor,
+    layer: LayerSpec,
+    bits: Tensor | int,
+    fmt: QuantFormat,
+    stats: RowStatistics | None,
+    part: slice = EVERY,
 ) -> tuple[Tensor, RowQuantizer]:
     scaled, factor = _scaled(weight, layer, fmt, stats, part)
     quantizer = fit_rows(scaled, bits, fmt)
@@ -241,13 +261,13 @@ def _error(scaled: Tensor, factor: Tensor | None, quantizer: RowQuantizer) -> Te
 def column_factors(
     rows: Tensor, layer: LayerSpec, fmt: QuantFormat, stats: RowStatistics | None, part: slice = EVERY
 ) -> Tensor | None:
-    """Pre-scaling factors ``[C, D]`` of a format, or those of the rows of ``part``, rounded as stored.
+    """Smoothing factors ``[C, D]`` of a format, or those of the rows of ``part``, rounded as stored.
 
     ``rows`` are all rows: a factor goes by the largest weight of its column. None when the format has none or inputs are unknown.
     """
-    if not fmt.prescale or stats is None:
+    if not fmt.smooth or stats is None:
         return None
-    factor = stored_factors(rows, stats.input_max, layer, fmt.strength)
+    factor = stored_factors(rows, stats.input_max, layer, fmt.alpha)
     groups = torch.arange(len(rows), device=factor.device)[part] // (len(rows) // layer.groups)
     return factor[groups]
 

@@ -36,7 +36,9 @@ class HeatmapInfo:
     fixed: tuple[bool, ...]
 
 
-def bits_heatmap_info(table: LayerTable, bit_map: BitMap, policy: Policy | None = None, quantiles: int = 64) -> HeatmapInfo:
+def bits_heatmap_info(
+    table: LayerTable, bit_map: BitMap, policy: Policy | None = None, quantiles: int = 64
+) -> HeatmapInfo:
     """Widths of every layer at ``quantiles`` evenly spaced channels, after sorting the channels of a layer by width.
 
     Raises `LayerMismatchError` when the map is for another model.

@@ -16,7 +16,7 @@ from mpqsearch.core.budget import DEFAULT_STORAGE
 class SizeBreakdown:
     """Stored bits of a model by what they are for; together they are `mpqsearch.core.size_bits`.
 
-    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and pre-scaling factors of searched layers.
+    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and smoothing factors of searched layers.
     ``tags``: which channel has which width. ``fixed``: everything of the layers that the policy holds at a quantized width.
     ``full_precision``: weight layers at 16 bits. ``kept``: norms, biases, embeddings.
     """
@@ -85,7 +85,10 @@ def export_rows(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         ]
         for row in exports
     ]
-    return {"columns": ["target", "map", *_EXPORT_SIZES.values(), "stored bits per parameter", "weights", "verified"], "rows": rows}
+    return {
+        "columns": ["target", "map", *_EXPORT_SIZES.values(), "stored bits per parameter", "weights", "verified"],
+        "rows": rows,
+    }
 
 
 _EXPORT_SIZES = {

@@ -50,12 +50,27 @@ class Drawing:
 
 def all_drawings(content: ReportContent) -> list[Drawing]:
     """Every figure that the content allows; the first front is the one of the first screen."""
-    return [*_fronts(content), *_maps(content), *_profile(content), *_prediction(content), *_search(content), *_grids(content)]
+    return [
+        *_fronts(content),
+        *_maps(content),
+        *_profile(content),
+        *_prediction(content),
+        *_search(content),
+        *_grids(content),
+    ]
 
 
 def _search(content: ReportContent) -> Iterator[Drawing]:
     for key, title, caption, words, draw in search_drawings(content.search) if content.search is not None else ():
-        yield Drawing(key=key, section="search", title=title, caption=caption, alt=words, draw=draw, dense=key == "search_parallel")
+        yield Drawing(
+            key=key,
+            section="search",
+            title=title,
+            caption=caption,
+            alt=words,
+            draw=draw,
+            dense=key == "search_parallel",
+        )
 
 
 def _fronts(content: ReportContent) -> Iterator[Drawing]:
@@ -123,7 +138,10 @@ def _profile(content: ReportContent) -> Iterator[Drawing]:
     profile = content.profile
     if profile is None or not profile.variants:
         return
-    variants = [content.variant, *((MEASURED,) if any(k.startswith("layer_final_error/") for k in profile.arrays) else ())]
+    variants = [
+        content.variant,
+        *((MEASURED,) if any(k.startswith("layer_final_error/") for k in profile.arrays) else ()),
+    ]
     for i, variant in enumerate(variants):
         info = sensitivity_info(profile, variant)
         yield Drawing(
@@ -180,7 +198,11 @@ def _depth_words(label: str, info: DepthInfo) -> str:
     for role in dict.fromkeys(info.roles):
         mine = [i for i, r in enumerate(info.roles) if r == role]
         mean[role] = float((info.mean[mine] * info.weights[mine]).sum() / info.weights[mine].sum())
-    return f"Bar chart of bits over depth, {label}. Mean bits by role: " + ", ".join(f"{r} {b:.1f}" for r, b in mean.items()) + "."
+    return (
+        f"Bar chart of bits over depth, {label}. Mean bits by role: "
+        + ", ".join(f"{r} {b:.1f}" for r, b in mean.items())
+        + "."
+    )
 
 
 def _heatmap_words(label: str, info: HeatmapInfo) -> str:

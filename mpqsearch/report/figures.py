@@ -52,7 +52,9 @@ def save_figure(figure: Axes | Figure, stem: Path) -> tuple[Path, Path]:
     engine = whole.get_layout_engine()
     for path, kind in zip(paths, ("png", "svg"), strict=True):
         write_bytes(path, figure_bytes(whole, kind))
-        whole.set_layout_engine("none")  # the places were found for the first file; finding them again takes as long as drawing
+        whole.set_layout_engine(
+            "none"
+        )  # the places were found for the first file; finding them again takes as long as drawing
     whole.set_layout_engine(engine)
     return paths
 

@@ -88,7 +88,9 @@ def front_info(
         front=np.array([[_cost(r, cost), r.metrics[metric].value] for r in best], dtype=np.float64).reshape(-1, 2),
         full_precision=None if pareto.full_precision is None else pareto.full_precision.metrics.get(metric),
         spread=first.spread,
-        chosen=(_cost(chosen, cost), chosen.metrics[metric].value) if chosen is not None and metric in chosen.metrics else None,
+        chosen=(_cost(chosen, cost), chosen.metrics[metric].value)
+        if chosen is not None and metric in chosen.metrics
+        else None,
     )
 
 
@@ -160,9 +162,26 @@ def _draw_series(ax: Axes, series: FrontSeries, style: SeriesStyle) -> None:
         zorder=3,
     )
     shown = np.isfinite(series.low) & np.isfinite(series.high)
-    ax.vlines(series.cost[shown], series.low[shown], series.high[shown], color=style.colour, linewidth=1.2, alpha=0.8, zorder=2)
+    ax.vlines(
+        series.cost[shown],
+        series.low[shown],
+        series.high[shown],
+        color=style.colour,
+        linewidth=1.2,
+        alpha=0.8,
+        zorder=2,
+    )
     for ends in (series.low, series.high):
-        ax.plot(series.cost[shown], ends[shown], linestyle="", marker="_", markersize=5, color=style.colour, alpha=0.8, zorder=2)
+        ax.plot(
+            series.cost[shown],
+            ends[shown],
+            linestyle="",
+            marker="_",
+            markersize=5,
+            color=style.colour,
+            alpha=0.8,
+            zorder=2,
+        )
 
 
 def _draw_full_precision(ax: Axes, info: FrontInfo) -> None:

@@ -45,14 +45,19 @@ class SampleGrid:
         return dict(self.rows)[label]
 
 
-def sample_grid(title: str, budget: float, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, gain: float = 4.0) -> SampleGrid:
+def sample_grid(
+    title: str, budget: float, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, gain: float = 4.0
+) -> SampleGrid:
     """The first ``columns`` images of each row; ``[N, H, W]`` or ``[N, C, H, W]`` uint8, reference row first.
 
     Raises `ConfigError` when there is no row, or a row has another shape or dtype than the first.
     """
     if not rows:
         raise ConfigError(f"sample grid {title!r}: at least one row of images is needed")
-    clean = {label: _channels_last(images, f"sample grid {title!r}, row {label!r}")[:columns] for label, images in rows.items()}
+    clean = {
+        label: _channels_last(images, f"sample grid {title!r}, row {label!r}")[:columns]
+        for label, images in rows.items()
+    }
     first = next(iter(clean.values()))
     for label, images in clean.items():
         if images.shape != first.shape:
@@ -130,5 +135,7 @@ def _channels_last(images: NDArray[Any], where: str) -> Images:
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
-        raise ConfigError(f"{where}: images must be [N, H, W] or [N, 1 or 3, H, W] and not empty, got {np.shape(images)}")
+        raise ConfigError(
+            f"{where}: images must be [N, H, W] or [N, 1 or 3, H, W] and not empty, got {np.shape(images)}"
+        )
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1))

@@ -25,7 +25,15 @@ from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_js
 
 TEMPLATE = "report.html.j2"
 
-_DECIMALS = {"fd_data": 3, "fd_fp": 3, "kid_data": 5, "kid_fp": 5, "paired_psnr": 2, "paired_mse": 5, "class_accuracy": 3}
+_DECIMALS = {
+    "fd_data": 3,
+    "fd_fp": 3,
+    "kid_data": 5,
+    "kid_fp": 5,
+    "paired_psnr": 2,
+    "paired_mse": 5,
+    "class_accuracy": 3,
+}
 
 _HEADINGS = {
     "fd_data": "FD to data",
@@ -56,7 +64,9 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
         figure = render(drawing.draw)
         files = save_figure(figure, folder / "figures" / drawing.key)
         if drawing.section == "front":
-            hot = spots(figure.axes[0], content.records, drawing.key.removeprefix("front_"), content.table, content.point_maps)
+            hot = spots(
+                figure.axes[0], content.records, drawing.key.removeprefix("front_"), content.table, content.point_maps
+            )
         paths += files
         if drawing.in_page:
             svg = files[1].read_bytes()
@@ -66,7 +76,10 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
 
 
 def render_page(
-    content: ReportContent, drawings: Sequence[Drawing], pictures: Mapping[str, Mapping[str, str]], hot: Sequence[Spot] = ()
+    content: ReportContent,
+    drawings: Sequence[Drawing],
+    pictures: Mapping[str, Mapping[str, str]],
+    hot: Sequence[Spot] = (),
 ) -> str:
     """The HTML text. ``pictures`` maps the key of a drawing to its ``light`` and ``dark`` data addresses; ``hot`` are the points of
     the front that answer to the pointer."""
@@ -175,7 +188,12 @@ def _points_table(records: Sequence[StudyRecord]) -> dict[str, Any]:
     rows = []
     for i, record in enumerate(records):
         cells = [
-            {"text": record.method, "sort": record.method, "mark": "front" if id(record) in on_front else "", "range": ""},
+            {
+                "text": record.method,
+                "sort": record.method,
+                "mark": "front" if id(record) in on_front else "",
+                "range": "",
+            },
             _cell(record.granularity, record.granularity),
             _cell(_number(record.target_bits, 2), record.target_bits),
             _cell(_number(record.average_bits, 3), record.average_bits),
@@ -229,7 +247,9 @@ def _grid(grid: SampleGrid) -> dict[str, Any]:
     rows = []
     for label, images in grid.rows:
         difference = None if images is grid.reference else data_uri(png_bytes(difference_strip(grid, label)), "png")
-        rows.append({"label": label, "samples": data_uri(png_bytes(sample_strip(images)), "png"), "difference": difference})
+        rows.append(
+            {"label": label, "samples": data_uri(png_bytes(sample_strip(images)), "png"), "difference": difference}
+        )
     return {"title": grid.title, "rows": rows, "gain": f"{grid.gain:g}", "columns": len(grid.reference)}
 
 

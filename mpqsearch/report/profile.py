@@ -58,12 +58,18 @@ class ProfileSummary:
     spent: Mapping[str, str]
 
 
-def profile_summary(profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5) -> ProfileSummary:
-    """What to read first. The loss is the best that the profile holds, of the codebook ``auto`` where it was priced; the changes at a bit map
+def profile_summary(
+    profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5
+) -> ProfileSummary:
+    """What to read first. The loss is the best that the profile holds, of the scheme ``auto`` where it was priced; the changes at a bit map
     where these were measured.
     """
     variant = "auto" if "auto" in profile.variants else profile.variants[0]
-    at = [v for v in profile.variants if f"layer_operating_error/{v}" in profile.arrays and f"output_error/{v}" in profile.arrays]
+    at = [
+        v
+        for v in profile.variants
+        if f"layer_operating_error/{v}" in profile.arrays and f"output_error/{v}" in profile.arrays
+    ]
     if at:
         variant, loss = at[-1], "operating"
     else:
@@ -95,7 +101,7 @@ def profile_summary(profile: SensitivityProfile, table: LayerTable, *, layers: i
     heavy = [int(c) for c in np.argsort(-kurtosis, kind="stable")[:channels] if kurtosis[c] > limit]
     owners = [profile.layer_of(c) for c in heavy]
     return ProfileSummary(
-        label=f"{'squared weight error' if loss == 'weight' else f'loss {loss}'}, codebook {variant}",
+        label=f"{'squared weight error' if loss == 'weight' else f'loss {loss}'}, scheme {variant}",
         layers=tuple(rows),
         outliers=tuple(
             (n, c - profile.rows(n).start, float(kurtosis[c]), float(kurtosis[c] / max(medians[c], 1e-12)))
@@ -138,7 +144,7 @@ def kurtosis_info(profile: SensitivityProfile, bits: int = 0, variant: str = "")
     """
     from mpqsearch.report.sensitivity import spearman
 
-    chosen = variant or ("affine" if "affine" in profile.variants else next(iter(profile.variants), ""))
+    chosen = variant or ("asymmetric" if "asymmetric" in profile.variants else next(iter(profile.variants), ""))
     if chosen not in profile.variants:
         raise UnknownNameError("profile variant", chosen, profile.variants)
     width = bits or min(profile.widths, key=lambda b: abs(b - 4))
@@ -193,7 +199,11 @@ def plot_gain(info: GainInfo, ax: Axes | None = None) -> Axes:
     """Layers in the order of a forward pass from left to right, noise at the top; colour by log gain. Draws on ``ax`` and returns it."""
     ax = axes_or_new(ax, (7.2, 3.6))
     finite = info.gain[np.isfinite(info.gain)]
-    norm = LogNorm(vmin=float(finite.min()), vmax=float(finite.max())) if len(finite) and finite.max() > finite.min() else None
+    norm = (
+        LogNorm(vmin=float(finite.min()), vmax=float(finite.max()))
+        if len(finite) and finite.max() > finite.min()
+        else None
+    )
     image = ax.imshow(info.gain.T, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis", norm=norm)
     ax.grid(visible=False)
     buckets = info.gain.shape[1]

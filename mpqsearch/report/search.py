@@ -30,7 +30,9 @@ def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None =
     rows = data["history"]
     x = np.arange(1, len(rows) + 1) if against == "trial" else np.array([r["forwards"] for r in rows], dtype=float)
     styles = series_styles(ARM_ORDER)  # the colours of the front
-    ax.step(x, [r["hypervolume"] for r in rows], where="post", color=styles["search"].colour, linewidth=1.8, label="search")
+    ax.step(
+        x, [r["hypervolume"] for r in rows], where="post", color=styles["search"].colour, linewidth=1.8, label="search"
+    )
     pruned = np.array([r["pruned"] for r in rows], dtype=bool)
     if pruned.any():
         ax.plot(x[pruned], np.array([r["hypervolume"] for r in rows])[pruned], "|", color=muted(), label="pruned trial")
@@ -42,7 +44,9 @@ def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None =
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("trials" if against == "trial" else "forward passes of the denoiser on one sample")
     ax.set_ylabel("hypervolume (share of the box)")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4)  # below: level lines cross the whole of the picture
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=4
+    )  # below: level lines cross the whole of the picture
     return ax
 
 
@@ -52,7 +56,12 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     points = data["points"]
     ax.plot(
-        [p["average_bits"] for p in points], [p["paired"] for p in points], ".", color=muted(), alpha=0.5, label="measured maps"
+        [p["average_bits"] for p in points],
+        [p["paired"] for p in points],
+        ".",
+        color=muted(),
+        alpha=0.5,
+        label="measured maps",
     )
     styles = series_styles(ARM_ORDER)
     for arm, style in styles.items():
@@ -193,7 +202,8 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
         )
     if data["predicted_vs_measured"]:
         words = "; ".join(
-            f"{r['budget']}: {r['spearman']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in data["predicted_vs_measured"]
+            f"{r['budget']}: {r['spearman']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
+            for r in data["predicted_vs_measured"]
         )
         made.append(
             (
@@ -253,7 +263,8 @@ def arms_table(data: Data) -> list[dict[str, Any]]:
         rows += [
             {
                 "budget": entry["budget"],
-                "arm": r["arm"] + (" (worse than uniform)" if r["arm"] == "search" and entry["worse_than_uniform"] else ""),
+                "arm": r["arm"]
+                + (" (worse than uniform)" if r["arm"] == "search" and entry["worse_than_uniform"] else ""),
                 "bits": float(r["average_bits"]),
                 "kB": float(r["size_bytes"] / 1000),
                 "error to uniform": float(r["paired"] / uniform),

@@ -36,13 +36,13 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone without gains, and
     that of the weights in a profile of nothing else).
 
-    ``variant`` is one of ``profile.variants`` (default: ``affine`` if it is there, else the first) or ``measured``, for the error of
+    ``variant`` is one of ``profile.variants`` (default: ``asymmetric`` if it is there, else the first) or ``measured``, for the error of
     final samples with only that layer quantized. The worst are ranked at the narrowest width that was measured. Raises
     `UnknownNameError` for a variant that the profile does not have.
     """
     final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
     known = (*profile.variants, *((MEASURED,) if final else ()))
-    chosen = variant or ("affine" if "affine" in known else next(iter(known), ""))
+    chosen = variant or ("asymmetric" if "asymmetric" in known else next(iter(known), ""))
     if chosen not in known:
         raise UnknownNameError("profile variant", chosen, known)
     if chosen == MEASURED:
@@ -90,7 +90,11 @@ def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("bits of the layer, all others at full precision")
     ax.set_ylabel(info.label)
     ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, title=f"largest of {len(info.layers)} layers", title_fontsize=8
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        ncols=2,
+        title=f"largest of {len(info.layers)} layers",
+        title_fontsize=8,
     )
     return ax
 
@@ -123,7 +127,11 @@ def prediction_info(
     For a metric where higher is better the sign of the correlation is turned, so that 1 always means the right order. Raises
     `ConfigError` for fewer than three such records.
     """
-    chosen = [r for r in records if r.method != FULL_PRECISION_METHOD and metric in r.metrics and np.isfinite(r.predicted_loss)]
+    chosen = [
+        r
+        for r in records
+        if r.method != FULL_PRECISION_METHOD and metric in r.metrics and np.isfinite(r.predicted_loss)
+    ]
     if len(chosen) < 3:
         raise ConfigError(f"a rank correlation needs three records with a prediction and {metric!r}, got {len(chosen)}")
     predicted = np.array([r.predicted_loss for r in chosen])
@@ -189,7 +197,9 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
     return float(a @ b) / norm if norm else 0.0
 
 
-def spearman_interval(first: ArrayLike, second: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def spearman_interval(
+    first: ArrayLike, second: ArrayLike, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap, 95 %, of `spearman` over pairs drawn with replacement."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     rng = np.random.default_rng(seed)

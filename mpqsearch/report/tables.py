@@ -89,7 +89,10 @@ def _fronts(records: Sequence[StudyRecord]) -> dict[str, Any]:
             "ideal": ideal.tolist(),
             "reference": corner.tolist(),
             "hypervolume": {"all": front.hypervolume(), **{m: front.hypervolume(m) for m in front.methods}},
-            "front": [{"method": r.method, "target_bits": r.target_bits, "bit_map_digest": r.bit_map_digest} for r in front.front],
+            "front": [
+                {"method": r.method, "target_bits": r.target_bits, "bit_map_digest": r.bit_map_digest}
+                for r in front.front
+            ],
         }
     return fronts
 

@@ -124,7 +124,9 @@ def chain_of(
             predictions.append(prediction)
             times.append(steps)
             x = scheduler.step(prediction, t, x, **extra).prev_sample
-    return Chain(inputs=tuple(inputs), predictions=tuple(predictions), times=tuple(times), final=x, cond=cond, spec=spec)
+    return Chain(
+        inputs=tuple(inputs), predictions=tuple(predictions), times=tuple(times), final=x, cond=cond, spec=spec
+    )
 
 
 def prediction_gains(
@@ -157,12 +159,16 @@ def prediction_gains(
             (back,) = torch.autograd.grad((along * out).sum(), x)
             objective = objective + (back * seen).sum()
     if not all(math.isfinite(g) for g in gains):
-        raise NumericsError(f"{denoiser.name}: the gradient of the samples of seeds {seeds[0]}..{seeds[-1]} is not finite")
+        raise NumericsError(
+            f"{denoiser.name}: the gradient of the samples of seeds {seeds[0]}..{seeds[-1]} is not finite"
+        )
     return tuple(reversed(gains))
 
 
 @torch.no_grad()
-def sample(denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec, *, tick: Callable[[int], Any] | None = None) -> Tensor:
+def sample(
+    denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec, *, tick: Callable[[int], Any] | None = None
+) -> Tensor:
     """Final samples ``[N, ...]`` in the model's own range, one for each seed.
 
     ``tick`` is called with the number of finished samples after each step, as a fraction of a batch rounded down at the end.

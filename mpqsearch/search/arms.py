@@ -16,7 +16,9 @@ does it matter which layer is which? ``kurtosis``: the plain program with the ku
 channels. ``plain``: the integer program that the search starts from."""
 
 
-def control_candidates(surrogate: Surrogate, budget: Budget, *, repeats: int = 3, seed: int = 0) -> dict[str, list[Candidate]]:
+def control_candidates(
+    surrogate: Surrogate, budget: Budget, *, repeats: int = 3, seed: int = 0
+) -> dict[str, list[Candidate]]:
     """The maps of every arm at one budget; ``random`` and ``shuffled`` have ``repeats`` draws, the others one."""
     return {
         "uniform": [_plain_method(surrogate, budget, "uniform")],
@@ -50,7 +52,7 @@ def kurtosis_losses(surrogate: Surrogate) -> Floats:
     profile, table = surrogate.profile, surrogate.table
     weights = np.repeat([float(table[n].weights_per_channel) for n in profile.names], profile.channels)
     bits = np.array(profile.widths, dtype=np.float64)
-    losses: Floats = (profile.need("kurtosis_prescaled", "the search by kurtosis").astype(np.float64) * weights)[
+    losses: Floats = (profile.need("kurtosis_smoothed", "the search by kurtosis").astype(np.float64) * weights)[
         :, None
     ] * 4.0**-bits
     return losses
@@ -58,12 +60,20 @@ def kurtosis_losses(surrogate: Surrogate) -> Floats:
 
 def _plain_method(surrogate: Surrogate, budget: Budget, allocator: str, seed: int = 0) -> Candidate:
     method = replace(surrogate.method_of({}), name=allocator, allocator=allocator, seed=seed)
-    return surrogate.finished(allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format))
+    return surrogate.finished(
+        allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format)
+    )
 
 
 def _with_losses(surrogate: Surrogate, budget: Budget, losses: Floats) -> Candidate:
     return surrogate.finished(
         allocate(
-            surrogate.method_of({}), budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format, losses=losses
+            surrogate.method_of({}),
+            budget,
+            surrogate.table,
+            surrogate.profile,
+            surrogate.policy,
+            surrogate.format,
+            losses=losses,
         )
     )

@@ -85,7 +85,9 @@ class EvaluationCache:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: measured again when it is asked for
                 entry = json.loads(line)
                 values = entry["values"]
-                known = Measured(values=tuple(values) if isinstance(values, list) else values, forwards=int(entry["forwards"]))
+                known = Measured(
+                    values=tuple(values) if isinstance(values, list) else values, forwards=int(entry["forwards"])
+                )
                 self._memory.setdefault(str(entry["evaluation"]), known)
 
     def _append(self, file: FileIO, key: str, value: Measured) -> None:
@@ -122,7 +124,9 @@ class EvaluationCache:
 
 def _lock(file: int, place: int, kind: int) -> None:
     """Lock or unlock one byte of a file, waiting for whoever has it."""
-    if hasattr(fcntl, "F_OFD_SETLKW"):  # Linux's belong to the open file, so that two caches of one process have their own
+    if hasattr(
+        fcntl, "F_OFD_SETLKW"
+    ):  # Linux's belong to the open file, so that two caches of one process have their own
         fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi", kind, os.SEEK_SET, place, 1, 0))
     else:
         fcntl.lockf(file, fcntl.LOCK_EX if kind == fcntl.F_WRLCK else fcntl.LOCK_UN, 1, place)

@@ -20,7 +20,13 @@ from mpqsearch.models import Denoiser
 from mpqsearch.profile import InputMoments, calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
-from mpqsearch.quant.activations import ActivationSearch, ActivationTable, attach_clock, attach_quantizer, input_quantizers
+from mpqsearch.quant.activations import (
+    ActivationSearch,
+    ActivationTable,
+    attach_clock,
+    attach_quantizer,
+    input_quantizers,
+)
 from mpqsearch.quant.apply import bias_shift, moment_of, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
 from mpqsearch.search.cache import Measured
@@ -38,9 +44,9 @@ FEATURE_FLOOR = 1e-6
 """Feature distances are held above this share of the features' mean squared length: 8-bit images of close samples are equal."""
 
 
-def compensated(candidate: Candidate) -> bool:
-    """Whether any layer of the map asks for compensated rounding."""
-    return any(f.rounding == "compensated" for f in (candidate.bit_map.format, *candidate.bit_map.formats.values()))
+def rounds_by_gptq(candidate: Candidate) -> bool:
+    """Whether any layer of the map asks for GPTQ rounding."""
+    return any(f.rounding == "gptq" for f in (candidate.bit_map.format, *candidate.bit_map.formats.values()))
 
 
 @dataclass(kw_only=True)
@@ -49,7 +55,7 @@ class ModelEvaluator:
 
     ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
     samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
-    how the ranges of quantized inputs are searched, ``moments`` are for maps with compensated rounding.
+    how the ranges of quantized inputs are searched, ``moments`` are for maps with GPTQ rounding.
     Rungs 1 and 2 assemble maps from rows that were quantized once for each
     width and format, the ``bank``, which evaluators of the same model, profile and moments may share;
     the reported rungs quantize the model anew, as the evaluation of a run does.
@@ -91,9 +97,13 @@ class ModelEvaluator:
         if self.reference is not None and self.extractor is not None:
             data = self.reference.data.name if self.reference.data is not None else None
             report = [list(self.reference.seeds), self.extractor.label, data]
-        # Bias correction and pre-scaling read the profile's means and maxima.
+        # Bias correction and smoothing read the profile's means and maxima.
         calibration = digest_of({k: np.asarray(v).astype(np.float64).sum() for k, v in self.profile.means.items()})
-        error = [self.error, self.extractor.label] if self.error == "features" and self.extractor is not None else self.error
+        error = (
+            [self.error, self.extractor.label]
+            if self.error == "features" and self.extractor is not None
+            else self.error
+        )
         return digest_of(
             [self.table.digest, self.sampler.to_data(), list(self.input_seeds), self.inputs, calibration, report, error]
             + ([] if self.ranges == ActivationSearch() else [str(self.ranges)])
@@ -116,9 +126,9 @@ class ModelEvaluator:
         with torch.no_grad():
             for item, expected in self._calls:
                 t = torch.full((len(item.x),), item.timestep, dtype=torch.long, device=item.x.device)
-                total += float((student.guided(item.x, t, item.cond, self.sampler.guidance) - expected).square().mean()) * len(
-                    item.x
-                )
+                total += float(
+                    (student.guided(item.x, t, item.cond, self.sampler.guidance) - expected).square().mean()
+                ) * len(item.x)
         n = sum(len(item.x) for item, _ in self._calls)
         return Measured(values=(total / n,), forwards=n * self._forwards_per_call)
 
@@ -160,7 +170,8 @@ class ModelEvaluator:
             present = self._rows(layer.name, now, candidate.bit_map, centred=candidate.bias_correction)
             fmt = candidate.bit_map.format_of(layer.name)
             moves[layer.name] = (
-                torch.stack([self._quantized(layer.name, b, fmt, centred=candidate.bias_correction) for b in widths]) - present
+                torch.stack([self._quantized(layer.name, b, fmt, centred=candidate.bias_correction) for b in widths])
+                - present
             )
         means, _ = self._statistics(candidate)
         if means is None:
@@ -198,7 +209,7 @@ class ModelEvaluator:
             means=means,
             input_max=peaks,
             activations=self._activations(candidate.bit_map),
-            moments=self.moments.moments() if self.moments is not None and compensated(candidate) else None,
+            moments=self.moments.moments() if self.moments is not None and rounds_by_gptq(candidate) else None,
         ).module
         made = sample(self.denoiser.with_module(module), self.reference.seeds, self.sampler)
         found = evaluate(made, self.reference, self.extractor).metrics
@@ -304,14 +315,14 @@ class ModelEvaluator:
         """All rows of one layer at one width, made once. Compensated ones are chosen row by row, so they may be mixed as well; only the
         last bits of their scales depend on what else is in the layer. ``centred``: the bias takes the mean of their error."""
         layer = self.table[name]
-        key = (name, bits, fmt, centred and fmt.rounding == "compensated")
+        key = (name, bits, fmt, centred and fmt.rounding == "gptq")
         if key not in self.bank:
             source: Any = dict(self.denoiser.module.named_modules())[name]
             if bits == FULL_PRECISION:
                 made = rows_of(source.weight.detach().float(), layer)
             else:
                 moment = None
-                if fmt.rounding == "compensated" and self.moments is not None:
+                if fmt.rounding == "gptq" and self.moments is not None:
                     means = self._moment_means if centred and source.bias is not None else None
                     moment = moment_of(name, self.moments.moments(), means)
                 full = torch.full((layer.n_channels,), bits, dtype=torch.uint8)
@@ -320,14 +331,14 @@ class ModelEvaluator:
         return self.bank[key]
 
     def _statistics(self, candidate: Candidate) -> tuple[Mapping[str, Tensor] | None, Mapping[str, Tensor]]:
-        if candidate.bias_correction and self.moments is not None and compensated(candidate):
+        if candidate.bias_correction and self.moments is not None and rounds_by_gptq(candidate):
             return self._moment_means, self._peaks
         return (self._means if candidate.bias_correction else None), self._peaks
 
     def _check(self, candidate: Candidate) -> None:
-        if compensated(candidate) and self.moments is None:
+        if rounds_by_gptq(candidate) and self.moments is None:
             raise ConfigError(
-                "this evaluator has no input moments, which the map's compensated rounding needs (rounding = 'nearest' does not)"
+                "this evaluator has no input moments, which the map's GPTQ rounding needs (rounding = 'nearest' does not)"
             )
 
     @cached_property

@@ -97,7 +97,9 @@ class Ladder:
 
     def __post_init__(self) -> None:
         if len(self.seeds) < 2 or not 1 <= self.chunk <= len(self.seeds):
-            raise ConfigError(f"a search needs at least 2 seeds and a chunk of 1..{len(self.seeds)}, got chunk={self.chunk}")
+            raise ConfigError(
+                f"a search needs at least 2 seeds and a chunk of 1..{len(self.seeds)}, got chunk={self.chunk}"
+            )
         if set(self.seeds) & set(self.final):
             raise ConfigError("the final seeds of a search must not be among its search seeds: they would choose twice")
 
@@ -132,7 +134,9 @@ class Ladder:
 
     def final_errors(self, candidate: Candidate) -> tuple[float, tuple[float, ...]]:
         """On the final seeds: the distance of rung 3, and the errors of rung 2."""
-        found = self._measure(candidate, "final", list(self.final), lambda: self.evaluator.final_errors(candidate, self.final))
+        found = self._measure(
+            candidate, "final", list(self.final), lambda: self.evaluator.final_errors(candidate, self.final)
+        )
         distance, *errors = _row(found)
         return distance, tuple(errors)
 
@@ -140,7 +144,9 @@ class Ladder:
         """Slopes at a map; they are large and used once, so they are not kept."""
         found = self.evaluator.slopes(candidate, seeds, batch)
         if not (np.isfinite(found.rows).all() and math.isfinite(found.error)):
-            raise NumericsError(f"the slopes at the map {candidate.digest[:10]} at {candidate.budget.label()} are not finite")
+            raise NumericsError(
+                f"the slopes at the map {candidate.digest[:10]} at {candidate.budget.label()} are not finite"
+            )
         self.asked += found.forwards
         self.spent += found.forwards
         return found
@@ -183,7 +189,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
-def spearman_interval(a: Sequence[float], b: Sequence[float], *, draws: int = 500, seed: int = 0) -> tuple[float, float]:
+def spearman_interval(
+    a: Sequence[float], b: Sequence[float], *, draws: int = 500, seed: int = 0
+) -> tuple[float, float]:
     """95 % bootstrap interval of `spearman` over pairs."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     rng = np.random.default_rng(seed)
@@ -212,14 +220,22 @@ def rung_correlations(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             per: list[float] = []
             count = 0
             for budget in budgets:
-                having = [p for p in points if p["budget"] == budget and p.get(cheap) is not None and p.get(dear) is not None]
+                having = [
+                    p for p in points if p["budget"] == budget and p.get(cheap) is not None and p.get(dear) is not None
+                ]
                 value = spearman([float(p[cheap]) for p in having], [float(p[dear]) for p in having])
                 if not math.isnan(value):
                     per.append(value)
                     count += len(having)
             if per:
                 rows.append(
-                    {"cheap": cheap, "dear": dear, "spearman": round(float(np.mean(per)), 3), "maps": count, "budgets": len(per)}
+                    {
+                        "cheap": cheap,
+                        "dear": dear,
+                        "spearman": round(float(np.mean(per)), 3),
+                        "maps": count,
+                        "budgets": len(per),
+                    }
                 )
     return rows
 

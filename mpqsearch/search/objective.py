@@ -118,7 +118,9 @@ class Objective:
         value = self._estimate(trial, ratios) if pruned else self._value(errors, missing)
         points = [
             Point.of(
-                c, output=outputs.get(k), paired=float(np.mean(errors[k])) if len(errors[k]) == len(self.ladder.seeds) else None
+                c,
+                output=outputs.get(k),
+                paired=float(np.mean(errors[k])) if len(errors[k]) == len(self.ladder.seeds) else None,
             )
             for k, c in candidates.items()
         ]

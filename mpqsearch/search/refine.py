@@ -62,7 +62,11 @@ class RefineSpec:
                 "a refinement needs rounds >= 0, batch >= 1, slope_samples of at least two batches (their spread says what is noise) and samples >= "
                 f"2, got {self.rounds}, {self.batch}, {self.slope_samples} and {self.samples}"
             )
-        if not self.shares or not all(0 < s <= 2 for s in self.shares) or not (0 < self.changed <= 1 and 0 < self.decay <= 1):
+        if (
+            not self.shares
+            or not all(0 < s <= 2 for s in self.shares)
+            or not (0 < self.changed <= 1 and 0 < self.decay <= 1)
+        ):
             raise ConfigError(
                 f"a refinement needs shares in (0, 2], changed and decay in (0, 1], got {self.shares}, {self.changed} and {self.decay}"
             )
@@ -106,16 +110,23 @@ def refine(surrogate: Surrogate, ladder: Ladder, start: Candidate, spec: RefineS
     rows: list[dict[str, Any]] = []
     for number in range(spec.rounds):
         part = seeds[number * (spec.slope_samples + spec.samples) :]
-        own, judged = tuple(part[: spec.slope_samples]), tuple(part[spec.slope_samples : spec.slope_samples + spec.samples])
+        own, judged = (
+            tuple(part[: spec.slope_samples]),
+            tuple(part[spec.slope_samples : spec.slope_samples + spec.samples]),
+        )
         gathered.append(ladder.slopes(now, own, spec.batch))
-        proposed = steps(surrogate, now, gathered, replace(spec, shares=tuple(s * spec.decay**number for s in spec.shares)))
+        proposed = steps(
+            surrogate, now, gathered, replace(spec, shares=tuple(s * spec.decay**number for s in spec.shares))
+        )
         before = np.array(ladder.errors_on(now, judged))
         best = now
         row: dict[str, Any] = {"round": number, "error": float(before.mean()), "tried": [], "accepted": False}
         for share, candidate, changed in proposed:
             change = np.array(ladder.errors_on(candidate, judged)) - before
             noise = float(change.std(ddof=1) / np.sqrt(len(change)))
-            row["tried"].append({"share": share, "changed": changed, "change": float(change.mean()), "std_error": noise})
+            row["tried"].append(
+                {"share": share, "changed": changed, "change": float(change.mean()), "std_error": noise}
+            )
             if change.mean() < -noise and change.mean() < row.get("change", 0.0):
                 best, row["change"], row["accepted"] = candidate, float(change.mean()), True
         rows.append(row)
@@ -167,13 +178,13 @@ def steps(
 
 
 def _method_of(surrogate: Surrogate, now: Candidate) -> MethodSpec:
-    """The method by channel that makes maps like this one: its codebook, pre-scaling, rounding, activations and bias correction."""
+    """The method by channel that makes maps like this one: its scheme, smoothing, rounding, activations and bias correction."""
     fmt, bit_map = now.bit_map.format, now.bit_map
     return replace(
         surrogate.method,
         allocator="ilp-channel",
-        codebook=fmt.codebook,
-        prescale=fmt.prescale,
+        scheme=fmt.scheme,
+        smooth=fmt.smooth,
         rounding=fmt.rounding,
         bias_correction=now.bias_correction,
         act_bits=max(
@@ -188,7 +199,9 @@ def _present(program: Program, now: Candidate) -> NDArray[np.int32]:
     """Choice ``[n]`` of every channel in the map."""
     for name in program.layers:
         if set(np.unique(now.bit_map.weights[name]).tolist()) - set(program.widths):
-            raise ConfigError(f"refinement: the map gives {name!r} a width outside {program.widths}, which are searched")
+            raise ConfigError(
+                f"refinement: the map gives {name!r} a width outside {program.widths}, which are searched"
+            )
     return program.choice(now.bit_map)
 
 

@@ -1,7 +1,7 @@
 """Measured maps correct the sensitivity table, and the integer program is solved again: does that pay?
 
 The program believes ``error = sum over layers of T_l(b_l)``. With measured errors of many maps at hand the belief can be corrected: a
-multiplier for every layer, fitted in the logarithm and held towards 1 by a ridge whose strength cross-validation chooses. What remains is
+multiplier for every layer, fitted in the logarithm and held towards 1 by a ridge whose alpha cross-validation chooses. What remains is
 the additivity residual; pairs of neighbouring layers whose joint term explains it significantly become pairwise terms.
 """
 
@@ -24,7 +24,7 @@ from mpqsearch.search.ladder import Ladder, spearman
 from mpqsearch.search.surrogate import Candidate, Floats, Surrogate
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
-"""Strengths among which cross-validation chooses; the last leaves the table as it is."""
+"""Alphas among which cross-validation chooses; the last leaves the table as it is."""
 
 FOLDS = 5
 MIN_MAPS = 12
@@ -61,12 +61,15 @@ class Refit:
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data; numbers that are not known are None."""
-        data = {k: getattr(self, k) for k in ("ridge", "n_maps", "rms_before", "rms_after", "rank_before", "rank_after", "helps")}
+        data = {
+            k: getattr(self, k)
+            for k in ("ridge", "n_maps", "rms_before", "rms_after", "rank_before", "rank_after", "helps")
+        }
         return {
             **{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()},
             "multipliers": self.multipliers.tolist(),
             "residual": list(self.residual),
-            "pairs": [{"first": a, "second": b, "strength": s, "t": t} for a, b, s, t in self.pairs],
+            "pairs": [{"first": a, "second": b, "alpha": s, "t": t} for a, b, s, t in self.pairs],
         }
 
 
@@ -169,9 +172,9 @@ def _fit(x: Floats, logs: Floats, ridge: float) -> tuple[Floats, float]:
 
 
 def _significant_pairs(surrogate: Surrogate, x: Floats, y: Floats) -> tuple[tuple[str, str, float, float], ...]:
-    """Neighbouring searched layers whose term ``sqrt(x_i x_j)`` explains the residual, with its strength and t value.
+    """Neighbouring searched layers whose term ``sqrt(x_i x_j)`` explains the residual, with its alpha and t value.
 
-    Strengths are in units of the table: ``y ~ scale * (sum x + strength * sqrt(x_i x_j))``, each pair tested by itself on relative residuals.
+    Alphas are in units of the table: ``y ~ scale * (sum x + alpha * sqrt(x_i x_j))``, each pair tested by itself on relative residuals.
     """
     from scipy import stats
 
@@ -190,10 +193,10 @@ def _significant_pairs(surrogate: Surrogate, x: Floats, y: Floats) -> tuple[tupl
         power = float(feature @ feature)
         if power <= 1e-18:
             continue
-        strength = float(feature @ residual) / power
-        error = math.sqrt(float(np.square(residual - strength * feature).sum()) / max(len(y) - 2, 1) / power)
-        if error > 0 and abs(strength) / error > threshold:
-            found.append((names[a], names[b], strength, strength / error))
+        alpha = float(feature @ residual) / power
+        error = math.sqrt(float(np.square(residual - alpha * feature).sum()) / max(len(y) - 2, 1) / power)
+        if error > 0 and abs(alpha) / error > threshold:
+            found.append((names[a], names[b], alpha, alpha / error))
     return tuple(sorted(found, key=lambda r: -abs(r[3])))
 
 
@@ -214,8 +217,8 @@ def _terms(surrogate: Surrogate, fit: Refit) -> PairwiseTerms | None:
     searched = [la.name for la in surrogate.table if surrogate.policy.fixed_width(la) is None]
     position = {n: i for i, n in enumerate(searched)}
     value = [
-        strength * np.sqrt(totals[profile.index[a]][columns][:, None] * totals[profile.index[b]][columns][None, :])
-        for a, b, strength, _ in fit.pairs
+        alpha * np.sqrt(totals[profile.index[a]][columns][:, None] * totals[profile.index[b]][columns][None, :])
+        for a, b, alpha, _ in fit.pairs
     ]
     return PairwiseTerms(
         first=np.array([position[a] for a, *_ in fit.pairs]),
@@ -228,11 +231,17 @@ def diverse_candidates(surrogate: Surrogate, budget: Budget, count: int, *, min_
     """The ``count`` best maps by layer that differ from each other in at least ``min_distance`` layers: what a re-fit learns most from."""
     method = replace(surrogate.method_of({}), name="ilp-layer", allocator="ilp-layer")
     program = program_of(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format)
-    plain = surrogate.finished(allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format))
+    plain = surrogate.finished(
+        allocate(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format)
+    )
     maps: list[Candidate] = []
-    for answer in solve_alternatives(program.problem, count, min_distance=min_distance, gap_tolerance=1e-4, time_limit_s=60.0):
+    for answer in solve_alternatives(
+        program.problem, count, min_distance=min_distance, gap_tolerance=1e-4, time_limit_s=60.0
+    ):
         bit_map = replace(plain.bit_map, weights={**plain.bit_map.weights, **program.weights(answer.choice)})
-        maps.append(surrogate.measured_map(bit_map, budget, bias_correction=method.bias_correction, status=answer.status))
+        maps.append(
+            surrogate.measured_map(bit_map, budget, bias_correction=method.bias_correction, status=answer.status)
+        )
     return maps
 
 
@@ -271,10 +280,16 @@ def close_the_loop(
             "digest": again.digest,
         }
         if fit.pairs:
-            row["refitted_with_pairs"] = ladder.paired_error(better.candidate({"granularity": "layer", "pairwise": 1.0}, budget))
+            row["refitted_with_pairs"] = ladder.paired_error(
+                better.candidate({"granularity": "layer", "pairwise": 1.0}, budget)
+            )
         if reports:
             for arm, candidate in (("plain", plain), ("refitted", again)):
-                row |= {f"{arm}_{k}": v for k, v in ladder.report(candidate).items() if k in ("fd_fp", "fd_data", "paired_psnr")}
+                row |= {
+                    f"{arm}_{k}": v
+                    for k, v in ladder.report(candidate).items()
+                    if k in ("fd_fp", "fd_data", "paired_psnr")
+                }
         rows.append(row)
     ratios = [r["refitted"] / max(r["plain"], 1e-30) for r in rows]
     return {

@@ -61,7 +61,9 @@ def finished_trials(study: Study) -> list[FrozenTrial]:
     """Trials with a record, in the order in which they ended."""
     from optuna.trial import TrialState
 
-    trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if finished_record(t) is not None]
+    trials = [
+        t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if finished_record(t) is not None
+    ]
     return sorted(trials, key=lambda t: (t.datetime_complete is None, t.datetime_complete, t.number))
 
 
@@ -73,7 +75,9 @@ def measured_points(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
         assert record is not None
         for point in record["points"]:
             if point["paired"] is not None:
-                found.setdefault((point["budget"], point["digest"]), {**point, "trial": trial.number, "params": dict(trial.params)})
+                found.setdefault(
+                    (point["budget"], point["digest"]), {**point, "trial": trial.number, "params": dict(trial.params)}
+                )
     return list(found.values())
 
 
@@ -124,7 +128,9 @@ def finalists(
     if all(f["digest"] != plain.digest for f in found):
         own = [p for p in points if p["budget"] == budget.label() and p["digest"] == plain.digest]
         point = Point.of(plain, paired=ladder.paired_error(plain)).to_data()
-        found += winner_candidates(objective, own, budget, 1) or [{**point, "trial": None, "params": {}, "candidate": plain}]
+        found += winner_candidates(objective, own, budget, 1) or [
+            {**point, "trial": None, "params": {}, "candidate": plain}
+        ]
     measured = {f["digest"]: ladder.final_errors(f["candidate"]) for f in found}
     base = np.array(measured[plain.digest][1])
     for f in found:
@@ -166,21 +172,29 @@ def refined_points(
     """A refined map as a finalist, with the trial and the parameters of the map that it started from; none where nothing was better."""
     if refinement is None or not refinement.moved:
         return []
-    begun: Mapping[str, Any] = next((p for p in points if p["digest"] == refinement.start.digest), {"trial": None, "params": {}})
+    begun: Mapping[str, Any] = next(
+        (p for p in points if p["digest"] == refinement.start.digest), {"trial": None, "params": {}}
+    )
     candidate = refinement.candidate
     point = Point.of(candidate, paired=objective.ladder.paired_error(candidate)).to_data()
     return [{**point, "trial": begun["trial"], "params": begun["params"], "candidate": candidate, "refined": True}]
 
 
-def winner_candidates(objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, top: int) -> list[dict[str, Any]]:
+def winner_candidates(
+    objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, top: int
+) -> list[dict[str, Any]]:
     """The ``top`` measured maps that fit ``budget`` with the least paired error, rebuilt from their points of the space.
 
     Raises `ConfigError` when a rebuilt map is not the one that was measured: the code or the profile has changed meanwhile.
     """
     room = (
-        budget.limit_bits(objective.surrogate.table, objective.surrogate.policy) / 8 + 1 if budget.quantity != "bops" else math.inf
+        budget.limit_bits(objective.surrogate.table, objective.surrogate.policy) / 8 + 1
+        if budget.quantity != "bops"
+        else math.inf
     )
-    fitting = [p for p in points if p["budget"] == budget.label() or (TARGET in p["params"] and p["size_bytes"] <= room)]
+    fitting = [
+        p for p in points if p["budget"] == budget.label() or (TARGET in p["params"] and p["size_bytes"] <= room)
+    ]
     chosen = []
     for point in sorted(fitting, key=lambda p: (p["paired"], p["trial"]))[:top]:
         params = dict(point["params"])
@@ -225,11 +239,15 @@ def summarize(
         rows = []
         for arm, candidates in arms.items():
             errors = [objective.ladder.paired_error(c) for c in candidates]
-            arm_points[arm].append((candidates[0].average_bits, float(np.exp(np.mean(np.log(np.maximum(errors, 1e-30)))))))
+            arm_points[arm].append(
+                (candidates[0].average_bits, float(np.exp(np.mean(np.log(np.maximum(errors, 1e-30))))))
+            )
             report = objective.ladder.report(candidates[0]) if reports and arm in reported_arms else {}
             rows.append(_row(arm, candidates[0], errors, report))
         if start is not None:
-            own = objective.surrogate.measured_map(start, budget, bias_correction=objective.surrogate.method.bias_correction)
+            own = objective.surrogate.measured_map(
+                start, budget, bias_correction=objective.surrogate.method.bias_correction
+            )
             if _fits(objective, own, budget):
                 report = objective.ladder.report(own) if reports else {}
                 rows.append(_row("start", own, [objective.ladder.paired_error(own)], report))
@@ -239,7 +257,12 @@ def summarize(
         for place, point in enumerate(found[:top]):
             report = objective.ladder.report(point["candidate"]) if reports else {}
             rows.append(
-                _row("search" if place == 0 else f"search, place {place + 1}", point["candidate"], [point["paired"]], report)
+                _row(
+                    "search" if place == 0 else f"search, place {place + 1}",
+                    point["candidate"],
+                    [point["paired"]],
+                    report,
+                )
                 | {k: point.get(k) for k in ("trial", "params", "final", "lead", "distance")}
                 | {"refined": bool(point.get("refined"))}
             )
@@ -259,7 +282,10 @@ def summarize(
         "distinct_maps": len({p["digest"] for p in points}),
         "best_value": min((t.values[0] for t in trials if len(t.values) == 1), default=None),
         "budgets": budgets,
-        "hypervolume": {"search": box.hypervolume(searched), **{arm: box.hypervolume(v) for arm, v in arm_points.items()}},
+        "hypervolume": {
+            "search": box.hypervolume(searched),
+            **{arm: box.hypervolume(v) for arm, v in arm_points.items()},
+        },
         "history": history(trials, box),
         "correlations": rung_correlations([*points, *_reported(budgets)]),
         "predicted_vs_measured": _calibration(predicted),
@@ -367,6 +393,13 @@ def _calibration(points: Sequence[tuple[float, float, str]]) -> list[dict[str, A
         if not math.isnan(value):
             low, high = spearman_interval(predicted, measured)
             rows.append(
-                {"budget": budget, "maps": len(predicted), "spearman": value, "low": low, "high": high, "weak": value < 0.7}
+                {
+                    "budget": budget,
+                    "maps": len(predicted),
+                    "spearman": value,
+                    "low": low,
+                    "high": high,
+                    "weak": value < 0.7,
+                }
             )
     return rows

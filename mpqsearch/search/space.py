@@ -6,7 +6,7 @@ In the table ``[search.space]`` a list makes a parameter active and a single val
     mix_final = [0.0, 1.0]              # a range: low and high
     role_attention = [0.25, 4.0]
     granularity = ["layer", "channel"]  # choices
-    codebook = "auto"                   # frozen
+    scheme = "auto"                   # frozen
 
 Whatever is not named stays at its default. With every parameter at its default the search solves the plain integer program, to the bit.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from mpqsearch.core import CODEBOOKS, ROLES
+from mpqsearch.core import ROLES, SCHEMES
 from mpqsearch.core.formats import CRITERIA, ROUNDINGS
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import LOSSES
@@ -153,19 +153,19 @@ def _catalogue() -> dict[str, Parameter]:
             meaning="Widths by layer or by output channel.",
         ),
         Parameter(
-            name="codebook",
+            name="scheme",
             kind="choice",
             default=BASE,
-            choices=(BASE, *CODEBOOKS),
+            choices=(BASE, *SCHEMES),
             meaning="What a width means; the profile must have priced it.",
         ),
         Parameter(
-            name="prescale",
+            name="smooth",
             kind="choice",
             default=BASE,
             choices=(BASE, 0.0, 0.5, "layers"),
-            meaning="Strength of pre-scaling: 0 none, 0.5 as in MPQ-DM and SmoothQuant (factors are stored and counted); 'layers': the "
-            "one that suits each layer whose input is quantized (mpqsearch.profile.choose_strengths), 0.5 in the others.",
+            meaning="Strength of smoothing: 0 none, 0.5 as in MPQ-DM and SmoothQuant (factors are stored and counted); 'layers': the "
+            "one that suits each layer whose input is quantized (mpqsearch.profile.choose_alphas), 0.5 in the others.",
         ),
         Parameter(
             name="act_timesteps",
@@ -326,7 +326,10 @@ def parse_space(declared: Mapping[str, Any]) -> Space:
             f"search.space makes {len(active)} parameters active; at most {MAX_ACTIVE} are allowed. Freeze some: a single value "
             "instead of a list."
         )
-    return Space(active=tuple(active[n] for n in CATALOGUE if n in active), frozen={n: frozen[n] for n in CATALOGUE if n in frozen})
+    return Space(
+        active=tuple(active[n] for n in CATALOGUE if n in active),
+        frozen={n: frozen[n] for n in CATALOGUE if n in frozen},
+    )
 
 
 def value_of(theta: Theta, name: str) -> Any:
@@ -367,7 +370,9 @@ def _checked(parameter: Parameter, value: Any) -> Value:
     if parameter.kind == "int" and value != int(value):
         raise ConfigError(f"{where} should be a whole number, got {value!r}")
     if not parameter.low <= value <= parameter.high:
-        raise ConfigError(f"{where} must lie in {parameter.low:g}..{parameter.high:g}, got {value}. {parameter.meaning}")
+        raise ConfigError(
+            f"{where} must lie in {parameter.low:g}..{parameter.high:g}, got {value}. {parameter.meaning}"
+        )
     return int(value) if parameter.kind == "int" else float(value)
 
 

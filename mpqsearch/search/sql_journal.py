@@ -101,12 +101,16 @@ class SqlJournalBackend(BaseJournalBackend):
         """
         own = getattr(self._own, "entry", None)
         self._own.entry = None
-        if own is not None and own[0] == log_number_from:  # Optuna reads after every append: nobody else wrote in between
+        if (
+            own is not None and own[0] == log_number_from
+        ):  # Optuna reads after every append: nobody else wrote in between
             return [json.loads(own[1])]
         with self._cursor() as cursor:
             rows = self._execute(cursor, _READ, log_number_from).fetchall()
         if [number for number, _ in rows] != list(range(log_number_from, log_number_from + len(rows))):
-            raise ArtifactError(f"entries of the journal are missing in the table {JOURNAL} from number {log_number_from} on")
+            raise ArtifactError(
+                f"entries of the journal are missing in the table {JOURNAL} from number {log_number_from} on"
+            )
         if rows:
             self._last = (rows[-1][0], rows[-1][1])
         return [json.loads(entry) for _, entry in rows]
@@ -149,7 +153,9 @@ class SqlJournalBackend(BaseJournalBackend):
     def _check(self, connection: PoolProxiedConnection, cursor: Any) -> None:
         """Once a connection, since no connection outlives a crash of the server: numbers mean what they did before."""
         if self._postgresql:
-            cursor.execute("SET default_transaction_isolation = 'read committed'")  # or an update that waited for another one fails
+            cursor.execute(
+                "SET default_transaction_isolation = 'read committed'"
+            )  # or an update that waited for another one fails
         if self._last is not None:
             cursor.execute(f"SELECT entry FROM {JOURNAL} WHERE number = %s", (self._last[0],))  # noqa: S608
             if cursor.fetchone() != (self._last[1],):

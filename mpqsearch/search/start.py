@@ -31,7 +31,9 @@ def start_point(surrogate: Surrogate, space: Space, bit_map: BitMap) -> dict[str
         return point
     layers = [la for la in table if surrogate.policy.fixed_width(la) is None]
     weights = np.array([la.n_weights for la in layers], dtype=np.float64)
-    place = np.linspace(0.0, 1.0, len(table))[[i for i, la in enumerate(table) if surrogate.policy.fixed_width(la) is None]]
+    place = np.linspace(0.0, 1.0, len(table))[
+        [i for i, la in enumerate(table) if surrogate.policy.fixed_width(la) is None]
+    ]
     more = np.array([float(bit_map.weights[la.name].mean()) - float(plain.weights[la.name].mean()) for la in layers])
     for role in {la.role for la in layers}:
         name, own = f"role_{role}", np.array([la.role == role for la in layers])

@@ -198,7 +198,9 @@ def _proxy(url: str) -> BaseStorage:
 
     host, _, port = url.split("://", 1)[1].rstrip("/").partition(":")
     if port and not port.isdecimal():
-        raise ConfigError(f"{redact(url)} is no address of a proxy: write grpc://host:port (13000 where no port is given)")
+        raise ConfigError(
+            f"{redact(url)} is no address of a proxy: write grpc://host:port (13000 where no port is given)"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

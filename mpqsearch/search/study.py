@@ -81,7 +81,9 @@ def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int 
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         made: BaseSampler
         if name == "tpe":
-            made = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP)
+            made = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=STARTUP
+            )
         elif name == "gp":
             made = optuna.samplers.GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=STARTUP)
         elif name == "nsga2":
@@ -102,7 +104,10 @@ def reseed(sampler: BaseSampler, seed: int) -> None:
     the system for seeds first. Optuna's own ``reseed_rng`` takes no seed.
     """
     own: Any = sampler
-    for one in (own, getattr(own, "_random_sampler", None)):  # with too few trials to model, TPE draws from a sampler inside
+    for one in (
+        own,
+        getattr(own, "_random_sampler", None),
+    ):  # with too few trials to model, TPE draws from a sampler inside
         if one is not None:
             one._rng.rng.seed(seed)
 
@@ -158,7 +163,9 @@ def open_study(plan: Plan, storage: BaseStorage) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    directions: list[Literal["minimize", "maximize"]] = ["minimize"] if plan.mode == "front" else ["minimize", "minimize"]
+    directions: list[Literal["minimize", "maximize"]] = (
+        ["minimize"] if plan.mode == "front" else ["minimize", "minimize"]
+    )
     study = optuna.create_study(
         study_name=plan.name,
         storage=storage,
@@ -265,7 +272,9 @@ def work(
         nonlocal seen
         me.begins(trial)
         draw = _draw(study, trial, known) if plan.sampler == "random" else 0
-        if trial.number >= plan.trials and plan.sampler != "random":  # one of a smaller number cannot be surplus: no need to look
+        if (
+            trial.number >= plan.trials and plan.sampler != "random"
+        ):  # one of a smaller number cannot be surplus: no need to look
             known[:] = study.get_trials(deepcopy=False)
         seen = max(len(known), trial.number + 1)
         if trial.number >= plan.trials and _before(trial, known) >= plan.trials:
@@ -284,7 +293,9 @@ def work(
     with me, _nothing_old_collected():
         session = len(study.get_trials(deepcopy=False))
         if isinstance(plan.sampler, str):
-            study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed)
+            study.sampler = make_sampler(
+                plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed
+            )
         while not stop():
             # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
             if time.monotonic() >= look_again or seen + NEAR_END >= plan.trials:
@@ -354,7 +365,9 @@ def _draw(study: Study, trial: Trial, known: list[FrozenTrial]) -> int:
         mine = trial.user_attrs.get(DRAW)
         if looked and mine is not None and mine not in taken:
             return int(mine)
-        if looked or mine is None:  # of a retried trial the earlier look may say that its dead predecessor has the number still
+        if (
+            looked or mine is None
+        ):  # of a retried trial the earlier look may say that its dead predecessor has the number still
             free = [i for i in range(len(taken) + shift + 1) if i not in taken]
             trial.set_user_attr(DRAW, free[shift])
         known[:], looked = study.get_trials(deepcopy=False), True

@@ -33,8 +33,8 @@ Floats = NDArray[np.float64]
 Remeasure = Callable[[SensitivityProfile, BitMap], SensitivityProfile]
 """Gains measured again with a map in place: see `mpqsearch.profile.remeasure`."""
 
-Strengths = Callable[[BitMap], BitMap]
-"""A map with the strength of pre-scaling that suits each layer: see `mpqsearch.profile.choose_strengths`."""
+Alphas = Callable[[BitMap], BitMap]
+"""A map with the alpha of smoothing that suits each layer: see `mpqsearch.profile.choose_alphas`."""
 
 Priced = Callable[[MethodSpec], SensitivityProfile]
 """The profile with the errors that a method's rounding leaves."""
@@ -67,7 +67,7 @@ class Surrogate:
 
     ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
     terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
-    ``operating_loss`` names the loss that they are in. ``strengths`` chooses those of pre-scaling, ``priced`` gives
+    ``operating_loss`` names the loss that they are in. ``alphas`` chooses those of smoothing, ``priced`` gives
     the profile as the rounding of a method prices it (None: as nearest rounding does). ``act_bits`` is the activation width of all
     searched layers (16: that of the method); the other layers' are the policy's.
     """
@@ -80,14 +80,16 @@ class Surrogate:
     correction: Floats | None = None
     interactions: PairwiseTerms | None = None
     remeasure: Remeasure | None = None
-    strengths: Strengths | None = None
+    alphas: Alphas | None = None
     priced: Priced | None = None
     act_bits: int = FULL_PRECISION
     operating_loss: str = "operating"
     _remeasured: dict[str, SensitivityProfile] = field(default_factory=dict, repr=False, compare=False)
-    _strengths: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _alphas: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     # Not an argument: `dataclasses.replace` with another correction starts anew.
-    _last_losses: list[tuple[Any, SensitivityProfile, Floats]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _last_losses: list[tuple[Any, SensitivityProfile, Floats]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.method.allocator not in ("ilp-layer", "ilp-channel"):
@@ -97,17 +99,17 @@ class Surrogate:
             )
 
     def method_of(self, theta: Theta) -> MethodSpec:
-        """The method with granularity, codebook, pre-scaling and bias correction as the point says."""
+        """The method with granularity, scheme, smoothing and bias correction as the point says."""
         changes: dict[str, Any] = {}
         if value_of(theta, "granularity") != BASE:
             changes["allocator"] = f"ilp-{value_of(theta, 'granularity')}"
-        if value_of(theta, "prescale") != BASE:
-            changes["prescale"] = value_of(theta, "prescale") != 0
-        if value_of(theta, "codebook") != BASE:
-            changes["codebook"] = value_of(theta, "codebook")
-        codebook = changes.get("codebook", self.method.codebook)
-        if changes.get("prescale", self.method.prescale) and f"{codebook}+prescale" not in self.profile.variants:
-            changes["codebook"] = "affine"
+        if value_of(theta, "smooth") != BASE:
+            changes["smooth"] = value_of(theta, "smooth") != 0
+        if value_of(theta, "scheme") != BASE:
+            changes["scheme"] = value_of(theta, "scheme")
+        scheme = changes.get("scheme", self.method.scheme)
+        if changes.get("smooth", self.method.smooth) and f"{scheme}+smooth" not in self.profile.variants:
+            changes["scheme"] = "asymmetric"
         if value_of(theta, "bias_correction") != BASE:
             changes["bias_correction"] = value_of(theta, "bias_correction") == "on"
         if value_of(theta, "act_timesteps") != BASE:
@@ -146,7 +148,7 @@ class Surrogate:
 
         def table_of(loss: str) -> Floats:
             # Other losses than the method's own may know nearest rounding alone.
-            source = profile if loss == method.loss or not profile.calibration.get("compensated") else self.profile
+            source = profile if loss == method.loss or not profile.calibration.get("gptq") else self.profile
             return channel_losses(source, self.table, method.variant, loss, bias_correction=method.bias_correction)
 
         own = table_of(method.loss)
@@ -172,7 +174,7 @@ class Surrogate:
         return losses
 
     def profile_for(self, method: MethodSpec) -> SensitivityProfile:
-        """The profile that prices a method: with compensated rounding, the errors that it leaves."""
+        """The profile that prices a method: with GPTQ rounding, the errors that it leaves."""
         return self.profile if self.priced is None or method.rounding == "nearest" else self.priced(method)
 
     def _multipliers(self, theta: Theta, profile: SensitivityProfile) -> Floats:
@@ -196,7 +198,7 @@ class Surrogate:
             share = np.divide(raised, sums, out=np.zeros_like(raised), where=sums > 0)
         power = float(value_of(theta, "kurtosis"))
         if power:
-            heavy = profile.need("kurtosis_prescaled", "the search by kurtosis").astype(np.float64)
+            heavy = profile.need("kurtosis_smoothed", "the search by kurtosis").astype(np.float64)
             share = share * (np.maximum(heavy, 0.1) / 3.0)[:, None] ** power
         return share
 
@@ -206,7 +208,9 @@ class Surrogate:
         made = self._solve(theta, budget, method, policy, fmt, self.profile_for(method))
         for _ in range(int(value_of(theta, "rounds"))):
             if self.remeasure is None:
-                raise ConfigError("search.space.rounds needs the model at hand to measure gains again; this surrogate has none")
+                raise ConfigError(
+                    "search.space.rounds needs the model at hand to measure gains again; this surrogate has none"
+                )
             there = self._at(made.bit_map)
             made = self._solve(theta, budget, replace(method, loss=self.operating_loss), policy, fmt, there)
         return self.finished(replace(made, budget=budget), theta)
@@ -221,7 +225,9 @@ class Surrogate:
         """Bits that a map of the whole model may take at a budget of size, with the method's own activations."""
         steps = int(self.profile.calibration.get("sampler", {}).get("steps", 1)) if self.method.act_timesteps else 1
         quantized = [b for b in self._role_widths({}).values() if b != FULL_PRECISION]
-        return budget.limit_bits(self.table, self.policy, act_bits=max(quantized, default=FULL_PRECISION), activation_steps=steps)
+        return budget.limit_bits(
+            self.table, self.policy, act_bits=max(quantized, default=FULL_PRECISION), activation_steps=steps
+        )
 
     def _role_widths(self, theta: Theta) -> dict[str, int]:
         """Activation width of each role of the model's searched layers."""
@@ -241,8 +247,8 @@ class Surrogate:
             searched = {la.name: widths[la.role] for la in self.table if self.policy.fixed_width(la) is None}
             every = {**bit_map.activations, **searched}
             bit_map = replace(bit_map, activations={n: b for n, b in every.items() if b != FULL_PRECISION})
-        if value_of(theta or {}, "prescale") == "layers" and bit_map.activations:
-            bit_map = self._with_strengths(bit_map, made.budget)
+        if value_of(theta or {}, "smooth") == "layers" and bit_map.activations:
+            bit_map = self._with_alphas(bit_map, made.budget)
         stored = made.size_bits if bit_map is made.bit_map else size_bits(self.table, bit_map)
         return Candidate(
             bit_map=bit_map,
@@ -255,18 +261,20 @@ class Surrogate:
             gap=0.0 if result is None or not np.isfinite(result.gap) else float(result.gap),
         )
 
-    def _with_strengths(self, bit_map: BitMap, budget: Budget) -> BitMap:
-        """Strengths by layer, chosen once a budget: they depend on the widths of the weights far less than on the inputs."""
-        if self.strengths is None:
+    def _with_alphas(self, bit_map: BitMap, budget: Budget) -> BitMap:
+        """Alphas by layer, chosen once a budget: they depend on the widths of the weights far less than on the inputs."""
+        if self.alphas is None:
             raise ConfigError(
-                "search.space.prescale = 'layers' needs the model at hand to choose strengths; this surrogate has none"
+                "search.space.smooth = 'layers' needs the model at hand to choose alphas; this surrogate has none"
             )
         key = (budget.label(), bit_map.format, tuple(sorted(bit_map.activations.items())), bit_map.activation_steps)
-        if key not in self._strengths:
-            self._strengths[key] = self.strengths(bit_map).formats
-        return replace(bit_map, formats={**bit_map.formats, **self._strengths[key]})
+        if key not in self._alphas:
+            self._alphas[key] = self.alphas(bit_map).formats
+        return replace(bit_map, formats={**bit_map.formats, **self._alphas[key]})
 
-    def measured_map(self, bit_map: BitMap, budget: Budget, *, bias_correction: bool, status: str = "none") -> Candidate:
+    def measured_map(
+        self, bit_map: BitMap, budget: Budget, *, bias_correction: bool, status: str = "none"
+    ) -> Candidate:
         """A map from elsewhere as something to measure."""
         return Candidate(
             bit_map=bit_map,
@@ -277,8 +285,8 @@ class Surrogate:
                 self.profile_for(
                     replace(
                         self.method,
-                        codebook=bit_map.format.codebook,
-                        prescale=bit_map.format.prescale,
+                        scheme=bit_map.format.scheme,
+                        smooth=bit_map.format.smooth,
                         rounding=bit_map.format.rounding,
                     )
                 ),
@@ -291,7 +299,13 @@ class Surrogate:
         )
 
     def _solve(
-        self, theta: Theta, budget: Budget, method: MethodSpec, policy: Policy, fmt: QuantFormat, profile: SensitivityProfile
+        self,
+        theta: Theta,
+        budget: Budget,
+        method: MethodSpec,
+        policy: Policy,
+        fmt: QuantFormat,
+        profile: SensitivityProfile,
     ) -> Allocation:
         losses = self._losses_at(theta, method, profile)
         return allocate(
@@ -317,17 +331,25 @@ class Surrogate:
         return losses
 
     def _pairs(self, theta: Theta, method: MethodSpec, policy: Policy, losses: Floats) -> PairwiseTerms | None:
-        strength = float(value_of(theta, "pairwise"))
-        if not strength or method.allocator != "ilp-layer":
+        alpha = float(value_of(theta, "pairwise"))
+        if not alpha or method.allocator != "ilp-layer":
             return None
         if self.interactions is None:
-            raise ConfigError("search.space.pairwise needs measured interactions between layers; this surrogate has none")
+            raise ConfigError(
+                "search.space.pairwise needs measured interactions between layers; this surrogate has none"
+            )
         # Terms are measured in units of the method's own totals; the point may have rescaled those.
         columns = [sorted(self.policy.widths).index(b) for b in sorted(policy.widths)]
         value = self.interactions.value[:, columns][:, :, columns]
         own = self.losses_of({}, method)
-        scale = float(np.median(losses[losses > 0]) / np.median(own[own > 0])) if (losses > 0).any() and (own > 0).any() else 1.0
-        return PairwiseTerms(first=self.interactions.first, second=self.interactions.second, value=strength * scale * value)
+        scale = (
+            float(np.median(losses[losses > 0]) / np.median(own[own > 0]))
+            if (losses > 0).any() and (own > 0).any()
+            else 1.0
+        )
+        return PairwiseTerms(
+            first=self.interactions.first, second=self.interactions.second, value=alpha * scale * value
+        )
 
     def _at(self, bit_map: BitMap) -> SensitivityProfile:
         if bit_map.digest not in self._remeasured:
@@ -356,7 +378,9 @@ def timestep_factor(profile: SensitivityProfile, tilt: float) -> Floats:
 
 def _shapes_losses(name: str) -> bool:
     """True of parameters that change the loss table itself."""
-    return name in ("exponent", "row_exponent", "low_bits", "kurtosis", "depth", "timestep") or name.startswith(("mix_", "role_"))
+    return name in ("exponent", "row_exponent", "low_bits", "kurtosis", "depth", "timestep") or name.startswith(
+        ("mix_", "role_")
+    )
 
 
 def _log(totals: Floats) -> Floats:

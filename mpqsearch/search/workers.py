@@ -97,7 +97,9 @@ class Worker:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _working.discard(self.identity)
         self._stop.set()
         assert self._thread is not None
@@ -140,7 +142,9 @@ class Lookout:
             if trial.state == TrialState.RUNNING and self.is_dead(trial) and _fail(study, trial):
                 failed += 1
                 log.warning(
-                    "trial %d: its worker %s is dead; it is tried again", trial.number, trial.user_attrs.get(WORKER, "(unknown)")
+                    "trial %d: its worker %s is dead; it is tried again",
+                    trial.number,
+                    trial.user_attrs.get(WORKER, "(unknown)"),
                 )
         return failed
 
@@ -220,7 +224,10 @@ def run_local_workers(
     def start(index: int) -> None:
         with (logs / f"worker-{index}.log").open("ab") as handle:
             running[index] = subprocess.Popen(  # noqa: S603 - our own command line
-                list(command(index)), stdout=handle, stderr=subprocess.STDOUT, env={**os.environ, **threads, **environment}
+                list(command(index)),
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads, **environment},
             )
 
     try:

@@ -11,9 +11,9 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.compensating import moment_inputs, priced
-from mpqsearch.stages.prescaling import strengths_of
+from mpqsearch.stages.gptq import moment_inputs, priced
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.smoothing import alphas_of
 
 
 def allocation(
@@ -37,17 +37,22 @@ def allocation(
     }
     if method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
-    if method.prescale_by_layer:
+    if method.smooth_by_layer:
         inputs["ranges"] = artifacts.digest_of([c["activations"][k] for k in ("p", "n_candidates", "zero_points")])
     path, map_path = folder / "allocation.json", folder / "bitmap.json"
     if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
         return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
     with run.timed("allocate"):
         made = allocate(
-            method, budget, table, priced(run, table, measured, method), run.config.policy, run.config.quantizer.format()
+            method,
+            budget,
+            table,
+            priced(run, table, measured, method),
+            run.config.policy,
+            run.config.quantizer.format(),
         )
-        if method.prescale_by_layer and not run.dry_run:
-            made = replace(made, bit_map=strengths_of(run, table, measured)(made.bit_map))
+        if method.smooth_by_layer and not run.dry_run:
+            made = replace(made, bit_map=alphas_of(run, table, measured)(made.bit_map))
     data = made.to_data()
     if not run.dry_run:
         _save_map(map_path, made, table, inputs)
@@ -67,7 +72,12 @@ def allocations(
             bit_map, data = allocation(run, table, measured, method, given)
             budget = Budget.parse(data["budget"]) if method.allocator == "map" else given
             out.append(
-                (replace(method, bias_correction=data.get("bias_correction", method.bias_correction)), budget, bit_map, data)
+                (
+                    replace(method, bias_correction=data.get("bias_correction", method.bias_correction)),
+                    budget,
+                    bit_map,
+                    data,
+                )
             )
     run.say(f"allocate: {len(out)} maps in {run.path('allocations')}")
     return out

@@ -52,7 +52,9 @@ class Run:
 
         c, captured = self.config.model, self.config.calibration.captured
         calls = load_calls(captured) if captured else ()
-        return load_model(c.source, device=c.device, revision=c.revision, dtype=c.dtype, component=c.component, calls=calls)
+        return load_model(
+            c.source, device=c.device, revision=c.revision, dtype=c.dtype, component=c.component, calls=calls
+        )
 
     @cached_property
     def streamed(self) -> StreamedModel:
@@ -65,7 +67,12 @@ class Run:
     def source_inputs(self) -> dict[str, str]:
         """What identifies the model without loading it."""
         c, captured = self.config.model, self.config.calibration.captured
-        named = [c.source, c.revision, *([c.component] if c.component else []), *([c.dtype] if c.dtype != "float32" else [])]
+        named = [
+            c.source,
+            c.revision,
+            *([c.component] if c.component else []),
+            *([c.dtype] if c.dtype != "float32" else []),
+        ]
         calls = {"calls": artifacts.digest_file(Path(captured))} if captured and Path(captured).is_file() else {}
         return {"model_source": artifacts.digest_of(named), **calls}
 

@@ -17,9 +17,9 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
-from mpqsearch.stages.compensating import moment_inputs
 from mpqsearch.stages.evaluating import activation_table, correction_of, reference
 from mpqsearch.stages.exporting import write_model_folder
+from mpqsearch.stages.gptq import moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy")
 """Metrics that the stage prints."""
 
 
-def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> dict[str, Any]:
+def distill(
+    run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget
+) -> dict[str, Any]:
     """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
 
     Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors`` (integer codes, scales
@@ -53,10 +55,12 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
         run.say(f"distill: reused {folder}")
         return dict(artifacts.read_json(path, "mpqsearch/metrics").data)
     if run.dry_run:
-        run.say(f"distill: would train {method_name} at {budget.label()} for {run.config.distill.steps} steps into {folder}")
+        run.say(
+            f"distill: would train {method_name} at {budget.label()} for {run.config.distill.steps} steps into {folder}"
+        )
         return {}
     from mpqsearch.distill import processes
-    from mpqsearch.quant import build_student, finalize
+    from mpqsearch.quant import build_student, convert
 
     team = processes()  # before the model is loaded: each process gets a GPU of its own
     same_model(run, table)
@@ -78,13 +82,13 @@ def distill(run: Run, table: LayerTable, measured: SensitivityProfile, method_na
     base = before = None
     if team.main:
         base, _ = reference(run, table)
-        before = _measure(run, finalize(student).module, base, extractor, "before training")
+        before = _measure(run, convert(student).module, base, extractor, "before training")
     team.wait()
     with run.timed("distill"):
         _train(run, student, activations, folder, inputs, team, _checking(run, extractor))
     if base is None:  # files are written by the main process
         raise SystemExit(0)
-    trained = finalize(student)
+    trained = convert(student)
     _write(run, folder, trained, table)
     data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, extractor, "after training")}
     if run.config.distill.check_every:
@@ -172,14 +176,16 @@ def _train(
             best = f", best check {state.best[1]:.3g} at {state.best[0]}" if state.best else ""
             bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}{best}")
             if state.interrupted:
-                run.say(f"distill: interrupted after step {state.step} of {state.steps}; saved. The same command continues.")
+                run.say(
+                    f"distill: interrupted after step {state.step} of {state.steps}; saved. The same command continues."
+                )
                 raise SystemExit(128 + state.signal)
 
 
 def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], float]:
     """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision samples are made once."""
     from mpqsearch.metrics import Reference, distance_to_full_precision
-    from mpqsearch.quant import finalize
+    from mpqsearch.quant import convert
     from mpqsearch.sampling import sample, to_uint8
 
     c = run.config.distill
@@ -190,7 +196,7 @@ def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], fl
         if not known:
             samples = sample(run.denoiser, seeds, sampler_of(run))
             known.append(Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None))
-        found = sample(run.denoiser.with_module(finalize(student).module), seeds, sampler_of(run))
+        found = sample(run.denoiser.with_module(convert(student).module), seeds, sampler_of(run))
         return distance_to_full_precision(found, known[0], extractor)
 
     return measure
@@ -254,7 +260,9 @@ def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
         handle.write(save(tensors))
     learned = activation_table_of(trained.module, table)
     if learned is not None:
-        artifacts.write_json(folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": table.digest})
+        artifacts.write_json(
+            folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": table.digest}
+        )
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:

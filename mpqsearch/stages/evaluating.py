@@ -27,9 +27,9 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, sampler_of, slug
-from mpqsearch.stages.compensating import input_moments, moment_inputs
-from mpqsearch.stages.prescaling import ranges_of
+from mpqsearch.stages.gptq import input_moments, moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.smoothing import ranges_of
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import FeatureExtractor, Reference
@@ -45,7 +45,7 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
         c["evaluate"],
         bit_map.digest if bit_map is not None else "full precision",
     ]
-    if bit_map is not None and (bias_correction or bit_map.format.prescale or bit_map.format.rounding != "nearest"):
+    if bit_map is not None and (bias_correction or bit_map.format.smooth or bit_map.format.rounding != "nearest"):
         parts += [bias_correction, profile_inputs(run, table)]  # input statistics come from the profile or its settings
         parts += [moment_inputs(run, table)] if bit_map.format.rounding != "nearest" else []
     if bit_map is not None and bit_map.activations:
@@ -87,7 +87,11 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
         return {"seconds": seconds, "metrics": {k: v.to_data() for k, v in found.metrics.items()}}
 
     data, _ = artifacts.resumable(
-        run.path("metrics", f"{key[:16]}.json"), "mpqsearch/metrics", {"evaluation": key}, measure, overwrite=run.overwrite
+        run.path("metrics", f"{key[:16]}.json"),
+        "mpqsearch/metrics",
+        {"evaluation": key},
+        measure,
+        overwrite=run.overwrite,
     )
     full = uniform_full_precision(table)
     record = StudyRecord(
@@ -134,7 +138,8 @@ def evaluate_map(
         samples = sample(run.denoiser.with_module(module), base.seeds, sampler_of(run), tick=bar.update)
         result = evaluate(samples, base, extractor)
         artifacts.write_arrays(
-            run.path("stats", f"{key[:16]}.npz"), {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()}
+            run.path("stats", f"{key[:16]}.npz"),
+            {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()},
         )
         return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
@@ -159,7 +164,9 @@ def evaluate_map(
     )
 
 
-def quantized_module(run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool) -> Any:
+def quantized_module(
+    run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
+) -> Any:
     """The fake-quantized copy of the run's model; scales of activations are calibrated where the map asks for them."""
     import torch
 
@@ -180,7 +187,7 @@ def quantized_module(run: Run, table: LayerTable, measured: SensitivityProfile, 
 def correction_of(
     run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
 ) -> dict[str, Any]:
-    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and compensated rounding need."""
+    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and GPTQ rounding need."""
     import torch
 
     means: Mapping[str, torch.Tensor] | None = None
@@ -196,12 +203,12 @@ def correction_of(
 def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Any]) -> Any:
     """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
 
-    Histograms are collected once for all maps that pre-scale alike and have as many scales: only the search depends on the widths.
+    Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the widths.
     """
     if not bit_map.activations:
         return None
     from mpqsearch.profile import collect_ranges
-    from mpqsearch.quant import prescale_inputs
+    from mpqsearch.quant import smooth_inputs
 
     c, sampler = run.config.activations, sampler_of(run)
     if bit_map.activation_steps not in (1, sampler.steps):
@@ -210,7 +217,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
             "Allocate again with this sampler."
         )
     per_timestep = bit_map.activation_steps > 1
-    factors = prescale_inputs(run.denoiser.module, table, bit_map, input_max)
+    factors = smooth_inputs(run.denoiser.module, table, bit_map, input_max)
     key = (per_timestep, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
     if key not in run.ranges:
         with run.timed("calibrate activations"), bars_of() as progress:
@@ -230,7 +237,11 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
     """Width of a layer's input, averaged over multiply-accumulates."""
     macs = sum(la.macs for la in table)
-    return sum(la.macs * bit_map.activations.get(la.name, FULL_PRECISION) for la in table) / macs if macs else float(FULL_PRECISION)
+    return (
+        sum(la.macs * bit_map.activations.get(la.name, FULL_PRECISION) for la in table) / macs
+        if macs
+        else float(FULL_PRECISION)
+    )
 
 
 def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:

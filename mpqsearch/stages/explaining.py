@@ -42,7 +42,7 @@ def programs(run: Run) -> list[MethodSpec]:
 def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json``, ``.csv`` and ``.npz``, and a figure.
 
-    A method's own loss is drawn; the paths of methods with different losses or codebooks are not to be compared. ``ilp-channel`` is the
+    A method's own loss is drawn; the paths of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
     program over channels, which pays for the width tags of every layer.
     """
     budgets = run.config.allocate.parsed()
@@ -51,7 +51,9 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
     for method in programs(run):
         own = sizes or budgets
         if not sizes and method.allocator == "ilp-channel":
-            run.say(f"allocate: no path of {method.name}: it takes a size budget, and the study has budgets in BOPs only")
+            run.say(
+                f"allocate: no path of {method.name}: it takes a size budget, and the study has budgets in BOPs only"
+            )
             continue
         with run.timed("allocate"):
             program = program_of(method, own[0], table, measured, run.config.policy, run.config.quantizer.format())
@@ -88,7 +90,10 @@ def _path_data(
             "rate": float(rates[vertex]),
         }
         if program.problem.budget_name != "BOPs":
-            point |= {"bits_a_parameter": int(totals[vertex]) / table.n_parameters, "bytes": int(-(-totals[vertex] // 8))}
+            point |= {
+                "bits_a_parameter": int(totals[vertex]) / table.n_parameters,
+                "bytes": int(-(-totals[vertex] // 8)),
+            }
         if by_layer and vertex > 0:
             row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
             moved = np.flatnonzero(path.tables.item_row == row)
@@ -179,7 +184,7 @@ def _save_path(
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    Marginal rates of every layer, the shadow price of the budget, the layers at a bound, and what pins and ties cost. Prices of pins are
+    Marginal rates of every layer, the shadow price of the budget, the layers at a bound, and what overrides and ties cost. Prices of overrides are
     taken in the program over layers.
     """
     found = []
@@ -206,7 +211,7 @@ def _explanation(
 ) -> dict[str, Any]:
     by_layer = bit_map.granularity == "layer"
     policy, fmt = run.config.policy, run.config.quantizer.format()
-    program = program_of(method, budget, table, measured, policy, fmt, by_layer=by_layer, pins=by_layer)
+    program = program_of(method, budget, table, measured, policy, fmt, by_layer=by_layer, overrides=by_layer)
     solved = _as_saved(program, bit_map, solve(program.problem, solver=method.solver))
     told = explain(program.problem, solved) if by_layer else None
     layers = (

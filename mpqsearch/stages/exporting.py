@@ -14,8 +14,8 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, Study
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, same_model, slug
-from mpqsearch.stages.compensating import input_moments
 from mpqsearch.stages.evaluating import quantized_module
+from mpqsearch.stages.gptq import input_moments
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
 from mpqsearch.stages.targeting import resolved_for, target_allocation
@@ -101,7 +101,10 @@ def _export_one(
     rounding = run.config.export.rounding
     folder, stamp = run.path("export", target), run.path("export", f"{target}.json")
     inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": rounding, "target": target}
-    inputs |= {"choices": artifacts.digest_of(dict(choices)), "profile": artifacts.digest_of(profile_inputs(run, table))}
+    inputs |= {
+        "choices": artifacts.digest_of(dict(choices)),
+        "profile": artifacts.digest_of(profile_inputs(run, table)),
+    }
     inputs["probes"] = artifacts.digest_of(run.config.allocate.target_probes)
     written = artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True)
     data = dict(artifacts.read_json(stamp, "mpqsearch/export").data) if written else {}
@@ -132,7 +135,11 @@ def _export_one(
             run.say(
                 f"export: {target} says nothing of inputs: the map quantizes those of {data['lost_inputs']} layers, what is written none"
             )
-        run.say(f"export: {folder} is written; not read back by its consumer" if not verify else f"export: {folder} is written")
+        run.say(
+            f"export: {folder} is written; not read back by its consumer"
+            if not verify
+            else f"export: {folder} is written"
+        )
     if verify:
         data["verification"] = _verified(run, exporter, folder)
         artifacts.write_json(stamp, "mpqsearch/export", data, inputs)

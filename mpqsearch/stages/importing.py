@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 FOLDER = "imports"
 
 
-def import_map(run: Run, table: LayerTable, path: Path, *, source: str | None, name: str, codebook: str) -> tuple[Path, Imported]:
+def import_map(
+    run: Run, table: LayerTable, path: Path, *, source: str | None, name: str, scheme: str
+) -> tuple[Path, Imported]:
     """Read a file or folder of another quantizer and write ``imports/<name>/bitmap.json``, a map as any other.
 
-    ``source``: the format (None: found out); ``codebook``: what the widths mean here. Raises what `mpqsearch.export.import_map` raises, and
+    ``source``: the format (None: found out); ``scheme``: what the widths mean here. Raises what `mpqsearch.export.import_map` raises, and
     `StaleArtifactError` when another map has this name.
     """
     from mpqsearch.export import import_map as read
     from mpqsearch.export import neutral_extra
 
-    imported = read(path, table, source, replace(run.config.quantizer.format(), codebook=codebook))
+    imported = read(path, table, source, replace(run.config.quantizer.format(), scheme=scheme))
     file = run.path(FOLDER, name, "bitmap.json")
     inputs = {"model": table.digest, "map": imported.bit_map.digest}
     if artifacts.is_current(file, "mpqsearch/bitmap", inputs, overwrite=run.overwrite):
@@ -35,12 +37,16 @@ def import_map(run: Run, table: LayerTable, path: Path, *, source: str | None, n
         run.say(f"import: would write {file}")
     else:
         provenance = {"imported": path.name, "source": imported.source, "notes": list(imported.notes)}
-        artifacts.save_bit_map(file, imported.bit_map, inputs, neutral_extra(table, imported.bit_map, provenance=provenance))
+        artifacts.save_bit_map(
+            file, imported.bit_map, inputs, neutral_extra(table, imported.bit_map, provenance=provenance)
+        )
         run.say(f"import: {file}")
     return file, imported
 
 
-def given_map(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> tuple[BitMap, dict[str, Any]]:
+def given_map(
+    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec
+) -> tuple[BitMap, dict[str, Any]]:
     """The map that ``[allocate.maps]`` names for a method, with what ``allocation.json`` would hold; its budget is its own size."""
     from mpqsearch.export import import_map as read
 

@@ -23,7 +23,7 @@ def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
         return {
             "model": table.digest,
-            "calibration": artifacts.digest_of(["weights only", c["calibration"]["codebooks"]]),
+            "calibration": artifacts.digest_of(["weights only", c["calibration"]["schemes"]]),
             "quantizer": artifacts.digest_of(c["quantizer"]),
             "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
         }
@@ -47,7 +47,9 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
 
     With ``calibration.at`` the profile with the gains at that bit map, from ``profile-at-<digest>.json``.
     """
-    at = _map_at(run, table) if run.config.calibration.at else None  # a map that does not fit is found before anything long begins
+    at = (
+        _map_at(run, table) if run.config.calibration.at else None
+    )  # a map that does not fit is found before anything long begins
     measured = _plain_profile(run, table)
     return measured if measured is None or at is None else _profile_at(run, table, measured, at)
 
@@ -70,7 +72,7 @@ def _profile_at(run: Run, table: LayerTable, measured: SensitivityProfile, at: B
     """The profile with gains measured again at a bit map, or what an earlier run wrote."""
     path = run.path(f"profile-at-{at.digest[:12]}.json")
     c = run.config.calibration
-    variant = f"{at.format.codebook}+prescale" if at.format.prescale else at.format.codebook
+    variant = f"{at.format.scheme}+smooth" if at.format.smooth else at.format.scheme
     corrected = any(m.bias_correction for m in run.config.methods if m.variant == variant)
     inputs = profile_inputs(run, table, "operating") | {"bias_correction": str(corrected)}
     if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
@@ -148,7 +150,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
             run.streamed,
             table,
             c.policy,
-            c.calibration.codebooks,
+            c.calibration.schemes,
             c.quantizer.format(),
             device=c.model.device,
             memory_limit=c.model.limit_bytes,
@@ -187,14 +189,26 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         artifacts.save_profile(base_path, base, inputs)
     known = {}
     if artifacts.is_current(final_path, "mpqsearch/final-errors", inputs, overwrite=True):
-        known = {(name, bits): tuple(each) for name, bits, each in artifacts.read_json(final_path, "mpqsearch/final-errors").data}
+        known = {
+            (name, bits): tuple(each)
+            for name, bits, each in artifacts.read_json(final_path, "mpqsearch/final-errors").data
+        }
 
     def keep(found: Mapping[tuple[str, int], tuple[float, ...]]) -> None:
         artifacts.write_json(final_path, "mpqsearch/final-errors", [[n, b, v] for (n, b), v in found.items()], inputs)
 
     if spec.race and spec.final_widths:
         found = race_final_errors(
-            run.denoiser, table, base, sampler, spec, fmt, _undecided(run, table, spec), known=known, keep=keep, progress=progress
+            run.denoiser,
+            table,
+            base,
+            sampler,
+            spec,
+            fmt,
+            _undecided(run, table, spec),
+            known=known,
+            keep=keep,
+            progress=progress,
         )
         seeds = [len(each) for each in found.values()]
         run.say(
@@ -211,13 +225,15 @@ def _undecided(run: Run, table: LayerTable, spec: Any) -> Any:
     from mpqsearch.methods import MethodSpec
     from mpqsearch.profile import stability
 
-    method = MethodSpec(name="race", allocator="ilp-layer", loss="final", codebook=spec.codebooks[-1], bias_correction=True)
+    method = MethodSpec(name="race", allocator="ilp-layer", loss="final", scheme=spec.schemes[-1], bias_correction=True)
     budgets = [b for b in run.config.allocate.parsed() if b.quantity != "bops"]
 
     def undecided(measured: SensitivityProfile) -> tuple[list[str], bool]:
         found = stability(measured, table, run.config.policy, method, budgets, run.config.quantizer.format())
         names = [n for n, share in zip(measured.names, found.undecided, strict=True) if share > 0]
-        run.say(f"profile: {len(names)} layers undecided; the noise costs at most {found.regret.max():.1%} of the predicted loss")
+        run.say(
+            f"profile: {len(names)} layers undecided; the noise costs at most {found.regret.max():.1%} of the predicted loss"
+        )
         return names, found.settled(spec.race)
 
     return undecided

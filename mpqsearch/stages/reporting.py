@@ -21,7 +21,9 @@ from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.searching import search_results
 
 
-def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = "") -> Path:
+def report(
+    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = ""
+) -> Path:
     """Write tables, figures and ``report.html``, or reuse them when nothing changed."""
     page = run.path("report.html")
     inputs = {
@@ -51,7 +53,9 @@ def report(run: Run, table: LayerTable, measured: SensitivityProfile, records: l
     for budget in run.config.allocate.parsed():
         maps[f"{chosen.name} at {budget.label()}"], _ = allocation(run, table, measured, chosen, budget)
     exported, _ = allocation(run, table, measured, chosen, export_budget(run))
-    every = [allocation(run, table, measured, m, b)[0] for b in run.config.allocate.parsed() for m in run.config.methods]
+    every = [
+        allocation(run, table, measured, m, b)[0] for b in run.config.allocate.parsed() for m in run.config.methods
+    ]
     content = ReportContent(
         title=run.config.report.title or f"Bit allocation of {table.model}",
         records=records,
@@ -115,7 +119,9 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
                 "accounted_bytes": accounted,
                 "stored_bytes": "" if stored is None else stored,
                 "header_bytes": "" if stored is None else found["header_bytes"],
-                "stored_bits_per_parameter": round(8 * (accounted if stored is None else stored) / data["n_parameters"], 4),
+                "stored_bits_per_parameter": round(
+                    8 * (accounted if stored is None else stored) / data["n_parameters"], 4
+                ),
                 "weights": "yes" if data["payload"] else "no, settings only",
                 "verified": _verdict(found),
             }
@@ -149,7 +155,7 @@ def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[d
                 rows.append(
                     {
                         "predictor": loss,
-                        "codebook": variant,
+                        "scheme": variant,
                         "bits": bits,
                         "layers": len(searched),
                         "spearman": round(float(value), 3),
@@ -186,14 +192,18 @@ def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[An
 
     columns = run.config.report.grid_columns
     full = to_uint8(
-        torch.from_numpy(artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns])
+        torch.from_numpy(
+            artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns]
+        )
     )
     grids = []
     for budget in run.config.allocate.parsed():
         rows = {"full precision": full.numpy()}
         for method in run.config.methods:
             bit_map, data = allocation(run, table, measured, method, budget)
-            point = evaluation_key(run, table, bit_map, bias_correction=data.get("bias_correction", method.bias_correction))
+            point = evaluation_key(
+                run, table, bit_map, bias_correction=data.get("bias_correction", method.bias_correction)
+            )
             file = run.path("stats", f"{point[:16]}.npz")
             if file.exists():
                 rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
@@ -211,5 +221,7 @@ def _notes(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[st
         if not data["within_budget"]:
             over.append(f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8 / 1000:.2f} kB")
     if over:
-        notes.append("Over the budget, because the method has no means to pay for its channel tags: " + "; ".join(over) + ".")
+        notes.append(
+            "Over the budget, because the method has no means to pay for its channel tags: " + "; ".join(over) + "."
+        )
     return notes

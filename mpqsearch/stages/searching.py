@@ -18,9 +18,9 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, avera
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run, sampler_of
-from mpqsearch.stages.compensating import moments_of, priced
-from mpqsearch.stages.prescaling import ranges_of, strengths_of
+from mpqsearch.stages.gptq import moments_of, priced
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.smoothing import alphas_of, ranges_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -93,7 +93,9 @@ def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     c = run.config.to_data()
     own = {k: c[k] for k in ("methods", "policy", "quantizer", "evaluate")}
     own["methods"] = [m for m in own["methods"] if m["allocator"] != "map"]
-    settings = {k: v for k, v in c["search"].items() if k != "start_from"} | {"budgets": [b.label() for b in budgets_of(run)]}
+    settings = {k: v for k, v in c["search"].items() if k != "start_from"} | {
+        "budgets": [b.label() for b in budgets_of(run)]
+    }
     start = start_map(run, table)
     return profile_inputs(run, table) | {
         "search": artifacts.digest_of(settings | ({"start_from": start.digest} if start is not None else {})),
@@ -108,7 +110,9 @@ def start_map(run: Run, table: LayerTable) -> BitMap | None:
     named = run.config.search.start_from
     if not named:
         return None
-    return import_map(Path(run.config.allocate.maps.get(named, named)), table, fmt=run.config.quantizer.format()).bit_map
+    return import_map(
+        Path(run.config.allocate.maps.get(named, named)), table, fmt=run.config.quantizer.format()
+    ).bit_map
 
 
 def budgets_of(run: Run) -> tuple[Budget, ...]:
@@ -123,7 +127,9 @@ def searched_method(run: Run) -> MethodSpec:
     if run.config.search.method:
         return next(m for m in run.config.methods if m.name == run.config.search.method)
     if not programs:
-        raise ConfigError("a search needs a method with an integer program (ilp-layer or ilp-channel) to search around; add one")
+        raise ConfigError(
+            "a search needs a method with an integer program (ilp-layer or ilp-channel) to search around; add one"
+        )
     return programs[-1]
 
 
@@ -146,7 +152,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         method=searched_method(run),
         act_bits=c.act_bits,
         remeasure=_remeasure(run, table),
-        strengths=strengths_of(run, table, measured),
+        alphas=alphas_of(run, table, measured),
         priced=lambda method: priced(run, table, measured, method),
     )
     reference, extractor = _reference(run, table)
@@ -182,7 +188,9 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
     )
     starts = objective.space.starts()
     if c.mode == "pareto":
-        starts = [{**p, TARGET: t} for t in (c.low_bits, (c.low_bits + c.high_bits) / 2, c.high_bits) for p in starts[:1]]
+        starts = [
+            {**p, TARGET: t} for t in (c.low_bits, (c.low_bits + c.high_bits) / 2, c.high_bits) for p in starts[:1]
+        ]
     start = start_map(run, table)
     if start is not None:
         from mpqsearch.search.start import start_point, with_start
@@ -225,11 +233,15 @@ def searched_map(run: Run, table: LayerTable, budget: Budget) -> tuple[BitMap, d
     entry = next((b for b in data["budgets"] if b["budget"] == budget.label()), None)
     if entry is None or entry["winner"] is None:
         known = ", ".join(b["budget"] for b in data["budgets"] if b["winner"])
-        raise ConfigError(f"the search has no map at the budget {budget.label()}; it has {known}. Add it to search.budgets.")
+        raise ConfigError(
+            f"the search has no map at the budget {budget.label()}; it has {known}. Add it to search.budgets."
+        )
     row = next(r for r in entry["rows"] if r["arm"] == "search")
     bit_map = artifacts.load_bit_map(run.path("search", MAPS, f"{_slug(budget)}.json"))
     if bit_map.digest != row["bit_map"]:
-        raise ArtifactError(f"the map of the search at {budget.label()} is not the one that search.json names; search again")
+        raise ArtifactError(
+            f"the map of the search at {budget.label()} is not the one that search.json names; search again"
+        )
     limit = budget.limit_bits(table, run.config.policy)
     from mpqsearch.core import bops, size_bits
 
@@ -251,7 +263,9 @@ def searched_map(run: Run, table: LayerTable, budget: Budget) -> tuple[BitMap, d
     }
 
 
-def watch(run: Run, table: LayerTable, measured: SensitivityProfile, *, storage: str | None = None, every_s: float = 2.0) -> None:
+def watch(
+    run: Run, table: LayerTable, measured: SensitivityProfile, *, storage: str | None = None, every_s: float = 2.0
+) -> None:
     """Follow a study that others work on: a progress line until it is finished. Measures and writes nothing."""
     from mpqsearch.search.study import counts, open_study
 
@@ -393,7 +407,9 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
     start = start_map(run, objective.surrogate.table)
     spec, first = refinement_of(run)
     refined = refine_winners(objective, study, spec, n_finalists=c.finalists, first_seed=first)
-    data = summarize(objective, study, top=c.top, repeats=c.repeats, n_finalists=c.finalists, start=start, refined=refined)
+    data = summarize(
+        objective, study, top=c.top, repeats=c.repeats, n_finalists=c.finalists, start=start, refined=refined
+    )
     from mpqsearch.export import neutral_extra
 
     for entry in data["budgets"]:
@@ -401,7 +417,12 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
             continue
         budget = Budget.parse(entry["budget"])
         bit_map = _winner_map(objective, entry, budget, refined)
-        provenance = {"method": "search", "budget": entry["budget"], "trial": entry["trial"], "refined": entry["refined"]}
+        provenance = {
+            "method": "search",
+            "budget": entry["budget"],
+            "trial": entry["trial"],
+            "refined": entry["refined"],
+        }
         artifacts.save_bit_map(
             run.path("search", MAPS, f"{_slug(budget)}.json"),
             bit_map,
@@ -413,7 +434,9 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
                 f"search: WARNING: at {entry['budget']} the map of the search measures worse than the uniform map of the same size"
             )
         elif entry["worse_than_plain"]:
-            run.say(f"search: note: at {entry['budget']} the map of the search measures worse than the plain integer program's")
+            run.say(
+                f"search: note: at {entry['budget']} the map of the search measures worse than the plain integer program's"
+            )
         if entry.get("worse_than_start"):
             run.say(
                 f"search: note: at {entry['budget']} the map that was started from fits and measures better than what was found"
@@ -453,7 +476,9 @@ def _refit(run: Run, objective: Objective, study: Study) -> dict[str, Any]:
     return data
 
 
-def _winner_map(objective: Objective, entry: dict[str, Any], budget: Budget, refined: Mapping[str, Refinement]) -> BitMap:
+def _winner_map(
+    objective: Objective, entry: dict[str, Any], budget: Budget, refined: Mapping[str, Refinement]
+) -> BitMap:
     if entry["refined"]:
         return refined[entry["budget"]].candidate.bit_map
     if entry["trial"] is None:  # the plain program's map, which no trial had measured

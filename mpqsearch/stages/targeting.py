@@ -58,11 +58,15 @@ def target_allocation(
     limit = budget.limit_bits(table, run.config.policy)
     losses, pairs = _losses(run, table, measured, target)
     with run.timed("allocate"):
-        made = allocate_for(target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs)
+        made = allocate_for(
+            target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs
+        )
     data = made.to_data() | {"budget": budget.label()}
     if not run.dry_run:
         provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
-        artifacts.save_bit_map(map_path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance))
+        artifacts.save_bit_map(
+            map_path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance)
+        )
         artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
     return made.bit_map, data
 
@@ -89,7 +93,7 @@ def resolved_for(
     from mpqsearch.export.allocation import allocate_for
 
     kept = {n: FULL_PRECISION for n, w in bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
-    policy = replace(run.config.policy, pinned={**kept, **run.config.policy.pinned})
+    policy = replace(run.config.policy, overrides={**kept, **run.config.policy.overrides})
     limit = size_bits(table, bit_map)
     losses, pairs = _losses(run, table, measured, target)
     fmt = run.config.quantizer.format()

@@ -10,4 +10,12 @@ from mpqsearch.testing.tiny import (
     tiny_unet,
 )
 
-__all__ = ["tiny_denoiser", "tiny_dit", "tiny_profile", "tiny_prompted_pipeline", "tiny_table", "tiny_text_unet", "tiny_unet"]
+__all__ = [
+    "tiny_denoiser",
+    "tiny_dit",
+    "tiny_profile",
+    "tiny_prompted_pipeline",
+    "tiny_table",
+    "tiny_text_unet",
+    "tiny_unet",
+]

@@ -62,7 +62,7 @@ def cover(name: str) -> Covered:
         assert table.n_parameters == sum(p.numel() for p in module.parameters())
         power_error = check_statistics(module, table, calls)
         policy, fmt = Policy(widths=WIDTHS), QuantFormat(n_candidates=8)
-        spec = CalibrationSpec(probe_inputs=1, probes=1, codebooks=("affine",), prescale=False)
+        spec = CalibrationSpec(probe_inputs=1, probes=1, schemes=("asymmetric",), smooth=False)
         profile = profile_model(denoiser, table, policy, SamplerSpec(steps=1), spec, fmt)
         searched = [la for la in table if policy.fixed_width(la) is None]
         assert any(profile.arrays["gain"][profile.rows(la.name)].any() for la in searched), (
@@ -72,7 +72,9 @@ def cover(name: str) -> Covered:
         with torch.no_grad():
             reference = [c.replay(module) for c in calls]
         for allocator in ("ilp-layer", "ilp-channel"):
-            made = allocate(MethodSpec(name=allocator, allocator=allocator), Budget.parse("uniform:3"), table, profile, policy, fmt)
+            made = allocate(
+                MethodSpec(name=allocator, allocator=allocator), Budget.parse("uniform:3"), table, profile, policy, fmt
+            )
             assert made.within_budget
             quantized = quantize_model(module, table, made.bit_map).module
             with torch.no_grad():
@@ -92,7 +94,8 @@ def cover(name: str) -> Covered:
         channels=table.n_channels,
         roles=dict(sorted(Counter(la.role for la in table).items())),
         fused=sum(1 for la in table if la.fuse),
-        apart=sum(k.n_values for k in table.kept if "unknown" in k.reason or "without calling" in k.reason) / table.n_parameters,
+        apart=sum(k.n_values for k in table.kept if "unknown" in k.reason or "without calling" in k.reason)
+        / table.n_parameters,
         power_error=power_error,
         change=change,
         seconds=time.process_time() - start,
@@ -128,7 +131,9 @@ def check_statistics(module: nn.Module, table: LayerTable, calls: Calls) -> floa
 
 def _later(inputs: Mapping[str, object]) -> dict[str, object]:
     """The same call at another time."""
-    return {k: 0.9 * v if "time" in k and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return {
+        k: 0.9 * v if "time" in k and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
 
 
 def _stored(recorded: Calls, path: Path, module: nn.Module) -> Calls:
@@ -138,7 +143,9 @@ def _stored(recorded: Calls, path: Path, module: nn.Module) -> Calls:
     assert calls.digest == recorded.digest
     with torch.no_grad():
         for before, after in zip(recorded, calls, strict=True):
-            assert torch.equal(before.replay(module), after.replay(module)), "a call replays to other numbers after it was stored"
+            assert torch.equal(before.replay(module), after.replay(module)), (
+                "a call replays to other numbers after it was stored"
+            )
     return calls
 
 

@@ -52,7 +52,11 @@ def model_classes() -> dict[str, type[nn.Module]]:
     for module in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
         importlib.import_module(module.name)  # all of them: diffusers loads its classes when they are asked for
     found = {c.__name__: c for c in _subclasses(diffusers.ModelMixin) if c.__module__.startswith("diffusers.models.")}
-    return {name: found[name] for name in sorted(found) if found[name].forward is not nn.Module.forward or name == "MotionAdapter"}
+    return {
+        name: found[name]
+        for name in sorted(found)
+        if found[name].forward is not nn.Module.forward or name == "MotionAdapter"
+    }
 
 
 def reason_against(cls: type[nn.Module]) -> str:
@@ -157,10 +161,17 @@ def _grid(height: int, width: int, axes: int) -> Tensor:
 
 
 def _image(r: Random, dim: int = 16, *, channels: int = 4, size: int = 8, **more: Any) -> dict[str, Any]:
-    return {"hidden_states": r(1, channels, size, size), "timestep": _t(), "encoder_hidden_states": r(1, 6, dim), **more}
+    return {
+        "hidden_states": r(1, channels, size, size),
+        "timestep": _t(),
+        "encoder_hidden_states": r(1, 6, dim),
+        **more,
+    }
 
 
-def _video(r: Random, dim: int = 16, *, channels: int = 4, frames: int = 2, size: int = 8, **more: Any) -> dict[str, Any]:
+def _video(
+    r: Random, dim: int = 16, *, channels: int = 4, frames: int = 2, size: int = 8, **more: Any
+) -> dict[str, Any]:
     return _image(r, dim) | {"hidden_states": r(1, channels, frames, size, size)} | more
 
 
@@ -176,7 +187,10 @@ _UNET: dict[str, Any] = {
 _UNET2D = _UNET | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "sample_size": 8}
 _CONTROL = _UNET | {"conditioning_embedding_out_channels": (4, 4)}
 _UNION = _CONTROL | {"num_trans_channel": 4, "num_proj_channel": 4, "num_trans_head": 2}
-_CONTROL3D = _CONTROL | {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "motion_num_attention_heads": 2}
+_CONTROL3D = _CONTROL | {
+    "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    "motion_num_attention_heads": 2,
+}
 _FLUX: dict[str, Any] = {
     "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
     "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4),
@@ -559,7 +573,7 @@ RECIPES: dict[str, Recipe] = {
     "GlmImageTransformer2DModel": Recipe(
         config={
             "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": 16,
-            "time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_codebook_size": 16,
+            "time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_scheme_size": 16,
         },
         inputs=lambda r: _image(
             r, prior_token_id=torch.tensor([3]), prior_token_drop=torch.tensor([False]), target_size=torch.tensor([[8.0, 8.0]]),

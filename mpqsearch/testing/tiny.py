@@ -119,7 +119,9 @@ def tiny_table(n_layers: int = 5, channels: int = 6, fan_in: int = 12) -> LayerT
     return LayerTable(digest="0" * 64, layers=layers, kept=kept, model="tiny")
 
 
-def tiny_profile(table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8), seed: int = 0) -> SensitivityProfile:
+def tiny_profile(
+    table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8), seed: int = 0
+) -> SensitivityProfile:
     """A profile of plausible random numbers: errors fall about fourfold a bit, with noise."""
     rng = np.random.default_rng(seed)
     n, bits = table.n_channels, np.array(widths, dtype=np.float64)
@@ -129,7 +131,7 @@ def tiny_profile(table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6,
         return (level * 4.0**-bits * rng.lognormal(sigma=0.2, size=(n, len(widths)))).astype(np.float32)
 
     arrays: dict[str, Any] = {
-        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_prescaled", "gain", "output_power")
+        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_smoothed", "gain", "output_power")
     }
     arrays["gain_std_error"] = 0.1 * arrays["gain"]
 
@@ -138,11 +140,13 @@ def tiny_profile(table: LayerTable, widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6,
         arrays[f"output_error/{variant}"] = errors()
         arrays[f"output_error_centred/{variant}"] = 0.9 * arrays[f"output_error/{variant}"]
 
-    for variant in ("affine", "auto", "affine+prescale", "affine+prescale+minmax"):
+    for variant in ("asymmetric", "auto", "asymmetric+smooth", "asymmetric+smooth+minmax"):
         price(variant)
-    arrays["quantized_input_error/affine+prescale@a4"] = arrays["output_error/affine+prescale"] + errors().mean(1, keepdims=True)
+    arrays["quantized_input_error/asymmetric+smooth@a4"] = arrays["output_error/asymmetric+smooth"] + errors().mean(
+        1, keepdims=True
+    )
     arrays["layer_activation_error"] = (4.0**-bits * rng.lognormal(sigma=1.0, size=(len(table), 1))).astype(np.float32)
-    price("auto+prescale")
+    price("auto+smooth")
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),

@@ -81,7 +81,7 @@ class Study:
         self.errors = target_errors(self.target, self.table, self.denoiser.module)
         self.reference = sample(self.denoiser, self.seeds, self.sampler)
         modules: dict[str, Any] = dict(self.denoiser.module.named_modules())
-        fmt, spec = QuantFormat(), CalibrationSpec(first_seed=FIRST_SEED, codebooks=("affine",), prescale=False)
+        fmt, spec = QuantFormat(), CalibrationSpec(first_seed=FIRST_SEED, schemes=("asymmetric",), smooth=False)
         profile = profile_model(self.denoiser, self.table, Policy(roles={}), self.sampler, spec, fmt)
         self.from_profile = target_losses(self.target, self.table, lambda n: modules[n].weight, profile, fmt)
         uncorrected = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in self.table}

@@ -65,7 +65,9 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
         lines += [
             f"### {model}",
             "",
-            f"Full precision has FD to data {reference.mean():.3f}." if len(reference) else "Full precision is not measured yet.",
+            f"Full precision has FD to data {reference.mean():.3f}."
+            if len(reference)
+            else "Full precision is not measured yet.",
             "",
             "| setting | method | seeds | bytes | bits a parameter | FD to FP | FD to data | PSNR dB |",
             "|---|---|---|---|---|---|---|---|",
@@ -88,7 +90,12 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
             "",
         ]
     for a, b in PAIRS:
-        lines += [f"`{a}` against `{b}`, ratios (PSNR: difference) seed by seed:", "", *_paired(quantized, full, a, b), ""]
+        lines += [
+            f"`{a}` against `{b}`, ratios (PSNR: difference) seed by seed:",
+            "",
+            *_paired(quantized, full, a, b),
+            "",
+        ]
     lines += ["![Distances and PSNR by setting and method](results.png)"]
     return "\n".join(lines)
 
@@ -108,7 +115,9 @@ def draw(table: pd.DataFrame) -> Figure:
                 ax = grid[i, j]
                 for k, method in enumerate(methods):
                     rows = quantized[(quantized["model"] == model) & (quantized["method"] == method)]
-                    points = [(settings.index(s), *_value(g, key)) for s, g in rows.groupby("setting") if g[key].notna().any()]
+                    points = [
+                        (settings.index(s), *_value(g, key)) for s, g in rows.groupby("setting") if g[key].notna().any()
+                    ]
                     if not points:
                         continue
                     x, y, spread = (np.array(v) for v in zip(*sorted(points), strict=True))
@@ -159,8 +168,13 @@ def _paired(quantized: pd.DataFrame, full: pd.DataFrame, a: str, b: str) -> list
     for setting in dict.fromkeys(quantized["setting"]):
         cells = []
         for model in models:
-            seeds = [s for s in sorted(set(quantized["seed"])) if {(model, setting, m, s) for m in (a, b)} <= set(at.index)]
-            pairs = [(at.loc[(model, setting, a, s)], at.loc[(model, setting, b, s)], base.get((model, s), np.nan)) for s in seeds]
+            seeds = [
+                s for s in sorted(set(quantized["seed"])) if {(model, setting, m, s) for m in (a, b)} <= set(at.index)
+            ]
+            pairs = [
+                (at.loc[(model, setting, a, s)], at.loc[(model, setting, b, s)], base.get((model, s), np.nan))
+                for s in seeds
+            ]
             cells += [
                 ", ".join(f"{x['fd_fp'] / y['fd_fp']:.2f}" for x, y, _ in pairs),
                 ", ".join(f"{(x['fd_data'] - z) / (y['fd_data'] - z):.2f}" for x, y, z in pairs),
@@ -173,7 +187,10 @@ def _paired(quantized: pd.DataFrame, full: pd.DataFrame, a: str, b: str) -> list
 
 def _differences(quantized: pd.DataFrame, a: str, b: str) -> list[str]:
     """Paired differences of the metrics, for each model and setting with three seeds or more."""
-    lines = ["| model | setting | seeds | " + " | ".join(METRICS.values()) + " |", "|---|---|---|" + "---|" * len(METRICS)]
+    lines = [
+        "| model | setting | seeds | " + " | ".join(METRICS.values()) + " |",
+        "|---|---|---|" + "---|" * len(METRICS),
+    ]
     for (model, setting), group in quantized.groupby(["model", "setting"], sort=False):
         both = group.pivot_table(index="seed", columns="method", values=list(METRICS))
         cells = []
@@ -181,7 +198,9 @@ def _differences(quantized: pd.DataFrame, a: str, b: str) -> list[str]:
             pair = both[key].reindex(columns=[a, b]).dropna()
             d = pair[a] - pair[b]
             if len(d) >= 3:
-                cells.append(f"{d.mean():+.3f} ± {d.std(ddof=1) / len(d) ** 0.5:.3f} ({int((d < 0).sum())} of {len(d)})")
+                cells.append(
+                    f"{d.mean():+.3f} ± {d.std(ddof=1) / len(d) ** 0.5:.3f} ({int((d < 0).sum())} of {len(d)})"
+                )
         if cells:
             lines.append(f"| {model} | {setting} | {len(d)} | " + " | ".join(cells) + " |")
     return lines

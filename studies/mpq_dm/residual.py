@@ -32,7 +32,7 @@ from mpqsearch.allocate import AllocationProblem, solve
 from mpqsearch.core import BitMap, Budget, LayerSpec, QuantFormat, size_bits, size_bytes
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.methods import channel_losses, program_of
-from mpqsearch.quant import compensate, decode, encode, finalize, fit_rows, rows_of, weight_of
+from mpqsearch.quant import convert, decode, encode, fit_rows, gptq_rows, rows_of, weight_of
 from mpqsearch.quant.apply import bias_shift, moment_of, scaled_moment
 from mpqsearch.quant.rows import stored_scale
 from mpqsearch.quant.tables import stored_factors
@@ -89,7 +89,8 @@ class Residual:
     def where(self, use: Tensor, other: Residual) -> Residual:
         """These quantizers in the rows of ``use``, ``other`` in the rest."""
         return replace(
-            self, **{k: torch.where(use, getattr(self, k), getattr(other, k)) for k in ("scale", "zero", "top", "alpha")}
+            self,
+            **{k: torch.where(use, getattr(self, k), getattr(other, k)) for k in ("scale", "zero", "top", "alpha")},
         )
 
     def fitted(self, rows: Tensor, codes: Tensor, signs: Tensor, moment: Tensor | None = None) -> Residual:
@@ -117,15 +118,15 @@ class Residual:
         return replace(self, scale=scale, alpha=self.alpha / self.scale * scale if self.tied else alpha)
 
 
-def fit_residual(rows: Tensor, bits: int, fmt: QuantFormat, codebook: str, *, tied: bool = False) -> Residual:
-    """Residual quantizers of ``bits`` for rows ``[C, D]`` on bases of one codebook, by squared error.
+def fit_residual(rows: Tensor, bits: int, fmt: QuantFormat, scheme: str, *, tied: bool = False) -> Residual:
+    """Residual quantizers of ``bits`` for rows ``[C, D]`` on bases of one scheme, by squared error.
 
     Starts are the base as `fit_rows` finds it with the branch that suits its residual, and for each of some ratios of the two scales the best of
     shrunk full ranges; from each, codes and scales in turn. No row has more squared error than its base alone. ``tied``: the ratios stay,
     and that is not promised.
     """
-    base = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook))
-    widest = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook, criterion="minmax")).scale
+    base = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme))
+    widest = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme, criterion="minmax")).scale
     top = torch.exp2(base.bits.float()) - 1
     first = Residual(scale=base.scale, zero=base.zero, top=top, alpha=torch.zeros_like(widest), tied=tied)
     codes, _ = first.split(rows)
@@ -151,7 +152,7 @@ def fit_residual(rows: Tensor, bits: int, fmt: QuantFormat, codebook: str, *, ti
 
 
 def fit_bases(rows: Tensor, bits: int, fmt: QuantFormat, *, tied: bool = False) -> list[Residual]:
-    return [fit_residual(rows, bits, fmt, codebook, tied=tied) for codebook in ("midrise", "affine")]
+    return [fit_residual(rows, bits, fmt, scheme, tied=tied) for scheme in ("symmetric", "asymmetric")]
 
 
 def better_of(rows: Tensor, made: Sequence[Residual], moment: Tensor | None = None) -> Residual:
@@ -167,7 +168,7 @@ def error_of(error: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def compensate_residual(rows: Tensor, q: Residual, moment: Tensor, damping: float = 0.01, sweeps: int = 2) -> Tensor:
-    """Quantized rows with codes, signs and scales for the output: the passes of `mpqsearch.quant.compensate` on these levels."""
+    """Quantized rows with codes, signs and scales for the output: the passes of `mpqsearch.quant.gptq` on these levels."""
     level = moment.diagonal().mean()
     nearest = q.nearest(rows)
     if not level > 0:
@@ -212,8 +213,10 @@ class Layer:
         moment = moment_of(layer.name, {layer.name: stats.second_moment}, {layer.name: stats.mean} if correct else None)
         assert moment is not None
         self.groups_moment = moment.double()
-        if fmt.prescale:
-            factor = stored_factors(self.rows, torch.from_numpy(np.array(model.profile.input_max[layer.name])), layer, fmt.strength)
+        if fmt.smooth:
+            factor = stored_factors(
+                self.rows, torch.from_numpy(np.array(model.profile.input_max[layer.name])), layer, fmt.alpha
+            )
             self.factor, self.rows = factor, self.rows * factor
             self.groups_moment = scaled_moment(self.groups_moment, factor)
         self.moment, self.fmt = self.groups_moment[0], fmt
@@ -223,11 +226,17 @@ class Layer:
         """Weight errors ``[C, D]`` of the package's own quantizer."""
         rows, q = self.rows, fit_rows(self.rows, bits, replace(self.fmt, **changes))
         if compensated:
-            rows, q = compensate(self.rows, q, self.groups_moment)
+            rows, q = gptq_rows(self.rows, q, self.groups_moment)
         return decode(encode(rows, q), q) - self.rows
 
     def residual(
-        self, bits: int, which: Tensor = EVERY, *, compensated: bool = False, by_output: bool = False, tied: bool = False
+        self,
+        bits: int,
+        which: Tensor = EVERY,
+        *,
+        compensated: bool = False,
+        by_output: bool = False,
+        tied: bool = False,
     ) -> Tensor:
         """Weight errors of residual rows, of all or of those in ``which``."""
         rows, key = self.rows[which], (bits, tied)
@@ -238,15 +247,17 @@ class Layer:
         return (compensate_residual(rows, q, self.moment) if compensated else q.nearest(rows)) - rows
 
     def choice(self, bits: int, which: Tensor = EVERY, *, compensated: bool = False) -> Tensor:
-        """Weight errors of rows in the codebook, affine or mid-rise, that has less output error: this takes no bit more than `auto`."""
-        affine, midrise = (self.plain(bits, compensated=compensated, codebook=k)[which] for k in ("affine", "midrise"))
-        use = error_of(midrise, self.moment) < error_of(affine, self.moment)
-        return torch.where(use[:, None], midrise, affine)
+        """Weight errors of rows in the scheme, affine or symmetric, that has less output error: this takes no bit more than `auto`."""
+        affine, symmetric = (
+            self.plain(bits, compensated=compensated, scheme=k)[which] for k in ("asymmetric", "symmetric")
+        )
+        use = error_of(symmetric, self.moment) < error_of(affine, self.moment)
+        return torch.where(use[:, None], symmetric, affine)
 
 
 # --- row by row
 
-KINDS = ("nearest", "nearest+tied", "compensated", "compensated+tied")
+KINDS = ("nearest", "nearest+tied", "gptq", "compensated+tied")
 
 ROW_COLUMNS = (
     "model", "bits", "kind", "chosen_by", "against", "rows", "weight_ratio", "weight_wins", "output_ratio", "output_wins",
@@ -260,9 +271,9 @@ ratio of the bits (`auto` only)."""
 def row_table(model: Model, kind: str) -> list[dict[str, Any]]:
     """All comparisons of one model and one of `KINDS`."""
     found: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
-    fmt = replace(model.format, codebook="auto", prescale=True)
+    fmt = replace(model.format, scheme="auto", smooth=True)
     rounding, _, tied = kind.partition("+")
-    tight = rounding == "compensated"
+    tight = rounding == "gptq"
     for layer in searched(model):
         part = Layer(model, layer, fmt, NEAREST)
         share = (TIED_BITS if tied else BRANCH_BITS) / (layer.weights_per_channel + 1)
@@ -275,9 +286,11 @@ def row_table(model: Model, kind: str) -> list[dict[str, Any]]:
             made = both(part.residual(b, compensated=tight, tied=bool(tied)))
             asked = [("weights", made, "auto", plain[b])]
             if kind == "nearest":
-                books = {k: both(part.plain(b, codebook=k)) for k in ("affine", "midrise")}
-                use = books["midrise"][1] < books["affine"][1]
-                chosen = tuple(torch.where(use, m, a) for m, a in zip(books["midrise"], books["affine"], strict=True))
+                books = {k: both(part.plain(b, scheme=k)) for k in ("asymmetric", "symmetric")}
+                use = books["symmetric"][1] < books["asymmetric"][1]
+                chosen = tuple(
+                    torch.where(use, m, a) for m, a in zip(books["symmetric"], books["asymmetric"], strict=True)
+                )
                 other = {**books, "auto, squared error": both(part.plain(b, criterion="mse"))}
                 by_output = both(part.residual(b, by_output=True))
                 asked += [("weights", made, name, errors) for name, errors in other.items()]
@@ -309,12 +322,12 @@ def searched(model: Model) -> list[LayerSpec]:
 
 VARIANTS = (
     "omq", "omq+residual", "omq+promoted", "nearest", "nearest+residual", "nearest+tied", "nearest+choice", "nearest+everywhere",
-    "compensated", "compensated+residual", "compensated+tied", "compensated+choice",
+    "gptq", "compensated+residual", "compensated+tied", "compensated+choice",
 )  # fmt: skip
 """``omq+residual``: the promoted rows of `omq` have a branch; ``omq+promoted``: more rows promoted instead, at those bytes, where the
 integer program's losses fall most for a bit. ``+residual``: a branch is one more choice of 2 to 5 bits in the integer program, at the
 budget of the study; ``+everywhere``: the only choice at 2 and 3 bits; ``+tied``: the second scale is one of four times the first, for 2 bits
-a row. ``+choice``: no branch, but the codebook of each row by output error: the control for what a second quantizer to choose from
+a row. ``+choice``: no branch, but the scheme of each row by output error: the control for what a second quantizer to choose from
 brings without a bit."""
 
 Masks = Mapping[str, NDArray[np.bool_]]
@@ -322,7 +335,7 @@ COLUMNS = (
     "model", "setting", "variant", "bytes", "rows", "loss", "fd_fp", "fd_fp_spread", "paired_psnr", "paired_psnr_spread", "fd_data",
     "seconds",
 )  # fmt: skip
-"""``rows``: that have a branch, or a codebook by output error. ``loss``: what the integer program expects, in its own unit."""
+"""``rows``: that have a branch, or a scheme by output error. ``loss``: what the integer program expects, in its own unit."""
 
 
 def widths_of(option: str) -> tuple[int, ...]:
@@ -338,7 +351,7 @@ def make(part: Layer, option: str, bits: int, which: Tensor, *, compensated: boo
 
 def ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64]:
     """Output error of a row with the option over that of a plain one ``[C, W]``, rounded as the recipe does."""
-    fmt = replace(model.format, codebook="auto", prescale=True)  # of strength 0.5, as the integer program has it
+    fmt = replace(model.format, scheme="auto", smooth=True)  # of alpha 0.5, as the integer program has it
     parts = []
     for layer in searched(model):
         part = Layer(model, layer, fmt, recipe)
@@ -354,7 +367,7 @@ def ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64]:
 def kept_ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64]:
     """`ratios`, kept in the work folder under the digest of the profile and of how rows are fitted."""
     of = artifacts.digest_of([artifacts.digest_file(model.work / "profile.npz"), BITS, TIED_BITS, FACTORS, ROUNDS])[:12]
-    path = model.work / f"residual-{option}-{'compensated' if recipe.compensated else 'nearest'}-{of}.npy"
+    path = model.work / f"residual-{option}-{'gptq' if recipe.compensated else 'nearest'}-{of}.npy"
     if not path.is_file():
         np.save(path, ratios(model, recipe, option))
     known: NDArray[np.float64] = np.load(path)
@@ -362,12 +375,19 @@ def kept_ratios(model: Model, recipe: Recipe, option: str) -> NDArray[np.float64
 
 
 def with_option(
-    model: Model, recipe: Recipe, setting: str, base: BitMap, option: str, known: NDArray[np.float64], *, everywhere: bool = False
+    model: Model,
+    recipe: Recipe,
+    setting: str,
+    base: BitMap,
+    option: str,
+    known: NDArray[np.float64],
+    *,
+    everywhere: bool = False,
 ) -> tuple[BitMap, Masks, float]:
-    """The exact map at the budget of ``base`` when rows may have the option; strengths of pre-scaling are those of ``base``."""
+    """The exact map at the budget of ``base`` when rows may have the option; alphas of smoothing are those of ``base``."""
     spec = replace(recipe.spec, act_bits=SETTINGS[setting][1], act_timesteps=True)
     limit = size_bytes(model.table, model.bit_map(METHODS[recipe.size_of], setting))
-    profile = model.compensated(spec) if recipe.compensated else model.profile
+    profile = model.rounds_by_gptq(spec) if recipe.compensated else model.profile
     program = program_of(spec, Budget(quantity="bytes", limit=limit), model.table, profile, model.policy, model.format)
     old, widths, more = program.problem, program.widths, widths_of(option)
     at = [widths.index(b) for b in more]
@@ -391,16 +411,16 @@ def with_option(
     return replace(base, weights={**base.weights, **both.weights(result.choice)}), masks, float(result.loss)
 
 
-ROUNDINGS = ("compensated", "nearest")
+ROUNDINGS = ("gptq", "nearest")
 EXPECTED_COLUMNS = ("model", "setting", "rounding", "option", "loss_ratio", "rows")
 """``loss_ratio``: what the integer program expects with the option over what it expects without, at the same bytes."""
 
 
 def expected(model: Model, setting: str, rounding: str, option: str) -> dict[str, Any]:
     """One row of residual_expected.csv; nothing is sampled."""
-    recipe = COMPENSATED if rounding == "compensated" else NEAREST
+    recipe = COMPENSATED if rounding == "gptq" else NEAREST
     known = kept_ratios(model, recipe, option)
-    base = model.bit_map(OMQ, setting)  # stands for any map: strengths of pre-scaling are not used
+    base = model.bit_map(OMQ, setting)  # stands for any map: alphas of smoothing are not used
     plain = with_option(model, recipe, setting, base, "choice", np.ones((len(known), len(WIDTHS))))[2]
     _, masks, loss = with_option(model, recipe, setting, base, option, known)
     row = {"model": model.name, "setting": setting, "rounding": rounding, "option": option}
@@ -424,7 +444,12 @@ def more_promoted(model: Model, recipe: Recipe, bit_map: BitMap, bits: int, limi
         if bit_map.is_mixed(layer.name):
             gains = loss[profile.rows(layer.name)]
             queue += [
-                ((gains[c, low] - gains[c, high]) / (layer.weights_per_channel + 1), layer.weights_per_channel + 1, layer.name, c)
+                (
+                    (gains[c, low] - gains[c, high]) / (layer.weights_per_channel + 1),
+                    layer.weights_per_channel + 1,
+                    layer.name,
+                    c,
+                )
                 for c in np.flatnonzero(weights[layer.name] == bits)
             ]
     left = limit_bits - size_bits(model.table, bit_map)
@@ -438,7 +463,7 @@ def more_promoted(model: Model, recipe: Recipe, bit_map: BitMap, bits: int, limi
 @torch.no_grad()
 def module_of(model: Model, recipe: Recipe, bit_map: BitMap, masks: Masks, option: str) -> torch.nn.Module:
     """The quantized model, with the option in the rows of ``masks``."""
-    module = finalize(model.student(recipe, bit_map, 0)).module
+    module = convert(model.student(recipe, bit_map, 0)).module
     exact: dict[str, Any] = dict(model.denoiser.module.named_modules())
     parts: dict[str, Any] = dict(module.named_modules())
     means = model.moments(recipe)["means"]
@@ -469,7 +494,7 @@ class Samples:
     def row(self, setting: str, variant: str) -> dict[str, Any]:
         began = time.perf_counter()
         model, (family, _, change) = self.model, variant.partition("+")
-        recipe = {"omq": OMQ, "nearest": NEAREST, "compensated": COMPENSATED}[family]
+        recipe = {"omq": OMQ, "nearest": NEAREST, "gptq": COMPENSATED}[family]
         bits = SETTINGS[setting][0]
         bit_map = model.bit_map(recipe, setting)
         masks: Masks = {}
@@ -485,7 +510,9 @@ class Samples:
             if key not in self._ratios:
                 self._ratios[key] = kept_ratios(model, recipe, option)
             known = self._ratios[key] if change else np.ones_like(self._ratios[key])
-            new, found_masks, value = with_option(model, recipe, setting, bit_map, option, known, everywhere=change == "everywhere")
+            new, found_masks, value = with_option(
+                model, recipe, setting, bit_map, option, known, everywhere=change == "everywhere"
+            )
             bit_map, masks = (new, found_masks) if change else (bit_map, {})
             loss = float(f"{value:.5g}")
         size = -(-(size_bits(model.table, bit_map) + extra_bits(masks, option)) // 8)
@@ -519,7 +546,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of the comparisons row by row")
     parser.add_argument("--settings", nargs="+", default=("W2A4", "W3A4", "W2A6"), choices=SETTINGS)
-    parser.add_argument("--roundings", nargs="+", default=ROUNDINGS, choices=ROUNDINGS, help="of what the integer program expects")
+    parser.add_argument(
+        "--roundings", nargs="+", default=ROUNDINGS, choices=ROUNDINGS, help="of what the integer program expects"
+    )
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument(
         "--results", type=Path, default=HERE, help="folder of residual.csv, residual_rows.csv and residual_expected.csv"

@@ -32,18 +32,33 @@ from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, Sens
 from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill, find_feature_module
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, allocate
-from mpqsearch.metrics import FeatureExtractor, Reference, distance_to_full_precision, evaluate, load_extractor, load_reference
+from mpqsearch.metrics import (
+    FeatureExtractor,
+    Reference,
+    distance_to_full_precision,
+    evaluate,
+    load_extractor,
+    load_reference,
+)
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import (
     CalibrationSpec,
-    choose_strengths,
+    choose_alphas,
     collect_ranges,
-    compensated_profile,
+    gptq_profile,
     input_statistics,
     profile_model,
     variants_of,
 )
-from mpqsearch.quant import ActivationSearch, RangeCollector, RowStatistics, build_student, finalize, param_groups, prescale_inputs
+from mpqsearch.quant import (
+    ActivationSearch,
+    RangeCollector,
+    RowStatistics,
+    build_student,
+    convert,
+    param_groups,
+    smooth_inputs,
+)
 from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +66,7 @@ MODELS = ("fmnist-unet", "fmnist-dit")
 SETTINGS = {"W2A4": (2, 4), "W2A6": (2, 6), "W3A4": (3, 4), "W3A6": (3, 6), "W4A4": (4, 4)}
 OWN_SEARCH = ActivationSearch(zero_points=True)
 MOMENT_SAMPLES = 20
-"""Trajectories, from the first calibration seed, that error-compensated rounding sees: each of the ten classes twice."""
+"""Trajectories, from the first calibration seed, that GPTQ sees: each of the ten classes twice."""
 
 COLUMNS = (
     "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
@@ -68,10 +83,10 @@ class Recipe:
     """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
-    (zero points searched, strength of pre-scaling by layer) in place of the released codes'. ``compensated``: error-compensated rounding, which
+    (zero points searched, alpha of smoothing by layer) in place of the released codes'. ``gptq``: GPTQ, which
     the allocation is priced with and training starts from. ``check_every``: the student ends
     as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of development noise;
-    ``both_roundings``: of two trainings, with and without ``compensated``. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`.
+    ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`.
     ``lr_factor`` multiplies all learning rates.
     """
 
@@ -106,7 +121,7 @@ def told(value: Any) -> Any:
 
 
 OURS = Recipe(
-    spec=MethodSpec(name="ours", allocator="ilp-channel", codebook="auto", bias_correction=True, prescale=True),
+    spec=MethodSpec(name="ours", allocator="ilp-channel", scheme="auto", bias_correction=True, smooth=True),
     trainable="all",
     relation=True,
     size_of="mpq-dm",
@@ -122,23 +137,34 @@ CHECKED: dict[str, Any] = {"check_every": 50, "check_samples": 128}
 METHODS = {
     "ours": OURS,
     "ours+lora": replace(OURS, trainable="lora"),
-    "mpq-dm": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
+    "mpq-dm": Recipe(
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True), trainable="lora", relation=True
+    ),
     "uniform+qalora": Recipe(spec=MethodSpec(name="uniform+qalora", allocator="uniform"), trainable="lora"),
     "uniform": Recipe(spec=MethodSpec(name="uniform", allocator="uniform")),
-    "omq-paper": Recipe(spec=MethodSpec(name="omq-paper", allocator="omq-paper", prescale=True)),
-    "mpq-dm+all": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="all", relation=True),
+    "omq-paper": Recipe(spec=MethodSpec(name="omq-paper", allocator="omq-paper", smooth=True)),
+    "mpq-dm+all": Recipe(
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True), trainable="all", relation=True
+    ),
     "mpq-dm+inputs": Recipe(
-        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True, own_inputs=True
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True),
+        trainable="lora",
+        relation=True,
+        own_inputs=True,
     ),
     "ours+gentle": OURS,
-    "mpq-dm+gentle": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
-    "mpq-dm+checked": Recipe(spec=MethodSpec(name="mpq-dm", allocator="omq-paper", prescale=True), trainable="lora", relation=True),
+    "mpq-dm+gentle": Recipe(
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True), trainable="lora", relation=True
+    ),
+    "mpq-dm+checked": Recipe(
+        spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True), trainable="lora", relation=True
+    ),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
     "ours-nearest": replace(OURS, compensated=False),
     "ours-compensated": OURS,
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
-        spec=MethodSpec(name="omq-released", allocator="omq-released", prescale=True),
+        spec=MethodSpec(name="omq-released", allocator="omq-released", smooth=True),
         trainable="lora",
         relation=True,
         as_released=True,
@@ -196,7 +222,7 @@ class Schedule:
     samples: int = 128
     sampler: SamplerSpec = field(default_factory=lambda: SamplerSpec(steps=10, guidance=2.0, batch=32))
     calibration: CalibrationSpec = field(
-        default_factory=lambda: CalibrationSpec(prescale=True, activation_bits=(4, 6), sampler_seeds=0)
+        default_factory=lambda: CalibrationSpec(smooth=True, activation_bits=(4, 6), sampler_seeds=0)
     )
     relation: TRDSpec = field(default_factory=lambda: TRDSpec(window=2, temperature=0.1, weight=0.1, pooled_size=14))
     lora_lr: float = 0.04
@@ -245,14 +271,14 @@ class Model:
         first = self.schedule.calibration.first_seed
         return input_statistics(self.denoiser, self.table, self.schedule.sampler, range(first, first + MOMENT_SAMPLES))
 
-    def compensated(self, spec: MethodSpec) -> SensitivityProfile:
-        """The profile with the output errors of a method's variant under error-compensated rounding, kept in a file of its own."""
+    def rounds_by_gptq(self, spec: MethodSpec) -> SensitivityProfile:
+        """The profile with the output errors of a method's variant under GPTQ, kept in a file of its own."""
         path = self.work / f"profile-compensated-{spec.variant}.json"
         asked = [self.schedule.sampler.to_data(), self.schedule.calibration.first_seed, MOMENT_SAMPLES, spec.variant]
         inputs = {"profile": artifacts.digest_file(self.work / "profile.npz"), "moments": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
-            fmt = replace(self.format, codebook=spec.codebook, prescale=spec.prescale)
-            made = compensated_profile(self.denoiser, self.table, self.profile, self.statistics, fmt)
+            fmt = replace(self.format, scheme=spec.scheme, smooth=spec.smooth)
+            made = gptq_profile(self.denoiser, self.table, self.profile, self.statistics, fmt)
             artifacts.save_profile(path, made, inputs)
         return artifacts.load_profile(path)
 
@@ -268,11 +294,11 @@ class Model:
         return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}
 
     def ranges(self, bit_map: BitMap) -> RangeCollector:
-        """Histograms of layer inputs by timestep, pre-scaled as the map has it; any width is searched on them."""
+        """Histograms of layer inputs by timestep, smoothed as the map has it; any width is searched on them."""
         key = bit_map.scaled_inputs
         if key not in self._ranges:
             maxima = self.tensors(self.profile.input_max)
-            factors = prescale_inputs(self.denoiser.module, self.table, bit_map, maxima)
+            factors = smooth_inputs(self.denoiser.module, self.table, bit_map, maxima)
             self._ranges[key] = collect_ranges(
                 self.denoiser, self.table, self.schedule.sampler, seeds=self.seeds, per_timestep=True, factors=factors
             )
@@ -285,7 +311,7 @@ class Model:
         return range(spec.first_seed, spec.first_seed + spec.samples)
 
     def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
-        """What a method allocates, with the strengths of pre-scaling that it chooses."""
+        """What a method allocates, with the alphas of smoothing that it chooses."""
         key = artifacts.digest_of([setting, told(recipe.spec), recipe.size_of, recipe.own_inputs, recipe.compensated])
         if key not in self._maps:
             self._maps[key] = self._allocate(recipe, setting)
@@ -295,15 +321,17 @@ class Model:
         weight_bits, act_bits = SETTINGS[setting]
         budget = Budget.parse(f"uniform:{weight_bits}")
         if recipe.size_of:
-            budget = Budget(quantity="bytes", limit=size_bytes(self.table, self.bit_map(METHODS[recipe.size_of], setting)))
+            budget = Budget(
+                quantity="bytes", limit=size_bytes(self.table, self.bit_map(METHODS[recipe.size_of], setting))
+            )
         spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
         profile = self.profile
         if recipe.compensated:
-            profile = self.compensated(spec)
+            profile = self.rounds_by_gptq(spec)
         made = allocate(spec, budget, self.table, profile, self.policy, self.format).bit_map
-        if not (recipe.own_inputs and made.format.prescale):
+        if not (recipe.own_inputs and made.format.smooth):
             return made
-        return choose_strengths(
+        return choose_alphas(
             self.denoiser,
             self.table,
             made,
@@ -359,30 +387,45 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
     """Allocate, train if the method trains, sample and measure."""
     began = time.perf_counter()
     s, recipe = model.schedule, recipe_of(method, setting)
-    row: dict[str, Any] = {"model": model.name, "setting": setting, "method": method, "seed": seed, "n_samples": s.samples}
+    row: dict[str, Any] = {
+        "model": model.name,
+        "setting": setting,
+        "method": method,
+        "seed": seed,
+        "n_samples": s.samples,
+    }
     row |= {"train_steps": s.steps if recipe.trainable else 0, "schedule": recipe.digest(s)}
-    tried = [replace(recipe, both_roundings=False, compensated=c) for c in (True, False)] if recipe.both_roundings else [recipe]
+    tried = (
+        [replace(recipe, both_roundings=False, compensated=c) for c in (True, False)]
+        if recipe.both_roundings
+        else [recipe]
+    )
     trained: list[Trained] = []
     folders: list[Path] = []
     for one in tried:
-        folders.append(folder := model.work / f"{setting}-{method}-{'compensated' if one.compensated else 'nearest'}-{seed}")
+        folders.append(folder := model.work / f"{setting}-{method}-{'gptq' if one.compensated else 'nearest'}-{seed}")
         bit_map = model.bit_map(one, setting)
         student = model.student(one, bit_map, seed)
         try:
-            distance, step = train(model, one, student, seed, folder, {"bit_map": bit_map.digest}) if one.trainable else (0.0, 0)
+            distance, step = (
+                train(model, one, student, seed, folder, {"bit_map": bit_map.digest}) if one.trainable else (0.0, 0)
+            )
         except NumericsError as error:  # a method that diverges has a row that says so
             print(f"{method}: {error}", file=sys.stderr)
             continue
-        name = f"{'compensated' if one.compensated else 'nearest'} step {step}, {distance:.3f}" if one.check_every else ""
+        name = f"{'gptq' if one.compensated else 'nearest'} step {step}, {distance:.3f}" if one.check_every else ""
         trained.append(Trained(distance, bit_map, student, name))
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     if not trained:
         return row | {"seconds": round(time.perf_counter() - began, 1)}
     best = min(trained, key=lambda t: t.distance)
-    row |= {"average_bits": round(average_bits(model.table, best.bit_map), 4), "size_bytes": size_bytes(model.table, best.bit_map)}
+    row |= {
+        "average_bits": round(average_bits(model.table, best.bit_map), 4),
+        "size_bytes": size_bytes(model.table, best.bit_map),
+    }
     row |= {"chosen": "; ".join(t.name for t in sorted(trained, key=lambda t: t.distance))}
-    measured = measure(model, finalize(best.student).module, seed)
+    measured = measure(model, convert(best.student).module, seed)
     return row | measured | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -412,7 +455,9 @@ def train(
     )
     training = DistillSpec(
         steps=s.steps,
-        relation=replace(s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released),
+        relation=replace(
+            s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released
+        ),
         timestep_weights=recipe.timestep_weights,
         clip_norm=recipe.clip_norm,
         ema=recipe.ema,
@@ -424,7 +469,7 @@ def train(
 
     def check(student: torch.nn.Module) -> float:
         base = model.reference(CHECK_SEED, recipe.check_samples)
-        samples = sample(model.denoiser.with_module(finalize(student).module), base.seeds, s.sampler)
+        samples = sample(model.denoiser.with_module(convert(student).module), base.seeds, s.sampler)
         return distance_to_full_precision(samples, base, model.extractor)
 
     state = None
@@ -435,7 +480,9 @@ def train(
             raise SystemExit("interrupted: the running row is saved; the same command continues")
     if not recipe.check_every:
         return 0.0, s.steps
-    if state is None or state.best is None:  # training was over when the study was interrupted; the student is the best one
+    if (
+        state is None or state.best is None
+    ):  # training was over when the study was interrupted; the student is the best one
         return check(student), -1
     return state.best[1], state.best[0]
 
@@ -443,7 +490,11 @@ def train(
 def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str, float]:
     """Metrics of a quantized module, or of full precision itself (None), on the evaluation noise of ``seed``."""
     base = model.reference(seed)
-    samples = base.samples if module is None else sample(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
+    samples = (
+        base.samples
+        if module is None
+        else sample(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
+    )
     found = evaluate(samples, base, model.extractor, is_reference=module is None).metrics
     out: dict[str, float] = {}
     for key in ("fd_data", "fd_fp", "paired_psnr"):
@@ -456,7 +507,9 @@ def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str
 
 def full_precision_row(model: Model, seed: int) -> dict[str, Any]:
     """Full precision against data: what excess distances are measured from."""
-    full = BitMap(model_digest=model.table.digest, weights={la.name: np.array(16, dtype=np.uint8) for la in model.table})
+    full = BitMap(
+        model_digest=model.table.digest, weights={la.name: np.array(16, dtype=np.uint8) for la in model.table}
+    )
     return {
         "model": model.name,
         "setting": "full",
@@ -551,7 +604,10 @@ def main() -> None:
         )
     if done:
         write_report(
-            HERE if args.results.parent == HERE else args.results.parent, args.results, asdict(schedule), len({*rows, *done})
+            HERE if args.results.parent == HERE else args.results.parent,
+            args.results,
+            asdict(schedule),
+            len({*rows, *done}),
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from study import HERE, METHODS, MODELS, OURS, SETTINGS, Model, Recipe, Schedule, measure, train
 
 from mpqsearch import artifacts
-from mpqsearch.quant import finalize
+from mpqsearch.quant import convert
 
 EVALUATION_SEED = 150
 """The study's seed whose evaluation noise begins at 1,500,000."""
@@ -44,7 +44,18 @@ RECIPES: dict[str, Recipe] = {
 """``nearest`` rounds to the nearest level, `mpq-dm` as the paper has it; all others with compensation. Gradients are clipped at a norm of 0.1
 where the name says so, at 1 else."""
 
-COLUMNS = ("model", "setting", "recipe", "training_seed", "fd_fp", "fd_fp_spread", "paired_psnr", "fd_data", "seconds", "digest")
+COLUMNS = (
+    "model",
+    "setting",
+    "recipe",
+    "training_seed",
+    "fd_fp",
+    "fd_fp_spread",
+    "paired_psnr",
+    "fd_data",
+    "seconds",
+    "digest",
+)
 
 
 def trial(model: Model, setting: str, name: str, seed: int) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def trial(model: Model, setting: str, name: str, seed: int) -> dict[str, Any]:
         folder = model.work / f"trial-{setting}-{name}-{seed}"
         train(model, recipe, student, seed, folder, {"bit_map": bit_map.digest})
         shutil.rmtree(folder, ignore_errors=True)
-    found = measure(model, finalize(student).module, EVALUATION_SEED)
+    found = measure(model, convert(student).module, EVALUATION_SEED)
     row = {"model": model.name, "setting": setting, "recipe": name, "training_seed": seed, **found}
     row |= {"seconds": round(time.perf_counter() - began, 1), "digest": recipe.digest(model.schedule)}
     return {k: row[k] for k in COLUMNS}

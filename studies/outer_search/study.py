@@ -29,7 +29,7 @@ from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, open_study, work
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.stages import Run, layers, profile
-from mpqsearch.stages.compensating import moments_of
+from mpqsearch.stages.gptq import moments_of
 from mpqsearch.stages.searching import study_of
 
 HERE = Path(__file__).parent
@@ -59,8 +59,8 @@ ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", *KEPT, "random-sear
 """``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search."""
 
 QUANTIZER: dict[str, dict[str, Any]] = {
-    "W16": {"rounding": "compensated"},
-    "WA4": {"rounding": "compensated", "prescale": 0.5, "act_timesteps": "on"},
+    "W16": {"rounding": "gptq"},
+    "WA4": {"rounding": "gptq", "smooth": 0.5, "act_timesteps": "on"},
 }
 """What of the quantizer the searches may choose besides, at no or counted storage; the second point of ``outer-search``."""
 
@@ -70,7 +70,7 @@ FINALISTS, FINAL_SAMPLES = 2, 32
 """Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
 
 LOSSES = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 2.0]}
-CHOICES = {"granularity": ["channel", "layer"], "codebook": ["base", "affine"], "bias_correction": ["base", "off"]}
+CHOICES = {"granularity": ["channel", "layer"], "scheme": ["base", "asymmetric"], "bias_correction": ["base", "off"]}
 SPACES: dict[str, dict[str, Any]] = {
     model: LOSSES | {f"role_{role}": [0.2, 5.0] for role in roles} | CHOICES
     for model, roles in (
@@ -87,9 +87,15 @@ def settings(model: str, mode: str, seed: int, samples: int, report_samples: int
         {
             "model": {"source": model},
             "sampler": {"steps": 10, "guidance": 2.0},
-            "calibration": {"samples": 8, "probe_inputs": 80, "probes": 2, "codebooks": ["affine", "auto"], "prescale": True},
+            "calibration": {
+                "samples": 8,
+                "probe_inputs": 80,
+                "probes": 2,
+                "schemes": ["asymmetric", "auto"],
+                "smooth": True,
+            },
             "allocate": {"budgets": [f"uniform:{t}" for t in TARGETS]},
-            "methods": [{"name": "plain", "allocator": "ilp-channel", "codebook": "auto", "bias_correction": True}],
+            "methods": [{"name": "plain", "allocator": "ilp-channel", "scheme": "auto", "bias_correction": True}],
             "evaluate": {"samples": report_samples, "first_seed": 10_000 * seed},
             "search": {
                 "trials": 1000,
@@ -107,7 +113,9 @@ def settings(model: str, mode: str, seed: int, samples: int, report_samples: int
     )
 
 
-def cell(model: str, mode: str, seed: int, options: argparse.Namespace, missing: set[str], shared: dict[str, Any]) -> None:
+def cell(
+    model: str, mode: str, seed: int, options: argparse.Namespace, missing: set[str], shared: dict[str, Any]
+) -> None:
     """The missing arms of one model, mode and seed. ``shared`` is what all cells of a model have in common."""
     folder = options.runs / model
     config = settings(model, mode, seed, options.samples, options.report_samples)
@@ -127,7 +135,9 @@ def cell(model: str, mode: str, seed: int, options: argparse.Namespace, missing:
         before = objective.ladder.asked
         if arm.startswith("ilp"):
             theta = QUANTIZER[mode] if arm == "ilp-channel-quantizer" else {}
-            chosen = [objective.surrogate.candidate({"granularity": arm.split("-")[1], **theta}, b) for b in objective.budgets]
+            chosen = [
+                objective.surrogate.candidate({"granularity": arm.split("-")[1], **theta}, b) for b in objective.budgets
+            ]
             front = [(c.average_bits, objective.ladder.paired_error(c)) for c in chosen]
             cost = objective.ladder.asked - before
         else:
@@ -168,7 +178,8 @@ def searched(
     found = importances(study)
     if found:
         write_text(
-            run.path(f"{arm}-importances.csv"), "parameter,importance\n" + "".join(f"{k},{v:.4f}\n" for k, v in found.items())
+            run.path(f"{arm}-importances.csv"),
+            "parameter,importance\n" + "".join(f"{k},{v:.4f}\n" for k, v in found.items()),
         )
     return winners, [(p["average_bits"], p["paired"]) for p in points], spent() + objective.ladder.asked - before
 
@@ -213,7 +224,9 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the table again with more rows, atomically and in order."""
     every = [*read(path), *rows]
     order = {name: i for i, name in enumerate((*MODELS, *MODES, *ARMS))}
-    every.sort(key=lambda r: (order[r["model"]], order[r["mode"]], int(r["seed"]), order[r["arm"]], int(r["target_bits"])))
+    every.sort(
+        key=lambda r: (order[r["model"]], order[r["mode"]], int(r["seed"]), order[r["arm"]], int(r["target_bits"]))
+    )
     lines = [",".join(COLUMNS), *(",".join(str(r[c]) for c in COLUMNS) for r in every)]
     write_text(path, "\n".join(lines) + "\n")
 
@@ -241,7 +254,9 @@ def report(results: Path) -> None:
             reported = spread(list(volumes(rows, model, mode, arm).values()), places=4)
             cost = f"{np.mean([float(r['evaluations']) for r in mine]):.0f}"
             seeds = ", ".join(sorted({r["seed"] for r in mine}))
-            text.append(f"| {model}, {mode} | {arm} | " + " | ".join(cells) + f" | {volume} | {reported} | {seeds} | {cost} |")
+            text.append(
+                f"| {model}, {mode} | {arm} | " + " | ".join(cells) + f" | {volume} | {reported} | {seeds} | {cost} |"
+            )
     text += ["", *comparisons(rows, present)]
     absent = [
         f"{m} {k} seed {s}: {', '.join(a for a in ARMS if a not in KEPT and not has(rows, m, k, a, s))}"
@@ -289,7 +304,9 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
         "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, and mean difference of the",
         "hypervolumes with its standard error. Rows of a model alone: all pairs of its two modes together.",
         "",
-        "| model, mode | against | seeds | " + " | ".join(f"FD ratio, {t} bit" for t in TARGETS) + " | hypervolume | of FD |",
+        "| model, mode | against | seeds | "
+        + " | ".join(f"FD ratio, {t} bit" for t in TARGETS)
+        + " | hypervolume | of FD |",
         "|---|---|---|" + "---|" * (len(TARGETS) + 2),
     ]
     pairs: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
@@ -299,7 +316,8 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
             return next(
                 float(r[column])
                 for r in rows
-                if (r["model"], r["mode"], r["arm"], r["seed"], int(r["target_bits"])) == (model, mode, arm, seed, target)
+                if (r["model"], r["mode"], r["arm"], r["seed"], int(r["target_bits"]))
+                == (model, mode, arm, seed, target)
             )
 
         own = volumes(rows, model, mode, "outer-search")
@@ -309,11 +327,14 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
             if not seeds:
                 continue
             ratios = [
-                np.exp(np.mean([math.log(value("outer-search", s, t, "fd_fp") / value(arm, s, t, "fd_fp")) for s in seeds]))
+                np.exp(
+                    np.mean([math.log(value("outer-search", s, t, "fd_fp") / value(arm, s, t, "fd_fp")) for s in seeds])
+                )
                 for t in TARGETS
             ]
             searched_seeds = [
-                value("outer-search", s, TARGETS[0], "hypervolume") - value(arm, s, TARGETS[0], "hypervolume") for s in seeds
+                value("outer-search", s, TARGETS[0], "hypervolume") - value(arm, s, TARGETS[0], "hypervolume")
+                for s in seeds
             ]
             of_fd = [own[s] - other[s] for s in seeds]
             for total, part in zip(pairs.setdefault((model, arm), ([], [])), (searched_seeds, of_fd), strict=True):
@@ -326,7 +347,9 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
     empty = " |" * len(TARGETS)
     for (model, arm), (searched, of_fd) in pairs.items():
         if arm not in KEPT:
-            text.append(f"| {model} | {arm} | {len(of_fd)} pairs |{empty} {difference(searched)} | {difference(of_fd)} |")
+            text.append(
+                f"| {model} | {arm} | {len(of_fd)} pairs |{empty} {difference(searched)} | {difference(of_fd)} |"
+            )
     return text
 
 
@@ -351,7 +374,9 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]], path: Path)
                 mine = [r for r in rows if (r["model"], r["mode"], r["arm"]) == (model, mode, arm)]
                 if not mine:
                     continue
-                bits = [np.mean([float(r["average_bits"]) for r in mine if int(r["target_bits"]) == t]) for t in TARGETS]
+                bits = [
+                    np.mean([float(r["average_bits"]) for r in mine if int(r["target_bits"]) == t]) for t in TARGETS
+                ]
                 values = [[float(r["fd_fp"]) for r in mine if int(r["target_bits"]) == t] for t in TARGETS]
                 middle = [float(np.exp(np.mean(np.log(v)))) for v in values]
                 bars = [  # of one seed the mean may be off by a rounding
@@ -370,7 +395,9 @@ def draw(rows: list[dict[str, str]], present: list[tuple[str, str]], path: Path)
             ax.set_title(f"{model}, {mode}", loc="left")
             ax.set_xlabel("stored bits per parameter")
         figure.axes[0].set_ylabel("Fréchet distance to full precision")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS) - len(KEPT))
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS) - len(KEPT)
+        )
         return figure
 
     save_figure(render(panels), path)
@@ -401,7 +428,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--arms", nargs="*", default=[a for a in ARMS if a not in KEPT], choices=[a for a in ARMS if a not in KEPT])
+    parser.add_argument(
+        "--arms", nargs="*", default=[a for a in ARMS if a not in KEPT], choices=[a for a in ARMS if a not in KEPT]
+    )
     parser.add_argument("--only-report", action="store_true")
     options = parser.parse_args()
     if not options.only_report:
@@ -409,7 +438,9 @@ def main() -> None:
         cells = [(m, k, s) for m, k in itertools.product(options.models, options.modes) for s in options.seeds]
         for model, mode, seed in sorted(cells, key=lambda c: c[2]):
             missing = {
-                a for a in ARMS if a in options.arms and a not in KEPT and not has(read(options.results), model, mode, a, seed)
+                a
+                for a in ARMS
+                if a in options.arms and a not in KEPT and not has(read(options.results), model, mode, a, seed)
             }
             if missing:
                 cell(model, mode, seed, options, missing, shared)

@@ -73,7 +73,7 @@ def main() -> None:
         for allocator in ("ilp-layer", "ilp-channel"):
 
             def solve(loss: str, source: object = profile, budget: str = budget, allocator: str = allocator) -> BitMap:
-                method = MethodSpec(name=loss, allocator=allocator, loss=loss, codebook="auto", bias_correction=True)
+                method = MethodSpec(name=loss, allocator=allocator, loss=loss, scheme="auto", bias_correction=True)
                 return allocate(method, Budget.parse(budget), table, source, Policy(), QuantFormat()).bit_map  # type: ignore[arg-type]
 
             maps = {loss: solve(loss) for loss in ("output", "probe", "final", "sampler")}
@@ -81,7 +81,9 @@ def main() -> None:
             maps["operating, at the map of sampler"] = solve("operating", at)
             for loss, bit_map in maps.items():
                 error, distance = measured(bit_map)
-                rows.append({"budget": budget, "allocator": allocator, "loss": loss, "paired_mse": error, "fd_fp": distance})
+                rows.append(
+                    {"budget": budget, "allocator": allocator, "loss": loss, "paired_mse": error, "fd_fp": distance}
+                )
                 print(f"{budget} {allocator} {loss}: paired MSE {error:.5f}, FD {distance:.3f}", flush=True)
     pd.DataFrame(rows).round(5).to_csv(HERE / "allocation.csv", index=False)
 

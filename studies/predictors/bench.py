@@ -40,7 +40,7 @@ ONE_SEEDS = {2: 8, 3: 8, 4: 8, 6: 2, 8: 2}
 EPS_INPUTS = 16
 CALIBRATION = 1_000_000
 SAMPLER = SamplerSpec(steps=10, guidance=2.0, batch=32)
-FORMAT = QuantFormat(codebook="auto")
+FORMAT = QuantFormat(scheme="auto")
 POLICY = Policy(widths=WIDTHS)
 
 
@@ -80,7 +80,7 @@ class Bench:
 
     @cached_property
     def calibration(self) -> Any:
-        spec = CalibrationSpec(samples=self.samples, probe_inputs=80, codebooks=("auto",), prescale=False)
+        spec = CalibrationSpec(samples=self.samples, probe_inputs=80, schemes=("auto",), smooth=False)
         began = time.process_time()
         found = calibrate(self.denoiser, self.table, SAMPLER, spec)
         self.setup_seconds += time.process_time() - began
@@ -117,7 +117,9 @@ class Bench:
                 target.weight.add_(weight_of(error, layer))
                 if layer.has_bias:
                     mean = self.means[layer.name]
-                    target.bias.sub_(torch.bmm(error.reshape(len(mean), -1, error.shape[1]), mean[:, :, None]).flatten())
+                    target.bias.sub_(
+                        torch.bmm(error.reshape(len(mean), -1, error.shape[1]), mean[:, :, None]).flatten()
+                    )
         return module
 
     def samples_of(self, widths: Sequence[int] | None, seeds: Sequence[int], sampler: SamplerSpec = SAMPLER) -> Tensor:
@@ -158,7 +160,9 @@ class Bench:
         cost = len(seeds) * SAMPLER.steps * 2
         every = TRUTH_SEEDS["2-4"]
         reference = torch.from_numpy(
-            self.part("reference", lambda: ({"samples": self.samples_of(None, every).numpy()}, cost))["samples"][: len(seeds)]
+            self.part("reference", lambda: ({"samples": self.samples_of(None, every).numpy()}, cost))["samples"][
+                : len(seeds)
+            ]
         )
         extractor = load_extractor("fmnist-cnn")
         base = FeatureStatistics.of(extractor(to_uint8(reference)))
@@ -172,7 +176,9 @@ class Bench:
         found = [self.part(f"truth-{bits_range}-{k:02d}", lambda row=row: measure(row)) for k, row in enumerate(rows)]
         return {key: np.array([f[key] for f in found]) for key in ("widths", "mse", "fd")}
 
-    def one_at_a_time(self, bits: int, seeds: int = 0, sampler: SamplerSpec = SAMPLER, label: str = "final") -> dict[str, Any]:
+    def one_at_a_time(
+        self, bits: int, seeds: int = 0, sampler: SamplerSpec = SAMPLER, label: str = "final"
+    ) -> dict[str, Any]:
         """``mse`` ``[L, seeds]`` of final samples with one layer at ``bits``, all others at full precision."""
 
         def measure() -> tuple[dict[str, Any], float]:
@@ -187,7 +193,14 @@ class Bench:
         return self.part(f"one-{label}-{bits}", measure)
 
     def final_probes_at(
-        self, label: str, widths: Sequence[int] | None, columns: Sequence[int], seeds: Sequence[int], probes: int, *, residual: bool
+        self,
+        label: str,
+        widths: Sequence[int] | None,
+        columns: Sequence[int],
+        seeds: Sequence[int],
+        probes: int,
+        *,
+        residual: bool,
     ) -> dict[str, Any]:
         """`mpqsearch.profile.final_probes` at a map (None: full precision), of the quantized weights at ``columns`` minus the present ones."""
 
@@ -220,7 +233,7 @@ class Bench:
         """Only the cost of what probes of final samples need beforehand: mean inputs, and the range search at three widths."""
 
         def measure() -> tuple[dict[str, Any], float]:
-            spec = CalibrationSpec(samples=self.samples, codebooks=("auto",), prescale=False)
+            spec = CalibrationSpec(samples=self.samples, schemes=("auto",), smooth=False)
             calibrate(self.denoiser, self.table, SAMPLER, spec, moments=False)
             for layer in self.table:
                 weight: Any = self.denoiser.module.get_submodule(layer.name).weight
@@ -272,7 +285,9 @@ class Bench:
 
         def measure() -> tuple[dict[str, Any], float]:
             inputs = self.calibration[2]
-            found = probe(self.denoiser, self.table, inputs, SAMPLER.guidance, {"auto": self.errors}, self.means, probes=probes)
+            found = probe(
+                self.denoiser, self.table, inputs, SAMPLER.guidance, {"auto": self.errors}, self.means, probes=probes
+            )
             gain = np.concatenate([found.gain[la.name].numpy() for la in self.table])
             layer = np.stack([found.layer_error["auto"][la.name].numpy() for la in self.table])
             return {"gain": gain, "layer": layer}, 2 * len(inputs) * (1 + 2 * probes)
@@ -293,7 +308,9 @@ class Bench:
                 out = self.denoiser.guided(item.x, torch.full((1,), item.timestep), item.cond, SAMPLER.guidance)
                 grads = torch.autograd.grad((torch.randn(out.shape, generator=generator) * out).sum(), weights)
                 for i, (layer, g) in enumerate(zip(self.table, grads, strict=True)):
-                    total[i] += torch.einsum("wcd,cd->w", self.errors[layer.name].abs(), rows_of(g, layer).abs()).numpy()
+                    total[i] += torch.einsum(
+                        "wcd,cd->w", self.errors[layer.name].abs(), rows_of(g, layer).abs()
+                    ).numpy()
             for weight in weights:
                 weight.requires_grad_(False)
             return {"absolute": total / len(inputs)}, 2 * len(inputs) * 3

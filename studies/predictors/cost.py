@@ -34,20 +34,20 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def costs(model: str, layers: int) -> tuple[dict[str, float], float]:
-    """Processor seconds of profiles for predictions, by codebooks, and of one layer at a time."""
+    """Processor seconds of profiles for predictions, by schemes, and of one layer at a time."""
     policy, fmt = Policy(widths=WIDTHS), QuantFormat()
     denoiser = load_model(model)
     table = discover(denoiser)
     searched = [la.name for la in table if policy.fixed_width(la) is None]
-    spec = CalibrationSpec(prediction_only=True, codebooks=("auto",), prescale=False)
+    spec = CalibrationSpec(prediction_only=True, schemes=("auto",), smooth=False)
     warm = replace(spec, samples=1, context_seeds=3)  # compiles the kernels
     profile = profile_slopes(denoiser, table, policy, replace(SAMPLER, steps=1), warm, fmt)
 
-    def predict(codebooks: tuple[str, ...]) -> Any:
-        return profile_slopes(denoiser, table, policy, SAMPLER, replace(spec, codebooks=codebooks), fmt)
+    def predict(schemes: tuple[str, ...]) -> Any:
+        return profile_slopes(denoiser, table, policy, SAMPLER, replace(spec, schemes=schemes), fmt)
 
-    took = {" and ".join(c): seconds(lambda c=c: predict(c)) for c in (("auto",), ("affine", "auto"))}
-    slow = CalibrationSpec(codebooks=("auto",), final_widths=WIDTHS, final_seeds=SEEDS)
+    took = {" and ".join(c): seconds(lambda c=c: predict(c)) for c in (("auto",), ("asymmetric", "auto"))}
+    slow = CalibrationSpec(schemes=("auto",), final_widths=WIDTHS, final_seeds=SEEDS)
     part = searched[:: max(1, len(searched) // layers)]
     one = seconds(lambda: final_errors(denoiser, table, profile, SAMPLER, slow, fmt, wanted=dict.fromkeys(part, SEEDS)))
     return took, one * len(searched) / len(part)
@@ -58,11 +58,11 @@ def main(say: Callable[..., None] = print) -> None:
     parser.add_argument("--layers", type=int, default=6, help="layers that one layer at a time runs on")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    say("| model | codebooks | profile for predictions | one layer at a time | share |\n|---|---|---|---|---|")
+    say("| model | schemes | profile for predictions | one layer at a time | share |\n|---|---|---|---|---|")
     for model in ("fmnist-unet", "fmnist-dit"):
         took, whole = costs(model, args.layers)
-        for codebooks, mine in took.items():
-            say(f"| {model} | {codebooks} | {mine:.1f} s | {whole:.0f} s | {mine / whole:.1%} |")
+        for schemes, mine in took.items():
+            say(f"| {model} | {schemes} | {mine:.1f} s | {whole:.0f} s | {mine / whole:.1%} |")
 
 
 if __name__ == "__main__":

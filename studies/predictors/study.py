@@ -144,7 +144,9 @@ def predictions(cell: Cell) -> None:
 
     one = {w: b.one_at_a_time(w) for w in cell.widths}
     one_eps = {w: b.one_at_a_time_eps(w) for w in cell.widths}
-    cell.additive("one layer at a time, prediction", np.stack([one_eps[w]["mse"] for w in cell.widths], 1), *one_eps.values())
+    cell.additive(
+        "one layer at a time, prediction", np.stack([one_eps[w]["mse"] for w in cell.widths], 1), *one_eps.values()
+    )
     most = min(p["mse"].shape[1] for p in one.values())
     for n in (1, 2, 4, 8):
         if n <= most:
@@ -154,7 +156,9 @@ def predictions(cell: Cell) -> None:
     if cell.bits_range == "2-4":
         short = {w: b.one_at_a_time(w, seeds=2, sampler=SHORT, label="short") for w in cell.widths}
         cell.additive(
-            "one layer at a time, 2 samples of 5 steps", np.stack([p["mse"].mean(1) for p in short.values()], 1), *short.values()
+            "one layer at a time, 2 samples of 5 steps",
+            np.stack([p["mse"].mean(1) for p in short.values()], 1),
+            *short.values(),
         )
     top = np.argsort(-through.max(1))[: len(b.searched) // 5]
     mixed, best = through.copy(), np.stack([one[w]["mse"].mean(1) for w in cell.widths], 1).astype(np.float64)
@@ -163,7 +167,9 @@ def predictions(cell: Cell) -> None:
     cell.additive("sampler probe, top 20 % one at a time", mixed, static, full, part)
 
     middle = cell.widths[1]
-    at = b.final_probes_at(f"uniform-{middle}", b.uniform(middle), cell.widths, range(first, first + 8), 5, residual=True)
+    at = b.final_probes_at(
+        f"uniform-{middle}", b.uniform(middle), cell.widths, range(first, first + 8), 5, residual=True
+    )
     slope, curvature, _ = slope_and_curvature(at, 5, pixels)
     cell.additive("slope at uniform", slope, static, at)
     cell.additive("slope + curvature at uniform", slope + curvature, static, at)
@@ -171,15 +177,24 @@ def predictions(cell: Cell) -> None:
     maps = b.maps(cell.bits_range, seed=1)
     parts = [
         b.final_probes_at(
-            f"lin-{cell.bits_range}-{k}", maps[k], cell.widths, range(first + 2 * k, first + 2 * k + 2), 1, residual=True
+            f"lin-{cell.bits_range}-{k}",
+            maps[k],
+            cell.widths,
+            range(first + 2 * k, first + 2 * k + 2),
+            1,
+            residual=True,
         )
         for k in range(SLOPE_MAPS)
     ]
     slopes = [slope_and_curvature(p, 1, pixels) for p in parts]
     mean = np.mean([s for s, _, _ in slopes], axis=0)
     cell.additive(f"slope at {SLOPE_MAPS} random maps", mean, static, *parts)
-    cell.additive(f"relative slope at {SLOPE_MAPS} random maps", np.mean([s / e for s, _, e in slopes], axis=0), static, *parts)
-    cell.additive(f"slope at {SLOPE_MAPS} maps + slope, curvature at uniform", mean + slope + curvature, static, *parts, at)
+    cell.additive(
+        f"relative slope at {SLOPE_MAPS} random maps", np.mean([s / e for s, _, e in slopes], axis=0), static, *parts
+    )
+    cell.additive(
+        f"slope at {SLOPE_MAPS} maps + slope, curvature at uniform", mean + slope + curvature, static, *parts, at
+    )
 
 
 def draw(frame: pd.DataFrame, reliability: dict[tuple[str, str], float]) -> Figure:
@@ -222,12 +237,16 @@ def main(say: Callable[..., None] = print) -> None:
     frame = pd.DataFrame([row for cell in cells for row in cell.rows])
     frame.round({"seconds": 1, "forwards": 0}).round(3).to_csv(HERE / "results.csv", index=False)
     with rc_context(THEMES["light"]):
-        png, svg = save_figure(draw(frame, {(c.bench.model, c.bits_range): c.reliability for c in cells}), HERE / "predictors")
+        png, svg = save_figure(
+            draw(frame, {(c.bench.model, c.bits_range): c.reliability for c in cells}), HERE / "predictors"
+        )
     svg.unlink()
     for cell in cells:
         mine = pd.DataFrame(cell.rows).set_index("metric")
         table = mine[["spearman", "spearman_low", "spearman_high", "fd_spearman", "seconds", "forwards"]].round(2)
-        say(f"\n{cell.bench.model}, {cell.bits_range} bits; the measured error repeats itself with {cell.reliability:.2f}\n{table}")
+        say(
+            f"\n{cell.bench.model}, {cell.bits_range} bits; the measured error repeats itself with {cell.reliability:.2f}\n{table}"
+        )
     say(f"\nwritten: {HERE / 'results.csv'}, {png}")
 
 

@@ -21,7 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 from train import PACKAGE, RECIPES
 
-from mpqsearch.metrics import FeatureExtractor, FeatureStatistics, frechet_distance, load_extractor, load_reference, save_reference
+from mpqsearch.metrics import (
+    FeatureExtractor,
+    FeatureStatistics,
+    frechet_distance,
+    load_extractor,
+    load_reference,
+    save_reference,
+)
 from mpqsearch.models import load_model
 from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
 
@@ -37,7 +44,9 @@ def classifier_card(data_dir: Path) -> str:
     extractor = load_extractor("fmnist-cnn")
     assert extractor.classify is not None
     images, labels = load("t10k", data_dir)
-    hits = torch.cat([extractor.classify(part) == truth for part, truth in zip(images.split(500), labels.split(500), strict=True)])
+    hits = torch.cat(
+        [extractor.classify(part) == truth for part, truth in zip(images.split(500), labels.split(500), strict=True)]
+    )
     train_images, _ = load("train", data_dir)
     features = extractor(train_images)
     name = "Fashion-MNIST train, 60,000 images"
@@ -111,7 +120,9 @@ def real_distances(extractor: FeatureExtractor, data_dir: Path, n: int) -> tuple
     pick = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:n]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     halves = [FeatureStatistics.of(extractor(train[order[k * n : (k + 1) * n]])) for k in range(2)]
-    return frechet_distance(reference.statistics, FeatureStatistics.of(extractor(test[pick]))), frechet_distance(*halves)
+    return frechet_distance(reference.statistics, FeatureStatistics.of(extractor(test[pick]))), frechet_distance(
+        *halves
+    )
 
 
 def training_lines(name: str) -> list[str]:

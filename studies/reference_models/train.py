@@ -84,7 +84,9 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def loss_of(name: str, model: nn.Module, images: Tensor, labels: Tensor, alpha_bar: Tensor, gen: torch.Generator) -> Tensor:
+def loss_of(
+    name: str, model: nn.Module, images: Tensor, labels: Tensor, alpha_bar: Tensor, gen: torch.Generator
+) -> Tensor:
     """One batch's training loss; every random draw comes from ``gen``."""
     if name == "fmnist-cnn":
         flip = torch.rand(len(images), 1, 1, 1, generator=gen) < 0.5
@@ -110,7 +112,9 @@ def train(name: str, data_dir: Path, out: Path, seed: int) -> None:
     torch.manual_seed(seed)
     images, labels = load("train", data_dir)
     model = build(name)
-    model.train(name == "fmnist-cnn")  # eval mode elsewhere: DiT's own per-block label dropout would disagree between blocks
+    model.train(
+        name == "fmnist-cnn"
+    )  # eval mode elsewhere: DiT's own per-block label dropout would disagree between blocks
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"])
     alpha_bar = DDIMScheduler.from_config(SCHEDULER).alphas_cumprod
@@ -127,7 +131,9 @@ def train(name: str, data_dir: Path, out: Path, seed: int) -> None:
             group["lr"] = rate
         loss = loss_of(name, model, to_unit(images[index]), labels[index], alpha_bar, gen)
         if not torch.isfinite(loss):
-            raise SystemExit(f"{name}: the loss is {loss.item()} at step {step}; lower the learning rate and start again")
+            raise SystemExit(
+                f"{name}: the loss is {loss.item()} at step {step}; lower the learning rate and start again"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,13 +148,18 @@ def train(name: str, data_dir: Path, out: Path, seed: int) -> None:
         recent = loss.item() if step == start else 0.98 * recent + 0.02 * loss.item()
         bar.set_postfix(loss=f"{recent:.4f}")
         if (step + 1) % 50 == 0:
-            log.write(json.dumps({"step": step + 1, "loss": round(recent, 6), "seconds": round(time.time() - began, 1)}) + "\n")
+            log.write(
+                json.dumps({"step": step + 1, "loss": round(recent, 6), "seconds": round(time.time() - began, 1)})
+                + "\n"
+            )
             log.flush()
         if (step + 1) % 200 == 0 or step + 1 == recipe["steps"]:
             save_state(out, step + 1, model, ema, optimizer)
 
 
-def save_state(out: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    out: Path, step: int, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
     """Write everything that a resumed run needs, atomically."""
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()} | {f"ema/{k}": v for k, v in ema.items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -192,7 +203,9 @@ def export(name: str, out: Path) -> None:
     model = build(name)
     model.load_state_dict(tensors)
     model.half().save_pretrained(folder, safe_serialization=True)
-    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler", **SCHEDULER}, indent=2) + "\n")
+    (folder / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "DDIMScheduler", **SCHEDULER}, indent=2) + "\n"
+    )
 
 
 def main() -> None:

@@ -16,7 +16,10 @@ import pytest
             "import mpqsearch.core, mpqsearch.allocate, mpqsearch.pareto, mpqsearch.artifacts",
             ("torch", "pulp", "optuna", "matplotlib"),
         ),
-        ("import mpqsearch.config, mpqsearch.methods, mpqsearch.stages, mpqsearch.cli", ("torch", "pulp", "optuna", "matplotlib")),
+        (
+            "import mpqsearch.config, mpqsearch.methods, mpqsearch.stages, mpqsearch.cli",
+            ("torch", "pulp", "optuna", "matplotlib"),
+        ),
         ("import mpqsearch.export", ("torch", "optimum", "optuna")),
         ("import mpqsearch.report", ("torch", "optuna", "matplotlib.pyplot")),
         ("import mpqsearch.models, mpqsearch.quant, mpqsearch.profile", ("torchvision", "optuna", "matplotlib")),

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_reference_has_a_page_for_every_public_package(tmp_path: Path) -> None:
-    said = subprocess.run(["make", "-n", "reference", "INSTALLED="], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "-n", "reference", "INSTALLED="], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     command = next(line for line in said.splitlines() if "pdoc" in line).split()
     modules = command[command.index("pdoc") + 1 : command.index("--output-directory")]
     done = subprocess.run(

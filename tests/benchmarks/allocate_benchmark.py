@@ -128,7 +128,9 @@ def with_budgets(problem: AllocationProblem, count: int, share: float = 1.9) -> 
     bops = problem.cost.astype(np.int64) * positions[:, None] * 8
     latency = problem.cost.astype(np.int64) // 2 * rng.integers(1, 20, problem.n_items)[:, None] + 3
     tables = [("bops", bops, share), ("latency", latency, 2.3)][: count - 1]
-    more = tuple(CostBudget(name=name, cost=table, limit=int(table.min(axis=1).sum() * times)) for name, table, times in tables)
+    more = tuple(
+        CostBudget(name=name, cost=table, limit=int(table.min(axis=1).sum() * times)) for name, table, times in tables
+    )
     return replace(problem, more_budgets=more)
 
 
@@ -149,7 +151,9 @@ def coupled_layers(count: int = 282, coupling: float = 0.5) -> AllocationProblem
     size = np.sqrt(rng.lognormal(0, 1.5, count)[:, None] * 4.0**-BITS)[:, :, None]
     errors = size * (np.sqrt(1 - coupling) * own + np.sqrt(coupling) * common / np.linalg.norm(common))
     first, second = np.triu_indices(count, 1)
-    pairs = PairwiseTerms(first=first, second=second, value=2 * np.einsum("par,pbr->pab", errors[first], errors[second]))
+    pairs = PairwiseTerms(
+        first=first, second=second, value=2 * np.einsum("par,pbr->pab", errors[first], errors[second])
+    )
     weights = rng.integers(288, 11520, count)
     return AllocationProblem(
         loss=(errors**2).sum(axis=2),
@@ -177,7 +181,9 @@ def alternatives() -> dict[str, object]:
     problem = layer_problem(700, seed=3)
     solve(problem)
     found: list[AllocationResult] = []
-    processor, wall = best_of(1, lambda: found.extend(solve_alternatives(problem, 5, min_distance=10, gap_tolerance=1e-6)))
+    processor, wall = best_of(
+        1, lambda: found.extend(solve_alternatives(problem, 5, min_distance=10, gap_tolerance=1e-6))
+    )
     last = found[-1]
     return {
         "instance": f"{len(found)} maps of 700 layers that differ in 10 layers",
@@ -208,15 +214,23 @@ ROWS = {
     "500k": Row("500,000 channels, 1e-6", lambda: channel_problem(drawn_layers(500_000, 1)), 1e-6, 0.05),
     "flux": Row("3,065,920 channels, 1e-7", lambda: channel_problem(drawn_layers(3_065_920, 2)), 1e-7, 0.25, 3),
     "5M": Row("5,000,000 channels, 1e-7", lambda: channel_problem(drawn_layers(5_000_000, 3)), 1e-7, 0.4, 3),
-    "budgets": Row("SD 1.5 channels, three budgets, 1e-6", lambda: with_budgets(channel_problem(sd15_layers()), 3), 1e-6, 3.0, 1),
+    "budgets": Row(
+        "SD 1.5 channels, three budgets, 1e-6", lambda: with_budgets(channel_problem(sd15_layers()), 3), 1e-6, 3.0, 1
+    ),
     "constrained": Row("700 layers, ties, two budgets, bounds, 1e-4", constrained_layers, 1e-4, 10.0, 1),
     "averages": Row("SD 1.5 channels, integer layer averages", averaged_channels, 0.0, 0.5, 3),
     "averages2": Row("the same under a second budget, 1e-4", lambda: averaged_channels(2), 1e-4, 3.0, 1),
     "pairwise": Row("282 layers x 7, pairwise, coupling 0.5, 1e-2", coupled_layers, 1e-2, 30.0, 1),
     "pairwise-bops": Row(
-        "282 layers x 7, pairwise, coupling 0.5, two budgets, 1e-2", lambda: with_budgets(coupled_layers(), 2, 1.6), 1e-2, 30.0, 1
+        "282 layers x 7, pairwise, coupling 0.5, two budgets, 1e-2",
+        lambda: with_budgets(coupled_layers(), 2, 1.6),
+        1e-2,
+        30.0,
+        1,
     ),
-    "pairwise-weak": Row("282 layers x 7, pairwise, coupling 0.1, 1e-2", lambda: coupled_layers(coupling=0.1), 1e-2, 30.0, 1),
+    "pairwise-weak": Row(
+        "282 layers x 7, pairwise, coupling 0.1, 1e-2", lambda: coupled_layers(coupling=0.1), 1e-2, 30.0, 1
+    ),
 }
 
 
@@ -324,7 +338,12 @@ def naive() -> Iterator[dict[str, object]]:
     core, _ = best_of(9, lambda: solve(problem))
     for solver in ("highs", "cbc"):
         processor, wall = best_of(1, lambda solver=solver: solve(problem, solver=solver))
-        yield {"instance": f"282 layers by {solver}", "cpu_s": processor, "wall_s": wall, "times_core": processor / core}
+        yield {
+            "instance": f"282 layers by {solver}",
+            "cpu_s": processor,
+            "wall_s": wall,
+            "times_core": processor / core,
+        }
 
 
 def cold_start() -> dict[str, object]:
@@ -371,7 +390,11 @@ def as_markdown(lines: list[dict[str, object]]) -> str:
 
 def machine() -> str:
     """Processor, system and versions."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "numba", "pulp", "highspy"))
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 

@@ -25,12 +25,12 @@ from mpqsearch.testing.tiny import tiny_profile, tiny_table
 
 STUDY = """
 [calibration]
-codebooks = ["affine", "auto"]
+schemes = ["asymmetric", "auto"]
 [allocate]
 budgets = [{budgets}]
 {methods}
 """
-METHOD = '[[methods]]\nname = "{0}"\nallocator = "{0}"\ncodebook = "auto"\nbias_correction = true\n'
+METHOD = '[[methods]]\nname = "{0}"\nallocator = "{0}"\nscheme = "auto"\nbias_correction = true\n'
 WATCH = (
     "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
     "assert 'torch' not in sys.modules; print('numba' in sys.modules, file=sys.stderr)"
@@ -56,7 +56,9 @@ def sd15_table() -> LayerTable:
     return LayerTable(digest="1" * 64, layers=layers, kept=(), model="sd15 shapes")
 
 
-def measure(name: str, table: LayerTable, methods: list[str], budgets: list[str], flags: list[str], folder: Path) -> str:
+def measure(
+    name: str, table: LayerTable, methods: list[str], budgets: list[str], flags: list[str], folder: Path
+) -> str:
     """One line: wall and processor time of the whole command."""
     study = folder / f"{name}.toml"
     text = ", ".join(f'"{b}"' for b in budgets)

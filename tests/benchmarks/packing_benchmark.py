@@ -80,7 +80,9 @@ def sd15(scale: float) -> Any:
     """SD 1.5's U-Net with random weights."""
     torch.manual_seed(0)
     channels = tuple(max(32, round(c * scale / 32) * 32) for c in CHANNELS)
-    return UNet2DConditionModel(sample_size=64, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8).eval()
+    return UNet2DConditionModel(
+        sample_size=64, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8
+    ).eval()
 
 
 def table_of(module: Any) -> LayerTable:
@@ -133,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument(
-        "--folder", type=Path, help="where the files go for the time of the run (default: the system's temporary folder)"
+        "--folder",
+        type=Path,
+        help="where the files go for the time of the run (default: the system's temporary folder)",
     )
     arguments = parser.parse_args()
     module = sd15(arguments.scale)
@@ -147,7 +151,9 @@ def main() -> None:
         folder = Path(name)
         first = table.layers[0]  # compiled kernels are built before anything is measured
         for fmt in (FORMAT, QuantFormat()):
-            quantize_weight(module.get_submodule(first.name).weight, first, torch.from_numpy(weights[first.name].copy()), fmt)
+            quantize_weight(
+                module.get_submodule(first.name).weight, first, torch.from_numpy(weights[first.name].copy()), fmt
+            )
         with measured() as copying:
             copied(module, folder)
         with measured() as packing:
@@ -171,7 +177,9 @@ def main() -> None:
     print(row("pack", megabytes, packing, packing.highest - packing.before, largest))
     print(row("load", megabytes, loading, loading.highest - loading.after, largest))
     print(row("range search", 2 * one.n_weights / 1e6, searching, None, largest))
-    print(f"ratio to the copy: pack {copying.wall / packing.wall:.2f}, load {copying.wall / loading.wall:.2f} of its rate")
+    print(
+        f"ratio to the copy: pack {copying.wall / packing.wall:.2f}, load {copying.wall / loading.wall:.2f} of its rate"
+    )
     print(f"weights that differ from the fake-quantized model: {wrong}")
 
 

@@ -37,7 +37,9 @@ def instance(layers: int, seed: int = 0) -> AllocationProblem:
     """Scores over eight decades; sizes of transformer and convolution layers."""
     rng = np.random.default_rng(seed)
     weights = rng.choice([320, 640, 1280, 2560], layers) * rng.choice([320, 640, 1280, 2880, 5760, 11520], layers)
-    loss = 10.0 ** rng.uniform(-8, 0, layers)[:, None] * 4.0 ** -(BITS - 2.0) * rng.lognormal(0, 0.3, (layers, len(BITS)))
+    loss = (
+        10.0 ** rng.uniform(-8, 0, layers)[:, None] * 4.0 ** -(BITS - 2.0) * rng.lognormal(0, 0.3, (layers, len(BITS)))
+    )
     cost = weights[:, None] * BITS + (weights // 64 * 32)[:, None]
     return AllocationProblem(loss=loss, cost=cost, limit=int(4.5 * weights.sum()))
 
@@ -116,7 +118,9 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", default="16,120,794")
-    parser.add_argument("--limit-s", type=float, default=60.0, help="processor seconds for the dictionary, wall seconds for CBC")
+    parser.add_argument(
+        "--limit-s", type=float, default=60.0, help="processor seconds for the dictionary, wall seconds for CBC"
+    )
     arguments = parser.parse_args()
     sys.stdout.write(
         "| layers | scores x | algorithm | loss / optimum | budget used | it says | CPU s |\n|---|---|---|---|---|---|---|\n"

@@ -63,7 +63,7 @@ def fmnist_unet(folder: Path, trial_s: float) -> Objective:
     """The default search of the model."""
     c, table = SearchConfig(), discover(load_model("fmnist-unet"))
     profile = tiny_profile(table)
-    method = MethodSpec(name="plain", allocator="ilp-channel", loss="gain", codebook="auto", bias_correction=True)
+    method = MethodSpec(name="plain", allocator="ilp-channel", loss="gain", scheme="auto", bias_correction=True)
     measurements = len(BUDGETS) * (1 + -(-c.samples // c.chunk))
     return Objective(
         surrogate=Surrogate(table=table, profile=profile, policy=Policy(), format=QuantFormat(), method=method),
@@ -85,7 +85,9 @@ SEARCHES = {"small": small, "fmnist-unet": fmnist_unet}
 def overhead(which: str, where: str | Path, folder: Path, trial_s: float = 1.0) -> None:
     """Run trials of about a second in this process."""
     c, o = SearchConfig(), SEARCHES[which](folder, trial_s)
-    plan = Plan(name=STUDY, trials=TRIALS, sampler=c.sampler, pruner=c.pruner, starts=o.space.starts(), context=o.context)
+    plan = Plan(
+        name=STUDY, trials=TRIALS, sampler=c.sampler, pruner=c.pruner, starts=o.space.starts(), context=o.context
+    )
     study = open_study(plan, open_storage(where))
     evaluator = o.ladder.evaluator
     for b in o.budgets:  # the uniform maps are measured once a study
@@ -184,7 +186,9 @@ def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     workers = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(where), str(folder), str(i), str(trials), "0.0"], env=environment)
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(where), str(folder), str(i), str(trials), "0.0"], env=environment
+        )
         for i in range(4)
     ]
     codes = [w.wait() for w in workers]

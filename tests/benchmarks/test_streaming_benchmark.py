@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
 """The configuration of the U-Net of Stable Diffusion 1.5."""
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-CODEBOOKS = ("affine", "auto")
+SCHEMES = ("asymmetric", "auto")
 SAMPLE = 40
 """Layers of which the naive loop runs on one channel; its time is scaled up to all channels of the layer, then to all layers."""
 
@@ -124,7 +124,7 @@ def profile(folder: str, every: int = 1) -> dict[str, Any]:
     found["kurtosis"] = best(5, kurtosis)
     part = replace(table, layers=table.layers[::every])
     with Clock() as clock:
-        made = profile_weights(model, part, Policy(widths=WIDTHS), CODEBOOKS, QuantFormat())
+        made = profile_weights(model, part, Policy(widths=WIDTHS), SCHEMES, QuantFormat())
     scale = table.n_weights / part.n_weights
     found["profile"] = {"wall": clock.wall * scale, "cpu": clock.cpu * scale}
     found["measured"] = part.n_weights
@@ -155,12 +155,14 @@ def show(found: dict[str, Any]) -> None:
         row("one read of the file through buffers, from the page cache", "read"),
         row("discovery, with the digest of all weights", "discover"),
         row("kurtosis of all rows", "kurtosis"),
-        row(f"profile at {len(WIDTHS)} widths, codebooks {' and '.join(CODEBOOKS)}{share}", "profile"),
+        row(f"profile at {len(WIDTHS)} widths, schemes {' and '.join(SCHEMES)}{share}", "profile"),
         f"| naive loop, affine alone, one channel of some layers, scaled up | | {found['loop']:.0f} |",
     ]
     print(
         f"\n{found['weights'] / 1e6:.0f} M weights in bf16, {found['channels']} channels, {found['threads']} threads\n"
-        "| what | wall s | CPU s |\n|---|---|---|\n" + "\n".join(rows) + f"\nkurtosis against reading: {ratio['wall']:.1f} (wall), "
+        "| what | wall s | CPU s |\n|---|---|---|\n"
+        + "\n".join(rows)
+        + f"\nkurtosis against reading: {ratio['wall']:.1f} (wall), "
         f"{ratio['cpu']:.1f} (CPU); loop against profile (CPU): {found['loop'] / found['profile']['cpu']:.0f}; "
         f"peak memory {found['peak'] / 1e9:.2f} GB"
     )
@@ -174,7 +176,10 @@ def test_profile_of_the_weights_of_a_unet_of_stable_diffusion_size(benchmark: An
         "import json, sys; from tests.benchmarks.test_streaming_benchmark import profile; "
         f"print(json.dumps(profile({str(tmp_path)!r})), file=sys.stdout)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
 
     def child() -> dict[str, Any]:
         out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

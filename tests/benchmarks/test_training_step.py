@@ -30,7 +30,9 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
     table = discover(denoiser)
     rng = np.random.default_rng(0)
     weights = {la.name: rng.integers(1, 9, la.n_channels).astype(np.uint8) for la in table}
-    bit_map = BitMap(model_digest=table.digest, weights=weights, activations={la.name: 4 for la in table}, activation_steps=10)
+    bit_map = BitMap(
+        model_digest=table.digest, weights=weights, activations={la.name: 4 for la in table}, activation_steps=10
+    )
     sampler = SamplerSpec(steps=10, guidance=2.0)
     activations = calibrate_activations(denoiser, table, bit_map, replace(sampler, batch=2), seeds=range(2))
     student = build_student(denoiser.module, table, bit_map, activations=activations, trainable="lora")
@@ -55,7 +57,11 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
         module.zero_grad()
         return time.process_time() - began
 
-    cases = {"full precision": (full, False), "student": (student, False), "student with relation loss": (student, True)}
+    cases = {
+        "full precision": (full, False),
+        "student": (student, False),
+        "student with relation loss": (student, True),
+    }
     seconds: dict[str, list[float]] = {label: [] for label in cases}
 
     def run() -> None:

@@ -19,7 +19,9 @@ def test_a_denoiser_goes_all_the_way(name: str) -> None:
     except Exception as error:
         if name in RECIPES:
             raise
-        pytest.xfail(f"no recipe yet, and the one made from its signature does not run: {type(error).__name__}: {error}")
+        pytest.xfail(
+            f"no recipe yet, and the one made from its signature does not run: {type(error).__name__}: {error}"
+        )
     # Sums of a few hundred float32 products: rounding is below 1e-6, anything wrong in what a layer is multiplied with of order one.
     assert found.power_error < 1e-5
     assert found.roles.get("first") == found.roles.get("last") == 1

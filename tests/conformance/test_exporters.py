@@ -106,7 +106,9 @@ def test_it_keeps_the_contract(exporter: Exporter) -> None:
 def test_plan_covers_every_layer_with_a_reason(
     exporter: Exporter, denoiser: Denoiser, table: LayerTable, rounding: str, mixed: bool
 ) -> None:
-    job = ExportJob(table=table, bit_map=random_map(table, (1, 3, 4, 6, 16), mixed=mixed), denoiser=denoiser, rounding=rounding)
+    job = ExportJob(
+        table=table, bit_map=random_map(table, (1, 3, 4, 6, 16), mixed=mixed), denoiser=denoiser, rounding=rounding
+    )
     plan = exporter.plan(job)
     can = exporter.capabilities()
     assert [e.layer for e in plan] == [la.name for la in table]
@@ -123,7 +125,9 @@ def test_plan_covers_every_layer_with_a_reason(
 def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Exporter, table: LayerTable) -> None:
     first, second = (la.name for la in list(table)[:2])
     bit_map = BitMap(
-        model_digest=table.digest, weights={la.name: np.array(4) for la in table}, activations={first: 6, second: FULL_PRECISION}
+        model_digest=table.digest,
+        weights={la.name: np.array(4) for la in table},
+        activations={first: 6, second: FULL_PRECISION},
     )
     lost = lost_inputs(exporter, bit_map)
     assert lost == ({} if exporter.name == "neutral" else {first: 6})
@@ -182,7 +186,9 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
                 continue
             bit_map, names = own_map(exporter, table, seed=2)
             folder = tmp_path_factory.mktemp(f"{kind}-{name}")
-            exporter.write(folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="error", choices=names))
+            exporter.write(
+                folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="error", choices=names)
+            )
             folders[kind, name] = folder
     reports = fresh_process([(name, folder) for (_, name), folder in folders.items()])
     return {key: (folder, seen) for (key, folder), seen in zip(folders.items(), reports, strict=True)}
@@ -236,7 +242,9 @@ def test_all_files_are_named_and_the_model_stays_as_it_is(
     before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
     bit_map, names = own_map(exporter, table, seed=3)
     paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
-    assert sorted(paths) == sorted(p for p in tmp_path.rglob("*") if p.is_file()), "every file is named, no temporary one is left"
+    assert sorted(paths) == sorted(p for p in tmp_path.rglob("*") if p.is_file()), (
+        "every file is named, no temporary one is left"
+    )
     after = denoiser.module.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -256,10 +264,14 @@ def test_a_map_made_for_something_else_is_rounded_and_held(
     exporter.write(tmp_path, job)
     seen = verify_here(exporter, tmp_path)
     assert seen.ok, seen.summary()
-    assert [(e.layer, e.got, e.asked) for e in seen.entries] == [(e.layer, e.will_get, e.asked_text) for e in exporter.plan(job)]
+    assert [(e.layer, e.got, e.asked) for e in seen.entries] == [
+        (e.layer, e.will_get, e.asked_text) for e in exporter.plan(job)
+    ]
 
 
-def test_writing_again_replaces_the_first(tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable) -> None:
+def test_writing_again_replaces_the_first(
+    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+) -> None:
     can = exporter.capabilities()
     for width in (can.widths[0], can.widths[-1]):
         bit_map = random_map(table, (width,))
@@ -270,7 +282,9 @@ def test_writing_again_replaces_the_first(tmp_path: Path, exporter: Exporter, de
     assert held == {can.widths[-1]} or not held
 
 
-def test_any_damaged_file_is_reported(tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable) -> None:
+def test_any_damaged_file_is_reported(
+    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+) -> None:
     paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=random_map(table, (4,)), denoiser=denoiser))
     for path in paths:
         whole = path.read_bytes()

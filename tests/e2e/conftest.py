@@ -39,12 +39,12 @@ allocator = "omq"
 [[methods]]
 name = "ilp-layer"
 allocator = "ilp-layer"
-codebook = "auto"
+scheme = "auto"
 bias_correction = true
 [[methods]]
 name = "ilp-channel"
 allocator = "ilp-channel"
-codebook = "auto"
+scheme = "auto"
 bias_correction = true
 [evaluate]
 samples = 8

@@ -16,7 +16,9 @@ PRELOADED = (
 """What any verb may import. That verbs import no more than they need is tested elsewhere, in new processes."""
 
 
-def run(arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """``mpqsearch <arguments>`` in ``folder``; output goes to two files and comes back as text."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))

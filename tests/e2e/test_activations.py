@@ -38,22 +38,22 @@ act_bits = 4
 [[methods]]
 name = "ours-a4"
 allocator = "ilp-channel"
-codebook = "auto"
+scheme = "auto"
 bias_correction = true
 act_bits = 4
 [[methods]]
-name = "ours-a4-prescaled"
+name = "ours-a4-smoothed"
 allocator = "ilp-channel"
-codebook = "auto"
-prescale = true
+scheme = "auto"
+smooth = true
 bias_correction = true
 act_bits = 4
 [[methods]]
 name = "ours-a4-by-layer"
 allocator = "ilp-channel"
-codebook = "auto"
-prescale = true
-prescale_by_layer = true
+scheme = "auto"
+smooth = true
+smooth_by_layer = true
 bias_correction = true
 act_bits = 4
 """
@@ -66,7 +66,7 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     study.write_text(text[:start] + METHODS + text[end:])
     options = (
         "--set",
-        "calibration.prescale=true",
+        "calibration.smooth=true",
         "--set",
         "calibration.activation_bits=[4]",
         "--set",
@@ -88,22 +88,29 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "omq-released": 4,
             "omq-plus": 4,
             "ours-a4": 4,
-            "ours-a4-prescaled": 4,
+            "ours-a4-smoothed": 4,
             "ours-a4-by-layer": 4,
         }
         error = {m: float(rows[m, budget]["paired_mse"]) for m in acts}
         assert error["uniform-a4"] > error["uniform"], "four bits for the activations must show in the samples"
         size = {m: int(rows[m, budget]["size_bytes"]) for m in acts}
-        assert size["uniform"] < size["uniform-a4"] < size["uniform-a6-steps"], "scales are stored, one a step more than one"
-        assert max(size["ours-a4"], size["ours-a4-prescaled"]) <= size["uniform-a4"]
-        assert size["ours-a4-by-layer"] == size["ours-a4-prescaled"], "a strength says how factors were made, and is not stored"
-        maps = [json.loads((tmp_path / f"r/allocations/{m}@uniform-{budget[0]}/bitmap.json").read_text())["data"] for m in acts]
-        strengths = {
-            m: {e["quantizer"]["strength"] for e in d["layers"].values() if "quantizer" in e}
+        assert size["uniform"] < size["uniform-a4"] < size["uniform-a6-steps"], (
+            "scales are stored, one a step more than one"
+        )
+        assert max(size["ours-a4"], size["ours-a4-smoothed"]) <= size["uniform-a4"]
+        assert size["ours-a4-by-layer"] == size["ours-a4-smoothed"], (
+            "a alpha says how factors were made, and is not stored"
+        )
+        maps = [
+            json.loads((tmp_path / f"r/allocations/{m}@uniform-{budget[0]}/bitmap.json").read_text())["data"]
+            for m in acts
+        ]
+        alphas = {
+            m: {e["quantizer"]["alpha"] for e in d["layers"].values() if "quantizer" in e}
             for m, d in zip(acts, maps, strict=True)
         }
-        assert len(strengths.pop("ours-a4-by-layer")) > 1, "layers differ in the strength that suits them"
-        assert not any(strengths.values())
+        assert len(alphas.pop("ours-a4-by-layer")) > 1, "layers differ in the alpha that suits them"
+        assert not any(alphas.values())
     bit_map = json.loads((tmp_path / "r/allocations/uniform-a6-steps@uniform-3/bitmap.json").read_text())["data"]
     assert bit_map["activation_steps"] == 3
     assert bit_map["layers"]["conv_in"]["activation_bits"] == 8

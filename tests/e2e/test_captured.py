@@ -27,7 +27,16 @@ def test_a_prompted_pipeline_is_profiled_and_allocated_from_recorded_calls(cli: 
     folder = tiny_prompted_pipeline(tmp_path / "sd")
     record(folder, tmp_path / "calls.safetensors")
     captured = ["--set", 'calibration.captured="calls.safetensors"']
-    common = ["--model", folder, "--run-dir", "r", "--set", "calibration.probe_inputs=2", "--set", "quantizer.n_candidates=8"]
+    common = [
+        "--model",
+        folder,
+        "--run-dir",
+        "r",
+        "--set",
+        "calibration.probe_inputs=2",
+        "--set",
+        "quantizer.n_candidates=8",
+    ]
     alone = cli("profile", *common)
     assert alone.returncode == 2
     assert "Record calls of its pipeline" in alone.stderr

@@ -27,7 +27,16 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     with (tmp_path / "r/pareto.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     assert {r["method"] for r in rows} == {"full-precision", "uniform", "omq", "ilp-layer", "ilp-channel"}
-    for column in ("model", "granularity", "target_bits", "average_bits", "size_bytes", "act_bits", "fd_data", "fd_data_low"):
+    for column in (
+        "model",
+        "granularity",
+        "target_bits",
+        "average_bits",
+        "size_bytes",
+        "act_bits",
+        "fd_data",
+        "fd_data_low",
+    ):
         assert column in rows[0]
     for column in ("fd_fp", "paired_psnr", "n_samples", "seeds", "seconds"):
         assert all(r[column] for r in rows if r["method"] != "full-precision")
@@ -99,7 +108,7 @@ def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path
         (("allocate", "--budget", "20bit"), 2, "above full precision"),
         (("layers", "--model", "nowhere", "--run-dir", "elsewhere"), 2, "unknown model 'nowhere'"),
         (("layers", "--set", "model.sauce=1"), 2, "did you mean 'source'"),
-        (("layers", "--set", "policy.pinned={nolayer=4}", "--run-dir", "other"), 2, "unknown layer 'nolayer'"),
+        (("layers", "--set", "policy.overrides={nolayer=4}", "--run-dir", "other"), 2, "unknown layer 'nolayer'"),
         (("export", "--target", "quantto"), 2, "did you mean 'quanto'"),
         (("export", "--method", "nope"), 2, "unknown method 'nope'"),
         (("quantize", "--method", "ilp-chanel"), 2, "did you mean 'ilp-channel'"),

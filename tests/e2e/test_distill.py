@@ -65,8 +65,29 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
 
 
 def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, tmp_path: Path) -> None:
-    call = ("distill", "-c", study, "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL, "--set", "distill.steps=4")
-    call = (*call, "--set", "distill.check_every=2", "--set", "distill.check_samples=6", "--set", "distill.lr_factor=1000")
+    call = (
+        "distill",
+        "-c",
+        study,
+        "-o",
+        "run",
+        "--method",
+        "uniform",
+        "--budget",
+        "uniform:3",
+        *SMALL,
+        "--set",
+        "distill.steps=4",
+    )
+    call = (
+        *call,
+        "--set",
+        "distill.check_every=2",
+        "--set",
+        "distill.check_samples=6",
+        "--set",
+        "distill.lr_factor=1000",
+    )
     done = cli(*call, "--json", "--set", "distill.explosion=1e9", "--set", "distill.clip_norm=0")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
@@ -93,7 +114,11 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     )
     log = tmp_path / "run/distilled/uniform@uniform-3/train.jsonl"
     deadline = time.monotonic() + 240
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (log.exists() and len(log.read_text().splitlines()) >= 3)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)

@@ -39,7 +39,9 @@ def lines_of(page: Path) -> list[str]:
     """Code lines of a page: indented by four or fenced, continuation lines joined, comments cut."""
     text = page.read_text()
     fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    indented = re.findall(r"^(?: {4}.*\n?)+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    indented = re.findall(
+        r"^(?: {4}.*\n?)+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
     joined = "\n".join([*fenced, *indented]).replace("\\\n", " ")
     return [re.sub(r"\s+#.*", "", line).strip() for line in joined.splitlines()]
 
@@ -47,7 +49,9 @@ def lines_of(page: Path) -> list[str]:
 COMMANDS = list(dict.fromkeys(line for page in PAGES for line in lines_of(page) if line.startswith("mpqsearch ")))
 QUICKSTART = "mpqsearch run studies/quickstart.toml"
 """What `make quickstart` runs."""
-SCRIPTS = list(dict.fromkeys(line for page in PAGES for line in lines_of(page) if line.startswith(("python ", "make "))))
+SCRIPTS = list(
+    dict.fromkeys(line for page in PAGES for line in lines_of(page) if line.startswith(("python ", "make ")))
+)
 BLOCKS = [(p, b) for p in PAGES for b in re.findall(r"^```python\n(.*?)^```", p.read_text(), re.DOTALL | re.MULTILINE)]
 
 
@@ -88,7 +92,9 @@ def test_every_script_and_target_that_a_page_names_exists(line: str) -> None:
     compile(script.read_text(), str(script), "exec")
 
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{p.relative_to(ROOT)}-{i}" for i, (p, _) in enumerate(BLOCKS)])
+@pytest.mark.parametrize(
+    ("page", "block"), BLOCKS, ids=[f"{p.relative_to(ROOT)}-{i}" for i, (p, _) in enumerate(BLOCKS)]
+)
 def test_python_blocks_compile_and_import_what_exists(page: Path, block: str) -> None:
     tree = compile(block, str(page), "exec", flags=ast.PyCF_ONLY_AST)
     imports = [line for line in block.splitlines() if re.match(r"(from mpqsearch|import mpqsearch)", line)]

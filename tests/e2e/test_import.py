@@ -13,12 +13,18 @@ from tests.e2e.conftest import Cli
 @pytest.mark.slow
 def test_a_map_of_another_tool_is_measured_exported_and_searched_from(cli: Cli, study: Path, tmp_path: Path) -> None:
     layers = json.loads(cli("layers", "-c", study, "--run-dir", "r", "--json").stdout)["layers"]
-    theirs = {la["name"]: {"weights": "qint8" if i % 3 else "qint4", "activations": "none"} for i, la in enumerate(layers)}
+    theirs = {
+        la["name"]: {"weights": "qint8" if i % 3 else "qint4", "activations": "none"} for i, la in enumerate(layers)
+    }
     (tmp_path / "quanto_qmap.json").write_text(json.dumps(theirs))
     found = cli("import", "quanto_qmap.json", "-c", study, "--run-dir", "r", "--name", "theirs", "--json")
     assert found.returncode == 0, found.stderr
     data = json.loads(found.stdout)
-    assert (data["source"], data["quantized_layers"], data["file"]) == ("quanto", len(layers), "r/imports/theirs/bitmap.json")
+    assert (data["source"], data["quantized_layers"], data["file"]) == (
+        "quanto",
+        len(layers),
+        "r/imports/theirs/bitmap.json",
+    )
     assert "reused" in cli("import", "quanto_qmap.json", "-c", study, "--run-dir", "r", "--name", "theirs").stderr
     assert "4 bits" in cli("inspect", data["file"]).stdout
 
@@ -31,11 +37,15 @@ def test_a_map_of_another_tool_is_measured_exported_and_searched_from(cli: Cli, 
     assert rows["theirs"]["metrics"]["paired_psnr"]["value"] > 0
 
     named = ["--set", f"allocate.maps.theirs={data['file']}"]
-    out = cli("export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "mixdq", "--verify")
+    out = cli(
+        "export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "mixdq", "--verify"
+    )
     assert out.returncode == 0, out.stderr
     assert "NOT verified by its consumer" in out.stderr
     lines = (tmp_path / "r/export/mixdq/mixdq_weight.yaml").read_text().splitlines()
-    assert {line for line in lines if not line.startswith("#")} == {f"model.{n}: {t['weights'][4:]}" for n, t in theirs.items()}
+    assert {line for line in lines if not line.startswith("#")} == {
+        f"model.{n}: {t['weights'][4:]}" for n, t in theirs.items()
+    }
 
     searched = cli(
         "search", "-c", study, "--run-dir", "r", "--start-from", data["file"], "--trials", "2", "--json",

@@ -20,5 +20,7 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     assert not any(c.get("outputs") for c in cells), "outputs stay out of the repository"
     script = tmp_path / "notebook.py"
     script.write_text(code)
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False)
+    out = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False
+    )
     assert out.returncode == 0, out.stderr[-3000:]

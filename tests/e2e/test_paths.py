@@ -25,8 +25,8 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
         "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
-    pinned = 'policy.pinned={"block.0.linear" = 8}'
-    asked = ["allocate", "-c", str(study), "--run-dir", "r", "--set", pinned, "--path", "--explain", "--json"]
+    overrides = 'policy.overrides={"block.0.linear" = 8}'
+    asked = ["allocate", "-c", str(study), "--run-dir", "r", "--set", overrides, "--path", "--explain", "--json"]
     out = subprocess.run(
         [sys.executable, "-c", code, *asked], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
     )
@@ -59,7 +59,7 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
     for point in layer_path["points"][1:]:
         widths |= dict.fromkeys(point["layers"], point["bits"])
     assert set(widths.values()) <= {2, 3, 4, 8}
-    assert FIRST not in widths, "pinned layers are no part of the path"
+    assert FIRST not in widths, "overrides layers are no part of the path"
 
     assert len(told["explanations"]) == 4
     for one in told["explanations"]:
@@ -76,11 +76,11 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
             assert ("fixed", [FIRST]) in [(price["kind"], price["items"]) for price in one["prices"]]
             assert all(price["price"] >= -1e-9 * one["loss"] for price in one["prices"])
 
-    shown = cli("allocate", "-c", study, "--run-dir", "r", "--set", pinned, "--path", "--explain")
+    shown = cli("allocate", "-c", study, "--run-dir", "r", "--set", overrides, "--path", "--explain")
     assert shown.returncode == 0, shown.stderr
     assert "answered without solving again" in shown.stdout
     assert "one more bit saves" in shown.stdout
-    assert "what pins and ties cost" in shown.stdout
+    assert "what overrides and ties cost" in shown.stdout
     assert cli("inspect", "r/paths/ilp-layer.json", "--json").returncode == 0
 
 
@@ -95,7 +95,9 @@ def test_a_study_without_a_program_has_no_path(cli: Cli, study: Path) -> None:
 
 def test_layers_that_are_tied_move_together(cli: Cli, study: Path, tmp_path: Path) -> None:
     table = tiny_table(n_layers=8, channels=20, fan_in=40)
-    tied = replace(table, layers=tuple(replace(la, tie="qkv") if i in (2, 3) else la for i, la in enumerate(table.layers)))
+    tied = replace(
+        table, layers=tuple(replace(la, tie="qkv") if i in (2, 3) else la for i, la in enumerate(table.layers))
+    )
     saved_profile(tmp_path / "r", study, tied, tiny_profile(tied, (2, 3, 4, 8)))
     asked = ("allocate", "-c", study, "--run-dir", "r", "--path", "--explain", "--json")
     out = cli(*asked)
@@ -108,4 +110,6 @@ def test_layers_that_are_tied_move_together(cli: Cli, study: Path, tmp_path: Pat
         names = ", ".join(row["layer"] for row in one["layers"])
         assert "block.2.linear" in names
         if one["method"] == "ilp-layer":
-            assert ("tie", ["block.2.linear", "block.3.linear"]) in [(price["kind"], price["items"]) for price in one["prices"]]
+            assert ("tie", ["block.2.linear", "block.3.linear"]) in [
+                (price["kind"], price["items"]) for price in one["prices"]
+            ]

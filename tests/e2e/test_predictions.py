@@ -9,7 +9,14 @@ from mpqsearch import artifacts
 from mpqsearch.testing import tiny_unet
 from tests.e2e.conftest import Cli
 
-SHORT = ("--set", "calibration.final_widths=[]", "--set", "calibration.sampler_seeds=1", "--set", "calibration.context_seeds=3")
+SHORT = (
+    "--set",
+    "calibration.final_widths=[]",
+    "--set",
+    "calibration.sampler_seeds=1",
+    "--set",
+    "calibration.context_seeds=3",
+)
 
 
 def test_a_profile_for_predictions_predicts_and_does_not_choose(cli: Cli, study: Path, tmp_path: Path) -> None:
@@ -19,12 +26,14 @@ def test_a_profile_for_predictions_predicts_and_does_not_choose(cli: Cli, study:
     assert json.loads(made.stdout)["calibration"]["spec"]["prediction_only"] is True
     shown = cli("inspect", "r/profile.json")
     assert shown.returncode == 0, shown.stderr
-    assert "loss slope, codebook auto" in shown.stdout
+    assert "loss slope, scheme auto" in shown.stdout
     asked = ("allocate", *only, "--set", "calibration.prediction_only=true")
     refused = cli(*asked)
     assert refused.returncode == 2
     assert "made for predictions alone" in refused.stderr
-    uniform = artifacts.read_json(tmp_path / "r/allocations/uniform@uniform-3/allocation.json", "mpqsearch/allocation").data
+    uniform = artifacts.read_json(
+        tmp_path / "r/allocations/uniform@uniform-3/allocation.json", "mpqsearch/allocation"
+    ).data
     assert uniform["predicted_loss"] != 0
     wrong = cli("profile", *only, "--prediction-only", "--weights-only")
     assert wrong.returncode == 2
@@ -33,9 +42,7 @@ def test_a_profile_for_predictions_predicts_and_does_not_choose(cli: Cli, study:
 
 def test_gains_are_measured_again_at_a_bit_map(cli: Cli, study: Path, tmp_path: Path) -> None:
     text = study.read_text()
-    careful = (
-        '[[methods]]\nname = "careful"\nallocator = "ilp-layer"\ncodebook = "auto"\nbias_correction = true\nloss = "operating"\n'
-    )
+    careful = '[[methods]]\nname = "careful"\nallocator = "ilp-layer"\nscheme = "auto"\nbias_correction = true\nloss = "operating"\n'
     first = ("-c", study, "--run-dir", "r", *SHORT)
     made = cli("allocate", *first, "--budget", "uniform:3")
     assert made.returncode == 0, made.stderr
@@ -43,7 +50,7 @@ def test_gains_are_measured_again_at_a_bit_map(cli: Cli, study: Path, tmp_path: 
     before = (tmp_path / "r/profile.npz").read_bytes()
     found = cli("profile", *first, "--at", at)
     assert found.returncode == 0, found.stderr
-    assert "loss operating, codebook auto" in found.stdout
+    assert "loss operating, scheme auto" in found.stdout
     bit_map = artifacts.load_bit_map(at)
     path = tmp_path / f"r/profile-at-{bit_map.digest[:12]}.json"
     updated = artifacts.load_profile(path)

@@ -1,4 +1,4 @@
-"""Compensated rounding through the command line: evaluation, the model that is written, training, and what a search may choose."""
+"""GPTQ rounding through the command line: evaluation, the model that is written, training, and what a search may choose."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ METHODS = """
 [[methods]]
 name = "plain"
 allocator = "ilp-layer"
-codebook = "auto"
+scheme = "auto"
 bias_correction = true
 [[methods]]
-name = "compensated"
+name = "gptq"
 allocator = "ilp-layer"
-codebook = "auto"
+scheme = "auto"
 bias_correction = true
-rounding = "compensated"
+rounding = "gptq"
 [search]
 trials = 2
 samples = 4
@@ -29,7 +29,7 @@ inputs = 0
 final_samples = 4
 method = "plain"
 [search.space]
-rounding = ["base", "compensated"]
+rounding = ["base", "gptq"]
 """
 
 
@@ -43,25 +43,26 @@ def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path
     assert first.returncode == 0, first.stderr
     with (tmp_path / "r/pareto.csv").open() as handle:
         rows = {r["method"]: r for r in csv.DictReader(handle)}
-    assert rows["plain"]["size_bytes"] == rows["compensated"]["size_bytes"], "rounding takes no storage"
+    assert rows["plain"]["size_bytes"] == rows["gptq"]["size_bytes"], "rounding takes no storage"
     # Which is better means nothing on four random layers of noise (tests/unit/quant has what it promises); that it is done shows.
-    assert abs(float(rows["compensated"]["paired_psnr"]) - float(rows["plain"]["paired_psnr"])) > 0.01
+    assert abs(float(rows["gptq"]["paired_psnr"]) - float(rows["plain"]["paired_psnr"])) > 0.01
     maps = {
-        m: json.loads((tmp_path / f"r/allocations/{m}@uniform-2/bitmap.json").read_text())["data"] for m in ("plain", "compensated")
+        m: json.loads((tmp_path / f"r/allocations/{m}@uniform-2/bitmap.json").read_text())["data"]
+        for m in ("plain", "gptq")
     }
-    assert maps["compensated"]["defaults"]["rounding"] == "compensated"
+    assert maps["gptq"]["defaults"]["rounding"] == "gptq"
     assert "rounding" not in maps["plain"]["defaults"]
     found = json.loads((tmp_path / "r/search/search.json").read_text())["data"]
-    assert {t["params"]["rounding"] for t in found["trials_table"]} == {"base", "compensated"}
+    assert {t["params"]["rounding"] for t in found["trials_table"]} == {"base", "gptq"}
     assert found["distinct_maps"] == 2, "one map a rounding"
     again = cli("run", study, *options)
     assert again.returncode == 0, again.stderr
     assert "search: reused" in again.stderr
-    written = cli("quantize", "--config", study, *options, "--method", "compensated", "--budget", "uniform:2")
+    written = cli("quantize", "--config", study, *options, "--method", "gptq", "--budget", "uniform:2")
     assert written.returncode == 0, written.stderr
     trained = cli(
-        "distill", "--config", study, *options, "--method", "compensated", "--budget", "uniform:2", "--set", "distill.steps=4"
+        "distill", "--config", study, *options, "--method", "gptq", "--budget", "uniform:2", "--set", "distill.steps=4"
     )
     assert trained.returncode == 0, trained.stderr
     before = json.loads((tmp_path / "r/distilled/compensated@uniform-2/metrics.json").read_text())["data"]["before"]
-    assert before["paired_psnr"]["value"] == pytest.approx(float(rows["compensated"]["paired_psnr"]), abs=0.3)
+    assert before["paired_psnr"]["value"] == pytest.approx(float(rows["gptq"]["paired_psnr"]), abs=0.3)

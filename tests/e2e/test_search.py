@@ -25,14 +25,16 @@ low_bits = [-1.0, 1.0]
 granularity = ["channel", "layer"]
 """
 TRAINING = '[distill]\nmethods = ["search"]\nbudgets = ["uniform:3"]\nsteps = 2\nbatch = 2\nwindow = 1\n'
-METHOD = '[[methods]]\nname = "search"\nallocator = "search"\ncodebook = "auto"\nbias_correction = true\n'
+METHOD = '[[methods]]\nname = "search"\nallocator = "search"\nscheme = "auto"\nbias_correction = true\n'
 
 
 @pytest.fixture
 def study(model_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(
-        STUDY.format(source=json.dumps(str(model_folder))).replace("[evaluate]", METHOD + "[evaluate]") + SEARCH + TRAINING
+        STUDY.format(source=json.dumps(str(model_folder))).replace("[evaluate]", METHOD + "[evaluate]")
+        + SEARCH
+        + TRAINING
     )
     return path
 
@@ -50,7 +52,9 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
     assert "plain" in first.stdout
     assert "uniform:3" in first.stdout
 
-    done = cli("run", str(study), "--run-dir", str(folder))  # six trials are asked for: two more, then the rest of the study
+    done = cli(
+        "run", str(study), "--run-dir", str(folder)
+    )  # six trials are asked for: two more, then the rest of the study
     assert done.returncode == 0, done.stderr
     assert "continuing at 4 of 6" in done.stderr
     data = results(folder)
@@ -61,7 +65,9 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
         assert arms == ["uniform", "random", "shuffled", "kurtosis", "plain", "search"]
         assert all(r["size_bytes"] <= entry["rows"][0]["size_bytes"] + 1 for r in entry["rows"])
         assert entry["rows"][-1]["final"] > 0  # chosen among the best few on seeds of its own
-        assert entry["rows"][-1]["lead"] > 1 or entry["rows"][-1]["paired"] == entry["rows"][-2]["paired"]  # or the plain map
+        assert (
+            entry["rows"][-1]["lead"] > 1 or entry["rows"][-1]["paired"] == entry["rows"][-2]["paired"]
+        )  # or the plain map
         assert len(entry["refinement"]["rounds"]) == 1
         assert entry["refinement"]["rounds"][0]["tried"]
     page = (folder / "report.html").read_text()
@@ -97,7 +103,15 @@ def test_workers_share_a_study_and_secrets_stay_secret(cli: Cli, study: Path, tm
     assert watched.returncode == 0, watched.stderr
 
     refused = cli(
-        "search", "-c", str(study), "--run-dir", str(tmp_path / "b"), "--workers", "2", "--storage", f"sqlite:///{tmp_path}/a.db"
+        "search",
+        "-c",
+        str(study),
+        "--run-dir",
+        str(tmp_path / "b"),
+        "--workers",
+        "2",
+        "--storage",
+        f"sqlite:///{tmp_path}/a.db",
     )
     assert refused.returncode == 2
     assert "no row locks" in refused.stderr

@@ -30,7 +30,9 @@ print("WIDTHS", json.dumps(globals().get("widths")))
 
 
 def code_of(target: str) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", (PAGES / f"{target}.md").read_text(), re.DOTALL | re.MULTILINE))
+    return "\n".join(
+        re.findall(r"^```python\n(.*?)^```", (PAGES / f"{target}.md").read_text(), re.DOTALL | re.MULTILINE)
+    )
 
 
 def test_every_target_has_a_page_and_the_index_names_it() -> None:
@@ -57,7 +59,9 @@ def test_the_code_of_a_page_loads_the_export(target: str, tmp_path: Path) -> Non
     script = SCRIPT.format(folder=str(tmp_path), code=code_of(target))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("WIDTHS ")).removeprefix("WIDTHS "))
+    said = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("WIDTHS ")).removeprefix("WIDTHS ")
+    )
     if (tmp_path / MANIFEST).is_file() and said is not None:
         plan = {p["layer"]: p["will_get"] for p in read_json(tmp_path / MANIFEST, "mpqsearch/export").data["plan"]}
         assert said == {n: w for n, w in plan.items() if w != FULL_PRECISION}

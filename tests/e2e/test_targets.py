@@ -36,7 +36,7 @@ probe_inputs = 2
 probes = 1
 sampler_seeds = 2
 sampler_probes = 1
-codebooks = ["affine"]
+schemes = ["asymmetric"]
 [allocate]
 budgets = ["6bit"]
 [[methods]]
@@ -93,7 +93,9 @@ def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path)
         table = read_json(folder / "r/layers.json", "mpqsearch/layers")
         from mpqsearch.core import LayerTable
 
-        job = ExportJob(table=LayerTable.from_data(table.data), bit_map=neutral.bit_map, choices=choices, rounding="error")
+        job = ExportJob(
+            table=LayerTable.from_data(table.data), bit_map=neutral.bit_map, choices=choices, rounding="error"
+        )
         plan = GgufExporter().plan(job)
         assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
         assert GgufExporter().promise(job, plan).total == data["size_bits"]
@@ -149,7 +151,9 @@ def test_interactions_are_probed_when_asked(folder: Path) -> None:
     stale = call(folder, "allocate", "--target", "gguf", "-b", "7bit").exception
     assert isinstance(stale, StaleArtifactError)
     assert "probes (" in str(stale)
-    refused = call(folder, "allocate", "--target", "gguf", "-b", "5.9bit", "--set", "allocate.target_probes=-1").exception
+    refused = call(
+        folder, "allocate", "--target", "gguf", "-b", "5.9bit", "--set", "allocate.target_probes=-1"
+    ).exception
     assert "at least 0" in str(refused)
 
 
@@ -160,7 +164,11 @@ def read_sizes(folder: Path) -> dict[str, dict[str, str]]:
 
 def test_a_difference_ends_with_exit_code_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(folder, "export", "--target", "gguf").exit_code == 0
-    entries = (VerifyEntry(layer="x", asked="4", planned=4, got=8, planned_choice="Q4_0", got_choice="Q8_0", reason="resolved"),)
+    entries = (
+        VerifyEntry(
+            layer="x", asked="4", planned=4, got=8, planned_choice="Q4_0", got_choice="Q8_0", reason="resolved"
+        ),
+    )
     monkeypatch.setattr(GgufExporter, "verify", lambda *_: Verification(target="gguf", entries=entries))
     shown = call(folder, "export", "--target", "gguf", "--verify")
     assert shown.exit_code == 1
@@ -200,7 +208,9 @@ def test_a_map_made_for_something_else_is_solved_again_at_its_size(folder: Path)
     data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
     assert data["accounted_bits"] > data["ideal_bits"]
     row = read_sizes(folder)["gguf"]
-    assert float(row["stored_bits_per_parameter"]) == pytest.approx(data["accounted_bits"] / data["n_parameters"], abs=1e-3)
+    assert float(row["stored_bits_per_parameter"]) == pytest.approx(
+        data["accounted_bits"] / data["n_parameters"], abs=1e-3
+    )
 
 
 def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +227,13 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
         assert "holds every map as it is" in str(call(folder, *arguments).exception)
     assert "name at least one" in str(call(folder, "export", "--allocated").exception)
     monkeypatch.setattr(GgufExporter, "imports", ("gguf", "no_such_library"))
-    for arguments in (("allocate", "--target", "gguf", "-b", "7.5bit"), ("export", "--target", "gguf", "-b", "7.5bit", "--verify")):
-        assert "no_such_library is not installed. Run: pip install gguf libgguf" in str(call(folder, *arguments).exception)
+    for arguments in (
+        ("allocate", "--target", "gguf", "-b", "7.5bit"),
+        ("export", "--target", "gguf", "-b", "7.5bit", "--verify"),
+    ):
+        assert "no_such_library is not installed. Run: pip install gguf libgguf" in str(
+            call(folder, *arguments).exception
+        )
 
 
 def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> None:

@@ -19,7 +19,8 @@ ROUNDING = 1e-12  # two float64 sums of a few losses in different orders
 
 
 @pytest.fixture(
-    params=["numpy", pytest.param("numba", marks=pytest.mark.skipif(not has_numba(), reason="no numba"))], scope="module"
+    params=["numpy", pytest.param("numba", marks=pytest.mark.skipif(not has_numba(), reason="no numba"))],
+    scope="module",
 )
 def backend(request):
     previous = use_backend(request.param)
@@ -81,7 +82,9 @@ def test_scaling_shifting_and_reordering_leave_the_optimum(problem, decade, fact
     """P5: units, constants per item and the order of items and choices are not part of the problem."""
     reference = solve(problem)
     scaled = solve(
-        AllocationProblem(loss=problem.loss * 10.0**decade, cost=problem.cost, limit=problem.limit, allowed=problem.allowed)
+        AllocationProblem(
+            loss=problem.loss * 10.0**decade, cost=problem.cost, limit=problem.limit, allowed=problem.allowed
+        )
     )
     assert scaled.loss == pytest.approx(reference.loss * 10.0**decade, rel=ROUNDING, abs=0)
     if int(problem.cost.max()) < 10**9:
@@ -136,10 +139,15 @@ def test_dominated_and_duplicated_choices_change_nothing(problem):
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_the_core_is_never_worse_than_greedy_and_ties_and_pins_equal_brute_force(problem, seed):
-    """P9: ties merge rows, pins reduce the budget."""
+    """P9: ties merge rows, overrides reduce the budget."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(-1, 2, problem.n_items)
-    tied = {"loss": problem.loss, "cost": problem.cost, "ties": labels, "fixed": {0: int(rng.integers(problem.n_choices))}}
+    tied = {
+        "loss": problem.loss,
+        "cost": problem.cost,
+        "ties": labels,
+        "fixed": {0: int(rng.integers(problem.n_choices))},
+    }
     smallest = smallest_attainable(AllocationProblem(**tied, limit=0), 0)
     free = AllocationProblem(**tied, limit=max(problem.limit, smallest))
     try:

@@ -130,12 +130,19 @@ def test_a_false_claim_under_layer_rules_is_found_out(problem):
     if problem.n_choices**problem.n_items > 3000:
         return
     assert verify_certificate(problem, best).proof != "weaker"
-    grid = np.stack(np.meshgrid(*[np.arange(problem.n_choices)] * problem.n_items, indexing="ij"), -1).reshape(-1, problem.n_items)
+    grid = np.stack(np.meshgrid(*[np.arange(problem.n_choices)] * problem.n_items, indexing="ij"), -1).reshape(
+        -1, problem.n_items
+    )
     for choice in grid:
         loss, costs = problem.evaluate(choice)
         if problem.permits(choice) and costs[0] <= problem.limit and loss > best.loss * (1 + 1e-9):
             forged = replace(
-                best, choice=choice.astype(np.int32), loss=loss, cost=costs[0], costs={"cost": costs[0]}, lower_bound=loss
+                best,
+                choice=choice.astype(np.int32),
+                loss=loss,
+                cost=costs[0],
+                costs={"cost": costs[0]},
+                lower_bound=loss,
             )
             assert not verify_certificate(problem, forged)
             return
@@ -197,7 +204,7 @@ def test_layer_rules_in_an_integer_program(problem):
 @settings(max_examples=60, deadline=None)
 @given(layered(), SEEDS, st.booleans())
 def test_layer_rules_beside_other_budgets_pins_masks_and_ties(problem, seed, tied):
-    """Every combination is one problem: BOPs that follow the width, a latency that does not, pins, masks, ties."""
+    """Every combination is one problem: BOPs that follow the width, a latency that does not, overrides, masks, ties."""
     rng = np.random.default_rng(seed)
     layer, width, n = problem.layers.layer, problem.layers.width, problem.n_items
     bops = (rng.integers(1, 9, layer.max() + 1)[layer][:, None] * width * 3).astype(np.int64)
@@ -267,10 +274,16 @@ def test_pairwise_terms(problem):
 def test_pairwise_terms_beside_other_budgets_and_layer_rules(problem, seed):
     rng = np.random.default_rng(seed)
     table = rng.integers(0, 9, problem.cost.shape)
-    more = (CostBudget(name="latency", cost=table, limit=int(rng.integers(table.min(axis=1).sum(), table.max(axis=1).sum() + 1))),)
+    more = (
+        CostBudget(
+            name="latency", cost=table, limit=int(rng.integers(table.min(axis=1).sum(), table.max(axis=1).sum() + 1))
+        ),
+    )
     layers = None
     if seed % 2:
-        layers = LayerRules(layer=np.arange(problem.n_items) // 2, width=np.arange(problem.n_choices) + 2.0, max_distinct=1)
+        layers = LayerRules(
+            layer=np.arange(problem.n_items) // 2, width=np.arange(problem.n_choices) + 2.0, max_distinct=1
+        )
     asked = replace(problem, more_budgets=more, layers=layers)
     try:
         oracle = solve(asked, solver="exhaustive")
@@ -316,7 +329,10 @@ def test_many_pairwise_terms_beside_two_binding_budgets(coupling, most):
     layers = LayerRules(layer=np.arange(n) // 2, width=bits.astype(float), max_distinct=1)
     with pytest.raises(ConfigError, match="too many for an integer program"):
         crowded = replace(
-            problem, pairwise=PairwiseTerms(first=np.tile(first, 30), second=np.tile(second, 30), value=np.tile(value, (30, 1, 1)))
+            problem,
+            pairwise=PairwiseTerms(
+                first=np.tile(first, 30), second=np.tile(second, 30), value=np.tile(value, (30, 1, 1))
+            ),
         )
         solve(replace(crowded, layers=layers))
 

@@ -15,7 +15,7 @@ def test_five_lines_from_a_model_to_a_picture() -> None:
     model = tiny_denoiser()
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     policy, sampler = Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=4)
-    calibration = CalibrationSpec(samples=2, probe_inputs=2, probes=1, codebooks=("auto",), prescale=False)
+    calibration = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=("auto",), smooth=False)
     profile = mpq.profile_model(
         model, policy=policy, sampler=sampler, calibration=calibration, quantizer=QuantFormat(n_candidates=8)
     )

@@ -25,7 +25,9 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
         artifacts.read_json(path, "mpqsearch/profile")
     with pytest.raises(ArtifactError, match="NaN"):
         artifacts.write_json(path, "mpqsearch/metrics", {"x": float("nan")}, {})
-    assert artifacts.read_json(path, "mpqsearch/metrics").data == {"x": [1, 2]}, "the refused write must not touch the file"
+    assert artifacts.read_json(path, "mpqsearch/metrics").data == {"x": [1, 2]}, (
+        "the refused write must not touch the file"
+    )
     with pytest.raises(ArtifactError, match="does not exist"):
         artifacts.read_json(tmp_path / "none.json", "mpqsearch/metrics")
 
@@ -52,7 +54,9 @@ def test_stale_outputs_name_the_inputs_that_differ(tmp_path: Path) -> None:
     assert not artifacts.is_current(path, "mpqsearch/metrics", {"model": "a" * 64})
     artifacts.write_json(path, "mpqsearch/metrics", {}, {"model": "a" * 64, "sampler": "s"})
     assert artifacts.is_current(path, "mpqsearch/metrics", {"model": "a" * 64, "sampler": "s"})
-    with pytest.raises(StaleArtifactError, match=r"model \(aaaaaaaaaa on disk, bbbbbbbbbb now\).*--overwrite") as caught:
+    with pytest.raises(
+        StaleArtifactError, match=r"model \(aaaaaaaaaa on disk, bbbbbbbbbb now\).*--overwrite"
+    ) as caught:
         artifacts.is_current(path, "mpqsearch/metrics", {"model": "b" * 64, "sampler": "s"})
     assert "sampler" not in str(caught.value)
     assert caught.value.exit_code == 4
@@ -88,7 +92,7 @@ def test_profile_round_trip_checks_its_arrays(tmp_path: Path) -> None:
     back = artifacts.load_profile(path)
     assert back.names == profile.names
     assert back.variants == profile.variants
-    assert {"affine", "affine+prescale", "auto"} <= set(back.variants)
+    assert {"asymmetric", "asymmetric+smooth", "auto"} <= set(back.variants)
     for key, array in profile.arrays.items():
         np.testing.assert_array_equal(back.arrays[key], array)
     side = path.with_suffix(".npz")

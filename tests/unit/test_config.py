@@ -53,7 +53,9 @@ def test_mistakes_are_named(data: dict[str, object], message: str) -> None:
 
 
 def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
-    config = load_config(None, ["evaluate.samples=16", "model.source=fmnist-dit", "policy.widths=[2, 4]", "policy.roles.time=8"])
+    config = load_config(
+        None, ["evaluate.samples=16", "model.source=fmnist-dit", "policy.widths=[2, 4]", "policy.roles.time=8"]
+    )
     assert (config.evaluate.samples, config.model.source, config.policy.widths) == (16, "fmnist-dit", (2, 4))
     assert config.policy.roles == {"time": 8}
     for bad in ("samples=3", "evaluate.samples", "=3"):
@@ -68,7 +70,9 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
 
 def test_a_search_is_checked_when_it_is_read() -> None:
     method = [{"name": "ilp", "allocator": "ilp-layer"}, {"name": "found", "allocator": "search"}]
-    good = config_from({"methods": method, "search": {"trials": 5, "space": {"exponent": [0.5, 2.0], "codebook": "auto"}}})
+    good = config_from(
+        {"methods": method, "search": {"trials": 5, "space": {"exponent": [0.5, 2.0], "scheme": "auto"}}}
+    )
     assert good.search.space["exponent"] == [0.5, 2.0]
     for bad, text in (
         ({"methods": method}, "set search.trials"),

@@ -14,7 +14,9 @@ TABLE = tiny_table()
 TOTALS = np.outer([4.0, 3.0, 2.0, 1.0, 0.5], 4.0 ** -np.arange(8)).astype(np.float32)
 
 
-def holding(*families: str, variants: tuple[str, ...] = ("affine", "auto", "affine+prescale")) -> SensitivityProfile:
+def holding(
+    *families: str, variants: tuple[str, ...] = ("asymmetric", "auto", "asymmetric+smooth")
+) -> SensitivityProfile:
     base = tiny_profile(TABLE)
     arrays = {k: a for k, a in base.arrays.items() if k != "layer_activation_error"}
     return replace(base, arrays={**arrays, **{f"{f}/{v}": TOTALS for f in families for v in variants}})
@@ -45,7 +47,9 @@ def test_changes_at_an_operating_point_count_as_worse_than_measured() -> None:
     change = rng.normal(size=(5, 8)).astype(np.float32)
     doubt = rng.random((5, 8)).astype(np.float32)
     base = holding()
-    profile = replace(base, arrays={**base.arrays, "layer_operating_error/auto": change, "layer_operating_std_error/auto": doubt})
+    profile = replace(
+        base, arrays={**base.arrays, "layer_operating_error/auto": change, "layer_operating_std_error/auto": doubt}
+    )
     totals = profile.layer_sum(channel_losses(profile, TABLE, "auto", "operating", bias_correction=True))
     careful = change + CAUTION * doubt
     # A constant a layer is left open; what counts is the difference between two widths of a layer.
@@ -57,7 +61,7 @@ def test_changes_at_an_operating_point_count_as_worse_than_measured() -> None:
 def test_predictions_of_all_variants_are_in_one_unit() -> None:
     maps = [
         BitMap(model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=f)
-        for f in (QuantFormat(codebook="auto"), QuantFormat(prescale=True))
+        for f in (QuantFormat(scheme="auto"), QuantFormat(smooth=True))
     ]
     everywhere = holding("layer_sampler_error")
     for bit_map in maps:
@@ -65,10 +69,11 @@ def test_predictions_of_all_variants_are_in_one_unit() -> None:
             float(TOTALS[:, 2].sum()), rel=1e-5
         )
     # A variant that was not probed takes the ratio to gain x error, layer by layer and width by width, from one that was.
-    some = holding("layer_sampler_error", variants=("affine", "auto"))
-    losses = channel_losses(some, TABLE, "affine+prescale", "sampler", bias_correction=True)
+    some = holding("layer_sampler_error", variants=("asymmetric", "auto"))
+    losses = channel_losses(some, TABLE, "asymmetric+smooth", "sampler", bias_correction=True)
     own, other = (
-        some.layer_sum(channel_losses(some, TABLE, v, "gain", bias_correction=True)) for v in ("affine+prescale", "affine")
+        some.layer_sum(channel_losses(some, TABLE, v, "gain", bias_correction=True))
+        for v in ("asymmetric+smooth", "asymmetric")
     )
     np.testing.assert_allclose(some.layer_sum(losses), TOTALS * own / other, rtol=1e-5)
     acts = replace(some, arrays={**some.arrays, "layer_activation_error": TOTALS})
@@ -80,7 +85,7 @@ def test_predictions_of_all_variants_are_in_one_unit() -> None:
 def test_the_loss_among_others_adds_slopes_and_never_makes_an_error_a_gain() -> None:
     slope = np.outer([1.0, -1.0, 0.1, -9.0, 0.0], 2.0 ** -np.arange(8)).astype(np.float32)
     base = holding("layer_sampler_error")
-    variants = ("affine", "auto")
+    variants = ("asymmetric", "auto")
     profile = replace(
         base,
         arrays={**base.arrays, **{f"layer_context_slope/{v}": slope for v in variants}},
@@ -93,12 +98,14 @@ def test_the_loss_among_others_adds_slopes_and_never_makes_an_error_a_gain() -> 
     share = np.minimum(1.0, 2.0 ** (2.0 - np.arange(8)))
     np.testing.assert_allclose(found, np.maximum(TOTALS + share * slope, 0.1 * TOTALS), rtol=1e-5)
     np.testing.assert_allclose(found[3], 0.1 * TOTALS[3], rtol=1e-5)
-    three = BitMap(model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto"))
+    three = BitMap(
+        model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(scheme="auto")
+    )
     predicted = predicted_loss(TABLE, profile, three, bias_correction=True, loss="context")
     assert predicted == pytest.approx(float(found[:, 2].sum()), rel=1e-5)
     # A variant without slopes takes those of another in the ratio of the two losses.
-    own = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "sampler", bias_correction=True))
-    other = profile.layer_sum(channel_losses(profile, TABLE, "affine+prescale", "context", bias_correction=True))
+    own = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric+smooth", "sampler", bias_correction=True))
+    other = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric+smooth", "context", bias_correction=True))
     share = np.minimum(1.0, np.sqrt(own.sum(0) / own.sum(0)[2]))
     np.testing.assert_allclose(other, np.maximum(own + share * slope * own / TOTALS, 0.1 * own), rtol=1e-4)
     with pytest.raises(ConfigError, match="context_seeds"):
@@ -128,15 +135,18 @@ def test_a_slope_predicts_what_was_measured_and_is_split_over_the_channels() -> 
         rows = channel_losses(profile, TABLE, "auto", "slope", bias_correction=True)
         np.testing.assert_allclose(profile.layer_sum(rows), SLOPE, rtol=1e-5, atol=1e-9)
         three = BitMap(
-            model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(codebook="auto")
+            model_digest=TABLE.digest, weights={la.name: np.array(3) for la in TABLE}, format=QuantFormat(scheme="auto")
         )
         assert predicted_loss(TABLE, profile, three, bias_correction=True, loss="slope") == pytest.approx(
             SLOPE[:, 2].sum(), rel=1e-5
         )
         # A variant without slopes takes those of another in the ratio of their errors, layer by layer.
         by = "weight" if profile.prediction_only else "gain"
-        own, other = (profile.layer_sum(channel_losses(profile, TABLE, v, by, bias_correction=True)) for v in ("affine", "auto"))
-        found = profile.layer_sum(channel_losses(profile, TABLE, "affine", "slope", bias_correction=True))
+        own, other = (
+            profile.layer_sum(channel_losses(profile, TABLE, v, by, bias_correction=True))
+            for v in ("asymmetric", "auto")
+        )
+        found = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric", "slope", bias_correction=True))
         np.testing.assert_allclose(found, SLOPE * own / other, rtol=1e-5, atol=1e-9)
 
 
@@ -157,7 +167,9 @@ def test_what_predicts_a_given_map_goes_by_its_mean_width() -> None:
     assert prediction_loss(replace(both, arrays={**both.arrays, "layer_activation_error": TOTALS})) == "probe"
     for bits, loss in ((3, "slope"), (6, "context")):
         bit_map = BitMap(
-            model_digest=TABLE.digest, weights={la.name: np.array(bits) for la in TABLE}, format=QuantFormat(codebook="auto")
+            model_digest=TABLE.digest,
+            weights={la.name: np.array(bits) for la in TABLE},
+            format=QuantFormat(scheme="auto"),
         )
         found = predicted_loss(TABLE, both, bit_map, bias_correction=True)
         assert found == predicted_loss(TABLE, both, bit_map, bias_correction=True, loss=loss)

@@ -8,7 +8,17 @@ import pytest
 
 from mpqsearch import methods
 from mpqsearch.allocate import solve
-from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, bops, size_bits, uniform_map
+from mpqsearch.core import (
+    BitMap,
+    Budget,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    bops,
+    size_bits,
+    uniform_map,
+)
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
 from mpqsearch.methods import ALLOCATORS, KEPT_TASKS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
@@ -38,14 +48,18 @@ def test_maps_are_valid_and_costed_from_themselves(allocator: str, budget: str) 
         assert made.within_budget  # type: ignore[attr-defined]
     else:
         tags = 3 * sum(bit_map.is_mixed(la.name) * la.n_channels for la in TABLE)
-        factors = 16 * sum(la.n_inputs for la in TABLE) if bit_map.format.prescale else 0
-        more = sum(2 * (la.weights_per_channel + 1) for la in TABLE if bit_map.is_mixed(la.name)) if allocator == "omq-plus" else 0
+        factors = 16 * sum(la.n_inputs for la in TABLE) if bit_map.format.smooth else 0
+        more = (
+            sum(2 * (la.weights_per_channel + 1) for la in TABLE if bit_map.is_mixed(la.name))
+            if allocator == "omq-plus"
+            else 0
+        )
         assert made.size_bits - tags - factors - more <= made.limit  # type: ignore[attr-defined]
 
 
 def test_layer_program_equals_brute_force() -> None:
     policy = Policy(widths=(2, 3, 4, 6))
-    made = run("ilp-layer", "uniform:3", policy, codebook="auto", bias_correction=True)
+    made = run("ilp-layer", "uniform:3", policy, scheme="auto", bias_correction=True)
     losses = PROFILE.layer_sum(channel_losses(PROFILE, TABLE, "auto", "probe", bias_correction=True))
     searched = [la for la in TABLE if policy.fixed_width(la) is None]
     best = np.inf
@@ -56,10 +70,12 @@ def test_layer_program_equals_brute_force() -> None:
                 **uniform_map(TABLE, policy, 2).weights,
                 **{la.name: np.array(w) for la, w in zip(searched, widths, strict=True)},
             },
-            format=QuantFormat(codebook="auto"),
+            format=QuantFormat(scheme="auto"),
         )
         if size_bits(TABLE, candidate) <= made.limit:  # type: ignore[attr-defined]
-            loss = sum(losses[PROFILE.index[la.name], PROFILE.widths.index(w)] for la, w in zip(searched, widths, strict=True))
+            loss = sum(
+                losses[PROFILE.index[la.name], PROFILE.widths.index(w)] for la, w in zip(searched, widths, strict=True)
+            )
             best = min(best, float(loss))
     assert made.result.status == "optimal"  # type: ignore[attr-defined]
     assert made.result.loss == pytest.approx(best, rel=1e-9)  # type: ignore[attr-defined]
@@ -67,27 +83,27 @@ def test_layer_program_equals_brute_force() -> None:
 
 @pytest.mark.parametrize("budget", ["uniform:3", "2900B"])
 def test_channels_are_allocated_with_prescaling_and_its_factors_paid_for(budget: str) -> None:
-    made = run("ilp-channel", budget, codebook="auto", prescale=True, bias_correction=True)
+    made = run("ilp-channel", budget, scheme="auto", smooth=True, bias_correction=True)
     bit_map: BitMap = made.bit_map  # type: ignore[attr-defined]
-    assert bit_map.format == QuantFormat(codebook="auto", prescale=True)
+    assert bit_map.format == QuantFormat(scheme="auto", smooth=True)
     assert made.within_budget  # type: ignore[attr-defined]
-    plain = replace(bit_map, format=QuantFormat(codebook="auto"))
+    plain = replace(bit_map, format=QuantFormat(scheme="auto"))
     assert made.size_bits - size_bits(TABLE, plain) == 16 * sum(la.n_inputs for la in TABLE)  # type: ignore[attr-defined]
-    losses = channel_losses(PROFILE, TABLE, "auto+prescale", "probe", bias_correction=True)
+    losses = channel_losses(PROFILE, TABLE, "auto+smooth", "probe", bias_correction=True)
     searched = [la for la in TABLE if POLICY.fixed_width(la) is None]
     widths = [bit_map.channel_widths(la.name, la.n_channels) for la in searched]
     own = sum(
         losses[PROFILE.rows(la.name)][np.arange(len(w)), [PROFILE.widths.index(int(b)) for b in w]].sum()
         for la, w in zip(searched, widths, strict=True)
     )
-    assert made.result.loss == pytest.approx(own, rel=1e-6), "priced by the errors of pre-scaled weights"  # type: ignore[attr-defined]
+    assert made.result.loss == pytest.approx(own, rel=1e-6), "priced by the errors of smoothed weights"  # type: ignore[attr-defined]
 
 
 def test_channels_beat_layers_beat_uniform_in_predicted_loss() -> None:
     for budget in ("uniform:2", "uniform:3", "uniform:4"):
-        losses = [run(a, budget, codebook="auto").predicted_loss for a in ("ilp-channel", "ilp-layer", "uniform")]  # type: ignore[attr-defined]
+        losses = [run(a, budget, scheme="auto").predicted_loss for a in ("ilp-channel", "ilp-layer", "uniform")]  # type: ignore[attr-defined]
         assert losses[0] <= losses[1] * (1 + 1e-9) <= losses[2] * (1 + 1e-9)
-        randoms = [run("random", budget, codebook="auto", seed=s).predicted_loss for s in range(20)]  # type: ignore[attr-defined]
+        randoms = [run("random", budget, scheme="auto", seed=s).predicted_loss for s in range(20)]  # type: ignore[attr-defined]
         assert losses[1] <= min(randoms) * (1 + 1e-9)
 
 
@@ -145,7 +161,7 @@ def test_omq_promotes_as_many_channels_as_it_demotes() -> None:
         assert up + down + int((widths == 3).sum()) == 20
         mixed += up > 0
         if up:
-            kurtosis = PROFILE.arrays["kurtosis_prescaled"][PROFILE.rows(layer.name)]
+            kurtosis = PROFILE.arrays["kurtosis_smoothed"][PROFILE.rows(layer.name)]
             assert kurtosis[widths == 4].min() >= kurtosis[widths != 4].max()
             assert kurtosis[widths == 2].max() <= kurtosis[widths != 2].min()
     assert mixed > 0
@@ -156,8 +172,8 @@ def test_omq_takes_the_split_with_the_least_output_error() -> None:
     for layer in TABLE:
         if POLICY.fixed_width(layer) is not None:
             continue
-        rows = PROFILE.arrays["output_error/affine"][PROFILE.rows(layer.name)].astype(np.float64)
-        order = np.argsort(-PROFILE.arrays["kurtosis_prescaled"][PROFILE.rows(layer.name)], kind="stable")
+        rows = PROFILE.arrays["output_error/asymmetric"][PROFILE.rows(layer.name)].astype(np.float64)
+        order = np.argsort(-PROFILE.arrays["kurtosis_smoothed"][PROFILE.rows(layer.name)], kind="stable")
         errors = []
         for k in range(0, 11, 2):
             widths = np.full(20, 3)
@@ -194,8 +210,8 @@ def test_impossible_budgets_state_the_smallest_attainable() -> None:
 def test_unknown_names_and_missing_measurements_are_named() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'ilp-layer'"):
         MethodSpec(name="x", allocator="ilp-layers")
-    with pytest.raises(UnknownNameError, match="midrise"):
-        run("ilp-layer", "uniform:3", codebook="midrise")
+    with pytest.raises(UnknownNameError, match="symmetric"):
+        run("ilp-layer", "uniform:3", scheme="symmetric")
     with pytest.raises(ConfigError, match="final_widths"):
         run("ilp-layer", "uniform:3", loss="final")
     other = SensitivityProfile(**{**_fields(PROFILE), "model_digest": "1" * 64})
@@ -208,17 +224,17 @@ def test_layer_totals_come_from_the_named_measurement() -> None:
     probe = np.random.default_rng(1).lognormal(size=(n_layers, n_widths)).astype(np.float32)
     final = np.full((n_layers, n_widths), np.nan, dtype=np.float32)
     final[:, 2] = 5 * probe[:, 2]
-    arrays = {**PROFILE.arrays, "layer_probe_error/affine": probe, "layer_final_error/affine": final}
+    arrays = {**PROFILE.arrays, "layer_probe_error/asymmetric": probe, "layer_final_error/asymmetric": final}
     profile = SensitivityProfile(**{**_fields(PROFILE), "arrays": arrays})
-    by_probe = profile.layer_sum(channel_losses(profile, TABLE, "affine", "probe", bias_correction=False))
+    by_probe = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric", "probe", bias_correction=False))
     np.testing.assert_allclose(by_probe, probe, rtol=1e-5)
-    by_final = profile.layer_sum(channel_losses(profile, TABLE, "affine", "final", bias_correction=False))
+    by_final = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric", "final", bias_correction=False))
     np.testing.assert_allclose(by_final, 5 * probe, rtol=1e-5)  # the ratio at the measured width carries to the others
 
 
 def test_predicted_loss_is_the_sum_over_channels() -> None:
     bit_map = run("ilp-channel", "uniform:3").bit_map  # type: ignore[attr-defined]
-    losses = channel_losses(PROFILE, TABLE, "affine", "probe", bias_correction=False)
+    losses = channel_losses(PROFILE, TABLE, "asymmetric", "probe", bias_correction=False)
     total = 0.0
     for layer in TABLE:
         widths = bit_map.channel_widths(layer.name, layer.n_channels)
@@ -245,7 +261,9 @@ def test_a_program_stands_for_the_map_that_is_made_of_it(allocator: str, budget:
     """Choice and map are the same thing, and the program's costs add up to the stored size of the whole model."""
     method = MethodSpec(name=allocator, allocator=allocator)
     made = allocate(method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT)
-    program = program_of(method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT, by_layer=made.bit_map.granularity == "layer")
+    program = program_of(
+        method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT, by_layer=made.bit_map.granularity == "layer"
+    )
     choice = program.choice(made.bit_map)
     for name, widths in program.weights(choice).items():
         np.testing.assert_array_equal(np.asarray(made.bit_map.weights[name]), widths)
@@ -258,13 +276,15 @@ def test_a_program_stands_for_the_map_that_is_made_of_it(allocator: str, budget:
 def test_pins_enter_a_program_as_fixed_items_and_leave_its_optimum() -> None:
     method = MethodSpec(name="ilp-layer", allocator="ilp-layer")
     asked = (method, Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
-    bare, pinned = solve(program_of(*asked).problem), solve(program_of(*asked, pins=True).problem)
-    program = program_of(*asked, pins=True)
+    bare, overrides = solve(program_of(*asked).problem), solve(program_of(*asked, overrides=True).problem)
+    program = program_of(*asked, overrides=True)
     extra = len(program.layers) - len(program_of(*asked).layers)
     assert extra == sum(POLICY.fixed_width(la) is not None for la in TABLE) > 0
-    np.testing.assert_array_equal(pinned.choice[: len(bare.choice)], bare.choice)
-    assert program.problem.limit + program.fixed_cost == program_of(*asked).problem.limit + program_of(*asked).fixed_cost
-    assert size_bits(TABLE, allocate(*asked).bit_map) == pinned.cost + program.fixed_cost
+    np.testing.assert_array_equal(overrides.choice[: len(bare.choice)], bare.choice)
+    assert (
+        program.problem.limit + program.fixed_cost == program_of(*asked).problem.limit + program_of(*asked).fixed_cost
+    )
+    assert size_bits(TABLE, allocate(*asked).bit_map) == overrides.cost + program.fixed_cost
 
 
 def test_methods_without_a_program_say_so() -> None:
@@ -287,7 +307,9 @@ def tied_table(**kwargs: str) -> LayerTable:
 def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
     table = tied_table(**{how: "qkv"})
     policy = Policy(tie_qkv=how == "fuse")
-    made = allocate(MethodSpec(name="m", allocator=allocator), Budget.parse(budget), table, tiny_profile(table), policy, FORMAT)
+    made = allocate(
+        MethodSpec(name="m", allocator=allocator), Budget.parse(budget), table, tiny_profile(table), policy, FORMAT
+    )
     made.bit_map.validate(table)
     widths = [made.bit_map.weights[la.name] for la in table]
     np.testing.assert_array_equal(widths[1], widths[2])
@@ -299,7 +321,12 @@ def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: st
 def test_fused_layers_are_free_unless_the_policy_ties_them() -> None:
     table = tied_table(fuse="qkv")
     made = allocate(
-        MethodSpec(name="m", allocator="ilp-channel"), Budget.parse("uniform:3"), table, tiny_profile(table), POLICY, FORMAT
+        MethodSpec(name="m", allocator="ilp-channel"),
+        Budget.parse("uniform:3"),
+        table,
+        tiny_profile(table),
+        POLICY,
+        FORMAT,
     )
     assert not np.array_equal(made.bit_map.weights["block.1.linear"], made.bit_map.weights["block.2.linear"])
     assert "q, k and v tied" in Policy(tie_qkv=True).describe()
@@ -312,9 +339,14 @@ def test_a_tied_channel_program_equals_brute_force() -> None:
     table = LayerTable(digest=small.digest, layers=tuple(layers), kept=small.kept)
     profile, policy = tiny_profile(table, seed=3), Policy(widths=(2, 4, 8))
     made = allocate(
-        MethodSpec(name="m", allocator="ilp-channel", loss="output"), Budget.parse("uniform:3"), table, profile, policy, FORMAT
+        MethodSpec(name="m", allocator="ilp-channel", loss="output"),
+        Budget.parse("uniform:3"),
+        table,
+        profile,
+        policy,
+        FORMAT,
     )
-    losses = channel_losses(profile, table, "affine", "output", bias_correction=False)
+    losses = channel_losses(profile, table, "asymmetric", "output", bias_correction=False)
     rows = np.stack([losses[profile.rows(layers[i].name)] for i in (1, 2)]).sum(0)
     best = np.inf
     for widths in itertools.product(policy.widths, repeat=3):
@@ -323,7 +355,9 @@ def test_a_tied_channel_program_equals_brute_force() -> None:
             best = min(best, sum(float(rows[r, profile.widths.index(w)]) for r, w in enumerate(widths)))
     assert made.result is not None
     found = made.bit_map.channel_widths(layers[1].name, 3)
-    assert sum(float(rows[r, profile.widths.index(int(w))]) for r, w in enumerate(found)) == pytest.approx(best, rel=1e-9)
+    assert sum(float(rows[r, profile.widths.index(int(w))]) for r, w in enumerate(found)) == pytest.approx(
+        best, rel=1e-9
+    )
 
 
 def test_a_map_that_breaks_a_tie_is_refused() -> None:
@@ -336,20 +370,22 @@ def test_a_map_that_breaks_a_tie_is_refused() -> None:
 @pytest.mark.parametrize(
     ("allocator", "array", "groups"),
     [
-        ("omq-paper", "quantized_input_error/affine+prescale@a4", 6),
-        ("omq-released", "output_error/affine+prescale+minmax", 2),
+        ("omq-paper", "quantized_input_error/asymmetric+smooth@a4", 6),
+        ("omq-released", "output_error/asymmetric+smooth+minmax", 2),
     ],
 )
 @pytest.mark.parametrize("order", ["kurtosis", "variance", "output", "random"])
-def test_variants_of_omq_search_their_own_splits_under_their_own_error(allocator: str, array: str, groups: int, order: str) -> None:
+def test_variants_of_omq_search_their_own_splits_under_their_own_error(
+    allocator: str, array: str, groups: int, order: str
+) -> None:
     made = run(allocator, "uniform:3", act_bits=4, order=order, seed=3)
     bit_map: BitMap = made.bit_map  # type: ignore[attr-defined]
-    assert bit_map.format == QuantFormat(prescale=True)
+    assert bit_map.format == QuantFormat(smooth=True)
     assert bit_map.activations == POLICY.activations_of(TABLE, 4)
     scores = {
-        "kurtosis": PROFILE.arrays["kurtosis_prescaled"],
+        "kurtosis": PROFILE.arrays["kurtosis_smoothed"],
         "variance": PROFILE.arrays["output_power"],
-        "output": PROFILE.arrays["output_error/affine+prescale"][:, 0],
+        "output": PROFILE.arrays["output_error/asymmetric+smooth"][:, 0],
     }
     splits = set()
     for layer in TABLE:
@@ -380,7 +416,7 @@ def test_omq_plus_promotes_the_top_tenth_and_demotes_nobody() -> None:
             continue
         widths = made.bit_map.channel_widths(layer.name, layer.n_channels)  # type: ignore[attr-defined]
         assert sorted(widths.tolist()) == [3] * 18 + [4] * 2
-        kurtosis = PROFILE.arrays["kurtosis_prescaled"][PROFILE.rows(layer.name)]
+        kurtosis = PROFILE.arrays["kurtosis_smoothed"][PROFILE.rows(layer.name)]
         assert kurtosis[widths == 4].min() >= kurtosis[widths == 3].max()
     assert not made.within_budget  # type: ignore[attr-defined]
     top = run("omq-plus", "uniform:8").bit_map  # type: ignore[attr-defined]
@@ -388,7 +424,7 @@ def test_omq_plus_promotes_the_top_tenth_and_demotes_nobody() -> None:
 
 
 def test_missing_measurements_of_omq_are_named() -> None:
-    with pytest.raises(UnknownNameError, match=r"affine\+prescale@a6.*activation_bits"):
+    with pytest.raises(UnknownNameError, match=r"asymmetric\+smooth@a6.*activation_bits"):
         run("omq-paper", "uniform:3", act_bits=6)
 
 
@@ -397,7 +433,9 @@ def test_activation_widths_leave_the_weights_their_uniform_budget() -> None:
         made = run(allocator, "uniform:3", act_bits=6)
         assert made.within_budget  # type: ignore[attr-defined]
         assert dict(made.bit_map.activations) == POLICY.activations_of(TABLE, 6)  # type: ignore[attr-defined]
-    assert {int(w) for n, w in run("uniform", "uniform:3", act_bits=6).bit_map.weights.items() if n != "block.0.linear"} >= {3}  # type: ignore[attr-defined]
+    assert {
+        int(w) for n, w in run("uniform", "uniform:3", act_bits=6).bit_map.weights.items() if n != "block.0.linear"
+    } >= {3}  # type: ignore[attr-defined]
 
 
 def test_activation_scales_are_one_for_each_step_of_the_profile() -> None:
@@ -415,7 +453,7 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
     limit = run("uniform", "uniform:4", policy, act_bits=6).bops * 0.8  # type: ignore[attr-defined]
     made = run("ilp-layer", f"{limit}bops", policy, act_choices=acts)
     searched = [la for la in TABLE if policy.fixed_width(la) is None]
-    weights = PROFILE.layer_sum(channel_losses(PROFILE, TABLE, "affine", "probe", bias_correction=False))
+    weights = PROFILE.layer_sum(channel_losses(PROFILE, TABLE, "asymmetric", "probe", bias_correction=False))
     inputs = PROFILE.arrays["layer_activation_error"].astype(np.float64)
     best = np.inf
     for chosen in itertools.product(itertools.product(policy.widths, acts), repeat=len(searched)):
@@ -436,21 +474,23 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
         run("ilp-layer", "uniform:3", policy, act_choices=acts)
     with pytest.raises(ConfigError, match="ilp-layer"):
         MethodSpec(name="x", allocator="uniform", act_choices=acts)
-    for wrong in ({"prescale": True}, {"act_bits": 4}):
-        with pytest.raises(ConfigError, match="needs prescale = true and act_bits"):
-            MethodSpec(name="x", allocator="ilp-layer", prescale_by_layer=True, **wrong)  # type: ignore[arg-type]
-    assert MethodSpec(name="x", allocator="ilp-layer", prescale=True, act_choices=acts, prescale_by_layer=True).prescale_by_layer
+    for wrong in ({"smooth": True}, {"act_bits": 4}):
+        with pytest.raises(ConfigError, match="needs smooth = true and act_bits"):
+            MethodSpec(name="x", allocator="ilp-layer", smooth_by_layer=True, **wrong)  # type: ignore[arg-type]
+    assert MethodSpec(
+        name="x", allocator="ilp-layer", smooth=True, act_choices=acts, smooth_by_layer=True
+    ).smooth_by_layer
 
 
 def test_what_a_table_remembers_changes_no_map() -> None:
     """One table asked under many policies, prices and widths gives what a fresh table gives each time."""
     shared, profile = tiny_table(), tiny_profile(tiny_table())
-    pinned = Policy(pinned={shared.layers[1].name: 5})
+    overrides = Policy(overrides={shared.layers[1].name: 5})
     asked = itertools.product(
-        (Policy(), Policy(widths=(2, 4, 8)), pinned, Policy(roles={})),
+        (Policy(), Policy(widths=(2, 4, 8)), overrides, Policy(roles={})),
         ("ilp-layer", "ilp-channel", "random"),
         (Budget.parse("uniform:3"), Budget.parse("uniform:3.5"), Budget(quantity="bops", limit=0.0 + 6 * 16 * 1e4)),
-        ({}, {"prescale": True}, {"act_bits": 8}),
+        ({}, {"smooth": True}, {"act_bits": 8}),
     )
     found = 0
     for policy, allocator, budget, more in [*asked] * 2:
@@ -479,7 +519,9 @@ def test_losses_that_are_handed_in_are_never_those_of_another_call() -> None:
     policies = (Policy(), Policy(widths=(2, 4, 8)))
     shared = tiny_profile(TABLE)
 
-    def made(profile: SensitivityProfile, losses: np.ndarray, policy: Policy, budget: Budget, allocator: str) -> tuple[str, float]:
+    def made(
+        profile: SensitivityProfile, losses: np.ndarray, policy: Policy, budget: Budget, allocator: str
+    ) -> tuple[str, float]:
         method = MethodSpec(name="m", allocator=allocator, loss="gain")
         found = allocate(method, budget, TABLE, profile, policy, FORMAT, losses=losses)
         return found.bit_map.digest, found.predicted_loss
@@ -498,10 +540,12 @@ def test_losses_that_are_handed_in_are_never_those_of_another_call() -> None:
 
 def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
     rng = np.random.default_rng(0)
-    losses = channel_losses(PROFILE, TABLE, "affine", "gain", bias_correction=False)
+    losses = channel_losses(PROFILE, TABLE, "asymmetric", "gain", bias_correction=False)
     for _ in range(20):
         weights = {
-            la.name: np.array(rng.choice([2, 3, 16]) if rng.random() < 0.4 else rng.choice([2, 3, 4, 16], la.n_channels))
+            la.name: np.array(
+                rng.choice([2, 3, 16]) if rng.random() < 0.4 else rng.choice([2, 3, 4, 16], la.n_channels)
+            )
             for la in reversed(TABLE.layers)
         }
         made = BitMap(model_digest=TABLE.digest, weights=weights)
@@ -511,4 +555,6 @@ def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
             for i, b in enumerate(made.channel_widths(n, TABLE[n].n_channels))
             if b != 16
         )
-        assert predicted_loss(TABLE, PROFILE, made, bias_correction=False, loss="gain") == pytest.approx(expected, rel=1e-12)
+        assert predicted_loss(TABLE, PROFILE, made, bias_correction=False, loss="gain") == pytest.approx(
+            expected, rel=1e-12
+        )

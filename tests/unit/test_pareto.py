@@ -13,7 +13,9 @@ from mpqsearch.pareto import ParetoFront, hypervolume_2d, non_dominated, records
 
 # few distinct values, so that ties and equal rows are common
 coordinate = st.one_of(st.integers(-3, 3).map(float), st.just(float("nan")), st.just(float("inf")))
-clouds = st.integers(1, 4).flatmap(lambda d: st.lists(st.lists(coordinate, min_size=d, max_size=d), min_size=1, max_size=12))
+clouds = st.integers(1, 4).flatmap(
+    lambda d: st.lists(st.lists(coordinate, min_size=d, max_size=d), min_size=1, max_size=12)
+)
 planes = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=10)
 
 
@@ -53,14 +55,19 @@ def record(
 
 
 def dominated_by_definition(points: np.ndarray, i: int) -> bool:
-    return any(all(q <= p for q, p in zip(other, points[i], strict=True)) and tuple(other) != tuple(points[i]) for other in points)
+    return any(
+        all(q <= p for q, p in zip(other, points[i], strict=True)) and tuple(other) != tuple(points[i])
+        for other in points
+    )
 
 
 @given(clouds)
 def test_front_is_the_definition(rows: list[list[float]]) -> None:
     points = np.array(rows)
     known = ~np.isnan(points).any(axis=1)
-    expected = [bool(known[i]) and not dominated_by_definition(points[known], int(known[:i].sum())) for i in range(len(points))]
+    expected = [
+        bool(known[i]) and not dominated_by_definition(points[known], int(known[:i].sum())) for i in range(len(points))
+    ]
     assert non_dominated(points).tolist() == expected
 
 
@@ -142,7 +149,9 @@ def test_a_metric_where_more_is_better_is_turned_round() -> None:
 
 
 def test_the_same_method_at_two_granularities_is_two() -> None:
-    front = ParetoFront.from_records([record("ilp", 2, 3), record("ilp", 2, 2, granularity="channel"), record("omq", 2, 5)])
+    front = ParetoFront.from_records(
+        [record("ilp", 2, 3), record("ilp", 2, 2, granularity="channel"), record("omq", 2, 5)]
+    )
     assert front.methods == ("ilp (channel)", "ilp (layer)", "omq")
     assert len(front.of_method("ilp (channel)")) == 1
 
@@ -175,7 +184,11 @@ REQUIRED = ["model", "method", "granularity", *SIZE_COLUMNS, *METRIC_COLUMNS, "n
 
 def test_table_has_every_column_in_every_row() -> None:
     rows = records_table(
-        [record("uniform", 2, 4.0), record("ilp", 2, None, predicted_loss=float("nan")), record("ilp", 3, 1, metric="fid")]
+        [
+            record("uniform", 2, 4.0),
+            record("ilp", 2, None, predicted_loss=float("nan")),
+            record("ilp", 3, 1, metric="fid"),
+        ]
     )
     assert [c for c in rows[0] if c in REQUIRED] == REQUIRED
     assert all(list(r) == list(rows[0]) for r in rows)

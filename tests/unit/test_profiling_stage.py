@@ -18,7 +18,9 @@ class _Stops(Exception):  # noqa: N818
     pass
 
 
-def test_layers_kept_under_a_memory_limit_are_not_those_of_a_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_kept_under_a_memory_limit_are_not_those_of_a_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_unet().save_pretrained(tmp_path / "model", safe_serialization=True)  # type: ignore[operator]
 
     def measured(folder: str, limit: str) -> SensitivityProfile:
@@ -29,7 +31,7 @@ def test_layers_kept_under_a_memory_limit_are_not_those_of_a_run_without(tmp_pat
                 "sampler": {"steps": 2},
                 "quantizer": {"n_candidates": 10},
                 "calibration": {
-                    "samples": 2, "probe_inputs": 2, "probes": 1, "sampler_seeds": 0, "codebooks": ["affine"], "final_widths": []
+                    "samples": 2, "probe_inputs": 2, "probes": 1, "sampler_seeds": 0, "schemes": ["asymmetric"], "final_widths": []
                 },
             }
         )  # fmt: skip

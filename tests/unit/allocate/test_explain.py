@@ -75,7 +75,7 @@ def test_explanation_prices_pins_and_ties():
     asked = problem(fixed={"a": 0}, ties=[["b", "c"]])
     told = explain(asked, solve(asked))
     prices = {(price.kind, price.items): price.price for price in told.prices}
-    # pinned a, tied b and c: (0, 1, 1) costs 5 and loses 18; without the pin (0, 1, 1) or (2, 0, 0): 12
+    # overrides a, tied b and c: (0, 1, 1) costs 5 and loses 18; without the pin (0, 1, 1) or (2, 0, 0): 12
     assert prices[("fixed", ("a",))] == pytest.approx(18.0 - 12.0)
     # without the tie (0, 2, 0): 17
     assert prices[("tie", ("b", "c"))] == pytest.approx(18.0 - 17.0)
@@ -111,12 +111,17 @@ def test_groups_are_told_what_their_items_are_told(seed):
 def test_tied_items_of_two_groups_step_together():
     asked = problem(ties=[["a", "b"]], limit=6)  # (1, 1, 0) costs 5; the next step of the pair gains 3 for 2
     told = explain_groups(asked, solve(asked), np.array([0, 1, 1]), ["first", "second"])
-    assert [(one.name, one.gain, one.extra_cost, one.rate_up) for one in told] == [("first", 3.0, 2, 1.5), ("second", 3.0, 2, 1.5)]
+    assert [(one.name, one.gain, one.extra_cost, one.rate_up) for one in told] == [
+        ("first", 3.0, 2, 1.5),
+        ("second", 3.0, 2, 1.5),
+    ]
     assert [(one.items, one.loss, one.cost) for one in told] == [(1, 2.0, 2), (2, 8.0, 3)]
 
 
 def test_the_dearest_pins_are_priced_when_there_are_too_many(monkeypatch):
-    monkeypatch.setattr(sys.modules["mpqsearch.allocate.explain"], "MAX_PRICED", 2)  # the package holds the function of that name
+    monkeypatch.setattr(
+        sys.modules["mpqsearch.allocate.explain"], "MAX_PRICED", 2
+    )  # the package holds the function of that name
     asked = problem(fixed={"a": 0, "b": 0, "c": 0})
     told = explain(asked, solve(asked))
     assert [price.items for price in told.prices] == [("a",), ("b",)]

@@ -154,7 +154,9 @@ def test_bracketing_survives_odd_tables(backend, monkeypatch, seed):
     """Forbidden cells, zero and equal sizes, flat and rising losses, every budget; the bracket is forced on few items."""
     rng = np.random.default_rng(seed)
     n, k = 60, 4
-    loss = [rng.random((n, k)), np.round(rng.random((n, k)) * 2), np.ones((n, k))][seed % 3] * 10.0 ** rng.integers(-9, 9)
+    loss = [rng.random((n, k)), np.round(rng.random((n, k)) * 2), np.ones((n, k))][seed % 3] * 10.0 ** rng.integers(
+        -9, 9
+    )
     cost = [rng.integers(0, 3, (n, k)), rng.integers(0, 10**12, (n, k)), np.tile([0, 5, 5, 9], (n, 1))][seed // 3 % 3]
     loss[rng.random((n, k)) < 0.2] = np.inf
     loss[np.arange(n), rng.integers(0, k, n)] = 0.5
@@ -280,7 +282,9 @@ def test_few_items_and_few_states_are_taken_as_many_are_to_the_bit(monkeypatch):
             moves = passes.collect_moves(loss, cost, passes.cheapest(loss, cost), 0.0, 1e9)
             for exact in (False, True):
                 most = 9 if seed % 2 else 999
-                yield closing.close(moves, limit // 2, 1e-3, excess=1.0, tolerance=0.0, exact_fill=exact, max_states=most)
+                yield closing.close(
+                    moves, limit // 2, 1e-3, excess=1.0, tolerance=0.0, exact_fill=exact, max_states=most
+                )
             with contextlib.suppress(mckp.BudgetTooSmallError):
                 yield mckp.solve_table(loss, cost, limit)
 

@@ -112,7 +112,9 @@ def test_tied_items_without_a_common_choice_are_named_with_what_they_may_take():
     allowed[1, 1:] = False
     asked = problem(ties=[["attn.to_q", "attn.to_k"]], fixed={"attn.to_k": "int4"}, allowed=allowed)
     for ask in (solve, solve_path):
-        with pytest.raises(InfeasibleBudgetError, match=r"no allowed choice in common.*'attn.to_q': 'int2'; 'attn.to_k': 'int4'"):
+        with pytest.raises(
+            InfeasibleBudgetError, match=r"no allowed choice in common.*'attn.to_q': 'int2'; 'attn.to_k': 'int4'"
+        ):
             ask(asked)
 
 

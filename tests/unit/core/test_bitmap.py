@@ -21,7 +21,7 @@ def test_equal_maps_have_equal_digests_and_different_ones_do_not() -> None:
     assert make(a=[3, 3], b=2).digest == make(a=3, b=2).digest
     digests = {make(a=3, b=2).digest, make(a=3, b=3).digest, make(a=[3, 2], b=2).digest, make(a=[2, 3], b=2).digest}
     assert len(digests) == 4
-    other = BitMap(model_digest="d", weights=make(a=3, b=2).weights, format=QuantFormat(codebook="auto"))
+    other = BitMap(model_digest="d", weights=make(a=3, b=2).weights, format=QuantFormat(scheme="auto"))
     assert other.digest != make(a=3, b=2).digest
 
 
@@ -34,16 +34,19 @@ def test_the_digest_is_that_of_the_data_as_json() -> None:
         for k in range(int(rng.integers(0, 6))):
             n = int(rng.integers(1, 400))
             one, runs = np.array(rng.choice(widths)), np.repeat(rng.choice(widths, n // 10 + 1), 10)[:n]
-            weights[f'{chr(ord("z") - k)}.é"{k}'] = (one, runs.astype(np.uint8), rng.choice(widths, n), rng.choice([2, 3], n))[
-                k % 4
-            ]
+            weights[f'{chr(ord("z") - k)}.é"{k}'] = (
+                one,
+                runs.astype(np.uint8),
+                rng.choice(widths, n),
+                rng.choice([2, 3], n),
+            )[k % 4]
         names = list(weights)[::2]
         made = BitMap(
             model_digest="d",
             weights=weights,
             activations=dict.fromkeys(names, 4),
             activation_steps=3,
-            formats=dict.fromkeys(names[:1], QuantFormat(codebook="auto")),
+            formats=dict.fromkeys(names[:1], QuantFormat(scheme="auto")),
         )
         text = json.dumps(made.to_data(), sort_keys=True, separators=(",", ":"))
         assert made.digest == hashlib.sha256(text.encode()).hexdigest()
@@ -65,29 +68,29 @@ def test_data_round_trip_keeps_everything() -> None:
         model_digest="d",
         weights={"a": np.array([1, 1, 8, 16]), "b": np.array(5)},
         activations={"b": 4},
-        format=QuantFormat(codebook="auto"),
-        formats={"a": QuantFormat(codebook="midrise", criterion="mse")},
+        format=QuantFormat(scheme="auto"),
+        formats={"a": QuantFormat(scheme="symmetric", criterion="mse")},
     )
     second = BitMap.from_data(first.to_data())
     assert second.digest == first.digest
     assert second.weights["a"].tolist() == [1, 1, 8, 16]
-    assert second.format_of("a").codebook == "midrise"
+    assert second.format_of("a").scheme == "symmetric"
     assert second.activations == {"b": 4}
 
 
 def test_the_strength_of_prescaling_is_written_only_where_it_is_not_the_default() -> None:
     plain, strong = (
-        BitMap(model_digest="d", weights={"a": np.array(4)}, format=QuantFormat(prescale=True), formats=formats)
-        for formats in ({}, {"a": QuantFormat(prescale=True, strength=0.75)})
+        BitMap(model_digest="d", weights={"a": np.array(4)}, format=QuantFormat(smooth=True), formats=formats)
+        for formats in ({}, {"a": QuantFormat(smooth=True, alpha=0.75)})
     )
-    assert "strength" not in plain.to_data()["defaults"], "digests of maps from before it hold"
-    assert BitMap.from_data(strong.to_data()).format_of("a").strength == 0.75
+    assert "alpha" not in plain.to_data()["defaults"], "digests of maps from before it hold"
+    assert BitMap.from_data(strong.to_data()).format_of("a").alpha == 0.75
     assert strong.digest != plain.digest
     inputs = replace(strong, activations={"a": 4})
     assert (strong.scaled_inputs, inputs.scaled_inputs) == ((), (("a", 0.75),))
     assert replace(inputs, activations={"a": 16}).scaled_inputs == ()
-    with pytest.raises(ConfigError, match=r"strength of pre-scaling must lie in 0\.\.1, got 1\.5"):
-        QuantFormat(strength=1.5)
+    with pytest.raises(ConfigError, match=r"alpha of smoothing must lie in 0\.\.1, got 1\.5"):
+        QuantFormat(alpha=1.5)
 
 
 def test_widths_are_read_only_and_checked() -> None:
@@ -125,14 +128,14 @@ def test_diff_and_summary_show_what_a_person_looks_for() -> None:
 def test_the_policy_refuses_pins_that_match_nothing() -> None:
     table = tiny_table()
     with pytest.raises(UnknownNameError, match=r"block\.1\.linear"):
-        Policy(pinned={"block.1.lin": 4}).check(table)
-    policy = Policy(pinned={"block.1.*": 4})
+        Policy(overrides={"block.1.lin": 4}).check(table)
+    policy = Policy(overrides={"block.1.*": 4})
     policy.check(table)
     assert policy.fixed_width(table["block.1.linear"]) == 4
     assert policy.fixed_width(table["block.2.linear"]) is None
     assert policy.fixed_width(table["block.0.linear"]) == 8
     with pytest.raises(ConfigError, match="fixes every layer"):
-        Policy(pinned={"*": 4}).check(table)
+        Policy(overrides={"*": 4}).check(table)
 
 
 def test_transposed_convolutions_count_channels_over_groups() -> None:
@@ -145,7 +148,9 @@ def test_transposed_convolutions_count_channels_over_groups() -> None:
 
 def test_maps_share_no_width_that_could_be_changed() -> None:
     table = tiny_table()
-    first, second = (BitMap(model_digest=table.digest, weights={la.name: np.uint8(3) for la in table}) for _ in range(2))
+    first, second = (
+        BitMap(model_digest=table.digest, weights={la.name: np.uint8(3) for la in table}) for _ in range(2)
+    )
     name = table.layers[0].name
     with pytest.raises(ValueError, match="read-only"):
         first.weights[name][...] = 4

@@ -60,11 +60,11 @@ def test_full_precision_layers_pay_sixteen_bits_and_nothing_else() -> None:
     assert size_bits(TABLE, make(16, 16)) == 16 * (72 + 30 + 7)
 
 
-def test_midrise_stores_no_zero_points_and_prescaling_stores_its_factors() -> None:
+def test_symmetric_stores_no_zero_points_and_prescaling_stores_its_factors() -> None:
     plain = size_bits(TABLE, make(8, 2))
-    assert plain - size_bits(TABLE, make(8, 2, format=QuantFormat(codebook="midrise"))) == 4 * 8 + 3 * 2
-    assert size_bits(TABLE, make(8, 2, format=QuantFormat(prescale=True))) - plain == 16 * (2 + 10)
-    assert size_bits(TABLE, make(8, 2, format=QuantFormat(codebook="auto"))) == plain
+    assert plain - size_bits(TABLE, make(8, 2, format=QuantFormat(scheme="symmetric"))) == 4 * 8 + 3 * 2
+    assert size_bits(TABLE, make(8, 2, format=QuantFormat(smooth=True))) - plain == 16 * (2 + 10)
+    assert size_bits(TABLE, make(8, 2, format=QuantFormat(scheme="auto"))) == plain
 
 
 def test_bops_are_macs_times_both_widths_channel_by_channel() -> None:
@@ -101,7 +101,9 @@ def test_the_uniform_map_meets_its_own_budget_exactly() -> None:
         limit = Budget(quantity="uniform_bits", limit=bits).limit_bits(TABLE, policy)
         assert limit == size_bits(TABLE, uniform_map(TABLE, policy, bits))
     half = Budget(quantity="uniform_bits", limit=2.5).limit_bits(TABLE, policy)
-    assert half == (size_bits(TABLE, uniform_map(TABLE, policy, 2)) + size_bits(TABLE, uniform_map(TABLE, policy, 3))) // 2
+    assert (
+        half == (size_bits(TABLE, uniform_map(TABLE, policy, 2)) + size_bits(TABLE, uniform_map(TABLE, policy, 3))) // 2
+    )
     with pytest.raises(ConfigError, match="uniform budget"):
         Budget(quantity="uniform_bits", limit=9).limit_bits(TABLE, policy)
 
@@ -114,7 +116,13 @@ def test_average_bits_budget_counts_every_parameter() -> None:
 def test_sizes_are_read_with_their_units() -> None:
     from mpqsearch.core.budget import parse_size
 
-    assert [parse_size(t) for t in ("6GB", "1.5GiB", "800 mb", "3kB", "7B")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 3000, 7]
+    assert [parse_size(t) for t in ("6GB", "1.5GiB", "800 mb", "3kB", "7B")] == [
+        6 * 10**9,
+        3 * 2**29,
+        8 * 10**8,
+        3000,
+        7,
+    ]
     for wrong in ("6", "GB", "-1GB", "0MB", "6TB", "1e3MB", ""):
         with pytest.raises(ConfigError, match="cannot read the size"):
             parse_size(wrong)
@@ -149,9 +157,9 @@ def test_activation_widths_follow_the_policy() -> None:
 
 
 def test_the_size_of_a_map_is_that_of_its_layers_whatever_formats_they_have() -> None:
-    fmt = QuantFormat(codebook="auto", prescale=True)
+    fmt = QuantFormat(scheme="auto", smooth=True)
     for widths in ([2, 3, 4], [16, 1, 8], 5, 16):
-        for formats in ({}, {TABLE.layers[1].name: QuantFormat(codebook="midrise")}):
+        for formats in ({}, {TABLE.layers[1].name: QuantFormat(scheme="symmetric")}):
             made = replace(make(8, widths, format=fmt), formats=formats)
             parts = [DEFAULT_STORAGE.layer_total(la, made.weights[la.name], made.format_of(la.name)) for la in TABLE]
             assert size_bits(TABLE, made) == sum(parts) + DEFAULT_STORAGE.kept_bits(TABLE)

@@ -45,7 +45,9 @@ def test_metadata() -> None:
 
 
 def test_totals_cover_the_whole_model() -> None:
-    table = LayerTable(digest="d", layers=(LINEAR, CONV), kept=(KeptParameter(name="norm", n_values=10, reason="norm"),))
+    table = LayerTable(
+        digest="d", layers=(LINEAR, CONV), kept=(KeptParameter(name="norm", n_values=10, reason="norm"),)
+    )
     total = stored_total(table, {"linear": coded_bits(LINEAR, 4), "conv": unquantized_bits(CONV, 16)}, 32)
     assert total == StoredBits(payload=4 * 384, unquantized=16 * 288 + 320)
     with pytest.raises(LayerMismatchError, match="missing conv"):

@@ -106,7 +106,9 @@ def test_timestep_weights_are_the_gains_of_the_sampler() -> None:
     for kind in ("uniform", "sampler"):
         student, groups = student_of(denoiser)
         groups[0]["lr"] = 0.0
-        options = spec(steps=5, clip_norm=0.0, weight_decay=0.0, timestep_weights=kind, relation={"window": 1, "weight": 0.0})
+        options = spec(
+            steps=5, clip_norm=0.0, weight_decay=0.0, timestep_weights=kind, relation={"window": 1, "weight": 0.0}
+        )
         tasks[kind] = []
         for state in distill(denoiser, student, groups, trajectories(denoiser), options):
             tasks[kind].append(state.task)
@@ -138,7 +140,9 @@ def test_accumulation_is_the_mean_of_windows() -> None:
     grads = []
     for accumulate, steps in ((1, 1), (2, 1)):
         student, groups = student_of(denoiser)
-        loop = distill(denoiser, student, groups, trajectories(denoiser), spec(steps=steps, accumulate=accumulate, clip_norm=0.0))
+        loop = distill(
+            denoiser, student, groups, trajectories(denoiser), spec(steps=steps, accumulate=accumulate, clip_norm=0.0)
+        )
         next(loop)
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     student, groups = student_of(denoiser)
@@ -154,11 +158,15 @@ def test_accumulation_is_the_mean_of_windows() -> None:
 
 @pytest.mark.parametrize("relation", [{}, {"queue": 2}])
 @pytest.mark.parametrize(("ema", "weights"), [(0.0, "uniform"), (0.9, "sampler")])
-def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, relation: dict, ema: float, weights: str) -> None:
+def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(
+    tmp_path: Path, relation: dict, ema: float, weights: str
+) -> None:
     denoiser = teacher()
     options = spec(ema=ema, relation=relation, timestep_weights=weights)
     whole, groups = student_of(denoiser)
-    expected = [s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")]
+    expected = [
+        s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")
+    ]
     half, groups = student_of(denoiser)
     first = []
     for state in distill(denoiser, half, groups, trajectories(denoiser), options, folder=tmp_path / "halves"):
@@ -206,7 +214,9 @@ def checked(
     ("values", "best"),
     [({0: 3.0, 5: 1.0, 10: 2.0}, 5), ({0: 1.0, 5: 1.0, 10: 2.0}, 0), ({0: float("nan"), 5: float("inf"), 10: 7.0}, 10)],
 )
-def test_a_checked_student_ends_as_at_its_best_check(tmp_path: Path, values: dict[int, float], best: int, ema: float) -> None:
+def test_a_checked_student_ends_as_at_its_best_check(
+    tmp_path: Path, values: dict[int, float], best: int, ema: float
+) -> None:
     end, seen, order = checked(tmp_path, values, ema=ema)
     assert order == [0, 5, 10]
     assert not same(seen[0], seen[5])
@@ -231,7 +241,9 @@ def test_checks_do_not_touch_the_training(tmp_path: Path) -> None:
     student, groups = student_of(denoiser)
     options = spec(ema=0.9, check_every=3)
     states = list(
-        distill(denoiser, student, groups, trajectories(denoiser), options, measure=lambda m: -float(m.conv_in.weight.std()))
+        distill(
+            denoiser, student, groups, trajectories(denoiser), options, measure=lambda m: -float(m.conv_in.weight.std())
+        )
     )
     assert [s.loss for s in states] == losses
     assert [s.step for s in states if s.check is not None] == [3, 6, 9, 10]
@@ -251,7 +263,9 @@ def test_checks_go_on_after_a_stop(tmp_path: Path, stop: int) -> None:
             found.append(abs(float(module.conv_in.weight.detach().std()) - middle))
             return found[-1]
 
-        loop = distill(denoiser, student, groups, trajectories(denoiser), spec(check_every=5), folder=folder, measure=measure)
+        loop = distill(
+            denoiser, student, groups, trajectories(denoiser), spec(check_every=5), folder=folder, measure=measure
+        )
         for state in loop:
             if state.step == signal_at - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -300,7 +314,17 @@ def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, num
 def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp_path: Path) -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
-    list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
+    list(
+        distill(
+            denoiser,
+            student,
+            groups,
+            trajectories(denoiser),
+            spec(steps=2),
+            folder=tmp_path,
+            inputs={"bit_map": "aaaa"},
+        )
+    )
     student, groups = student_of(denoiser)
     with pytest.raises(StaleArtifactError, match=r"distill\.temperature \(0\.1 on disk, 0\.3 now\)"):
         list(
@@ -315,9 +339,21 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
             )
         )
     with pytest.raises(StaleArtifactError, match=r"bit_map \(aaaa on disk, bbbb now\)"):
-        list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2), folder=tmp_path, inputs={"bit_map": "bbbb"}))
+        list(
+            distill(
+                denoiser,
+                student,
+                groups,
+                trajectories(denoiser),
+                spec(steps=2),
+                folder=tmp_path,
+                inputs={"bit_map": "bbbb"},
+            )
+        )
     with pytest.raises(StaleArtifactError, match=r"teacher\.steps \(5 on disk, 4 now\)"):
-        other = Trajectories(denoiser, SamplerSpec(steps=4, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4)
+        other = Trajectories(
+            denoiser, SamplerSpec(steps=4, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4
+        )
         list(distill(denoiser, student, groups, other, spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
     made = list(
         distill(

@@ -46,7 +46,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     first, second, alone = (
-        torch.load(tmp_path / name, weights_only=True) for name in ("two/rank0-of-2.pt", "two/rank1-of-2.pt", "one/rank0-of-1.pt")
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("two/rank0-of-2.pt", "two/rank1-of-2.pt", "one/rank0-of-1.pt")
     )
     assert first["losses"] == second["losses"]
     assert all(torch.equal(first["weights"][n], second["weights"][n]) for n in first["weights"])

@@ -29,7 +29,9 @@ def by_loops(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
         for i in range(p):
             rows = []
             for side in (teacher[sample], student[sample]):
-                cosines = torch.tensor([torch.cosine_similarity(side[i], side[j], dim=0) for j in range(p)], dtype=torch.float64)
+                cosines = torch.tensor(
+                    [torch.cosine_similarity(side[i], side[j], dim=0) for j in range(p)], dtype=torch.float64
+                )
                 rows.append(torch.softmax(cosines / temperature, 0))
             total += float((rows[0] * (rows[0] / rows[1]).log()).sum())
     return total / (n * p)
@@ -39,7 +41,9 @@ def by_loops(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 def test_loss_is_the_mean_kl_of_rows_of_cosines(temperature: float) -> None:
     student, teacher = positions(0), positions(1)
     # Squared norms carry an epsilon of 1e-8, so cosines differ by about as much.
-    assert float(relation_loss(student, teacher, temperature)) == pytest.approx(by_loops(student, teacher, temperature), rel=1e-6)
+    assert float(relation_loss(student, teacher, temperature)) == pytest.approx(
+        by_loops(student, teacher, temperature), rel=1e-6
+    )
 
 
 def test_gradient_agrees_with_finite_differences() -> None:
@@ -48,7 +52,8 @@ def test_gradient_agrees_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda s: relation_loss(s, teacher, 0.3), (student,))
     memory = [(positions(4), positions(5))]
     assert torch.autograd.gradcheck(
-        lambda s: relation_loss(s, teacher, 0.3, student_memory=[memory[0][0]], teacher_memory=[memory[0][1]]), (student,)
+        lambda s: relation_loss(s, teacher, 0.3, student_memory=[memory[0][0]], teacher_memory=[memory[0][1]]),
+        (student,),
     )
 
 
@@ -76,7 +81,9 @@ def window_loss(spec: TRDSpec, students: list[torch.Tensor], teachers: list[torc
 
 def test_a_window_of_one_is_plain_relation_distillation() -> None:
     spec = TRDSpec(window=1, temperature=0.2)
-    assert torch.equal(window_loss(spec, [positions(0)], [positions(1)]), relation_loss(positions(0), positions(1), 0.2))
+    assert torch.equal(
+        window_loss(spec, [positions(0)], [positions(1)]), relation_loss(positions(0), positions(1), 0.2)
+    )
 
 
 def test_a_window_compares_means_and_reaches_every_step() -> None:

@@ -11,7 +11,14 @@ import torch
 from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.export import ExportJob
-from mpqsearch.export.allocation import allocate_for, formats_of, probed_losses, target_errors, target_losses, uniform_for
+from mpqsearch.export.allocation import (
+    allocate_for,
+    formats_of,
+    probed_losses,
+    target_errors,
+    target_losses,
+    uniform_for,
+)
 from mpqsearch.export.contract import FULL
 from mpqsearch.export.gguf import TYPES, GgufExporter
 from mpqsearch.export.mlx import MlxExporter
@@ -33,7 +40,10 @@ FORMATS = formats_of(TARGET, TABLE)
 
 def losses(seed: int) -> dict[str, list[float]]:
     rng = np.random.default_rng(seed)
-    return {la.name: (rng.lognormal(size=len(FORMATS)) * 4.0 ** -np.array([TYPES[f][0] for f in FORMATS])).tolist() for la in TABLE}
+    return {
+        la.name: (rng.lognormal(size=len(FORMATS)) * 4.0 ** -np.array([TYPES[f][0] for f in FORMATS])).tolist()
+        for la in TABLE
+    }
 
 
 def size(picked: tuple[str, ...]) -> int:
@@ -54,7 +64,10 @@ def test_it_is_the_best_of_all_maps_of_that_size() -> None:
         table = losses(seed)
         sizes = [size(p) for p in maps]
         limit = int(min(sizes) + share * (max(sizes) - min(sizes)))
-        values = [sum(0.0 if n == FULL else table[la.name][FORMATS.index(n)] for la, n in zip(TABLE, p, strict=True)) for p in maps]
+        values = [
+            sum(0.0 if n == FULL else table[la.name][FORMATS.index(n)] for la, n in zip(TABLE, p, strict=True))
+            for p in maps
+        ]
         best = min(v for v, s in zip(values, sizes, strict=True) if s <= limit)
         made = allocate_for(TARGET, TABLE, table, limit)
         assert made.loss == pytest.approx(best)
@@ -139,11 +152,15 @@ def small_model() -> tuple[LayerTable, torch.nn.Module]:
 def profile_of(table: LayerTable, module: torch.nn.Module, unit: np.ndarray | None) -> SensitivityProfile:
     """A profile in which a unit of squared weight error costs ``unit`` ``[C, W]``; None: a profile of the weights alone."""
     widths = (2, 4, 8)
-    rows = [row_errors(module[la.name].weight, la, b, QuantFormat(), None).square().sum(1) for la in table for b in widths]
-    weight = np.concatenate([np.stack([r.detach().numpy() for r in rows[3 * i : 3 * i + 3]], axis=1) for i in range(len(table))])
-    arrays = {"weight_error/affine": weight}
+    rows = [
+        row_errors(module[la.name].weight, la, b, QuantFormat(), None).square().sum(1) for la in table for b in widths
+    ]
+    weight = np.concatenate(
+        [np.stack([r.detach().numpy() for r in rows[3 * i : 3 * i + 3]], axis=1) for i in range(len(table))]
+    )
+    arrays = {"weight_error/asymmetric": weight}
     if unit is not None:
-        arrays |= {"output_error/affine": weight * unit, "gain": np.ones(len(weight))}
+        arrays |= {"output_error/asymmetric": weight * unit, "gain": np.ones(len(weight))}
     return SensitivityProfile(
         model_digest="d",
         names=("a", "b"),
@@ -159,7 +176,9 @@ def test_losses_are_the_targets_own_errors_at_the_price_of_the_profile() -> None
     formats = formats_of(TARGET, table)
     own = {n: e.double().square().sum(-1).numpy() for n, e in target_errors(TARGET, table, module).items()}  # [F, C]
     for name, choice in (("a", "Q4_0"), ("b", "Q8_0")):  # the oracle of the errors: the format itself
-        decoded = TARGET.round_trip(weights[name], table[name], next(c for c in TARGET.choices(table[name]) if c.name == choice))
+        decoded = TARGET.round_trip(
+            weights[name], table[name], next(c for c in TARGET.choices(table[name]) if c.name == choice)
+        )
         expected = (decoded - weights[name]).double().square().sum(1).detach().numpy()
         np.testing.assert_allclose(own[name][formats.index(choice)], expected, rtol=1e-6)
     alone = target_losses(TARGET, table, weights.__getitem__, profile_of(table, module, None))

@@ -11,7 +11,15 @@ import pytest
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, QuantFormat, average_bits, size_bits
 from mpqsearch.errors import ArtifactError, LayerMismatchError
-from mpqsearch.export import ExportJob, bit_map_schema, get_exporter, load_neutral, neutral_extra, structure_digest, write_neutral
+from mpqsearch.export import (
+    ExportJob,
+    bit_map_schema,
+    get_exporter,
+    load_neutral,
+    neutral_extra,
+    structure_digest,
+    write_neutral,
+)
 
 TABLE = LayerTable(
     digest="d" * 64,
@@ -39,7 +47,7 @@ def example(**more: Any) -> BitMap:
         model_digest=TABLE.digest,
         weights=weights,
         activations={"conv": 8},
-        formats={"up": QuantFormat(codebook="auto", prescale=True)},
+        formats={"up": QuantFormat(scheme="auto", smooth=True)},
         **more,
     )
 

@@ -29,13 +29,13 @@ def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, t
     table = discover(denoiser)
     weights = expected_map(kind)
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
-    peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.prescale else None
+    peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.smooth else None
     save_quantized(folder, denoiser.module, table, bit_map, input_max=peaks)
     return quantize_model(denoiser.module, table, bit_map, input_max=peaks).module, denoiser.module
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(codebook="auto"), QuantFormat(prescale=True)])
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
 def test_it_comes_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
     expected, original = saved(tmp_path, kind, fmt)
     loaded = load_quantized(tmp_path).state_dict()
@@ -50,7 +50,7 @@ def test_it_comes_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) 
 
 
 def test_a_file_that_ends_early_or_was_altered_is_refused_by_layer(tmp_path: Path) -> None:
-    saved(tmp_path, "unet", replace(QuantFormat(), codebook="auto"))
+    saved(tmp_path, "unet", replace(QuantFormat(), scheme="auto"))
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:-1])
     with pytest.raises(ArtifactError, match="cut off in the layer 'conv_out'"):

@@ -73,7 +73,8 @@ def test_resolve_is_the_best_choice_at_the_payload_of_the_map() -> None:
 
         def loss(choice: Any, table: LayerTable = table, asked: dict[str, Any] = asked) -> float:
             return sum(
-                la.weights_per_channel * float((4.0 ** (asked[la.name] - c)).sum()) for la, c in zip(table, choice, strict=True)
+                la.weights_per_channel * float((4.0 ** (asked[la.name] - c)).sum())
+                for la, c in zip(table, choice, strict=True)
             )
 
         def bits(choice: Any, table: LayerTable = table) -> int:
@@ -203,7 +204,9 @@ def test_the_codes_are_those_of_the_width(tmp_path: Path) -> None:
     assert min(levels) > 4
     step = (denoiser.module.inner.weight.amax((1, 2, 3)) - denoiser.module.inner.weight.amin((1, 2, 3))) / 15
     worst = (weight - denoiser.module.inner.weight).abs().amax((1, 2, 3))
-    assert bool((worst <= 0.5001 * step + 1e-6).all()), "rounding to the nearest of 16 levels over the range of each row"
+    assert bool((worst <= 0.5001 * step + 1e-6).all()), (
+        "rounding to the nearest of 16 levels over the range of each row"
+    )
 
 
 def test_torch_kernel_undoes_quantos_packing() -> None:

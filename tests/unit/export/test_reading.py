@@ -32,7 +32,11 @@ def config(method: str, **more: Any) -> dict[str, Any]:
     return {"_class_name": "X", "quantization_config": {"quant_method": method, **more}}
 
 
-INTX = {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int3"}}}
+INTX = {
+    "_type": "IntxWeightOnlyConfig",
+    "_version": 2,
+    "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": "int3"}},
+}
 INT8 = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"group_size": None}}
 
 FOREIGN = {
@@ -90,10 +94,21 @@ FOREIGN = {
         ),
         [16, 3, 8, 3, 16],
     ),
-    "torchao-config": ("torchao_config.json", {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}}, [16, 4, 4, 4, 4]),
+    "torchao-config": (
+        "torchao_config.json",
+        {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}},
+        [16, 4, 4, 4, 4],
+    ),
     "mlx": (
         "config.json",
-        {"quantization": {"group_size": 64, "bits": 4, "blocks.0.to_q": {"group_size": 32, "bits": 6}, "proj_out": False}},
+        {
+            "quantization": {
+                "group_size": 64,
+                "bits": 4,
+                "blocks.0.to_q": {"group_size": 32, "bits": 6},
+                "proj_out": False,
+            }
+        },
         [16, 6, 4, 4, 16],
     ),
     "sdnq": (
@@ -127,13 +142,19 @@ FOREIGN = {
     "coreml": ("x.json", {"module_name_configs": {"conv_in": {"n_bits": 6}, "proj_out": None}}, [6, 16, 16, 16, 16]),
     "quark": (
         "config.json",
-        {"quant_method": "quark", "layer_quant_config": {"conv_in": {"weight": {"dtype": "int4"}}, "proj_out": {"weight": None}}},
+        {
+            "quant_method": "quark",
+            "layer_quant_config": {"conv_in": {"weight": {"dtype": "int4"}}, "proj_out": {"weight": None}},
+        },
         [4, 16, 16, 16, 16],
     ),
     "nncf": ("nncf_config.json", {"passes": [], "layers": {"conv_in": 8, "proj_out": 4}}, [8, 16, 16, 16, 4]),
     "aimet": (
         "sim.json",
-        {"version": "1.0.0", "param_encodings": [{"name": "conv_in.weight", "dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL"}]},
+        {
+            "version": "1.0.0",
+            "param_encodings": [{"name": "conv_in.weight", "dtype": "INT", "bw": 4, "enc_type": "PER_CHANNEL"}],
+        },
         [4, 16, 16, 16, 16],
     ),
     "comfyui": (
@@ -222,7 +243,7 @@ def neutral(path: Path, table: LayerTable = TABLE) -> BitMap:
     weights = {la.name: np.array(3, dtype=np.uint8) for la in table} | {
         "conv_in": np.array([2, 2, 2, 2, 4, 4, 4, 4], dtype=np.uint8)
     }
-    bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(codebook="auto"))
+    bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(scheme="auto"))
     save_bit_map(path, bit_map, {"layers": "x"}, neutral_extra(table, bit_map))
     return bit_map
 
@@ -230,7 +251,7 @@ def neutral(path: Path, table: LayerTable = TABLE) -> BitMap:
 def test_our_own_map_comes_back_whole(tmp_path: Path) -> None:
     made = neutral(tmp_path / "bitmap.json")
     for where in (tmp_path, tmp_path / "bitmap.json"):
-        imported = import_map(where, TABLE, fmt=QuantFormat(codebook="midrise"))
+        imported = import_map(where, TABLE, fmt=QuantFormat(scheme="symmetric"))
         assert imported.bit_map.digest == made.digest, "its settings are its own"
     retrained = LayerTable(digest="e" * 64, layers=TABLE.layers)
     moved = import_map(tmp_path, retrained)
@@ -238,7 +259,10 @@ def test_our_own_map_comes_back_whole(tmp_path: Path) -> None:
     assert "other weights" in moved.notes[0]
     with pytest.raises(LayerMismatchError, match="missing"):
         import_map(
-            tmp_path, LayerTable(digest="d" * 64, layers=(*TABLE.layers, LayerSpec(name="new", kind="Linear", weight_shape=(2, 2))))
+            tmp_path,
+            LayerTable(
+                digest="d" * 64, layers=(*TABLE.layers, LayerSpec(name="new", kind="Linear", weight_shape=(2, 2)))
+            ),
         )
 
 

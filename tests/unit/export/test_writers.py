@@ -82,7 +82,9 @@ def test_rules_of_sdcpp_are_found_as_the_program_finds_them() -> None:
         assert hits == ([spelled(entry.choice)] if entry.choice else [])
     assert not any(re.search(p, "blocks.0.attn.to_out.01weight") for p, _ in rules), "dots stand for themselves"
     assert not target.choices(LayerSpec(name="time_embedding.linear_1", kind="Linear", weight_shape=(64, 32)))
-    assert all(not target.choices(LayerSpec(name=f"a.{part}b", kind="Linear", weight_shape=(64, 32))) for part in SKIPPED)
+    assert all(
+        not target.choices(LayerSpec(name=f"a.{part}b", kind="Linear", weight_shape=(64, 32))) for part in SKIPPED
+    )
     bad = LayerTable(digest="d", layers=(LayerSpec(name="a=b", kind="Linear", weight_shape=(64, 32)),))
     bit_map = BitMap(model_digest="d", weights={"a=b": np.array(8, dtype=np.uint8)})
     with pytest.raises(ConfigError, match="a=b"):

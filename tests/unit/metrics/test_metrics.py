@@ -51,7 +51,9 @@ def test_frechet_distance_equals_torchmetrics(n: int) -> None:
 
 def test_frechet_distance_of_known_gaussians() -> None:
     a = FeatureStatistics(n=100, mean=torch.zeros(2).double(), covariance=torch.diag(torch.tensor([4.0, 1.0]).double()))
-    b = FeatureStatistics(n=100, mean=torch.tensor([3.0, 0.0]).double(), covariance=torch.diag(torch.tensor([1.0, 9.0]).double()))
+    b = FeatureStatistics(
+        n=100, mean=torch.tensor([3.0, 0.0]).double(), covariance=torch.diag(torch.tensor([1.0, 9.0]).double())
+    )
     assert frechet_distance(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2, rel=1e-12)
     assert abs(frechet_distance(a, a)) < 1e-6 * 5
     with pytest.raises(ConfigError, match="2 and 3 dimensions"):
@@ -88,7 +90,9 @@ def test_kernel_distance_equals_its_double_loop() -> None:
 def make_reference(samples: Tensor, extractor: extractors.FeatureExtractor) -> Reference:
     from mpqsearch.sampling import to_uint8
 
-    return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=tuple(range(len(samples))), labels=None)
+    return Reference(
+        samples=samples, features=extractor(to_uint8(samples)), seeds=tuple(range(len(samples))), labels=None
+    )
 
 
 def test_worse_samples_measure_worse_and_identical_ones_measure_zero() -> None:
@@ -115,7 +119,8 @@ def test_worse_samples_measure_worse_and_identical_ones_measure_zero() -> None:
 
 def test_the_word_fid_is_reserved() -> None:
     plain, official = (
-        extractors.FeatureExtractor(name="x", dim=1, digest="d" * 64, features=lambda i: i, official_fid=f) for f in (False, True)
+        extractors.FeatureExtractor(name="x", dim=1, digest="d" * 64, features=lambda i: i, official_fid=f)
+        for f in (False, True)
     )
     assert frechet_label(official, 50_000) == "FID-50k"
     assert frechet_label(official, 9_999).startswith("FD[")

@@ -51,7 +51,9 @@ def run(model: nn.Module, steps: int, *, passes: int = 1, text: Tensor | None = 
             added = {"scale": [torch.full((1,), 2.0)], "on": True, "limit": float("inf"), 3: np.arange(2)}
             x = torch.randn(2, 5, 4, generator=generator)
             extra = {"added": added, "shapes": [(2, 3)], "return_dict": False}
-            outputs.append(model(x, torch.tensor([100.0 - step]), encoder_hidden_states=torch.ones(2, 7, 3), **extra)[0])
+            outputs.append(
+                model(x, torch.tensor([100.0 - step]), encoder_hidden_states=torch.ones(2, 7, 3), **extra)[0]
+            )
     return outputs
 
 
@@ -154,7 +156,11 @@ def test_a_module_is_adapted_and_discovered_with_its_calls() -> None:
     denoiser = adapt(model, calls=calls)
     table = discover(denoiser)
     assert {la.name: la.role for la in table} == {"inlet": "first", "text": "linear", "outlet": "last"}
-    assert {la.name: la.macs for la in table} == {"inlet": 5 * 24, "text": 7 * 18, "outlet": 5 * 24}  # of one of the two samples
+    assert {la.name: la.macs for la in table} == {
+        "inlet": 5 * 24,
+        "text": 7 * 18,
+        "outlet": 5 * 24,
+    }  # of one of the two samples
     with pytest.raises(ModelError, match="sample_shape"):
         adapt(tiny_unet())
 

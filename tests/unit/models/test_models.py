@@ -53,16 +53,22 @@ def roles_of(name: str) -> dict[str, str]:
 def test_conditions_of_a_transformer_are_told_apart_by_what_they_depend_on() -> None:
     flux, chroma = roles_of("FluxTransformer2DModel"), roles_of("ChromaTransformer2DModel")
     assert flux["time_text_embed.timestep_embedder.linear_1"] == "time"
-    assert flux["time_text_embed.guidance_embedder.linear_1"] == flux["time_text_embed.text_embedder.linear_1"] == "class"
+    assert (
+        flux["time_text_embed.guidance_embedder.linear_1"] == flux["time_text_embed.text_embedder.linear_1"] == "class"
+    )
     assert flux["context_embedder"] == "linear"  # a token each: no condition of the whole
     assert flux["transformer_blocks.0.norm1.linear"] == "norm"
     assert flux["single_transformer_blocks.0.proj_mlp"] == "feed-forward"
-    assert flux["single_transformer_blocks.0.proj_out"] == "linear"  # attention beside feed-forward is no skip connection
+    assert (
+        flux["single_transformer_blocks.0.proj_out"] == "linear"
+    )  # attention beside feed-forward is no skip connection
     assert chroma["distilled_guidance_layer.layers.0.linear_1"] == "time"
 
 
 def test_skip_connections_are_seen_or_known_by_name() -> None:
-    unet, hunyuan, control = (roles_of(n) for n in ("UNet2DConditionModel", "HunyuanDiT2DModel", "UNetControlNetXSModel"))
+    unet, hunyuan, control = (
+        roles_of(n) for n in ("UNet2DConditionModel", "HunyuanDiT2DModel", "UNetControlNetXSModel")
+    )
     skips = [n for n, role in unet.items() if role == "skip"]
     assert skips == [n for n in unet if re.match(r"up_blocks\.\d\.resnets\.\d\.conv_shortcut", n)]
     assert unet["down_blocks.1.resnets.0.conv_shortcut"] == "shortcut"
@@ -167,7 +173,9 @@ def test_model_folders_load_and_guide(tmp_path: Path) -> None:
     denoiser = load_model(str(tmp_path / "m"))
     assert denoiser.digest == adapt(model, sample_shape=(1, 8, 8)).digest
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
-    torch.testing.assert_close(denoiser.denoise(x, t, torch.tensor([0, 1])), model(x, t, class_labels=torch.tensor([0, 1])).sample)
+    torch.testing.assert_close(
+        denoiser.denoise(x, t, torch.tensor([0, 1])), model(x, t, class_labels=torch.tensor([0, 1])).sample
+    )
     with pytest.raises(ConfigError, match="no null class"):
         denoiser.guided(x, t, torch.tensor([0, 1]), 2.0)
 

@@ -20,7 +20,7 @@ from mpqsearch.testing import tiny_denoiser, tiny_prompted_pipeline, tiny_text_u
 from mpqsearch.testing.denoisers import RECIPES, build, model_classes
 
 STEPS = 3
-TINY = CalibrationSpec(probe_inputs=2, probes=1, codebooks=("affine",), prescale=False)
+TINY = CalibrationSpec(probe_inputs=2, probes=1, schemes=("asymmetric",), smooth=False)
 
 
 def vae() -> Any:
@@ -43,14 +43,22 @@ def none(*names: str) -> dict[str, None]:
 
 def test_a_class_conditional_pipeline_is_recorded_saved_loaded_and_profiled(tmp_path: Path) -> None:
     pipe = pipeline(
-        "DiTPipeline", "DDIMScheduler", transformer=resized("DiTTransformer2DModel", num_embeds_ada_norm=1000), vae=vae()
+        "DiTPipeline",
+        "DDIMScheduler",
+        transformer=resized("DiTTransformer2DModel", num_embeds_ada_norm=1000),
+        vae=vae(),
     )
     with capture(pipe.transformer, guidance=4.0) as calls:
         pipe([1], num_inference_steps=STEPS, guidance_scale=4.0, output_type="np")
     assert [c.timestep for c in calls] == sorted((c.timestep for c in calls), reverse=True)
     assert (len(calls), calls[0].batch, calls[0].kwargs["class_labels"].tolist()) == (STEPS, 2, [1, 1000])
     with torch.no_grad():
-        assert calls[0].replay(pipe.transformer).shape == (1, 4, 8, 8)  # one guided prediction, without the learned variance
+        assert calls[0].replay(pipe.transformer).shape == (
+            1,
+            4,
+            8,
+            8,
+        )  # one guided prediction, without the learned variance
     pipe.save_pretrained(tmp_path / "p")
     save_calls(tmp_path / "calls.safetensors", calls)
     denoiser = load_model(str(tmp_path / "p"), calls=load_calls(tmp_path / "calls.safetensors"))
@@ -147,7 +155,9 @@ def test_only_the_denoiser_and_the_scheduler_of_a_pipeline_are_read(tmp_path: Pa
         load_model(str(folder))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
 def test_weights_load_in_the_precision_that_is_asked_for(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     tiny_text_unet().to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
@@ -171,8 +181,10 @@ def test_a_half_precision_profile_is_that_of_single_precision(tmp_path: Path) ->
                 denoiser.module(x, torch.tensor(t), encoder_hidden_states=text)
         denoiser = denoiser.with_calls(calls)
         table = discover(denoiser)
-        found[dtype] = profile_model(denoiser, table, Policy(widths=(2, 4)), SamplerSpec(), TINY, QuantFormat(n_candidates=8))
-    full, half = (found[d].layer_sum(found[d].arrays["output_error/affine"]) for d in ("float32", "bfloat16"))
+        found[dtype] = profile_model(
+            denoiser, table, Policy(widths=(2, 4)), SamplerSpec(), TINY, QuantFormat(n_candidates=8)
+        )
+    full, half = (found[d].layer_sum(found[d].arrays["output_error/asymmetric"]) for d in ("float32", "bfloat16"))
     # bfloat16 keeps eight bits: activations differ by about a percent, and so do the squares of errors.
     assert float(abs(half / full - 1).max()) < 0.1
 

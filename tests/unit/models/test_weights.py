@@ -31,7 +31,9 @@ def test_streamed_discovery_is_that_of_the_loaded_model(name: str) -> None:
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shard", ["10GB", "10KB"])
-def test_layers_digest_and_weights_by_dtype_and_shard(tmp_path: Path, kind: str, dtype: torch.dtype, shard: str) -> None:
+def test_layers_digest_and_weights_by_dtype_and_shard(
+    tmp_path: Path, kind: str, dtype: torch.dtype, shard: str
+) -> None:
     folder = write(tmp_path / "m", kind, dtype, shard)
     shards = len(list(folder.glob("*.safetensors")))
     assert shards == 1 if shard == "10GB" else shards > 1
@@ -58,7 +60,9 @@ def test_pipelines_and_their_parts(tmp_path: Path) -> None:
         open_streamed(str(tmp_path / "pipe"))
 
 
-def test_a_structure_that_does_not_run_keeps_shapes_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_structure_that_does_not_run_keeps_shapes_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write(tmp_path / "m")
     streamed = open_streamed(str(folder))
     full = discover_streamed(streamed)

@@ -62,10 +62,14 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
                 module = _quantized(denoiser.module, table, context, widths, errors, means)
                 target = module.get_submodule(layer.name)
                 error, ends = errors[layer.name][j], []
-                shift = torch.bmm(error.reshape(layer.groups, -1, error.shape[1]), means[layer.name].double()[:, :, None]).flatten()
+                shift = torch.bmm(
+                    error.reshape(layer.groups, -1, error.shape[1]), means[layer.name].double()[:, :, None]
+                ).flatten()
 
                 def mse(module: torch.nn.Module = module, part: list[int] = part, number: int = number) -> float:
-                    return float((sample(denoiser.with_module(module), part, sampler) - reference[number::2]).square().mean())
+                    return float(
+                        (sample(denoiser.with_module(module), part, sampler) - reference[number::2]).square().mean()
+                    )
 
                 seen.append(mse())
                 kept = [p.detach().clone() for p in target.parameters()]
@@ -91,15 +95,20 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
         sampler_seeds=1,
         sampler_probes=1,
         context_seeds=3,
-        codebooks=("affine",),
-        prescale=False,
+        schemes=("asymmetric",),
+        smooth=False,
     )
     sampler = SamplerSpec(steps=2, batch=2)
     whole = profile_base(denoiser, table, Policy(widths=(2, 3, 4, 8)), sampler, spec, FMT)
-    assert whole.arrays["layer_context_slope/affine"].shape == (len(table), 4)
-    assert whole.arrays["layer_context_std_error/affine"].shape == (len(table), 4)
-    for policy, changed in ((Policy(widths=(4, 8)), spec), (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0))):
-        assert "layer_context_slope/affine" not in profile_base(denoiser, table, policy, sampler, changed, FMT).arrays
+    assert whole.arrays["layer_context_slope/asymmetric"].shape == (len(table), 4)
+    assert whole.arrays["layer_context_std_error/asymmetric"].shape == (len(table), 4)
+    for policy, changed in (
+        (Policy(widths=(4, 8)), spec),
+        (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0)),
+    ):
+        assert (
+            "layer_context_slope/asymmetric" not in profile_base(denoiser, table, policy, sampler, changed, FMT).arrays
+        )
 
 
 def test_slopes_over_a_context_add_up_to_its_error() -> None:
@@ -122,7 +131,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     spec = CalibrationSpec(
-        samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=3, codebooks=("affine",)
+        samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=3, schemes=("asymmetric",)
     )
     sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(2, 3, 4))
     whole = profile_base(denoiser, table, policy, sampler, spec, FMT)
@@ -139,10 +148,10 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
     assert passes == 2 * 2 + 3 * 3 * 2
     assert set(only.arrays) == {
         "kurtosis",
-        "kurtosis_prescaled",
-        "weight_error/affine",
-        "layer_context_slope/affine",
-        "layer_context_std_error/affine",
+        "kurtosis_smoothed",
+        "weight_error/asymmetric",
+        "layer_context_slope/asymmetric",
+        "layer_context_std_error/asymmetric",
     }
     assert only.prediction_only
     for key, array in only.arrays.items():
@@ -154,7 +163,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
 def test_what_a_profile_for_predictions_needs_is_said() -> None:
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
-    spec = CalibrationSpec(prediction_only=True, codebooks=("affine",))
+    spec = CalibrationSpec(prediction_only=True, schemes=("asymmetric",))
     with pytest.raises(ConfigError, match=r"\[2, 3, 4\].*of \[4, 8\].*at least 2"):
         profile_slopes(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
     with pytest.raises(ConfigError, match="context_seeds = 2"):

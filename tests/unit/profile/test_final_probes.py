@@ -28,7 +28,10 @@ def test_effects_are_the_derivative_of_the_final_sample(kind: str, name: str, mo
     monkeypatch.setattr(sampler_module, "noise_of", lambda seeds, shape: noise_of(seeds, shape).double())
     sampler = SamplerSpec(name=name, steps=2, guidance=2.0, batch=1)
     generator = torch.Generator().manual_seed(5)
-    change = {la.name: 0.01 * torch.randn((1, la.n_channels, la.weights_per_channel), generator=generator).double() for la in table}
+    change = {
+        la.name: 0.01 * torch.randn((1, la.n_channels, la.weights_per_channel), generator=generator).double()
+        for la in table
+    }
     means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
     found = final_probes(denoiser, table, sampler, [3], {"x": change}, means, probes=1, seed=7)
     shape = (1, 1, *denoiser.sample_shape)
@@ -72,7 +75,9 @@ def test_rows_sum_to_layers_and_probes_leave_no_trace() -> None:
 def test_checkpointing_changes_memory_and_no_number() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    stats, _, inputs = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2, probe_inputs=2))
+    stats, _, inputs = calibrate(
+        denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2, probe_inputs=2)
+    )
     means = {n: s.mean.float() for n, s in stats.items()}
     errors = {"x": {la.name: torch.full((1, la.n_channels, la.weights_per_channel), 1e-3) for la in table}}
     results, saved = [], []
@@ -93,13 +98,17 @@ def test_checkpointing_changes_memory_and_no_number() -> None:
     for name in table.by_name:
         # Recomputation repeats the same float32 operations; only the order of sums over hooks may differ.
         torch.testing.assert_close(results[0].gain[name], results[1].gain[name], rtol=1e-5, atol=1e-12)
-        torch.testing.assert_close(results[0].layer_error["x"][name], results[1].layer_error["x"][name], rtol=1e-4, atol=1e-14)
+        torch.testing.assert_close(
+            results[0].layer_error["x"][name], results[1].layer_error["x"][name], rtol=1e-4, atol=1e-14
+        )
 
 
 def test_buckets_of_timesteps_add_up_to_the_gain() -> None:
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
-    stats, _, inputs = calibrate(denoiser, table, SamplerSpec(steps=4, batch=2), CalibrationSpec(samples=2, probe_inputs=8))
+    stats, _, inputs = calibrate(
+        denoiser, table, SamplerSpec(steps=4, batch=2), CalibrationSpec(samples=2, probe_inputs=8)
+    )
     means = {n: s.mean.float() for n, s in stats.items()}
     errors = {"x": {la.name: torch.zeros(1, la.n_channels, la.weights_per_channel) for la in table}}
     found = probe(denoiser, table, inputs, 1.0, errors, means, probes=1)
@@ -115,7 +124,7 @@ def test_remeasured_changes_are_those_of_the_final_samples() -> None:
     table = discover(denoiser)
     sampler = SamplerSpec(steps=2, guidance=2.0, batch=2)
     policy = Policy(widths=(5, 6, 7), roles={})
-    spec = CalibrationSpec(samples=2, probe_inputs=2, codebooks=("affine",), prescale=False, sampler_seeds=0)
+    spec = CalibrationSpec(samples=2, probe_inputs=2, schemes=("asymmetric",), smooth=False, sampler_seeds=0)
     base = profile_base(denoiser, table, policy, sampler, spec, FMT)
     at = uniform_map(table, policy, 6, FMT)
     seeds = range(1_000_000, 1_000_002)
@@ -130,7 +139,7 @@ def test_remeasured_changes_are_those_of_the_final_samples() -> None:
     now = error(at)
     assert found.calibration["operating_mse"] == pytest.approx(now, rel=1e-3)
     assert found.calibration["operating_points"] == [at.digest]
-    predicted = found.arrays["layer_operating_error/affine"]
+    predicted = found.arrays["layer_operating_error/asymmetric"]
     assert np.abs(predicted[:, 1]).max() < 1e-4 * now  # staying where one is costs nothing
     layers = list(range(0, len(table), 2))
     names = [table.layers[i].name for i in layers]
@@ -146,9 +155,11 @@ def test_remeasured_changes_are_those_of_the_final_samples() -> None:
 def test_the_target_error_is_reached_by_going_on() -> None:
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
-    settings = {"samples": 2, "probe_inputs": 4, "probes": 1, "codebooks": ("affine",), "prescale": False}
+    settings = {"samples": 2, "probe_inputs": 4, "probes": 1, "schemes": ("asymmetric",), "smooth": False}
     sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(4, 8))
-    few = profile_base(denoiser, table, policy, sampler, CalibrationSpec(**settings, sampler_seeds=2, sampler_probes=1), FMT)  # type: ignore[arg-type]
+    few = profile_base(
+        denoiser, table, policy, sampler, CalibrationSpec(**settings, sampler_seeds=2, sampler_probes=1), FMT
+    )  # type: ignore[arg-type]
     more = CalibrationSpec(**settings, sampler_seeds=2, sampler_probes=1, target_error=0.35)  # type: ignore[arg-type]
     many = profile_base(denoiser, table, policy, sampler, more, FMT)
     assert few.calibration["spent"].items() >= {"probe_inputs": 4, "sampler_seeds": 2}.items()
@@ -165,15 +176,31 @@ def test_a_batch_along_its_residual_is_the_mean_of_its_samples() -> None:
     seeds = [1, 2, 3]
     generator = torch.Generator().manual_seed(0)
     reference = sample(denoiser, seeds, sampler) + 0.1 * torch.randn((3, *denoiser.sample_shape), generator=generator)
-    change = {la.name: 0.01 * torch.randn((2, la.n_channels, la.weights_per_channel), generator=generator) for la in table}
+    change = {
+        la.name: 0.01 * torch.randn((2, la.n_channels, la.weights_per_channel), generator=generator) for la in table
+    }
     means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
     slopes, along = [], []
     for batch in (1, 2, 3):
         found = final_probes(
-            denoiser, table, sampler, seeds, {"x": change}, means, probes=1, batch=batch, reference=reference, along_residual=True
+            denoiser,
+            table,
+            sampler,
+            seeds,
+            {"x": change},
+            means,
+            probes=1,
+            batch=batch,
+            reference=reference,
+            along_residual=True,
         )
         assert found.samples.tolist() == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[batch]
-        each = 2 * found.residual[:, None, None] * found.effect["x"].sum(1) / (found.samples * reference[0].numel())[:, None, None]
+        each = (
+            2
+            * found.residual[:, None, None]
+            * found.effect["x"].sum(1)
+            / (found.samples * reference[0].numel())[:, None, None]
+        )
         slopes.append(np.average(each, axis=0, weights=found.samples))
         along.append(found.row_along["x"])
     for other in (1, 2):  # float32 sums over another batch

@@ -28,7 +28,7 @@ from mpqsearch.testing import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect
 
 WIDTHS = (2, 4)
-FORMATS = {"affine": QuantFormat(n_candidates=10), "midrise": QuantFormat(codebook="midrise", n_candidates=10)}
+FORMATS = {"asymmetric": QuantFormat(n_candidates=10), "symmetric": QuantFormat(scheme="symmetric", n_candidates=10)}
 K = len(WIDTHS) * len(FORMATS)
 
 
@@ -72,14 +72,21 @@ def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: st
     for variant, error in whole(errors_of, spec, stats).items():
         expected = error_tables(error, stats)
         # float32 products of at most a few hundred terms, summed in another order.
-        torch.testing.assert_close(found[f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            found[f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9
+        )
         scale = float(expected["output_error"].max())
         torch.testing.assert_close(
-            found[f"output_error_centred/{variant}"], expected["output_error_centred"].float(), rtol=1e-4, atol=1e-6 * scale
+            found[f"output_error_centred/{variant}"],
+            expected["output_error_centred"].float(),
+            rtol=1e-4,
+            atol=1e-6 * scale,
         )
 
 
-@pytest.mark.parametrize(("share", "ways"), [(1.0, {"full"}), (0.3, {"full", "direct"}), (0.03, {"full", "direct", "blocked"})])
+@pytest.mark.parametrize(
+    ("share", "ways"), [(1.0, {"full"}), (0.3, {"full", "direct"}), (0.03, {"full", "direct", "blocked"})]
+)
 def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
@@ -110,7 +117,10 @@ def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
             expected = error_tables(error, stats[layer.name])
             scale = float(expected["output_error"].max())
             torch.testing.assert_close(
-                found[layer.name][f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-4, atol=1e-7 * scale
+                found[layer.name][f"output_error/{variant}"],
+                expected["output_error"].float(),
+                rtol=1e-4,
+                atol=1e-7 * scale,
             )
     assert not any(m._forward_pre_hooks for m in denoiser.module.modules())
 
@@ -128,8 +138,12 @@ def test_plans_cover_every_layer_once_and_choose_what_is_cheaper() -> None:
     assert many[0].start == 0
     assert all(a.stop == b.start for a, b in pairwise(many))
     # With room for everything: few positions make direct products cheaper, many do not.
-    assert {p.how for part in plan_moments(table, 7, 10**10, positions=100) for p in part if p.layer == "wide"} == {"direct"}
-    assert {p.how for part in plan_moments(table, 7, 10**10, positions=10**6) for p in part if p.layer == "tall"} == {"full"}
+    assert {p.how for part in plan_moments(table, 7, 10**10, positions=100) for p in part if p.layer == "wide"} == {
+        "direct"
+    }
+    assert {p.how for part in plan_moments(table, 7, 10**10, positions=10**6) for p in part if p.layer == "tall"} == {
+        "full"
+    }
     with pytest.raises(ConfigError, match=r"too small for the layer 'wide'.* Raise the limit to 0\.06 MB"):
         plan_moments(table, 7, 20_000)
 
@@ -149,8 +163,8 @@ def test_a_layer_that_does_not_run_has_no_error() -> None:
     for how in ("full", "direct"):
         passes = [[p for s in specs for p in pieces(s, how)[0]]]
         found = output_errors(model, table, stats, errors_by(model), passes, run)
-        assert float(found["unused"]["output_error/affine"].abs().max()) == 0
-        assert float(found["used"]["output_error/affine"].max()) > 0
+        assert float(found["unused"]["output_error/asymmetric"].abs().max()) == 0
+        assert float(found["used"]["output_error/asymmetric"].max()) > 0
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -158,7 +172,13 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     spec = CalibrationSpec(
-        samples=3, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=len(WIDTHS), codebooks=("affine",)
+        samples=3,
+        probe_inputs=2,
+        probes=1,
+        sampler_seeds=1,
+        sampler_probes=1,
+        context_seeds=len(WIDTHS),
+        schemes=("asymmetric",),
     )
     given = (
         denoiser,
@@ -177,7 +197,7 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
         # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
         scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
         np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
-    assert ("layer_context_slope/affine" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
+    assert ("layer_context_slope/asymmetric" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
     for name, mean in whole.means.items():
         np.testing.assert_allclose(limited.means[name], mean, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match="the memory limit of .* is too small"):
@@ -195,11 +215,13 @@ def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
         sampler_probes=1,
         context_seeds=2,
         context_widths=WIDTHS,
-        codebooks=("affine",),
-        prescale=False,
+        schemes=("asymmetric",),
+        smooth=False,
     )
     given = (denoiser, table, Policy(widths=WIDTHS), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
-    with pytest.raises(ConfigError, match=r"its gradient, which comes in one piece.*Raise the limit to [\d.]+ MB") as caught:
+    with pytest.raises(
+        ConfigError, match=r"its gradient, which comes in one piece.*Raise the limit to [\d.]+ MB"
+    ) as caught:
         profile_model(*given, memory_limit=100)
     least = math.ceil(float(str(caught.value).split("Raise the limit to ")[1].split(" MB")[0]) * 1e6)
     largest, n_candidates = max(table, key=lambda la: la.n_weights), len(WIDTHS)
@@ -216,7 +238,7 @@ def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
     stats, _, _ = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2))
-    variants = {c: QuantFormat(codebook=c, n_candidates=10) for c in ("affine", "auto")}
+    variants = {c: QuantFormat(scheme=c, n_candidates=10) for c in ("asymmetric", "auto")}
     arrays, held = tables_of(denoiser, table, WIDTHS, variants, stats)
     same, again = tables_of(denoiser, table, WIDTHS, variants, stats, hold=False)
     for key, array in arrays.items():
@@ -226,7 +248,9 @@ def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
         for name, error in by_layer.items():
             assert torch.equal(again[variant][name], error)
             assert again[variant][name] is not again[variant][name]
-    assert held_bytes(table, 3) == 12 * sum(p.numel() for p in [denoiser.module.get_submodule(la.name).weight for la in table])
+    assert held_bytes(table, 3) == 12 * sum(
+        p.numel() for p in [denoiser.module.get_submodule(la.name).weight for la in table]
+    )
     with pytest.raises(KeyError):
         again["auto"]["no such layer"]
 
@@ -235,13 +259,13 @@ def test_an_operating_point_has_the_same_numbers_at_any_limit() -> None:
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(3, 4), roles={})
-    fmt = QuantFormat(n_candidates=10, prescale=True)
-    spec = CalibrationSpec(samples=2, probe_inputs=2, codebooks=("affine",), sampler_seeds=0)
+    fmt = QuantFormat(n_candidates=10, smooth=True)
+    spec = CalibrationSpec(samples=2, probe_inputs=2, schemes=("asymmetric",), sampler_seeds=0)
     base = profile_base(denoiser, table, policy, sampler, spec, QuantFormat(n_candidates=10))
     at = uniform_map(table, policy, 3, fmt)
     limit = max(la.n_weights * 4 + row_bytes(la, 4) for la in table)  # the least: a gradient, and the errors of a row
     found = [remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=n) for n in (None, limit)]
-    for key in ("layer_operating_error/affine+prescale", "layer_operating_std_error/affine+prescale"):
+    for key in ("layer_operating_error/asymmetric+smooth", "layer_operating_std_error/asymmetric+smooth"):
         # Sums over blocks of rows in another order.
         scale = np.abs(found[0].arrays[key]).max()
         np.testing.assert_allclose(found[0].arrays[key], found[1].arrays[key], rtol=1e-4, atol=1e-6 * scale)

@@ -19,9 +19,13 @@ WIDTHS = (2, 4, 8)
 def measure(kind: str, **kwargs: object) -> tuple[object, object, SensitivityProfile]:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
-    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "sampler_seeds": 0, "codebooks": ("affine",), **kwargs}
+    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "sampler_seeds": 0, "schemes": ("asymmetric",), **kwargs}
     spec = CalibrationSpec(**settings)  # type: ignore[arg-type]
-    return denoiser, table, profile_model(denoiser, table, Policy(widths=WIDTHS), SAMPLER, spec, QuantFormat(n_candidates=20))
+    return (
+        denoiser,
+        table,
+        profile_model(denoiser, table, Policy(widths=WIDTHS), SAMPLER, spec, QuantFormat(n_candidates=20)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -46,7 +50,7 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
             out = denoiser.with_module(one.module).guided(step.x, t, labels_of(denoiser, seeds), 2.0)  # type: ignore[attr-defined, arg-type]
             change.append((out - step.prediction).square().flatten(1).sum(1).mean())
         measured.append(float(torch.stack(change).mean()))
-        predicted.append(float(profile.arrays["layer_probe_error/affine"][i, WIDTHS.index(8)]))
+        predicted.append(float(profile.arrays["layer_probe_error/asymmetric"][i, WIDTHS.index(8)]))
     ratio = np.log(np.array(predicted) / np.array(measured))
     # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each layer, the
     # factor of two allows for layers whose effect sits in few directions.
@@ -57,8 +61,8 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
 
 
 def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
-    _, table, profile = measure("unet", codebooks=("affine", "auto"), prescale=True)
-    assert profile.variants == ("affine", "affine+prescale", "affine+prescale+minmax", "auto", "auto+prescale")
+    _, table, profile = measure("unet", schemes=("asymmetric", "auto"), smooth=True)
+    assert profile.variants == ("asymmetric", "asymmetric+smooth", "asymmetric+smooth+minmax", "auto", "auto+smooth")
     for variant in profile.variants:
         layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
         assert bool((np.diff(layers, axis=1) < 0).all())
@@ -71,24 +75,26 @@ def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
 
 def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> None:
     _, table, profile = measure("unet")
-    share = profile.shift_share("affine")
+    share = profile.shift_share("asymmetric")
     assert share.shape == (len(table), len(WIDTHS))  # type: ignore[arg-type]
     assert float(share.min()) >= 0
     assert float(share.max()) < 1
     i = profile.index["conv_in"]
     rows = profile.rows("conv_in")
-    full, centred = (profile.arrays[f"output_error{k}/affine"][rows, 0].sum() for k in ("", "_centred"))
+    full, centred = (profile.arrays[f"output_error{k}/asymmetric"][rows, 0].sum() for k in ("", "_centred"))
     assert float(share[i, 0]) == pytest.approx(1 - centred / full, rel=1e-4)
     # The time embedding of four timesteps hardly varies, a normalized input varies from position to position.
-    varies, still = (float(share[profile.index[n]].mean()) for n in ("mid_block.attentions.0.to_q", "time_embedding.linear_2"))
+    varies, still = (
+        float(share[profile.index[n]].mean()) for n in ("mid_block.attentions.0.to_q", "time_embedding.linear_2")
+    )
     assert varies < still
     with pytest.raises(ConfigError, match="share of the mean shift"):
-        profile.shift_share("midrise")
+        profile.shift_share("symmetric")
 
 
 def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
     _, _, profile = measure("unet", final_widths=(2,), final_seeds=2)
-    final = profile.arrays["layer_final_error/affine"]
+    final = profile.arrays["layer_final_error/asymmetric"]
     assert np.isfinite(final[:, 0]).all()
     assert np.isnan(final[:, 1:]).all()
     assert float(final[:, 0].min()) > 0
@@ -109,7 +115,7 @@ def test_profiling_leaves_the_model_as_it_was() -> None:
 def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, sampler_seeds=0, codebooks=("affine",), prescale=False)
+    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, sampler_seeds=0, schemes=("asymmetric",), smooth=False)
     sampler = SamplerSpec(steps=4, guidance=1.0, batch=1)
     settings = (table, Policy(widths=WIDTHS), sampler, spec, QuantFormat(n_candidates=20))
     own = profile_model(denoiser, *settings)
@@ -122,14 +128,16 @@ def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
         np.testing.assert_array_equal(recorded.arrays[key], array, err_msg=key)
     assert list(discover(denoiser.with_calls(calls))) == list(table)
     with pytest.raises(ConfigError, match="final_widths = .* which bring no sampler"):
-        profile_model(denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat())
+        profile_model(
+            denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat()
+        )
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> None:
-    denoiser, table, profile = measure(kind, prescale=True, activation_bits=(4,), probe_inputs=2, probes=1)
+    denoiser, table, profile = measure(kind, smooth=True, activation_bits=(4,), probe_inputs=2, probes=1)
     seeds = range(1_000_000, 1_000_004)
-    fmt = QuantFormat(n_candidates=20, prescale=True)
+    fmt = QuantFormat(n_candidates=20, smooth=True)
     input_max = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
     seen: dict[str, list[torch.Tensor]] = {}
     modules = dict(denoiser.module.named_modules())  # type: ignore[attr-defined]
@@ -149,13 +157,17 @@ def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> No
     )
     activations = calibrate_activations(denoiser, table, bit_map, SAMPLER, seeds=seeds, input_max=input_max)  # type: ignore[arg-type]
     made = dict(
-        quantize_model(denoiser.module, table, bit_map, input_max=input_max, activations=activations).module.named_modules()
+        quantize_model(
+            denoiser.module, table, bit_map, input_max=input_max, activations=activations
+        ).module.named_modules()
     )  # type: ignore[attr-defined, arg-type]
-    priced = profile.arrays["quantized_input_error/affine+prescale@a4"]
+    priced = profile.arrays["quantized_input_error/asymmetric+smooth@a4"]
     for layer in table:  # type: ignore[attr-defined]
         with torch.no_grad():
             errors = torch.cat([made[layer.name](x) - modules[layer.name](x) for x in seen[layer.name]])
         by_channel = errors.movedim(-1 if layer.kind == "Linear" else 1, 0).flatten(1).square().mean(1)
-        np.testing.assert_allclose(priced[profile.rows(layer.name)][:, WIDTHS.index(2)], by_channel, rtol=2e-3, atol=1e-7)
+        np.testing.assert_allclose(
+            priced[profile.rows(layer.name)][:, WIDTHS.index(2)], by_channel, rtol=2e-3, atol=1e-7
+        )
     assert profile.arrays["layer_activation_error"].shape == (len(table), 3)  # type: ignore[arg-type]
     assert bool((np.diff(profile.arrays["layer_activation_error"], axis=1) <= 0).all()), "more bits, less error"

@@ -15,7 +15,7 @@ from mpqsearch.testing import tiny_profile, tiny_table
 
 WIDTHS = (2, 3, 4)
 POLICY = Policy(widths=WIDTHS, roles={})
-METHOD = MethodSpec(name="m", allocator="ilp-layer", loss="probe", codebook="auto")
+METHOD = MethodSpec(name="m", allocator="ilp-layer", loss="probe", scheme="auto")
 
 
 def case(totals: np.ndarray, relative: np.ndarray) -> tuple[LayerTable, SensitivityProfile]:
@@ -39,9 +39,9 @@ def test_only_layers_whose_noise_changes_the_answer_are_undecided() -> None:
     table, profile = case(totals, np.array([0.1, 0.1, 0.5, 0.5, 0.1, 0.1]))
     exact, _ = case(totals, np.zeros(6)), None
     budget = Budget(quantity="uniform_bits", limit=3)
-    found = stability(profile, table, POLICY, METHOD, [budget], QuantFormat(codebook="auto"), draws=40)
+    found = stability(profile, table, POLICY, METHOD, [budget], QuantFormat(scheme="auto"), draws=40)
     assert (found.undecided[[0, 1, 4, 5]] == 0).all()
-    calm = stability(exact[1], exact[0], POLICY, METHOD, [budget], QuantFormat(codebook="auto"), draws=5)
+    calm = stability(exact[1], exact[0], POLICY, METHOD, [budget], QuantFormat(scheme="auto"), draws=5)
     assert calm.settled(0.0)
     assert (calm.undecided == 0).all()
     assert calm.agreement == pytest.approx(1.0)
@@ -52,12 +52,12 @@ def test_noise_of_a_close_pair_is_seen_and_is_cheap() -> None:
     totals = np.array([1.0, 1.0])
     table, profile = case(totals, np.array([0.3, 0.3]))
     sizes = Budget(quantity="uniform_bits", limit=2.5)
-    found = stability(profile, table, POLICY, METHOD, [sizes], QuantFormat(codebook="auto"), draws=60, seed=1)
+    found = stability(profile, table, POLICY, METHOD, [sizes], QuantFormat(scheme="auto"), draws=60, seed=1)
     assert 0.2 < found.undecided[0] < 0.8
     assert found.undecided[0] == pytest.approx(found.undecided[1])
     assert found.regret[0] == pytest.approx(0.0, abs=1e-9)
     with pytest.raises(ConfigError, match="standard errors"):
-        stability(profile, table, POLICY, replace(METHOD, loss="weight"), [sizes], QuantFormat(codebook="auto"))
+        stability(profile, table, POLICY, replace(METHOD, loss="weight"), [sizes], QuantFormat(scheme="auto"))
 
 
 def test_relative_error_weighs_layers_by_their_share() -> None:
@@ -69,7 +69,7 @@ def test_a_race_gives_seeds_to_undecided_layers_only(monkeypatch: pytest.MonkeyP
     """Synthetic final errors: one layer far above, a close pair, one far below; the oracle is the known truth of each."""
     truth = np.array([1e3, 1.0, 1.1, 1e-4])
     table, profile = case(truth, np.full(4, 0.1))
-    profile = replace(profile, calibration={"spec": {"codebooks": ["auto"]}})
+    profile = replace(profile, calibration={"spec": {"schemes": ["auto"]}})
     drawn = dict.fromkeys((la.name for la in table), 0)
     noise = np.array([0.6, 1.4])  # of alternating seeds, so that every mean is the truth and only the spread is left
 
@@ -88,11 +88,18 @@ def test_a_race_gives_seeds_to_undecided_layers_only(monkeypatch: pytest.MonkeyP
 
     def undecided(measured: SensitivityProfile) -> tuple[list[str], bool]:
         found = stability(
-            measured, table, POLICY, replace(METHOD, loss="final"), [budget], QuantFormat(codebook="auto"), draws=30, seed=3
+            measured,
+            table,
+            POLICY,
+            replace(METHOD, loss="final"),
+            [budget],
+            QuantFormat(scheme="auto"),
+            draws=30,
+            seed=3,
         )
         return [n for n, share in zip(measured.names, found.undecided, strict=True) if share > 0], found.settled(0.0)
 
-    spec = CalibrationSpec(final_widths=WIDTHS, final_seeds=64, codebooks=("auto",))
+    spec = CalibrationSpec(final_widths=WIDTHS, final_seeds=64, schemes=("auto",))
     race_final_errors(None, table, profile, SamplerSpec(), spec, QuantFormat(), undecided)  # type: ignore[arg-type]
     names = [la.name for la in table]
     assert drawn[names[0]] == 2

@@ -22,7 +22,7 @@ from mpqsearch.testing.tiny import tiny_unet
 
 FMT = QuantFormat(n_candidates=20)
 POLICY = Policy(widths=(2, 4, 8))
-CODEBOOKS = ("affine", "auto")
+SCHEMES = ("asymmetric", "auto")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 
 def test_numbers_are_those_of_the_loaded_model(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
-    found = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
-    spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, codebooks=CODEBOOKS, prescale=False)
+    found = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
+    spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=SCHEMES, smooth=False)
     whole = profile_model(load_model(streamed.source), table, POLICY, SamplerSpec(steps=2, batch=2), spec, FMT)
-    assert set(found.arrays) == {"kurtosis", "weight_error/affine", "weight_error/auto"}
+    assert set(found.arrays) == {"kurtosis", "weight_error/asymmetric", "weight_error/auto"}
     for key, array in found.arrays.items():
         np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-5, err_msg=key)  # float32 sums in another order
     assert found.model_digest == whole.model_digest
@@ -47,7 +47,7 @@ def test_a_run_that_was_killed_continues_with_the_next_layer(
     streamed: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = discover_streamed(streamed)
-    expected = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    expected = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     names: list[str] = []
     real = module.layer_weights
 
@@ -59,16 +59,20 @@ def test_a_run_that_was_killed_continues_with_the_next_layer(
 
     monkeypatch.setattr(module, "layer_weights", counted)
     with pytest.raises(KeyboardInterrupt):
-        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "1"}))
+        profile_weights(
+            streamed, table, POLICY, SCHEMES, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "1"})
+        )
     assert len(list((tmp_path / "p").glob("[0-9]*.npz"))) == 5
     done, names[:] = list(names), [""] * -len(names)
-    monkeypatch.setattr(module, "layer_weights", lambda model, layer, *a: names.append(layer.name) or real(model, layer, *a))
+    monkeypatch.setattr(
+        module, "layer_weights", lambda model, layer, *a: names.append(layer.name) or real(model, layer, *a)
+    )
     seen: list[int] = []
     again = profile_weights(
         streamed,
         table,
         POLICY,
-        CODEBOOKS,
+        SCHEMES,
         FMT,
         partial=Partial(folder=tmp_path / "p", inputs={"a": "1"}),
         progress=lambda _label, n, total: seen.append(total - n),
@@ -79,25 +83,27 @@ def test_a_run_that_was_killed_continues_with_the_next_layer(
     for key, array in expected.arrays.items():
         np.testing.assert_array_equal(again.arrays[key], array)
     names.clear()
-    profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "2"}))
+    profile_weights(streamed, table, POLICY, SCHEMES, FMT, partial=Partial(folder=tmp_path / "p", inputs={"a": "2"}))
     assert len(names) == len(table), "layers of other inputs are measured again"
 
 
 def test_a_layer_larger_than_the_limit_is_read_some_rows_at_a_time(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
-    whole = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    whole = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     with pytest.raises(
         ConfigError, match=r"the layer '.*' needs .* MB for one of its rows .* Raise the limit to ([\d.]+) MB"
     ) as caught:
-        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=100)
+        profile_weights(streamed, table, POLICY, SCHEMES, FMT, memory_limit=100)
     largest = max(table, key=lambda la: la.weights_per_channel)
-    least = (2 + 16) * largest.weights_per_channel + 3 * 2 * 2 * 24  # a row in bf16 and in float32 with temporaries, its quantizers
+    least = (
+        2 + 16
+    ) * largest.weights_per_channel + 3 * 2 * 2 * 24  # a row in bf16 and in float32 with temporaries, its quantizers
     assert f"the layer {largest.name!r}" in str(caught.value)
     assert len(module.rows_within(streamed, table, 3, 2, "cpu", least)[largest.name]) == largest.n_channels
     with pytest.raises(ConfigError, match="for one of its rows"):
         module.rows_within(streamed, table, 3, 2, "cpu", least - 1)
     for limit in (least, 3 * least):
-        limited = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT, memory_limit=limit)
+        limited = profile_weights(streamed, table, POLICY, SCHEMES, FMT, memory_limit=limit)
         for key, array in whole.arrays.items():
             np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-5, err_msg=key)
 
@@ -114,7 +120,9 @@ def test_rows_of_a_transposed_convolution_are_read_in_slices(groups: int, tmp_pa
     save_file({"up.weight": conv.weight.detach()}, tmp_path / "w.safetensors")
     stored: dict[str, Stored] = dict(_header(tmp_path / "w.safetensors"))
     model = StreamedModel(name="m", module=conv, stored=stored)
-    layer = LayerSpec(name="up", kind="ConvTranspose2d", weight_shape=tuple(conv.weight.shape), channel_axis=1, groups=groups)
+    layer = LayerSpec(
+        name="up", kind="ConvTranspose2d", weight_shape=tuple(conv.weight.shape), channel_axis=1, groups=groups
+    )
     expected = rows_of(conv.weight.detach(), layer)
     for size in (1, 2, 5, 100):
         slices = slices_of(layer, size)
@@ -134,18 +142,18 @@ def test_weights_that_are_not_finite_name_their_layer(streamed: StreamedModel, m
 
     monkeypatch.setattr(StreamedModel, "read", broken)
     with pytest.raises(NumericsError, match="layer 'conv_in': weight row 3"):
-        profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+        profile_weights(streamed, table, POLICY, SCHEMES, FMT)
 
 
 def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
-    profile = profile_weights(streamed, table, POLICY, CODEBOOKS, FMT)
+    profile = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     assert profile.weights_only
-    assert profile.variants == ("affine", "auto")
+    assert profile.variants == ("asymmetric", "auto")
     budget = Budget.parse("uniform:4")
     for allocator in ("ilp-layer", "ilp-channel"):
         made = allocate(
-            MethodSpec(name="m", allocator=allocator, loss="weight", codebook="auto"), budget, table, profile, POLICY, FMT
+            MethodSpec(name="m", allocator=allocator, loss="weight", scheme="auto"), budget, table, profile, POLICY, FMT
         )
         assert made.within_budget
         losses = channel_losses(profile, table, "auto", "weight", bias_correction=False)
@@ -154,14 +162,21 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
         assert made.predicted_loss == pytest.approx(again)
         assert again > 0
     policy = Policy(widths=(3, 4, 5))
-    given = (budget, table, profile_weights(streamed, table, policy, CODEBOOKS, FMT), policy, FMT)
-    omq = allocate(MethodSpec(name="m", allocator="omq", codebook="auto"), *given).bit_map
+    given = (budget, table, profile_weights(streamed, table, policy, SCHEMES, FMT), policy, FMT)
+    omq = allocate(MethodSpec(name="m", allocator="omq", scheme="auto"), *given).bit_map
     assert {int(b) for w in omq.weights.values() for b in np.unique(w)} <= {3, 4, 5, 8}
     for loss, key in (("output", "output_error/auto"), ("gain", "output_error/auto"), ("probe", "output_error/auto")):
         with pytest.raises(ConfigError, match=rf"the loss '{loss}' needs '{key}': .* the loss 'weight' works"):
-            allocate(MethodSpec(name="m", allocator="ilp-layer", loss=loss, codebook="auto"), budget, table, profile, POLICY, FMT)
+            allocate(
+                MethodSpec(name="m", allocator="ilp-layer", loss=loss, scheme="auto"),
+                budget,
+                table,
+                profile,
+                POLICY,
+                FMT,
+            )
     with pytest.raises(ConfigError, match="OMQ by variance needs 'output_power'"):
-        allocate(MethodSpec(name="m", allocator="omq", order="variance", codebook="auto"), *given)
+        allocate(MethodSpec(name="m", allocator="omq", order="variance", scheme="auto"), *given)
 
 
 class _Stops(Exception):  # noqa: N818
@@ -182,13 +197,28 @@ class _Killed(Partial):
 
 
 @pytest.mark.parametrize("memory_limit", [None, 2_000_000])
-def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(tmp_path: Path, memory_limit: int | None) -> None:
+def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
+    tmp_path: Path, memory_limit: int | None
+) -> None:
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     spec = CalibrationSpec(
-        samples=2, probe_inputs=2, probes=1, sampler_seeds=2, sampler_probes=1, context_seeds=3, codebooks=("affine", "auto")
+        samples=2,
+        probe_inputs=2,
+        probes=1,
+        sampler_seeds=2,
+        sampler_probes=1,
+        context_seeds=3,
+        schemes=("asymmetric", "auto"),
     )
-    given = (denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=2), spec, QuantFormat(n_candidates=10))
+    given = (
+        denoiser,
+        table,
+        Policy(widths=(2, 3, 4)),
+        SamplerSpec(steps=2, batch=2),
+        spec,
+        QuantFormat(n_candidates=10),
+    )
     straight = profile_base(*given, memory_limit=memory_limit)
     steps = ["probes", "final-probes", "slopes"] + ["output-errors"] * (memory_limit is not None)
     for finished in (3, len(table) - 4, 1, *[1] * (len(steps) - 1)):
@@ -196,7 +226,9 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(tmp_path:
         with pytest.raises(_Stops):
             profile_base(*given, memory_limit=memory_limit, partial=partial)
     assert {p.stem for p in tmp_path.glob("*.npz")} == {f"{i:05d}" for i in range(len(table))} | set(steps) - {"slopes"}
-    resumed = profile_base(*given, memory_limit=memory_limit, partial=Partial(folder=tmp_path, inputs={"model": table.digest}))
+    resumed = profile_base(
+        *given, memory_limit=memory_limit, partial=Partial(folder=tmp_path, inputs={"model": table.digest})
+    )
     assert resumed.arrays.keys() == straight.arrays.keys()
     for key, array in straight.arrays.items():
         np.testing.assert_array_equal(resumed.arrays[key], array, err_msg=key)

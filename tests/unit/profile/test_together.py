@@ -10,7 +10,7 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import calibrate_activations, choose_strengths, together
+from mpqsearch.profile import calibrate_activations, choose_alphas, together
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import ActivationSearch, quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
@@ -34,7 +34,7 @@ def setting(kind: str) -> tuple[Denoiser, LayerTable, BitMap, dict[str, Tensor]]
         weights={la.name: np.array(3) for la in table},
         activations={la.name: 3 for la in table},
         activation_steps=SAMPLER.steps,
-        format=QuantFormat(n_candidates=20, prescale=True),
+        format=QuantFormat(n_candidates=20, smooth=True),
     )
     with InputCollector(denoiser.module, table) as collector:
         run(denoiser)
@@ -72,36 +72,40 @@ def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[
 def test_strengths_are_those_of_the_least_error_of_weights_and_inputs_together(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, table, bit_map, input_max = setting("dit")
     monkeypatch.setattr(together, "POSITIONS", 10**9)
-    strengths = (0.0, 0.3, 0.5, 0.8, 1.0)
-    chosen = choose_strengths(
-        denoiser, table, bit_map, SAMPLER, input_max=input_max, seeds=SEEDS, strengths=strengths, search=SEARCH
+    alphas = (0.0, 0.3, 0.5, 0.8, 1.0)
+    chosen = choose_alphas(
+        denoiser, table, bit_map, SAMPLER, input_max=input_max, seeds=SEEDS, alphas=alphas, search=SEARCH
     )
     assert dict(chosen.weights) == dict(bit_map.weights)
-    assert {f.codebook for f in chosen.formats.values()} <= {"affine"}
+    assert {f.scheme for f in chosen.formats.values()} <= {"asymmetric"}
     errors: dict[str, list[float]] = {}
-    for a in strengths:
+    for a in alphas:
         one = BitMap(
             model_digest=table.digest,
             weights=bit_map.weights,
             activations=bit_map.activations,
             activation_steps=bit_map.activation_steps,
-            format=QuantFormat(n_candidates=20, prescale=True, strength=a),
+            format=QuantFormat(n_candidates=20, smooth=True, alpha=a),
         )
-        activations = calibrate_activations(denoiser, table, one, SAMPLER, seeds=SEEDS, input_max=input_max, search=SEARCH)
+        activations = calibrate_activations(
+            denoiser, table, one, SAMPLER, seeds=SEEDS, input_max=input_max, search=SEARCH
+        )
         made = quantize_model(denoiser.module, table, one, input_max=input_max, activations=activations)
         for name, error in layer_errors(denoiser, made.module, table).items():
             errors.setdefault(name, []).append(float(error.square().sum()))
     linear = [la.name for la in table if la.kind == "Linear"]
     assert len(linear) > 5
     for name in linear:  # of convolutions the padded border is counted with the inputs, so their ranges differ a little
-        best = errors[name][strengths.index(chosen.format_of(name).strength)]
+        best = errors[name][alphas.index(chosen.format_of(name).alpha)]
         assert best <= min(errors[name]) * (1 + 1e-6), name
-    assert len({chosen.format_of(n).strength for n in linear}) > 1, "one strength for all would need no search"
+    assert len({chosen.format_of(n).alpha for n in linear}) > 1, "one alpha for all would need no search"
 
 
 def test_strengths_need_a_layer_with_both() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    plain = BitMap(model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(prescale=True))
-    with pytest.raises(ConfigError, match="both pre-scaling and a quantized input"):
-        choose_strengths(denoiser, table, plain, SAMPLER, input_max={})
+    plain = BitMap(
+        model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(smooth=True)
+    )
+    with pytest.raises(ConfigError, match="both smoothing and a quantized input"):
+        choose_alphas(denoiser, table, plain, SAMPLER, input_max={})

@@ -21,7 +21,13 @@ from mpqsearch.quant import (
     quant_layers,
     quantize_model,
 )
-from mpqsearch.quant.activations import BINS, TimestepClock, _CompiledQuantizeActivation, _Histogram, _QuantizeActivation
+from mpqsearch.quant.activations import (
+    BINS,
+    TimestepClock,
+    _CompiledQuantizeActivation,
+    _Histogram,
+    _QuantizeActivation,
+)
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.testing import tiny_denoiser
 
@@ -33,14 +39,16 @@ def uniform(table: LayerTable, weight: int, act: int, **kwargs: object) -> BitMa
     return BitMap(model_digest=table.digest, weights=weights, activations={la.name: act for la in table}, **kwargs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("quantize", [_QuantizeActivation, pytest.param(_CompiledQuantizeActivation, marks=needs_numba)])
+@pytest.mark.parametrize(
+    "quantize", [_QuantizeActivation, pytest.param(_CompiledQuantizeActivation, marks=needs_numba)]
+)
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("prescaled", [False, True])
-def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, prescaled: bool, quantize: type) -> None:
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, smoothed: bool, quantize: type) -> None:
     # As for weights: clipped values follow s f (c - z), others x + s f e with the rounding error e held fixed.
     torch.manual_seed(1)
     x, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
-    factor = torch.rand(3, 1) + 0.5 if prescaled else None
+    factor = torch.rand(3, 1) + 0.5 if smoothed else None
     scale, zero, top = torch.tensor([0.25, 0.5]), torch.tensor([3.0, 8.0]), 15
     index = torch.tensor([0, 1, 1, 0]) if per_sample else None
     if not per_sample:
@@ -79,21 +87,26 @@ def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, p
 @needs_numba
 @pytest.mark.parametrize("shape", [(4, 6, 7, 90), (4, 50, 6), (3, 2050)])
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("prescaled", ["no", "rows", "columns"])
-def test_the_compiled_pass_equals_the_plain_one(shape: tuple[int, ...], per_sample: bool, prescaled: str) -> None:
+@pytest.mark.parametrize("smoothed", ["no", "rows", "columns"])
+def test_the_compiled_pass_equals_the_plain_one(shape: tuple[int, ...], per_sample: bool, smoothed: str) -> None:
     torch.manual_seed(2)
-    if prescaled == "rows" and len(shape) < 3:
+    if smoothed == "rows" and len(shape) < 3:
         shape = (*shape, 1)
     x = torch.randn(shape)
     x.view(-1)[::500] = 40.0
     weight = torch.randn(shape[0], shape[1], *shape[:1:-1]).permute(
         0, 1, *range(len(shape) - 1, 1, -1)
     )  # not contiguous from 4 dimensions
-    factor = {"no": None, "rows": torch.rand(shape[1], *(1,) * (len(shape) - 2)) + 0.5, "columns": torch.rand(shape[-1]) + 0.5}[
-        prescaled
-    ]
+    factor = {
+        "no": None,
+        "rows": torch.rand(shape[1], *(1,) * (len(shape) - 2)) + 0.5,
+        "columns": torch.rand(shape[-1]) + 0.5,
+    }[smoothed]
     index = torch.arange(shape[0]) % 3 if per_sample else None
-    scale, zero = torch.tensor([0.25, 0.5, 0.3])[: 3 if per_sample else 1], torch.tensor([3.0, 8.4, -2.0])[: 3 if per_sample else 1]
+    scale, zero = (
+        torch.tensor([0.25, 0.5, 0.3])[: 3 if per_sample else 1],
+        torch.tensor([3.0, 8.4, -2.0])[: 3 if per_sample else 1],
+    )
     found = []
     for quantize in (_QuantizeActivation, _CompiledQuantizeActivation):
         leaves = [t.clone().requires_grad_() for t in (x, scale, zero)]
@@ -116,7 +129,7 @@ def test_what_is_not_finite_passes_the_compiled_quantizer_as_it_does_the_plain_o
     assert bool(plain.isnan().any())
 
 
-def test_prescaled_activations_equal_the_direct_formula() -> None:
+def test_smoothd_activations_equal_the_direct_formula() -> None:
     # Y = Q_x(X diag(1/f)) Q_w(W diag(f))': MPQ-DM's equation with the factors where they are at inference.
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, 3, padding=1)
@@ -127,8 +140,8 @@ def test_prescaled_activations_equal_the_direct_formula() -> None:
     x = torch.randn(2, 3, 6, 6) * torch.tensor([0.1, 1, 20]).view(1, 3, 1, 1)
     x[:, 1] = 0  # a dead channel
     input_max = {"layer": x.abs().amax((0, 2, 3))}
-    bit_map = uniform(table, 4, 4, format=QuantFormat(prescale=True))
-    with RangeCollector(root, table, factors=prescale(root, table, bit_map, input_max)) as collector:
+    bit_map = uniform(table, 4, 4, format=QuantFormat(smooth=True))
+    with RangeCollector(root, table, factors=smooth(root, table, bit_map, input_max)) as collector:
         layer(x)
     activations = collector.table(bit_map.activations)
     made = quantize_model(root, table, bit_map, input_max=input_max, activations=activations)
@@ -146,10 +159,10 @@ def test_prescaled_activations_equal_the_direct_formula() -> None:
     assert torch.equal(student.layer(x), made.module.layer(x))  # type: ignore[operator]
 
 
-def prescale(*args: object) -> dict[str, Tensor]:
-    from mpqsearch.quant import prescale_inputs
+def smooth(*args: object) -> dict[str, Tensor]:
+    from mpqsearch.quant import smooth_inputs
 
-    return prescale_inputs(*args)  # type: ignore[arg-type]
+    return smooth_inputs(*args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
@@ -235,7 +248,9 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
     denoiser = tiny_denoiser()
     table = discover(denoiser)
     bit_map = uniform(table, 16, 4, activation_steps=5)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4))
+    activations = calibrate_activations(
+        denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4)
+    )
     assert activations.timesteps == (0, 200, 400, 600, 800)
     assert len(activations.scale["conv_in"]) == 5
     assert float(activations.scale["conv_in"].std()) > 0
@@ -267,7 +282,9 @@ def test_guidance_in_one_call_equals_guidance_in_two() -> None:
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([750, 250]), torch.tensor([1, 3])
     null = torch.full_like(labels, 4)
     separate = [made.denoise(x, t, c) for c in (labels, null)]
-    torch.testing.assert_close(made.guided(x, t, labels, 3.0), separate[1] + 3 * (separate[0] - separate[1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        made.guided(x, t, labels, 3.0), separate[1] + 3 * (separate[0] - separate[1]), rtol=1e-4, atol=1e-4
+    )
     sample(made, range(4), SamplerSpec(steps=7, guidance=3.0))  # another number of steps than was calibrated
 
 
@@ -294,7 +311,9 @@ def test_modules_with_a_method_denoise_are_timed_too() -> None:
     student = denoiser.with_module(build_student(denoiser.module, table, bit_map, activations=activations))
     student.denoise(torch.randn(2, 1, 8, 8), torch.tensor([250, 750]), None).sum().backward()
     grads = {n: layer.input_quantizer.scale.grad for n, layer in quant_layers(student.module)}  # type: ignore[union-attr]
-    assert grads["b"].ne(0).tolist() == [False, True, False, True], "only the scales of the timesteps that were given learn"  # type: ignore[union-attr]
+    assert grads["b"].ne(0).tolist() == [False, True, False, True], (
+        "only the scales of the timesteps that were given learn"
+    )  # type: ignore[union-attr]
 
 
 def test_copies_keep_a_clock_of_their_own() -> None:

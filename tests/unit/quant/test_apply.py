@@ -18,12 +18,12 @@ def random_map(table: object, seed: int = 0, **kwargs: object) -> BitMap:
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("codebook", ["affine", "midrise", "auto"])
-def test_codes_decode_to_the_weights_of_the_forward_pass_bit_for_bit(kind: str, codebook: str) -> None:
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "auto"])
+def test_codes_decode_to_the_weights_of_the_forward_pass_bit_for_bit(kind: str, scheme: str) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
-    made = quantize_model(denoiser.module, table, random_map(table, format=QuantFormat(codebook=codebook)))
+    made = quantize_model(denoiser.module, table, random_map(table, format=QuantFormat(scheme=scheme)))
     modules = dict(made.module.named_modules())
     for layer in table:
         weight = rows_of(modules[layer.name].weight, layer)
@@ -65,11 +65,13 @@ def test_errors_name_the_layer() -> None:
     with pytest.raises(LayerMismatchError, match="missing"):
         quantize_model(denoiser.module, table, BitMap(model_digest=table.digest, weights={}))
     with pytest.raises(ConfigError, match="input maxima"):
-        quantize_model(denoiser.module, table, random_map(table, format=QuantFormat(prescale=True)))
+        quantize_model(denoiser.module, table, random_map(table, format=QuantFormat(smooth=True)))
     with pytest.raises(ConfigError, match="activation"):
         bit_map = random_map(table)
         quantize_model(
-            denoiser.module, table, BitMap(model_digest=table.digest, weights=bit_map.weights, activations={"conv_in": 4})
+            denoiser.module,
+            table,
+            BitMap(model_digest=table.digest, weights=bit_map.weights, activations={"conv_in": 4}),
         )
     with torch.no_grad():
         dict(denoiser.module.named_modules())["conv_in"].weight[1, 0, 0, 0] = float("inf")

@@ -15,9 +15,9 @@ from mpqsearch.quant import (
     ActivationTable,
     QuantLayer,
     build_student,
+    convert,
     decode,
     encode,
-    finalize,
     held_weights,
     load_trainable_state,
     param_groups,
@@ -89,7 +89,7 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
         student = build_student(root, table, bit_map, trainable=trainable, rank=2)  # type: ignore[arg-type]
         assert isinstance(student.layer, QuantLayer)
         assert torch.equal(student.layer(x), made)
-        plain = finalize(student).module.layer
+        plain = convert(student).module.layer
         assert type(plain) is type(module)
         assert torch.equal(plain(x), made)
     if isinstance(module, nn.ConvTranspose2d):
@@ -98,19 +98,19 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
 
 
 @pytest.mark.parametrize("quantize", [_QuantizeRows, pytest.param(_CompiledQuantizeRows, marks=needs_numba)])
-@pytest.mark.parametrize("prescaled", [False, True])
-@pytest.mark.parametrize("codebook", ["affine", "midrise"])
-def test_gradients_against_finite_differences_away_from_ties(codebook: str, prescaled: bool, quantize: type) -> None:
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+def test_gradients_against_finite_differences_away_from_ties(scheme: str, smoothed: bool, quantize: type) -> None:
     # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) / f where clipped,
     # else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in float64 are its oracle.
     torch.manual_seed(0)
     rows = torch.randn(5, 9)
-    factor = torch.rand(1, 9) + 0.5 if prescaled else None
+    factor = torch.rand(1, 9) + 0.5 if smoothed else None
     top = torch.tensor([1.0, 3, 7, 15, 7])
     scale = torch.tensor([0.7, 0.4, 0.25, 0.11, 0.3])
-    zero = (top / 2 if codebook == "midrise" else (top / 2).round()).clone()
+    zero = (top / 2 if scheme == "symmetric" else (top / 2).round()).clone()
     full = torch.tensor([4])
-    fixed = torch.full((5,), codebook == "midrise")
+    fixed = torch.full((5,), scheme == "symmetric")
     weight = torch.randn(5, 9)
     leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
     out = quantize.apply(*leaves, top, fixed, factor, full, False)  # type: ignore[attr-defined]
@@ -138,8 +138,8 @@ def test_gradients_against_finite_differences_away_from_ties(codebook: str, pres
                 moved[k].view(-1)[i] += sign * 1e-5
                 ends.append(smooth(*moved))
             numeric.view(-1)[i] = (ends[0] - ends[1]) / 2e-5
-        if k == 2 and codebook == "midrise":
-            numeric.zero_()  # the zero of a mid-rise codebook is no parameter
+        if k == 2 and scheme == "symmetric":
+            numeric.zero_()  # the zero of a symmetric scheme is no parameter
         torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     assert 0 < int(inside[:4].sum()) < 36, "both branches must be seen"
 
@@ -187,12 +187,14 @@ def encode_inside(layer: QuantLayer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(codebook="auto"), QuantFormat(prescale=True)])
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
 def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFormat) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     input_max = {la.name: torch.rand(la.n_inputs) * 3 for la in table}
-    student = build_student(denoiser.module, table, mixed(table, format=fmt), input_max=input_max, trainable="lora", rank=4)
+    student = build_student(
+        denoiser.module, table, mixed(table, format=fmt), input_max=input_max, trainable="lora", rank=4
+    )
     optimizer = torch.optim.AdamW(param_groups(student, multiplier=100.0))
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])
     before = {name: layer.weight.detach().clone() for name, layer in quant_layers(student)}
@@ -202,7 +204,7 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
         optimizer.step()
     after = {name: layer.weight.detach() for name, layer in quant_layers(student)}
     assert any(not torch.equal(before[n], after[n]) for n in after), "training must have changed codes"
-    made = finalize(student)
+    made = convert(student)
     modules = dict(made.module.named_modules())
     for name, weight in after.items():
         stored = made.rows[name]
@@ -318,7 +320,9 @@ def test_state_holds_the_trainables_only_and_goes_back_exactly() -> None:
     again = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
     load_trainable_state(again, state)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])
-    assert torch.equal(denoiser.with_module(again).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels))
+    assert torch.equal(
+        denoiser.with_module(again).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels)
+    )
     with pytest.raises(ArtifactError, match="rank|shape|as"):
         load_trainable_state(build_student(denoiser.module, table, bit_map, trainable="lora", rank=3), state)
     with pytest.raises(ArtifactError, match="another student"):
@@ -333,7 +337,7 @@ def test_borrowed_weights_stay_shared_and_the_given_model_is_untouched() -> None
     student = build_student(root, table, bit_map, trainable="lora", rank=2)
     assert student.other.weight_quantizer is student.layer.weight_quantizer  # type: ignore[union-attr]
     assert not torch.equal(student.other.bias, student.layer.bias)  # type: ignore[union-attr, arg-type]
-    made = finalize(student).module
+    made = convert(student).module
     assert made.other.weight is made.layer.weight  # type: ignore[union-attr]
     assert all(torch.equal(v, before[k]) for k, v in root.state_dict().items())
 
@@ -345,7 +349,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ConfigError, match="rank"):
         build_student(root, table, bit_map, rank=0)
     with pytest.raises(ConfigError, match="build_student"):
-        finalize(root)
+        convert(root)
     wide = BitMap(model_digest=table.digest, weights=bit_map.weights, activations={"layer": 4})
     with pytest.raises(ConfigError, match="activation widths"):
         build_student(root, table, wide)

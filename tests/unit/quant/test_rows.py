@@ -14,12 +14,12 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.quant import decode, encode, fit_rows, rows_of, weight_of
 
 
-def loop_search(row: Tensor, bits: int, codebook: str, p: float, n: int = 80) -> tuple[float, float]:
+def loop_search(row: Tensor, bits: int, scheme: str, p: float, n: int = 80) -> tuple[float, float]:
     """Least error and its scale, one candidate at a time in float64: the oracle."""
     # The candidate scales are float32 numbers, formed as the quantizer forms them: at 7 bits their last bit alone moves the error
     # by 2e-6. Everything after them is float64.
     top = 2**bits - 1
-    if codebook == "affine":
+    if scheme == "asymmetric":
         low, high = row.min().clamp(max=0), row.max().clamp(min=0)
         widest = (high - low) / top
         zero = min(float((-low / widest).round()), top)
@@ -41,16 +41,18 @@ def loop_search(row: Tensor, bits: int, codebook: str, p: float, n: int = 80) ->
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("codebook", ["affine", "midrise"])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize(("criterion", "p"), [("lp", 2.4), ("mse", 2.0), ("lp", 1.0)])
-def test_range_search_equals_the_loop(bits: int, codebook: str, criterion: str, p: float) -> None:
+def test_range_search_equals_the_loop(bits: int, scheme: str, criterion: str, p: float) -> None:
     rows = torch.randn(12, 60, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-4, 2, 12)[:, None]
-    found = fit_rows(rows, bits, QuantFormat(codebook=codebook, criterion=criterion, p=p))
+    found = fit_rows(rows, bits, QuantFormat(scheme=scheme, criterion=criterion, p=p))
     for c, row in enumerate(rows):
-        error, scale = loop_search(row, bits, codebook, p)
+        error, scale = loop_search(row, bits, scheme, p)
         # Errors rather than scales: two candidates may tie. 1e-3 on the scale is the rounding to the stored half precision.
         got = float((decode(encode(rows, found), found)[c].double() - row.double()).abs().pow(p).sum())
-        stored = float((loop_decode(row, float(found.scale[c]), float(found.zero[c]), bits) - row.double()).abs().pow(p).sum())
+        stored = float(
+            (loop_decode(row, float(found.scale[c]), float(found.zero[c]), bits) - row.double()).abs().pow(p).sum()
+        )
         assert got == pytest.approx(stored, rel=1e-4)
         if abs(float(found.scale[c]) / scale - 1) > 1e-3:
             assert got <= error * 1.01
@@ -66,21 +68,24 @@ def test_search_error_equals_the_loop_to_1e_6_before_the_scale_is_rounded(monkey
 
     monkeypatch.setattr(module, "stored_scale", lambda scale: scale)
     rows = torch.randn(32, 100, generator=torch.Generator().manual_seed(3))
-    for codebook in ("affine", "midrise"):
+    for scheme in ("asymmetric", "symmetric"):
         for bits in (2, 4, 7):
-            found = fit_rows(rows, bits, QuantFormat(codebook=codebook))
+            found = fit_rows(rows, bits, QuantFormat(scheme=scheme))
             for c, row in enumerate(rows):
                 got = float(
-                    (loop_decode(row, float(found.scale[c]), float(found.zero[c]), bits) - row.double()).abs().pow(2.4).sum()
+                    (loop_decode(row, float(found.scale[c]), float(found.zero[c]), bits) - row.double())
+                    .abs()
+                    .pow(2.4)
+                    .sum()
                 )
-                assert got == pytest.approx(loop_search(row, bits, codebook, 2.4)[0], rel=1e-6)
+                assert got == pytest.approx(loop_search(row, bits, scheme, 2.4)[0], rel=1e-6)
 
 
 def test_mixed_widths_equal_every_width_alone() -> None:
     rows = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
     widths = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8] * 5, dtype=torch.uint8)
-    for codebook in ("affine", "midrise", "auto"):
-        fmt = QuantFormat(codebook=codebook)
+    for scheme in ("asymmetric", "symmetric", "auto"):
+        fmt = QuantFormat(scheme=scheme)
         mixed = decode(encode(rows, fit_rows(rows, widths, fmt)), fit_rows(rows, widths, fmt))
         for bits in range(1, 9):
             alone = fit_rows(rows, bits, fmt)
@@ -93,14 +98,16 @@ def test_mixed_widths_equal_every_width_alone() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 8),
-    st.sampled_from(["affine", "midrise", "auto"]),
+    st.sampled_from(["asymmetric", "symmetric", "auto"]),
     st.integers(0, 2**31 - 1),
     st.floats(1e-6, 1e4),
     st.integers(1, 40),
 )
-def test_codes_are_in_range_and_errors_are_bounded(bits: int, codebook: str, seed: int, scale: float, fan_in: int) -> None:
+def test_codes_are_in_range_and_errors_are_bounded(
+    bits: int, scheme: str, seed: int, scale: float, fan_in: int
+) -> None:
     rows = torch.randn(5, fan_in, generator=torch.Generator().manual_seed(seed)) * scale
-    q = fit_rows(rows, bits, QuantFormat(codebook=codebook, n_candidates=20))
+    q = fit_rows(rows, bits, QuantFormat(scheme=scheme, n_candidates=20))
     codes = encode(rows, q)
     assert int(codes.max()) <= 2**bits - 1
     levels = decode(codes, q)
@@ -110,36 +117,36 @@ def test_codes_are_in_range_and_errors_are_bounded(bits: int, codebook: str, see
     assert float((levels - rows).abs().max()) <= 2.01 * float(rows.abs().max()) + 1e-30
 
 
-def test_auto_is_never_worse_than_either_codebook() -> None:
+def test_auto_is_never_worse_than_either_scheme() -> None:
     rows = torch.cat([torch.randn(50, 64), torch.rand(50, 64), torch.randn(50, 64).abs()])
     for bits in (1, 2, 3, 4):
         errors = {}
-        for codebook in ("affine", "midrise", "auto"):
-            q = fit_rows(rows, bits, QuantFormat(codebook=codebook))
-            errors[codebook] = (decode(encode(rows, q), q) - rows).square().sum(1)
-        assert bool((errors["auto"] <= torch.minimum(errors["affine"], errors["midrise"]) * (1 + 1e-3)).all())
+        for scheme in ("asymmetric", "symmetric", "auto"):
+            q = fit_rows(rows, bits, QuantFormat(scheme=scheme))
+            errors[scheme] = (decode(encode(rows, q), q) - rows).square().sum(1)
+        assert bool((errors["auto"] <= torch.minimum(errors["asymmetric"], errors["symmetric"]) * (1 + 1e-3)).all())
 
 
-def test_balanced_codebook_wins_at_one_bit_on_gaussian_rows() -> None:
+def test_balanced_scheme_wins_at_one_bit_on_gaussian_rows() -> None:
     rows = torch.randn(64, 1728, generator=torch.Generator().manual_seed(0))
     error = {}
-    for codebook in ("affine", "midrise"):
-        q = fit_rows(rows, 1, QuantFormat(codebook=codebook, criterion="mse"))
-        error[codebook] = float((decode(encode(rows, q), q) - rows).square().mean())
+    for scheme in ("asymmetric", "symmetric"):
+        q = fit_rows(rows, 1, QuantFormat(scheme=scheme, criterion="mse"))
+        error[scheme] = float((decode(encode(rows, q), q) - rows).square().mean())
     # Optimal scales give 0.363 and 0.594 of the variance on a Gaussian source (reference: mpq-dm.md, section 1.5).
-    assert error["midrise"] == pytest.approx(0.363, abs=0.01)
-    assert error["affine"] == pytest.approx(0.60, abs=0.015)
+    assert error["symmetric"] == pytest.approx(0.363, abs=0.01)
+    assert error["asymmetric"] == pytest.approx(0.60, abs=0.015)
 
 
-@pytest.mark.parametrize("codebook", ["affine", "midrise", "auto"])
-def test_dead_rows_stay_zero_and_bad_rows_are_named(codebook: str) -> None:
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "auto"])
+def test_dead_rows_stay_zero_and_bad_rows_are_named(scheme: str) -> None:
     rows = torch.randn(3, 8)
     rows[1] = 0
-    q = fit_rows(rows, 2, QuantFormat(codebook=codebook))
+    q = fit_rows(rows, 2, QuantFormat(scheme=scheme))
     assert float(decode(encode(rows, q), q)[1].abs().max()) == 0.0
     rows[2, 3] = float("nan")
     with pytest.raises(NumericsError, match="row 2"):
-        fit_rows(rows, 2, QuantFormat(codebook=codebook))
+        fit_rows(rows, 2, QuantFormat(scheme=scheme))
 
 
 def test_scales_are_what_half_precision_stores() -> None:

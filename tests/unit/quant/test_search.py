@@ -19,7 +19,10 @@ from mpqsearch.quant.rows import RowMoments, _fit, fit_grid, row_moments
 from mpqsearch.quant.search import SHORT_ROW, Backend, best_factors, square_errors, use_backend
 from mpqsearch.quant.tables import error_tables, kurtosis
 
-BACKENDS = ["torch", pytest.param("numba", marks=pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba"))]
+BACKENDS = [
+    "torch",
+    pytest.param("numba", marks=pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")),
+]
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -52,20 +55,20 @@ def sources() -> dict[str, Tensor]:
 
 
 @cache
-def oracle(name: str, codebook: str, p: float) -> Tensor:
+def oracle(name: str, scheme: str, p: float) -> Tensor:
     """The factors of the exhaustive search in torch, with finalists in float64."""
     before = use_backend("torch")
-    found = best_factors(sources()[name], *unshrunk(sources()[name], codebook), 80, p, exhaustive=True)
+    found = best_factors(sources()[name], *unshrunk(sources()[name], scheme), 80, p, exhaustive=True)
     use_backend(before)
     return found
 
 
-def unshrunk(rows: Tensor, codebook: str) -> tuple[Tensor, Tensor, Tensor]:
+def unshrunk(rows: Tensor, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
     """What the search starts from: the full range of every row at every width."""
-    q = fit_grid(rows, WIDTHS, codebook, QuantFormat(criterion="minmax"))
+    q = fit_grid(rows, WIDTHS, scheme, QuantFormat(criterion="minmax"))
     top = (torch.exp2(q.bits.float()) - 1).contiguous()
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-    if codebook == "affine":
+    if scheme == "asymmetric":
         return (high.clamp_min(0) - low.clamp_max(0)) / top, q.zero, top
     reach = rows.abs().amax(1, keepdim=True).expand_as(top)
     rms = rows.square().mean(1, keepdim=True).sqrt()
@@ -83,13 +86,13 @@ def exact_errors(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor, p: floa
 
 
 @pytest.mark.parametrize("p", [2.4, 2.0])
-@pytest.mark.parametrize("codebook", ["affine", "midrise"])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_coarse_to_fine_chooses_as_the_exhaustive_search(backend: str, codebook: str, p: float) -> None:
+def test_coarse_to_fine_chooses_as_the_exhaustive_search(backend: str, scheme: str, p: float) -> None:
     regrets = []
     for name, rows in sources().items():
-        widest, zero, top = unshrunk(rows, codebook)
-        expected, found = oracle(name, codebook, p), best_factors(rows, widest, zero, top, 80, p)
+        widest, zero, top = unshrunk(rows, scheme)
+        expected, found = oracle(name, scheme, p), best_factors(rows, widest, zero, top, 80, p)
         best = exact_errors(rows, widest * expected, zero, top, p)
         got = exact_errors(rows, widest * found, zero, top, p)
         regrets.append(torch.where(found == expected, 0.0, got / best - 1).flatten())
@@ -107,7 +110,7 @@ def test_compiled_exhaustive_search_is_the_exact_one(p: float) -> None:
     before = use_backend("numba")
     try:
         for rows in list(sources().values())[::2]:
-            widest, zero, top = unshrunk(rows, "affine")
+            widest, zero, top = unshrunk(rows, "asymmetric")
             found = best_factors(rows, widest, zero, top, 20, p, exhaustive=True)
             got = exact_errors(rows, widest * found, zero, top, p)
             every = torch.stack([exact_errors(rows, widest * (1 - 0.8 * i / 20), zero, top, p) for i in range(20)])
@@ -120,7 +123,7 @@ def test_compiled_exhaustive_search_is_the_exact_one(p: float) -> None:
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_short_rows_and_few_candidates_are_searched_whole(backend: str) -> None:
     rows = torch.randn(400, 30, generator=torch.Generator().manual_seed(0))
-    widest, zero, top = unshrunk(rows, "affine")
+    widest, zero, top = unshrunk(rows, "asymmetric")
     for n in (1, 2, 7, 80):
         found = best_factors(rows, widest, zero, top, n, 2.4)
         assert torch.equal(found, best_factors(rows, widest, zero, top, n, 2.4, exhaustive=True))
@@ -133,10 +136,10 @@ def test_the_grid_is_what_every_width_gives_alone(backend: str, threads: int, mo
     monkeypatch.setattr(search, "BLOCK", 1 << 14)
     rows = torch.randn(100, 1000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 1, 100)[:, None]
     fmt = QuantFormat(criterion="mse")
-    for codebook in ("affine", "midrise"):
-        grid = fit_grid(rows, (2, 5), codebook, fmt)
+    for scheme in ("asymmetric", "symmetric"):
+        grid = fit_grid(rows, (2, 5), scheme, fmt)
         for j, bits in enumerate((2, 5)):
-            alone = fit_rows(rows, bits, QuantFormat(criterion="mse", codebook=codebook))
+            alone = fit_rows(rows, bits, QuantFormat(criterion="mse", scheme=scheme))
             assert torch.equal(grid.scale[:, j], alone.scale)
             assert torch.equal(grid.zero[:, j], alone.zero)
 
@@ -149,13 +152,13 @@ def test_fused_tables_equal_the_weight_errors(backend: str) -> None:
     layer = LayerSpec(name="l", kind="Linear", weight_shape=(30, 900))
     weight = torch.randn(30, 900, generator=torch.Generator().manual_seed(2))
     weight[7] = 0
-    fused = weight_error_tables(weight, WIDTHS, ("affine", "midrise", "auto"), QuantFormat())
-    for codebook, table in fused.items():
-        errors = width_errors(weight, layer, WIDTHS, QuantFormat(codebook=codebook), None)
+    fused = weight_error_tables(weight, WIDTHS, ("asymmetric", "symmetric", "auto"), QuantFormat())
+    for scheme, table in fused.items():
+        errors = width_errors(weight, layer, WIDTHS, QuantFormat(scheme=scheme), None)
         expected = error_tables(errors, None)["weight_error"]
         torch.testing.assert_close(table, expected, rtol=1e-5, atol=0)  # float32 sums in another order
-    assert bool((fused["auto"] <= torch.minimum(fused["affine"], fused["midrise"])).all())
-    assert float(fused["affine"][7].abs().max()) == 0.0
+    assert bool((fused["auto"] <= torch.minimum(fused["asymmetric"], fused["symmetric"])).all())
+    assert float(fused["asymmetric"][7].abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -177,7 +180,9 @@ def test_moments_are_those_of_numpy(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("n", "parts"), [(1, 1), (2, 1), (3, 2), (70, 3)])
-def test_moments_do_not_depend_on_the_number_of_threads(backend: str, n: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_do_not_depend_on_the_number_of_threads(
+    backend: str, n: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = torch.randn(n, 3000, generator=torch.Generator().manual_seed(6))
     strided = torch.stack([rows, rows], 2)[:, :, 0]
     alone = row_moments(rows)
@@ -205,15 +210,15 @@ def test_tiny_and_dead_rows_do_not_overflow(backend: str) -> None:
     rows[1] *= 1e-37
     rows[2] = 0
     rows[3] *= 1e30
-    for codebook in ("affine", "midrise"):
-        q = fit_grid(rows, WIDTHS, codebook, QuantFormat())
+    for scheme in ("asymmetric", "symmetric"):
+        q = fit_grid(rows, WIDTHS, scheme, QuantFormat())
         assert bool(torch.isfinite(q.scale).all())
         assert bool((q.scale > 0).all())
 
 
 def test_square_errors_of_both_backends_agree() -> None:
     rows = torch.randn(64, 2000, generator=torch.Generator().manual_seed(5))
-    q = fit_grid(rows, WIDTHS, "affine", QuantFormat(criterion="minmax"))
+    q = fit_grid(rows, WIDTHS, "asymmetric", QuantFormat(criterion="minmax"))
     top = torch.exp2(q.bits.float()) - 1
     found = {}
     for name in ("torch", "numba") if importlib.util.find_spec("numba") else ("torch",):
@@ -239,6 +244,8 @@ def test_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_moments_given_are_moments_used() -> None:
     rows = torch.randn(10, 50)
-    wide = RowMoments(low=torch.full((10,), -9.0), high=torch.full((10,), 9.0), rms=torch.ones(10), kurtosis=torch.ones(10))
-    q = _fit(rows, torch.full((10,), 4, dtype=torch.uint8), QuantFormat(criterion="minmax"), "affine", wide)
+    wide = RowMoments(
+        low=torch.full((10,), -9.0), high=torch.full((10,), 9.0), rms=torch.ones(10), kurtosis=torch.ones(10)
+    )
+    q = _fit(rows, torch.full((10,), 4, dtype=torch.uint8), QuantFormat(criterion="minmax"), "asymmetric", wide)
     torch.testing.assert_close(q.scale, torch.full((10,), 18 / 15), rtol=1e-3, atol=0)

@@ -11,7 +11,7 @@ from torch import nn
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models.discover import _spec
 from mpqsearch.profile import InputCollector
-from mpqsearch.quant import error_tables, kurtosis, prescale_factors, rows_of, weight_of, width_errors
+from mpqsearch.quant import error_tables, kurtosis, rows_of, smoothing_factors, weight_of, width_errors
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 5), (4, 7, 6)),
@@ -29,7 +29,10 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv3d": (nn.Conv3d(2, 3, 3, padding=1), (2, 2, 4, 5, 4)),
     "transposed1d": (nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1), (3, 4, 6)),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (3, 4, 5, 6)),
-    "transposed grouped dilated": (nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=2, groups=2, padding=1), (3, 4, 5, 6)),
+    "transposed grouped dilated": (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, dilation=2, groups=2, padding=1),
+        (3, 4, 5, 6),
+    ),
     "transposed3d": (nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 3, 3)),
 }
 
@@ -70,7 +73,9 @@ def test_output_error_is_the_error_of_the_forward_pass(name: str) -> None:
         layer.weight.copy_(weight)  # type: ignore[operator]
         # float32 sums over a few hundred positions: 1e-4 relative is rounding, anything wrong in the unfolding is of order one.
         torch.testing.assert_close(tables["output_error"][:, j], difference.square().mean(1), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(tables["output_error_centred"][:, j], difference.var(1, unbiased=False), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            tables["output_error_centred"][:, j], difference.var(1, unbiased=False), rtol=1e-3, atol=1e-6
+        )
         torch.testing.assert_close(tables["weight_error"][:, j], errors[j].square().sum(1))
 
 
@@ -93,19 +98,19 @@ def test_kurtosis_is_the_fourth_standardised_moment() -> None:
 def test_prescaling_balances_inputs_and_survives_dead_channels() -> None:
     spec = LayerSpec(name="c", kind="Conv2d", weight_shape=(2, 3, 1, 1))
     rows = torch.tensor([[1.0, 0.0, 4.0], [-2.0, 0.0, 1.0]])
-    factor = prescale_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec)
+    factor = smoothing_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec)
     torch.testing.assert_close(factor, torch.tensor([[2.0, 1.0, 1.0]]))  # sqrt(8 / 2); no weight; no input
-    for strength, expected in ((0.0, 0.5), (0.25, 8**0.25 / 2**0.75), (1.0, 8.0)):  # 1 / max|w|, between, max|x|
-        factor = prescale_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec, strength)
+    for alpha, expected in ((0.0, 0.5), (0.25, 8**0.25 / 2**0.75), (1.0, 8.0)):  # 1 / max|w|, between, max|x|
+        factor = smoothing_factors(rows, torch.tensor([8.0, 5.0, 0.0]), spec, alpha)
         torch.testing.assert_close(factor, torch.tensor([[expected, 1.0, 1.0]]))
 
 
 @torch.no_grad()
-def test_prescaled_errors_are_in_the_units_of_the_weight() -> None:
+def test_smoothd_errors_are_in_the_units_of_the_weight() -> None:
     layer = nn.Conv2d(4, 6, 3, groups=2)
     x = torch.randn(3, 4, 8, 8) * torch.tensor([1.0, 10.0, 0.1, 3.0])[:, None, None]
     spec, stats, _ = collect(layer, x)
-    fmt = QuantFormat(prescale=True)
+    fmt = QuantFormat(smooth=True)
     error = width_errors(layer.weight, spec, (4,), fmt, stats)
     clean, weight = layer(x), layer.weight.clone()
     layer.weight.copy_(weight_of(rows_of(weight, spec) + error[0], spec))

@@ -30,7 +30,11 @@ def make_table() -> LayerTable:
         out = int(rng.choice([16, 32, 48]))
         kind = "Linear" if i % 3 == 0 else "Conv2d"
         shape = (out, 64) if kind == "Linear" else (out, 32, 3, 3)
-        layers.append(LayerSpec(name=f"blocks.{i // 4}.resnets.{i % 4}.layer{i}", kind=kind, weight_shape=shape, role=roles[i % 6]))
+        layers.append(
+            LayerSpec(
+                name=f"blocks.{i // 4}.resnets.{i % 4}.layer{i}", kind=kind, weight_shape=shape, role=roles[i % 6]
+            )
+        )
     layers.append(LayerSpec(name="conv_out", kind="Conv2d", weight_shape=(1, 16, 3, 3), role="last"))
     kept = (
         KeptParameter(name="norm.weight", n_values=320, reason="a norm"),
@@ -100,11 +104,15 @@ def make_records(table: LayerTable, policy: Policy) -> list[StudyRecord]:
                     n_samples=2048,
                     seeds="0..2047",
                     seconds=58.0 + i,
-                    predicted_loss=float("nan") if method == "random" and bits == 6 else float(fd * 0.01 * (1 + 0.3 * np.cos(i))),
+                    predicted_loss=float("nan")
+                    if method == "random" and bits == 6
+                    else float(fd * 0.01 * (1 + 0.3 * np.cos(i))),
                     metrics={
                         "fd_fp": metric("FD[fmnist-cnn@1a2b3c4d]-128 vs FP", fd),
                         "fd_data": metric("FD[fmnist-cnn@1a2b3c4d]-128 vs data", fd * 0.8 + 3.0, 0.06),
-                        "paired_psnr": metric("PSNR vs FP (dB)", float(8 + 5 * bits - 3 * np.log(factor)), 0.02, higher=True),
+                        "paired_psnr": metric(
+                            "PSNR vs FP (dB)", float(8 + 5 * bits - 3 * np.log(factor)), 0.02, higher=True
+                        ),
                         "kid_data": metric("KID[fmnist-cnn@1a2b3c4d]-128 vs data", fd * 1e-4 - 0.0003, 0.2),
                     },
                 )
@@ -125,7 +133,7 @@ def make_profile(table: LayerTable) -> SensitivityProfile:
         channels=channels,
         widths=widths,
         arrays={
-            "output_error/affine": error.astype(np.float32),
+            "output_error/asymmetric": error.astype(np.float32),
             "gain": (layer_gain * rng.lognormal(0, 0.3, n)).astype(np.float32),
             "kurtosis": np.full(n, 3.0, np.float32),
         },

@@ -40,7 +40,9 @@ from mpqsearch.report.style import COLOURS, THEMES, darkened, series_styles, wid
 Maps = Callable[..., Any]
 
 
-def every_plot(table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile) -> list[tuple[Any, Any]]:
+def every_plot(
+    table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile
+) -> list[tuple[Any, Any]]:
     bit_map = uniform_map(table, policy, 3)
     grid = sample_grid("3 bits", 3.0, {"full precision": images(0), "ilp": images(1)})
     return [
@@ -151,7 +153,9 @@ def test_heatmap_sorts_channels_and_marks_fixed_layers(table: LayerTable, policy
     name = table.layers[3].name
     n = table.layers[3].n_channels
     weights[name] = np.array([6, 2] * (n // 2), dtype=np.uint8)
-    info = bits_heatmap_info(table, dataclasses.replace(uniform_map(table, policy, 4), weights=weights), policy, quantiles=10)
+    info = bits_heatmap_info(
+        table, dataclasses.replace(uniform_map(table, policy, 4), weights=weights), policy, quantiles=10
+    )
     np.testing.assert_array_equal(info.widths[3], [2] * 5 + [6] * 5)
     assert info.widths.shape == (len(table), 10)
     assert [la for la, f in zip(info.layers, info.fixed, strict=True) if f] == ["conv_in", "conv_out"]
@@ -178,18 +182,20 @@ def test_a_map_of_another_model(table: LayerTable, policy: Policy) -> None:
 def test_sensitivity_is_gain_times_error_summed(profile: SensitivityProfile) -> None:
     info = sensitivity_info(profile, worst=3)
     rows = profile.rows(profile.names[5])
-    expected = (profile.arrays["gain"][rows, None].astype(float) * profile.arrays["output_error/affine"][rows]).sum(axis=0)
+    expected = (profile.arrays["gain"][rows, None].astype(float) * profile.arrays["output_error/asymmetric"][rows]).sum(
+        axis=0
+    )
     np.testing.assert_allclose(info.loss[5], expected, rtol=1e-6)  # float32 sums
     assert info.worst == tuple(np.argsort(-info.loss[:, 0])[:3])
     assert "gain" in info.label
-    with pytest.raises(UnknownNameError, match="affine"):
+    with pytest.raises(UnknownNameError, match="asymmetric"):
         sensitivity_info(profile, "afine")
 
 
 def test_measured_sensitivity_where_only_some_widths_were_measured(profile: SensitivityProfile) -> None:
     measured = np.full((len(profile.names), 8), np.nan)
     measured[:, 2] = np.arange(len(profile.names))
-    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error/affine": measured})
+    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error/asymmetric": measured})
     info = sensitivity_info(more, "measured", worst=2)
     assert info.worst == (len(profile.names) - 1, len(profile.names) - 2)
     assert plot_sensitivity(info).get_yscale() == "log"
@@ -245,7 +251,9 @@ def test_grid_takes_grey_and_colour_and_first_columns() -> None:
 
 
 def test_difference_is_absolute_brightened_and_clipped() -> None:
-    grid = sample_grid("g", 3, {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4)
+    grid = sample_grid(
+        "g", 3, {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4
+    )
     assert difference(grid, "q").ravel().tolist() == [12, 255]
     assert difference(grid, "fp").ravel().tolist() == [0, 0]
 

@@ -20,7 +20,9 @@ from mpqsearch.report.hover import map_in_one_line
 
 
 @pytest.fixture(scope="session")
-def content(table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile) -> ReportContent:
+def content(
+    table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile
+) -> ReportContent:
     rng = np.random.default_rng(0)
     rows = {name: rng.integers(0, 256, (8, 12, 12)).astype(np.uint8) for name in ("full precision", "uniform", "ilp")}
     return ReportContent(
@@ -46,7 +48,9 @@ def content(table: LayerTable, policy: Policy, records: list[StudyRecord], profi
 def folder(content: ReportContent, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("report")
     paths = build_report(where, content, {"config": "c" * 64})
-    assert sorted(paths) == sorted(p for p in where.rglob("*") if p.is_file()), "every file is named, no temporary one is left"
+    assert sorted(paths) == sorted(p for p in where.rglob("*") if p.is_file()), (
+        "every file is named, no temporary one is left"
+    )
     return where
 
 
@@ -155,7 +159,14 @@ def test_files_beside_it(folder: Path, records: list[StudyRecord]) -> None:
     assert len(read_pareto_json(folder / "pareto.json")) == len(records)
     names = {p.stem for p in (folder / "figures").glob("*.png")}
     assert names == {p.stem for p in (folder / "figures").glob("*.svg")}
-    assert {"front_fd_fp", "front_fd_data", "heatmap_ilp-3-bits", "depth_ilp-3-bits", "sensitivity", "samples_3-bits"} <= names
+    assert {
+        "front_fd_fp",
+        "front_fd_data",
+        "heatmap_ilp-3-bits",
+        "depth_ilp-3-bits",
+        "sensitivity",
+        "samples_3-bits",
+    } <= names
     assert {"difference_3-bits", "predicted_vs_measured"} <= names
 
 
@@ -191,9 +202,13 @@ def test_a_point_of_the_front_shows_its_map(page: str, records: list[StudyRecord
         "maps that are known are shown, others are not made up"
     )
     # More bits lie further right, a smaller distance further down.
-    left = {label: float(str(a["style"]).split("left:")[1].split("%")[0]) for label, a in zip(labels, spots, strict=True)}
+    left = {
+        label: float(str(a["style"]).split("left:")[1].split("%")[0]) for label, a in zip(labels, spots, strict=True)
+    }
     bits = {label: float(label.split(", ")[1].split(" ")[0]) for label in labels}
-    assert sorted(labels, key=lambda x: left[x]) == sorted(labels, key=lambda x: bits[x]) or len(set(bits.values())) < len(bits)
+    assert sorted(labels, key=lambda x: left[x]) == sorted(labels, key=lambda x: bits[x]) or len(
+        set(bits.values())
+    ) < len(bits)
 
 
 def test_the_map_in_one_line_folds_many_layers(table: LayerTable, policy: Policy) -> None:
@@ -229,9 +244,17 @@ addEventListener("load", () => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_it_sorts_and_shows_every_picture(page: str, tmp_path: Path, records: list[StudyRecord], width: int) -> None:
+def test_in_a_browser_it_sorts_and_shows_every_picture(
+    page: str, tmp_path: Path, records: list[StudyRecord], width: int
+) -> None:
     (tmp_path / "probe.html").write_text(page.replace("</body>", _PROBE))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+    ]
     command = [str(CHROMIUM), *flags, "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     body: dict[str, Any] = next(a for t, a in Outline(done.stdout).tags if t == "body")

@@ -44,7 +44,12 @@ def test_long_paths_are_thinned_along_the_cost_and_keep_their_ends() -> None:
 
 def test_no_loss_at_all_is_drawn_on_a_plain_axis() -> None:
     flat = PathSeries(
-        name="a", cost=np.ones(1), loss=np.zeros(1), asked_cost=np.ones(1), asked_loss=np.zeros(1), asked_bound=np.zeros(1)
+        name="a",
+        cost=np.ones(1),
+        loss=np.zeros(1),
+        asked_cost=np.ones(1),
+        asked_loss=np.zeros(1),
+        asked_bound=np.zeros(1),
     )
     assert plot_path(path_info([flat])).get_yscale() == "linear"
 

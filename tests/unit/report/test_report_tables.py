@@ -52,7 +52,15 @@ def test_damaged_json_is_refused(tmp_path: Path, records: list[StudyRecord]) -> 
 
 def value(low: float, high: float) -> MetricValue:
     return MetricValue(
-        name="n", value=(low + high) / 2, n_samples=1, seeds="0", extractor="e", reference="r", low=low, high=high, spread="seeds"
+        name="n",
+        value=(low + high) / 2,
+        n_samples=1,
+        seeds="0",
+        extractor="e",
+        reference="r",
+        low=low,
+        high=high,
+        spread="seeds",
     )
 
 
@@ -66,7 +74,9 @@ def value(low: float, high: float) -> MetricValue:
         ((np.nan, np.nan), (1, 2), True),
     ],
 )
-def test_ties_are_overlapping_intervals(first: tuple[float, float], second: tuple[float, float], expected: bool) -> None:
+def test_ties_are_overlapping_intervals(
+    first: tuple[float, float], second: tuple[float, float], expected: bool
+) -> None:
     bounds = [dataclasses.replace(value(1, 2), low=low, high=high) for low, high in (first, second)]
     assert tied(*bounds) is expected
     assert tied(*reversed(bounds)) is expected
@@ -95,7 +105,8 @@ def test_standings_turn_round_where_more_is_better(records: list[StudyRecord]) -
 def test_breakdown_is_the_whole_size(table: LayerTable, policy: Policy, mixed: bool) -> None:
     rng = np.random.default_rng(3)
     weights = {
-        la.name: np.asarray(rng.choice([1, 2, 5, 8, 16], size=la.n_channels if mixed else ()), dtype=np.uint8) for la in table
+        la.name: np.asarray(rng.choice([1, 2, 5, 8, 16], size=la.n_channels if mixed else ()), dtype=np.uint8)
+        for la in table
     }
     bit_map = BitMap(model_digest=table.digest, weights=weights)
     for storage in (StorageModel(), StorageModel(tag_bits=7, layer_bits=32, full_precision_bits=32)):
@@ -110,7 +121,9 @@ def test_breakdown_by_hand(table: LayerTable, policy: Policy) -> None:
     assert parts.codes == 4 * sum(la.n_weights for la in inner)
     assert parts.scales == sum(la.n_channels * (16 + 4) + 8 for la in inner)
     assert parts.tags == 0
-    assert parts.fixed == sum(8 * la.n_weights + la.n_channels * (16 + 8) + 8 for la in table if policy.fixed_width(la) == 8)
+    assert parts.fixed == sum(
+        8 * la.n_weights + la.n_channels * (16 + 8) + 8 for la in table if policy.fixed_width(la) == 8
+    )
     assert parts.kept == 16 * (320 + 800)
     assert size_breakdown(table, uniform_map(table, policy, 4)).fixed == 0
 

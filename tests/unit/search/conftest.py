@@ -29,8 +29,10 @@ BUDGETS = (Budget.parse("uniform:2.5"), Budget.parse("uniform:3.5"))
 
 def surrogate(allocator: str = "ilp-layer", **more: object) -> Surrogate:
     table = tiny_table(n_layers=14, channels=12, fan_in=40)
-    method = MethodSpec(name="plain", allocator=allocator, loss="gain", codebook="auto", bias_correction=True)
-    return Surrogate(table=table, profile=tiny_profile(table), policy=Policy(), format=QuantFormat(), method=method, **more)
+    method = MethodSpec(name="plain", allocator=allocator, loss="gain", scheme="auto", bias_correction=True)
+    return Surrogate(
+        table=table, profile=tiny_profile(table), policy=Policy(), format=QuantFormat(), method=method, **more
+    )
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +60,20 @@ def make_surrogate() -> Callable[..., Surrogate]:
 @pytest.fixture
 def make_objective() -> Callable[..., Objective]:
     def make(
-        space: dict[str, object] | None = None, folder: Path | None = None, pause_s: float = 0.0, pruning: Pruning = "none"
+        space: dict[str, object] | None = None,
+        folder: Path | None = None,
+        pause_s: float = 0.0,
+        pruning: Pruning = "none",
     ) -> Objective:
         s = surrogate()
         evaluator = SyntheticEvaluator(table=s.table, profile=s.profile, pause_s=pause_s)
         ladder = Ladder(evaluator=evaluator, seeds=tuple(range(8)), chunk=2, cache=EvaluationCache(folder))
         return Objective(
-            surrogate=s, space=parse_space(SPACE if space is None else space), ladder=ladder, budgets=BUDGETS, pruning=pruning
+            surrogate=s,
+            space=parse_space(SPACE if space is None else space),
+            ladder=ladder,
+            budgets=BUDGETS,
+            pruning=pruning,
         )
 
     return make

@@ -134,9 +134,19 @@ def _mysql() -> Iterator[str]:
     with _Place("mysql") as place:
         install, daemon, client = _mysql_programs()
         data, door = place.folder / "data", place.folder / "socket"
-        place.run(install, "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db")
-        options = ("--no-defaults", f"--datadir={data}", f"--socket={door}", f"--port={place.port}", "--bind-address=127.0.0.1")
-        with place.serving(daemon, *options, "--innodb-flush-log-at-trx-commit=0", ready=lambda: door.exists() and place.answers()):
+        place.run(
+            install, "--no-defaults", f"--datadir={data}", "--auth-root-authentication-method=normal", "--skip-test-db"
+        )
+        options = (
+            "--no-defaults",
+            f"--datadir={data}",
+            f"--socket={door}",
+            f"--port={place.port}",
+            "--bind-address=127.0.0.1",
+        )
+        with place.serving(
+            daemon, *options, "--innodb-flush-log-at-trx-commit=0", ready=lambda: door.exists() and place.answers()
+        ):
             who = f"'search'@'127.0.0.1' IDENTIFIED BY '{PASSWORD}'"
             orders = f"CREATE DATABASE studies; CREATE USER {who}; GRANT ALL ON studies.* TO 'search'@'127.0.0.1';"
             place.run(client, "--no-defaults", f"--socket={door}", "-u", "root", text=orders)
@@ -146,7 +156,18 @@ def _mysql() -> Iterator[str]:
 @contextlib.contextmanager
 def _redis() -> Iterator[str]:
     with _Place("redis") as place:
-        options = ("--port", str(place.port), "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", "", "--appendonly", "no")
+        options = (
+            "--port",
+            str(place.port),
+            "--bind",
+            "127.0.0.1",
+            "--requirepass",
+            PASSWORD,
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        )
         with place.serving("redis-server", *options, ready=place.answers):
             yield f"redis://:{PASSWORD}@127.0.0.1:{place.port}/0"
 

@@ -29,9 +29,9 @@ MOMENT_SEEDS = range(1_000_000, 1_000_004)
 def parts() -> tuple[ModelEvaluator, Surrogate]:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    spec = CalibrationSpec(samples=2, probe_inputs=4, probes=1, codebooks=("affine", "auto"), prescale=True)
+    spec = CalibrationSpec(samples=2, probe_inputs=4, probes=1, schemes=("asymmetric", "auto"), smooth=True)
     profile = profile_model(denoiser, table, POLICY, SAMPLER, spec, FORMAT)
-    method = MethodSpec(name="ilp", allocator="ilp-channel", codebook="auto", bias_correction=True)
+    method = MethodSpec(name="ilp", allocator="ilp-channel", scheme="auto", bias_correction=True)
     surrogate = Surrogate(table=table, profile=profile, policy=POLICY, format=FORMAT, method=method)
     seeds = tuple(range(6))
     full = sample(denoiser, seeds, SAMPLER)
@@ -62,12 +62,12 @@ def parts() -> tuple[ModelEvaluator, Surrogate]:
     [
         ({}, 16),
         ({"granularity": "layer", "bias_correction": "off"}, 16),
-        ({"prescale": 0.5}, 16),
+        ({"smooth": 0.5}, 16),
         ({}, 4),
-        ({"prescale": 0.5}, 6),
-        ({"rounding": "compensated"}, 16),
-        ({"rounding": "compensated", "bias_correction": "off"}, 16),
-        ({"rounding": "compensated", "prescale": 0.5}, 6),
+        ({"smooth": 0.5}, 6),
+        ({"rounding": "gptq"}, 16),
+        ({"rounding": "gptq", "bias_correction": "off"}, 16),
+        ({"rounding": "gptq", "smooth": 0.5}, 6),
     ],
 )
 def test_maps_from_the_bank_are_those_of_the_quantizer(
@@ -80,7 +80,8 @@ def test_maps_from_the_bank_are_those_of_the_quantizer(
     found = e.sample_errors(candidate, seeds)
 
     tensors = {
-        k: {n: torch.from_numpy(np.array(v)) for n, v in d.items()} for k, d in (("m", e.profile.means), ("x", e.profile.input_max))
+        k: {n: torch.from_numpy(np.array(v)) for n, v in d.items()}
+        for k, d in (("m", e.profile.means), ("x", e.profile.input_max))
     }
     moments = None
     if theta.get("rounding"):
@@ -110,7 +111,10 @@ def test_maps_from_the_bank_are_those_of_the_quantizer(
 
 def test_candidates_leave_no_trace_on_the_next_one(parts: tuple[ModelEvaluator, Surrogate]) -> None:
     e, s = parts
-    a, b = s.candidate({}, Budget.parse("uniform:2")), s.candidate({"bias_correction": "off"}, Budget.parse("uniform:4"))
+    a, b = (
+        s.candidate({}, Budget.parse("uniform:2")),
+        s.candidate({"bias_correction": "off"}, Budget.parse("uniform:4")),
+    )
     before = e.sample_errors(a, [1, 2]).values
     e.sample_errors(b, [1, 2])
     e.sample_errors(replace(s, act_bits=4).candidate({}, Budget.parse("uniform:4")), [1, 2])
@@ -136,9 +140,11 @@ def test_rungs_agree_on_what_is_better_and_full_precision_is_perfect(parts: tupl
 
 @pytest.mark.parametrize(
     ("theta", "act_bits"),
-    [({}, 16), ({"bias_correction": "off", "prescale": 0.5}, 16), ({"prescale": 0.5}, 6), ({"rounding": "compensated"}, 16)],
+    [({}, 16), ({"bias_correction": "off", "smooth": 0.5}, 16), ({"smooth": 0.5}, 6), ({"rounding": "gptq"}, 16)],
 )
-def test_slopes_are_those_of_small_steps(parts: tuple[ModelEvaluator, Surrogate], theta: dict[str, object], act_bits: int) -> None:
+def test_slopes_are_those_of_small_steps(
+    parts: tuple[ModelEvaluator, Surrogate], theta: dict[str, object], act_bits: int
+) -> None:
     """Against finite differences: a hundredth of the way to the weights of another width, for one layer."""
     e, s = parts
     candidate = replace(s, act_bits=act_bits).candidate(theta, Budget.parse("uniform:4"))
@@ -162,7 +168,9 @@ def test_slopes_are_those_of_small_steps(parts: tuple[ModelEvaluator, Surrogate]
         rows = weight_of(step * (after - before), layer).to(module.weight.dtype)
         module.weight.add_(rows)
         if candidate.bias_correction and module.bias is not None:
-            module.bias.sub_(bias_shift(step * (after - before), e._statistics(candidate)[0][name]).to(module.bias.dtype))
+            module.bias.sub_(
+                bias_shift(step * (after - before), e._statistics(candidate)[0][name]).to(module.bias.dtype)
+            )
     full = sample(e.denoiser, seeds, SAMPLER).double()
     moved = float((sample(student, seeds, SAMPLER).double() - full).square().mean())
     expected = (moved - found.error) / step
@@ -173,7 +181,7 @@ def test_slopes_are_those_of_small_steps(parts: tuple[ModelEvaluator, Surrogate]
 
 def test_without_input_moments_compensated_rounding_is_refused(parts: tuple[ModelEvaluator, Surrogate]) -> None:
     e, s = parts
-    candidate = s.candidate({"rounding": "compensated"}, Budget.parse("uniform:3"))
+    candidate = s.candidate({"rounding": "gptq"}, Budget.parse("uniform:3"))
     assert candidate.digest != s.candidate({}, Budget.parse("uniform:3")).digest
     with pytest.raises(ConfigError, match="has no input moments"):
         replace(e, moments=None).sample_errors(candidate, [1])

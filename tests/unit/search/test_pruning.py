@@ -35,7 +35,9 @@ def test_the_test_is_scipys_where_that_is_exact() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 5, 20, 48):  # without ties
         d = rng.normal(0.3, 1.0, n)
-        assert signed_rank_p(d.tolist()) == pytest.approx(wilcoxon(d, alternative="greater", zero_method="zsplit").pvalue, rel=1e-9)
+        assert signed_rank_p(d.tolist()) == pytest.approx(
+            wilcoxon(d, alternative="greater", zero_method="zsplit").pvalue, rel=1e-9
+        )
     d = [0.0, 0.0, 1.0, 2.0, 2.0, -1.0, 3.0]  # with ties: SciPy tries all patterns
     assert signed_rank_p(d) == pytest.approx(wilcoxon(d, alternative="greater", zero_method="zsplit").pvalue, abs=1e-12)
     assert signed_rank_p([0.0] * 5) == 1.0

@@ -29,7 +29,9 @@ def test_descent_finds_what_no_profile_shows(make_surrogate: Callable[..., Surro
     plain = s.candidate({}, BUDGET)
     found = refine(s, ladder, plain, SPEC, first_seed=100)
     assert found.moved
-    assert evaluator.truth(found.candidate) < 0.9 * evaluator.truth(plain)  # the hidden factors of layers are what it learns
+    assert evaluator.truth(found.candidate) < 0.9 * evaluator.truth(
+        plain
+    )  # the hidden factors of layers are what it learns
     assert 8 * found.candidate.size_bytes <= s.limit_bits(BUDGET) + 7
     accepted = [r for r in found.rounds if r["accepted"]]
     assert accepted

@@ -29,11 +29,15 @@ def test_contributions_sum_to_the_predicted_loss(make_surrogate: Callable[..., S
     x = contributions(s, maps)
     for row, candidate in zip(x, maps, strict=True):
         whole = predicted_loss(s.table, s.profile, candidate.bit_map, bias_correction=True, loss="gain")
-        eight = s.profile.layer_sum(s.losses_of({}, s.method))[[s.profile.index[n] for n in fixed], s.profile.widths.index(8)].sum()
+        eight = s.profile.layer_sum(s.losses_of({}, s.method))[
+            [s.profile.index[n] for n in fixed], s.profile.widths.index(8)
+        ].sum()
         assert row.sum() == pytest.approx(whole - eight, rel=1e-6)
 
 
-def test_hidden_multipliers_are_found_and_left_out_maps_predicted_better(make_surrogate: Callable[..., Surrogate]) -> None:
+def test_hidden_multipliers_are_found_and_left_out_maps_predicted_better(
+    make_surrogate: Callable[..., Surrogate],
+) -> None:
     s = make_surrogate()
     rng = np.random.default_rng(3)
     hidden = rng.lognormal(sigma=1.0, size=len(s.profile.names))
@@ -82,7 +86,9 @@ def test_diverse_maps_differ_and_fit(make_surrogate: Callable[..., Surrogate]) -
         assert first.size_bytes * 8 <= BUDGET.limit_bits(s.table, s.policy) + 8
         for second in maps[:i]:
             assert len(first.bit_map.diff(second.bit_map)) >= 2
-    assert [m.predicted for m in maps[1:]] >= [maps[0].predicted] * 3 or maps[0].predicted <= min(m.predicted for m in maps)
+    assert [m.predicted for m in maps[1:]] >= [maps[0].predicted] * 3 or maps[0].predicted <= min(
+        m.predicted for m in maps
+    )
 
 
 def test_the_loop_says_whether_it_pays(make_surrogate: Callable[..., Surrogate]) -> None:

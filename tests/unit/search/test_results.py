@@ -42,7 +42,10 @@ def finished() -> tuple[Objective, optuna.Study]:
 
     s = surrogate()
     ladder = Ladder(
-        evaluator=SyntheticEvaluator(table=s.table, profile=s.profile), seeds=(0, 1, 2, 3), chunk=2, cache=EvaluationCache()
+        evaluator=SyntheticEvaluator(table=s.table, profile=s.profile),
+        seeds=(0, 1, 2, 3),
+        chunk=2,
+        cache=EvaluationCache(),
     )
     o = Objective(surrogate=s, space=parse_space(SPACE), ladder=ladder, budgets=BUDGETS)
     plan = Plan(name="s", trials=16, starts=o.space.starts(), context=o.context)
@@ -61,7 +64,9 @@ def test_winners_stand_beside_their_arms_at_the_same_size(finished: tuple[Object
         assert set(rows) >= {"uniform", "random", "shuffled", "kurtosis", "plain", "search"}
         assert len(rows["random"]["paired_each"]) == 2
         budget = Budget.parse(entry["budget"])
-        assert all(r["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8 for r in rows.values())
+        assert all(
+            r["size_bytes"] * 8 <= budget.limit_bits(o.surrogate.table, o.surrogate.policy) + 8 for r in rows.values()
+        )
         best = min(p["paired"] for p in data["points"] if p["budget"] == entry["budget"])
         assert rows["search"]["paired"] == pytest.approx(best)
         assert entry["ratio_to_uniform"] == pytest.approx(best / rows["uniform"]["paired"])
@@ -145,7 +150,9 @@ def test_figures_and_tables_show_the_data(finished: tuple[Objective, optuna.Stud
 
 def test_the_front_of_two_objectives_has_a_winner_at_each_budget(make_objective: Callable[..., Objective]) -> None:
     o = make_objective()
-    plan = Plan(name="p", mode="pareto", trials=12, starts=[{**o.space.default_point(), "target_bits": 2.0}], context=o.context)
+    plan = Plan(
+        name="p", mode="pareto", trials=12, starts=[{**o.space.default_point(), "target_bits": 2.0}], context=o.context
+    )
     study = open_study(plan, optuna.storages.InMemoryStorage())
     work(study, plan, o.pareto)
     data = summarize(o, study, repeats=1)
@@ -180,7 +187,11 @@ def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
     assert finalists(o, points, budget, 2)[0]["digest"] == better
     third = "x"
     errors[third], distances[better], distances[third] = (0.4, 2.8), 0.7, 0.6  # of two that lead, the nearer one
-    other = {**next(p for p in points if p["digest"] == better), "digest": third, "candidate": SimpleNamespace(digest=third)}
+    other = {
+        **next(p for p in points if p["digest"] == better),
+        "digest": third,
+        "candidate": SimpleNamespace(digest=third),
+    }
     assert [f["digest"] for f in finalists(o, points, budget, 2, [other])][:2] == [third, better]
     distances[third] = 0.8
     assert [f["digest"] for f in finalists(o, points, budget, 2, [other])][:2] == [better, third]
@@ -190,7 +201,9 @@ def test_final_seeds_choose_among_the_best_few_and_the_plain_program(
     assert chosen[0]["digest"] == plain
     assert chosen[0]["lead"] == 0.0
     assert next(f for f in chosen if f["digest"] == better)["lead"] == pytest.approx(0.15 / 0.65)
-    unmeasured = [p for p in points if p["digest"] != plain]  # the plain program's map takes part though no trial found it
+    unmeasured = [
+        p for p in points if p["digest"] != plain
+    ]  # the plain program's map takes part though no trial found it
     assert plain in {f["digest"] for f in finalists(o, unmeasured, budget, 2)}
 
 

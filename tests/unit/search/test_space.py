@@ -17,14 +17,16 @@ def test_every_parameter_has_a_meaning_and_a_default_it_may_take() -> None:
 
 
 def test_a_list_makes_active_and_a_value_freezes() -> None:
-    space = parse_space({"granularity": ["layer", "channel"], "exponent": [0.5, 2], "codebook": "auto", "rounds": 2})
+    space = parse_space({"granularity": ["layer", "channel"], "exponent": [0.5, 2], "scheme": "auto", "rounds": 2})
     assert [d.name for d in space.active] == ["exponent", "granularity"]
-    assert space.frozen == {"rounds": 2, "codebook": "auto"}
+    assert space.frozen == {"rounds": 2, "scheme": "auto"}
     assert parse_space(space.to_data()) == space
 
 
 def test_suggestions_lie_in_the_declared_ranges() -> None:
-    space = parse_space({"exponent": [0.5, 2.0], "rounds": [0, 3], "role_conv": [0.1, 10.0], "codebook": ["auto", "affine"]})
+    space = parse_space(
+        {"exponent": [0.5, 2.0], "rounds": [0, 3], "role_conv": [0.1, 10.0], "scheme": ["auto", "asymmetric"]}
+    )
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     seen = [space.suggest(study.ask()) for _ in range(60)]
     for d in space.active:
@@ -50,7 +52,7 @@ def test_the_warm_start_begins_with_the_plain_program() -> None:
         ({"exponent": "high"}, "should be a number"),
         ({"exponent": [1, 2, 3]}, "is a range"),
         ({"rounds": 1.5}, "whole number"),
-        ({"codebook": ["auto", "gauss"]}, "gauss"),
+        ({"scheme": ["auto", "gauss"]}, "gauss"),
         ({"granularity": ["layer", "layer"]}, "distinct"),
     ],
 )

@@ -52,7 +52,10 @@ def run(url: str, *statements: str) -> Any:
     with contextlib.closing(engine.raw_connection()) as connection:
         cursor = connection.cursor()
         patience = "lock_timeout = '5s'" if "postgresql" in url else "SESSION lock_wait_timeout = 5"
-        for statement in (f"SET {patience}", *statements):  # a transaction that was left open fails a test and does not hang it
+        for statement in (
+            f"SET {patience}",
+            *statements,
+        ):  # a transaction that was left open fails a test and does not hang it
             cursor.execute(statement)
         found = cursor.fetchall() if cursor.description else None
         connection.commit()
@@ -92,7 +95,9 @@ def test_writers_at_once_leave_no_gap_and_a_reader_misses_nothing(url: str) -> N
     assert read == backend(url).read_logs(0)
     for worker in range(writers):
         assert [e["i"] for e in read if e["worker_id"] == str(worker)] == list(range(each))
-    assert sum(a["worker_id"] != b["worker_id"] for a, b in itertools.pairwise(read)) > writers  # they did write at once
+    assert (
+        sum(a["worker_id"] != b["worker_id"] for a, b in itertools.pairwise(read)) > writers
+    )  # they did write at once
 
 
 def test_own_entries_are_read_back_without_a_statement_and_those_of_others_are_not_missed(
@@ -219,7 +224,9 @@ def test_postgresql_waits_for_the_disk_at_the_end_of_a_trial_alone(urls: Callabl
             found = 0
             for i in range(20):  # the server flushes what nobody waits for every 0.2 seconds
                 mine.append_logs([entry(0, i, op)])
-                found += watch.execute(sa.text("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()")).scalar_one()
+                found += watch.execute(
+                    sa.text("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()")
+                ).scalar_one()
             return found
 
         assert on_disk(STATE) > 15

@@ -21,12 +21,16 @@ SPACE = parse_space({"depth": [-3.0, 3.0], "role_linear": [0.25, 4.0], "granular
 def distance(surrogate: Surrogate, one: BitMap, other: BitMap) -> float:
     """Bits by which two maps differ, averaged over weights."""
     table = surrogate.table
-    apart = [la.n_weights * abs(float(one.weights[la.name].mean()) - float(other.weights[la.name].mean())) for la in table]
+    apart = [
+        la.n_weights * abs(float(one.weights[la.name].mean()) - float(other.weights[la.name].mean())) for la in table
+    ]
     return sum(apart) / table.n_weights
 
 
 @pytest.mark.parametrize("depth", [-3.0, 2.0])
-def test_the_start_makes_a_map_that_is_nearer_than_the_plain_one(make_surrogate: Callable[..., Surrogate], depth: float) -> None:
+def test_the_start_makes_a_map_that_is_nearer_than_the_plain_one(
+    make_surrogate: Callable[..., Surrogate], depth: float
+) -> None:
     """The given map was made by the program itself at a depth that the start does not know of: it is found again, roughly."""
     s = make_surrogate()
     theirs = s.candidate({"depth": depth}, Budget.parse("uniform:3")).bit_map
@@ -43,7 +47,9 @@ def test_the_plain_map_gives_the_plain_point(make_surrogate: Callable[..., Surro
     point = start_point(s, SPACE, plain)
     assert point == {"depth": pytest.approx(0.0, abs=1e-9), "role_linear": pytest.approx(1.0), "granularity": "layer"}
     channels = s.table.layers[0].n_channels
-    mixed = replace(plain, weights={**plain.weights, s.table.layers[0].name: np.array([2] * (channels - 1) + [3], dtype=np.uint8)})
+    mixed = replace(
+        plain, weights={**plain.weights, s.table.layers[0].name: np.array([2] * (channels - 1) + [3], dtype=np.uint8)}
+    )
     assert start_point(s, SPACE, mixed)["granularity"] == "channel"
 
 
@@ -58,7 +64,9 @@ def test_values_stay_inside_the_space_and_small_maps_are_held(make_surrogate: Ca
     point = start_point(s, SPACE, steep)
     assert all(d.holds(point[d.name]) for d in SPACE.active)
     assert point["depth"] == -3.0
-    least = BitMap(model_digest=s.table.digest, weights={n: np.array(1, dtype=np.uint8) for n in names}, format=s.format)
+    least = BitMap(
+        model_digest=s.table.digest, weights={n: np.array(1, dtype=np.uint8) for n in names}, format=s.format
+    )
     assert all(d.holds(start_point(s, SPACE, least)[d.name]) for d in SPACE.active)
     assert with_start([{"a": 1}, {"a": 2}], {"a": 3}) == [{"a": 1}, {"a": 3}, {"a": 2}]
 
@@ -67,7 +75,9 @@ def test_the_start_is_a_row_where_it_fits(make_objective: Callable[..., Objectiv
     objective = make_objective(space={"depth": [-3.0, 3.0]})
     s = objective.surrogate
     theirs = s.candidate({"depth": 2.0}, Budget.parse("uniform:3")).bit_map
-    plan = Plan(name="x", trials=3, starts=with_start(objective.space.starts(), start_point(s, objective.space, theirs)))
+    plan = Plan(
+        name="x", trials=3, starts=with_start(objective.space.starts(), start_point(s, objective.space, theirs))
+    )
     study = open_study(plan, InMemoryStorage())
     work(study, plan, objective_of(objective, plan.mode))
     second = study.get_trials()[1]

@@ -35,7 +35,9 @@ def test_a_torn_line_that_was_written_over_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     journal_with(path, 3)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-3]) + lines[-3][:-9] + b"".join(lines[-2:]))  # the next append went on in the torn line
+    path.write_bytes(
+        b"".join(lines[:-3]) + lines[-3][:-9] + b"".join(lines[-2:])
+    )  # the next append went on in the torn line
     assert repair_journal(path) == 1
     assert len(journal_with(path, 1).get_trials()) >= 3
 
@@ -73,7 +75,9 @@ def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
 @pytest.mark.parametrize("base", ["redis", "sqlite", "grpc", "oracle+oracledb", "ftp"])
 def test_where_no_journal_can_be_kept_is_said_with_what_to_write_instead(base: str) -> None:
     where = re.escape(f"journal+{base}://me:***@host/x")
-    with pytest.raises(ConfigError, match=rf"no journal can be kept at {where}: write journal\+postgresql://.*redis://.*path"):
+    with pytest.raises(
+        ConfigError, match=rf"no journal can be kept at {where}: write journal\+postgresql://.*redis://.*path"
+    ):
         open_storage(f"journal+{base}://me:hunter2@host/x")
 
 
@@ -138,7 +142,9 @@ def test_a_server_that_does_not_answer_is_said_without_the_password(package: str
 def test_a_proxy_that_does_not_answer_is_said_with_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("grpc")
     monkeypatch.setattr(storage_module, "PROXY_WAIT_S", 0.2)
-    with pytest.raises(ConfigError, match=r"no proxy answers at grpc://127.0.0.1:9 .*run_grpc_proxy_server\(storage, .*port=9\)"):
+    with pytest.raises(
+        ConfigError, match=r"no proxy answers at grpc://127.0.0.1:9 .*run_grpc_proxy_server\(storage, .*port=9\)"
+    ):
         open_storage("grpc://127.0.0.1:9")
     with pytest.raises(ConfigError, match="write grpc://host:port"):
         open_storage("grpc://127.0.0.1:studies")

@@ -52,7 +52,9 @@ def by_draw(study: optuna.Study) -> list[tuple[int, dict[str, Any], list[float] 
     return sorted(((t.user_attrs["draw"], t.params, t.values) for t in done), key=lambda row: row[0])
 
 
-def test_the_first_trial_is_the_plain_program_and_its_value_is_what_it_says(make_objective: Callable[..., Objective]) -> None:
+def test_the_first_trial_is_the_plain_program_and_its_value_is_what_it_says(
+    make_objective: Callable[..., Objective],
+) -> None:
     o = make_objective()
     study = run(o, plan_for(o, trials=3))
     first = study.get_trials()[0]
@@ -75,13 +77,17 @@ def test_every_sampler_runs_the_study_to_its_number(make_objective: Callable[...
 
 
 @pytest.mark.parametrize(("sampler", "package"), [("gp", "scipy"), ("cmaes", "cmaes")])
-def test_samplers_with_a_package_of_their_own(make_objective: Callable[..., Objective], sampler: str, package: str) -> None:
+def test_samplers_with_a_package_of_their_own(
+    make_objective: Callable[..., Objective], sampler: str, package: str
+) -> None:
     pytest.importorskip(package)
     o = make_objective(space={"exponent": [0.5, 2.0], "low_bits": [-1.0, 1.0]})
     assert counts(run(o, plan_for(o, sampler=sampler, trials=13))).finished == 13
 
 
-def test_the_search_beats_the_plain_program_where_the_profile_is_wrong(make_objective: Callable[..., Objective]) -> None:
+def test_the_search_beats_the_plain_program_where_the_profile_is_wrong(
+    make_objective: Callable[..., Objective],
+) -> None:
     o = make_objective()
     study = run(o, plan_for(o, trials=40, seed=1))
     assert study.best_value < study.get_trials()[0].value - 0.05  # a lognormal truth that no first-order profile shows
@@ -120,7 +126,9 @@ def test_an_interrupted_random_search_goes_on_exactly_as_if_it_had_not_been(
     assert len({v for _, _, (v,) in whole}) > 3
 
     path = tmp_path / "study.journal"
-    for session, steps in enumerate((2, 1, 4)):  # three sessions that end early, the last trial of each begun and not finished
+    for session, steps in enumerate(
+        (2, 1, 4)
+    ):  # three sessions that end early, the last trial of each begun and not finished
         study = open_study(plan, open_storage(path))
         done: list[int] = []
         work(

@@ -35,7 +35,11 @@ def test_defaults_reproduce_the_plain_integer_program_exactly(
     s = make_surrogate(allocator)
     plain = allocate(s.method, budget, s.table, s.profile, s.policy, s.format)
     assert plain.result is not None
-    for theta in ({}, ALL_DEFAULTS, parse_space({n: [p.low, p.high] for n, p in list(CATALOGUE.items())[5:10]}).default_point()):
+    for theta in (
+        {},
+        ALL_DEFAULTS,
+        parse_space({n: [p.low, p.high] for n, p in list(CATALOGUE.items())[5:10]}).default_point(),
+    ):
         found = s.candidate(theta, budget)
         assert found.bit_map.digest == plain.bit_map.digest
         assert found.predicted == plain.predicted_loss
@@ -44,7 +48,9 @@ def test_defaults_reproduce_the_plain_integer_program_exactly(
 
 
 @pytest.mark.parametrize("name", ["exponent", "row_exponent", "low_bits", "kurtosis", "depth", "role_linear"])
-def test_every_shaping_parameter_changes_losses_and_stays_positive(make_surrogate: Callable[..., Surrogate], name: str) -> None:
+def test_every_shaping_parameter_changes_losses_and_stays_positive(
+    make_surrogate: Callable[..., Surrogate], name: str
+) -> None:
     s = make_surrogate()
     losses = s.losses_of({name: 0.7}, s.method)
     assert not np.allclose(losses, s.losses_of({}, s.method))
@@ -75,7 +81,7 @@ def test_parameters_do_what_their_meaning_says(make_surrogate: Callable[..., Sur
     np.testing.assert_allclose(even[p.rows(p.names[2])], np.broadcast_to(totals[2] / 12, (12, len(widths))), rtol=1e-9)
 
     heavy = s.losses_of({"kurtosis": 1.0}, s.method) / own
-    np.testing.assert_allclose(heavy[:, 0], np.maximum(p.arrays["kurtosis_prescaled"], 0.1) / 3, rtol=1e-6)
+    np.testing.assert_allclose(heavy[:, 0], np.maximum(p.arrays["kurtosis_smoothed"], 0.1) / 3, rtol=1e-6)
 
 
 def test_mixing_takes_a_geometric_mean_of_layer_totals(make_surrogate: Callable[..., Surrogate]) -> None:
@@ -94,12 +100,12 @@ def test_mixing_takes_a_geometric_mean_of_layer_totals(make_surrogate: Callable[
     assert other.candidate(theta, budget).digest == s.candidate(theta, budget).digest
 
 
-def test_granularity_codebook_widths_and_range_search_reach_the_map(make_surrogate: Callable[..., Surrogate]) -> None:
+def test_granularity_scheme_widths_and_range_search_reach_the_map(make_surrogate: Callable[..., Surrogate]) -> None:
     s = make_surrogate()
     budget = BUDGETS[1]
     assert s.candidate({"granularity": "channel"}, budget).bit_map.granularity == "channel"
-    assert s.candidate({"codebook": "affine"}, budget).bit_map.format.codebook == "affine"
-    assert s.candidate({"prescale": 0.5}, budget).bit_map.format.prescale
+    assert s.candidate({"scheme": "asymmetric"}, budget).bit_map.format.scheme == "asymmetric"
+    assert s.candidate({"smooth": 0.5}, budget).bit_map.format.smooth
     assert s.candidate({"criterion": "mse"}, budget).bit_map.format.criterion == "mse"
     assert s.candidate({"range_p": 3.0}, budget).bit_map.format.p == 3.0
     assert not s.candidate({"bias_correction": "off"}, budget).bias_correction
@@ -185,16 +191,18 @@ def test_activation_widths_by_role_are_paid_for(make_surrogate: Callable[..., Su
         assert size_bits(s.table, found) <= limit
 
 
-def test_scales_by_timestep_and_strengths_cost_no_more_than_the_plain_map(make_surrogate: Callable[..., Surrogate]) -> None:
+def test_scales_by_timestep_and_strengths_cost_no_more_than_the_plain_map(
+    make_surrogate: Callable[..., Surrogate],
+) -> None:
     s = make_surrogate("ilp-channel", act_bits=4)
     asked: list[str] = []
 
-    def strengths(bit_map: BitMap) -> BitMap:
+    def alphas(bit_map: BitMap) -> BitMap:
         asked.append(bit_map.digest)
-        return replace(bit_map, formats={n: replace(bit_map.format, strength=0.25) for n in bit_map.activations})
+        return replace(bit_map, formats={n: replace(bit_map.format, alpha=0.25) for n in bit_map.activations})
 
     profile = replace(s.profile, calibration={**s.profile.calibration, "sampler": {"steps": 10}})
-    s = replace(s, profile=profile, strengths=strengths)
+    s = replace(s, profile=profile, alphas=alphas)
     budget = Budget.parse("uniform:3")
     plain = s.candidate({}, budget)
     found = s.candidate({"act_timesteps": "on"}, budget)
@@ -206,14 +214,14 @@ def test_scales_by_timestep_and_strengths_cost_no_more_than_the_plain_map(make_s
     assert limit - 400 < size_bits(s.table, found.bit_map) <= limit  # the scales are paid for by fewer bits elsewhere
 
     assert not asked
-    scaled = s.candidate({"prescale": "layers"}, budget)
+    scaled = s.candidate({"smooth": "layers"}, budget)
     assert len(asked) == 1
-    assert scaled.bit_map.format.prescale
-    assert {f.strength for f in scaled.bit_map.formats.values()} == {0.25}
-    s.candidate({"prescale": "layers", "depth": 1.0}, budget)
+    assert scaled.bit_map.format.smooth
+    assert {f.alpha for f in scaled.bit_map.formats.values()} == {0.25}
+    s.candidate({"smooth": "layers", "depth": 1.0}, budget)
     assert len(asked) == 1  # once a budget
-    with pytest.raises(ConfigError, match="strengths"):
-        replace(s, strengths=None).candidate({"prescale": "layers"}, budget)
+    with pytest.raises(ConfigError, match="alphas"):
+        replace(s, alphas=None).candidate({"smooth": "layers"}, budget)
 
 
 def test_a_rounding_is_priced_with_the_errors_that_it_leaves(make_surrogate: Callable[..., Surrogate]) -> None:
@@ -221,7 +229,7 @@ def test_a_rounding_is_priced_with_the_errors_that_it_leaves(make_surrogate: Cal
     half = replace(
         plain.profile,
         arrays={k: v / 2 if k.startswith("output_error") else v for k, v in plain.profile.arrays.items()},
-        calibration={**plain.profile.calibration, "compensated": "auto"},
+        calibration={**plain.profile.calibration, "gptq": "auto"},
     )
     asked = []
 
@@ -233,11 +241,11 @@ def test_a_rounding_is_priced_with_the_errors_that_it_leaves(make_surrogate: Cal
     budget = Budget.parse("uniform:3")
     assert s.candidate({}, budget).predicted == plain.candidate({}, budget).predicted
     assert not asked, "nearest rounding keeps the profile"
-    found = s.candidate({"rounding": "compensated"}, budget)
-    assert set(asked) == {"compensated"}
-    assert found.bit_map.format.rounding == "compensated"
+    found = s.candidate({"rounding": "gptq"}, budget)
+    assert set(asked) == {"gptq"}
+    assert found.bit_map.format.rounding == "gptq"
     np.testing.assert_allclose(
-        s.losses_of({}, s.method_of({"rounding": "compensated"})), plain.losses_of({}, plain.method) / 2, rtol=1e-6
+        s.losses_of({}, s.method_of({"rounding": "gptq"})), plain.losses_of({}, plain.method) / 2, rtol=1e-6
     )
     assert found.predicted == pytest.approx(s.measured_map(found.bit_map, budget, bias_correction=True).predicted)
 
@@ -255,5 +263,7 @@ def test_losses_kept_for_a_point_are_used_for_that_point_alone(make_surrogate: C
     assert corrected == maps(make_surrogate(correction=correction))
     assert corrected != plain
     assert (
-        plain == maps(s) == [d for p in (0.0, 2.0) for b in budgets for d in (make_surrogate().candidate({"depth": p}, b).digest,)]
+        plain
+        == maps(s)
+        == [d for p in (0.0, 2.0) for b in budgets for d in (make_surrogate().candidate({"depth": p}, b).digest,)]
     )

@@ -62,7 +62,10 @@ def check_whole(storage: str, folder: Path, trials: int) -> optuna.Study:
     assert len({t.user_attrs["draw"] for t in done}) == trials
     assert len({tuple(sorted(t.params.items())) for t in done}) == trials
     measured = Counter(
-        word for line in (folder / "measured.txt").read_text().splitlines() for word in line.split(" ")[2:] if len(word) == 64
+        word
+        for line in (folder / "measured.txt").read_text().splitlines()
+        for word in line.split(" ")[2:]
+        if len(word) == 64
     )
     assert measured
     assert max(measured.values()) == 1
@@ -90,7 +93,9 @@ def test_a_killed_worker_costs_no_trial(storage: str, tmp_path: Path) -> None:
     victim.wait()
     wait([workers[0], workers[2]], tmp_path)
     study = check_whole(storage, tmp_path, 24)
-    lost = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.FAIL and not t.user_attrs.get("surplus")]
+    lost = [
+        t for t in study.get_trials() if t.state == optuna.trial.TrialState.FAIL and not t.user_attrs.get("surplus")
+    ]
     retried = [t.system_attrs["failed_trial"] for t in study.get_trials() if "failed_trial" in t.system_attrs]
     assert sorted(retried) == [t.number for t in lost]
     assert all(study.get_trials()[t.number].params.items() <= _retry_of(study, t.number).params.items() for t in lost)
@@ -107,7 +112,9 @@ def test_trials_of_the_dead_are_tried_again_with_the_same_parameters() -> None:
     with Worker(study, 3) as mine:
         mine.begins(dead)
         assert Lookout(grace_s=0).fail_dead_trials(study) == 0
-    assert Lookout(grace_s=60).fail_dead_trials(study) == 1  # it worked in this process, and does so no more: noticed at once
+    assert (
+        Lookout(grace_s=60).fail_dead_trials(study) == 1
+    )  # it worked in this process, and does so no more: noticed at once
     failed, queued = study.get_trials()
     assert (failed.state, queued.state) == (optuna.trial.TrialState.FAIL, optuna.trial.TrialState.WAITING)
     assert failed.user_attrs[WORKER] == mine.identity

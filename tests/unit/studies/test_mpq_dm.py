@@ -63,7 +63,9 @@ def call(study: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *argu
     study.main()
 
 
-def test_telling_rows_come_first_and_all_come_once(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_telling_rows_come_first_and_all_come_once(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     recorder = Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path)
     # Four names are those of other rows below W4A4.
@@ -126,7 +128,9 @@ def test_rows_of_another_schedule_are_refused_or_dropped(
 def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "README.md").write_text("before\n<!-- results: written by study.py -->\nold\n<!-- end of results -->\nafter\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- results: written by study.py -->\nold\n<!-- end of results -->\nafter\n"
+    )
     Recorder(study, monkeypatch)
     call(study, monkeypatch, tmp_path, "--seeds", "1", "--settings", "W2A4", "W4A4", "--models", "fmnist-dit")
     text = (tmp_path / "README.md").read_text()
@@ -138,7 +142,19 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000
-    call(study, monkeypatch, tmp_path, "--seeds", "1", "--settings", "W2A4", "W4A4", "--models", "fmnist-dit", "--report-only")
+    call(
+        study,
+        monkeypatch,
+        tmp_path,
+        "--seeds",
+        "1",
+        "--settings",
+        "W2A4",
+        "W4A4",
+        "--models",
+        "fmnist-dit",
+        "--report-only",
+    )
     assert (tmp_path / "README.md").read_text() == text
 
 
@@ -170,11 +186,11 @@ def test_residual_rows_have_the_levels_that_they_say(study: ModuleType) -> None:
     rows = torch.randn(12, 80, generator=generator)
     fmt = QuantFormat()
     for bits in (2, 3, 4):
-        for codebook in ("affine", "midrise"):
-            base = fit_rows(rows, bits - 1, replace(fmt, codebook=codebook))
+        for scheme in ("asymmetric", "symmetric"):
+            base = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme))
             alone = (decode(encode(rows, base), base) - rows).square().sum(1)
             for tied in (False, True):
-                q = residual.fit_residual(rows, bits, fmt, codebook, tied=tied)
+                q = residual.fit_residual(rows, bits, fmt, scheme, tied=tied)
                 made = q.nearest(rows)
                 assert ((made - rows).square().sum(1) <= alone).all()
                 torch.testing.assert_close(q.errors(rows), (made - rows).square().sum(1))
@@ -182,14 +198,14 @@ def test_residual_rows_have_the_levels_that_they_say(study: ModuleType) -> None:
                 codes, signs = q.split(rows)
                 assert set((codes + q.zero[:, None]).unique().tolist()) <= set(range(2 ** (bits - 1)))
                 assert set(signs.unique().tolist()) <= {-1.0, 1.0}
-    symmetric = residual.fit_residual(rows, 2, fmt, "midrise")
+    symmetric = residual.fit_residual(rows, 2, fmt, "symmetric")
     for row in symmetric.nearest(rows):
         levels = row.unique()
         assert len(levels) == 4
         torch.testing.assert_close(levels, -levels.flip(0))
     # A row of such levels comes back as it is.
     exact = torch.tensor([[-1.25, -0.75, 0.75, 1.25]]).repeat(3, 20) * torch.tensor([[1.0], [0.5], [2.0]])
-    torch.testing.assert_close(residual.fit_residual(exact, 2, fmt, "midrise").nearest(exact), exact)
+    torch.testing.assert_close(residual.fit_residual(exact, 2, fmt, "symmetric").nearest(exact), exact)
 
 
 def test_compensated_residual_rows_lose_no_more_output(study: ModuleType) -> None:
@@ -205,7 +221,7 @@ def test_compensated_residual_rows_lose_no_more_output(study: ModuleType) -> Non
     rows = torch.randn(8, 40, generator=generator)
     inputs = torch.randn(200, 6, generator=generator) @ torch.randn(6, 40, generator=generator)
     moment = (inputs.T @ inputs).double() / len(inputs)
-    q = residual.fit_residual(rows, 3, QuantFormat(), "midrise")
+    q = residual.fit_residual(rows, 3, QuantFormat(), "symmetric")
     before = residual.error_of(q.nearest(rows) - rows, moment)
     after = residual.error_of(residual.compensate_residual(rows, q, moment) - rows, moment)
     assert (after <= before).all()

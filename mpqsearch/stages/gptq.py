@@ -1,4 +1,4 @@
-"""What compensated rounding needs of a run: moments of the layers' inputs, and the profile as that rounding prices it."""
+"""What GPTQ rounding needs of a run: moments of the layers' inputs, and the profile as that rounding prices it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NOT_PRICED = ("weight", "context", "slope", "operating", "final")
 
 
 def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
-    """What compensated rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
+    """What GPTQ rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
     if all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values())):
         return None
     return moments_of(run, table)
 
 
 def moment_inputs(run: Run, table: LayerTable) -> dict[str, str]:
-    """What compensated rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest rounding, if any."""
+    """What GPTQ rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest rounding, if any."""
     from mpqsearch.profile import beyond_limit
 
     left_out = beyond_limit(table, run.config.model.limit_bytes)
@@ -47,14 +47,14 @@ def moments_of(run: Run, table: LayerTable) -> InputMoments:
         )
         if run.moments.left_out:
             run.say(
-                f"compensated rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
+                f"GPTQ rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
                 f"the memory limit: {', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
             )
     return run.moments
 
 
 def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
-    """``measured`` with the errors that the method's rounding leaves, from ``profiles/compensated-<variant>.json`` where that is there.
+    """``measured`` with the errors that the method's rounding leaves, from ``profiles/gptq-<variant>.json`` where that is there.
 
     The profile itself for nearest rounding, for losses that know no other, and where nothing may run (weights only, a dry run).
     """
@@ -62,10 +62,10 @@ def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
         return measured
     if method.variant not in run.priced:
         from mpqsearch.core import QuantFormat
-        from mpqsearch.profile import compensated_profile
+        from mpqsearch.profile import gptq_profile
 
         path, inputs = (
-            run.path("profiles", f"compensated-{method.variant}.json"),
+            run.path("profiles", f"gptq-{method.variant}.json"),
             profile_inputs(run, table) | moment_inputs(run, table),
         )
         if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
@@ -75,11 +75,11 @@ def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
         else:
             c = run.config.quantizer
             fmt = QuantFormat(
-                codebook=method.codebook, criterion=c.criterion, p=c.p, n_candidates=c.n_candidates, prescale=method.prescale
+                scheme=method.scheme, criterion=c.criterion, p=c.p, n_candidates=c.n_candidates, smooth=method.smooth
             )
-            run.say(f"profile: pricing compensated rounding ({method.variant})")
+            run.say(f"profile: pricing GPTQ rounding ({method.variant})")
             with run.timed("price"):
-                made = compensated_profile(run.denoiser, table, measured, moments_of(run, table), fmt)
+                made = gptq_profile(run.denoiser, table, measured, moments_of(run, table), fmt)
             artifacts.save_profile(path, made, inputs)
             run.priced[method.variant] = made
     return run.priced[method.variant]

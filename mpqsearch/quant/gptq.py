@@ -1,10 +1,10 @@
-"""Error-compensated rounding: codes that are chosen for the output of a layer, given what its inputs are like.
+"""GPTQ: codes that are chosen for the output of a layer, given what its inputs are like.
 
 Rounding every weight to its nearest level makes the least error of the *weights*. The error of the output is ``e' H e`` with ``H`` the second
 moment of the inputs, and where inputs are correlated the error of one column can be made good by others. Columns are rounded one after
 the other, and what each loses is taken off those still to come, in the proportion that a Cholesky factor of the inverse of ``H`` gives (GPTQ,
 arXiv 2210.17323). Then scales are fitted to the codes by least squares and each code is chosen anew given all others, which can only
-lower the error. Widths, codebooks and what is stored stay as they are.
+lower the error. Widths, schemes and what is stored stay as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EDGE = 0.49
 """Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was chosen."""
 
 
-def compensate(
+def gptq_rows(
     rows: Tensor,
     quantizer: RowQuantizer,
     moment: Tensor,
@@ -41,12 +41,12 @@ def compensate(
     """Rows ``[C, D]`` whose nearest codes are the compensated ones, and the quantizer with its scales fitted to them.
 
     rows
-        ``[C, D]``, in the units that are quantized (pre-scaled ones times their factors).
+        ``[C, D]``, in the units that are quantized (smoothed ones times their factors).
     quantizer
         Of those rows, any widths and zero points; rows of width 16 are left as they are.
     moment
         ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error; with
-        pre-scaling, that of the inputs over their factors.
+        smoothing, that of the inputs over their factors.
     damping
         Is added to the diagonal, in units of its mean: what columns never saw, and the noise of few samples, count for so much.
     sweeps
@@ -58,7 +58,7 @@ def compensate(
     groups, width = moment.shape[0], rows.shape[1]
     if tuple(moment.shape) != (groups, width, width) or len(rows) % groups or not damping > 0:
         raise ConfigError(
-            f"compensated rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups that divide the "
+            f"GPTQ rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups that divide the "
             f"rows, and a positive damping; got {tuple(moment.shape)} and {damping:g}"
         )
     exact = rows.detach().float()

@@ -8,7 +8,7 @@ from mpqsearch.core import Budget, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec, allocate, channel_losses
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import CalibrationSpec, InputMoments, compensated_profile, input_statistics, profile_model, remeasure
+from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input_statistics, profile_model, remeasure
 from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
 from mpqsearch.sampling import SamplerSpec
@@ -16,12 +16,18 @@ from mpqsearch.testing import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
 SEEDS = range(1_000_000, 1_000_004)
-FORMAT = QuantFormat(codebook="auto", n_candidates=20)
+FORMAT = QuantFormat(scheme="auto", n_candidates=20)
 
 
 def measured(denoiser: Denoiser) -> SensitivityProfile:
     spec = CalibrationSpec(
-        samples=4, probe_inputs=4, probes=1, sampler_seeds=2, sampler_probes=1, context_seeds=3, context_widths=(2, 3, 4)
+        samples=4,
+        probe_inputs=4,
+        probes=1,
+        sampler_seeds=2,
+        sampler_probes=1,
+        context_seeds=3,
+        context_widths=(2, 3, 4),
     )
     return profile_model(denoiser, discover(denoiser), Policy(), SAMPLER, spec, QuantFormat(n_candidates=20))
 
@@ -32,7 +38,7 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
     table = discover(denoiser)
     before = measured(denoiser)
     stats = input_statistics(denoiser, table, SAMPLER, SEEDS)
-    after = compensated_profile(denoiser, table, before, stats, FORMAT)
+    after = gptq_profile(denoiser, table, before, stats, FORMAT)
     moments, means = ({n: getattr(s, k) for n, s in stats.items()} for k in ("second_moment", "mean"))
     for name in after.names:
         layer = table[name]
@@ -42,7 +48,11 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
         for j, bits in enumerate(after.widths):
             widths = torch.full((layer.n_channels,), bits, dtype=torch.uint8)
             stored = quantize_weight(weight, layer, widths, FORMAT, None, moment)
-            error = (stored.rows() - rows_of(weight.detach(), layer)).double().reshape(layer.groups, -1, layer.weights_per_channel)
+            error = (
+                (stored.rows() - rows_of(weight.detach(), layer))
+                .double()
+                .reshape(layer.groups, -1, layer.weights_per_channel)
+            )
             expected = (torch.bmm(error, moment) * error).sum(2).flatten().numpy()
             key = "output_error_centred" if layer.has_bias else "output_error"
             found = after.arrays[f"{key}/auto"][after.rows(name), j]
@@ -57,7 +67,7 @@ def test_layer_totals_follow_their_rows_and_other_variants_stay() -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
     before = measured(denoiser)
-    after = compensated_profile(denoiser, table, before, input_statistics(denoiser, table, SAMPLER, SEEDS), FORMAT)
+    after = gptq_profile(denoiser, table, before, input_statistics(denoiser, table, SAMPLER, SEEDS), FORMAT)
     for loss in ("probe", "sampler"):
         rows = [channel_losses(p, table, "auto", loss, bias_correction=True) for p in (before, after)]
         gains = [channel_losses(p, table, "auto", "gain", bias_correction=True) for p in (before, after)]
@@ -67,8 +77,8 @@ def test_layer_totals_follow_their_rows_and_other_variants_stay() -> None:
     for key, value in before.arrays.items():
         if not key.endswith("/auto"):
             assert np.array_equal(value, after.arrays[key]), key
-    with pytest.raises(ConfigError, match="no output errors of the variant 'midrise'; it has"):
-        compensated_profile(denoiser, table, before, {}, QuantFormat(codebook="midrise"))
+    with pytest.raises(ConfigError, match="no output errors of the variant 'symmetric'; it has"):
+        gptq_profile(denoiser, table, before, {}, QuantFormat(scheme="symmetric"))
 
 
 def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
@@ -101,9 +111,11 @@ def test_gains_at_a_compensated_map_are_those_of_nearest_rounding() -> None:
     table = discover(denoiser)
     before = measured(denoiser)
     found = []
-    for rounding in ("nearest", "compensated"):
-        method = MethodSpec(name="m", allocator="ilp-layer", codebook="auto", bias_correction=True, rounding=rounding)
-        bit_map = allocate(method, Budget.parse("uniform:3"), table, before, Policy(), QuantFormat(n_candidates=20)).bit_map
+    for rounding in ("nearest", "gptq"):
+        method = MethodSpec(name="m", allocator="ilp-layer", scheme="auto", bias_correction=True, rounding=rounding)
+        bit_map = allocate(
+            method, Budget.parse("uniform:3"), table, before, Policy(), QuantFormat(n_candidates=20)
+        ).bit_map
         assert bit_map.format.rounding == rounding
         found.append(remeasure(denoiser, table, before, bit_map, SAMPLER, SEEDS, probes=1))
     for key in ("layer_operating_error/auto", "layer_operating_std_error/auto"):

@@ -1,4 +1,4 @@
-"""Strengths of pre-scaling by layer, chosen with the quantizers that a run deploys."""
+"""Alphas of smoothing by layer, chosen with the quantizers that a run deploys."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def ranges_of(run: Run) -> ActivationSearch:
     return ActivationSearch(p=a.p, n_candidates=a.n_candidates, zero_points=a.zero_points)
 
 
-def strengths_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Callable[[BitMap], BitMap]:
-    """What gives a map the strength that suits each layer, on trajectories of the calibration seeds."""
+def alphas_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Callable[[BitMap], BitMap]:
+    """What gives a map the alpha that suits each layer, on trajectories of the calibration seeds."""
     import numpy as np
     import torch
 
-    from mpqsearch.profile import choose_strengths
+    from mpqsearch.profile import choose_alphas
     from mpqsearch.progress import bars_of
 
     first = run.config.calibration.first_seed
 
     def chosen(bit_map: BitMap) -> BitMap:
         with bars_of() as progress:
-            return choose_strengths(
+            return choose_alphas(
                 run.denoiser,
                 table,
                 bit_map,

@@ -1,4 +1,4 @@
-"""Error-compensated rounding against a column-by-column reference in numpy, and what it promises: never a worse output."""
+"""GPTQ against a column-by-column reference in numpy, and what it promises: never a worse output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.quant import build_student, compensate, decode, encode, finalize, fit_rows, quantize_model, quantize_weight, rows_of
+from mpqsearch.quant import (
+    build_student,
+    convert,
+    decode,
+    encode,
+    fit_rows,
+    gptq_rows,
+    quantize_model,
+    quantize_weight,
+    rows_of,
+)
 from mpqsearch.quant.rows import RowQuantizer
 from mpqsearch.quant.search import use_backend
 from mpqsearch.testing import tiny_denoiser
 
-FORMATS = [QuantFormat(codebook=c) for c in ("affine", "midrise", "auto")]
+FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
 
 
 def inputs_of(groups: int, n: int, width: int, seed: int = 0, rank: int | None = None) -> Tensor:
@@ -35,7 +45,9 @@ def output_error(error: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(x, grouped.transpose(1, 2)).square().mean(1).flatten()
 
 
-def reference_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: np.ndarray, moment: np.ndarray) -> np.ndarray:
+def reference_codes(
+    rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: np.ndarray, moment: np.ndarray
+) -> np.ndarray:
     """One row and one column at a time: the rounded column is fixed, and the columns left are moved to the least output error given it.
 
     That least is a linear system of the columns left, solved anew at each step; the Cholesky factor is a shortcut for all of them.
@@ -57,27 +69,31 @@ def reference_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits:
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.codebook)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.scheme)
 def test_first_pass_is_the_column_by_column_reference(fmt: QuantFormat, block: int) -> None:
     g = torch.Generator().manual_seed(3)
     rows = torch.randn(8, 11, generator=g)
     bits = torch.tensor([1, 2, 3, 4, 1, 2, 3, 8], dtype=torch.uint8)
     quantizer = fit_rows(rows, bits, fmt)
     moment = moment_of_inputs(inputs_of(1, 400, 11))
-    found, kept = compensate(rows, quantizer, moment, sweeps=0, block=block)
+    found, kept = gptq_rows(rows, quantizer, moment, sweeps=0, block=block)
     assert torch.equal(kept.scale, quantizer.scale)
     expected = reference_codes(
         rows.numpy(), quantizer.scale.double().numpy(), quantizer.zero.double().numpy(), bits.numpy(), moment[0].numpy()
     )
     nearest = encode(rows, quantizer)
-    through = [((decode(torch.from_numpy(expected) if c is None else c, quantizer) - rows).double()) for c in (None, nearest)]
+    through = [
+        ((decode(torch.from_numpy(expected) if c is None else c, quantizer) - rows).double()) for c in (None, nearest)
+    ]
     better = ((through[0] @ moment[0]) * through[0]).sum(1) < ((through[1] @ moment[0]) * through[1]).sum(1)
-    assert int(better.sum()) >= 5  # the reference is worth something, so that the next line compares with it and not with rounding
+    assert (
+        int(better.sum()) >= 5
+    )  # the reference is worth something, so that the next line compares with it and not with rounding
     assert np.array_equal(encode(found, kept).numpy(), np.where(better[:, None].numpy(), expected, nearest.numpy()))
 
 
 @pytest.mark.parametrize("rank", [None, 3], ids=["full rank", "rank 3"])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.codebook)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.scheme)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, groups: int, rank: int | None) -> None:
     g = torch.Generator().manual_seed(5)
@@ -87,7 +103,7 @@ def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, grou
     quantizer = fit_rows(rows, bits, fmt)
     x = inputs_of(groups, 500, 24, rank=rank)
     x[:, :, 7] = 0  # a dead column
-    found, fitted = compensate(rows, quantizer, moment_of_inputs(x))
+    found, fitted = gptq_rows(rows, quantizer, moment_of_inputs(x))
     before = output_error(decode(encode(rows, quantizer), quantizer) - rows, x)
     after = output_error(decode(encode(found, fitted), fitted) - rows, x)
     assert torch.isfinite(found).all()
@@ -100,11 +116,11 @@ def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, grou
 
 def test_sweeps_lower_the_error_of_the_first_pass() -> None:
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
-    quantizer = fit_rows(rows, 2, QuantFormat(codebook="auto"))
+    quantizer = fit_rows(rows, 2, QuantFormat(scheme="auto"))
     x = inputs_of(1, 600, 32)
     errors = []
     for sweeps in (0, 1, 3):
-        found, fitted = compensate(rows, quantizer, moment_of_inputs(x), sweeps=sweeps)
+        found, fitted = gptq_rows(rows, quantizer, moment_of_inputs(x), sweeps=sweeps)
         errors.append(float(output_error(decode(encode(found, fitted), fitted) - rows, x).sum()))
     assert errors[2] < errors[1] < 0.95 * errors[0]
 
@@ -112,9 +128,9 @@ def test_sweeps_lower_the_error_of_the_first_pass() -> None:
 def test_uncorrelated_inputs_and_no_inputs_leave_the_nearest_codes() -> None:
     rows = torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     quantizer = fit_rows(rows, 3, QuantFormat())
-    found, kept = compensate(rows, quantizer, torch.eye(9)[None], sweeps=0)
+    found, kept = gptq_rows(rows, quantizer, torch.eye(9)[None], sweeps=0)
     assert torch.equal(encode(found, kept), encode(rows, quantizer))
-    found, kept = compensate(rows, quantizer, torch.zeros(1, 9, 9))
+    found, kept = gptq_rows(rows, quantizer, torch.zeros(1, 9, 9))
     assert torch.equal(found, rows)
     assert torch.equal(kept.scale, quantizer.scale)
 
@@ -124,15 +140,17 @@ def test_rows_at_full_precision_stay_and_bad_moments_are_refused() -> None:
     bits = torch.tensor([2, FULL_PRECISION, 3, 1], dtype=torch.uint8)
     searched = fit_rows(rows, torch.where(bits == FULL_PRECISION, 8, bits), QuantFormat())
     quantizer = RowQuantizer(scale=searched.scale, zero=searched.zero, bits=bits)
-    found, _ = compensate(rows, quantizer, moment_of_inputs(inputs_of(1, 100, 6)))
+    found, _ = gptq_rows(rows, quantizer, moment_of_inputs(inputs_of(1, 100, 6)))
     assert torch.equal(found[1], rows[1])
     with pytest.raises(ConfigError, match=r"4 rows of 6 need second moments \[groups, 6, 6\].*got \(1, 5, 5\)"):
-        compensate(rows, quantizer, torch.eye(5)[None])
+        gptq_rows(rows, quantizer, torch.eye(5)[None])
     with pytest.raises(ConfigError, match="positive damping"):
-        compensate(rows, quantizer, torch.eye(6)[None], damping=0)
+        gptq_rows(rows, quantizer, torch.eye(6)[None], damping=0)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 8), lambda: nn.Conv2d(4, 8, 3, groups=2)], ids=["linear", "grouped"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(12, 8), lambda: nn.Conv2d(4, 8, 3, groups=2)], ids=["linear", "grouped"]
+)
 def test_pre_scaled_layers_compensate_what_their_inputs_see(make: object) -> None:
     torch.manual_seed(0)
     module: nn.Module = make()  # type: ignore[operator]
@@ -152,7 +170,7 @@ def test_pre_scaled_layers_compensate_what_their_inputs_see(make: object) -> Non
     x = inputs_of(layer.groups, 400, rows.shape[1])
     peak = torch.rand(layer.n_inputs) * 5 + 0.2
     widths = torch.tensor([1, 2, 2, 3, 1, 2, FULL_PRECISION, 3], dtype=torch.uint8)
-    fmt = QuantFormat(codebook="auto", prescale=True, strength=0.6)
+    fmt = QuantFormat(scheme="auto", smooth=True, alpha=0.6)
     plain = quantize_weight(weight, layer, widths, fmt, peak)
     better = quantize_weight(weight, layer, widths, fmt, peak, moment_of_inputs(x))
     before, after = (output_error(q.rows() - rows, x) for q in (plain, better))
@@ -162,7 +180,8 @@ def test_pre_scaled_layers_compensate_what_their_inputs_see(make: object) -> Non
     assert better.start is not None
     factor = better.factor.repeat_interleave(len(rows) // layer.groups, dim=0)  # type: ignore[union-attr]
     codes = encode(
-        better.start * factor, RowQuantizer(scale=better.quantizer.scale, zero=better.quantizer.zero, bits=widths.clamp(max=8))
+        better.start * factor,
+        RowQuantizer(scale=better.quantizer.scale, zero=better.quantizer.zero, bits=widths.clamp(max=8)),
     )
     assert torch.equal(codes, better.codes)
 
@@ -172,7 +191,9 @@ def test_training_starts_from_the_compensated_model(trainable: str) -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
     bit_map = BitMap(
-        model_digest=table.digest, weights={la.name: np.array(2, np.uint8) for la in table}, format=QuantFormat(codebook="auto")
+        model_digest=table.digest,
+        weights={la.name: np.array(2, np.uint8) for la in table},
+        format=QuantFormat(scheme="auto"),
     )
     moments, means = {}, {}
     for k, la in enumerate(table):
@@ -181,7 +202,7 @@ def test_training_starts_from_the_compensated_model(trainable: str) -> None:
     made = quantize_model(denoiser.module, table, bit_map, means=means, moments=moments)
     nearest = quantize_model(denoiser.module, table, bit_map, means=means)
     student = build_student(denoiser.module, table, bit_map, means=means, moments=moments, trainable=trainable)  # type: ignore[arg-type]
-    ended = finalize(student)
+    ended = convert(student)
     for la in table:
         assert torch.equal(ended.rows[la.name].codes, made.rows[la.name].codes)
         assert torch.equal(ended.module.get_submodule(la.name).weight, made.module.get_submodule(la.name).weight)
@@ -196,14 +217,14 @@ def test_compiled_passes_choose_as_the_others_do(groups: int) -> None:
     rows = torch.randn(36, 70, generator=g)  # more than one tile, and a tile that is not full
     bits = torch.randint(1, 5, (36,), generator=g).to(torch.uint8)
     bits[7] = FULL_PRECISION
-    quantizer = fit_rows(rows, torch.where(bits > 8, 8, bits), QuantFormat(codebook="auto"))
+    quantizer = fit_rows(rows, torch.where(bits > 8, 8, bits), QuantFormat(scheme="auto"))
     quantizer = RowQuantizer(scale=quantizer.scale, zero=quantizer.zero, bits=bits)
     moment = moment_of_inputs(inputs_of(groups, 500, 70))
     found = {}
     for backend in ("torch", "numba"):
         previous = use_backend(backend)
         try:
-            chosen, fitted = compensate(rows, quantizer, moment)
+            chosen, fitted = gptq_rows(rows, quantizer, moment)
         finally:
             use_backend(previous)
         error = (decode(encode(chosen, fitted), fitted) - rows).double().reshape(groups, -1, 70)
@@ -222,7 +243,7 @@ def test_a_map_that_asks_for_compensation_says_what_it_needs() -> None:
     bit_map = BitMap(
         model_digest=table.digest,
         weights={la.name: np.array(3, dtype=np.uint8) for la in table},
-        format=QuantFormat(rounding="compensated"),
+        format=QuantFormat(rounding="gptq"),
     )
     with pytest.raises(ConfigError, match="second moments of the layers' inputs"):
         quantize_model(model.module, table, bit_map)

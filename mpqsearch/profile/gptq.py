@@ -1,4 +1,4 @@
-"""What rows lose at every width under error-compensated rounding, and the input moments that it needs."""
+"""What rows lose at every width under GPTQ, and the input moments that it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import run_sampler
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.quant import RowQuantizer, RowStatistics, compensate, decode, encode, fit_rows, rows_of
+from mpqsearch.quant import RowQuantizer, RowStatistics, decode, encode, fit_rows, gptq_rows, rows_of
 from mpqsearch.quant.apply import scaled_moment
 from mpqsearch.quant.tables import stored_factors
 from mpqsearch.sampling import SamplerSpec
@@ -55,11 +55,11 @@ def input_statistics(
 
 
 WORKING = 40
-"""Bytes that compensated rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in float32."""
+"""Bytes that GPTQ rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in float32."""
 
 
 def beyond_limit(table: LayerTable, limit: int | None) -> tuple[str, ...]:
-    """Layers that ``limit`` bytes do not let compensated rounding work on: these are rounded to nearest."""
+    """Layers that ``limit`` bytes do not let GPTQ rounding work on: these are rounded to nearest."""
     sizes = {la.name: la.groups * la.weights_per_channel**2 * WORKING for la in table}
     return () if limit is None else tuple(name for name, size in sizes.items() if size > limit)
 
@@ -103,7 +103,10 @@ class InputMoments(Mapping[str, RowStatistics]):
         if self._held[0] != group:
             self._held = (-1, {})  # the old group goes before the new one comes
             part = replace(self.table, layers=tuple(la for la in self.table if self._group.get(la.name) == group))
-            self._held = (group, input_statistics(self.denoiser, part, self.sampler, self.seeds, progress=self.progress))
+            self._held = (
+                group,
+                input_statistics(self.denoiser, part, self.sampler, self.seeds, progress=self.progress),
+            )
         return self._held[1][name]
 
     def __contains__(self, name: object) -> bool:
@@ -152,28 +155,32 @@ class _Field(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def compensated_profile(
+def gptq_profile(
     denoiser: Denoiser,
     table: LayerTable,
     profile: SensitivityProfile,
     stats: Mapping[str, RowStatistics],
     fmt: QuantFormat,
 ) -> SensitivityProfile:
-    """``profile`` with the output errors of the variant ``fmt`` as error-compensated rounding leaves them, for integer programs.
+    """``profile`` with the output errors of the variant ``fmt`` as GPTQ leaves them, for integer programs.
 
     stats
         From `input_statistics`; layers that are not named keep what the profile has.
     fmt
-        The format whose variant is priced anew, with its own range search and strength of pre-scaling.
+        The format whose variant is priced anew, with its own range search and alpha of smoothing.
 
     Layer totals from probes change as the gain-weighted errors of their rows do; totals that belong to the errors of other layers
     (``context``, ``operating``, ``final``) are left out for this variant. Raises `ConfigError` when the profile lacks the variant.
     """
-    variant = f"{fmt.codebook}+prescale" if fmt.prescale else fmt.codebook
+    variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
     if f"output_error/{variant}" not in profile.arrays:
-        raise ConfigError(f"the profile has no output errors of the variant {variant!r}; it has {', '.join(profile.variants)}")
+        raise ConfigError(
+            f"the profile has no output errors of the variant {variant!r}; it has {', '.join(profile.variants)}"
+        )
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
-    arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != variant or k.partition("/")[0] not in TOGETHER}
+    arrays = {
+        k: v for k, v in profile.arrays.items() if k.partition("/")[2] != variant or k.partition("/")[0] not in TOGETHER
+    }
     plain = profile.arrays[f"output_error/{variant}"].copy()
     centred = profile.arrays[f"output_error_centred/{variant}"].copy()
     for name in profile.names:
@@ -187,13 +194,18 @@ def compensated_profile(
     biased = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
     sums = [
         profile.layer_sum(
-            gain * np.where(biased, a[f"output_error_centred/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
+            gain
+            * np.where(biased, a[f"output_error_centred/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
         )
         for a in (profile.arrays, arrays)
     ]
     share = np.divide(sums[1], sums[0], out=np.ones_like(sums[0]), where=sums[0] > 0)
-    arrays |= {f"{k}/{variant}": (arrays[f"{k}/{variant}"] * share).astype(np.float32) for k in ALONE if f"{k}/{variant}" in arrays}
-    return replace(profile, arrays=arrays, calibration={**profile.calibration, "compensated": variant})
+    arrays |= {
+        f"{k}/{variant}": (arrays[f"{k}/{variant}"] * share).astype(np.float32)
+        for k in ALONE
+        if f"{k}/{variant}" in arrays
+    }
+    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": variant})
 
 
 def _errors(
@@ -203,18 +215,20 @@ def _errors(
     groups, n = layer.groups, len(widths)
     moment, mean = stats.second_moment, stats.mean.to(stats.second_moment)
     scaled = rows
-    if fmt.prescale:
-        factor = stored_factors(rows, stats.input_max, layer, fmt.strength)
+    if fmt.smooth:
+        factor = stored_factors(rows, stats.input_max, layer, fmt.alpha)
         scaled = rows * factor.repeat_interleave(len(rows) // groups, dim=0)
         moment, mean = scaled_moment(moment, factor), mean / factor.to(mean)
     # All widths in one pass, as so many more rows of each group: [G, W, c, D].
     wide = scaled.reshape(groups, 1, -1, scaled.shape[1]).expand(-1, n, -1, -1)
     found = [fit_rows(scaled, bits, fmt) for bits in widths]
-    parts = [torch.stack([getattr(q, k).reshape(groups, -1) for q in found], 1).flatten() for k in ("scale", "zero", "bits")]
+    parts = [
+        torch.stack([getattr(q, k).reshape(groups, -1) for q in found], 1).flatten() for k in ("scale", "zero", "bits")
+    ]
     quantizer = RowQuantizer(scale=parts[0], zero=parts[1], bits=parts[2])
     covariance = moment - mean[:, :, None] * mean[:, None, :]
     stacked = wide.reshape(-1, scaled.shape[1])
-    chosen, fitted = compensate(stacked, quantizer, covariance if layer.has_bias else moment)
+    chosen, fitted = gptq_rows(stacked, quantizer, covariance if layer.has_bias else moment)
     error = (decode(encode(chosen, fitted), fitted) - stacked).double().reshape(groups, -1, scaled.shape[1])
     out = []
     for measured in (moment, covariance):
