@@ -8,8 +8,8 @@
     small = mpq.quantize(model, made, profile)
     mpq.compare(model, small).savefig("samples.png")
 
-The names below are loaded when they are first used: ``import mpqsearch`` alone loads neither torch nor a solver. Everything else is
-in the subpackages; `mpqsearch.cli` is the command line.
+The names below are loaded when they are first used: ``import mpqsearch`` alone loads neither torch nor a solver.
+Everything else is in the subpackages; `mpqsearch.cli` is the command line.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
 
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True)
-"""What `allocate_bits` does unless told otherwise: exact over all channels, the better scheme of each row, bias corrected."""
+"""What `allocate_bits` does unless told otherwise: exact over all channels, the better scheme of each row, bias
+corrected."""
 
 
 def profile_model(
@@ -39,8 +40,9 @@ def profile_model(
 ) -> SensitivityProfile:
     """Measure kurtosis, exact output errors and gains of every channel at every width of ``policy``.
 
-    ``sampler`` defaults to 10 steps of DDIM, with guidance 2 where the model has a null class; ``table`` to `discover` of the model.
-    Shows a progress bar on stderr when that is a terminal. Raises what `mpqsearch.profile.profile_model` raises.
+    ``sampler`` defaults to 10 steps of DDIM, with guidance 2 where the model has a null class; ``table`` to `discover`
+    of the model. Shows a progress bar on stderr when that is a terminal. Raises what `mpqsearch.profile.profile_model`
+    raises.
     """
     with bars_of(enabled=progress) as report:
         return measure(
@@ -65,8 +67,8 @@ def allocate_bits(
 ) -> Allocation:
     """The bit map of least predicted loss under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
 
-    ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that prove how good they are. Raises
-    `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
+    ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that prove how good they
+    are. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
     """
     table = model if isinstance(model, LayerTable) else discover(model)
     limit = budget if isinstance(budget, Budget) else Budget.parse(budget)
@@ -101,7 +103,8 @@ def quantize(
 def compare(
     model: Denoiser, quantized: Denoiser, *, seeds: Sequence[int] = range(8), sampler: SamplerSpec | None = None
 ) -> Figure:
-    """Samples of both from the same noise, one above the other, titled with their paired PSNR in dB (range [-1, 1], so peak 2)."""
+    """Samples of both from the same noise, one above the other, titled with their paired PSNR in dB (range [-1, 1], so
+    peak 2)."""
     from mpqsearch.report import plot_samples, sample_grid
 
     spec = sampler or default_sampler(model)

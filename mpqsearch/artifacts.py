@@ -1,8 +1,8 @@
 """Files: versioned envelopes, digests, atomic writes, and the rule for reuse.
 
-Every JSON has the envelope ``{schema, version, created_by, inputs: {name: digest}, data}``. A file is written to a temporary name
-in the same folder, flushed to disk and then renamed, so a reader sees the old file or the new one and never half of one.
-Nothing is unpickled: JSON, CSV, safetensors and npz without pickle only.
+Every JSON has the envelope ``{schema, version, created_by, inputs: {name: digest}, data}``. A file is written to a
+temporary name in the same folder, flushed to disk and then renamed, so a reader sees the old file or the new one and
+never half of one. Nothing is unpickled: JSON, CSV, safetensors and npz without pickle only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ VERSIONS = {
 """The newest version of each schema. Readers accept this version and the one before."""
 
 SIDECAR_CHANNELS = 4096
-"""Channel vectors of a bit map go into a safetensors file beside the JSON when the model has more channels than this in all."""
+"""Channel vectors of a bit map go into a safetensors file beside the JSON when the model has more channels than this in
+all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
-    """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are refused."""
+    """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are
+    refused."""
     body = {
         "schema": schema,
         "version": VERSIONS[schema],
@@ -147,10 +149,12 @@ def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) ->
 
 
 def read_json(path: Path, schema: str) -> Artifact:
-    """Read an envelope; `ArtifactError` when it is missing, damaged, of another kind or newer than this version knows."""
+    """Read an envelope; `ArtifactError` when it is missing, damaged, of another kind or newer than this version
+    knows."""
     if not path.is_file():
         raise ArtifactError(
-            f"{path} does not exist; it should be an artifact of the kind {schema!r}. Run the stage that writes it first."
+            f"{path} does not exist; it should be an artifact of the kind {schema!r}. Run the stage that writes it "
+            "first."
         )
     try:
         body = json.loads(path.read_bytes())
@@ -158,18 +162,21 @@ def read_json(path: Path, schema: str) -> Artifact:
         artifact = Artifact(schema=found, version=version, inputs=body["inputs"], data=body["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{path} is damaged or no artifact of mpqsearch ({type(error).__name__}: {error}). Delete it and run the stage again."
+            f"{path} is damaged or no artifact of mpqsearch ({type(error).__name__}: {error}). Delete it and run the "
+            "stage again."
         ) from error
     if found != schema:
         raise ArtifactError(f"{path} holds {found!r}, but {schema!r} is needed")
     newest = VERSIONS[schema]
     if version > newest:
         raise ArtifactError(
-            f"{path} has version {version} of {schema!r}; this mpqsearch ({__version__}) reads up to {newest}. Upgrade it."
+            f"{path} has version {version} of {schema!r}; this mpqsearch ({__version__}) reads up to {newest}. "
+            "Upgrade it."
         )
     if version < newest - 1:
         raise ArtifactError(
-            f"{path} has version {version} of {schema!r}; this mpqsearch reads {newest - 1} and {newest}. Make it again."
+            f"{path} has version {version} of {schema!r}; this mpqsearch reads {newest - 1} and {newest}. Make it "
+            "again."
         )
     return artifact
 
@@ -177,8 +184,8 @@ def read_json(path: Path, schema: str) -> Artifact:
 def is_current(path: Path, schema: str, inputs: Mapping[str, str], *, overwrite: bool = False) -> bool:
     """True when ``path`` was made from exactly ``inputs``, False when it must be made.
 
-    Raises `StaleArtifactError`, naming the inputs that differ, when it exists and was made from others; with ``overwrite`` that
-    is answered with False instead.
+    Raises `StaleArtifactError`, naming the inputs that differ, when it exists and was made from others; with
+    ``overwrite`` that is answered with False instead.
     """
     if not path.exists():
         return False
@@ -329,7 +336,8 @@ def environment(
 def resumable(
     path: Path, schema: str, inputs: Mapping[str, str], make: Callable[[], Any], *, overwrite: bool = False
 ) -> tuple[Any, bool]:
-    """The data of ``path`` if it is current, else what ``make`` returns, written there. Also tells whether it was reused."""
+    """The data of ``path`` if it is current, else what ``make`` returns, written there. Also tells whether it was
+    reused."""
     if is_current(path, schema, inputs, overwrite=overwrite):
         return read_json(path, schema).data, True
     data = make()
@@ -345,6 +353,7 @@ def disk_error(path: Path, error: OSError) -> ArtifactError:
     """What is said when a file cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ArtifactError(
-            f"the disk is full: {path} was not written. What was finished before is kept; free some space and run the same command again."
+            f"the disk is full: {path} was not written. What was finished before is kept; free some space and run the "
+            "same command again."
         )
     return ArtifactError(f"cannot write {path}: {error.strerror or error}")

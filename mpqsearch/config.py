@@ -24,10 +24,12 @@ from mpqsearch.search.study import MODES, PRUNERS, SAMPLERS
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``, ``mps``.
+    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``,
+    ``mps``.
 
-    ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty: its denoiser).
-    ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It changes how, not what is measured.
+    ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty:
+    its denoiser). ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It
+    changes how, not what is measured.
     """
 
     source: str = "fmnist-unet"
@@ -82,14 +84,14 @@ class SamplerConfig:
 class CalibrationConfig:
     """See `mpqsearch.profile.CalibrationSpec`.
 
-    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes`` counts. With
-    ``prediction_only`` only what predicts the loss of given maps is measured.
+    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes``
+    counts. With ``prediction_only`` only what predicts the loss of given maps is measured.
 
-    ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of ``samples``: the losses
-    ``operating`` that a method can then take.
+    ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of
+    ``samples``: the losses ``operating`` that a method can then take.
 
-    ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for denoisers that need
-    prompt embeddings or anything else that a pipeline gives.
+    ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for
+    denoisers that need prompt embeddings or anything else that a pipeline gives.
     """
 
     captured: str = ""
@@ -119,19 +121,22 @@ class CalibrationConfig:
         for name in ("weights_only", "captured"):
             if self.at and getattr(self, name):
                 raise ConfigError(
-                    f"calibration.at = {self.at!r} measures gains at a bit map with the sampler, which calibration.{name} does without: set "
+                    f"calibration.at = {self.at!r} measures gains at a bit map with the sampler, which "
+                    f"calibration.{name} does without: set "
                     "one of them"
                 )
         if self.weights_only and self.prediction_only:
             raise ConfigError(
-                "calibration.weights_only runs nothing and calibration.prediction_only runs the sampler: set one of them"
+                "calibration.weights_only runs nothing and calibration.prediction_only runs the sampler: set one of "
+                "them"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationsConfig:
-    """How scales of quantized activations are calibrated, for methods with ``act_bits``: trajectories of the sampler with seeds
-    ``first_seed .. first_seed + samples - 1``, and the range search of `mpqsearch.quant.ActivationSearch`."""
+    """How scales of quantized activations are calibrated, for methods with ``act_bits``: trajectories of the sampler
+    with seeds ``first_seed .. first_seed + samples - 1``, and the range search of
+    `mpqsearch.quant.ActivationSearch`."""
 
     samples: int = 8
     first_seed: int = 1_000_000
@@ -148,10 +153,11 @@ class ActivationsConfig:
 class AllocateConfig:
     """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
 
-    ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an export for such a
-    target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import`` wrote or can read. Each is a method of
-    that name (allocator ``map``). ``target_probes``: trajectories through which a target's own errors are probed, with the interactions
-    of layers (`mpqsearch.export.allocation.probed_losses`; 128 in studies/gguf); 0: they are priced with the profile, and nothing runs.
+    ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an
+    export for such a target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import``
+    wrote or can read. Each is a method of that name (allocator ``map``). ``target_probes``: trajectories through which
+    a target's own errors are probed, with the interactions of layers (`mpqsearch.export.allocation.probed_losses`; 128
+    in studies/gguf); 0: they are priced with the profile, and nothing runs.
     """
 
     budgets: tuple[str, ...] = ("uniform:3",)
@@ -173,8 +179,9 @@ class AllocateConfig:
 class EvaluateConfig:
     """Which samples are compared, and with which features.
 
-    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``fmnist-cnn``, ``random-conv`` or ``inception``; the last may read
-    ``extractor_weights``. ``reference``: file of data statistics; empty: the embedded ones of the extractor, if it has any.
+    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``fmnist-cnn``, ``random-conv`` or ``inception``;
+    the last may read ``extractor_weights``. ``reference``: file of data statistics; empty: the embedded ones of the
+    extractor, if it has any.
     """
 
     samples: int = 128
@@ -190,15 +197,17 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """How a quantized student is trained; see `mpqsearch.distill.DistillSpec`, `TRDSpec` and `mpqsearch.quant.param_groups`.
+    """How a quantized student is trained; see `mpqsearch.distill.DistillSpec`, `TRDSpec` and
+    `mpqsearch.quant.param_groups`.
 
-    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr``, ``weight_lr``, ``weight_scale_lr`` and ``activation_scale_lr`` are learning
-    rates in units of the mean quantization step of a layer; ``lr_factor`` multiplies all of them. The defaults are for a few hundred steps;
-    the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are
-    kept in files and repeat (0: run online, never repeated). ``seed`` chooses the training noise.
-    ``check_every``: every so many steps, and before the first, the student's Fréchet distance to full precision is measured on ``check_samples``
-    samples of the seeds from ``check_seed`` on, and the student of the least is what comes out (0: that of the last step).
-    ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
+    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr``, ``weight_lr``, ``weight_scale_lr`` and
+    ``activation_scale_lr`` are learning rates in units of the mean quantization step of a layer; ``lr_factor``
+    multiplies all of them. The defaults are for a few hundred steps; the released codes of EfficientDM and MPQ-DM train
+    16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are kept in files and repeat (0:
+    run online, never repeated). ``seed`` chooses the training noise. ``check_every``: every so many steps, and before
+    the first, the student's Fréchet distance to full precision is measured on ``check_samples`` samples of the seeds
+    from ``check_seed`` on, and the student of the least is what comes out (0: that of the last step). ``methods`` are
+    trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
     """
 
     trainable: str = "lora"
@@ -268,8 +277,8 @@ class ReportConfig:
 class ExportConfig:
     """``targets``: names of exporters. ``budget``: which budget's map (empty: the first).
 
-    ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at the size of the
-    map, ``up`` and ``down`` take the next width, ``error`` refuses.
+    ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at
+    the size of the map, ``up`` and ``down`` take the next width, ``error`` refuses.
     """
 
     targets: tuple[str, ...] = ("neutral",)
@@ -305,27 +314,29 @@ DEFAULT_SPACE: Mapping[str, Any] = {
 
 
 INPUT_SEEDS = 4
-"""Trajectories from which the inputs of the search's cheap rung come; their seeds follow the search seeds, the final seeds theirs, and the seeds
-of the refinement those."""
+"""Trajectories from which the inputs of the search's cheap rung come; their seeds follow the search seeds, the final
+seeds theirs, and the seeds of the refinement those."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """The outer search around one method; ``trials`` 0: none.
 
-    ``method``: the method whose integer program is searched around (empty: the last one with an integer program). ``mode``: ``front`` (one
-    value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes,
-    random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those of ``[allocate]``). ``samples`` search seeds from
-    ``first_seed``, ``chunk`` at a time; they are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs
-    for the cheap rung (0: none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those of
-    the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further seeds, which choose
-    the one handed out (0 samples: the search seeds choose); only what beats the plain program's map there by more than a standard error takes its
-    place. ``refine``: rounds of measured descent from the best finalist of each budget (`mpqsearch.search.refine`; 0: none), with
-    ``refine_samples`` seeds for the slopes and as many for choosing steps in each round. ``top``: maps a budget that are measured on the report
-    seeds. ``repeats``: draws of the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was
-    measured, solve again and say whether it pays. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
-    change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in ``[allocate.maps]``; the point nearest to it
-    is tried first, and it is measured beside the winners.
+    ``method``: the method whose integer program is searched around (empty: the last one with an integer program).
+    ``mode``: ``front`` (one value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and
+    ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes, random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``:
+    the grid (empty: those of ``[allocate]``). ``samples`` search seeds from ``first_seed``, ``chunk`` at a time; they
+    are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs for the cheap rung (0:
+    none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those
+    of the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further
+    seeds, which choose the one handed out (0 samples: the search seeds choose); only what beats the plain program's map
+    there by more than a standard error takes its place. ``refine``: rounds of measured descent from the best finalist
+    of each budget (`mpqsearch.search.refine`; 0: none), with ``refine_samples`` seeds for the slopes and as many for
+    choosing steps in each round. ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of
+    the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was
+    measured, solve again and say whether it pays. ``study``: its name in the storage (empty: that of the run folder).
+    ``space``: what may change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in
+    ``[allocate.maps]``; the point nearest to it is tried first, and it is measured beside the winners.
     """
 
     method: str = ""
@@ -356,7 +367,8 @@ class SearchConfig:
 
     @property
     def seeds(self) -> int:
-        """All seeds from ``first_seed`` that something is chosen on: search seeds, those of the cheap rung, final and refinement seeds."""
+        """All seeds from ``first_seed`` that something is chosen on: search seeds, those of the cheap rung, final and
+        refinement seeds."""
         return self.samples + INPUT_SEEDS + self.final_samples + 2 * self.refine * self.refine_samples
 
     def __post_init__(self) -> None:
@@ -416,7 +428,8 @@ class Config:
         for method in self.methods:
             if (method.allocator == "map") != (method.name in self.allocate.maps):
                 raise ConfigError(
-                    f"the method {method.name!r} needs the allocator 'map' and a file in [allocate.maps], both or neither"
+                    f"the method {method.name!r} needs the allocator 'map' and a file in [allocate.maps], both or "
+                    "neither"
                 )
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"methods need distinct names and at least one entry, got {names}")
@@ -456,16 +469,20 @@ class Config:
         c, e = self.search, self.evaluate
         if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.seeds:
             raise ConfigError(
-                f"the seeds of the search {c.first_seed}..{c.first_seed + c.seeds - 1} and the report seeds {e.first_seed}.."
-                f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move search.first_seed."
+                f"the seeds of the search {c.first_seed}..{c.first_seed + c.seeds - 1} and the report seeds "
+                f"{e.first_seed}.."
+                f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move "
+                "search.first_seed."
             )
 
     def _check_training(self) -> None:
         c, e = self.distill, self.evaluate
         if c.check_every and c.check_seed < e.first_seed + e.samples and e.first_seed < c.check_seed + c.check_samples:
             raise ConfigError(
-                f"the seeds that choose the trained model {c.check_seed}..{c.check_seed + c.check_samples - 1} and the report seeds "
-                f"{e.first_seed}..{e.first_seed + e.samples - 1} overlap: it would be judged on the noise that chose it. Move distill.check_seed."
+                f"the seeds that choose the trained model {c.check_seed}..{c.check_seed + c.check_samples - 1} and "
+                "the report seeds "
+                f"{e.first_seed}..{e.first_seed + e.samples - 1} overlap: it would be judged on the noise that chose "
+                "it. Move distill.check_seed."
             )
 
     def to_data(self) -> dict[str, Any]:
@@ -491,7 +508,8 @@ class Config:
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML study and apply ``table.key=value`` overrides (values in TOML notation; bare words are strings).
 
-    Raises `ConfigError` for a missing or malformed file, an unknown key (naming the nearest) or a value of the wrong type.
+    Raises `ConfigError` for a missing or malformed file, an unknown key (naming the nearest) or a value of the wrong
+    type.
     """
     data: dict[str, Any] = {}
     if path is not None:

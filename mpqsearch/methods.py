@@ -1,7 +1,8 @@
 """Ways to allocate bits, all to the same noun: uniform, random, OMQ, and integer programs over layers or channels.
 
-A method turns a profile and a budget into an `Allocation`. Losses are named transforms of the raw measurements (`LOSSES`); the
-integer programs see numbers only. Every map is costed again from the map itself, in `mpqsearch.core.budget`.
+A method turns a profile and a budget into an `Allocation`. Losses are named transforms of the raw measurements
+(`LOSSES`); the integer programs see numbers only. Every map is costed again from the map itself, in
+`mpqsearch.core.budget`.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ Labels = NDArray[np.int64]
 T = TypeVar("T")
 
 KEPT_TASKS = 8
-"""Tasks of one table whose costs are kept, the oldest dropped: a search over activation widths has a policy a trial, and each has a cost table of all
-channels."""
+"""Tasks of one table whose costs are kept, the oldest dropped: a search over activation widths has a policy a trial,
+and each has a cost table of all channels."""
 
 LOSSES = ("weight", "output", "gain", "probe", "sampler", "slope", "context", "operating", "final")
-"""``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's mean squared
-gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight error. ``sampler``: layer
-totals from such probes of the final sample, through all steps. ``slope``: what a layer's error does among the errors of the others, at maps that
-mix widths in balance (`mpqsearch.profile.contexts`): it predicts what a whole map loses, at the widths that were mixed, and is not for choosing
-widths. ``context``: ``sampler`` and that slope, for maps beyond those widths. ``operating``: layer totals from slope and curvature of the final
-samples' error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer quantized
-at a time (where measured, else scaled from ``probe``)."""
+"""``weight``: squared weight error. ``output``: exact layer-output error. ``gain``: output error times the channel's
+mean squared gradient. ``probe``: the same inside a layer, with layer totals from first-order probes of the real weight
+error. ``sampler``: layer totals from such probes of the final sample, through all steps. ``slope``: what a layer's
+error does among the errors of the others, at maps that mix widths in balance (`mpqsearch.profile.contexts`): it
+predicts what a whole map loses, at the widths that were mixed, and is not for choosing widths. ``context``: ``sampler``
+and that slope, for maps beyond those widths. ``operating``: layer totals from slope and curvature of the final samples'
+error at a given map, after `mpqsearch.profile.remeasure`. ``final``: layer totals from final samples with one layer
+quantized at a time (where measured, else scaled from ``probe``)."""
 
 BEST_LOSS = "auto"
 """The best of `LOSSES` that the profile can give: see `best_loss`."""
 
 LEAST = 0.1
-"""Share of a layer's own loss that the slope among the other layers' errors leaves at least: it cannot make an error a gain."""
+"""Share of a layer's own loss that the slope among the other layers' errors leaves at least: it cannot make an error a
+gain."""
 
 CAUTION = 2.0
 """Standard errors by which a change at an operating point is taken for worse than measured."""
@@ -70,24 +73,27 @@ ALLOCATORS = (
     "search",
     "map",
 )
-"""``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and promotion only (see `_omq_paper`
-and its neighbours); all three smooth. ``omq``: the search of ``omq-paper`` with the method's own quantizer and full-precision inputs.
-``search`` and ``map`` solve nothing: the map is that of an outer search, or one from elsewhere."""
+"""``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
+promotion only (see `_omq_paper` and its neighbours); all three smooth. ``omq``: the search of ``omq-paper`` with the
+method's own quantizer and full-precision inputs. ``search`` and ``map`` solve nothing: the map is that of an outer
+search, or one from elsewhere."""
 
 _OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSpec:
-    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``scheme``, ``bias_correction``).
+    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``scheme``,
+    ``bias_correction``).
 
-    ``rounding`` is ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
-    ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the smoothed rows as in MPQ-DM, ``random``, ``variance`` or ``output``.
-    ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other layers as `Policy.activations_of` says), with one
-    scale a layer, or one for each timestep of the sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the
-    integer program choose the width of each searched layer's input among these instead. ``smooth_by_layer`` gives each layer whose input is
-    quantized the alpha of smoothing with the least output error instead of 0.5 (`mpqsearch.profile.choose_alphas`: six runs
-    of the sampler a map, no storage); the stages of a run do that, `allocate` by itself leaves 0.5.
+    ``rounding`` is ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it
+    leaves. ``order`` (OMQ only) ranks the channels of a layer: ``kurtosis`` of the smoothed rows as in MPQ-DM,
+    ``random``, ``variance`` or ``output``. ``act_bits`` is the width of the inputs of searched layers (16: not
+    quantized; other layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the
+    sampler with ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a BOPs budget) lets the integer program choose
+    the width of each searched layer's input among these instead. ``smooth_by_layer`` gives each layer whose input is
+    quantized the alpha of smoothing with the least output error instead of 0.5 (`mpqsearch.profile.choose_alphas`: six
+    runs of the sampler a map, no storage); the stages of a run do that, `allocate` by itself leaves 0.5.
     """
 
     name: str
@@ -119,8 +125,10 @@ class MethodSpec:
             self.smooth and min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
         ):
             raise ConfigError(
-                f"method {self.name!r}: smooth_by_layer suits smoothing to quantized inputs, and needs smooth = true and act_bits "
-                f"or act_choices below {FULL_PRECISION}; got smooth = {str(self.smooth).lower()}, act_bits = {self.act_bits}"
+                f"method {self.name!r}: smooth_by_layer suits smoothing to quantized inputs, and needs smooth = true "
+                "and act_bits "
+                f"or act_choices below {FULL_PRECISION}; got smooth = {str(self.smooth).lower()}, act_bits = "
+                f"{self.act_bits}"
             )
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
@@ -194,9 +202,9 @@ class Allocation:
 class Program:
     """The integer program behind an ``ilp-*`` method: its numbers, and what they stand for.
 
-    An item is a layer or a channel: ``item_layer`` ``[n]`` says to which of ``layers`` it belongs. ``widths`` are the bits of every
-    choice, ``inputs`` those of the layer's input where these are chosen too. ``fixed_cost`` is what the whole-model budget pays for all
-    that is no item.
+    An item is a layer or a channel: ``item_layer`` ``[n]`` says to which of ``layers`` it belongs. ``widths`` are the
+    bits of every choice, ``inputs`` those of the layer's input where these are chosen too. ``fixed_cost`` is what the
+    whole-model budget pays for all that is no item.
     """
 
     problem: AllocationProblem
@@ -256,7 +264,8 @@ class _Task:
         return tasks.setdefault(key, {})
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What follows from table, policy, format and prices alone, whatever losses and limit are: made once, and not to be changed."""
+        """What follows from table, policy, format and prices alone, whatever losses and limit are: made once, and not
+        to be changed."""
         known = self._known
         if key not in known:
             made = make()
@@ -266,7 +275,8 @@ class _Task:
         return cast("T", known[key])
 
     def of_losses(self, key: Any, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """What follows from losses that were handed in, whatever the limit: kept for the next budget until others come, and not to be changed."""
+        """What follows from losses that were handed in, whatever the limit: kept for the next budget until others come,
+        and not to be changed."""
         if self.losses is None or self.losses.flags.writeable:
             return make()
         memo = self.profile.memo
@@ -347,10 +357,12 @@ def allocate(
     """Choose widths under a budget on the whole model.
 
     ``losses`` ``[C, W]`` take the place of the method's own in the integer programs (an outer search builds them, see
-    `mpqsearch.search.surrogate`). ``pairs`` add losses of pairs of searched layers, in the order of the table, to ``ilp-layer``.
+    `mpqsearch.search.surrogate`). ``pairs`` add losses of pairs of searched layers, in the order of the table, to
+    ``ilp-layer``.
 
-    Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the budget is above what
-    full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant that the method needs.
+    Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the budget
+    is above what full use of the widest format takes, `UnknownNameError` when the profile lacks a quantizer variant
+    that the method needs.
     """
     task = _task_of(method, budget, table, profile, policy, fmt, storage, losses=losses, pairs=pairs)
     _check_budget(_without_extras(task))
@@ -498,14 +510,16 @@ def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ..
 def best_loss(profile: SensitivityProfile, variant: str) -> str:
     """What ``auto`` stands for: ``sampler``, else ``final``, ``probe`` or ``weight``, by what the profile holds.
 
-    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map; nor are ``slope`` and ``context``, which
-    predict the losses of given maps best, and mislead a program that leaves the maps at which they were measured. Raises `ConfigError` for a
-    profile that was made for predictions alone.
+    That order is what ``studies/predictors`` measured. ``operating`` is never chosen: it belongs to one map; nor are
+    ``slope`` and ``context``, which predict the losses of given maps best, and mislead a program that leaves the maps
+    at which they were measured. Raises `ConfigError` for a profile that was made for predictions alone.
     """
     if profile.prediction_only:
         raise ConfigError(
-            "the loss 'auto' was asked of a profile that was made for predictions alone (calibration.prediction_only): it says what a given map "
-            "loses, and misleads when widths are chosen by it. Profile without --prediction-only in another --run-dir, or name the loss "
+            "the loss 'auto' was asked of a profile that was made for predictions alone "
+            "(calibration.prediction_only): it says what a given map "
+            "loses, and misleads when widths are chosen by it. Profile without --prediction-only in another "
+            "--run-dir, or name the loss "
             f"({', '.join(available_losses(profile, variant))})."
         )
     found = available_losses(profile, variant)
@@ -516,11 +530,13 @@ def prediction_loss(profile: SensitivityProfile, mean_width: float = 0.0) -> str
     """The loss that predicts what a given map loses: what ``auto`` stands for in `predicted_loss`.
 
     mean_width
-        Bits a weight of the map. ``slope`` up to the widest of those that were mixed (``context_widths``; rounded, so to 4.5 bits with 2, 3
-        and 4), where it was measured to be best whatever wider widths a map holds, or where nothing else was measured; above them ``context``.
+        Bits a weight of the map. ``slope`` up to the widest of those that were mixed (``context_widths``; rounded, so
+        to 4.5 bits with 2, 3 and 4), where it was measured to be best whatever wider widths a map holds, or where
+        nothing else was measured; above them ``context``.
 
-    ``sampler`` where no slopes were measured, ``probe`` where neither was, or where errors of quantized inputs were, which are in its unit;
-    ``weight`` from the weights alone. By ``studies/predictors``. Maps of one budget compare; those on the two sides of that width less so.
+    ``sampler`` where no slopes were measured, ``probe`` where neither was, or where errors of quantized inputs were,
+    which are in its unit; ``weight`` from the weights alone. By ``studies/predictors``. Maps of one budget compare;
+    those on the two sides of that width less so.
     """
     families = {k.split("/")[0] for k in profile.arrays}
     if profile.weights_only:
@@ -550,7 +566,8 @@ def predicted_loss(
 ) -> float:
     """Predicted loss of a whole map under one named loss, whatever method made it: comparable between methods.
 
-    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is `prediction_loss`.
+    From a profile of the weights alone there is but one prediction, and it is given whatever ``loss`` says. ``auto`` is
+    `prediction_loss`.
     """
     if profile.weights_only:
         loss = "weight"
@@ -559,7 +576,8 @@ def predicted_loss(
     fmt = bit_map.format
     variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
     column = {b: j for j, b in enumerate(profile.widths)}
-    # Most layers hold one width: their losses are summed once, and the table of all channels is not even made where all do.
+    # Most layers hold one width: their losses are summed once, and the table of all channels is not even made where all
+    # do.
     key = ("layer losses", variant, loss, bias_correction, _has_bias(table, profile))
     whole: dict[tuple[str, int], float] = profile.memo.setdefault(key, {})
 
@@ -597,7 +615,8 @@ def predicted_loss(
 
 
 def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str, *, bias_correction: bool) -> Floats:
-    """``[L, W]``: effect on the final sample over gain × error, of a variant that was probed; it belongs to the layer and carries over."""
+    """``[L, W]``: effect on the final sample over gain × error, of a variant that was probed; it belongs to the layer
+    and carries over."""
     known = sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_sampler_error/"))
     if not known:
         raise _lacks(profile, variant, "sampler", "calibration.sampler_seeds")
@@ -608,11 +627,13 @@ def _sampler_ratio(profile: SensitivityProfile, table: LayerTable, variant: str,
 
 
 def _slopes_of_rows(profile: SensitivityProfile, table: LayerTable, variant: str, *, bias_correction: bool) -> Floats:
-    """``2 r'J e`` ``[C, W]``: what the error of a row makes of the mean squared error of the final samples, given those of the others.
+    """``2 r'J e`` ``[C, W]``: what the error of a row makes of the mean squared error of the final samples, given those
+    of the others.
 
-    Twice the share of a row in the error of a context, since a mean over contexts holds a row's own part only in those in which it has that
-    width: summed over a map it comes to about the error of its samples (studies/predictors). Inside a layer by gain × error where these were
-    measured, else by the errors of the weights, which also carry the slopes of one variant over to another, layer by layer.
+    Twice the share of a row in the error of a context, since a mean over contexts holds a row's own part only in those
+    in which it has that width: summed over a map it comes to about the error of its samples (studies/predictors).
+    Inside a layer by gain × error where these were measured, else by the errors of the weights, which also carry the
+    slopes of one variant over to another, layer by layer.
     """
     source, slope = _context_slopes(profile, variant, "slope")
     shares = {}
@@ -640,7 +661,8 @@ def _lacks(profile: SensitivityProfile, variant: str, loss: str, setting: str) -
     calls = profile.calibration.get("recorded_calls")
     if calls:
         return ConfigError(
-            f"the loss {loss!r} was asked for, which is measured on final samples; this profile was measured on {calls} recorded calls, which bring "
+            f"the loss {loss!r} was asked for, which is measured on final samples; this profile was measured on "
+            f"{calls} recorded calls, which bring "
             f"no sampler. It allows {there}: choose one of these as the loss of the method, or 'auto'."
         )
     return ConfigError(
@@ -651,8 +673,9 @@ def _lacks(profile: SensitivityProfile, variant: str, loss: str, setting: str) -
 def _among_others(profile: SensitivityProfile, variant: str, own: Floats) -> Floats:
     """Layer totals ``[L, W]`` with the slope among the errors of the others, given those of layers alone.
 
-    A slope belongs to the errors that the others had where it was measured. In a map of wider widths they are smaller, so above the middle of
-    ``context_widths`` it is taken down with the square root of the whole model's loss. A variant that was not measured takes another's ratio.
+    A slope belongs to the errors that the others had where it was measured. In a map of wider widths they are smaller,
+    so above the middle of ``context_widths`` it is taken down with the square root of the whole model's loss. A variant
+    that was not measured takes another's ratio.
     """
     source, slope = _context_slopes(profile, variant, "context")
     if source != variant:
@@ -676,11 +699,12 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
         found = profile.arrays.get(f"layer_operating_error/{variant}")
         if found is None:
             raise ConfigError(
-                f"the loss 'operating' needs a profile measured at a bit map of the scheme {variant!r}: see profile.remeasure"
+                f"the loss 'operating' needs a profile measured at a bit map of the scheme {variant!r}: see "
+                "profile.remeasure"
             )
-        # Changes of either sign: counted from the best width of each layer, which moves every map by the same constant. A gain that is
-        # not clear of the noise is none, and the further a width is from the present one the more noise it has: so this also keeps
-        # the answer where the linearisation holds (studies/predictors).
+        # Changes of either sign: counted from the best width of each layer, which moves every map by the same constant.
+        # A gain that is not clear of the noise is none, and the further a width is from the present one the more noise
+        # it has: so this also keeps the answer where the linearisation holds (studies/predictors).
         doubt = profile.arrays[f"layer_operating_std_error/{variant}"].astype(np.float64)
         change = found.astype(np.float64) + CAUTION * doubt
         counted: Floats = change - change.min(axis=1, keepdims=True)
@@ -688,7 +712,8 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
     measured = [k for k in profile.arrays if k.startswith("layer_final_error/")]
     if not measured:
         raise _lacks(profile, variant, "final", "calibration.final_widths")
-    # One scheme is measured; the ratio of final to first-order error belongs to the layer and carries over to the others.
+    # One scheme is measured; the ratio of final to first-order error belongs to the layer and carries over to the
+    # others.
     source = measured[0].split("/")[1]
     final = profile.arrays[measured[0]].astype(np.float64)
     known = np.isfinite(final)
@@ -698,7 +723,8 @@ def _layer_totals(profile: SensitivityProfile, variant: str, loss: str, fallback
 
 
 def _fill_ratio(ratio: Floats, widths: tuple[int, ...]) -> Floats:
-    """Interpolate the logarithm of a ratio ``[L, W]`` over the widths where it is NaN; rows that are all NaN get the median."""
+    """Interpolate the logarithm of a ratio ``[L, W]`` over the widths where it is NaN; rows that are all NaN get the
+    median."""
     out = np.empty_like(ratio)
     usable = np.isfinite(ratio) & (ratio > 0)
     middle = float(np.median(ratio[usable])) if usable.any() else 1.0
@@ -718,17 +744,20 @@ def _check_budget(task: _Task) -> None:
             else f" ({least / task.table.n_parameters:.4f} bits a parameter, {-(-least // 8)} bytes)"
         )
         raise InfeasibleBudgetError(
-            f"the budget {task.budget.label()} allows {task.limit} {unit}; the smallest attainable is {least}{per}: every searched layer "
+            f"the budget {task.budget.label()} allows {task.limit} {unit}; the smallest attainable is {least}{per}: "
+            "every searched layer "
             f"at {min(task.policy.widths)} bits ({task.policy.describe()}). Raise the budget, or allow smaller widths."
         )
     if task.limit > task.most:
         raise ConfigError(
-            f"the budget {task.budget.label()} is above full precision, which takes {task.most}: there is nothing to quantize"
+            f"the budget {task.budget.label()} is above full precision, which takes {task.most}: there is nothing to "
+            "quantize"
         )
 
 
 def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
-    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured with."""
+    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured
+    with."""
     if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
         return 1
     steps = profile.calibration.get("sampler", {}).get("steps")
@@ -788,10 +817,11 @@ def _omq(task: _Task) -> _Outcome:
 
 
 def _omq_paper(task: _Task) -> _Outcome:
-    """OMQ of the paper: in each layer as many channels one bit up as one bit down, in the order of the kurtosis of smoothed rows.
+    """OMQ of the paper: in each layer as many channels one bit up as one bit down, in the order of the kurtosis of
+    smoothed rows.
 
-    The split, 0 to 50 % of the channels in steps of a tenth, is the one with the least output error of the layer, measured with the deployed
-    quantizer and, when the method quantizes activations, with quantized (static) inputs.
+    The split, 0 to 50 % of the channels in steps of a tenth, is the one with the least output error of the layer,
+    measured with the deployed quantizer and, when the method quantizes activations, with quantized (static) inputs.
     """
     act = task.method.act_bits
     array = (
@@ -803,12 +833,14 @@ def _omq_paper(task: _Task) -> _Outcome:
 
 
 def _omq_released(task: _Task) -> _Outcome:
-    """OMQ of the released code: splits of 0 and 10 % only, searched with min-max ranges (which are not deployed) and full-precision inputs."""
+    """OMQ of the released code: splits of 0 and 10 % only, searched with min-max ranges (which are not deployed) and
+    full-precision inputs."""
     return _split_search(task, f"{task.row_error}/{task.method.variant}+minmax", range(2))
 
 
 def _omq_plus(task: _Task) -> _Outcome:
-    """Promotion only (the "+" of MPQ-DM): the top tenth of each layer's channels one bit up and nobody down, over the uniform size."""
+    """Promotion only (the "+" of MPQ-DM): the top tenth of each layer's channels one bit up and nobody down, over the
+    uniform size."""
     base, _, _ = _uniform(_without_extras(task))
     widths: dict[str, Any] = {}
     for names in _tied_layers(task):
@@ -826,7 +858,8 @@ def _omq_plus(task: _Task) -> _Outcome:
 
 
 def _without_extras(task: _Task) -> _Task:
-    """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost: the task without them."""
+    """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost: the task without
+    them."""
     if task.method.allocator not in _OMQ:
         return task
     return replace(task, format=replace(task.format, smooth=False))
@@ -857,7 +890,8 @@ def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
         split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up, groups)
         widths |= dict.fromkeys(names, split)
     notes = (
-        "the channel tags of mixed layers and smoothing factors come on top of the uniform size: OMQ has no means to pay for them",
+        "the channel tags of mixed layers and smoothing factors come on top of the uniform size: OMQ has no means to "
+        "pay for them",
     )
     return task.map_of(widths), None, notes
 
@@ -865,7 +899,8 @@ def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
 def _best_split(
     order: NDArray[np.intp], n: int, down: Floats, keep: Floats, up: Floats, groups: range
 ) -> NDArray[np.uint8]:
-    """Promote the head and demote the tail of ``order`` by 0, 10, ..., 50 % of the channels; the split with the least error."""
+    """Promote the head and demote the tail of ``order`` by 0, 10, ..., 50 % of the channels; the split with the least
+    error."""
     group = max(1, len(order) // 10)
     best, found = np.inf, np.full(len(order), n, dtype=np.uint8)
     for count in groups:
@@ -910,8 +945,9 @@ def program_of(
 ) -> Program:
     """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one map.
 
-    ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``overrides`` takes in the layers whose width the policy fixes, as
-    fixed items, where that width is among the searched ones; they do not change the optimum, and can be priced. ``losses`` as in `allocate`.
+    ``by_layer`` gives the program over layers for ``ilp-channel`` too. ``overrides`` takes in the layers whose width
+    the policy fixes, as fixed items, where that width is among the searched ones; they do not change the optimum, and
+    can be priced. ``losses`` as in `allocate`.
 
     Raises `ConfigError` for methods that solve no program, and as `allocate` does.
     """
@@ -948,7 +984,8 @@ def _choices(task: _Task) -> list[tuple[int, int | None]]:
         return [(w, None) for w in sorted(task.policy.widths)]
     if task.budget.quantity != "bops":
         raise ConfigError(
-            f"method {task.method.name!r}: act_choices need a BOPs budget; a size does not depend on them enough to choose"
+            f"method {task.method.name!r}: act_choices need a BOPs budget; a size does not depend on them enough to "
+            "choose"
         )
     return [(w, a) for w in sorted(task.policy.widths) for a in sorted(task.method.act_choices)]
 
@@ -986,8 +1023,8 @@ def _layer_program(task: _Task, *, overrides: bool = False) -> Program:
     paid = _fixed_cost(task, cost)
     fixed: dict[int | str, int | str] = {}
     if overrides and not task.method.act_choices:
-        overrides = {la.name: task.policy.fixed_width(la) for la in task.table}
-        priced = {n: widths.index(b) for n, b in overrides.items() if b in widths}
+        held = {la.name: task.policy.fixed_width(la) for la in task.table}
+        priced = {n: widths.index(b) for n, b in held.items() if b in widths}
         more_loss, more_cost = _layer_losses(task, list(priced)), _layer_costs(task, list(priced))
         names, loss, cost = (*names, *priced), np.concatenate([loss, more_loss]), np.concatenate([cost, more_cost])
         fixed.update(priced)
@@ -1060,7 +1097,8 @@ def _unit(task: _Task) -> str:
 
 
 def _layer_table_costs(task: _Task) -> tuple[tuple[str, ...], Floats, NDArray[np.int64]]:
-    """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at their choices, the first of which is the cheapest."""
+    """Names, losses ``[n, k]`` and costs ``[n, k]`` of the searched layers at their choices, the first of which is the
+    cheapest."""
     losses = task.of_losses("layers", lambda: _layer_losses(task, task.searched))
     return task.searched, losses, _layer_costs(task, task.searched)
 
@@ -1112,7 +1150,8 @@ def _column(profile: SensitivityProfile, bits: int | None) -> int:
 
 
 def _fixed_cost(task: _Task, cost: NDArray[np.int64]) -> int:
-    """What the budget pays before anything is searched, given the searched layers' costs: fixed layers and what is no weight layer."""
+    """What the budget pays before anything is searched, given the searched layers' costs: fixed layers and what is no
+    weight layer."""
     return task.least - int(cost[:, 0].sum())
 
 
@@ -1134,7 +1173,8 @@ def _layer_labels(task: _Task, names: Sequence[str]) -> Labels:
 
 
 def _row_labels(task: _Task) -> Labels:
-    """Tie label of each row of the searched layers. Tied layers share widths row for row; with unequal row counts, one width for all rows."""
+    """Tie label of each row of the searched layers. Tied layers share widths row for row; with unequal row counts, one
+    width for all rows."""
     counts = {n: task.table[n].n_channels for n in task.searched}
     starts = dict(zip(counts, np.cumsum([0, *counts.values()])[:-1].tolist(), strict=True))
     labels = np.full(sum(counts.values()), -1, dtype=np.int64)

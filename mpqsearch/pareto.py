@@ -1,7 +1,7 @@
 """Dominance, hypervolume, and the front of a study. numpy only.
 
-Everything is minimised; metrics where more is better are negated by `ParetoFront`. A point with a NaN coordinate was not
-measured: it is never on a front, never dominates and adds no hypervolume.
+Everything is minimised; metrics where more is better are negated by `ParetoFront`. A point with a NaN coordinate was
+not measured: it is never on a front, never dominates and adds no hypervolume.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Floats = NDArray[np.float64]
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     """Which rows of ``points`` ``[N, D]`` are on the front when every column is minimised; ``[N]``.
 
-    A row is off the front when another is no larger in every column and smaller in one. Equal rows are on it together, so the
-    answer does not depend on the order of the rows. Rows with a NaN are off it.
+    A row is off the front when another is no larger in every column and smaller in one. Equal rows are on it together,
+    so the answer does not depend on the order of the rows. Rows with a NaN are off it.
     """
     array = _points(points)
     known: NDArray[np.bool_] = np.logical_not(np.isnan(array).any(axis=1))
@@ -50,8 +50,9 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 def hypervolume_2d(points: ArrayLike, reference: Sequence[float]) -> float:
     """Area that ``points`` ``[N, 2]`` dominate below ``reference`` when both columns are minimised.
 
-    Points that are not below the reference in both columns, and rows with a NaN, add nothing. The unit is the product of the
-    columns' units. Raises `NumericsError` for a coordinate of minus infinity and `ConfigError` for a reference that is not finite.
+    Points that are not below the reference in both columns, and rows with a NaN, add nothing. The unit is the product
+    of the columns' units. Raises `NumericsError` for a coordinate of minus infinity and `ConfigError` for a reference
+    that is not finite.
     """
     array = _points(points)
     if array.shape[1] != 2 or len(reference) != 2:
@@ -76,8 +77,8 @@ def hypervolume_2d(points: ArrayLike, reference: Sequence[float]) -> float:
 class ParetoFront:
     """The points of one study in the plane of a cost and a metric.
 
-    ``records`` are the quantized ones that have the metric, in order of cost; ``full_precision`` is the unquantized model, if it
-    was evaluated. Build it with `from_records`.
+    ``records`` are the quantized ones that have the metric, in order of cost; ``full_precision`` is the unquantized
+    model, if it was evaluated. Build it with `from_records`.
     """
 
     metric: str
@@ -141,8 +142,9 @@ class ParetoFront:
     def corners(self) -> tuple[Floats, Floats]:
         """Ideal and reference point ``[2]`` of the hypervolume, in the coordinates of `points`.
 
-        The reference is the largest cost and the worst metric of the uniform maps (of all records, when there is none): the
-        wide and the narrow end of what costs no search. The ideal is the smallest cost and the best metric of all records.
+        The reference is the largest cost and the worst metric of the uniform maps (of all records, when there is none):
+        the wide and the narrow end of what costs no search. The ideal is the smallest cost and the best metric of all
+        records.
         """
         if not self.records:
             raise ConfigError(f"no record has the metric {self.metric!r}, so there is no hypervolume")
@@ -152,7 +154,8 @@ class ParetoFront:
         return known.min(axis=0), bounds.max(axis=0)
 
     def hypervolume(self, method: str | None = None) -> float:
-        """Share of the box between ideal and reference that a method (default: all) dominates; 0 for an empty box, 1 at best."""
+        """Share of the box between ideal and reference that a method (default: all) dominates; 0 for an empty box, 1 at
+        best."""
         ideal, corner = self.corners
         span = corner - ideal
         if not (span > 0).all():
@@ -171,8 +174,9 @@ class ParetoFront:
 def records_table(records: Iterable[StudyRecord]) -> list[dict[str, Any]]:
     """One flat row per record: the columns of ``pareto.csv``, the same in every row; None where nothing was measured.
 
-    Sizes are bytes of the whole model, bits are stored bits over all its parameters, ``<metric>_low`` and ``_high`` bound 95 % of
-    the spread, ``on_front`` says whether no record has both fewer bits and a lower FD to the full-precision samples.
+    Sizes are bytes of the whole model, bits are stored bits over all its parameters, ``<metric>_low`` and ``_high``
+    bound 95 % of the spread, ``on_front`` says whether no record has both fewer bits and a lower FD to the
+    full-precision samples.
     """
     every = list(records)
     extra = sorted({m for r in every for m in r.metrics} - set(METRICS))

@@ -1,4 +1,5 @@
-"""Progress bars on stderr for long work, silent where stderr is no terminal; and Ctrl-C, which they do not let get lost."""
+"""Progress bars on stderr for long work, silent where stderr is no terminal; and Ctrl-C, which they do not let get
+lost."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ _interrupted: list[int] = []
 def keep_interrupts() -> None:
     """From now on, the next step of any bar raises `KeyboardInterrupt` again after a Ctrl-C.
 
-    The exception surfaces wherever the main thread is just then, which may be inside a library that swallows every exception, such as one
-    that tries an optional import: the work would go on as if nothing had been asked. Does nothing where Ctrl-C has another meaning already.
+    The exception surfaces wherever the main thread is just then, which may be inside a library that swallows every
+    exception, such as one that tries an optional import: the work would go on as if nothing had been asked. Does
+    nothing where Ctrl-C has another meaning already.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

@@ -1,10 +1,10 @@
 """Which implementation of the inner loops runs: compiled (numba, an optional dependency) or plain numpy.
 
-Loading numba takes most of a second, and compiling the loops for the first time on a machine many, so ``auto`` leaves problems to
-numpy until it has taken about as long as loading would, or compiling where they never were compiled: whatever comes after, a process
-takes at most twice the time of the better choice. A single large problem counts as that from the start. The solution is the same but
-for ties among solutions of equal loss. Machine code is kept between processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``).
-``warm_up`` loads, and if need be compiles, at once.
+Loading numba takes most of a second, and compiling the loops for the first time on a machine many, so ``auto`` leaves
+problems to numpy until it has taken about as long as loading would, or compiling where they never were compiled:
+whatever comes after, a process takes at most twice the time of the better choice. A single large problem counts as that
+from the start. The solution is the same but for ties among solutions of equal loss. Machine code is kept between
+processes (numba's cache beside this file, or ``NUMBA_CACHE_DIR``). ``warm_up`` loads, and if need be compiles, at once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ COMPILED_CELLS = 1 << 18
 """Table cells from which ``auto`` loads numba: there numpy's own time exceeds the load."""
 
 UNCACHED_CELLS = 1 << 28
-"""Cells that numpy passes over in this process before the loops are compiled where they never were: some ten seconds of either."""
+"""Cells that numpy passes over in this process before the loops are compiled where they never were: some ten seconds of
+either."""
 
 CALL_CELLS = 2500
 """What a pass of numpy takes beside its cells, in cells: a fifth of a millisecond."""
 
 LOADED_CELLS = 6_000_000
-"""Cells that numpy passes over in small problems, ``CALL_CELLS`` for each pass among them, before the loops are loaded: half a second of either."""
+"""Cells that numpy passes over in small problems, ``CALL_CELLS`` for each pass among them, before the loops are loaded:
+half a second of either."""
 
 _passed: list[int] = [0, 0]  # cells of large problems, and of small ones
 _chosen: list[Backend] = ["auto"]

@@ -129,7 +129,8 @@ def maximize_dual(
     tolerance: float = DUAL_TOLERANCE,
     deadline: float = float("inf"),
 ) -> tuple[NDArray[np.float64], Evaluation]:
-    """Multipliers of the best Lagrangian bound; a large problem starts from the multipliers of a sample of its items."""
+    """Multipliers of the best Lagrangian bound; a large problem starts from the multipliers of a sample of its
+    items."""
     n = len(loss)
     start, radius = np.zeros(len(costs)), 1.0
     if n > 4 * SAMPLE_ITEMS:
@@ -272,7 +273,8 @@ def _repaired(
     penalty: NDArray[np.float64],
     items: NDArray[np.int64],
 ) -> NDArray[np.int32] | None:
-    """The dual's minimizers brought within all budgets by the changes that cost least per violation removed, or None."""
+    """The dual's minimizers brought within all budgets by the changes that cost least per violation removed, or
+    None."""
     unit = 1.0 / np.maximum(np.array(limits, dtype=np.float64), 1.0)
     tables = [cost[items].astype(np.int64) for cost in costs]
     choice, rows = dual.choice[items].copy(), np.arange(len(items))

@@ -1,13 +1,13 @@
 """Checking an answer from the raw tables alone, by code that shares nothing with the solvers.
 
-Two kinds of proof. The multipliers give a lower bound in one pass, which anyone can repeat. Where the result claims more
-(a proven optimum), the claim is proven again: every choice outside the multipliers' minimizers has a penalty, a better
-solution has less total penalty than the gap, and all such sets of choices are enumerated by their total cost.
+Two kinds of proof. The multipliers give a lower bound in one pass, which anyone can repeat. Where the result claims
+more (a proven optimum), the claim is proven again: every choice outside the multipliers' minimizers has a penalty, a
+better solution has less total penalty than the gap, and all such sets of choices are enumerated by their total cost.
 
-Rules of layers are kept in both: the channels of a layer are joined to a curve of least losses over their mean width, from
-their lower hulls, which no rule can lower. Very small problems of any kind are tried out whole. Where a claim is larger than
-what is proven here (the bound of a branch and bound, or of a convex relaxation, leaves no short witness), the check says what
-it did prove: ``verified_bound``.
+Rules of layers are kept in both: the channels of a layer are joined to a curve of least losses over their mean width,
+from their lower hulls, which no rule can lower. Very small problems of any kind are tried out whole. Where a claim is
+larger than what is proven here (the bound of a branch and bound, or of a convex relaxation, leaves no short witness),
+the check says what it did prove: ``verified_bound``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class CertificateCheck:
         costs: Totals of all budgets, recomputed.
         dual_bound: Lower bound that the multipliers prove, recomputed.
         proof: What the check itself established about ``lower_bound``: ``dual`` (the multipliers alone prove it),
-            ``search`` (proven again by enumeration), ``none`` (nothing is claimed), or ``weaker``: nothing contradicts it, but
-            only the smaller ``verified_bound`` was proven here.
+            ``search`` (proven again by enumeration), ``none`` (nothing is claimed), or ``weaker``: nothing contradicts
+            it, but only the smaller ``verified_bound`` was proven here.
         verified_bound: The largest lower bound that the check proved by itself; ``lower_bound`` unless ``weaker``.
     """
 
@@ -217,8 +217,8 @@ def _layer_row(
 ) -> tuple[NDArray[np.float64], list[NDArray[np.int64]], bool] | None:
     """Least losses of a layer for every mean width that its rules admit, their costs, and whether they are exact.
 
-    First every choice for all channels, then mixtures on the sum of the channels' lower hulls. None where the channels differ
-    in cost, or a cost does not follow the width.
+    First every choice for all channels, then mixtures on the sum of the channels' lower hulls. None where the channels
+    differ in cost, or a cost does not follow the width.
     """
     count = len(loss)
     if any(bool((cost != cost[0]).any()) for cost in costs):

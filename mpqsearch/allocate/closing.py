@@ -91,7 +91,8 @@ class Closed:
 
 
 def build_core(moves: Moves, rate: float) -> tuple[Core, int]:
-    """Order the items of ``moves``, which stand together item by item; also the common divisor of all sizes (0 without moves).
+    """Order the items of ``moves``, which stand together item by item; also the common divisor of all sizes (0 without
+    moves).
 
     Items of equal efficiency (up to rounding: a share of ``rate``) are shuffled: in their own order the first ones
     could all only shrink, and the states would wander away from a full budget.
@@ -227,9 +228,11 @@ class _Search:
         return group + 1
 
     def _walk(self, group: int, most: int) -> int:
-        """Groups in plain Python while there are at most ``most`` states: to the bit what `_step` makes of them one by one.
+        """Groups in plain Python while there are at most ``most`` states: to the bit what `_step` makes of them one by
+        one.
 
-        Small problems never have more, and a step calls numpy thirty times, which takes longer than all of its arithmetic.
+        Small problems never have more, and a step calls numpy thirty times, which takes longer than all of its
+        arithmetic.
         """
         core, slack, exact_fill, rate, offset = (
             self.core,

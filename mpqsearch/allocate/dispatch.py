@@ -325,7 +325,8 @@ def _solve_layers(task: Task) -> AllocationResult:
         raise infeasible.jointly(problem, {})
     if found.choice is None:
         raise SolverError(
-            "no choice that meets all budgets and layer rules was found in the time given; allow more, or loosen a limit."
+            "no choice that meets all budgets and layer rules was found in the time given; allow more, or loosen a "
+            "limit."
         )
     return finish(
         task,
@@ -394,7 +395,8 @@ def _solve_model(task: Task) -> AllocationResult:
     check_feasible(problem, tables)
     if problem.pairwise is not None and problem.pairwise.value.size > MODELLED_PRODUCTS:
         raise ConfigError(
-            f"{problem.pairwise.value.size} products of pairwise terms are too many for an integer program (at most {MODELLED_PRODUCTS}), "
+            f"{problem.pairwise.value.size} products of pairwise terms are too many for an integer program (at most "
+            f"{MODELLED_PRODUCTS}), "
             "which layer rules and solvers asked for by name need. Drop the rules, or keep the pairs that matter."
         )
     known: NDArray[np.int32] | None = None
@@ -483,7 +485,8 @@ def _require_plain(task: Task) -> None:
     ]
     if extra:
         raise ConfigError(
-            f"solver {task.solver!r} takes one budget and separable losses; this problem has {', '.join(extra)}. Use solver='auto'."
+            f"solver {task.solver!r} takes one budget and separable losses; this problem has {', '.join(extra)}. Use "
+            "solver='auto'."
         )
 
 

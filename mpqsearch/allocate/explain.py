@@ -208,7 +208,8 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Margins:
-    """Per row of the tables: the best step up (-1: none gains), what it brings, the least loss of a step down, what holds it."""
+    """Per row of the tables: the best step up (-1: none gains), what it brings, the least loss of a step down, what
+    holds it."""
 
     to: NDArray[np.int64]
     gain: NDArray[np.float64]
@@ -269,7 +270,8 @@ def _item_explanations(
 
 
 def _prices(problem: AllocationProblem, result: AllocationResult) -> tuple[list[ConstraintPrice], int]:
-    """Solve again without each pin and each tie group that may cost most at the marginal rates; and how many were left out."""
+    """Solve again without each pin and each tie group that may cost most at the marginal rates; and how many were left
+    out."""
     priced = problem.loss.astype(np.float64)
     for budget, rate in zip(problem.budgets, result.multipliers, strict=True):
         priced += rate * budget.cost

@@ -27,7 +27,8 @@ def check_ties(problem: AllocationProblem, tables: Tables) -> None:
     permitted = np.isfinite(masked_loss(problem))
     members = np.flatnonzero(tables.row == empty[0])
     listed = "; ".join(
-        f"{problem.item_name(item)}: {', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[item]).tolist())}"
+        f"{problem.item_name(item)}: "
+        f"{', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[item]).tolist())}"
         for item in members[:LISTED].tolist()
     )
     raise InfeasibleBudgetError(

@@ -233,9 +233,9 @@ def _search_rate(
     best: Any,
     spent: Any,
 ) -> Any:
-    """Two rates, a factor of ``grain`` apart or less, that enclose the one at which the total size falls to ``wanted``, or twice
-    a rate whose total is within ``close`` of it; and the totals at both. The search starts at ``rate``, where the total is ``total``;
-    at the rate ``most`` it has fallen as far as it can.
+    """Two rates, a factor of ``grain`` apart or less, that enclose the one at which the total size falls to ``wanted``,
+    or twice a rate whose total is within ``close`` of it; and the totals at both. The search starts at ``rate``, where
+    the total is ``total``; at the rate ``most`` it has fallen as far as it can.
     """
     low, high, total_low, total_high = rate, rate, total, total
     while total_low < wanted and low > LEAST_RATE:
@@ -267,7 +267,8 @@ def _search_rate(
 
 
 def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowest: float, highest: float) -> Any:
-    """Rates between which a sample (``[k, m]`` losses and costs) reaches ``target``, give or take ``spreads`` deviations.
+    """Rates between which a sample (``[k, m]`` losses and costs) reaches ``target``, give or take ``spreads``
+    deviations.
 
     The critical rate is known to lie between ``lowest`` and ``highest``, which may be zero and infinite.
     """
@@ -328,7 +329,8 @@ def _sampled_rates(values: Any, sizes: Any, target: float, spreads: float, lowes
 
 
 def _wrapped(values: Any, sizes: Any, base: Any, low: float) -> Any:
-    """Hull steps of ``[k, m]`` losses and costs with a rate of at least ``low``, all first ones, then all second ones, ..."""
+    """Hull steps of ``[k, m]`` losses and costs with a rate of at least ``low``, all first ones, then all second ones,
+    ..."""
     k, m = values.shape
     room = 2 * m + 16
     item, to = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int32)
@@ -378,11 +380,12 @@ def _wrapped(values: Any, sizes: Any, base: Any, low: float) -> Any:
 
 
 def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
-    """Hull steps (of ``[k, m]`` losses and costs) from ``base``, steepest first, until one does not fit; ``low`` is >= 0.
+    """Hull steps (of ``[k, m]`` losses and costs) from ``base``, steepest first, until one does not fit; ``low`` is >=
+    0.
 
-    The step in question is selected, not sorted for: the steps are spread over buckets by the bits of their rates, which are in the
-    order of the rates as these are positive, and only the bucket that does not fit as a whole is looked into.
-    Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate.
+    The step in question is selected, not sorted for: the steps are spread over buckets by the bits of their rates,
+    which are in the order of the rates as these are positive, and only the bucket that does not fit as a whole is
+    looked into. Returns the choice, the step that does not fit (or -1), its item, choice after it, size and rate.
     """
     m = values.shape[1]
     item, to, size, rate, count = wrapped(values, sizes, base, low)
@@ -428,7 +431,8 @@ def _fill(values: Any, sizes: Any, base: Any, low: float, slack: int) -> Any:
 
 
 def _smallest(values: Any, rank: int) -> float:
-    """The value of that rank (from 0), by selection; overwrites ``values``. ``np.partition`` takes seconds to compile."""
+    """The value of that rank (from 0), by selection; overwrites ``values``. ``np.partition`` takes seconds to
+    compile."""
     count, smaller, larger = values.size, np.empty_like(values), np.empty_like(values)
     while True:
         first, middle, final = values[0], values[count // 2], values[count - 1]
@@ -466,8 +470,8 @@ def _sorted_by(key: Any, order: Any) -> Any:
 
 
 def _near_moves(values: Any, sizes: Any, base: Any, rate: float, slack: int, excess: float, most: int) -> Any:
-    """Moves of the ``most`` items whose cheapest one costs least per unit, as far as they could be part of a solution with less
-    than ``excess``; twice ``most`` at the outside.
+    """Moves of the ``most`` items whose cheapest one costs least per unit, as far as they could be part of a solution
+    with less than ``excess``; twice ``most`` at the outside.
 
     Every move that fits by itself lowers the excess for all. Tables are ``[k, m]``, items count from 0.
     """
@@ -510,8 +514,8 @@ def _near_moves(values: Any, sizes: Any, base: Any, rate: float, slack: int, exc
 
 
 def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
-    """First move of every group, the group's place in the order, its least penalties per unit of increase and of decrease, and the
-    common divisor of all sizes: see ``closing``.
+    """First move of every group, the group's place in the order, its least penalties per unit of increase and of
+    decrease, and the common divisor of all sizes: see ``closing``.
     """
     count = item.size
     head, key = np.empty(count + 1, dtype=np.int64), np.empty(count)
@@ -526,7 +530,8 @@ def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
             up[groups - 1] = min(up[groups - 1], unit)
         else:
             down[groups - 1] = min(down[groups - 1], unit)
-        # Whether the divisor divides, without an integer division (tens of cycles); a rounded quotient costs one more Euclid.
+        # Whether the divisor divides, without an integer division (tens of cycles); a rounded quotient costs one more
+        # Euclid.
         if divisor == 0 or np.int64(float(size[move]) / float(divisor)) * divisor != size[move]:
             a, b = abs(size[move]), divisor
             while b != 0:
@@ -542,7 +547,8 @@ def _core_keys(item: Any, penalty: Any, size: Any, grain: float) -> Any:
 def _core_order(
     head: Any, order: Any, item: Any, to: Any, penalty: Any, size: Any, group_up: Any, group_down: Any
 ) -> Any:
-    """The moves of some groups in their order, the least penalties per unit from each of them on, and where each move stood."""
+    """The moves of some groups in their order, the least penalties per unit from each of them on, and where each move
+    stood."""
     groups, count = order.size, 0
     for group in order:
         count += head[group + 1] - head[group]
@@ -590,7 +596,8 @@ def _advance(
 ) -> Any:
     """Process groups until the states die, the groups end, the list is too long or ``work`` states were made.
 
-    Three sets of buffers take turns: the states before a group, what its moves have been merged to so far, and the next merge.
+    Three sets of buffers take turns: the states before a group, what its moves have been merged to so far, and the next
+    merge.
     """
     n_groups = move_start.size - 1
     count = size.size
@@ -791,8 +798,8 @@ def _solve(
 ) -> Any:
     """The whole of ``mckp.solve_table`` for tables that one bracket makes small enough, in one call.
 
-    Returns a code (0: not for this function, 1: solved, 2: the last search did not end), the break solution with its rate, loss,
-    slack and items near the break, and the best solution with its loss, bound and whether it is proven.
+    Returns a code (0: not for this function, 1: solved, 2: the last search did not end), the break solution with its
+    rate, loss, slack and items near the break, and the best solution with its loss, bound and whether it is proven.
     """
     n = loss.shape[0]
     low, settled_cost, settled_loss = 0.0, 0, 0.0

@@ -3,9 +3,9 @@
 All channels of a layer have one size, so a layer's cost depends only on how many width steps (ticks) its channels take
 together. Inside a layer the least loss for every total of ticks is a curve; between layers a point of every curve is
 chosen by the exact engine. Where all channels are convex the curve is the sorted list of their marginal losses; where
-they are not, its missing points are closed one by one with an exactly filled knapsack of unit sizes.
-Overheads and limits on distinct choices turn a layer's curve into several: one for every set of choices it may use.
-Several budgets change nothing inside a layer as long as each follows its width; between layers they take their own solver.
+they are not, its missing points are closed one by one with an exactly filled knapsack of unit sizes. Overheads and
+limits on distinct choices turn a layer's curve into several: one for every set of choices it may use. Several budgets
+change nothing inside a layer as long as each follows its width; between layers they take their own solver.
 """
 
 from __future__ import annotations

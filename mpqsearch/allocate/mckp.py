@@ -1,7 +1,8 @@
 """The exact engine for one budget: a multiple-choice knapsack solved by its Lagrangian relaxation and closed by a core.
 
 1. A sample of the items brackets the critical rate; one pass settles every item whose minimizer is the same at both
-   ends of the bracket; the rest are few enough for hulls and a sort, which give the rate and the break solution exactly.
+   ends of the bracket; the rest are few enough for hulls and a sort, which give the rate and the break solution
+   exactly.
 2. The break solution is improved over the items near the break.
 3. One pass collects every move that could still be part of a better solution, and the lower bound.
 4. Dynamic programming over these moves finds the optimum and proves it (``closing``).
@@ -42,7 +43,8 @@ QUICK_ITEMS = 250_000
 """Items up to which the compiled engine goes from the table to the answer in one call."""
 
 QUICK_STATES = 50_000
-"""States alive at a time in that call; where these do not do, the search starts again in leaps that look at the clock."""
+"""States alive at a time in that call; where these do not do, the search starts again in leaps that look at the
+clock."""
 
 NEAR_WORK = 50_000
 """States made in the first search of that call."""
@@ -191,7 +193,8 @@ def _in_one_call(
 def relax(
     loss: Floats, cost: Integers, limit: int, low: float = 0.0, high: float = float("inf"), base: Integers | None = None
 ) -> Relaxed:
-    """Linear relaxation, given that the critical rate lies between ``low`` and ``high``; ``base`` minimizes at ``high``."""
+    """Linear relaxation, given that the critical rate lies between ``low`` and ``high``; ``base`` minimizes at
+    ``high``."""
     if len(loss) <= DIRECT_ITEMS:
         return _relax_by_hulls(loss, cost, limit, low, base)
     found = _settle(loss, cost, limit, *_sampled_bracket(loss, cost, limit, low, high))
@@ -293,8 +296,8 @@ def _within(solution: CoreSolution, gap_tolerance: float) -> bool:
 def _improve_near_break(
     loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, gap_tolerance: float, deadline: float
 ) -> tuple[CoreSolution, bool]:
-    """Improve the break solution by the moves that cost least per unit; True when these were all that a better solution could contain, and
-    all of it was searched."""
+    """Improve the break solution by the moves that cost least per unit; True when these were all that a better solution
+    could contain, and all of it was searched."""
     excess = relaxed.rate * relaxed.slack
     moves = passes.near_moves(loss, cost, relaxed.near, relaxed.choice, relaxed.rate, relaxed.slack, excess, NEAR_MOVES)
     closed = closing.close(

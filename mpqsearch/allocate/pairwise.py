@@ -5,8 +5,8 @@ freely: off their diagonal nothing is ever read (an item takes one choice), and 
 from c (x squared is x). A fill that makes H positive semidefinite makes the relaxation over the convex hull of all
 affordable choices a convex program, whose Frank-Wolfe steps are separable allocation problems and give a lower bound.
 
-Several budgets hold in the choices; the bound takes one budget that they imply, their sum weighted by the multipliers of
-the last linearization.
+Several budgets hold in the choices; the bound takes one budget that they imply, their sum weighted by the multipliers
+of the last linearization.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Limits:
 def implied_budget(
     costs: tuple[Integers, ...], limits: tuple[int, ...], rates: tuple[float, ...]
 ) -> tuple[NDArray[np.int64], int]:
-    """A budget that every choice within all budgets keeps: their sum, weighted by whole numbers in proportion to ``rates``."""
+    """A budget that every choice within all budgets keeps: their sum, weighted by whole numbers in proportion to
+    ``rates``."""
     largest = max(rates)
     room = _largest_weight(costs, limits)
     weights = [

@@ -26,7 +26,8 @@ PAIRED_CELLS = 1 << 14
 """Pairs of choices of the same item up to which hulls are read off a table of all pairs."""
 
 GOLDEN = (5**0.5 - 1) / 2
-"""The fractional parts of its multiples fill the unit interval evenly at every length: a shuffle that needs no generator."""
+"""The fractional parts of its multiples fill the unit interval evenly at every length: a shuffle that needs no
+generator."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,8 +162,8 @@ def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, thr
 def near_moves(
     loss: Floats, cost: Integers, items: Integers, base: Integers, rate: float, slack: int, excess: float, most: int
 ) -> Moves:
-    """Of some items the ``most`` departures from ``base`` that cost least per unit and could be part of a solution within ``slack``
-    that exceeds the Lagrangian bound by less than ``excess``.
+    """Of some items the ``most`` departures from ``base`` that cost least per unit and could be part of a solution
+    within ``slack`` that exceeds the Lagrangian bound by less than ``excess``.
     """
     if compiled := kernels(loss.size):
         values, sizes = by_choice(loss, cost, items)
@@ -339,8 +340,8 @@ def _gift_wrapping(loss: Floats, cost: Integers, base: Integers, low: float) -> 
 
 
 def _wrapped_at_once(loss: Floats, cost: Integers, base: Integers, low: float) -> tuple[NDArray[Any], ...]:
-    """`_gift_wrapping` of a small table, where the time is that of numpy's calls and not of the arithmetic: the steps from every choice at
-    once, so that a round only looks them up.
+    """`_gift_wrapping` of a small table, where the time is that of numpy's calls and not of the arithmetic: the steps
+    from every choice at once, so that a round only looks them up.
     """
     n, k = loss.shape
     table, sizes = loss.astype(np.float64), cost.astype(np.int64)
@@ -367,8 +368,8 @@ def _wrapped_at_once(loss: Floats, cost: Integers, base: Integers, low: float) -
 
 
 def _steepest(loss: Floats, cost: Integers, from_loss: Floats, from_cost: Integers) -> tuple[NDArray[Any], ...]:
-    """Steepest slope ``[...]`` from some loss and cost ``[...]`` to the choices ``[..., k]`` of larger cost, the farthest choice on it, and
-    increase of the cost and decrease of the loss to every choice.
+    """Steepest slope ``[...]`` from some loss and cost ``[...]`` to the choices ``[..., k]`` of larger cost, the
+    farthest choice on it, and increase of the cost and decrease of the loss to every choice.
     """
     size = cost - from_cost[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):

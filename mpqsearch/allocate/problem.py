@@ -50,16 +50,15 @@ class LayerRules:
     """Constraints on the items (channels) of one layer taken together.
 
     Args:
-        layer: ``[n]`` integers: the layer of every item, 0 .. L-1.
-        width: ``[k]`` numbers: the width in bits that a choice stands for in the averages below.
-        average: ``[L]`` or one number: the mean width of a layer's items is exactly this (MPQ-DM's per-layer budget).
-        average_step: the mean width of every layer is a multiple of this (1: some integer, chosen per layer).
-        average_min: ``[L]`` or one number: lower bound of a layer's mean width.
-        average_max: ``[L]`` or one number: upper bound of a layer's mean width.
-        max_distinct: at most so many different choices inside one layer.
-        max_widths: at most so many different widths inside one layer; choices of one width (schemes, say) count once.
-        mixed_overhead: ``[L]`` or one integer: cost that a layer pays once if it uses more than one choice (channel tags).
-        choice_overhead: ``[L, k]`` integers: cost that a layer pays once for every choice that it uses.
+        layer: ``[n]`` integers: the layer of every item, 0 .. L-1. width: ``[k]`` numbers: the width in bits that a
+        choice stands for in the averages below. average: ``[L]`` or one number: the mean width of a layer's items is
+        exactly this (MPQ-DM's per-layer budget). average_step: the mean width of every layer is a multiple of this (1:
+        some integer, chosen per layer). average_min: ``[L]`` or one number: lower bound of a layer's mean width.
+        average_max: ``[L]`` or one number: upper bound of a layer's mean width. max_distinct: at most so many different
+        choices inside one layer. max_widths: at most so many different widths inside one layer; choices of one width
+        (schemes, say) count once. mixed_overhead: ``[L]`` or one integer: cost that a layer pays once if it uses more
+        than one choice (channel tags). choice_overhead: ``[L, k]`` integers: cost that a layer pays once for every
+        choice that it uses.
     """
 
     layer: Integers
@@ -88,7 +87,8 @@ class LayerRules:
         overhead = self.choice_overhead
         if overhead is not None and np.shape(overhead) != (self.n_layers, len(self.width)):
             raise ConfigError(
-                f"LayerRules.choice_overhead must have shape {(self.n_layers, len(self.width))}, got {np.shape(overhead)}."
+                f"LayerRules.choice_overhead must have shape {(self.n_layers, len(self.width))}, got "
+                f"{np.shape(overhead)}."
             )
         if any(given is not None and np.min(given) < 0 for given in (self.mixed_overhead, overhead)):
             raise ConfigError("LayerRules: overheads must be >= 0.")
@@ -198,8 +198,8 @@ class AllocationProblem:
         signed_loss: Accept negative losses (differences of noisy measurements).
 
     Raises:
-        ConfigError: A table has the wrong shape or type, a cost is negative, a name is unknown, ties or overrides contradict.
-        NumericsError: A loss is NaN, infinite or (unless ``signed_loss``) negative.
+        ConfigError: A table has the wrong shape or type, a cost is negative, a name is unknown, ties or overrides
+        contradict. NumericsError: A loss is NaN, infinite or (unless ``signed_loss``) negative.
     """
 
     loss: Floats
@@ -326,7 +326,8 @@ class AllocationProblem:
             if bad.size:
                 item = int(bad[0])
                 raise ConfigError(
-                    f"{self.item_name(item)} is fixed to {self.choice_name(int(fixed[item]))}, which is not allowed for it."
+                    f"{self.item_name(item)} is fixed to {self.choice_name(int(fixed[item]))}, which is not allowed "
+                    "for it."
                 )
         return _frozen(fixed)
 
@@ -554,6 +555,6 @@ def _check_losses(problem: AllocationProblem) -> None:
     bad = ~np.isfinite(loss) if not (np.isfinite(low) and np.isfinite(high)) else loss < 0
     item, choice = (int(index) for index in np.unravel_index(int(np.argmax(bad)), loss.shape))
     raise NumericsError(
-        f"{problem.item_name(item)}, {problem.choice_name(choice)}: the loss is {loss[item, choice]}; losses must be finite"
-        + ("." if problem.signed_loss else " and >= 0 (set signed_loss=True to allow negative ones).")
+        f"{problem.item_name(item)}, {problem.choice_name(choice)}: the loss is {loss[item, choice]}; losses must be "
+        "finite" + ("." if problem.signed_loss else " and >= 0 (set signed_loss=True to allow negative ones).")
     )

@@ -1,4 +1,5 @@
-"""The command line: parse, call one stage, print. Results go to stdout, logs and progress to stderr. One file a verb."""
+"""The command line: parse, call one stage, print. Results go to stdout, logs and progress to stderr. One file a
+verb."""
 
 from mpqsearch.cli import (
     allocate,

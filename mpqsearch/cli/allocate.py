@@ -52,8 +52,8 @@ def allocate(
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
-    With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own formats, and a
-    budget is the size of the target's file, headers apart.
+    With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
+    formats, and a budget is the size of the target's file, headers apart.
 
     Example: `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`
     """
@@ -156,7 +156,8 @@ def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
             ]
         )
     print_table(
-        f"path of {data['method']['name']}: {data['vertices']} maps of {data['items']} items, answered without solving again",
+        f"path of {data['method']['name']}: {data['vertices']} maps of {data['items']} items, answered without "
+        "solving again",
         [
             "budget",
             "bits a parameter" if size else "BOPs",
@@ -192,7 +193,8 @@ def _print_explanation(data: Mapping[str, Any]) -> None:
         else ""
     )
     print_table(
-        f"{data['method']} at {data['budget']} ({data['status']}): one more {unit} saves {data['shadow_price']:.4g} of a loss of "
+        f"{data['method']} at {data['budget']} ({data['status']}): one more {unit} saves {data['shadow_price']:.4g} "
+        "of a loss of "
         f"{data['loss']:.4g}; {data['slack']} left over{more}",
         [
             "layer",

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mpqsearch",
     help="Bit allocation for diffusion models: profile, allocate, search, train, evaluate, report, export.\n\n"
-    "Every verb reads the same study (--config) and the same run folder (--run-dir); the same command again continues where it stopped.",
+    "Every verb reads the same study (--config) and the same run folder (--run-dir); the same command again continues "
+    "where it stopped.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -90,10 +91,11 @@ def study_verb(
     settings: Callable[[Mapping[str, Any]], list[str]] | None = None,
     positional: bool = False,
 ) -> Callable[[Verb], Verb]:
-    """Register a verb ``function(run, *, as_json, <own options>)``; the options that all verbs share are added to its own.
+    """Register a verb ``function(run, *, as_json, <own options>)``; the options that all verbs share are added to its
+    own.
 
-    ``settings`` turns the verb's own options into ``table.key=value`` overrides of the study, before it is read. ``positional``
-    takes the study as an argument instead of the option ``--config``.
+    ``settings`` turns the verb's own options into ``table.key=value`` overrides of the study, before it is read.
+    ``positional`` takes the study as an argument instead of the option ``--config``.
     """
 
     def decorate(function: Verb) -> Verb:
@@ -198,7 +200,8 @@ def _fail(text: str, code: int) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: exit codes 0 done, 2 usage or configuration, 3 infeasible budget, 4 stale artifact, 130 interrupted."""
+    """Entry point: exit codes 0 done, 2 usage or configuration, 3 infeasible budget, 4 stale artifact, 130
+    interrupted."""
     keep_interrupts()
     try:
         app(standalone_mode=True)

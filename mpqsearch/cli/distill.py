@@ -23,7 +23,8 @@ def distill(
 ) -> None:
     """Train the quantized model of one map against full precision (no data needed), and measure it before and after.
 
-    Settings are in the section [distill] of the study. Stop it at any time: the same command continues, to the same result.
+    Settings are in the section [distill] of the study. Stop it at any time: the same command continues, to the same
+    result.
 
     Example: `mpqsearch distill --model fmnist-unet --method ilp-channel --budget uniform:2 --set distill.steps=200`
     """

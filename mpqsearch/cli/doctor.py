@@ -59,7 +59,8 @@ def doctor(
         print_json(rows)
         return
     print_table(
-        f"mpqsearch {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        f"mpqsearch {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} cores",
         ["what", "name", "state", "note"],
         [[r["what"], r["name"], r["state"], r["note"]] for r in rows],
     )

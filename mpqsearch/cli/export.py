@@ -65,7 +65,8 @@ def export(
     allocated: AllocatedOption = False,  # noqa: ARG001
     verify: VerifyOption = False,
 ) -> None:
-    """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say it is good.
+    """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say
+    it is good.
 
     Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4 --verify`
     """

@@ -33,9 +33,11 @@ def import_(
         str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
     ] = "asymmetric",
 ) -> None:
-    """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and searched from.
+    """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and
+    searched from.
 
-    Example: `mpqsearch import runs/quickstart/allocations/uniform@uniform-3/bitmap.json --model fmnist-unet --name theirs`
+    Example: `mpqsearch import runs/quickstart/allocations/uniform@uniform-3/bitmap.json --model fmnist-unet --name
+    theirs`
     """
     from mpqsearch import stages
     from mpqsearch.core import average_bits, size_bytes

@@ -71,7 +71,8 @@ def print_fields(title: str, fields: Mapping[str, Any]) -> None:
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
     """The most sensitive layers of a profile, the channels with the heaviest tails, and what measuring took.
 
-    ``mean shift``: the largest share of output error that a bias takes off, over the widths. ``rel. error``: of the loss, from probes.
+    ``mean shift``: the largest share of output error that a bias takes off, over the widths. ``rel. error``: of the
+    loss, from probes.
     """
     from mpqsearch.report.profile import profile_summary
 
@@ -94,7 +95,8 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
         ],
     )
     print_table(
-        f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above {found.outlier_limit:.1f}",
+        f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above "
+        f"{found.outlier_limit:.1f}",
         ["layer", "channel", "kurtosis", "times the layer's median"],
         [[name, channel, f"{value:.1f}", f"{ratio:.1f}"] for name, channel, value, ratio in found.outliers],
     )

@@ -63,15 +63,18 @@ def profile(
     With `--weights-only` kurtosis and weight errors alone, of models larger than memory too; then
     `--set calibration.weights_only=true` makes `allocate` use them, with methods whose loss is `weight`.
 
-    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for about a tenth of what one
-    layer at a time costs. Above 4.5 bits the whole profile predicts better (`context`, `sampler`), and only it can choose widths.
+    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for
+    about a tenth of what one layer at a time costs. Above 4.5 bits the whole profile predicts better (`context`,
+    `sampler`), and only it can choose widths.
 
-    With `--at bitmap.json` also what each width of each layer would change at that map, all other layers being quantized as it says (rounded to
-    nearest): written to `profile-at-<digest>.json`; `--set calibration.at=bitmap.json` lets `allocate` use it, in methods whose loss is `operating`.
+    With `--at bitmap.json` also what each width of each layer would change at that map, all other layers being
+    quantized as it says (rounded to nearest): written to `profile-at-<digest>.json`; `--set calibration.at=bitmap.json`
+    lets `allocate` use it, in methods whose loss is `operating`.
 
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
 
-    Example: `mpqsearch profile -c studies/quickstart.toml --at runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
+    Example: `mpqsearch profile -c studies/quickstart.toml --at
+    runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
     """
     from mpqsearch import stages
 

@@ -115,7 +115,8 @@ def print_search(data: dict[str, Any]) -> None:
                 ]
             )
     print_table(
-        f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['new_forwards']} forward passes; FD and PSNR on fresh seeds",
+        f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['new_forwards']} forward passes; FD "
+        "and PSNR on fresh seeds",
         ["budget", "arm", "bits", "kB", "error", "to uniform", "fd_fp", "fd_data", "PSNR", ""],
         rows,
     )

@@ -23,7 +23,8 @@ Widths = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedLayers:
-    """The layers of a map whose channels differ, in its order: what is asked of every channel is asked of all of them at once.
+    """The layers of a map whose channels differ, in its order: what is asked of every channel is asked of all of them
+    at once.
 
     Attributes:
         names: ``[m]`` names.
@@ -57,10 +58,11 @@ _ONE: Mapping[int, Widths] = {bits: _one(bits) for bits in (*WIDTHS, FULL_PRECIS
 class BitMap:
     """Widths of every weight layer of one model.
 
-    ``weights`` maps a layer name to one width (array of shape ``()``) or to a width per output channel (shape ``[channels]``);
-    16 means full precision. ``activations`` maps a layer name to the width of its input; layers that are not named keep
-    full-precision activations. Quantized activations have ``activation_steps`` scales a layer: 1 when static, else one for each of that
-    many timesteps. ``format`` says what a width means, ``formats`` overrides it for single layers.
+    ``weights`` maps a layer name to one width (array of shape ``()``) or to a width per output channel (shape
+    ``[channels]``); 16 means full precision. ``activations`` maps a layer name to the width of its input; layers that
+    are not named keep full-precision activations. Quantized activations have ``activation_steps`` scales a layer: 1
+    when static, else one for each of that many timesteps. ``format`` says what a width means, ``formats`` overrides it
+    for single layers.
     """
 
     model_digest: str
@@ -105,7 +107,8 @@ class BitMap:
 
     @property
     def scaled_inputs(self) -> tuple[tuple[str, float], ...]:
-        """Layers whose quantized inputs are smoothed, with the alpha: beside their widths, what the ranges of inputs depend on."""
+        """Layers whose quantized inputs are smoothed, with the alpha: beside their widths, what the ranges of inputs
+        depend on."""
         formats = ((n, self.format_of(n)) for n, bits in sorted(self.activations.items()) if bits != FULL_PRECISION)
         return tuple((n, f.alpha) for n, f in formats if f.smooth)
 
@@ -130,7 +133,8 @@ class BitMap:
         return "channel" if any(w.ndim for w in self.weights.values()) else "layer"
 
     def validate(self, table: LayerTable) -> None:
-        """Raise `LayerMismatchError` unless the map covers exactly the layers of ``table``, with vectors of the right length."""
+        """Raise `LayerMismatchError` unless the map covers exactly the layers of ``table``, with vectors of the right
+        length."""
         if self._memo.get("fits") is table:
             return
         if self.model_digest != table.digest:
@@ -163,7 +167,8 @@ class BitMap:
         return digest
 
     def _as_json(self) -> str:
-        """`to_data` as JSON with sorted keys and no spaces. Run lengths are spelled for all layers at once: a search digests every map it makes."""
+        """`to_data` as JSON with sorted keys and no spaces. Run lengths are spelled for all layers at once: a search
+        digests every map it makes."""
         mixed = self.mixed_layers
         is_last = np.ones(len(mixed.widths), dtype=bool)  # of its run
         is_last[:-1] = mixed.widths[1:] != mixed.widths[:-1]
@@ -246,7 +251,8 @@ class BitMap:
                 weights[name] = vectors[coded["tensor"]]
             else:
                 raise ArtifactError(
-                    f"bit map: the channel widths of {name!r} should be in the sidecar as {coded['tensor']!r}, and are not"
+                    f"bit map: the channel widths of {name!r} should be in the sidecar as {coded['tensor']!r}, and "
+                    "are not"
                 )
         return cls(
             model_digest=data["model_digest"],

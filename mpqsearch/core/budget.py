@@ -1,4 +1,5 @@
-"""The single place where bits are counted: weights, scales, zero points, channel tags, 8-bit and full-precision leftovers."""
+"""The single place where bits are counted: weights, scales, zero points, channel tags, 8-bit and full-precision
+leftovers."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class StorageModel:
     """Bits that are stored beside the codes.
 
     ``tag_bits`` a channel say the width of each channel, in layers whose channels differ (widths 1..8 take 3 bits).
-    ``layer_bits`` a quantized layer hold the shared exponent of its scales, and as many those of its activations, whose scales take
-    ``activation_scale_bits`` each beside a zero point. Parameters outside weight layers (norms, biases,
+    ``layer_bits`` a quantized layer hold the shared exponent of its scales, and as many those of its activations, whose
+    scales take ``activation_scale_bits`` each beside a zero point. Parameters outside weight layers (norms, biases,
     embeddings) and unquantized layers take ``full_precision_bits`` a value.
     """
 
@@ -38,7 +39,8 @@ class StorageModel:
         return 0 if bits == FULL_PRECISION else steps * (self.activation_scale_bits + bits) + self.layer_bits
 
     def channel_bits(self, layer: LayerSpec, bits: int, fmt: QuantFormat, *, mixed: bool) -> int:
-        """Stored bits of one output channel of ``layer`` at width ``bits``; ``mixed`` when the layer carries channel tags."""
+        """Stored bits of one output channel of ``layer`` at width ``bits``; ``mixed`` when the layer carries channel
+        tags."""
         tag = self.tag_bits if mixed else 0
         if bits == FULL_PRECISION:
             return layer.weights_per_channel * self.full_precision_bits + tag
@@ -89,7 +91,8 @@ def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAUL
 def _prices(
     table: LayerTable, fmt: QuantFormat, storage: StorageModel
 ) -> tuple[list[list[int]], NDArray[np.int64], NDArray[np.int64]]:
-    """Of each layer, by width: stored bits with one width, those of a channel of a mixed layer, and what a mixed one has beside its channels.
+    """Of each layer, by width: stored bits with one width, those of a channel of a mixed layer, and what a mixed one
+    has beside its channels.
 
     Made once for what of a format is stored: a search over its ranges has another one each trial.
     """
@@ -132,9 +135,9 @@ def bops(table: LayerTable, bit_map: BitMap) -> int:
 class Budget:
     """A limit on the *whole* model.
 
-    ``average_bits``: stored bits over all parameters. ``bytes``: stored size. ``bops``: bit operations of a forward pass.
-    ``uniform_bits``: the stored size that the uniform map of that width has under the same policy, in the asymmetric format; the
-    fair budget for comparing methods, since the uniform map then meets it exactly.
+    ``average_bits``: stored bits over all parameters. ``bytes``: stored size. ``bops``: bit operations of a forward
+    pass. ``uniform_bits``: the stored size that the uniform map of that width has under the same policy, in the
+    asymmetric format; the fair budget for comparing methods, since the uniform map then meets it exactly.
     """
 
     quantity: str
@@ -165,7 +168,8 @@ class Budget:
             if not prefix and unit in _UNITS:
                 return cls(quantity="bytes", limit=value * _UNITS[unit])
         raise ConfigError(
-            f"cannot read the budget {text!r}. Write '3bit' (average bits of the whole model), 'uniform:3' (the size of the "
+            f"cannot read the budget {text!r}. Write '3bit' (average bits of the whole model), 'uniform:3' (the size "
+            "of the "
             "uniform 3-bit map), a size such as '450kB' or '1.5MiB', or '2e9bops'."
         )
 
@@ -188,7 +192,8 @@ class Budget:
         act_bits: int = FULL_PRECISION,
         activation_steps: int = 1,
     ) -> int:
-        """The limit as stored bits of the whole model (not for ``bops``); a uniform budget is that of the same activations."""
+        """The limit as stored bits of the whole model (not for ``bops``); a uniform budget is that of the same
+        activations."""
         if self.quantity == "average_bits":
             return int(np.floor(self.limit * table.n_parameters + 1e-9))
         if self.quantity == "bytes":

@@ -20,25 +20,29 @@ ROUNDINGS = ("nearest", "gptq")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantFormat:
-    """How a row of weights is turned into integer codes: ``w ~ scale * (code - zero)``, ``code`` in ``[0, 2**bits - 1]``.
+    """How a row of weights is turned into integer codes: ``w ~ scale * (code - zero)``, ``code`` in ``[0, 2**bits -
+    1]``.
 
     scheme
-        ``asymmetric``: integer zero point, the quantizer of MPQ-DM. ``symmetric``: zero fixed at ``(2**bits - 1) / 2``, so the levels
-        lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of the two with the smaller
-        squared error, row by row.
+        ``asymmetric``: integer zero point, the quantizer of MPQ-DM. ``symmetric``: zero fixed at ``(2**bits - 1) / 2``,
+        so the levels lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of
+        the two with the smaller squared error, row by row.
     criterion
-        Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared error,
-        both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the full range.
+        Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared
+        error, both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the
+        full range.
     smooth
-        Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide after, and its inputs the
-        other way round.
+        Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide
+        after, and its inputs the other way round.
     alpha
-        The ``a`` of smoothing in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out the weights.
+        The ``a`` of smoothing in 0..1 (SmoothQuant): 0.5 as in MPQ-DM, more to even out the inputs, less to even out
+        the weights.
     rounding
-        ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the second moment of its
-        input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
+        ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the
+        second moment of its input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
     scale_bits
-        Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization rounds to).
+        Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization
+        rounds to).
     """
 
     scheme: str = "asymmetric"
@@ -74,7 +78,8 @@ class QuantFormat:
         return 0 if self.scheme == "symmetric" else bits
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps from before them."""
+        """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps
+        from before them."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.alpha == 0.5:
             del data["alpha"]

@@ -25,18 +25,20 @@ ROLES = (
     "last",
     "unused",
 )
-"""What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that skipped over layers, two
-ranges in one input; ``unused`` did not run on the examples, so nothing is known of its errors; ``conv`` and ``linear`` are what is left over."""
+"""What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
+skipped over layers, two ranges in one input; ``unused`` did not run on the examples, so nothing is known of its errors;
+``conv`` and ``linear`` are what is left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     """One weight layer.
 
-    ``name`` is the module path and the only key anywhere. ``weight_shape`` is the stored shape, ``channel_axis`` the axis of
-    the output channels in it. ``macs`` counts multiply-accumulates of one forward pass on one sample (0 when not measured).
-    Layers with the same non-empty ``tie`` must share their widths. Those with the same non-empty ``fuse`` see one input and are joined into one
-    layer by consumers that fuse projections (q, k and v of one attention, as in ``fuse_qkv_projections``); `Policy.tie_qkv` ties them.
+    ``name`` is the module path and the only key anywhere. ``weight_shape`` is the stored shape, ``channel_axis`` the
+    axis of the output channels in it. ``macs`` counts multiply-accumulates of one forward pass on one sample (0 when
+    not measured). Layers with the same non-empty ``tie`` must share their widths. Those with the same non-empty
+    ``fuse`` see one input and are joined into one layer by consumers that fuse projections (q, k and v of one
+    attention, as in ``fuse_qkv_projections``); `Policy.tie_qkv` ties them.
     """
 
     name: str
@@ -147,7 +149,8 @@ class LayerTable:
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
-        """What was computed from this table before, by keys of those who computed it: an outer search asks the same of one table for hours."""
+        """What was computed from this table before, by keys of those who computed it: an outer search asks the same of
+        one table for hours."""
         return {}
 
     @cached_property

@@ -14,9 +14,9 @@ from mpqsearch.errors import NumericsError
 class MetricValue:
     """One number with its label.
 
-    ``name`` carries the extractor, as in ``FD[fmnist-cnn@1a2b3c4d]-128 vs FP``; the bare word FID is reserved for the Inception
-    weights of 2015 against real data. ``low`` and ``high`` bound 95 % of the spread that ``spread`` names (``bootstrap`` or
-    ``seeds``).
+    ``name`` carries the extractor, as in ``FD[fmnist-cnn@1a2b3c4d]-128 vs FP``; the bare word FID is reserved for the
+    Inception weights of 2015 against real data. ``low`` and ``high`` bound 95 % of the spread that ``spread`` names
+    (``bootstrap`` or ``seeds``).
     """
 
     name: str

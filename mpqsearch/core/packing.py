@@ -1,7 +1,7 @@
 """Integer codes of 1 to 8 bits as a dense little-endian bit stream, and back. numpy only; whole arrays at a time.
 
-Eight codes lie in the bytes of one 64-bit word and are pushed together in three steps (lanes of 16, 32 and 64 bits), so that a step
-costs a few operations on a word and not on a code.
+Eight codes lie in the bytes of one 64-bit word and are pushed together in three steps (lanes of 16, 32 and 64 bits), so
+that a step costs a few operations on a word and not on a code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def packed_size(n_codes: int, bits: int) -> int:
 
 
 def pack_bits(codes: Bytes, bits: int) -> Bytes:
-    """The codes (uint8, any shape, each below ``2**bits``) one after another, lowest bit first: ``uint8 [packed_size]``.
+    """The codes (uint8, any shape, each below ``2**bits``) one after another, lowest bit first: ``uint8
+    [packed_size]``.
 
     Raises `ConfigError` when a code does not fit its width.
     """
@@ -50,7 +51,8 @@ def pack_bits(codes: Bytes, bits: int) -> Bytes:
 
 
 def unpack_bits(data: Bytes, bits: int, n_codes: int) -> Bytes:
-    """Back from `pack_bits`: ``uint8 [n_codes]``. Raises `ConfigError` when ``data`` is not as long as so many codes."""
+    """Back from `pack_bits`: ``uint8 [n_codes]``. Raises `ConfigError` when ``data`` is not as long as so many
+    codes."""
     _check(bits)
     flat = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if flat.size != packed_size(n_codes, bits):

@@ -18,15 +18,18 @@ DEFAULT_ROLES = {"first": 8, "last": 8, "unused": 8}
 class Policy:
     """Widths that are fixed by role or by name; every other layer is searched over ``widths``.
 
-    ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched. ``overrides`` maps a
-    layer name or a shell pattern to a width and wins over the role. Default: first and last layer at 8 bits, as in MPQ-DM, and so are layers
-    that did not run while the model was measured: their errors seem to cost nothing, and would get the fewest bits.
+    ``roles`` maps a role to a width (1..8, or 16 for full precision); roles that are not named are searched.
+    ``overrides`` maps a layer name or a shell pattern to a width and wins over the role. Default: first and last layer
+    at 8 bits, as in MPQ-DM, and so are layers that did not run while the model was measured: their errors seem to cost
+    nothing, and would get the fewest bits.
 
-    ``activations`` maps a role, a layer name or a pattern to the width of that layer's input where a method quantizes activations, and
-    wins over the rule: searched layers the width of the method, fixed ones 8 bits (MPQ-DM), those at full precision none.
+    ``activations`` maps a role, a layer name or a pattern to the width of that layer's input where a method quantizes
+    activations, and wins over the rule: searched layers the width of the method, fixed ones 8 bits (MPQ-DM), those at
+    full precision none.
 
-    ``tie_qkv`` gives the projections that consumers fuse (`LayerSpec.fuse`) the same widths, row for row. Off by default: codes, scales and
-    width tags are stored by row, so rows of different widths can be stacked as they are; engines whose fused layer has one width need it.
+    ``tie_qkv`` gives the projections that consumers fuse (`LayerSpec.fuse`) the same widths, row for row. Off by
+    default: codes, scales and width tags are stored by row, so rows of different widths can be stacked as they are;
+    engines whose fused layer has one width need it.
     """
 
     widths: tuple[int, ...] = WIDTHS
@@ -54,7 +57,8 @@ class Policy:
         return (self.widths, *(tuple(r.items()) for r in rules), self.tie_qkv)
 
     def activations_of(self, table: LayerTable, act_bits: int) -> dict[str, int]:
-        """Width of the input of every layer whose activations are quantized when searched layers take ``act_bits`` (16: nothing is)."""
+        """Width of the input of every layer whose activations are quantized when searched layers take ``act_bits`` (16:
+        nothing is)."""
         if act_bits == FULL_PRECISION:
             return {}
         widths = {layer.name: self._activation_width(layer, act_bits) for layer in table}

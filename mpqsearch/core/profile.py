@@ -30,36 +30,41 @@ class SensitivityProfile:
     ``output_error_centred/<variant>`` ``[C, W]``
         The same after the mean shift has been folded into the bias: ``e' (H - m m') e``.
     ``quantized_input_error/<variant>@a<bits>`` ``[C, W]``
-        Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w' x)**2]``, exact.
+        Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w'
+        x)**2]``, exact.
     ``gain`` ``[C]``, ``gain_std_error`` ``[C]``
-        Mean square of the gradient of a random projection of the model's output with respect to that channel (summed over
-        positions): what a unit of output error costs at the end.
+        Mean square of the gradient of a random projection of the model's output with respect to that channel (summed
+        over positions): what a unit of output error costs at the end.
     ``step_gain``, ``step_gain_std_error`` ``[C, B]``
-        The gain inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0 where none was probed.
+        The gain inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0 where none
+        was probed.
     ``output_power`` ``[C]``
         Mean square of the channel's output at full precision.
     ``layer_probe_error/<variant>`` ``[L, W]``, ``layer_probe_std_error/<variant>``
-        First-order effect on the model's output of quantizing one layer: mean of ``<d(v.f)/dW, W_q - W>**2`` over calibration inputs
-        and random projections ``v``; cross terms between channels and positions included, mean shift taken out where a bias exists.
+        First-order effect on the model's output of quantizing one layer: mean of ``<d(v.f)/dW, W_q - W>**2`` over
+        calibration inputs and random projections ``v``; cross terms between channels and positions included, mean shift
+        taken out where a bias exists.
     ``layer_sampler_error/<variant>`` ``[L, W]``, ``layer_sampler_std_error/<variant>``
         The same for the *final sample*, through all steps of the sampler, as a mean square over its pixels.
     ``layer_context_slope/<variant>``, ``layer_context_std_error/<variant>`` ``[L, W]``
-        Change of the mean squared error of the final sample, to first order and of any sign, that the error of one layer makes among the
-        errors of all others: a mean over quantized models that mix ``context_widths``.
+        Change of the mean squared error of the final sample, to first order and of any sign, that the error of one
+        layer makes among the errors of all others: a mean over quantized models that mix ``context_widths``.
     ``layer_activation_error`` ``[L, W]``
         Effect on the model's output of quantizing one layer's input at a static width, if its errors were independent:
         ``mean (x_q - x)**2 * sum_c gain_c |w_c|**2``.
     ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
-        Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over samples in
-        ``layer_final_std_error/<variant>``.
+        Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over
+        samples in ``layer_final_std_error/<variant>``.
     ``layer_operating_error/<variant>``, ``layer_operating_std_error/<variant>`` ``[L, W]``
-        Change of the mean squared error of final samples when one layer of a *given map* gets another width, any sign: slope along the
-        residual plus Gauss-Newton curvature. ``calibration["operating_points"]`` names the maps.
+        Change of the mean squared error of final samples when one layer of a *given map* gets another width, any sign:
+        slope along the residual plus Gauss-Newton curvature. ``calibration["operating_points"]`` names the maps.
 
-    What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and `need` says so.
+    What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and
+    `need` says so.
 
-    A variant is ``<scheme>`` or ``<scheme>+smooth``, as in ``asymmetric``, ``auto``, ``asymmetric+smooth``. ``means`` and
-    ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel ``[inputs]``.
+    A variant is ``<scheme>`` or ``<scheme>+smooth``, as in ``asymmetric``, ``auto``, ``asymmetric+smooth``. ``means``
+    and ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel
+    ``[inputs]``.
     """
 
     model_digest: str
@@ -95,7 +100,8 @@ class SensitivityProfile:
             if not family.startswith("layer_") and not np.isfinite(array).all():
                 row = int(np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(1))[0])
                 raise NumericsError(
-                    f"profile: {key!r} is not finite in layer {self.layer_of(row)!r}. Look for NaN in its weights or inputs."
+                    f"profile: {key!r} is not finite in layer {self.layer_of(row)!r}. Look for NaN in its weights or "
+                    "inputs."
                 )
             array.setflags(write=False)
 
@@ -128,7 +134,8 @@ class SensitivityProfile:
         return np.add.reduceat(per_channel, self.offsets[:-1], axis=0)
 
     def shift_share(self, variant: str) -> Array:
-        """Share ``[L, W]`` of each layer's output error that is a shift of its mean, which a bias can take off without storage; 0..1."""
+        """Share ``[L, W]`` of each layer's output error that is a shift of its mean, which a bias can take off without
+        storage; 0..1."""
         full = self.layer_sum(self.need(f"output_error/{variant}", "the share of the mean shift").astype(np.float64))
         centred = self.layer_sum(
             self.need(f"output_error_centred/{variant}", "the share of the mean shift").astype(np.float64)
@@ -156,7 +163,8 @@ class SensitivityProfile:
         """One array; `ConfigError` that names it and what needs it when it was not measured."""
         if key not in self.arrays:
             why = (
-                "this profile was made from the weights alone; there the loss 'weight' works. Profile with calibration for more"
+                "this profile was made from the weights alone; there the loss 'weight' works. Profile with "
+                "calibration for more"
                 if self.weights_only
                 else "this profile was made for predictions alone (calibration.prediction_only). Profile without it, in another run folder"
                 if self.prediction_only

@@ -12,7 +12,8 @@ from mpqsearch.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredBits:
-    """Stored bits of one layer: ``payload`` are the codes as they lie in the file, ``metadata`` everything that decodes them.
+    """Stored bits of one layer: ``payload`` are the codes as they lie in the file, ``metadata`` everything that decodes
+    them.
 
     A layer at full precision has its weights in ``unquantized`` and nothing else.
     """
@@ -36,7 +37,8 @@ def coded_bits(
     zero_bits: int | Fraction = 0,
     other: int = 0,
 ) -> StoredBits:
-    """Bits of a layer whose every weight takes ``code_bits``, with ``scales`` scales and zero points and ``other`` bits once.
+    """Bits of a layer whose every weight takes ``code_bits``, with ``scales`` scales and zero points and ``other`` bits
+    once.
 
     Codes fill whole bytes; a fraction of a byte at the end is padded. Raises `ConfigError` for a negative number.
     """
@@ -50,8 +52,8 @@ def coded_bits(
 def scale_count(layer: LayerSpec, group: int = 0, *, by_tap: bool = False) -> int:
     """Number of scales of a layer: one for every ``group`` inputs of a channel (0: all of them).
 
-    ``by_tap``: the taps of a convolution kernel have scales of their own, as in torchao and SDNQ. Raises `ConfigError` when the
-    group does not divide what it groups.
+    ``by_tap``: the taps of a convolution kernel have scales of their own, as in torchao and SDNQ. Raises `ConfigError`
+    when the group does not divide what it groups.
     """
     taps = 1
     if by_tap and len(layer.weight_shape) > 2:

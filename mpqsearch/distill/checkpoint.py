@@ -1,4 +1,5 @@
-"""Checkpoints: tensors in safetensors, the rest in JSON, a folder each, written whole or not at all. Nothing is pickled."""
+"""Checkpoints: tensors in safetensors, the rest in JSON, a folder each, written whole or not at all. Nothing is
+pickled."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, str], *, keep_last: int) -> Path:
     """Write ``ckpt-<step>/`` and point ``latest.json`` at it, then delete all but the last ``keep_last``.
 
-    The folder is written under another name, flushed to disk and renamed, so that a kill at any moment leaves the last good one in place.
+    The folder is written under another name, flushed to disk and renamed, so that a kill at any moment leaves the last
+    good one in place.
     """
     from safetensors.torch import save
 
@@ -57,8 +59,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, s
 def load_checkpoint(folder: Path, inputs: Mapping[str, str], *, overwrite: bool = False) -> Checkpoint | None:
     """The checkpoint that ``latest.json`` points at, or None when there is none.
 
-    Raises `StaleArtifactError`, naming every setting that differs with both values, when it belongs to another training; with
-    ``overwrite`` the checkpoints are deleted instead. Raises `ArtifactError` when it is damaged.
+    Raises `StaleArtifactError`, naming every setting that differs with both values, when it belongs to another
+    training; with ``overwrite`` the checkpoints are deleted instead. Raises `ArtifactError` when it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,11 +1,14 @@
-"""The training loop: a generator that yields its state after every optimiser step, so that callers own progress and early stops.
+"""The training loop: a generator that yields its state after every optimiser step, so that callers own progress and
+early stops.
 
-One optimiser step is one window of consecutive timesteps of a teacher trajectory (times `DistillSpec.accumulate`). The loss is
+One optimiser step is one window of consecutive timesteps of a teacher trajectory (times `DistillSpec.accumulate`). The
+loss is
 
     mean over the window of w_t MSE(student's guided prediction, teacher's) + weight * relation loss of the window
 
-where MSE is the *mean* over samples and elements; the code of EfficientDM and MPQ-DM sums instead, which AdamW's step does not see.
-The weights ``w_t`` of timesteps are 1, or what the sampler makes of an error: see `DistillSpec.timestep_weights`.
+where MSE is the *mean* over samples and elements; the code of EfficientDM and MPQ-DM sums instead, which AdamW's step
+does not see. The weights ``w_t`` of timesteps are 1, or what the sampler makes of an error: see
+`DistillSpec.timestep_weights`.
 """
 
 from __future__ import annotations
@@ -54,9 +57,10 @@ class DistillSpec:
     ema
         Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
     timestep_weights
-        Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample for a unit of the mean
-        squared error of that timestep's prediction (`mpqsearch.sampling.prediction_gains`), with mean 1 over the timesteps. Models that predict
-        noise err most where there is little noise left, where it changes the sample least.
+        Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample
+        for a unit of the mean squared error of that timestep's prediction (`mpqsearch.sampling.prediction_gains`), with
+        mean 1 over the timesteps. Models that predict noise err most where there is little noise left, where it changes
+        the sample least.
     clip_norm
         Largest norm of the gradient of all parameters together; 0: not clipped.
     accumulate
@@ -64,14 +68,16 @@ class DistillSpec:
     precision
         ``float32``, ``bfloat16`` or ``float16`` (GPUs only, with loss scaling).
     check_every
-        Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at the check with the least,
-        of those before the first step, every ``check_every`` steps and after the last. 0: no checks, it ends as the last step leaves it. The
-        loss is of single predictions on the teacher's path, and can fall while the distribution of the samples moves away from the teacher's.
+        Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at
+        the check with the least, of those before the first step, every ``check_every`` steps and after the last. 0: no
+        checks, it ends as the last step leaves it. The loss is of single predictions on the teacher's path, and can
+        fall while the distribution of the samples moves away from the teacher's.
     checkpoint_every, keep_last
         Optimiser steps between checkpoints, and how many are kept.
     explosion
-        The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of the mean square of
-        the teacher's prediction, whichever is larger; during the first trajectory, of that mean square itself.
+        The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of
+        the mean square of the teacher's prediction, whichever is larger; during the first trajectory, of that mean
+        square itself.
     tensorboard
         Also write TensorBoard events.
     """
@@ -122,11 +128,12 @@ class DistillSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillState:
-    """After ``step`` of ``steps``: losses of the step, learning rate as a fraction of its start, norm of the gradient before clipping.
+    """After ``step`` of ``steps``: losses of the step, learning rate as a fraction of its start, norm of the gradient
+    before clipping.
 
-    ``check`` is what the student measured after this step, if it was checked, and ``best`` the step (0: before the first) and the measure of the
-    best check so far. ``checkpoint`` is the folder written after this step, if any; ``interrupted`` says that a signal (its number: ``signal``)
-    came, the state was saved, and the loop ends.
+    ``check`` is what the student measured after this step, if it was checked, and ``best`` the step (0: before the
+    first) and the measure of the best check so far. ``checkpoint`` is the folder written after this step, if any;
+    ``interrupted`` says that a signal (its number: ``signal``) came, the state was saved, and the loop ends.
     """
 
     step: int
@@ -176,18 +183,19 @@ def distill(
     source
         The teacher's trajectories.
     folder
-        Where ``train.jsonl`` and checkpoints go; None writes nothing. Existing checkpoints of the same training are continued, which gives
-        the same result bit for bit (one process, on a CPU).
+        Where ``train.jsonl`` and checkpoints go; None writes nothing. Existing checkpoints of the same training are
+        continued, which gives the same result bit for bit (one process, on a CPU).
     inputs
         Digests of what the student was made from (model, bit map, ...), checked when a checkpoint is continued.
     overwrite
         Delete checkpoints of another training instead of raising `StaleArtifactError`.
     measure
-        What `DistillSpec.check_every` checks by: the student's loss of quality, less is better; not finite counts as worst. Called on the main
-        process alone, outside of gradients. It must not change the student.
+        What `DistillSpec.check_every` checks by: the student's loss of quality, less is better; not finite counts as
+        worst. Called on the main process alone, outside of gradients. It must not change the student.
 
-    SIGTERM and SIGINT save after the running step and end the loop; a second signal acts as usual. Raises `NumericsError`, naming step, layer
-    and what to do, when the loss or a gradient is not finite or the loss explodes; the last checkpoint stays as it is.
+    SIGTERM and SIGINT save after the running step and end the loop; a second signal acts as usual. Raises
+    `NumericsError`, naming step, layer and what to do, when the loss or a gradient is not finite or the loss explodes;
+    the last checkpoint stays as it is.
     """
     if spec.check_every and measure is None:
         raise ConfigError("distill: check_every needs a measure to check by; give one, or set check_every to 0")
@@ -256,7 +264,8 @@ class _Run:
         self.parameters = {n: p for n, p in student.named_parameters() if id(p) in wanted}
         if not self.parameters or len(self.parameters) != len(wanted):
             raise ConfigError(
-                f"distill: {len(wanted)} parameters are to be trained, of which the student has {len(self.parameters)}: "
+                f"distill: {len(wanted)} parameters are to be trained, of which the student has "
+                f"{len(self.parameters)}: "
                 "make the parameter groups from this student"
             )
         self.rates = [float(g["lr"]) for g in groups]
@@ -337,7 +346,8 @@ class _Run:
         return min(self.checks.items(), key=lambda c: (c[1], c[0])) if self.checks else None
 
     def check(self, done: int) -> float | None:
-        """Measure the student after ``done`` steps where a check is due, and keep its parameters when they are the best; None where none is."""
+        """Measure the student after ``done`` steps where a check is due, and keep its parameters when they are the
+        best; None where none is."""
         every = self.spec.check_every
         if not every or self.measure is None or (done % every and done != self.spec.steps) or done in self.checks:
             return None
@@ -369,7 +379,8 @@ class _Run:
                 self.parameters[name].copy_(value)
 
     def _window(self, index: int, done: int) -> Tensor:
-        """Task and relation loss of window ``index`` and mean square of the teacher's predictions; gradients are added to the parameters'."""
+        """Task and relation loss of window ``index`` and mean square of the teacher's predictions; gradients are added
+        to the parameters'."""
         window = self._take(index)
         spec = self.spec.relation
         tasks: list[Tensor] = []
@@ -400,14 +411,16 @@ class _Run:
         relation = self.relations.loss() if self.tap is not None else torch.zeros((), device=self.device)
         loss = torch.stack(tasks).sum() * scale + relation * (spec.weight / self.spec.accumulate)
         torch.autograd.backward(self.scaler.scale(loss))
-        # What losses are held to. The relation loss has the same weight at all timesteps, so that small weights do not shrink it.
+        # What losses are held to. The relation loss has the same weight at all timesteps, so that small weights do not
+        # shrink it.
         power = torch.stack(
             [max(w, 1.0) * given.prediction.square().mean() for given, w in zip(window, weights, strict=True)]
         ).mean()
         return torch.stack([torch.stack(tasks).mean(), relation, power]).detach().float().cpu()
 
     def _take(self, index: int) -> list[TeacherStep]:
-        """Window ``index`` of the endless row of trajectories, computed from the start of its trajectory after a resume."""
+        """Window ``index`` of the endless row of trajectories, computed from the start of its trajectory after a
+        resume."""
         trajectory, position = divmod(index, self.windows_per_trajectory)
         if index != self._next or position == 0:
             self._windows = _windows(self.source.steps(trajectory), self.spec.relation.window)
@@ -428,7 +441,8 @@ class _Run:
             raise NumericsError(self._advice(done, "a gradient is not finite", bad))
         self.ceiling = max(self.ceiling, power / 100)
         first = done * self.spec.accumulate < self.windows_per_trajectory
-        # Losses of different timesteps differ by more than any explosion, so the first trajectory is only held to the size of its targets.
+        # Losses of different timesteps differ by more than any explosion, so the first trajectory is only held to the
+        # size of its targets.
         usual = power if first else self.ceiling
         if done and loss > self.spec.explosion * usual:
             largest = max(self.parameters, key=lambda n: _relative_gradient(self.parameters[n]))
@@ -438,7 +452,8 @@ class _Run:
             self.ceiling = max(self.ceiling, loss)
 
     def _blame(self, given: TeacherStep) -> str:
-        """The first module of the student, in the order of the forward pass, whose parameters or output are not finite."""
+        """The first module of the student, in the order of the forward pass, whose parameters or output are not
+        finite."""
         found: list[str] = []
         handles = []
 
@@ -463,8 +478,10 @@ class _Run:
 
     def _advice(self, done: int, what: str, layer: str) -> str:
         return (
-            f"training stopped at step {done + 1} of {self.spec.steps}: {what}; first seen in {layer!r}. The last checkpoint is kept. "
-            "Lower the learning rates (distill.lr_factor) or distill.clip_norm, or give that layer more bits (policy.overrides), "
+            f"training stopped at step {done + 1} of {self.spec.steps}: {what}; first seen in {layer!r}. The last "
+            "checkpoint is kept. "
+            "Lower the learning rates (distill.lr_factor) or distill.clip_norm, or give that layer more bits "
+            "(policy.overrides), "
             "and start again with --overwrite."
         )
 

@@ -1,7 +1,7 @@
 """One process, or several under ``accelerate launch``.
 
-The student is not wrapped: a window runs it several times before one backward pass, and models of the user's are called by methods of their
-own. Gradients are averaged over processes after the backward pass instead.
+The student is not wrapped: a window runs it several times before one backward pass, and models of the user's are called
+by methods of their own. Gradients are averaged over processes after the backward pass instead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Processes:
 
 
 def processes() -> Processes:
-    """The processes that a launcher started (``WORLD_SIZE``), or this one alone. Raises `ConfigError` when accelerate is missing."""
+    """The processes that a launcher started (``WORLD_SIZE``), or this one alone. Raises `ConfigError` when accelerate
+    is missing."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     try:

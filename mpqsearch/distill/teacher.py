@@ -19,7 +19,8 @@ from mpqsearch.models import Condition, Denoiser
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, prediction_gains, timesteps_of, trajectory
 
 FIRST_SEED = 2_000_000
-"""Seeds of training noise start here: neither those of evaluation (from 0) nor those of calibration (from 1,000,000)."""
+"""Seeds of training noise start here: neither those of evaluation (from 0) nor those of calibration (from
+1,000,000)."""
 
 GAIN_SAMPLES = 8
 """Samples, or a batch if that is more, from which the gains of timesteps are estimated."""
@@ -30,7 +31,8 @@ SEEDS_APART = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStep:
-    """One timestep of one batch: the noisy batch ``x`` ``[N, ...]``, the teacher's guided prediction of it, and its positions ``[N', P, C]``."""
+    """One timestep of one batch: the noisy batch ``x`` ``[N, ...]``, the teacher's guided prediction of it, and its
+    positions ``[N', P, C]``."""
 
     timestep: int
     x: Tensor
@@ -40,7 +42,8 @@ class TeacherStep:
 
 
 class TeacherSource(Protocol):
-    """Trajectories by number. ``timesteps`` are those of every trajectory, in order; ``identity`` says what they were made from."""
+    """Trajectories by number. ``timesteps`` are those of every trajectory, in order; ``identity`` says what they were
+    made from."""
 
     guidance: float
 
@@ -59,15 +62,17 @@ class TeacherSource(Protocol):
         ...
 
     def gains(self) -> tuple[float, ...]:
-        """What the prediction at each of the timesteps does to the sample: see `mpqsearch.sampling.prediction_gains`."""
+        """What the prediction at each of the timesteps does to the sample: see
+        `mpqsearch.sampling.prediction_gains`."""
         ...
 
 
 class Trajectories:
     """Trajectories run online: no data set, noise and classes from seeds, one batch in memory at a time.
 
-    ``feature``: the module whose pooled output is kept, or empty for none. Class of a sample: its seed modulo the number of classes, so that
-    classes are balanced over consecutive batches; ``conditions`` replaces that rule. ``rank`` of ``world`` processes get batches of their own.
+    ``feature``: the module whose pooled output is kept, or empty for none. Class of a sample: its seed modulo the
+    number of classes, so that classes are balanced over consecutive batches; ``conditions`` replaces that rule.
+    ``rank`` of ``world`` processes get batches of their own.
     """
 
     def __init__(
@@ -117,7 +122,8 @@ class Trajectories:
         return range(start, start + self.batch)
 
     def gains(self) -> tuple[float, ...]:
-        """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same on all processes."""
+        """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same
+        on all processes."""
         seeds = range(FIRST_SEED - max(self.batch, GAIN_SAMPLES), FIRST_SEED)
         device = next(self.denoiser.module.parameters()).device
         return prediction_gains(
@@ -145,10 +151,11 @@ class Trajectories:
 
 
 class CachedTrajectories:
-    """``count`` trajectories of another source, each computed once and kept as a safetensors file; afterwards they repeat.
+    """``count`` trajectories of another source, each computed once and kept as a safetensors file; afterwards they
+    repeat.
 
-    Several trainings of one model share a folder. Features take most of the space: ``4 N' P C`` bytes a timestep. Raises `StaleArtifactError`
-    when a file was made from another source.
+    Several trainings of one model share a folder. Features take most of the space: ``4 N' P C`` bytes a timestep.
+    Raises `StaleArtifactError` when a file was made from another source.
     """
 
     def __init__(self, source: Trajectories, folder: Path, count: int) -> None:
@@ -228,7 +235,8 @@ class CachedTrajectories:
             )
         if tuple(header["timesteps"]) != self.timesteps:
             raise StaleArtifactError(
-                f"the cached trajectory {path} has the timesteps {header['timesteps']}, the sampler has {list(self.timesteps)}. "
+                f"the cached trajectory {path} has the timesteps {header['timesteps']}, the sampler has "
+                f"{list(self.timesteps)}. "
                 "Use another folder, or delete it."
             )
 

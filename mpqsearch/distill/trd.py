@@ -1,14 +1,14 @@
 """Time-smoothed relation distillation (MPQ-DM, arXiv 2412.11549), with a gradient.
 
-Features of teacher and student are averaged over a window of consecutive timesteps. Each position of the averaged map is compared with
-every other by cosine, a softmax with a temperature turns each row into a distribution, and the loss is ``KL(teacher || student)``, the mean
-over rows. The code released with the paper detaches both sides, so its relation loss is a constant (see `TRDSpec.as_released`); sums
-over rows at temperature 1, where 4,096 cosines give an almost uniform distribution; and forms maps of 4,096 x 4,096. Here positions are
-pooled first, to at most ``pooled_size**2``.
+Features of teacher and student are averaged over a window of consecutive timesteps. Each position of the averaged map
+is compared with every other by cosine, a softmax with a temperature turns each row into a distribution, and the loss is
+``KL(teacher || student)``, the mean over rows. The code released with the paper detaches both sides, so its relation
+loss is a constant (see `TRDSpec.as_released`); sums over rows at temperature 1, where 4,096 cosines give an almost
+uniform distribution; and forms maps of 4,096 x 4,096. Here positions are pooled first, to at most ``pooled_size**2``.
 
-Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels, ``P <= pooled_size**2`` positions and a queue of ``q`` windows: the
-teacher keeps ``N P C`` numbers a window, either side one map of ``N P P (1 + q)`` numbers, and the student the graph of every forward
-pass of the window, or of one with `TRDSpec.truncate`.
+Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels, ``P <= pooled_size**2`` positions and a queue
+of ``q`` windows: the teacher keeps ``N P C`` numbers a window, either side one map of ``N P P (1 + q)`` numbers, and
+the student the graph of every forward pass of the window, or of one with `TRDSpec.truncate`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ EPSILON = 1e-8
 """Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
 
 _BLOCK_LISTS = ("up_blocks", "output_blocks", "single_transformer_blocks", "transformer_blocks", "blocks", "layers")
-"""Attributes that hold a denoiser's blocks in the order of the forward pass; the last block of the first that exists is taken."""
+"""Attributes that hold a denoiser's blocks in the order of the forward pass; the last block of the first that exists is
+taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,8 @@ class TRDSpec:
     """Options of the relation loss.
 
     window
-        Consecutive timesteps whose features are averaged, 1..100. The window is also one optimiser step, with or without a relation loss.
+        Consecutive timesteps whose features are averaged, 1..100. The window is also one optimiser step, with or
+        without a relation loss.
     temperature
         Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
     weight
@@ -46,10 +48,11 @@ class TRDSpec:
     pooled_size
         Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
     truncate
-        Keep no graph of the earlier timesteps of the window: their features enter as constants, in the memory of one forward pass.
+        Keep no graph of the earlier timesteps of the window: their features enter as constants, in the memory of one
+        forward pass.
     queue
-        Earlier windows of the same trajectory whose positions are compared with as well, without a gradient (a memory of relations
-        as in MPQ-DMv2, arXiv 2507.04290).
+        Earlier windows of the same trajectory whose positions are compared with as well, without a gradient (a memory
+        of relations as in MPQ-DMv2, arXiv 2507.04290).
     as_released
         Detach both sides as the released code does: the loss is computed and logged, and trains nothing.
     feature
@@ -81,7 +84,8 @@ class TRDSpec:
 
 
 def find_feature_module(module: nn.Module) -> str:
-    """The module whose output is the last feature map before the output layers: the last up block of a U-Net, the last block of a transformer.
+    """The module whose output is the last feature map before the output layers: the last up block of a U-Net, the last
+    block of a transformer.
 
     Raises `ModelError` when the model has no list of blocks under a known name.
     """
@@ -97,7 +101,8 @@ def find_feature_module(module: nn.Module) -> str:
         depth = min(name.count(".") for name in found.values())
         return next(found[key] for key in _BLOCK_LISTS if key in found and found[key].count(".") == depth)
     raise ModelError(
-        f"{type(module).__name__} has none of the block lists {', '.join(_BLOCK_LISTS)}: name the module whose output is compared "
+        f"{type(module).__name__} has none of the block lists {', '.join(_BLOCK_LISTS)}: name the module whose output "
+        "is compared "
         "(distill.feature), or set distill.weight to 0."
     )
 
@@ -105,8 +110,8 @@ def find_feature_module(module: nn.Module) -> str:
 def pool_positions(features: Tensor, size: int) -> Tensor:
     """Features as positions ``[N, P, C]`` with ``P <= size**2``.
 
-    Maps ``[N, C, H, W]`` are averaged to at most ``size`` rows and columns. Tokens ``[N, T, C]`` are put on their square grid when ``T`` is a
-    square, else averaged along the sequence. Raises `ModelError` for other shapes.
+    Maps ``[N, C, H, W]`` are averaged to at most ``size`` rows and columns. Tokens ``[N, T, C]`` are put on their
+    square grid when ``T`` is a square, else averaged along the sequence. Raises `ModelError` for other shapes.
     """
     if features.ndim == 4:
         grid = (min(features.shape[2], size), min(features.shape[3], size))
@@ -121,13 +126,15 @@ def pool_positions(features: Tensor, size: int) -> Tensor:
             return pool_positions(features.transpose(1, 2).reshape(n, channels, side, side), size)
         return F.adaptive_avg_pool1d(features.transpose(1, 2), size * size).transpose(1, 2)
     raise ModelError(
-        f"relation distillation compares maps [N, C, H, W] or tokens [N, T, C]; the chosen module gives {tuple(features.shape)}. "
+        "relation distillation compares maps [N, C, H, W] or tokens [N, T, C]; the chosen module gives "
+        f"{tuple(features.shape)}. "
         "Name another one (distill.feature)."
     )
 
 
 def relation_log_probabilities(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """``log softmax(cos(query, key) / temperature)`` over keys: ``[N, P, C]`` and ``[N, K, C]`` give ``[N, P, K]``, in float32 or wider."""
+    """``log softmax(cos(query, key) / temperature)`` over keys: ``[N, P, C]`` and ``[N, K, C]`` give ``[N, P, K]``, in
+    float32 or wider."""
     return F.log_softmax(_unit(queries) @ _unit(keys).transpose(1, 2) / temperature, dim=-1)
 
 
@@ -141,7 +148,8 @@ def relation_loss(
 ) -> Tensor:
     """``KL(teacher || student)`` between the relations of positions ``[N, P, C]``, the mean over samples and positions.
 
-    With a memory (positions ``[N, P, C]`` of earlier windows), positions are compared with those as well. The teacher gets no gradient.
+    With a memory (positions ``[N, P, C]`` of earlier windows), positions are compared with those as well. The teacher
+    gets no gradient.
     """
     teacher = teacher.detach()
     of_student = relation_log_probabilities(student, torch.cat([student, *student_memory], 1), temperature)
@@ -151,9 +159,11 @@ def relation_loss(
 
 
 class TimeSmoothedRelations:
-    """The relation loss over windows: collects positions of both sides step by step, and remembers past windows when there is a queue.
+    """The relation loss over windows: collects positions of both sides step by step, and remembers past windows when
+    there is a queue.
 
-    The memory is emptied by `restart` at the start of each trajectory; `state` and `load_state` keep it over a checkpoint.
+    The memory is emptied by `restart` at the start of each trajectory; `state` and `load_state` keep it over a
+    checkpoint.
     """
 
     def __init__(self, spec: TRDSpec) -> None:
@@ -163,10 +173,12 @@ class TimeSmoothedRelations:
         self._memory: deque[tuple[Tensor, Tensor]] = deque(maxlen=spec.queue)
 
     def add(self, student: Tensor, teacher: Tensor, *, last: bool) -> None:
-        """Positions ``[N, P, C]`` of one timestep; ``last`` of the window. Raises `ConfigError` when the two sides do not match."""
+        """Positions ``[N, P, C]`` of one timestep; ``last`` of the window. Raises `ConfigError` when the two sides do
+        not match."""
         if student.shape != teacher.shape:
             raise ConfigError(
-                f"the student's positions have the shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: both sides need the "
+                f"the student's positions have the shape {tuple(student.shape)}, the teacher's "
+                f"{tuple(teacher.shape)}: both sides need the "
                 "same feature module and pooled_size"
             )
         keep_graph = not self.spec.as_released and (last or not self.spec.truncate)
@@ -214,8 +226,8 @@ class TimeSmoothedRelations:
 class FeatureTap:
     """Context manager that keeps the pooled output of one module, every time the module runs.
 
-    The hook only reads. Positions are pooled at once, so that a full map is never kept for the teacher. Raises `UnknownNameError` when
-    there is no module of that name.
+    The hook only reads. Positions are pooled at once, so that a full map is never kept for the teacher. Raises
+    `UnknownNameError` when there is no module of that name.
     """
 
     def __init__(self, module: nn.Module, name: str, pooled_size: int) -> None:
@@ -253,14 +265,16 @@ class FeatureTap:
 
 
 def _tensor_of(output: Any, name: str) -> Tensor:
-    """The feature among what a block returns: joint blocks return text and image tokens, of which the image is the larger."""
+    """The feature among what a block returns: joint blocks return text and image tokens, of which the image is the
+    larger."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     tensors = [v for v in values if isinstance(v, Tensor)]
     if not tensors:
         raise ModelError(
-            f"the module {name!r} returns {type(output).__name__}, which holds no tensor; name another one (distill.feature)"
+            f"the module {name!r} returns {type(output).__name__}, which holds no tensor; name another one "
+            "(distill.feature)"
         )
     return max(tensors, key=Tensor.numel)
 

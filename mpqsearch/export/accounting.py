@@ -46,8 +46,8 @@ def mapped_bits(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> Lay
 def accounting(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> dict[str, Any]:
     """Totals in bits, that add up: payload + metadata + unquantized = total = `mpqsearch.core.size_bits`.
 
-    ``bits_per_weight`` is the total over all parameters of the model, ``payload_bits_per_weight`` the codes over the weights that
-    have codes (None when no layer is quantized).
+    ``bits_per_weight`` is the total over all parameters of the model, ``payload_bits_per_weight`` the codes over the
+    weights that have codes (None when no layer is quantized).
     """
     layers = {la.name: mapped_bits(la, bit_map, storage) for la in table}
     coded = sum(la.n_weights for la in table if not layers[la.name].unquantized)
@@ -95,6 +95,7 @@ def storage_from(data: Mapping[str, int]) -> StorageModel:
 
 
 def _codes(layer: LayerSpec, bits: int, fmt: QuantFormat, storage: StorageModel) -> int:
-    """Bits of the codes of one channel: what is left of the stored bits when the row's scale and zero point are taken off."""
+    """Bits of the codes of one channel: what is left of the stored bits when the row's scale and zero point are taken
+    off."""
     stored = storage.channel_bits(layer, bits, fmt, mixed=False)
     return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)

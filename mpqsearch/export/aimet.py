@@ -1,12 +1,14 @@
-"""AIMET: simulated integers of 2 to 8 bits for linear layers and 2-d convolutions, as an encodings file with our scales.
+"""AIMET: simulated integers of 2 to 8 bits for linear layers and 2-d convolutions, as an encodings file with our
+scales.
 
 Limits, from running aimet-torch 2.42.0 with an empty stand-in for torchvision, which it imports and does not use here:
 
-- Scales and offsets are ours (asymmetric scheme): AIMET quantizes the weights onto our grid. One entry a row; a width for each row is in the
-  format, and ignored: all rows get that of the first. So a layer has one width.
-- The file says nothing of layers at full precision, norms and activations, which a `QuantizationSimModel` quantizes by default:
-  `simulate` takes those quantizers out.
-- The format's text allows 4 bits and more; the simulation accepts 2. Layers of other libraries that it cannot wrap are passed over.
+- Scales and offsets are ours (asymmetric scheme): AIMET quantizes the weights onto our grid. One entry a row; a width
+  for each row is in the format, and ignored: all rows get that of the first. So a layer has one width.
+- The file says nothing of layers at full precision, norms and activations, which a `QuantizationSimModel` quantizes by
+  default: `simulate` takes those quantizers out.
+- The format's text allows 4 bits and more; the simulation accepts 2. Layers of other libraries that it cannot wrap are
+  passed over.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class AimetExporter(ConsumerTarget):
         return int_choices(range(2, 9)) if layer.kind in self.kinds else ()
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
-        """The width itself, a float32 scale and a 32-bit offset a row: what a packed form would take, the file holds text."""
+        """The width itself, a float32 scale and a 32-bit offset a row: what a packed form would take, the file holds
+        text."""
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=32, zero_bits=32)
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:

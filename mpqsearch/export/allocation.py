@@ -1,4 +1,5 @@
-"""Allocation over a target's own formats: its true stored cost, its shape limits, and the error of its own quantizer."""
+"""Allocation over a target's own formats: its true stored cost, its shape limits, and the error of its own
+quantizer."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ _TINY = 1e-300  # a layer without any error has the nearest width that has none,
 
 @dataclass(frozen=True, kw_only=True)
 class TargetAllocation:
-    """A map made for one target: ``choices`` names the format of every quantized layer, ``bit_map`` holds their nominal widths.
+    """A map made for one target: ``choices`` names the format of every quantized layer, ``bit_map`` holds their nominal
+    widths.
 
     ``stored`` are the bits of the whole model in the target's own file, ``loss`` the predicted loss of the map.
     """
@@ -73,7 +75,8 @@ class TargetAllocation:
         return data
 
     def asked(self) -> dict[str, str]:
-        """The format of *every* layer, `FULL` for those at full precision: ``choices`` of an `ExportJob` that leaves nothing open."""
+        """The format of *every* layer, `FULL` for those at full precision: ``choices`` of an `ExportJob` that leaves
+        nothing open."""
         return {name: self.choices.get(name, FULL) for name in self.bit_map.weights}
 
 
@@ -86,10 +89,12 @@ def formats_of(target: ConsumerTarget, table: LayerTable) -> tuple[str, ...]:
 def target_errors(
     target: ConsumerTarget, table: LayerTable, module: nn.Module, fmt: QuantFormat | None = None
 ) -> dict[str, Tensor]:
-    """Weight errors ``[formats, channels, fan-in]`` of every layer in every format of `formats_of`, zero where it has none.
+    """Weight errors ``[formats, channels, fan-in]`` of every layer in every format of `formats_of`, zero where it has
+    none.
 
-    Targets that round by themselves and can be asked (`ConsumerTarget.round_trip`) give their own errors; others that derive their
-    scales get those of minimum and maximum; the rest keep our codes, in the asymmetric scheme with the range search of ``fmt``.
+    Targets that round by themselves and can be asked (`ConsumerTarget.round_trip`) give their own errors; others that
+    derive their scales get those of minimum and maximum; the rest keep our codes, in the asymmetric scheme with the
+    range search of ``fmt``.
     """
     formats = formats_of(target, table)
     modules: dict[str, Any] = dict(module.named_modules())
@@ -103,12 +108,14 @@ def target_losses(
     profile: SensitivityProfile,
     fmt: QuantFormat | None = None,
 ) -> dict[str, Floats]:
-    """Loss ``[formats]`` of every layer in every format of `formats_of`, from a profile and the target's own weight errors.
+    """Loss ``[formats]`` of every layer in every format of `formats_of`, from a profile and the target's own weight
+    errors.
 
-    A channel's loss is its own squared weight error in that format, times what the profile found a unit of squared weight error of
-    that channel to cost (the best loss that the profile has, see `mpqsearch.methods.best_loss`; from a profile of the weights alone, one)
-    at the width whose error in the layer is nearest. Layers are looked at one after another and nothing runs, so this works for any
-    model of which ``weights`` gives the weight of a layer by its name. Without a layer's loss in the profile: full cost, zero loss.
+    A channel's loss is its own squared weight error in that format, times what the profile found a unit of squared
+    weight error of that channel to cost (the best loss that the profile has, see `mpqsearch.methods.best_loss`; from a
+    profile of the weights alone, one) at the width whose error in the layer is nearest. Layers are looked at one after
+    another and nothing runs, so this works for any model of which ``weights`` gives the weight of a layer by its name.
+    Without a layer's loss in the profile: full cost, zero loss.
     """
     formats = formats_of(target, table)
     variant = "asymmetric" if "asymmetric" in profile.variants else profile.variants[0]
@@ -133,13 +140,13 @@ def probed_losses(
     """Losses ``[formats]`` of every layer, and losses of pairs of layers, from probes of the final sample.
 
     effect
-        ``[K, L, F]``: what the target's own error of layer ``l`` in format ``f`` adds to the K random projections of the final sample
-        (`mpqsearch.profile.final_probes`, summed over the steps, given the errors of `target_errors`).
+        ``[K, L, F]``: what the target's own error of layer ``l`` in format ``f`` adds to the K random projections of
+        the final sample (`mpqsearch.profile.final_probes`, summed over the steps, given the errors of `target_errors`).
     coupling
-        Share of the interactions that is believed, 0..1. To first order the error of a map is ``E (sum_l effect[:, l, f_l])**2``: its
-        squares are the losses of the layers, twice its products those of the pairs. A product has the noise of K probes whatever it is,
-        and a solver looks for the ones that the noise made negative; 0.5 was the best on other seeds than those probed, at the sizes
-        of Q4_0 and Q5_0 together (studies/gguf).
+        Share of the interactions that is believed, 0..1. To first order the error of a map is ``E (sum_l effect[:, l,
+        f_l])**2``: its squares are the losses of the layers, twice its products those of the pairs. A product has the
+        noise of K probes whatever it is, and a solver looks for the ones that the noise made negative; 0.5 was the best
+        on other seeds than those probed, at the sizes of Q4_0 and Q5_0 together (studies/gguf).
     """
     effect = np.concatenate(
         [effect, np.zeros((*effect.shape[:2], 1))], axis=2
@@ -163,11 +170,12 @@ def allocate_for(
 ) -> TargetAllocation:
     """The formats of least total loss whose file takes no more than ``limit`` bits, headers apart: solved exactly.
 
-    ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is offered too, as the
-    last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is then not always proven to be the best.
-    ``policy`` fixes layers by role or name: such a layer takes the format of that width, or full precision where the target has none.
-    Tied layers share their format. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with
-    ``at_least_smallest`` the smallest file is made instead.
+    ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is
+    offered too, as the last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is
+    then not always proven to be the best. ``policy`` fixes layers by role or name: such a layer takes the format of
+    that width, or full precision where the target has none. Tied layers share their format. Raises
+    `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with ``at_least_smallest`` the
+    smallest file is made instead.
     """
     table.require_same_names(set(losses), "the losses")
     formats = (*formats_of(target, table), FULL)
@@ -188,7 +196,8 @@ def allocate_for(
     if least > limit:
         if not at_least_smallest:
             raise InfeasibleBudgetError(
-                f"the budget allows {limit} bits ({limit // 8} bytes); the smallest file of {target.name} takes {least} "
+                f"the budget allows {limit} bits ({limit // 8} bytes); the smallest file of {target.name} takes "
+                f"{least} "
                 f"({-(-least // 8)} bytes). Layers that it cannot quantize stay at {target.full_bits} bits."
             )
         limit = least
@@ -223,7 +232,8 @@ def uniform_for(
     *,
     fallback: str = FULL,
 ) -> TargetAllocation:
-    """Every layer that has the format ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what most tools do."""
+    """Every layer that has the format ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what
+    most tools do."""
     has = [{c.name for c in target.choices(layer)} for layer in table]
     if not any(fmt in names for names in has):
         raise ConfigError(

@@ -1,9 +1,11 @@
-"""AutoRound: linear layers of 2 to 8 bits in the GPTQ-like layout that ``diffusers`` (``quant_method: auto-round``) loads.
+"""AutoRound: linear layers of 2 to 8 bits in the GPTQ-like layout that ``diffusers`` (``quant_method: auto-round``)
+loads.
 
 Limits, from its code (auto-round 0.16.1) and from running it through diffusers 0.42.1:
 
-- Our codes, scales and zero points are kept (asymmetric scheme, a scale a row). It runs in half precision, so everything else is stored
-  so too: load it with ``torch_dtype=torch.float16``. Decoded weights are rounded to half precision.
+- Our codes, scales and zero points are kept (asymmetric scheme, a scale a row). It runs in half precision, so
+  everything else is stored so too: load it with ``torch_dtype=torch.float16``. Decoded weights are rounded to half
+  precision.
 - Both sides of a layer must be multiples of 32. Convolutions stay at full precision.
 - Codes are a dense bit stream along the inputs, zero points one along the outputs, both in 32-bit words.
 - Layers are named one by one; those at full precision have 16 bits in ``extra_config``.
@@ -59,7 +61,8 @@ class AutoRoundExporter(ConsumerTarget):
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=16, zero_bits=choice.width)
 
     def read(self, path: Path) -> Reading | None:
-        """``extra_config`` of a ``quantization_config``: exact names, else expressions, else ``bits`` for linear layers."""
+        """``extra_config`` of a ``quantization_config``: exact names, else expressions, else ``bits`` for linear
+        layers."""
         config = config_of(path, "auto-round")
         if config is None:
             return None
@@ -126,7 +129,8 @@ class AutoRoundExporter(ConsumerTarget):
 
 
 def packed(rows: QuantizedRows) -> dict[str, Any]:
-    """``qweight`` int32 ``[inputs * b / 32, outputs]``, ``qzeros`` int32 ``[1, outputs * b / 32]``, ``scales`` float16 ``[1, outputs]``."""
+    """``qweight`` int32 ``[inputs * b / 32, outputs]``, ``qzeros`` int32 ``[1, outputs * b / 32]``, ``scales`` float16
+    ``[1, outputs]``."""
     import torch
 
     bits = int(rows.quantizer.bits[0])

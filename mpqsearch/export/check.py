@@ -2,7 +2,8 @@
 
 It prints what each folder holds, one JSON a line.
 
-A module of its own so that it can run in a fresh process. It imports torch; only targets import it, when they write or verify.
+A module of its own so that it can run in a fresh process. It imports torch; only targets import it, when they write or
+verify.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _TIMESTEPS = (10, 500)
 
 
 def write_check(path: Path, denoiser: Denoiser, cond: Condition = None) -> list[Path]:
-    """Write inputs of two samples and the prediction of ``denoiser`` for them; nothing when the model cannot be called so."""
+    """Write inputs of two samples and the prediction of ``denoiser`` for them; nothing when the model cannot be called
+    so."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *denoiser.sample_shape, generator=generator)
     t = torch.tensor(_TIMESTEPS)
@@ -60,7 +62,8 @@ def forward_error(folder: Path, module: nn.Module) -> float | None:
 
 
 def call_arguments(folder: Path, module: nn.Module, sample_shape: Sequence[int] | None = None) -> dict[str, Any]:
-    """Arguments by name of the call that ``module`` gets for the inputs of the check file, for libraries that trace a model.
+    """Arguments by name of the call that ``module`` gets for the inputs of the check file, for libraries that trace a
+    model.
 
     ``sample_shape``: that of the denoiser, while the manifest is not written yet.
     """
@@ -151,9 +154,9 @@ def copy_of(job: ExportJob) -> nn.Module:
 def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, affine: bool = True) -> dict[str, QuantizedRows]:
     """Codes and scales of every planned layer, from our own quantizer at the planned width.
 
-    Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme without smoothing, whatever the map says;
-    for a map in the asymmetric format these are the very codes of the fake-quantized model. Raises `ConfigError` when the model lacks a
-    planned layer.
+    Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme without smoothing, whatever
+    the map says; for a map in the asymmetric format these are the very codes of the fake-quantized model. Raises
+    `ConfigError` when the model lacks a planned layer.
     """
     from dataclasses import replace
 

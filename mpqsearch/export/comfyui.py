@@ -1,15 +1,16 @@
 """ComfyUI: 4 or 8 bits for linear layers, as the metadata of a quantized checkpoint.
 
-Not verified by its consumer, an application that was not run here. By its guide and source (Comfy-Org/ComfyUI, ``QUANTIZATION.md`` at commit
-311c014, ``comfy/quant_ops.py`` at 0271a46, ``comfy/utils.py::convert_old_quants``):
+Not verified by its consumer, an application that was not run here. By its guide and source (Comfy-Org/ComfyUI,
+``QUANTIZATION.md`` at commit 311c014, ``comfy/quant_ops.py`` at 0271a46, ``comfy/utils.py::convert_old_quants``):
 
-- ``_quantization_metadata`` is a JSON in the header of a safetensors checkpoint: ``{"format_version": "1.0", "layers": {name: {"format":
-  ...}}}``. A layer that is not named is loaded as it is.
+- ``_quantization_metadata`` is a JSON in the header of a safetensors checkpoint: ``{"format_version": "1.0", "layers":
+  {name: {"format": ...}}}``. A layer that is not named is loaded as it is.
 - It describes a checkpoint, it does not make one: the weights must be stored in these formats (``<layer>.weight`` and
   ``<layer>.weight_scale``) by a tool such as comfy-kitchen. This target writes no weights.
-- Names are those of the checkpoint that ComfyUI loads, with its prefix. Here they are the model's own (diffusers); models whose original
-  names differ need a renaming.
-- Only 4 bits (NVFP4: floats of 4 bits, blocks of 16 with an 8-bit scale) and 8 bits (``int8_tensorwise``, a scale a row) exist.
+- Names are those of the checkpoint that ComfyUI loads, with its prefix. Here they are the model's own (diffusers);
+  models whose original names differ need a renaming.
+- Only 4 bits (NVFP4: floats of 4 bits, blocks of 16 with an 8-bit scale) and 8 bits (``int8_tensorwise``, a scale a
+  row) exist.
 """
 
 from __future__ import annotations

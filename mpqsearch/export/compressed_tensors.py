@@ -1,10 +1,11 @@
-"""compressed-tensors: packed integers of 2 to 8 bits for linear layers, the format that vLLM, SGLang and llm-compressor load.
+"""compressed-tensors: packed integers of 2 to 8 bits for linear layers, the format that vLLM, SGLang and llm-compressor
+load.
 
 Limits, from running compressed-tensors 0.20.0:
 
 - Our codes, scales and zero points are kept (asymmetric scheme, a scale a row). Codes are dense at every width.
-- One bit makes every weight zero, so 2 is the narrowest. Convolution targets are matched and then skipped without a word, so they are
-  listed as ignored and stay at full precision.
+- One bit makes every weight zero, so 2 is the narrowest. Convolution targets are matched and then skipped without a
+  word, so they are listed as ignored and stay at full precision.
 - Layers are named exactly; each width is one group of the configuration. diffusers has no loader for this format.
 """
 
@@ -30,7 +31,8 @@ FILE = "model.safetensors"
 
 
 class CompressedTensorsExporter(ConsumerTarget):
-    """``model.safetensors`` and ``config.json`` with a ``quantization_config``; `load` shows how the library fills a module from them."""
+    """``model.safetensors`` and ``config.json`` with a ``quantization_config``; `load` shows how the library fills a
+    module from them."""
 
     name = "compressed-tensors"
     requires = "compressed-tensors"
@@ -53,7 +55,8 @@ class CompressedTensorsExporter(ConsumerTarget):
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=32, other=padding + zeros + 128)
 
     def read(self, path: Path) -> Reading | None:
-        """``config_groups`` of a ``quantization_config``: ignored layers first, then exact names, expressions (``re:``) and classes."""
+        """``config_groups`` of a ``quantization_config``: ignored layers first, then exact names, expressions (``re:``)
+        and classes."""
         config = config_of(path, "compressed-tensors")
         if config is None:
             return None

@@ -1,4 +1,5 @@
-"""What every export target answers: what it can hold, what a layer will get and why, the files, and what was read back."""
+"""What every export target answers: what it can hold, what a layer will get and why, the files, and what was read
+back."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 ROUNDINGS = ("resolve", "up", "down", "error")
 """What happens to a width that a target cannot hold.
 
-``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next width it has,
-so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
+``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next
+width it has, so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
 """
 
 FULL = "full"
@@ -38,7 +39,8 @@ REASONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One format that a target has for a layer, such as ``int4`` or ``Q4_K``; ``width`` is the nominal number of bits, 1..8."""
+    """One format that a target has for a layer, such as ``int4`` or ``Q4_K``; ``width`` is the nominal number of bits,
+    1..8."""
 
     name: str
     width: int
@@ -49,10 +51,10 @@ class Capabilities:
     """What a target can hold.
 
     ``widths``: bits of a weight, ascending, without full precision. ``kinds``: layer kinds as in `LayerSpec.kind`.
-    ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``: the pip
-    name of the consumer, empty when there is none. ``tested``: the version of the consumer that was run, or whose source was read
-    where ``by_consumer`` is False: such a consumer was never run on what is written here. ``get``: how to get the consumer.
-    ``inputs``: True when widths of layers' inputs are written too.
+    ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``:
+    the pip name of the consumer, empty when there is none. ``tested``: the version of the consumer that was run, or
+    whose source was read where ``by_consumer`` is False: such a consumer was never run on what is written here.
+    ``get``: how to get the consumer. ``inputs``: True when widths of layers' inputs are written too.
     """
 
     widths: tuple[int, ...]
@@ -67,7 +69,8 @@ class Capabilities:
     inputs: bool = False
 
     def untested(self) -> str:
-        """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is none."""
+        """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is
+        none."""
         try:
             found = metadata.version(self.requires) if self.requires and self.by_consumer else ""
         except metadata.PackageNotFoundError:
@@ -79,9 +82,9 @@ class Capabilities:
 class PlanEntry:
     """One layer: the widths asked (lowest and highest of its channels), the one it will get, and why.
 
-    ``will_get`` is 16 for a layer that stays at full precision; for a target with channel granularity it is None where the channels
-    keep widths of their own. ``reason`` is one of `REASONS`, ``detail`` says it for people. ``choice`` names the target's own format, empty
-    at full precision.
+    ``will_get`` is 16 for a layer that stays at full precision; for a target with channel granularity it is None where
+    the channels keep widths of their own. ``reason`` is one of `REASONS`, ``detail`` says it for people. ``choice``
+    names the target's own format, empty at full precision.
     """
 
     layer: str
@@ -102,9 +105,9 @@ class PlanEntry:
 class VerifyEntry:
     """One layer as the consumer holds it.
 
-    ``asked``: the widths of the map in short form; ``planned``: what the plan made of them, for ``reason``; ``got``: what was read
-    back (None: not found, or a width per channel); ``planned_choice``, ``got_choice``: the target's own formats, where it has names
-    for them; ``problem``: what is wrong, empty when nothing is.
+    ``asked``: the widths of the map in short form; ``planned``: what the plan made of them, for ``reason``; ``got``:
+    what was read back (None: not found, or a width per channel); ``planned_choice``, ``got_choice``: the target's own
+    formats, where it has names for them; ``problem``: what is wrong, empty when nothing is.
     """
 
     layer: str
@@ -133,10 +136,10 @@ class VerifyEntry:
 class Verification:
     """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good.
 
-    ``by_consumer``: False when the consumer cannot be run here and the files were read again by this library alone; they are then as
-    planned, and nothing more is known.
-    ``promised_bytes``: what the target's cost model says that the tensors take; ``stored_bytes``: what they take on disk;
-    ``header_bytes``: names, shapes and padding of the file. None where no weights are written.
+    ``by_consumer``: False when the consumer cannot be run here and the files were read again by this library alone;
+    they are then as planned, and nothing more is known. ``promised_bytes``: what the target's cost model says that the
+    tensors take; ``stored_bytes``: what they take on disk; ``header_bytes``: names, shapes and padding of the file.
+    None where no weights are written.
     """
 
     target: str
@@ -151,7 +154,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when every layer and the forward pass are as promised, according to whoever read them (see ``by_consumer``)."""
+        """True when every layer and the forward pass are as promised, according to whoever read them (see
+        ``by_consumer``)."""
         return not self.problems and all(e.ok for e in self.entries)
 
     @property
@@ -188,13 +192,13 @@ class Verification:
 class ExportJob:
     """What an exporter is given.
 
-    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is a condition
-    for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one of `ROUNDINGS`.
-    ``choices`` names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
-    taken as they are, and are planned as ``resolved`` where the map asks for another width.
-    ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second moments of inputs for
-    maps with GPTQ rounding.
-    ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
+    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is
+    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one
+    of `ROUNDINGS`. ``choices`` names the target's own format for layers that were allocated for this target (`FULL`:
+    full precision); those are taken as they are, and are planned as ``resolved`` where the map asks for another width.
+    ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second
+    moments of inputs for maps with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free
+    (command, seed, search).
     """
 
     table: LayerTable
@@ -225,7 +229,8 @@ class Exporter(Protocol):
         ...
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
-        """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at full precision."""
+        """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at
+        full precision."""
         ...
 
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
@@ -233,7 +238,8 @@ class Exporter(Protocol):
         ...
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """One entry per layer, in the order of the table. Raises `ConfigError` for a width refused by ``rounding="error"``."""
+        """One entry per layer, in the order of the table. Raises `ConfigError` for a width refused by
+        ``rounding="error"``."""
         ...
 
     def write(self, folder: Path, job: ExportJob) -> list[Path]:
@@ -264,7 +270,8 @@ def get_exporter(name: str) -> Exporter:
 
 
 def lost_inputs(exporter: Exporter, bit_map: BitMap) -> dict[str, int]:
-    """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs; empty where it does."""
+    """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs; empty where it
+    does."""
     if exporter.capabilities().inputs:
         return {}
     return {n: bits for n, bits in bit_map.activations.items() if bits != FULL_PRECISION}
@@ -273,7 +280,8 @@ def lost_inputs(exporter: Exporter, bit_map: BitMap) -> dict[str, int]:
 def plan_table(plan: Iterable[PlanEntry], lost: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
     """The plan as flat rows: layer, asked, will_get (``full`` for full precision), reason, detail.
 
-    ``lost`` of `lost_inputs` are the widths of inputs that the target does not take; the details of their layers say so.
+    ``lost`` of `lost_inputs` are the widths of inputs that the target does not take; the details of their layers say
+    so.
     """
     lost = lost or {}
     said = {

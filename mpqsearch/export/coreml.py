@@ -1,7 +1,8 @@
 """Core ML: palettes of 1, 2, 3, 4, 6 or 8 bits for linear layers and convolutions, from a configuration by layer.
 
-Limits, from running coremltools 9.0: one palette a layer, found by k-means; there is no scale. The torch model is palettized on any
-system; a converted model runs on Apple's only. A palette of half-precision entries takes ``16 * 2**bits`` bits.
+Limits, from running coremltools 9.0: one palette a layer, found by k-means; there is no scale. The torch model is
+palettized on any system; a converted model runs on Apple's only. A palette of half-precision entries takes ``16 *
+2**bits`` bits.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 Limits, from the format (gguf 0.19, libgguf 0.2.2) and from running it through diffusers 0.42.1:
 
-- Formats are types, not widths: they cost 2.625 (Q2_K) to 8.5 (Q8_0) bits a weight, all in. The K types need rows of a multiple of
-  256 weights, the others of 32; convolutions have shorter rows and stay at 16 bits.
-- Scales are derived by the format's own quantizer; searched ranges and schemes of a map are not used. `round_trip` gives what it
-  makes of a weight, so that an allocation can be priced with it.
-- Layers at full precision are stored as F16, everything else as F32. The types offered are those that diffusers can read.
-- Names are those of the model (diffusers). ggml itself limits a name to 63 characters; longer ones are read by diffusers only.
+- Formats are types, not widths: they cost 2.625 (Q2_K) to 8.5 (Q8_0) bits a weight, all in. The K types need rows of a
+  multiple of 256 weights, the others of 32; convolutions have shorter rows and stay at 16 bits.
+- Scales are derived by the format's own quantizer; searched ranges and schemes of a map are not used. `round_trip`
+  gives what it makes of a weight, so that an allocation can be priced with it.
+- Layers at full precision are stored as F16, everything else as F32. The types offered are those that diffusers can
+  read.
+- Names are those of the model (diffusers). ggml itself limits a name to 63 characters; longer ones are read by
+  diffusers only.
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ TYPES: dict[str, tuple[int, int, int]] = {
     "Q3_K": (3, 256, 110),
     "Q2_K": (2, 256, 84),
 }
-"""Type to width of its codes, weights of a block and bytes of a block (``gguf.GGML_QUANT_SIZES``), preferred ones of a width first."""
+"""Type to width of its codes, weights of a block and bytes of a block (``gguf.GGML_QUANT_SIZES``), preferred ones of a
+width first."""
 
 
 class GgufExporter(ConsumerTarget):
-    """``diffusion_model.gguf``: ``Model.from_single_file(file, quantization_config=GGUFQuantizationConfig(...))`` loads it."""
+    """``diffusion_model.gguf``: ``Model.from_single_file(file, quantization_config=GGUFQuantizationConfig(...))`` loads
+    it."""
 
     name = "gguf"
     requires = "gguf"
@@ -78,7 +82,8 @@ class GgufExporter(ConsumerTarget):
         return coded_bits(layer, Fraction(width), other=blocks * (8 * size - width * block))
 
     def read(self, path: Path) -> Reading | None:
-        """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its codes."""
+        """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its
+        codes."""
         files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
         if len(files) != 1 or files[0].suffix != ".gguf":
             return None
@@ -212,14 +217,16 @@ def dequantize(blocks: Any, choice: str) -> Tensor:
 
 
 def architecture(module: Any) -> str:
-    """The value of ``general.architecture``, by which other loaders know the model: the class in lower case where none is known."""
+    """The value of ``general.architecture``, by which other loaders know the model: the class in lower case where none
+    is known."""
     known = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sd1"}
     kind = type(module).__name__
     return known.get(kind, kind.lower())
 
 
 def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
-    """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same steps."""
+    """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same
+    steps."""
     import torch
     from diffusers import GGUFQuantizationConfig
     from diffusers.models.model_loading_utils import load_gguf_checkpoint

@@ -1,7 +1,8 @@
 """HQQ: linear layers of 1, 2, 3, 4, 5, 6 or 8 bits, each built as an ``HQQLinear``, from a configuration by layer.
 
-Limits, from running hqq 0.2.8: it finds its own scales and zero points (half-quadratic optimisation). 5 and 6 bits are stored as bytes,
-3 bits ten to a 32-bit word. transformers keys its HQQ settings by kind of layer; by name, build the layers as `applied` does.
+Limits, from running hqq 0.2.8: it finds its own scales and zero points (half-quadratic optimisation). 5 and 6 bits are
+stored as bytes, 3 bits ten to a 32-bit word. transformers keys its HQQ settings by kind of layer; by name, build the
+layers as `applied` does.
 """
 
 from __future__ import annotations

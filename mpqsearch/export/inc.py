@@ -1,7 +1,7 @@
 """Intel Neural Compressor: linear layers of 1 to 8 bits by round to nearest, from a configuration by layer.
 
-Limits, from running neural-compressor-pt 3.10: scales are half precision, a row each, from minimum and maximum. Codes lie in 32-bit words
-that no code straddles: 3, 5, 6 and 7 bits take 3.2, 5.33, 6.4 and 8 bits.
+Limits, from running neural-compressor-pt 3.10: scales are half precision, a row each, from minimum and maximum. Codes
+lie in 32-bit words that no code straddles: 3, 5, 6 and 7 bits take 3.2, 5.33, 6.4 and 8 bits.
 """
 
 from __future__ import annotations

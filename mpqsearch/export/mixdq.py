@@ -1,11 +1,12 @@
 """MixDQ: 2, 4 or 8 bits for linear layers and convolutions, from a flat YAML of names and widths.
 
-Not verified by its consumer, which is a repository for one GPU and no package. By its source (thu-nics/MixDQ, commit 4f6b32a):
+Not verified by its consumer, which is a repository for one GPU and no package. By its source (thu-nics/MixDQ, commit
+4f6b32a):
 
-- A line ``model.<layer>: bits`` a layer. ``kernels/mixdq.py`` cuts the name up to ``model.`` and refuses layers that the U-Net does not
-  have; ``quant_utils/qdiff`` looks the whole name up and accepts 2 to 16 bits in simulation.
-- Layers that are not named stay in half precision in the kernels. In the simulation they keep the width of its own configuration; they are
-  listed in the file as comments.
+- A line ``model.<layer>: bits`` a layer. ``kernels/mixdq.py`` cuts the name up to ``model.`` and refuses layers that
+  the U-Net does not have; ``quant_utils/qdiff`` looks the whole name up and accepts 2 to 16 bits in simulation.
+- Layers that are not named stay in half precision in the kernels. In the simulation they keep the width of its own
+  configuration; they are listed in the file as comments.
 - The kernels run 2 bits as 4. Activations have a file of their own, which is not written.
 - Scales and zero points are those of its own calibration.
 """

@@ -2,11 +2,12 @@
 
 Limits, from running mlx 0.32.4 on a processor without Apple's GPU:
 
-- Our codes are kept, in either scheme: MLX decodes ``scale * code + bias``, so a zero of ``(2**bits - 1) / 2`` is no obstacle.
-- MLX has groups of 32, 64 or 128 inputs. The largest that divides a row is used and the row's scale repeated, so rows must be multiples
-  of 32. There are no 7 bits, and no packed convolutions.
-- The model itself must exist in MLX; names are those of the model here. Width by layer is in ``config.json`` under ``quantization``,
-  as mlx-lm has it. The check fills a tree of ``QuantizedLinear`` layers and runs each.
+- Our codes are kept, in either scheme: MLX decodes ``scale * code + bias``, so a zero of ``(2**bits - 1) / 2`` is no
+  obstacle.
+- MLX has groups of 32, 64 or 128 inputs. The largest that divides a row is used and the row's scale repeated, so rows
+  must be multiples of 32. There are no 7 bits, and no packed convolutions.
+- The model itself must exist in MLX; names are those of the model here. Width by layer is in ``config.json`` under
+  ``quantization``, as mlx-lm has it. The check fills a tree of ``QuantizedLinear`` layers and runs each.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FILE = "model.safetensors"
 
 
 class MlxExporter(ConsumerTarget):
-    """``model.safetensors`` and ``config.json``: ``nn.quantize(model, class_predicate=...)``, then ``model.load_weights``."""
+    """``model.safetensors`` and ``config.json``: ``nn.quantize(model, class_predicate=...)``, then
+    ``model.load_weights``."""
 
     name = "mlx"
     requires = "mlx"
@@ -57,7 +59,8 @@ class MlxExporter(ConsumerTarget):
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32)
 
     def read(self, path: Path) -> Reading | None:
-        """``quantization`` of ``config.json``: settings or false by name, else ``bits`` for linear layers whose rows MLX can group."""
+        """``quantization`` of ``config.json``: settings or false by name, else ``bits`` for linear layers whose rows
+        MLX can group."""
         data = json_at(path, CONFIG)
         settings = data.get("quantization") if isinstance(data, Mapping) else None
         if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= set(settings):

@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt: simulated integers of 2 to 8 bits for linear layers and convolutions, from a configuration.
 
-Limits, from running nvidia-modelopt 0.47.0: the widths are simulated (its packed formats are INT8, FP8, NVFP4 and 4-bit blocks); one bit
-does nothing there, so 2 is the narrowest. Scales are the largest magnitude of each row. Give the list under ``quant_cfg`` to
-``modelopt.torch.quantization.quantize``; later entries win.
+Limits, from running nvidia-modelopt 0.47.0: the widths are simulated (its packed formats are INT8, FP8, NVFP4 and 4-bit
+blocks); one bit does nothing there, so 2 is the narrowest. Scales are the largest magnitude of each row. Give the list
+under ``quant_cfg`` to ``modelopt.torch.quantization.quantize``; later entries win.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ModelOptExporter(RecipeTarget):
         return int_choices(range(2, 9)) if layer.kind in self.kinds else ()
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
-        """The width itself and a float32 scale a row: what a packed form would take, ModelOpt has none at most widths."""
+        """The width itself and a float32 scale a row: what a packed form would take, ModelOpt has none at most
+        widths."""
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=32)
 
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:

@@ -1,7 +1,7 @@
 """The neutral bit map: one JSON that names every layer with its shape, widths, settings and stored bits, and adds up.
 
-It is the file that `mpqsearch.artifacts.save_bit_map` writes, given what `neutral_extra` returns; any tool that reads JSON can
-follow it without this package. ``schema/bitmap-1.schema.json`` describes version 1; one file a version.
+It is the file that `mpqsearch.artifacts.save_bit_map` writes, given what `neutral_extra` returns; any tool that reads
+JSON can follow it without this package. ``schema/bitmap-1.schema.json`` describes version 1; one file a version.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def neutral_extra(
 ) -> dict[str, Any]:
     """What makes a bit map file self-explaining: pass it to ``artifacts.save_bit_map(path, bit_map, inputs, extra)``.
 
-    Kind, shape and stored bits of every layer, parameters without codes and why, ties, totals that add up, the fingerprint of the
-    structure, and ``provenance`` (plain JSON data: command, seed, method). Raises `LayerMismatchError` when the map is for another
-    model.
+    Kind, shape and stored bits of every layer, parameters without codes and why, ties, totals that add up, the
+    fingerprint of the structure, and ``provenance`` (plain JSON data: command, seed, method). Raises
+    `LayerMismatchError` when the map is for another model.
     """
     bit_map.validate(table)
     model = {"name": table.model, "structure": structure_digest(table)}
@@ -61,13 +61,15 @@ def neutral_extra(
 
 
 def structure_digest(table: LayerTable) -> str:
-    """SHA-256 over the sorted lines ``name|kind|shape`` of the weight layers: the same after weights are trained or re-saved."""
+    """SHA-256 over the sorted lines ``name|kind|shape`` of the weight layers: the same after weights are trained or
+    re-saved."""
     return _structure((la.name, la.kind, la.weight_shape) for la in table)
 
 
 @cache
 def bit_map_schema(version: int = VERSIONS["mpqsearch/bitmap"]) -> dict[str, Any]:
-    """The JSON Schema of one version of the neutral bit map, as shipped with the package: those that are read, by default the newest."""
+    """The JSON Schema of one version of the neutral bit map, as shipped with the package: those that are read, by
+    default the newest."""
     file = resources.files("mpqsearch.export").joinpath(f"schema/bitmap-{version}.schema.json")
     schema: dict[str, Any] = json.loads(file.read_text())
     return schema
@@ -97,7 +99,8 @@ class NeutralMap:
 
 
 def write_neutral(path: Path, table: LayerTable, bit_map: BitMap, inputs: Mapping[str, str], **extra: Any) -> None:
-    """Write the neutral file (keywords as in `neutral_extra`) and read it back, so that what is on disk is known to be whole."""
+    """Write the neutral file (keywords as in `neutral_extra`) and read it back, so that what is on disk is known to be
+    whole."""
     save_bit_map(path, bit_map, inputs, neutral_extra(table, bit_map, **extra))
     load_neutral(path, table)
 
@@ -117,7 +120,8 @@ def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
     if table is not None:
         if structure_digest(table) != data["model"]["structure"]:
             raise LayerMismatchError(
-                f"{path} is for a model of another structure ({data['model']['name']!r}) than {table.model!r}. Allocate again for it."
+                f"{path} is for a model of another structure ({data['model']['name']!r}) than {table.model!r}. "
+                "Allocate again for it."
             )
         bit_map.validate(table)
     return NeutralMap(bit_map=bit_map, layers=layers, data=data)

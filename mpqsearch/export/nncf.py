@@ -1,11 +1,14 @@
-"""NNCF: 4-bit linear layers and 8-bit linear layers and convolutions, by one pass of ``compress_weights`` for each width.
+"""NNCF: 4-bit linear layers and 8-bit linear layers and convolutions, by one pass of ``compress_weights`` for each
+width.
 
 Limits, from running nncf 3.4.0 on torch:
 
-- A pass has one width and a list of operations to leave alone, so the configuration is one pass a width. Operations have NNCF's own names,
-  which do not hold the whole path and are numbered in the order of the forward pass: they are found by tracing the model when the
-  configuration is written, and fit this model only. ``layers`` says the widths by the names of modules.
-- 4 bits are symmetric, a half-precision scale a row, two codes a byte; the number of weights must be even. 8 bits have a zero point.
+- A pass has one width and a list of operations to leave alone, so the configuration is one pass a width. Operations
+  have NNCF's own names, which do not hold the whole path and are numbered in the order of the forward pass: they are
+  found by tracing the model when the configuration is written, and fit this model only. ``layers`` says the widths by
+  the names of modules.
+- 4 bits are symmetric, a half-precision scale a row, two codes a byte; the number of weights must be even. 8 bits have
+  a zero point.
 - Integers of 2 and 3 bits fail in its torch backend; convolutions have 8 bits or none.
 - Scales are derived from the weights.
 """
@@ -37,7 +40,8 @@ PASSES: dict[int, dict[str, Any]] = {
 
 
 class NncfExporter(RecipeTarget):
-    """``nncf_config.json``: ``passes`` to run one after another (`compress` shows how), ``layers`` for people and other tools."""
+    """``nncf_config.json``: ``passes`` to run one after another (`compress` shows how), ``layers`` for people and other
+    tools."""
 
     name = "nncf"
     requires = "nncf"
@@ -87,7 +91,8 @@ class NncfExporter(RecipeTarget):
         return Reading(layers={n: int(w) for n, w in recipe["layers"].items()})
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Run the passes on a new model and read the width of every decompressor, and the levels that each layer holds."""
+        """Run the passes on a new model and read the width of every decompressor, and the levels that each layer
+        holds."""
         from mpqsearch.export.check import build_model, call_arguments, libraries, most_levels, planned_layers
 
         model = module or build_model(folder)

@@ -1,15 +1,18 @@
 """ONNX: true widths of every output channel inside one layer, as ONNX Runtime runs them.
 
-The rows of a layer are sorted into containers of 2, 4 and 8 bits, each container goes through a ``DequantizeLinear`` with a scale and a
-zero point a row, and ``Concat`` and ``Gather`` put the rows back in order. Limits, from running onnx 1.23 and ONNX Runtime 1.31:
+The rows of a layer are sorted into containers of 2, 4 and 8 bits, each container goes through a ``DequantizeLinear``
+with a scale and a zero point a row, and ``Concat`` and ``Gather`` put the rows back in order. Limits, from running onnx
+1.23 and ONNX Runtime 1.31:
 
-- Our codes, scales and zero points are kept in every scheme: what runs is the fake-quantized model. 1 bit lies in a 2-bit container,
-  3 bits in 4, 5 to 7 bits in 8; the stored size says so.
+- Our codes, scales and zero points are kept in every scheme: what runs is the fake-quantized model. 1 bit lies in a
+  2-bit container, 3 bits in 4, 5 to 7 bits in 8; the stored size says so.
 - The order of the rows costs 64 bits a row of a mixed layer whose rows are not sorted by width already.
-- Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need opset 25.
+- Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need
+  opset 25.
 - ONNX Runtime may quantize activations where it fuses 2- and 4-bit weights with a product: the session option
   ``session.qdq_matmulnbits_accuracy_level`` = ``1`` keeps them in single precision, as the check does.
-- The graph takes the sample, timesteps and, for conditional models, the condition; batch size is free, the shape of a sample is not.
+- The graph takes the sample, timesteps and, for conditional models, the condition; batch size is free, the shape of a
+  sample is not.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ _PREFIX = "u."
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one layer in one container: ``rows`` are their positions in the layer; ``bits`` 32 for rows at full precision."""
+    """Rows of one layer in one container: ``rows`` are their positions in the layer; ``bits`` 32 for rows at full
+    precision."""
 
     bits: int
     rows: NDArray[np.int64]
@@ -291,7 +295,8 @@ def traced(denoiser: Any, cond: Any) -> Any:
 def put_containers(
     graph: Any, name: str, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool
 ) -> None:
-    """Replace the initializer ``name`` of a layer by nodes that decode its rows; ``whole`` when all zero points are integers."""
+    """Replace the initializer ``name`` of a layer by nodes that decode its rows; ``whole`` when all zero points are
+    integers."""
     from onnx import TensorProto, helper, numpy_helper
 
     found = [t for t in graph.initializer if t.name == name]
@@ -301,7 +306,8 @@ def put_containers(
         )
     graph.initializer.remove(found[0])
     shape = layer.weight_shape
-    # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it transposed instead
+    # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it
+    # transposed instead
     target, flip = _transposed(graph, name)
     axis = 1 if flip else 0
 
@@ -357,7 +363,8 @@ def put_containers(
 
 
 def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each layer with containers: bits ``[rows]`` of the container and the largest code ``[rows]``, in the order of the rows."""
+    """For each layer with containers: bits ``[rows]`` of the container and the largest code ``[rows]``, in the order of
+    the rows."""
     from onnx import numpy_helper
 
     tensors = {t.name: t for t in graph.initializer}
@@ -391,7 +398,8 @@ def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.i
 def _compare_rows(
     name: str, held: tuple[NDArray[np.int64], NDArray[np.int64]], asked: NDArray[np.uint8]
 ) -> tuple[str, int]:
-    """A problem in words (empty: none) and the width to report: that of the map when every row fits it, else the container's."""
+    """A problem in words (empty: none) and the width to report: that of the map when every row fits it, else the
+    container's."""
     bits, top = held
     wanted = np.array([CONTAINERS.get(int(w), 32) for w in asked])
     wrong = np.flatnonzero((bits != wanted) | ((asked < 8) & (top >= 2 ** np.minimum(asked, 8).astype(np.int64))))
@@ -405,7 +413,8 @@ def _compare_rows(
 
 
 def _transposed(graph: Any, name: str) -> tuple[str, bool]:
-    """Name under which the decoded weight is wanted, and whether transposed; a Transpose that alone takes it is removed."""
+    """Name under which the decoded weight is wanted, and whether transposed; a Transpose that alone takes it is
+    removed."""
     takers = [n for n in graph.node if name in n.input]
     if len(takers) != 1 or takers[0].op_type != "Transpose" or [list(a.ints) for a in takers[0].attribute] != [[1, 0]]:
         return name, False

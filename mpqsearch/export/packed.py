@@ -1,9 +1,11 @@
-"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by channel, and back into a diffusers model, bit for bit.
+"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by channel, and back into a diffusers model, bit for
+bit.
 
-``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, rows of that width in order), the
-half-precision scales with one exponent a layer, zero points, widths, smoothing factors and rows at full precision; every other tensor of
-the model is stored as it is. ``packed.json`` names the model, the map's digest and the SHA-256 of every layer's tensors; the map is
-beside it in ``bitmap.json``. Layers are written and read one after another, so that no more than one of them is in memory beside the model.
+``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, rows of that
+width in order), the half-precision scales with one exponent a layer, zero points, widths, smoothing factors and rows at
+full precision; every other tensor of the model is stored as it is. ``packed.json`` names the model, the map's digest
+and the SHA-256 of every layer's tensors; the map is beside it in ``bitmap.json``. Layers are written and read one after
+another, so that no more than one of them is in memory beside the model.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def pack_layer(rows: QuantizedRows) -> Arrays:
 
 
 def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor:
-    """The weight rows ``float32 [channels, fan-in]`` that the fake-quantized forward uses, from the arrays of `pack_layer`.
+    """The weight rows ``float32 [channels, fan-in]`` that the fake-quantized forward uses, from the arrays of
+    `pack_layer`.
 
     Raises `ConfigError` when an array has another length than the layer needs.
     """
@@ -298,7 +301,8 @@ def _raw(tensor: Tensor) -> NDArray[np.uint8]:
 
 @contextmanager
 def _without_filling() -> Iterator[None]:
-    """Build modules without their random initial weights, which take longer than reading all of them and are read over at once."""
+    """Build modules without their random initial weights, which take longer than reading all of them and are read over
+    at once."""
     import torch
     from torch.overrides import TorchFunctionMode
 

@@ -1,13 +1,14 @@
-"""optimum-quanto: one of int2, int4 or int8 per linear layer or 2-d convolution, weights and map in a folder that it loads.
+"""optimum-quanto: one of int2, int4 or int8 per linear layer or 2-d convolution, weights and map in a folder that it
+loads.
 
 Limits, from its code (0.2.7) and from running it:
 
 - Widths 2, 4 and 8. One width per layer. Linear and Conv2d; other layers stay at full precision.
-- It re-derives scales from the weights (minimum and maximum, in groups of 128 inputs or fewer for 2 and 4 bits, a row for 8), so the
-  searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
+- It re-derives scales from the weights (minimum and maximum, in groups of 128 inputs or fewer for 2 and 4 bits, a row
+  for 8), so the searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
 - Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoExporter.verify`.
-- Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once per installation.
-  Here the same is computed in torch instead, until that kernel exists.
+- Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once
+  per installation. Here the same is computed in torch instead, until that kernel exists.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class QuantoExporter(ConsumerTarget):
         return int_choices(WIDTHS, "qint{}") if layer.kind in KINDS else ()
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
-        """A float32 scale a row at 8 bits, a float32 scale and shift a group at 2 and 4, and two unused float32 scalars a layer."""
+        """A float32 scale a row at 8 bits, a float32 scale and shift a group at 2 and 4, and two unused float32 scalars
+        a layer."""
         if choice.width == 8:
             return coded_bits(layer, 8, scales=layer.n_channels, scale_bits=32, other=64)
         groups = scale_count(layer, _group_size(layer.weights_per_channel))
@@ -120,7 +122,8 @@ def _group_size(fan_in: int) -> int:
 
 
 def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
-    """A copy of ``module``, quantized and frozen by quanto as planned. Raises `ConfigError` when quanto did not take a layer."""
+    """A copy of ``module``, quantized and frozen by quanto as planned. Raises `ConfigError` when quanto did not take a
+    layer."""
     import copy
 
     quanto = require_quanto()

@@ -1,4 +1,5 @@
-"""Fill a model from an export with optimum-quanto and say what it holds. Imports torch; only `mpqsearch.export.quanto` imports it."""
+"""Fill a model from an export with optimum-quanto and say what it holds. Imports torch; only `mpqsearch.export.quanto`
+imports it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def read_back(folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
 def torch_kernels() -> Iterator[None]:
     """Let quanto unpack 2- and 4-bit codes in torch where its C++ kernel was not built yet.
 
-    The kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes are the same either way.
+    The kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes are the
+    same either way.
     """
     require_quanto()
     from optimum.quanto.library.extensions.extension import get_extension
@@ -66,7 +68,8 @@ def torch_kernels() -> Iterator[None]:
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Codes of ``bits`` bits, lowest first, out of bytes: ``[n, ...]`` to ``[n * 8 // bits, ...]``, as quanto's kernel does."""
+    """Codes of ``bits`` bits, lowest first, out of bytes: ``[n, ...]`` to ``[n * 8 // bits, ...]``, as quanto's kernel
+    does."""
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 

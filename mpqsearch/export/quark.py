@@ -1,8 +1,9 @@
-"""AMD Quark: simulated integers of 2, 3, 4 or 8 bits for linear layers and 2-d convolutions, from a configuration by layer.
+"""AMD Quark: simulated integers of 2, 3, 4 or 8 bits for linear layers and 2-d convolutions, from a configuration by
+layer.
 
-Limits, from running amd-quark 0.13: scales are derived from the weights, symmetric, a scale a row from its largest magnitude. The layers are
-simulated; Quark's own exports pack 4 and 8 bits. Give ``QConfig.from_dict`` of the file to ``ModelQuantizer``. Names are exact; layers at full
-precision are left out and in ``exclude``.
+Limits, from running amd-quark 0.13: scales are derived from the weights, symmetric, a scale a row from its largest
+magnitude. The layers are simulated; Quark's own exports pack 4 and 8 bits. Give ``QConfig.from_dict`` of the file to
+``ModelQuantizer``. Names are exact; layers at full precision are left out and in ``exclude``.
 """
 
 from __future__ import annotations

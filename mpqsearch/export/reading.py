@@ -1,7 +1,7 @@
 """What a file of another quantizer says of widths, and what that means for the layers of a model.
 
-A target that can be imported has ``read(path)``, which gives a `Reading`, or None when the file is none of its own. `import_map` asks them all,
-or the named one, and makes a `BitMap` of the answer.
+A target that can be imported has ``read(path)``, which gives a `Reading`, or None when the file is none of its own.
+`import_map` asks them all, or the named one, and makes a `BitMap` of the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FLOATS = ("float", "fp16", "fp32", "bf16", "none", "")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Width of every layer whose name ``pattern`` fits (`re.search`; anchors belong into it) and whose kind is one of ``kinds`` (empty: any)."""
+    """Width of every layer whose name ``pattern`` fits (`re.search`; anchors belong into it) and whose kind is one of
+    ``kinds`` (empty: any)."""
 
     width: int
     pattern: str = ""
@@ -41,8 +42,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one file says: widths by exact name, then rules, of which the first that fits counts. Layers of which it says nothing keep full
-    precision. ``bit_map``: a whole map, for our own format; it then stands for all the rest. ``notes``: what was in the file and is lost."""
+    """What one file says: widths by exact name, then rules, of which the first that fits counts. Layers of which it
+    says nothing keep full precision. ``bit_map``: a whole map, for our own format; it then stands for all the rest.
+    ``notes``: what was in the file and is lost."""
 
     layers: Mapping[str, int] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
@@ -52,7 +54,8 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """A map that was read: ``source`` is the target whose format it was in, ``notes`` say what the file held beyond it."""
+    """A map that was read: ``source`` is the target whose format it was in, ``notes`` say what the file held beyond
+    it."""
 
     bit_map: BitMap
     source: str
@@ -62,12 +65,12 @@ class Imported:
 def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: QuantFormat | None = None) -> Imported:
     """Read the widths that a file or folder of another quantizer gives to the layers of ``table``.
 
-    ``source``: the target whose format it is; None: found out. ``fmt``: what the widths shall mean here (default: the asymmetric scheme), since scales
-    and codes of the file are not taken over.
+    ``source``: the target whose format it is; None: found out. ``fmt``: what the widths shall mean here (default: the
+    asymmetric scheme), since scales and codes of the file are not taken over.
 
-    Raises `ArtifactError` when there is no such file, when it is damaged or of no known format; `ConfigError` when it fits several;
-    `UnknownNameError` for an unknown ``source``; `LayerMismatchError`, naming them, for layers that the model does not have or widths that do
-    not exist.
+    Raises `ArtifactError` when there is no such file, when it is damaged or of no known format; `ConfigError` when it
+    fits several; `UnknownNameError` for an unknown ``source``; `LayerMismatchError`, naming them, for layers that the
+    model does not have or widths that do not exist.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; a file or folder with another quantizer's configuration is needed")
@@ -76,7 +79,8 @@ def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: Qu
         known = ", ".join(importable())
         asked = f"of the format {source!r}" if source else f"that is known ({known})"
         raise ArtifactError(
-            f"{path} holds no bit map {asked}. {'Leave --from out to have it looked for.' if source else 'Say which with --from.'}"
+            f"{path} holds no bit map {asked}. "
+            f"{'Leave --from out to have it looked for.' if source else 'Say which with --from.'}"
         )
     if len(found) > 1:
         raise ConfigError(f"{path} can be read as {' and as '.join(found)}. Say which with --from.")
@@ -104,14 +108,16 @@ def importable() -> list[str]:
 
 
 def resolve(reading: Reading, table: LayerTable, where: str) -> dict[str, int]:
-    """Width of every layer of ``table``. Raises `LayerMismatchError` for names and widths that do not exist, or when nothing is quantized."""
+    """Width of every layer of ``table``. Raises `LayerMismatchError` for names and widths that do not exist, or when
+    nothing is quantized."""
     unknown = [n for n, w in reading.layers.items() if n not in table.by_name and w != FULL_PRECISION]
     if unknown:
         near = difflib.get_close_matches(unknown[0], table.by_name, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise LayerMismatchError(
-            f"{where} names the layer {unknown[0]!r}{hint}{more}, which {table.model or 'the model'!r} does not have. Is it for another model, "
+            f"{where} names the layer {unknown[0]!r}{hint}{more}, which {table.model or 'the model'!r} does not have. "
+            "Is it for another model, "
             "or does it use the names of another checkpoint?"
         )
     widths = {}
@@ -159,7 +165,8 @@ def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
 
 
 def bits_of(name: str) -> int:
-    """Width that the name of a data type says, such as ``int4``, ``qint2``, ``uint6`` or ``float8_e4m3fn``; 16 for those of half precision and more.
+    """Width that the name of a data type says, such as ``int4``, ``qint2``, ``uint6`` or ``float8_e4m3fn``; 16 for
+    those of half precision and more.
 
     Raises `ArtifactError` when it says none.
     """

@@ -1,4 +1,5 @@
-"""What targets without weights share: a configuration, applied by the library to a new model of the same class, and read back."""
+"""What targets without weights share: a configuration, applied by the library to a new model of the same class, and
+read back."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class RecipeTarget(ConsumerTarget):
         raise NotImplementedError
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        """Let the library quantize ``module``: width of every layer as it says, and the decoded weight of each where it can be had."""
+        """Let the library quantize ``module``: width of every layer as it says, and the decoded weight of each where it
+        can be had."""
         raise NotImplementedError
 
     def reading(self, recipe: Any) -> Reading | None:
@@ -70,7 +72,8 @@ class RecipeTarget(ConsumerTarget):
 
 
 class WrittenTarget(RecipeTarget):
-    """Base of a configuration whose consumer was never run here: written by its documentation and source, checked by reading it again.
+    """Base of a configuration whose consumer was never run here: written by its documentation and source, checked by
+    reading it again.
 
     A subclass gives ``written`` in place of a recipe, and ``read``.
     """

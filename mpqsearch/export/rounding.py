@@ -19,16 +19,18 @@ Choices = Callable[[LayerSpec], Sequence[Choice]]
 def plan_layers(
     job: ExportJob, target: str, choices: Choices, kinds: Sequence[str], limits: str = ""
 ) -> list[PlanEntry]:
-    """One entry per layer for a target with one format per layer, out of ``choices(layer)``, the preferred one of each width first.
+    """One entry per layer for a target with one format per layer, out of ``choices(layer)``, the preferred one of each
+    width first.
 
-    A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another width. A layer whose
-    channels differ stands for its mean width. ``up`` and ``down`` round layer by layer, to the nearest end where the target has nothing
-    beyond. ``resolve`` chooses the widths of all other layers together so that their codes take no more bits than the map gives them:
-    if the map is the best for its size and each bit divides a layer's squared error by four, channel ``c`` has a loss in proportion to
-    ``4**(asked_c - b)`` at width ``b``, and the knapsack over that is solved. (With a profile there are better losses: see
-    `mpqsearch.export.allocation.allocate_for`, which gives the choices.) A map that the target can hold comes back unchanged. ``error``
-    raises `ConfigError` at the first layer that the target cannot hold as asked. ``kinds`` and ``limits`` say in messages what the target
-    is able to hold.
+    A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another
+    width. A layer whose channels differ stands for its mean width. ``up`` and ``down`` round layer by layer, to the
+    nearest end where the target has nothing beyond. ``resolve`` chooses the widths of all other layers together so that
+    their codes take no more bits than the map gives them: if the map is the best for its size and each bit divides a
+    layer's squared error by four, channel ``c`` has a loss in proportion to ``4**(asked_c - b)`` at width ``b``, and
+    the knapsack over that is solved. (With a profile there are better losses: see
+    `mpqsearch.export.allocation.allocate_for`, which gives the choices.) A map that the target can hold comes back
+    unchanged. ``error`` raises `ConfigError` at the first layer that the target cannot hold as asked. ``kinds`` and
+    ``limits`` say in messages what the target is able to hold.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
@@ -133,7 +135,8 @@ def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[in
 
 
 def tie_groups(layers: Sequence[LayerSpec], tie_of: Callable[[LayerSpec], str] | None = None) -> list[list[int]]:
-    """Indices of layers that must share a choice; ``tie_of`` names the group of a layer (default: what the model itself ties)."""
+    """Indices of layers that must share a choice; ``tie_of`` names the group of a layer (default: what the model itself
+    ties)."""
     groups: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
         if label := layer.tie if tie_of is None else tie_of(layer):

@@ -1,14 +1,16 @@
 """stable-diffusion.cpp: one ggml type per linear layer, as the rules of ``--tensor-type-rules``.
 
-Not verified by its consumer, a C++ program that was not built here. By its source (leejet/stable-diffusion.cpp, commit 97d2990,
-``src/model_loader.cpp`` and ``src/convert.cpp``):
+Not verified by its consumer, a C++ program that was not built here. By its source (leejet/stable-diffusion.cpp, commit
+97d2990, ``src/model_loader.cpp`` and ``src/convert.cpp``):
 
-- Rules are ``expression=type`` joined by commas; the first whose expression is found in a tensor's name counts. Types are those of GGUF
-  with ggml's own spelling (``q4_0``, ``q4_K``). An unknown type or a rule without ``=`` is ignored with a warning.
-- The names are those in the file that is converted: ``sd-cli -M convert`` keeps diffusers' names unless ``--convert-name`` is given.
-  When a model is loaded without conversion, names are translated first, and these rules fit only where both agree.
-- Rows that are no multiple of a type's block are left alone, and so are, whatever the rules say, tensors with one of `SKIPPED` in their
-  name: they stay at 16 bits.
+- Rules are ``expression=type`` joined by commas; the first whose expression is found in a tensor's name counts. Types
+  are those of GGUF with ggml's own spelling (``q4_0``, ``q4_K``). An unknown type or a rule without ``=`` is ignored
+  with a warning.
+- The names are those in the file that is converted: ``sd-cli -M convert`` keeps diffusers' names unless
+  ``--convert-name`` is given. When a model is loaded without conversion, names are translated first, and these rules
+  fit only where both agree.
+- Rows that are no multiple of a type's block are left alone, and so are, whatever the rules say, tensors with one of
+  `SKIPPED` in their name: they stay at 16 bits.
 - Scales are those of ggml's quantizers: `GgufExporter.round_trip` says what a type makes of a weight.
 """
 

@@ -1,10 +1,11 @@
-"""SDNQ: unsigned integers of 1 to 8 bits for linear layers and convolutions, through diffusers (``quant_method: sdnq``).
+"""SDNQ: unsigned integers of 1 to 8 bits for linear layers and convolutions, through diffusers (``quant_method:
+sdnq``).
 
-SDNQ is GPL-3.0-only software. Nothing here imports it: diffusers does, when it is installed, from the configuration that is written
-here as data. Limits, from running sdnq 0.2.8 through diffusers 0.42.1:
+SDNQ is GPL-3.0-only software. Nothing here imports it: diffusers does, when it is installed, from the configuration
+that is written here as data. Limits, from running sdnq 0.2.8 through diffusers 0.42.1:
 
-- It derives scales anew (minimum and maximum of a row, and of each tap of a convolution kernel), so searched ranges and schemes of a
-  map are not used.
+- It derives scales anew (minimum and maximum of a row, and of each tap of a convolution kernel), so searched ranges and
+  schemes of a map are not used.
 - 2 to 8 bits are packed densely; one bit takes a whole byte a weight in 0.2.8.
 - Its own skip lists and size limits would change a map: the configuration switches them off, and names every layer as
   ``<layer>.weight``, since a bare name would match path segments anywhere. Groups stay off: they multiply the scales.
@@ -55,7 +56,8 @@ class SdnqExporter(ConsumerTarget):
         return coded_bits(layer, code_bits, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=32)
 
     def read(self, path: Path) -> Reading | None:
-        """``modules_dtype_dict`` of a ``quantization_config``, by the names of parameters; the rest has ``weights_dtype``."""
+        """``modules_dtype_dict`` of a ``quantization_config``, by the names of parameters; the rest has
+        ``weights_dtype``."""
         config = quantization_config(path, "sdnq")
         if config is None:
             return None

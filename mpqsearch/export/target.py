@@ -1,4 +1,5 @@
-"""What the targets that another library reads share: planning, the manifest, damage, the fresh process, the comparison."""
+"""What the targets that another library reads share: planning, the manifest, damage, the fresh process, the
+comparison."""
 
 from __future__ import annotations
 
@@ -34,15 +35,16 @@ SIZE_TOLERANCE = 0.01
 class ConsumerTarget:
     """Base of a target that a library other than this one loads.
 
-    A target sets the attributes, gives ``choices`` and ``cost``, writes its own files in ``write_files`` and reads them with the
-    library in ``read_back``, which runs in a process of its own.
+    A target sets the attributes, gives ``choices`` and ``cost``, writes its own files in ``write_files`` and reads them
+    with the library in ``read_back``, which runs in a process of its own.
 
-    ``requires``: pip name of the library, ``imports``: the modules that must be there. ``kinds``: layer kinds it quantizes.
-    ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and ``kept_bits``: bits of a value
-    in layers at full precision, and in parameters that are no weight layer. ``tolerance``: largest difference of the forward pass as
-    a share of the largest output. ``rerounds``: the library derives scales anew, so that ranges and schemes of a map are not used.
-    ``needs_config``: the model is built from ``config.json`` to read the export back. ``tested``: version of the library that was run.
-    ``by_consumer``: False when the consumer was never run; ``read_back`` is then our own reading. ``get``: where it comes from, when that is
+    ``requires``: pip name of the library, ``imports``: the modules that must be there. ``kinds``: layer kinds it
+    quantizes. ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and
+    ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight layer.
+    ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the library
+    derives scales anew, so that ranges and schemes of a map are not used. ``needs_config``: the model is built from
+    ``config.json`` to read the export back. ``tested``: version of the library that was run. ``by_consumer``: False
+    when the consumer was never run; ``read_back`` is then our own reading. ``get``: where it comes from, when that is
     not ``pip install`` of ``requires``.
     """
 
@@ -75,10 +77,11 @@ class ConsumerTarget:
         raise NotImplementedError
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Load the folder with the library, into ``module`` when it is given, else into a model built from ``config.json``.
+        """Load the folder with the library, into ``module`` when it is given, else into a model built from
+        ``config.json``.
 
-        Returns ``widths`` by layer (16 for planned layers that are not quantized), and as far as known ``choices``, ``problems``,
-        ``forward_error``, ``versions``, ``stored_bytes`` and ``header_bytes``.
+        Returns ``widths`` by layer (16 for planned layers that are not quantized), and as far as known ``choices``,
+        ``problems``, ``forward_error``, ``versions``, ``stored_bytes`` and ``header_bytes``.
         """
         raise NotImplementedError
 
@@ -166,8 +169,8 @@ class ConsumerTarget:
     def verify(self, folder: Path, module: nn.Module | None = None) -> Verification:
         """Load the folder with the library and compare widths, forward pass and size with the plan.
 
-        A diffusers model is built from ``config.json`` in a fresh process. For any other, give ``module``, a new instance of the same
-        class; it is filled in this process.
+        A diffusers model is built from ``config.json`` in a fresh process. For any other, give ``module``, a new
+        instance of the same class; it is filled in this process.
         """
         problems = damage(folder, self.name)
         if problems:
@@ -247,7 +250,8 @@ class ConsumerTarget:
         return type(self).round_trip is not ConsumerTarget.round_trip
 
     def require_quantizer(self) -> None:
-        """Raise `ConfigError` with the line that installs the library, when an allocation cannot be priced without it."""
+        """Raise `ConfigError` with the line that installs the library, when an allocation cannot be priced without
+        it."""
         if self.asks_itself:
             self.require()
 
@@ -294,7 +298,8 @@ def damage(folder: Path, target: str) -> list[str]:
 
 
 def fresh_process(exports: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
-    """What ``read_back`` of each target says of its folder, in a process of its own, where nothing of this one can help."""
+    """What ``read_back`` of each target says of its folder, in a process of its own, where nothing of this one can
+    help."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "mpqsearch.export.check", *(str(part) for pair in exports for part in pair)]

@@ -1,4 +1,5 @@
-"""torchao: integers of 2 to 8 bits for linear layers, as a diffusers folder (``torchao``) or as a configuration (``torchao-config``).
+"""torchao: integers of 2 to 8 bits for linear layers, as a diffusers folder (``torchao``) or as a configuration
+(``torchao-config``).
 
 Limits, from its code (0.18.0) and from running it through diffusers 0.42.1:
 
@@ -6,8 +7,8 @@ Limits, from its code (0.18.0) and from running it through diffusers 0.42.1:
 - diffusers loads linear layers only; ``quantize_`` with the configuration takes two-dimensional convolutions as well.
 - One bit would make every weight zero, so 2 is the narrowest.
 - Names that a model does not have are ignored in silence: hence `verify`.
-- ``torchao`` keeps our codes, scales and zero points (asymmetric scheme). ``torchao-config`` lets torchao derive its own from minimum and
-  maximum; a convolution then has a scale for each tap of its kernel.
+- ``torchao`` keeps our codes, scales and zero points (asymmetric scheme). ``torchao-config`` lets torchao derive its
+  own from minimum and maximum; a convolution then has a scale for each tap of its kernel.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class TorchaoConfigExporter(ConsumerTarget):
     notes = ("a configuration: torchao derives scales from the weights", "stored at 8 bits whatever the width")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
-        """int2 to int8; torchao 0.18 fails on a kernel of one input channel, whose every weight would have a scale of its own."""
+        """int2 to int8; torchao 0.18 fails on a kernel of one input channel, whose every weight would have a scale of
+        its own."""
         return int_choices(range(2, 9)) if layer.kind in self.kinds and layer.weight_shape[1] > 1 else ()
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
@@ -144,7 +146,8 @@ class TorchaoConfigExporter(ConsumerTarget):
         return [folder / RECIPE, *write_config(folder, job.denoiser.module)]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Quantize a new model with the configuration and read the dtype of every weight and the levels that it holds."""
+        """Quantize a new model with the configuration and read the dtype of every weight and the levels that it
+        holds."""
         from torchao.core.config import config_from_dict
         from torchao.quantization import quantize_
 
@@ -166,7 +169,8 @@ class TorchaoConfigExporter(ConsumerTarget):
 
 
 def read_config(data: Mapping[str, Any]) -> Reading:
-    """The widths in a configuration as torchao writes it: exact names, then ``re:`` expressions, then ``_default``, for linear layers."""
+    """The widths in a configuration as torchao writes it: exact names, then ``re:`` expressions, then ``_default``, for
+    linear layers."""
     if "fqn_to_config" not in data.get("_data", {}):
         return Reading(
             rules=(Rule(width=_config_bits(data), kinds=("Linear",)),), notes=float_note({"all": data["_type"]})

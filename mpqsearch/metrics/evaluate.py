@@ -25,7 +25,8 @@ PEAK = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Full-precision samples ``[N, ...]`` with their features ``[N, d]``, for paired comparison; seeds and labels of all samples."""
+    """Full-precision samples ``[N, ...]`` with their features ``[N, d]``, for paired comparison; seeds and labels of
+    all samples."""
 
     samples: Tensor
     features: Tensor
@@ -43,7 +44,8 @@ class Evaluation:
 
 
 def distance_to_full_precision(samples: Tensor, reference: Reference, extractor: FeatureExtractor) -> float:
-    """``fd_fp`` of `evaluate` alone, without its interval: what trainings and choices are steered by. Samples that are not finite: infinite."""
+    """``fd_fp`` of `evaluate` alone, without its interval: what trainings and choices are steered by. Samples that are
+    not finite: infinite."""
     if not bool(torch.isfinite(samples).all()):
         return math.inf
     features = extractor(to_uint8(samples))
@@ -55,9 +57,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure samples ``[N, ...]`` whose noise and labels are those of ``reference``.
 
-    Keys: ``paired_mse``, ``paired_psnr``, ``fd_fp``, ``kid_fp`` (not for the reference itself), ``fd_data``, ``kid_data`` (with data
-    statistics), ``class_accuracy`` (when the extractor classifies). Intervals are 95 % normal intervals from the standard
-    deviation of a bootstrap over samples; pairs are resampled together.
+    Keys: ``paired_mse``, ``paired_psnr``, ``fd_fp``, ``kid_fp`` (not for the reference itself), ``fd_data``,
+    ``kid_data`` (with data statistics), ``class_accuracy`` (when the extractor classifies). Intervals are 95 % normal
+    intervals from the standard deviation of a bootstrap over samples; pairs are resampled together.
     """
     images = to_uint8(samples)
     features = extractor(images)
@@ -140,7 +142,8 @@ def evaluate(
 
 
 def frechet_label(extractor: FeatureExtractor, n: int) -> str:
-    """Name of a Fréchet distance to data. ``FID-50k`` only for the Inception weights of 2015 and at least 10,000 samples."""
+    """Name of a Fréchet distance to data. ``FID-50k`` only for the Inception weights of 2015 and at least 10,000
+    samples."""
     if extractor.official_fid and n >= 10_000:
         return f"FID-{n // 1000}k"
     return f"FD[{extractor.label}]-{n} vs data"

@@ -15,12 +15,14 @@ from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
 from mpqsearch.models import REFERENCE, weights_digest
 
 INCEPTION_SHA256 = "6726825d"
-"""First digits of the SHA-256 of the Inception weights of 2015 as ported for PyTorch: what the word FID is reserved for."""
+"""First digits of the SHA-256 of the Inception weights of 2015 as ported for PyTorch: what the word FID is reserved
+for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExtractor:
-    """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``. ``classify``, where there is one: to labels ``[N]``."""
+    """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``. ``classify``, where there is one: to labels
+    ``[N]``."""
 
     name: str
     dim: int
@@ -43,7 +45,8 @@ class FeatureExtractor:
 
 
 def load_extractor(name: str, *, weights: Path | None = None) -> FeatureExtractor:
-    """An extractor by name: ``fmnist-cnn``, ``random-conv`` or ``inception`` (extra ``mpqsearch[fid]``; ``weights`` is its file)."""
+    """An extractor by name: ``fmnist-cnn``, ``random-conv`` or ``inception`` (extra ``mpqsearch[fid]``; ``weights`` is
+    its file)."""
     if name not in EXTRACTORS:
         raise UnknownNameError("feature extractor", name, EXTRACTORS)
     return EXTRACTORS[name](weights)
@@ -81,7 +84,8 @@ def _fashion(_weights: Path | None) -> FeatureExtractor:
     def unit(images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 28, 28):
             raise ConfigError(
-                f"fmnist-cnn reads grey 28x28 images, got {tuple(images.shape[1:])}. Use the extractor random-conv, inception or your own module."
+                f"fmnist-cnn reads grey 28x28 images, got {tuple(images.shape[1:])}. Use the extractor random-conv, "
+                "inception or your own module."
             )
         return images.float() / 127.5 - 1.0
 
@@ -132,12 +136,14 @@ def _inception(weights: Path | None) -> FeatureExtractor:
 
 
 def _inception_network(weights: Path | None) -> Any:
-    """torch-fidelity's port, which resizes as TensorFlow 1 did. Imported here: it needs torchvision, and nothing else may."""
+    """torch-fidelity's port, which resizes as TensorFlow 1 did. Imported here: it needs torchvision, and nothing else
+    may."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError, not ImportError
         raise ModelError(
-            f"the Inception FID needs torch-fidelity and a torchvision that fits your torch ({type(error).__name__}: {error}). "
+            f"the Inception FID needs torch-fidelity and a torchvision that fits your torch ({type(error).__name__}: "
+            f"{error}). "
             "Install them: pip install 'mpqsearch[fid]'"
         ) from error
     return FeatureExtractorInceptionV3(

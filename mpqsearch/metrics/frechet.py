@@ -48,8 +48,8 @@ class FeatureStatistics:
 def frechet_distance(reference: FeatureStatistics, sample: FeatureStatistics) -> float:
     """Fréchet distance ``|m1 - m2|**2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)`` (Dowson and Landau 1982).
 
-    Symmetric eigenproblems only, so the value is real by construction; it may be negative by rounding, of order 1e-12 times the
-    trace. torchmetrics gives the same number from the eigenvalues of the non-symmetric product.
+    Symmetric eigenproblems only, so the value is real by construction; it may be negative by rounding, of order 1e-12
+    times the trace. torchmetrics gives the same number from the eigenvalues of the non-symmetric product.
     """
     if reference.mean.shape != sample.mean.shape:
         raise ConfigError(f"features of {len(reference.mean)} and {len(sample.mean)} dimensions cannot be compared")
@@ -60,7 +60,8 @@ def frechet_distance(reference: FeatureStatistics, sample: FeatureStatistics) ->
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, paired: bool = False) -> float:
-    """Squared maximum mean discrepancy with the cubic kernel ``(a.b / d + 1)**3`` (KID, arXiv 1801.01401), full U-statistic.
+    """Squared maximum mean discrepancy with the cubic kernel ``(a.b / d + 1)**3`` (KID, arXiv 1801.01401), full
+    U-statistic.
 
     ``paired``: row ``i`` of both has the same noise, so the diagonal of the cross term is left out as well.
     """

@@ -1,4 +1,5 @@
-"""Reference statistics of real data: safetensors with mean, covariance and a subset of features, and what they were made with."""
+"""Reference statistics of real data: safetensors with mean, covariance and a subset of features, and what they were
+made with."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def load_reference(path: Path | None, extractor: FeatureExtractor) -> DataRefere
         raise ArtifactError(f"{file} is damaged or holds no reference statistics: {error}") from error
     if metadata["extractor"] != extractor.label:
         raise ArtifactError(
-            f"{file} was made with the extractor {metadata['extractor']}, this one is {extractor.label}. Make the statistics again."
+            f"{file} was made with the extractor {metadata['extractor']}, this one is {extractor.label}. Make the "
+            "statistics again."
         )
     return DataReference(
         name=metadata["name"],

@@ -1,7 +1,8 @@
 """Calls of a denoiser as a pipeline makes them: recorded by a hook, stored without pickle, replayed.
 
-A pipeline passes prompt embeddings, guidance, position ids and more, under names that differ from class to class. A hook on the
-denoiser sees all of it, so a recorded call can stand wherever a `Condition` stands and no code per class is needed:
+A pipeline passes prompt embeddings, guidance, position ids and more, under names that differ from class to class. A
+hook on the denoiser sees all of it, so a recorded call can stand wherever a `Condition` stands and no code per class is
+needed:
 
     with capture(pipe.transformer, limit=64) as calls:
         pipe("a lighthouse", num_inference_steps=20)
@@ -43,9 +44,10 @@ _PLAIN = (type(None), bool, int, float, str)
 class Call:
     """One call of a denoiser: what it was given, whatever that is.
 
-    ``args`` and ``kwargs`` hold tensors, numbers, strings and nested tuples, lists and dictionaries of them. ``sample`` is the
-    noisy input among them, ``batch`` the number of samples, ``timestep`` the time of the call (NaN when the module takes none). With ``guidance``
-    other than 1 the batch is ``[unconditional, conditional]``, as diffusers has it, and `replay` combines its halves.
+    ``args`` and ``kwargs`` hold tensors, numbers, strings and nested tuples, lists and dictionaries of them. ``sample``
+    is the noisy input among them, ``batch`` the number of samples, ``timestep`` the time of the call (NaN when the
+    module takes none). With ``guidance`` other than 1 the batch is ``[unconditional, conditional]``, as diffusers has
+    it, and `replay` combines its halves.
     """
 
     args: tuple[Any, ...] = ()
@@ -67,10 +69,10 @@ class Call:
     def replay(self, module: nn.Module) -> Tensor:
         """The prediction of ``module`` for this call, as one tensor.
 
-        Tensors follow the module's device, and its dtype where they had that of the recorded module. A learned variance is dropped. Several
-        outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as ``[1, values]``. Where gradients are
-        enabled they are so inside too, whatever the model says: routed experts of some models run under ``no_grad`` in evaluation, which
-        would look as if no error of theirs reached the output.
+        Tensors follow the module's device, and its dtype where they had that of the recorded module. A learned variance
+        is dropped. Several outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as
+        ``[1, values]``. Where gradients are enabled they are so inside too, whatever the model says: routed experts of
+        some models run under ``no_grad`` in evaluation, which would look as if no error of theirs reached the output.
         """
         parameter = next(module.parameters())
         floats = parameter.dtype if parameter.is_floating_point() else self.dtype
@@ -117,7 +119,8 @@ class _Differentiable(TorchFunctionMode):
 
 
 class Calls(Sequence[Call]):
-    """Recorded calls in the order in which they were made. ``seen`` counts all that went by, ``model`` names the class."""
+    """Recorded calls in the order in which they were made. ``seen`` counts all that went by, ``model`` names the
+    class."""
 
     def __init__(self, calls: Sequence[Call] = (), *, model: str = "", seen: int | None = None) -> None:
         self._calls = list(calls)
@@ -154,14 +157,17 @@ def capture(
     """Record the calls of ``module`` while the block runs; the `Calls` fill when it ends.
 
     limit
-        Calls to keep at most. When more go by, each timestep keeps the same number (within one), drawn evenly from its calls with ``seed``.
+        Calls to keep at most. When more go by, each timestep keeps the same number (within one), drawn evenly from its
+        calls with ``seed``.
     guidance
-        Scale of classifier-free guidance when the pipeline batches ``[unconditional, conditional]``; 1 when it does not.
+        Scale of classifier-free guidance when the pipeline batches ``[unconditional, conditional]``; 1 when it does
+        not.
     leave_out
         Keyword arguments that are not recorded, such as caches, which a replay without them does the same with.
 
-    Tensors are copied to main memory; equal ones, such as the prompt embeddings of all steps, are kept once. Raises `ModelError` naming the
-    argument when a value is neither plain data nor a tensor, and when the block ends without a call.
+    Tensors are copied to main memory; equal ones, such as the prompt embeddings of all steps, are kept once. Raises
+    `ModelError` naming the argument when a value is neither plain data nor a tensor, and when the block ends without a
+    call.
     """
     if limit < 1:
         raise ConfigError(f"capture: limit must be at least 1, got {limit}")
@@ -183,7 +189,8 @@ def capture(
         handle.remove()
     if not reservoir.seen:
         raise ModelError(
-            f"{type(module).__name__} was not called while its calls were recorded. Run the pipeline inside the block, and give the module "
+            f"{type(module).__name__} was not called while its calls were recorded. Run the pipeline inside the "
+            "block, and give the module "
             "that it calls (pipe.unet or pipe.transformer)."
         )
     calls._calls = reservoir.calls()
@@ -223,7 +230,8 @@ def load_calls(path: str | Path) -> Calls:
     try:
         with safe_open(path, framework="pt") as file:
             body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
-            # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of the recording.
+            # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of
+            # the recording.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
@@ -256,7 +264,8 @@ def load_calls(path: str | Path) -> Calls:
 
 
 class _Reservoir:
-    """Keeps ``limit`` calls, as evenly over timesteps as it goes; within a timestep those with the smallest random keys."""
+    """Keeps ``limit`` calls, as evenly over timesteps as it goes; within a timestep those with the smallest random
+    keys."""
 
     def __init__(self, limit: int, seed: int) -> None:
         self._limit = limit
@@ -324,7 +333,8 @@ def _check(args: tuple[Any, ...], kwargs: Mapping[str, Any], owner: str) -> None
         bad = _unknown(value)
         if bad is not None:
             raise ModelError(
-                f"{owner}: {name} holds a {type(bad).__module__}.{type(bad).__name__}, which can be neither stored nor replayed. "
+                f"{owner}: {name} holds a {type(bad).__module__}.{type(bad).__name__}, which can be neither stored "
+                "nor replayed. "
                 "Name it in capture(..., leave_out=(...)) if the denoiser works without it."
             )
 
@@ -365,7 +375,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Calls as JSON data with names in the place of tensors, and the tensors by name (a digest: equal ones are stored once)."""
+    """Calls as JSON data with names in the place of tensors, and the tensors by name (a digest: equal ones are stored
+    once)."""
     tensors: dict[str, Tensor] = {}
     known: dict[int, str] = {}
 

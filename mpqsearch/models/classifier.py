@@ -1,4 +1,5 @@
-"""The embedded Fashion-MNIST classifier: judge of class fidelity and source of the features behind ``FD[fmnist-cnn]``."""
+"""The embedded Fashion-MNIST classifier: judge of class fidelity and source of the features behind
+``FD[fmnist-cnn]``."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ FEATURE_DIM = 64
 class FashionClassifier(nn.Module):
     """A small convolutional classifier for 28x28 grey images.
 
-    Input is ``[N, 1, 28, 28]`` in ``[-1, 1]``; `features` returns the penultimate ``[N, 64]`` activations (global average
-    of the last convolution, before the linear head), `forward` the ``[N, 10]`` logits.
+    Input is ``[N, 1, 28, 28]`` in ``[-1, 1]``; `features` returns the penultimate ``[N, 64]`` activations (global
+    average of the last convolution, before the linear head), `forward` the ``[N, 10]`` logits.
     """
 
     def __init__(self) -> None:

@@ -45,9 +45,10 @@ class Denoiser:
     """A model and what is needed to sample from it.
 
     ``sample_shape`` is the shape of one sample without the batch axis. ``n_classes`` is 0 for unconditional models;
-    ``null_class`` is the label that means "no class" (None: the model cannot be guided). ``scheduler`` is a diffusers scheduler
-    configuration. ``digest`` is the SHA-256 over names, dtypes, shapes and bytes of the weights. ``calls`` are calls of a pipeline's
-    own run: where there are any, layers are found and measured with them and not with the sampler here.
+    ``null_class`` is the label that means "no class" (None: the model cannot be guided). ``scheduler`` is a diffusers
+    scheduler configuration. ``digest`` is the SHA-256 over names, dtypes, shapes and bytes of the weights. ``calls``
+    are calls of a pipeline's own run: where there are any, layers are found and measured with them and not with the
+    sampler here.
     """
 
     name: str
@@ -63,7 +64,8 @@ class Denoiser:
     def denoise(self, x: Tensor, t: Tensor, cond: Given = None) -> Tensor:
         """Prediction ``[N, ...]`` for noisy samples ``x`` at timesteps ``t`` ``[N]``; a learned variance is dropped.
 
-        With a recorded call as ``cond`` the prediction is that of the call: its own sample and time count, not ``x`` and ``t``.
+        With a recorded call as ``cond`` the prediction is that of the call: its own sample and time count, not ``x``
+        and ``t``.
         """
         if isinstance(cond, Call):
             return cond.replay(self.module)
@@ -85,7 +87,8 @@ class Denoiser:
             if len(self.calls):
                 raise ModelError(self._only_calls("a prediction for a sample, a time and a class", error)) from error
             raise ModelError(
-                f"{type(self.module).__name__} cannot be called as model(x, t{', class_labels=...' if kwargs else ''}): {error}. "
+                f"{type(self.module).__name__} cannot be called as model(x, "
+                f"t{', class_labels=...' if kwargs else ''}): {error}. "
                 "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
             ) from error
         result: Tensor = out
@@ -120,14 +123,19 @@ class Denoiser:
 
     def _only_calls(self, what: str, error: BaseException) -> str:
         return (
-            f"{what} was asked for, which runs the sampler here, but {self.name} is known from {len(self.calls)} recorded calls of its pipeline "
-            f"only: {type(self.module).__name__} cannot be called as model(x, t) ({error}). With recorded calls there are layers, profile "
-            "(losses 'weight', 'output', 'gain' and 'probe'), allocate, quantize, import and export. To sample, give the module a method "
-            "denoise(x, t, cond) that adds what its pipeline gives, or export the map and sample in the pipeline itself."
+            f"{what} was asked for, which runs the sampler here, but {self.name} is known from {len(self.calls)} "
+            "recorded calls of its pipeline "
+            f"only: {type(self.module).__name__} cannot be called as model(x, t) ({error}). With recorded calls there "
+            "are layers, profile "
+            "(losses 'weight', 'output', 'gain' and 'probe'), allocate, quantize, import and export. To sample, give "
+            "the module a method "
+            "denoise(x, t, cond) that adds what its pipeline gives, or export the map and sample in the pipeline "
+            "itself."
         )
 
     def guided(self, x: Tensor, t: Tensor, cond: Given, guidance: float) -> Tensor:
-        """Classifier-free guidance ``u + g (c - u)`` in one batched call; ``guidance`` 1 is the conditional prediction."""
+        """Classifier-free guidance ``u + g (c - u)`` in one batched call; ``guidance`` 1 is the conditional
+        prediction."""
         if guidance == 1.0 or cond is None or isinstance(cond, Call):
             return self.denoise(x, t, cond)
         if self.null_class is None or not isinstance(cond, Tensor):
@@ -151,14 +159,15 @@ def adapt(
 ) -> Denoiser:
     """Wrap a module as a `Denoiser`.
 
-    Any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, a diffusers denoiser that takes a sample, a timestep and class labels (both need
-    ``sample_shape``), or any module whatever with recorded ``calls``. Raises `NumericsError` when a weight is not finite, `ModelError`
-    when it can be called in none of these ways.
+    Any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, a diffusers denoiser that takes a sample, a timestep
+    and class labels (both need ``sample_shape``), or any module whatever with recorded ``calls``. Raises
+    `NumericsError` when a weight is not finite, `ModelError` when it can be called in none of these ways.
     """
     if not len(calls):
         if not isinstance(module, Denoises) and "timestep" not in inspect.signature(module.forward).parameters:
             raise ModelError(
-                f"{type(module).__name__} is no diffusers denoiser and has no method denoise(x, t, cond). Give it one, or record calls of its "
+                f"{type(module).__name__} is no diffusers denoiser and has no method denoise(x, t, cond). Give it "
+                "one, or record calls of its "
                 "pipeline with mpqsearch.models.capture."
             )
         if not sample_shape:
@@ -170,7 +179,8 @@ def adapt(
             raise NumericsError(f"{name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
     module.eval().requires_grad_(False)
     if hasattr(module, "enable_gradient_checkpointing") and not hasattr(module, "gradient_checkpointing"):
-        module.gradient_checkpointing = False  # type: ignore[assignment]  # some classes of diffusers read it and never set it
+        # some classes of diffusers read it and never set it
+        module.gradient_checkpointing = False  # type: ignore[assignment]
     return Denoiser(
         name=name,
         module=module,

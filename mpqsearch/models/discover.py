@@ -67,11 +67,13 @@ _LAST = re.compile(r"^(conv_out|proj_out|proj_out_2|out\.2|final_layer\.linear)$
 
 
 def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> LayerTable:
-    """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its reason.
+    """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its
+    reason.
 
-    The model runs once on ``cond`` (default: class 0 of class-conditional models), or on a few of the denoiser's recorded calls. Layers that do not
-    run get the role ``unused``, and layers whose weight is used without calling them are kept, since their input cannot be seen. With ``run`` off
-    nothing of that is seen: MACs are 0 and roles go by names and shapes. Raises `ModelError` when the model has no weight layer.
+    The model runs once on ``cond`` (default: class 0 of class-conditional models), or on a few of the denoiser's
+    recorded calls. Layers that do not run get the role ``unused``, and layers whose weight is used without calling them
+    are kept, since their input cannot be seen. With ``run`` off nothing of that is seen: MACs are 0 and roles go by
+    names and shapes. Raises `ModelError` when the model has no weight layer.
     """
     modules, borrowers = _owners(denoiser.module)
     if not modules:
@@ -124,10 +126,11 @@ def example_condition(denoiser: Denoiser, n: int) -> Condition:
 class _Seen:
     """What a forward pass showed, by layer name.
 
-    ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``: layers fed with a
-    concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``: layers fed with the sample itself;
-    ``gives``: layers whose output reaches the prediction through no other layer. ``conditional``: layers that do not depend on the sample, but
-    on the time (``time``) or on one vector of other conditions (``class``); ``tokens``: those that depend on neither.
+    ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``:
+    layers fed with a concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``:
+    layers fed with the sample itself; ``gives``: layers whose output reaches the prediction through no other layer.
+    ``conditional``: layers that do not depend on the sample, but on the time (``time``) or on one vector of other
+    conditions (``class``); ``tokens``: those that depend on neither.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -141,7 +144,8 @@ class _Seen:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows tensors through every torch function: which come from the sample or from a layer, which are concatenations."""
+    """Follows tensors through every torch function: which come from the sample or from a layer, which are
+    concatenations."""
 
     def __init__(self, weights: dict[int, str], seen: _Seen) -> None:
         super().__init__()
@@ -290,7 +294,8 @@ def _role(name: str, module: nn.Module) -> str:
 def _ends(
     order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]
 ) -> tuple[str, str]:
-    """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen, else by shape and order."""
+    """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen,
+    else by shape and order."""
     ran = seen.macs or order
     first = next((n for n in order if n in ran and _FIRST.match(n)), None) or next(iter(seen.takes), None)
     if first is None:

@@ -1,4 +1,5 @@
-"""Load a denoiser: an embedded reference model, a diffusers model or pipeline folder, or a hub identifier. Safetensors only."""
+"""Load a denoiser: an embedded reference model, a diffusers model or pipeline folder, or a hub identifier. Safetensors
+only."""
 
 from __future__ import annotations
 
@@ -41,9 +42,10 @@ def load_model(
     """Load a denoiser on ``device``.
 
     source
-        An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline, of which only the
-        denoiser and the scheduler are read) or with ``config.json`` and safetensors (a diffusers model; a ``scheduler_config.json`` in it
-        or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub pipeline.
+        An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline, of
+        which only the denoiser and the scheduler are read) or with ``config.json`` and safetensors (a diffusers model;
+        a ``scheduler_config.json`` in it or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub
+        pipeline.
     dtype
         ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
     component
@@ -63,7 +65,8 @@ def load_model(
         return _load_folder(path, path.resolve().name, how)
     if path.exists() or path.suffix in (*_PICKLES, ".safetensors"):
         raise ModelError(
-            f"{source} is {'a pickle checkpoint, which may run code when loaded' if path.suffix in _PICKLES else 'a single file'}. "
+            f"{source} is "
+            f"{'a pickle checkpoint, which may run code when loaded' if path.suffix in _PICKLES else 'a single file'}. "
             "Give a diffusers folder with config.json and *.safetensors; "
             "model.save_pretrained(folder, safe_serialization=True) writes one."
         )
@@ -111,7 +114,8 @@ def _build(class_name: str, source: str, how: _How, **where: Any) -> nn.Module:
     cls = getattr(diffusers, class_name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ModelError(
-            f"{source}: its config names the class {class_name!r}, which diffusers {diffusers.__version__} does not have"
+            f"{source}: its config names the class {class_name!r}, which diffusers {diffusers.__version__} does not "
+            "have"
         )
     where.setdefault("local_files_only", Path(source).is_dir())
     wanted = how.dtype or _stored_dtype(Path(source) / where.get("subfolder", ""))
@@ -138,7 +142,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _from_pipeline(source: str, name: str, how: _How) -> Denoiser:
-    """Only the denoiser and the scheduler of a pipeline: text encoders and autoencoders take memory and are not looked at."""
+    """Only the denoiser and the scheduler of a pipeline: text encoders and autoencoders take memory and are not looked
+    at."""
     local = Path(source).is_dir()
     index = _read_config(Path(source) / "model_index.json") if local else _hub_index(source, how.revision)
     parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
@@ -176,7 +181,8 @@ def _hub_index(source: str, revision: str | None) -> dict[str, Any]:
         return dict(diffusers.DiffusionPipeline.load_config(source, revision=revision))
     except Exception as error:
         raise ModelError(
-            f"cannot load the pipeline {source!r}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            f"cannot load the pipeline {source!r}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}. "
             "It must be a folder or a hub identifier with safetensors weights; without a network only folders work."
         ) from error
 
@@ -191,7 +197,8 @@ def _wrap(
         shape = (int(channels), *map(int, size if isinstance(size, (list, tuple)) else (size, size)))
     elif not len(how.calls):
         raise ModelError(
-            f"{source}: its config has no sample_size or in_channels. Record calls of its pipeline (mpqsearch.models.capture, save_calls) and "
+            f"{source}: its config has no sample_size or in_channels. Record calls of its pipeline "
+            "(mpqsearch.models.capture, save_calls) and "
             "name the file in calibration.captured, or wrap the module with mpqsearch.models.adapt"
         )
     n_classes, null_class = _classes(config)
@@ -223,7 +230,8 @@ def _refuse_pickles(folder: Path) -> None:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if pickles:
         raise ModelError(
-            f"{folder} holds only pickle checkpoints ({', '.join(pickles[:3])}), which may run code when loaded. Convert them: "
+            f"{folder} holds only pickle checkpoints ({', '.join(pickles[:3])}), which may run code when loaded. "
+            "Convert them: "
             "load once where you trust them and call model.save_pretrained(folder, safe_serialization=True)."
         )
 

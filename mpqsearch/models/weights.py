@@ -1,7 +1,8 @@
-"""A model on disk: its structure from the configuration, without weights; its weights from safetensors, one tensor at a time.
+"""A model on disk: its structure from the configuration, without weights; its weights from safetensors, one tensor at a
+time.
 
-So a model larger than memory can be listed and its weights measured. Nothing here keeps a weight: a tensor that `StreamedModel.read`
-returns is mapped from its file and given back when the caller drops it.
+So a model larger than memory can be listed and its weights measured. Nothing here keeps a weight: a tensor that
+`StreamedModel.read` returns is mapped from its file and given back when the caller drops it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Stored:
 class StreamedModel:
     """A denoiser whose weights stay on disk.
 
-    ``module`` has the structure and the shapes, on the device ``meta``. ``stored`` maps every key of its state dict to the file that
-    holds it; keys that share one parameter share one place. ``calls`` are recorded calls of a pipeline, to run the structure with.
+    ``module`` has the structure and the shapes, on the device ``meta``. ``stored`` maps every key of its state dict to
+    the file that holds it; keys that share one parameter share one place. ``calls`` are recorded calls of a pipeline,
+    to run the structure with.
     """
 
     name: str
@@ -134,9 +136,11 @@ def open_streamed(source: str, *, calls: Sequence[Call] = ()) -> StreamedModel:
     """Open a model folder without loading its weights.
 
     source
-        An embedded name, a folder with ``config.json`` and safetensors (one file, or shards with an index), or a pipeline folder.
+        An embedded name, a folder with ``config.json`` and safetensors (one file, or shards with an index), or a
+        pipeline folder.
 
-    Raises `ModelError` when the folder is no diffusers model, holds no safetensors, or its weights do not fit its configuration.
+    Raises `ModelError` when the folder is no diffusers model, holds no safetensors, or its weights do not fit its
+    configuration.
     """
     folder = REFERENCE / source if source in EMBEDDED else Path(source).expanduser()
     if (folder / "model_index.json").is_file():
@@ -146,7 +150,8 @@ def open_streamed(source: str, *, calls: Sequence[Call] = ()) -> StreamedModel:
         folder = parts[0]
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{source!r} is no folder with config.json: weights are streamed from a diffusers model or pipeline folder on disk. "
+            f"{source!r} is no folder with config.json: weights are streamed from a diffusers model or pipeline "
+            "folder on disk. "
             "Download a hub model first."
         )
     _refuse_pickles(folder)
@@ -165,8 +170,9 @@ def open_streamed(source: str, *, calls: Sequence[Call] = ()) -> StreamedModel:
 def discover_streamed(model: StreamedModel, *, progress: Progress | None = None) -> LayerTable:
     """`discover` for a model on disk: the same layers, shapes, roles and digest, without its weights in memory.
 
-    MACs and what else only a run shows come from a run of the structure on the device ``meta``, with the recorded calls if there are any, else
-    with inputs made up from the configuration. Where no such run succeeds MACs are 0, the roles go by names alone, and one line says so.
+    MACs and what else only a run shows come from a run of the structure on the device ``meta``, with the recorded calls
+    if there are any, else with inputs made up from the configuration. Where no such run succeeds MACs are 0, the roles
+    go by names alone, and one line says so.
     """
     denoiser = _denoiser(model)
     table = None
@@ -179,7 +185,8 @@ def discover_streamed(model: StreamedModel, *, progress: Progress | None = None)
             break
     if table is None:
         log.warning(
-            "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded calls to have them.",
+            "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded "
+            "calls to have them.",
             model.name,
         )
         table = discover(denoiser, run=False)
@@ -253,7 +260,8 @@ def _files(folder: Path) -> list[Path]:
         return [default]
     if len(found) != 1:
         raise ModelError(
-            f"{folder} holds {len(found)} safetensors files and no index ({', '.join(p.name for p in found[:4]) or 'none'}): exactly one "
+            f"{folder} holds {len(found)} safetensors files and no index "
+            f"({', '.join(p.name for p in found[:4]) or 'none'}): exactly one "
             "is needed, or shards with an index"
         )
     return found
@@ -276,7 +284,8 @@ def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
         place = found[key if key in found else same[id(tensor)]]
         if place.shape != tuple(tensor.shape):
             raise ModelError(
-                f"{folder}: {key!r} is stored with the shape {place.shape}, the configuration says {tuple(tensor.shape)}"
+                f"{folder}: {key!r} is stored with the shape {place.shape}, the configuration says "
+                f"{tuple(tensor.shape)}"
             )
         yield key, place
 
@@ -284,7 +293,8 @@ def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     """The tensors of one file. The library checks the file; where tensors start is in the header that it checked.
 
-    Format: eight bytes with the length of the header, the header in JSON with ``data_offsets`` counted from its end, the values.
+    Format: eight bytes with the length of the header, the header in JSON with ``data_offsets`` counted from its end,
+    the values.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -300,7 +310,8 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None or (key.endswith("weight") and not dtype.is_floating_point):
             raise ModelError(
-                f"{path}: {key!r} is stored as {entry['dtype']}; weights must be floats (bf16, fp16, fp32): is it quantized already?"
+                f"{path}: {key!r} is stored as {entry['dtype']}; weights must be floats (bf16, fp16, fp32): is it "
+                "quantized already?"
             )
         yield (
             key,

@@ -40,23 +40,26 @@ def calibrate_activations(
     search: ActivationSearch | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ActivationTable:
-    """Scales for the activation widths of ``bit_map``, searched on what the layers of the full-precision model see while it samples.
+    """Scales for the activation widths of ``bit_map``, searched on what the layers of the full-precision model see
+    while it samples.
 
-    By timestep of the sampler (TALSQ) when the map counts more than one scale a layer (``activation_steps``), else static.
+    By timestep of the sampler (TALSQ) when the map counts more than one scale a layer (``activation_steps``), else
+    static.
 
     seeds
         Trajectories, of ``sampler.steps`` steps each, with its guidance.
     input_max
         Largest magnitude of each input channel, layer -> ``[inputs]``; needed where the format of the map smooths.
 
-    Memory: 8 kB a layer, times the steps. Raises `ConfigError` when the map has no activation widths, or counts other steps than the
-    sampler takes.
+    Memory: 8 kB a layer, times the steps. Raises `ConfigError` when the map has no activation widths, or counts other
+    steps than the sampler takes.
     """
     if not bit_map.activations:
         raise ConfigError("the bit map has no activation widths: there is nothing to calibrate")
     if bit_map.activation_steps not in (1, sampler.steps):
         raise ConfigError(
-            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {sampler.steps} steps; give the map "
+            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes "
+            f"{sampler.steps} steps; give the map "
             "one a step, or 1 for static scales"
         )
     collector = collect_ranges(
@@ -83,7 +86,8 @@ def collect_ranges(
     factors: Mapping[str, Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> RangeCollector:
-    """Histograms of the inputs of layers over trajectories: one collection gives the scales of any widths (`RangeCollector.table`).
+    """Histograms of the inputs of layers over trajectories: one collection gives the scales of any widths
+    (`RangeCollector.table`).
 
     A denoiser with recorded calls is run on those, and not with the sampler.
     """
@@ -100,7 +104,8 @@ def run_sampler(
     label: str,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Sample for the sake of hooks on the layers: the trajectories of ``seeds``, or the denoiser's recorded calls where it has any."""
+    """Sample for the sake of hooks on the layers: the trajectories of ``seeds``, or the denoiser's recorded calls where
+    it has any."""
     report = progress or (lambda _label, _done, _total: None)
     for done, call in enumerate(denoiser.calls, start=1):
         call.replay(denoiser.module)
@@ -130,7 +135,8 @@ def activation_arrays(
     gain: Mapping[str, Tensor],
     report: Callable[[str, int, int], None],
 ) -> dict[str, NDArray[Any]]:
-    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the smoothed format at ``act_bits``."""
+    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the smoothed format at
+    ``act_bits``."""
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, progress=report)
     noise = {b: ranges.table(dict.fromkeys(table.by_name, b)).error for b in widths}

@@ -1,10 +1,11 @@
 """The slope of a layer's error among the errors of all others, at models that are quantized already.
 
-A probe at full precision prices the error of a layer as if it were alone, ``|J e|**2``. In a map at 2-4 bits it is not: with ``r`` the
-difference of the final samples to full precision that all errors make, the error of one layer also changes ``|r|**2`` by ``2 r'J e``, with ``J``
-that of the quantized model. One backward pass through the sampler gives it for all layers and widths. It is taken at a few *contexts*, maps in
-which every layer has a width of its own, drawn as a Latin square: over as many contexts as there are widths each layer has each width once, so
-that no layer looks worse than another because it happened to be narrow, and all contexts have about the same size.
+A probe at full precision prices the error of a layer as if it were alone, ``|J e|**2``. In a map at 2-4 bits it is not:
+with ``r`` the difference of the final samples to full precision that all errors make, the error of one layer also
+changes ``|r|**2`` by ``2 r'J e``, with ``J`` that of the quantized model. One backward pass through the sampler gives
+it for all layers and widths. It is taken at a few *contexts*, maps in which every layer has a width of its own, drawn
+as a Latin square: over as many contexts as there are widths each layer has each width once, so that no layer looks
+worse than another because it happened to be narrow, and all contexts have about the same size.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ContextProbes:
-    """``slope`` maps a variant to ``[L, W]``: ``2 r'J e`` as a mean over the pixels of the final sample and over contexts, of any sign.
+    """``slope`` maps a variant to ``[L, W]``: ``2 r'J e`` as a mean over the pixels of the final sample and over
+    contexts, of any sign.
 
-    ``std_error`` is over batches of samples, of which each context has its own. ``mse``: measured error of each context's samples.
+    ``std_error`` is over batches of samples, of which each context has its own. ``mse``: measured error of each
+    context's samples.
     """
 
     slope: Mapping[str, Floats]
@@ -43,7 +46,8 @@ class ContextProbes:
 
 
 def latin_contexts(table: LayerTable, policy: Policy, widths: Sequence[int], *, seed: int = 0) -> NDArray[np.int64]:
-    """As many maps ``[len(widths), L]`` as there are widths: each searched layer has each width once, in a random order, tied layers the same."""
+    """As many maps ``[len(widths), L]`` as there are widths: each searched layer has each width once, in a random
+    order, tied layers the same."""
     rng = np.random.default_rng(seed)
     order: dict[str, NDArray[np.int64]] = {}
     columns = []
@@ -81,7 +85,8 @@ def context_probes(
     variant
         The quantizer of the contexts, a key of ``errors``; the effects of all variants are measured there.
     errors
-        Variant -> layer -> weight errors ``[W, C, D]``. means: layer -> mean input ``[G, D]``, for the shift that the bias takes.
+        Variant -> layer -> weight errors ``[W, C, D]``. means: layer -> mean input ``[G, D]``, for the shift that the
+        bias takes.
     Raises `ConfigError` when there are fewer seeds than contexts.
     """
     if len(seeds) < len(contexts):

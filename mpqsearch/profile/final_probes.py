@@ -1,8 +1,9 @@
 """First-order probes of the *final sample*: what the error of a layer does after all steps of the sampler.
 
-The gradient of a random projection ``v . x_final`` with respect to a weight, taken through every step, holds what a probe of the
-denoiser's output does not: the coefficient with which a step enters the sample, what the later steps make of an earlier error, and
-that the same weight error acts in every step, so that its systematic part adds up linearly and its random part does not.
+The gradient of a random projection ``v . x_final`` with respect to a weight, taken through every step, holds what a
+probe of the denoiser's output does not: the coefficient with which a step enters the sample, what the later steps make
+of an earlier error, and that the same weight error acts in every step, so that its systematic part adds up linearly and
+its random part does not.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ Floats32 = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class FinalProbes:
-    """Effects of candidate weight errors on the final samples, to first order, for K probes, T steps, L layers, W widths.
+    """Effects of candidate weight errors on the final samples, to first order, for K probes, T steps, L layers, W
+    widths.
 
-    ``effect`` maps a variant to ``[K, T, L, W]``: the part of ``v . dx_final`` that the error of that layer at that width brings in
-    at that step; the sum over T is the whole effect, and its mean square over K the squared error of the final sample (mean over
-    pixels), since ``v ~ N(0, I / d)``. ``row_square`` maps a variant to ``[C, W]``: mean over random probes of the squared effect of
-    one output channel over all steps. ``row_along`` is the mean over samples of a channel's effect along the residual times the
-    length of that, in the same unit, so that ``2 row_along`` is the slope of the error of the sample (empty without a residual).
-    ``gain`` ``[T, C]``: mean square of ``d(v . x_final) / dy`` of a channel at a step, summed over positions. ``residual`` ``[K]``:
-    ``v . (x_final - x_reference)``, zero at the full-precision model. ``samples`` ``[K]``: how many samples a probe looks at together.
+    ``effect`` maps a variant to ``[K, T, L, W]``: the part of ``v . dx_final`` that the error of that layer at that
+    width brings in at that step; the sum over T is the whole effect, and its mean square over K the squared error of
+    the final sample (mean over pixels), since ``v ~ N(0, I / d)``. ``row_square`` maps a variant to ``[C, W]``: mean
+    over random probes of the squared effect of one output channel over all steps. ``row_along`` is the mean over
+    samples of a channel's effect along the residual times the length of that, in the same unit, so that ``2 row_along``
+    is the slope of the error of the sample (empty without a residual). ``gain`` ``[T, C]``: mean square of ``d(v .
+    x_final) / dy`` of a channel at a step, summed over positions. ``residual`` ``[K]``: ``v . (x_final -
+    x_reference)``, zero at the full-precision model. ``samples`` ``[K]``: how many samples a probe looks at together.
 
-    A probe of a batch of N samples projects all of them at once, ``v ~ N(0, I / (N d))``: its square is in the mean the error of a sample, since
-    the projections of different samples are independent, and along the residuals of a batch it is the exact sum over its samples.
+    A probe of a batch of N samples projects all of them at once, ``v ~ N(0, I / (N d))``: its square is in the mean the
+    error of a sample, since the projections of different samples are independent, and along the residuals of a batch it
+    is the exact sum over its samples.
     """
 
     effect: Mapping[str, Floats32]
@@ -70,19 +74,20 @@ def final_probes(
     """Probe the final samples of ``seeds``, ``batch`` trajectories at a time.
 
     errors
-        Variant -> layer -> ``[W, C, D]``: candidate weight minus present weight. At the full-precision model that is the
-        quantization error; at an operating point the difference of two quantized weights.
+        Variant -> layer -> ``[W, C, D]``: candidate weight minus present weight. At the full-precision model that is
+        the quantization error; at an operating point the difference of two quantized weights.
     means
         Layer -> mean unfolded input ``[G, D]``: the shift that bias correction takes out, in layers with a bias.
     probes
-        Projections of each batch. A larger batch has fewer of them in all for the same work, and makes better use of a processor.
+        Projections of each batch. A larger batch has fewer of them in all for the same work, and makes better use of a
+        processor.
     reference
-        Full-precision samples ``[len(seeds), ...]`` at an operating point; with ``along_residual`` the first probe of each batch
-        is its residual, normalised to the length of a random ``v``.
+        Full-precision samples ``[len(seeds), ...]`` at an operating point; with ``along_residual`` the first probe of
+        each batch is its residual, normalised to the length of a random ``v``.
 
-    Costs ``T (2 + 2 probes)`` forward passes a sample: the trajectory, its recomputation step by step (so that the graph of one
-    call is all the memory taken) and a backward pass a probe. Leaves the model as it was. Raises `NumericsError` when a sample is
-    not finite.
+    Costs ``T (2 + 2 probes)`` forward passes a sample: the trajectory, its recomputation step by step (so that the
+    graph of one call is all the memory taken) and a backward pass a probe. Leaves the model as it was. Raises
+    `NumericsError` when a sample is not finite.
     """
     if batch < 1:
         raise ConfigError(f"probes of final samples need a batch of at least 1, got {batch}")

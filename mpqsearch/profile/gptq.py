@@ -46,8 +46,8 @@ def input_statistics(
     """Second moments, means and largest magnitudes of the inputs of all layers that run while the model samples.
 
     Takes ``D**2`` float64 numbers for a layer of fan-in ``D``; `InputMoments` holds some layers at a time.
-    Class-conditional models want seeds that cover all classes: layers that see nothing
-    but the class and the timestep have few different inputs, and every one that is missing is one that codes are not chosen for.
+    Class-conditional models want seeds that cover all classes: layers that see nothing but the class and the timestep
+    have few different inputs, and every one that is missing is one that codes are not chosen for.
     """
     with InputCollector(denoiser.module, table) as collector:
         run_sampler(denoiser, sampler, seeds, "input moments", progress)
@@ -55,7 +55,8 @@ def input_statistics(
 
 
 WORKING = 40
-"""Bytes that GPTQ rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in float32."""
+"""Bytes that GPTQ rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in
+float32."""
 
 
 def beyond_limit(table: LayerTable, limit: int | None) -> tuple[str, ...]:
@@ -66,10 +67,12 @@ def beyond_limit(table: LayerTable, limit: int | None) -> tuple[str, ...]:
 
 @dataclass
 class InputMoments(Mapping[str, RowStatistics]):
-    """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of consecutive layers.
+    """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of
+    consecutive layers.
 
-    Read in the order of the table, each group is measured once. Layers of which a single second moment is beyond the limit are not among the keys
-    (``left_out``): they are rounded to nearest. Without a limit all layers are one group. Layers that never run are not there either.
+    Read in the order of the table, each group is measured once. Layers of which a single second moment is beyond the
+    limit are not among the keys (``left_out``): they are rounded to nearest. Without a limit all layers are one group.
+    Layers that never run are not there either.
     """
 
     denoiser: Denoiser
@@ -129,7 +132,8 @@ class InputMoments(Mapping[str, RowStatistics]):
         return _Field(self, "second_moment")
 
     def means(self) -> Mapping[str, Tensor]:
-        """Mean inputs ``[G, D]``, from the same samples: with these, what the bias makes good is taken off the second moment exactly."""
+        """Mean inputs ``[G, D]``, from the same samples: with these, what the bias makes good is taken off the second
+        moment exactly."""
         return _Field(self, "mean")
 
 
@@ -169,8 +173,9 @@ def gptq_profile(
     fmt
         The format whose variant is priced anew, with its own range search and alpha of smoothing.
 
-    Layer totals from probes change as the gain-weighted errors of their rows do; totals that belong to the errors of other layers
-    (``context``, ``operating``, ``final``) are left out for this variant. Raises `ConfigError` when the profile lacks the variant.
+    Layer totals from probes change as the gain-weighted errors of their rows do; totals that belong to the errors of
+    other layers (``context``, ``operating``, ``final``) are left out for this variant. Raises `ConfigError` when the
+    profile lacks the variant.
     """
     variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
     if f"output_error/{variant}" not in profile.arrays:

@@ -15,10 +15,12 @@ from mpqsearch.quant import ActivationQuantizer, RowStatistics
 
 
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
-    """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x``, with or without a batch axis.
+    """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x``, with or without a batch
+    axis.
 
-    Convolutions are unfolded with their own stride, padding and dilation; a transposed convolution is a convolution of the
-    zero-stuffed input with the flipped kernel. So ``rows @ columns`` is the layer's output, exactly, for every kind.
+    Convolutions are unfolded with their own stride, padding and dilation; a transposed convolution is a convolution of
+    the zero-stuffed input with the flipped kernel. So ``rows @ columns`` is the layer's output, exactly, for every
+    kind.
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -66,7 +68,8 @@ def _windows(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
 
 
 def parts_of(x: Tensor, module: nn.Module, at_once: int) -> Iterable[Tensor]:
-    """An input in parts of so many samples, or rows of a linear layer's input; for those who cannot unfold all of it together."""
+    """An input in parts of so many samples, or rows of a linear layer's input; for those who cannot unfold all of it
+    together."""
     if isinstance(module, nn.Linear):
         x = x.reshape(-1, x.shape[-1])
     else:
@@ -172,9 +175,11 @@ class InputCollector:
 
 
 class QuantizedInputCollector:
-    """Context manager: moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs at full precision.
+    """Context manager: moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs at full
+    precision.
 
-    ``E[q q']``, ``E[q d']`` and ``E[d d']`` of each layer, ``[G, D, D]`` in float64: three times the memory of `InputCollector`.
+    ``E[q q']``, ``E[q d']`` and ``E[d d']`` of each layer, ``[G, D, D]`` in float64: three times the memory of
+    `InputCollector`.
     """
 
     def __init__(self, model: nn.Module, table: LayerTable, quantizers: Mapping[str, ActivationQuantizer]) -> None:
@@ -211,7 +216,8 @@ class QuantizedInputCollector:
         return collect
 
     def errors(self, layer: LayerSpec, rows: Tensor, weight_errors: Tensor) -> Tensor:
-        """``E[(w_q' q - w' x)**2]`` of every row at every width ``[C, W]``, from the weights ``[C, D]`` and their errors ``[W, C, D]``.
+        """``E[(w_q' q - w' x)**2]`` of every row at every width ``[C, W]``, from the weights ``[C, D]`` and their
+        errors ``[W, C, D]``.
 
         With ``e = w_q - w`` this is ``e' E[q q'] e + 2 e' E[q d'] w + w' E[d d'] w``. Zero for a layer that never ran.
         """

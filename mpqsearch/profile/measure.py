@@ -58,22 +58,24 @@ class CalibrationSpec:
     """What a profile is measured on.
 
     ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
-    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in ``buckets`` buckets of
-    timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each through the whole sampler. ``context_seeds``
-    trajectories (0: none) give slopes at maps that mix ``context_widths`` (those of them that are searched).
-    ``schemes`` are the quantizer variants to price; ``smooth`` prices the asymmetric one with smoothing too, and with smoothing and
-    min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists widths at which every layer is quantized alone and the final
-    samples of ``final_seeds`` seeds are compared: slow, and the reference for the rest.
+    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in
+    ``buckets`` buckets of timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each
+    through the whole sampler. ``context_seeds`` trajectories (0: none) give slopes at maps that mix ``context_widths``
+    (those of them that are searched). ``schemes`` are the quantizer variants to price; ``smooth`` prices the asymmetric
+    one with smoothing too, and with smoothing and min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists
+    widths at which every layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow,
+    and the reference for the rest.
 
-    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and smoothed weights with inputs of
-    each of these widths (two more runs of the sampler, and one for each width).
+    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and smoothed weights
+    with inputs of each of these widths (two more runs of the sampler, and one for each width).
 
-    ``prediction_only`` measures nothing but those slopes, the means of inputs and the errors of the weights: what predicting the loss of given
-    maps needs, at a fraction of the cost, and not enough to choose widths by.
+    ``prediction_only`` measures nothing but those slopes, the means of inputs and the errors of the weights: what
+    predicting the loss of given maps needs, at a fraction of the cost, and not enough to choose widths by.
 
-    ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to ``MOST`` times the
-    numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose widths are still undecided, until the
-    noise costs less than this share of the predicted loss. ``checkpoint`` recomputes activations in the backward passes.
+    ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to
+    ``MOST`` times the numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose
+    widths are still undecided, until the noise costs less than this share of the predicted loss. ``checkpoint``
+    recomputes activations in the backward passes.
     """
 
     samples: int = 8
@@ -103,12 +105,14 @@ class CalibrationSpec:
             )
         if min(self.sampler_seeds, self.context_seeds) < 0 or self.race < 0 or not 0 <= self.target_error < 1:
             raise ConfigError(
-                f"calibration: sampler_seeds, context_seeds and race must not be negative and target_error lies in [0, 1), got "
+                "calibration: sampler_seeds, context_seeds and race must not be negative and target_error lies in "
+                "[0, 1), got "
                 f"{self.sampler_seeds}, {self.context_seeds}, {self.race:g}, {self.target_error:g}"
             )
         if self.prediction_only and (self.final_widths or self.activation_bits):
             raise ConfigError(
-                "calibration.prediction_only measures slopes alone, but final_widths or activation_bits are set too; leave them empty, or "
+                "calibration.prediction_only measures slopes alone, but final_widths or activation_bits are set too; "
+                "leave them empty, or "
                 "prediction_only out"
             )
         if not self.schemes:
@@ -149,11 +153,12 @@ def profile_model(
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units.
 
-    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the largest layer with them. With it
-    the calibration may run several times (`mpqsearch.profile.moments`), errors may be made again at every probe, some rows at a time, and the
-    numbers are the same up to rounding (1e-4 of the largest). The gradient of a layer comes in one piece, and slopes at contexts need a second
-    copy of the model. Raises `ConfigError`, with the smallest limit that works, when a layer does not fit.
-    `profile_base` and `final_errors` are its two halves, for callers that keep what is finished.
+    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the
+    largest layer with them. With it the calibration may run several times (`mpqsearch.profile.moments`), errors may be
+    made again at every probe, some rows at a time, and the numbers are the same up to rounding (1e-4 of the largest).
+    The gradient of a layer comes in one piece, and slopes at contexts need a second copy of the model. Raises
+    `ConfigError`, with the smallest limit that works, when a layer does not fit. `profile_base` and `final_errors` are
+    its two halves, for callers that keep what is finished.
     """
     base = profile_base(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
     return with_final_errors(base, final_errors(denoiser, table, base, sampler, spec, fmt, progress=progress))
@@ -171,10 +176,11 @@ def profile_base(
     partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Everything but the slow reference of one layer at a time; with ``spec.prediction_only`` what `profile_slopes` measures.
+    """Everything but the slow reference of one layer at a time; with ``spec.prediction_only`` what `profile_slopes`
+    measures.
 
-    ``partial`` keeps the tables of each finished layer and each finished kind of probes. A run that continues from it samples the calibration
-    inputs again and measures what is left.
+    ``partial`` keeps the tables of each finished layer and each finished kind of probes. A run that continues from it
+    samples the calibration inputs again and measures what is left.
     """
     if spec.prediction_only:
         return profile_slopes(
@@ -290,24 +296,29 @@ def profile_slopes(
     partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Only what predicts the loss of given maps: slopes at balanced maps (`mpqsearch.profile.contexts`), beside kurtosis and weight errors.
+    """Only what predicts the loss of given maps: slopes at balanced maps (`mpqsearch.profile.contexts`), beside
+    kurtosis and weight errors.
 
-    One run of the sampler over ``spec.samples`` for the means of inputs, a range search, and ``5 T`` forward passes for each of
-    ``spec.context_seeds``. No second moment is kept and no prediction is probed. Raises `ConfigError` when the denoiser has recorded calls instead
-    of a sampler, when fewer than two of ``spec.context_widths`` are searched, or when there are fewer seeds than those.
+    One run of the sampler over ``spec.samples`` for the means of inputs, a range search, and ``5 T`` forward passes for
+    each of ``spec.context_seeds``. No second moment is kept and no prediction is probed. Raises `ConfigError` when the
+    denoiser has recorded calls instead of a sampler, when fewer than two of ``spec.context_widths`` are searched, or
+    when there are fewer seeds than those.
     """
     report = progress or _silent
     widths = tuple(sorted(policy.widths))
     mixed = [b for b in spec.context_widths if b in widths]
     if len(denoiser.calls):
         raise ConfigError(
-            f"{denoiser.name}: calibration.prediction_only follows the sampler to its final samples, and this model is measured with "
+            f"{denoiser.name}: calibration.prediction_only follows the sampler to its final samples, and this model "
+            "is measured with "
             f"{len(denoiser.calls)} recorded calls. Leave it out: the losses 'gain' and 'probe' need no sampler."
         )
     if len(mixed) < 2 or spec.context_seeds < len(mixed):
         raise ConfigError(
-            f"calibration.prediction_only mixes those of calibration.context_widths = {list(spec.context_widths)} that are searched, of "
-            f"{list(widths)} (policy.widths): {len(mixed)}, where at least 2 are needed, with a seed each of context_seeds = "
+            f"calibration.prediction_only mixes those of calibration.context_widths = {list(spec.context_widths)} "
+            "that are searched, of "
+            f"{list(widths)} (policy.widths): {len(mixed)}, where at least 2 are needed, with a seed each of "
+            "context_seeds = "
             f"{spec.context_seeds}. Change context_widths, policy.widths or context_seeds."
         )
     variants = {c: f for c, f in variants_of(spec, fmt).items() if not f.smooth}
@@ -384,14 +395,17 @@ def calibrate(
     *,
     moments: bool = True,
 ) -> tuple[Mapping[str, RowStatistics], Mapping[str, Tensor], list[ProbeInput]]:
-    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to probe.
+    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to
+    probe.
 
     Without ``moments`` the second moments are left empty.
     """
     if len(denoiser.calls) and spec.final_widths:
         raise ConfigError(
-            f"calibration.final_widths = {list(spec.final_widths)} compares final samples, but {denoiser.name} is measured with "
-            f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave final_widths empty: the losses 'gain' and 'probe' are measured "
+            f"calibration.final_widths = {list(spec.final_widths)} compares final samples, but {denoiser.name} is "
+            "measured with "
+            f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave final_widths empty: the losses "
+            "'gain' and 'probe' are measured "
             "on the calls."
         )
     kept: list[ProbeInput] = []
@@ -405,7 +419,8 @@ def calibrate(
 
 @torch.no_grad()
 def _calibration(denoiser: Denoiser, sampler: SamplerSpec, spec: CalibrationSpec) -> Iterator[list[ProbeInput]]:
-    """Call the denoiser on all calibration inputs, the same each time, and give out the inputs of every call, one by one."""
+    """Call the denoiser on all calibration inputs, the same each time, and give out the inputs of every call, one by
+    one."""
     device = next(denoiser.module.parameters()).device
     for call in denoiser.calls:
         call.replay(denoiser.module)
@@ -471,10 +486,12 @@ def tables_of(
     hold: bool = True,
     partial: Partial | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Mapping[str, Tensor]]]:
-    """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are probed.
+    """Per-channel tables, and the weight errors ``[W, C, D]`` behind them (variant -> layer) for the variants that are
+    probed.
 
-    ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once). Without ``hold`` the errors are not kept:
-    they are made again from their scales whenever they are looked at, the same bit for bit. ``partial`` keeps tables and scales of a layer.
+    ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once). Without ``hold``
+    the errors are not kept: they are made again from their scales whenever they are looked at, the same bit for bit.
+    ``partial`` keeps tables and scales of a layer.
     """
     slices = blocks or {la.name: row_blocks(la, 1, None) for la in table}
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
@@ -531,7 +548,8 @@ def _layer_tables(
     *,
     hold: bool,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, tuple[RowQuantizer, ...]], dict[str, list[Tensor]]]:
-    """The tables of one layer, float32; the quantizers of each variant without smoothing, one a width; and to hold, their errors by slices."""
+    """The tables of one layer, float32; the quantizers of each variant without smoothing, one a width; and to hold,
+    their errors by slices."""
     rows = rows_of(weight.detach(), layer)
     known = stats if stats.second_moment.numel() else None
     columns: dict[str, list[Tensor]] = {"kurtosis": [kurtosis(rows)]}
@@ -595,7 +613,8 @@ def _probe(
     inputs: Sequence[ProbeInput],
     report: Progress,
 ) -> tuple[ProbeResult, int]:
-    """Probe the inputs once, and again with new projections until the target is reached. Returns the number of inputs, too."""
+    """Probe the inputs once, and again with new projections until the target is reached. Returns the number of inputs,
+    too."""
     prober = Prober(
         denoiser,
         table,
@@ -635,7 +654,8 @@ def _probe_sampler(
     means: Mapping[str, Tensor],
     report: Progress,
 ) -> tuple[dict[str, NDArray[Any]], int]:
-    """Layer totals from probes through the sampler, ``spec.sampler_seeds`` trajectories at a time. Returns their number, too."""
+    """Layer totals from probes through the sampler, ``spec.sampler_seeds`` trajectories at a time. Returns their
+    number, too."""
     squares: dict[str, list[NDArray[np.float64]]] = {v: [] for v in errors}
     done, total = 0, spec.sampler_seeds
 
@@ -685,7 +705,8 @@ def _probe_contexts(
     means: Mapping[str, Tensor],
     report: Progress,
 ) -> dict[str, NDArray[Any]]:
-    """Slopes of layers among the errors of the others; nothing when no seed or fewer than two of the widths are asked for."""
+    """Slopes of layers among the errors of the others; nothing when no seed or fewer than two of the widths are asked
+    for."""
     widths = tuple(sorted(policy.widths))
     mixed = [b for b in spec.context_widths if b in widths]
     if spec.context_seeds < max(len(mixed), 1) or len(mixed) < 2:
@@ -725,7 +746,8 @@ def price_errors(
     *,
     progress: Progress | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """First-order effect ``[W]`` on the model's output of ``W`` given weight errors ``[W, C, D]`` of every layer, one layer at a time.
+    """First-order effect ``[W]`` on the model's output of ``W`` given weight errors ``[W, C, D]`` of every layer, one
+    layer at a time.
 
     For quantizers that are not ours: the errors are those that another tool makes. No bias is corrected.
     """
@@ -755,9 +777,10 @@ def final_errors(
 ) -> FinalErrors:
     """Error of the final samples with one layer quantized at a time, at ``spec.final_widths``: the slow reference.
 
-    One run of the sampler for each layer and width, with the scheme that `final_variant` names and bias correction on, as in
-    the errors of `probe`. ``known`` holds what an earlier run finished; ``keep`` is called with all results after each layer.
-    ``wanted`` chooses layers and how many seeds each should have (default: all layers, ``spec.final_seeds``).
+    One run of the sampler for each layer and width, with the scheme that `final_variant` names and bias correction on,
+    as in the errors of `probe`. ``known`` holds what an earlier run finished; ``keep`` is called with all results after
+    each layer. ``wanted`` chooses layers and how many seeds each should have (default: all layers,
+    ``spec.final_seeds``).
     """
     for bits in spec.final_widths:
         if bits not in profile.widths:
@@ -814,8 +837,8 @@ def race_final_errors(
 ) -> FinalErrors:
     """`final_errors` in rounds: two seeds for every layer, then twice as many for the layers that are still undecided.
 
-    ``undecided`` says of the profile so far which layers those are and whether the answer is settled (see `stability`). Ends when it
-    is, when no layer is undecided, or when the undecided ones have ``spec.final_seeds`` seeds.
+    ``undecided`` says of the profile so far which layers those are and whether the answer is settled (see `stability`).
+    Ends when it is, when no layer is undecided, or when the undecided ones have ``spec.final_seeds`` seeds.
     """
     wanted = {la.name: min(2, spec.final_seeds) for la in table}
     found = dict(known or {})

@@ -1,16 +1,17 @@
 """Exact output errors of every row within a memory limit: full second moments, blocks of them, or direct products.
 
-The error of a row is ``e' H e`` with ``H`` the second moment of the layer's input. ``H`` takes ``D * D`` numbers for a fan-in of ``D``: 4.2 GB
-for the largest layer of Stable Diffusion 1.5. Under a limit a layer is measured in one of three ways, all with the same numbers up to
-float32 rounding:
+The error of a row is ``e' H e`` with ``H`` the second moment of the layer's input. ``H`` takes ``D * D`` numbers for a
+fan-in of ``D``: 4.2 GB for the largest layer of Stable Diffusion 1.5. Under a limit a layer is measured in one of three
+ways, all with the same numbers up to float32 rounding:
 
 ``full``
-    ``H`` is held, and prices any number of candidates: ``n D**2`` multiplications for n positions, then ``K C D**2`` for K candidates.
+    ``H`` is held, and prices any number of candidates: ``n D**2`` multiplications for n positions, then ``K C D**2``
+    for K candidates.
 ``blocked``
     Some rows of ``H`` at a time, a pass over the inputs for each block; ``e' H e`` is the sum of what the blocks give.
 ``direct``
-    The errors of the candidates are multiplied with the inputs themselves and squared: ``n K C D`` multiplications, ``K C D`` numbers. Cheaper
-    than ``full`` whenever ``K C < D``, or when there are few positions.
+    The errors of the candidates are multiplied with the inputs themselves and squared: ``n K C D`` multiplications, ``K
+    C D`` numbers. Cheaper than ``full`` whenever ``K C < D``, or when there are few positions.
 
 Layers are packed into passes over the calibration inputs so that what one pass holds fits the limit.
 """
@@ -35,8 +36,8 @@ from mpqsearch.quant.tables import row_blocks, row_bytes
 How = Literal["full", "blocked", "direct"]
 
 Errors = Callable[[LayerSpec, RowStatistics], Iterable[tuple[slice, Mapping[str, Tensor]]]]
-"""Weight errors of a layer, in slices of rows (of whole groups, or inside one): each with ``[W, c, D]`` under each quantizer variant. The statistics
-that it gets have no second moment."""
+"""Weight errors of a layer, in slices of rows (of whole groups, or inside one): each with ``[W, c, D]`` under each
+quantizer variant. The statistics that it gets have no second moment."""
 
 Tables = dict[str, dict[str, Tensor]]
 """Layer -> ``output_error/<variant>`` and ``output_error_centred/<variant>``, ``[C, W]`` float32."""
@@ -47,7 +48,8 @@ SCRATCH = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one pass does of one layer: input columns ``start:stop`` of ``H`` (full: all), or candidates ``start:stop`` (direct)."""
+    """What one pass does of one layer: input columns ``start:stop`` of ``H`` (full: all), or candidates ``start:stop``
+    (direct)."""
 
     layer: str
     how: How
@@ -57,7 +59,8 @@ class Piece:
 
 
 def blocks_within(module: nn.Module, table: LayerTable, n_candidates: int, limit: int | None) -> dict[str, list[slice]]:
-    """For each layer the slices of its rows whose errors under ``n_candidates`` quantizers fit a memory limit, beside the layer's gradient.
+    """For each layer the slices of its rows whose errors under ``n_candidates`` quantizers fit a memory limit, beside
+    the layer's gradient.
 
     Raises `ConfigError` that names the layer and the smallest limit that works.
     """
@@ -66,7 +69,8 @@ def blocks_within(module: nn.Module, table: LayerTable, n_candidates: int, limit
     modules: dict[str, Any] = dict(module.named_modules())
 
     def whole(layer: LayerSpec) -> int:
-        """What no slices make smaller: autograd gives a gradient in one piece, in the type of the weights; it is used as rows in float32."""
+        """What no slices make smaller: autograd gives a gradient in one piece, in the type of the weights; it is used
+        as rows in float32."""
         size = int(modules[layer.name].weight.element_size())
         as_rows = 4 if size != 4 or layer.kind.startswith("ConvTranspose") else 0
         return layer.n_weights * (size + as_rows)
@@ -76,22 +80,27 @@ def blocks_within(module: nn.Module, table: LayerTable, n_candidates: int, limit
     least = whole(largest) + row
     if least > limit:
         raise ConfigError(
-            f"the memory limit of {limit / 1e6:.3g} MB is too small for the layer {largest.name!r}: its gradient, which comes in one piece, takes "
-            f"{whole(largest) / 1e6:.3g} MB, and the errors of one row {row / 1e6:.3g} MB. Raise the limit to {math.ceil(least / 1e3) / 1e3} MB, "
+            f"the memory limit of {limit / 1e6:.3g} MB is too small for the layer {largest.name!r}: its gradient, "
+            "which comes in one piece, takes "
+            f"{whole(largest) / 1e6:.3g} MB, and the errors of one row {row / 1e6:.3g} MB. Raise the limit to "
+            f"{math.ceil(least / 1e3) / 1e3} MB, "
             "or profile with --weights-only, which takes no gradient."
         )
     return {la.name: row_blocks(la, n_candidates, (limit - whole(la)) // SCRATCH) for la in table}
 
 
 def plan_moments(table: LayerTable, n_candidates: int, limit: int | None, *, positions: int = 0) -> list[list[Piece]]:
-    """The passes over the calibration inputs that measure all layers, each a list of pieces that fit ``limit`` bytes together.
+    """The passes over the calibration inputs that measure all layers, each a list of pieces that fit ``limit`` bytes
+    together.
 
     n_candidates
         Weight errors to price for each row: widths times quantizer variants.
     positions
-        Positions of all inputs, where known: then ``direct`` is also taken where it saves more than half of the multiplications.
+        Positions of all inputs, where known: then ``direct`` is also taken where it saves more than half of the
+        multiplications.
 
-    Without a limit all second moments are held at once. Raises `ConfigError` naming the layer for which the limit is too small.
+    Without a limit all second moments are held at once. Raises `ConfigError` naming the layer for which the limit is
+    too small.
     """
     if limit is None:
         return [[_piece(la, "full", 0, la.weights_per_channel, _full_bytes(la)) for la in table]]
@@ -126,7 +135,8 @@ def output_errors(
     """Exact output errors of every row of every layer, in the given passes.
 
     stats
-        Mean and largest inputs of each layer (the second moments in them are not used): centring and smoothing need them first.
+        Mean and largest inputs of each layer (the second moments in them are not used): centring and smoothing need
+        them first.
     run
         Runs the model on all calibration inputs, the same at each call.
     report
@@ -263,7 +273,8 @@ def _tables(
 
 @contextmanager
 def _watched(module: nn.Module, table: LayerTable, workers: Mapping[Piece, Any], scratch: int) -> Iterator[None]:
-    """Feed the inputs of every layer to its workers, in parts whose unfolded columns and products fit ``scratch`` bytes."""
+    """Feed the inputs of every layer to its workers, in parts whose unfolded columns and products fit ``scratch``
+    bytes."""
     modules = dict(module.named_modules())
     by_layer: dict[str, list[Any]] = {}
     for piece, worker in workers.items():
@@ -301,7 +312,8 @@ def _pieces(layer: LayerSpec, n_candidates: int, room: int, positions: int) -> l
     if max(at_once, rows) < 1:
         least = min(full // d, 2 * each) * SCRATCH / (SCRATCH - 1)
         raise ConfigError(
-            f"the memory limit is too small for the layer {layer.name!r}: one row of its second moment takes {full // d / 1e6:.2f} MB, the "
+            f"the memory limit is too small for the layer {layer.name!r}: one row of its second moment takes "
+            f"{full // d / 1e6:.2f} MB, the "
             f"weight errors of one candidate {2 * each / 1e6:.2f} MB. Raise the limit to {least / 1e6:.2f} MB."
         )
     if full <= room and not _direct_pays(layer, n_candidates, positions):

@@ -1,13 +1,15 @@
 """Sensitivity at an operating point: what a layer's width changes *given the widths of all the others*.
 
-First order at full precision is right at 6-8 bits and loses the order of maps at 2-4, where errors interact. At a quantized model the
-error of the final sample has a slope: with ``r`` the difference to the full-precision sample and ``J`` the derivative of the sampler,
+First order at full precision is right at 6-8 bits and loses the order of maps at 2-4, where errors interact. At a
+quantized model the error of the final sample has a slope: with ``r`` the difference to the full-precision sample and
+``J`` the derivative of the sampler,
 
     |r + J dW|^2 - |r|^2  =  2 r'J dW + |J dW|^2
 
-for every candidate ``dW`` (quantized weight of another width minus the present one). The first term costs one backward pass through
-the sampler for all layers and widths, is exact to first order and contains the interactions with all present errors; the second is
-the Gauss-Newton curvature from random probes. Solving the integer program again with these and measuring again is iterated linearisation.
+for every candidate ``dW`` (quantized weight of another width minus the present one). The first term costs one backward
+pass through the sampler for all layers and widths, is exact to first order and contains the interactions with all
+present errors; the second is the Gauss-Newton curvature from random probes. Solving the integer program again with
+these and measuring again is iterated linearisation.
 """
 
 from __future__ import annotations
@@ -56,17 +58,18 @@ def remeasure(
     """The profile with ``layer_operating_error`` measured at a bit map, or as a mean over several.
 
     bit_map
-        Where to linearise; of several, which share one format, each gets its part of the seeds. Weights are rounded to nearest there, whatever the
-        map says.
+        Where to linearise; of several, which share one format, each gets its part of the seeds. Weights are rounded to
+        nearest there, whatever the map says.
     seeds
-        Trajectories: one sample each, ``batch`` at a time with ``probes`` backward passes through the sampler, the first along the residual.
-        Standard errors are over batches.
+        Trajectories: one sample each, ``batch`` at a time with ``probes`` backward passes through the sampler, the
+        first along the residual. Standard errors are over batches.
     memory_limit
-        Bytes that the weight errors of all candidates may take; where they take more they are made again at every probe, some rows at a time.
-        The gradient of one layer has to fit, too; beside that there is a quantized copy of the model.
+        Bytes that the weight errors of all candidates may take; where they take more they are made again at every
+        probe, some rows at a time. The gradient of one layer has to fit, too; beside that there is a quantized copy of
+        the model.
 
-    ``calibration`` of the result holds ``operating_points`` (digests) and ``operating_mse`` (the measured error of their final samples).
-    Raises `ConfigError` when there are fewer seeds than maps, or the maps differ in format.
+    ``calibration`` of the result holds ``operating_points`` (digests) and ``operating_mse`` (the measured error of
+    their final samples). Raises `ConfigError` when there are fewer seeds than maps, or the maps differ in format.
     """
     maps = [bit_map] if isinstance(bit_map, BitMap) else list(bit_map)
     if not maps or len(seeds) < len(maps):

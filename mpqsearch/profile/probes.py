@@ -1,7 +1,8 @@
 """Gains from random probes: what an error in one channel or layer does to the model's output, to first order.
 
-For an output ``f`` and a random ``v ~ N(0, I)``, ``E_v <d(v.f)/dy, dy>**2 = ||J dy||**2``: the squared change of the output that
-``dy`` causes, with one backward pass a probe and no second derivatives (Gauss-Newton; no labels, no Hessian).
+For an output ``f`` and a random ``v ~ N(0, I)``, ``E_v <d(v.f)/dy, dy>**2 = ||J dy||**2``: the squared change of the
+output that ``dy`` causes, with one backward pass a probe and no second derivatives (Gauss-Newton; no labels, no
+Hessian).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from mpqsearch.quant.tables import EVERY, error_part, error_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeInput:
-    """One input of the denoiser as the sampler gives it: ``x`` ``[1, ...]``, timestep, condition and weight of its step."""
+    """One input of the denoiser as the sampler gives it: ``x`` ``[1, ...]``, timestep, condition and weight of its
+    step."""
 
     x: Tensor
     timestep: int
@@ -34,8 +36,9 @@ class ProbeInput:
 class ProbeResult:
     """What probes found, each with its standard error over inputs and probes.
 
-    ``gain``, ``gain_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``. ``step_gain``,
-    ``step_gain_std``: layer -> ``[C, B]``, the gain inside each bucket of timesteps (0 where a bucket had no input).
+    ``gain``, ``gain_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``.
+    ``step_gain``, ``step_gain_std``: layer -> ``[C, B]``, the gain inside each bucket of timesteps (0 where a bucket
+    had no input).
     """
 
     gain: Mapping[str, Tensor]
@@ -183,7 +186,8 @@ def probe(
 
 
 def corrected(rows: Tensor, bias: Tensor, mean: Tensor, layer: LayerSpec, part: slice = EVERY) -> Tensor:
-    """Weight gradient ``[C, D]``, or that of some rows, after the mean shift of a weight error is folded into the bias: ``dW - db m'``.
+    """Weight gradient ``[C, D]``, or that of some rows, after the mean shift of a weight error is folded into the bias:
+    ``dW - db m'``.
 
     No bias, no change.
     """

@@ -1,7 +1,8 @@
 """When is a profile good enough? When its noise no longer changes what the integer program answers.
 
-A standard error alone does not say so: a layer whose loss is known to 50 % may be decided at every budget, another known to 5 % may
-not. So the integer program is solved again for profiles drawn within the standard errors; where the answers differ, more is measured.
+A standard error alone does not say so: a layer whose loss is known to 50 % may be decided at every budget, another
+known to 5 % may not. So the integer program is solved again for profiles drawn within the standard errors; where the
+answers differ, more is measured.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ TOTALS = {
 class Stability:
     """How far the noise of a profile reaches into the allocation, over ``draws`` profiles within its standard errors.
 
-    ``undecided`` ``[L]``: share of (draw, budget) in which the layer gets another width than from the profile itself. ``agreement``
-    ``[B]``: share of the weights whose width stays, for each budget. ``regret`` ``[B]``: mean relative excess of the loss, under the
-    profile itself, of the maps that the draws choose: what the noise can cost. All in ``[0, 1]`` but ``regret``, which is >= 0.
+    ``undecided`` ``[L]``: share of (draw, budget) in which the layer gets another width than from the profile itself.
+    ``agreement`` ``[B]``: share of the weights whose width stays, for each budget. ``regret`` ``[B]``: mean relative
+    excess of the loss, under the profile itself, of the maps that the draws choose: what the noise can cost. All in
+    ``[0, 1]`` but ``regret``, which is >= 0.
     """
 
     undecided: Floats
@@ -58,9 +60,9 @@ def stability(
 ) -> Stability:
     """Solve ``method``, with widths by layer, for the profile and for ``draws`` draws of it.
 
-    A draw multiplies every layer total by a log-normal factor with the mean 1 and the relative standard error of that total, at least
-    that of the median layer; the widths of one layer share their probes, so they share the draw. Raises `ConfigError` for a loss
-    without standard errors.
+    A draw multiplies every layer total by a log-normal factor with the mean 1 and the relative standard error of that
+    total, at least that of the median layer; the widths of one layer share their probes, so they share the draw. Raises
+    `ConfigError` for a loss without standard errors.
     """
     if method.loss == BEST_LOSS:
         method = replace(method, loss=best_loss(profile, method.variant))
@@ -100,10 +102,11 @@ def relative_error(profile: SensitivityProfile, loss: str = "probe", variant: st
 
 
 def relative_spread(totals: NDArray[Any], spread: NDArray[Any]) -> float:
-    """Relative standard error of layer totals ``[L, W]``: a root mean square over layers and widths, weighted by each layer's share.
+    """Relative standard error of layer totals ``[L, W]``: a root mean square over layers and widths, weighted by each
+    layer's share.
 
-    The shares are taken at each width by itself, so it is the layers that make up the loss that have to be known, at any width.
-    NaN (not measured) is left out; 0 when every total is 0.
+    The shares are taken at each width by itself, so it is the layers that make up the loss that have to be known, at
+    any width. NaN (not measured) is left out; 0 when every total is 0.
     """
     totals = np.asarray(totals, dtype=np.float64)
     known = np.isfinite(totals) & np.isfinite(spread) & (totals > 0)

@@ -1,7 +1,7 @@
 """A profile of the weights alone, read from disk layer by layer: kurtosis, and the error of every row at every width.
 
-Neither the model nor the errors ``[W, C, D]`` are ever held: a layer is mapped from its file, its rows pass through the cache in
-blocks, and what stays are a few numbers a row. So the model may be larger than the memory.
+Neither the model nor the errors ``[W, C, D]`` are ever held: a layer is mapped from its file, its rows pass through the
+cache in blocks, and what stays are a few numbers a row. So the model may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ _SCHEMA = "mpqsearch/partial-profile"
 
 @dataclass
 class Partial:
-    """Finished parts of a profile (layers, and steps over all layers), a file each, so that a run that was killed continues with the next.
+    """Finished parts of a profile (layers, and steps over all layers), a file each, so that a run that was killed
+    continues with the next.
 
-    ``inputs`` are the digests that the profile depends on: files of other inputs are not used. A file is written atomically, so
-    there is never half a part.
+    ``inputs`` are the digests that the profile depends on: files of other inputs are not used. A file is written
+    atomically, so there is never half a part.
     """
 
     folder: Path
@@ -50,7 +51,8 @@ class Partial:
         return len(list(self.folder.glob("[0-9]*.npz")))
 
     def load(self, part: int | str) -> Arrays | None:
-        """The arrays of a part, or None when it is still to do: the layer at a position of the table, or a step by name."""
+        """The arrays of a part, or None when it is still to do: the layer at a position of the table, or a step by
+        name."""
         self._open()
         path = self._path(part)
         return artifacts.read_arrays(path) if path.is_file() else None
@@ -90,10 +92,11 @@ def profile_weights(
 ) -> SensitivityProfile:
     """Kurtosis and ``weight_error/<scheme>`` of every channel, from the weights on disk.
 
-    The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results come back.
-    With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what Python and torch take
-    themselves; a layer that does not fit it is read some rows at a time (pages of the file come and go). Raises `ConfigError`, with the
-    smallest limit that works, when a single row does not fit, `NumericsError` naming the layer when a weight is not finite.
+    The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results
+    come back. With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what
+    Python and torch take themselves; a layer that does not fit it is read some rows at a time (pages of the file come
+    and go). Raises `ConfigError`, with the smallest limit that works, when a single row does not fit, `NumericsError`
+    naming the layer when a weight is not finite.
     """
     widths = tuple(sorted(policy.widths))
     blocks = rows_within(model, table, len(widths), len(schemes), device, memory_limit)
@@ -165,10 +168,12 @@ def _rows(model: StreamedModel, layer: LayerSpec, block: slice) -> Tensor:
 def rows_within(
     model: StreamedModel, table: LayerTable, n_widths: int, n_schemes: int, device: str, limit: int | None
 ) -> dict[str, list[slice]]:
-    """For each layer the slices of its rows whose working set fits ``limit`` bytes; `ConfigError` when that of a single row does not.
+    """For each layer the slices of its rows whose working set fits ``limit`` bytes; `ConfigError` when that of a single
+    row does not.
 
-    A working set: the stored weights (twice where rows must be put together, as in a transposed convolution), a block in float32 with
-    its temporaries for each thread, and the numbers of every row: scale, zero, width and factor of each quantizer.
+    A working set: the stored weights (twice where rows must be put together, as in a transposed convolution), a block
+    in float32 with its temporaries for each thread, and the numbers of every row: scale, zero, width and factor of each
+    quantizer.
     """
     if limit is None:
         return {la.name: slices_of(la, la.n_channels) for la in table}
@@ -184,7 +189,8 @@ def rows_within(
     worst = max(table, key=lambda la: needs(la, 1))
     if needs(worst, 1) > limit:
         raise ConfigError(
-            f"the layer {worst.name!r} needs {needs(worst, 1) / 1e6:.3g} MB for one of its rows as it is measured, more than the memory limit of "
+            f"the layer {worst.name!r} needs {needs(worst, 1) / 1e6:.3g} MB for one of its rows as it is measured, "
+            "more than the memory limit of "
             f"{limit / 1e6:.3g} MB. Raise the limit to {math.ceil(needs(worst, 1) / 1e3) / 1e3} MB."
         )
     return {

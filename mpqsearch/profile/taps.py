@@ -1,4 +1,5 @@
-"""Gradients of every layer as a backward pass produces them: handed on and dropped, so that one layer's are in memory at a time."""
+"""Gradients of every layer as a backward pass produces them: handed on and dropped, so that one layer's are in memory
+at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from mpqsearch.core import LayerTable
 from mpqsearch.quant import rows_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], Any]
-"""Called with a layer, ``d/dW`` as rows ``[C, D]``, ``d/db`` ``[C]`` (as if it had a bias) and ``sum (d/dy)**2`` ``[C]``."""
+"""Called with a layer, ``d/dW`` as rows ``[C, D]``, ``d/db`` ``[C]`` (as if it had a bias) and ``sum (d/dy)**2``
+``[C]``."""
 
 
 class GradientTap:
@@ -94,7 +96,8 @@ class GradientTap:
 
 @contextmanager
 def checkpointed(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, the blocks of a model that supports it recompute their activations in the backward pass (twice the forward time)."""
+    """Inside, the blocks of a model that supports it recompute their activations in the backward pass (twice the
+    forward time)."""
     model: Any = module
     able = wanted and getattr(model, "_supports_gradient_checkpointing", False) and not model.is_gradient_checkpointing
     if able:

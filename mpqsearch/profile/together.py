@@ -1,6 +1,7 @@
 """Smoothing for weights and inputs that are quantized together: its alpha, layer by layer.
 
-Measured with the quantizers that are deployed, on the inputs that the layers of the full-precision model see while it samples.
+Measured with the quantizers that are deployed, on the inputs that the layers of the full-precision model see while it
+samples.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def choose_alphas(
     search: ActivationSearch | None = None,
     progress: Progress | None = None,
 ) -> BitMap:
-    """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs quantized together.
+    """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs
+    quantized together.
 
-    Searched for layers whose input is quantized and whose format smooths; the others keep what they have. Every call of the denoiser is
-    a timestep with a range of its own. (Weighting channels by their gain, or leaving out the mean error, chose no better: studies/mpq_dm.)
+    Searched for layers whose input is quantized and whose format smooths; the others keep what they have. Every call of
+    the denoiser is a timestep with a range of its own. (Weighting channels by their gain, or leaving out the mean
+    error, chose no better: studies/mpq_dm.)
 
-    Takes one run of the sampler for each alpha, and the memory of the smoothed weights once. Alphas take no storage: they only say
-    how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a alpha is not in 0..1.
+    Takes one run of the sampler for each alpha, and the memory of the smoothed weights once. Alphas take no storage:
+    they only say how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a alpha
+    is not in 0..1.
     """
     wanted = [
         la.name

@@ -1,8 +1,10 @@
-"""Activation quantization: range search on histograms, a table of scales, and the quantizer that a layer's input passes through.
+"""Activation quantization: range search on histograms, a table of scales, and the quantizer that a layer's input passes
+through.
 
-Per tensor, asymmetric, with an integer zero point: ``x ~ scale * (code - zero)``. Scales are static, or one a timestep (TALSQ of
-EfficientDM). A timestep-wise quantizer looks its scale up by the *timestep that the denoiser is called with*, so guidance in one
-call or two, other step counts and interrupted sampling all do what is meant; the released codes count calls instead.
+Per tensor, asymmetric, with an integer zero point: ``x ~ scale * (code - zero)``. Scales are static, or one a timestep
+(TALSQ of EfficientDM). A timestep-wise quantizer looks its scale up by the *timestep that the denoiser is called with*,
+so guidance in one call or two, other step counts and interrupted sampling all do what is meant; the released codes
+count calls instead.
 """
 
 from __future__ import annotations
@@ -26,16 +28,19 @@ from mpqsearch.quant.search import run_in_shares, takes_compiled
 from mpqsearch.quant.tables import stored_factors
 
 BINS = 2048
-"""Bins of a histogram, over both signs. With data of one sign a step of 8 bits spans at least two of them, one of 4 bits 34."""
+"""Bins of a histogram, over both signs. With data of one sign a step of 8 bits spans at least two of them, one of 4
+bits 34."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationSearch:
-    """How a range is searched: ``sum |x - x_q|**p`` over the shrink factors ``1 - 0.8 i / n`` of the range, ``i < n_candidates``.
+    """How a range is searched: ``sum |x - x_q|**p`` over the shrink factors ``1 - 0.8 i / n`` of the range, ``i <
+    n_candidates``.
 
-    The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4), which shrink both ends of
-    the range by one factor. With ``zero_points`` each end is cut where it costs least: all zero points are tried at every eighth factor, then
-    all factors at the best of them. It takes no storage, and up to 40 % off the squared error of four-bit inputs with one long tail (notebook 07).
+    The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4), which
+    shrink both ends of the range by one factor. With ``zero_points`` each end is cut where it costs least: all zero
+    points are tried at every eighth factor, then all factors at the best of them. It takes no storage, and up to 40 %
+    off the squared error of four-bit inputs with one long tail (notebook 07).
     """
 
     p: float = 2.4
@@ -53,9 +58,10 @@ class ActivationSearch:
 class ActivationTable:
     """Scales and zero points of the inputs of layers.
 
-    ``bits``: layer -> width 1..8. ``scale``, ``zero``: layer -> float32 ``[T]``, ``scale > 0`` and ``zero`` an integer in the code
-    range. ``timesteps``: the ``T`` calibrated timesteps in ascending order; empty for static scales, then ``T`` is 1. ``error``:
-    layer -> mean squared error ``[T]`` of the values that were seen, in the smoothed units when the layer is smoothed.
+    ``bits``: layer -> width 1..8. ``scale``, ``zero``: layer -> float32 ``[T]``, ``scale > 0`` and ``zero`` an integer
+    in the code range. ``timesteps``: the ``T`` calibrated timesteps in ascending order; empty for static scales, then
+    ``T`` is 1. ``error``: layer -> mean squared error ``[T]`` of the values that were seen, in the smoothed units when
+    the layer is smoothed.
     """
 
     model_digest: str
@@ -89,7 +95,8 @@ class ActivationTable:
         """Raise `LayerMismatchError` unless the table is for this model and has the widths of the map."""
         if self.model_digest != table.digest:
             raise LayerMismatchError(
-                f"the activation table was calibrated on the model {self.model_digest[:12]}, this one is {table.digest[:12]}; calibrate again"
+                f"the activation table was calibrated on the model {self.model_digest[:12]}, this one is "
+                f"{table.digest[:12]}; calibrate again"
             )
         wanted = {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
         if dict(self.bits) != wanted:
@@ -136,7 +143,8 @@ class ActivationTable:
 
 
 class TimestepClock:
-    """What a quantized model knows of the time: the nearest calibrated timestep of the present call, or one for each of its samples."""
+    """What a quantized model knows of the time: the nearest calibrated timestep of the present call, or one for each of
+    its samples."""
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
@@ -154,8 +162,9 @@ class TimestepClock:
 def attach_clock(module: nn.Module, timesteps: tuple[float, ...]) -> TimestepClock | None:
     """Give ``module``, the whole denoiser, a clock that each call sets; None for static scales.
 
-    Calls of the module itself are seen by a forward pre-hook, calls through `Denoiser` by that (a module of the user's with a method
-    ``denoise`` need not call itself). Raises `ConfigError` when the module has no argument that could be the timestep.
+    Calls of the module itself are seen by a forward pre-hook, calls through `Denoiser` by that (a module of the user's
+    with a method ``denoise`` need not call itself). Raises `ConfigError` when the module has no argument that could be
+    the timestep.
     """
     if not timesteps:
         return None
@@ -185,7 +194,8 @@ def _timestep_argument(module: nn.Module) -> tuple[str, int]:
         if name in names:
             return name, names.index(name)
     raise ConfigError(
-        f"{type(module).__name__}.forward({', '.join(names)}) has no argument 'timestep': scales by timestep need to know it. "
+        f"{type(module).__name__}.forward({', '.join(names)}) has no argument 'timestep': scales by timestep need to "
+        "know it. "
         "Name it so, give the module a method denoise(x, t, cond), or use static scales."
     )
 
@@ -193,8 +203,9 @@ def _timestep_argument(module: nn.Module) -> tuple[str, int]:
 class _QuantizeActivation(torch.autograd.Function):
     """Fake quantization of a tensor with one step for all, or one a sample; straight-through and LSQ gradients.
 
-    With ``S`` the step (of an element), ``q`` the code and ``inside`` where the code was not clipped: ``dy/dx = inside``,
-    ``dy/dS = (y - x inside) / S`` and ``dy/dz = -S (1 - inside)``; roundings of scale and zero point to what is stored count as the identity.
+    With ``S`` the step (of an element), ``q`` the code and ``inside`` where the code was not clipped: ``dy/dx =
+    inside``, ``dy/dS = (y - x inside) / S`` and ``dy/dz = -S (1 - inside)``; roundings of scale and zero point to what
+    is stored count as the identity.
     """
 
     @staticmethod
@@ -227,7 +238,8 @@ class _QuantizeActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         codes, x, out, s, index, factor = ctx.saved_tensors
-        # The gradient where the code was in range, else 0, in one pass; codes are integers, so the open interval is the closed range.
+        # The gradient where the code was in range, else 0, in one pass; codes are integers, so the open interval is the
+        # closed range.
         gx = torch.ops.aten.hardtanh_backward(grad, codes, -0.5, ctx.top + 0.5)
         parts = 1 if index is None else len(index)  # sums by sample, or over everything
         gs = gz = None
@@ -290,7 +302,8 @@ class _CompiledQuantizeActivation(torch.autograd.Function):
 
 
 def _rows_and_steps(x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None) -> tuple[Tensor, Any, Any, int]:
-    """``x`` as rows ``[R, L]``, steps ``[K, 1]`` or ``[K, L]``, zero points ``[K]`` and how many rows in turn share one: as the kernels take them."""
+    """``x`` as rows ``[R, L]``, steps ``[K, 1]`` or ``[K, L]``, zero points ``[K]`` and how many rows in turn share
+    one: as the kernels take them."""
     if factor is None:
         rows, steps = x.view(x.shape[0], -1), s[:, None]
     elif factor.dim() == 1:  # of the last dimension
@@ -313,9 +326,9 @@ def _dots(a: Tensor, b: Tensor, parts: int) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """What the input of a layer passes through: ``x -> scale (clip(round(x / scale) + zero) - zero)``.
 
-    ``scale`` and ``zero`` are float32 parameters ``[T]``; the forward pass rounds them to what is stored (half precision with a shared
-    exponent, an integer in the code range). With smoothing factors the step of input channel ``i`` is ``scale / delta_i``: the same as
-    quantizing ``x delta`` and dividing after, without a pass of its own.
+    ``scale`` and ``zero`` are float32 parameters ``[T]``; the forward pass rounds them to what is stored (half
+    precision with a shared exponent, an integer in the code range). With smoothing factors the step of input channel
+    ``i`` is ``scale / delta_i``: the same as quantizing ``x delta`` and dividing after, without a pass of its own.
     """
 
     scale: nn.Parameter
@@ -340,7 +353,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("factor", factor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fake-quantized ``x``, in its dtype. Raises `ConfigError` when the timestep is not known or does not fit the batch."""
+        """The fake-quantized ``x``, in its dtype. Raises `ConfigError` when the timestep is not known or does not fit
+        the batch."""
         index = self._index(len(x)) if len(self.scale) > 1 else None
         factor = self.factor
         if factor is not None and not self.channels_last:
@@ -364,7 +378,8 @@ class ActivationQuantizer(nn.Module):
 
 
 def _fit_batch(values: Tensor, n: int, name: str) -> Tensor:
-    """One value a sample for a batch of ``n``: one for all, or frames and windows folded into the batch sample by sample."""
+    """One value a sample for a batch of ``n``: one for all, or frames and windows folded into the batch sample by
+    sample."""
     if len(values) == n:
         return values
     if n % len(values) == 0:
@@ -379,9 +394,9 @@ def _fit_batch(values: Tensor, n: int, name: str) -> Tensor:
 class RangeCollector:
     """Context manager: while it is open, every call of the denoiser adds the inputs of its layers to histograms.
 
-    One histogram of `BINS` float32 counts a layer, or a layer and timestep: 8 kB each, however many values are seen. The first call sets
-    the bin width and larger values double it, so nothing is ever cut off. With ``factors`` (layer -> ``[inputs]``) values are
-    divided by the factor of their channel first.
+    One histogram of `BINS` float32 counts a layer, or a layer and timestep: 8 kB each, however many values are seen.
+    The first call sets the bin width and larger values double it, so nothing is ever cut off. With ``factors`` (layer
+    -> ``[inputs]``) values are divided by the factor of their channel first.
     """
 
     def __init__(
@@ -540,7 +555,8 @@ def _search(histograms: list[_Histogram], bits: int, search: ActivationSearch) -
 def _best(
     values: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, top: int, p: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of K quantizers ``[K]`` the one with the least ``sum |x - x_q|**p``: its scale, zero, mean squared error and that sum."""
+    """Of K quantizers ``[K]`` the one with the least ``sum |x - x_q|**p``: its scale, zero, mean squared error and that
+    sum."""
     sums = torch.empty(len(scales))
     for part in range(0, len(scales), 128):  # as much as stays in cache
         s, z = scales[part : part + 128, None], zeros[part : part + 128, None]
@@ -578,7 +594,8 @@ def input_factors(layer: LayerSpec, factor: Tensor) -> Tensor:
 def smooth_inputs(
     module: nn.Module, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Factors ``[inputs]`` of the layers whose activations are quantized and whose format smooths: what `RangeCollector` divides by."""
+    """Factors ``[inputs]`` of the layers whose activations are quantized and whose format smooths: what
+    `RangeCollector` divides by."""
     modules: dict[str, Any] = dict(module.named_modules())
     out = {}
     for name, bits in bit_map.activations.items():
@@ -607,7 +624,8 @@ def input_quantizers(
     if activations is None:
         if any(b != FULL_PRECISION for b in bit_map.activations.values()):
             raise ConfigError(
-                "the bit map has activation widths: give the table of their scales (activations=...), calibrated for this map"
+                "the bit map has activation widths: give the table of their scales (activations=...), calibrated for "
+                "this map"
             )
         return {}
     activations.check(table, bit_map)
@@ -632,7 +650,8 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def activation_table_of(module: nn.Module, table: LayerTable) -> ActivationTable | None:
-    """The scales and zero points that a quantized model uses now, as they are stored; None when it quantizes no activations."""
+    """The scales and zero points that a quantized model uses now, as they are stored; None when it quantizes no
+    activations."""
     found = {m.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
     if not found:
         return None

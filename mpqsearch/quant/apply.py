@@ -20,10 +20,12 @@ from mpqsearch.quant.tables import stored_factors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedRows:
-    """One layer as it would be stored: ``codes`` uint8 ``[C, D]``, the quantizer, and column factors ``[G, D]`` of smoothing.
+    """One layer as it would be stored: ``codes`` uint8 ``[C, D]``, the quantizer, and column factors ``[G, D]`` of
+    smoothing.
 
-    Rows of width 16 are not quantized; their weights are in ``full_rows`` ``[k, D]``, in order. ``start`` ``[C, D]`` are weights whose nearest
-    codes these are, where that is not true of the layer's own (GPTQ): what training starts from.
+    Rows of width 16 are not quantized; their weights are in ``full_rows`` ``[k, D]``, in order. ``start`` ``[C, D]``
+    are weights whose nearest codes these are, where that is not true of the layer's own (GPTQ): what training starts
+    from.
     """
 
     codes: Tensor
@@ -61,8 +63,9 @@ def quantize_weight(
 ) -> QuantizedRows:
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
-    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is GPTQ; see `gptq_rows`.
-    Raises `ConfigError` when the format smooths and ``input_max`` (largest magnitude of each input channel) is not given.
+    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is GPTQ; see
+    `gptq_rows`. Raises `ConfigError` when the format smooths and ``input_max`` (largest magnitude of each input
+    channel) is not given.
     """
     rows = rows_of(weight.detach().float(), layer)
     factor = None
@@ -97,13 +100,14 @@ def quantize_model(
     activations: ActivationTable | None = None,
     moments: Mapping[str, Tensor] | None = None,
 ) -> QuantizedModel:
-    """A copy of ``module`` with every weight replaced by what its codes decode to, and quantizers in front of the layers that ask for them.
+    """A copy of ``module`` with every weight replaced by what its codes decode to, and quantizers in front of the
+    layers that ask for them.
 
-    With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean output is taken
-    off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D, D]`` of that input) rounding is
-    rounded by GPTQ in the layers that it names. ``activations`` holds the scales of the activation widths of the map. Raises
-    `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has activation widths
-    or GPTQ rounding without what these need.
+    With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean
+    output is taken off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D,
+    D]`` of that input) rounding is rounded by GPTQ in the layers that it names. ``activations`` holds the scales of the
+    activation widths of the map. Raises `LayerMismatchError` when the map or the activations are for another model,
+    `ConfigError` when the map has activation widths or GPTQ rounding without what these need.
     """
     bit_map.validate(table)
     check_moments(bit_map, moments)
@@ -139,13 +143,16 @@ def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None
     """Raise `ConfigError` when the map asks for GPTQ rounding and there is nothing to compensate with."""
     if moments is None and any(f.rounding == "gptq" for f in (bit_map.format, *bit_map.formats.values())):
         raise ConfigError(
-            "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them with "
-            "mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = 'nearest'."
+            "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them "
+            "with "
+            "mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = "
+            "'nearest'."
         )
 
 
 def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]]:
-    """The module of each layer, and after it those that borrow its weight. Raises `LayerMismatchError` when one is missing."""
+    """The module of each layer, and after it those that borrow its weight. Raises `LayerMismatchError` when one is
+    missing."""
     modules: dict[str, Any] = dict(module.named_modules())
     missing = [layer.name for layer in table if getattr(modules.get(layer.name), "weight", None) is None]
     if missing:
@@ -160,7 +167,8 @@ def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]
 
 
 def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
-    """What the weight error of a layer is measured with: the second moment of its input, less the mean that the bias makes good."""
+    """What the weight error of a layer is measured with: the second moment of its input, less the mean that the bias
+    makes good."""
     if moments is None or name not in moments:
         return None
     moment = moments[name]

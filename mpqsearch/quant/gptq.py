@@ -1,10 +1,11 @@
 """GPTQ: codes that are chosen for the output of a layer, given what its inputs are like.
 
-Rounding every weight to its nearest level makes the least error of the *weights*. The error of the output is ``e' H e`` with ``H`` the second
-moment of the inputs, and where inputs are correlated the error of one column can be made good by others. Columns are rounded one after
-the other, and what each loses is taken off those still to come, in the proportion that a Cholesky factor of the inverse of ``H`` gives (GPTQ,
-arXiv 2210.17323). Then scales are fitted to the codes by least squares and each code is chosen anew given all others, which can only
-lower the error. Widths, schemes and what is stored stay as they are.
+Rounding every weight to its nearest level makes the least error of the *weights*. The error of the output is ``e' H e``
+with ``H`` the second moment of the inputs, and where inputs are correlated the error of one column can be made good by
+others. Columns are rounded one after the other, and what each loses is taken off those still to come, in the proportion
+that a Cholesky factor of the inverse of ``H`` gives (GPTQ, arXiv 2210.17323). Then scales are fitted to the codes by
+least squares and each code is chosen anew given all others, which can only lower the error. Widths, schemes and what is
+stored stay as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ COLUMN_CALLS = 16
 """What the compiled passes save: without them every column of a layer is a dozen small calls."""
 
 EDGE = 0.49
-"""Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was chosen."""
+"""Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was
+chosen."""
 
 
 def gptq_rows(
@@ -45,20 +47,24 @@ def gptq_rows(
     quantizer
         Of those rows, any widths and zero points; rows of width 16 are left as they are.
     moment
-        ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error; with
-        smoothing, that of the inputs over their factors.
+        ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error;
+        with smoothing, that of the inputs over their factors.
     damping
-        Is added to the diagonal, in units of its mean: what columns never saw, and the noise of few samples, count for so much.
+        Is added to the diagonal, in units of its mean: what columns never saw, and the noise of few samples, count for
+        so much.
     sweeps
-        Fits of the scales, each with a new choice of all codes; 0 keeps the given scales and the codes of the first pass.
+        Fits of the scales, each with a new choice of all codes; 0 keeps the given scales and the codes of the first
+        pass.
 
-    No row has more output error under ``moment`` than its nearest codes have: rows for which the method fails keep those. Takes
-    ``C D**2`` multiplications a pass and ``G D**2`` numbers in float64. Raises `ConfigError` for a moment that does not fit the rows.
+    No row has more output error under ``moment`` than its nearest codes have: rows for which the method fails keep
+    those. Takes ``C D**2`` multiplications a pass and ``G D**2`` numbers in float64. Raises `ConfigError` for a moment
+    that does not fit the rows.
     """
     groups, width = moment.shape[0], rows.shape[1]
     if tuple(moment.shape) != (groups, width, width) or len(rows) % groups or not damping > 0:
         raise ConfigError(
-            f"GPTQ rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups that divide the "
+            f"GPTQ rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups "
+            "that divide the "
             f"rows, and a positive damping; got {tuple(moment.shape)} and {damping:g}"
         )
     exact = rows.detach().float()
@@ -97,7 +103,8 @@ def gptq_rows(
 
 
 class _Rows:
-    """Rows ``[G, c, D]`` in the order in which columns are rounded; ``target`` is what was rounded, ``now`` what it became."""
+    """Rows ``[G, c, D]`` in the order in which columns are rounded; ``target`` is what was rounded, ``now`` what it
+    became."""
 
     def __init__(self, rows: Tensor, quantizer: RowQuantizer, moment: Tensor, block: int) -> None:
         shape = rows.shape[:2]
@@ -117,7 +124,8 @@ class _Rows:
         return [slice(a, min(a + self.block, width)) for a in range(0, width, self.block)]
 
     def first_pass(self, factor: Tensor) -> None:
-        """Round columns in turn, each after the corrections for those before it; ``factor`` ``[G, D, D]`` is upper triangular."""
+        """Round columns in turn, each after the corrections for those before it; ``factor`` ``[G, D, D]`` is upper
+        triangular."""
         left = self.exact.clone()
         kernels = compiled(self.exact, times=COLUMN_CALLS)
         if kernels is not None:

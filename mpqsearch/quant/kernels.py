@@ -2,9 +2,9 @@
 
 Imported only where numba is installed, through `search.compiled`.
 
-Every loop over a row runs over a contiguous slice, so that it compiles to vector instructions; sums are float32 inside `CHUNK`
-elements and float64 over chunks. ``|x|**p`` goes through polynomials for the logarithm and the exponential: a sum over a row agrees
-with float64 to better than 1e-5, and candidates that close are equally good.
+Every loop over a row runs over a contiguous slice, so that it compiles to vector instructions; sums are float32 inside
+`CHUNK` elements and float64 over chunks. ``|x|**p`` goes through polynomials for the logarithm and the exponential: a
+sum over a row agrees with float64 to better than 1e-5, and candidates that close are equally good.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def _error_power(row: Any, inverse: Any, zero: Any, top: Any, exponent: Any, eno
 
 
 def _searcher(error: Any) -> Any:
-    """The search with one error function, which may stop at a partial sum above ``enough``: that it is too much is all that is asked then."""
+    """The search with one error function, which may stop at a partial sum above ``enough``: that it is too much is all
+    that is asked then."""
 
     def run(
         rows: Any,
@@ -213,7 +214,8 @@ _search_power = _searcher(_error_power)
 
 
 def search(p: float) -> Callable[..., None]:
-    """The search kernel of one exponent: ``(rows, widest, zero, top, factors, step, margin, best)``, with ``best`` written."""
+    """The search kernel of one exponent: ``(rows, widest, zero, top, factors, step, margin, best)``, with ``best``
+    written."""
     kernel = _search_square if p == 2.0 else _search_power
 
     def run(rows: Any, widest: Any, zero: Any, top: Any, factors: Any, step: int, margin: float, best: Any) -> None:
@@ -319,7 +321,8 @@ def _raw_moments(bits: Any) -> Any:
 
 @_jit(fastmath=_FAST)
 def _central_moments(bits: Any, mean: Any, unit: Any) -> Any:
-    """Sums of the second and fourth powers of ``(w - mean) * unit``: the second pass of rows for which one does not do."""
+    """Sums of the second and fourth powers of ``(w - mean) * unit``: the second pass of rows for which one does not
+    do."""
     second: Any = 0.0
     fourth: Any = 0.0
     for start in range(0, bits.shape[0], CHUNK):
@@ -339,8 +342,9 @@ def _central_moments(bits: Any, mean: Any, unit: Any) -> Any:
 def moments(rows: Any, low: Any, high: Any, rms: Any, kurtosis: Any) -> None:
     """Least, largest and root mean square of every row, and the kurtosis of `tables.kurtosis`; each ``[C]``, written.
 
-    ``rows`` are the bits of float32 (int32) or bfloat16 (int16) numbers. Moments about zero make those about the mean, in one pass,
-    unless the mean is large beside the spread or powers leave the normal range; then a second pass does it. A row that is not finite gets NaN.
+    ``rows`` are the bits of float32 (int32) or bfloat16 (int16) numbers. Moments about zero make those about the mean,
+    in one pass, unless the mean is large beside the spread or powers leave the normal range; then a second pass does
+    it. A row that is not finite gets NaN.
     """
     n = rows.shape[1]
     for c in range(rows.shape[0]):
@@ -396,7 +400,8 @@ def fake_quantize(rows: Any, out: Any, step: Any, zero: Any, per: int, top: Any,
 def fake_quantize_gradients(
     rows: Any, grad: Any, to_rows: Any, to_step: Any, to_zero: Any, step: Any, zero: Any, per: int, top: Any, first: int
 ) -> None:
-    """Straight-through gradient of `fake_quantize` into ``to_rows``, and by row the sums ``g (y - x inside)`` and ``-g step (1 - inside)``."""
+    """Straight-through gradient of `fake_quantize` into ``to_rows``, and by row the sums ``g (y - x inside)`` and ``-g
+    step (1 - inside)``."""
     for r in range(rows.shape[0]):
         k = (first + r) // per
         z, shared = zero[k], step.shape[1] == 1
@@ -468,7 +473,8 @@ def fake_quantize_rows_gradients(
     lsq: bool,
     first: int,
 ) -> None:
-    """Straight-through gradients of `fake_quantize_rows`; those of scale and zero point over ``sqrt(D top)`` with ``lsq``."""
+    """Straight-through gradients of `fake_quantize_rows`; those of scale and zero point over ``sqrt(D top)`` with
+    ``lsq``."""
     for r in range(rows.shape[0]):
         s, z, t = scale[r], zero[r], top[r]
         to_scale[r], to_zero[r] = 0, 0
@@ -507,9 +513,11 @@ TILE = 16
 
 @_jit(fastmath={"reassoc", "nsz"})
 def round_in_turn(rows: Any, factor: Any, scale: Any, zero: Any, top: Any, full: Any, target: Any, value: Any) -> None:
-    """Round the columns of ``rows`` ``[c, D]`` one after the other, taking what each loses off those to come by the upper triangular ``factor``.
+    """Round the columns of ``rows`` ``[c, D]`` one after the other, taking what each loses off those to come by the
+    upper triangular ``factor``.
 
-    ``rows`` is used up. ``target`` is what was rounded, ``value`` what it became; rows that are ``full`` are not rounded.
+    ``rows`` is used up. ``target`` is what was rounded, ``value`` what it became; rows that are ``full`` are not
+    rounded.
     """
     width = rows.shape[1]
     for start in range(0, rows.shape[0], TILE):
@@ -534,7 +542,8 @@ def round_in_turn(rows: Any, factor: Any, scale: Any, zero: Any, top: Any, full:
 
 @_jit(fastmath={"reassoc", "nsz"})
 def choose_anew(slope: Any, moment: Any, scale: Any, zero: Any, top: Any, full: Any, target: Any, value: Any) -> None:
-    """Choose the level of every column given all others, by coordinate descent; ``slope`` is the error times ``moment``, and is used up."""
+    """Choose the level of every column given all others, by coordinate descent; ``slope`` is the error times
+    ``moment``, and is used up."""
     width = slope.shape[1]
     for start in range(0, slope.shape[0], TILE):
         stop = min(start + TILE, slope.shape[0])

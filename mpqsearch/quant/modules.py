@@ -1,8 +1,8 @@
 """Trainable quantizers: a copy of a model whose layers compute ``layer(Q_x(x), Q_w(W + B A))`` with gradients.
 
-`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `convert` the integer
-codes at the end. All widths of a layer are handled by one vectorised pass; low-rank updates are merged before quantization (QALoRA of
-EfficientDM), so nothing is left of them at inference.
+`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `convert`
+the integer codes at the end. All widths of a layer are handled by one vectorised pass; low-rank updates are merged
+before quantization (QALoRA of EfficientDM), so nothing is left of them at inference.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, we
 from mpqsearch.quant.search import run_in_shares, takes_compiled
 
 Trainable = Literal["none", "scales", "lora", "all"]
-"""``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank updates of the
-weights. ``all``: these and all quantized weights with their biases."""
+"""``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank
+updates of the weights. ``all``: these and all quantized weights with their biases."""
 
 
 class _QuantizeRows(torch.autograd.Function):
     """Fake quantization of rows with a width for each; straight-through and LSQ gradients.
 
-    With ``s`` the scale of a row, ``f`` the smoothing factor of a column, ``q`` the code and ``inside`` where it was not clipped:
-    ``y = s (q - z) / f``, ``dy/dw = inside``, ``dy/ds = (y - w inside) / s``, ``dy/dz = -s (1 - inside) / f``; roundings of scale and zero
-    point to what is stored count as the identity. Rows of width 16 pass through.
+    With ``s`` the scale of a row, ``f`` the smoothing factor of a column, ``q`` the code and ``inside`` where it was
+    not clipped: ``y = s (q - z) / f``, ``dy/dw = inside``, ``dy/ds = (y - w inside) / s``, ``dy/dz = -s (1 - inside) /
+    f``; roundings of scale and zero point to what is stored count as the identity. Rows of width 16 pass through.
     """
 
     @staticmethod
@@ -129,16 +129,17 @@ class _CompiledQuantizeRows(torch.autograd.Function):
 
 
 def _as_stored(scale: Tensor, zero: Tensor, top: Tensor, fixed_zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales in half precision with a shared exponent, zero points as integers in the code range (symmetric rows keep theirs)."""
+    """Scales in half precision with a shared exponent, zero points as integers in the code range (symmetric rows keep
+    theirs)."""
     return stored_scale(scale), torch.where(fixed_zero, zero, zero.round().clamp_min(0).minimum(top))
 
 
 class WeightQuantizer(nn.Module):
     """The weight of one layer as a function of what is trained: `forward` gives it fake-quantized, in its own shape.
 
-    ``scale``, ``zero`` ``[C]`` start from the range search. ``base`` ``[C, D]`` is the full-precision weight: a parameter when all is
-    trained, else a buffer that no checkpoint holds. ``lora_a`` ``[r, D]`` and ``lora_b`` ``[C, r]`` (zero at the start) are its low-rank
-    update; the rank is at most the smaller side.
+    ``scale``, ``zero`` ``[C]`` start from the range search. ``base`` ``[C, D]`` is the full-precision weight: a
+    parameter when all is trained, else a buffer that no checkpoint holds. ``lora_a`` ``[r, D]`` and ``lora_b`` ``[C,
+    r]`` (zero at the start) are its low-rank update; the rank is at most the smaller side.
     """
 
     scale: nn.Parameter
@@ -240,8 +241,8 @@ class WeightQuantizer(nn.Module):
 class QuantLayer(nn.Module):
     """A linear or convolutional layer with fake-quantized weight and, where asked, input. Takes what the layer takes.
 
-    ``weight`` is the fake-quantized weight, computed anew at each access; ``bias`` is the layer's own. Public attributes of the layer
-    (``in_features``, ``stride``, ...) are copied, for code that reads them.
+    ``weight`` is the fake-quantized weight, computed anew at each access; ``bias`` is the layer's own. Public
+    attributes of the layer (``in_features``, ``stride``, ...) are copied, for code that reads them.
     """
 
     bias: nn.Parameter | None
@@ -302,9 +303,9 @@ class QuantLayer(nn.Module):
 def held_weights(student: nn.Module) -> Iterator[None]:
     """Quantize every weight once for all forward and backward passes inside the block, and once backward when it ends.
 
-    Inside, weights are leaves that collect gradients: backward passes, of which there may be any number, stop at them. The end of the block
-    hands the sums on to what is trained, which is the same by linearity. Parameters must not change inside. After an exception nothing is
-    handed on. Holds one copy of the weights and one of their gradients.
+    Inside, weights are leaves that collect gradients: backward passes, of which there may be any number, stop at them.
+    The end of the block hands the sums on to what is trained, which is the same by linearity. Parameters must not
+    change inside. After an exception nothing is handed on. Holds one copy of the weights and one of their gradients.
     """
     quantizers = [m for m in student.modules() if isinstance(m, WeightQuantizer)]
     try:
@@ -334,7 +335,8 @@ def build_student(
     rank: int = 32,
     seed: int = 0,
 ) -> nn.Module:
-    """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals `quantize_model`'s.
+    """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals
+    `quantize_model`'s.
 
     means, input_max, moments
         As in `quantize_model`: bias correction, smoothing factors, and GPTQ. With the last, weights start where the
@@ -346,7 +348,8 @@ def build_student(
     rank, seed
         Rank of the low-rank updates, and what their random factor is drawn from.
 
-    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` for missing input maxima.
+    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` for missing input
+    maxima.
     """
     if trainable not in get_args(Trainable):
         raise UnknownNameError("choice of what is trainable", trainable, get_args(Trainable))
@@ -395,7 +398,8 @@ def build_student(
 
 
 def _replace(root: nn.Module, swaps: Mapping[int, nn.Module]) -> None:
-    """Put other modules in the place of some, wherever they hang: by identity, since a module may hang in two places."""
+    """Put other modules in the place of some, wherever they hang: by identity, since a module may hang in two
+    places."""
     for parent in list(root.modules()):
         for key, child in parent._modules.items():
             if child is not None and id(child) in swaps:
@@ -421,11 +425,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, ``{"name", "params", "lr"}``; groups without parameters are left out.
 
-    The defaults are those of the released codes of EfficientDM and MPQ-DM, for 16,000 iterations with linear decay: low-rank updates
-    of a layer (one group each, ``lora:<layer>``; weights ``weights:<layer>``) its mean step times ``lora_lr_factor``
-    (``weight_lr_factor``), ``weight-scales`` and ``activation-scales`` (with zero points) fixed rates. ``relative`` multiplies those
-    two by the mean step of each layer, so that Adam changes scales of any magnitude by the same fraction; the groups are then one a
-    layer. ``multiplier`` multiplies everything, for shorter schedules.
+    The defaults are those of the released codes of EfficientDM and MPQ-DM, for 16,000 iterations with linear decay:
+    low-rank updates of a layer (one group each, ``lora:<layer>``; weights ``weights:<layer>``) its mean step times
+    ``lora_lr_factor`` (``weight_lr_factor``), ``weight-scales`` and ``activation-scales`` (with zero points) fixed
+    rates. ``relative`` multiplies those two by the mean step of each layer, so that Adam changes scales of any
+    magnitude by the same fraction; the groups are then one a layer. ``multiplier`` multiplies everything, for shorter
+    schedules.
     """
     groups: list[dict[str, Any]] = []
     shared: dict[str, list[nn.Parameter]] = {"weight-scales": [], "activation-scales": []}
@@ -463,7 +468,8 @@ def param_groups(
 
 
 def trainable_state(student: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of a student holds: its trainable parameters, by name. The rest is rebuilt by `build_student`."""
+    """What a checkpoint of a student holds: its trainable parameters, by name. The rest is rebuilt by
+    `build_student`."""
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
@@ -474,8 +480,10 @@ def load_trainable_state(student: nn.Module, state: Mapping[str, Tensor]) -> Non
     missing, unexpected = [n for n in mine if n not in state], [n for n in state if n not in mine]
     if missing or unexpected:
         raise ArtifactError(
-            f"the checkpoint is of another student: {len(missing)} tensors missing (first: {missing[:1]}), {len(unexpected)} unexpected "
-            f"(first: {unexpected[:1]}). Build the student with the bit map, the activations and the trainable choice of the checkpoint."
+            f"the checkpoint is of another student: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(unexpected)} unexpected "
+            f"(first: {unexpected[:1]}). Build the student with the bit map, the activations and the trainable choice "
+            "of the checkpoint."
         )
     for name, parameter in mine.items():
         if state[name].shape != parameter.shape:
@@ -487,10 +495,12 @@ def load_trainable_state(student: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def convert(student: nn.Module) -> QuantizedModel:
-    """The student as it would be deployed: ordinary layers with the weights that integer codes decode to, and the codes.
+    """The student as it would be deployed: ordinary layers with the weights that integer codes decode to, and the
+    codes.
 
-    Weights equal those of the student's forward pass bit for bit. Quantizers of activations stay in front of their layers, with the
-    learned scales. Nothing is left of low-rank updates. The student is not changed. Raises `ConfigError` for a module that is no student.
+    Weights equal those of the student's forward pass bit for bit. Quantizers of activations stay in front of their
+    layers, with the learned scales. Nothing is left of low-rank updates. The student is not changed. Raises
+    `ConfigError` for a module that is no student.
     """
     bit_map = getattr(student, "bit_map", None)
     if not isinstance(bit_map, BitMap):

@@ -1,7 +1,7 @@
 """Quantization of rows: one output channel a row, a width for every row, all rows in one vectorised pass.
 
-Both schemes share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an integer in the
-asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the symmetric one.
+Both schemes share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an
+integer in the asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the symmetric one.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     bits
         One width or a width per row, 1..8.
 
-    Every row is tried with the shrink factors ``1 - 0.8 i / n``, ``i < n`` (``fmt.n_candidates``; MPQ-DM's own grid runs in steps
-    of 0.01 over 80 candidates, which is this one at ``n = 80``) and keeps the best under ``fmt.criterion``. Scales are rounded to
-    what is stored. Raises `NumericsError` when a row is not finite.
+    Every row is tried with the shrink factors ``1 - 0.8 i / n``, ``i < n`` (``fmt.n_candidates``; MPQ-DM's own grid
+    runs in steps of 0.01 over 80 candidates, which is this one at ``n = 80``) and keeps the best under
+    ``fmt.criterion``. Scales are rounded to what is stored. Raises `NumericsError` when a row is not finite.
     """
     rows = rows.detach().float()
     widths = torch.as_tensor(bits, dtype=torch.uint8, device=rows.device).expand(rows.shape[0]).clone()
@@ -99,7 +99,8 @@ def fit_grid(
 ) -> RowQuantizer:
     """Search the range of every row at every width in one pass: scale, zero ``[C, W]`` and bits ``[W]``.
 
-    Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is ``asymmetric`` or ``symmetric``; the one of ``fmt`` is not used.
+    Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is ``asymmetric`` or ``symmetric``; the one of
+    ``fmt`` is not used.
     """
     found = moments or row_moments(rows)
     bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
@@ -119,8 +120,8 @@ class RowMoments:
 def row_moments(rows: Tensor) -> RowMoments:
     """Moments of rows ``[C, D]`` of any floating type, one cache-sized block at a time.
 
-    Kurtosis is ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it, and 0 for a
-    constant row. Raises `NumericsError` when a row is not finite.
+    Kurtosis is ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it, and
+    0 for a constant row. Raises `NumericsError` when a row is not finite.
     """
     out = [torch.empty(len(rows), device=rows.device) for _ in range(4)]
     kernels = compiled(rows)
@@ -184,7 +185,8 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: Row
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Scales as they are stored: half precision times one power of two a layer, which puts the largest just below 2**16.
+    """Scales as they are stored: half precision times one power of two a layer, which puts the largest just below
+    2**16.
 
     ``scale`` is ``[C]``, or ``[C, K]`` for K quantizers of a layer, each with a power of its own.
     Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.

@@ -1,10 +1,11 @@
 """Range search: the shrink factor with the least error for every row and column of a grid of quantizers.
 
-The error as a function of the factor is smooth but for the noise of a finite row, so the search goes from coarse to fine: every
-``1/COARSE``-th of the grid first, then all candidates beside a coarse one that comes within `margin` of the best. The margin falls
-with the length of the row, as the noise does; short rows are searched exhaustively. A compiled kernel (numba, optional) keeps a row
-in the first-level cache through all its candidates, refines in two steps, and gives a candidate up once its partial sum says that it is not
-the best; torch does without the last two, in cache-sized blocks, on any device.
+The error as a function of the factor is smooth but for the noise of a finite row, so the search goes from coarse to
+fine: every ``1/COARSE``-th of the grid first, then all candidates beside a coarse one that comes within `margin` of the
+best. The margin falls with the length of the row, as the noise does; short rows are searched exhaustively. A compiled
+kernel (numba, optional) keeps a row in the first-level cache through all its candidates, refines in two steps, and
+gives a candidate up once its partial sum says that it is not the best; torch does without the last two, in cache-sized
+blocks, on any device.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ DEVICE_BLOCK = 1 << 24
 """The same on a device with memory of its own."""
 
 COMPILED_WEIGHTS = 1 << 12
-"""Weights of a call from which ``auto`` uses the compiled kernel. By the call alone, so that a layer's choice has no history."""
+"""Weights of a call from which ``auto`` uses the compiled kernel. By the call alone, so that a layer's choice has no
+history."""
 
 COARSE = 10
 """Intervals of the coarse grid."""
@@ -95,7 +97,8 @@ def best_factors(
 
 
 def square_errors(rows: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> Tensor:
-    """``sum (w_q - w)**2`` float32 ``[C, K]`` of each row under K quantizers (``[C, K]`` each), decoded as the forward pass does."""
+    """``sum (w_q - w)**2`` float32 ``[C, K]`` of each row under K quantizers (``[C, K]`` each), decoded as the forward
+    pass does."""
     kernels = compiled(rows)
     out = torch.empty(scale.shape, dtype=torch.float32, device=rows.device)
     if kernels is None:
@@ -120,7 +123,8 @@ def margin(fan_in: int) -> float:
 
 
 def compiled(rows: Tensor, *, times: int = 1) -> ModuleType | None:
-    """The compiled kernels when this call should use them, else None. ``times``: what they save for each weight, in units of a range search."""
+    """The compiled kernels when this call should use them, else None. ``times``: what they save for each weight, in
+    units of a range search."""
     if _backend[0] == "torch" or rows.device.type != "cpu":
         return None
     if _backend[0] == "auto" and (rows.numel() * times < COMPILED_WEIGHTS or not _numba_installed()):
@@ -139,15 +143,16 @@ def takes_arrays(x: Tensor) -> bool:
 
 
 def takes_compiled(x: Tensor) -> bool:
-    """Whether the compiled fake quantization takes this tensor; of any size, since a call costs no more than a few of torch's operations."""
+    """Whether the compiled fake quantization takes this tensor; of any size, since a call costs no more than a few of
+    torch's operations."""
     return compiled(x, times=COMPILED_WEIGHTS) is not None and takes_arrays(x)
 
 
 def run_in_shares(kernel: str, by_row: Sequence[Tensor], for_all: Sequence[Any]) -> None:
     """Run a compiled kernel over rows, in as many threads as torch uses where there is enough to do.
 
-    ``by_row`` are tensors without a graph with a row (or a number) for each row; ``for_all`` is what every share is given whole. The last
-    argument is the number of the first row.
+    ``by_row`` are tensors without a graph with a row (or a number) for each row; ``for_all`` is what every share is
+    given whole. The last argument is the number of the first row.
     """
     run = _kernel(kernel)
     arrays = [x.numpy() for x in by_row]
@@ -174,7 +179,8 @@ def copied_as_bits(rows: Tensor) -> bool:
 
 
 def as_bits(rows: Tensor) -> Any:
-    """The bits of a block of rows as int16 (bfloat16) or int32 (all others, as float32): no copy where there need be none."""
+    """The bits of a block of rows as int16 (bfloat16) or int32 (all others, as float32): no copy where there need be
+    none."""
     rows = rows.detach().contiguous()
     return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows.float().view(torch.int32)).numpy()
 
@@ -221,8 +227,8 @@ def _search_block(
 ) -> Tensor:
     """Index of the best factor for each row of a cache-sized block.
 
-    All factors in float32, in units of the scale and in place; then the best few again in float64, since rounding may reverse
-    candidates that differ by a millionth.
+    All factors in float32, in units of the scale and in place; then the best few again in float64, since rounding may
+    reverse candidates that differ by a millionth.
     """
     n = len(factors)
     at_once = max(

@@ -1,4 +1,5 @@
-"""Kurtosis and error tables: what every row loses at every width, from the weights and the second moment of the layer's input."""
+"""Kurtosis and error tables: what every row loses at every width, from the weights and the second moment of the layer's
+input."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ EVERY = slice(None)
 """All rows of a layer."""
 
 COPIES = 8
-"""Copies of a row that are in memory while its error is made: as it is scaled, its codes, what they decode to, and temporaries."""
+"""Copies of a row that are in memory while its error is made: as it is scaled, its codes, what they decode to, and
+temporaries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStatistics:
     """Input statistics of one layer over the calibration set, for each of its ``G`` groups.
 
-    ``second_moment`` ``[G, D, D]`` is ``E[x x']`` of the unfolded input, ``mean`` ``[G, D]`` its mean, ``input_max`` ``[inputs]``
-    the largest magnitude of each input channel.
+    ``second_moment`` ``[G, D, D]`` is ``E[x x']`` of the unfolded input, ``mean`` ``[G, D]`` its mean, ``input_max``
+    ``[inputs]`` the largest magnitude of each input channel.
     """
 
     second_moment: Tensor
@@ -43,8 +45,8 @@ def weight_error_tables(
 ) -> dict[str, Tensor]:
     """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each scheme, in fused passes.
 
-    The numbers are those of `error_tables` over `width_errors`, without the ``[W, C, D]`` weight errors. ``auto`` is the lesser of the
-    other two, row by row, as `fit_rows` chooses.
+    The numbers are those of `error_tables` over `width_errors`, without the ``[W, C, D]`` weight errors. ``auto`` is
+    the lesser of the other two, row by row, as `fit_rows` chooses.
     """
     needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}}
     found = moments or row_moments(rows)
@@ -59,7 +61,8 @@ def weight_error_tables(
 
 
 def smoothing_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
-    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at alpha ``a``; MPQ-DM: 0.5).
+    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at alpha
+    ``a``; MPQ-DM: 0.5).
 
     Dead channels (no input, or no weight) get 1, where the released code of MPQ-DM divides by zero.
     """
@@ -84,9 +87,10 @@ def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: flo
 def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
     """Errors ``[C, W]`` of every row at every width, from the weight errors ``[W, C, D]`` of `width_errors`.
 
-    ``weight_error``: ``sum (w - w_q)**2``. With ``stats`` also ``output_error`` = ``e' H e``, the exact mean squared error of
-    that output channel over the calibration set, and ``output_error_centred`` = ``e' (H - m m') e``, what is left of it once
-    the mean shift is folded into the bias. Rows are independent given the input, so the layer's error is the sum over rows.
+    ``weight_error``: ``sum (w - w_q)**2``. With ``stats`` also ``output_error`` = ``e' H e``, the exact mean squared
+    error of that output channel over the calibration set, and ``output_error_centred`` = ``e' (H - m m') e``, what is
+    left of it once the mean shift is folded into the bias. Rows are independent given the input, so the layer's error
+    is the sum over rows.
     """
     tables = {"weight_error": errors.square().sum(2).T}
     if stats is not None:
@@ -106,7 +110,8 @@ def width_errors(
     stats: RowStatistics | None,
     part: slice = EVERY,
 ) -> Tensor:
-    """``w_q - w`` as rows at every width: ``[W, C, D]``, or of the rows of ``part`` alone, made with the quantizer that is deployed."""
+    """``w_q - w`` as rows at every width: ``[W, C, D]``, or of the rows of ``part`` alone, made with the quantizer that
+    is deployed."""
     return torch.stack([_searched(weight, layer, bits, fmt, stats, part)[0] for bits in widths])
 
 
@@ -118,10 +123,12 @@ def row_errors(
 
 
 class RecomputedErrors(Mapping[str, Tensor]):
-    """Layer -> weight errors ``[W, C, D]`` that are made again at every look, so that no more than those of some rows are in memory.
+    """Layer -> weight errors ``[W, C, D]`` that are made again at every look, so that no more than those of some rows
+    are in memory.
 
-    ``make`` is called with the name of a layer and a slice of its rows, ``blocks`` says in which slices `error_blocks` goes through a layer. The
-    numbers are those of the errors that it stands for; `width_quantizers` keeps what the range search found, so that it is not done again.
+    ``make`` is called with the name of a layer and a slice of its rows, ``blocks`` says in which slices `error_blocks`
+    goes through a layer. The numbers are those of the errors that it stands for; `width_quantizers` keeps what the
+    range search found, so that it is not done again.
     """
 
     def __init__(
@@ -161,7 +168,8 @@ def error_rows(errors: Mapping[str, Tensor], layer: LayerSpec) -> Sequence[slice
 
 
 def row_blocks(layer: LayerSpec, n_candidates: int, room: int | None) -> list[slice]:
-    """Slices of a layer's rows whose errors under ``n_candidates`` quantizers, with what making them takes, fit ``room`` bytes; or single rows.
+    """Slices of a layer's rows whose errors under ``n_candidates`` quantizers, with what making them takes, fit
+    ``room`` bytes; or single rows.
 
     A slice is of whole groups, or lies inside one. One slice without a limit.
     """
@@ -182,7 +190,8 @@ def slices_of(layer: LayerSpec, size: int) -> list[slice]:
 
 
 def row_bytes(layer: LayerSpec, n_candidates: int) -> int:
-    """What the errors of one row take: those of all candidates, and a handful of copies of the row while they are made."""
+    """What the errors of one row take: those of all candidates, and a handful of copies of the row while they are
+    made."""
     return 4 * layer.weights_per_channel * (n_candidates + COPIES)
 
 
@@ -219,7 +228,8 @@ def errors_again(
     stats: RowStatistics | None = None,
     part: slice = EVERY,
 ) -> Tensor:
-    """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit; or those of the rows of ``part`` alone."""
+    """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit; or those of the rows of
+    ``part`` alone."""
     scaled, factor = _scaled(weight, layer, fmt, stats, part)
     mine = (RowQuantizer(scale=q.scale[part], zero=q.zero[part], bits=q.bits[part]) for q in quantizers)
     return torch.stack([_error(scaled, factor, q) for q in mine])
@@ -263,7 +273,8 @@ def column_factors(
 ) -> Tensor | None:
     """Smoothing factors ``[C, D]`` of a format, or those of the rows of ``part``, rounded as stored.
 
-    ``rows`` are all rows: a factor goes by the largest weight of its column. None when the format has none or inputs are unknown.
+    ``rows`` are all rows: a factor goes by the largest weight of its column. None when the format has none or inputs
+    are unknown.
     """
     if not fmt.smooth or stats is None:
         return None

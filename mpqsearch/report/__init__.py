@@ -1,21 +1,20 @@
-"""Tables, figures and the report. Computing and drawing are two functions: ``*_info(...)`` and ``plot_*(info, ax=None) -> Axes``.
+"""Tables, figures and the report. Computing and drawing are two functions: ``*_info(...)`` and ``plot_*(info, ax=None)
+-> Axes``.
 
-    info = front_info(records, metric="fd_fp", cost="average_bits")   -> FrontInfo
-    ax = plot_front(info, ax=None)                                     -> Axes
-    plot_bits_heatmap(bits_heatmap_info(table, bit_map, policy=None, quantiles=64))
-    plot_bits_by_depth(bits_by_depth_info(table, bit_map, policy=None))
-    plot_sensitivity(sensitivity_info(profile, variant="", worst=8))   # variant "measured": one layer at a time
-    plot_kurtosis(kurtosis_info(profile, bits=4)); plot_gain(gain_info(profile)); profile_summary(profile, table)
-    plot_predicted_vs_measured(prediction_info(records, metric="paired_mse"))
-    plot_path(path_info([PathSeries(...)]))                            # least predicted loss at every budget
-    plot_samples(grid); plot_sample_difference(grid)
-    size_breakdown(table, bit_map, policy, storage)                    -> SizeBreakdown, in bits
-    save_figure(ax, folder / "name")                                   -> name.png, name.svg
-    write_pareto_csv(path, records); write_pareto_json(path, records, inputs); read_pareto_json(path) -> list[StudyRecord]
-    grid = sample_grid("3 bits", 3.0, {"full precision": uint8, "ilp": uint8}, columns=8)  -> SampleGrid
-    build_report(folder, ReportContent(title=..., records=..., table=..., ...), inputs) -> list[Path]
+    info = front_info(records, metric="fd_fp", cost="average_bits")   -> FrontInfo ax = plot_front(info, ax=None)
+    -> Axes plot_bits_heatmap(bits_heatmap_info(table, bit_map, policy=None, quantiles=64))
+    plot_bits_by_depth(bits_by_depth_info(table, bit_map, policy=None)) plot_sensitivity(sensitivity_info(profile,
+    variant="", worst=8))   # variant "measured": one layer at a time plot_kurtosis(kurtosis_info(profile, bits=4));
+    plot_gain(gain_info(profile)); profile_summary(profile, table) plot_predicted_vs_measured(prediction_info(records,
+    metric="paired_mse")) plot_path(path_info([PathSeries(...)]))                            # least predicted loss at
+    every budget plot_samples(grid); plot_sample_difference(grid) size_breakdown(table, bit_map, policy, storage)
+    -> SizeBreakdown, in bits save_figure(ax, folder / "name")                                   -> name.png, name.svg
+    write_pareto_csv(path, records); write_pareto_json(path, records, inputs); read_pareto_json(path) ->
+    list[StudyRecord] grid = sample_grid("3 bits", 3.0, {"full precision": uint8, "ilp": uint8}, columns=8)  ->
+    SampleGrid build_report(folder, ReportContent(title=..., records=..., table=..., ...), inputs) -> list[Path]
 
-Needs no torch. Figures are plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing has to be closed.
+Needs no torch. Figures are plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing has to be
+closed.
 """
 
 from mpqsearch.report.bits import (

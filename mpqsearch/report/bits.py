@@ -25,7 +25,8 @@ _HATCHES = ("", "///", "...", "xxx")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatmapInfo:
-    """``widths`` ``[L, Q]``: the width at each quantile of a layer's channels, sorted; ``fixed`` ``[L]``: held by the policy.
+    """``widths`` ``[L, Q]``: the width at each quantile of a layer's channels, sorted; ``fixed`` ``[L]``: held by the
+    policy.
 
     ``channels`` ``[L]`` counts the output channels of each layer, so that a quantile can be read as channels.
     """
@@ -115,7 +116,8 @@ def bits_by_depth_info(table: LayerTable, bit_map: BitMap, policy: Policy | None
 
 
 def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
-    """A bar per layer in forward order: height the mean width, breadth the share of the weights, colour and hatch the role.
+    """A bar per layer in forward order: height the mean width, breadth the share of the weights, colour and hatch the
+    role.
 
     A thin line spans the widths inside a layer. Draws on ``ax`` (default: a new figure) and returns it.
     """
@@ -147,7 +149,8 @@ def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
 
 
 def _width_colours() -> ListedColormap:
-    """Viridis, whose lightness rises with the width, so that it reads in grey and with every colour vision; grey: not quantized."""
+    """Viridis, whose lightness rises with the width, so that it reads in grey and with every colour vision; grey: not
+    quantized."""
     return ListedColormap([*colormaps["viridis"](np.linspace(0, 1, len(WIDTHS))), (0.6, 0.6, 0.6, 1.0)])
 
 

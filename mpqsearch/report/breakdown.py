@@ -16,9 +16,9 @@ from mpqsearch.core.budget import DEFAULT_STORAGE
 class SizeBreakdown:
     """Stored bits of a model by what they are for; together they are `mpqsearch.core.size_bits`.
 
-    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and smoothing factors of searched layers.
-    ``tags``: which channel has which width. ``fixed``: everything of the layers that the policy holds at a quantized width.
-    ``full_precision``: weight layers at 16 bits. ``kept``: norms, biases, embeddings.
+    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and smoothing factors of searched
+    layers. ``tags``: which channel has which width. ``fixed``: everything of the layers that the policy holds at a
+    quantized width. ``full_precision``: weight layers at 16 bits. ``kept``: norms, biases, embeddings.
     """
 
     codes: int
@@ -71,7 +71,8 @@ def breakdown_rows(
 
 
 def export_rows(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """``columns`` and ``rows`` of what was exported: ideal, accounted and found kB side by side; None when nothing was."""
+    """``columns`` and ``rows`` of what was exported: ideal, accounted and found kB side by side; None when nothing
+    was."""
     if not exports:
         return None
     rows = [

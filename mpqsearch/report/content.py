@@ -15,13 +15,13 @@ from mpqsearch.report.grids import SampleGrid
 class ReportContent:
     """Everything that a report shows, as plain data.
 
-    ``maps`` are chosen bit maps under the label that names them, ``point_maps`` the maps of any records under their digest (hovering
-    a point of the front shows its map), ``grids`` samples of several methods at one budget,
-    ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``exports`` rows of ideal and stored sizes,
-    one a target, ``environment`` what
-    `mpqsearch.artifacts.environment` returns, ``config`` the text of the resolved configuration, ``digests`` names to SHA-256 of
-    the inputs, ``seconds`` stages to wall time, ``notes`` sentences for the first screen,
-    ``chosen`` the record that is exported (one of ``records``), ``search`` what ``search.json`` holds.
+    ``maps`` are chosen bit maps under the label that names them, ``point_maps`` the maps of any records under their
+    digest (hovering a point of the front shows its map), ``grids`` samples of several methods at one budget,
+    ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``exports`` rows of
+    ideal and stored sizes, one a target, ``environment`` what `mpqsearch.artifacts.environment` returns, ``config`` the
+    text of the resolved configuration, ``digests`` names to SHA-256 of the inputs, ``seconds`` stages to wall time,
+    ``notes`` sentences for the first screen, ``chosen`` the record that is exported (one of ``records``), ``search``
+    what ``search.json`` holds.
     """
 
     title: str

@@ -33,7 +33,8 @@ from mpqsearch.report.sensitivity import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """One figure: ``key`` is its file name and anchor, ``section`` the part of the page, ``alt`` what it shows in words.
+    """One figure: ``key`` is its file name and anchor, ``section`` the part of the page, ``alt`` what it shows in
+    words.
 
     ``dense`` figures have small print and scroll on a phone instead of shrinking; those not ``in_page`` are files only.
     """
@@ -93,7 +94,8 @@ def _front_caption(info: FrontInfo) -> str:
     full = "" if info.full_precision is None else "Dashed: full precision. "
     ring = "" if info.chosen is None else "Ring: the chosen point. "
     return (
-        f"{scale}{full}{ring}Grey band: the front over all methods. Hypervolume is the share of the box between the best values and the "
+        f"{scale}{full}{ring}Grey band: the front over all methods. Hypervolume is the share of the box between the "
+        "best values and the "
         "worst corner of the uniform maps."
     )
 

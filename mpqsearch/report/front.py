@@ -36,7 +36,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSeries:
-    """One method: ``cost``, ``value``, ``low`` and ``high`` are ``[N]`` in order of cost; ``hypervolume`` is a share, 0..1."""
+    """One method: ``cost``, ``value``, ``low`` and ``high`` are ``[N]`` in order of cost; ``hypervolume`` is a share,
+    0..1."""
 
     name: str
     cost: Floats
@@ -50,8 +51,8 @@ class FrontSeries:
 class FrontInfo:
     """What `plot_front` draws.
 
-    ``label`` is the label that the values carry, ``front`` is ``[K, 2]`` of cost and value, ``chosen`` the cost and value of the point
-    that gets a ring.
+    ``label`` is the label that the values carry, ``front`` is ``[K, 2]`` of cost and value, ``chosen`` the cost and
+    value of the point that gets a ring.
     """
 
     metric: str
@@ -97,8 +98,9 @@ def front_info(
 def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     """Draw the front on ``ax`` (default: a new figure) and return the axes.
 
-    A log axis for distances and errors; a line and a marker per method; a bar from the low to the high end of the spread, drawn
-    where it is, which for a bootstrap of a Fréchet distance may lie above the value; the share of hypervolume in the legend.
+    A log axis for distances and errors; a line and a marker per method; a bar from the low to the high end of the
+    spread, drawn where it is, which for a bootstrap of a Fréchet distance may lie above the value; the share of
+    hypervolume in the legend.
     """
     ax = axes_or_new(ax, (5.4, 4.3))
     if info.log:
@@ -194,7 +196,8 @@ def _draw_full_precision(ax: Axes, info: FrontInfo) -> None:
 
 
 def _plain_ticks(ax: Axes, info: FrontInfo) -> None:
-    """Numbers as people write them, on the minor ticks too when the axis spans less than two decades: else it would have one."""
+    """Numbers as people write them, on the minor ticks too when the axis spans less than two decades: else it would
+    have one."""
     ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
     values = np.concatenate([s.value for s in info.series])
     narrow = len(values) > 0 and values.max() / values.min() < 100

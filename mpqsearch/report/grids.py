@@ -24,10 +24,11 @@ _GAP_VALUE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """Rows of images, each ``[N, H, W, C]`` uint8 with C of 1 or 3; sample ``i`` of every row began from the same noise.
+    """Rows of images, each ``[N, H, W, C]`` uint8 with C of 1 or 3; sample ``i`` of every row began from the same
+    noise.
 
-    The first row is the reference, usually full precision. ``gain`` is the factor by which differences are made visible.
-    Build it with `sample_grid`.
+    The first row is the reference, usually full precision. ``gain`` is the factor by which differences are made
+    visible. Build it with `sample_grid`.
     """
 
     title: str

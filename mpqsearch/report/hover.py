@@ -21,7 +21,8 @@ COLUMNS = 48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
-    """One point: ``left`` and ``top`` in percent of the figure, a title, its numbers, and its map (empty when it is not known)."""
+    """One point: ``left`` and ``top`` in percent of the figure, a title, its numbers, and its map (empty when it is not
+    known)."""
 
     left: float
     top: float

@@ -48,10 +48,11 @@ _HEADINGS = {
 
 
 def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str] | None = None) -> list[Path]:
-    """Write ``pareto.csv``, ``pareto.json``, ``figures/*.png|svg`` and last ``report.html`` into ``folder``; returns the paths.
+    """Write ``pareto.csv``, ``pareto.json``, ``figures/*.png|svg`` and last ``report.html`` into ``folder``; returns
+    the paths.
 
-    Each file is written atomically, so an interrupted report leaves whole files. ``inputs`` are digests for the envelope of the
-    JSON. Works with any part of the content missing but the records.
+    Each file is written atomically, so an interrupted report leaves whole files. ``inputs`` are digests for the
+    envelope of the JSON. Works with any part of the content missing but the records.
     """
     csv, json_path, page = folder / "pareto.csv", folder / "pareto.json", folder / "report.html"
     write_pareto_csv(csv, content.records)
@@ -81,8 +82,8 @@ def render_page(
     pictures: Mapping[str, Mapping[str, str]],
     hot: Sequence[Spot] = (),
 ) -> str:
-    """The HTML text. ``pictures`` maps the key of a drawing to its ``light`` and ``dark`` data addresses; ``hot`` are the points of
-    the front that answer to the pointer."""
+    """The HTML text. ``pictures`` maps the key of a drawing to its ``light`` and ``dark`` data addresses; ``hot`` are
+    the points of the front that answer to the pointer."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mpqsearch.report", "templates"),
         autoescape=True,

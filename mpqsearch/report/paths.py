@@ -59,7 +59,8 @@ def path_info(series: Iterable[PathSeries], cost: str = "stored bits per paramet
 
 
 def plot_path(info: PathInfo, ax: Axes | None = None) -> Axes:
-    """Draw loss against cost on ``ax`` (default: a new figure) and return the axes: a line a method, a marker a budget asked for."""
+    """Draw loss against cost on ``ax`` (default: a new figure) and return the axes: a line a method, a marker a budget
+    asked for."""
     ax = axes_or_new(ax, (5.4, 3.7))
     positive = [one.loss[one.loss > 0] for one in info.series]
     if any(losses.size for losses in positive):

@@ -1,4 +1,5 @@
-"""A profile by itself: what is sensitive, which channels have heavy tails, what a gain does over depth and time, what measuring took."""
+"""A profile by itself: what is sensitive, which channels have heavy tails, what a gain does over depth and time, what
+measuring took."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _SPREADS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRow:
-    """One layer: largest kurtosis of its channels, largest share of its output error over the widths that is a shift of the mean, relative
-    standard error of the loss at the narrowest width (both None: unknown), loss at every width.
+    """One layer: largest kurtosis of its channels, largest share of its output error over the widths that is a shift of
+    the mean, relative standard error of the loss at the narrowest width (both None: unknown), loss at every width.
     """
 
     name: str
@@ -45,9 +46,11 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSummary:
-    """The most sensitive layers, largest loss first, and the heaviest channels as (layer, channel, kurtosis, times the layer's median).
+    """The most sensitive layers, largest loss first, and the heaviest channels as (layer, channel, kurtosis, times the
+    layer's median).
 
-    ``outlier_limit``: third quartile plus three interquartile ranges of all channels (Tukey's far outliers). ``spent``: what it took.
+    ``outlier_limit``: third quartile plus three interquartile ranges of all channels (Tukey's far outliers). ``spent``:
+    what it took.
     """
 
     label: str
@@ -61,8 +64,8 @@ class ProfileSummary:
 def profile_summary(
     profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5
 ) -> ProfileSummary:
-    """What to read first. The loss is the best that the profile holds, of the scheme ``auto`` where it was priced; the changes at a bit map
-    where these were measured.
+    """What to read first. The loss is the best that the profile holds, of the scheme ``auto`` where it was priced; the
+    changes at a bit map where these were measured.
     """
     variant = "auto" if "auto" in profile.variants else profile.variants[0]
     at = [
@@ -128,7 +131,8 @@ def _spent(profile: SensitivityProfile) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KurtosisInfo:
-    """``kurtosis`` ``[C]`` and ``error`` ``[C]`` of every channel at ``bits``, the error relative to the channel's power if known."""
+    """``kurtosis`` ``[C]`` and ``error`` ``[C]`` of every channel at ``bits``, the error relative to the channel's
+    power if known."""
 
     kurtosis: Floats
     error: Floats
@@ -138,7 +142,8 @@ class KurtosisInfo:
 
 
 def kurtosis_info(profile: SensitivityProfile, bits: int = 0, variant: str = "") -> KurtosisInfo:
-    """Kurtosis of each row against what quantizing it costs at ``bits`` (default: 4, or the nearest width of the profile).
+    """Kurtosis of each row against what quantizing it costs at ``bits`` (default: 4, or the nearest width of the
+    profile).
 
     Raises `ConfigError` for a width, `UnknownNameError` for a variant that the profile does not have.
     """
@@ -184,7 +189,8 @@ class GainInfo:
 
 
 def gain_info(profile: SensitivityProfile, timesteps: int = 1000) -> GainInfo:
-    """Gains over depth and time; ``timesteps`` is the length of the schedule. Raises `ConfigError` when the profile holds none."""
+    """Gains over depth and time; ``timesteps`` is the length of the schedule. Raises `ConfigError` when the profile
+    holds none."""
     steps = profile.need("step_gain", "the picture of gains over time").astype(np.float64)
     mean = profile.layer_sum(steps) / np.array(profile.channels, dtype=np.float64)[:, None]
     buckets = steps.shape[1]
@@ -196,7 +202,8 @@ def gain_info(profile: SensitivityProfile, timesteps: int = 1000) -> GainInfo:
 
 
 def plot_gain(info: GainInfo, ax: Axes | None = None) -> Axes:
-    """Layers in the order of a forward pass from left to right, noise at the top; colour by log gain. Draws on ``ax`` and returns it."""
+    """Layers in the order of a forward pass from left to right, noise at the top; colour by log gain. Draws on ``ax``
+    and returns it."""
     ax = axes_or_new(ax, (7.2, 3.6))
     finite = info.gain[np.isfinite(info.gain)]
     norm = (
@@ -217,7 +224,8 @@ def plot_gain(info: GainInfo, ax: Axes | None = None) -> Axes:
 
 
 def write_profile_figures(folder: Path, profile: SensitivityProfile, timesteps: int = 1000) -> list[Path]:
-    """``profile_sensitivity``, ``profile_measured`` (one layer at a time), ``profile_kurtosis`` and ``profile_gain``, as PNG and SVG.
+    """``profile_sensitivity``, ``profile_measured`` (one layer at a time), ``profile_kurtosis`` and ``profile_gain``,
+    as PNG and SVG.
 
     Those for which the profile holds nothing are left out. Returns the paths.
     """

@@ -1,4 +1,5 @@
-"""What an outer search did, in figures and tables: progress against trials and cost, arms, importances, prediction, the winner's curse.
+"""What an outer search did, in figures and tables: progress against trials and cost, arms, importances, prediction, the
+winner's curse.
 
 All from the plain data that ``search.json`` holds (`mpqsearch.search.results.summarize`).
 """
@@ -25,7 +26,8 @@ ARM_ORDER = ("uniform", "random", "shuffled", "kurtosis", "plain", "search")
 
 
 def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None = None) -> Axes:
-    """Hypervolume of the measured front so far, against ``trial`` count or ``forwards`` (passes of the denoiser); arms as level lines."""
+    """Hypervolume of the measured front so far, against ``trial`` count or ``forwards`` (passes of the denoiser); arms
+    as level lines."""
     ax = axes_or_new(ax, (5.4, 3.4))
     rows = data["history"]
     x = np.arange(1, len(rows) + 1) if against == "trial" else np.array([r["forwards"] for r in rows], dtype=float)
@@ -112,7 +114,8 @@ def plot_search_parallel(data: Data, ax: Axes | None = None) -> Axes:
 
 
 def plot_search_prediction(data: Data, ax: Axes | None = None) -> Axes:
-    """Predicted loss against measured error of every map, one series a budget, with the rank correlation in the legend."""
+    """Predicted loss against measured error of every map, one series a budget, with the rank correlation in the
+    legend."""
     ax = axes_or_new(ax, (5.2, 3.8))
     ax.set_xscale("log")
     ax.set_yscale("log")
@@ -137,7 +140,8 @@ def plot_search_prediction(data: Data, ax: Axes | None = None) -> Axes:
 
 
 def plot_winners_curse(data: Data, ax: Axes | None = None) -> Axes:
-    """Error of the chosen maps as a share of uniform's: on the seeds that chose them, and on fresh ones. Above 1 is worse than uniform."""
+    """Error of the chosen maps as a share of uniform's: on the seeds that chose them, and on fresh ones. Above 1 is
+    worse than uniform."""
     ax = axes_or_new(ax, (5.0, 3.2))
     entries = [b for b in data["budgets"] if b.get("fresh_ratio_to_uniform") is not None]
     x = np.arange(len(entries))
@@ -209,7 +213,8 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             (
                 "search_prediction",
                 "Predicted against measured within a budget",
-                "Spearman correlation over the maps of the search; below 0.7 the prediction alone should not be trusted.",
+                "Spearman correlation over the maps of the search; below 0.7 the prediction alone should not be "
+                "trusted.",
                 f"Scatter plot of predicted loss against measured error. Spearman {words}.",
                 partial(plot_search_prediction, data),
             )
@@ -224,7 +229,8 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             (
                 "search_fresh_seeds",
                 "The chosen maps on fresh seeds",
-                "What was chosen looks better on the seeds that chose it (the winner's curse); the second value is the one to believe.",
+                "What was chosen looks better on the seeds that chose it (the winner's curse); the second value is "
+                "the one to believe.",
                 f"Ratios of the error to uniform. {words}.",
                 partial(plot_winners_curse, data),
             )

@@ -23,7 +23,8 @@ MEASURED = "measured"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityInfo:
-    """``loss`` ``[L, W]`` of each layer at each width, ``label`` what it is, ``worst`` the layers to name, largest loss first."""
+    """``loss`` ``[L, W]`` of each layer at each width, ``label`` what it is, ``worst`` the layers to name, largest loss
+    first."""
 
     layers: tuple[str, ...]
     widths: tuple[int, ...]
@@ -33,12 +34,12 @@ class SensitivityInfo:
 
 
 def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int = 8) -> SensitivityInfo:
-    """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone without gains, and
-    that of the weights in a profile of nothing else).
+    """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone
+    without gains, and that of the weights in a profile of nothing else).
 
-    ``variant`` is one of ``profile.variants`` (default: ``asymmetric`` if it is there, else the first) or ``measured``, for the error of
-    final samples with only that layer quantized. The worst are ranked at the narrowest width that was measured. Raises
-    `UnknownNameError` for a variant that the profile does not have.
+    ``variant`` is one of ``profile.variants`` (default: ``asymmetric`` if it is there, else the first) or ``measured``,
+    for the error of final samples with only that layer quantized. The worst are ranked at the narrowest width that was
+    measured. Raises `UnknownNameError` for a variant that the profile does not have.
     """
     final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
     known = (*profile.variants, *((MEASURED,) if final else ()))
@@ -103,8 +104,9 @@ def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
 class PredictionInfo:
     """Predicted loss and measured metric of each point, ``[N]``, with its method and budget.
 
-    ``spearman`` is their rank correlation with a 95 % bootstrap interval; ``within`` the mean of the rank correlations inside the
-    budgets that have three points or more, since bits alone order the points of different budgets (None: no such budget).
+    ``spearman`` is their rank correlation with a 95 % bootstrap interval; ``within`` the mean of the rank correlations
+    inside the budgets that have three points or more, since bits alone order the points of different budgets (None: no
+    such budget).
     """
 
     predicted: Floats
@@ -124,8 +126,8 @@ def prediction_info(
 ) -> PredictionInfo:
     """Compare predictions with ``metric`` over the quantized records that have both, the prediction being finite.
 
-    For a metric where higher is better the sign of the correlation is turned, so that 1 always means the right order. Raises
-    `ConfigError` for fewer than three such records.
+    For a metric where higher is better the sign of the correlation is turned, so that 1 always means the right order.
+    Raises `ConfigError` for fewer than three such records.
     """
     chosen = [
         r
@@ -154,7 +156,8 @@ def prediction_info(
 
 
 def plot_predicted_vs_measured(info: PredictionInfo, ax: Axes | None = None) -> Axes:
-    """A mark per point, coloured by method, lines joining the points of a method; both axes log where the values allow it.
+    """A mark per point, coloured by method, lines joining the points of a method; both axes log where the values allow
+    it.
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """

@@ -1,4 +1,5 @@
-"""How every figure looks: two themes, and one colour and marker per method that survive grey print and colour blindness."""
+"""How every figure looks: two themes, and one colour and marker per method that survive grey print and colour
+blindness."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def series_styles(names: Sequence[str]) -> dict[str, SeriesStyle]:
 
 
 def darkened(svg: bytes) -> bytes:
-    """A figure drawn in the light theme, in the colours of the dark one; drawing it again would take a hundred times longer."""
+    """A figure drawn in the light theme, in the colours of the dark one; drawing it again would take a hundred times
+    longer."""
     for light, dark in zip(_THEME_COLOURS["light"].values(), _THEME_COLOURS["dark"].values(), strict=True):
         svg = svg.replace(light.lower().encode(), dark.lower().encode())
     return svg
@@ -83,7 +85,8 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def widen_x(ax: Axes, share: float = 0.05) -> None:
-    """Let the x axis span at least ``share`` of the value at its middle, so that sizes equal but for a few bytes look equal."""
+    """Let the x axis span at least ``share`` of the value at its middle, so that sizes equal but for a few bytes look
+    equal."""
     low, high = ax.get_xlim()
     middle, half = (low + high) / 2, share * abs(low + high) / 4
     if high - low < 2 * half:

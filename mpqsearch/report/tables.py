@@ -23,7 +23,8 @@ def pareto_frame(records: Iterable[StudyRecord]) -> pd.DataFrame:
 
 
 def write_pareto_csv(path: Path, records: Iterable[StudyRecord]) -> None:
-    """Write ``pareto.csv`` atomically: one row per record, numbers in full precision, empty cells where nothing was measured."""
+    """Write ``pareto.csv`` atomically: one row per record, numbers in full precision, empty cells where nothing was
+    measured."""
     with atomic_write(path) as handle:
         handle.write(pareto_frame(records).to_csv(index=False, lineterminator="\n").encode())
 
@@ -45,7 +46,8 @@ def read_pareto_json(path: Path) -> list[StudyRecord]:
 
 
 def tied(first: MetricValue, second: MetricValue) -> bool:
-    """True when the 95 % intervals overlap, so that the difference is not called a win. Unknown bounds tie with everything.
+    """True when the 95 % intervals overlap, so that the difference is not called a win. Unknown bounds tie with
+    everything.
 
     With common noise the difference of two methods spreads less than each value does, so this errs on the side of ties.
     """

@@ -19,7 +19,8 @@ SAMPLERS = ("ddim", "dpm++")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSpec:
-    """How samples are drawn. ``batch`` is part of it: the same samples in other batches differ by rounding (about 1e-4)."""
+    """How samples are drawn. ``batch`` is part of it: the same samples in other batches differ by rounding (about
+    1e-4)."""
 
     name: str = "ddim"
     steps: int = 10
@@ -43,7 +44,8 @@ class SamplerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step of a trajectory: timestep, the noisy batch that the model saw, its guided prediction, the batch after it."""
+    """One step of a trajectory: timestep, the noisy batch that the model saw, its guided prediction, the batch after
+    it."""
 
     index: int
     timestep: int
@@ -58,7 +60,8 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def labels_of(denoiser: Denoiser, seeds: Sequence[int]) -> Condition:
-    """The class of each seed, ``seed mod n_classes``, or None for unconditional models: balanced over consecutive seeds."""
+    """The class of each seed, ``seed mod n_classes``, or None for unconditional models: balanced over consecutive
+    seeds."""
     if not denoiser.n_classes:
         return None
     return torch.tensor([int(s) % denoiser.n_classes for s in seeds], dtype=torch.long)
@@ -71,7 +74,8 @@ def timesteps_of(denoiser: Denoiser, spec: SamplerSpec) -> tuple[int, ...]:
 
 
 def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec) -> Iterator[Step]:
-    """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps state."""
+    """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps
+    state."""
     scheduler, extra = _scheduler(denoiser, spec)
     x = x * scheduler.init_noise_sigma
     for index, t in enumerate(scheduler.timesteps):
@@ -87,9 +91,10 @@ def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec
 class Chain:
     """A trajectory whose scheduler arithmetic is differentiable and whose calls of the denoiser are cut out.
 
-    ``predictions`` are leaves that require gradients, ``inputs`` what the denoiser saw, as functions of the predictions before,
-    ``times`` the timesteps ``[N]`` of each call, ``final`` the sample as a function of all predictions. So the gradient through the
-    whole sampler is put together call by call, with the graph of one call in memory, for any scheduler, multi-step ones included.
+    ``predictions`` are leaves that require gradients, ``inputs`` what the denoiser saw, as functions of the predictions
+    before, ``times`` the timesteps ``[N]`` of each call, ``final`` the sample as a function of all predictions. So the
+    gradient through the whole sampler is put together call by call, with the graph of one call in memory, for any
+    scheduler, multi-step ones included.
     """
 
     inputs: tuple[Tensor, ...]
@@ -137,11 +142,13 @@ def prediction_gains(
     conditions: Callable[[Denoiser, Sequence[int]], Condition] = labels_of,
     probe_seed: int = 0,
 ) -> tuple[float, ...]:
-    """For each step, the mean squared change of the final sample for a unit change of the mean square of that step's prediction.
+    """For each step, the mean squared change of the final sample for a unit change of the mean square of that step's
+    prediction.
 
-    To first order, for errors of no direction of their own, with all that follows: the scheduler's arithmetic (the clipping of predicted
-    samples included) and what later calls of the denoiser make of another input. One batch, estimated along one direction of random signs
-    in the space of samples: one forward and one backward pass of the denoiser a step, with the graph of one call in memory.
+    To first order, for errors of no direction of their own, with all that follows: the scheduler's arithmetic (the
+    clipping of predicted samples included) and what later calls of the denoiser make of another input. One batch,
+    estimated along one direction of random signs in the space of samples: one forward and one backward pass of the
+    denoiser a step, with the graph of one call in memory.
     """
     chain = chain_of(denoiser, seeds, spec, conditions)
     generator = torch.Generator().manual_seed(probe_seed)
@@ -171,8 +178,8 @@ def sample(
 ) -> Tensor:
     """Final samples ``[N, ...]`` in the model's own range, one for each seed.
 
-    ``tick`` is called with the number of finished samples after each step, as a fraction of a batch rounded down at the end.
-    Raises `NumericsError` when a sample is not finite.
+    ``tick`` is called with the number of finished samples after each step, as a fraction of a batch rounded down at the
+    end. Raises `NumericsError` when a sample is not finite.
     """
     device = next(denoiser.module.parameters()).device
     out = []
@@ -184,7 +191,8 @@ def sample(
             x = step.after
             if not bool(torch.isfinite(x).all()):
                 raise NumericsError(
-                    f"{denoiser.name}: the sample is not finite at timestep {step.timestep} (seeds {part[0]}..{part[-1]})"
+                    f"{denoiser.name}: the sample is not finite at timestep {step.timestep} (seeds "
+                    f"{part[0]}..{part[-1]})"
                 )
         out.append(x.cpu())
         if tick is not None:
@@ -204,12 +212,14 @@ def _scheduler(denoiser: Denoiser, spec: SamplerSpec) -> tuple[Any, dict[str, An
     config = dict(denoiser.scheduler)
     if spec.name == "ddim":
         scheduler = diffusers.DDIMScheduler.from_config(config)
-        # Where the scheduler clips the predicted sample, the noise must be derived from the clipped one again. Otherwise the two
-        # disagree, guidance at high noise inflates the state, and more steps make it worse (fmnist-unet, guidance 3, 20 steps: the
-        # asked class is recognised in 62 % of the samples without, 99 % with it).
+        # Where the scheduler clips the predicted sample, the noise must be derived from the clipped one again.
+        # Otherwise the two disagree, guidance at high noise inflates the state, and more steps make it worse
+        # (fmnist-unet, guidance 3, 20 steps: the asked class is recognised in 62 % of the samples without, 99 % with
+        # it).
         extra = {"use_clipped_model_output": True} if scheduler.config.clip_sample else {}
     else:
-        # The smallest log-SNR of a cosine schedule is minus infinity; diffusers' documentation gives -5.1 as the clip for it.
+        # The smallest log-SNR of a cosine schedule is minus infinity; diffusers' documentation gives -5.1 as the clip
+        # for it.
         clipped = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
         scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
             config, algorithm_type="dpmsolver++", solver_order=2, **clipped

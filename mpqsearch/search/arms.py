@@ -11,9 +11,9 @@ from mpqsearch.methods import allocate
 from mpqsearch.search.surrogate import Candidate, Floats, Surrogate
 
 ARMS = ("uniform", "random", "shuffled", "kurtosis", "plain")
-"""``uniform``: one width. ``random``: random widths by layer. ``shuffled``: the plain program with the losses of layers exchanged at random:
-does it matter which layer is which? ``kurtosis``: the plain program with the kurtosis of a row in place of its loss, as MPQ-DM ranks
-channels. ``plain``: the integer program that the search starts from."""
+"""``uniform``: one width. ``random``: random widths by layer. ``shuffled``: the plain program with the losses of layers
+exchanged at random: does it matter which layer is which? ``kurtosis``: the plain program with the kurtosis of a row in
+place of its loss, as MPQ-DM ranks channels. ``plain``: the integer program that the search starts from."""
 
 
 def control_candidates(
@@ -35,7 +35,8 @@ def uniform_candidate(surrogate: Surrogate, budget: Budget) -> Candidate:
 
 
 def shuffled_losses(surrogate: Surrogate, seed: int) -> Floats:
-    """The method's losses ``[C, W]`` with the layer totals a weight exchanged at random; inside a layer nothing changes."""
+    """The method's losses ``[C, W]`` with the layer totals a weight exchanged at random; inside a layer nothing
+    changes."""
     profile, table = surrogate.profile, surrogate.table
     own = surrogate.losses_of({}, surrogate.method)
     totals = profile.layer_sum(own)

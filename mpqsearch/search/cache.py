@@ -31,11 +31,12 @@ class Measured:
 
 
 class EvaluationCache:
-    """Measured values by digest, in memory and in ``folder / "values.jsonl"``, which workers share; without a folder, in memory only.
+    """Measured values by digest, in memory and in ``folder / "values.jsonl"``, which workers share; without a folder,
+    in memory only.
 
-    `measure` locks a place in the file that stands for the value while it works, so that of several processes that want the same value one
-    measures and the others wait for it. The locks belong to the kernel: they go when their holder is killed. A line that a killed process or a
-    power cut has torn is no value, and is measured again.
+    `measure` locks a place in the file that stands for the value while it works, so that of several processes that want
+    the same value one measures and the others wait for it. The locks belong to the kernel: they go when their holder is
+    killed. A line that a killed process or a power cut has torn is no value, and is measured again.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Measures maps of a real model for the ladder: quantized rows are made once for each width and put together for every map."""
+"""Measures maps of a real model for the ladder: quantized rows are made once for each width and put together for every
+map."""
 
 from __future__ import annotations
 
@@ -36,12 +37,14 @@ from mpqsearch.search.surrogate import Candidate
 REPORTED = ("fd_fp", "fd_data", "paired_psnr")
 
 ERRORS = ("features", "pixels")
-"""What rung 2 measures of a final sample: squared distance of the extractor's features, or mean squared error of the pixels, to the
-full-precision sample of the same noise. The mean of the first bounds from above the squared Wasserstein distance of the features'
-distributions, of which the Fréchet distance is the Gaussian form, and it has a value for every seed."""
+"""What rung 2 measures of a final sample: squared distance of the extractor's features, or mean squared error of the
+pixels, to the full-precision sample of the same noise. The mean of the first bounds from above the squared Wasserstein
+distance of the features' distributions, of which the Fréchet distance is the Gaussian form, and it has a value for
+every seed."""
 
 FEATURE_FLOOR = 1e-6
-"""Feature distances are held above this share of the features' mean squared length: 8-bit images of close samples are equal."""
+"""Feature distances are held above this share of the features' mean squared length: 8-bit images of close samples are
+equal."""
 
 
 def rounds_by_gptq(candidate: Candidate) -> bool:
@@ -53,12 +56,12 @@ def rounds_by_gptq(candidate: Candidate) -> bool:
 class ModelEvaluator:
     """An `Evaluator` of one model.
 
-    ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the full-precision
-    samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`; ``features`` needs ``extractor``. ``ranges`` is
-    how the ranges of quantized inputs are searched, ``moments`` are for maps with GPTQ rounding.
-    Rungs 1 and 2 assemble maps from rows that were quantized once for each
-    width and format, the ``bank``, which evaluators of the same model, profile and moments may share;
-    the reported rungs quantize the model anew, as the evaluation of a run does.
+    ``inputs`` denoiser inputs of the full-precision trajectories of ``input_seeds`` are rung 1. ``reference`` holds the
+    full-precision samples of the report seeds; None leaves rungs 3 and 4 out. ``error`` is one of `ERRORS`;
+    ``features`` needs ``extractor``. ``ranges`` is how the ranges of quantized inputs are searched, ``moments`` are for
+    maps with GPTQ rounding. Rungs 1 and 2 assemble maps from rows that were quantized once for each width and format,
+    the ``bank``, which evaluators of the same model, profile and moments may share; the reported rungs quantize the
+    model anew, as the evaluation of a run does.
     """
 
     denoiser: Denoiser
@@ -141,8 +144,8 @@ class ModelEvaluator:
     def final_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
         """The Fréchet distance of the features to those of full precision, then the error of each sample.
 
-        An error that all samples share changes their distribution more than errors of the same size that differ, and only the distance tells
-        them apart. With the error ``pixels`` the first number is the mean of the others.
+        An error that all samples share changes their distribution more than errors of the same size that differ, and
+        only the distance tells them apart. With the error ``pixels`` the first number is the mean of the others.
         """
         made, full = sample(self._student(candidate), seeds, self.sampler), self._full(tuple(seeds))
         errors = self._errors(made, full)
@@ -161,7 +164,8 @@ class ModelEvaluator:
         return distance.clamp_min(FEATURE_FLOOR * float(full.square().sum(1).mean()))
 
     def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
-        """Half the change of the squared error of final samples for every channel at every width of the profile, to first order."""
+        """Half the change of the squared error of final samples for every channel at every width of the profile, to
+        first order."""
         student = self._student(candidate)
         widths = self.profile.widths
         moves = {}
@@ -312,8 +316,9 @@ class ModelEvaluator:
         return rows
 
     def _quantized(self, name: str, bits: int, fmt: QuantFormat, *, centred: bool) -> Tensor:
-        """All rows of one layer at one width, made once. Compensated ones are chosen row by row, so they may be mixed as well; only the
-        last bits of their scales depend on what else is in the layer. ``centred``: the bias takes the mean of their error."""
+        """All rows of one layer at one width, made once. Compensated ones are chosen row by row, so they may be mixed
+        as well; only the last bits of their scales depend on what else is in the layer. ``centred``: the bias takes the
+        mean of their error."""
         layer = self.table[name]
         key = (name, bits, fmt, centred and fmt.rounding == "gptq")
         if key not in self.bank:
@@ -338,12 +343,14 @@ class ModelEvaluator:
     def _check(self, candidate: Candidate) -> None:
         if rounds_by_gptq(candidate) and self.moments is None:
             raise ConfigError(
-                "this evaluator has no input moments, which the map's GPTQ rounding needs (rounding = 'nearest' does not)"
+                "this evaluator has no input moments, which the map's GPTQ rounding needs (rounding = 'nearest' does "
+                "not)"
             )
 
     @cached_property
     def _moment_means(self) -> Mapping[str, Tensor]:
-        """Means from the samples of the second moments, so that the two give a covariance; the profile's where there are none."""
+        """Means from the samples of the second moments, so that the two give a covariance; the profile's where there
+        are none."""
         assert self.moments is not None
         return {**self._means, **self.moments.means()}
 

@@ -12,8 +12,8 @@ rung what                                              samples
 4    Fréchet distance to data                          report seeds
 ==== ================================================= =========================
 
-Every map sees the same inputs, noise and classes. Search, final and report seeds are disjoint: the final seeds choose among what the
-search seeds proposed, and what was chosen is judged on noise that neither saw.
+Every map sees the same inputs, noise and classes. Search, final and report seeds are disjoint: the final seeds choose
+among what the search seeds proposed, and what was chosen is judged on noise that neither saw.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Evaluator(Protocol):
         ...
 
     def final_errors(self, candidate: Candidate, seeds: Sequence[int]) -> Measured:
-        """A distance to full precision of all samples together, by which finalists are ordered, and after it what `sample_errors` gives."""
+        """A distance to full precision of all samples together, by which finalists are ordered, and after it what
+        `sample_errors` gives."""
         ...
 
     def slopes(self, candidate: Candidate, seeds: Sequence[int], batch: int) -> Slopes:
@@ -61,17 +62,19 @@ class Evaluator(Protocol):
         ...
 
     def report(self, candidate: Candidate) -> Measured:
-        """``error`` (the mean of `sample_errors`), ``fd_fp``, ``paired_psnr``, and ``fd_data`` where there are data statistics, with
-        ``<name>_low`` and ``_high``, on the report seeds."""
+        """``error`` (the mean of `sample_errors`), ``fd_fp``, ``paired_psnr``, and ``fd_data`` where there are data
+        statistics, with ``<name>_low`` and ``_high``, on the report seeds."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
-    """What to first order becomes of the squared error of final samples (mean over pixels) when one channel takes another width.
+    """What to first order becomes of the squared error of final samples (mean over pixels) when one channel takes
+    another width.
 
-    ``rows`` ``[P, C, W]``: half the change, for each of P batches of seeds, C channels and W widths of the profile; 0 for channels that are not
-    searched. ``error`` is the squared error itself, ``forwards`` what they cost, a backward pass counted as two forward passes.
+    ``rows`` ``[P, C, W]``: half the change, for each of P batches of seeds, C channels and W widths of the profile; 0
+    for channels that are not searched. ``error`` is the squared error itself, ``forwards`` what they cost, a backward
+    pass counted as two forward passes.
     """
 
     rows: np.ndarray[Any, np.dtype[np.float64]]
@@ -81,10 +84,11 @@ class Slopes:
 
 @dataclass(kw_only=True)
 class Ladder:
-    """The rungs for one study. ``seeds`` are the search seeds, measured ``chunk`` at a time; ``final`` the final seeds (none: no finals).
+    """The rungs for one study. ``seeds`` are the search seeds, measured ``chunk`` at a time; ``final`` the final seeds
+    (none: no finals).
 
-    ``spent`` counts forward passes that were really made through this object, ``asked`` those that would have been without a cache:
-    the cost by which arms are compared.
+    ``spent`` counts forward passes that were really made through this object, ``asked`` those that would have been
+    without a cache: the cost by which arms are compared.
     """
 
     evaluator: Evaluator
@@ -158,13 +162,15 @@ class Ladder:
         return dict(found.values)
 
     def _measure(self, candidate: Candidate, rung: str, seeds: list[int], make: Callable[[], Measured]) -> Measured:
-        of_all = f"{self.evaluator.identity} {candidate.digest} {rung} {seeds}"  # quicker than `digest_of`, many times a trial
+        # quicker than `digest_of`, many times a trial
+        of_all = f"{self.evaluator.identity} {candidate.digest} {rung} {seeds}"
         key = hashlib.sha256(of_all.encode()).hexdigest()
 
         def checked() -> Measured:
             value = make()
             numbers = list(value.values.values()) if isinstance(value.values, Mapping) else value.values
-            # Infinity would count as a finished trial and poison the sampler's model: it ends the trial as failed instead.
+            # Infinity would count as a finished trial and poison the sampler's model: it ends the trial as failed
+            # instead.
             if not all(math.isfinite(v) for v in numbers):
                 raise NumericsError(
                     f"the {rung} errors of the map {candidate.digest[:10]} at {candidate.budget.label()} are not finite"
@@ -209,8 +215,8 @@ def spearman_interval(
 def rung_correlations(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rank correlation of every rung with the next ones over measured maps.
 
-    ``points`` hold any of ``predicted``, ``output``, ``paired``, ``fd_fp``, ``fd_data`` and a ``budget``: correlations are within a budget,
-    averaged, since between budgets everything correlates.
+    ``points`` hold any of ``predicted``, ``output``, ``paired``, ``fd_fp``, ``fd_data`` and a ``budget``: correlations
+    are within a budget, averaged, since between budgets everything correlates.
     """
     names = ("predicted", "output", "paired", "fd_fp", "fd_data")
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,5 @@
-"""What one trial is worth: maps at every budget of the grid, measured rung by rung against the uniform maps of the same size."""
+"""What one trial is worth: maps at every budget of the grid, measured rung by rung against the uniform maps of the same
+size."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 INFEASIBLE = 5.0
-"""Log ratio to uniform of a budget that the widths of a point cannot meet: finite, worse than anything that was ever useful."""
+"""Log ratio to uniform of a budget that the widths of a point cannot meet: finite, worse than anything that was ever
+useful."""
 
 Pruning = Literal["test", "instances", "means", "none"]
 """How a trial is cut short, see `Objective`."""
@@ -34,7 +36,8 @@ TARGET = "target_bits"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One map of a trial: all that is known of it. ``output`` and ``paired`` are None where the trial was pruned before."""
+    """One map of a trial: all that is known of it. ``output`` and ``paired`` are None where the trial was pruned
+    before."""
 
     budget: str
     digest: str
@@ -70,13 +73,14 @@ class Point:
 class Objective:
     """Calls for an Optuna trial, in either mode.
 
-    In *front* mode (`front`) the value is the mean over ``budgets`` of ``log(error / error of uniform at that budget)``: the logarithm
-    of the area under the front, up to the grid. In *pareto* mode (`pareto`) the budget is a parameter and the values are
-    the stored bits a parameter and the logarithm of the error.
+    In *front* mode (`front`) the value is the mean over ``budgets`` of ``log(error / error of uniform at that
+    budget)``: the logarithm of the area under the front, up to the grid. In *pareto* mode (`pareto`) the budget is a
+    parameter and the values are the stored bits a parameter and the logarithm of the error.
 
-    ``pruning`` says how a trial is cut short: ``test`` by `is_clearly_worse` over (budget, chunk of seeds) pairs, measured in an order of
-    the trial's own; ``instances`` reports those pairs to the study's pruner under their own numbers, as `optuna.pruners.WilcoxonPruner`
-    wants it; ``means`` reports running means in a fixed order, for all other pruners; ``none`` never. ``use_output`` measures rung 1 too.
+    ``pruning`` says how a trial is cut short: ``test`` by `is_clearly_worse` over (budget, chunk of seeds) pairs,
+    measured in an order of the trial's own; ``instances`` reports those pairs to the study's pruner under their own
+    numbers, as `optuna.pruners.WilcoxonPruner` wants it; ``means`` reports running means in a fixed order, for all
+    other pruners; ``none`` never. ``use_output`` measures rung 1 too.
     """
 
     surrogate: Surrogate
@@ -180,7 +184,8 @@ class Objective:
         return float(np.mean([*ratios, *([INFEASIBLE] * len(missing))]))
 
     def _order(self, number: int, budgets: list[int]) -> list[tuple[str, int, int]]:
-        """Measurements of a trial: the cheap rung first, then (budget, chunk) pairs, shuffled by the trial's number where pairs are compared."""
+        """Measurements of a trial: the cheap rung first, then (budget, chunk) pairs, shuffled by the trial's number
+        where pairs are compared."""
         first = [("output", k, 0) for k in budgets] if self.use_output else []
         rest = [("samples", k, i) for i in range(self.ladder.chunks) for k in budgets]
         if self.pruning != "means":
@@ -201,7 +206,8 @@ class Objective:
         return trial.should_prune()
 
     def _best(self, trial: Trial) -> tuple[float, dict[int, float]]:
-        """Value and ratios by instance of the best trial; looked up once a trial, since a database takes long for it."""
+        """Value and ratios by instance of the best trial; looked up once a trial, since a database takes long for
+        it."""
         if self._compared is None or self._compared[0] is not trial:
             try:
                 best = trial.study.best_trial
@@ -214,9 +220,11 @@ class Objective:
         return self._compared[1:]
 
     def _estimate(self, trial: Trial, ratios: Mapping[int, float]) -> float:
-        """Value of a pruned trial: the best trial's, plus the mean difference over what both were measured on, never below the best.
+        """Value of a pruned trial: the best trial's, plus the mean difference over what both were measured on, never
+        below the best.
 
-        The sampler learns more from it than from a bare failure, and a trial that was cut short can never become the best one.
+        The sampler learns more from it than from a bare failure, and a trial that was cut short can never become the
+        best one.
         """
         value, best = self._best(trial)
         common = sorted(set(ratios) & set(best))

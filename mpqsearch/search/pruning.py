@@ -1,8 +1,9 @@
 """When a trial is clearly worse than the best one: an exact signed-rank test over what both were measured on.
 
-The rule is that of `optuna.pruners.WilcoxonPruner`. The test is its own: a map that a trial shares with the best one gives a difference of exactly
-zero, and with ties SciPy's exact test tries all sign patterns one by one (a second a trial) or, from 14 differences on, gives up exactness.
-Here all sign patterns are counted at once, rank by rank. Nothing is written to the storage while a trial runs.
+The rule is that of `optuna.pruners.WilcoxonPruner`. The test is its own: a map that a trial shares with the best one
+gives a difference of exactly zero, and with ties SciPy's exact test tries all sign patterns one by one (a second a
+trial) or, from 14 differences on, gives up exactness. Here all sign patterns are counted at once, rank by rank. Nothing
+is written to the storage while a trial runs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ LEAST = 6
 
 
 def signed_rank_p(differences: Sequence[float]) -> float:
-    """Probability, if every sign were a fair coin, of a sum of positive ranks at least as large as that of ``differences``.
+    """Probability, if every sign were a fair coin, of a sum of positive ranks at least as large as that of
+    ``differences``.
 
-    One-sided and exact; equal magnitudes share their mean rank, zeros are ranked and count half on either side (Pratt 1959;
-    "zsplit" in `scipy.stats.wilcoxon`).
+    One-sided and exact; equal magnitudes share their mean rank, zeros are ranked and count half on either side (Pratt
+    1959; "zsplit" in `scipy.stats.wilcoxon`).
     """
     magnitudes = sorted(abs(d) for d in differences)
     # Twice the mean rank: of a run of equal magnitudes the first place and the last.
@@ -38,9 +40,11 @@ def signed_rank_p(differences: Sequence[float]) -> float:
 
 
 def is_clearly_worse(mine: Mapping[int, float], best: Mapping[int, float]) -> bool:
-    """Whether a trial with the losses ``mine`` so far, by instance, is to be cut short in favour of the one with ``best``.
+    """Whether a trial with the losses ``mine`` so far, by instance, is to be cut short in favour of the one with
+    ``best``.
 
-    As Optuna's pruner does, a trial whose mean so far is no worse than the best one's whole mean goes on whatever the test says.
+    As Optuna's pruner does, a trial whose mean so far is no worse than the best one's whole mean goes on whatever the
+    test says.
     """
     common = [step for step in mine if step in best]
     if len(common) < LEAST or sum(mine.values()) / len(mine) <= sum(best.values()) / len(best):

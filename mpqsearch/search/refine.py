@@ -1,9 +1,10 @@
 """Measured descent: the closing stage of a search, channel by channel at the map that is there.
 
-A point of the search space moves all channels by a dozen numbers. Here every channel may move by itself: one backward pass through the
-sampler gives the slope of the samples' error for every channel at every width (`mpqsearch.profile.final_probes` along the residual), with all
-present errors in it, and the integer program is solved for slope plus curvature. The slope holds for small steps only, so a round tries steps
-of several lengths on common seeds, and takes the best one only when it is better by more than a standard error.
+A point of the search space moves all channels by a dozen numbers. Here every channel may move by itself: one backward
+pass through the sampler gives the slope of the samples' error for every channel at every width
+(`mpqsearch.profile.final_probes` along the residual), with all present errors in it, and the integer program is solved
+for slope plus curvature. The slope holds for small steps only, so a round tries steps of several lengths on common
+seeds, and takes the best one only when it is better by more than a standard error.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class RefineSpec:
     rounds
         Slopes are measured so often at most; two rounds in a row without a better map end it.
     slope_samples, samples
-        Fresh seeds of each round: for the slopes, and for choosing among the steps. ``batch`` seeds share a backward pass.
+        Fresh seeds of each round: for the slopes, and for choosing among the steps. ``batch`` seeds share a backward
+        pass.
     shares
-        Lengths of the steps, as the share of the present error that the slope promises to take away. Interactions that the curvature of single
-        channels does not hold make the right one smaller than 1.
+        Lengths of the steps, as the share of the present error that the slope promises to take away. Interactions that
+        the curvature of single channels does not hold make the right one smaller than 1.
     decay
-        Factor by which the steps of every further round are shorter: the first ones take away what all samples agree on.
+        Factor by which the steps of every further round are shorter: the first ones take away what all samples agree
+        on.
     changed
         Share of the channels that a step may change at most.
     """
@@ -59,7 +62,8 @@ class RefineSpec:
     def __post_init__(self) -> None:
         if self.rounds < 0 or self.batch < 1 or self.slope_samples < 2 * self.batch or self.samples < 2:
             raise ConfigError(
-                "a refinement needs rounds >= 0, batch >= 1, slope_samples of at least two batches (their spread says what is noise) and samples >= "
+                "a refinement needs rounds >= 0, batch >= 1, slope_samples of at least two batches (their spread says "
+                "what is noise) and samples >= "
                 f"2, got {self.rounds}, {self.batch}, {self.slope_samples} and {self.samples}"
             )
         if (
@@ -68,7 +72,8 @@ class RefineSpec:
             or not (0 < self.changed <= 1 and 0 < self.decay <= 1)
         ):
             raise ConfigError(
-                f"a refinement needs shares in (0, 2], changed and decay in (0, 1], got {self.shares}, {self.changed} and {self.decay}"
+                f"a refinement needs shares in (0, 2], changed and decay in (0, 1], got {self.shares}, {self.changed} "
+                f"and {self.decay}"
             )
 
     @property
@@ -79,7 +84,8 @@ class RefineSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """What became of a map: ``candidate`` is ``start`` itself where nothing was better. ``forwards`` is what it cost; ``rounds`` are plain rows."""
+    """What became of a map: ``candidate`` is ``start`` itself where nothing was better. ``forwards`` is what it cost;
+    ``rounds`` are plain rows."""
 
     start: Candidate
     candidate: Candidate
@@ -95,10 +101,12 @@ class Refinement:
 def refine(surrogate: Surrogate, ladder: Ladder, start: Candidate, spec: RefineSpec, *, first_seed: int) -> Refinement:
     """Refine one map within its budget, on the seeds ``first_seed .. first_seed + spec.seeds - 1``.
 
-    A round costs ``4 slope_samples + (steps + 1) samples`` final samples in forward passes, a backward pass counted as two.
+    A round costs ``4 slope_samples + (steps + 1) samples`` final samples in forward passes, a backward pass counted as
+    two.
 
     Raises:
-        ConfigError: The budget is one of BOPs, the map keeps searched layers at full precision, or the seeds are among those of the ladder.
+        ConfigError: The budget is one of BOPs, the map keeps searched layers at full precision, or the seeds are among
+        those of the ladder.
     """
     seeds = range(first_seed, first_seed + spec.seeds)
     if set(seeds) & {*ladder.seeds, *ladder.final}:
@@ -142,11 +150,13 @@ def refine(surrogate: Surrogate, ladder: Ladder, start: Candidate, spec: RefineS
 def steps(
     surrogate: Surrogate, now: Candidate, measured: Sequence[Slopes], spec: RefineSpec
 ) -> list[tuple[float, Candidate, float]]:
-    """Candidates ``(share, map, share of channels changed)`` from the slopes at a map, one for each length of step; equal maps once.
+    """Candidates ``(share, map, share of channels changed)`` from the slopes at a map, one for each length of step;
+    equal maps once.
 
-    Each is the solution of the integer program for ``2 slope + damping * curvature``, with the damping at which the slope promises that
-    share of the present error. Slopes are first shrunk by the noise in them, or a step would go where noise is largest; the curvature of a
-    change is taken as that of two independent errors, the present one and the new one, under the method's own losses.
+    Each is the solution of the integer program for ``2 slope + damping * curvature``, with the damping at which the
+    slope promises that share of the present error. Slopes are first shrunk by the noise in them, or a step would go
+    where noise is largest; the curvature of a change is taken as that of two independent errors, the present one and
+    the new one, under the method's own losses.
     """
     table, profile = surrogate.table, surrogate.profile
     method = _method_of(surrogate, now)
@@ -178,7 +188,8 @@ def steps(
 
 
 def _method_of(surrogate: Surrogate, now: Candidate) -> MethodSpec:
-    """The method by channel that makes maps like this one: its scheme, smoothing, rounding, activations and bias correction."""
+    """The method by channel that makes maps like this one: its scheme, smoothing, rounding, activations and bias
+    correction."""
     fmt, bit_map = now.bit_map.format, now.bit_map
     return replace(
         surrogate.method,
@@ -206,9 +217,11 @@ def _present(program: Program, now: Candidate) -> NDArray[np.int32]:
 
 
 def _shrunk(profile: Any, batches: Floats) -> Floats:
-    """Mean slope ``[C, W]`` over batches ``[P, C, W]``, each entry times ``m**2 / (m**2 + s**2)`` of its mean and standard error.
+    """Mean slope ``[C, W]`` over batches ``[P, C, W]``, each entry times ``m**2 / (m**2 + s**2)`` of its mean and
+    standard error.
 
-    Few batches tell little of one entry's noise, so its square is averaged with that of its layer, in proportion to the layer's mean squares.
+    Few batches tell little of one entry's noise, so its square is averaged with that of its layer, in proportion to the
+    layer's mean squares.
     """
     mean = batches.mean(0)
     power, noise = np.square(mean), batches.var(0, ddof=1) / len(batches)

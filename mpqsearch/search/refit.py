@@ -1,8 +1,9 @@
 """Measured maps correct the sensitivity table, and the integer program is solved again: does that pay?
 
-The program believes ``error = sum over layers of T_l(b_l)``. With measured errors of many maps at hand the belief can be corrected: a
-multiplier for every layer, fitted in the logarithm and held towards 1 by a ridge whose alpha cross-validation chooses. What remains is
-the additivity residual; pairs of neighbouring layers whose joint term explains it significantly become pairwise terms.
+The program believes ``error = sum over layers of T_l(b_l)``. With measured errors of many maps at hand the belief can
+be corrected: a multiplier for every layer, fitted in the logarithm and held towards 1 by a ridge whose alpha
+cross-validation chooses. What remains is the additivity residual; pairs of neighbouring layers whose joint term
+explains it significantly become pairwise terms.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ SIGNIFICANCE = 0.01
 class Refit:
     """A corrected table with what it is worth.
 
-    ``multipliers`` ``[L]`` belong to the layers of the profile; those of layers that no map varied are 1. ``rms_before`` and ``rms_after`` are root
-    mean squares of the log error of prediction, ``rank_before`` and ``rank_after`` rank correlations, both on maps that were left out of the fit.
-    ``residual`` is the mean and the standard deviation of ``log(measured) - log(predicted)`` under the plain table after one common
-    factor: the spread is what additivity misses.
+    ``multipliers`` ``[L]`` belong to the layers of the profile; those of layers that no map varied are 1.
+    ``rms_before`` and ``rms_after`` are root mean squares of the log error of prediction, ``rank_before`` and
+    ``rank_after`` rank correlations, both on maps that were left out of the fit. ``residual`` is the mean and the
+    standard deviation of ``log(measured) - log(predicted)`` under the plain table after one common factor: the spread
+    is what additivity misses.
     """
 
     multipliers: Floats
@@ -147,7 +149,8 @@ def refit(surrogate: Surrogate, candidates: Sequence[Candidate], errors: Sequenc
 
 
 def _fit(x: Floats, logs: Floats, ridge: float) -> tuple[Floats, float]:
-    """Multipliers' logarithms ``[k]`` and the common shift, by damped Gauss-Newton on a problem of a few dozen unknowns."""
+    """Multipliers' logarithms ``[k]`` and the common shift, by damped Gauss-Newton on a problem of a few dozen
+    unknowns."""
     from scipy.optimize import least_squares
 
     k = x.shape[1]
@@ -174,7 +177,8 @@ def _fit(x: Floats, logs: Floats, ridge: float) -> tuple[Floats, float]:
 def _significant_pairs(surrogate: Surrogate, x: Floats, y: Floats) -> tuple[tuple[str, str, float, float], ...]:
     """Neighbouring searched layers whose term ``sqrt(x_i x_j)`` explains the residual, with its alpha and t value.
 
-    Alphas are in units of the table: ``y ~ scale * (sum x + alpha * sqrt(x_i x_j))``, each pair tested by itself on relative residuals.
+    Alphas are in units of the table: ``y ~ scale * (sum x + alpha * sqrt(x_i x_j))``, each pair tested by itself on
+    relative residuals.
     """
     from scipy import stats
 
@@ -201,7 +205,8 @@ def _significant_pairs(surrogate: Surrogate, x: Floats, y: Floats) -> tuple[tupl
 
 
 def corrected(surrogate: Surrogate, fit: Refit) -> Surrogate:
-    """The surrogate with the multipliers, and with the significant pairs as interactions (used at granularity ``layer``)."""
+    """The surrogate with the multipliers, and with the significant pairs as interactions (used at granularity
+    ``layer``)."""
     correction = np.repeat(fit.multipliers[:, None], len(surrogate.profile.widths), axis=1)
     if surrogate.correction is not None:
         correction = correction * surrogate.correction
@@ -228,7 +233,8 @@ def _terms(surrogate: Surrogate, fit: Refit) -> PairwiseTerms | None:
 
 
 def diverse_candidates(surrogate: Surrogate, budget: Budget, count: int, *, min_distance: int = 3) -> list[Candidate]:
-    """The ``count`` best maps by layer that differ from each other in at least ``min_distance`` layers: what a re-fit learns most from."""
+    """The ``count`` best maps by layer that differ from each other in at least ``min_distance`` layers: what a re-fit
+    learns most from."""
     method = replace(surrogate.method_of({}), name="ilp-layer", allocator="ilp-layer")
     program = program_of(method, budget, surrogate.table, surrogate.profile, surrogate.policy, surrogate.format)
     plain = surrogate.finished(
@@ -255,9 +261,9 @@ def close_the_loop(
 ) -> dict[str, Any]:
     """Re-fit on measured maps, solve again, measure again: plain data that say whether it pays.
 
-    ``candidates`` are maps that the ladder has measured or will (the cache makes the first free); ``diverse`` more are added at each
-    budget. The new maps are compared with the plain ones and with the best measured ones on the search seeds, and with the plain ones on the report
-    seeds where the evaluator has some.
+    ``candidates`` are maps that the ladder has measured or will (the cache makes the first free); ``diverse`` more are
+    added at each budget. The new maps are compared with the plain ones and with the best measured ones on the search
+    seeds, and with the plain ones on the report seeds where the evaluator has some.
     """
     known = {c.digest: c for c in candidates}
     for budget in budgets:

@@ -29,8 +29,9 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """The box in which hypervolumes are shares: bits from the smallest budget to the uniform map of the widest width, log errors from that of
-    the uniform map of the smallest budget down to `FLOOR` of it. It depends on no search, so that arms and studies can be compared."""
+    """The box in which hypervolumes are shares: bits from the smallest budget to the uniform map of the widest width,
+    log errors from that of the uniform map of the smallest budget down to `FLOOR` of it. It depends on no search, so
+    that arms and studies can be compared."""
 
     bits: tuple[float, float]
     log_error: tuple[float, float]
@@ -82,7 +83,8 @@ def measured_points(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
 
 
 def history(trials: Sequence[FrozenTrial], box: Box) -> list[dict[str, Any]]:
-    """One row a trial: forward passes so far (what the trials would have cost without a cache), best value and hypervolume so far."""
+    """One row a trial: forward passes so far (what the trials would have cost without a cache), best value and
+    hypervolume so far."""
     rows: list[dict[str, Any]] = []
     front: list[tuple[float, float]] = []
     forwards, best = 0, math.inf
@@ -113,12 +115,14 @@ def finalists(
     count: int,
     more: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """The best ``count`` maps of a budget on the search seeds, the plain program's, and ``more`` (points with a ``candidate``), best first.
+    """The best ``count`` maps of a budget on the search seeds, the plain program's, and ``more`` (points with a
+    ``candidate``), best first.
 
-    The *final* seeds judge, which nothing was chosen by before: ``final`` is the mean error there, ``lead`` by how many standard errors of the
-    paired difference a map is better than the plain one, ``distance`` that of all samples together (`Evaluator.final_errors`). Those that lead by
-    more than one come first, the nearest before the others, then the plain map, then the rest: without evidence the plain map is handed
-    out. Without final seeds the order is that of the search seeds.
+    The *final* seeds judge, which nothing was chosen by before: ``final`` is the mean error there, ``lead`` by how many
+    standard errors of the paired difference a map is better than the plain one, ``distance`` that of all samples
+    together (`Evaluator.final_errors`). Those that lead by more than one come first, the nearest before the others,
+    then the plain map, then the rest: without evidence the plain map is handed out. Without final seeds the order is
+    that of the search seeds.
     """
     ladder = objective.ladder
     found = [*winner_candidates(objective, points, budget, count), *(dict(p) for p in more)]
@@ -150,7 +154,8 @@ def _lead(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 def refine_winners(
     objective: Objective, study: Study, spec: RefineSpec, *, n_finalists: int, first_seed: int
 ) -> dict[str, Refinement]:
-    """The best finalist of every budget refined (`mpqsearch.search.refine`), by the budget's label; nothing without rounds."""
+    """The best finalist of every budget refined (`mpqsearch.search.refine`), by the budget's label; nothing without
+    rounds."""
     if not spec.rounds:
         return {}
     points = measured_points(finished_trials(study))
@@ -169,7 +174,8 @@ def refine_winners(
 def refined_points(
     objective: Objective, points: Sequence[Mapping[str, Any]], refinement: Refinement | None
 ) -> list[dict[str, Any]]:
-    """A refined map as a finalist, with the trial and the parameters of the map that it started from; none where nothing was better."""
+    """A refined map as a finalist, with the trial and the parameters of the map that it started from; none where
+    nothing was better."""
     if refinement is None or not refinement.moved:
         return []
     begun: Mapping[str, Any] = next(
@@ -183,9 +189,11 @@ def refined_points(
 def winner_candidates(
     objective: Objective, points: Sequence[Mapping[str, Any]], budget: Budget, top: int
 ) -> list[dict[str, Any]]:
-    """The ``top`` measured maps that fit ``budget`` with the least paired error, rebuilt from their points of the space.
+    """The ``top`` measured maps that fit ``budget`` with the least paired error, rebuilt from their points of the
+    space.
 
-    Raises `ConfigError` when a rebuilt map is not the one that was measured: the code or the profile has changed meanwhile.
+    Raises `ConfigError` when a rebuilt map is not the one that was measured: the code or the profile has changed
+    meanwhile.
     """
     room = (
         budget.limit_bits(objective.surrogate.table, objective.surrogate.policy) / 8 + 1
@@ -203,7 +211,8 @@ def winner_candidates(
         candidate = objective.surrogate.candidate(objective.space.theta(params), own)
         if candidate.digest != point["digest"]:
             raise ConfigError(
-                f"trial {point['trial']} measured the map {point['digest'][:10]}, its parameters now give {candidate.digest[:10]}: mpqsearch or "
+                f"trial {point['trial']} measured the map {point['digest'][:10]}, its parameters now give "
+                f"{candidate.digest[:10]}: mpqsearch or "
                 "the profile has changed since. Search again with --overwrite."
             )
         chosen.append({**point, "candidate": candidate})
@@ -221,12 +230,14 @@ def summarize(
     start: BitMap | None = None,
     refined: Mapping[str, Refinement] | None = None,
 ) -> dict[str, Any]:
-    """All results of a study as plain data, measuring what is still missing: arms, and winners on report seeds when there are any.
+    """All results of a study as plain data, measuring what is still missing: arms, and winners on report seeds when
+    there are any.
 
-    ``n_finalists`` maps a budget, the best on the search seeds, the plain program's and the ``refined`` one (by the budget's label) run again on
-    the final seeds, and what is better than the plain one beyond doubt is handed out (`finalists`); ``top`` of them are measured on the report
-    seeds, which only say what the map is worth (the winner's curse), and whether it is worse than the uniform or the plain map there.
-    ``start``: the map that the search started from, as one more row at every budget that it fits.
+    ``n_finalists`` maps a budget, the best on the search seeds, the plain program's and the ``refined`` one (by the
+    budget's label) run again on the final seeds, and what is better than the plain one beyond doubt is handed out
+    (`finalists`); ``top`` of them are measured on the report seeds, which only say what the map is worth (the winner's
+    curse), and whether it is worse than the uniform or the plain map there. ``start``: the map that the search started
+    from, as one more row at every budget that it fits.
     """
     trials = finished_trials(study)
     points = measured_points(trials)
@@ -299,7 +310,8 @@ def summarize(
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Share of each parameter in the variance of the value among the better trials (PED-ANOVA); empty with too few trials."""
+    """Share of each parameter in the variance of the value among the better trials (PED-ANOVA); empty with too few
+    trials."""
     import warnings
 
     import optuna

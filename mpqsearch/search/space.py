@@ -8,7 +8,8 @@ In the table ``[search.space]`` a list makes a parameter active and a single val
     granularity = ["layer", "channel"]  # choices
     scheme = "auto"                   # frozen
 
-Whatever is not named stays at its default. With every parameter at its default the search solves the plain integer program, to the bit.
+Whatever is not named stays at its default. With every parameter at its default the search solves the plain integer
+program, to the bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Theta = Mapping[str, Value]
 """Values of parameters by name; what is missing has its default."""
 
 MAX_ACTIVE = 16
-"""More active parameters than this are refused: a study of a few hundred trials cannot tell what so many do (a dozen is plenty)."""
+"""More active parameters than this are refused: a study of a few hundred trials cannot tell what so many do (a dozen is
+plenty)."""
 
 BASE = "base"
 """The value that stands for "as in the method that is searched around"."""
@@ -40,9 +42,9 @@ BASE = "base"
 class Parameter:
     """One thing that may be searched.
 
-    ``kind``: ``float``, ``log`` (a positive number, sampled by its logarithm), ``int`` or ``choice``. ``low`` and ``high`` are the
-    widest range that makes sense, ``choices`` the allowed values (empty: checked where it is used). ``default`` reproduces the
-    plain integer program.
+    ``kind``: ``float``, ``log`` (a positive number, sampled by its logarithm), ``int`` or ``choice``. ``low`` and
+    ``high`` are the widest range that makes sense, ``choices`` the allowed values (empty: checked where it is used).
+    ``default`` reproduces the plain integer program.
     """
 
     name: str
@@ -64,7 +66,8 @@ def _catalogue() -> dict[str, Parameter]:
                 low=-1.0,
                 high=2.0,
                 meaning=f"Weight of the layer totals of the loss '{loss}' in a geometric mean with those of the method's own loss: "
-                "totals become T**(1 - w) * T_k**w, summed over all mixed losses. 1 takes that loss alone between layers.",
+                "totals become T**(1 - w) * T_k**w, summed over all mixed losses. 1 takes that loss alone between "
+                "layers.",
             )
             for loss in LOSSES
         ),
@@ -281,7 +284,8 @@ class Space:
         return self.theta({d.name: d.suggest(trial) for d in self.active})
 
     def default_point(self) -> dict[str, Value]:
-        """The active parameters at their defaults, for a warm start; those whose range leaves the default out take the nearest end."""
+        """The active parameters at their defaults, for a warm start; those whose range leaves the default out take the
+        nearest end."""
         return {d.name: _nearest_in(d, d.parameter.default) for d in self.active}
 
     def starts(self) -> list[dict[str, Value]]:
@@ -304,8 +308,8 @@ class Space:
 def parse_space(declared: Mapping[str, Any]) -> Space:
     """Read the table ``[search.space]``.
 
-    Raises `UnknownNameError` for a parameter that does not exist, `ConfigError` for a range or a value that it cannot have or for
-    more than `MAX_ACTIVE` active parameters.
+    Raises `UnknownNameError` for a parameter that does not exist, `ConfigError` for a range or a value that it cannot
+    have or for more than `MAX_ACTIVE` active parameters.
     """
     active: dict[str, Dimension] = {}
     frozen: dict[str, Value] = {}
@@ -323,7 +327,8 @@ def parse_space(declared: Mapping[str, Any]) -> Space:
             frozen[name] = _checked(parameter, value)
     if len(active) > MAX_ACTIVE:
         raise ConfigError(
-            f"search.space makes {len(active)} parameters active; at most {MAX_ACTIVE} are allowed. Freeze some: a single value "
+            f"search.space makes {len(active)} parameters active; at most {MAX_ACTIVE} are allowed. Freeze some: a "
+            "single value "
             "instead of a list."
         )
     return Space(

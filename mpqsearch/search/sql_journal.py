@@ -1,9 +1,10 @@
-"""Optuna's journal in one table of a database: one statement an entry, where Optuna's own tables take some fifty a trial.
+"""Optuna's journal in one table of a database: one statement an entry, where Optuna's own tables take some fifty a
+trial.
 
-Every worker replays the journal in its memory and asks for what came after the last entry it has. That is only right when numbers have no
-gaps and become visible in their order: a row of a second table holds the next number, and whoever takes one locks that row until the entry
-is committed. Taking the number, writing and committing is sent at once, so that a worker that is killed, held up or cut off leaves neither
-half an entry nor the lock behind.
+Every worker replays the journal in its memory and asks for what came after the last entry it has. That is only right
+when numbers have no gaps and become visible in their order: a row of a second table holds the next number, and whoever
+takes one locks that row until the entry is committed. Taking the number, writing and committing is sent at once, so
+that a worker that is killed, held up or cut off leaves neither half an entry nor the lock behind.
 
 Like Optuna's own storages it is opened after a process is forked, not before.
 """
@@ -38,15 +39,17 @@ JOURNAL, NEXT = "mpqsearch_journal", "mpqsearch_journal_next"
 
 _READ = f"SELECT number, entry FROM {JOURNAL} WHERE number >= %s ORDER BY number"  # noqa: S608 - a constant
 
-# The end of a trial waits for the disk as the server is set, other entries do not: a crash of the server may cost those of running trials.
+# The end of a trial waits for the disk as the server is set, other entries do not: a crash of the server may cost those
+# of running trials.
 _APPEND_POSTGRESQL = f"""
 WITH taken AS (UPDATE {NEXT} SET next = next + 1 RETURNING next - 1 AS number),
      written AS (INSERT INTO {JOURNAL} (number, entry) SELECT number, %s::text FROM taken RETURNING number)
 SELECT number, CASE WHEN NOT %s::boolean THEN set_config('synchronous_commit', 'off', true) END FROM written
 """  # noqa: S608
 
-# LAST_INSERT_ID with an argument is MySQL's own way to read a counter back; the update's answer brings it. Nothing is read before the lock
-# is had, so that the isolation level is all one, and everyone waits at that lock first, so that nobody can wait in a circle.
+# LAST_INSERT_ID with an argument is MySQL's own way to read a counter back; the update's answer brings it. Nothing is
+# read before the lock is had, so that the isolation level is all one, and everyone waits at that lock first, so that
+# nobody can wait in a circle.
 _APPEND_MYSQL = f"""
 START TRANSACTION;
 UPDATE {NEXT} SET next = LAST_INSERT_ID(next) + 1;
@@ -56,7 +59,8 @@ COMMIT
 
 
 class SqlJournalBackend(BaseJournalBackend):
-    """Backend of `optuna.storages.JournalStorage` in a table of PostgreSQL, MySQL or MariaDB, which is made when it is missing.
+    """Backend of `optuna.storages.JournalStorage` in a table of PostgreSQL, MySQL or MariaDB, which is made when it is
+    missing.
 
     There are no snapshots, which would be pickles: a worker reads the whole journal when it starts.
 
@@ -67,9 +71,9 @@ class SqlJournalBackend(BaseJournalBackend):
         engine: SQLAlchemy's engine, which holds the connections.
 
     Raises:
-        ConfigError: Another database, or a driver of MySQL that cannot send several statements at once.
-        ImportError: The driver is missing.
-        sqlalchemy.exc.SQLAlchemyError: The server does not answer, or another process made the tables at the same moment.
+        ConfigError: Another database, or a driver of MySQL that cannot send several statements at once. ImportError:
+        The driver is missing. sqlalchemy.exc.SQLAlchemyError: The server does not answer, or another process made the
+        tables at the same moment.
     """
 
     def __init__(self, url: str) -> None:
@@ -137,7 +141,8 @@ class SqlJournalBackend(BaseJournalBackend):
 
     @contextlib.contextmanager
     def _cursor(self) -> Iterator[Any]:
-        """A cursor of the driver's on a connection of the pool, which is closed when anything fails: what it had begun is undone."""
+        """A cursor of the driver's on a connection of the pool, which is closed when anything fails: what it had begun
+        is undone."""
         connection = self.engine.raw_connection()
         try:
             cursor = connection.cursor()
@@ -160,7 +165,8 @@ class SqlJournalBackend(BaseJournalBackend):
             cursor.execute(f"SELECT entry FROM {JOURNAL} WHERE number = %s", (self._last[0],))  # noqa: S608
             if cursor.fetchone() != (self._last[1],):
                 raise ArtifactError(
-                    "the database has lost the end of the journal, as after a crash of its server: start this worker again, it goes on "
+                    "the database has lost the end of the journal, as after a crash of its server: start this worker "
+                    "again, it goes on "
                     "from what is left"
                 )
         connection.info["checked"] = True

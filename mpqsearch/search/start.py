@@ -15,10 +15,11 @@ from mpqsearch.search.surrogate import Surrogate
 def start_point(surrogate: Surrogate, space: Space, bit_map: BitMap) -> dict[str, Value]:
     """Active parameters at which the integer program gives roles and depths the bits that ``bit_map`` gives them.
 
-    Where a loss falls by four a bit, a layer whose loss is multiplied by ``4**d`` gets ``d`` bits more of an optimal map. So the multiplier of
-    a role is four to the mean difference between the widths of ``bit_map`` and those of the plain program at the same size, weighted by
-    weights; what is left is fitted by a slope over depth. Values are held inside the ranges of the space. The plain point, with the
-    granularity of the map, when the program cannot have that size.
+    Where a loss falls by four a bit, a layer whose loss is multiplied by ``4**d`` gets ``d`` bits more of an optimal
+    map. So the multiplier of a role is four to the mean difference between the widths of ``bit_map`` and those of the
+    plain program at the same size, weighted by weights; what is left is fitted by a slope over depth. Values are held
+    inside the ranges of the space. The plain point, with the granularity of the map, when the program cannot have that
+    size.
     """
     point = space.default_point()
     active = {d.name: d for d in space.active}

@@ -1,4 +1,5 @@
-"""Where a study lives: a journal file by default, a database or a proxy for many machines. Passwords never leave this module."""
+"""Where a study lives: a journal file by default, a database or a proxy for many machines. Passwords never leave this
+module."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ PROXY_WAIT_S = 20.0
 """Seconds that a proxy is waited for."""
 
 REST_S = 1.0
-"""Seconds of rest after which a connection to a database is tried before it is used; a trial uses one dozens of times at once."""
+"""Seconds of rest after which a connection to a database is tried before it is used; a trial uses one dozens of times
+at once."""
 
 CREATION_ATTEMPTS = 6
 """Workers that start together on an empty database all try to make its tables; those that come second try again."""
@@ -59,13 +61,14 @@ def open_storage(where: str | Path | BaseStorage, *, workers: int = 1) -> BaseSt
     """An Optuna storage.
 
     Args:
-        where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``, ``grpc://host:port``,
+        where: A journal file, a URL (``postgresql://``, ``mysql://``, ``sqlite://``, ``redis://``,
+        ``grpc://host:port``,
             ``journal+postgresql://``, ``journal+mysql://``), or a storage object, which is returned as it is.
         workers: How many processes will use it.
 
     Raises:
-        ConfigError: SQLite with several workers; a driver is missing; the database does not answer. No message holds a password.
-        ArtifactError: A journal is no journal.
+        ConfigError: SQLite with several workers; a driver is missing; the database does not answer. No message holds a
+        password. ArtifactError: A journal is no journal.
     """
     if not isinstance(where, (str, Path)):
         return where
@@ -84,7 +87,8 @@ def open_storage(where: str | Path | BaseStorage, *, workers: int = 1) -> BaseSt
 
 
 def check_storage(where: str | Path, *, workers: int = 1) -> None:
-    """Raise `ConfigError` for a kind of storage that is unknown, or that cannot serve so many workers. Opens nothing."""
+    """Raise `ConfigError` for a kind of storage that is unknown, or that cannot serve so many workers. Opens
+    nothing."""
     if "://" not in str(where):
         return
     scheme = str(where).split("://", 1)[0].lower()
@@ -92,24 +96,29 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
         base = scheme.removeprefix(JOURNAL).split("+", 1)[0]
         if base not in JOURNAL_SCHEMES:
             raise ConfigError(
-                f"no journal can be kept at {redact(str(where))}: write {', '.join(f'{JOURNAL}{s}://...' for s in JOURNAL_SCHEMES)}, "
+                f"no journal can be kept at {redact(str(where))}: write "
+                f"{', '.join(f'{JOURNAL}{s}://...' for s in JOURNAL_SCHEMES)}, "
                 "redis://... (which is a journal as it is) or the path of a journal file"
             )
         return
     if scheme.split("+", 1)[0] not in SCHEMES:
         known = (*SCHEMES, *(JOURNAL + s for s in JOURNAL_SCHEMES))
         raise ConfigError(
-            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in known)} or the path of a journal file"
+            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in known)} or the path of a "
+            "journal file"
         )
     if scheme.startswith("sqlite") and workers > 1:
         raise ConfigError(
-            f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial and one of them dies (the "
-            "FAQ of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or mysql://."
+            f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial and one "
+            "of them dies (the "
+            "FAQ of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or "
+            "mysql://."
         )
 
 
 def repair_journal(path: Path) -> int:
-    """Cut what a crash left half-written out of a journal, under its lock; the old file is kept as ``.bak``. Returns the lines dropped.
+    """Cut what a crash left half-written out of a journal, under its lock; the old file is kept as ``.bak``. Returns
+    the lines dropped.
 
     Optuna appends to a torn last line and can never read the file again. Only lines that are no JSON are dropped.
     """
@@ -128,7 +137,8 @@ def repair_journal(path: Path) -> int:
             return 0
         if not good:
             raise ArtifactError(
-                f"{path} is no journal of a study: not one line of it can be read. Choose another --storage or delete it."
+                f"{path} is no journal of a study: not one line of it can be read. Choose another --storage or delete "
+                "it."
             )
         shutil.copy2(path, _free_name(path))
         whole = b"".join(line + b"\n" for line in good)
@@ -156,8 +166,8 @@ def _journal(path: Path) -> BaseStorage:
 def _journal_backend(path: Path) -> Any:
     """Optuna's journal, flushed to the disk once a trial instead of at every line.
 
-    A killed process loses nothing either way; a power cut loses at most the lines of running trials. Flushing takes milliseconds, and a
-    trial writes dozens of lines.
+    A killed process loses nothing either way; a power cut loses at most the lines of running trials. Flushing takes
+    milliseconds, and a trial writes dozens of lines.
     """
     from optuna.storages.journal import JournalFileBackend
     from optuna.storages.journal._file import get_lock_file
@@ -210,7 +220,8 @@ def _proxy(url: str) -> BaseStorage:
         raise ConfigError(f"{url} needs the packages grpcio and protobuf: pip install 'mpqsearch[grpc]'") from None
     except ConnectionError:
         raise ConfigError(
-            f"no proxy answers at {url} within {PROXY_WAIT_S:g} seconds. It is started by optuna.storages.run_grpc_proxy_server(storage, "
+            f"no proxy answers at {url} within {PROXY_WAIT_S:g} seconds. It is started by "
+            "optuna.storages.run_grpc_proxy_server(storage, "
             f"host='0.0.0.0', port={port or PROXY_PORT})."
         ) from None
     return proxy
@@ -263,7 +274,8 @@ def _made(url: str, make: Callable[[], T]) -> T:
             raise
         except ImportError:
             raise ConfigError(
-                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; for MySQL and "
+                f"the driver for {redact(url)} is not installed. For PostgreSQL: pip install 'mpqsearch[postgres]'; "
+                "for MySQL and "
                 "MariaDB: pip install 'mpqsearch[mysql]'."
             ) from None
         except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
@@ -301,7 +313,8 @@ def _is_race(error: Exception) -> bool:
 
 
 def _with_driver(url: str) -> str:
-    """``postgresql://`` with psycopg 3 when psycopg 2, SQLAlchemy's default, is absent; likewise ``mysql://`` and ``mariadb://`` with PyMySQL."""
+    """``postgresql://`` with psycopg 3 when psycopg 2, SQLAlchemy's default, is absent; likewise ``mysql://`` and
+    ``mariadb://`` with PyMySQL."""
     scheme, rest = url.split("://", 1)
     if scheme in ("postgresql", "postgres"):
         driver = "" if importlib.util.find_spec("psycopg2") else "+psycopg"

@@ -1,7 +1,8 @@
 """The Optuna study: samplers, pruners, a warm start, workers that share it, and resuming.
 
-Optuna's own objects are used as they are: every sampler, pruner and storage of the user's is accepted. What is added here is
-bookkeeping: exactly so many trials over all workers, none lost and none counted twice, and seeds that do not repeat on resume.
+Optuna's own objects are used as they are: every sampler, pruner and storage of the user's is accepted. What is added
+here is bookkeeping: exactly so many trials over all workers, none lost and none counted twice, and seeds that do not
+repeat on resume.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ NEAR_END = 8
 """So many trials before the last the study is looked at before every trial."""
 
 STARTUP = 4
-"""Random trials of ``tpe`` and ``gp`` before they model, the warm start among them. Optuna's ten are half of a short study."""
+"""Random trials of ``tpe`` and ``gp`` before they model, the warm start among them. Optuna's ten are half of a short
+study."""
 
 CONTEXT = "mpqsearch context"
 SURPLUS = "surplus"
@@ -61,9 +63,9 @@ def seed_of(base: int, *parts: object) -> int:
 def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int | None = None) -> BaseSampler:
     """A sampler by name.
 
-    ``tpe`` is multivariate, also with two objectives; ``gp`` for expensive trials; ``nsga2`` for thousands of cheap ones; ``cmaes``
-    refines numbers in front mode; ``random`` and ``qmc`` are controls. ``fixed_seed`` is for ``qmc``, whose sequence must be the same
-    in every session.
+    ``tpe`` is multivariate, also with two objectives; ``gp`` for expensive trials; ``nsga2`` for thousands of cheap
+    ones; ``cmaes`` refines numbers in front mode; ``random`` and ``qmc`` are controls. ``fixed_seed`` is for ``qmc``,
+    whose sequence must be the same in every session.
 
     Raises:
         UnknownNameError: There is no such sampler.
@@ -100,8 +102,8 @@ def make_sampler(name: str, seed: int, mode: Mode = "front", *, fixed_seed: int 
 
 
 def reseed(sampler: BaseSampler, seed: int) -> None:
-    """Let a ``random`` or ``tpe`` sampler draw what a new one of this seed would: making one takes a hundred times as long, for its generators ask
-    the system for seeds first. Optuna's own ``reseed_rng`` takes no seed.
+    """Let a ``random`` or ``tpe`` sampler draw what a new one of this seed would: making one takes a hundred times as
+    long, for its generators ask the system for seeds first. Optuna's own ``reseed_rng`` takes no seed.
     """
     own: Any = sampler
     for one in (
@@ -124,7 +126,8 @@ def _cmaes(seed: int) -> BaseSampler:
 
 
 def make_pruner(name: str, mode: Mode = "front") -> BasePruner:
-    """A pruner of Optuna's by name; there is none for ``wilcoxon``, which is a test of the objective's own, and none with two objectives."""
+    """A pruner of Optuna's by name; there is none for ``wilcoxon``, which is a test of the objective's own, and none
+    with two objectives."""
     import optuna
 
     if name not in PRUNERS:
@@ -138,8 +141,9 @@ def make_pruner(name: str, mode: Mode = "front") -> BasePruner:
 class Plan:
     """One study: how many trials, by which sampler and pruner, under which name.
 
-    ``sampler`` and ``pruner`` are names or Optuna's objects. ``warm_start`` tries the plain integer program and its simplest variants
-    first. ``context`` are digests of what values depend on: a study of the same name under another one is refused.
+    ``sampler`` and ``pruner`` are names or Optuna's objects. ``warm_start`` tries the plain integer program and its
+    simplest variants first. ``context`` are digests of what values depend on: a study of the same name under another
+    one is refused.
     """
 
     name: str
@@ -159,7 +163,8 @@ class Plan:
 
 
 def open_study(plan: Plan, storage: BaseStorage) -> Study:
-    """Create the study or continue it; `StaleArtifactError` names what differs when it was made under another context."""
+    """Create the study or continue it; `StaleArtifactError` names what differs when it was made under another
+    context."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -180,7 +185,8 @@ def open_study(plan: Plan, storage: BaseStorage) -> Study:
     elif dict(before) != dict(plan.context):
         changed = sorted(k for k in {*before, *plan.context} if before.get(k) != plan.context.get(k))
         raise StaleArtifactError(
-            f"the study {plan.name!r} in this storage was made with other settings: {', '.join(changed)} differ. Its values cannot be "
+            f"the study {plan.name!r} in this storage was made with other settings: {', '.join(changed)} differ. Its "
+            "values cannot be "
             "compared with new ones. Use another --run-dir or study name, or --overwrite to begin it again."
         )
     if not study.get_trials(deepcopy=False):
@@ -238,11 +244,13 @@ def work(
     stop: Callable[[], bool] = lambda: False,
     after_trial: Callable[[Trial], None] = lambda _trial: None,
 ) -> Counts:
-    """Run trials until the study has ``plan.trials`` finished ones, by whatever worker; the same call continues an interrupted study.
+    """Run trials until the study has ``plan.trials`` finished ones, by whatever worker; the same call continues an
+    interrupted study.
 
-    Workers may start and die at any time. A trial that begins when the study already has its number is dropped at once. Trials of dead
-    workers are failed and queued again: those whose process on this machine is gone, and those that gave no sign of life for ``grace_s``
-    seconds. A worker that finds nothing to do waits until the others have finished, since it may have to take over.
+    Workers may start and die at any time. A trial that begins when the study already has its number is dropped at once.
+    Trials of dead workers are failed and queued again: those whose process on this machine is gone, and those that gave
+    no sign of life for ``grace_s`` seconds. A worker that finds nothing to do waits until the others have finished,
+    since it may have to take over.
 
     Raises:
         MpqsearchError: What the objective raised, when `MAX_FAILURES` trials of this worker failed in a row.
@@ -297,7 +305,8 @@ def work(
                 plan.sampler, seed_of(plan.seed, worker, session), plan.mode, fixed_seed=plan.seed
             )
         while not stop():
-            # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it every look counts.
+            # Far from the end a look a heartbeat is enough: a database takes longer for one than for all else. Near it
+            # every look counts.
             if time.monotonic() >= look_again or seen + NEAR_END >= plan.trials:
                 look_again = time.monotonic() + heartbeat_s
                 known[:] = study.get_trials(deepcopy=False)
@@ -319,8 +328,9 @@ def work(
                 for trial in begun:  # no callback of Optuna's, for which it reads the whole trial again
                     after_trial(trial)
             except Exception:
-                # A worker that was held up for long finds that others have failed its trial meanwhile and queued it again: what it measured
-                # is in the cache, and it takes the next one. Optuna says this with three kinds of errors.
+                # A worker that was held up for long finds that others have failed its trial meanwhile and queued it
+                # again: what it measured is in the cache, and it takes the next one. Optuna says this with three kinds
+                # of errors.
                 if not any(study._storage.get_trial(i).state == optuna.trial.TrialState.FAIL for i in ended):
                     raise
             if len(errors) >= MAX_FAILURES:
@@ -330,7 +340,8 @@ def work(
 
 @contextlib.contextmanager
 def _nothing_old_collected() -> Iterator[None]:
-    """Leave what is there now out of garbage collection: going through a model and its libraries takes longer than the machinery of ten trials."""
+    """Leave what is there now out of garbage collection: going through a model and its libraries takes longer than the
+    machinery of ten trials."""
     frozen = gc.get_freeze_count() > 0  # by the caller, whose business it is
     if not frozen:
         gc.freeze()
@@ -349,10 +360,12 @@ def _before(trial: Trial, known: Sequence[FrozenTrial]) -> int:
 
 
 def _draw(study: Study, trial: Trial, known: list[FrozenTrial]) -> int:
-    """The smallest number that no other trial draws: those of interrupted trials come again, those of failed measurements do not.
+    """The smallest number that no other trial draws: those of interrupted trials come again, those of failed
+    measurements do not.
 
-    Several workers may claim the same number at once. Each writes its claim and then looks: of two claims at least one is seen by the other
-    side, and whoever sees one moves on, since the other may have begun already. A number that both leave is drawn by a later trial.
+    Several workers may claim the same number at once. Each writes its claim and then looks: of two claims at least one
+    is seen by the other side, and whoever sees one moves on, since the other may have begun already. A number that both
+    leave is drawn by a later trial.
 
     ``known`` is an earlier look at the study, good enough for a first claim; it holds the last look when this returns.
     """

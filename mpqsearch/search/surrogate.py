@@ -44,7 +44,8 @@ _TINY = np.finfo(np.float64).tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One map to be measured, with what is known before: the budget, the predicted loss under the method's own loss, and the solver's word."""
+    """One map to be measured, with what is known before: the budget, the predicted loss under the method's own loss,
+    and the solver's word."""
 
     bit_map: BitMap
     budget: Budget
@@ -57,19 +58,22 @@ class Candidate:
 
     @cached_property
     def digest(self) -> str:
-        """What the measured values depend on, besides model and samples: equal maps are measured once, whatever found them."""
+        """What the measured values depend on, besides model and samples: equal maps are measured once, whatever found
+        them."""
         return digest_of([self.bit_map.digest, self.bias_correction])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
-    """The integer program around one method. ``losses_of`` and ``candidate`` are pure functions of a point of the space.
+    """The integer program around one method. ``losses_of`` and ``candidate`` are pure functions of a point of the
+    space.
 
-    ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned), ``interactions`` are pairwise
-    terms over the searched layers at the searched widths, ``remeasure`` measures sensitivities again at a map, and
-    ``operating_loss`` names the loss that they are in. ``alphas`` chooses those of smoothing, ``priced`` gives
-    the profile as the rounding of a method prices it (None: as nearest rounding does). ``act_bits`` is the activation width of all
-    searched layers (16: that of the method); the other layers' are the policy's.
+    ``correction`` ``[L, W]`` multiplies the layer totals first (what `mpqsearch.search.refit` learned),
+    ``interactions`` are pairwise terms over the searched layers at the searched widths, ``remeasure`` measures
+    sensitivities again at a map, and ``operating_loss`` names the loss that they are in. ``alphas`` chooses those of
+    smoothing, ``priced`` gives the profile as the rounding of a method prices it (None: as nearest rounding does).
+    ``act_bits`` is the activation width of all searched layers (16: that of the method); the other layers' are the
+    policy's.
     """
 
     table: LayerTable
@@ -94,7 +98,8 @@ class Surrogate:
     def __post_init__(self) -> None:
         if self.method.allocator not in ("ilp-layer", "ilp-channel"):
             raise ConfigError(
-                f"search.method must name a method with an integer program (ilp-layer or ilp-channel); {self.method.name!r} is "
+                "search.method must name a method with an integer program (ilp-layer or ilp-channel); "
+                f"{self.method.name!r} is "
                 f"{self.method.allocator!r}"
             )
 
@@ -143,7 +148,8 @@ class Surrogate:
         return replace(self.format, **changes) if changes else self.format
 
     def losses_of(self, theta: Theta, method: MethodSpec, profile: SensitivityProfile | None = None) -> Floats:
-        """Losses ``[C, W]`` of every channel at every width. The method's own table, untouched, where the point changes nothing."""
+        """Losses ``[C, W]`` of every channel at every width. The method's own table, untouched, where the point changes
+        nothing."""
         profile = self.profile_for(method) if profile is None else profile
 
         def table_of(loss: str) -> Floats:
@@ -190,7 +196,8 @@ class Surrogate:
         return layers[:, None] * bits
 
     def _shares(self, theta: Theta, profile: SensitivityProfile, share: Floats) -> Floats:
-        """The share ``[C, W]`` of every channel in its layer, reshaped; kurtosis then scales channels across the whole model."""
+        """The share ``[C, W]`` of every channel in its layer, reshaped; kurtosis then scales channels across the whole
+        model."""
         exponent = float(value_of(theta, "row_exponent"))
         if exponent != 1.0:
             raised = np.where(share > 0, share, 0.0) ** exponent
@@ -216,7 +223,8 @@ class Surrogate:
         return self.finished(replace(made, budget=budget), theta)
 
     def room(self, method: MethodSpec, budget: Budget) -> Budget:
-        """The budget, in bytes where scales by timestep would raise a limit that is that of uniform maps: every point has the plain one's size."""
+        """The budget, in bytes where scales by timestep would raise a limit that is that of uniform maps: every point
+        has the plain one's size."""
         if budget.quantity != "uniform_bits" or method.act_timesteps == self.method.act_timesteps:
             return budget
         return Budget(quantity="bytes", limit=self.limit_bits(budget) // 8)
@@ -262,7 +270,8 @@ class Surrogate:
         )
 
     def _with_alphas(self, bit_map: BitMap, budget: Budget) -> BitMap:
-        """Alphas by layer, chosen once a budget: they depend on the widths of the weights far less than on the inputs."""
+        """Alphas by layer, chosen once a budget: they depend on the widths of the weights far less than on the
+        inputs."""
         if self.alphas is None:
             raise ConfigError(
                 "search.space.smooth = 'layers' needs the model at hand to choose alphas; this surrogate has none"
@@ -359,7 +368,8 @@ class Surrogate:
 
 
 def timestep_factor(profile: SensitivityProfile, tilt: float) -> Floats:
-    """Factor ``[L]`` of a layer's loss when timestep buckets are weighted by ``exp(tilt * (bucket - 1/2))``, bucket 0 clean samples, 1 noise.
+    """Factor ``[L]`` of a layer's loss when timestep buckets are weighted by ``exp(tilt * (bucket - 1/2))``, bucket 0
+    clean samples, 1 noise.
 
     Raises `ConfigError` when the profile has no gains by timestep.
     """

@@ -1,8 +1,9 @@
 """Processes that work on one study: signs of life, trials of the dead given to the living, and N local workers.
 
-All of it is kept in the study itself, in user attributes of its trials, so that it is the same with every storage and asks for no shared
-disk. Optuna's own heartbeat exists for databases only, takes statements and a thread a trial, and never notices a worker that died before
-its first beat; it is left off, and does no harm in a storage object of the user's that has it on.
+All of it is kept in the study itself, in user attributes of its trials, so that it is the same with every storage and
+asks for no shared disk. Optuna's own heartbeat exists for databases only, takes statements and a thread a trial, and
+never notices a worker that died before its first beat; it is left off, and does no harm in a storage object of the
+user's that has it on.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ class Worker:
 class Lookout:
     """Finds running trials whose workers are dead.
 
-    A worker of this machine is dead when its process is gone, which is noticed at once. Any other one is when its trial did not beat for
-    ``grace_s`` seconds on the clock of whoever looks, so that clocks need not agree. A trial that nobody has signed is given as long from its start.
+    A worker of this machine is dead when its process is gone, which is noticed at once. Any other one is when its trial
+    did not beat for ``grace_s`` seconds on the clock of whoever looks, so that clocks need not agree. A trial that
+    nobody has signed is given as long from its start.
     """
 
     grace_s: float = GRACE_S
@@ -132,8 +134,8 @@ class Lookout:
     def fail_dead_trials(self, study: Study, trials: Sequence[FrozenTrial] | None = None) -> int:
         """Fail the trials of dead workers and queue them again with the same parameters; returns how many.
 
-        ``trials`` is a look at the study that is at hand. Of several processes that notice the same dead trial, the storage lets one fail
-        it, and only that one queues it again.
+        ``trials`` is a look at the study that is at hand. Of several processes that notice the same dead trial, the
+        storage lets one fail it, and only that one queues it again.
         """
         from optuna.trial import TrialState
 
@@ -208,10 +210,12 @@ def run_local_workers(
     logs: Path,
     poll_s: float = 1.0,
 ) -> None:
-    """Run ``count`` local processes until the study is finished; one that dies is started again, up to `RESTARTS` times.
+    """Run ``count`` local processes until the study is finished; one that dies is started again, up to `RESTARTS`
+    times.
 
-    ``command(i)`` is the command line of worker ``i``; its output goes to ``logs/worker-<i>.log``. Every worker computes with one
-    thread: two threads a process on busy cores are many times slower than one. ``tick`` is called about every ``poll_s`` seconds.
+    ``command(i)`` is the command line of worker ``i``; its output goes to ``logs/worker-<i>.log``. Every worker
+    computes with one thread: two threads a process on busy cores are many times slower than one. ``tick`` is called
+    about every ``poll_s`` seconds.
 
     Raises:
         SolverError: A worker died more often than it is started again; the end of its log is quoted.

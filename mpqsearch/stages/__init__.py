@@ -1,7 +1,7 @@
 """The stages of a run: load inputs, call the pure function, save outputs. The same command again continues.
 
-Files of a run folder are described in the README. A stage whose output was made from the present inputs is reused, and one line
-says so. Torch is imported only by the stages that need a model.
+Files of a run folder are described in the README. A stage whose output was made from the present inputs is reused, and
+one line says so. Torch is imported only by the stages that need a model.
 """
 
 from mpqsearch.stages.allocating import allocation, allocations

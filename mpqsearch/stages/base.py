@@ -93,8 +93,8 @@ class Run:
         return load_reference(Path(c.reference) if c.reference else None, self.extractor)
 
     def require_sampler(self, what: str) -> None:
-        """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded calls only, and what the
-        extractor and the reference statistics raise when they are not to be had."""
+        """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded
+        calls only, and what the extractor and the reference statistics raise when they are not to be had."""
         if self.dry_run:
             return
         if self.config.calibration.captured:
@@ -128,7 +128,8 @@ def start(run: Run) -> None:
     for name, file in run.config.allocate.maps.items():
         if not Path(file).exists():
             raise ArtifactError(
-                f"{file} does not exist (allocate.maps.{name}, or --map). Name a file that `mpqsearch import` wrote or can read, or leave it out."
+                f"{file} does not exist (allocate.maps.{name}, or --map). Name a file that `mpqsearch import` wrote "
+                "or can read, or leave it out."
             )
     if run.dry_run:
         return
@@ -140,7 +141,8 @@ def same_model(run: Run, table: LayerTable) -> None:
     """Raise `StaleArtifactError` when the weights are not those of ``layers.json``."""
     if run.denoiser.digest != table.digest:
         raise StaleArtifactError(
-            f"the weights of {run.config.model.source} ({run.denoiser.digest[:10]}) are not those that {run.path('layers.json')} was made "
+            f"the weights of {run.config.model.source} ({run.denoiser.digest[:10]}) are not those that "
+            f"{run.path('layers.json')} was made "
             f"from ({table.digest[:10]}). Use another --run-dir, or --overwrite to make everything again."
         )
 

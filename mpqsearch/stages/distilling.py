@@ -38,10 +38,11 @@ def distill(
 ) -> dict[str, Any]:
     """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
 
-    Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors`` (integer codes, scales
-    and zero points), ``activations.json`` (learned scales, where activations are quantized) and ``metrics.json``, whose data is returned:
-    ``before``, ``after`` and, where the student is checked, ``checks``, step and distance of each. The
-    same call continues an interrupted training. Raises `SystemExit` with 128 plus the signal's number after a signal.
+    Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors``
+    (integer codes, scales and zero points), ``activations.json`` (learned scales, where activations are quantized) and
+    ``metrics.json``, whose data is returned: ``before``, ``after`` and, where the student is checked, ``checks``, step
+    and distance of each. The same call continues an interrupted training. Raises `SystemExit` with 128 plus the
+    signal's number after a signal.
     """
     run.require_sampler("training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
@@ -96,7 +97,8 @@ def distill(
         data["checks"] = [[step, value if math.isfinite(value) else None] for step, value in checks]
         kept, last = min(checks, key=lambda c: (c[1], c[0])), checks[-1]
         run.say(
-            f"distill: kept the student of step {kept[0]} of {run.config.distill.steps}, FD[{extractor.label}]-{run.config.distill.check_samples} "
+            f"distill: kept the student of step {kept[0]} of {run.config.distill.steps}, "
+            f"FD[{extractor.label}]-{run.config.distill.check_samples} "
             f"vs FP on development seeds {kept[1]:.4g} (last step: {last[1]:.4g})"
         )
     artifacts.write_json(path, "mpqsearch/metrics", data, inputs)
@@ -183,7 +185,8 @@ def _train(
 
 
 def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], float]:
-    """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision samples are made once."""
+    """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision
+    samples are made once."""
     from mpqsearch.metrics import Reference, distance_to_full_precision
     from mpqsearch.quant import convert
     from mpqsearch.sampling import sample, to_uint8

@@ -187,7 +187,8 @@ def quantized_module(
 def correction_of(
     run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
 ) -> dict[str, Any]:
-    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and GPTQ rounding need."""
+    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and GPTQ rounding
+    need."""
     import torch
 
     means: Mapping[str, torch.Tensor] | None = None
@@ -203,7 +204,8 @@ def correction_of(
 def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Any]) -> Any:
     """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
 
-    Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the widths.
+    Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
+    widths.
     """
     if not bit_map.activations:
         return None
@@ -213,7 +215,8 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
     c, sampler = run.config.activations, sampler_of(run)
     if bit_map.activation_steps not in (1, sampler.steps):
         raise ConfigError(
-            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {sampler.steps} steps. "
+            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes "
+            f"{sampler.steps} steps. "
             "Allocate again with this sampler."
         )
     per_timestep = bit_map.activation_steps > 1
@@ -252,7 +255,8 @@ def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[
         keys = {evaluation_key(run, table, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}
         done = sum(run.path("metrics", f"{k[:16]}.json").exists() for k in keys)
         run.say(
-            f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, {len(keys) - done} to do"
+            f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, "
+            f"{len(keys) - done} to do"
         )
         return []
     c, extractor = run.config.evaluate, run.extractor

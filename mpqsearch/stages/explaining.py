@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mpqsearch.report import PathSeries
 
 LISTED_VERTICES = 5_000
-"""Vertices of a path that its JSON and CSV list; a longer path is listed in part, evenly over its cost, and is whole in its npz."""
+"""Vertices of a path that its JSON and CSV list; a longer path is listed in part, evenly over its cost, and is whole in
+its npz."""
 
 SAME = 1e-12
 """Relative difference of two sums of the same losses."""
@@ -40,10 +41,11 @@ def programs(run: Run) -> list[MethodSpec]:
 
 
 def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
-    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json``, ``.csv`` and ``.npz``, and a figure.
+    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json``, ``.csv`` and ``.npz``, and a
+    figure.
 
-    A method's own loss is drawn; the paths of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
-    program over channels, which pays for the width tags of every layer.
+    A method's own loss is drawn; the paths of methods with different losses or schemes are not to be compared.
+    ``ilp-channel`` is the program over channels, which pays for the width tags of every layer.
     """
     budgets = run.config.allocate.parsed()
     sizes = [b for b in budgets if b.quantity != "bops"]
@@ -184,8 +186,8 @@ def _save_path(
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    Marginal rates of every layer, the shadow price of the budget, the layers at a bound, and what overrides and ties cost. Prices of overrides are
-    taken in the program over layers.
+    Marginal rates of every layer, the shadow price of the budget, the layers at a bound, and what overrides and ties
+    cost. Prices of overrides are taken in the program over layers.
     """
     found = []
     for budget in run.config.allocate.parsed():
@@ -193,7 +195,8 @@ def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> l
             bit_map, saved = allocation(run, table, measured, method, budget)
             with run.timed("allocate"):
                 data = _explanation(run, table, measured, method, budget, bit_map)
-            # Costed from the map: a layer whose channels all took one width stores no tags, which the program had to reserve.
+            # Costed from the map: a layer whose channels all took one width stores no tags, which the program had to
+            # reserve.
             spent = saved["bops"] if budget.quantity == "bops" else saved["size_bits"]
             data |= {"limit": saved["limit"], "slack": saved["limit"] - spent}
             found.append(data)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One target's export: its files, what ``export/<target>.json`` says of it, and what the consumer said, when it was asked."""
+    """One target's export: its files, what ``export/<target>.json`` says of it, and what the consumer said, when it was
+    asked."""
 
     target: str
     paths: tuple[Path, ...]
@@ -48,12 +49,13 @@ def export(
     verify: bool = True,
     again: bool = False,
 ) -> list[Exported]:
-    """Write a map for every configured target, and with ``verify`` let the consumer read it back in a process of its own.
+    """Write a map for every configured target, and with ``verify`` let the consumer read it back in a process of its
+    own.
 
-    A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written and verified from
-    the same inputs is reused; with ``verify`` an export that is only written is read back now, and with ``again`` one that was read back
-    before, too. ``export/<target>.json`` holds what was promised and found, ``export/sizes.csv`` the sizes of all targets. A difference
-    does not raise: see `Exported.differs`.
+    A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written
+    and verified from the same inputs is reused; with ``verify`` an export that is only written is read back now, and
+    with ``again`` one that was read back before, too. ``export/<target>.json`` holds what was promised and found,
+    ``export/sizes.csv`` the sizes of all targets. A difference does not raise: see `Exported.differs`.
     """
     c = run.config.export
     budget = export_budget(run)
@@ -121,7 +123,8 @@ def _export_one(
     needs = exporter.capabilities()
     if other := needs.untested():
         run.say(
-            f"export: WARNING: {needs.requires} {other} was never tried with {target}, only {needs.tested}; go by what --verify finds"
+            f"export: WARNING: {needs.requires} {other} was never tried with {target}, only {needs.tested}; go by "
+            "what --verify finds"
         )
     if not written:
         provenance = {"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]}
@@ -133,7 +136,8 @@ def _export_one(
         artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
         if data["lost_inputs"]:
             run.say(
-                f"export: {target} says nothing of inputs: the map quantizes those of {data['lost_inputs']} layers, what is written none"
+                f"export: {target} says nothing of inputs: the map quantizes those of {data['lost_inputs']} layers, "
+                "what is written none"
             )
         run.say(
             f"export: {folder} is written; not read back by its consumer"
@@ -237,7 +241,8 @@ def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_n
 
 
 def write_model_folder(run: Run, folder: Path, module: Any, bit_map: BitMap) -> None:
-    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not of diffusers."""
+    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not
+    of diffusers."""
     if not hasattr(module, "save_pretrained"):
         raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
     from safetensors.torch import save

@@ -18,14 +18,16 @@ NOT_PRICED = ("weight", "context", "slope", "operating", "final")
 
 
 def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
-    """What GPTQ rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to nearest."""
+    """What GPTQ rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to
+    nearest."""
     if all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values())):
         return None
     return moments_of(run, table)
 
 
 def moment_inputs(run: Run, table: LayerTable) -> dict[str, str]:
-    """What GPTQ rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest rounding, if any."""
+    """What GPTQ rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest
+    rounding, if any."""
     from mpqsearch.profile import beyond_limit
 
     left_out = beyond_limit(table, run.config.model.limit_bytes)
@@ -47,16 +49,20 @@ def moments_of(run: Run, table: LayerTable) -> InputMoments:
         )
         if run.moments.left_out:
             run.say(
-                f"GPTQ rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second moments do not fit "
-                f"the memory limit: {', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
+                f"GPTQ rounding: {len(run.moments.left_out)} layers are rounded to nearest, since their second "
+                "moments do not fit "
+                "the memory limit: "
+                f"{', '.join(run.moments.left_out[:3])}{' ...' if len(run.moments.left_out) > 3 else ''}"
             )
     return run.moments
 
 
 def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
-    """``measured`` with the errors that the method's rounding leaves, from ``profiles/gptq-<variant>.json`` where that is there.
+    """``measured`` with the errors that the method's rounding leaves, from ``profiles/gptq-<variant>.json`` where that
+    is there.
 
-    The profile itself for nearest rounding, for losses that know no other, and where nothing may run (weights only, a dry run).
+    The profile itself for nearest rounding, for losses that know no other, and where nothing may run (weights only, a
+    dry run).
     """
     if method.rounding == "nearest" or method.loss in NOT_PRICED or measured.weights_only:
         return measured

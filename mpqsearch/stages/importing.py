@@ -22,8 +22,8 @@ def import_map(
 ) -> tuple[Path, Imported]:
     """Read a file or folder of another quantizer and write ``imports/<name>/bitmap.json``, a map as any other.
 
-    ``source``: the format (None: found out); ``scheme``: what the widths mean here. Raises what `mpqsearch.export.import_map` raises, and
-    `StaleArtifactError` when another map has this name.
+    ``source``: the format (None: found out); ``scheme``: what the widths mean here. Raises what
+    `mpqsearch.export.import_map` raises, and `StaleArtifactError` when another map has this name.
     """
     from mpqsearch.export import import_map as read
     from mpqsearch.export import neutral_extra
@@ -47,7 +47,8 @@ def import_map(
 def given_map(
     run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec
 ) -> tuple[BitMap, dict[str, Any]]:
-    """The map that ``[allocate.maps]`` names for a method, with what ``allocation.json`` would hold; its budget is its own size."""
+    """The map that ``[allocate.maps]`` names for a method, with what ``allocation.json`` would hold; its budget is its
+    own size."""
     from mpqsearch.export import import_map as read
 
     imported = read(Path(run.config.allocate.maps[method.name]), table, fmt=run.config.quantizer.format())

@@ -16,7 +16,8 @@ from mpqsearch.stages.base import Run, same_model, sampler_of
 
 
 def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str]:
-    """Digests of all that a profile depends on; with the loss ``operating`` also of the bit map at which that was measured."""
+    """Digests of all that a profile depends on; with the loss ``operating`` also of the bit map at which that was
+    measured."""
     c = run.config.to_data()
     if loss == "operating" and run.config.calibration.at:
         return profile_inputs(run, table) | {"at": _map_at(run, table).digest}
@@ -38,7 +39,8 @@ def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str
 
 
 def _counted(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that count for what is measured; those that came later count only where they are used, so that older profiles stay good."""
+    """The settings that count for what is measured; those that came later count only where they are used, so that older
+    profiles stay good."""
     return {k: v for k, v in calibration.items() if k not in ("captured", "at") and (v or k != "prediction_only")}
 
 
@@ -60,8 +62,10 @@ def _map_at(run: Run, table: LayerTable) -> BitMap:
     bit_map = artifacts.load_bit_map(file)
     if bit_map.model_digest != table.digest:
         raise LayerMismatchError(
-            f"gains were asked for at the bit map {file}, which was made for the model {bit_map.model_digest[:12]}; the model of this run, "
-            f"{table.model}, is {table.digest[:12]}. Name a bit map of this model (mpqsearch allocate makes one, mpqsearch import reads one), or "
+            f"gains were asked for at the bit map {file}, which was made for the model {bit_map.model_digest[:12]}; "
+            "the model of this run, "
+            f"{table.model}, is {table.digest[:12]}. Name a bit map of this model (mpqsearch allocate makes one, "
+            "mpqsearch import reads one), or "
             "the --model and --run-dir that it was made for."
         )
     bit_map.validate(table)
@@ -99,7 +103,8 @@ def _profile_at(run: Run, table: LayerTable, measured: SensitivityProfile, at: B
         )
     artifacts.save_profile(path, found, inputs)
     run.say(
-        f"profile: gains at the bit map {at.digest[:12]} ({'with' if corrected else 'without'} bias correction; its samples differ from full "
+        f"profile: gains at the bit map {at.digest[:12]} ({'with' if corrected else 'without'} bias correction; its "
+        "samples differ from full "
         f"precision by {found.calibration['operating_mse']:.4g} in mean square) written to {path}"
     )
     return found
@@ -119,7 +124,8 @@ def _plain_profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     else:
         if run.config.calibration.captured and run.config.calibration.sampler_seeds:
             run.say(
-                "profile: recorded calls bring no sampler: final samples are not probed, the losses 'gain' and 'probe' are measured"
+                "profile: recorded calls bring no sampler: final samples are not probed, the losses 'gain' and "
+                "'probe' are measured"
             )
         from mpqsearch.profile import CalibrationSpec
 
@@ -212,7 +218,8 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
         )
         seeds = [len(each) for each in found.values()]
         run.say(
-            f"profile: one layer at a time took {sum(seeds)} samples, {spec.final_seeds * len(seeds)} without the race; "
+            f"profile: one layer at a time took {sum(seeds)} samples, {spec.final_seeds * len(seeds)} without the "
+            "race; "
             f"{sum(n >= spec.final_seeds for n in seeds)} of {len(seeds)} needed all seeds"
         )
     else:
@@ -232,7 +239,8 @@ def _undecided(run: Run, table: LayerTable, spec: Any) -> Any:
         found = stability(measured, table, run.config.policy, method, budgets, run.config.quantizer.format())
         names = [n for n, share in zip(measured.names, found.undecided, strict=True) if share > 0]
         run.say(
-            f"profile: {len(names)} layers undecided; the noise costs at most {found.regret.max():.1%} of the predicted loss"
+            f"profile: {len(names)} layers undecided; the noise costs at most {found.regret.max():.1%} of the "
+            "predicted loss"
         )
         return names, found.settled(spec.race)
 

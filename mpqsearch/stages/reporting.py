@@ -100,9 +100,9 @@ SIZE_COLUMNS = (
 def size_rows(run: Run) -> list[dict[str, Any]]:
     """One row for each target that was exported: ideal, accounted and found bytes side by side.
 
-    ``ideal_bytes``: what the asked map takes when its codes are packed densely, as a budget counts. ``accounted_bytes``: what the target's
-    own format takes, headers apart. ``stored_bytes``, ``header_bytes``: what was found in the file; empty until it was verified, and
-    for targets that write no weights.
+    ``ideal_bytes``: what the asked map takes when its codes are packed densely, as a budget counts.
+    ``accounted_bytes``: what the target's own format takes, headers apart. ``stored_bytes``, ``header_bytes``: what was
+    found in the file; empty until it was verified, and for targets that write no weights.
     """
     rows = []
     for path in sorted(run.path("export").glob("*.json")):
@@ -138,7 +138,8 @@ def _verdict(found: Mapping[str, Any]) -> str:
 
 
 def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
-    """Spearman correlation over layers of every predictor with one-layer-at-a-time error of final samples, at each measured width."""
+    """Spearman correlation over layers of every predictor with one-layer-at-a-time error of final samples, at each
+    measured width."""
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
@@ -170,7 +171,8 @@ def export_budget(run: Run) -> Budget:
 
 
 def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:
-    """The method that is drawn and exported: the configured one, else the one with the least mean log distance to full precision."""
+    """The method that is drawn and exported: the configured one, else the one with the least mean log distance to full
+    precision."""
     by_name = {m.name: m for m in run.config.methods}
     if run.config.report.chosen:
         return by_name[run.config.report.chosen]
@@ -213,7 +215,8 @@ def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[An
 
 def _notes(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[str]:
     notes = [
-        f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel tags, leftovers."
+        f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel "
+        "tags, leftovers."
     ]
     over = []
     for method, budget in ((m, b) for b in run.config.allocate.parsed() for m in run.config.methods):

@@ -44,16 +44,17 @@ def search(
 ) -> dict[str, Any]:
     """Run the outer search, continue it, or reuse ``search/search.json``; returns what that file holds.
 
-    ``storage`` is a URL or a journal file (default: the environment variable ``MPQSEARCH_STORAGE``, else ``search/study.journal`` in the run
-    folder). ``workers`` local processes share the study. With ``worker`` this process is one of many: it works until the study
-    has its trials and writes nothing but measurements.
+    ``storage`` is a URL or a journal file (default: the environment variable ``MPQSEARCH_STORAGE``, else
+    ``search/study.journal`` in the run folder). ``workers`` local processes share the study. With ``worker`` this
+    process is one of many: it works until the study has its trials and writes nothing but measurements.
     """
     check_search(run, storage=storage, workers=workers)
     run.require_sampler("a search that is scored by samples (search)")
     c = run.config.search
     path = run.path("search", "search.json")
     inputs = search_inputs(run, table)
-    # What a study depends on is checked when it is opened; with more trials it goes on, and its results are drawn up again.
+    # What a study depends on is checked when it is opened; with more trials it goes on, and its results are drawn up
+    # again.
     if worker is None and artifacts.is_current(path, "mpqsearch/search", inputs, overwrite=True) and not run.overwrite:
         run.say(f"search: reused {path}")
         return dict(artifacts.read_json(path, "mpqsearch/search").data)
@@ -363,7 +364,8 @@ def _work(run: Run, study: Study, plan: Plan, objective: Objective, worker: int)
 
 
 def _spread(run: Run, study: Study, plan: Plan, storage: str | None, workers: int) -> None:
-    """Local worker processes: this command line again, as a worker. The storage goes through the environment, where no one sees it."""
+    """Local worker processes: this command line again, as a worker. The storage goes through the environment, where no
+    one sees it."""
     from mpqsearch.search.storage import STORAGE_VARIABLE
     from mpqsearch.search.study import counts
     from mpqsearch.search.workers import run_local_workers
@@ -431,20 +433,24 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
         )
         if entry["worse_than_uniform"]:
             run.say(
-                f"search: WARNING: at {entry['budget']} the map of the search measures worse than the uniform map of the same size"
+                f"search: WARNING: at {entry['budget']} the map of the search measures worse than the uniform map of "
+                "the same size"
             )
         elif entry["worse_than_plain"]:
             run.say(
-                f"search: note: at {entry['budget']} the map of the search measures worse than the plain integer program's"
+                f"search: note: at {entry['budget']} the map of the search measures worse than the plain integer "
+                "program's"
             )
         if entry.get("worse_than_start"):
             run.say(
-                f"search: note: at {entry['budget']} the map that was started from fits and measures better than what was found"
+                f"search: note: at {entry['budget']} the map that was started from fits and measures better than what "
+                "was found"
             )
     for row in data["predicted_vs_measured"]:
         if row["weak"]:
             run.say(
-                f"search: the predicted loss ranks measured maps poorly at {row['budget']}: Spearman {row['spearman']:.2f} "
+                f"search: the predicted loss ranks measured maps poorly at {row['budget']}: Spearman "
+                f"{row['spearman']:.2f} "
                 f"({row['low']:.2f}..{row['high']:.2f})"
             )
     if c.refit:
@@ -470,8 +476,10 @@ def _refit(run: Run, objective: Objective, study: Study) -> dict[str, Any]:
     data = close_the_loop(objective.surrogate, objective.ladder, objective.budgets, maps)
     fit, more = data["fit"], 100 * math.expm1(data["mean_log_ratio"])
     run.say(
-        f"search: re-fit on {fit['n_maps']} maps: log error of left-out maps {fit['rms_before']:.3f} before, {fit['rms_after']:.3f} after; solved "
-        f"again, the program gives maps with {abs(more):.0f} % {'more' if more > 0 else 'less'} error than the plain one's"
+        f"search: re-fit on {fit['n_maps']} maps: log error of left-out maps {fit['rms_before']:.3f} before, "
+        f"{fit['rms_after']:.3f} after; solved "
+        f"again, the program gives maps with {abs(more):.0f} % {'more' if more > 0 else 'less'} error than the plain "
+        "one's"
     )
     return data
 

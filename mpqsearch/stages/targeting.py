@@ -23,7 +23,8 @@ PROBES = 2
 
 
 def target_of(name: str) -> ConsumerTarget:
-    """The target of that name. Raises `UnknownNameError` for an unknown one, `ConfigError` for one that has no formats of its own."""
+    """The target of that name. Raises `UnknownNameError` for an unknown one, `ConfigError` for one that has no formats
+    of its own."""
     from mpqsearch.export import get_exporter
     from mpqsearch.export.target import ConsumerTarget
 
@@ -36,10 +37,11 @@ def target_of(name: str) -> ConsumerTarget:
 def target_allocation(
     run: Run, table: LayerTable, measured: SensitivityProfile, name: str, budget: Budget
 ) -> tuple[BitMap, dict[str, Any]]:
-    """Solve over the formats of a target at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds.
+    """Solve over the formats of a target at one budget, or reuse its folder. Returns the map and what
+    ``allocation.json`` holds.
 
-    The folder is ``allocations/target-<name>@<budget>``; ``bitmap.json`` names the target's format of every layer in its provenance.
-    Raises `InfeasibleBudgetError`, with the size of the target's smallest file, when nothing fits.
+    The folder is ``allocations/target-<name>@<budget>``; ``bitmap.json`` names the target's format of every layer in
+    its provenance. Raises `InfeasibleBudgetError`, with the size of the target's smallest file, when nothing fits.
     """
     target = target_of(name)
     folder = run.path("allocations", slug(f"target-{name}", budget))
@@ -85,10 +87,11 @@ def target_allocations(
 def resolved_for(
     run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget, bit_map: BitMap
 ) -> TargetAllocation:
-    """Solve again over the target's formats at the size that ``bit_map`` has with all that is stored, for a map made for something else.
+    """Solve again over the target's formats at the size that ``bit_map`` has with all that is stored, for a map made
+    for something else.
 
-    What the policy fixes stays fixed, and layers that the map leaves at full precision stay there. Where the target has no file
-    as small as the map, its smallest one is made, and one line says so.
+    What the policy fixes stays fixed, and layers that the map leaves at full precision stay there. Where the target has
+    no file as small as the map, its smallest one is made, and one line says so.
     """
     from mpqsearch.export.allocation import allocate_for
 
@@ -100,7 +103,8 @@ def resolved_for(
     made = allocate_for(target, table, losses, limit, policy, fmt=fmt, pairs=pairs, at_least_smallest=True)
     if made.stored.total > limit:
         run.say(
-            f"export: the map takes {-(-limit // 8)} bytes; the smallest file of {target.name} takes {-(-made.stored.total // 8)}, "
+            f"export: the map takes {-(-limit // 8)} bytes; the smallest file of {target.name} takes "
+            f"{-(-made.stored.total // 8)}, "
             "and that is what is written"
         )
     return made
@@ -109,7 +113,8 @@ def resolved_for(
 def _losses(
     run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget
 ) -> tuple[dict[str, Floats], PairwiseTerms | None]:
-    """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each target."""
+    """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
+    target."""
     if target.name not in run.target_losses:
         target.require_quantizer()
         probed = run.config.allocate.target_probes
@@ -146,7 +151,8 @@ def _probed(run: Run, table: LayerTable, target: ConsumerTarget) -> tuple[dict[s
     c = run.config
     if c.calibration.weights_only or c.calibration.captured:
         raise ConfigError(
-            "allocate.target_probes needs our own sampler on a loaded model; leave it out to price errors with the profile"
+            "allocate.target_probes needs our own sampler on a loaded model; leave it out to price errors with the "
+            "profile"
         )
     same_model(run, table)
     errors = target_errors(target, table, run.denoiser.module, c.quantizer.format())

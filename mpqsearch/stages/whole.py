@@ -33,7 +33,8 @@ def everything(run: Run) -> list[StudyRecord]:
     if not run.dry_run:
         for row in rank_correlations(table, measured):
             run.say(
-                f"profile: rank correlation of {row['predictor']!r} with one layer at a time, {row['bits']} bits: {row['spearman']:.2f}"
+                f"profile: rank correlation of {row['predictor']!r} with one layer at a time, {row['bits']} bits: "
+                f"{row['spearman']:.2f}"
             )
     records += trained(run, table, measured, records)
     try:

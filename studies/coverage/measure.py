@@ -1,4 +1,5 @@
-"""Takes every denoiser class of the installed diffusers all the way and writes what came out: `python studies/coverage/measure.py`."""
+"""Takes every denoiser class of the installed diffusers all the way and writes what came out: `python
+studies/coverage/measure.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from mpqsearch.testing.coverage import Covered, cover
-from mpqsearch.testing.denoisers import NOT_COVERED, denoiser_classes, model_classes, reason_against
+from tests.support.coverage import Covered, cover
+from tests.support.denoisers import NOT_COVERED, denoiser_classes, model_classes, reason_against
 
 HERE = Path(__file__).parent
 ROLES = (
@@ -69,9 +70,12 @@ def table(found: list[Covered], failed: dict[str, str]) -> str:
     left = {n: reason_against(c) for n, c in model_classes().items() if n not in denoiser_classes()}
     autoencoders = sum(r.startswith("autoencoder") for r in left.values())
     summary = (
-        f"diffusers {metadata.version('diffusers')}: **{len(found)} of {total} denoiser classes ({100 * len(found) / total:.1f} %) go all the way**, "
-        f"{sum(c.layers for c in found)} layers in all, {sum(c.seconds for c in found):.0f} s of one core. Largest relative difference between the "
-        f"measured output power of a layer and that of its weights on the recorded second moments: {max(c.power_error for c in found):.1e}."
+        f"diffusers {metadata.version('diffusers')}: **{len(found)} of {total} denoiser classes "
+        f"({100 * len(found) / total:.1f} %) go all the way**, "
+        f"{sum(c.layers for c in found)} layers in all, {sum(c.seconds for c in found):.0f} s of one core. Largest "
+        "relative difference between the "
+        "measured output power of a layer and that of its weights on the recorded second moments: "
+        f"{max(c.power_error for c in found):.1e}."
     )
     lines = [
         summary,

@@ -2,14 +2,16 @@
 
     python studies/gguf/compare.py --csv studies/gguf/results.csv
 
-Every type is tried on all layers that can hold it, the K types with the fallback that llama.cpp has for rows that they do not fit; then
-types are allocated under the size of each of these files. Everything is what diffusers would load: the weights are decoded by the
-format itself. The number is the mean squared error of final samples against full precision, from the same noise, with seeds
-from 0 on; intervals are 95 %, from a bootstrap over samples that keeps pairs together. What the allocation knows comes from other seeds.
+Every type is tried on all layers that can hold it, the K types with the fallback that llama.cpp has for rows that they
+do not fit; then types are allocated under the size of each of these files. Everything is what diffusers would load: the
+weights are decoded by the format itself. The number is the mean squared error of final samples against full precision,
+from the same noise, with seeds from 0 on; intervals are 95 %, from a bootstrap over samples that keeps pairs together.
+What the allocation knows comes from other seeds.
 
 Three allocations, which differ in their losses:
 
-- ``profile``: as `mpqsearch allocate --target gguf` does it, from a profile and the format's own weight errors; nothing else runs.
+- ``profile``: as `mpqsearch allocate --target gguf` does it, from a profile and the format's own weight errors; nothing
+  else runs.
 - ``probes``: the format's own errors, probed through all steps of the sampler, each layer on its own.
 - ``pairs``: the same probes with the interactions of layers (`mpqsearch.export.allocation.probed_losses`).
 """
@@ -164,8 +166,10 @@ def main() -> None:
     for row in rows_of_study(study):
         rows.append(row)
         print(
-            f"{row['size_of']:13} {row['bytes']:8} bytes: best uniform {row['best_uniform']:13} {row['uniform_mse']:.3e}, {row['arm']:8} "
-            f"{row['mixed_mse']:.3e} ({row['mixed_bytes']} bytes): ratio {row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{row['size_of']:13} {row['bytes']:8} bytes: best uniform {row['best_uniform']:13} "
+            f"{row['uniform_mse']:.3e}, {row['arm']:8} "
+            f"{row['mixed_mse']:.3e} ({row['mixed_bytes']} bytes): ratio {row['ratio']:.2f} ({row['ratio_low']:.2f} "
+            f"to {row['ratio_high']:.2f})",
             flush=True,
         )
     if arguments.csv:

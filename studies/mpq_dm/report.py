@@ -53,11 +53,14 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
     lines = [
         (
             f"{len(table)} of {planned} rows are there. {steps} optimiser steps of "
-            f"{schedule['relation']['window']} timesteps and {schedule['batch']} samples each; {n} evaluation samples a seed; "
-            f"{schedule['sampler']['name'].upper()} {schedule['sampler']['steps']} steps, guidance {schedule['sampler']['guidance']:g}."
+            f"{schedule['relation']['window']} timesteps and {schedule['batch']} samples each; {n} evaluation samples "
+            "a seed; "
+            f"{schedule['sampler']['name'].upper()} {schedule['sampler']['steps']} steps, guidance "
+            f"{schedule['sampler']['guidance']:g}."
         ),
         "",
-        "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the range over seeds with more.",
+        "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the range "
+        "over seeds with more.",
         "",
     ]
     for model, rows in quantized.groupby("model", sort=False):
@@ -78,13 +81,15 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
                 name = f"**{method}**" if method == best else method
                 cells = " | ".join(_cell(g, key) for key in METRICS)
                 lines.append(
-                    f"| {setting} | {name} | {len(g)} | {g['size_bytes'].iloc[0]} | {g['average_bits'].iloc[0]:.3f} | {cells} |"
+                    f"| {setting} | {name} | {len(g)} | {g['size_bytes'].iloc[0]} | {g['average_bits'].iloc[0]:.3f} | "
+                    f"{cells} |"
                 )
         lines.append("")
     lines += ["### In ratios", "", *_verdicts(quantized, full), ""]
     for control in ("mpq-dm", "mpq-dm+checked"):
         lines += [
-            f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how many seeds it is below 0.",
+            f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how many "
+            "seeds it is below 0.",
             "",
             *_differences(quantized, "ours", control),
             "",
@@ -208,7 +213,8 @@ def _differences(quantized: pd.DataFrame, a: str, b: str) -> list[str]:
 
 def _verdicts(quantized: pd.DataFrame, full: pd.DataFrame) -> list[str]:
     lines = [
-        "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD to FP | to data |"
+        "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD "
+        "to FP | to data |"
     ]
     lines.append("|---|---|---|---|---|---|")
     for (model, setting), group in quantized.groupby(["model", "setting"], sort=False):

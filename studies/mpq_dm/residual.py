@@ -4,9 +4,10 @@ python studies/mpq_dm/residual.py --part rows       # fits row by row: what resi
 python studies/mpq_dm/residual.py --part expected   # what the integer program expects: what residual_expected.csv lacks
 python studies/mpq_dm/residual.py --part samples    # distances of untrained models: what residual.csv lacks
 
-A residual row of b bits is ``scale * (code - zero) + alpha * sign`` with a code of b - 1 bits and a sign: levels that are not evenly spaced, for one
-more 16-bit scale. The bit that says that a row has a branch is taken for free: the zero point is one bit shorter. No width below 2 has one.
-Samples are those of trials.py: 128 of noise from seed 1,500,000, on which no row of the study is measured.
+A residual row of b bits is ``scale * (code - zero) + alpha * sign`` with a code of b - 1 bits and a sign: levels that
+are not evenly spaced, for one more 16-bit scale. The bit that says that a row has a branch is taken for free: the zero
+point is one bit shorter. No width below 2 has one. Samples are those of trials.py: 128 of noise from seed 1,500,000, on
+which no row of the study is measured.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from mpqsearch.quant.tables import stored_factors
 BITS = (2, 3, 4, 5)
 BRANCH_BITS = 16
 TIED_BITS = 2
-"""Of a row whose second scale is one of four times the first: 1/4, 3/4, 5/4 or 7/4. 1/4 is an even grid; at the others two grids interleave in the
-middle alone, so that levels are dense there and sparse outside."""
+"""Of a row whose second scale is one of four times the first: 1/4, 3/4, 5/4 or 7/4. 1/4 is an even grid; at the others
+two grids interleave in the middle alone, so that levels are dense there and sparse outside."""
 OPTION_BITS = {"branch": (BRANCH_BITS, 8), "tied": (TIED_BITS, 0), "choice": (0, 0)}
 """Bits of a row that has the option, and of a layer with such rows: the exponent that second scales share."""
 
@@ -55,7 +56,8 @@ EVERY: Any = slice(None)
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """Scale, zero and largest code of the base of every row, and the magnitude of its branch, ``tied`` to the scale or not; float32 ``[C]``."""
+    """Scale, zero and largest code of the base of every row, and the magnitude of its branch, ``tied`` to the scale or
+    not; float32 ``[C]``."""
 
     scale: Tensor
     zero: Tensor
@@ -121,9 +123,9 @@ class Residual:
 def fit_residual(rows: Tensor, bits: int, fmt: QuantFormat, scheme: str, *, tied: bool = False) -> Residual:
     """Residual quantizers of ``bits`` for rows ``[C, D]`` on bases of one scheme, by squared error.
 
-    Starts are the base as `fit_rows` finds it with the branch that suits its residual, and for each of some ratios of the two scales the best of
-    shrunk full ranges; from each, codes and scales in turn. No row has more squared error than its base alone. ``tied``: the ratios stay,
-    and that is not promised.
+    Starts are the base as `fit_rows` finds it with the branch that suits its residual, and for each of some ratios of
+    the two scales the best of shrunk full ranges; from each, codes and scales in turn. No row has more squared error
+    than its base alone. ``tied``: the ratios stay, and that is not promised.
     """
     base = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme))
     widest = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme, criterion="minmax")).scale
@@ -168,7 +170,8 @@ def error_of(error: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def compensate_residual(rows: Tensor, q: Residual, moment: Tensor, damping: float = 0.01, sweeps: int = 2) -> Tensor:
-    """Quantized rows with codes, signs and scales for the output: the passes of `mpqsearch.quant.gptq` on these levels."""
+    """Quantized rows with codes, signs and scales for the output: the passes of `mpqsearch.quant.gptq` on these
+    levels."""
     level = moment.diagonal().mean()
     nearest = q.nearest(rows)
     if not level > 0:
@@ -247,7 +250,8 @@ class Layer:
         return (compensate_residual(rows, q, self.moment) if compensated else q.nearest(rows)) - rows
 
     def choice(self, bits: int, which: Tensor = EVERY, *, compensated: bool = False) -> Tensor:
-        """Weight errors of rows in the scheme, affine or symmetric, that has less output error: this takes no bit more than `auto`."""
+        """Weight errors of rows in the scheme, affine or symmetric, that has less output error: this takes no bit more
+        than `auto`."""
         affine, symmetric = (
             self.plain(bits, compensated=compensated, scheme=k)[which] for k in ("asymmetric", "symmetric")
         )
@@ -263,9 +267,9 @@ ROW_COLUMNS = (
     "model", "bits", "kind", "chosen_by", "against", "rows", "weight_ratio", "weight_wins", "output_ratio", "output_wins",
     "output_total", "equal_bytes_ratio", "equal_bytes_wins",
 )  # fmt: skip
-"""Ratios: geometric means over rows of residual over plain error, ``wins`` the share of rows below 1. ``output_total``: of the sums over
-all rows. ``equal_bytes``: output error against a plain row that had those 16 bits too, its error between that of b and of b + 1 bits in the
-ratio of the bits (`auto` only)."""
+"""Ratios: geometric means over rows of residual over plain error, ``wins`` the share of rows below 1. ``output_total``:
+of the sums over all rows. ``equal_bytes``: output error against a plain row that had those 16 bits too, its error
+between that of b and of b + 1 bits in the ratio of the bits (`auto` only)."""
 
 
 def row_table(model: Model, kind: str) -> list[dict[str, Any]]:
@@ -324,18 +328,19 @@ VARIANTS = (
     "omq", "omq+residual", "omq+promoted", "nearest", "nearest+residual", "nearest+tied", "nearest+choice", "nearest+everywhere",
     "gptq", "compensated+residual", "compensated+tied", "compensated+choice",
 )  # fmt: skip
-"""``omq+residual``: the promoted rows of `omq` have a branch; ``omq+promoted``: more rows promoted instead, at those bytes, where the
-integer program's losses fall most for a bit. ``+residual``: a branch is one more choice of 2 to 5 bits in the integer program, at the
-budget of the study; ``+everywhere``: the only choice at 2 and 3 bits; ``+tied``: the second scale is one of four times the first, for 2 bits
-a row. ``+choice``: no branch, but the scheme of each row by output error: the control for what a second quantizer to choose from
-brings without a bit."""
+"""``omq+residual``: the promoted rows of `omq` have a branch; ``omq+promoted``: more rows promoted instead, at those
+bytes, where the integer program's losses fall most for a bit. ``+residual``: a branch is one more choice of 2 to 5 bits
+in the integer program, at the budget of the study; ``+everywhere``: the only choice at 2 and 3 bits; ``+tied``: the
+second scale is one of four times the first, for 2 bits a row. ``+choice``: no branch, but the scheme of each row by
+output error: the control for what a second quantizer to choose from brings without a bit."""
 
 Masks = Mapping[str, NDArray[np.bool_]]
 COLUMNS = (
     "model", "setting", "variant", "bytes", "rows", "loss", "fd_fp", "fd_fp_spread", "paired_psnr", "paired_psnr_spread", "fd_data",
     "seconds",
 )  # fmt: skip
-"""``rows``: that have a branch, or a scheme by output error. ``loss``: what the integer program expects, in its own unit."""
+"""``rows``: that have a branch, or a scheme by output error. ``loss``: what the integer program expects, in its own
+unit."""
 
 
 def widths_of(option: str) -> tuple[int, ...]:
@@ -384,7 +389,8 @@ def with_option(
     *,
     everywhere: bool = False,
 ) -> tuple[BitMap, Masks, float]:
-    """The exact map at the budget of ``base`` when rows may have the option; alphas of smoothing are those of ``base``."""
+    """The exact map at the budget of ``base`` when rows may have the option; alphas of smoothing are those of
+    ``base``."""
     spec = replace(recipe.spec, act_bits=SETTINGS[setting][1], act_timesteps=True)
     limit = size_bytes(model.table, model.bit_map(METHODS[recipe.size_of], setting))
     profile = model.rounds_by_gptq(spec) if recipe.compensated else model.profile

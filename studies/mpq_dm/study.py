@@ -1,11 +1,11 @@
 """MPQ-DM in full against its parts and against this package, at equal size, schedule and seeds.
 
-python studies/mpq_dm/study.py                    # every row that results.csv lacks, most telling first; then figure and README
-python studies/mpq_dm/study.py --minutes 60       # no new row after an hour; the same command continues
+python studies/mpq_dm/study.py                    # every row that results.csv lacks, most telling first; then figure
+and README python studies/mpq_dm/study.py --minutes 60       # no new row after an hour; the same command continues
 python studies/mpq_dm/study.py --report-only      # figure and README from results.csv
 
-A row is one (model, setting, method, seed). A finished row is in results.csv and is never computed again; an unfinished one continues
-from its last checkpoint in --work.
+A row is one (model, setting, method, seed). A finished row is in results.csv and is never computed again; an unfinished
+one continues from its last checkpoint in --work.
 """
 
 from __future__ import annotations
@@ -72,22 +72,24 @@ COLUMNS = (
     "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
     "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule", "chosen",
 )  # fmt: skip
-"""``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and `Recipe`. ``chosen``: of methods
-that check, rounding and step of the student that development noise chose, with its distance there."""
+"""``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and
+`Recipe`. ``chosen``: of methods that check, rounding and step of the student that development noise chose, with its
+distance there."""
 CHECK_SEED = 160
-"""The study's seed whose evaluation noise, from 1,600,000 on, is the development noise of methods that check: of no row and no trial."""
+"""The study's seed whose evaluation noise, from 1,600,000 on, is the development noise of methods that check: of no row
+and no trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
 
-    ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs as this package has them
-    (zero points searched, alpha of smoothing by layer) in place of the released codes'. ``gptq``: GPTQ, which
-    the allocation is priced with and training starts from. ``check_every``: the student ends
-    as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of development noise;
-    ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``, ``clip_norm`` and ``ema``: of `DistillSpec`.
-    ``lr_factor`` multiplies all learning rates.
+    ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs
+    as this package has them (zero points searched, alpha of smoothing by layer) in place of the released codes'.
+    ``gptq``: GPTQ, which the allocation is priced with and training starts from. ``check_every``: the student ends as
+    it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
+    development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
+    ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor`` multiplies all learning rates.
     """
 
     spec: MethodSpec
@@ -106,12 +108,14 @@ class Recipe:
     lr_factor: float = field(default=1.0, metadata={"added": True})
 
     def digest(self, schedule: Schedule) -> str:
-        """The first digits of the digest of all that a row of this method depends on, beside model, setting and seed."""
+        """The first digits of the digest of all that a row of this method depends on, beside model, setting and
+        seed."""
         return artifacts.digest_of([told(schedule), told(self)])[:8]
 
 
 def told(value: Any) -> Any:
-    """A dataclass as plain data without the fields that have their defaults: fields that are added later change no digest."""
+    """A dataclass as plain data without the fields that have their defaults: fields that are added later change no
+    digest."""
     if not is_dataclass(value) or isinstance(value, type):
         return value
     default = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
@@ -185,8 +189,9 @@ LATER = (
 
 
 def recipe_of(method: str, setting: str) -> Recipe:
-    """What a method does at a setting. Where weights have as many bits as inputs `ours` and ``mpq-dm+checked`` end at the step that development
-    noise chooses, `ours` with the rounding too; and the methods ``+gentle`` are trained gently there."""
+    """What a method does at a setting. Where weights have as many bits as inputs `ours` and ``mpq-dm+checked`` end at
+    the step that development noise chooses, `ours` with the rounding too; and the methods ``+gentle`` are trained
+    gently there."""
     recipe = METHODS.get(method, FULL_PRECISION)
     weight_bits, act_bits = SETTINGS.get(setting, (16, 16))
     if weight_bits < act_bits:
@@ -242,7 +247,8 @@ def digest_of_row(method: str, setting: str, schedule: Schedule) -> str:
 
 
 class Model:
-    """A model with what its rows share: profile, activation histograms, full-precision samples, teacher trajectories."""
+    """A model with what its rows share: profile, activation histograms, full-precision samples, teacher
+    trajectories."""
 
     def __init__(self, name: str, schedule: Schedule, work: Path) -> None:
         self.name, self.schedule, self.work = name, schedule, work / name
@@ -283,7 +289,8 @@ class Model:
         return artifacts.load_profile(path)
 
     def moments(self, recipe: Recipe) -> dict[str, Mapping[str, Tensor] | None]:
-        """What a recipe's quantizers know of the inputs: means where biases are corrected, second moments where rounding is compensated."""
+        """What a recipe's quantizers know of the inputs: means where biases are corrected, second moments where
+        rounding is compensated."""
         if recipe.compensated:
             stats = self.statistics
             means = {n: s.mean for n, s in stats.items()} if recipe.spec.bias_correction else None
@@ -356,7 +363,8 @@ class Model:
         )
 
     def reference(self, seed: int, n_samples: int = 0) -> Reference:
-        """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards, ``n_samples`` or those of the schedule."""
+        """Full-precision samples of the evaluation noise of ``seed``: ``10,000 seed`` and onwards, ``n_samples`` or
+        those of the schedule."""
         if seed not in self._references:
             seeds = tuple(range(10_000 * seed, 10_000 * seed + (n_samples or self.schedule.samples)))
             samples = sample(self.denoiser, seeds, self.schedule.sampler)
@@ -442,8 +450,8 @@ class Trained:
 def train(
     model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, folder: Path, inputs: Mapping[str, str]
 ) -> tuple[float, int]:
-    """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the least distance on development noise and its step,
-    or 0 and the number of steps of a recipe that does not check."""
+    """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the least distance on
+    development noise and its step, or 0 and the number of steps of a recipe that does not check."""
     s = model.schedule
     groups = param_groups(
         student,
@@ -539,7 +547,8 @@ def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 
 
 def read_results(path: Path, schedule: Schedule, *, overwrite: bool) -> dict[tuple[str, str, str, int], dict[str, Any]]:
-    """Finished rows by key. Rows of another schedule or recipe cannot be compared: they are refused, or dropped with ``overwrite``."""
+    """Finished rows by key. Rows of another schedule or recipe cannot be compared: they are refused, or dropped with
+    ``overwrite``."""
     if not path.is_file():
         return {}
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(path.read_text())))
@@ -547,8 +556,10 @@ def read_results(path: Path, schedule: Schedule, *, overwrite: bool) -> dict[tup
     if other and not overwrite:
         first = other[0]
         raise SystemExit(
-            f"{path} holds {len(other)} rows of another schedule, the first {first['method']} with {first['schedule']}, which is "
-            f"{digest_of_row(first['method'], first['setting'], schedule)} now. Give another --results, or --overwrite to drop them."
+            f"{path} holds {len(other)} rows of another schedule, the first {first['method']} with "
+            f"{first['schedule']}, which is "
+            f"{digest_of_row(first['method'], first['setting'], schedule)} now. Give another --results, or "
+            "--overwrite to drop them."
         )
     return {(r["model"], r["setting"], r["method"], int(r["seed"])): r for r in rows if r not in other}
 
@@ -597,7 +608,8 @@ def main() -> None:
         done[key] = made
         write_results(args.results, done)
         print(
-            f"{n}/{len(rows)} {name} {setting} {method} seed {seed}: {made['size_bytes']} bytes, FD to FP {made.get('fd_fp', '-')}, "
+            f"{n}/{len(rows)} {name} {setting} {method} seed {seed}: {made['size_bytes']} bytes, FD to FP "
+            f"{made.get('fd_fp', '-')}, "
             f"to data {made.get('fd_data', '-')}, PSNR {made.get('paired_psnr', '-')} dB, {made['seconds']:.0f} s",
             file=sys.stderr,
             flush=True,

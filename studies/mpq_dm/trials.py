@@ -2,8 +2,8 @@
 
 python studies/mpq_dm/trials.py --recipes plain weighted --settings W4A4     # rows that trials.csv lacks
 
-Training noise of seeds 101 and onwards; 128 evaluation samples of noise from seed 1,500,000. A trial is one (model, setting, recipe, training
-seed). Choices are made on these rows; what was chosen is then measured by study.py.
+Training noise of seeds 101 and onwards; 128 evaluation samples of noise from seed 1,500,000. A trial is one (model,
+setting, recipe, training seed). Choices are made on these rows; what was chosen is then measured by study.py.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RECIPES: dict[str, Recipe] = {
     "weighted-clipped-slower": replace(WEIGHTED, clip_norm=0.1, lr_factor=SLOWER),
     "mpq-dm": METHODS["mpq-dm"],
 }
-"""``nearest`` rounds to the nearest level, `mpq-dm` as the paper has it; all others with compensation. Gradients are clipped at a norm of 0.1
-where the name says so, at 1 else."""
+"""``nearest`` rounds to the nearest level, `mpq-dm` as the paper has it; all others with compensation. Gradients are
+clipped at a norm of 0.1 where the name says so, at 1 else."""
 
 COLUMNS = (
     "model",
@@ -95,7 +95,8 @@ def main() -> None:
                     if found is not None:
                         if found != RECIPES[name].digest(schedule):
                             raise SystemExit(
-                                f"{args.results}: {key} {setting} {name} {seed} is of another recipe; give another --results"
+                                f"{args.results}: {key} {setting} {name} {seed} is of another recipe; give another "
+                                "--results"
                             )
                         continue
                     if key not in models:

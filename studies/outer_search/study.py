@@ -1,10 +1,11 @@
-"""Does the outer search pay? Plain integer programs, random search, TPE, and the search with its closing refinement at equal cost.
+"""Does the outer search pay? Plain integer programs, random search, TPE, and the search with its closing refinement at
+equal cost.
 
-    python studies/outer_search/study.py                 # runs what results.csv lacks, then draws the figure and the table
-    python studies/outer_search/study.py --only-report   # draws them from results.csv alone
+    python studies/outer_search/study.py                 # runs what results.csv lacks, then draws the figure and the
+    table python studies/outer_search/study.py --only-report   # draws them from results.csv alone
 
-Rows that are in ``results.csv`` are not run again, so any later run, on any machine, continues. Searches that were interrupted go on
-from their journal in ``runs/outer_search``.
+Rows that are in ``results.csv`` are not run again, so any later run, on any machine, continues. Searches that were
+interrupted go on from their journal in ``runs/outer_search``.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ MODES = {"W16": 16, "WA4": 4}
 """``W16``: weights only. ``WA4``: activations of searched layers at 4 bits as well."""
 
 KEPT = ("random-losses", "tpe-losses", "random-narrow", "tpe-narrow")
-"""Rows of earlier versions. ``-losses``: only how losses are built was searched, with 20,000 forward passes. ``-narrow``: that and rounding,
-with ten random trials before TPE models."""
+"""Rows of earlier versions. ``-losses``: only how losses are built was searched, with 20,000 forward passes.
+``-narrow``: that and rounding, with ten random trials before TPE models."""
 
 ARMS = ("ilp-layer", "ilp-channel", "ilp-channel-quantizer", *KEPT, "random-search", "outer-search")
 """``ilp-channel-quantizer``: the plain program by channel with `QUANTIZER`, measured without any search."""
@@ -62,12 +63,14 @@ QUANTIZER: dict[str, dict[str, Any]] = {
     "W16": {"rounding": "gptq"},
     "WA4": {"rounding": "gptq", "smooth": 0.5, "act_timesteps": "on"},
 }
-"""What of the quantizer the searches may choose besides, at no or counted storage; the second point of ``outer-search``."""
+"""What of the quantizer the searches may choose besides, at no or counted storage; the second point of
+``outer-search``."""
 
 TARGETS = (2, 3, 4)
 SEEDS = (0, 1, 2, 3, 4, 5)
 FINALISTS, FINAL_SAMPLES = 2, 32
-"""Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their cost."""
+"""Searches end with their best maps of a size, and the plain program's, on so many further seeds; that is part of their
+cost."""
 
 LOSSES = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 2.0]}
 CHOICES = {"granularity": ["channel", "layer"], "scheme": ["base", "asymmetric"], "bias_correction": ["base", "off"]}
@@ -299,9 +302,11 @@ def volumes(rows: list[dict[str, str]], model: str, mode: str, arm: str) -> dict
 
 
 def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> list[str]:
-    """A table of ``outer-search`` against every other arm, seed by seed: ratios of FD, and paired differences of hypervolumes."""
+    """A table of ``outer-search`` against every other arm, seed by seed: ratios of FD, and paired differences of
+    hypervolumes."""
     text = [
-        "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, and mean difference of the",
+        "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, "
+        "and mean difference of the",
         "hypervolumes with its standard error. Rows of a model alone: all pairs of its two modes together.",
         "",
         "| model, mode | against | seeds | "
@@ -360,7 +365,8 @@ def difference(values: list[float]) -> str:
 
 
 def draw(rows: list[dict[str, str]], present: list[tuple[str, str]], path: Path) -> None:
-    """FD to full precision against stored bits, a panel for each model and mode; the arms of earlier versions stand in the table alone."""
+    """FD to full precision against stored bits, a panel for each model and mode; the arms of earlier versions stand in
+    the table alone."""
     from matplotlib.figure import Figure
 
     from mpqsearch.report.figures import render, save_figure

@@ -3,8 +3,8 @@
     mpqsearch profile --config studies/quickstart.toml --run-dir runs/quickstart
     python studies/predictors/allocation.py runs/quickstart [--work runs/predictors]      # writes allocation.csv
 
-For each budget and granularity: the map of every loss; then, from the map of ``sampler``, one round of linearisation at that map
-(loss ``operating``). Each measured map is kept, so the same command continues.
+For each budget and granularity: the map of every loss; then, from the map of ``sampler``, one round of linearisation at
+that map (loss ``operating``). Each measured map is kept, so the same command continues.
 """
 
 from __future__ import annotations

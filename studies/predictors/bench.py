@@ -1,8 +1,9 @@
-"""What the study measures, each part kept in its own file as soon as it is finished, so that the same command continues.
+"""What the study measures, each part kept in its own file as soon as it is finished, so that the same command
+continues.
 
-Truth: random maps at matched bits, error of their final samples and FD to full precision. Slow references: one layer at a time.
-Probes: see `mpqsearch.profile`. Every part also keeps its seconds and the forward passes of the denoiser it took, a backward pass
-counting as two (guidance doubles each).
+Truth: random maps at matched bits, error of their final samples and FD to full precision. Slow references: one layer at
+a time. Probes: see `mpqsearch.profile`. Every part also keeps its seconds and the forward passes of the denoiser it
+took, a backward pass counting as two (guidance doubles each).
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Bench:
         return found
 
     def quantized(self, widths: Sequence[int], alpha: float = 1.0) -> nn.Module:
-        """The model with a width per layer (16: full precision), bias-corrected; from the cached errors, so it takes no search."""
+        """The model with a width per layer (16: full precision), bias-corrected; from the cached errors, so it takes no
+        search."""
         import copy
 
         module = copy.deepcopy(self.denoiser.module)
@@ -133,7 +135,8 @@ class Bench:
         return [int(w) for w in uniform_map(self.table, POLICY, bits, FORMAT).weights.values()]
 
     def maps(self, bits_range: str, seed: int = 0) -> np.ndarray[Any, Any]:
-        """``[MAPS, L]`` random widths, all at the stored size of the middle uniform map within 0.03 bits a parameter."""
+        """``[MAPS, L]`` random widths, all at the stored size of the middle uniform map within 0.03 bits a
+        parameter."""
         widths = RANGES[bits_range]
         rng = np.random.default_rng([seed, MODELS.index(self.model), list(RANGES).index(bits_range)])
         middle = self._average(np.array(self.uniform(widths[1])))
@@ -202,7 +205,8 @@ class Bench:
         *,
         residual: bool,
     ) -> dict[str, Any]:
-        """`mpqsearch.profile.final_probes` at a map (None: full precision), of the quantized weights at ``columns`` minus the present ones."""
+        """`mpqsearch.profile.final_probes` at a map (None: full precision), of the quantized weights at ``columns``
+        minus the present ones."""
 
         _ = self.errors, self.means  # their time is in the setup
 
@@ -230,7 +234,8 @@ class Bench:
         return self.part(f"probes-{label}", measure)
 
     def setup(self) -> dict[str, Any]:
-        """Only the cost of what probes of final samples need beforehand: mean inputs, and the range search at three widths."""
+        """Only the cost of what probes of final samples need beforehand: mean inputs, and the range search at three
+        widths."""
 
         def measure() -> tuple[dict[str, Any], float]:
             spec = CalibrationSpec(samples=self.samples, schemes=("auto",), smooth=False)
@@ -243,7 +248,8 @@ class Bench:
         return self.part("setup", measure)
 
     def contexts(self, seeds: int = 12) -> dict[str, Any]:
-        """``slope`` ``[L, W]`` at three maps of 2-4 bits in which each layer has each width once: see `mpqsearch.profile.contexts`."""
+        """``slope`` ``[L, W]`` at three maps of 2-4 bits in which each layer has each width once: see
+        `mpqsearch.profile.contexts`."""
         _ = self.errors, self.means
 
         def measure() -> tuple[dict[str, Any], float]:
@@ -281,7 +287,8 @@ class Bench:
         return self.part("static", measure)
 
     def eps_probes(self, probes: int = 2) -> dict[str, Any]:
-        """Probes of the denoiser's own output: ``gain`` ``[C]``, ``layer`` ``[L, W]``, and ``absolute`` ``sum |g dW|`` ``[L, W]``."""
+        """Probes of the denoiser's own output: ``gain`` ``[C]``, ``layer`` ``[L, W]``, and ``absolute`` ``sum |g dW|``
+        ``[L, W]``."""
 
         def measure() -> tuple[dict[str, Any], float]:
             inputs = self.calibration[2]
@@ -295,7 +302,8 @@ class Bench:
         return self.part("eps-probes", measure)
 
     def absolute(self) -> dict[str, Any]:
-        """``absolute`` ``[L, W]``: ``sum |g dW|`` with the gradient of one random projection of the output, mean over inputs."""
+        """``absolute`` ``[L, W]``: ``sum |g dW|`` with the gradient of one random projection of the output, mean over
+        inputs."""
 
         def measure() -> tuple[dict[str, Any], float]:
             inputs = self.calibration[2]

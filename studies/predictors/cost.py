@@ -2,8 +2,9 @@
 
     python studies/predictors/cost.py [--layers 6]
 
-Processor seconds of one thread. One layer at a time (final samples of 8 seeds at 2, 3 and 4 bits) runs on evenly spaced layers, and its time is
-scaled up to all that are searched; the profile for predictions is the whole of what `mpqsearch profile --prediction-only` measures.
+Processor seconds of one thread. One layer at a time (final samples of 8 seeds at 2, 3 and 4 bits) runs on evenly spaced
+layers, and its time is scaled up to all that are searched; the profile for predictions is the whole of what `mpqsearch
+profile --prediction-only` measures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Which sensitivity metric orders bit maps as their final samples do?
 
-    python studies/predictors/study.py [--work runs/predictors]     # measures what is missing, then writes results.csv and predictors.png
+    python studies/predictors/study.py [--work runs/predictors]     # measures what is missing, then writes results.csv
+    and predictors.png
 
-What is measured stands in ``bench.py``; here the parts become predictions. A prediction is a sum over layers of a table ``[L, W]``.
+What is measured stands in ``bench.py``; here the parts become predictions. A prediction is a sum over layers of a table
+``[L, W]``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from mpqsearch.sampling import SamplerSpec
 HERE = Path(__file__).resolve().parent
 SHORT = SamplerSpec(steps=5, guidance=2.0, batch=32)
 SLOPE_MAPS = 10
-"""Random maps at which the slope is taken, two trajectories each: under a tenth of one layer at a time on both models."""
+"""Random maps at which the slope is taken, two trajectories each: under a tenth of one layer at a time on both
+models."""
 
 Table = np.ndarray[Any, Any]
 
@@ -71,14 +74,16 @@ class Cell:
         )
 
     def additive(self, metric: str, table: Table, *parts: dict[str, Any], share: float = 1.0) -> None:
-        """A prediction by sums over searched layers of ``table`` ``[L, len(widths)]``; its cost is a share of what ``parts`` took."""
+        """A prediction by sums over searched layers of ``table`` ``[L, len(widths)]``; its cost is a share of what
+        ``parts`` took."""
         choice = np.searchsorted(self.widths, self.truth["widths"][:, self.bench.searched])
         predicted = table[np.array(self.bench.searched), choice].sum(1)
         self.add(metric, predicted, *(share * sum(float(p[k]) for p in parts) for k in ("seconds", "forwards")))
 
 
 def slope_and_curvature(part: dict[str, Any], probes: int, pixels: int) -> tuple[Table, Table, float]:
-    """``2 r'J dW`` and ``|J dW|^2`` ``[L, W]`` of a part whose every first probe of ``probes`` is along the residual; the error there."""
+    """``2 r'J dW`` and ``|J dW|^2`` ``[L, W]`` of a part whose every first probe of ``probes`` is along the residual;
+    the error there."""
     effect, residual = part["effect"].sum(1).astype(np.float64), part["residual"].astype(np.float64)
     along = np.arange(len(effect)) % probes == 0
     slope = 2 * (residual[along, None, None] * effect[along]).mean(0) / pixels
@@ -87,7 +92,8 @@ def slope_and_curvature(part: dict[str, Any], probes: int, pixels: int) -> tuple
 
 
 def among_others(own: Table, slope: Table) -> Table:
-    """As the loss ``context`` adds slopes (`mpqsearch.methods`): smaller where the whole model's loss is below that at 3 bits."""
+    """As the loss ``context`` adds slopes (`mpqsearch.methods`): smaller where the whole model's loss is below that at
+    3 bits."""
     whole = own.sum(0)
     share = np.sqrt(whole / whole[WIDTHS.index(3)]).clip(max=1.0)
     return np.maximum(own + share * slope, LEAST * own)
@@ -245,7 +251,8 @@ def main(say: Callable[..., None] = print) -> None:
         mine = pd.DataFrame(cell.rows).set_index("metric")
         table = mine[["spearman", "spearman_low", "spearman_high", "fd_spearman", "seconds", "forwards"]].round(2)
         say(
-            f"\n{cell.bench.model}, {cell.bits_range} bits; the measured error repeats itself with {cell.reliability:.2f}\n{table}"
+            f"\n{cell.bench.model}, {cell.bits_range} bits; the measured error repeats itself with "
+            f"{cell.reliability:.2f}\n{table}"
         )
     say(f"\nwritten: {HERE / 'results.csv'}, {png}")
 

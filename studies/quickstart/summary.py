@@ -21,7 +21,8 @@ def main() -> None:
     rows = table[table["method"] != "full-precision"]
     print(f"{full['n_samples']} samples, seeds {full['seeds']}; full precision: FD to data {_with(full, 'fd_data')}.\n")
     print(
-        "FD to the full-precision samples of the same noise (95 % bootstrap interval), and in brackets the ratio to `uniform`:\n"
+        "FD to the full-precision samples of the same noise (95 % bootstrap interval), and in brackets the ratio to "
+        "`uniform`:\n"
     )
     methods = list(dict.fromkeys(rows["method"]))
     print("| budget | kB | " + " | ".join(methods) + " |")

@@ -1,11 +1,13 @@
-"""Measure the trained reference models and write their model cards, reference statistics and sample grids into the package.
+"""Measure the trained reference models and write their model cards, reference statistics and sample grids into the
+package.
 
     python studies/reference_models/card.py fmnist-cnn     # first: the others are judged with it
     python studies/reference_models/card.py fmnist-unet
     python studies/reference_models/card.py fmnist-dit
 
-Guided DDIM samples, seeds 0..999; the asked class is judged by ``fmnist-cnn``. The Fréchet distance to the training data stands beside the
-one between two disjoint halves of the real data at the same sample count, so that one sees what is noise.
+Guided DDIM samples, seeds 0..999; the asked class is judged by ``fmnist-cnn``. The Fréchet distance to the training
+data stands beside the one between two disjoint halves of the real data at the same sample count, so that one sees what
+is noise.
 """
 
 from __future__ import annotations
@@ -57,11 +59,13 @@ def classifier_card(data_dir: Path) -> str:
         [
             "# fmnist-cnn",
             "",
-            "A convolutional classifier of 28x28 grey images; its 64 penultimate features are the embedded feature extractor",
+            "A convolutional classifier of 28x28 grey images; its 64 penultimate features are the embedded feature "
+            "extractor",
             f"(`{extractor.label}`).",
             "",
             f"- Test accuracy: {100 * float(hits.double().mean()):.2f} % of {len(hits):,} images of the test split.",
-            f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the features (seed 0).",
+            f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the features "
+            "(seed 0).",
             f"- Fréchet distance between two random halves of the training images (30,000 each): {distance:.4f}.",
             *training_lines("fmnist-cnn"),
             "",
@@ -91,10 +95,12 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
         [
             f"# {name}",
             "",
-            f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters (stored in half precision),",
+            f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters (stored "
+            "in half precision),",
             "28x28 grey, epsilon prediction, label 10 is the null class of classifier-free guidance.",
             "",
-            f"Measured on {samples} DDIM samples of {steps} steps, guidance {guidance:g}, seeds 0..{samples - 1}, class = seed mod 10:",
+            f"Measured on {samples} DDIM samples of {steps} steps, guidance {guidance:g}, seeds 0..{samples - 1}, "
+            "class = seed mod 10:",
             "",
             f"- asked class recognised by fmnist-cnn: {100 * float(hits.double().mean()):.1f} %",
             f"  ({', '.join(f'{k} {100 * v:.0f}' for k, v in by_class.items())});",
@@ -112,7 +118,8 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
 
 
 def real_distances(extractor: FeatureExtractor, data_dir: Path, n: int) -> tuple[float, float]:
-    """Distance of ``n`` real test images to the training statistics, and of two disjoint sets of ``n`` training images."""
+    """Distance of ``n`` real test images to the training statistics, and of two disjoint sets of ``n`` training
+    images."""
     reference = load_reference(None, extractor)
     assert reference is not None
     test, _ = load("t10k", data_dir)
@@ -136,7 +143,8 @@ def training_lines(name: str) -> list[str]:
         "## Training",
         "",
         f"- Command: `python studies/reference_models/train.py {name}` and the same with `--export`, seed 0.",
-        f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged weights; float32 on one CPU thread.",
+        f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged weights; "
+        "float32 on one CPU thread.",
         f"- Loss (running mean): {curve}.",
         f"- This card: `python studies/reference_models/card.py {name}`.",
         "",

@@ -1,8 +1,10 @@
-"""Speed and proof of the allocator, as a Markdown table: ``python tests/benchmarks/allocate_benchmark.py [--rows a,b] [--json F]``.
+"""Speed and proof of the allocator, as a Markdown table: ``python tests/benchmarks/allocate_benchmark.py [--rows a,b]
+[--json F]``.
 
-Losses are synthetic (rate-distortion law weights * gain * 4^-bits with noise); the SD 1.5 shapes are those of its public
-configuration, the other large tables are drawn. One warm thread; every time is the best of a few runs, as processor time
-and as wall time (they differ on a busy machine); ``reads`` is the processor time in units of one reading of both tables.
+Losses are synthetic (rate-distortion law weights * gain * 4^-bits with noise); the SD 1.5 shapes are those of its
+public configuration, the other large tables are drawn. One warm thread; every time is the best of a few runs, as
+processor time and as wall time (they differ on a busy machine); ``reads`` is the processor time in units of one reading
+of both tables.
 """
 
 from __future__ import annotations
@@ -285,7 +287,8 @@ GROWTH = {10_000: 15, 30_000: 15, 100_000: 9, 300_000: 5, 1_000_000: 3, 5_000_00
 
 
 def growth() -> Iterator[dict[str, object]]:
-    """Processor time per item from 10,000 to 5,000,000 items, certified to 1e-6 and proven: the median instance and the slowest."""
+    """Processor time per item from 10,000 to 5,000,000 items, certified to 1e-6 and proven: the median instance and the
+    slowest."""
     for count, instances in GROWTH.items():
         times: dict[str, list[float]] = {"certified": [], "proven": []}
         for seed in range(instances):

@@ -1,7 +1,7 @@
 """``mpqsearch allocate`` on a saved profile in a fresh process: ``python tests/benchmarks/cold_start_benchmark.py``.
 
-Builds run folders with a synthetic profile of 700 layers (or of SD 1.5's channels), then times the command as a user calls
-it: interpreter, imports, reading, solving, writing. Each line is the best of three; torch must not be imported.
+Builds run folders with a synthetic profile of 700 layers (or of SD 1.5's channels), then times the command as a user
+calls it: interpreter, imports, reading, solving, writing. Each line is the best of three; torch must not be imported.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mpqsearch.core import LayerSpec, LayerTable
-from mpqsearch.testing.runs import saved_profile
-from mpqsearch.testing.tiny import tiny_profile, tiny_table
+from tests.support.runs import saved_profile
+from tests.support.tiny import tiny_profile, tiny_table
 
 STUDY = """
 [calibration]
@@ -82,7 +82,8 @@ def measure(
     maps = len(methods) * len(budgets)
     return (
         f"{name:34} {table.n_channels:8,} channels {maps:3} maps {' '.join(flags):16} "
-        f"wall {min(walls):6.2f} s  processor {min(processors):6.2f} s  compiled loops {'yes' if compiled == 'True' else 'no'}"
+        f"wall {min(walls):6.2f} s  processor {min(processors):6.2f} s  compiled loops "
+        f"{'yes' if compiled == 'True' else 'no'}"
     )
 
 

@@ -1,16 +1,21 @@
 """Packing and loading SD 1.5's U-Net at mixed widths: ``python tests/benchmarks/packing_benchmark.py [--scale 0.2]``.
 
-The public configuration with random weights, in float32 as models are loaded here; every output channel of every layer gets a width of
-2 to 8 at random. ``--scale`` multiplies the channels of its blocks (1: all 860 million parameters). Rates are MB of the *bfloat16* weights
-a second, whatever is done with them, by wall time and by processor time, with as many threads as ``OMP_NUM_THREADS`` allows:
+The public configuration with random weights, in float32 as models are loaded here; every output channel of every layer
+gets a width of 2 to 8 at random. ``--scale`` multiplies the channels of its blocks (1: all 860 million parameters).
+Rates are MB of the *bfloat16* weights a second, whatever is done with them, by wall time and by processor time, with as
+many threads as ``OMP_NUM_THREADS`` allows:
 
-- ``copy``: the bfloat16 weights are written to a file, flushed to disk, and read again: what no packing can be faster than by much.
-- ``pack``: `save_quantized` with ranges of minimum and maximum: ranges, codes, bit streams, digests, the file flushed to disk.
-- ``load``: `load_quantized`: reading, digests, codes, decoded float32 weights in the diffusers model, which is built in that time, too.
+- ``copy``: the bfloat16 weights are written to a file, flushed to disk, and read again: what no packing can be faster
+  than by much.
+- ``pack``: `save_quantized` with ranges of minimum and maximum: ranges, codes, bit streams, digests, the file flushed
+  to disk.
+- ``load``: `load_quantized`: reading, digests, codes, decoded float32 weights in the diffusers model, which is built in
+  that time, too.
 - ``range search``: the default search of ranges alone, on one layer; it belongs to quantizing and not to packing.
 
-``memory``: largest anonymous memory beside the model (and beside the file), sampled every 2 ms, over that of the largest layer in float32.
-The loaded weights are compared with those of the fake-quantized model, all of them, bit for bit.
+``memory``: largest anonymous memory beside the model (and beside the file), sampled every 2 ms, over that of the
+largest layer in float32. The loaded weights are compared with those of the fake-quantized model, all of them, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ FORMAT = QuantFormat(criterion="minmax")
 
 @dataclass
 class Spent:
-    """What a phase took: seconds of the wall, seconds of the processor, bytes of memory at its highest and at its end."""
+    """What a phase took: seconds of the wall, seconds of the processor, bytes of memory at its highest and at its
+    end."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -52,7 +58,8 @@ class Spent:
 
 
 def anonymous() -> int:
-    """Bytes of anonymous memory of this process; pages of mapped files are the system's cache and not counted (Linux)."""
+    """Bytes of anonymous memory of this process; pages of mapped files are the system's cache and not counted
+    (Linux)."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
 
@@ -167,11 +174,13 @@ def main() -> None:
             quantize_weight(weight, one, torch.from_numpy(weights[one.name].copy()), QuantFormat())
         wrong = differences(module, loaded, table, bit_map)
     print(
-        f"{n:,} parameters, {len(table)} layers, {megabytes:.0f} MB in bfloat16, {size / 1e6:.0f} MB packed; largest layer {largest / 1e6:.0f} MB "
+        f"{n:,} parameters, {len(table)} layers, {megabytes:.0f} MB in bfloat16, {size / 1e6:.0f} MB packed; largest "
+        f"layer {largest / 1e6:.0f} MB "
         f"in float32; {torch.get_num_threads()} threads"
     )
     print(
-        "| what | wall s | processor s | MB/s of bfloat16, wall | MB/s, processor | memory, largest layers |\n|---|---|---|---|---|---|"
+        "| what | wall s | processor s | MB/s of bfloat16, wall | MB/s, processor | memory, largest layers "
+        "|\n|---|---|---|---|---|---|"
     )
     print(row("copy", megabytes, copying, None, largest))
     print(row("pack", megabytes, packing, packing.highest - packing.before, largest))

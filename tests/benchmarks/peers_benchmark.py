@@ -1,11 +1,12 @@
-"""The allocation algorithms of other systems, written anew, on the same tables: ``python tests/benchmarks/peers_benchmark.py``.
+"""The allocation algorithms of other systems, written anew, on the same tables: ``python
+tests/benchmarks/peers_benchmark.py``.
 
-Tables: widths 2, 3, 4, 5, 6, 8, 16 with a 32-bit scale and zero point for every 64 weights, scores over eight decades that
-fall about fourfold a bit, a budget of 4.5 stored bits a weight. Every row is one algorithm at one scale of the scores: its
-loss over the optimum, the share of the budget it uses, what it says of itself, processor seconds.
+Tables: widths 2, 3, 4, 5, 6, 8, 16 with a 32-bit scale and zero point for every 64 weights, scores over eight decades
+that fall about fourfold a bit, a budget of 4.5 stored bits a weight. Every row is one algorithm at one scale of the
+scores: its loss over the optimum, the share of the budget it uses, what it says of itself, processor seconds.
 
-- ``pulp``: one binary per layer and format, raw scores, PuLP's bundled CBC with its defaults (as NVIDIA ModelOpt's and Sony
-  MCT's allocators do).
+- ``pulp``: one binary per layer and format, raw scores, PuLP's bundled CBC with its defaults (as NVIDIA ModelOpt's and
+  Sony MCT's allocators do).
 - ``dictionary DP``: exact totals of bits as keys of a dictionary, dominated states dropped (as auto-round's).
 - ``greedy``: the layer with the best gain per bit takes one step up until nothing fits (as exllamav3's).
 - ``ours``: ``mpqsearch.allocate.solve``.
@@ -123,7 +124,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sys.stdout.write(
-        "| layers | scores x | algorithm | loss / optimum | budget used | it says | CPU s |\n|---|---|---|---|---|---|---|\n"
+        "| layers | scores x | algorithm | loss / optimum | budget used | it says | CPU s "
+        "|\n|---|---|---|---|---|---|---|\n"
     )
     for count in (int(text) for text in arguments.layers.split(",")):
         problem = instance(count)

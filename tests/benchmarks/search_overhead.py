@@ -1,14 +1,16 @@
-"""Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four workers.
+"""Time that the machinery of the outer search takes beside the model, at trials of one second; and 200 trials by four
+workers.
 
-    python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc|journal+postgresql|journal+mysql ...]
-    python tests/benchmarks/search_overhead.py model     # the second one with the model itself, some minutes
+    python tests/benchmarks/search_overhead.py [journal|postgresql|mysql|redis|grpc|journal+postgresql|journal+mysql
+    ...] python tests/benchmarks/search_overhead.py model     # the second one with the model itself, some minutes
 
-Two searches, both with TPE and the Wilcoxon test, as they stand by default. ``small``: 14 layers by layer, two budgets, three parameters, two
-measurements a trial. ``fmnist-unet``: `mpqsearch search` on that model, 65 layers with 3,977 channels, by channel or by layer at three budgets,
-eleven parameters, 16 seeds in chunks of 4: 15 measurements a trial. Only the model is a stand-in, whose measurements are pauses, a second in a
-trial that is not cut short. Everything else counts as machinery: sampler, storage, allocation,
-cache, bookkeeping. What the stand-in computes beside its pauses is timed by itself and taken off, and what a process loads once is loaded
-before. CPU time and wall time are both printed: on a busy machine only the first means anything.
+Two searches, both with TPE and the Wilcoxon test, as they stand by default. ``small``: 14 layers by layer, two budgets,
+three parameters, two measurements a trial. ``fmnist-unet``: `mpqsearch search` on that model, 65 layers with 3,977
+channels, by channel or by layer at three budgets, eleven parameters, 16 seeds in chunks of 4: 15 measurements a trial.
+Only the model is a stand-in, whose measurements are pauses, a second in a trial that is not cut short. Everything else
+counts as machinery: sampler, storage, allocation, cache, bookkeeping. What the stand-in computes beside its pauses is
+timed by itself and taken off, and what a process loads once is loaded before. CPU time and wall time are both printed:
+on a busy machine only the first means anything.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from mpqsearch.search.study import Plan, counts, open_study, pruning_of, work
 from mpqsearch.search.surrogate import Surrogate
 from mpqsearch.stages import Run, layers, profile
 from mpqsearch.stages.searching import study_of
-from mpqsearch.testing.synthetic import SyntheticEvaluator
-from mpqsearch.testing.tiny import tiny_profile
+from tests.support.synthetic import SyntheticEvaluator
+from tests.support.tiny import tiny_profile
 from tests.unit.search import servers
 from tests.unit.search.a_worker import STUDY, objective_in
 
@@ -101,8 +103,10 @@ def overhead(which: str, where: str | Path, folder: Path, trial_s: float = 1.0) 
     cpu, wall = time.process_time() - cpu - own[0], time.perf_counter() - wall - own[0]
     paused = (len(evaluator.measured) - before) * evaluator.pause_s
     print(
-        f"{name_of(where):18} {which:11} {TRIALS} trials of up to {trial_s:g} s ({paused:.0f} s, what is cut short or repeated left out): machinery "
-        f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / TRIALS / trial_s:.1f} %; with waiting {1000 * (wall - paused) / TRIALS:.0f} ms"
+        f"{name_of(where):18} {which:11} {TRIALS} trials of up to {trial_s:g} s ({paused:.0f} s, what is cut short or "
+        "repeated left out): machinery "
+        f"{1000 * cpu / TRIALS:.0f} ms of CPU a trial, {100 * cpu / TRIALS / trial_s:.1f} %; with waiting "
+        f"{1000 * (wall - paused) / TRIALS:.0f} ms"
         + (f"; {statements[0] / TRIALS:.0f} SQL statements a trial" if statements[0] else ""),
         flush=True,
     )
@@ -158,7 +162,8 @@ def count_seconds(evaluator: Any) -> list[float]:
 
 
 def count_statements(study: Any) -> list[int]:
-    """A count that grows with every SQL statement of a study in a database, heartbeats included; what is sent at once counts as one."""
+    """A count that grows with every SQL statement of a study in a database, heartbeats included; what is sent at once
+    counts as one."""
     from sqlalchemy import event
 
     count = [0]
@@ -201,8 +206,10 @@ def four_workers(where: str | Path, folder: Path, trials: int = 200) -> None:
     words = (folder / "measured.txt").read_text().split()
     measured = Counter(w for w in words if len(w) == 64)
     print(
-        f"{name_of(where):18} four workers: {state.finished} of {trials} finished in {seconds:.0f} s, exit codes {codes}, "
-        f"every draw once: {len(set(draws)) == trials}, maps measured more than once: {sum(n > 1 for n in measured.values())}",
+        f"{name_of(where):18} four workers: {state.finished} of {trials} finished in {seconds:.0f} s, exit codes "
+        f"{codes}, "
+        f"every draw once: {len(set(draws)) == trials}, maps measured more than once: "
+        f"{sum(n > 1 for n in measured.values())}",
         flush=True,
     )
 

@@ -1,6 +1,7 @@
 """Range search of a whole model against one Python loop over channels with the same candidates; both in one run.
 
-make benchmark        or        python -m pytest tests/benchmarks/test_range_search.py --benchmark-enable --benchmark-only -s
+make benchmark        or        python -m pytest tests/benchmarks/test_range_search.py --benchmark-enable
+--benchmark-only -s
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SAMPLE = 40
 
 
 def loop(row: Tensor, bits: int, p: float = 2.4) -> Tensor:
-    """The search of one channel, candidate by candidate, as the released codes of EfficientDM and MPQ-DM are written."""
+    """The search of one channel, candidate by candidate, as the released codes of EfficientDM and MPQ-DM are
+    written."""
     best, found = float("inf"), row
     top = 2**bits - 1
     high, low = row.max().clamp(min=0), row.min().clamp(max=0)
@@ -63,7 +65,8 @@ def test_whole_model_against_a_loop_over_channels(benchmark: object) -> None:
             loop(row, bits)
     theirs = (time.perf_counter() - began) * total / len(chosen)
     print(
-        f"\nrange search, {total} channels x {len(WIDTHS)} widths x 80 candidates: {ours:.2f} s (first call of the process {first:.2f} s); "
+        f"\nrange search, {total} channels x {len(WIDTHS)} widths x 80 candidates: {ours:.2f} s (first call of the "
+        f"process {first:.2f} s); "
         f"loop {theirs:.1f} s; ratio {theirs / ours:.0f}"
     )
     assert theirs / ours >= 50

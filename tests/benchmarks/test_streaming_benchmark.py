@@ -1,10 +1,14 @@
-"""Weight-only profile of a U-Net of Stable Diffusion 1.5's size from disk: seconds, memory, and ratios measured in one run.
+"""Weight-only profile of a U-Net of Stable Diffusion 1.5's size from disk: seconds, memory, and ratios measured in one
+run.
 
-python -m pytest tests/benchmarks/test_streaming_benchmark.py --benchmark-enable --benchmark-only -s        (or: make benchmark)
+python -m pytest tests/benchmarks/test_streaming_benchmark.py --benchmark-enable --benchmark-only -s        (or: make
+benchmark)
 
-The weights are random, in bf16, written to a temporary folder of 1.7 GB. Peak memory is that of a child process that does nothing else.
+The weights are random, in bf16, written to a temporary folder of 1.7 GB. Peak memory is that of a child process that
+does nothing else.
 
-python -m tests.benchmarks.test_streaming_benchmark FOLDER 14    profiles every 14th layer only and scales its time up by weights
+python -m tests.benchmarks.test_streaming_benchmark FOLDER 14    profiles every 14th layer only and scales its time up
+by weights
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ CONFIG: dict[str, Any] = {
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 SCHEMES = ("asymmetric", "auto")
 SAMPLE = 40
-"""Layers of which the naive loop runs on one channel; its time is scaled up to all channels of the layer, then to all layers."""
+"""Layers of which the naive loop runs on one channel; its time is scaled up to all channels of the layer, then to all
+layers."""
 
 
 def write_model(folder: Path) -> None:
@@ -85,7 +90,8 @@ def read_once(folder: Path) -> None:
 
 
 class Clock:
-    """Wall seconds and seconds of all cores together of a block: the latter do not depend on what else the machine does."""
+    """Wall seconds and seconds of all cores together of a block: the latter do not depend on what else the machine
+    does."""
 
     def __enter__(self) -> Clock:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -106,7 +112,8 @@ def best(rounds: int, work: Any) -> dict[str, float]:
 
 
 def profile(folder: str, every: int = 1) -> dict[str, Any]:
-    """All measurements of one process: called in a child, so that the peak is its own. Times of a part of the layers are scaled up."""
+    """All measurements of one process: called in a child, so that the peak is its own. Times of a part of the layers
+    are scaled up."""
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
     read_once(Path(folder))  # into the page cache, so that all passes below read the same way
     found["read"] = best(5, lambda: read_once(Path(folder)))

@@ -22,7 +22,8 @@ REPEATS = 5
 
 @pytest.mark.parametrize("name", ["fmnist-unet", "fmnist-dit"])
 def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
-    """Forward and backward of a window of two timesteps, eight samples with guidance: W1-W8 by channel, A4 by timestep, rank 32, TRD.
+    """Forward and backward of a window of two timesteps, eight samples with guidance: W1-W8 by channel, A4 by timestep,
+    rank 32, TRD.
 
     The ratio is between medians of CPU seconds of alternating runs in one process.
     """

@@ -1,11 +1,12 @@
-"""Every denoiser class of the installed diffusers, from the recording of its calls to an export. New classes are tried by themselves."""
+"""Every denoiser class of the installed diffusers, from the recording of its calls to an export. New classes are tried
+by themselves."""
 
 from __future__ import annotations
 
 import pytest
 
-from mpqsearch.testing.coverage import cover
-from mpqsearch.testing.denoisers import NOT_COVERED, RECIPES, denoiser_classes, model_classes, reason_against
+from tests.support.coverage import cover
+from tests.support.denoisers import NOT_COVERED, RECIPES, denoiser_classes, model_classes, reason_against
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,8 @@ def test_a_denoiser_goes_all_the_way(name: str) -> None:
         pytest.xfail(
             f"no recipe yet, and the one made from its signature does not run: {type(error).__name__}: {error}"
         )
-    # Sums of a few hundred float32 products: rounding is below 1e-6, anything wrong in what a layer is multiplied with of order one.
+    # Sums of a few hundred float32 products: rounding is below 1e-6, anything wrong in what a layer is multiplied with
+    # of order one.
     assert found.power_error < 1e-5
     assert found.roles.get("first") == found.roles.get("last") == 1
 

@@ -1,4 +1,5 @@
-"""One suite for every export target: what the contract in `mpqsearch.export.contract` promises, on a U-Net and a transformer."""
+"""One suite for every export target: what the contract in `mpqsearch.export.contract` promises, on a U-Net and a
+transformer."""
 
 from __future__ import annotations
 

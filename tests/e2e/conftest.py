@@ -58,7 +58,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mpqsearch.testing import tiny_unet
+    from tests.support import tiny_unet
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_unet().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]

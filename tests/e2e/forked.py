@@ -1,4 +1,5 @@
-"""Command lines in processes forked from one that has imported the heavy libraries: as separate as new ones, without seconds of imports each."""
+"""Command lines in processes forked from one that has imported the heavy libraries: as separate as new ones, without
+seconds of imports each."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mpqsearch.models import capture, load_model, save_calls
-from mpqsearch.testing import tiny_prompted_pipeline
 from tests.e2e.conftest import Cli
+from tests.support import tiny_prompted_pipeline
 
 
 def record(folder: Path, path: Path, seed: int = 0) -> None:

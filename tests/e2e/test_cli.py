@@ -236,7 +236,7 @@ def test_interrupted_anywhere_the_same_command_continues(
 def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model_folder: Path) -> None:
     import shutil
 
-    from mpqsearch.testing import tiny_unet
+    from tests.support import tiny_unet
 
     own = tmp_path / "own"
     shutil.copytree(model_folder, own)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpqsearch.testing import tiny_profile, tiny_table
-from mpqsearch.testing.runs import saved_profile
 from tests.e2e.conftest import Cli
+from tests.support import tiny_profile, tiny_table
+from tests.support.runs import saved_profile
 
 FIRST = "block.0.linear"
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from mpqsearch import artifacts
-from mpqsearch.testing import tiny_unet
 from tests.e2e.conftest import Cli
+from tests.support import tiny_unet
 
 SHORT = (
     "--set",

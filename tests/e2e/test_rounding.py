@@ -1,4 +1,5 @@
-"""GPTQ rounding through the command line: evaluation, the model that is written, training, and what a search may choose."""
+"""GPTQ rounding through the command line: evaluation, the model that is written, training, and what a search may
+choose."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path
     with (tmp_path / "r/pareto.csv").open() as handle:
         rows = {r["method"]: r for r in csv.DictReader(handle)}
     assert rows["plain"]["size_bytes"] == rows["gptq"]["size_bytes"], "rounding takes no storage"
-    # Which is better means nothing on four random layers of noise (tests/unit/quant has what it promises); that it is done shows.
+    # Which is better means nothing on four random layers of noise (tests/unit/quant has what it promises); that it is
+    # done shows.
     assert abs(float(rows["gptq"]["paired_psnr"]) - float(rows["plain"]["paired_psnr"])) > 0.01
     maps = {
         m: json.loads((tmp_path / f"r/allocations/{m}@uniform-2/bitmap.json").read_text())["data"]

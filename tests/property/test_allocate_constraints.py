@@ -300,7 +300,8 @@ def test_pairwise_terms_beside_other_budgets_and_layer_rules(problem, seed):
 
 @pytest.mark.parametrize(("coupling", "most"), [(0.2, 0.05), (1.0, np.inf)])
 def test_many_pairwise_terms_beside_two_binding_budgets(coupling, most):
-    """Far too many products for an integer program: within both budgets, better than without the terms, and with a bound."""
+    """Far too many products for an integer program: within both budgets, better than without the terms, and with a
+    bound."""
     rng = np.random.default_rng(3)
     n, bits = 40, np.arange(2, 7)
     errors = rng.normal(size=(n, 1, 6)) * np.sqrt(rng.lognormal(0, 1, (n, 1, 1)) * 4.0 ** -bits[None, :, None])

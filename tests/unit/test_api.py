@@ -8,7 +8,7 @@ import mpqsearch as mpq
 from mpqsearch.core import Policy, QuantFormat
 from mpqsearch.profile import CalibrationSpec
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 
 def test_five_lines_from_a_model_to_a_picture() -> None:

@@ -12,7 +12,7 @@ import pytest
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap
 from mpqsearch.errors import ArtifactError, StaleArtifactError
-from mpqsearch.testing import tiny_profile, tiny_table
+from tests.support import tiny_profile, tiny_table
 
 
 def test_json_round_trip_and_refusals(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from mpqsearch.core import BitMap, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import CAUTION, available_losses, best_loss, channel_losses, predicted_loss, prediction_loss
-from mpqsearch.testing import tiny_profile, tiny_table
+from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
 TOTALS = np.outer([4.0, 3.0, 2.0, 1.0, 0.5], 4.0 ** -np.arange(8)).astype(np.float32)
@@ -68,7 +68,8 @@ def test_predictions_of_all_variants_are_in_one_unit() -> None:
         assert predicted_loss(TABLE, everywhere, bit_map, bias_correction=True) == pytest.approx(
             float(TOTALS[:, 2].sum()), rel=1e-5
         )
-    # A variant that was not probed takes the ratio to gain x error, layer by layer and width by width, from one that was.
+    # A variant that was not probed takes the ratio to gain x error, layer by layer and width by width, from one that
+    # was.
     some = holding("layer_sampler_error", variants=("asymmetric", "auto"))
     losses = channel_losses(some, TABLE, "asymmetric+smooth", "sampler", bias_correction=True)
     own, other = (

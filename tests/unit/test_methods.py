@@ -22,7 +22,7 @@ from mpqsearch.core import (
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
 from mpqsearch.methods import ALLOCATORS, KEPT_TASKS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
-from mpqsearch.testing import tiny_profile, tiny_table
+from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table(n_layers=6, channels=20, fan_in=30)
 PROFILE = tiny_profile(TABLE)
@@ -108,7 +108,8 @@ def test_channels_beat_layers_beat_uniform_in_predicted_loss() -> None:
 
 
 def test_widths_by_layer_are_taken_where_tags_cost_more_than_channels_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program over layers is left out only where its bound says that it cannot win: solving it always changes no map."""
+    """The program over layers is left out only where its bound says that it cannot win: solving it always changes no
+    map."""
     rng = np.random.default_rng(0)
     table = tiny_table(n_layers=8, channels=24, fan_in=6)  # small rows, so that tags cost much
     profile, notes = tiny_profile(table), []

@@ -11,7 +11,7 @@ from mpqsearch.config import config_from
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.profile.streaming import Arrays, Partial
 from mpqsearch.stages import Run, layers, profile
-from mpqsearch.testing.tiny import tiny_unet
+from tests.support.tiny import tiny_unet
 
 
 class _Stops(Exception):  # noqa: N818

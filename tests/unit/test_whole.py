@@ -9,7 +9,7 @@ from mpqsearch.config import config_from
 from mpqsearch.core import Budget, MetricValue, StudyRecord
 from mpqsearch.errors import UnknownNameError
 from mpqsearch.stages import Run, whole
-from mpqsearch.testing.tiny import tiny_profile, tiny_table
+from tests.support.tiny import tiny_profile, tiny_table
 
 METHODS = [{"name": "uniform", "allocator": "uniform"}, {"name": "ilp", "allocator": "ilp-layer"}]
 

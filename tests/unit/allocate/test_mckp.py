@@ -151,7 +151,8 @@ def test_too_small_a_budget_is_refused_for_large_tables_too(backend):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_bracketing_survives_odd_tables(backend, monkeypatch, seed):
-    """Forbidden cells, zero and equal sizes, flat and rising losses, every budget; the bracket is forced on few items."""
+    """Forbidden cells, zero and equal sizes, flat and rising losses, every budget; the bracket is forced on few
+    items."""
     rng = np.random.default_rng(seed)
     n, k = 60, 4
     loss = [rng.random((n, k)), np.round(rng.random((n, k)) * 2), np.ones((n, k))][seed % 3] * 10.0 ** rng.integers(
@@ -250,7 +251,8 @@ def test_both_hull_walks_agree(backend, monkeypatch, low):
 
 
 def awkward(seed):
-    """A small table with ties, equal and zero costs, dominated and forbidden choices, and a limit from below the least cost to the largest."""
+    """A small table with ties, equal and zero costs, dominated and forbidden choices, and a limit from below the least
+    cost to the largest."""
     rng = np.random.default_rng([seed, 3])
     n, k = int(rng.integers(1, 25)), int(rng.integers(1, 9))
     loss = (
@@ -298,7 +300,8 @@ def test_few_items_and_few_states_are_taken_as_many_are_to_the_bit(monkeypatch):
 
 @pytest.mark.parametrize("solver", ["auto", "greedy", "highs"])
 def test_costs_of_32_bits_beside_forbidden_choices(backend, solver):
-    """The largest int64 stands for no cost at all; among int32 it would wrap to -1, and the forbidden choice be the cheapest."""
+    """The largest int64 stands for no cost at all; among int32 it would wrap to -1, and the forbidden choice be the
+    cheapest."""
     allowed = np.array([[False, True, True]] * 3)
     cost = np.array([[1, 2, 3]] * 3, dtype=np.int32)
     asked = AllocationProblem(loss=np.array([[9.0, 4.0, 1.0]] * 3), cost=cost, limit=7, allowed=allowed, ties=[[0, 1]])

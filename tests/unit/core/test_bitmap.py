@@ -10,7 +10,7 @@ import pytest
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, Policy, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.testing import tiny_table
+from tests.support import tiny_table
 
 
 def make(**weights: object) -> BitMap:

@@ -39,7 +39,8 @@ def make(a: object, b: object, **kwargs: object) -> BitMap:
 
 
 def test_uniform_layers_pay_codes_scales_zero_points_and_one_exponent() -> None:
-    # a: 4 rows of 18 codes at 8 bits + 16-bit scale + 8-bit zero point, 8 bits a layer; b: 3 rows of 10 at 2; 7 values at 16 bits.
+    # a: 4 rows of 18 codes at 8 bits + 16-bit scale + 8-bit zero point, 8 bits a layer; b: 3 rows of 10 at 2; 7 values
+    # at 16 bits.
     expected = (4 * (18 * 8 + 16 + 8) + 8) + (3 * (10 * 2 + 16 + 2) + 8) + 7 * 16
     assert size_bits(TABLE, make(8, 2)) == expected
     assert size_bytes(TABLE, make(8, 2)) == -(-expected // 8)

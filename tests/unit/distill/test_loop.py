@@ -15,7 +15,7 @@ from mpqsearch.distill import CachedTrajectories, DistillSpec, TeacherStep, Traj
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.models import Denoiser
 from mpqsearch.sampling import SamplerSpec, timesteps_of
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 FEATURE = {"unet": "up_blocks.1", "dit": "transformer_blocks.1"}
 
@@ -191,7 +191,8 @@ def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(
 def checked(
     folder: Path, values: dict[int, float], **kwargs: object
 ) -> tuple[list[torch.Tensor], dict[int, list[torch.Tensor]], list[int]]:
-    """The trained student, the student at each check, and the steps checked; a check after ``n`` steps is worth ``values[n]``."""
+    """The trained student, the student at each check, and the steps checked; a check after ``n`` steps is worth
+    ``values[n]``."""
     denoiser = teacher()
     student, groups = student_of(denoiser)
     seen: dict[int, list[torch.Tensor]] = {}
@@ -252,7 +253,8 @@ def test_checks_do_not_touch_the_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [4, 5, 7])
 def test_checks_go_on_after_a_stop(tmp_path: Path, stop: int) -> None:
-    """By a signal, which saves after the running step; at step 5 the check that was due is made when the training goes on."""
+    """By a signal, which saves after the running step; at step 5 the check that was due is made when the training goes
+    on."""
     denoiser = teacher()
 
     def run(folder: Path, signal_at: int = 0) -> tuple[list[torch.Tensor], list[float]]:

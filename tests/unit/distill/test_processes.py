@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from mpqsearch.distill import DistillSpec, TRDSpec, Trajectories, distill, processes
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 team = processes()
 denoiser = tiny_denoiser("unet")

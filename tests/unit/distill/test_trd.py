@@ -14,7 +14,7 @@ from mpqsearch.distill import (
     relation_loss,
 )
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
-from mpqsearch.testing import tiny_dit, tiny_unet
+from tests.support import tiny_dit, tiny_unet
 
 
 def positions(seed: int, n: int = 2, p: int = 6, c: int = 5) -> torch.Tensor:

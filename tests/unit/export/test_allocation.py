@@ -150,7 +150,8 @@ def small_model() -> tuple[LayerTable, torch.nn.Module]:
 
 
 def profile_of(table: LayerTable, module: torch.nn.Module, unit: np.ndarray | None) -> SensitivityProfile:
-    """A profile in which a unit of squared weight error costs ``unit`` ``[C, W]``; None: a profile of the weights alone."""
+    """A profile in which a unit of squared weight error costs ``unit`` ``[C, W]``; None: a profile of the weights
+    alone."""
     widths = (2, 4, 8)
     rows = [
         row_errors(module[la.name].weight, la, b, QuantFormat(), None).square().sum(1) for la in table for b in widths

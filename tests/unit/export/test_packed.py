@@ -13,7 +13,7 @@ from mpqsearch.errors import ArtifactError
 from mpqsearch.export.packed import FILE, MAP, load_quantized, save_quantized
 from mpqsearch.models import discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.testing.tiny import tiny_denoiser
+from tests.support.tiny import tiny_denoiser
 
 
 def expected_map(kind: str) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
-"""Configurations against files that were compared with the consumer's own source by hand: what is written must not drift.
+"""Configurations against files that were compared with the consumer's own source by hand: what is written must not
+drift.
 
-For targets whose consumer was never run (`by_consumer` is False) this is all there is; Quark's file was also read by Quark 0.13.
+For targets whose consumer was never run (`by_consumer` is False) this is all there is; Quark's file was also read by
+Quark 0.13.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError
 from mpqsearch.models import adapt, capture, discover, load_calls, make_call, save_calls
-from mpqsearch.testing import tiny_unet
+from tests.support import tiny_unet
 
 
 class Odd(nn.Module):

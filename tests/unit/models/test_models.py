@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mpqsearch.core import Policy
 from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
 from mpqsearch.models import EMBEDDED, adapt, capture, discover, load_model
-from mpqsearch.testing import tiny_denoiser, tiny_unet
-from mpqsearch.testing.denoisers import build
+from tests.support import tiny_denoiser, tiny_unet
+from tests.support.denoisers import build
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -101,7 +101,8 @@ def test_projections_that_consumers_fuse_are_found_by_their_common_input() -> No
 
 
 class Pooled(nn.Module):
-    """Attention of torch itself, whose output weight is used without calling its layer, and a branch that does not run."""
+    """Attention of torch itself, whose output weight is used without calling its layer, and a branch that does not
+    run."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from mpqsearch.errors import ModelError, UnknownNameError
 from mpqsearch.models import capture, discover, load_calls, load_model, save_calls
 from mpqsearch.profile import CalibrationSpec, profile_model
 from mpqsearch.sampling import SamplerSpec, sample
-from mpqsearch.testing import tiny_denoiser, tiny_prompted_pipeline, tiny_text_unet
-from mpqsearch.testing.denoisers import RECIPES, build, model_classes
+from tests.support import tiny_denoiser, tiny_prompted_pipeline, tiny_text_unet
+from tests.support.denoisers import RECIPES, build, model_classes
 
 STEPS = 3
 TINY = CalibrationSpec(probe_inputs=2, probes=1, schemes=("asymmetric",), smooth=False)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models import EMBEDDED, discover, discover_streamed, load_model, open_streamed
-from mpqsearch.testing.tiny import tiny_dit, tiny_unet
+from tests.support.tiny import tiny_dit, tiny_unet
 
 FILE = "diffusion_pytorch_model.safetensors"
 

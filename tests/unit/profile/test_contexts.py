@@ -16,7 +16,7 @@ from mpqsearch.profile.contexts import _quantized
 from mpqsearch.quant import weight_of, width_errors
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.sampling import sampler as sampler_module
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 FMT = QuantFormat(n_candidates=10)
 
@@ -37,7 +37,8 @@ def test_contexts_are_a_latin_square() -> None:
 
 
 def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: central differences of the error of the final samples along the error of one layer, in float64, at both contexts."""
+    """Oracle: central differences of the error of the final samples along the error of one layer, in float64, at both
+    contexts."""
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     widths, policy = (3, 5), Policy(widths=(3, 5))
@@ -112,7 +113,8 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
 
 
 def test_slopes_over_a_context_add_up_to_its_error() -> None:
-    """Oracle: with errors so small that the sampler is linear in them, ``|r|^2 = sum r'J e``, the error that its samples measure."""
+    """Oracle: with errors so small that the sampler is linear in them, ``|r|^2 = sum r'J e``, the error that its
+    samples measure."""
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
@@ -144,7 +146,8 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
     handle = denoiser.module.register_forward_pre_hook(count)
     only = profile_base(denoiser, table, policy, sampler, replace(spec, prediction_only=True), FMT)
     handle.remove()
-    # Two samples of two steps for the calibration; of each seed the reference, the trajectory of the quantized model, and that with a graph.
+    # Two samples of two steps for the calibration; of each seed the reference, the trajectory of the quantized model,
+    # and that with a graph.
     assert passes == 2 * 2 + 3 * 3 * 2
     assert set(only.arrays) == {
         "kurtosis",

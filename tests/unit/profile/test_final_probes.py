@@ -14,14 +14,15 @@ from mpqsearch.profile.probes import Prober, probe
 from mpqsearch.quant import quantize_model, weight_of
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.sampling import sampler as sampler_module
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 FMT = QuantFormat(n_candidates=20)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("unet", "ddim"), ("dit", "ddim"), ("dit", "dpm++")])
 def test_effects_are_the_derivative_of_the_final_sample(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Central differences of ``v . x_final`` along a random change of a layer, through all steps and guidance, in float64."""
+    """Central differences of ``v . x_final`` along a random change of a layer, through all steps and guidance, in
+    float64."""
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     denoiser.module.double()
@@ -37,7 +38,8 @@ def test_effects_are_the_derivative_of_the_final_sample(kind: str, name: str, mo
     shape = (1, 1, *denoiser.sample_shape)
     v = torch.randn(shape, generator=torch.Generator().manual_seed(7))[0].double() / np.prod(shape) ** 0.5
     analytic = found.effect["x"][0, :, :, 0].sum(0)
-    # diffusers' DPM-Solver++ rounds its samples to float32, so its differences need a long step; the clip of DDIM a short one.
+    # diffusers' DPM-Solver++ rounds its samples to float32, so its differences need a long step; the clip of DDIM a
+    # short one.
     step, tolerance = (1e-4, 1e-4) if name == "ddim" else (0.05, 1e-2)
     for i, layer in list(enumerate(table))[:: len(table) // 6]:
         weight = denoiser.module.get_submodule(layer.name).weight
@@ -57,7 +59,8 @@ def test_rows_sum_to_layers_and_probes_leave_no_trace() -> None:
     means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
     found = final_probes(denoiser, table, SamplerSpec(steps=2, batch=1), [1], {"x": change}, means, probes=1)
     starts = np.cumsum([0, *(la.n_channels for la in table)])[:-1]
-    # One probe: a layer's effect is the sum of its rows' effects, so its square is at most C times the sum of their squares.
+    # One probe: a layer's effect is the sum of its rows' effects, so its square is at most C times the sum of their
+    # squares.
     layer = np.square(found.effect["x"].sum(1)[0])
     rows = np.add.reduceat(found.row_square["x"], starts, axis=0)
     assert (layer <= rows * np.array([[la.n_channels] for la in table]) * (1 + 1e-4)).all()
@@ -119,7 +122,8 @@ def test_buckets_of_timesteps_add_up_to_the_gain() -> None:
 
 
 def test_remeasured_changes_are_those_of_the_final_samples() -> None:
-    """Oracle: give one layer of a map another width and sample again, same seeds. Fine widths, so that the changes are small."""
+    """Oracle: give one layer of a map another width and sample again, same seeds. Fine widths, so that the changes are
+    small."""
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     sampler = SamplerSpec(steps=2, guidance=2.0, batch=2)
@@ -145,7 +149,8 @@ def test_remeasured_changes_are_those_of_the_final_samples() -> None:
     names = [table.layers[i].name for i in layers]
     maps = [BitMap(model_digest=table.digest, weights={**at.weights, n: np.array(5)}, format=FMT) for n in names]
     measured = np.array([error(m) - now for m in maps])
-    # The curvature is a mean over 46 random projections (relative error 0.2 where one direction dominates); the slope is exact.
+    # The curvature is a mean over 46 random projections (relative error 0.2 where one direction dominates); the slope
+    # is exact.
     assert np.corrcoef(predicted[layers, 0], measured)[0, 1] > 0.9
     assert (np.sign(predicted[layers, 0]) == np.sign(measured))[np.abs(measured) > 0.2 * np.abs(measured).max()].all()
     with pytest.raises(ConfigError, match="at least one seed"):

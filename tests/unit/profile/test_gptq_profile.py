@@ -12,7 +12,7 @@ from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input
 from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
 SEEDS = range(1_000_000, 1_000_004)
@@ -56,7 +56,8 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
             expected = (torch.bmm(error, moment) * error).sum(2).flatten().numpy()
             key = "output_error_centred" if layer.has_bias else "output_error"
             found = after.arrays[f"{key}/auto"][after.rows(name), j]
-            # Scales of a width that is alone in its layer may be rounded to storage with another exponent, by the last of their 11 bits.
+            # Scales of a width that is alone in its layer may be rounded to storage with another exponent, by the last
+            # of their 11 bits.
             assert np.allclose(found, expected, rtol=0.05, atol=1e-6 * float(moment.abs().max())), (name, bits)
     low = [before.widths.index(b) for b in (2, 3)]
     loss = [channel_losses(p, table, "auto", "gain", bias_correction=True)[:, low].sum() for p in (before, after)]

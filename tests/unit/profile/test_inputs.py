@@ -22,7 +22,8 @@ SIZES = {1: (9,), 2: (7, 6), 3: (4, 5, 4)}
 
 
 def kinds() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    """Every combination of dimension, groups, stride, dilation and padding that a layer can have; odd sizes and kernels of two lengths."""
+    """Every combination of dimension, groups, stride, dilation and padding that a layer can have; odd sizes and kernels
+    of two lengths."""
     torch.manual_seed(0)
     made: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         "Linear": (nn.Linear(8, 6), (5, 4, 8)),
@@ -86,7 +87,8 @@ def test_predicted_errors_are_those_of_the_layer(name: str) -> None:
         for means in (None, {"layer": stats.mean.float()}):
             quantized = quantize_model(model, table, bit_map, means=means).module
             change = by_channel(quantized.double()(x.double()) - exact, layer)
-            # The weights are the same to the last bit; what is left is the rounding of float32 sums over positions and taps.
+            # The weights are the same to the last bit; what is left is the rounding of float32 sums over positions and
+            # taps.
             predicted = tables["output_error" if means is None else "output_error_centred"][:, j].double()
             measured = change.square().mean(1)
             scale = tables["output_error"][:, j].double()  # of a centred error: what the mean shift was subtracted from
@@ -96,5 +98,6 @@ def test_predicted_errors_are_those_of_the_layer(name: str) -> None:
                 share = (tables["output_error"] - tables["output_error_centred"])[:, j].double()
                 assert float(((shift.square() - share).abs() / scale).max()) < 1e-5
             else:
-                # The bias is stored in float32: its last bit (6e-8 of its size) against errors of a thousandth at 8 bits.
+                # The bias is stored in float32: its last bit (6e-8 of its size) against errors of a thousandth at 8
+                # bits.
                 assert float((change.mean(1).abs() / scale.sqrt()).max()) < 1e-3, "bias correction leaves a mean shift"

@@ -1,4 +1,5 @@
-"""Output errors in blocks and by direct products against full second moments and the forward pass, for every kind of layer."""
+"""Output errors in blocks and by direct products against full second moments and the forward pass, for every kind of
+layer."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from mpqsearch.profile.moments import Piece, blocks_within, output_errors, plan_
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
 from mpqsearch.quant.tables import held_bytes, row_blocks, row_bytes
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect
 
 WIDTHS = (2, 4)
@@ -130,7 +131,8 @@ def test_plans_cover_every_layer_once_and_choose_what_is_cheaper() -> None:
     tall = LayerSpec(name="tall", kind="Linear", weight_shape=(4000, 400))
     table = LayerTable(digest="d", layers=(wide, tall))
     assert [[p.how for p in part] for part in plan_moments(table, 7, None)] == [["full", "full"]]
-    limit = 40_000_000  # a moment of `wide` takes 192 MB, its candidates 1.8 MB; a moment of `tall` 2 MB, its candidates 90 MB
+    # a moment of `wide` takes 192 MB, its candidates 1.8 MB; a moment of `tall` 2 MB, its candidates 90 MB
+    limit = 40_000_000
     plan = {p.layer: p.how for part in plan_moments(table, 7, limit) for p in part}
     assert plan == {"wide": "direct", "tall": "full"}
     many = [p for part in plan_moments(table, 700, limit) for p in part if p.layer == "wide"]
@@ -194,7 +196,8 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     assert max(total for label, _, total in seen if label == "output errors") > 1
     assert set(limited.arrays) == set(whole.arrays)
     for key, array in whole.arrays.items():
-        # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
+        # Float32 products in another order; centred errors are differences, and so relative to what they are taken
+        # from.
         scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
         np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
     assert ("layer_context_slope/asymmetric" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
@@ -229,7 +232,8 @@ def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
     assert len(blocks_within(denoiser.module, table, n_candidates, least)[largest.name]) == largest.n_channels
     whole, smallest = profile_model(*given), profile_model(*given, memory_limit=least)
     for key, array in whole.arrays.items():
-        # Float32 products in another order; centred errors are differences, and so relative to what they are taken from.
+        # Float32 products in another order; centred errors are differences, and so relative to what they are taken
+        # from.
         scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
         np.testing.assert_allclose(smallest.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
 

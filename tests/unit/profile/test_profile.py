@@ -10,7 +10,7 @@ from mpqsearch.models import capture, discover
 from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=4, guidance=2.0, batch=4)
 WIDTHS = (2, 4, 8)
@@ -52,8 +52,8 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
         measured.append(float(torch.stack(change).mean()))
         predicted.append(float(profile.arrays["layer_probe_error/asymmetric"][i, WIDTHS.index(8)]))
     ratio = np.log(np.array(predicted) / np.array(measured))
-    # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each layer, the
-    # factor of two allows for layers whose effect sits in few directions.
+    # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each
+    # layer, the factor of two allows for layers whose effect sits in few directions.
     assert abs(float(np.median(ratio))) < 0.1
     assert float(np.abs(ratio).max()) < np.log(2)
     ranks = [np.argsort(np.argsort(v)) for v in (predicted, measured)]

@@ -11,7 +11,7 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.profile import CalibrationSpec, race_final_errors, relative_error, stability
 from mpqsearch.profile import measure as measure_module
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_profile, tiny_table
+from tests.support import tiny_profile, tiny_table
 
 WIDTHS = (2, 3, 4)
 POLICY = Policy(widths=WIDTHS, roles={})
@@ -19,7 +19,8 @@ METHOD = MethodSpec(name="m", allocator="ilp-layer", loss="probe", scheme="auto"
 
 
 def case(totals: np.ndarray, relative: np.ndarray) -> tuple[LayerTable, SensitivityProfile]:
-    """Layers of equal size with given totals ``[L]`` at 2 bits (a quarter at each further bit) and relative standard errors ``[L]``."""
+    """Layers of equal size with given totals ``[L]`` at 2 bits (a quarter at each further bit) and relative standard
+    errors ``[L]``."""
     table = tiny_table(n_layers=len(totals), fan_in=16)
     layers = tuple(replace(la, weight_shape=(6, 16)) for la in table)
     table = replace(table, layers=layers)
@@ -48,7 +49,8 @@ def test_only_layers_whose_noise_changes_the_answer_are_undecided() -> None:
 
 
 def test_noise_of_a_close_pair_is_seen_and_is_cheap() -> None:
-    # One more 8-bit step than layers want: two equal layers compete for it, so a coin decides and either answer is as good.
+    # One more 8-bit step than layers want: two equal layers compete for it, so a coin decides and either answer is as
+    # good.
     totals = np.array([1.0, 1.0])
     table, profile = case(totals, np.array([0.3, 0.3]))
     sizes = Budget(quantity="uniform_bits", limit=2.5)
@@ -66,7 +68,8 @@ def test_relative_error_weighs_layers_by_their_share() -> None:
 
 
 def test_a_race_gives_seeds_to_undecided_layers_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Synthetic final errors: one layer far above, a close pair, one far below; the oracle is the known truth of each."""
+    """Synthetic final errors: one layer far above, a close pair, one far below; the oracle is the known truth of
+    each."""
     truth = np.array([1e3, 1.0, 1.1, 1e-4])
     table, profile = case(truth, np.full(4, 0.1))
     profile = replace(profile, calibration={"spec": {"schemes": ["auto"]}})

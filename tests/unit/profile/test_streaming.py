@@ -1,4 +1,5 @@
-"""Profiles of the weights alone, from disk: the numbers of the loaded model, a layer at a time, kept as they are finished."""
+"""Profiles of the weights alone, from disk: the numbers of the loaded model, a layer at a time, kept as they are
+finished."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from mpqsearch.profile import CalibrationSpec, Partial, profile_base, profile_mo
 from mpqsearch.profile import streaming as module
 from mpqsearch.profile.streaming import Arrays
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing import tiny_denoiser
-from mpqsearch.testing.tiny import tiny_unet
+from tests.support import tiny_denoiser
+from tests.support.tiny import tiny_unet
 
 FMT = QuantFormat(n_candidates=20)
 POLICY = Policy(widths=(2, 4, 8))

@@ -14,7 +14,7 @@ from mpqsearch.profile import calibrate_activations, choose_alphas, together
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import ActivationSearch, quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
 SEEDS = range(1_000_000, 1_000_004)
@@ -42,7 +42,8 @@ def setting(kind: str) -> tuple[Denoiser, LayerTable, BitMap, dict[str, Tensor]]
 
 
 def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[str, Tensor]:
-    """Errors ``[values, C]`` of each layer's output on the inputs of the full-precision model, by running both on the same calls."""
+    """Errors ``[values, C]`` of each layer's output on the inputs of the full-precision model, by running both on the
+    same calls."""
     seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     modules = dict(denoiser.module.named_modules())
     now: list[Tensor] = []

@@ -29,7 +29,7 @@ from mpqsearch.quant.activations import (
     _QuantizeActivation,
 )
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")
 
@@ -337,7 +337,8 @@ def test_error_of_the_prediction_falls_with_the_width(kind: str) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     spec = SamplerSpec(steps=4, batch=8)
-    # The first step of the calibrated trajectories: inputs that were seen, so that nothing is clipped that was not meant to be.
+    # The first step of the calibrated trajectories: inputs that were seen, so that nothing is clipped that was not
+    # meant to be.
     x, t = noise_of(range(1_000_000, 1_000_008), (1, 8, 8)), torch.full((8,), 750)
     labels = torch.arange(1_000_000, 1_000_008) % 4
     truth = denoiser.denoise(x, t, labels)

@@ -8,7 +8,7 @@ from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models import discover
 from mpqsearch.quant import quantize_model, rows_of
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 
 def random_map(table: object, seed: int = 0, **kwargs: object) -> BitMap:

@@ -23,7 +23,7 @@ from mpqsearch.quant import (
 )
 from mpqsearch.quant.rows import RowQuantizer
 from mpqsearch.quant.search import use_backend
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
 
@@ -48,9 +48,11 @@ def output_error(error: Tensor, x: Tensor) -> Tensor:
 def reference_codes(
     rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: np.ndarray, moment: np.ndarray
 ) -> np.ndarray:
-    """One row and one column at a time: the rounded column is fixed, and the columns left are moved to the least output error given it.
+    """One row and one column at a time: the rounded column is fixed, and the columns left are moved to the least output
+    error given it.
 
-    That least is a linear system of the columns left, solved anew at each step; the Cholesky factor is a shortcut for all of them.
+    That least is a linear system of the columns left, solved anew at each step; the Cholesky factor is a shortcut for
+    all of them.
     """
     width = len(moment)
     damped = moment + 0.01 * np.trace(moment) / width * np.eye(width)
@@ -107,7 +109,8 @@ def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, grou
     before = output_error(decode(encode(rows, quantizer), quantizer) - rows, x)
     after = output_error(decode(encode(found, fitted), fitted) - rows, x)
     assert torch.isfinite(found).all()
-    # Scales are kept in half precision with one exponent a layer: the last bit of a scale may change when that exponent does.
+    # Scales are kept in half precision with one exponent a layer: the last bit of a scale may change when that exponent
+    # does.
     assert bool((after <= before * (1 + 2e-3) + 1e-9).all())
     assert float(after.sum()) < (0.75 if rank is None else 0.2) * float(before.sum())
     assert torch.equal(fitted.zero, quantizer.zero)

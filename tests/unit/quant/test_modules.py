@@ -29,7 +29,7 @@ from mpqsearch.quant import (
     weight_of,
 )
 from mpqsearch.quant.modules import Trainable, _CompiledQuantizeRows, _QuantizeRows
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 GEOMETRIES = [
     nn.Linear(6, 5),
@@ -101,8 +101,9 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 def test_gradients_against_finite_differences_away_from_ties(scheme: str, smoothed: bool, quantize: type) -> None:
-    # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) / f where clipped,
-    # else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in float64 are its oracle.
+    # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) /
+    # f where clipped, else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in
+    # float64 are its oracle.
     torch.manual_seed(0)
     rows = torch.randn(5, 9)
     factor = torch.rand(1, 9) + 0.5 if smoothed else None

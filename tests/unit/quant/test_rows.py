@@ -16,8 +16,8 @@ from mpqsearch.quant import decode, encode, fit_rows, rows_of, weight_of
 
 def loop_search(row: Tensor, bits: int, scheme: str, p: float, n: int = 80) -> tuple[float, float]:
     """Least error and its scale, one candidate at a time in float64: the oracle."""
-    # The candidate scales are float32 numbers, formed as the quantizer forms them: at 7 bits their last bit alone moves the error
-    # by 2e-6. Everything after them is float64.
+    # The candidate scales are float32 numbers, formed as the quantizer forms them: at 7 bits their last bit alone moves
+    # the error by 2e-6. Everything after them is float64.
     top = 2**bits - 1
     if scheme == "asymmetric":
         low, high = row.min().clamp(max=0), row.max().clamp(min=0)
@@ -48,7 +48,8 @@ def test_range_search_equals_the_loop(bits: int, scheme: str, criterion: str, p:
     found = fit_rows(rows, bits, QuantFormat(scheme=scheme, criterion=criterion, p=p))
     for c, row in enumerate(rows):
         error, scale = loop_search(row, bits, scheme, p)
-        # Errors rather than scales: two candidates may tie. 1e-3 on the scale is the rounding to the stored half precision.
+        # Errors rather than scales: two candidates may tie. 1e-3 on the scale is the rounding to the stored half
+        # precision.
         got = float((decode(encode(rows, found), found)[c].double() - row.double()).abs().pow(p).sum())
         stored = float(
             (loop_decode(row, float(found.scale[c]), float(found.zero[c]), bits) - row.double()).abs().pow(p).sum()
@@ -91,7 +92,8 @@ def test_mixed_widths_equal_every_width_alone() -> None:
             alone = fit_rows(rows, bits, fmt)
             mask = widths == bits
             difference = (decode(encode(rows, alone), alone)[mask] - mixed[mask]).abs().max()
-            # The shared exponent of a layer depends on its largest scale; that moves no mantissa unless a scale is subnormal.
+            # The shared exponent of a layer depends on its largest scale; that moves no mantissa unless a scale is
+            # subnormal.
             assert float(difference) == 0.0
 
 
@@ -112,7 +114,8 @@ def test_codes_are_in_range_and_errors_are_bounded(
     assert int(codes.max()) <= 2**bits - 1
     levels = decode(codes, q)
     assert bool(torch.isfinite(levels).all())
-    # Decoding is deterministic and encoding what was decoded changes nothing: codes and weights are one and the same thing.
+    # Decoding is deterministic and encoding what was decoded changes nothing: codes and weights are one and the same
+    # thing.
     assert torch.equal(encode(levels, q), codes)
     assert float((levels - rows).abs().max()) <= 2.01 * float(rows.abs().max()) + 1e-30
 

@@ -98,7 +98,8 @@ def test_coarse_to_fine_chooses_as_the_exhaustive_search(backend: str, scheme: s
         regrets.append(torch.where(found == expected, 0.0, got / best - 1).flatten())
     regret = torch.cat(regrets)
     assert len(regret) > 2500
-    # Another candidate counts as the same choice when its error is within 0.1 %; float32 may swap candidates that differ by 1e-5.
+    # Another candidate counts as the same choice when its error is within 0.1 %; float32 may swap candidates that
+    # differ by 1e-5.
     assert float((regret > 1e-3).double().mean()) < 1e-3
     assert float(regret.max()) < 0.02
     assert float(regret.min()) > -1e-5
@@ -114,7 +115,8 @@ def test_compiled_exhaustive_search_is_the_exact_one(p: float) -> None:
             found = best_factors(rows, widest, zero, top, 20, p, exhaustive=True)
             got = exact_errors(rows, widest * found, zero, top, p)
             every = torch.stack([exact_errors(rows, widest * (1 - 0.8 * i / 20), zero, top, p) for i in range(20)])
-            # The polynomials of the kernel are good to 2e-5 an element and better in a sum; factors here are formed in float64.
+            # The polynomials of the kernel are good to 2e-5 an element and better in a sum; factors here are formed in
+            # float64.
             assert float((got / every.amin(0) - 1).abs().max()) < 3e-5
     finally:
         use_backend(before)

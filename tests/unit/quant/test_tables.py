@@ -71,7 +71,8 @@ def test_output_error_is_the_error_of_the_forward_pass(name: str) -> None:
         layer.weight.copy_(weight_of(rows_of(weight, spec) + errors[j], spec))  # type: ignore[operator]
         difference = (layer(x) - clean).movedim(axis, 0).flatten(1)
         layer.weight.copy_(weight)  # type: ignore[operator]
-        # float32 sums over a few hundred positions: 1e-4 relative is rounding, anything wrong in the unfolding is of order one.
+        # float32 sums over a few hundred positions: 1e-4 relative is rounding, anything wrong in the unfolding is of
+        # order one.
         torch.testing.assert_close(tables["output_error"][:, j], difference.square().mean(1), rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(
             tables["output_error_centred"][:, j], difference.var(1, unbiased=False), rtol=1e-3, atol=1e-6

@@ -17,7 +17,7 @@ from mpqsearch.report import (
     sensitivity_info,
     write_profile_figures,
 )
-from mpqsearch.testing import tiny_profile, tiny_table
+from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
 

@@ -21,7 +21,7 @@ from mpqsearch.sampling import (
     to_uint8,
     trajectory,
 )
-from mpqsearch.testing import tiny_denoiser
+from tests.support import tiny_denoiser
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

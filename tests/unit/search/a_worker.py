@@ -1,4 +1,5 @@
-"""A worker process of the tests: python a_worker.py STORAGE FOLDER INDEX TRIALS PAUSE_S [random|tpe]. No model, no torch."""
+"""A worker process of the tests: python a_worker.py STORAGE FOLDER INDEX TRIALS PAUSE_S [random|tpe]. No model, no
+torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from mpqsearch.search.objective import Objective
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, open_study, work
-from mpqsearch.testing.synthetic import SyntheticEvaluator
+from tests.support.synthetic import SyntheticEvaluator
 from tests.unit.search.conftest import BUDGETS, surrogate
 
 STUDY = "shared"

@@ -13,8 +13,8 @@ from mpqsearch.search.ladder import Ladder
 from mpqsearch.search.objective import Objective, Pruning
 from mpqsearch.search.space import parse_space
 from mpqsearch.search.surrogate import Surrogate
-from mpqsearch.testing.synthetic import SyntheticEvaluator
-from mpqsearch.testing.tiny import tiny_profile, tiny_table
+from tests.support.synthetic import SyntheticEvaluator
+from tests.support.tiny import tiny_profile, tiny_table
 from tests.unit.search import servers
 
 SPACE = {
@@ -37,7 +37,8 @@ def surrogate(allocator: str = "ilp-layer", **more: object) -> Surrogate:
 
 @pytest.fixture(scope="session")
 def urls() -> Iterator[Callable[[str], str]]:
-    """The URL of a kind of storage, whose server is started when it is first asked for; skips where there can be none."""
+    """The URL of a kind of storage, whose server is started when it is first asked for; skips where there can be
+    none."""
     with contextlib.ExitStack() as stack:
         started: dict[str, str] = {}
 

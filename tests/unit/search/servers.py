@@ -1,4 +1,5 @@
-"""Servers of the tests' own that a study can live on: temporary folder, random port, unprivileged user, and a password where there are users."""
+"""Servers of the tests' own that a study can live on: temporary folder, random port, unprivileged user, and a password
+where there are users."""
 
 from __future__ import annotations
 
@@ -174,7 +175,8 @@ def _redis() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _grpc() -> Iterator[str]:
-    """Optuna's proxy before a journal file, by the command of the guide; a database behind it differs in nothing that a worker sees."""
+    """Optuna's proxy before a journal file, by the command of the guide; a database behind it differs in nothing that a
+    worker sees."""
     with _Place("grpc") as place:
         behind = f"open_storage({str(place.folder / 'journal')!r})"
         serve = f"optuna.storages.run_grpc_proxy_server({behind}, host='127.0.0.1', port={place.port})"

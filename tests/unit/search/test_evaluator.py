@@ -17,7 +17,7 @@ from mpqsearch.quant.apply import bias_shift
 from mpqsearch.sampling import SamplerSpec, sample, to_uint8
 from mpqsearch.search.evaluator import ModelEvaluator
 from mpqsearch.search.surrogate import Surrogate
-from mpqsearch.testing.tiny import tiny_denoiser
+from tests.support.tiny import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=8)
 POLICY = Policy(widths=(2, 3, 4, 8))
@@ -104,7 +104,8 @@ def test_maps_from_the_bank_are_those_of_the_quantizer(
     ).module
     made = sample(e.denoiser.with_module(module), seeds, SAMPLER).double()
     expected = (made - sample(e.denoiser, seeds, SAMPLER).double()).square().flatten(1).mean(1)
-    # The same rows up to rounding of the same sums; of compensated ones the scales' last bits depend on what else is in the layer.
+    # The same rows up to rounding of the same sums; of compensated ones the scales' last bits depend on what else is in
+    # the layer.
     np.testing.assert_allclose(found.values, expected.numpy(), rtol=0.1 if theta.get("rounding") else 1e-5)
     assert found.forwards == 3 * 3 * 2
 

@@ -12,7 +12,7 @@ from mpqsearch.search import refine as refine_module
 from mpqsearch.search.ladder import Ladder, Slopes
 from mpqsearch.search.refine import RefineSpec, refine, steps
 from mpqsearch.search.surrogate import Surrogate
-from mpqsearch.testing.synthetic import SyntheticEvaluator
+from tests.support.synthetic import SyntheticEvaluator
 
 BUDGET = Budget.parse("uniform:3")
 SPEC = RefineSpec(rounds=4, slope_samples=8, samples=8, batch=2)

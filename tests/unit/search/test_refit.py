@@ -13,7 +13,7 @@ from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.ladder import Ladder
 from mpqsearch.search.refit import close_the_loop, contributions, corrected, diverse_candidates, refit
 from mpqsearch.search.surrogate import Candidate, Surrogate
-from mpqsearch.testing.synthetic import SyntheticEvaluator
+from tests.support.synthetic import SyntheticEvaluator
 
 BUDGET = Budget.parse("uniform:3")
 

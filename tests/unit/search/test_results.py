@@ -37,7 +37,7 @@ def finished() -> tuple[Objective, optuna.Study]:
     from mpqsearch.search.cache import EvaluationCache
     from mpqsearch.search.ladder import Ladder
     from mpqsearch.search.space import parse_space
-    from mpqsearch.testing.synthetic import SyntheticEvaluator
+    from tests.support.synthetic import SyntheticEvaluator
     from tests.unit.search.conftest import BUDGETS, SPACE, surrogate
 
     s = surrogate()

@@ -31,7 +31,8 @@ def distance(surrogate: Surrogate, one: BitMap, other: BitMap) -> float:
 def test_the_start_makes_a_map_that_is_nearer_than_the_plain_one(
     make_surrogate: Callable[..., Surrogate], depth: float
 ) -> None:
-    """The given map was made by the program itself at a depth that the start does not know of: it is found again, roughly."""
+    """The given map was made by the program itself at a depth that the start does not know of: it is found again,
+    roughly."""
     s = make_surrogate()
     theirs = s.candidate({"depth": depth}, Budget.parse("uniform:3")).bit_map
     point = start_point(s, SPACE, theirs)

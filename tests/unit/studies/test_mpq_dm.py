@@ -1,4 +1,5 @@
-"""The study of MPQ-DM: order of rows, resuming from results.csv alone, and its report. Rows themselves are replaced by numbers."""
+"""The study of MPQ-DM: order of rows, resuming from results.csv alone, and its report. Rows themselves are replaced by
+numbers."""
 
 from __future__ import annotations
 

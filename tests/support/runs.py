@@ -13,7 +13,8 @@ from mpqsearch.core import LayerTable, SensitivityProfile
 def saved_profile(
     folder: Path, study: Path | None, table: LayerTable, profile: SensitivityProfile, overrides: Sequence[str] = ()
 ) -> None:
-    """Write ``layers.json`` and ``profile.json`` into a run folder, as if ``study`` had measured them; needs no torch."""
+    """Write ``layers.json`` and ``profile.json`` into a run folder, as if ``study`` had measured them; needs no
+    torch."""
     from mpqsearch.stages import Run, profile_inputs
 
     run = Run(config=load_config(study, list(overrides)), folder=folder)

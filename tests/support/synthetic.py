@@ -1,4 +1,5 @@
-"""A model made of numbers, for tests of the outer search: errors of samples follow a hidden truth that the profile only approximates."""
+"""A model made of numbers, for tests of the outer search: errors of samples follow a hidden truth that the profile only
+approximates."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 class SyntheticEvaluator:
     """An evaluator for the search without a model.
 
-    The true error of a map is the sum over channels of output error times gain, with layers scaled by ``bias`` (a hidden factor for each
-    layer that no profile shows), raised to 1.2 (errors interact), times a factor of the seed. ``pause_s`` is slept at each measurement.
+    The true error of a map is the sum over channels of output error times gain, with layers scaled by ``bias`` (a
+    hidden factor for each layer that no profile shows), raised to 1.2 (errors interact), times a factor of the seed.
+    ``pause_s`` is slept at each measurement.
     """
 
     table: LayerTable

@@ -1,4 +1,5 @@
-"""The whole way of one denoiser class: record, discover, profile, allocate, quantize, export. Raises at the first thing that does not hold."""
+"""The whole way of one denoiser class: record, discover, profile, allocate, quantize, export. Raises at the first thing
+that does not hold."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from mpqsearch.models import Calls, adapt, capture, discover, load_calls, save_c
 from mpqsearch.profile import CalibrationSpec, InputCollector, profile_model
 from mpqsearch.quant import quantize_model, rows_of
 from mpqsearch.sampling import SamplerSpec
-from mpqsearch.testing.denoisers import build
+from tests.support.denoisers import build
 
 WIDTHS = (2, 4, 8)
 CALLS = 2
@@ -30,9 +31,10 @@ CALLS = 2
 class Covered:
     """What was found of one class.
 
-    ``roles`` counts layers by role; ``apart`` are parameters of modules that no quantizer knows, as a share of all. ``power_error``: the largest
-    difference between a layer's measured output power and that of its weights on the recorded second moments, over the layer's largest.
-    ``change``: mean squared change of the prediction at the uniform 3-bit size over its mean square, by method.
+    ``roles`` counts layers by role; ``apart`` are parameters of modules that no quantizer knows, as a share of all.
+    ``power_error``: the largest difference between a layer's measured output power and that of its weights on the
+    recorded second moments, over the layer's largest. ``change``: mean squared change of the prediction at the uniform
+    3-bit size over its mean square, by method.
     """
 
     name: str
@@ -47,7 +49,8 @@ class Covered:
 
 
 def cover(name: str) -> Covered:
-    """Take the class ``name`` all the way. Raises whatever goes wrong, and `AssertionError` when a number does not hold."""
+    """Take the class ``name`` all the way. Raises whatever goes wrong, and `AssertionError` when a number does not
+    hold."""
     start = time.process_time()
     module, inputs = build(name)
     with torch.no_grad(), capture(module, limit=CALLS) as recorded:
@@ -106,7 +109,8 @@ def cover(name: str) -> Covered:
 def check_statistics(module: nn.Module, table: LayerTable, calls: Calls) -> float:
     """Largest relative difference between the power of a layer's outputs and ``w'Hw + 2 b w'm + b^2`` of its inputs.
 
-    Zero, up to rounding, only if the recorded columns are what the rows are multiplied with: it holds for every layer of every model.
+    Zero, up to rounding, only if the recorded columns are what the rows are multiplied with: it holds for every layer
+    of every model.
     """
     with InputCollector(module, table) as collector:
         for call in calls:

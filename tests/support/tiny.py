@@ -59,7 +59,8 @@ def tiny_dit(seed: int = 0) -> nn.Module:
 
 
 def tiny_text_unet(seed: int = 0) -> nn.Module:
-    """A `UNet2DConditionModel` with text embeddings of 8 values for 8x8 latents, in its parts as in Stable Diffusion 1.5."""
+    """A `UNet2DConditionModel` with text embeddings of 8 values for 8x8 latents, in its parts as in Stable Diffusion
+    1.5."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -77,7 +78,8 @@ def tiny_text_unet(seed: int = 0) -> nn.Module:
 
 
 def tiny_prompted_pipeline(folder: Path) -> Path:
-    """Write the folder of a Stable Diffusion 1.5 pipeline as far as its denoiser goes: the text encoder is named and is not there."""
+    """Write the folder of a Stable Diffusion 1.5 pipeline as far as its denoiser goes: the text encoder is named and is
+    not there."""
     from diffusers import DDIMScheduler
 
     unet: Any = tiny_text_unet()

@@ -1,7 +1,7 @@
 """Every denoiser class that diffusers ships, tiny and with random weights, and inputs that it takes.
 
-`denoiser_classes` enumerates them from diffusers itself, so that new ones are found; `build` makes one from `RECIPES`, or from its signature
-when nobody has written a recipe yet. Shapes are the smallest that run every layer once.
+`denoiser_classes` enumerates them from diffusers itself, so that new ones are found; `build` makes one from `RECIPES`,
+or from its signature when nobody has written a recipe yet. Shapes are the smallest that run every layer once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _TIME = re.compile(r"^(t|timesteps?|timestep_ratio|\w+_timesteps?|\w+_time)$")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a class is made small (``config``, or ``make`` for classes that take modules) and what its forward takes (``inputs``)."""
+    """How a class is made small (``config``, or ``make`` for classes that take modules) and what its forward takes
+    (``inputs``)."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[Random], dict[str, Any]]
@@ -41,7 +42,8 @@ class Recipe:
 
 
 def denoiser_classes() -> dict[str, type[nn.Module]]:
-    """All classes of the installed diffusers that are called with a time, by name: ``ModelMixin`` subclasses of ``diffusers.models``."""
+    """All classes of the installed diffusers that are called with a time, by name: ``ModelMixin`` subclasses of
+    ``diffusers.models``."""
     return {name: cls for name, cls in model_classes().items() if not reason_against(cls)}
 
 
@@ -70,7 +72,8 @@ def reason_against(cls: type[nn.Module]) -> str:
 
 
 def build(name: str, *, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model of the class ``name`` in evaluation mode and keyword arguments for one call. Raises what the class raises."""
+    """A tiny model of the class ``name`` in evaluation mode and keyword arguments for one call. Raises what the class
+    raises."""
     cls = model_classes()[name]
     generator = torch.Generator().manual_seed(seed)
 
@@ -87,7 +90,8 @@ def build(name: str, *, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.no_grad()
 def _disturb(module: nn.Module) -> None:
-    """Random values for parameters that have none: gates and last layers that start at zero, and whatever starts as raw memory."""
+    """Random values for parameters that have none: gates and last layers that start at zero, and whatever starts as raw
+    memory."""
     for owner in module.modules():
         known = isinstance(owner, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))
         for parameter in owner.parameters(recurse=False):
@@ -106,7 +110,8 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def _guess(cls: type[nn.Module]) -> Recipe:
-    """A recipe from the signature alone: small numbers for the usual names of sizes, and latents with text for the usual inputs."""
+    """A recipe from the signature alone: small numbers for the usual names of sizes, and latents with text for the
+    usual inputs."""
     made = inspect.signature(cls.__init__).parameters
     config = {k: v for k, v in _SMALL.items() if k in made}
     channels = int(config.get("in_channels", 4))
@@ -528,7 +533,8 @@ RECIPES: dict[str, Recipe] = {
             "in_channels": 16, "out_channels": 16, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "context_in_dim": 16,
             "axes_dims_rope": (4, 2, 2),
         },
-        inputs=lambda r: _qwen_inputs(r, img_shapes=[[(1, 4, 4)]], img_mask=torch.tensor([[False] * 6 + [True] * 4])),  # four tokens a slot
+        # four tokens a slot
+        inputs=lambda r: _qwen_inputs(r, img_shapes=[[(1, 4, 4)]], img_mask=torch.tensor([[False] * 6 + [True] * 4])),
     ),
     "NucleusMoEImageTransformer2DModel": Recipe(
         config=_QWEN | {
@@ -760,7 +766,8 @@ RECIPES: dict[str, Recipe] = {
     "CosmosTransformer3DModel": Recipe(
         config={
             "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "mlp_ratio": 2,
-            "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (4, 8, 8), "concat_padding_mask": False,  # the mask is resized by torchvision
+            # the mask is resized by torchvision
+            "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (4, 8, 8), "concat_padding_mask": False,
         },
         inputs=lambda r: _video(r, frames=1, fps=30),
     ),

@@ -1,6 +1,6 @@
 """Tiny models and profiles for tests, shipped so that extensions can use them too."""
 
-from mpqsearch.testing.tiny import (
+from tests.support.tiny import (
     tiny_denoiser,
     tiny_dit,
     tiny_profile,
