@@ -890,8 +890,10 @@ def _split_search(task: _Task, array: str, groups: range) -> _Outcome:
         split = _best_split(np.argsort(-score, kind="stable"), n, down, keep, up, groups)
         widths |= dict.fromkeys(names, split)
     notes = (
-        "the channel tags of mixed layers and smoothing factors come on top of the uniform size: OMQ has no means to "
-        "pay for them",
+        (
+            "the channel tags of mixed layers and smoothing factors come on top of the uniform size: OMQ has no means to "
+            "pay for them"
+        ),
     )
     return task.map_of(widths), None, notes
 

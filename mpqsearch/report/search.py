@@ -213,8 +213,10 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             (
                 "search_prediction",
                 "Predicted against measured within a budget",
-                "Spearman correlation over the maps of the search; below 0.7 the prediction alone should not be "
-                "trusted.",
+                (
+                    "Spearman correlation over the maps of the search; below 0.7 the prediction alone should not be "
+                    "trusted."
+                ),
                 f"Scatter plot of predicted loss against measured error. Spearman {words}.",
                 partial(plot_search_prediction, data),
             )
@@ -229,8 +231,10 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             (
                 "search_fresh_seeds",
                 "The chosen maps on fresh seeds",
-                "What was chosen looks better on the seeds that chose it (the winner's curse); the second value is "
-                "the one to believe.",
+                (
+                    "What was chosen looks better on the seeds that chose it (the winner's curse); the second value is "
+                    "the one to believe."
+                ),
                 f"Ratios of the error to uniform. {words}.",
                 partial(plot_winners_curse, data),
             )

@@ -215,8 +215,10 @@ def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[An
 
 def _notes(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[str]:
     notes = [
-        f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel "
-        "tags, leftovers."
+        (
+            f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel "
+            "tags, leftovers."
+        )
     ]
     over = []
     for method, budget in ((m, b) for b in run.config.allocate.parsed() for m in run.config.methods):

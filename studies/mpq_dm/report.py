@@ -59,8 +59,10 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
             f"{schedule['sampler']['guidance']:g}."
         ),
         "",
-        "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the range "
-        "over seeds with more.",
+        (
+            "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the range "
+            "over seeds with more."
+        ),
         "",
     ]
     for model, rows in quantized.groupby("model", sort=False):
@@ -88,8 +90,10 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
     lines += ["### In ratios", "", *_verdicts(quantized, full), ""]
     for control in ("mpq-dm", "mpq-dm+checked"):
         lines += [
-            f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how many "
-            "seeds it is below 0.",
+            (
+                f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how many "
+                "seeds it is below 0."
+            ),
             "",
             *_differences(quantized, "ours", control),
             "",
@@ -213,8 +217,10 @@ def _differences(quantized: pd.DataFrame, a: str, b: str) -> list[str]:
 
 def _verdicts(quantized: pd.DataFrame, full: pd.DataFrame) -> list[str]:
     lines = [
-        "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD "
-        "to FP | to data |"
+        (
+            "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD "
+            "to FP | to data |"
+        )
     ]
     lines.append("|---|---|---|---|---|---|")
     for (model, setting), group in quantized.groupby(["model", "setting"], sort=False):

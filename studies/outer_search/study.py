@@ -305,8 +305,10 @@ def comparisons(rows: list[dict[str, str]], present: list[tuple[str, str]]) -> l
     """A table of ``outer-search`` against every other arm, seed by seed: ratios of FD, and paired differences of
     hypervolumes."""
     text = [
-        "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, "
-        "and mean difference of the",
+        (
+            "`outer-search` against the other arms, over the seeds that both have: geometric mean of the ratios of FD, "
+            "and mean difference of the"
+        ),
         "hypervolumes with its standard error. Rows of a model alone: all pairs of its two modes together.",
         "",
         "| model, mode | against | seeds | "

@@ -59,13 +59,17 @@ def classifier_card(data_dir: Path) -> str:
         [
             "# fmnist-cnn",
             "",
-            "A convolutional classifier of 28x28 grey images; its 64 penultimate features are the embedded feature "
-            "extractor",
+            (
+                "A convolutional classifier of 28x28 grey images; its 64 penultimate features are the embedded feature "
+                "extractor"
+            ),
             f"(`{extractor.label}`).",
             "",
             f"- Test accuracy: {100 * float(hits.double().mean()):.2f} % of {len(hits):,} images of the test split.",
-            f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the features "
-            "(seed 0).",
+            (
+                f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the features "
+                "(seed 0)."
+            ),
             f"- Fréchet distance between two random halves of the training images (30,000 each): {distance:.4f}.",
             *training_lines("fmnist-cnn"),
             "",
@@ -95,12 +99,16 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
         [
             f"# {name}",
             "",
-            f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters (stored "
-            "in half precision),",
+            (
+                f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters (stored "
+                "in half precision),"
+            ),
             "28x28 grey, epsilon prediction, label 10 is the null class of classifier-free guidance.",
             "",
-            f"Measured on {samples} DDIM samples of {steps} steps, guidance {guidance:g}, seeds 0..{samples - 1}, "
-            "class = seed mod 10:",
+            (
+                f"Measured on {samples} DDIM samples of {steps} steps, guidance {guidance:g}, seeds 0..{samples - 1}, "
+                "class = seed mod 10:"
+            ),
             "",
             f"- asked class recognised by fmnist-cnn: {100 * float(hits.double().mean()):.1f} %",
             f"  ({', '.join(f'{k} {100 * v:.0f}' for k, v in by_class.items())});",
@@ -143,8 +151,10 @@ def training_lines(name: str) -> list[str]:
         "## Training",
         "",
         f"- Command: `python studies/reference_models/train.py {name}` and the same with `--export`, seed 0.",
-        f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged weights; "
-        "float32 on one CPU thread.",
+        (
+            f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged weights; "
+            "float32 on one CPU thread."
+        ),
         f"- Loss (running mean): {curve}.",
         f"- This card: `python studies/reference_models/card.py {name}`.",
         "",
