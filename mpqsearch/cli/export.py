@@ -56,9 +56,7 @@ def export(
     run: Run,
     *,
     as_json: bool,
-    target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="neutral, gguf, torchao ... Repeatable.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf ... Repeatable.")] = None,  # noqa: ARG001
     budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,  # noqa: ARG001
     method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,  # noqa: ARG001
     round_: RoundOption = None,  # noqa: ARG001
