@@ -2,6 +2,7 @@
 
 from mpqsearch.models.calls import Call, Calls, capture, load_calls, make_call, save_calls
 from mpqsearch.models.denoiser import Condition, Denoiser, Denoises, Given, adapt, weights_digest
+from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.discover import discover, example_condition
 from mpqsearch.models.loader import EMBEDDED, REFERENCE, load_model
 from mpqsearch.models.weights import StreamedModel, discover_streamed, open_streamed
@@ -25,6 +26,7 @@ __all__ = [
     "load_model",
     "make_call",
     "open_streamed",
+    "resolve_device",
     "save_calls",
     "weights_digest",
 ]

@@ -17,6 +17,7 @@ from torch import nn
 from mpqsearch.errors import ModelError, UnknownNameError
 from mpqsearch.models.calls import Call
 from mpqsearch.models.denoiser import DEFAULT_SCHEDULER, Denoiser, adapt
+from mpqsearch.models.devices import resolve_device
 
 REFERENCE = Path(__file__).parent / "reference"
 EMBEDDED = ("fmnist-unet", "fmnist-dit")
@@ -39,7 +40,7 @@ def load_model(
     component: str = "",
     calls: Sequence[Call] = (),
 ) -> Denoiser:
-    """Load a denoiser on ``device``.
+    """Load a denoiser on ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``; see `resolve_device`).
 
     source
         An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline, of
@@ -57,7 +58,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    how = _How(device=device, dtype=DTYPES[dtype], revision=revision, component=component, calls=calls)
+    how = _How(device=resolve_device(device), dtype=DTYPES[dtype], revision=revision, component=component, calls=calls)
     if source in EMBEDDED:
         return _load_folder(REFERENCE / source, source, how)
     path = Path(source).expanduser()
@@ -79,7 +80,7 @@ def load_model(
 class _How:
     """How a model is loaded: see `load_model`; ``dtype`` None keeps that of the file."""
 
-    device: str
+    device: torch.device
     dtype: torch.dtype | None
     revision: str | None
     component: str
