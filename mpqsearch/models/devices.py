@@ -24,7 +24,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if kind == "cuda":
         _require_cuda(name, int(index or 0))
     if kind == "mps" and not _has_mps():
-        raise ConfigError(f"device {name!r} was asked for, but PyTorch {torch.__version__} finds no MPS here: use 'auto'")
+        raise ConfigError(
+            f"device {name!r} was asked for, but PyTorch {torch.__version__} finds no MPS here: use 'auto'"
+        )
     return torch.device(name)
 
 
