@@ -457,10 +457,10 @@ def channel_losses(
     error: Floats = profile.need(f"output_error/{variant}", what).astype(np.float64)
     if bias_correction:
         has_bias = np.repeat(_has_bias(table, profile), profile.channels)
-        error = np.where(has_bias[:, None], profile.need(f"output_error_centred/{variant}", "bias correction"), error)
+        error = np.where(has_bias[:, None], profile.need(f"output_error_corrected/{variant}", "bias correction"), error)
     if loss == "output":
         return error
-    rows = profile.need("gain", what).astype(np.float64)[:, None] * error
+    rows = profile.need("sensitivity", what).astype(np.float64)[:, None] * error
     if loss == "gain":
         return rows
     sums = profile.layer_sum(rows)
@@ -491,7 +491,7 @@ def _has_bias(table: LayerTable, profile: SensitivityProfile) -> tuple[bool, ...
 
 def available_losses(profile: SensitivityProfile, variant: str) -> tuple[str, ...]:
     """The losses of `LOSSES` for which a profile holds the measurements."""
-    needs = dict.fromkeys(LOSSES, "gain") | {
+    needs = dict.fromkeys(LOSSES, "sensitivity") | {
         "weight": f"weight_error/{variant}",
         "output": f"output_error/{variant}",
         "slope": f"weight_error/{variant}",
@@ -638,7 +638,7 @@ def _slopes_of_rows(profile: SensitivityProfile, table: LayerTable, variant: str
     source, slope = _context_slopes(profile, variant, "slope")
     shares = {}
     for name in {variant, source}:
-        by = "gain" if f"output_error/{name}" in profile.arrays and "gain" in profile.arrays else "weight"
+        by = "gain" if f"output_error/{name}" in profile.arrays and "sensitivity" in profile.arrays else "weight"
         shares[name] = channel_losses(profile, table, name, by, bias_correction=bias_correction)
     sums = profile.layer_sum(shares[source])
     factor = np.divide(slope, sums, out=np.zeros_like(sums), where=sums > 0)

@@ -27,15 +27,15 @@ class SensitivityProfile:
         ``sum (w - w_q)**2`` of each row.
     ``output_error/<variant>`` ``[C, W]``
         Mean over calibration inputs and positions of the squared error of that output channel: ``e' H e``, exact.
-    ``output_error_centred/<variant>`` ``[C, W]``
+    ``output_error_corrected/<variant>`` ``[C, W]``
         The same after the mean shift has been folded into the bias: ``e' (H - m m') e``.
     ``quantized_input_error/<variant>@a<bits>`` ``[C, W]``
         Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w'
         x)**2]``, exact.
-    ``gain`` ``[C]``, ``gain_std_error`` ``[C]``
+    ``sensitivity`` ``[C]``, ``sensitivity_std_error`` ``[C]``
         Mean square of the gradient of a random projection of the model's output with respect to that channel (summed
         over positions): what a unit of output error costs at the end.
-    ``step_gain``, ``step_gain_std_error`` ``[C, B]``
+    ``step_sensitivity``, ``step_sensitivity_std_error`` ``[C, B]``
         The gain inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0 where none
         was probed.
     ``output_power`` ``[C]``
@@ -51,7 +51,7 @@ class SensitivityProfile:
         layer makes among the errors of all others: a mean over quantized models that mix ``context_widths``.
     ``layer_activation_error`` ``[L, W]``
         Effect on the model's output of quantizing one layer's input at a static width, if its errors were independent:
-        ``mean (x_q - x)**2 * sum_c gain_c |w_c|**2``.
+        ``mean (x_q - x)**2 * sum_c sensitivity_c |w_c|**2``.
     ``layer_final_error/<variant>`` ``[L, W]``, NaN where not measured
         Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over
         samples in ``layer_final_std_error/<variant>``.
@@ -83,13 +83,13 @@ class SensitivityProfile:
             shape: tuple[int, ...] | None = {
                 "kurtosis": (n,),
                 "kurtosis_smoothed": (n,),
-                "gain": (n,),
-                "gain_std_error": (n,),
+                "sensitivity": (n,),
+                "sensitivity_std_error": (n,),
                 "output_power": (n,),
             }.get(family)
-            if family in ("step_gain", "step_gain_std_error"):
+            if family in ("step_sensitivity", "step_sensitivity_std_error"):
                 shape = (n, array.shape[-1])
-            if family in ("weight_error", "output_error", "output_error_centred", "quantized_input_error"):
+            if family in ("weight_error", "output_error", "output_error_corrected", "quantized_input_error"):
                 shape = (n, w)
             if family.startswith("layer_"):
                 shape = (n_layers, w)
@@ -138,7 +138,7 @@ class SensitivityProfile:
         storage; 0..1."""
         full = self.layer_sum(self.need(f"output_error/{variant}", "the share of the mean shift").astype(np.float64))
         centred = self.layer_sum(
-            self.need(f"output_error_centred/{variant}", "the share of the mean shift").astype(np.float64)
+            self.need(f"output_error_corrected/{variant}", "the share of the mean shift").astype(np.float64)
         )
         share: Array = np.clip(1 - np.divide(centred, full, out=np.ones_like(full), where=full > 0), 0.0, 1.0)
         return share

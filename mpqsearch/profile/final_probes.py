@@ -38,7 +38,7 @@ class FinalProbes:
     the final sample (mean over pixels), since ``v ~ N(0, I / d)``. ``row_square`` maps a variant to ``[C, W]``: mean
     over random probes of the squared effect of one output channel over all steps. ``row_along`` is the mean over
     samples of a channel's effect along the residual times the length of that, in the same unit, so that ``2 row_along``
-    is the slope of the error of the sample (empty without a residual). ``gain`` ``[T, C]``: mean square of ``d(v .
+    is the slope of the error of the sample (empty without a residual). ``sensitivity`` ``[T, C]``: mean square of ``d(v .
     x_final) / dy`` of a channel at a step, summed over positions. ``residual`` ``[K]``: ``v . (x_final -
     x_reference)``, zero at the full-precision model. ``samples`` ``[K]``: how many samples a probe looks at together.
 

@@ -187,20 +187,20 @@ def gptq_profile(
         k: v for k, v in profile.arrays.items() if k.partition("/")[2] != variant or k.partition("/")[0] not in TOGETHER
     }
     plain = profile.arrays[f"output_error/{variant}"].copy()
-    centred = profile.arrays[f"output_error_centred/{variant}"].copy()
+    centred = profile.arrays[f"output_error_corrected/{variant}"].copy()
     for name in profile.names:
         if name in stats:
             layer = table[name]
             plain[profile.rows(name)], centred[profile.rows(name)] = _errors(
                 rows_of(modules[name].weight.detach().float(), layer), layer, profile.widths, fmt, stats[name]
             )
-    arrays |= {f"output_error/{variant}": plain, f"output_error_centred/{variant}": centred}
-    gain = profile.arrays.get("gain", np.ones(sum(profile.channels)))[:, None].astype(np.float64)
+    arrays |= {f"output_error/{variant}": plain, f"output_error_corrected/{variant}": centred}
+    gain = profile.arrays.get("sensitivity", np.ones(sum(profile.channels)))[:, None].astype(np.float64)
     biased = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
     sums = [
         profile.layer_sum(
             gain
-            * np.where(biased, a[f"output_error_centred/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
+            * np.where(biased, a[f"output_error_corrected/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
         )
         for a in (profile.arrays, arrays)
     ]

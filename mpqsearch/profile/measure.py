@@ -240,10 +240,10 @@ def profile_base(
     def probed() -> dict[str, NDArray[Any]]:
         result, n_inputs = _probe(denoiser, table, errors, sampler, spec, means, inputs, report)
         return {
-            "gain": _concat(table, result.gain),
-            "gain_std_error": _concat(table, result.gain_std_error),
-            "step_gain": _concat(table, result.step_gain),
-            "step_gain_std_error": _concat(table, result.step_gain_std),
+            "sensitivity": _concat(table, result.gain),
+            "sensitivity_std_error": _concat(table, result.sensitivity_std_error),
+            "step_sensitivity": _concat(table, result.step_sensitivity),
+            "step_sensitivity_std_error": _concat(table, result.step_sensitivity_std),
             **{f"layer_probe_error/{v}": _stack(table, result.layer_error[v]) for v in errors},
             **{f"layer_probe_std_error/{v}": _stack(table, result.layer_error_std[v]) for v in errors},
             "probe_inputs": np.asarray(n_inputs),
@@ -267,7 +267,7 @@ def profile_base(
                 lambda: _probe_contexts(denoiser, table, policy, errors, sampler, spec, means, report),
             )
     if spec.activation_bits:
-        gains = torch.split(torch.from_numpy(arrays["gain"]).double(), [la.n_channels for la in table])
+        gains = torch.split(torch.from_numpy(arrays["sensitivity"]).double(), [la.n_channels for la in table])
         seeds = range(spec.first_seed, spec.first_seed + spec.samples)
         arrays |= activation_arrays(
             denoiser,

@@ -40,7 +40,7 @@ Errors = Callable[[LayerSpec, RowStatistics], Iterable[tuple[slice, Mapping[str,
 quantizer variant. The statistics that it gets have no second moment."""
 
 Tables = dict[str, dict[str, Tensor]]
-"""Layer -> ``output_error/<variant>`` and ``output_error_centred/<variant>``, ``[C, W]`` float32."""
+"""Layer -> ``output_error/<variant>`` and ``output_error_corrected/<variant>``, ``[C, W]`` float32."""
 
 SCRATCH = 4
 """The part of the limit that unfolded inputs and products may take: one in so many."""
@@ -267,7 +267,7 @@ def _tables(
     for variant, full in found.items():
         full = full.clamp_min(0)  # noqa: PLW2901
         out[f"output_error/{variant}"] = full.T.float()
-        out[f"output_error_centred/{variant}"] = (full - torch.cat(shifts[variant], 1).square()).clamp_min(0).T.float()
+        out[f"output_error_corrected/{variant}"] = (full - torch.cat(shifts[variant], 1).square()).clamp_min(0).T.float()
     return out
 
 

@@ -36,17 +36,17 @@ class ProbeInput:
 class ProbeResult:
     """What probes found, each with its standard error over inputs and probes.
 
-    ``gain``, ``gain_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``.
-    ``step_gain``, ``step_gain_std``: layer -> ``[C, B]``, the gain inside each bucket of timesteps (0 where a bucket
+    ``sensitivity``, ``sensitivity_std_error``: layer -> ``[C]``. ``layer_error``, ``layer_error_std``: variant -> layer -> ``[W]``.
+    ``step_sensitivity``, ``step_sensitivity_std``: layer -> ``[C, B]``, the gain inside each bucket of timesteps (0 where a bucket
     had no input).
     """
 
     gain: Mapping[str, Tensor]
-    gain_std_error: Mapping[str, Tensor]
+    sensitivity_std_error: Mapping[str, Tensor]
     layer_error: Mapping[str, Mapping[str, Tensor]]
     layer_error_std: Mapping[str, Mapping[str, Tensor]]
-    step_gain: Mapping[str, Tensor]
-    step_gain_std: Mapping[str, Tensor]
+    step_sensitivity: Mapping[str, Tensor]
+    step_sensitivity_std: Mapping[str, Tensor]
 
 
 class Moments:
@@ -107,7 +107,7 @@ class Prober:
         self._generator = torch.Generator().manual_seed(seed)
         self._timesteps = int(denoiser.scheduler.get("num_train_timesteps", 1000))
         self._gain = {la.name: Moments() for la in table}
-        self._step_gain = {la.name: [Moments() for _ in range(buckets)] for la in table}
+        self._step_sensitivity = {la.name: [Moments() for _ in range(buckets)] for la in table}
         self._layer_error = {v: {la.name: Moments() for la in table} for v in errors}
 
     def run(self, inputs: Sequence[ProbeInput], tick: Callable[[int], Any] | None = None) -> None:
@@ -138,20 +138,20 @@ class Prober:
         size = {la.name: la.n_channels for la in self._table}
         return ProbeResult(
             gain={n: m.mean(size[n]) for n, m in self._gain.items()},
-            gain_std_error={n: m.std_error(size[n]) for n, m in self._gain.items()},
+            sensitivity_std_error={n: m.std_error(size[n]) for n, m in self._gain.items()},
             layer_error={v: {n: m.mean(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()},
             layer_error_std={
                 v: {n: m.std_error(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()
             },
-            step_gain={n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
-            step_gain_std={n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_gain.items()},
+            step_sensitivity={n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()},
+            step_sensitivity_std={n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()},
         )
 
     def _sink(self, item: ProbeInput) -> Callable[[str, Tensor, Tensor, Tensor], None]:
         def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
             gain = item.weight * square.cpu()
             self._gain[name].add(gain)
-            buckets = self._step_gain[name]
+            buckets = self._step_sensitivity[name]
             buckets[min(item.timestep * len(buckets) // self._timesteps, len(buckets) - 1)].add(gain)
             layer = self._table[name]
             effect: dict[str, Tensor] = {}

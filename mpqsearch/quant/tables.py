@@ -88,7 +88,7 @@ def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tenso
     """Errors ``[C, W]`` of every row at every width, from the weight errors ``[W, C, D]`` of `width_errors`.
 
     ``weight_error``: ``sum (w - w_q)**2``. With ``stats`` also ``output_error`` = ``e' H e``, the exact mean squared
-    error of that output channel over the calibration set, and ``output_error_centred`` = ``e' (H - m m') e``, what is
+    error of that output channel over the calibration set, and ``output_error_corrected`` = ``e' (H - m m') e``, what is
     left of it once the mean shift is folded into the bias. Rows are independent given the input, so the layer's error
     is the sum over rows.
     """
@@ -96,7 +96,7 @@ def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tenso
     if stats is not None:
         through = [_through(error, stats) for error in errors]
         tables["output_error"] = torch.stack([full for full, _ in through], 1)
-        tables["output_error_centred"] = torch.stack(
+        tables["output_error_corrected"] = torch.stack(
             [(full - shift.square()).clamp_min(0) for full, shift in through], 1
         )
     return tables

@@ -191,7 +191,7 @@ class GainInfo:
 def gain_info(profile: SensitivityProfile, timesteps: int = 1000) -> GainInfo:
     """Gains over depth and time; ``timesteps`` is the length of the schedule. Raises `ConfigError` when the profile
     holds none."""
-    steps = profile.need("step_gain", "the picture of gains over time").astype(np.float64)
+    steps = profile.need("step_sensitivity", "the picture of gains over time").astype(np.float64)
     mean = profile.layer_sum(steps) / np.array(profile.channels, dtype=np.float64)[:, None]
     buckets = steps.shape[1]
     return GainInfo(
@@ -235,6 +235,6 @@ def write_profile_figures(folder: Path, profile: SensitivityProfile, timesteps: 
     }
     if any(k.startswith("layer_final_error/") for k in profile.arrays):
         draws["profile_measured"] = lambda: plot_sensitivity(sensitivity_info(profile, MEASURED))
-    if "step_gain" in profile.arrays:
+    if "step_sensitivity" in profile.arrays:
         draws["profile_gain"] = lambda: plot_gain(gain_info(profile, timesteps))
     return [path for stem, draw in draws.items() for path in save_figure(render(draw), folder / stem)]

@@ -34,8 +34,8 @@ class SensitivityInfo:
 
 
 def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int = 8) -> SensitivityInfo:
-    """Loss of every layer if it alone is quantized: gain × output error, summed over its channels (the error alone
-    without gains, and that of the weights in a profile of nothing else).
+    """Loss of every layer if it alone is quantized: sensitivity × output error, summed over its channels (the error alone
+    without sensitivities, and that of the weights in a profile of nothing else).
 
     ``variant`` is one of ``profile.variants`` (default: ``asymmetric`` if it is there, else the first) or ``measured``,
     for the error of final samples with only that layer quantized. The worst are ranked at the narrowest width that was
@@ -51,9 +51,9 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     else:
         family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
         error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)
-        gain = profile.arrays.get("gain")
-        loss = profile.layer_sum(error if gain is None else gain[:, None].astype(np.float64) * error)
-        label = f"{f'{family} error' if gain is None else 'gain × output error'} ({chosen})"
+        sensitivity = profile.arrays.get("sensitivity")
+        loss = profile.layer_sum(error if sensitivity is None else sensitivity[:, None].astype(np.float64) * error)
+        label = f"{f'{family} error' if sensitivity is None else 'sensitivity × output error'} ({chosen})"
     loss = np.asarray(loss, dtype=np.float64)
     known_widths = np.isfinite(loss).any(axis=0)
     narrowest = int(np.argmax(known_widths))

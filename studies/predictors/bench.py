@@ -226,7 +226,7 @@ class Bench:
             arrays = {
                 "effect": found.effect["auto"],
                 "rows": found.row_square["auto"],
-                "gain": found.gain,
+                "sensitivity": found.gain,
                 "residual": found.residual,
             }
             return arrays, 2 * len(seeds) * SAMPLER.steps * (2 + 2 * probes + bool(residual))
@@ -273,7 +273,7 @@ class Bench:
                 return np.add.reduceat(values.astype(np.float64), starts, axis=0)
 
             biased = np.repeat([la.has_bias for la in self.table], [la.n_channels for la in self.table])
-            output = np.where(biased[:, None], arrays["output_error_centred/auto"], arrays["output_error/auto"])
+            output = np.where(biased[:, None], arrays["output_error_corrected/auto"], arrays["output_error/auto"])
             relative = by_layer(output) / np.maximum(by_layer(power), 1e-30)[:, None]
             found = {
                 "weight": by_layer(arrays["weight_error/auto"]),
@@ -287,7 +287,7 @@ class Bench:
         return self.part("static", measure)
 
     def eps_probes(self, probes: int = 2) -> dict[str, Any]:
-        """Probes of the denoiser's own output: ``gain`` ``[C]``, ``layer`` ``[L, W]``, and ``absolute`` ``sum |g dW|``
+        """Probes of the denoiser's own output: ``sensitivity`` ``[C]``, ``layer`` ``[L, W]``, and ``absolute`` ``sum |g dW|``
         ``[L, W]``."""
 
         def measure() -> tuple[dict[str, Any], float]:
@@ -297,7 +297,7 @@ class Bench:
             )
             gain = np.concatenate([found.gain[la.name].numpy() for la in self.table])
             layer = np.stack([found.layer_error["auto"][la.name].numpy() for la in self.table])
-            return {"gain": gain, "layer": layer}, 2 * len(inputs) * (1 + 2 * probes)
+            return {"sensitivity": gain, "layer": layer}, 2 * len(inputs) * (1 + 2 * probes)
 
         return self.part("eps-probes", measure)
 

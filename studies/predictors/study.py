@@ -104,7 +104,7 @@ def of_one_prediction(cell: Cell, static: dict[str, Any]) -> None:
     b, columns, eps, absolute = cell.bench, cell.columns, cell.bench.eps_probes(), cell.bench.absolute()
     cell.additive("sum |g dW|", absolute["absolute"][:, columns], static, absolute)
     starts = np.cumsum([0, *(la.n_channels for la in b.table)])[:-1]
-    gain = np.add.reduceat(eps["gain"][:, None] * static["rows"], starts, axis=0)
+    gain = np.add.reduceat(eps["sensitivity"][:, None] * static["rows"], starts, axis=0)
     cell.additive("gain x exact row error", gain[:, columns], static, eps)
     cell.additive("layer probe of the prediction", eps["layer"][:, columns], static, eps)
 

@@ -68,7 +68,7 @@ def cover(name: str) -> Covered:
         spec = CalibrationSpec(probe_inputs=1, probes=1, schemes=("asymmetric",), smooth=False)
         profile = profile_model(denoiser, table, policy, SamplerSpec(steps=1), spec, fmt)
         searched = [la for la in table if policy.fixed_width(la) is None]
-        assert any(profile.arrays["gain"][profile.rows(la.name)].any() for la in searched), (
+        assert any(profile.arrays["sensitivity"][profile.rows(la.name)].any() for la in searched), (
             "no error of any layer reaches the output"
         )
         change = {}

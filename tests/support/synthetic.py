@@ -59,7 +59,7 @@ class SyntheticEvaluator:
         for i, name in enumerate(self.profile.names):
             widths = candidate.bit_map.channel_widths(name, self.table[name].n_channels)
             rows = self.profile.rows(name)
-            gain = self.profile.arrays["gain"][rows].astype(np.float64)
+            gain = self.profile.arrays["sensitivity"][rows].astype(np.float64)
             picked = error[rows][np.arange(len(widths)), [column[int(b)] for b in widths]]
             total += float(self.bias[i] * (gain * picked).sum())
         return float(total**1.2)
@@ -89,7 +89,7 @@ class SyntheticEvaluator:
         names = self.profile.names
         now = np.concatenate([candidate.bit_map.channel_widths(n, self.table[n].n_channels) for n in names])
         present = error[np.arange(len(error)), [column[int(b)] for b in now]]
-        weight = np.repeat(self.bias, self.profile.channels) * self.profile.arrays["gain"].astype(np.float64)
+        weight = np.repeat(self.bias, self.profile.channels) * self.profile.arrays["sensitivity"].astype(np.float64)
         half = 0.6 * truth ** (1 - 1 / 1.2) * weight[:, None] * (error - present[:, None])
         rng = np.random.default_rng([*seeds, 6])
         batches = -(-len(seeds) // batch)

@@ -133,14 +133,14 @@ def tiny_profile(
         return (level * 4.0**-bits * rng.lognormal(sigma=0.2, size=(n, len(widths)))).astype(np.float32)
 
     arrays: dict[str, Any] = {
-        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_smoothed", "gain", "output_power")
+        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
     }
-    arrays["gain_std_error"] = 0.1 * arrays["gain"]
+    arrays["sensitivity_std_error"] = 0.1 * arrays["sensitivity"]
 
     def price(variant: str) -> None:
         arrays[f"weight_error/{variant}"] = errors()
         arrays[f"output_error/{variant}"] = errors()
-        arrays[f"output_error_centred/{variant}"] = 0.9 * arrays[f"output_error/{variant}"]
+        arrays[f"output_error_corrected/{variant}"] = 0.9 * arrays[f"output_error/{variant}"]
 
     for variant in ("asymmetric", "auto", "asymmetric+smooth", "asymmetric+smooth+minmax"):
         price(variant)

@@ -161,7 +161,7 @@ def profile_of(table: LayerTable, module: torch.nn.Module, unit: np.ndarray | No
     )
     arrays = {"weight_error/asymmetric": weight}
     if unit is not None:
-        arrays |= {"output_error/asymmetric": weight * unit, "gain": np.ones(len(weight))}
+        arrays |= {"output_error/asymmetric": weight * unit, "sensitivity": np.ones(len(weight))}
     return SensitivityProfile(
         model_digest="d",
         names=("a", "b"),

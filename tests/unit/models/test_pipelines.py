@@ -64,7 +64,7 @@ def test_a_class_conditional_pipeline_is_recorded_saved_loaded_and_profiled(tmp_
     denoiser = load_model(str(tmp_path / "p"), calls=load_calls(tmp_path / "calls.safetensors"))
     table = discover(denoiser)
     profile = profile_model(denoiser, table, Policy(widths=(2, 4)), SamplerSpec(), TINY, QuantFormat(n_candidates=8))
-    gain = profile.arrays["gain"]
+    gain = profile.arrays["sensitivity"]
     silent = gain == 0
     assert silent.sum() == 16  # rows of the last layer that predict the variance, which no sampler here reads
     assert not silent[: profile.rows("proj_out_2").start].any()
@@ -137,8 +137,8 @@ def test_a_text_pipeline_is_recorded_and_profiled(name: str, tmp_path: Path) -> 
     table = discover(denoiser)
     assert not any(la.role == "unused" for la in table)
     profile = profile_model(denoiser, table, Policy(widths=(2, 4)), SamplerSpec(), TINY, QuantFormat(n_candidates=8))
-    assert float(profile.arrays["gain"].min()) >= 0
-    assert sum(profile.arrays["gain"] > 0) > 0.9 * table.n_channels
+    assert float(profile.arrays["sensitivity"].min()) >= 0
+    assert sum(profile.arrays["sensitivity"] > 0) > 0.9 * table.n_channels
 
 
 def test_only_the_denoiser_and_the_scheduler_of_a_pipeline_are_read(tmp_path: Path) -> None:

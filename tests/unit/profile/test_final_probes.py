@@ -117,7 +117,7 @@ def test_buckets_of_timesteps_add_up_to_the_gain() -> None:
     found = probe(denoiser, table, inputs, 1.0, errors, means, probes=1)
     counts = np.bincount([i.timestep * 5 // 1000 for i in inputs], minlength=5)
     for layer in table:
-        weighted = found.step_gain[layer.name] @ torch.from_numpy(counts / counts.sum())
+        weighted = found.step_sensitivity[layer.name] @ torch.from_numpy(counts / counts.sum())
         torch.testing.assert_close(weighted, found.gain[layer.name], rtol=1e-10, atol=0)
 
 

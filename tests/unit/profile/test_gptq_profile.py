@@ -54,7 +54,7 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
                 .reshape(layer.groups, -1, layer.weights_per_channel)
             )
             expected = (torch.bmm(error, moment) * error).sum(2).flatten().numpy()
-            key = "output_error_centred" if layer.has_bias else "output_error"
+            key = "output_error_corrected" if layer.has_bias else "output_error"
             found = after.arrays[f"{key}/auto"][after.rows(name), j]
             # Scales of a width that is alone in its layer may be rounded to storage with another exponent, by the last
             # of their 11 bits.

@@ -89,13 +89,13 @@ def test_predicted_errors_are_those_of_the_layer(name: str) -> None:
             change = by_channel(quantized.double()(x.double()) - exact, layer)
             # The weights are the same to the last bit; what is left is the rounding of float32 sums over positions and
             # taps.
-            predicted = tables["output_error" if means is None else "output_error_centred"][:, j].double()
+            predicted = tables["output_error" if means is None else "output_error_corrected"][:, j].double()
             measured = change.square().mean(1)
             scale = tables["output_error"][:, j].double()  # of a centred error: what the mean shift was subtracted from
             assert float(((predicted - measured).abs() / scale).max()) < 1e-5, (bits, means is None)
             if means is None:
                 shift = change.mean(1)
-                share = (tables["output_error"] - tables["output_error_centred"])[:, j].double()
+                share = (tables["output_error"] - tables["output_error_corrected"])[:, j].double()
                 assert float(((shift.square() - share).abs() / scale).max()) < 1e-5
             else:
                 # The bias is stored in float32: its last bit (6e-8 of its size) against errors of a thousandth at 8

@@ -78,8 +78,8 @@ def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: st
         )
         scale = float(expected["output_error"].max())
         torch.testing.assert_close(
-            found[f"output_error_centred/{variant}"],
-            expected["output_error_centred"].float(),
+            found[f"output_error_corrected/{variant}"],
+            expected["output_error_corrected"].float(),
             rtol=1e-4,
             atol=1e-6 * scale,
         )

@@ -66,9 +66,9 @@ def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     for variant in profile.variants:
         layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
         assert bool((np.diff(layers, axis=1) < 0).all())
-        centred = profile.arrays[f"output_error_centred/{variant}"]
+        centred = profile.arrays[f"output_error_corrected/{variant}"]
         assert bool((centred <= profile.arrays[f"output_error/{variant}"] * (1 + 1e-5)).all())
-    assert bool((profile.arrays["gain"] > 0).all())
+    assert bool((profile.arrays["sensitivity"] > 0).all())
     assert bool((profile.arrays["kurtosis"] > 0.5).all())  # at least 1 for many weights; rows here have as few as 8
     assert set(profile.means) == {la.name for la in table}  # type: ignore[attr-defined]
 

@@ -75,7 +75,7 @@ def test_output_error_is_the_error_of_the_forward_pass(name: str) -> None:
         # order one.
         torch.testing.assert_close(tables["output_error"][:, j], difference.square().mean(1), rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(
-            tables["output_error_centred"][:, j], difference.var(1, unbiased=False), rtol=1e-3, atol=1e-6
+            tables["output_error_corrected"][:, j], difference.var(1, unbiased=False), rtol=1e-3, atol=1e-6
         )
         torch.testing.assert_close(tables["weight_error"][:, j], errors[j].square().sum(1))
 

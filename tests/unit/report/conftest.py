@@ -134,7 +134,7 @@ def make_profile(table: LayerTable) -> SensitivityProfile:
         widths=widths,
         arrays={
             "output_error/asymmetric": error.astype(np.float32),
-            "gain": (layer_gain * rng.lognormal(0, 0.3, n)).astype(np.float32),
+            "sensitivity": (layer_gain * rng.lognormal(0, 0.3, n)).astype(np.float32),
             "kurtosis": np.full(n, 3.0, np.float32),
         },
     )

@@ -54,7 +54,7 @@ def test_kurtosis_and_gain_show_what_the_profile_holds() -> None:
     rng = np.random.default_rng(0)
     steps = rng.lognormal(size=(TABLE.n_channels, 5)).astype(np.float32)
     steps[:, 2] = 0
-    measured = profile(step_gain=steps)
+    measured = profile(step_sensitivity=steps)
     info = gain_info(measured)
     assert info.edges == (0, 200, 400, 600, 800, 1000)
     assert np.isnan(info.gain[:, 2]).all()
@@ -68,7 +68,7 @@ def test_kurtosis_and_gain_show_what_the_profile_holds() -> None:
     assert len(line.get_xdata()) == TABLE.n_channels
     with pytest.raises(ConfigError, match="9"):
         kurtosis_info(measured, bits=9)
-    with pytest.raises(ConfigError, match="step_gain"):
+    with pytest.raises(ConfigError, match="step_sensitivity"):
         gain_info(profile())
 
 

@@ -121,8 +121,8 @@ def test_rounds_measure_gains_at_the_present_map(make_surrogate: Callable[..., S
 
     def remeasure(profile: SensitivityProfile, bit_map: object) -> SensitivityProfile:
         seen.append(bit_map.digest)
-        gain = profile.arrays["gain"][::-1].copy()
-        return replace(profile, arrays={**profile.arrays, "gain": gain})
+        gain = profile.arrays["sensitivity"][::-1].copy()
+        return replace(profile, arrays={**profile.arrays, "sensitivity": gain})
 
     s = make_surrogate(remeasure=remeasure, operating_loss="gain")
     budget = BUDGETS[1]
@@ -138,11 +138,11 @@ def test_rounds_measure_gains_at_the_present_map(make_surrogate: Callable[..., S
 
 def test_timesteps_weigh_the_gains_of_their_bucket(make_surrogate: Callable[..., Surrogate]) -> None:
     s = make_surrogate()
-    with pytest.raises(ConfigError, match="step_gain"):
+    with pytest.raises(ConfigError, match="step_sensitivity"):
         s.losses_of({"timestep": 1.0}, s.method)
     steps = np.ones((s.table.n_channels, 3), dtype=np.float32)
     steps[s.profile.rows(s.profile.names[2])] = [0, 0, 3]  # this layer matters at noise only
-    timed = replace(s, profile=replace(s.profile, arrays={**s.profile.arrays, "step_gain": steps}))
+    timed = replace(s, profile=replace(s.profile, arrays={**s.profile.arrays, "step_sensitivity": steps}))
     ratio = timed.profile.layer_sum(timed.losses_of({"timestep": 2.0}, s.method)) / timed.profile.layer_sum(
         timed.losses_of({}, s.method)
     )
