@@ -267,7 +267,9 @@ def _tables(
     for variant, full in found.items():
         full = full.clamp_min(0)  # noqa: PLW2901
         out[f"output_error/{variant}"] = full.T.float()
-        out[f"output_error_corrected/{variant}"] = (full - torch.cat(shifts[variant], 1).square()).clamp_min(0).T.float()
+        out[f"output_error_corrected/{variant}"] = (
+            (full - torch.cat(shifts[variant], 1).square()).clamp_min(0).T.float()
+        )
     return out
 
 

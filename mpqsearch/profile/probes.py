@@ -143,8 +143,12 @@ class Prober:
             layer_error_std={
                 v: {n: m.std_error(n_widths[v]) for n, m in e.items()} for v, e in self._layer_error.items()
             },
-            step_sensitivity={n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()},
-            step_sensitivity_std={n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()},
+            step_sensitivity={
+                n: torch.stack([m.mean(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()
+            },
+            step_sensitivity_std={
+                n: torch.stack([m.std_error(size[n]) for m in ms], 1) for n, ms in self._step_sensitivity.items()
+            },
         )
 
     def _sink(self, item: ProbeInput) -> Callable[[str, Tensor, Tensor, Tensor], None]:

@@ -375,7 +375,9 @@ def timestep_factor(profile: SensitivityProfile, tilt: float) -> Floats:
     """
     gains = profile.arrays.get("step_sensitivity")
     if gains is None:
-        raise ConfigError("search.space.timestep needs gains by timestep in the profile (step_sensitivity); profile again")
+        raise ConfigError(
+            "search.space.timestep needs gains by timestep in the profile (step_sensitivity); profile again"
+        )
     by_step = profile.layer_sum(gains.astype(np.float64))
     buckets = np.linspace(0.0, 1.0, by_step.shape[1])
     weights = np.exp(tilt * (buckets - 0.5))

@@ -133,7 +133,8 @@ def tiny_profile(
         return (level * 4.0**-bits * rng.lognormal(sigma=0.2, size=(n, len(widths)))).astype(np.float32)
 
     arrays: dict[str, Any] = {
-        k: rng.lognormal(size=n).astype(np.float32) for k in ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
+        k: rng.lognormal(size=n).astype(np.float32)
+        for k in ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
     }
     arrays["sensitivity_std_error"] = 0.1 * arrays["sensitivity"]
 

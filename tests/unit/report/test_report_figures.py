@@ -182,9 +182,9 @@ def test_a_map_of_another_model(table: LayerTable, policy: Policy) -> None:
 def test_sensitivity_is_gain_times_error_summed(profile: SensitivityProfile) -> None:
     info = sensitivity_info(profile, worst=3)
     rows = profile.rows(profile.names[5])
-    expected = (profile.arrays["sensitivity"][rows, None].astype(float) * profile.arrays["output_error/asymmetric"][rows]).sum(
-        axis=0
-    )
+    expected = (
+        profile.arrays["sensitivity"][rows, None].astype(float) * profile.arrays["output_error/asymmetric"][rows]
+    ).sum(axis=0)
     np.testing.assert_allclose(info.loss[5], expected, rtol=1e-6)  # float32 sums
     assert info.worst == tuple(np.argsort(-info.loss[:, 0])[:3])
     assert "sensitivity" in info.label
