@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tomllib
 import types
 import typing
@@ -14,12 +13,12 @@ from typing import Any
 
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
-from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
-from mpqsearch.export import EXPORTERS, ROUNDINGS
 from mpqsearch.methods import MethodSpec
 from mpqsearch.search.space import parse_space
-from mpqsearch.search.study import MODES, PRUNERS, SAMPLERS
+from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, SamplerSpec, SearchSpec
+from mpqsearch.specs.targets import ROUNDINGS, check_targets
+from mpqsearch.toml_text import dump_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +70,11 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """See `mpqsearch.sampling.SamplerSpec`."""
-
-    name: str = "ddim"
-    steps: int = 10
-    guidance: float = 1.0
-    batch: int = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig:
-    """See `mpqsearch.profile.CalibrationSpec`.
+class CalibrationConfig(CalibrationSpec):
+    """`CalibrationSpec`, and where its inputs come from.
 
     With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes``
-    counts. With ``prediction_only`` only what predicts the loss of given maps is measured.
+    counts.
 
     ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of
     ``samples``: the losses ``operating`` that a method can then take.
@@ -95,35 +84,16 @@ class CalibrationConfig:
     """
 
     captured: str = ""
-    samples: int = 8
-    first_seed: int = 1_000_000
-    probe_inputs: int = 40
-    probes: int = 2
-    buckets: int = 5
-    sampler_seeds: int = 8
-    sampler_probes: int = 4
-    context_seeds: int = 12
-    context_widths: tuple[int, ...] = (2, 3, 4)
-    schemes: tuple[str, ...] = ("asymmetric", "auto")
-    smooth: bool = False
-    activation_bits: tuple[int, ...] = ()
-    final_widths: tuple[int, ...] = ()
-    final_seeds: int = 8
-    target_error: float = 0.0
-    race: float = 0.0
-    checkpoint: bool = False
-    seed: int = 0
-    prediction_only: bool = False
     weights_only: bool = False
     at: str = ""
 
     def __post_init__(self) -> None:
+        CalibrationSpec.__post_init__(self)
         for name in ("weights_only", "captured"):
             if self.at and getattr(self, name):
                 raise ConfigError(
                     f"calibration.at = {self.at!r} measures gains at a bit map with the sampler, which "
-                    f"calibration.{name} does without: set "
-                    "one of them"
+                    f"calibration.{name} does without: set one of them"
                 )
         if self.weights_only and self.prediction_only:
             raise ConfigError(
@@ -133,18 +103,15 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationsConfig:
-    """How scales of quantized activations are calibrated, for methods with ``act_bits``: trajectories of the sampler
-    with seeds ``first_seed .. first_seed + samples - 1``, and the range search of
-    `mpqsearch.quant.ActivationSearch`."""
+class ActivationsConfig(ActivationSearch):
+    """The range search of quantized activations, for methods with ``act_bits``, and what it looks at: trajectories of
+    the sampler with seeds ``first_seed .. first_seed + samples - 1``."""
 
     samples: int = 8
     first_seed: int = 1_000_000
-    p: float = 2.4
-    n_candidates: int = 80
-    zero_points: bool = False
 
     def __post_init__(self) -> None:
+        ActivationSearch.__post_init__(self)
         if self.samples < 1:
             raise ConfigError(f"activations.samples must be at least 1, got {self.samples}")
 
@@ -166,7 +133,7 @@ class AllocateConfig:
     maps: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_targets(self.targets, "allocate.targets")
+        check_targets(self.targets, "allocate.targets")
         if self.target_probes < 0:
             raise ConfigError(f"allocate.target_probes must be at least 0, got {self.target_probes}")
 
@@ -196,56 +163,35 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """How a quantized student is trained; see `mpqsearch.distill.DistillSpec`, `TRDSpec` and
-    `mpqsearch.quant.param_groups`.
+class DistillConfig(DistillSpec):
+    """`DistillSpec`, the student (`mpqsearch.quant.build_student` and `param_groups`), its data and its checks.
 
     ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr``, ``weight_lr``, ``weight_scale_lr`` and
     ``activation_scale_lr`` are learning rates in units of the mean quantization step of a layer; ``lr_factor``
     multiplies all of them. The defaults are for a few hundred steps; the released codes of EfficientDM and MPQ-DM train
     16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are kept in files and repeat (0:
-    run online, never repeated). ``seed`` chooses the training noise. ``check_every``: every so many steps, and before
-    the first, the student's Fréchet distance to full precision is measured on ``check_samples`` samples of the seeds
-    from ``check_seed`` on, and the student of the least is what comes out (0: that of the last step). ``methods`` are
-    trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
+    run online, never repeated). ``seed`` chooses the training noise. With ``check_every`` the student's Fréchet distance
+    to full precision is measured on ``check_samples`` samples of the seeds from ``check_seed`` on, and the student of
+    the least is the result. ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
     """
 
     trainable: str = "lora"
     rank: int = 32
-    steps: int = 400
     batch: int = 8
     seed: int = 0
     cached: int = 0
-    window: int = 2
-    temperature: float = 0.1
-    weight: float = 0.1
-    pooled_size: int = 16
-    truncate: bool = False
-    queue: int = 0
-    as_released: bool = False
-    feature: str = ""
     lora_lr: float = 0.04
     weight_lr: float = 0.04
     weight_scale_lr: float = 1e-3
     activation_scale_lr: float = 5e-3
     lr_factor: float = 1.0
-    weight_decay: float = 0.01
-    ema: float = 0.0
-    timestep_weights: str = "uniform"
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    precision: str = "float32"
-    explosion: float = 20.0
-    check_every: int = 0
     check_samples: int = 128
     check_seed: int = 3_000_000
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    tensorboard: bool = False
     methods: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        DistillSpec.__post_init__(self)
         for text in self.budgets:
             Budget.parse(text)
         if self.trainable not in TRAINABLE:
@@ -259,6 +205,11 @@ class DistillConfig:
             raise ConfigError(
                 f"distill.check_samples must be at least 2, the least that has a covariance, got {self.check_samples}"
             )
+
+    @property
+    def check_seeds(self) -> range:
+        """Seeds of the samples on which the student is checked."""
+        return range(self.check_seed, self.check_seed + self.check_samples)
 
 
 TRAINABLE = ("scales", "lora", "all")
@@ -286,114 +237,9 @@ class ExportConfig:
     rounding: str = "resolve"
 
     def __post_init__(self) -> None:
-        _check_targets(self.targets, "export.targets")
+        check_targets(self.targets, "export.targets")
         if self.rounding not in ROUNDINGS:
             raise UnknownNameError("rounding", self.rounding, ROUNDINGS, "(export.rounding)")
-
-
-def _check_targets(names: Sequence[str], where: str) -> None:
-    for name in names:
-        if name not in EXPORTERS:
-            raise UnknownNameError("export target", name, EXPORTERS, f"({where})")
-
-
-DEFAULT_SPACE: Mapping[str, Any] = {
-    "exponent": [0.5, 2.0],
-    "row_exponent": [0.5, 2.0],
-    "low_bits": [-1.0, 2.0],
-    "kurtosis": [-1.0, 1.0],
-    "depth": [-3.0, 3.0],
-    "role_conv": [0.2, 5.0],
-    "role_shortcut": [0.2, 5.0],
-    "role_attention": [0.2, 5.0],
-    "role_time": [0.2, 5.0],
-    "role_resample": [0.2, 5.0],
-    "granularity": ["channel", "layer"],
-}
-"""The space of a search that declares none."""
-
-
-INPUT_SEEDS = 4
-"""Trajectories from which the inputs of the search's cheap rung come; their seeds follow the search seeds, the final
-seeds theirs, and the seeds of the refinement those."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """The outer search around one method; ``trials`` 0: none.
-
-    ``method``: the method whose integer program is searched around (empty: the last one with an integer program).
-    ``mode``: ``front`` (one value over the budgets) or ``pareto`` (bits and error, budgets between ``low_bits`` and
-    ``high_bits``). ``sampler``: tpe, gp, nsga2, cmaes, random, qmc. ``pruner``: wilcoxon, median, none. ``budgets``:
-    the grid (empty: those of ``[allocate]``). ``samples`` search seeds from ``first_seed``, ``chunk`` at a time; they
-    are not those of ``[evaluate]``, on which the winners are judged. ``inputs`` denoiser inputs for the cheap rung (0:
-    none). ``error``: what is minimized, ``features`` (squared distance of the extractor's features of a sample to those
-    of the full-precision one) or ``pixels``. ``finalists``: maps a budget that run again on ``final_samples`` further
-    seeds, which choose the one handed out (0 samples: the search seeds choose); only what beats the plain program's map
-    there by more than a standard error takes its place. ``refine``: rounds of measured descent from the best finalist
-    of each budget (`mpqsearch.search.refine`; 0: none), with ``refine_samples`` seeds for the slopes and as many for
-    choosing steps in each round. ``top``: maps a budget that are measured on the report seeds. ``repeats``: draws of
-    the random arms. ``act_bits``: activation width of searched layers. ``refit``: correct the loss table by what was
-    measured, solve again and say whether it pays. ``study``: its name in the storage (empty: that of the run folder).
-    ``space``: what may change, see `mpqsearch.search.space`. ``start_from``: a map from elsewhere, or its name in
-    ``[allocate.maps]``; the point nearest to it is tried first, and it is measured beside the winners.
-    """
-
-    method: str = ""
-    mode: str = "front"
-    trials: int = 0
-    sampler: str = "tpe"
-    pruner: str = "wilcoxon"
-    seed: int = 0
-    budgets: tuple[str, ...] = ()
-    low_bits: float = 2.0
-    high_bits: float = 4.0
-    samples: int = 16
-    first_seed: int = 2_000_000
-    chunk: int = 4
-    inputs: int = 32
-    error: str = "features"
-    finalists: int = 4
-    final_samples: int = 48
-    refine: int = 0
-    refine_samples: int = 16
-    top: int = 2
-    repeats: int = 3
-    act_bits: int = 16
-    refit: bool = False
-    study: str = ""
-    start_from: str = ""
-    space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
-
-    @property
-    def seeds(self) -> int:
-        """All seeds from ``first_seed`` that something is chosen on: search seeds, those of the cheap rung, final and
-        refinement seeds."""
-        return self.samples + INPUT_SEEDS + self.final_samples + 2 * self.refine * self.refine_samples
-
-    def __post_init__(self) -> None:
-        least = {
-            "trials": 0,
-            "top": 1,
-            "repeats": 1,
-            "samples": 2,
-            "inputs": 0,
-            "finalists": 1,
-            "final_samples": 0,
-            "refine": 0,
-            "refine_samples": 8,
-        }
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"search.{name} must be at least {low}, got {getattr(self, name)}")
-        if not 1 <= self.chunk <= self.samples:
-            raise ConfigError(f"search.chunk must lie in 1..{self.samples} (search.samples), got {self.chunk}")
-        if not 1 <= self.low_bits < self.high_bits <= 8:
-            raise ConfigError(f"search needs 1 <= low_bits < high_bits <= 8, got {self.low_bits} and {self.high_bits}")
-        check_width(self.act_bits, "search.act_bits")
-        parse_space(self.space)
-        for text in self.budgets:
-            Budget.parse(text)
 
 
 DEFAULT_METHODS = (
@@ -409,12 +255,12 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     policy: Policy = field(default_factory=Policy)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     allocate: AllocateConfig = field(default_factory=AllocateConfig)
     methods: tuple[MethodSpec, ...] = DEFAULT_METHODS
-    search: SearchConfig = field(default_factory=SearchConfig)
+    search: SearchSpec = field(default_factory=SearchSpec)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -442,7 +288,7 @@ class Config:
             if name not in names:
                 raise UnknownNameError("method", name, names, "(distill.methods)")
         self._check_search()
-        self._check_training()
+        self._check_seeds()
         if self.export.budget:
             Budget.parse(self.export.budget)
 
@@ -454,36 +300,29 @@ class Config:
         return by_name[name]
 
     def _check_search(self) -> None:
-        for what, value, known in (
-            ("sampler", self.search.sampler, SAMPLERS),
-            ("mode", self.search.mode, MODES),
-            ("pruner", self.search.pruner, PRUNERS),
-        ):
-            if value not in known:
-                raise UnknownNameError(f"{what} of the search", value, known, f"(search.{what})")
+        parse_space(self.search.space)
         searched = [m.name for m in self.methods if m.allocator == "search"]
         if searched and not self.search.trials:
             raise ConfigError(
                 f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one"
             )
-        c, e = self.search, self.evaluate
-        if c.trials and c.first_seed < e.first_seed + e.samples and e.first_seed < c.first_seed + c.seeds:
-            raise ConfigError(
-                f"the seeds of the search {c.first_seed}..{c.first_seed + c.seeds - 1} and the report seeds "
-                f"{e.first_seed}.."
-                f"{e.first_seed + e.samples - 1} overlap: a map would be judged on the noise that chose it. Move "
-                "search.first_seed."
-            )
 
-    def _check_training(self) -> None:
-        c, e = self.distill, self.evaluate
-        if c.check_every and c.check_seed < e.first_seed + e.samples and e.first_seed < c.check_seed + c.check_samples:
-            raise ConfigError(
-                f"the seeds that choose the trained model {c.check_seed}..{c.check_seed + c.check_samples - 1} and "
-                "the report seeds "
-                f"{e.first_seed}..{e.first_seed + e.samples - 1} overlap: it would be judged on the noise that chose "
-                "it. Move distill.check_seed."
-            )
+    def _check_seeds(self) -> None:
+        """Raise `ConfigError` when something is judged on the noise that chose it."""
+        report = range(self.evaluate.first_seed, self.evaluate.first_seed + self.evaluate.samples)
+        chosen_on = {}
+        if self.search.trials:
+            first = self.search.first_seed
+            chosen_on["search.first_seed"] = ("of the search", range(first, first + self.search.seeds))
+        if self.distill.check_every:
+            chosen_on["distill.check_seed"] = ("that choose the trained model", self.distill.check_seeds)
+        for key, (what, seeds) in chosen_on.items():
+            if seeds.start < report.stop and report.start < seeds.stop:
+                raise ConfigError(
+                    f"the seeds {what} {seeds.start}..{seeds.stop - 1} and the report seeds "
+                    f"{report.start}..{report.stop - 1} overlap: a result would be judged on the noise that chose it. "
+                    f"Move {key}."
+                )
 
     def to_data(self) -> dict[str, Any]:
         """As plain data, defaults filled in."""
@@ -492,17 +331,7 @@ class Config:
 
     def to_toml(self) -> str:
         """As TOML text that `load_config` reads back to the same configuration."""
-        lines: list[str] = []
-        for section, value in self.to_data().items():
-            for table in value if isinstance(value, list) else [value]:
-                lines.append(f"[[{section}]]" if isinstance(value, list) else f"[{section}]")
-                nested = {k: v for k, v in table.items() if isinstance(v, dict)}
-                lines += [f"{k} = {json.dumps(v)}" for k, v in table.items() if v is not None and k not in nested]
-                for key, inner in nested.items():
-                    lines.append(f"[{section}.{key}]")
-                    lines += [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in inner.items()]
-                lines.append("")
-        return "\n".join(lines)
+        return dump_toml(self.to_data())
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -516,9 +345,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         if not path.is_file():
             raise ConfigError(f"the configuration {path} does not exist. Presets are in the folder studies/.")
         try:
-            data = tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path} is not text in UTF-8, which TOML is: {error.reason}. Save it as UTF-8."
+            ) from error
+        except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     for text in overrides:
         _override(data, text)
     return config_from(data)

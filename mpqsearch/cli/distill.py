@@ -30,11 +30,10 @@ def distill(
     """
     from mpqsearch import stages
     from mpqsearch.core import Budget
-    from mpqsearch.stages.distilling import KEYS, distill_specs
+    from mpqsearch.stages.distilling import KEYS
 
     limit = Budget.parse(budget)
     run.config.method(method)
-    distill_specs(run)
     stages.start(run)
     table = stages.layers(run)
     run.require_sampler("training on trajectories of the sampler (distill)")

@@ -1,20 +1,19 @@
 """Distillation of a quantized student: teacher trajectories, the relation loss, and the loop."""
 
-from mpqsearch.distill.loop import PRECISIONS, DistillSpec, DistillState, distill
+from mpqsearch.distill.loop import DistillState, distill
 from mpqsearch.distill.processes import Processes, processes
 from mpqsearch.distill.teacher import CachedTrajectories, TeacherSource, TeacherStep, Trajectories
 from mpqsearch.distill.trd import (
     FeatureTap,
     TimeSmoothedRelations,
-    TRDSpec,
     find_feature_module,
     pool_positions,
     relation_log_probabilities,
     relation_loss,
 )
+from mpqsearch.specs import DistillSpec, TRDSpec
 
 __all__ = [
-    "PRECISIONS",
     "CachedTrajectories",
     "DistillSpec",
     "DistillState",

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,97 +33,14 @@ from mpqsearch import artifacts
 from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.distill.processes import Processes
 from mpqsearch.distill.teacher import TeacherSource, TeacherStep
-from mpqsearch.distill.trd import FeatureTap, TimeSmoothedRelations, TRDSpec, find_feature_module
-from mpqsearch.errors import ConfigError, NumericsError, UnknownNameError
+from mpqsearch.distill.trd import FeatureTap, TimeSmoothedRelations, find_feature_module
+from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.quant import held_weights
+from mpqsearch.specs import DistillSpec
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Arithmetic of the student's forward pass; weights, losses and optimiser state are float32 in all of them."""
-
-TIMESTEP_WEIGHTS = ("uniform", "sampler")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSpec:
-    """How a student is trained.
-
-    steps
-        Optimiser steps. Learning rates fall linearly to 0 over them.
-    relation
-        The window, and the relation loss.
-    weight_decay
-        Of AdamW.
-    ema
-        Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
-    timestep_weights
-        Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample
-        for a unit of the mean squared error of that timestep's prediction (`mpqsearch.sampling.prediction_gains`), with
-        mean 1 over the timesteps. Models that predict noise err most where there is little noise left, where it changes
-        the sample least.
-    clip_norm
-        Largest norm of the gradient of all parameters together; 0: not clipped.
-    accumulate
-        Windows whose gradients are averaged for one optimiser step.
-    precision
-        ``float32``, ``bfloat16`` or ``float16`` (GPUs only, with loss scaling).
-    check_every
-        Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at
-        the check with the least, of those before the first step, every ``check_every`` steps and after the last. 0: no
-        checks, it ends as the last step leaves it. The loss is of single predictions on the teacher's path, and can
-        fall while the distribution of the samples moves away from the teacher's.
-    checkpoint_every, keep_last
-        Optimiser steps between checkpoints, and how many are kept.
-    explosion
-        The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of
-        the mean square of the teacher's prediction, whichever is larger; during the first trajectory, of that mean
-        square itself.
-    tensorboard
-        Also write TensorBoard events.
-    """
-
-    steps: int = 400
-    relation: TRDSpec = field(default_factory=TRDSpec)
-    weight_decay: float = 0.01
-    ema: float = 0.0
-    timestep_weights: str = "uniform"
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    precision: str = "float32"
-    check_every: int = 0
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    explosion: float = 20.0
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UnknownNameError("precision", self.precision, PRECISIONS, "(distill.precision)")
-        if self.timestep_weights not in TIMESTEP_WEIGHTS:
-            raise UnknownNameError(
-                "timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)"
-            )
-        if min(self.steps, self.accumulate, self.checkpoint_every, self.keep_last) < 1:
-            raise ConfigError("distill: steps, accumulate, checkpoint_every and keep_last must be at least 1")
-        if self.check_every < 0:
-            raise ConfigError(f"distill: check_every must be at least 0 (0: no checks), got {self.check_every}")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"distill: ema must lie in 0..1 (exclusive), got {self.ema}")
-        if self.clip_norm < 0 or self.weight_decay < 0 or not self.explosion > 1:
-            raise ConfigError("distill: clip_norm and weight_decay must be at least 0, explosion more than 1")
-
-    def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
-
-    def identity(self) -> dict[str, str]:
-        """What the result depends on, as name and value: everything but where checkpoints and logs go."""
-        flat = {
-            k: v
-            for k, v in self.to_data().items()
-            if k not in ("relation", "checkpoint_every", "keep_last", "tensorboard")
-        }
-        return {f"distill.{k}": str(v) for k, v in (flat | self.relation.to_data()).items()}
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What `torch.autocast` is given for a precision of `DistillSpec`; None: it is off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +191,7 @@ class _Run:
             weight_decay=spec.weight_decay,
         )
         self.device = next(iter(self.parameters.values())).device
-        self.precision = PRECISIONS[spec.precision]
+        self.precision = AUTOCAST[spec.precision]
         if self.precision is torch.float16 and self.device.type == "cpu":
             raise ConfigError("distill.precision float16 needs a GPU; bfloat16 and float32 work on a CPU")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
@@ -283,7 +200,9 @@ class _Run:
         self.tap: FeatureTap | None = None
         if spec.relation.weight > 0:
             if spec.relation.queue and processes.world > 1:
-                raise ConfigError("distill.queue keeps the memory of one process; set it to 0 to train on several")
+                raise ConfigError(
+                    "distill.relation.queue keeps the memory of one process; set it to 0 to train on several"
+                )
             name = spec.relation.feature or find_feature_module(student)
             self.tap = FeatureTap(student, name, spec.relation.pooled_size)
         self.windows_per_trajectory = -(-len(source.timesteps) // spec.relation.window)

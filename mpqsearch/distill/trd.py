@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.specs import TRDSpec
 
 EPSILON = 1e-8
 """Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
@@ -32,55 +32,6 @@ EPSILON = 1e-8
 _BLOCK_LISTS = ("up_blocks", "output_blocks", "single_transformer_blocks", "transformer_blocks", "blocks", "layers")
 """Attributes that hold a denoiser's blocks in the order of the forward pass; the last block of the first that exists is
 taken."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TRDSpec:
-    """Options of the relation loss.
-
-    window
-        Consecutive timesteps whose features are averaged, 1..100. The window is also one optimiser step, with or
-        without a relation loss.
-    temperature
-        Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
-    weight
-        Of the relation loss beside the mean squared error; 0 switches it off.
-    pooled_size
-        Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
-    truncate
-        Keep no graph of the earlier timesteps of the window: their features enter as constants, in the memory of one
-        forward pass.
-    queue
-        Earlier windows of the same trajectory whose positions are compared with as well, without a gradient (a memory
-        of relations as in MPQ-DMv2, arXiv 2507.04290).
-    as_released
-        Detach both sides as the released code does: the loss is computed and logged, and trains nothing.
-    feature
-        Module whose output is compared; empty: found by `find_feature_module`.
-    """
-
-    window: int = 2
-    temperature: float = 0.1
-    weight: float = 0.1
-    pooled_size: int = 16
-    truncate: bool = False
-    queue: int = 0
-    as_released: bool = False
-    feature: str = ""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("window", 1, 100), ("pooled_size", 1, 64), ("queue", 0, 16)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ConfigError(f"distill: {name} must lie in {low}..{high}, got {value}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"distill: temperature must be positive and finite, got {self.temperature}")
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise ConfigError(f"distill: weight must be at least 0 and finite, got {self.weight}")
-
-    def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
 
 
 def find_feature_module(module: nn.Module) -> str:
@@ -103,7 +54,7 @@ def find_feature_module(module: nn.Module) -> str:
     raise ModelError(
         f"{type(module).__name__} has none of the block lists {', '.join(_BLOCK_LISTS)}: name the module whose output "
         "is compared "
-        "(distill.feature), or set distill.weight to 0."
+        "(distill.relation.feature), or set distill.relation.weight to 0."
     )
 
 
@@ -128,7 +79,7 @@ def pool_positions(features: Tensor, size: int) -> Tensor:
     raise ModelError(
         "relation distillation compares maps [N, C, H, W] or tokens [N, T, C]; the chosen module gives "
         f"{tuple(features.shape)}. "
-        "Name another one (distill.feature)."
+        "Name another one (distill.relation.feature)."
     )
 
 
@@ -233,7 +184,7 @@ class FeatureTap:
     def __init__(self, module: nn.Module, name: str, pooled_size: int) -> None:
         modules = dict(module.named_modules())
         if name not in modules:
-            raise UnknownNameError("feature module", name, [n for n in modules if n], "(distill.feature)")
+            raise UnknownNameError("feature module", name, [n for n in modules if n], "(distill.relation.feature)")
         self.name, self.pooled_size = name, pooled_size
         self._module = modules[name]
         self._kept: list[Tensor] = []
@@ -255,7 +206,7 @@ class FeatureTap:
         """
         if not self._kept:
             raise ModelError(
-                f"the module {self.name!r} did not run in the forward pass; name another one (distill.feature)"
+                f"the module {self.name!r} did not run in the forward pass; name another one (distill.relation.feature)"
             )
         kept, self._kept = self._kept, []
         return kept[0] if len(kept) == 1 else torch.cat(kept)
@@ -274,7 +225,7 @@ def _tensor_of(output: Any, name: str) -> Tensor:
     if not tensors:
         raise ModelError(
             f"the module {name!r} returns {type(output).__name__}, which holds no tensor; name another one "
-            "(distill.feature)"
+            "(distill.relation.feature)"
         )
     return max(tensors, key=Tensor.numel)
 

@@ -21,7 +21,6 @@ from mpqsearch.export.comfyui import ComfyuiExporter
 from mpqsearch.export.compressed_tensors import CompressedTensorsExporter
 from mpqsearch.export.contract import (
     EXPORTERS,
-    ROUNDINGS,
     Capabilities,
     Choice,
     Exporter,
@@ -59,6 +58,7 @@ from mpqsearch.export.rounding import plan_layers
 from mpqsearch.export.sdcpp import SdcppExporter
 from mpqsearch.export.sdnq import SdnqExporter
 from mpqsearch.export.torchao import TorchaoConfigExporter, TorchaoExporter
+from mpqsearch.specs.targets import ROUNDINGS
 
 register("neutral", NeutralExporter)
 register("quanto", QuantoExporter)

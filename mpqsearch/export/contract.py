@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, StoredBits
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.specs.targets import ROUNDINGS
 
 if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Condition, Denoiser
-
-ROUNDINGS = ("resolve", "up", "down", "error")
-"""What happens to a width that a target cannot hold.
-
-``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next
-width it has, so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
-"""
 
 FULL = "full"
 """Stands for full precision where formats are named."""

@@ -6,7 +6,6 @@ from mpqsearch.profile.final_probes import FinalProbes, final_probes
 from mpqsearch.profile.gptq import InputMoments, beyond_limit, gptq_profile, input_statistics
 from mpqsearch.profile.inputs import InputCollector, columns_of
 from mpqsearch.profile.measure import (
-    CalibrationSpec,
     FinalErrors,
     final_errors,
     price_errors,
@@ -22,6 +21,7 @@ from mpqsearch.profile.probes import Prober, ProbeResult, probe
 from mpqsearch.profile.racing import Stability, relative_error, stability
 from mpqsearch.profile.streaming import Partial, profile_weights
 from mpqsearch.profile.together import choose_alphas
+from mpqsearch.specs import CalibrationSpec
 
 __all__ = [
     "CalibrationSpec",

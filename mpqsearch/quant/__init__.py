@@ -2,7 +2,6 @@
 
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
-    ActivationSearch,
     ActivationTable,
     RangeCollector,
     activation_table_of,
@@ -31,6 +30,7 @@ from mpqsearch.quant.tables import (
     weight_error_tables,
     width_errors,
 )
+from mpqsearch.specs import ActivationSearch
 
 __all__ = [
     "ActivationQuantizer",

@@ -26,32 +26,11 @@ from mpqsearch.models.calls import TIMESTEP_ARGUMENTS
 from mpqsearch.quant.rows import rows_of, stored_scale
 from mpqsearch.quant.search import run_in_shares, takes_compiled
 from mpqsearch.quant.tables import stored_factors
+from mpqsearch.specs import ActivationSearch
 
 BINS = 2048
 """Bins of a histogram, over both signs. With data of one sign a step of 8 bits spans at least two of them, one of 4
 bits 34."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationSearch:
-    """How a range is searched: ``sum |x - x_q|**p`` over the shrink factors ``1 - 0.8 i / n`` of the range, ``i <
-    n_candidates``.
-
-    The defaults are those of the released codes of EfficientDM and MPQ-DM (80 factors in steps of 0.01, p = 2.4), which
-    shrink both ends of the range by one factor. With ``zero_points`` each end is cut where it costs least: all zero
-    points are tried at every eighth factor, then all factors at the best of them. It takes no storage, and up to 40 %
-    off the squared error of four-bit inputs with one long tail (notebook 07).
-    """
-
-    p: float = 2.4
-    n_candidates: int = 80
-    zero_points: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p <= 8 or not 1 <= self.n_candidates <= 1000:
-            raise ConfigError(
-                f"activation search: p in (0, 8] and 1..1000 candidates, got p={self.p}, {self.n_candidates} candidates"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

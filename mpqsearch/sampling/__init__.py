@@ -1,9 +1,7 @@
 """Seeded sampling with one noise stream a sample, over diffusers' own schedulers."""
 
 from mpqsearch.sampling.sampler import (
-    SAMPLERS,
     Chain,
-    SamplerSpec,
     Step,
     chain_of,
     labels_of,
@@ -14,6 +12,8 @@ from mpqsearch.sampling.sampler import (
     to_uint8,
     trajectory,
 )
+from mpqsearch.specs import SamplerSpec
+from mpqsearch.specs.sampler import SAMPLERS
 
 __all__ = [
     "SAMPLERS",

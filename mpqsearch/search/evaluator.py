@@ -22,7 +22,6 @@ from mpqsearch.profile import InputMoments, calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.activations import (
-    ActivationSearch,
     ActivationTable,
     attach_clock,
     attach_quantizer,
@@ -33,6 +32,7 @@ from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint
 from mpqsearch.search.cache import Measured
 from mpqsearch.search.ladder import Slopes
 from mpqsearch.search.surrogate import Candidate
+from mpqsearch.specs import ActivationSearch
 
 REPORTED = ("fd_fp", "fd_data", "paired_psnr")
 

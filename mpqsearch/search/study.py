@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mpqsearch.errors import ConfigError, MpqsearchError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.search.objective import Objective, ObjectiveFunction, Pruning
 from mpqsearch.search.workers import GRACE_S, HEARTBEAT_S, Lookout, Worker
+from mpqsearch.specs.search import MODES, PRUNERS, SAMPLERS
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("mpqsearch")
 
 Mode = Literal["front", "pareto"]
-MODES: tuple[Mode, ...] = ("front", "pareto")
-SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "random", "qmc")
-PRUNERS = ("wilcoxon", "median", "none")
 
 MAX_FAILURES = 10
 """A study is given up after so many failed trials of one worker in a row."""

@@ -147,14 +147,6 @@ def same_model(run: Run, table: LayerTable) -> None:
         )
 
 
-def sampler_of(run: Run) -> Any:
-    """The sampler of the configuration."""
-    from mpqsearch.sampling import SamplerSpec
-
-    c = run.config.sampler
-    return SamplerSpec(name=c.name, steps=c.steps, guidance=c.guidance, batch=c.batch)
-
-
 def json_text(data: Any) -> str:
     """Plain JSON without an envelope, for files that other programs read."""
     return json.dumps(data, indent=2, default=str) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
-from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.evaluating import activation_table, correction_of, reference
 from mpqsearch.stages.exporting import write_model_folder
 from mpqsearch.stages.gptq import moment_inputs
@@ -25,7 +24,7 @@ from mpqsearch.stages.profiling import profile_inputs
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpqsearch.distill import DistillSpec, Processes, TeacherSource
+    from mpqsearch.distill import Processes, TeacherSource
     from mpqsearch.metrics import FeatureExtractor, Reference
     from mpqsearch.quant import ActivationTable
 
@@ -106,15 +105,6 @@ def distill(
     return data
 
 
-def distill_specs(run: Run) -> DistillSpec:
-    """The settings of the loop, from the configuration."""
-    from mpqsearch.distill import DistillSpec, TRDSpec
-
-    c = {f.name: getattr(run.config.distill, f.name) for f in fields(run.config.distill)}
-    relation = TRDSpec(**{f.name: c[f.name] for f in fields(TRDSpec)})
-    return DistillSpec(relation=relation, **{f.name: c[f.name] for f in fields(DistillSpec) if f.name in c})
-
-
 def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
     """Digests of all that a trained student depends on."""
     c = run.config.to_data()
@@ -160,14 +150,13 @@ def _train(
     made = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
     if c.check_every:
         made["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.config.to_data()["evaluate"]])
-    spec = distill_specs(run)
-    with bar_of("distill", spec.steps, unit="step") as bar:
+    with bar_of("distill", c.steps, unit="step") as bar:
         for state in loop(
             run.denoiser,
             student,
             groups,
             source,
-            spec,
+            c,
             folder=folder,
             inputs=made,
             overwrite=run.overwrite,
@@ -191,15 +180,14 @@ def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], fl
     from mpqsearch.quant import convert
     from mpqsearch.sampling import sample, to_uint8
 
-    c = run.config.distill
-    seeds = tuple(range(c.check_seed, c.check_seed + c.check_samples))
+    seeds = tuple(run.config.distill.check_seeds)
     known: list[Reference] = []
 
     def measure(student: nn.Module) -> float:
         if not known:
-            samples = sample(run.denoiser, seeds, sampler_of(run))
+            samples = sample(run.denoiser, seeds, run.config.sampler)
             known.append(Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None))
-        found = sample(run.denoiser.with_module(convert(student).module), seeds, sampler_of(run))
+        found = sample(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
         return distance_to_full_precision(found, known[0], extractor)
 
     return measure
@@ -215,14 +203,14 @@ def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSour
     from mpqsearch.distill import CachedTrajectories, Trajectories, find_feature_module
 
     c = run.config.distill
-    feature = (c.feature or find_feature_module(student)) if c.weight > 0 else ""
+    feature = (c.relation.feature or find_feature_module(student)) if c.relation.weight > 0 else ""
     source = Trajectories(
         run.denoiser,
-        sampler_of(run),
+        run.config.sampler,
         batch=c.batch,
         seed=c.seed,
         feature=feature,
-        pooled_size=c.pooled_size,
+        pooled_size=c.relation.pooled_size,
         rank=rank,
         world=world,
     )
@@ -234,7 +222,7 @@ def _measure(run: Run, module: nn.Module, base: Reference, extractor: FeatureExt
     from mpqsearch.sampling import sample
 
     with bar_of(label, len(base.seeds)) as bar:
-        samples = sample(run.denoiser.with_module(module), base.seeds, sampler_of(run), tick=bar.update)
+        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, tick=bar.update)
     return {k: v.to_data() for k, v in evaluate(samples, base, extractor).metrics.items()}
 
 

@@ -26,7 +26,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.allocating import allocations
-from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.gptq import input_moments, moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.smoothing import ranges_of
@@ -70,7 +70,7 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     else:
         same_model(run, table)
         with run.timed("evaluate"), bar_of("full precision", len(seeds)) as bar:
-            samples = sample(run.denoiser, seeds, sampler_of(run), tick=bar.update)
+            samples = sample(run.denoiser, seeds, run.config.sampler, tick=bar.update)
         artifacts.write_arrays(cache, {"samples": samples.numpy()})
     seconds = time.perf_counter() - began
     labels = labels_of(run.denoiser, seeds)
@@ -135,7 +135,7 @@ def evaluate_map(
         same_model(run, table)
         began = time.perf_counter()
         module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
-        samples = sample(run.denoiser.with_module(module), base.seeds, sampler_of(run), tick=bar.update)
+        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, tick=bar.update)
         result = evaluate(samples, base, extractor)
         artifacts.write_arrays(
             run.path("stats", f"{key[:16]}.npz"),
@@ -212,7 +212,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
     from mpqsearch.profile import collect_ranges
     from mpqsearch.quant import smooth_inputs
 
-    c, sampler = run.config.activations, sampler_of(run)
+    c, sampler = run.config.activations, run.config.sampler
     if bit_map.activation_steps not in (1, sampler.steps):
         raise ConfigError(
             f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.methods import MethodSpec
-from mpqsearch.stages.base import Run, sampler_of
+from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def moments_of(run: Run, table: LayerTable) -> InputMoments:
         run.moments = InputMoments(
             denoiser=run.denoiser,
             table=table,
-            sampler=sampler_of(run),
+            sampler=run.config.sampler,
             seeds=range(first, first + run.config.quantizer.moment_samples),
             limit=run.config.model.limit_bytes,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import LayerMismatchError
 from mpqsearch.progress import bars_of
-from mpqsearch.stages.base import Run, same_model, sampler_of
+from mpqsearch.stages.base import Run, same_model
 
 
 def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str]:
@@ -94,7 +94,7 @@ def _profile_at(run: Run, table: LayerTable, measured: SensitivityProfile, at: B
             table,
             measured,
             replace(at, activations={}, activation_steps=1),
-            sampler_of(run),
+            run.config.sampler,
             range(c.first_seed, c.first_seed + c.samples),
             bias_correction=corrected,
             checkpoint=c.checkpoint,
@@ -127,13 +127,9 @@ def _plain_profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
                 "profile: recorded calls bring no sampler: final samples are not probed, the losses 'gain' and "
                 "'probe' are measured"
             )
-        from mpqsearch.profile import CalibrationSpec
-
         same_model(run, table)
-        c = run.config.calibration
-        settings: Any = {f.name: getattr(c, f.name) for f in fields(CalibrationSpec)}
         with run.timed("profile"), bars_of() as progress:
-            measured = _measure(run, table, CalibrationSpec(**settings), inputs, progress)
+            measured = _measure(run, table, run.config.calibration, inputs, progress)
     artifacts.save_profile(path, measured, inputs)
     shutil.rmtree(run.path("partial"), ignore_errors=True)
     from mpqsearch.report.profile import write_profile_figures
@@ -170,7 +166,7 @@ def _measure(run: Run, table: LayerTable, spec: Any, inputs: Mapping[str, str], 
     from mpqsearch.profile import final_errors, profile_base, race_final_errors, with_final_errors
     from mpqsearch.profile.streaming import Partial
 
-    fmt, sampler = run.config.quantizer.format(), sampler_of(run)
+    fmt, sampler = run.config.quantizer.format(), run.config.sampler
     base_path, final_path = run.path("partial", "profile.json"), run.path("partial", "final.json")
     if artifacts.is_current(base_path, "mpqsearch/profile", inputs, overwrite=True):
         base = artifacts.load_profile(base_path)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.config import INPUT_SEEDS
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.methods import MethodSpec
-from mpqsearch.stages.base import Run, sampler_of
+from mpqsearch.specs.search import INPUT_SEEDS
+from mpqsearch.stages.base import Run
 from mpqsearch.stages.gptq import moments_of, priced
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.smoothing import alphas_of, ranges_of
@@ -162,7 +162,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         denoiser=run.denoiser,
         table=table,
         profile=measured,
-        sampler=sampler_of(run),
+        sampler=run.config.sampler,
         input_seeds=tuple(range(after, after + INPUT_SEEDS)),
         inputs=max(c.inputs, 1),
         reference=reference,
@@ -293,7 +293,7 @@ def _remeasure(run: Run, table: LayerTable) -> Remeasure:
             table,
             profile,
             replace(bit_map, activations={}),
-            sampler_of(run),
+            run.config.sampler,
             seeds,
             bias_correction=searched_method(run).bias_correction,
         )

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from mpqsearch.config import INPUT_SEEDS
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
-from mpqsearch.stages.base import Run, sampler_of
-
-if TYPE_CHECKING:
-    from mpqsearch.quant import ActivationSearch
+from mpqsearch.specs import ActivationSearch
+from mpqsearch.specs.search import INPUT_SEEDS
+from mpqsearch.stages.base import Run
 
 
 def ranges_of(run: Run) -> ActivationSearch:
     """The range search of quantized inputs as the table ``[activations]`` has it."""
-    from mpqsearch.quant import ActivationSearch
-
-    a = run.config.activations
-    return ActivationSearch(p=a.p, n_candidates=a.n_candidates, zero_points=a.zero_points)
+    return run.config.activations
 
 
 def alphas_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Callable[[BitMap], BitMap]:
@@ -37,7 +31,7 @@ def alphas_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Call
                 run.denoiser,
                 table,
                 bit_map,
-                sampler_of(run),
+                run.config.sampler,
                 input_max={n: torch.from_numpy(np.array(m)) for n, m in measured.input_max.items()},
                 seeds=range(first, first + INPUT_SEEDS),
                 search=ranges_of(run),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch import artifacts
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, SensitivityProfile, size_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.stages.base import Run, same_model, sampler_of, slug
+from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _probed(run: Run, table: LayerTable, target: ConsumerTarget) -> tuple[dict[s
         found = final_probes(
             run.denoiser,
             table,
-            sampler_of(run),
+            run.config.sampler,
             range(first, first + n),
             {target.name: errors},
             uncorrected,

@@ -16,7 +16,7 @@ from tests.e2e.conftest import Cli
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("--set", "distill.batch=2", "--set", "distill.rank=4", "--set", "distill.pooled_size=4")
+SMALL = ("--set", "distill.batch=2", "--set", "distill.rank=4", "--set", "distill.relation.pooled_size=4")
 
 
 def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     again = cli(*call, "--json")
     assert "distill: reused" in again.stderr
     assert json.loads(again.stdout) == data
-    other = cli(*call, "--set", "distill.temperature=0.5")
+    other = cli(*call, "--set", "distill.relation.temperature=0.5")
     assert other.returncode == 4
     assert "distill (" in other.stderr
     assert "--overwrite" in other.stderr
-    assert cli(*call, "--set", "distill.temperature=0.5", "--overwrite").returncode == 0
+    assert cli(*call, "--set", "distill.relation.temperature=0.5", "--overwrite").returncode == 0
     misspelt = cli(*call, "--set", "distill.temprature=0.5")
     assert misspelt.returncode == 2
     assert "'temperature'" in misspelt.stderr

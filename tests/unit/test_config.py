@@ -6,6 +6,8 @@ import pytest
 
 from mpqsearch.config import Config, config_from, load_config
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.export import EXPORTERS
+from mpqsearch.specs.targets import TARGETS
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -66,6 +68,25 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match="no valid TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_text_of_any_language_and_infinity_survive(tmp_path: Path) -> None:
+    config = config_from({"report": {"title": "Größe \U0001f600 \x7f"}, "distill": {"clip_norm": float("inf")}})
+    path = tmp_path / "again.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_files_of_other_editors(tmp_path: Path) -> None:
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[report]\ntitle = 'x'\n")
+    assert load_config(tmp_path / "bom.toml").report.title == "x"
+    (tmp_path / "utf16.toml").write_text("[report]\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match="utf16.toml is not text in UTF-8"):
+        load_config(tmp_path / "utf16.toml")
+
+
+def test_targets_of_the_configuration_are_the_exporters() -> None:
+    assert sorted(TARGETS) == sorted(EXPORTERS)
 
 
 def test_a_search_is_checked_when_it_is_read() -> None:

@@ -167,7 +167,7 @@ def test_features_are_found_in_unets_and_transformers() -> None:
             self.inner = tiny_unet()
 
     assert find_feature_module(Holder()) == "inner.up_blocks.1"
-    with pytest.raises(ModelError, match=r"distill\.feature"):
+    with pytest.raises(ModelError, match=r"distill.relation.feature"):
         find_feature_module(nn.Linear(2, 2))
 
 
