@@ -23,8 +23,8 @@ from mpqsearch.toml_text import dump_toml
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``cpu``, ``cuda``,
-    ``mps``.
+    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``auto``,
+    ``cpu``, ``cuda``, ``mps``.
 
     ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty:
     its denoiser). ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It
@@ -33,7 +33,7 @@ class ModelConfig:
 
     source: str = "fmnist-unet"
     revision: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "float32"
     component: str = ""
     memory_limit: str = ""
@@ -334,8 +334,11 @@ class Config:
         return dump_toml(self.to_data())
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML study and apply ``table.key=value`` overrides (values in TOML notation; bare words are strings).
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] = types.MappingProxyType({})
+) -> Config:
+    """Read a TOML study and apply ``table.key=value`` overrides (values in TOML notation; bare words are strings), then
+    ``settings``: values by ``table.key``.
 
     Raises `ConfigError` for a missing or malformed file, an unknown key (naming the nearest) or a value of the wrong
     type.
@@ -356,6 +359,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     for text in overrides:
         _override(data, text)
+    for key, value in settings.items():
+        _put(data, key.split("."), value, key)
     return config_from(data)
 
 
@@ -374,11 +379,15 @@ def _override(data: dict[str, Any], text: str) -> None:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
+    _put(data, path, value, f"--set {text!r}")
+
+
+def _put(data: dict[str, Any], path: Sequence[str], value: Any, what: str) -> None:
     table = data
     for part in path[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {text!r}: {part!r} is no table; edit the TOML file instead")
+            raise ConfigError(f"{what}: {part!r} is no table; edit the TOML file instead")
     table[path[-1]] = value
 
 

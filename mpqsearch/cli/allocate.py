@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import BudgetOption, study_verb
+from mpqsearch.cli.app import (
+    BudgetsOption,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from mpqsearch.core import BitMap, Budget, LayerTable
-    from mpqsearch.stages import Run
 
 SHOWN_LAYERS = 20
 """Layers of an explanation that are printed; the files hold all."""
 
 
-def _settings(own: Mapping[str, Any]) -> list[str]:
-    keys = {"budget": "allocate.budgets", "target": "allocate.targets"}
-    return [f"{key}={json.dumps(own[option])}" for option, key in keys.items() if own[option]]
-
-
-@study_verb(settings=_settings)
+@app.command()
 def allocate(
-    run: Run,
-    *,
-    as_json: bool,
-    budget: BudgetOption = None,  # noqa: ARG001  (read through the settings)
+    config: ConfigOption = None,
+    budget: BudgetsOption = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,6 +53,14 @@ def allocate(
             help="What the next bit would buy and where, the price of the budget, of overrides and of ties.",
         ),
     ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
@@ -59,6 +71,20 @@ def allocate(
     """
     from mpqsearch import stages
 
+    run = open_run(
+        config,
+        set_,
+        settings={
+            "model.source": model,
+            "model.device": device,
+            "allocate.budgets": budget or None,
+            "allocate.targets": target or None,
+        },
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     table = stages.layers(run)
     measured = stages.profile(run, table)
     if measured is None:

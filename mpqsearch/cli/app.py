@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import io
 import logging
 import os
 import sys
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -32,51 +30,36 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-BudgetOption = Annotated[
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda or mps (model.device; default: auto, the fastest here).")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the study. May be repeated."),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+VerboseOption = Annotated[int, typer.Option("-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")]
+BudgetsOption = Annotated[
     list[str] | None,
     typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated."),
 ]
-
-_CONFIG = {
-    "config": Annotated[
-        Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")
-    ]
-}
-_STUDY = {"study": Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")]}
-_SHARED: dict[str, tuple[Any, Any]] = {
-    "model": (
-        Annotated[
-            str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")
-        ],
-        None,
-    ),
-    "set_": (
-        Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the study. May be repeated."),
-        ],
-        None,
-    ),
-    "run_dir": (
-        Annotated[
-            Path | None,
-            typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study)."),
-        ],
-        None,
-    ),
-    "dry_run": (
-        Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")],
-        False,
-    ),
-    "overwrite": (
-        Annotated[bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")],
-        False,
-    ),
-    "as_json": (Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")], False),
-    "verbose": (Annotated[int, typer.Option("-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")], 0),
-}
-
-Verb = Callable[..., None]
+BudgetOption = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")]
+MethodOption = Annotated[str, typer.Option("--method", help="Method of the study.")]
 
 
 class State:
@@ -85,81 +68,29 @@ class State:
     verbose = 0
 
 
-def study_verb(
-    name: str | None = None,
-    *,
-    settings: Callable[[Mapping[str, Any]], list[str]] | None = None,
-    positional: bool = False,
-) -> Callable[[Verb], Verb]:
-    """Register a verb ``function(run, *, as_json, <own options>)``; the options that all verbs share are added to its
-    own.
-
-    ``settings`` turns the verb's own options into ``table.key=value`` overrides of the study, before it is read.
-    ``positional`` takes the study as an argument instead of the option ``--config``.
-    """
-
-    def decorate(function: Verb) -> Verb:
-        # `Run` is known to the type checker only: the stages are imported when a verb runs.
-        hints = typing.get_type_hints(function, localns={"Run": object}, include_extras=True)
-        own = {
-            key: (hints[key], parameter.default)
-            for key, parameter in inspect.signature(function).parameters.items()
-            if key not in ("run", "as_json")
-        }
-        first: dict[str, tuple[Any, Any]] = (
-            {k: (v, inspect.Parameter.empty) for k, v in _STUDY.items()}
-            if positional
-            else {k: (v, None) for k, v in _CONFIG.items()}
-        )
-        shared = {k: v for k, v in _SHARED.items() if not (positional and k == "model")}
-        options = {**first, **own, **shared}
-
-        def command(**values: Any) -> None:
-            mine = {key: values[key] for key in own}
-            run = prepare(
-                values.get("study") or values.get("config"),
-                values.get("model"),
-                [*(values["set_"] or []), *(settings(mine) if settings else [])],
-                run_dir=values["run_dir"],
-                dry_run=values["dry_run"],
-                overwrite=values["overwrite"],
-                verbose=values["verbose"],
-            )
-            function(run, as_json=values["as_json"], **mine)
-
-        command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [
-                inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a)
-                for k, (a, d) in options.items()
-            ]
-        )
-        command.__annotations__ = {k: a for k, (a, _) in options.items()}
-        app.command(name or function.__name__)(command)
-        return function
-
-    return decorate
-
-
-def prepare(
+def open_run(
     config: Path | None,
-    model: str | None,
-    overrides: list[str],
+    overrides: Sequence[str] | None,
     *,
+    settings: Mapping[str, Any],
     run_dir: Path | None,
     dry_run: bool,
     overwrite: bool,
     verbose: int,
 ) -> Run:
-    """The run folder of a command, with its configuration read and checked."""
+    """The run folder of a command, with its configuration read and checked.
+
+    ``overrides`` are those of ``--set``; ``settings`` what a verb's own options say, by ``table.key``, where None means
+    that the option was not given.
+    """
     from mpqsearch.config import load_config
     from mpqsearch.stages import Run
 
     quiet(verbose)
-    settings = [*overrides, *([f"model.source={json.dumps(model)}"] if model is not None else [])]
-    loaded = load_config(config, settings)
-    folder = run_dir or Path("runs") / (config.stem if config else Path(loaded.model.source).name)
-    return Run(config=loaded, folder=folder, overwrite=overwrite, dry_run=dry_run, say=say)
+    given = {key: value for key, value in settings.items() if value is not None}
+    study = load_config(config, overrides or (), given)
+    folder = run_dir or Path("runs") / (config.stem if config else Path(study.model.source).name)
+    return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run, say=say)
 
 
 def quiet(verbose: int) -> None:
@@ -193,26 +124,41 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
-
-def _fail(text: str, code: int) -> NoReturn:
-    print(f"mpqsearch: {text}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(code)
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""A wrong command line. Some versions of typer bring it along and some take it from click: this finds it in both."""
 
 
 def main() -> None:
     """Entry point: exit codes 0 done, 2 usage or configuration, 3 infeasible budget, 4 stale artifact, 130
-    interrupted."""
+    interrupted. A mistake is one line on stderr."""
     keep_interrupts()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe on Windows may know no block characters
     try:
-        app(standalone_mode=True)
+        code = app(prog_name="mpqsearch", standalone_mode=False)
     except MpqsearchError as error:
         if State.verbose >= 2:
             raise
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as error:
-        # typer turns an interrupt inside a command into the exit code 130 without a word.
-        if isinstance(error, KeyboardInterrupt) or error.code == INTERRUPTED:
-            _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
-        raise
+    except UsageError as error:
+        _fail(_usage(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
     except BrokenPipeError:
         raise SystemExit(0) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where its options are listed."""
+    if not error.format_message():  # a bare `mpqsearch`: its help is on stdout
+        return ""
+    verb = error.ctx.info_name if error.ctx is not None and error.ctx.parent is not None else ""
+    return f"{error.format_message()} See `{' '.join(filter(None, ('mpqsearch', verb, '--help')))}`."
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    if text:
+        print(f"mpqsearch: {text}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(code)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
-
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    BudgetOption,
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_table
 
-if TYPE_CHECKING:
-    from mpqsearch.stages import Run
 
-
-@study_verb()
+@app.command()
 def distill(
-    run: Run,
-    *,
-    as_json: bool,
-    budget: Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")] = "uniform:3",
-    method: Annotated[str, typer.Option("--method", help="Method of the study.")] = "ilp-channel",
+    config: ConfigOption = None,
+    budget: BudgetOption = "uniform:3",
+    method: MethodOption = "ilp-channel",
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Train the quantized model of one map against full precision (no data needed), and measure it before and after.
 
@@ -32,6 +45,15 @@ def distill(
     from mpqsearch.core import Budget
     from mpqsearch.stages.distilling import KEYS
 
+    run = open_run(
+        config,
+        set_,
+        settings={"model.source": model, "model.device": device},
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     limit = Budget.parse(budget)
     run.config.method(method)
     stages.start(run)

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_lines, print_table
 from mpqsearch.core import FULL_PRECISION
 from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpqsearch.stages import Exported, Run
+    from mpqsearch.stages import Exported
 
 DIFFERS = 1
 """Exit code of ``--verify`` when a consumer holds another thing than was planned."""
-
-_KEYS = {"target": "export.targets", "budget": "export.budget", "method": "report.chosen", "round_": "export.rounding"}
-
-
-def _settings(own: Mapping[str, Any]) -> list[str]:
-    settings = [f"{key}={json.dumps(own[option])}" for option, key in _KEYS.items() if own[option]]
-    if own["allocated"]:
-        if not own["target"]:
-            raise ConfigError(
-                "--allocated exports the maps made for the targets that --target names: name at least one"
-            )
-        settings.append(f"allocate.targets={json.dumps(own['target'])}")
-    return settings
-
 
 RoundOption = Annotated[
     str | None,
@@ -51,17 +47,23 @@ VerifyOption = Annotated[
 ]
 
 
-@study_verb(settings=_settings)
+@app.command()
 def export(
-    run: Run,
-    *,
-    as_json: bool,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf ... Repeatable.")] = None,  # noqa: ARG001
-    budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,  # noqa: ARG001
-    method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,  # noqa: ARG001
-    round_: RoundOption = None,  # noqa: ARG001
-    allocated: AllocatedOption = False,  # noqa: ARG001
+    config: ConfigOption = None,
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf ... Repeatable.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,
+    round_: RoundOption = None,
+    allocated: AllocatedOption = False,
     verify: VerifyOption = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say
     it is good.
@@ -70,6 +72,25 @@ def export(
     """
     from mpqsearch import stages
 
+    if allocated and not target:
+        raise ConfigError("--allocated exports the maps made for the targets that --target names: name at least one")
+    run = open_run(
+        config,
+        set_,
+        settings={
+            "model.source": model,
+            "model.device": device,
+            "export.targets": target or None,
+            "export.budget": budget,
+            "report.chosen": method,
+            "export.rounding": round_,
+            "allocate.targets": target if allocated else None,
+        },
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     table = stages.layers(run)
     measured = stages.profile(run, table)
     if measured is None:

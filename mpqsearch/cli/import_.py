@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_table
 
-if TYPE_CHECKING:
-    from mpqsearch.stages import Run
 
-
-@study_verb("import")
+@app.command("import")
 def import_(
-    run: Run,
-    *,
-    as_json: bool,
     file: Annotated[
         Path, typer.Argument(help="A map, configuration, checkpoint or folder of another quantizer, or a bitmap.json.")
     ],
+    config: ConfigOption = None,
     source: Annotated[
         str | None,
         typer.Option("--from", help="quanto, autoround, gguf, mlx, mixdq ... (default: found out from the file)."),
@@ -32,6 +39,14 @@ def import_(
     scheme: Annotated[
         str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
     ] = "asymmetric",
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and
     searched from.
@@ -43,6 +58,15 @@ def import_(
     from mpqsearch.core import average_bits, size_bytes
     from mpqsearch.core.formats import FULL_PRECISION
 
+    run = open_run(
+        config,
+        set_,
+        settings={"model.source": model, "model.device": device},
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     table = stages.layers(run)
     written, imported = stages.import_map(
         run,

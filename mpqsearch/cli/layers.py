@@ -4,22 +4,52 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_table
 
 if TYPE_CHECKING:
     from mpqsearch.core import LayerSpec
-    from mpqsearch.stages import Run
 
 
-@study_verb()
-def layers(run: Run, *, as_json: bool) -> None:
+@app.command()
+def layers(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
     """List the weight layers of a model, their roles and MACs, and what stays at full precision.
 
     Example: `mpqsearch layers --model fmnist-unet`
     """
     from mpqsearch import stages
 
+    run = open_run(
+        config,
+        set_,
+        settings={"model.source": model, "model.device": device},
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     table = stages.layers(run)
     if as_json:
         print_json(table.to_data())

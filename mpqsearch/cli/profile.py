@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_profile
 
-if TYPE_CHECKING:
-    from mpqsearch.stages import Run
 
-
-def _settings(options: Mapping[str, Any]) -> list[str]:
-    made = [f"calibration.{key}=true" for key in ("weights_only", "prediction_only") if options[key]]
-    made += [f"calibration.at={json.dumps(str(options['at']))}"] if options["at"] else []
-    if options["target_error"] is not None:
-        made.append(f"calibration.target_error={options['target_error']!r}")
-    return made + ([f"model.memory_limit={json.dumps(options['memory_limit'])}"] if options["memory_limit"] else [])
-
-
-@study_verb(settings=_settings)
+@app.command()
 def profile(
-    run: Run,
-    *,
-    as_json: bool,
-    weights_only: Annotated[  # noqa: ARG001  (read by `_settings`)
+    config: ConfigOption = None,
+    weights_only: Annotated[
         bool,
         typer.Option(
             "--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run."
         ),
     ] = False,
-    prediction_only: Annotated[  # noqa: ARG001
+    prediction_only: Annotated[
         bool,
         typer.Option(
             "--prediction-only",
             help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
         ),
     ] = False,
-    at: Annotated[  # noqa: ARG001
+    at: Annotated[
         Path | None,
         typer.Option(
             "--at", help="A bit map (bitmap.json) of this model at which gains are measured again, beside the profile."
         ),
     ] = None,
-    memory_limit: Annotated[  # noqa: ARG001
+    memory_limit: Annotated[
         str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
     ] = None,
-    target_error: Annotated[  # noqa: ARG001
+    target_error: Annotated[
         float | None,
         typer.Option(
             "--target-error", help="Probe until the relative standard error of the layer totals is this, such as 0.1."
         ),
     ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Measure kurtosis, exact output errors and gains of every channel at every width.
 
@@ -78,6 +83,23 @@ def profile(
     """
     from mpqsearch import stages
 
+    run = open_run(
+        config,
+        set_,
+        settings={
+            "model.source": model,
+            "model.device": device,
+            "model.memory_limit": memory_limit,
+            "calibration.weights_only": weights_only or None,
+            "calibration.prediction_only": prediction_only or None,
+            "calibration.at": None if at is None else str(at),
+            "calibration.target_error": target_error,
+        },
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     stages.start(run)
     table = stages.layers(run)
     measured = stages.profile(run, table)

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_lines
 
-if TYPE_CHECKING:
-    from mpqsearch.stages import Run
 
-
-@study_verb()
-def report(run: Run, *, as_json: bool) -> None:
+@app.command()
+def report(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
     """Draw the front, tables, heat maps and sample grids into one report.html.
 
     Example: `mpqsearch report -c studies/quickstart.toml`
     """
     from mpqsearch import stages
 
+    run = open_run(
+        config,
+        set_,
+        settings={"model.source": model, "model.device": device},
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     table = stages.layers(run)
     run.require_sampler("a report of samples (report)")
     measured = stages.profile(run, table)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import study_verb
+from mpqsearch.cli.app import (
+    ConfigOption,
+    DeviceOption,
+    DryRunOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    RunDirOption,
+    SetOption,
+    VerboseOption,
+    app,
+    open_run,
+)
 from mpqsearch.cli.printing import print_json, print_table
-
-if TYPE_CHECKING:
-    from mpqsearch.stages import Run
 
 TrialsOption = Annotated[
     int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
@@ -47,27 +55,24 @@ StartOption = Annotated[
 ]
 
 
-def _settings(own: Any) -> list[str]:
-    given = [f"search.start_from={json.dumps(own['start_from'])}"] if own["start_from"] else []
-    if own["trials"] is not None:
-        given.append(f"search.trials={own['trials']}")
-    if own["sampler"] is not None:
-        given.append(f"search.sampler={own['sampler']}")
-    return given
-
-
-@study_verb(settings=_settings)
+@app.command()
 def search(
-    run: Run,
-    *,
-    as_json: bool,
-    trials: TrialsOption = None,  # noqa: ARG001  (read through the settings)
-    sampler: SamplerOption = None,  # noqa: ARG001
+    config: ConfigOption = None,
+    trials: TrialsOption = None,
+    sampler: SamplerOption = None,
     storage: StorageOption = None,
     workers: WorkersOption = 1,
     watch: WatchOption = False,
     worker: WorkerOption = None,
-    start_from: StartOption = None,  # noqa: ARG001
+    start_from: StartOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    set_: SetOption = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Search over how the integer program is built, scored by measured samples. Run it again to continue.
 
@@ -75,6 +80,21 @@ def search(
     """
     from mpqsearch import stages
 
+    run = open_run(
+        config,
+        set_,
+        settings={
+            "model.source": model,
+            "model.device": device,
+            "search.trials": trials,
+            "search.sampler": sampler,
+            "search.start_from": start_from,
+        },
+        run_dir=run_dir,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        verbose=verbose,
+    )
     stages.check_search(run, storage=storage, workers=workers)
     if worker is None and not watch:
         stages.start(run)

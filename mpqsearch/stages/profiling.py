@@ -141,6 +141,7 @@ def _plain_profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
 
 def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> SensitivityProfile:
     """Profile the weights on disk; each layer is kept as it is finished."""
+    from mpqsearch.models import resolve_device
     from mpqsearch.profile.streaming import Partial, profile_weights
 
     c = run.config
@@ -154,7 +155,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
             c.policy,
             c.calibration.schemes,
             c.quantizer.format(),
-            device=c.model.device,
+            device=str(resolve_device(c.model.device)),
             memory_limit=c.model.limit_bytes,
             partial=kept,
             progress=progress,

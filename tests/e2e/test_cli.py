@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,11 +250,45 @@ def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model
     assert "are not those that" in out.stderr
 
 
-def test_help_has_an_example_for_every_verb(cli: Cli) -> None:
-    for verb in ("layers", "profile", "allocate", "evaluate", "report", "quantize", "export", "run", "inspect"):
-        out = cli(verb, "--help")
-        assert out.returncode == 0
-        assert f"Example: mpqsearch {verb}" in " ".join(out.stdout.split())
+COMPUTING = (
+    "layers",
+    "profile",
+    "allocate",
+    "search",
+    "evaluate",
+    "report",
+    "quantize",
+    "distill",
+    "export",
+    "import",
+    "run",
+)
+VERBS = (*COMPUTING, "inspect", "doctor")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_an_example_for_every_verb(cli: Cli, verb: str) -> None:
+    out = cli(verb, "--help")
+    assert out.returncode == 0
+    assert f"Example: mpqsearch {verb}" in " ".join(out.stdout.split())
+    assert ("--device" in out.stdout) == (verb in COMPUTING)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_argument_gives_one_line(cli: Cli, study: Path, verb: str) -> None:
+    out = cli(verb, "--nonsense")
+    assert (out.returncode, out.stdout) == (2, "")
+    assert re.fullmatch(rf"mpqsearch: No such option.*See `mpqsearch {verb} --help`\.\n", out.stderr)
+
+
+@pytest.mark.parametrize("verb", COMPUTING)
+def test_a_device_that_is_not_here_gives_one_line(cli: Cli, study: Path, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "map.json").write_text("{}")
+    given = {"run": (study,), "import": (tmp_path / "map.json", "-c", study)}.get(verb, ("-c", study))
+    trials = ("--trials", "2") if verb == "search" else ()
+    out = cli(verb, *given, *trials, "--device", "gpu", "--run-dir", "r")
+    assert out.returncode == 2
+    assert re.fullmatch(r"mpqsearch: unknown device 'gpu' .*Known: auto, cpu, cuda, mps\..*\n", out.stderr)
 
 
 def test_doctor_says_what_works_and_how_to_get_the_rest(cli: Cli) -> None:
