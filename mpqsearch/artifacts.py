@@ -27,6 +27,7 @@ from mpqsearch.errors import ArtifactError, StaleArtifactError
 
 VERSIONS = {
     "mpqsearch/calls": 1,
+    "mpqsearch/digests": 1,
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/partial-profile": 1,

@@ -24,7 +24,6 @@ OPTIONAL = (
     ("grpcio", "grpc", "a search on many machines through Optuna's proxy"),
     ("cmaes", "search", "CMA-ES, one more sampler of the search"),
     ("optuna-dashboard", "", "a search in the browser"),
-    ("accelerate", "train", "training on several GPUs"),
     ("tensorboard", "train", "training curves in the browser"),
 )
 """Distribution, the extra of mpqsearch that brings it (empty: by its own name), and what it is for."""

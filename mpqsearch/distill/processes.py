@@ -59,6 +59,6 @@ def processes() -> Processes:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ConfigError("training on several processes needs accelerate: pip install 'mpqsearch[train]'") from error
+        raise ConfigError("training on several processes needs accelerate: pip install accelerate") from error
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator)

@@ -4,8 +4,9 @@ from mpqsearch.models.calls import Call, Calls, capture, load_calls, make_call, 
 from mpqsearch.models.denoiser import Condition, Denoiser, Denoises, Given, adapt, weights_digest
 from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.discover import discover, example_condition
-from mpqsearch.models.loader import EMBEDDED, REFERENCE, load_model
+from mpqsearch.models.loader import load_model
 from mpqsearch.models.weights import StreamedModel, discover_streamed, open_streamed
+from mpqsearch.sources import EMBEDDED, REFERENCE
 
 __all__ = [
     "EMBEDDED",

@@ -314,13 +314,21 @@ def _number(value: Any) -> float:
 
 def _pooled(value: Tensor, pool: dict[str, Tensor]) -> Tensor:
     """A copy in main memory; the same object for equal content."""
-    copy = value.detach().to("cpu", copy=True).contiguous()
+    copy = in_memory(value)
     return pool.setdefault(_key(copy), copy)
+
+
+def in_memory(value: Tensor) -> Tensor:
+    """A copy in main memory with an ordinary layout, whatever the strides of the original.
+
+    ``contiguous()`` is not enough: an expanded tensor of one value counts as contiguous and keeps its stride of 0.
+    """
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _key(value: Tensor) -> str:
     total = hashlib.sha256(f"{value.dtype}|{tuple(value.shape)}|".encode())
-    total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    total.update(in_memory(value).flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()[:32]
 
 
@@ -383,7 +391,7 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
     def encode(value: Any) -> Any:
         if isinstance(value, Tensor):
             key = known.get(id(value)) or known.setdefault(id(value), _key(value))
-            tensors.setdefault(key, value.detach().cpu().contiguous().clone())
+            tensors.setdefault(key, in_memory(value))
             return {"tensor": key}
         if isinstance(value, np.ndarray):
             return {"array": encode(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}

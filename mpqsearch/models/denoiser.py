@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.errors import ConfigError, ModelError, NumericsError
-from mpqsearch.models.calls import Call
+from mpqsearch.models.calls import Call, in_memory
+from mpqsearch.models.devices import float_dtype
+from mpqsearch.models.unwrap import plain_copy
 
 Condition = Tensor | Mapping[str, Tensor] | None
 """Class labels ``[N]``, keyword tensors with a leading sample axis, or nothing."""
@@ -64,6 +66,9 @@ class Denoiser:
     def denoise(self, x: Tensor, t: Tensor, cond: Given = None) -> Tensor:
         """Prediction ``[N, ...]`` for noisy samples ``x`` at timesteps ``t`` ``[N]``; a learned variance is dropped.
 
+        The module computes in the type of its weights; the prediction comes in that of ``x``. Raises `ModelError` when
+        the module needs other inputs, or predicts something of another shape than the samples.
+
         With a recorded call as ``cond`` the prediction is that of the call: its own sample and time count, not ``x``
         and ``t``.
         """
@@ -72,13 +77,26 @@ class Denoiser:
         clock = getattr(self.module, "timestep_clock", None)  # of a model whose activation scales go by the timestep
         if clock is not None:
             clock.set(t)
+        dtype = float_dtype(self.module)
+        result = self._raw(x.to(dtype), t, _in_dtype(cond, dtype))
+        if result.dim() == x.dim() > 1 and result.shape[1] == 2 * x.shape[1]:
+            result = result[:, : x.shape[1]]
+        if result.shape != x.shape:
+            raise ModelError(
+                f"{type(self.module).__name__} predicts {tuple(result.shape)} for samples {tuple(x.shape)}: "
+                + _NEEDS_OTHER_INPUTS
+            )
+        return result.to(x.dtype)
+
+    def _raw(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """What the module itself returns."""
         if isinstance(self.module, Denoises):
             return self.module.denoise(x, t, cond)
         kwargs: dict[str, Any] = dict(cond) if isinstance(cond, Mapping) else {}
         if isinstance(cond, Tensor):
             kwargs["class_labels"] = cond
         try:
-            out = self.module(x, t, return_dict=False, **kwargs)[0]
+            out: Tensor = self.module(x, t, return_dict=False, **kwargs)[0]
         except (
             TypeError,
             AttributeError,
@@ -91,10 +109,7 @@ class Denoiser:
                 f"t{', class_labels=...' if kwargs else ''}): {error}. "
                 "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
             ) from error
-        result: Tensor = out
-        if result.shape[1] == 2 * x.shape[1]:
-            result = result[:, : x.shape[1]]
-        return result
+        return out
 
     def with_module(self, module: nn.Module) -> Denoiser:
         """The same denoiser with other weights, as after quantization."""
@@ -160,9 +175,13 @@ def adapt(
     """Wrap a module as a `Denoiser`.
 
     Any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, a diffusers denoiser that takes a sample, a timestep
-    and class labels (both need ``sample_shape``), or any module whatever with recorded ``calls``. Raises
-    `NumericsError` when a weight is not finite, `ModelError` when it can be called in none of these ways.
+    and class labels (both need ``sample_shape``), or any module whatever with recorded ``calls``.
+
+    The denoiser gets a copy of the structure (`plain_copy`) over the same memory of the weights: the module of the
+    caller keeps its mode and its gradients. Raises `NumericsError` when a weight is not finite, `ModelError` when the
+    module can be called in none of these ways, or when its weights are no plain numbers (LoRA, quantized, offloaded).
     """
+    module = plain_copy(module)
     if not len(calls):
         if not isinstance(module, Denoises) and "timestep" not in inspect.signature(module.forward).parameters:
             raise ModelError(
@@ -174,13 +193,9 @@ def adapt(
             raise ModelError(
                 f"{type(module).__name__}: give sample_shape, or calls that were recorded with mpqsearch.models.capture"
             )
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericsError(f"{name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
-    module.eval().requires_grad_(False)
-    if hasattr(module, "enable_gradient_checkpointing") and not hasattr(module, "gradient_checkpointing"):
-        # some classes of diffusers read it and never set it
-        module.gradient_checkpointing = False  # type: ignore[assignment]
+    if not len(calls) and not isinstance(module, Denoises):
+        _refuse_other_channels(module, sample_shape[0])
+    check_finite(module, name)
     return Denoiser(
         name=name,
         module=module,
@@ -194,10 +209,44 @@ def adapt(
     )
 
 
+def check_finite(module: nn.Module, name: str) -> None:
+    """Raise `NumericsError` when a weight holds NaN or infinity, or a buffer NaN; a mask may be infinite."""
+    for key, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(f"{name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint.")
+    for key, buffer in module.named_buffers():
+        if buffer.is_floating_point() and bool(torch.isnan(buffer).any()):
+            raise NumericsError(f"{name}: the buffer {key!r} holds NaN. Repair or reload the checkpoint.")
+
+
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over sorted (name, dtype, shape, bytes) of the state dict: independent of how it is stored."""
     total = hashlib.sha256()
     for key, tensor in sorted(module.state_dict().items()):
-        total.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if isinstance(tensor, Tensor):
+            total.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            total.update(in_memory(tensor).flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _in_dtype(cond: Condition, dtype: torch.dtype) -> Condition:
+    """A condition with its floating-point tensors in ``dtype``."""
+    if isinstance(cond, Mapping):
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in cond.items()}
+    return cond
+
+
+def _refuse_other_channels(module: nn.Module, channels: int) -> None:
+    """Raise `ModelError` when the configuration says that the prediction has other channels than the sample."""
+    config: Mapping[str, Any] = getattr(module, "config", {})
+    out = config.get("out_channels")
+    if isinstance(out, int) and out not in (channels, 2 * channels):
+        raise ModelError(
+            f"{type(module).__name__} takes {channels} channels and predicts {out}: " + _NEEDS_OTHER_INPUTS
+        )
+
+
+_NEEDS_OTHER_INPUTS = (
+    "it takes more than the sample (a picture, a mask), which only its pipeline has. Record calls of the pipeline with "
+    "mpqsearch.models.capture, or give it a method denoise(x, t, cond) that adds what is missing."
+)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from torch import nn
 
 from mpqsearch.errors import ConfigError, UnknownNameError
 
@@ -28,6 +31,16 @@ def resolve_device(name: str = "auto") -> torch.device:
             f"device {name!r} was asked for, but PyTorch {torch.__version__} finds no MPS here: use 'auto'"
         )
     return torch.device(name)
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The type in which a module computes: of most of its floating-point weights, since some classes keep a few layers
+    in float32; float32 when it has none."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def _require_cuda(name: str, index: int) -> None:

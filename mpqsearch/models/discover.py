@@ -163,14 +163,15 @@ class _Watch(TorchFunctionMode):
             torch.compiler.is_compiling()
         ):  # flexible attention is compiled as it runs, and the compiler would look in here
             return out
-        if getattr(func, "__name__", "") == "__get__":  # weight.dtype and the like are no use of a weight
+        results = list(tensors_in(out))
+        if getattr(func, "__name__", "") == "__get__" or not results:  # a weight's type or size is no use of it
             return out
         inputs = list(tensors_in((args, kwargs)))
         names = {self._weights[id(t)] for t in inputs if id(t) in self._weights}
         self._seen.used |= names
         came = frozenset(names) or frozenset().union(*(self.origin.get(t, frozenset()) for t in inputs))
         on = frozenset().union(*(self.depends.get(t, frozenset()) for t in inputs))
-        for result in tensors_in(out) if came or on else ():
+        for result in results if came or on else ():
             self.origin[result] = came
             self.depends[result] = on
         if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(out, Tensor):
@@ -319,9 +320,11 @@ def _owners(model: nn.Module) -> tuple[dict[str, nn.Module], list[KeptParameter]
     modules: dict[str, nn.Module] = {}
     borrowers: list[KeptParameter] = []
     for name, module in model.named_modules():
-        if not isinstance(module, WEIGHT_LAYERS) or not module.weight.numel():
+        # A weight that is computed as the layer runs is no parameter: what it is computed from stays as it is.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if not isinstance(module, WEIGHT_LAYERS) or weight is None or not weight.numel():
             continue
-        first = owner.setdefault(id(module.weight), name)
+        first = owner.setdefault(id(weight), name)
         if first == name:
             modules[name] = module
         else:
@@ -344,11 +347,16 @@ def _kept(model: nn.Module, layers: dict[str, nn.Module], apart: dict[str, nn.Mo
                 n_values=parameter.numel(),
                 reason=_APART if id(parameter) in unseen else _reason(module, key, name),
             )
+    parameters = {id(p) for p in model.parameters()}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and id(value) not in parameters and id(value) not in seen:
+            seen.add(id(value))
+            yield KeptParameter(name=name, n_values=value.numel(), reason="persistent buffer")
 
 
 def _reason(module: nn.Module, key: str, name: str) -> str:
     if isinstance(module, WEIGHT_LAYERS):
-        return "bias"
+        return "bias" if key == "bias" else "a weight is computed from it as the layer runs"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding table"
     if isinstance(module, _NORMS) or re.search(r"norm", type(module).__name__, re.IGNORECASE):

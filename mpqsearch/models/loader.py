@@ -3,10 +3,9 @@ only."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,10 @@ from mpqsearch.errors import ModelError, UnknownNameError
 from mpqsearch.models.calls import Call
 from mpqsearch.models.denoiser import DEFAULT_SCHEDULER, Denoiser, adapt
 from mpqsearch.models.devices import resolve_device
-
-REFERENCE = Path(__file__).parent / "reference"
-EMBEDDED = ("fmnist-unet", "fmnist-dit")
-"""Denoisers that ship with the package; see the model cards beside their weights."""
-
-COMPONENTS = ("unet", "transformer", "prior", "decoder")
-"""Parts of a pipeline that may be its denoiser, in the order in which they are looked for."""
+from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
+from mpqsearch.sources import component_of, denoiser_folder, local_folder, model_name, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "stored": None}
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def load_model(
@@ -54,26 +46,18 @@ def load_model(
     calls
         Recorded calls of the pipeline (`capture`), for denoisers that need more than a sample, a time and class labels.
 
-    Raises `ModelError` when the source does not exist, is damaged, is a pickle, or is no denoiser.
+    Raises `ModelError` when the source does not exist, is damaged or incomplete, is a pickle, is quantized already, or
+    is no denoiser, and `ConfigError` when the device is not there.
     """
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
     how = _How(device=resolve_device(device), dtype=DTYPES[dtype], revision=revision, component=component, calls=calls)
-    if source in EMBEDDED:
-        return _load_folder(REFERENCE / source, source, how)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _load_folder(path, path.resolve().name, how)
-    if path.exists() or path.suffix in (*_PICKLES, ".safetensors"):
-        raise ModelError(
-            f"{source} is "
-            f"{'a pickle checkpoint, which may run code when loaded' if path.suffix in _PICKLES else 'a single file'}. "
-            "Give a diffusers folder with config.json and *.safetensors; "
-            "model.save_pretrained(folder, safe_serialization=True) writes one."
-        )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return _from_pipeline(source, source.rsplit("/", 1)[-1], how)
-    raise UnknownNameError("model", source, EMBEDDED, "It is no folder here and no owner/name of a hub either.")
+    folder = local_folder(source)
+    if folder is None:
+        return _from_hub(source, how)
+    if (folder / "model_index.json").is_file():
+        return _from_pipeline(folder, source, how)
+    return _from_model(folder, source, how)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,126 +71,145 @@ class _How:
     calls: Sequence[Call]
 
 
-def _load_folder(folder: Path, name: str, how: _How) -> Denoiser:
-    if (folder / "model_index.json").is_file():
-        return _from_pipeline(str(folder), name, how)
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder"
-        )
-    _refuse_pickles(folder)
-    config = _read_config(folder / "config.json")
-    module = _build(config.get("_class_name", ""), str(folder), how)
-    scheduler = next(
-        (
-            _read_config(p)
-            for p in (folder / "scheduler_config.json", folder.parent / "scheduler/scheduler_config.json")
-            if p.is_file()
-        ),
-        dict(DEFAULT_SCHEDULER),
-    )
-    hints = _read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    return _wrap(module, name, scheduler, hints, str(folder) if name not in EMBEDDED else name, how)
+def _from_model(folder: Path, source: str, how: _How) -> Denoiser:
+    """A folder with ``config.json``."""
+    folder = denoiser_folder(source, folder, how.component)
+    module = _load(folder, how)
+    schedulers = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
+    scheduler = next((read_config(p) for p in schedulers if p.is_file()), dict(DEFAULT_SCHEDULER))
+    hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
+    return _wrap(module, scheduler, hints, source, how)
 
 
-def _build(class_name: str, source: str, how: _How, **where: Any) -> nn.Module:
+def _from_pipeline(folder: Path, source: str, how: _How) -> Denoiser:
+    """The denoiser and the scheduler of a pipeline folder; text encoders and autoencoders are not looked at."""
+    index = read_config(folder / "model_index.json")
+    part, class_name = component_of(index, how.component, source)
+    module = _load(folder / part, how, class_name)
+    has_scheduler = isinstance(index.get("scheduler"), list) and index["scheduler"][1]
+    scheduler = _scheduler(str(folder), index["scheduler"][1], {}) if has_scheduler else dict(DEFAULT_SCHEDULER)
+    return _wrap(module, scheduler, {}, source, how)
+
+
+def _from_hub(source: str, how: _How) -> Denoiser:
+    """The denoiser and the scheduler of ``owner/name``."""
     import diffusers
 
-    cls = getattr(diffusers, class_name, None)
+    try:
+        index = dict(diffusers.DiffusionPipeline.load_config(source, revision=how.revision))
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"cannot load the pipeline {source!r}: {type(error).__name__}: {reason}. It must be a folder or a hub "
+            "identifier with safetensors weights; without a network only folders work."
+        ) from error
+    part, class_name = component_of(index, how.component, source)
+    module = _pretrained(class_name, source, how.dtype or torch.float32, subfolder=part, revision=how.revision)
+    has_scheduler = isinstance(index.get("scheduler"), (list, tuple)) and index["scheduler"][1]
+    scheduler = (
+        _scheduler(source, index["scheduler"][1], {"revision": how.revision})
+        if has_scheduler
+        else dict(DEFAULT_SCHEDULER)
+    )
+    return _wrap(module, scheduler, {}, source, how)
+
+
+def _load(folder: Path, how: _How, class_name: str = "") -> nn.Module:
+    """The module of a folder, after its files were looked at: all there, and not quantized."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: it holds no diffusers model")
+    config = read_config(folder / "config.json")
+    refuse_quantized(folder, config)
+    _denoiser_class(config.get("_class_name") or class_name, str(folder))
+    files = weight_files(folder)
+    stored = files.tensors()
+    return _pretrained(
+        config.get("_class_name") or class_name,
+        str(folder),
+        how.dtype or _stored_dtype(stored),
+        stored=stored,
+        variant=files.variant,
+        local_files_only=True,
+    )
+
+
+def _denoiser_class(name: str, source: str) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ModelError(
-            f"{source}: its config names the class {class_name!r}, which diffusers {diffusers.__version__} does not "
-            "have"
+            f"{source}: its config names the class {name!r}, which diffusers {diffusers.__version__} does not have"
         )
-    where.setdefault("local_files_only", Path(source).is_dir())
-    wanted = how.dtype or _stored_dtype(Path(source) / where.get("subfolder", ""))
+    return cls
+
+
+def _pretrained(
+    class_name: str, source: str, dtype: torch.dtype, *, stored: Mapping[str, Stored] | None = None, **where: Any
+) -> nn.Module:
+    """A module by diffusers' own loader, every value of which comes from the checkpoint.
+
+    Raises `ModelError` when a key is missing: diffusers would leave it as it found the memory.
+    """
+    cls = _denoiser_class(class_name, source)
     try:
-        model: nn.Module = cls.from_pretrained(
-            source, use_safetensors=True, torch_dtype=wanted, low_cpu_mem_usage=False, **where
-        )
+        with _quiet():
+            module, info = cls.from_pretrained(
+                source, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, **where
+            )
     except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
         raise ModelError(f"cannot load {source} as {class_name}: {error}") from error
-    return model
+    missing = {*info["missing_keys"], *(k for k, t in module.state_dict().items() if t.is_meta)}
+    check_keys(source, missing, info["unexpected_keys"], stored or info["unexpected_keys"])
+    return module  # type: ignore[no-any-return]
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most tensors of the safetensors files in ``folder``; float32 when there are none to look at."""
-    from safetensors import safe_open
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of diffusers about keys: they are errors here, and named in one line."""
+    from diffusers.utils import logging
 
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    found: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118  (no mapping)
-    most = found.most_common(1)
-    return names.get(most[0][0], torch.float32) if most else torch.float32
-
-
-def _from_pipeline(source: str, name: str, how: _How) -> Denoiser:
-    """Only the denoiser and the scheduler of a pipeline: text encoders and autoencoders take memory and are not looked
-    at."""
-    local = Path(source).is_dir()
-    index = _read_config(Path(source) / "model_index.json") if local else _hub_index(source, how.revision)
-    parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-    part = how.component or next((p for p in COMPONENTS if p in parts), "")
-    if part not in parts:
-        raise UnknownNameError(
-            f"component of the pipeline {source!r} ({index.get('_class_name')})",
-            part or "/".join(COMPONENTS),
-            parts,
-            "Name its denoiser.",
-        )
-    if local:
-        _refuse_pickles(Path(source) / part)
-    where = {"subfolder": part} if local else {"subfolder": part, "revision": how.revision, "local_files_only": False}
-    module = _build(parts[part][1], source, how, **where)
-    scheduler = dict(DEFAULT_SCHEDULER)
-    if "scheduler" in parts:
-        import diffusers
-
-        try:
-            scheduler = dict(
-                getattr(diffusers, parts["scheduler"][1])
-                .from_pretrained(source, **{**where, "subfolder": "scheduler"})
-                .config
-            )
-        except Exception as error:
-            raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
-    return _wrap(module, name, scheduler, {}, source, how)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
-def _hub_index(source: str, revision: str | None) -> dict[str, Any]:
+def _stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
+    """The type of most stored tensors; float32 when most are no floats."""
+    ((dtype, _),) = Counter(place.dtype for place in stored.values()).most_common(1) or [(torch.float32, 0)]
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def _scheduler(source: str, class_name: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a pipeline's scheduler."""
     import diffusers
 
     try:
-        return dict(diffusers.DiffusionPipeline.load_config(source, revision=revision))
+        cls = getattr(diffusers, class_name)
+        return dict(cls.from_pretrained(source, subfolder="scheduler", **where).config)
     except Exception as error:
-        raise ModelError(
-            f"cannot load the pipeline {source!r}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}. "
-            "It must be a folder or a hub identifier with safetensors weights; without a network only folders work."
-        ) from error
+        raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
 
 
 def _wrap(
-    module: nn.Module, name: str, scheduler: dict[str, Any], hints: dict[str, Any], source: str, how: _How
+    module: nn.Module, scheduler: Mapping[str, Any], hints: Mapping[str, Any], source: str, how: _How
 ) -> Denoiser:
     config = dict(getattr(module, "config", {}))
-    size, channels = config.get("sample_size"), config.get("in_channels")
-    shape: tuple[int, ...] = ()
-    if size is not None and channels is not None:
-        shape = (int(channels), *map(int, size if isinstance(size, (list, tuple)) else (size, size)))
-    elif not len(how.calls):
+    shape = sample_shape_of(config)
+    if not shape and not len(how.calls):
         raise ModelError(
             f"{source}: its config has no sample_size or in_channels. Record calls of its pipeline "
-            "(mpqsearch.models.capture, save_calls) and "
-            "name the file in calibration.captured, or wrap the module with mpqsearch.models.adapt"
+            "(mpqsearch.models.capture, save_calls) and name the file in calibration.captured, or wrap the module with "
+            "mpqsearch.models.adapt"
         )
-    n_classes, null_class = _classes(config)
+    n_classes, null_class = classes_of(config)
     return adapt(
         module.to(how.device),
         sample_shape=shape,
-        name=name,
+        name=model_name(source),
         scheduler={k: v for k, v in scheduler.items() if not k.startswith("_diffusers")},
         n_classes=hints.get("n_classes", n_classes),
         null_class=hints.get("null_class", null_class),
@@ -215,7 +218,15 @@ def _wrap(
     )
 
 
-def _classes(config: dict[str, Any]) -> tuple[int, int | None]:
+def sample_shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Channels and sizes of one sample, from a model's configuration; empty when it does not tell."""
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    if not isinstance(channels, int) or not isinstance(size, (int, list, tuple)):
+        return ()
+    return (channels, *(map(int, size) if isinstance(size, (list, tuple)) else (size, size)))
+
+
+def classes_of(config: Mapping[str, Any]) -> tuple[int, int | None]:
     """Number of classes and the null label, as far as the configuration tells."""
     if config.get("_class_name") == "DiTTransformer2DModel" or (
         "num_embeds_ada_norm" in config and config.get("norm_type") == "ada_norm_zero"
@@ -223,25 +234,3 @@ def _classes(config: dict[str, Any]) -> tuple[int, int | None]:
         n = int(config.get("num_embeds_ada_norm") or 0)
         return n, n  # the embedding table of DiT has one more row for the null class
     return int(config.get("num_class_embeds") or 0), None
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise ModelError(
-            f"{folder} holds only pickle checkpoints ({', '.join(pickles[:3])}), which may run code when loaded. "
-            "Convert them: "
-            "load once where you trust them and call model.save_pretrained(folder, safe_serialization=True)."
-        )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} should hold a JSON object")
-    return data

@@ -8,7 +8,6 @@ So a model larger than memory can be listed and its weights measured. Nothing he
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,40 +24,16 @@ from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models.calls import Call
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.discover import discover
-from mpqsearch.models.loader import EMBEDDED, REFERENCE, _classes, _read_config, _refuse_pickles
+from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
+from mpqsearch.models.loader import classes_of, sample_shape_of
+from mpqsearch.sources import denoiser_folder, local_folder, model_name, read_config
 
 log = logging.getLogger("mpqsearch")
 
 Progress = Callable[[str, int, int], None]
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
-"""Types of the values that are read, by their names in safetensors."""
-
 _PIECE = 1 << 18
 """Values that are hashed at a time: in float32 they stay in the second-level cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """Where one tensor lies: its shard, the byte there at which it starts, its shape and the type of its values."""
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,70 +76,64 @@ class StreamedModel:
     def digest(self, progress: Progress | None = None) -> str:
         """What `weights_digest` gives for the loaded model in float32: SHA-256 over names, dtypes, shapes and bytes.
 
-        One pass over the file. Raises `NumericsError` when a weight is not finite.
+        One pass over the file. Raises `NumericsError` when a weight is not finite, or a buffer holds NaN.
         """
         total = hashlib.sha256()
         done, size = 0, sum(s.n_bytes for s in self.stored.values())
-        buffer = torch.empty(
-            _PIECE
-        )  # one for all pieces: a new one each time costs more in page faults than the conversion
+        parameters = {key for key, _ in self.module.named_parameters(remove_duplicate=False)}
+        buffer = torch.empty(_PIECE)  # one for all pieces: making it anew costs more page faults than the conversion
         for key, meta in sorted(self.module.state_dict().items()):
             dtype = torch.float32 if meta.is_floating_point() else meta.dtype
             total.update(f"{key}|{dtype}|{tuple(meta.shape)}|".encode())
-            values = self.read(key).flatten()
-            for piece in torch.split(values, _PIECE):
-                part = (
-                    piece
-                    if piece.dtype == dtype
-                    else buffer[: len(piece)].copy_(piece)
-                    if dtype == torch.float32
-                    else piece.to(dtype)
-                )
-                # A sum is finite unless a value is not, or it overflows: looking at every value is left for then.
-                if dtype == torch.float32 and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
-                    raise NumericsError(
-                        f"{self.name}: the weight {key!r} holds NaN or infinity. Repair or reload the checkpoint."
-                    )
+            for piece in torch.split(self.read(key).flatten(), _PIECE):
+                part = _converted(piece, dtype, buffer)
+                if dtype == torch.float32:
+                    self._check_finite(key, part, parameter=key in parameters)
                 total.update(part.contiguous().view(torch.uint8).numpy().data)
             done += self.stored[key].n_bytes
             if progress is not None:
                 progress("read weights", done, size)
         return total.hexdigest()
 
+    def _check_finite(self, key: str, part: Tensor, *, parameter: bool) -> None:
+        # A sum is finite unless a value is not, or it overflows: looking at every value is left for then.
+        if math.isfinite(part.sum()):
+            return
+        wrong = ~torch.isfinite(part) if parameter else torch.isnan(part)
+        if bool(wrong.any()):
+            what = f"the weight {key!r} holds NaN or infinity" if parameter else f"the buffer {key!r} holds NaN"
+            raise NumericsError(f"{self.name}: {what}. Repair or reload the checkpoint.")
 
-def open_streamed(source: str, *, calls: Sequence[Call] = ()) -> StreamedModel:
+
+def _converted(piece: Tensor, dtype: torch.dtype, buffer: Tensor) -> Tensor:
+    """``piece`` as ``dtype``, in ``buffer`` when that is float32."""
+    if piece.dtype == dtype:
+        return piece
+    return buffer[: len(piece)].copy_(piece) if dtype == torch.float32 else piece.to(dtype)
+
+
+def open_streamed(source: str, *, component: str = "", calls: Sequence[Call] = ()) -> StreamedModel:
     """Open a model folder without loading its weights.
 
     source
         An embedded name, a folder with ``config.json`` and safetensors (one file, or shards with an index), or a
         pipeline folder.
+    component
+        Part of a pipeline, as for `load_model`.
 
     Raises `ModelError` when the folder is no diffusers model, holds no safetensors, or its weights do not fit its
     configuration.
     """
-    folder = REFERENCE / source if source in EMBEDDED else Path(source).expanduser()
-    if (folder / "model_index.json").is_file():
-        parts = [folder / part for part in ("unet", "transformer") if (folder / part / "config.json").is_file()]
-        if not parts:
-            raise ModelError(f"the pipeline {source!r} has neither a unet nor a transformer")
-        folder = parts[0]
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{source!r} is no folder with config.json: weights are streamed from a diffusers model or pipeline "
-            "folder on disk. "
-            "Download a hub model first."
-        )
-    _refuse_pickles(folder)
-    module = _structure(folder)
-    stored = dict(_placed(folder, module))
-    name = (
-        source
-        if source in EMBEDDED
-        else folder.resolve().name
-        if folder.name not in ("unet", "transformer")
-        else Path(source).name
+    folder = local_folder(source)
+    if folder is None:
+        raise ModelError(f"{source!r} is no folder: weights are streamed from the disk. Download a hub model first.")
+    inner = denoiser_folder(source, folder, component)
+    config = read_config(inner / "config.json")
+    refuse_quantized(inner, config)
+    module = _structure(inner, config)
+    return StreamedModel(
+        name=model_name(source), module=module, stored=dict(_placed(inner, module)), source=source, calls=calls
     )
-    return StreamedModel(name=name, module=module, stored=stored, source=source, calls=calls)
 
 
 def discover_streamed(model: StreamedModel, *, progress: Progress | None = None) -> LayerTable:
@@ -174,23 +143,23 @@ def discover_streamed(model: StreamedModel, *, progress: Progress | None = None)
     if there are any, else with inputs made up from the configuration. Where no such run succeeds MACs are 0, the roles
     go by names alone, and one line says so.
     """
+    return replace(structure_table(model), digest=model.digest(progress))
+
+
+def structure_table(model: StreamedModel) -> LayerTable:
+    """The layers of a model on disk, without reading a weight and so without the digest of `discover_streamed`."""
     denoiser = _denoiser(model)
-    table = None
     for attempt in _attempts(denoiser):
         try:
-            table = discover(*attempt)
+            return discover(*attempt)
         except Exception as error:  # noqa: BLE001  (any model may fail on meta tensors or made-up inputs, in its own way)
             log.info("%s: no run on meta tensors with %s: %s", model.name, type(attempt[1]).__name__, error)
-        else:
-            break
-    if table is None:
-        log.warning(
-            "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded "
-            "calls to have them.",
-            model.name,
-        )
-        table = discover(denoiser, run=False)
-    return replace(table, digest=model.digest(progress))
+    log.warning(
+        "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded calls "
+        "to have them.",
+        model.name,
+    )
+    return discover(denoiser, run=False)
 
 
 def _attempts(denoiser: Denoiser) -> Iterator[tuple[Denoiser, Any]]:
@@ -208,26 +177,21 @@ def _attempts(denoiser: Denoiser) -> Iterator[tuple[Denoiser, Any]]:
 
 def _denoiser(model: StreamedModel) -> Denoiser:
     """The structure as a denoiser; not through `adapt`, which looks at every weight."""
-    config: Mapping[str, Any] = getattr(model.module, "config", {})
-    size, channels = config.get("sample_size"), config.get("in_channels")
-    shape: tuple[int, ...] = ()
-    if isinstance(channels, int) and isinstance(size, (int, list, tuple)):
-        shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+    config = dict(getattr(model.module, "config", {}))
     return Denoiser(
         name=model.name,
         module=model.module,
-        sample_shape=shape,
-        n_classes=_classes(dict(config))[0],
+        sample_shape=sample_shape_of(config),
+        n_classes=classes_of(config)[0],
         source=model.source,
         calls=model.calls,
     )
 
 
-def _structure(folder: Path) -> nn.Module:
+def _structure(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """The module of a folder on the device ``meta``."""
     import diffusers
 
-    config = _read_config(folder / "config.json")
     name = config.get("_class_name", "")
     cls = getattr(diffusers, name, None)
     if cls is None or not hasattr(cls, "from_config"):
@@ -242,78 +206,21 @@ def _structure(folder: Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of an index, else the only one."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        try:
-            names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index[0]} is damaged: {error}") from error
-        missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
-        if missing:
-            raise ModelError(f"{index[0]} names shards that are not in its folder: {', '.join(missing[:3])}")
-        return [folder / n for n in names]
-    found = sorted(folder.glob("*.safetensors"))
-    default = folder / "diffusion_pytorch_model.safetensors"
-    if default in found:
-        return [default]
-    if len(found) != 1:
-        raise ModelError(
-            f"{folder} holds {len(found)} safetensors files and no index "
-            f"({', '.join(p.name for p in found[:4]) or 'none'}): exactly one "
-            "is needed, or shards with an index"
-        )
-    return found
-
-
 def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
     """Every key of the state dict with its place; raises `ModelError` where shape or presence differ."""
-    found = {key: place for path in _files(folder) for key, place in _header(path)}
+    stored = weight_files(folder).tensors()
     meta = module.state_dict(keep_vars=True)
     same: dict[int, str] = {}  # parameters under several names are stored under one
     for key, tensor in meta.items():
-        if key in found:
+        if key in stored:
             same.setdefault(id(tensor), key)
-    missing = [k for k, t in meta.items() if k not in found and id(t) not in same]
-    if missing:
-        raise ModelError(
-            f"{folder}: the weights lack {', '.join(missing[:3])} and {len(missing) - 1} more of the configured model"
-        )
+    missing = [k for k, t in meta.items() if k not in stored and id(t) not in same]
+    check_keys(str(folder), missing, stored.keys() - meta.keys(), stored)
     for key, tensor in meta.items():
-        place = found[key if key in found else same[id(tensor)]]
+        place = stored[key if key in stored else same[id(tensor)]]
         if place.shape != tuple(tensor.shape):
             raise ModelError(
                 f"{folder}: {key!r} is stored with the shape {place.shape}, the configuration says "
                 f"{tuple(tensor.shape)}"
             )
         yield key, place
-
-
-def _header(path: Path) -> Iterator[tuple[str, Stored]]:
-    """The tensors of one file. The library checks the file; where tensors start is in the header that it checked.
-
-    Format: eight bytes with the length of the header, the header in JSON with ``data_offsets`` counted from its end,
-    the values.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from error
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None or (key.endswith("weight") and not dtype.is_floating_point):
-            raise ModelError(
-                f"{path}: {key!r} is stored as {entry['dtype']}; weights must be floats (bf16, fp16, fp32): is it "
-                "quantized already?"
-            )
-        yield (
-            key,
-            Stored(file=path, offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]), dtype=dtype),
-        )

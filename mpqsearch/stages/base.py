@@ -61,7 +61,7 @@ class Run:
         """The model with its weights left on disk."""
         from mpqsearch.models import open_streamed
 
-        return open_streamed(self.config.model.source)
+        return open_streamed(self.config.model.source, component=self.config.model.component)
 
     @property
     def source_inputs(self) -> dict[str, str]:

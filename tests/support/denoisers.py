@@ -579,7 +579,7 @@ RECIPES: dict[str, Recipe] = {
     "GlmImageTransformer2DModel": Recipe(
         config={
             "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "text_embed_dim": 16,
-            "time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_scheme_size": 16,
+            "time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_codebook_size": 16,
         },
         inputs=lambda r: _image(
             r, prior_token_id=torch.tensor([3]), prior_token_drop=torch.tensor([False]), target_size=torch.tensor([[8.0, 8.0]]),

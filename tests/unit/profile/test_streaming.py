@@ -113,7 +113,7 @@ def test_a_layer_larger_than_the_limit_is_read_some_rows_at_a_time(streamed: Str
 def test_rows_of_a_transposed_convolution_are_read_in_slices(groups: int, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from mpqsearch.models.weights import Stored, _header
+    from mpqsearch.models.files import Stored, _header
     from mpqsearch.quant import rows_of
     from mpqsearch.quant.tables import slices_of
 

@@ -110,7 +110,7 @@ def test_gains_are_what_ddim_makes_of_a_prediction(prediction_type: str, factor:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_gains_of_a_model_are_those_of_finite_differences(name: str) -> None:
     denoiser, spec = tiny_denoiser(), SamplerSpec(name=name, steps=3, guidance=2.0)
-    denoiser = replace(denoiser, scheduler={**denoiser.scheduler, "clip_sample": False})
+    denoiser = replace(denoiser, scheduler={**denoiser.scheduler, "clip_sample": False}, sample_shape=(1, 4, 4))
     chain = chain_of(denoiser, [5], spec)
     signs = torch.randint(0, 2, chain.final.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -1,0 +1,156 @@
+"""Which files a model source names, and digests of their content; needs no torch.
+
+A model, a reference or the weights of an extractor may be replaced in place, under the same path. What was made from a
+file is therefore known by the file's bytes and never by its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpqsearch import artifacts
+from mpqsearch.errors import ArtifactError, ModelError, UnknownNameError
+
+REFERENCE = Path(__file__).parent / "models" / "reference"
+EMBEDDED = ("fmnist-unet", "fmnist-dit")
+"""Denoisers that ship with the package; see the model cards beside their weights."""
+
+COMPONENTS = ("unet", "transformer", "prior", "decoder")
+"""Parts of a pipeline that may be its denoiser, in the order in which they are looked for."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+WEIGHTS = "diffusion_pytorch_model"
+"""How diffusers begins the names of weight files."""
+
+SETTLED_S = 2.0
+"""A file that was written more recently than this is hashed again: another write might leave its times as they are."""
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder of a source, embedded names included; None for ``owner/name`` of a hub.
+
+    Raises `ModelError` or `UnknownNameError` when it is neither.
+    """
+    if source in EMBEDDED:
+        return REFERENCE / source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.suffix in (*PICKLES, ".safetensors"):
+        kind = "a pickle checkpoint, which may run code when loaded" if path.suffix in PICKLES else "a single file"
+        raise ModelError(
+            f"{source} is {kind}. Give a diffusers folder with config.json and *.safetensors; "
+            "model.save_pretrained(folder, safe_serialization=True) writes one."
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return None
+    raise UnknownNameError("model", source, EMBEDDED, "It is no folder here and no owner/name of a hub either.")
+
+
+def model_name(source: str) -> str:
+    """What a model is called in tables: its embedded name, or the last part of its folder or hub identifier."""
+    return source if source in EMBEDDED else Path(source).expanduser().resolve().name
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `ModelError` when it is none."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} should hold a JSON object")
+    return data
+
+
+def component_of(index: Mapping[str, Any], component: str, source: str) -> tuple[str, str]:
+    """Name and class of the denoiser of a pipeline, from its ``model_index.json``.
+
+    ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Raises
+    `UnknownNameError` when there is none of this name.
+    """
+    parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
+    part = component or next((p for p in COMPONENTS if p in parts), "")
+    if part not in parts:
+        raise UnknownNameError(
+            f"component of the pipeline {source!r} ({index.get('_class_name')})",
+            part or "/".join(COMPONENTS),
+            parts,
+            "Name its denoiser with model.component.",
+        )
+    return part, str(parts[part][1])
+
+
+def denoiser_folder(source: str, folder: Path, component: str) -> Path:
+    """The folder with the denoiser's own ``config.json``: ``folder`` itself, or that part of a pipeline folder.
+
+    Raises `ModelError` when there is none, or when a component of a plain model is asked for.
+    """
+    if (folder / "model_index.json").is_file():
+        folder = folder / component_of(read_config(folder / "model_index.json"), component, source)[0]
+    elif component:
+        raise ModelError(f"{source} is a model and no pipeline, so it has no component {component!r}: leave it out")
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder"
+        )
+    return folder
+
+
+def model_files(source: str, component: str = "") -> dict[str, Path] | None:
+    """The files that a denoiser depends on, by names that hold no path: weights, configuration, scheduler.
+
+    None for a hub source, whose files are not looked for. Raises what `local_folder` and `denoiser_folder` raise.
+    """
+    folder = local_folder(source)
+    if folder is None:
+        return None
+    inner = denoiser_folder(source, folder, component)
+    files = {p.name: p for p in (inner / "config.json", inner / "denoiser.json", inner / "scheduler_config.json")}
+    files |= {p.name: p for pattern in ("safetensors", "json") for p in inner.glob(f"{WEIGHTS}*.{pattern}")}
+    files["model_index.json"] = folder / "model_index.json"
+    files["scheduler/scheduler_config.json"] = inner.parent / "scheduler" / "scheduler_config.json"
+    return {name: path for name, path in sorted(files.items()) if path.is_file()}
+
+
+class FileDigests:
+    """SHA-256 of files, remembered in ``record`` with their size, times and inode, and computed again when one differs.
+
+    With ``record`` None nothing is remembered.
+    """
+
+    def __init__(self, record: Path | None) -> None:
+        self._record = record
+        self._entries: dict[str, Any] = {}
+        if record is not None and record.is_file():
+            with contextlib.suppress(ArtifactError):  # a damaged record is written anew
+                self._entries = dict(artifacts.read_json(record, "mpqsearch/digests").data)
+
+    def of(self, file: Path) -> str:
+        """SHA-256 of the content of ``file``; ``absent`` when there is none."""
+        file = file.resolve()
+        try:
+            stat = file.stat()
+        except OSError:
+            return "absent"
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        entry = self._entries.get(str(file))
+        if entry is not None and entry["seen"] == seen:
+            return str(entry["sha256"])
+        settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_S * 1e9
+        digest = artifacts.digest_file(file)
+        if settled and self._record is not None:
+            self._entries[str(file)] = {"seen": seen, "sha256": digest}
+            artifacts.write_json(self._record, "mpqsearch/digests", self._entries, {})
+        return digest
+
+    def of_all(self, files: Mapping[str, Path]) -> str:
+        """One digest of several files by name."""
+        return artifacts.digest_of({name: self.of(path) for name, path in files.items()})
