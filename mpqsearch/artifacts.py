@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as handle:
+        with temporary.open("r+b") as handle:  # Windows flushes what is open for writing only
             os.fsync(handle.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
@@ -160,8 +161,8 @@ def read_json(path: Path, schema: str) -> Artifact:
     try:
         body = json.loads(path.read_bytes())
         found, version = body["schema"], int(body["version"])
-        artifact = Artifact(schema=found, version=version, inputs=body["inputs"], data=body["data"])
-    except (ValueError, KeyError, TypeError) as error:
+        artifact = Artifact(schema=found, version=version, inputs=dict(body["inputs"]), data=body["data"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is damaged or no artifact of mpqsearch ({type(error).__name__}: {error}). Delete it and run the "
             "stage again."
@@ -205,9 +206,14 @@ def is_current(path: Path, schema: str, inputs: Mapping[str, str], *, overwrite:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write an npz (no pickle) atomically."""
-    with atomic_write(path) as handle:
-        np.savez(handle, allow_pickle=False, **dict(arrays))
+    """Write an npz (no pickle) atomically.
+
+    `numpy.savez` takes the names as keywords, so that some cannot be used, and cannot refuse pickles before numpy 2.2.
+    """
+    with atomic_write(path) as handle, zipfile.ZipFile(handle, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as part:
+                np.lib.format.write_array(part, np.asanyarray(array), allow_pickle=False)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -234,7 +240,9 @@ def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> Non
 
 def load_layers(path: Path) -> LayerTable:
     """Read ``layers.json``."""
-    return LayerTable.from_data(read_json(path, "mpqsearch/layers").data)
+    data = read_json(path, "mpqsearch/layers").data
+    with _whole(path):
+        return LayerTable.from_data(data)
 
 
 def save_profile(path: Path, profile: SensitivityProfile, inputs: Mapping[str, str]) -> None:
@@ -249,9 +257,10 @@ def save_profile(path: Path, profile: SensitivityProfile, inputs: Mapping[str, s
 
 def load_profile(path: Path) -> SensitivityProfile:
     """Read ``profile.json`` and ``profile.npz``; the digest of the arrays is checked."""
-    data = dict(read_json(path, "mpqsearch/profile").data)
+    data = read_json(path, "mpqsearch/profile").data
     side = path.with_suffix(".npz")
-    expected = data.pop("arrays_sha256")
+    with _whole(path):
+        expected = data["arrays_sha256"]
     arrays = read_arrays(side)
     if digest_file(side) != expected:
         raise ArtifactError(f"{side} is not the file that {path.name} was written with. Delete both and profile again.")
@@ -259,14 +268,15 @@ def load_profile(path: Path) -> SensitivityProfile:
     for key, array in arrays.items():
         part, name = key.split(":", 1)
         parts[part][name] = array
-    return SensitivityProfile(
-        model_digest=data["model_digest"],
-        names=tuple(data["names"]),
-        channels=tuple(data["channels"]),
-        widths=tuple(data["widths"]),
-        calibration=data["calibration"],
-        **parts,
-    )
+    with _whole(path):
+        return SensitivityProfile(
+            model_digest=data["model_digest"],
+            names=tuple(data["names"]),
+            channels=tuple(data["channels"]),
+            widths=tuple(data["widths"]),
+            calibration=data["calibration"],
+            **parts,
+        )
 
 
 def save_bit_map(
@@ -290,25 +300,37 @@ def save_bit_map(
 def load_bit_map(path: Path) -> BitMap:
     """Read a bit map and its sidecar; the sidecar's digest is checked and it must lie in the same folder."""
     data = read_json(path, "mpqsearch/bitmap").data
-    vectors = None
-    if "sidecar" in data:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        name = data["sidecar"]["file"]
-        side = path.parent / name
-        if Path(name).name != name:
-            raise ArtifactError(f"{path}: the sidecar {name!r} must lie in the same folder")
-        if not side.is_file() or digest_file(side) != data["sidecar"]["sha256"]:
-            raise ArtifactError(f"{side} is missing or is not the file that {path.name} was written with")
-        try:
-            vectors = load_file(side)
-        except SafetensorError as error:
-            raise ArtifactError(f"{side} is damaged: {error}") from error
-    try:
+    with _whole(path):
+        vectors = _sidecar(path, data["sidecar"]) if "sidecar" in data else None
         return BitMap.from_data(data, vectors)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is not a whole bit map: {type(error).__name__} {error}") from error
+
+
+def _sidecar(path: Path, entry: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """The channel vectors beside a bit map."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    name = entry["file"]
+    side = path.parent / name
+    if Path(name).name != name:
+        raise ArtifactError(f"{path}: the sidecar {name!r} must lie in the same folder")
+    if not side.is_file() or digest_file(side) != entry["sha256"]:
+        raise ArtifactError(f"{side} is missing or is not the file that {path.name} was written with")
+    try:
+        return dict(load_file(side))
+    except SafetensorError as error:
+        raise ArtifactError(f"{side} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Anything that goes wrong while the content of a file is taken apart is said of the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or was changed by hand ({type(error).__name__}: {error}). Make it again."
+        ) from error
 
 
 def environment(
@@ -352,7 +374,7 @@ def _brief(digest: str | None) -> str:
 
 def disk_error(path: Path, error: OSError) -> ArtifactError:
     """What is said when a file cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return ArtifactError(
             f"the disk is full: {path} was not written. What was finished before is kept; free some space and run the "
             "same command again."

@@ -97,6 +97,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
+    if os.name == "nt":  # which opens no folders, and keeps their entries by itself
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

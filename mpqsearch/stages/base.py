@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ArtifactError, StaleArtifactError
+from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import DataReference, FeatureExtractor
@@ -111,7 +111,10 @@ class Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
     def path(self, *parts: str) -> Path:
-        """A path in the run folder."""
+        """A path in the run folder. Raises `ConfigError` when a part, such as a method's name, would lead out of it."""
+        for part in parts:
+            if part in ("", ".", "..") or "\0" in part or Path(part).name != part or "\\" in part:
+                raise ConfigError(f"{part!r} names a file or folder of the run and may hold no separator: rename it")
         return self.folder.joinpath(*parts)
 
 

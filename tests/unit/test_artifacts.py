@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap
-from mpqsearch.errors import ArtifactError, StaleArtifactError
+from mpqsearch.errors import ArtifactError, MpqsearchError, StaleArtifactError
 from tests.support import tiny_profile, tiny_table
 
 
@@ -131,3 +132,57 @@ def test_a_tampered_or_foreign_sidecar_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(body))
     with pytest.raises(ArtifactError, match="same folder"):
         artifacts.load_bit_map(path)
+
+
+def test_arrays_of_any_name_and_kind_round_trip(tmp_path: Path) -> None:
+    arrays = {"file": np.arange(3), "allow_pickle": np.zeros((0, 2)), "a:b/c": np.array(True), "x": np.array(["é"])}
+    artifacts.write_arrays(tmp_path / "a.npz", arrays)
+    back = artifacts.read_arrays(tmp_path / "a.npz")
+    assert list(back) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array, strict=True)
+    with pytest.raises(ValueError, match="Object arrays"):
+        artifacts.write_arrays(tmp_path / "b.npz", {"x": np.array([{}])})
+    assert not (tmp_path / "b.npz").exists()
+
+
+def mutations(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value in plain data, and of every container."""
+    yield at
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from mutations(inner, (*at, key))
+    elif isinstance(value, list) and value:
+        yield from mutations(value[0], (*at, 0))
+
+
+WRONG = (None, -1, 0.5, "x", [], {}, [None], 10**30, True)
+
+
+@pytest.mark.parametrize("kind", ["layers", "profile", "bitmap"])
+def test_a_file_with_one_wrong_value_is_read_or_refused_with_its_name(tmp_path: Path, kind: str) -> None:
+    table = tiny_table(n_layers=2, channels=3, fan_in=4)
+    path = tmp_path / f"{kind}.json"
+    if kind == "layers":
+        artifacts.save_layers(path, table, {})
+    elif kind == "profile":
+        artifacts.save_profile(path, tiny_profile(table, (2, 4)), {})
+    else:
+        weights = {layer.name: np.array([2, 3, 4], dtype=np.uint8) for layer in table}
+        artifacts.save_bit_map(path, BitMap(model_digest=table.digest, weights=weights), {})
+    load = {"layers": artifacts.load_layers, "profile": artifacts.load_profile, "bitmap": artifacts.load_bit_map}[kind]
+    good = path.read_text()
+    refused = 0
+    for place in mutations(json.loads(good)):
+        for wrong in WRONG:
+            holder: Any = {"top": json.loads(good)}
+            inner = holder
+            for key in ("top", *place)[:-1]:
+                inner = inner[key]
+            inner[("top", *place)[-1]] = wrong
+            path.write_text(json.dumps(holder["top"]))
+            try:
+                load(path)
+            except MpqsearchError:
+                refused += 1
+    assert refused > 50
