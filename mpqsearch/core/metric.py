@@ -10,7 +10,7 @@ from typing import Any
 from mpqsearch.errors import NumericsError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MetricValue:
     """One number with its label.
 
@@ -33,6 +33,9 @@ class MetricValue:
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise NumericsError(f"{self.name} is {self.value}: the samples are not finite")
+
+    def __repr__(self) -> str:
+        return f"{self.name} = {self.value:.5g} ({self.low:.5g} to {self.high:.5g}, {self.spread}, n={self.n_samples})"
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""

@@ -2,7 +2,7 @@
 
 from mpqsearch.metrics.evaluate import Evaluation, Reference, distance_to_full_precision, evaluate
 from mpqsearch.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extractor, module_extractor
-from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
+from mpqsearch.metrics.frechet import FeatureStatistics, KernelDistance, PairedKernelDistance, frechet_distance
 from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
 
 __all__ = [
@@ -11,11 +11,12 @@ __all__ = [
     "Evaluation",
     "FeatureExtractor",
     "FeatureStatistics",
+    "KernelDistance",
+    "PairedKernelDistance",
     "Reference",
     "distance_to_full_precision",
     "evaluate",
     "frechet_distance",
-    "kernel_distance",
     "load_extractor",
     "load_reference",
     "module_extractor",

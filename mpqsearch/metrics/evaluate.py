@@ -6,15 +6,25 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mpqsearch.core import MetricValue
 from mpqsearch.metrics.extractors import FeatureExtractor
-from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance
+from mpqsearch.metrics.frechet import (
+    FeatureStatistics,
+    KernelDistance,
+    PairedKernelDistance,
+    frechet_distance,
+    frechet_from,
+)
 from mpqsearch.metrics.reference import DataReference
 from mpqsearch.sampling import to_uint8
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 BOOTSTRAP = 48
 """Resamples behind every interval."""
@@ -23,7 +33,7 @@ PEAK = 2.0
 """Width of the value range [-1, 1], for PSNR."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Reference:
     """Full-precision samples ``[N, ...]`` with their features ``[N, d]``, for paired comparison; seeds and labels of
     all samples."""
@@ -34,13 +44,32 @@ class Reference:
     labels: Tensor | None
     data: DataReference | None = None
 
+    def __repr__(self) -> str:
+        against = "" if self.data is None else f", beside {self.data.name}"
+        shape = tuple(self.samples.shape[1:])
+        return f"Reference({len(self.seeds)} full-precision samples {shape}, seeds {seeds_label(self.seeds)}{against})"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """Metric values by key, and the features behind them."""
 
     metrics: dict[str, MetricValue]
     features: Tensor
+
+    def to_frame(self) -> DataFrame:
+        """One row a metric: name, value, bounds of its interval, samples, reference."""
+        import pandas as pd
+
+        columns = ("name", "value", "low", "high", "n_samples", "reference")
+        rows = {key: [getattr(value, c) for c in columns] for key, value in self.metrics.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+
+    def __repr__(self) -> str:
+        return "\n".join(["Evaluation", *(f"  {value!r}" for value in self.metrics.values())])
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html())
 
 
 def distance_to_full_precision(samples: Tensor, reference: Reference, extractor: FeatureExtractor) -> float:
@@ -63,21 +92,39 @@ def evaluate(
     """
     images = to_uint8(samples)
     features = extractor(images)
-    n = len(samples)
-    seeds = seeds_label(reference.seeds)
-    draws = _bootstrap_weights(n)
-    values: dict[str, MetricValue] = {}
+    sheet = _Sheet(n=len(samples), seeds=seeds_label(reference.seeds), extractor=extractor.label)
+    if not is_reference:
+        _put_pixels(sheet, samples, reference.samples)
+        _put_full_precision(sheet, features, reference.features)
+    if reference.data is not None:
+        _put_data(sheet, features, reference.data, frechet_label(extractor, len(samples)))
+    if extractor.classify is not None and reference.labels is not None:
+        hit = (extractor.classify(images) == reference.labels).double()
+        sheet.put("class_accuracy", "asked class recognised", "labels", lambda w: float(w @ hit / w.sum()), higher=True)
+    return Evaluation(metrics=sheet.values, features=features)
+
+
+class _Sheet:
+    """Metric values of one set of samples, each with its bootstrap interval."""
+
+    def __init__(self, *, n: int, seeds: str, extractor: str) -> None:
+        self.values: dict[str, MetricValue] = {}
+        self.n, self.seeds, self.extractor = n, seeds, extractor
+        self._once = torch.ones(n, dtype=torch.float64)
+        self._draws = _bootstrap_weights(n)
 
     def put(
-        key: str, name: str, against: str, value: float, resampled: Callable[[Tensor], float], *, higher: bool = False
+        self, key: str, name: str, against: str, value_of: Callable[[Tensor], float], *, higher: bool = False
     ) -> None:
-        spread = 1.96 * float(torch.tensor([resampled(w) for w in draws], dtype=torch.float64).std())
-        values[key] = MetricValue(
+        """Add a metric; ``value_of`` computes it from multiplicities ``[N]`` of the samples."""
+        value = value_of(self._once)
+        spread = 1.96 * float(torch.tensor([value_of(w) for w in self._draws], dtype=torch.float64).std())
+        self.values[key] = MetricValue(
             name=name,
             value=value,
-            n_samples=n,
-            seeds=seeds,
-            extractor=extractor.label,
+            n_samples=self.n,
+            seeds=self.seeds,
+            extractor=self.extractor,
             reference=against,
             low=value - spread,
             high=value + spread,
@@ -85,60 +132,32 @@ def evaluate(
             higher_is_better=higher,
         )
 
-    if not is_reference:
-        each = (samples.double() - reference.samples.double()).square().flatten(1).mean(1)
-        put("paired_mse", "MSE vs FP, same noise", "full precision", float(each.mean()), lambda w: float(w @ each / n))
-        put(
-            "paired_psnr",
-            "PSNR vs FP, same noise",
-            "full precision",
-            _psnr(float(each.mean())),
-            lambda w: _psnr(float(w @ each / n)),
-            higher=True,
-        )
-        base = FeatureStatistics.of(reference.features)
-        put(
-            "fd_fp",
-            f"FD[{extractor.label}]-{n} vs FP",
-            "full precision",
-            frechet_distance(base, FeatureStatistics.of(features)),
-            lambda w: frechet_distance(FeatureStatistics.of(reference.features, w), FeatureStatistics.of(features, w)),
-        )
-        kid = kernel_distance(reference.features, features, paired=True)
-        put(
-            "kid_fp",
-            f"KD[{extractor.label}]-{n} vs FP",
-            "full precision",
-            kid,
-            lambda w: _kernel_resampled(reference.features, features, w),
-        )
-    if reference.data is not None:
-        data = reference.data
-        put(
-            "fd_data",
-            frechet_label(extractor, n),
-            data.name,
-            frechet_distance(data.statistics, FeatureStatistics.of(features)),
-            lambda w: frechet_distance(data.statistics, FeatureStatistics.of(features, w)),
-        )
-        put(
-            "kid_data",
-            f"KD[{extractor.label}]-{n} vs data",
-            data.name,
-            kernel_distance(data.features, features),
-            lambda w: kernel_distance(data.features, _repeat(features, w)),
-        )
-    if extractor.classify is not None and reference.labels is not None:
-        hit = (extractor.classify(images) == reference.labels).double()
-        put(
-            "class_accuracy",
-            "asked class recognised",
-            "labels",
-            float(hit.mean()),
-            lambda w: float(w @ hit / n),
-            higher=True,
-        )
-    return Evaluation(metrics=values, features=features)
+
+def _put_pixels(sheet: _Sheet, samples: Tensor, reference: Tensor) -> None:
+    error = (samples.double() - reference.double()).square().flatten(1).mean(1)
+
+    def mse(weights: Tensor) -> float:
+        return float(weights @ error / weights.sum())
+
+    sheet.put("paired_mse", "MSE vs FP, same noise", "full precision", mse)
+    sheet.put(
+        "paired_psnr", "PSNR vs FP, same noise", "full precision", lambda weights: _psnr(mse(weights)), higher=True
+    )
+
+
+def _put_full_precision(sheet: _Sheet, features: Tensor, reference: Tensor) -> None:
+    def distance(weights: Tensor) -> float:
+        return frechet_distance(FeatureStatistics.of(reference, weights), FeatureStatistics.of(features, weights))
+
+    kernel = PairedKernelDistance(reference, features)
+    sheet.put("fd_fp", f"FD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", distance)
+    sheet.put("kid_fp", f"KD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", kernel)
+
+
+def _put_data(sheet: _Sheet, features: Tensor, data: DataReference, name: str) -> None:
+    distance, kernel = frechet_from(data.statistics), KernelDistance(data.features, features)
+    sheet.put("fd_data", name, data.name, lambda weights: distance(FeatureStatistics.of(features, weights)))
+    sheet.put("kid_data", f"KD[{sheet.extractor}]-{sheet.n} vs data", data.name, kernel)
 
 
 def frechet_label(extractor: FeatureExtractor, n: int) -> str:
@@ -172,13 +191,3 @@ def _bootstrap_weights(n: int) -> list[Tensor]:
         ):  # one sample alone, drawn again and again, has no spread: of a handful that does happen
             draws.append(weights)
     return draws
-
-
-def _repeat(features: Tensor, weights: Tensor) -> Tensor:
-    return features.repeat_interleave(weights.long(), dim=0)
-
-
-def _kernel_resampled(x: Tensor, y: Tensor, weights: Tensor) -> float:
-    # Duplicates would enter the U-statistic as pairs of themselves, so rows are drawn once and weighted in or out.
-    keep = weights > 0
-    return kernel_distance(x[keep], y[keep], paired=True)

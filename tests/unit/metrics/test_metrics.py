@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError, NumericsError, UnknownNameError
 from mpqsearch.metrics import (
     FeatureStatistics,
+    KernelDistance,
+    PairedKernelDistance,
     Reference,
     evaluate,
     extractors,
     frechet_distance,
-    kernel_distance,
     load_extractor,
     load_reference,
     module_extractor,
@@ -81,10 +82,35 @@ def test_kernel_distance_equals_its_double_loop() -> None:
     xx = np.mean([k(x[i], x[j]) for i in range(5) for j in range(5) if i != j])
     yy = np.mean([k(y[i], y[j]) for i in range(4) for j in range(4) if i != j])
     xy = np.mean([k(a, b) for a in x for b in y])
-    assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
+    assert KernelDistance(x, y)() == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
     pairs = np.mean([k(x[i], y[j]) for i in range(4) for j in range(4) if i != j])
     xx4 = np.mean([k(x[i], x[j]) for i in range(4) for j in range(4) if i != j])
-    assert kernel_distance(x[:4], y, paired=True) == pytest.approx(xx4 + yy - 2 * pairs, rel=1e-12)
+    assert PairedKernelDistance(x[:4], y)() == pytest.approx(xx4 + yy - 2 * pairs, rel=1e-12)
+
+
+def test_weighted_kernel_distances_are_those_of_the_drawn_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(n, 5, generator=generator) for n in (9, 6, 6))
+    w = torch.tensor([0.0, 1, 3, 0, 1, 1])
+    drawn = y.repeat_interleave(w.long(), 0)
+    assert KernelDistance(x, y)(w) == pytest.approx(KernelDistance(x, drawn)(), rel=1e-12)
+    there = w > 0
+    assert PairedKernelDistance(z, y)(w) == pytest.approx(PairedKernelDistance(z[there], y[there])(), rel=1e-12)
+    with pytest.raises(ConfigError, match="at least two samples on each side, got 1 and 6"):
+        KernelDistance(x[:1], y)
+
+
+def test_results_are_short_to_look_at() -> None:
+    extractor = load_extractor("random-conv")
+    samples = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    reference = make_reference(samples, extractor)
+    found = evaluate(samples.flip(0), reference, extractor)
+    assert repr(reference) == "Reference(8 full-precision samples (1, 16, 16), seeds 0..7)"
+    assert len(repr(found).splitlines()) == 1 + len(found.metrics)
+    frame = found.to_frame()
+    assert list(frame.index) == list(found.metrics)
+    assert frame.loc["paired_mse", "value"] == found.metrics["paired_mse"].value
+    assert "<table" in found._repr_html_()
 
 
 def make_reference(samples: Tensor, extractor: extractors.FeatureExtractor) -> Reference:
