@@ -16,7 +16,6 @@ from mpqsearch.cli.app import app, quiet
 from mpqsearch.cli.printing import print_json, print_table
 
 OPTIONAL = (
-    ("numba", "fast", "compiled passes of the allocator and the quantizer"),
     ("torch-fidelity", "fid", "the official Inception FID"),
     ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
     ("pymysql", "mysql", "a search on many machines through MySQL or MariaDB"),

@@ -36,7 +36,6 @@ from mpqsearch.distill.teacher import TeacherSource, TeacherStep
 from mpqsearch.distill.trd import FeatureTap, TimeSmoothedRelations, find_feature_module
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import Denoiser
-from mpqsearch.quant import held_weights
 from mpqsearch.specs import DistillSpec
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -236,9 +235,8 @@ class _Run:
             group["lr"] = start * rate
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3)
-        with held_weights(self.student):
-            for k in range(self.spec.accumulate):
-                totals += self._window(done * self.spec.accumulate + k, done)
+        for k in range(self.spec.accumulate):
+            totals += self._window(done * self.spec.accumulate + k, done)
         totals /= self.spec.accumulate
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)

@@ -24,8 +24,7 @@ from mpqsearch.quant import (
     smooth_inputs,
     width_errors,
 )
-from mpqsearch.quant.activations import input_factors
-from mpqsearch.quant.tables import stored_factors
+from mpqsearch.quant.smoothing import input_factors, stored_factors
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
 
 

@@ -17,8 +17,7 @@ from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import run_sampler
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RowQuantizer, RowStatistics, decode, encode, fit_rows, gptq_rows, rows_of
-from mpqsearch.quant.apply import scaled_moment
-from mpqsearch.quant.tables import stored_factors
+from mpqsearch.quant.smoothing import scaled_moment, stored_factors
 from mpqsearch.sampling import SamplerSpec
 
 ALONE = ("layer_probe_error", "layer_sampler_error")

@@ -18,8 +18,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import run_sampler
 from mpqsearch.profile.inputs import columns_of
-from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of
-from mpqsearch.quant.activations import search_range
+from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
 from mpqsearch.sampling import SamplerSpec
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)

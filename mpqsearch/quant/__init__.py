@@ -3,9 +3,7 @@
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
     ActivationTable,
-    RangeCollector,
     activation_table_of,
-    smooth_inputs,
 )
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, quantize_model, quantize_weight
 from mpqsearch.quant.gptq import gptq_rows
@@ -15,21 +13,15 @@ from mpqsearch.quant.modules import (
     WeightQuantizer,
     build_student,
     convert,
-    held_weights,
     load_trainable_state,
     param_groups,
     quant_layers,
     trainable_state,
 )
+from mpqsearch.quant.ranges import RangeCollector, search_range
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.tables import (
-    RowStatistics,
-    error_tables,
-    kurtosis,
-    smoothing_factors,
-    weight_error_tables,
-    width_errors,
-)
+from mpqsearch.quant.smoothing import smooth_inputs, smoothing_factors
+from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, weight_error_tables, width_errors
 from mpqsearch.specs import ActivationSearch
 
 __all__ = [
@@ -52,7 +44,6 @@ __all__ = [
     "error_tables",
     "fit_rows",
     "gptq_rows",
-    "held_weights",
     "kurtosis",
     "load_trainable_state",
     "param_groups",
@@ -60,6 +51,7 @@ __all__ = [
     "quantize_model",
     "quantize_weight",
     "rows_of",
+    "search_range",
     "smooth_inputs",
     "smoothing_factors",
     "trainable_state",

@@ -1,5 +1,4 @@
-"""Activation quantization: range search on histograms, a table of scales, and the quantizer that a layer's input passes
-through.
+"""Activation quantization: a table of scales, and the quantizer that a layer's input passes through.
 
 Per tensor, asymmetric, with an integer zero point: ``x ~ scale * (code - zero)``. Scales are static, or one a timestep
 (TALSQ of EfficientDM). A timestep-wise quantizer looks its scale up by the *timestep that the denoiser is called with*,
@@ -12,10 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +20,10 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models.calls import TIMESTEP_ARGUMENTS
-from mpqsearch.quant.rows import rows_of, stored_scale
-from mpqsearch.quant.search import run_in_shares, takes_compiled
-from mpqsearch.quant.tables import stored_factors
-from mpqsearch.specs import ActivationSearch
-
-BINS = 2048
-"""Bins of a histogram, over both signs. With data of one sign a step of 8 bits spans at least two of them, one of 4
-bits 34."""
+from mpqsearch.models.hooks import layer_input, with_input
+from mpqsearch.quant.fake import as_stored, fake_quantize
+from mpqsearch.quant.rows import stored_scale
+from mpqsearch.quant.smoothing import along_input, smooth_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +141,11 @@ def attach_clock(module: nn.Module, timesteps: tuple[float, ...]) -> TimestepClo
     if not timesteps:
         return None
     clock = TimestepClock(timesteps)
-    _watch(module, clock)
+    watch_timesteps(module, clock)
     return clock
 
 
-def _watch(module: nn.Module, clock: Any) -> list[Any]:
+def watch_timesteps(module: nn.Module, clock: Any) -> list[Any]:
     """Let ``clock.set`` hear of the timestep of each call; handles of the hooks."""
     module.timestep_clock = clock
     if hasattr(module, "denoise"):
@@ -179,129 +172,6 @@ def _timestep_argument(module: nn.Module) -> tuple[str, int]:
     )
 
 
-class _QuantizeActivation(torch.autograd.Function):
-    """Fake quantization of a tensor with one step for all, or one a sample; straight-through and LSQ gradients.
-
-    With ``S`` the step (of an element), ``q`` the code and ``inside`` where the code was not clipped: ``dy/dx =
-    inside``, ``dy/dS = (y - x inside) / S`` and ``dy/dz = -S (1 - inside)``; roundings of scale and zero point to what
-    is stored count as the identity.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        index: Tensor | None,
-        factor: Tensor | None,
-        top: int,
-        lsq: bool,
-    ) -> Tensor:
-        s, z = stored_scale(scale), zero.round().clamp(0, top)
-        shape = (-1,) + (1,) * (x.dim() - 1)
-        if index is not None:
-            s, z = s[index], z[index]
-        s, z = s.view(shape), z.view(shape)
-        step = s if factor is None else s * factor
-        codes = torch.div(x, step).add_(z).round_()
-        needs = ctx.needs_input_grad
-        if any(needs[:3]):
-            out = codes.clamp(0, top).sub_(z).mul_(step)
-            ctx.save_for_backward(codes, x if needs[1] else None, out if needs[1] else None, s, index, factor)
-            ctx.steps, ctx.top, ctx.lsq = len(scale), top, lsq
-            return out
-        return codes.clamp_(0, top).sub_(z).mul_(step)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        codes, x, out, s, index, factor = ctx.saved_tensors
-        # The gradient where the code was in range, else 0, in one pass; codes are integers, so the open interval is the
-        # closed range.
-        gx = torch.ops.aten.hardtanh_backward(grad, codes, -0.5, ctx.top + 0.5)
-        parts = 1 if index is None else len(index)  # sums by sample, or over everything
-        gs = gz = None
-        weight = (grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0
-        if ctx.needs_input_grad[1]:
-            gs = (_dots(grad, out, parts) - _dots(gx, x, parts)) / s.view(-1) * weight
-        if ctx.needs_input_grad[2]:
-            lost = grad - gx if factor is None else (grad - gx).mul_(factor)
-            lost = lost.reshape(parts, -1).sum(1)
-            gz = -lost * s.view(-1) * weight
-        if index is not None:
-            gs, gz = (None if g is None else g.new_zeros(ctx.steps).index_add_(0, index, g) for g in (gs, gz))
-        return (gx if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None
-
-
-class _CompiledQuantizeActivation(torch.autograd.Function):
-    """The same in one compiled pass each way, which keeps nothing but the input; codes are equal bit for bit."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        index: Tensor | None,
-        factor: Tensor | None,
-        top: int,
-        lsq: bool,
-    ) -> Tensor:
-        x = x.detach().contiguous()
-        s, z = stored_scale(scale), zero.round().clamp(0, top)
-        if index is not None:
-            s, z = s[index], z[index]
-        if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(x, s, z, index, factor)
-            ctx.steps, ctx.top, ctx.lsq = scale.shape[0], top, lsq
-        out = torch.empty_like(x)
-        rows, *constants = _rows_and_steps(x, s, z, factor)
-        run_in_shares("fake_quantize", (rows, out.view_as(rows)), (*constants, np.float32(top)))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, z, index, factor = ctx.saved_tensors
-        grad, gx = grads[0].contiguous(), torch.empty_like(x)
-        rows, *constants = _rows_and_steps(x, s, z, factor)
-        sums = torch.empty(2, rows.shape[0], dtype=torch.float64)
-        by_row = (rows, grad.view_as(rows), gx.view_as(rows), sums[0], sums[1])
-        run_in_shares("fake_quantize_gradients", by_row, (*constants, np.float32(ctx.top)))
-        parts = s.shape[0]
-        gs, gz = (
-            sums.view(2, parts, -1)
-            .sum(2, dtype=torch.float32)
-            .mul_((grad.numel() / parts * ctx.top) ** -0.5 if ctx.lsq else 1.0)
-        )
-        gs.div_(s)
-        if index is not None:
-            gs, gz = (g.new_zeros(ctx.steps).index_add_(0, index, g) for g in (gs, gz))
-        return gx, gs, gz, None, None, None, None
-
-
-def _rows_and_steps(x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None) -> tuple[Tensor, Any, Any, int]:
-    """``x`` as rows ``[R, L]``, steps ``[K, 1]`` or ``[K, L]``, zero points ``[K]`` and how many rows in turn share
-    one: as the kernels take them."""
-    if factor is None:
-        rows, steps = x.view(x.shape[0], -1), s[:, None]
-    elif factor.dim() == 1:  # of the last dimension
-        rows, steps = x.view(-1, factor.shape[0]), s[:, None] * factor
-    else:
-        n, c = x.shape[0], factor.shape[0]
-        rows, steps = x.view(n * c, -1), (s[:, None] * factor.view(1, c)).expand(n, c).reshape(-1, 1)
-        z = z[:, None].expand(n, c).reshape(-1)
-    return rows, steps.numpy(), z.numpy(), rows.shape[0] // steps.shape[0]
-
-
-def _dots(a: Tensor, b: Tensor, parts: int) -> Tensor:
-    """``sum a b`` ``[parts]`` of each of equal parts; of a single one without the product in memory."""
-    if parts == 1:
-        return torch.dot(a.reshape(-1), b.reshape(-1))[None]
-    dots: Tensor = torch.linalg.vecdot(a.reshape(parts, -1), b.reshape(parts, -1))
-    return dots
-
-
 class ActivationQuantizer(nn.Module):
     """What the input of a layer passes through: ``x -> scale (clip(round(x / scale) + zero) - zero)``.
 
@@ -312,6 +182,7 @@ class ActivationQuantizer(nn.Module):
 
     scale: nn.Parameter
     zero: nn.Parameter
+    top: Tensor
     factor: Tensor | None
 
     def __init__(
@@ -324,39 +195,40 @@ class ActivationQuantizer(nn.Module):
         factor: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.bits, self.top = layer.name, bits, 2**bits - 1
-        self.clock = clock
-        self.channels_last = layer.kind == "Linear"
+        self.layer, self.bits, self.clock = layer, bits, clock
         self.scale = nn.Parameter(scale.detach().clone().float(), requires_grad=False)
         self.zero = nn.Parameter(zero.detach().clone().float(), requires_grad=False)
         self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("top", torch.tensor(float(2**bits - 1)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The fake-quantized ``x``, in its dtype. Raises `ConfigError` when the timestep is not known or does not fit
         the batch."""
-        index = self._index(len(x)) if len(self.scale) > 1 else None
-        factor = self.factor
-        if factor is not None and not self.channels_last:
-            factor = factor.view(-1, *(1,) * (x.dim() - 2))
-        wanted = x.float()
-        quantize = _CompiledQuantizeActivation if takes_compiled(wanted) else _QuantizeActivation
-        y: Tensor = quantize.apply(wanted, self.scale, self.zero, index, factor, self.top, True)  # type: ignore[no-untyped-call]
-        return y.to(x.dtype)
+        scale, zero = as_stored(self.scale, self.zero, self.top)
+        if len(scale) > 1:
+            index = self._index(len(x)).to(scale.device)
+            scale, zero = scale[index], zero[index]
+        factor = None if self.factor is None else along_input(self.layer, self.factor, x)
+        values = x.float() if factor is None else x.float() / factor
+        rows = values.reshape(len(scale), -1)  # one scale for all, or one a sample
+        y = fake_quantize(rows, scale, zero, self.top.expand(len(scale))).reshape(x.shape)
+        return (y if factor is None else y * factor).to(x.dtype)
 
     def _index(self, n: int) -> Tensor:
         index = self.clock.index if self.clock is not None else None
         if index is None:
             raise ConfigError(
-                f"{self.name}: scales by timestep, but no timestep is known. Call the whole denoiser, not the layer."
+                f"{self.layer.name}: scales by timestep, but no timestep is known. Call the whole denoiser, not the "
+                "layer."
             )
-        return index if len(index) == 1 else _fit_batch(index, n, self.name)
+        return index if len(index) == 1 else one_a_sample(index, n, self.layer.name)
 
     def extra_repr(self) -> str:
         """Width and number of scales."""
         return f"bits={self.bits}, scales={len(self.scale)}"
 
 
-def _fit_batch(values: Tensor, n: int, name: str) -> Tensor:
+def one_a_sample(values: Tensor, n: int, name: str) -> Tensor:
     """One value a sample for a batch of ``n``: one for all, or frames and windows folded into the batch sample by
     sample."""
     if len(values) == n:
@@ -368,225 +240,6 @@ def _fit_batch(values: Tensor, n: int, name: str) -> Tensor:
     raise ConfigError(
         f"{name}: a batch of {n} with {len(values)} different timesteps; which belongs to which is not known"
     )
-
-
-class RangeCollector:
-    """Context manager: while it is open, every call of the denoiser adds the inputs of its layers to histograms.
-
-    One histogram of `BINS` float32 counts a layer, or a layer and timestep: 8 kB each, however many values are seen.
-    The first call sets the bin width and larger values double it, so nothing is ever cut off. With ``factors`` (layer
-    -> ``[inputs]``) values are divided by the factor of their channel first.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        table: LayerTable,
-        *,
-        layers: Mapping[str, Any] | None = None,
-        per_timestep: bool = False,
-        factors: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        wanted = table.by_name if layers is None else {n: table[n] for n in layers}
-        self._root, self._table, self._factors = module, table, dict(factors or {})
-        self._modules = {n: m for n, m in module.named_modules() if n in wanted}
-        self._per_timestep = per_timestep
-        self._now: Tensor | None = None
-        self._clock_before: Any = None
-        self._histograms: dict[tuple[str, float], _Histogram] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> RangeCollector:
-        self._handles += [m.register_forward_pre_hook(self._hook(n)) for n, m in self._modules.items()]
-        if self._per_timestep:
-            self._clock_before = getattr(self._root, "timestep_clock", None)
-            self._handles += _watch(self._root, self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._per_timestep:
-            del self._root.timestep_clock
-            if self._clock_before is not None:
-                self._root.timestep_clock = self._clock_before
-
-    def set(self, t: Tensor | float) -> None:
-        """Take note of the timestep of the coming call; the denoiser does this by itself."""
-        self._now = torch.as_tensor(t).detach().reshape(-1).double()
-
-    def _hook(self, name: str) -> Any:
-        factor = self._factors.get(name)
-        channels_last = self._table[name].kind == "Linear"
-
-        @torch.no_grad()
-        def collect(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float()
-            if factor is not None:
-                x = x / (factor if channels_last else factor.view(-1, *(1,) * (x.dim() - 2)))
-            if not self._per_timestep:
-                self._histograms.setdefault((name, 0), _Histogram(name)).add(x)
-                return
-            if self._now is None:
-                raise ConfigError(
-                    f"{name}: ranges by timestep, but no timestep is known. Call the whole denoiser, not the layer."
-                )
-            for t in torch.unique(self._now).tolist():
-                mine = x
-                if not bool((self._now == t).all()):
-                    mine = x[_fit_batch(self._now == t, len(x), name)]
-                self._histograms.setdefault((name, t), _Histogram(name)).add(mine)
-
-        return collect
-
-    def table(self, bits: Mapping[str, int], search: ActivationSearch | None = None) -> ActivationTable:
-        """Scales for the given widths, from what was seen. Layers that never ran get a step of 1 and zero error.
-
-        Raises `ConfigError` when a width is asked for a layer that was not collected, or nothing was seen at all.
-        """
-        search = search or ActivationSearch()
-        bits = {n: int(b) for n, b in bits.items() if b != FULL_PRECISION}
-        steps = sorted({t for _, t in self._histograms})
-        if not steps:
-            raise ConfigError("RangeCollector: no call of the denoiser was seen while it was open")
-        scale, zero, error = {}, {}, {}
-        for name, b in bits.items():
-            if name not in self._modules:
-                raise ConfigError(f"RangeCollector: {name!r} was not collected")
-            found = [self._histograms.get((name, t)) for t in steps]
-            scale[name], zero[name], error[name] = _search([h for h in found if h is not None], b, search)
-            if len(scale[name]) != len(steps):
-                scale[name], zero[name], error[name] = (
-                    _spread(v, found) for v in (scale[name], zero[name], error[name])
-                )
-        return ActivationTable(
-            model_digest=self._table.digest,
-            bits=bits,
-            scale=scale,
-            zero=zero,
-            error=error,
-            timesteps=tuple(steps) if self._per_timestep and len(steps) > 1 else (),
-        )
-
-
-class _Histogram:
-    """Counts over ``[-reach, reach]``, doubled as needed; smallest and largest value."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.counts = torch.zeros(BINS)
-        self.reach = self.low = self.high = 0.0
-
-    def add(self, x: Tensor) -> None:
-        low, high = (float(v) for v in torch.aminmax(x))
-        if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise NumericsError(f"layer {self.name!r}: its input holds NaN or infinity during activation calibration")
-        peak = max(-low, high, 1e-30)
-        self.reach = self.reach or peak
-        while self.reach < peak:
-            pairs = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.nn.functional.pad(pairs, (BINS // 4, BINS // 4))
-            self.reach *= 2
-        self.counts += torch.histc(x, BINS, -self.reach, self.reach).cpu()
-        self.low, self.high = min(self.low, low), max(self.high, high)
-
-    @property
-    def centres(self) -> Tensor:
-        return (torch.arange(BINS) + 0.5) * (2 * self.reach / BINS) - self.reach
-
-
-def search_range(values: Tensor, bits: int, search: ActivationSearch) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the best range of ``bits`` bits for some values, as `RangeCollector` finds it."""
-    seen = _Histogram("values")
-    seen.add(values)
-    scale, zero, _ = _search([seen], bits, search)
-    return scale[0].to(values), zero[0].to(values)
-
-
-def _search(histograms: list[_Histogram], bits: int, search: ActivationSearch) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale, zero and mean squared error ``[T]`` of the best range for each histogram."""
-    if not histograms:
-        return torch.ones(1), torch.zeros(1), torch.zeros(1)
-    top = 2**bits - 1
-    factors = 1 - 0.8 * torch.arange(search.n_candidates, dtype=torch.float32) / search.n_candidates
-    low, high = (torch.tensor([getattr(h, side) for h in histograms]) for side in ("low", "high"))
-    width = ((high - low) / top).clamp_min(1e-20)  # [T]; the range always holds zero
-    zeros = (-low / width).round().clamp(0, top)  # shrinking both ends by one factor leaves the zero point as it is
-    scales = stored_scale((width[:, None] * factors).flatten()).view(len(histograms), -1)
-    out = []
-    for h, scale, zero in zip(histograms, scales, zeros, strict=True):
-        seen = h.counts > 0
-        # The edge bins hold the extremes themselves: their centres may lie outside the values that were seen.
-        values, counts = h.centres[seen].clamp(h.low, h.high), h.counts[seen]
-        found = [_best(values, counts, scale, zero.expand(len(scale)), top, search.p)]
-        if search.zero_points:
-            coarse, zero_points = torch.meshgrid(scale[::8], torch.arange(top + 1.0), indexing="ij")
-            rough = _best(values, counts, coarse.flatten(), zero_points.flatten(), top, search.p)
-            found.append(_best(values, counts, scale, rough[1].expand(len(scale)), top, search.p))
-        out.append(min(found, key=lambda f: float(f[3])))
-    s, z, e, _ = (torch.stack(list(v)) for v in zip(*out, strict=True))
-    return s, z, e
-
-
-def _best(
-    values: Tensor, counts: Tensor, scales: Tensor, zeros: Tensor, top: int, p: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of K quantizers ``[K]`` the one with the least ``sum |x - x_q|**p``: its scale, zero, mean squared error and that
-    sum."""
-    sums = torch.empty(len(scales))
-    for part in range(0, len(scales), 128):  # as much as stays in cache
-        s, z = scales[part : part + 128, None], zeros[part : part + 128, None]
-        square = (values / s).add_(z).round_().clamp_(0, top).sub_(z).mul_(s).sub_(values).square_()
-        sums[part : part + 128] = square.log2_().mul_(p / 2).exp2_() @ counts  # vectorised, which pow is not
-    b = int(sums.argmin())
-    square = (
-        (values / scales[b])
-        .add_(zeros[b])
-        .round_()
-        .clamp_(0, top)
-        .sub_(zeros[b])
-        .mul_(scales[b])
-        .sub_(values)
-        .square_()
-    )
-    return scales[b], zeros[b], square @ counts / counts.sum(), sums[b]
-
-
-def _spread(values: Tensor, found: list[_Histogram | None]) -> Tensor:
-    """Values ``[T]`` for all timesteps when a layer did not run at some: the nearest known one."""
-    known = [i for i, h in enumerate(found) if h is not None]
-    if not known:
-        return values[:1].expand(len(found)).clone()
-    nearest = [min(range(len(known)), key=lambda k: abs(known[k] - i)) for i in range(len(found))]
-    return values[nearest]
-
-
-def input_factors(layer: LayerSpec, factor: Tensor) -> Tensor:
-    """Smoothing factors by input channel ``[inputs]`` from those by column ``[G, D]``."""
-    per_input = layer.weights_per_channel // (layer.n_inputs // layer.groups)
-    return factor.reshape(layer.groups, -1, per_input)[:, :, 0].flatten()
-
-
-def smooth_inputs(
-    module: nn.Module, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Factors ``[inputs]`` of the layers whose activations are quantized and whose format smooths: what
-    `RangeCollector` divides by."""
-    modules: dict[str, Any] = dict(module.named_modules())
-    out = {}
-    for name, bits in bit_map.activations.items():
-        fmt = bit_map.format_of(name)
-        if bits == FULL_PRECISION or not fmt.smooth:
-            continue
-        if input_max is None or name not in input_max:
-            raise ConfigError(f"{name}: a smoothed format needs the input maxima of a profile")
-        layer = table[name]
-        rows = rows_of(modules[name].weight.detach().float(), layer)
-        out[name] = input_factors(layer, stored_factors(rows, input_max[name], layer, fmt.alpha))
-    return out
 
 
 def input_quantizers(
@@ -621,24 +274,24 @@ def input_quantizers(
 def attach_quantizer(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
     """Put a quantizer in front of an ordinary layer, as its child ``input_quantizer``."""
     layer.input_quantizer = quantizer
-    layer.register_forward_pre_hook(_quantize_input)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.input_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+def _quantize_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return with_input(args, kwargs, module.input_quantizer(layer_input(args, kwargs)))
 
 
 def activation_table_of(module: nn.Module, table: LayerTable) -> ActivationTable | None:
     """The scales and zero points that a quantized model uses now, as they are stored; None when it quantizes no
     activations."""
-    found = {m.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
-    if not found:
+    quantizers = {m.layer.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
+    if not quantizers:
         return None
     clock = getattr(module, "timestep_clock", None)
     return ActivationTable(
         model_digest=table.digest,
-        bits={n: q.bits for n, q in found.items()},
-        scale={n: stored_scale(q.scale.detach()).cpu() for n, q in found.items()},
-        zero={n: q.zero.detach().round().clamp(0, q.top).cpu() for n, q in found.items()},
-        timesteps=() if clock is None else tuple(int(t) for t in clock.timesteps),
+        bits={n: q.bits for n, q in quantizers.items()},
+        scale={n: stored_scale(q.scale.detach()).cpu() for n, q in quantizers.items()},
+        zero={n: q.zero.detach().round().clamp_min(0).minimum(q.top).cpu() for n, q in quantizers.items()},
+        timesteps=() if clock is None else tuple(clock.timesteps.tolist()),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.gptq import gptq_rows
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.tables import stored_factors
+from mpqsearch.quant.smoothing import by_row, scaled_moment, stored_factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class QuantizedRows:
         """The weights ``[C, D]`` in float32, the very numbers of the forward pass."""
         rows = decode(self.codes, self.quantizer)
         if self.factor is not None:
-            rows = rows / self.factor.repeat_interleave(len(rows) // len(self.factor), dim=0)
+            rows = rows / by_row(self.factor, len(rows))
         if self.full_rows is not None:
             rows[self.quantizer.bits == FULL_PRECISION] = self.full_rows
         return rows
@@ -64,29 +64,32 @@ def quantize_weight(
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
     With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is GPTQ; see
-    `gptq_rows`. Raises `ConfigError` when the format smooths and ``input_max`` (largest magnitude of each input
-    channel) is not given.
+    `gptq_rows`. Weights of any floating type are computed with in float32. Raises `ConfigError` when the format smooths
+    and ``input_max`` (largest magnitude of each input channel) is not given, `NumericsError` for NaN or infinity.
     """
-    rows = rows_of(weight.detach().float(), layer)
-    factor = None
+    exact = rows_of(weight.detach().float(), layer)
+    widths = widths.to(exact.device, torch.uint8)
+    full = widths == FULL_PRECISION
+    rows, factor, start = exact, None, None
     if fmt.smooth:
         if input_max is None:
             raise ConfigError(f"{layer.name}: a smoothed format needs the input maxima of a profile")
-        factor = stored_factors(rows, input_max, layer, fmt.alpha)
-        rows = rows * factor.repeat_interleave(len(rows) // layer.groups, dim=0)
-    full = widths == FULL_PRECISION
+        factor = stored_factors(exact, input_max, layer, fmt.alpha)
+        rows = exact * by_row(factor, len(exact))
     try:
         quantizer = fit_rows(rows, torch.where(full, 8, widths), fmt)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
-    start = None
     if moment is not None:
         rows, quantizer = gptq_rows(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
-        start = rows if factor is None else rows / factor.repeat_interleave(len(rows) // layer.groups, dim=0)
-    codes = encode(rows, quantizer)
-    kept = rows_of(weight.detach().float(), layer)[full] if bool(full.any()) else None
-    quantizer = RowQuantizer(scale=quantizer.scale, zero=quantizer.zero, bits=widths.to(torch.uint8))
-    return QuantizedRows(codes=codes, quantizer=quantizer, factor=factor, full_rows=kept, start=start)
+        start = rows if factor is None else rows / by_row(factor, len(rows))
+    return QuantizedRows(
+        codes=encode(rows, quantizer),
+        quantizer=replace(quantizer, bits=widths),
+        factor=factor,
+        full_rows=exact[full] if bool(full.any()) else None,
+        start=start,
+    )
 
 
 @torch.no_grad()
@@ -105,38 +108,56 @@ def quantize_model(
 
     With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean
     output is taken off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D,
-    D]`` of that input) rounding is rounded by GPTQ in the layers that it names. ``activations`` holds the scales of the
-    activation widths of the map. Raises `LayerMismatchError` when the map or the activations are for another model,
-    `ConfigError` when the map has activation widths or GPTQ rounding without what these need.
+    D]`` of that input) the layers that it names are rounded by GPTQ. ``activations`` holds the scales of the activation
+    widths of the map. Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError`
+    when the map has activation widths or GPTQ rounding without what these need.
     """
     bit_map.validate(table)
-    check_moments(bit_map, moments)
     quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     clone = copy.deepcopy(module)
     clock = attach_clock(clone, () if activations is None else activations.timesteps)
     owned = owners_of(clone, table)
-    stored: dict[str, QuantizedRows] = {}
+    for name, quantizer in quantizers.items():
+        quantizer.clock = clock
+        attach_quantizer(owned[name][0], quantizer)  # what borrows the weight has inputs of its own
+    stored = {}
+    for layer, rows in quantized_layers(owned, table, bit_map, means, input_max, moments):
+        weight: Any = weight_parameter(owned[layer.name][0])
+        weight.copy_(weight_of(rows.rows(), layer))
+        stored[layer.name] = rows
+    return QuantizedModel(module=clone, bit_map=bit_map, rows=stored)
+
+
+def quantized_layers(
+    owned: Mapping[str, list[nn.Module]],
+    table: LayerTable,
+    bit_map: BitMap,
+    means: Mapping[str, Tensor] | None,
+    input_max: Mapping[str, Tensor] | None,
+    moments: Mapping[str, Tensor] | None,
+) -> Iterator[tuple[LayerSpec, QuantizedRows]]:
+    """Quantize one layer after the other, and correct the bias of its owner (see `owners_of`) in place. Layers that are
+    wholly at full precision are left out."""
+    check_moments(bit_map, moments)
     for layer in table:
-        targets: list[Any] = owned[layer.name]
-        if layer.name in quantizers:
-            quantizers[layer.name].clock = clock
-            attach_quantizer(targets[0], quantizers[layer.name])  # what borrows the weight has inputs of its own
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
         if bool((widths == FULL_PRECISION).all()):
             continue
-        target = targets[0]
-        weight: Tensor = target.weight
-        moment = moment_of(layer.name, moments, means if target.bias is not None else None)
-        quantized = quantize_weight(
-            weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment
+        owner: Any = owned[layer.name][0]
+        weight: Any = weight_parameter(owner)
+        mean = None if means is None or owner.bias is None else means.get(layer.name)
+        moment = None if moments is None else moments.get(layer.name)
+        rows = quantize_weight(
+            weight,
+            layer,
+            widths,
+            bit_map.format_of(layer.name),
+            (input_max or {}).get(layer.name),
+            moment if moment is None or mean is None else centred(moment, mean),
         )
-        rows = quantized.rows()
-        if means is not None and layer.name in means and target.bias is not None:
-            error = rows - rows_of(weight.float(), layer)
-            target.bias.sub_(bias_shift(error, means[layer.name]).to(target.bias.dtype))
-        weight.copy_(weight_of(rows, layer).to(weight.dtype))
-        stored[layer.name] = quantized
-    return QuantizedModel(module=clone, bit_map=bit_map, rows=stored)
+        if mean is not None:
+            owner.bias.sub_(bias_shift(rows.rows() - rows_of(weight.float(), layer), mean))
+        yield layer, rows
 
 
 def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None:
@@ -144,43 +165,50 @@ def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None
     if moments is None and any(f.rounding == "gptq" for f in (bit_map.format, *bit_map.formats.values())):
         raise ConfigError(
             "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them "
-            "with "
-            "mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = "
+            "with mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = "
             "'nearest'."
         )
+
+
+def weight_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a layer where it is a parameter of its own; None where it is computed from others (weight norm,
+    spectral norm, LoRA)."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]]:
     """The module of each layer, and after it those that borrow its weight. Raises `LayerMismatchError` when one is
     missing."""
-    modules: dict[str, Any] = dict(module.named_modules())
-    missing = [layer.name for layer in table if getattr(modules.get(layer.name), "weight", None) is None]
-    if missing:
-        raise LayerMismatchError(f"the model has no module {missing[0]!r}, which the layer table names")
-    named = {id(modules[layer.name].weight): layer.name for layer in table}
-    out: dict[str, list[nn.Module]] = {layer.name: [modules[layer.name]] for layer in table}
+    modules = dict(module.named_modules())
+    named = {}
+    for layer in table:
+        weight = weight_parameter(modules[layer.name]) if layer.name in modules else None
+        if weight is None:
+            raise LayerMismatchError(
+                f"the model has no module {layer.name!r} with a weight, which the layer table names"
+            )
+        named[weight] = layer.name
+    owners = {layer.name: [modules[layer.name]] for layer in table}
     for other in modules.values():
-        name = named.get(id(other._parameters.get("weight")))
-        if name is not None and other is not modules[name]:
-            out[name].append(other)
-    return out
+        weight = weight_parameter(other)
+        borrowed = None if weight is None else named.get(weight)
+        if borrowed is not None and other is not modules[borrowed]:
+            owners[borrowed].append(other)
+    return owners
 
 
-def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
-    """What the weight error of a layer is measured with: the second moment of its input, less the mean that the bias
-    makes good."""
-    if moments is None or name not in moments:
-        return None
-    moment = moments[name]
-    if means is None or name not in means:
-        return moment
-    mean = means[name].to(moment)
+def centred(moment: Tensor, mean: Tensor) -> Tensor:
+    """What a weight error costs once the bias takes its mean: second moment ``[G, D, D]`` less that of the mean."""
+    mean = mean.to(moment)
     return moment - mean[:, :, None] * mean[:, None, :]
 
 
-def scaled_moment(moment: Tensor, factor: Tensor) -> Tensor:
-    """Second moment ``[G, D, D]`` of inputs over their smoothing factors ``[G, D]``."""
-    return moment / (factor[:, :, None] * factor[:, None, :]).to(moment)
+def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
+    """The moment that rounds a layer by GPTQ: the second moment of its input, less that of the mean that the bias
+    takes."""
+    if moments is None or name not in moments:
+        return None
+    return moments[name] if means is None or name not in means else centred(moments[name], means[name])
 
 
 def bias_shift(error: Tensor, mean: Tensor) -> Tensor:

@@ -11,20 +11,15 @@ stored stay as they are.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpqsearch.errors import ConfigError
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, stored_scale
-from mpqsearch.quant.search import compiled, in_threads, shares
 
 BLOCK = 64
 """Columns whose effect on the columns after them is applied at once."""
-
-COLUMN_CALLS = 16
-"""What the compiled passes save: without them every column of a layer is a dozen small calls."""
 
 EDGE = 0.49
 """Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was
@@ -127,10 +122,6 @@ class _Rows:
         """Round columns in turn, each after the corrections for those before it; ``factor`` ``[G, D, D]`` is upper
         triangular."""
         left = self.exact.clone()
-        kernels = compiled(self.exact, times=COLUMN_CALLS)
-        if kernels is not None:
-            self._in_kernel(kernels.round_in_turn, left, factor)
-            return
         for part in self.blocks():
             here = left[:, :, part].clone()
             inner = factor[:, part, part]
@@ -142,13 +133,6 @@ class _Rows:
                 here[:, :, j:] -= lost[:, :, j, None] * inner[:, j, None, j:]
                 self.target[:, :, part.start + j], self.now[:, :, part.start + j] = column, value
             left[:, :, part.stop :] -= torch.bmm(lost, factor[:, part, part.stop :])
-
-    def _in_kernel(self, kernel: Any, rows: Tensor, matrix: Tensor) -> None:
-        """One pass of a compiled kernel over the rows of every group, in threads."""
-        for g in range(len(rows)):
-            arrays = [x[g].numpy() for x in (self.scale, self.zero, self.top, self.full, self.target, self.now)]
-            here, by = rows[g].numpy(), matrix[g].contiguous().numpy()
-            in_threads(lambda part: kernel(here[part], by, *(x[part] for x in arrays)), rows[g], shares(rows[g]))  # noqa: B023
 
     def fit_scales(self) -> None:
         """The scales with the least output error for the present codes."""
@@ -164,10 +148,6 @@ class _Rows:
     def sweep(self) -> None:
         """Choose each code anew given all others: coordinate descent on the output error."""
         slope = torch.bmm(self.now - self.exact, self.moment)
-        kernels = compiled(self.exact, times=COLUMN_CALLS)
-        if kernels is not None:
-            self._in_kernel(kernels.choose_anew, slope, self.moment)
-            return
         diagonal = self.moment.diagonal(dim1=1, dim2=2)
         for part in self.blocks():
             here, inner = slope[:, :, part], self.moment[:, part, part]

@@ -7,7 +7,6 @@ before quantization (QALoRA of EfficientDM), so nothing is left of them at infer
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -24,114 +23,14 @@ from mpqsearch.quant.activations import (
     attach_quantizer,
     input_quantizers,
 )
-from mpqsearch.quant.apply import (
-    QuantizedModel,
-    QuantizedRows,
-    bias_shift,
-    check_moments,
-    moment_of,
-    owners_of,
-    quantize_weight,
-)
-from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, stored_scale, weight_of
-from mpqsearch.quant.search import run_in_shares, takes_compiled
+from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, owners_of, quantized_layers, weight_parameter
+from mpqsearch.quant.fake import as_stored, fake_quantize
+from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, top_code, weight_of
+from mpqsearch.quant.smoothing import by_row
 
 Trainable = Literal["none", "scales", "lora", "all"]
 """``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank
 updates of the weights. ``all``: these and all quantized weights with their biases."""
-
-
-class _QuantizeRows(torch.autograd.Function):
-    """Fake quantization of rows with a width for each; straight-through and LSQ gradients.
-
-    With ``s`` the scale of a row, ``f`` the smoothing factor of a column, ``q`` the code and ``inside`` where it was
-    not clipped: ``y = s (q - z) / f``, ``dy/dw = inside``, ``dy/ds = (y - w inside) / s``, ``dy/dz = -s (1 - inside) /
-    f``; roundings of scale and zero point to what is stored count as the identity. Rows of width 16 pass through.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        top: Tensor,
-        fixed_zero: Tensor,
-        factor: Tensor | None,
-        full: Tensor | None,
-        lsq: bool,
-    ) -> Tensor:
-        s, z = _as_stored(scale, zero, top, fixed_zero)
-        # The operations of `encode` and `decode`, in their order: codes and scales give these numbers back bit for bit.
-        codes = (rows if factor is None else rows * factor).div(s[:, None]).add_(z[:, None]).round_()
-        clipped = codes.clamp_min(0)
-        torch.minimum(clipped, top[:, None], out=clipped)
-        outside = codes.ne_(clipped)  # 0 or 1 in floating point: on a CPU several times as fast as booleans
-        out = clipped.sub_(z[:, None]).mul_(s[:, None])
-        if factor is not None:
-            out.div_(factor)
-        if full is not None:
-            out[full] = rows[full]
-            outside[full] = 0
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(outside, *((rows, out) if needs[1] else (None, None)), s, top, fixed_zero, factor)
-        ctx.lsq = lsq
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        outside, rows, out, s, top, fixed_zero, factor = ctx.saved_tensors
-        gw = torch.addcmul(grad, grad, outside, value=-1)
-        gs = gz = None
-        weight = (grad.shape[1] * top).rsqrt() if ctx.lsq else 1.0
-        if ctx.needs_input_grad[1]:
-            lost = grad - gw
-            gs = (out - rows).mul_(gw).addcmul_(lost, out).sum(1) / s * weight
-            if ctx.needs_input_grad[2]:
-                gz = (-(lost if factor is None else lost.div_(factor)).sum(1) * s * weight).masked_fill(fixed_zero, 0)
-        return (gw if ctx.needs_input_grad[0] else None), gs, gz, None, None, None, None, None
-
-
-class _CompiledQuantizeRows(torch.autograd.Function):
-    """The same in one compiled pass each way, which keeps nothing but the rows; equal bit for bit."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        top: Tensor,
-        fixed_zero: Tensor,
-        factor: Tensor | None,
-        full: Tensor | None,
-        lsq: bool,
-    ) -> Tensor:
-        s, z = _as_stored(scale, zero, top, fixed_zero)
-        whole = torch.zeros(rows.shape[0], dtype=torch.bool)
-        if full is not None:
-            whole[full] = True
-        rows, factors = rows.detach().contiguous(), rows.new_ones(1, rows.shape[1]) if factor is None else factor
-        ctx.save_for_backward(rows, s, z, top, whole, fixed_zero, factors)
-        ctx.lsq = lsq
-        out = torch.empty_like(rows)
-        run_in_shares("fake_quantize_rows", (rows, out, s, z, top, whole), (factors.numpy(),))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *constants, factors = ctx.saved_tensors
-        gw, gs, gz = torch.empty_like(rows), rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
-        by_row = (rows, grads[0].contiguous(), gw, gs, gz, *constants)
-        run_in_shares("fake_quantize_rows_gradients", by_row, (factors.numpy(), ctx.lsq))
-        return gw, gs, gz, None, None, None, None, None
-
-
-def _as_stored(scale: Tensor, zero: Tensor, top: Tensor, fixed_zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales in half precision with a shared exponent, zero points as integers in the code range (symmetric rows keep
-    theirs)."""
-    return stored_scale(scale), torch.where(fixed_zero, zero, zero.round().clamp_min(0).minimum(top))
 
 
 class WeightQuantizer(nn.Module):
@@ -146,9 +45,9 @@ class WeightQuantizer(nn.Module):
     zero: nn.Parameter
     bits: Tensor
     top: Tensor
+    full: Tensor
     fixed_zero: Tensor
-    factor: Tensor | None
-    full: Tensor | None
+    group_factor: Tensor | None
 
     def __init__(
         self,
@@ -161,76 +60,73 @@ class WeightQuantizer(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        quantizer = stored.quantizer
-        full = quantizer.bits == FULL_PRECISION
+        bits, zero = stored.quantizer.bits, stored.quantizer.zero
+        full = bits == FULL_PRECISION
+        self.layer, self.dtype, self.any_full = layer, weight.dtype, bool(full.any())
+        fixed_zero = (zero != zero.round()) | full  # a symmetric scheme has its zero between two codes
         learned = trainable != "none"
-        self.layer = layer
-        self.scale = nn.Parameter(quantizer.scale.clone(), requires_grad=learned)
-        fixed_zero = (
-            quantizer.zero != quantizer.zero.round()
-        ) | full  # a symmetric scheme has its zero between two codes
-        self.zero = nn.Parameter(quantizer.zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
+        self.scale = nn.Parameter(stored.quantizer.scale.clone(), requires_grad=learned)
+        self.zero = nn.Parameter(zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
         rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer).clone()
         if trainable == "all":
             self.base: Tensor = nn.Parameter(rows)
         else:
             self.register_buffer("base", rows, persistent=False)
         if trainable == "lora":
-            rank = min(rank, *rows.shape)
-            # As in LoRA: uniform within 1/sqrt(fan-in) (Kaiming with a = sqrt(5)) for one factor, zero for the other.
-            start = (torch.rand(rank, rows.shape[1], generator=generator) * 2 - 1) * rows.shape[1] ** -0.5
-            self.lora_a = nn.Parameter(start.to(rows))
-            self.lora_b = nn.Parameter(rows.new_zeros(len(rows), rank))
-        factor = stored.factor
-        if factor is not None and len(factor) > 1:
-            factor = factor.repeat_interleave(len(rows) // len(factor), dim=0)
-        constants = {
-            "bits": quantizer.bits,
-            "top": torch.exp2(torch.where(full, 8, quantizer.bits).float()) - 1,
-            "fixed_zero": fixed_zero,
-            "factor": factor,
-            "full": full.nonzero().flatten() if bool(full.any()) else None,
-        }
+            self._add_lora(rows, rank, generator)
+        top = top_code(torch.where(full, 8, bits))
+        constants = {"bits": bits, "top": top, "full": full, "fixed_zero": fixed_zero, "group_factor": stored.factor}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
-        self.n_groups = 1 if stored.factor is None else len(stored.factor)
-        self.dtype = weight.dtype
-        self._held: tuple[Tensor, ...] = ()  # a tuple, so that no checkpoint takes the tensor for a part of the module
+
+    def _add_lora(self, rows: Tensor, rank: int, generator: torch.Generator) -> None:
+        rank = min(rank, *rows.shape)
+        # As in LoRA: uniform within 1/sqrt(fan-in) (Kaiming with a = sqrt(5)) for one factor, zero for the other.
+        start = (torch.rand(rank, rows.shape[1], generator=generator) * 2 - 1) * rows.shape[1] ** -0.5
+        self.lora_a = nn.Parameter(start.to(rows))
+        self.lora_b = nn.Parameter(rows.new_zeros(len(rows), rank))
 
     def rows(self) -> Tensor:
         """The weight before quantization ``[C, D]``, low-rank update merged."""
         return torch.addmm(self.base, self.lora_b, self.lora_a) if hasattr(self, "lora_a") else self.base
 
+    def _quantizer(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as they are stored; the zero points of symmetric rows stay as they are."""
+        scale, zero = as_stored(self.scale, self.zero, self.top)
+        return scale, torch.where(self.fixed_zero, self.zero.detach(), zero)
+
     def forward(self) -> Tensor:
-        """The fake-quantized weight in the layer's own shape and dtype; inside `held_weights` the one that is held."""
-        if self._held:
-            return self._held[0]
+        """The fake-quantized weight in the layer's own shape and dtype."""
         rows = self.rows()
-        quantize = _CompiledQuantizeRows if takes_compiled(rows) else _QuantizeRows
-        made = quantize.apply(rows, self.scale, self.zero, self.top, self.fixed_zero, self.factor, self.full, True)  # type: ignore[no-untyped-call]
-        return weight_of(made, self.layer).to(self.dtype)
+        factor = None if self.group_factor is None else by_row(self.group_factor, len(rows))
+        quantized = fake_quantize(rows if factor is None else rows * factor, *self._quantizer(), self.top)
+        if factor is not None:
+            quantized = quantized / factor
+        if self.any_full:
+            quantized = torch.where(self.full[:, None], rows, quantized)
+        return weight_of(quantized, self.layer).to(self.dtype)
 
     @torch.no_grad()
     def stored(self) -> QuantizedRows:
         """Codes, scales, zero points and full-precision rows: what `forward` uses, bit for bit."""
         rows = self.rows().detach()
-        scale, zero = _as_stored(self.scale.detach(), self.zero.detach(), self.top, self.fixed_zero)
-        scaled = rows if self.factor is None else rows * self.factor
-        widths = torch.where(self.bits == FULL_PRECISION, 8, self.bits).to(torch.uint8)
-        codes = encode(scaled, RowQuantizer(scale=scale, zero=zero, bits=widths))
-        factor = None if self.factor is None else self.factor[:: max(1, len(self.factor) // self.n_groups)].clone()
+        scale, zero = self._quantizer()
+        widths = torch.where(self.full, 8, self.bits).to(torch.uint8)
+        scaled = rows if self.group_factor is None else rows * by_row(self.group_factor, len(rows))
         return QuantizedRows(
-            codes=codes,
+            codes=encode(scaled, RowQuantizer(scale=scale, zero=zero, bits=widths)),
             quantizer=RowQuantizer(scale=scale, zero=zero, bits=self.bits.clone()),
-            factor=factor,
-            full_rows=None if self.full is None else rows[self.full].clone(),
+            factor=None if self.group_factor is None else self.group_factor.clone(),
+            full_rows=rows[self.full].clone() if self.any_full else None,
         )
 
     @torch.no_grad()
     def mean_step(self) -> float:
         """Mean distance of neighbouring levels over quantized rows, in the units of the weight."""
-        steps = self.scale.detach() if self.factor is None else self.scale.detach()[:, None] / self.factor
-        return float(steps[self.bits != FULL_PRECISION].mean())
+        steps = self.scale.detach()[:, None]
+        if self.group_factor is not None:
+            steps = steps / by_row(self.group_factor, len(steps))
+        return float(steps[~self.full].mean())
 
     def extra_repr(self) -> str:
         """Rows by width."""
@@ -299,28 +195,6 @@ class QuantLayer(nn.Module):
         return made
 
 
-@contextlib.contextmanager
-def held_weights(student: nn.Module) -> Iterator[None]:
-    """Quantize every weight once for all forward and backward passes inside the block, and once backward when it ends.
-
-    Inside, weights are leaves that collect gradients: backward passes, of which there may be any number, stop at them.
-    The end of the block hands the sums on to what is trained, which is the same by linearity. Parameters must not
-    change inside. After an exception nothing is handed on. Holds one copy of the weights and one of their gradients.
-    """
-    quantizers = [m for m in student.modules() if isinstance(m, WeightQuantizer)]
-    try:
-        made = [q() for q in quantizers]
-        for quantizer, weight in zip(quantizers, made, strict=True):
-            quantizer._held = (weight.detach().requires_grad_(weight.requires_grad),)
-        yield
-        used = [(w, q._held[0].grad) for q, w in zip(quantizers, made, strict=True) if q._held[0].grad is not None]
-    finally:
-        for quantizer in quantizers:
-            quantizer._held = ()
-    if used:
-        torch.autograd.backward([w for w, _ in used], [g for _, g in used])
-
-
 @torch.no_grad()
 def build_student(
     module: nn.Module,
@@ -356,42 +230,25 @@ def build_student(
     if rank < 1:
         raise ConfigError(f"the rank must be at least 1, got {rank}")
     bit_map.validate(table)
-    check_moments(bit_map, moments)
     quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     student = copy.deepcopy(module).requires_grad_(False)
     clock = attach_clock(student, () if activations is None else activations.timesteps)
+    for quantizer in quantizers.values():
+        quantizer.clock = clock
+        quantizer.requires_grad_(trainable != "none")
     owned = owners_of(student, table)
     generator = torch.Generator().manual_seed(seed)
     swaps: dict[int, nn.Module] = {}
-    for layer in table:
-        widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
-        quantizer = quantizers.get(layer.name)
-        if quantizer is not None:
-            quantizer.clock = clock
-            quantizer.scale.requires_grad_(trainable != "none")
-            quantizer.zero.requires_grad_(trainable != "none")
-        if bool((widths == FULL_PRECISION).all()):
-            if quantizer is not None:
-                attach_quantizer(owned[layer.name][0], quantizer)
-            continue
-        weight: Any = owned[layer.name][0].weight
-        moment = moment_of(
-            layer.name, moments, means if getattr(owned[layer.name][0], "bias", None) is not None else None
-        )
-        stored = quantize_weight(
-            weight, layer, widths, bit_map.format_of(layer.name), (input_max or {}).get(layer.name), moment
-        )
-        weight_quantizer = WeightQuantizer(layer, weight, stored, trainable=trainable, rank=rank, generator=generator)
+    for layer, rows in quantized_layers(owned, table, bit_map, means, input_max, moments):
+        weight: Any = weight_parameter(owned[layer.name][0])
+        shared = WeightQuantizer(layer, weight, rows, trainable=trainable, rank=rank, generator=generator)
         for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own
-            owner = target is owned[layer.name][0]
-            bias: Any = getattr(target, "bias", None)
-            if bias is not None:
-                if owner and means is not None and layer.name in means:
-                    bias.sub_(
-                        bias_shift(stored.rows() - rows_of(weight.float(), layer), means[layer.name]).to(bias.dtype)
-                    )
-                bias.requires_grad_(trainable == "all")
-            swaps[id(target)] = QuantLayer(target, weight_quantizer, quantizer if owner else None)
+            if isinstance(getattr(target, "bias", None), nn.Parameter):
+                target.bias.requires_grad_(trainable == "all")
+            own = target is owned[layer.name][0]
+            swaps[id(target)] = QuantLayer(target, shared, quantizers.pop(layer.name, None) if own else None)
+    for name, quantizer in quantizers.items():  # layers whose weights stay at full precision
+        attach_quantizer(owned[name][0], quantizer)
     _replace(student, swaps)
     student.bit_map = bit_map  # type: ignore[assignment]
     return student.train(module.training)
@@ -461,7 +318,7 @@ def param_groups(
             add(f"weights:{name}", weights, step * weight_lr_factor)
         elif isinstance(part, ActivationQuantizer):
             step = float(part.scale.detach().mean())
-            add_scales("activation-scales", part.name, [part.scale, part.zero], activation_scale_lr, step)
+            add_scales("activation-scales", part.layer.name, [part.scale, part.zero], activation_scale_lr, step)
     for kind, lr in (("weight-scales", weight_scale_lr), ("activation-scales", activation_scale_lr)):
         add(kind, shared[kind], lr)
     return groups

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
-from mpqsearch.quant.search import as_bits, best_factors, compiled, copied_as_bits, in_threads, shares, takes_arrays
+from mpqsearch.quant.search import best_factors, blocks, square_errors
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit symmetric scheme in root mean squares: the optimum is near 0.8 of them."""
@@ -67,8 +66,9 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     moments = row_moments(rows)
     if fmt.scheme == "auto":
         asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, moments) for scheme in ("asymmetric", "symmetric"))
-        errors = [(decode(encode(rows, q), q) - rows).square().sum(1) for q in (asymmetric, symmetric)]
-        use = errors[1] < errors[0]
+        scale, zero = (torch.stack([getattr(q, n) for q in (asymmetric, symmetric)], 1) for n in ("scale", "zero"))
+        errors = square_errors(rows, scale, zero, top_code(widths)[:, None].expand(-1, 2))
+        use = errors[:, 1] < errors[:, 0]
         return RowQuantizer(
             scale=torch.where(use, symmetric.scale, asymmetric.scale),
             zero=torch.where(use, symmetric.zero, asymmetric.zero),
@@ -79,13 +79,10 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
     """Integer codes ``uint8 [C, D]`` of ``rows``."""
-    codes, top = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device), _top(quantizer.bits)
-
-    def work(block: slice) -> None:
-        found = rows[block].float() / quantizer.scale[block, None] + quantizer.zero[block, None]
-        codes[block] = found.round_().clamp_min_(0).minimum(top[block, None])
-
-    in_threads(work, rows)
+    codes, top = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device), top_code(quantizer.bits)
+    for b in blocks(rows):
+        units = rows[b].float() / quantizer.scale[b, None] + quantizer.zero[b, None]
+        codes[b] = units.round_().clamp_min_(0).minimum(top[b, None])
     return codes
 
 
@@ -102,9 +99,8 @@ def fit_grid(
     Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is ``asymmetric`` or ``symmetric``; the one of
     ``fmt`` is not used.
     """
-    found = moments or row_moments(rows)
     bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
-    return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, found)
+    return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, moments or row_moments(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,45 +119,31 @@ def row_moments(rows: Tensor) -> RowMoments:
     Kurtosis is ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it, and
     0 for a constant row. Raises `NumericsError` when a row is not finite.
     """
-    out = [torch.empty(len(rows), device=rows.device) for _ in range(4)]
-    kernels = compiled(rows)
-    if kernels is not None:
-        arrays = [x.numpy() for x in out]
-        in_threads(
-            lambda part: kernels.moments(as_bits(rows[part]), *(x[part] for x in arrays)),
-            rows,
-            None if copied_as_bits(rows) else shares(rows),
-        )
-    else:
-
-        def work(block: slice) -> None:
-            for target, value in zip(out, _moments_of(rows[block].float()), strict=True):
-                target[block] = value
-
-        in_threads(work, rows)
-    bad = (~torch.isfinite(out[3])).nonzero()
+    parts = [_moments(rows[b].float()) for b in blocks(rows)]
+    low, high, rms, fourth = (torch.cat(part) for part in zip(*parts, strict=True))
+    bad = (~torch.isfinite(rms)).nonzero()
     if len(bad):
         raise NumericsError(f"weight row {int(bad[0])} holds NaN or infinity and cannot be quantized")
-    return RowMoments(low=out[0], high=out[1], rms=out[2], kurtosis=out[3])
+    return RowMoments(low=low, high=high, rms=rms, kurtosis=fourth)
 
 
-def _moments_of(rows: Tensor) -> tuple[Tensor, ...]:
-    double = torch.float32 if rows.device.type == "mps" else torch.float64  # no float64 there
-    wide = rows.to(double)
-    squared = (wide - wide.mean(1, keepdim=True)).square_()
-    n = rows.shape[1]
-    variance = squared.sum(1) / max(n - 1, 1)
-    fourth = squared.square_().mean(1)
-    real = variance > 1e-30
-    kurtosis = torch.where(real, fourth / torch.where(real, variance, 1.0).square(), 0.0)
-    rms = wide.square_().mean(1).sqrt()
-    kurtosis = torch.where(torch.isfinite(rms), kurtosis, torch.nan)
-    return rows.amin(1), rows.amax(1), rms.float(), kurtosis.float()
+def _moments(rows: Tensor) -> tuple[Tensor, ...]:
+    low, high = rows.aminmax(dim=1)
+    reach = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
+    units = rows / reach[:, None]  # fourth powers of small weights stay normal numbers
+    mean = units.mean(1)
+    square = units.sub_(mean[:, None]).square_()
+    total = square.sum(1)
+    variance = total / max(rows.shape[1] - 1, 1)
+    rms = (total / rows.shape[1] + mean.square()).sqrt() * reach
+    fourth = square.square_().mean(1)
+    varies = variance.sqrt() * reach > 1e-15
+    return low, high, rms, torch.where(varies, fourth / torch.where(varies, variance, 1.0).square(), 0.0)
 
 
 def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: RowMoments) -> RowQuantizer:
     """Quantizers of one scheme; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
-    top = _top(bits)
+    top = top_code(bits)
     low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (moments.low, moments.high, moments.rms))
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -191,17 +173,10 @@ def stored_scale(scale: Tensor) -> Tensor:
     ``scale`` is ``[C]``, or ``[C, K]`` for K quantizers of a layer, each with a power of its own.
     Rows down to 2**-29 of the largest keep 11 significant bits, whatever the magnitude of the layer.
     """
-    if scale.device.type == "cpu" and takes_arrays(
-        scale
-    ):  # small and called often: a fifth of the time of torch's operations
-        values = scale.detach().numpy()
-        unit = np.ldexp(np.float32(1), np.maximum(np.frexp(values.max(0))[1] - 16, -126))
-        half = np.minimum(np.maximum(values / unit, np.float32(2.0**-24)), np.float32(65504.0)).astype(np.float16)
-        return torch.from_numpy(half.astype(np.float32) * unit)
-    exponent = torch.exp2(scale.amax(0).log2().floor() - 15).clamp_min(2.0**-126)
-    half = (scale / exponent).clamp(2.0**-24, 65504.0).half()
-    return half.float() * exponent
+    unit = torch.exp2((torch.frexp(scale.amax(0)).exponent - 16).clamp_min(-126).float())
+    return (scale / unit).clamp(2.0**-24, 65504.0).half().float() * unit
 
 
-def _top(bits: Tensor) -> Tensor:
+def top_code(bits: Tensor) -> Tensor:
+    """The largest code of each width, float32."""
     return torch.exp2(bits.float()) - 1

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
-from mpqsearch.quant.rows import RowMoments, RowQuantizer, decode, encode, fit_grid, fit_rows, row_moments, rows_of
+from mpqsearch.quant.rows import (
+    RowMoments,
+    RowQuantizer,
+    decode,
+    encode,
+    fit_grid,
+    fit_rows,
+    row_moments,
+    rows_of,
+    top_code,
+)
 from mpqsearch.quant.search import square_errors
+from mpqsearch.quant.smoothing import stored_factors
 
 EVERY = slice(None)
 """All rows of a layer."""
@@ -54,34 +65,10 @@ def weight_error_tables(
     for scheme, asked in needed.items():
         if asked & set(schemes):
             q = fit_grid(rows, widths, scheme, fmt, found)
-            errors[scheme] = square_errors(rows, q.scale, q.zero, torch.exp2(q.bits.float()) - 1)
+            errors[scheme] = square_errors(rows, q.scale, q.zero, top_code(q.bits))
     if "auto" in schemes:
         errors["auto"] = torch.minimum(errors["asymmetric"], errors["symmetric"])
     return {scheme: errors[scheme] for scheme in schemes}
-
-
-def smoothing_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
-    """Factor of every column ``[G, D]``: ``max|x|**a / max|w|**(1 - a)`` of its input channel (SmoothQuant at alpha
-    ``a``; MPQ-DM: 0.5).
-
-    Dead channels (no input, or no weight) get 1, where the released code of MPQ-DM divides by zero.
-    """
-    groups = layer.groups
-    per_input = layer.weights_per_channel // (layer.n_inputs // groups)
-    seen = rows.reshape(groups, len(rows) // groups, -1, per_input)
-    by_input = torch.maximum(
-        seen.amax((1, 3)), -seen.amin((1, 3))
-    ).float()  # [G, inputs of a group]; no copy of the rows
-    x = input_max.to(by_input).reshape(groups, -1)
-    alive = (by_input > 1e-12) & (x > 1e-12)
-    x, w = torch.where(alive, x, 1.0), torch.where(alive, by_input, 1.0)
-    factor = (x / w).sqrt() if alpha == 0.5 else x.pow(alpha) / w.pow(1 - alpha)
-    return factor.repeat_interleave(per_input, dim=1)
-
-
-def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
-    """`smoothing_factors` ``[G, D]`` as they are stored: half precision."""
-    return smoothing_factors(rows, input_max, layer, alpha).half().float().clamp(2.0**-14, 2.0**14)
 
 
 def error_tables(errors: Tensor, stats: RowStatistics | None) -> dict[str, Tensor]:
@@ -287,7 +274,7 @@ def _through(error: Tensor, stats: RowStatistics) -> tuple[Tensor, Tensor]:
     """``e' H e`` and ``e' m`` of every row ``[C]``."""
     groups = stats.second_moment.shape[0]
     grouped = error.reshape(groups, len(error) // groups, -1)
-    moment = stats.second_moment.to(grouped.dtype)
+    moment = stats.second_moment.to(grouped)
     full = torch.bmm(grouped, moment).mul_(grouped).sum(2).flatten().clamp_min(0)
-    shift = torch.bmm(grouped, stats.mean.to(grouped.dtype)[:, :, None]).flatten()
+    shift = torch.bmm(grouped, stats.mean.to(grouped)[:, :, None]).flatten()
     return full, shift

@@ -21,12 +21,7 @@ from mpqsearch.models import Denoiser
 from mpqsearch.profile import InputMoments, calibrate_activations, final_probes
 from mpqsearch.profile.probes import ProbeInput
 from mpqsearch.quant import quantize_model, quantize_weight, rows_of, weight_of
-from mpqsearch.quant.activations import (
-    ActivationTable,
-    attach_clock,
-    attach_quantizer,
-    input_quantizers,
-)
+from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.apply import bias_shift, moment_of, owners_of
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, sample, to_uint8, trajectory
 from mpqsearch.search.cache import Measured

@@ -14,7 +14,7 @@ from mpqsearch.core import BitMap
 from mpqsearch.distill import FeatureTap, TimeSmoothedRelations, Trajectories, TRDSpec, find_feature_module
 from mpqsearch.models import discover, load_model
 from mpqsearch.profile import calibrate_activations
-from mpqsearch.quant import build_student, held_weights
+from mpqsearch.quant import build_student
 from mpqsearch.sampling import SamplerSpec
 
 REPEATS = 5
@@ -45,7 +45,7 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
         began = time.process_time()
         relations = TimeSmoothedRelations(TRDSpec(pooled_size=14))
         loss = torch.zeros(())
-        with held_weights(module), FeatureTap(module, feature, 14) as tap:
+        with FeatureTap(module, feature, 14) as tap:
             for i, given in enumerate(window):
                 t = torch.full((len(given.x),), given.timestep)
                 prediction = denoiser.with_module(module).guided(given.x, t, given.cond, 2.0)

@@ -198,7 +198,7 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str) -> None:
     for key, array in whole.arrays.items():
         # Float32 products in another order; centred errors are differences, and so relative to what they are taken
         # from.
-        scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
+        scale = np.abs(whole.arrays[key.replace("_corrected", "")]).max()
         np.testing.assert_allclose(limited.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
     assert ("layer_context_slope/asymmetric" in whole.arrays) == (len(set(WIDTHS) & set(spec.context_widths)) > 1)
     for name, mean in whole.means.items():
@@ -234,7 +234,7 @@ def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
     for key, array in whole.arrays.items():
         # Float32 products in another order; centred errors are differences, and so relative to what they are taken
         # from.
-        scale = np.abs(whole.arrays[key.replace("_centred", "")]).max()
+        scale = np.abs(whole.arrays[key.replace("_corrected", "")]).max()
         np.testing.assert_allclose(smallest.arrays[key], array, rtol=1e-4, atol=1e-6 * scale, err_msg=key)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import numpy as np
 import pytest
@@ -21,112 +20,15 @@ from mpqsearch.quant import (
     quant_layers,
     quantize_model,
 )
-from mpqsearch.quant.activations import (
-    BINS,
-    TimestepClock,
-    _CompiledQuantizeActivation,
-    _Histogram,
-    _QuantizeActivation,
-)
+from mpqsearch.quant.activations import TimestepClock
+from mpqsearch.quant.ranges import BINS, _Histogram
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from tests.support import tiny_denoiser
-
-needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")
 
 
 def uniform(table: LayerTable, weight: int, act: int, **kwargs: object) -> BitMap:
     weights = {la.name: np.array(weight) for la in table}
     return BitMap(model_digest=table.digest, weights=weights, activations={la.name: act for la in table}, **kwargs)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "quantize", [_QuantizeActivation, pytest.param(_CompiledQuantizeActivation, marks=needs_numba)]
-)
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("smoothed", [False, True])
-def test_gradients_against_finite_differences_away_from_ties(per_sample: bool, smoothed: bool, quantize: type) -> None:
-    # As for weights: clipped values follow s f (c - z), others x + s f e with the rounding error e held fixed.
-    torch.manual_seed(1)
-    x, weight = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
-    factor = torch.rand(3, 1) + 0.5 if smoothed else None
-    scale, zero, top = torch.tensor([0.25, 0.5]), torch.tensor([3.0, 8.0]), 15
-    index = torch.tensor([0, 1, 1, 0]) if per_sample else None
-    if not per_sample:
-        scale, zero = scale[:1], zero[:1]
-    leaves = [t.clone().requires_grad_() for t in (x, scale, zero)]
-    out = quantize.apply(*leaves, index, factor, top, False)  # type: ignore[attr-defined]
-    (out * weight).sum().backward()
-    pick = index if index is not None else torch.zeros(4, dtype=torch.long)
-    f = torch.ones(3, 1).double() if factor is None else factor.double()
-
-    def step(s: Tensor) -> Tensor:
-        return s[pick].view(-1, 1, 1) * f
-
-    u = x.double() / step(scale.double()) + zero.double()[pick].view(-1, 1, 1)
-    code = u.round().clamp(0, top)
-    inside = code == u.round()
-
-    def smooth(v: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        y = torch.where(inside, v + step(s) * (code - u).where(inside, 0), step(s) * (code - z[pick].view(-1, 1, 1)))
-        return (y * weight).sum()
-
-    start = [x.double(), scale.double(), zero.double()]
-    for k, leaf in enumerate(leaves):
-        numeric = torch.empty_like(start[k])
-        for i in range(numeric.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = [t.clone() for t in start]
-                moved[k].view(-1)[i] += sign * 1e-5
-                ends.append(smooth(*moved))
-            numeric.view(-1)[i] = (ends[0] - ends[1]) / 2e-5
-        torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
-    assert 0 < int(inside.sum()) < inside.numel(), "both branches must be seen"
-
-
-@needs_numba
-@pytest.mark.parametrize("shape", [(4, 6, 7, 90), (4, 50, 6), (3, 2050)])
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("smoothed", ["no", "rows", "columns"])
-def test_the_compiled_pass_equals_the_plain_one(shape: tuple[int, ...], per_sample: bool, smoothed: str) -> None:
-    torch.manual_seed(2)
-    if smoothed == "rows" and len(shape) < 3:
-        shape = (*shape, 1)
-    x = torch.randn(shape)
-    x.view(-1)[::500] = 40.0
-    weight = torch.randn(shape[0], shape[1], *shape[:1:-1]).permute(
-        0, 1, *range(len(shape) - 1, 1, -1)
-    )  # not contiguous from 4 dimensions
-    factor = {
-        "no": None,
-        "rows": torch.rand(shape[1], *(1,) * (len(shape) - 2)) + 0.5,
-        "columns": torch.rand(shape[-1]) + 0.5,
-    }[smoothed]
-    index = torch.arange(shape[0]) % 3 if per_sample else None
-    scale, zero = (
-        torch.tensor([0.25, 0.5, 0.3])[: 3 if per_sample else 1],
-        torch.tensor([3.0, 8.4, -2.0])[: 3 if per_sample else 1],
-    )
-    found = []
-    for quantize in (_QuantizeActivation, _CompiledQuantizeActivation):
-        leaves = [t.clone().requires_grad_() for t in (x, scale, zero)]
-        out = quantize.apply(*leaves, index, factor, 15, True)  # type: ignore[no-untyped-call]
-        (out * weight).sum().backward()
-        found.append((out.detach(), *(leaf.grad for leaf in leaves)))
-    for k, (plain, one_pass) in enumerate(zip(*found, strict=True)):
-        if k < 2:  # the output and the gradient of the input, bit for bit
-            assert torch.equal(plain, one_pass)
-        else:
-            torch.testing.assert_close(one_pass, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
-
-
-@needs_numba
-def test_what_is_not_finite_passes_the_compiled_quantizer_as_it_does_the_plain_one() -> None:
-    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]])
-    plain, compiled = (q.apply(x, torch.tensor([0.5]), torch.tensor([3.0]), None, None, 15, True)  # type: ignore[no-untyped-call]
-                       for q in (_QuantizeActivation, _CompiledQuantizeActivation))  # fmt: skip
-    torch.testing.assert_close(plain, compiled, rtol=0, atol=0, equal_nan=True)
-    assert bool(plain.isnan().any())
 
 
 def test_smoothd_activations_equal_the_direct_formula() -> None:

@@ -22,7 +22,6 @@ from mpqsearch.quant import (
     rows_of,
 )
 from mpqsearch.quant.rows import RowQuantizer
-from mpqsearch.quant.search import use_backend
 from tests.support import tiny_denoiser
 
 FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
@@ -211,33 +210,6 @@ def test_training_starts_from_the_compensated_model(trainable: str) -> None:
         assert torch.equal(ended.module.get_submodule(la.name).weight, made.module.get_submodule(la.name).weight)
         assert torch.equal(ended.module.get_submodule(la.name).bias, made.module.get_submodule(la.name).bias)
     assert any(not torch.equal(made.rows[la.name].codes, nearest.rows[la.name].codes) for la in table)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_compiled_passes_choose_as_the_others_do(groups: int) -> None:
-    pytest.importorskip("numba")
-    g = torch.Generator().manual_seed(5)
-    rows = torch.randn(36, 70, generator=g)  # more than one tile, and a tile that is not full
-    bits = torch.randint(1, 5, (36,), generator=g).to(torch.uint8)
-    bits[7] = FULL_PRECISION
-    quantizer = fit_rows(rows, torch.where(bits > 8, 8, bits), QuantFormat(scheme="auto"))
-    quantizer = RowQuantizer(scale=quantizer.scale, zero=quantizer.zero, bits=bits)
-    moment = moment_of_inputs(inputs_of(groups, 500, 70))
-    found = {}
-    for backend in ("torch", "numba"):
-        previous = use_backend(backend)
-        try:
-            chosen, fitted = gptq_rows(rows, quantizer, moment)
-        finally:
-            use_backend(previous)
-        error = (decode(encode(chosen, fitted), fitted) - rows).double().reshape(groups, -1, 70)
-        found[backend] = (torch.bmm(error, moment) * error).sum(2).flatten(), chosen
-    assert torch.equal(found["torch"][1][7], rows[7])
-    assert torch.equal(found["numba"][1][7], rows[7])
-    # A code may fall on either side of a tie; nine rows of ten are the same, and all together are as good.
-    close = torch.isclose(found["torch"][0], found["numba"][0], rtol=1e-4)
-    assert float(close.float().mean()) >= 0.9
-    assert float(found["numba"][0].sum()) == pytest.approx(float(found["torch"][0].sum()), rel=5e-3)
 
 
 def test_a_map_that_asks_for_compensation_says_what_it_needs() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from mpqsearch.quant import (
     convert,
     decode,
     encode,
-    held_weights,
     load_trainable_state,
     param_groups,
     quant_layers,
@@ -28,7 +26,6 @@ from mpqsearch.quant import (
     trainable_state,
     weight_of,
 )
-from mpqsearch.quant.modules import Trainable, _CompiledQuantizeRows, _QuantizeRows
 from tests.support import tiny_denoiser
 
 GEOMETRIES = [
@@ -41,9 +38,6 @@ GEOMETRIES = [
     nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1),
     nn.ConvTranspose3d(2, 3, 2),
 ]
-
-
-needs_numba = pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="no numba")
 
 
 def spec_of(module: nn.Module, name: str = "layer") -> LayerSpec:
@@ -95,76 +89,6 @@ def test_every_kind_of_layer_computes_what_the_plain_layer_does_with_the_decoded
     if isinstance(module, nn.ConvTranspose2d):
         size = [2 * (s - 1) + 2 for s in x.shape[2:]]
         assert student.layer(x, output_size=size).shape[2:] == torch.Size(size)
-
-
-@pytest.mark.parametrize("quantize", [_QuantizeRows, pytest.param(_CompiledQuantizeRows, marks=needs_numba)])
-@pytest.mark.parametrize("smoothed", [False, True])
-@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
-def test_gradients_against_finite_differences_away_from_ties(scheme: str, smoothed: bool, quantize: type) -> None:
-    # A straight-through gradient is the derivative of the quantizer with its rounding error held fixed: y = s (c - z) /
-    # f where clipped, else y = w + s e / f with e = round(u) - u frozen. Both are smooth, so central differences in
-    # float64 are its oracle.
-    torch.manual_seed(0)
-    rows = torch.randn(5, 9)
-    factor = torch.rand(1, 9) + 0.5 if smoothed else None
-    top = torch.tensor([1.0, 3, 7, 15, 7])
-    scale = torch.tensor([0.7, 0.4, 0.25, 0.11, 0.3])
-    zero = (top / 2 if scheme == "symmetric" else (top / 2).round()).clone()
-    full = torch.tensor([4])
-    fixed = torch.full((5,), scheme == "symmetric")
-    weight = torch.randn(5, 9)
-    leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
-    out = quantize.apply(*leaves, top, fixed, factor, full, False)  # type: ignore[attr-defined]
-    (out * weight).sum().backward()
-
-    f = torch.ones(1, 9).double() if factor is None else factor.double()
-    stored = scale.half().double()  # scales are rounded to half precision
-    u = rows.double() * f / stored[:, None] + zero.double()[:, None]
-    code = u.round().clamp(min=0).minimum(top.double()[:, None])
-    inside = code == u.round()
-    left = (code - u).where(inside, 0)
-
-    def smooth(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        y = torch.where(inside, w + s[:, None] * left / f, s[:, None] * (code - z[:, None]) / f)
-        y = torch.cat([y[:4], w[4:]])
-        return (y * weight).sum()
-
-    start = [rows.double(), stored, zero.double()]
-    for k, leaf in enumerate(leaves):
-        numeric = torch.empty_like(start[k])
-        for i in range(numeric.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = [t.clone() for t in start]
-                moved[k].view(-1)[i] += sign * 1e-5
-                ends.append(smooth(*moved))
-            numeric.view(-1)[i] = (ends[0] - ends[1]) / 2e-5
-        if k == 2 and scheme == "symmetric":
-            numeric.zero_()  # the zero of a symmetric scheme is no parameter
-        torch.testing.assert_close(leaf.grad.double(), numeric, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
-    assert 0 < int(inside[:4].sum()) < 36, "both branches must be seen"
-
-
-@needs_numba
-@pytest.mark.parametrize("factors", [0, 1, 70])
-def test_the_compiled_pass_equals_the_plain_one(factors: int) -> None:
-    torch.manual_seed(2)
-    rows, weight = torch.randn(70, 1100), torch.randn(1100, 70).T
-    top = torch.exp2(torch.arange(70) % 8 + 1.0) - 1
-    scale, zero = 4 / (top + 1), top / 2 + torch.randn(70)
-    fixed, full = torch.arange(70) % 3 == 0, torch.tensor([3, 69])
-    factor = torch.rand(factors, 1100) + 0.5 if factors else None
-    found = []
-    for quantize in (_QuantizeRows, _CompiledQuantizeRows):
-        leaves = [t.clone().requires_grad_() for t in (rows, scale, zero)]
-        out = quantize.apply(*leaves, top, fixed, factor, full, True)  # type: ignore[no-untyped-call]
-        (out * weight).sum().backward()
-        found.append((out.detach(), *(leaf.grad for leaf in leaves)))
-    for k, (plain, one_pass) in enumerate(zip(*found, strict=True)):
-        if k < 2:  # the output and the gradient of the weights, bit for bit
-            assert torch.equal(plain, one_pass)
-        else:
-            torch.testing.assert_close(one_pass, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 
 def test_straight_through_is_the_gradient_of_the_layer_at_the_quantized_weight() -> None:
@@ -222,37 +146,6 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
             denoiser.with_module(made.module).denoise(x, t, labels), denoiser.with_module(student).denoise(x, t, labels)
         )
     assert not any("lora" in k for k in made.module.state_dict())
-
-
-@pytest.mark.parametrize("trainable", ["scales", "lora", "all"])
-def test_held_weights_collect_the_gradients_of_all_passes(trainable: Trainable) -> None:
-    root, table, bit_map = one_layer(nn.Conv2d(4, 6, 3), [2, 3, 16])
-    student = build_student(root, table, bit_map, trainable=trainable)
-    inputs = [torch.randn(2, 4, 8, 8) for _ in range(3)]
-
-    def gradients() -> dict[str, torch.Tensor]:
-        found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
-        student.zero_grad()
-        return found
-
-    for x in inputs:
-        student.layer(x).square().sum().backward()  # type: ignore[operator]
-    apart = gradients()
-    quantizer = student.layer.weight_quantizer  # type: ignore[union-attr]
-    with held_weights(student):
-        assert quantizer() is quantizer()  # type: ignore[operator]
-        for x in inputs:
-            student.layer(x).square().sum().backward()  # type: ignore[operator]
-        assert quantizer.scale.grad is None, "what is trained is reached once, at the end"  # type: ignore[union-attr]
-    together = gradients()
-    assert together.keys() == apart.keys()
-    for name, grad in apart.items():
-        torch.testing.assert_close(together[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
-    with pytest.raises(ValueError, match="midway"), held_weights(student):
-        student.layer(inputs[0]).square().sum().backward()  # type: ignore[operator]
-        raise ValueError("midway")
-    assert not any(name.endswith("scale") for name in gradients()), "after an exception nothing is handed on"
-    assert quantizer() is not quantizer()  # type: ignore[operator]
 
 
 def test_low_rank_update_merges_before_quantization() -> None:
