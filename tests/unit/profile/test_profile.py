@@ -81,7 +81,7 @@ def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> Non
     assert float(share.max()) < 1
     i = profile.index["conv_in"]
     rows = profile.rows("conv_in")
-    full, centred = (profile.arrays[f"output_error{k}/asymmetric"][rows, 0].sum() for k in ("", "_centred"))
+    full, centred = (profile.arrays[f"output_error{k}/asymmetric"][rows, 0].sum() for k in ("", "_corrected"))
     assert float(share[i, 0]) == pytest.approx(1 - centred / full, rel=1e-4)
     # The time embedding of four timesteps hardly varies, a normalized input varies from position to position.
     varies, still = (
