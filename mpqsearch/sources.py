@@ -123,7 +123,7 @@ def model_files(source: str, component: str = "") -> dict[str, Path] | None:
 class FileDigests:
     """SHA-256 of files, remembered in ``record`` with their size, times and inode, and computed again when one differs.
 
-    With ``record`` None nothing is remembered.
+    With ``record`` None they are remembered in memory only.
     """
 
     def __init__(self, record: Path | None) -> None:
@@ -146,9 +146,10 @@ class FileDigests:
             return str(entry["sha256"])
         settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_S * 1e9
         digest = artifacts.digest_file(file)
-        if settled and self._record is not None:
+        if settled:
             self._entries[str(file)] = {"seen": seen, "sha256": digest}
-            artifacts.write_json(self._record, "mpqsearch/digests", self._entries, {})
+            if self._record is not None:
+                artifacts.write_json(self._record, "mpqsearch/digests", self._entries, {})
         return digest
 
     def of_all(self, files: Mapping[str, Path]) -> str:

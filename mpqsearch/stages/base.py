@@ -17,6 +17,7 @@ from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
+from mpqsearch.sources import REFERENCE, FileDigests, model_files
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import DataReference, FeatureExtractor
@@ -63,18 +64,37 @@ class Run:
 
         return open_streamed(self.config.model.source, component=self.config.model.component)
 
+    @cached_property
+    def files(self) -> FileDigests:
+        """Digests of files by content, remembered in the run folder."""
+        return FileDigests(None if self.dry_run else self.path("stats", "digests.json"))
+
     @property
     def source_inputs(self) -> dict[str, str]:
-        """What identifies the model without loading it."""
+        """Digests of the content that the model comes from, whatever its path: files, recorded calls, and settings.
+
+        The files of a hub source are not looked for: its weights are loaded and count by themselves.
+        """
         c, captured = self.config.model, self.config.calibration.captured
-        named = [
-            c.source,
-            c.revision,
-            *([c.component] if c.component else []),
-            *([c.dtype] if c.dtype != "float32" else []),
-        ]
-        calls = {"calls": artifacts.digest_file(Path(captured))} if captured and Path(captured).is_file() else {}
-        return {"model_source": artifacts.digest_of(named), **calls}
+        files = model_files(c.source, c.component)
+        inputs = {
+            "model_files": self.files.of_all(files) if files is not None else self.denoiser.digest,
+            "model_settings": artifacts.digest_of([c.component, c.dtype]),
+        }
+        return inputs | ({"calls": self.files.of(Path(captured))} if captured else {})
+
+    @property
+    def evaluation_inputs(self) -> dict[str, str]:
+        """Digests of what measures samples: the settings, and the content of the extractor and of the reference."""
+        c = self.config.evaluate
+        embedded = REFERENCE / c.extractor
+        weights = Path(c.extractor_weights) if c.extractor_weights else embedded / "model.safetensors"
+        reference = Path(c.reference) if c.reference else embedded / "reference.safetensors"
+        return {
+            "evaluate": artifacts.digest_of([c.samples, c.first_seed, c.extractor]),
+            "extractor_weights": self.files.of(weights),
+            "reference": self.files.of(reference),
+        }
 
     @cached_property
     def extractor(self) -> FeatureExtractor:

@@ -114,7 +114,7 @@ def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
         "bit_map": bit_map.digest,
         "activations": artifacts.digest_of(c["activations"]) if bit_map.activations else "none",
         "distill": artifacts.digest_of(training),
-        "evaluate": artifacts.digest_of(c["evaluate"]),
+        "evaluate": artifacts.digest_of(run.evaluation_inputs),
     }
 
 
@@ -149,7 +149,7 @@ def _train(
     )
     made = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
     if c.check_every:
-        made["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.config.to_data()["evaluate"]])
+        made["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.evaluation_inputs])
     with bar_of("distill", c.steps, unit="step") as bar:
         for state in loop(
             run.denoiser,

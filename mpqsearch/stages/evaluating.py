@@ -42,7 +42,8 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
         __version__,
         table.digest,
         c["sampler"],
-        c["evaluate"],
+        run.evaluation_inputs,
+        run.source_inputs,
         bit_map.digest if bit_map is not None else "full precision",
     ]
     if bit_map is not None and (bias_correction or bit_map.format.smooth or bit_map.format.rounding != "nearest"):

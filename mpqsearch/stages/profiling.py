@@ -34,7 +34,7 @@ def profile_inputs(run: Run, table: LayerTable, loss: str = "") -> dict[str, str
         "sampler": artifacts.digest_of(c["sampler"]),
         "quantizer": artifacts.digest_of(c["quantizer"]),
         "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
-        **{k: v for k, v in run.source_inputs.items() if k == "calls"},
+        **run.source_inputs,
     }
 
 

@@ -92,7 +92,7 @@ def check_search(run: Run, *, storage: str | None = None, workers: int = 1) -> N
 def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     """Digests of all that the result of a search depends on."""
     c = run.config.to_data()
-    own = {k: c[k] for k in ("methods", "policy", "quantizer", "evaluate")}
+    own = {k: c[k] for k in ("methods", "policy", "quantizer")} | {"evaluate": run.evaluation_inputs}
     own["methods"] = [m for m in own["methods"] if m["allocator"] != "map"]
     settings = {k: v for k, v in c["search"].items() if k != "start_from"} | {
         "budgets": [b.label() for b in budgets_of(run)]
