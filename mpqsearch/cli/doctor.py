@@ -18,9 +18,6 @@ from mpqsearch.cli.printing import print_json, print_table
 OPTIONAL = (
     ("torch-fidelity", "fid", "the official Inception FID"),
     ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
-    ("pymysql", "mysql", "a search on many machines through MySQL or MariaDB"),
-    ("redis", "redis", "a search on many machines through Redis"),
-    ("grpcio", "grpc", "a search on many machines through Optuna's proxy"),
     ("cmaes", "search", "CMA-ES, one more sampler of the search"),
     ("optuna-dashboard", "", "a search in the browser"),
     ("tensorboard", "train", "training curves in the browser"),

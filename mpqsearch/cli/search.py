@@ -25,32 +25,22 @@ TrialsOption = Annotated[
     int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
 ]
 SamplerOption = Annotated[
-    str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes, random or qmc (search.sampler).")
+    str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes or random (search.sampler).")
 ]
 StorageOption = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="postgresql://..., mysql://..., journal+postgresql://..., journal+mysql://..., redis://..., grpc://host:port or a journal file. "
-        "Better in the variable MPQSEARCH_STORAGE, which shows in no list of processes.",
+        help="postgresql://..., mysql://..., redis://... or a journal file. Better in the variable MPQSEARCH_STORAGE, "
+        "which shows in no list of processes.",
     ),
 ]
-WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Local processes, one thread each.")]
-WatchOption = Annotated[bool, typer.Option("--watch", help="Only follow the study that others work on.")]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Local processes that share the study.")]
 WorkerOption = Annotated[
     int | None,
     typer.Option(
         "--worker",
         help="Be worker number N of a study on a shared storage: measure until it is finished, write no results.",
-    ),
-]
-
-
-StartOption = Annotated[
-    str | None,
-    typer.Option(
-        "--start-from",
-        help="A map from elsewhere: its nearest point is tried first, and it is measured beside the winners.",
     ),
 ]
 
@@ -62,9 +52,7 @@ def search(
     sampler: SamplerOption = None,
     storage: StorageOption = None,
     workers: WorkersOption = 1,
-    watch: WatchOption = False,
     worker: WorkerOption = None,
-    start_from: StartOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     set_: SetOption = None,
@@ -88,7 +76,6 @@ def search(
             "model.device": device,
             "search.trials": trials,
             "search.sampler": sampler,
-            "search.start_from": start_from,
         },
         run_dir=run_dir,
         dry_run=dry_run,
@@ -96,15 +83,12 @@ def search(
         verbose=verbose,
     )
     stages.check_search(run, storage=storage, workers=workers)
-    if worker is None and not watch:
+    if worker is None:
         stages.start(run)
     table = stages.layers(run)
     run.require_sampler("a search that is scored by samples (search)")
     measured = stages.profile(run, table)
     if measured is None:
-        return
-    if watch:
-        stages.watch(run, table, measured, storage=storage)
         return
     data = stages.search(run, table, measured, storage=storage, workers=workers, worker=worker)
     if as_json:
@@ -114,10 +98,10 @@ def search(
 
 
 def print_search(data: dict[str, Any]) -> None:
-    """Winners beside their control arms."""
+    """The chosen maps beside their control arms."""
     rows = []
     for entry in data["budgets"]:
-        uniform = next(r["paired"] for r in entry["rows"] if r["arm"] == "uniform")
+        uniform = next(r["error"] for r in entry["rows"] if r["arm"] == "uniform")
         for r in entry["rows"]:
             verdict = "worse than uniform" if r["arm"] == "search" and entry["worse_than_uniform"] else ""
             rows.append(
@@ -126,8 +110,8 @@ def print_search(data: dict[str, Any]) -> None:
                     r["arm"],
                     f"{r['average_bits']:.3f}",
                     f"{r['size_bytes'] / 1000:.1f}",
-                    f"{r['paired']:.4g}",
-                    f"{r['paired'] / uniform:.3f}",
+                    f"{r['error']:.4g}",
+                    f"{r['error'] / uniform:.3f}",
                     f"{r['fd_fp']:.3f}" if "fd_fp" in r else "",
                     f"{r['fd_data']:.3f}" if "fd_data" in r else "",
                     f"{r['paired_psnr']:.2f}" if "paired_psnr" in r else "",
@@ -135,8 +119,8 @@ def print_search(data: dict[str, Any]) -> None:
                 ]
             )
     print_table(
-        f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['new_forwards']} forward passes; FD "
-        "and PSNR on fresh seeds",
+        f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['forwards']} forward passes; FD and "
+        "PSNR on fresh seeds",
         ["budget", "arm", "bits", "kB", "error", "to uniform", "fd_fp", "fd_data", "PSNR", ""],
         rows,
     )

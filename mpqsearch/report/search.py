@@ -22,7 +22,7 @@ from mpqsearch.report.style import COLOURS, MARKERS, axes_or_new, ink, muted, se
 
 Data = Mapping[str, Any]
 
-ARM_ORDER = ("uniform", "random", "shuffled", "kurtosis", "plain", "search")
+ARM_ORDER = ("uniform", "random", "shuffled", "plain", "search")
 
 
 def plot_search_history(data: Data, against: str = "forwards", ax: Axes | None = None) -> Axes:
@@ -59,7 +59,7 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
     points = data["points"]
     ax.plot(
         [p["average_bits"] for p in points],
-        [p["paired"] for p in points],
+        [p["error"] for p in points],
         ".",
         color=muted(),
         alpha=0.5,
@@ -67,7 +67,7 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
     )
     styles = series_styles(ARM_ORDER)
     for arm, style in styles.items():
-        rows = sorted((r["average_bits"], r["paired"]) for b in data["budgets"] for r in b["rows"] if r["arm"] == arm)
+        rows = sorted((r["average_bits"], r["error"]) for b in data["budgets"] for r in b["rows"] if r["arm"] == arm)
         if rows:
             ax.plot(*zip(*rows, strict=True), color=style.colour, marker=style.marker, markersize=style.size, label=arm)
     widen_x(ax)
@@ -121,7 +121,7 @@ def plot_search_prediction(data: Data, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     correlation = {r["budget"]: r for r in data["predicted_vs_measured"]}
     for i, budget in enumerate(dict.fromkeys(p["budget"] for p in data["points"])):
-        mine = [(p["predicted"], p["paired"]) for p in data["points"] if p["budget"] == budget and p["predicted"] > 0]
+        mine = [(p["predicted"], p["error"]) for p in data["points"] if p["budget"] == budget and p["predicted"] > 0]
         row = correlation.get(budget)
         label = budget if row is None else f"{budget}: {row['spearman']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
         if mine:
@@ -171,7 +171,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
         (
             "search_history_forwards",
             "Progress against evaluation cost",
-            "Forward passes that the trials would take without the cache. Dashed: control arms.",
+            "Forward passes of the trials; equal maps are counted each time. Dashed: control arms.",
             f"Line chart of hypervolume against forward passes. At the end: {volumes}. Best: {best[0]}.",
             partial(plot_search_history, data, "forwards"),
         ),
@@ -253,7 +253,7 @@ def write_search_figures(folder: Path, data: Data) -> list[Path]:
 def search_tables(data: Data) -> dict[str, str]:
     """CSV texts by name: ``arms`` (winners beside control arms), ``points`` (every measured map), ``history``."""
     arms = [
-        {"budget": b["budget"], **{k: v for k, v in r.items() if k not in ("params", "paired_each")}}
+        {"budget": b["budget"], **{k: v for k, v in r.items() if k != "params"}}
         for b in data["budgets"]
         for r in b["rows"]
     ]
@@ -261,7 +261,6 @@ def search_tables(data: Data) -> dict[str, str]:
         "arms": _csv(arms),
         "points": _csv(data["points"]),
         "history": _csv(data["history"]),
-        "correlations": _csv(data["correlations"]),
     }
 
 
@@ -269,7 +268,7 @@ def arms_table(data: Data) -> list[dict[str, Any]]:
     """Rows for the report: each arm at each budget, errors as shares of uniform's."""
     rows: list[dict[str, Any]] = []
     for entry in data["budgets"]:
-        uniform = next(r["paired"] for r in entry["rows"] if r["arm"] == "uniform")
+        uniform = next(r["error"] for r in entry["rows"] if r["arm"] == "uniform")
         rows += [
             {
                 "budget": entry["budget"],
@@ -277,7 +276,7 @@ def arms_table(data: Data) -> list[dict[str, Any]]:
                 + (" (worse than uniform)" if r["arm"] == "search" and entry["worse_than_uniform"] else ""),
                 "bits": float(r["average_bits"]),
                 "kB": float(r["size_bytes"] / 1000),
-                "error to uniform": float(r["paired"] / uniform),
+                "error to uniform": float(r["error"] / uniform),
                 "FD to FP, fresh": f"{r['fd_fp']:.3f}" if "fd_fp" in r else "",
                 "FD to data, fresh": f"{r['fd_data']:.3f}" if "fd_data" in r else "",
                 "PSNR, fresh": f"{r['paired_psnr']:.2f}" if "paired_psnr" in r else "",

@@ -1,4 +1,4 @@
-"""The outer search: an Optuna study over how the integer program is built, scored by what really comes out.
+"""The outer search: an Optuna study over how the integer program is built, scored by samples of the quantized model.
 
-Light to import: Optuna and torch are loaded by the modules that need them (`study`, `evaluator`).
+Light to import: Optuna and torch are loaded by the functions that need them.
 """

@@ -44,7 +44,6 @@ class Run:
     target_losses: dict[str, Any] = field(default_factory=dict)
     moments: InputMoments | None = None
     priced: dict[str, SensitivityProfile] = field(default_factory=dict)
-    storages: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def denoiser(self) -> Denoiser:

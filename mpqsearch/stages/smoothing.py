@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.specs import ActivationSearch
-from mpqsearch.specs.search import INPUT_SEEDS
 from mpqsearch.stages.base import Run
+
+ALPHA_SEEDS = 4
+"""Trajectories on which alphas are chosen."""
 
 
 def ranges_of(run: Run) -> ActivationSearch:
@@ -33,7 +35,7 @@ def alphas_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> Call
                 bit_map,
                 run.config.sampler,
                 input_max={n: torch.from_numpy(np.array(m)) for n, m in measured.input_max.items()},
-                seeds=range(first, first + INPUT_SEEDS),
+                seeds=range(first, first + ALPHA_SEEDS),
                 search=ranges_of(run),
                 progress=progress,
             )

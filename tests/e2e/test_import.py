@@ -1,4 +1,4 @@
-"""A map that another tool chose, from its file to a measurement, an export and a search that starts from it."""
+"""A map that another tool chose, from its file to a measurement and an export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.conftest import Cli
 
 
 @pytest.mark.slow
-def test_a_map_of_another_tool_is_measured_exported_and_searched_from(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, tmp_path: Path) -> None:
     layers = json.loads(cli("layers", "-c", study, "--run-dir", "r", "--json").stdout)["layers"]
     theirs = {
         la["name"]: {"weights": "qint8" if i % 3 else "qint4", "activations": "none"} for i, la in enumerate(layers)
@@ -46,21 +46,6 @@ def test_a_map_of_another_tool_is_measured_exported_and_searched_from(cli: Cli, 
     assert {line for line in lines if not line.startswith("#")} == {
         f"model.{n}: {t['weights'][4:]}" for n, t in theirs.items()
     }
-
-    searched = cli(
-        "search", "-c", study, "--run-dir", "r", "--start-from", data["file"], "--trials", "2", "--json",
-        "--set", "search.samples=4", "--set", "search.first_seed=500", "--set", "search.inputs=0", *small,
-    )  # fmt: skip
-    assert searched.returncode == 0, searched.stderr
-    result = json.loads(searched.stdout)
-    size = next(r["size_bytes"] for r in result["budgets"][0]["rows"] if r["arm"] == "uniform")
-    assert (data["size_bytes"] <= size) == ("start" in {r["arm"] for r in result["budgets"][0]["rows"]})
-    trials = [json.loads(line) for line in (tmp_path / "r/search/trials.jsonl").read_text().splitlines()]
-    assert [t["attributes"]["source"] for t in trials[:2]] == ["warm start", "warm start"]
-    other = cli("search", "-c", study, "--run-dir", "r", "--trials", "2", "--set", "search.samples=4", "--set", "search.first_seed=500",
-                "--set", "search.inputs=0", *small)  # fmt: skip
-    assert other.returncode == 4
-    assert "start_from differ" in other.stderr
 
 
 def test_mistakes_are_named(cli: Cli, study: Path, tmp_path: Path) -> None:

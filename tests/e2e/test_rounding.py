@@ -26,7 +26,6 @@ rounding = "gptq"
 [search]
 trials = 2
 samples = 4
-inputs = 0
 final_samples = 4
 method = "plain"
 [search.space]

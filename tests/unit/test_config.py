@@ -45,7 +45,6 @@ def test_defaults_write_back(tmp_path: Path) -> None:
         ({"report": {"chosen": "nothing"}}, "unknown method 'nothing'"),
         ({"export": {"targets": ["ggfu"]}}, "did you mean 'gguf'"),
         ({"search": {"sampler": "tpee"}}, r"did you mean 'tpe'.*search\.sampler"),
-        ({"search": {"mode": "sideways"}}, r"unknown mode of the search 'sideways'"),
         ({"search": {"pruner": "hedge"}}, r"unknown pruner of the search 'hedge'"),
     ],
 )
@@ -102,7 +101,8 @@ def test_a_search_is_checked_when_it_is_read() -> None:
         ({"search": {"chunk": 40}}, "search.chunk"),
         ({"search": {"method": "nobody"}}, "search.method"),
         ({"search": {"space": {"exponent": [3.0, 1.0]}}}, "low must be below high"),
-        ({"search": {"act_bits": 9}}, "width 9"),
+        ({"search": {"error": "fid"}}, r"unknown error of the search 'fid'"),
+        ({"search": {"top_k": 0}}, "top_k must be at least 1"),
         ({"search": {"budgets": ["three"]}}, "cannot read the budget"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -114,7 +114,7 @@ def test_a_search_is_checked_when_it_is_read() -> None:
 
 def test_a_search_space_survives_being_written(tmp_path: Path) -> None:
     config = config_from(
-        {"search": {"trials": 3, "space": {"role_feed-forward": [0.5, 2.0], "rounds": 1, "widths": ["base", "2,4,8"]}}}
+        {"search": {"trials": 3, "space": {"role_feed-forward": [0.5, 2.0], "depth": 1, "scheme": ["base", "auto"]}}}
     )
     path = tmp_path / "again.toml"
     path.write_text(config.to_toml())
