@@ -80,9 +80,9 @@ def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
 
 def plot_search_importances(data: Data, ax: Axes | None = None) -> Axes:
     """Share of each parameter in what separates the better trials (PED-ANOVA)."""
-    found = sorted(data["importances"].items(), key=lambda kv: kv[1])
-    ax = axes_or_new(ax, (5.0, 0.8 + 0.28 * max(len(found), 1)))
-    ax.barh([k for k, _ in found], [v for _, v in found], color=COLOURS[0])
+    shares = sorted(data["importances"].items(), key=lambda kv: kv[1])
+    ax = axes_or_new(ax, (5.0, 0.8 + 0.28 * max(len(shares), 1)))
+    ax.barh([k for k, _ in shares], [v for _, v in shares], color=COLOURS[0])
     ax.set_xlabel("importance")
     ax.grid(visible=False, axis="y")
     return ax
@@ -156,11 +156,19 @@ def plot_winners_curse(data: Data, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
-    """Key, title, caption, words and drawing of every figure that the data allow."""
+Drawing = tuple[str, str, str, str, Draw]
+"""Key, title, caption, words and drawing of a figure."""
+
+
+def search_drawings(data: Data) -> list[Drawing]:
+    """Every figure that the data allow."""
+    return [*_progress_drawings(data), *_parameter_drawings(data), *_trust_drawings(data)]
+
+
+def _progress_drawings(data: Data) -> list[Drawing]:
     best = max(data["hypervolume"].items(), key=lambda kv: kv[1])
     volumes = ", ".join(f"{k} {v:.3f}" for k, v in sorted(data["hypervolume"].items(), key=lambda kv: -kv[1]))
-    made: list[tuple[str, str, str, str, Draw]] = [
+    return [
         (
             "search_front",
             "Measured maps and control arms",
@@ -183,9 +191,13 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             partial(plot_search_history, data, "trial"),
         ),
     ]
+
+
+def _parameter_drawings(data: Data) -> list[Drawing]:
+    drawings: list[Drawing] = []
     if data["importances"]:
         words = ", ".join(f"{k} {v:.2f}" for k, v in data["importances"].items())
-        made.append(
+        drawings.append(
             (
                 "search_importances",
                 "Which parameters matter",
@@ -195,7 +207,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             )
         )
     if any(t["value"] is not None for t in data["trials_table"]):
-        made.append(
+        drawings.append(
             (
                 "search_parallel",
                 "Trials over the parameters",
@@ -204,12 +216,17 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
                 partial(plot_search_parallel, data),
             )
         )
+    return drawings
+
+
+def _trust_drawings(data: Data) -> list[Drawing]:
+    drawings: list[Drawing] = []
     if data["predicted_vs_measured"]:
         words = "; ".join(
             f"{r['budget']}: {r['spearman']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
             for r in data["predicted_vs_measured"]
         )
-        made.append(
+        drawings.append(
             (
                 "search_prediction",
                 "Predicted against measured within a budget",
@@ -227,7 +244,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
             for b in data["budgets"]
             if b.get("fresh_ratio_to_uniform") is not None
         )
-        made.append(
+        drawings.append(
             (
                 "search_fresh_seeds",
                 "The chosen maps on fresh seeds",
@@ -239,7 +256,7 @@ def search_drawings(data: Data) -> list[tuple[str, str, str, str, Draw]]:
                 partial(plot_winners_curse, data),
             )
         )
-    return made
+    return drawings
 
 
 def write_search_figures(folder: Path, data: Data) -> list[Path]:
@@ -251,7 +268,7 @@ def write_search_figures(folder: Path, data: Data) -> list[Path]:
 
 
 def search_tables(data: Data) -> dict[str, str]:
-    """CSV texts by name: ``arms`` (winners beside control arms), ``points`` (every measured map), ``history``."""
+    """CSV texts by name: ``arms`` (chosen maps beside control arms), ``points`` (every measured map), ``history``."""
     arms = [
         {"budget": b["budget"], **{k: v for k, v in r.items() if k != "params"}}
         for b in data["budgets"]
@@ -288,9 +305,9 @@ def arms_table(data: Data) -> list[dict[str, Any]]:
 
 def _unit(column: Sequence[Any]) -> Any:
     """Values scaled to 0..1; texts by their order, missing ones in the middle."""
-    known = [c for c in column if c is not None]
-    if any(isinstance(c, str) for c in known):
-        order = {c: i for i, c in enumerate(sorted({str(c) for c in known}))}
+    present = [c for c in column if c is not None]
+    if any(isinstance(c, str) for c in present):
+        order = {c: i for i, c in enumerate(sorted({str(c) for c in present}))}
         numbers = np.array([order[str(c)] if c is not None else np.nan for c in column], dtype=float)
     else:
         numbers = np.array([np.nan if c is None else float(c) for c in column])

@@ -173,8 +173,13 @@ def work(
         return objective(trial)
 
     enough = MaxTrialsCallback(plan.trials, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    with unwarned():
-        study.optimize(numbered, callbacks=[*callbacks, enough])
+    try:
+        with unwarned():
+            study.optimize(numbered, callbacks=[*callbacks, enough])
+    except OSError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it came while Optuna released the lock of its journal
+            raise KeyboardInterrupt from error
+        raise
 
 
 def seed_of(base: int, *parts: object) -> int:

@@ -29,7 +29,7 @@ exponent = [0.5, 2.0]
 low_bits = [-1.0, 1.0]
 granularity = ["channel", "layer"]
 """
-TRAINING = '[distill]\nmethods = ["search"]\nbudgets = ["uniform:3"]\nsteps = 2\nbatch = 2\nwindow = 1\n'
+TRAINING = '[distill]\nmethods = ["search"]\nbudgets = ["uniform:3"]\nsteps = 2\nbatch = 2\nrelation.window = 1\n'
 METHOD = '[[methods]]\nname = "search"\nallocator = "search"\nscheme = "auto"\nbias_correction = true\n'
 
 
