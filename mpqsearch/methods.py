@@ -1038,7 +1038,7 @@ def _layer_program(task: _Task, *, overrides: bool = False) -> Program:
         names=names,
         choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
         budget_name=_unit(task),
-        ties=task.once(("ties", names), lambda: _any(_layer_labels(task, names))),
+        groups=task.once(("ties", names), lambda: _any(_layer_labels(task, names))),
         fixed=fixed or None,
         pairwise=task.pairs,
     )
@@ -1067,7 +1067,7 @@ def _channel_program(task: _Task) -> Program:
         limit=task.limit - paid,
         choices=tuple(f"{b} bits" for b in widths),
         budget_name=_unit(task),
-        ties=task.once("row ties", lambda: _any(_row_labels(task))),
+        groups=task.once("row ties", lambda: _any(_row_labels(task))),
     )
     return Program(
         problem=problem,

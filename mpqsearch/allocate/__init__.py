@@ -7,50 +7,31 @@ Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
 from __future__ import annotations
 
 from mpqsearch.allocate.alternatives import solve_alternatives
-from mpqsearch.allocate.backend import use_backend, warm_up
-from mpqsearch.allocate.certificate import CertificateCheck, verify_certificate
+from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
 from mpqsearch.allocate.dispatch import solve
-from mpqsearch.allocate.explain import (
-    ConstraintPrice,
-    Explanation,
-    GroupExplanation,
-    ItemExplanation,
-    explain,
-    explain_groups,
-)
+from mpqsearch.allocate.explain import Explanation, NextStep, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
-from mpqsearch.allocate.problem import (
-    AllocationProblem,
-    AllocationResult,
-    CostBudget,
-    LayerRules,
-    PairwiseTerms,
-    Status,
-    relative_gap,
-    whole_units,
-)
+from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms, whole_units
+from mpqsearch.allocate.result import AllocationResult, Proof, Status, relative_gap, table_digests
 
 __all__ = [
     "AllocationProblem",
     "AllocationResult",
-    "CertificateCheck",
-    "ConstraintPrice",
+    "Certificate",
+    "Check",
     "CostBudget",
     "Explanation",
-    "GroupExplanation",
-    "ItemExplanation",
-    "LayerRules",
+    "NextStep",
     "PairwiseTerms",
     "ParetoPath",
+    "Proof",
     "Status",
+    "check_certificate",
     "explain",
-    "explain_groups",
     "relative_gap",
     "solve",
     "solve_alternatives",
     "solve_path",
-    "use_backend",
-    "verify_certificate",
-    "warm_up",
+    "table_digests",
     "whole_units",
 ]

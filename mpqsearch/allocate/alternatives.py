@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from mpqsearch.allocate.dispatch import solve
-from mpqsearch.allocate.problem import AllocationProblem, AllocationResult, CostBudget
+from mpqsearch.allocate.problem import AllocationProblem, CostBudget
+from mpqsearch.allocate.result import AllocationResult
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
 
@@ -39,30 +40,30 @@ def solve_alternatives(
     if count < 1 or min_distance < 1:
         raise ConfigError(f"count and min_distance must be >= 1, got {count} and {min_distance}.")
     deadline = float("inf") if time_limit_s is None else time.perf_counter() + time_limit_s
-    found = [solve(problem, gap_tolerance=gap_tolerance, time_limit_s=time_limit_s)]
+    maps = [solve(problem, gap_tolerance=gap_tolerance, time_limit_s=time_limit_s)]
     cuts: list[CostBudget] = []
-    while len(found) < count:
+    while len(maps) < count:
         left = deadline - time.perf_counter()
         if left <= 0:
             break
-        cuts.append(_cut(problem, found[-1], len(found), min_distance))
+        cuts.append(_cut(problem, maps[-1], len(maps), min_distance))
         narrowed = replace(problem, more_budgets=(*problem.more_budgets, *cuts))
         try:
             answer = solve(narrowed, gap_tolerance=gap_tolerance, time_limit_s=None if left == float("inf") else left)
         except InfeasibleBudgetError:
             break
-        found.append(_as_answer_to(problem, answer))
-    return found
+        maps.append(_as_answer_to(problem, answer))
+    return maps
 
 
-def _cut(problem: AllocationProblem, known: AllocationResult, number: int, min_distance: int) -> CostBudget:
-    """Budget on the items that keep a known map's choice."""
+def _cut(problem: AllocationProblem, earlier: AllocationResult, number: int, min_distance: int) -> CostBudget:
+    """Budget on the items that keep an earlier map's choice."""
     same = np.zeros(problem.loss.shape, dtype=np.int32)
-    same[np.arange(problem.n_items), known.choice] = 1
+    same[np.arange(problem.n_items), earlier.choice] = 1
     return CostBudget(name=f"items as in map {number}", cost=same, limit=problem.n_items - min_distance)
 
 
 def _as_answer_to(problem: AllocationProblem, result: AllocationResult) -> AllocationResult:
-    """Report only the budgets that the caller knows."""
+    """Report only the budgets that the caller knows. The bound holds for maps that differ, so it is none of theirs."""
     costs = {budget.name: result.costs[budget.name] for budget in problem.budgets}
-    return replace(result, costs=costs)
+    return replace(result, costs=costs, multipliers=result.multipliers[: len(costs)], dual_bound=-float("inf"))

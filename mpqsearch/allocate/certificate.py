@@ -1,391 +1,221 @@
-"""Checking an answer from the raw tables alone, by code that shares nothing with the solvers.
+"""Checking an answer from the raw tables, with arithmetic of its own: plain Python integers and ``math.fsum``.
 
-Two kinds of proof. The multipliers give a lower bound in one pass, which anyone can repeat. Where the result claims
-more (a proven optimum), the claim is proven again: every choice outside the multipliers' minimizers has a penalty, a
-better solution has less total penalty than the gap, and all such sets of choices are enumerated by their total cost.
+Nothing here is shared with the solvers. The check costs the choice again, holds it against every rule, and recomputes
+the Lagrangian bound: for any multipliers >= 0, the sum over the items of the least loss + multipliers * cost, minus
+multipliers * limits, is a lower bound of every admissible loss. It ends at the first contradiction.
 
-Rules of layers are kept in both: the channels of a layer are joined to a curve of least losses over their mean width,
-from their lower hulls, which no rule can lower. Very small problems of any kind are tried out whole. Where a claim is
-larger than what is proven here (the bound of a branch and bound, or of a convex relaxation, leaves no short witness),
-the check says what it did prove: ``verified_bound``.
+The bound holds for every limit on the number of formats too: the least sum is taken over all sets of so many formats.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from mpqsearch.allocate.problem import AllocationProblem
 
-from mpqsearch.allocate.problem import WIDTH_SLIP, AllocationProblem, AllocationResult, LayerRules
+SLIP = 2.0**-48
+"""Rounding that is forgiven, as a share of the sum of the absolute numbers that were added."""
 
-ROUNDING = 1e-12
-"""Relative disagreement between two float64 sums of the same losses that is put down to their order."""
-
-MAX_STATES = 3_000_000
-"""Partial solutions beyond which the enumeration gives up."""
-
-NOTHING = -float("inf")
-
-MAX_LAYER_CELLS = 20_000_000
-"""Points of all layers' curves above which they are not built."""
-
-MAX_TRIED = 3_000
-"""Assignments of a problem that are simply all tried."""
-
-Proof = Literal["dual", "search", "weaker", "none"]
+Rows = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CertificateCheck:
-    """Outcome of ``verify_certificate``; true when nothing contradicts the result.
+class Certificate:
+    """The claims of an answer, as plain data for a file.
 
     Attributes:
-        problems: What does not hold, in words; empty when the certificate is valid.
-        loss: Total loss, recomputed.
-        costs: Totals of all budgets, recomputed.
-        dual_bound: Lower bound that the multipliers prove, recomputed.
-        proof: What the check itself established about ``lower_bound``: ``dual`` (the multipliers alone prove it),
-            ``search`` (proven again by enumeration), ``none`` (nothing is claimed), or ``weaker``: nothing contradicts
-            it, but only the smaller ``verified_bound`` was proven here.
-        verified_bound: The largest lower bound that the check proved by itself; ``lower_bound`` unless ``weaker``.
+        status, proof, solver: As in ``AllocationResult``.
+        loss: Total loss of the choice.
+        costs, limits, multipliers: By name of the budget.
+        bound: Lower bound that the multipliers prove; None when none is claimed.
+        digests: SHA-256 of the tables, see ``table_digests``.
     """
 
-    problems: tuple[str, ...]
+    status: str
+    proof: str
+    solver: str
     loss: float
-    costs: tuple[int, ...]
-    dual_bound: float
-    proof: Proof
-    verified_bound: float = NOTHING
+    costs: Mapping[str, int]
+    limits: Mapping[str, int]
+    multipliers: Mapping[str, float]
+    bound: float | None
+    digests: Mapping[str, str]
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Certificate:
+        """The inverse of ``to_data``; raises ``KeyError`` or ``TypeError`` for other data."""
+        return cls(**{name: data[name] for name in cls.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Outcome of ``check_certificate``.
+
+    Attributes:
+        problem: The first contradiction in words; empty when every claim that can be checked holds.
+        loss: Total loss, recomputed (NaN when the check ended before).
+        costs: Totals of all budgets, recomputed.
+        bound: Lower bound that the multipliers prove, recomputed; minus infinity when none was computed.
+        gap: What this proves: ``(loss - bound) / |loss|``. Claims of optimality beyond it rest on the solver's word.
+    """
+
+    problem: str = ""
+    loss: float = math.nan
+    costs: tuple[int, ...] = ()
+    bound: float = -math.inf
+    gap: float = math.inf
 
     @property
     def valid(self) -> bool:
-        """Whether every claim of the result holds."""
-        return not self.problems
-
-    def __bool__(self) -> bool:
-        return self.valid
+        """Whether nothing contradicts the certificate."""
+        return not self.problem
 
 
-def verify_certificate(problem: AllocationProblem, result: AllocationResult) -> CertificateCheck:
-    """Check choice, loss, costs, multipliers and bound of ``result`` against ``problem``."""
-    if not problem.permits(result.choice):
-        problems = ("the choice has the wrong shape or breaks allowed, fixed or ties",)
-        return CertificateCheck(problems=problems, loss=float("nan"), costs=(), dual_bound=NOTHING, proof="none")
-    loss, costs = problem.evaluate(result.choice)
-    problems_found = []
-    slip = ROUNDING * (abs(loss) + 1e-300)
-    if abs(loss - result.loss) > slip:
-        problems_found.append(f"loss is {loss}, the result says {result.loss}")
-    for budget, cost in zip(problem.budgets, costs, strict=True):
-        if cost != result.costs.get(budget.name):
-            problems_found.append(f"{budget.name} is {cost}, the result says {result.costs.get(budget.name)}")
-        if cost > budget.limit:
-            problems_found.append(f"{budget.name} is {cost}, above the limit {budget.limit}")
-    if costs[0] != result.cost:
-        problems_found.append(f"cost is {costs[0]}, the result says {result.cost}")
-    if any(not np.isfinite(rate) or rate < 0 for rate in result.multipliers):
-        problems_found.append(f"multipliers {result.multipliers} are not all finite and >= 0")
-        return CertificateCheck(
-            problems=tuple(problems_found), loss=loss, costs=costs, dual_bound=NOTHING, proof="none"
-        )
-    dual = dual_bound(problem, result.multipliers)
-    if abs(min(dual, loss) - result.dual_bound) > slip:
-        problems_found.append(f"the multipliers prove {dual}, the result says {result.dual_bound}")
-    if result.lower_bound > loss + slip:
-        problems_found.append(f"lower bound {result.lower_bound} is above the loss {loss}")
-    if result.status == "optimal" and result.lower_bound < loss - slip:
-        problems_found.append(f"the status is optimal, the lower bound {result.lower_bound} is below the loss {loss}")
-    proof, verified, better = _prove(problem, result, dual, slip)
-    if better:
-        problems_found.append(f"a choice with a smaller loss than the lower bound {result.lower_bound} exists")
-    return CertificateCheck(
-        problems=tuple(problems_found), loss=loss, costs=costs, dual_bound=dual, proof=proof, verified_bound=verified
-    )
+def check_certificate(certificate: Certificate, problem: AllocationProblem, choice: Sequence[int]) -> Check:
+    """Check the claims of ``certificate`` about ``choice [n]`` against the raw tables of ``problem``.
 
-
-def dual_bound(problem: AllocationProblem, multipliers: tuple[float, ...]) -> float:
-    """Lagrangian bound: loss + multipliers * (cost - limit) of the least priced choice of every tie group.
-
-    Layer rules only restrict, so they are left out; pairs add at least their least value.
+    The digests are for whoever rebuilt the tables to compare; they are not looked at here.
     """
-    loss, costs = _grouped(problem)
-    priced = loss + sum(rate * cost for rate, cost in zip(multipliers, costs, strict=True))
-    rows = np.arange(len(priced))
-    least = priced.argmin(axis=1)
-    total = float(loss[rows, least].sum())
-    for rate, cost, budget in zip(multipliers, costs, problem.budgets, strict=True):
-        total += rate * (int(cost[rows, least].sum()) - budget.limit)
+    picked = [int(c) for c in choice]
+    if len(picked) != len(problem.loss) or any(not 0 <= c < problem.loss.shape[1] for c in picked):
+        return Check(problem=f"the choice must name one of {problem.loss.shape[1]} formats for each item")
+    budgets = {b.name: (b.cost, int(b.limit)) for b in problem.budgets}
+    if set(budgets) != set(certificate.limits):
+        return Check(problem=f"the budgets are {sorted(budgets)}, the certificate has {sorted(certificate.limits)}")
+    costs = []
+    for name, (table, limit) in budgets.items():
+        cost = sum(row[c] for row, c in zip(table.tolist(), picked, strict=True))
+        costs.append(cost)
+        if certificate.limits[name] != limit:
+            return Check(problem=f"the limit on {name} is {limit}, the certificate says {certificate.limits[name]}")
+        if cost != certificate.costs.get(name):
+            return Check(problem=f"{name} is {cost}, the certificate says {certificate.costs.get(name)}")
+        if cost > limit:
+            return Check(problem=f"{name} is {cost}, above the limit {limit}")
+    losses = problem.loss.tolist()
+    terms = [row[c] for row, c in zip(losses, picked, strict=True)] + list(_pair_terms(problem, picked))
+    loss = math.fsum(terms)
+    slip = SLIP * math.fsum(map(abs, terms))
+    if not abs(loss - certificate.loss) <= slip:
+        return Check(problem=f"the loss is {loss}, the certificate says {certificate.loss}")
+    if broken := _broken_rule(problem, picked):
+        return Check(problem=broken, loss=loss, costs=tuple(costs))
+    if certificate.bound is None:
+        return Check(loss=loss, costs=tuple(costs))
+    rates = [certificate.multipliers.get(name, math.nan) for name in budgets]
+    if not all(0 <= rate < math.inf for rate in rates):
+        return Check(problem=f"the multipliers {rates} are not all finite and >= 0", loss=loss, costs=tuple(costs))
+    bound, slip = _bound(problem, losses, rates, slip)
+    gap = 0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else math.inf
+    claimed = certificate.bound
+    wrong = ""
+    if claimed > bound + slip:
+        wrong = f"the multipliers prove {bound}, the certificate says {claimed}"
+    elif claimed > loss + slip:
+        wrong = f"the bound {claimed} is above the loss {loss}"
+    return Check(problem=wrong, loss=loss, costs=tuple(costs), bound=bound, gap=gap)
+
+
+def _broken_rule(problem: AllocationProblem, picked: list[int]) -> str:
+    """The first rule beside the budgets that the choice breaks."""
+    for item, choice in enumerate(picked):
+        fixed = -1 if problem.fixed_choice is None else int(problem.fixed_choice[item])
+        if fixed not in (-1, choice) or (problem.allowed is not None and not problem.allowed[item, choice]):
+            return f"item {item} has choice {choice}, which is not allowed"
+    shared: dict[int, int] = {}
+    for item, group in enumerate([] if problem.group_labels is None else problem.group_labels.tolist()):
+        if group >= 0 and shared.setdefault(group, picked[item]) != picked[item]:
+            return f"group {group} has the choices {shared[group]} and {picked[item]}"
+    if problem.max_formats is not None and len(set(picked)) > problem.max_formats:
+        return f"{len(set(picked))} formats are used, {problem.max_formats} are allowed"
+    if problem.max_formats_per_layer is not None and problem.layer is not None:
+        used: dict[int, set[int]] = {}
+        for layer, choice in zip(problem.layer.tolist(), picked, strict=True):
+            used.setdefault(layer, set()).add(choice)
+        for layer, formats in used.items():
+            if len(formats) > problem.max_formats_per_layer:
+                return f"layer {layer} uses {len(formats)} formats, {problem.max_formats_per_layer} are allowed"
+    return ""
+
+
+def _pair_terms(problem: AllocationProblem, picked: list[int]) -> Iterator[float]:
     if problem.pairwise is not None:
-        total += float(
-            problem.pairwise.value.min(axis=(1, 2), initial=np.inf).sum() if len(problem.pairwise.first) else 0
-        )
-    return total
+        pairs = problem.pairwise
+        for first, second, value in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.value, strict=True):
+            yield float(value[picked[first], picked[second]])
 
 
-def _grouped(problem: AllocationProblem) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
-    """Loss (infinite where nothing may be chosen) and costs with one row per tie group or free item."""
-    permitted = np.ones(problem.loss.shape, dtype=bool) if problem.allowed is None else problem.allowed.copy()
+def _bound(
+    problem: AllocationProblem, losses: list[list[float]], rates: list[float], slip: float
+) -> tuple[float, float]:
+    """The Lagrangian bound, and the rounding to forgive."""
+    priced = _forbidden(problem, losses)
+    for rate, budget in zip(rates, problem.budgets, strict=True):
+        if rate:
+            priced = [
+                [p + rate * c for p, c in zip(prices, costs, strict=True)]
+                for prices, costs in zip(priced, budget.cost.tolist(), strict=True)
+            ]
+    rows, layers = _shared_rows(problem, priced)
+    paid = [rate * int(b.limit) for rate, b in zip(rates, problem.budgets, strict=True)]
+    if problem.max_formats is None and problem.max_formats_per_layer is None:
+        least = math.fsum(map(min, rows))
+    else:
+        least = _least_with_few_formats(problem, rows, layers)
+    pairs = [] if problem.pairwise is None else [float(value.min()) for value in problem.pairwise.value]
+    slip += SLIP * (abs(least) + math.fsum(map(abs, paid)) + math.fsum(map(abs, pairs)))
+    return math.fsum([least, *pairs, *(-p for p in paid)]), slip
+
+
+def _forbidden(problem: AllocationProblem, losses: list[list[float]]) -> Rows:
+    """The losses, infinite where ``allowed`` and ``fixed`` forbid."""
+    if problem.allowed is not None:
+        losses = [
+            [x if ok else math.inf for x, ok in zip(row, oks, strict=True)]
+            for row, oks in zip(losses, problem.allowed.tolist(), strict=True)
+        ]
     if problem.fixed_choice is not None:
-        overrides = np.flatnonzero(problem.fixed_choice >= 0)
-        permitted[overrides] = False
-        permitted[overrides, problem.fixed_choice[overrides]] = True
-    loss = np.where(permitted, problem.loss, np.inf).astype(np.float64)
-    costs = [budget.cost.astype(np.int64) for budget in problem.budgets]
-    if problem.tie_labels is None:
-        return loss, costs
-    tied = problem.tie_labels >= 0
-    _, group = np.unique(problem.tie_labels[tied], return_inverse=True)
-    count = int(group.max(initial=-1)) + 1
-
-    def merge(table: NDArray[Any]) -> NDArray[Any]:
-        sums = np.zeros((count, table.shape[1]), dtype=table.dtype)
-        np.add.at(sums, group, table[tied])
-        return np.vstack([table[~tied], sums])
-
-    return merge(loss), [merge(cost) for cost in costs]
+        losses = [
+            row if fixed < 0 else [x if j == fixed else math.inf for j, x in enumerate(row)]
+            for row, fixed in zip(losses, problem.fixed_choice.tolist(), strict=True)
+        ]
+    return losses
 
 
-def _prove(problem: AllocationProblem, result: AllocationResult, dual: float, slip: float) -> tuple[Proof, float, bool]:
-    """Establish the lower bound anew: how, how much of it, and whether a better solution was met."""
-    claimed = result.lower_bound
-    if claimed == NOTHING:
-        return "none", dual, False
-    if claimed <= dual + slip:
-        return "dual", claimed, False
-    verified = dual
-    tables = _joined(problem)
-    if tables is not None:
-        joined_dual = _dual_of(tables, problem, result.multipliers)
-        verified = max(dual, min(joined_dual, claimed))
-        if claimed <= joined_dual + slip:
-            return "dual", claimed, False
-        if len(tables.costs) == 1:
-            better = _enumerate(
-                tables.loss, tables.costs[0], problem.limit, result.multiplier, claimed - slip - joined_dual
-            )
-            if better is False or (better and tables.exact):
-                return "search", claimed, better
-    least = _least_of_all(problem)
-    if least is not None:
-        return "search", claimed, least < claimed - slip
-    return "weaker", verified, False
+def _shared_rows(problem: AllocationProblem, priced: Rows) -> tuple[Rows, list[int]]:
+    """One row per group or free item, and its layer (of several layers the first: fewer rules bind the bound)."""
+    layers = [0] * len(priced) if problem.layer is None else [int(x) for x in problem.layer]
+    if problem.group_labels is None:
+        return priced, layers
+    rows: dict[tuple[int, int], list[float]] = {}
+    layer_of: dict[tuple[int, int], int] = {}
+    for item, (row, group) in enumerate(zip(priced, problem.group_labels.tolist(), strict=True)):
+        key = (group, -1) if group >= 0 else (-1, item)
+        rows[key] = [a + b for a, b in zip(rows[key], row, strict=True)] if key in rows else row
+        layer_of.setdefault(key, layers[item])
+    return list(rows.values()), list(layer_of.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """Tables of independent rows; ``exact`` unless their losses are only lower bounds."""
-
-    loss: NDArray[np.float64]
-    costs: list[NDArray[np.int64]]
-    exact: bool
-
-
-def _joined(problem: AllocationProblem) -> _Joined | None:
-    """One row per tie group or item, or per layer where there are layer rules; None where neither is possible."""
-    if problem.pairwise is not None and len(problem.pairwise.first):
-        return None
-    loss, costs = _grouped(problem)
-    if problem.layers is None:
-        return _Joined(loss, costs, exact=True)
-    if problem.tie_labels is not None and bool((problem.tie_labels >= 0).any()):
-        return None
-    rows = []
-    for layer in range(problem.layers.n_layers):
-        members = np.flatnonzero(problem.layers.layer == layer)
-        if not members.size:
-            continue
-        row = _layer_row(problem.layers, layer, loss[members], [cost[members] for cost in costs])
-        if row is None:
-            return None
-        rows.append(row)
-    width = max(row[0].size for row in rows)
-    if width * len(rows) > MAX_LAYER_CELLS:
-        return None
-    joined = np.full((len(rows), width), np.inf)
-    joined_costs = [np.zeros((len(rows), width), dtype=np.int64) for _ in costs]
-    for number, (values, layer_costs, _) in enumerate(rows):
-        joined[number, : values.size] = values
-        for table, cost in zip(joined_costs, layer_costs, strict=True):
-            table[number, : values.size] = cost
-    return _Joined(joined, joined_costs, exact=all(row[2] for row in rows))
-
-
-def _layer_row(
-    rules: LayerRules, layer: int, loss: NDArray[np.float64], costs: list[NDArray[np.int64]]
-) -> tuple[NDArray[np.float64], list[NDArray[np.int64]], bool] | None:
-    """Least losses of a layer for every mean width that its rules admit, their costs, and whether they are exact.
-
-    First every choice for all channels, then mixtures on the sum of the channels' lower hulls. None where the channels
-    differ in cost, or a cost does not follow the width.
-    """
-    count = len(loss)
-    if any(bool((cost != cost[0]).any()) for cost in costs):
-        return None
-    ruled = any(rule is not None for rule in (rules.average, rules.average_step, rules.average_min, rules.average_max))
-    ticks, unit = _ticks((rules.width if ruled else costs[0][0]).astype(np.float64))
-    if ticks is None:
-        return None
-    slopes = []
-    for cost in costs:
-        low, high = int(ticks.argmin()), int(ticks.argmax())
-        span = int(ticks[high] - ticks[low])
-        slope = int(cost[0, high] - cost[0, low]) // span if span else 0
-        if bool((cost[0, low] + slope * (ticks - ticks[low]) != cost[0]).any()):
-            return None
-        slopes.append((int(cost[0, low]), slope))
-    overhead = (
-        np.zeros(len(ticks), np.int64) if rules.choice_overhead is None else np.asarray(rules.choice_overhead)[layer]
+def _least_with_few_formats(problem: AllocationProblem, rows: Rows, layers: list[int]) -> float:
+    """Least sum of the rows' prices with few formats in the model, and few in each layer."""
+    k = problem.loss.shape[1]
+    most = k if problem.max_formats is None else min(problem.max_formats, k)
+    in_layer = most if problem.max_formats_per_layer is None else min(problem.max_formats_per_layer, most)
+    by_layer: dict[int, Rows] = {}
+    for row, layer in zip(rows, layers if problem.max_formats_per_layer is not None else [0] * len(rows), strict=True):
+        by_layer.setdefault(layer, []).append(row)
+    subsets = list(combinations(range(k), in_layer))
+    sums = [{s: math.fsum(min(row[j] for j in s) for row in block) for s in subsets} for block in by_layer.values()]
+    return min(
+        math.fsum(min(total for s, total in block.items() if set(s) <= model) for block in sums)
+        for model in map(set, combinations(range(k), most))
     )
-    uniform = loss.sum(axis=0)
-    ends, values, exact = _hull_sum(loss, ticks)
-    tag = 0 if rules.mixed_overhead is None else int(np.broadcast_to(rules.mixed_overhead, (rules.n_layers,))[layer])
-    if rules.max_distinct == 1 or not values.size:
-        ends, values = ends[:0], values[:0]
-    elif rules.choice_overhead is not None:  # at least the two cheapest are paid for
-        tag += int(np.sort(overhead)[: 2 if tag else 1].sum())
-    exact = exact and rules.choice_overhead is None and rules.max_widths is None and rules.max_distinct in (None, 1)
-    total_ticks = np.concatenate([count * ticks, ends])
-    least = np.concatenate([uniform, values])
-    once = np.concatenate([overhead, np.full(values.size, tag, dtype=np.int64)])
-    least = (
-        np.where(_admitted(rules, layer, float(rules.width.min()) + unit * total_ticks / count), least, np.inf)
-        if ruled
-        else least
-    )
-    totals = [
-        origin * count + slope * total_ticks + (once if number == 0 else 0)
-        for number, (origin, slope) in enumerate(slopes)
-    ]
-    return least, totals, exact
-
-
-def _ticks(sizes: NDArray[np.float64]) -> tuple[NDArray[np.int64] | None, float]:
-    """Sizes as whole multiples of a unit above the smallest; None when there is no such unit down to a millionth."""
-    above = sizes - sizes.min()
-    grain = 1.0 if bool((above == np.round(above)).all()) else 1e-6
-    whole = np.round(above / grain).astype(np.int64)
-    if bool((np.abs(whole * grain - above) > 1e-9).any()):
-        return None, 0.0
-    divisor = max(int(np.gcd.reduce(whole)), 1)
-    return whole // divisor, divisor * grain
-
-
-def _hull_sum(
-    loss: NDArray[np.float64], ticks: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64], bool]:
-    """Sum over the rows of their lower hulls, at every whole total of ticks, and whether every row is its own hull."""
-    places = np.unique(ticks)
-    table = np.stack([loss[:, ticks == place].min(axis=1) for place in places], axis=1)
-    hull = table.copy()
-    for first in range(places.size):
-        for last in range(first + 2, places.size):
-            for between in range(first + 1, last):
-                share = float(places[between] - places[first]) / float(places[last] - places[first])
-                np.minimum(
-                    hull[:, between], (1 - share) * table[:, first] + share * table[:, last], out=hull[:, between]
-                )
-    finite = np.isfinite(hull)
-    if not bool(finite.any(axis=1).all()):
-        return np.empty(0, dtype=np.int64), np.empty(0), True
-    exact = bool((np.diff(places) == 1).all()) and bool(
-        (hull >= table).all() or (table[finite] - hull[finite]).max() == 0
-    )
-    rows, start = np.arange(len(hull)), finite.argmax(axis=1)
-    steps = np.diff(places)
-    inside = finite[:, :-1] & finite[:, 1:]
-    with np.errstate(invalid="ignore"):
-        slope = np.diff(hull, axis=1) / steps
-    units = np.sort(np.repeat(slope[inside], np.broadcast_to(steps, slope.shape)[inside]))
-    bottom = hull[rows, start].sum(dtype=np.longdouble)
-    curve = bottom + np.concatenate(
-        [[0], np.cumsum(units, dtype=np.longdouble)]
-    )  # small losses must survive large first ones
-    return int(places[start].sum()) + np.arange(curve.size), curve.astype(np.float64), exact
-
-
-def _admitted(rules: LayerRules, layer: int, mean: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether mean widths obey the layer's bounds and step."""
-    low, high = (float(bound[layer]) for bound in rules.average_bounds())
-    good = (mean >= low - WIDTH_SLIP) & (mean <= high + WIDTH_SLIP)
-    if rules.average_step is not None:
-        steps = mean / rules.average_step
-        good &= np.abs(steps - np.round(steps)) <= WIDTH_SLIP
-    return np.asarray(good)
-
-
-def _dual_of(tables: _Joined, problem: AllocationProblem, multipliers: tuple[float, ...]) -> float:
-    """The Lagrangian bound of joined tables."""
-    priced = tables.loss + sum(rate * cost for rate, cost in zip(multipliers, tables.costs, strict=True))
-    rows, least = np.arange(len(priced)), priced.argmin(axis=1)
-    total = float(tables.loss[rows, least].sum())
-    for rate, cost, budget in zip(multipliers, tables.costs, problem.budgets, strict=True):
-        total += rate * (int(cost[rows, least].sum()) - budget.limit)
-    return total
-
-
-def _least_of_all(problem: AllocationProblem) -> float | None:
-    """Least loss over all admissible assignments; None where there are too many to try."""
-    groups: NDArray[np.int64] = np.arange(problem.n_items)
-    if problem.tie_labels is not None:
-        labels = problem.tie_labels
-        groups = np.unique(np.where(labels >= 0, labels, labels.max(initial=-1) + 1 + groups), return_inverse=True)[1]
-    kinds = int(groups.max(initial=-1)) + 1
-    if kinds * np.log(problem.n_choices) > np.log(MAX_TRIED):
-        return None
-    least = np.inf
-    for code in range(problem.n_choices**kinds):
-        choice = (code // problem.n_choices ** np.arange(kinds) % problem.n_choices)[groups]
-        if not problem.permits(choice):
-            continue
-        loss, costs = problem.evaluate(choice)
-        if loss < least and all(cost <= budget.limit for cost, budget in zip(costs, problem.budgets, strict=True)):
-            least = loss
-    return least
-
-
-def _enumerate(loss: NDArray[np.float64], cost: NDArray[np.int64], limit: int, rate: float, gap: float) -> bool | None:
-    """Whether a solution lies closer than ``gap`` to the Lagrangian bound; None when there are too many to tell.
-
-    A solution exceeds the bound by its penalties plus rate * unused budget. Partial solutions are kept by total cost,
-    and only while penalties plus the least that the rest must add stay below the gap.
-    """
-    priced = loss + rate * cost
-    rows = np.arange(len(priced))
-    least = priced.argmin(axis=1)
-    penalty = priced - priced[rows, least][:, None]
-    growth = cost - cost[rows, least][:, None]
-    open_cells = (penalty < gap) & (growth != 0)
-    items = np.flatnonzero(open_cells.any(axis=1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        unit = np.where(open_cells, penalty / np.abs(growth), np.inf)
-    items = items[np.argsort(unit[items].min(axis=1), kind="stable")]
-    up = _later_minimum(np.where(growth > 0, unit, np.inf)[items].min(axis=1, initial=np.inf))
-    down = _later_minimum(np.where(growth < 0, unit, np.inf)[items].min(axis=1, initial=np.inf))
-    room = limit - int(cost[rows, least].sum())
-    used, spent = np.zeros(1, dtype=np.int64), np.zeros(1)
-    for number, item in enumerate(items.tolist()):
-        options = np.flatnonzero(open_cells[item])
-        used = np.concatenate([used, *(used + growth[item, option] for option in options)])
-        spent = np.concatenate([spent, *(spent + penalty[item, option] for option in options)])
-        order = np.lexsort((spent, used))
-        first = order[np.flatnonzero(np.diff(used[order], prepend=used[order[0]] - 1))]
-        used, spent = used[first], spent[first]
-        if bool((spent + rate * (room - used) < gap)[used <= room].any()):
-            return True
-        free = room - used
-        with np.errstate(invalid="ignore"):
-            rest = np.where(free >= 0, free * min(rate, up[number + 1]), -free * down[number + 1])
-        alive = spent + np.nan_to_num(rest, nan=0.0, posinf=np.inf) < gap
-        used, spent = used[alive], spent[alive]
-        if not used.size:
-            return False
-        if used.size > MAX_STATES:
-            return None
-    return bool((room >= 0) and rate * room < gap) if not items.size else False
-
-
-def _later_minimum(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least of all values from each position on; infinite after the end."""
-    return np.append(np.minimum.accumulate(values[::-1])[::-1], np.inf)

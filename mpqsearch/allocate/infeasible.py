@@ -1,118 +1,150 @@
-"""Why nothing fits: the smallest attainable value of a budget, and the overrides, ties and masks that raise it."""
+"""Why nothing fits: the constraint that cannot hold, and the smallest value of it that can be attained."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.canonical import Tables, canonical_tables, masked_loss, tie_rows
-from mpqsearch.allocate.problem import FREE, AllocationProblem, CostBudget
+from mpqsearch.allocate import dual
+from mpqsearch.allocate.problem import AllocationProblem
+from mpqsearch.allocate.tables import Tables, plain_tables, rows_of, smallest_cost
 from mpqsearch.errors import InfeasibleBudgetError
 
 LISTED = 5
 """Causes of one kind that a message names."""
 
 
-def check_ties(problem: AllocationProblem, tables: Tables) -> None:
-    """Refuse tied items that have no choice in common, whatever the budget.
+def check_groups(problem: AllocationProblem, tables: Tables) -> None:
+    """Refuse groups whose items have no choice in common, whatever the budget.
 
     Raises:
         InfeasibleBudgetError: With the items of the first such group and what each of them may take.
     """
-    if tables.row is None:
-        return
     empty = np.flatnonzero(~np.isfinite(tables.loss).any(axis=1))
     if not empty.size:
         return
-    permitted = np.isfinite(masked_loss(problem))
-    members = np.flatnonzero(tables.row == empty[0])
+    permitted = problem.permitted()
     listed = "; ".join(
-        f"{problem.item_name(item)}: "
-        f"{', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[item]).tolist())}"
-        for item in members[:LISTED].tolist()
+        f"{problem.item_name(i)}: {', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[i]).tolist())}"
+        for i in np.flatnonzero(tables.row == empty[0])[:LISTED].tolist()
     )
     raise InfeasibleBudgetError(
-        f"tied items have no allowed choice in common, whatever the budget ({listed}). Untie them or allow more."
+        f"the items of a group have no allowed choice in common, whatever the budget ({listed}). Take them apart or "
+        "allow more."
     )
 
 
-def too_small(problem: AllocationProblem, budget: CostBudget, smallest: int) -> InfeasibleBudgetError:
-    """Error for a limit below the smallest attainable value, with the causes in order of what they cost."""
-    causes = [*_masks(problem, budget), *_pins(problem, budget), *_ties(problem, budget)]
-    message = (
-        f"no choice fits: the limit on {budget.name} is {budget.limit}, the smallest attainable value is {smallest} "
-        f"({smallest - budget.limit} more)."
+def check_budgets(problem: AllocationProblem, tables: Tables) -> None:
+    """Refuse budgets that even the cheapest choices exceed.
+
+    Raises:
+        InfeasibleBudgetError: With the smallest attainable value and what raises it.
+    """
+    for number, limit in enumerate(problem.limits):
+        smallest = smallest_cost(tables.loss, tables.costs[number])
+        if smallest > limit:
+            raise InfeasibleBudgetError(_too_small(problem, number, smallest) + _causes(problem, number))
+
+
+def check_formats(problem: AllocationProblem, tables: Tables, few: dual.FormatLimits) -> None:
+    """Refuse limits on formats that no choice obeys, or that raise a budget's smallest value above its limit.
+
+    Raises:
+        InfeasibleBudgetError: With the smallest attainable number of formats or value of the budget.
+    """
+    if not np.isfinite(_least_sum(tables, np.where(np.isfinite(tables.loss), 0.0, np.inf), few)):
+        raise InfeasibleBudgetError(_too_few_formats(problem, tables))
+    for number, cost in enumerate(tables.costs):
+        smallest = int(_least_sum(tables, np.where(np.isfinite(tables.loss), cost.astype(np.float64), np.inf), few))
+        if smallest > problem.limits[number]:
+            raise InfeasibleBudgetError(f"{_too_small(problem, number, smallest)} This counts {_rules(problem)}.")
+
+
+def _least_sum(tables: Tables, values: NDArray[np.float64], few: dual.FormatLimits) -> float:
+    """Least total of ``values [r, k]`` with so few formats."""
+    free = replace(tables, loss=values, costs=(), limits=())
+    return dual.evaluate(free, np.empty(0), few).value
+
+
+def _too_few_formats(problem: AllocationProblem, tables: Tables) -> str:
+    """The smallest limits that would do, each with the other one kept."""
+    k, asked = problem.n_choices, (problem.max_formats, problem.max_formats_per_layer)
+    needs = []
+    for which, name in enumerate(("max_formats", "max_formats_per_layer")):
+        for most in range((asked[which] or k) + 1, k + 1):
+            limits = (most, asked[1]) if which == 0 else (asked[0], most)
+            few = dual.format_limits(k, *limits)
+            zeros = np.where(np.isfinite(tables.loss), 0.0, np.inf)
+            if few is None or np.isfinite(_least_sum(tables, zeros, few)):
+                needs.append(f"the smallest attainable {name} is {most}")
+                break
+    return f"no choice obeys {_rules(problem)} with what the items may take: {'; or '.join(needs)}."
+
+
+def _rules(problem: AllocationProblem) -> str:
+    return " and ".join(
+        f"{name} = {value}"
+        for name, value in (
+            ("max_formats", problem.max_formats),
+            ("max_formats_per_layer", problem.max_formats_per_layer),
+        )
+        if value is not None
     )
-    if problem.layers is not None:
-        message += " The layer rules are counted."
-    return InfeasibleBudgetError(message + "".join(f" {cause}" for cause in causes))
 
 
-def jointly(problem: AllocationProblem, others_met: dict[str, int]) -> InfeasibleBudgetError:
-    """Error for budgets that can be met one by one but not together."""
-    limits = ", ".join(f"{budget.name} <= {budget.limit}" for budget in problem.budgets)
-    floors = "; ".join(f"the smallest {name} within the other limits is {value}" for name, value in others_met.items())
+def jointly(problem: AllocationProblem, smallest: dict[str, int]) -> InfeasibleBudgetError:
+    """Error for constraints that can be met one by one but not together."""
+    limits = ", ".join(f"{b.name} <= {limit}" for b, limit in zip(problem.budgets, problem.limits, strict=True))
+    rules = f", {_rules(problem)}" if problem.limits_formats else ""
+    floors = "; ".join(
+        f"the smallest {name} under the other constraints is {least}" for name, least in smallest.items()
+    )
     return InfeasibleBudgetError(
-        f"no choice meets all budgets together ({limits})" + (f": {floors}." if floors else ".")
+        f"no choice meets all constraints together ({limits}{rules})" + (f": {floors}." if floors else ".")
     )
 
 
-def smallest_attainable(problem: AllocationProblem, number: int) -> int:
-    """Smallest total of a budget over all choices that masks, overrides and ties admit."""
-    tables = canonical_tables(problem)
-    sizes = np.where(
-        np.isfinite(tables.loss), tables.costs[number].astype(np.int64, copy=False), np.iinfo(np.int64).max
+def _too_small(problem: AllocationProblem, number: int, smallest: int) -> str:
+    name, limit = problem.budgets[number].name, problem.limits[number]
+    return (
+        f"no choice fits: the limit on {name} is {limit}, the smallest attainable value is {smallest} "
+        f"({smallest - limit} more)."
     )
-    return int(sizes.min(axis=1).sum()) if len(sizes) else 0
 
 
-def _least(problem: AllocationProblem, budget: CostBudget) -> NDArray[np.int64]:
-    """Smallest cost of every item under its mask alone."""
-    sizes = budget.cost.astype(np.int64)
-    if problem.allowed is not None:
-        sizes = np.where(problem.allowed, sizes, np.iinfo(np.int64).max)
-    least: NDArray[np.int64] = sizes.min(axis=1)
+def _causes(problem: AllocationProblem, number: int) -> str:
+    """What raises the smallest value of a budget: masks, fixed items and groups, in this order."""
+    cost = problem.budgets[number].cost.astype(np.int64)
+    permitted = problem.permitted()
+    allowed = np.ones_like(permitted) if problem.allowed is None else problem.allowed
+    by_mask, by_fixing = _least(cost, allowed), _least(cost, permitted)
+    row = rows_of(problem.group_labels, problem.n_items)
+    together = plain_tables(problem)
+    by_group = np.zeros(problem.n_items, dtype=np.int64)
+    _, first = np.unique(row, return_index=True)
+    apart = np.zeros(len(first), dtype=np.int64)
+    np.add.at(apart, row, by_fixing)
+    by_group[first] = _least(together.costs[number], np.isfinite(together.loss)) - apart
+    raised = {
+        "Choices that are not allowed": by_mask - cost.min(axis=1),
+        "Fixed items": by_fixing - by_mask,
+        "Groups (named by their first item)": by_group,
+    }
+    return "".join(_sentence(problem, what, extra) for what, extra in raised.items())
+
+
+def _least(cost: NDArray[np.integer], permitted: NDArray[np.bool_]) -> NDArray[np.int64]:
+    least: NDArray[np.int64] = np.where(permitted, cost.astype(np.int64), np.iinfo(np.int64).max).min(axis=1)
     return least
 
 
-def _masks(problem: AllocationProblem, budget: CostBudget) -> list[str]:
-    if problem.allowed is None:
-        return []
-    extra = _least(problem, budget) - budget.cost.min(axis=1)
-    return _sentence(problem, "Choices that are not allowed", extra)
-
-
-def _pins(problem: AllocationProblem, budget: CostBudget) -> list[str]:
-    if problem.fixed_choice is None:
-        return []
-    overrides = problem.fixed_choice != FREE
-    chosen = budget.cost[np.arange(problem.n_items), np.where(overrides, problem.fixed_choice, 0)].astype(np.int64)
-    return _sentence(problem, "Fixed items", np.where(overrides, chosen - _least(problem, budget), 0))
-
-
-def _ties(problem: AllocationProblem, budget: CostBudget) -> list[str]:
-    row = tie_rows(problem.tie_labels)
-    if row is None:
-        return []
-    tables = canonical_tables(problem)
-    number = [other.name for other in problem.budgets].index(budget.name)
-    together = np.where(np.isfinite(tables.loss), tables.costs[number], np.iinfo(np.int64).max).min(axis=1)
-    apart = np.zeros(len(together), dtype=np.int64)
-    own = np.where(
-        np.isfinite(masked_loss(problem)), budget.cost.astype(np.int64, copy=False), np.iinfo(np.int64).max
-    ).min(axis=1)
-    np.add.at(apart, row, own)
-    extra = np.zeros(problem.n_items, dtype=np.int64)
-    _, first = np.unique(row, return_index=True)
-    extra[first] = together - apart
-    return _sentence(problem, "Ties (named by their first item)", extra)
-
-
-def _sentence(problem: AllocationProblem, what: str, extra: NDArray[np.int64]) -> list[str]:
+def _sentence(problem: AllocationProblem, what: str, extra: NDArray[np.int64]) -> str:
     order = np.argsort(-extra, kind="stable")
     order = order[extra[order] > 0]
     if not order.size:
-        return []
+        return ""
     named = ", ".join(f"{problem.item_name(int(item))} +{int(extra[item])}" for item in order[:LISTED])
     more = f" and {order.size - LISTED} more" if order.size > LISTED else ""
-    return [f"{what} raise it by {int(extra[order].sum())}: {named}{more}."]
+    return f" {what} raise it by {int(extra[order].sum())}: {named}{more}."

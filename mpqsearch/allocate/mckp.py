@@ -1,10 +1,9 @@
-"""The exact engine for one budget: a multiple-choice knapsack solved by its Lagrangian relaxation and closed by a core.
+"""The exact core for one budget: a multiple-choice knapsack solved by its Lagrangian relaxation and closed by a search.
 
-1. A sample of the items brackets the critical rate; one pass settles every item whose minimizer is the same at both
-   ends of the bracket; the rest are few enough for hulls and a sort, which give the rate and the break solution
-   exactly.
-2. The break solution is improved over the items near the break.
-3. One pass collects every move that could still be part of a better solution, and the lower bound.
+1. A sample of the rows brackets the critical rate; one pass settles every row whose minimizer is the same at both ends
+   of the bracket; the rest are few enough for hulls and a sort, which give the rate and the break solution exactly.
+2. The break solution is improved over the rows near the break.
+3. One pass collects every move that could still be part of a better solution.
 4. Dynamic programming over these moves finds the optimum and proves it (``closing``).
 """
 
@@ -17,40 +16,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import closing, passes
-from mpqsearch.allocate.backend import kernels
+from mpqsearch.allocate.closing import GOLDEN, Closed, Moves, close, collect_moves
+from mpqsearch.allocate.hull import hull_steps
 from mpqsearch.allocate.problem import Floats, Integers
+from mpqsearch.allocate.tables import blocks, smallest_cost, total_cost, total_loss
 
-DIRECT_ITEMS = 4_096
-"""Up to so many items the hulls of all of them are cheaper than bracketing."""
+DIRECT_ROWS = 16_384
+"""Up to so many rows the hulls of all of them are cheaper than bracketing."""
 
-QUICK_DIRECT = 1_000
-"""The same for the compiled engine, whose bracket costs less."""
-
-SAMPLE_ITEMS = 8_192
-"""Most sampled items; the width of the bracket falls with the root of this."""
-
-SAMPLE_POWER = 0.7
-"""A sample takes n to this power: its own time and that of the items which its bracket leaves unsettled balance."""
+SAMPLE_ROWS = 8_192
+"""Rows of the sample; the width of the bracket falls with the root of this."""
 
 SPREADS = 1.5
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
 
 NEAR_MOVES = 80
 """Moves nearest to the break that the first improvement looks at."""
-
-QUICK_ITEMS = 250_000
-"""Items up to which the compiled engine goes from the table to the answer in one call."""
-
-QUICK_STATES = 50_000
-"""States alive at a time in that call; where these do not do, the search starts again in leaps that look at the
-clock."""
-
-NEAR_WORK = 50_000
-"""States made in the first search of that call."""
-
-QUICK_WORK = 2_000_000
-"""States made in each search of that call (some milliseconds)."""
 
 NEAR_STATES = 20_000
 """States that the first improvement keeps."""
@@ -65,12 +46,10 @@ class Relaxed:
 
     Attributes:
         rate: Critical multiplier; 0 when the budget does not bind.
-        choice: ``[n]`` break solution: a minimizer of loss + rate * cost that fits.
+        choice: ``[r]`` break solution: a minimizer of loss + rate * cost that fits.
         loss: Its total loss.
         slack: Budget that it leaves; negative when nothing fits.
-        near: Items whose minimizer changes closest to the rate.
-        step: The hull step that does not fit whole (item, choice after it, share of it that fits), or None. The
-            relaxation's own solution is ``choice`` with this share of the step.
+        near: Rows whose minimizer changes closest to the rate.
     """
 
     rate: float
@@ -78,7 +57,6 @@ class Relaxed:
     loss: float
     slack: int
     near: NDArray[np.int64]
-    step: tuple[int, int, float] | None
 
     @property
     def bound(self) -> float:
@@ -88,10 +66,10 @@ class Relaxed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CoreSolution:
-    """What the engine found.
+    """What the core found.
 
     Attributes:
-        choice: ``[n]`` choice of every item.
+        choice: ``[r]`` choice of every row.
         rate: Multiplier of the certificate.
         dual_bound: Lagrangian lower bound at ``rate``.
         floor: Proven lower bound, at least ``dual_bound``.
@@ -108,6 +86,16 @@ class CoreSolution:
     proven: bool
     in_time: bool
 
+    def settled(self) -> CoreSolution:
+        """The same, called proven when it meets its bound up to rounding."""
+        if self.loss - self.floor > ROUNDING * abs(self.loss):
+            return self
+        return replace(self, floor=self.loss, proven=True)
+
+    def within(self, gap_tolerance: float) -> bool:
+        """Whether the relative gap is small enough."""
+        return self.proven or self.loss - self.floor <= gap_tolerance * abs(self.loss)
+
 
 class BudgetTooSmallError(ValueError):
     """Even the cheapest choices exceed the limit; ``smallest`` is what they cost."""
@@ -117,239 +105,180 @@ class BudgetTooSmallError(ValueError):
         self.smallest = smallest
 
 
-def smallest_cost(loss: Floats, cost: Integers) -> int:
-    """Smallest attainable total cost."""
-    return passes.totals(loss, cost, passes.cheapest(loss, cost))[1]
-
-
 def solve_table(
     loss: Floats, cost: Integers, limit: int, *, gap_tolerance: float = 0.0, deadline: float = float("inf")
 ) -> CoreSolution:
     """Minimize the total loss within ``limit``.
 
     Args:
-        loss: ``[n, k]``, infinite where forbidden, at least one finite loss per item.
-        cost: ``[n, k]`` integers.
+        loss: ``[r, k]``, infinite where forbidden, at least one finite loss per row.
+        cost: ``[r, k]`` integers.
         limit: Budget.
         gap_tolerance: Stop as soon as the relative gap is certified to be at most this; 0 asks for a proof.
-        deadline: ``time.perf_counter()`` value at which to return the best found.
+        deadline: ``time.perf_counter()`` value at which to return the best solution so far.
 
     Raises:
         BudgetTooSmallError: Nothing fits.
     """
-    if len(loss) <= DIRECT_ITEMS:  # small tables take one layout, so that they need no compilation of their own
-        loss, cost = loss.astype(np.float64, copy=False), cost.astype(np.int64, copy=False)
-    loss, cost = passes.column_major(loss), passes.column_major(cost)
-    quick = _in_one_call(loss, cost, limit, gap_tolerance) if deadline == float("inf") else None
-    if quick is not None:
-        relaxed, improved, ended = quick
-        return improved if ended else _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
     relaxed = relax(loss, cost, limit)
     if relaxed.slack < 0:
         raise BudgetTooSmallError(smallest_cost(loss, cost))
-    start = _settled(_break_solution(relaxed))
-    if _within(start, gap_tolerance) or time.perf_counter() > deadline:
+    bound = relaxed.bound
+    start = CoreSolution(relaxed.choice, relaxed.rate, bound, bound, relaxed.loss, proven=False, in_time=True).settled()
+    if start.within(gap_tolerance) or time.perf_counter() > deadline:
         return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
-    improved, exhausted = _improve_near_break(loss, cost, relaxed, start, gap_tolerance, deadline)
-    improved = (
-        replace(improved, floor=improved.loss, proven=True) if exhausted and gap_tolerance == 0 else _settled(improved)
-    )
-    if _within(improved, gap_tolerance) or not improved.in_time:
-        return improved
-    return _close(loss, cost, relaxed, improved, gap_tolerance, deadline)
-
-
-def _in_one_call(
-    loss: Floats, cost: Integers, limit: int, gap_tolerance: float
-) -> tuple[Relaxed, CoreSolution, bool] | None:
-    """Relaxation, best solution and whether it is final, from the compiled engine; None where it does not apply."""
-    n, k = loss.shape
-    compiled = kernels(loss.size) if n <= QUICK_ITEMS and k <= passes.WIDE_CHOICES else None
-    if compiled is None or QUICK_WORK == 0:
-        return None
-    sample = max(2, min(SAMPLE_ITEMS, int(n**SAMPLE_POWER)))
-    code, choice, rate, total, slack, near, best, best_loss, floor, proven = compiled.solve(
-        loss,
-        cost,
-        limit,
-        float(gap_tolerance),
-        ROUNDING,
-        closing.GRADE,
-        QUICK_DIRECT,
-        4 * DIRECT_ITEMS,
-        sample,
-        SPREADS,
-        NEAR_MOVES,
-        NEAR_WORK,
-        QUICK_STATES,
-        QUICK_WORK,
-    )
-    if code == 0:
-        return None
-    relaxed = Relaxed(rate, choice, total, slack, near, None)
-    return relaxed, CoreSolution(best, rate, relaxed.bound, floor, best_loss, proven, in_time=True), code == 1
+    near = _near_moves(loss, cost, relaxed)
+    best, _ = _search(loss, relaxed, start, near, gap_tolerance, deadline, NEAR_STATES)
+    best = best.settled()
+    if best.within(gap_tolerance) or not best.in_time:
+        return best
+    # Dearer moves than the gap improve nothing.
+    worth = best.loss - best.dual_bound - _tolerance(best, gap_tolerance)
+    moves = collect_moves(loss, cost, relaxed.choice, relaxed.rate, worth)
+    answer, closed = _search(loss, relaxed, best, moves, gap_tolerance, deadline)
+    proven = closed.proven and gap_tolerance == 0
+    floor = answer.loss if proven else min(max(best.floor, best.dual_bound + closed.floor), answer.loss)
+    return replace(answer, floor=floor, proven=proven).settled()
 
 
 def relax(
     loss: Floats, cost: Integers, limit: int, low: float = 0.0, high: float = float("inf"), base: Integers | None = None
 ) -> Relaxed:
-    """Linear relaxation, given that the critical rate lies between ``low`` and ``high``; ``base`` minimizes at
+    """Linear relaxation, given that the critical rate is between ``low`` and ``high``; ``base`` minimizes at
     ``high``."""
-    if len(loss) <= DIRECT_ITEMS:
+    if len(loss) <= DIRECT_ROWS:
         return _relax_by_hulls(loss, cost, limit, low, base)
-    found = _settle(loss, cost, limit, *_sampled_bracket(loss, cost, limit, low, high))
-    if found is None:
+    bracket = _settle(loss, cost, limit, *_sampled_rates(loss, cost, limit, low, high))
+    if bracket is None:
         return _relax_by_hulls(loss, cost, limit, low, base)
-    passed, low, high = found
-    rest = passed.unsettled
-    inner_loss, inner_cost = passes.gather(loss, cost, rest)
-    inner = relax(inner_loss, inner_cost, limit - passed.settled_cost, low, high, passed.choice[rest])
-    choice = passed.choice
+    rest, choice = bracket.unsettled, bracket.choice
+    settled = np.ones(len(loss), dtype=bool)
+    settled[rest] = False
+    kept = np.flatnonzero(settled)
+    room = limit - total_cost(cost[kept], choice[kept])
+    inner = relax(loss[rest], cost[rest], room, bracket.low, bracket.high, choice[rest])
     choice[rest] = inner.choice
-    step = None if inner.step is None else (int(rest[inner.step[0]]), *inner.step[1:])
-    return Relaxed(inner.rate, choice, passed.settled_loss + inner.loss, inner.slack, rest[inner.near], step)
+    return Relaxed(inner.rate, choice, total_loss(loss, choice), inner.slack, rest[inner.near])
 
 
 def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
-    """Relaxation from the hull steps of every item; steps outside the bracket are not even looked at."""
-    filled = passes.fill(loss, cost, limit, base, low)
-    if base is not None and (
-        filled.step is None or not filled.fits
-    ):  # rounding at an end of the bracket: do without it
+    """Relaxation from the hull steps of every row; steps outside the bracket are not looked at."""
+    steps = hull_steps(loss, cost, base, low)
+    slack = limit - total_cost(cost, steps.base)
+    taken = int(np.searchsorted(np.cumsum(steps.size), slack, side="right"))
+    if base is not None and (slack < 0 or taken == len(steps.size)):  # rounding at an end of the bracket
         return _relax_by_hulls(loss, cost, limit, 0.0, None)
-    total, spent = passes.totals(loss, cost, filled.choice)
-    everyone = np.arange(len(loss))
-    if filled.step is None:
-        return Relaxed(0.0, filled.choice, total, limit - spent, everyone, None)
-    item, to, size, rate = filled.step
-    return Relaxed(rate, filled.choice, total, limit - spent, everyone, (item, to, (limit - spent) / size))
+    choice = steps.choice_after(taken)
+    rate = float(steps.rate[taken]) if taken < len(steps.size) else 0.0
+    slack = limit - total_cost(cost, choice)
+    return Relaxed(rate, choice, total_loss(loss, choice), slack, np.arange(len(loss)))
 
 
-def _sampled_bracket(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
-    """Rates that enclose the critical one with high probability, from one item in each of many strata."""
-    n = len(loss)
-    count = max(2, min(SAMPLE_ITEMS, int(n**SAMPLE_POWER)))
+def _sampled_rates(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
+    """Rates that enclose the critical one with high probability, from one row in each of many strata."""
+    n, count = len(loss), SAMPLE_ROWS
     edges = np.arange(count + 1) * n // count
-    picked = edges[:-1] + (np.arange(count) * passes.GOLDEN % 1.0 * (edges[1:] - edges[:-1])).astype(np.int64)
-    target = limit * (count / n)
-    if compiled := kernels(loss.size):
-        low, high = compiled.sampled_rates(*passes.by_choice(loss, cost, picked), float(target), SPREADS, least, most)
-    else:
-        low, high = _rates_by_hulls(*passes.gather(loss, cost, picked), target)
-    low, high = max(float(low), least), min(float(high), most)
-    return low, high if np.isfinite(high) else 1.0
-
-
-def _rates_by_hulls(loss: Floats, cost: Integers, target: float) -> tuple[float, float]:
-    """The same rates as ``kernels.sampled_rates`` up to its tolerances, from the sorted hull steps of the sample."""
-    count = len(loss)
-    steps = passes.hull_steps(loss, cost)
+    picked = edges[:-1] + (np.arange(count) * GOLDEN % 1.0 * (edges[1:] - edges[:-1])).astype(np.int64)
+    sample = cost[picked]
+    steps = hull_steps(loss[picked], sample)
     if not steps.rate.size:
-        return 0.0, float("inf")
-    reached = passes.totals(loss, cost, steps.base)[1] + np.cumsum(steps.size)
+        return least, min(most, 1.0)
+    target = limit * (count / n)
+    reached = total_cost(sample, steps.base) + np.cumsum(steps.size)
     at = int(np.searchsorted(reached, target))
-    taken = steps.base.copy()
-    taken[steps.item[:at]] = steps.to[:at]
-    sizes = cost[np.arange(count), taken].astype(np.float64)
+    sizes = sample[np.arange(count), steps.choice_after(at)].astype(np.float64)
     # Neighbours resemble each other (channels of one layer): their differences show what the strata leave unexplained.
     spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * count))
     first = int(np.searchsorted(reached, target - spread))
     last = int(np.searchsorted(reached, target + spread)) + 1
     high = float(steps.rate[first - 1]) if first > 0 else float(steps.rate[0]) * 2
-    return float(steps.rate[last]) if last < len(reached) else 0.0, high
+    low = float(steps.rate[last]) if last < len(reached) else 0.0
+    return max(low, least), min(high, most)
 
 
-def _settle(
-    loss: Floats, cost: Integers, limit: int, low: float, high: float
-) -> tuple[passes.Bracketed, float, float] | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bracket:
+    """The minimizers at two rates.
+
+    Attributes:
+        low, high: The rates.
+        choice: ``[r]`` minimizer of loss + high * cost.
+        unsettled: Rows whose minimizer differs between the two; all others keep it for every rate between.
+        cost_low, cost_high: Total cost of the minimizers at each rate.
+    """
+
+    low: float
+    high: float
+    choice: NDArray[np.int32]
+    unsettled: NDArray[np.int64]
+    cost_low: int
+    cost_high: int
+
+
+def _bracketed(loss: Floats, cost: Integers, low: float, high: float) -> _Bracket:
+    at_low, at_high = (np.empty(len(loss), dtype=np.int32) for _ in range(2))
+    for part in blocks(loss):
+        losses, costs = loss[part].astype(np.float64, copy=False), cost[part]
+        at_low[part] = np.argmin(losses + low * costs, axis=1)
+        at_high[part] = np.argmin(losses + high * costs, axis=1)
+    unsettled = np.flatnonzero(at_low != at_high)
+    return _Bracket(low, high, at_high, unsettled, total_cost(cost, at_low), total_cost(cost, at_high))
+
+
+def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> _Bracket | None:
     """Move the bracket until it encloses the critical rate; None if it does not shrink the problem."""
     for attempt in range(64):
-        found = passes.bracket(loss, cost, low, high)
-        if found.cost_high > limit:
+        bracket = _bracketed(loss, cost, low, high)
+        if bracket.cost_high > limit:
             if attempt > 0 and smallest_cost(loss, cost) > limit:
                 return None
             low, high = high, high * 2.0 ** (attempt + 1)
-        elif found.cost_low <= limit and low > 0:
+        elif bracket.cost_low <= limit and low > 0:
             high, low = low, (low / 2.0 ** (attempt + 1) if low > 1e-290 else 0.0)
         else:
-            return (found, low, high) if found.unsettled.size < 0.9 * len(loss) else None
+            return bracket if bracket.unsettled.size < 0.9 * len(loss) else None
     return None
 
 
-def _break_solution(relaxed: Relaxed) -> CoreSolution:
-    return CoreSolution(
-        relaxed.choice, relaxed.rate, relaxed.bound, relaxed.bound, relaxed.loss, proven=False, in_time=True
-    )
+def _tolerance(solution: CoreSolution, gap_tolerance: float) -> float:
+    """Improvements of the loss that are not worth a search."""
+    return max(ROUNDING, gap_tolerance / 2) * abs(solution.loss)
 
 
-def _settled(solution: CoreSolution) -> CoreSolution:
-    """A solution that meets its bound up to rounding is optimal."""
-    if solution.loss - solution.floor > ROUNDING * abs(solution.loss):
-        return solution
-    return replace(solution, floor=solution.loss, proven=True)
+def _near_moves(loss: Floats, cost: Integers, relaxed: Relaxed) -> Moves:
+    """The moves of the rows near the break that cost least per unit."""
+    near, excess = relaxed.near, relaxed.rate * relaxed.slack
+    moves = collect_moves(loss[near], cost[near], relaxed.choice[near], relaxed.rate, excess).nearest(NEAR_MOVES)
+    return replace(moves, item=near[moves.item])
 
 
-def _within(solution: CoreSolution, gap_tolerance: float) -> bool:
-    return solution.proven or solution.loss - solution.floor <= gap_tolerance * abs(solution.loss)
-
-
-def _improve_near_break(
-    loss: Floats, cost: Integers, relaxed: Relaxed, start: CoreSolution, gap_tolerance: float, deadline: float
-) -> tuple[CoreSolution, bool]:
-    """Improve the break solution by the moves that cost least per unit; True when these were all that a better solution
-    could contain, and all of it was searched."""
-    excess = relaxed.rate * relaxed.slack
-    moves = passes.near_moves(loss, cost, relaxed.near, relaxed.choice, relaxed.rate, relaxed.slack, excess, NEAR_MOVES)
-    closed = closing.close(
-        moves,
-        relaxed.slack,
-        relaxed.rate,
-        excess=excess,
-        tolerance=max(ROUNDING, gap_tolerance / 2) * abs(start.loss),
-        deadline=deadline,
-        max_states=NEAR_STATES,
-    )
-    improved = replace(start, in_time=closed.in_time)
-    exhausted = closed.proven and len(relaxed.near) == len(loss) and moves.item.size < NEAR_MOVES
-    return _apply(loss, improved, relaxed, closed.item, closed.choice), exhausted
-
-
-def _apply(loss: Floats, solution: CoreSolution, relaxed: Relaxed, item: Integers, to: Integers) -> CoreSolution:
-    """The break solution with some items changed, unless the known solution is better."""
-    if not item.size:
-        return solution
-    change = loss[item, to].astype(np.float64) - loss[item, relaxed.choice[item]]
-    total = relaxed.loss + math.fsum(change)
-    if total >= solution.loss:
-        return solution
-    choice = relaxed.choice.copy()
-    choice[item] = to
-    return replace(solution, choice=choice, loss=total)
-
-
-def _close(
+def _search(
     loss: Floats,
-    cost: Integers,
     relaxed: Relaxed,
     best: CoreSolution,
+    moves: Moves,
     gap_tolerance: float,
     deadline: float,
-) -> CoreSolution:
-    """Search every move that a better solution could contain; exhausting them proves the best one optimal."""
+    max_states: int = 1_000_000,
+) -> tuple[CoreSolution, Closed]:
+    """The best solution after a search over some moves, and what the search proved."""
     excess = max(best.loss - best.dual_bound, 0.0)
-    tolerance = max(ROUNDING, gap_tolerance / 2) * abs(best.loss)
-    moves = passes.collect_moves(
-        loss, cost, relaxed.choice, relaxed.rate, excess - tolerance
-    )  # dearer ones improve too little
-    closed = closing.close(
+    closed = close(
         moves,
         relaxed.slack,
         relaxed.rate,
         excess=excess,
-        tolerance=tolerance,
+        tolerance=_tolerance(best, gap_tolerance),
         deadline=deadline,
+        max_states=max_states,
     )
-    answer = _apply(loss, best, relaxed, closed.item, closed.choice)
-    floor = min(max(best.dual_bound, best.dual_bound + closed.floor), answer.loss)
-    proven = closed.proven and gap_tolerance == 0
-    return _settled(replace(answer, floor=answer.loss if proven else floor, proven=proven, in_time=closed.in_time))
+    best = replace(best, in_time=closed.in_time)
+    if not closed.item.size:
+        return best, closed
+    change = loss[closed.item, closed.choice].astype(np.float64) - loss[closed.item, relaxed.choice[closed.item]]
+    total = relaxed.loss + math.fsum(change)
+    if total >= best.loss:
+        return best, closed
+    choice = relaxed.choice.copy()
+    choice[closed.item] = closed.choice
+    return replace(best, choice=choice, loss=total), closed

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import passes
-from mpqsearch.allocate.canonical import Tables, canonical_tables
-from mpqsearch.allocate.infeasible import check_ties
-from mpqsearch.allocate.problem import AllocationProblem, AllocationResult, relative_gap
+from mpqsearch.allocate.hull import HullSteps, hull_steps
+from mpqsearch.allocate.infeasible import check_groups
+from mpqsearch.allocate.problem import AllocationProblem
+from mpqsearch.allocate.result import AllocationResult, relative_gap
+from mpqsearch.allocate.tables import Tables, plain_tables, total_cost, total_loss
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 
 
@@ -19,14 +20,16 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 class ParetoPath:
     """Solutions of all budgets at once.
 
-    Vertex 0 is the cheapest map; step j leads from vertex j to vertex j + 1. Every vertex is optimal for its own
-    cost; between two vertices the straight line is a lower bound and the cheaper vertex a solution.
+    Vertex 0 is the cheapest map; step j leads from vertex j to vertex j + 1. Every vertex is optimal for its own cost;
+    between two vertices the straight line is a lower bound and the cheaper vertex a solution.
 
     Attributes:
         problem: The problem whose limit is left open.
         budgets: ``[m + 1]`` total cost of every vertex, increasing.
         losses: ``[m + 1]`` total loss of every vertex, decreasing.
         rates: ``[m]`` loss saved per unit of cost by every step, never increasing.
+        tables: The tables, one row per group or free item.
+        steps: The steps: which row takes which choice.
     """
 
     problem: AllocationProblem
@@ -34,7 +37,7 @@ class ParetoPath:
     losses: NDArray[np.float64]
     rates: NDArray[np.float64]
     tables: Tables
-    steps: passes.HullSteps
+    steps: HullSteps
 
     def vertex(self, limit: int) -> int:
         """Dearest vertex that costs at most ``limit``.
@@ -52,15 +55,12 @@ class ParetoPath:
     def lower_bound(self, limit: int) -> float:
         """No map within ``limit`` has a smaller loss (linear relaxation)."""
         at = self.vertex(limit)
-        if at == len(self.rates):
-            return float(self.losses[at])
-        return float(self.losses[at] - self.rates[at] * (limit - self.budgets[at]))
+        rate = float(self.rates[at]) if at < len(self.rates) else 0.0
+        return float(self.losses[at]) - rate * int(limit - self.budgets[at])
 
     def choice(self, vertex: int) -> NDArray[np.int32]:
         """``[n]`` choice of every item at a vertex."""
-        chosen = self.steps.base.copy()
-        chosen[self.steps.item[:vertex]] = self.steps.to[:vertex]
-        return self.tables.expand(chosen)
+        return self.tables.expand(self.steps.choice_after(vertex))
 
     def at(self, limit: int) -> AllocationResult:
         """The hull's answer for one budget, without solving again: feasible, with a certified gap."""
@@ -72,6 +72,7 @@ class ParetoPath:
         choice.flags.writeable = False
         return AllocationResult(
             status="optimal" if bound == loss else "feasible",
+            proof="bound" if bound == loss else "none",
             choice=choice,
             loss=loss,
             cost=costs[0],
@@ -89,24 +90,21 @@ def solve_path(problem: AllocationProblem) -> ParetoPath:
     """All budgets of ``problem`` at once; ``problem.limit`` is not looked at.
 
     Raises:
-        ConfigError: The problem has several budgets, per-layer rules or pairwise terms.
-        InfeasibleBudgetError: Tied items have no choice in common.
+        ConfigError: The problem has several budgets, limits on formats or losses of pairs.
+        InfeasibleBudgetError: The items of a group have no choice in common.
     """
-    if problem.more_budgets or problem.layers is not None or problem.pairwise is not None:
-        raise ConfigError("solve_path takes one budget and separable losses.")
-    tables = canonical_tables(problem)
-    check_ties(problem, tables)
-    steps = passes.hull_steps(tables.loss, tables.cost)
-    rows = np.arange(len(tables.loss))
-    last = steps.base.copy()
-    last[steps.item] = steps.to
-    cheapest = int(tables.cost[rows, steps.base].sum(dtype=np.int64))
-    least = float(tables.loss[rows, last].sum(dtype=np.float64))
+    if problem.more_budgets or problem.limits_formats or problem.pairwise is not None:
+        raise ConfigError("a path takes one budget, no limit on formats and no losses of pairs.")
+    tables = plain_tables(problem)
+    check_groups(problem, tables)
+    steps = hull_steps(tables.loss, tables.cost)
+    first = total_cost(tables.cost, steps.base)
+    least = total_loss(tables.loss, steps.choice_after(len(steps.item)))
     # Summed from the far end: subtracting gains from the largest loss would cancel away the small ones.
     tail = np.cumsum(steps.gain[::-1])[::-1]
     return ParetoPath(
         problem=problem,
-        budgets=np.concatenate([[cheapest], cheapest + np.cumsum(steps.size)]).astype(np.int64),
+        budgets=np.concatenate([[first], first + np.cumsum(steps.size)]).astype(np.int64),
         losses=np.append(tail, 0.0) + least,
         rates=steps.rate,
         tables=tables,

@@ -101,12 +101,9 @@ def _devices() -> Iterator[dict[str, str]]:
 
 
 def _solvers() -> Iterator[dict[str, str]]:
-    from mpqsearch.allocate import backend
     from mpqsearch.allocate.ilp import available_solvers
 
-    yield _row(
-        "solver", "exact core", "works", "compiled by numba" if backend.has_numba() else "numpy; faster with numba"
-    )
+    yield _row("solver", "exact core", "works", "numpy")
     solvers = available_solvers()
     for name in (n for n, works in solvers.items() if works):
         yield _row("solver", name, "works", "through PuLP")

@@ -207,7 +207,7 @@ def allocate_for(
         cost=cost,
         limit=limit - kept,
         allowed=allowed,
-        ties=ties,
+        groups=ties,
         names=names,
         choices=list(formats),
         pairwise=pairs,

@@ -112,7 +112,7 @@ def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> l
     ties = tie_groups(layers)
     limit = max(payload, least_cost(cost, allowed, ties))  # a target without narrow widths may be unable to stay inside
     names = [la.name for la in layers]
-    result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed, ties=ties, names=names))
+    result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed, groups=ties, names=names))
     entries = []
     for layer, widths_asked, chosen in zip(layers, asked, result.choice, strict=True):
         got, plain, mean = (

@@ -1,0 +1,289 @@
+"""Several budgets and limits on the number of formats: a Lagrangian bound, a heuristic, and an integer program.
+
+1. The best multipliers give a lower bound and, for limits on formats, the sets of formats that look best.
+2. Within such sets the exact core (one budget) or small integer programs near the break (several) give an answer.
+3. A choice whose penalty at the multipliers exceeds the gap is in no better answer. An integer program through PuLP
+   takes the rest, when they are at most ``MAX_CELLS``; else the answer of step 2 stays, with its certified gap.
+
+With HiGHS a few hundred rows take seconds. From about 5,000 rows on, what step 3 drops decides whether it is tried.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import dual, ilp, infeasible, mckp
+from mpqsearch.allocate.problem import AllocationProblem, Floats
+from mpqsearch.allocate.tables import Tables, total_loss
+from mpqsearch.allocate.task import INFINITY, Answer, Task
+from mpqsearch.errors import SolverError
+
+MAX_CELLS = 20_000
+"""Choices left in doubt up to which the whole integer program is tried."""
+
+CORE_ROWS = (72, 648)
+"""Rows nearest to a change of mind that are solved alone first."""
+
+REPAIR_ROWS = 4_096
+"""Rows nearest to a change of mind that the repair may change."""
+
+REPAIR_MOVES = 400
+"""Changes after which the repair gives up."""
+
+PATIENCE_S = 60.0
+"""Seconds for the integer programs when the caller sets no time limit."""
+
+
+def solve_constrained(task: Task) -> Answer:
+    """Best answer for any budgets and limits on formats.
+
+    Raises:
+        InfeasibleBudgetError: Nothing meets all constraints.
+        NothingFoundError: No admissible choice was found in the time given.
+    """
+    search = _Search(task)
+    search.check_formats()
+    search.improve_in_patterns()
+    if search.gap() > task.gap_tolerance * abs(search.loss):
+        search.improve_by_program()
+    if search.choice is None:
+        raise NothingFoundError(impossible=search.impossible)
+    return search.answer()
+
+
+class NothingFoundError(Exception):
+    """No admissible choice was found; ``impossible`` when there is none, by the solver's word."""
+
+    def __init__(self, *, impossible: bool) -> None:
+        super().__init__("no admissible choice was found")
+        self.impossible = impossible
+
+
+class _Search:
+    """The best choice so far and the bound it is held against."""
+
+    def __init__(self, task: Task) -> None:
+        problem = task.problem
+        self.task, self.tables = task, task.tables
+        self.few = dual.format_limits(problem.n_choices, problem.max_formats, problem.max_formats_per_layer)
+        self.until = min(task.deadline, time.perf_counter() + PATIENCE_S)
+        self.choice: NDArray[np.int32] | None = None
+        self.loss = INFINITY
+        self.by_solver = self.impossible = False
+        self.used_solver = "core"
+
+    def check_formats(self) -> None:
+        """Refuse budgets that no sets of so many formats can keep, before any search."""
+        if self.few is not None:
+            infeasible.check_formats(self.task.problem, self.tables, self.few)
+        self.dual = dual.maximize(self.tables, self.few, max(dual.TOLERANCE, self.task.gap_tolerance / 20), self.until)
+
+    def gap(self) -> float:
+        """What is not certified yet, in units of the loss."""
+        gap = self.loss - self.dual.best.value
+        return 0.0 if gap <= mckp.ROUNDING * abs(self.loss) else gap
+
+    def offer(self, choice: NDArray[np.int32], solver: str) -> None:
+        """Keep a choice if it is admissible and better than the best one."""
+        loss = total_loss(self.tables.loss, choice)
+        if loss < self.loss and self.tables.fits(choice) and self.task.problem.permits(self.tables.expand(choice)):
+            self.choice, self.loss, self.used_solver = choice, loss, solver
+
+    def improve_in_patterns(self) -> None:
+        """Answers within the sets of formats that the multipliers chose."""
+        for at in self.dual.patterns:
+            self.offer(at.choice, "dual")
+        for at in self.dual.patterns:
+            if time.perf_counter() > self.until:
+                return
+            loss = self.tables.loss if at.formats is None else np.where(at.formats, self.tables.loss, np.inf)
+            within = replace(self.tables, loss=loss)
+            if len(self.tables.limits) == 1:
+                self._solve_one_budget(within)
+            else:
+                self._solve_near_break(within, at)
+
+    def _solve_one_budget(self, within: Tables) -> None:
+        try:
+            solved = mckp.solve_table(
+                within.loss,
+                within.cost,
+                within.limit,
+                gap_tolerance=self.task.gap_tolerance,
+                deadline=self.until,
+            )
+        except mckp.BudgetTooSmallError:
+            return
+        self.offer(solved.choice, "core")
+
+    def _solve_near_break(self, within: Tables, at: dual.Evaluation) -> None:
+        """Repair the minimizers, then solve for the rows whose minimizer is most in doubt, all others held."""
+        penalty = penalties(within, at.rates, at.choice)
+        order = np.argsort(_doubt(penalty), kind="stable")
+        repaired = _repaired(within, at, penalty, order[:REPAIR_ROWS])
+        if repaired is not None:
+            self.offer(repaired, "dual")
+        for size in CORE_ROWS:
+            if size >= len(order) or time.perf_counter() > self.until or not self.gap():
+                return
+            held = np.full(within.loss.shape, np.inf)
+            held[np.arange(len(held)), at.choice] = within.loss[np.arange(len(held)), at.choice]
+            held[order[:size]] = within.loss[order[:size]]
+            self._program(held, rules=False)
+
+    def improve_by_program(self) -> None:
+        """The integer program over every choice that could be part of a better answer."""
+        plain = self.dual.best if self.few is None else dual.evaluate(self.tables, self.dual.best.rates, None)
+        worth = self.loss - plain.value
+        penalty = penalties(self.tables, plain.rates, plain.choice)
+        open_loss = np.where(penalty <= worth, self.tables.loss, np.inf)
+        finite = np.isfinite(open_loss)
+        if int(finite[finite.sum(axis=1) > 1].sum()) > MAX_CELLS or time.perf_counter() > self.until:
+            return
+        outcome = self._program(open_loss, rules=True)
+        self.impossible = outcome.infeasible and self.choice is None
+        self.by_solver = outcome.proven or (outcome.infeasible and self.choice is not None)
+
+    def _program(self, loss: Floats, rules: bool) -> ilp.IlpAnswer:
+        """Solve for the rows with more than one finite loss; offer the answer, and say whether it was admissible."""
+        problem, tables = self.task.problem, self.tables
+        open_rows = np.flatnonzero(np.isfinite(loss).sum(axis=1) > 1)
+        choice = np.argmin(loss, axis=1).astype(np.int32)
+        if rules and problem.limits_formats:
+            open_rows = np.arange(len(loss))  # the formats of all rows count
+        if not open_rows.size:
+            return ilp.IlpAnswer(None, proven=False, infeasible=not tables.fits(choice))
+        held = np.ones(len(loss), dtype=bool)
+        held[open_rows] = False
+        rest = np.flatnonzero(held)
+        limits = tuple(
+            limit - int(cost[rest, choice[rest]].sum(dtype=np.int64))
+            for cost, limit in zip(tables.costs, tables.limits, strict=True)
+        )
+        solver = solver_name(self.task)
+        outcome = ilp.solve_ilp(
+            loss[open_rows].astype(np.float64),
+            tuple(cost[open_rows] for cost in tables.costs),
+            limits,
+            ilp.Effort(solver=solver, gap=self._enough(), seconds=ilp.remaining(self.until)),
+            reference=self.loss - total_loss(loss[rest], choice[rest]) if self.choice is not None else None,
+            formats=format_rules(problem, tables) if rules else None,
+        )
+        if outcome.choice is None:
+            return outcome
+        choice[open_rows] = outcome.choice
+        self.offer(choice, solver)
+        # A float solver may overstep a limit by its tolerance: then nothing is proven.
+        return replace(outcome, proven=outcome.proven and tables.fits(choice))
+
+    def _enough(self) -> float:
+        return self.task.gap_tolerance / 2 * abs(self.loss) if self.choice is not None else 0.0
+
+    def answer(self) -> Answer:
+        """The best choice, and what is proven about it."""
+        assert self.choice is not None
+        best = self.dual.best
+        exact = self.by_solver and self.task.gap_tolerance == 0
+        return Answer(
+            choice=self.choice,
+            proof="bound" if not self.gap() else "solver" if exact else "none",
+            in_time=time.perf_counter() < self.until or self.by_solver or not self.gap(),
+            floor=best.value,
+            dual_bound=best.value,
+            multipliers=tuple(float(rate) for rate in best.rates),
+            solver=self.used_solver,
+        )
+
+
+def solve_by_program(task: Task) -> Answer:
+    """One budget and separable losses by the integer programming solver that the caller named: a second opinion."""
+    tables = task.tables
+    relaxed = mckp.relax(tables.loss, tables.cost, tables.limit)
+    if tables.loss.size > MAX_CELLS:
+        raise SolverError(
+            f"{tables.loss.size} choices are too many for {task.solver} (at most {MAX_CELLS}). Use solver='auto'."
+        )
+    outcome = ilp.solve_ilp(
+        tables.loss.astype(np.float64),
+        tables.costs,
+        tables.limits,
+        ilp.Effort(
+            solver=task.solver,
+            gap=task.gap_tolerance * abs(relaxed.loss),
+            seconds=ilp.remaining(task.deadline),
+        ),
+        reference=relaxed.loss,
+    )
+    choice = outcome.choice
+    proven = outcome.proven and task.gap_tolerance == 0
+    if choice is None or not tables.fits(choice) or total_loss(tables.loss, choice) > relaxed.loss:
+        choice, proven = relaxed.choice, proven and relaxed.slack >= 0 and choice is not None and tables.fits(choice)
+    return Answer(
+        choice=choice,
+        proof="solver" if proven else "none",
+        in_time=outcome.proven or time.perf_counter() < task.deadline,
+        floor=relaxed.bound,
+        dual_bound=relaxed.bound,
+        multipliers=(relaxed.rate,),
+        solver=task.solver,
+    )
+
+
+def solver_name(task: Task) -> str:
+    """The integer programming solver: the one that was named, else HiGHS."""
+    return "highs" if task.solver in ("auto", "core") else task.solver
+
+
+def format_rules(problem: AllocationProblem, tables: Tables) -> ilp.FormatRules | None:
+    """The limits on formats, over rows instead of items."""
+    if not problem.limits_formats:
+        return None
+    layer = np.zeros(problem.n_items, dtype=np.int64) if problem.layer is None else problem.layer
+    members = np.unique(np.stack([tables.row, layer.astype(np.int64)], axis=1), axis=0)
+    return ilp.FormatRules(problem.max_formats, problem.max_formats_per_layer, members[:, 0], members[:, 1])
+
+
+def penalties(tables: Tables, rates: NDArray[np.float64], choice: NDArray[np.int32]) -> NDArray[np.float64]:
+    """``[r, k]``: what every choice costs beyond the minimizer at ``rates``."""
+    priced = dual.prices(tables, rates)
+    penalty: NDArray[np.float64] = np.maximum(priced - priced[np.arange(len(priced)), choice][:, None], 0.0)
+    return penalty
+
+
+def _doubt(penalty: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[r]``: penalty of the second best choice of every row."""
+    if penalty.shape[1] == 1:
+        return np.full(len(penalty), np.inf)
+    second: NDArray[np.float64] = np.partition(penalty, 1, axis=1)[:, 1]
+    return second
+
+
+def _repaired(
+    tables: Tables, at: dual.Evaluation, penalty: NDArray[np.float64], rows: NDArray[np.int64]
+) -> NDArray[np.int32] | None:
+    """The minimizers brought within all budgets by the changes of ``rows`` that cost least per violation removed."""
+    unit = 1.0 / np.maximum(np.array(tables.limits, dtype=np.float64), 1.0)
+    costs = [cost[rows].astype(np.int64) for cost in tables.costs]
+    choice, index = at.choice[rows].copy(), np.arange(len(rows))
+    over = np.array(at.spent, dtype=np.int64) - np.array(tables.limits, dtype=np.int64)
+    for _ in range(REPAIR_MOVES):
+        if not bool((over > 0).any()):
+            repaired = at.choice.copy()
+            repaired[rows] = choice
+            return repaired
+        growth = [cost - cost[index, choice][:, None] for cost in costs]
+        left = sum(np.maximum(x + grown, 0) * one for x, grown, one in zip(over, growth, unit, strict=True))
+        removed = float((np.maximum(over, 0) * unit).sum()) - left
+        price = penalty[rows] - penalty[rows, choice][:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where((removed > 0) & np.isfinite(price), price / removed, np.inf)
+        item, to = np.unravel_index(int(np.argmin(rate)), rate.shape)
+        if not np.isfinite(rate[item, to]):
+            return None
+        over = over + np.array([int(grown[item, to]) for grown in growth])
+        choice[item] = to
+    return None

@@ -1,0 +1,117 @@
+"""What a solver hands back: the choice, its costs, and what is proven about it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate.certificate import Certificate
+from mpqsearch.allocate.problem import FREE, AllocationProblem
+
+Status = Literal["optimal", "feasible", "time_limit", "heuristic"]
+"""``optimal``: proven, see ``Proof``. ``feasible``: stopped early, ``gap`` certified. ``time_limit``: the same, because
+time ran out. ``heuristic``: no useful bound is known."""
+
+Proof = Literal["bound", "search", "solver", "none"]
+"""Who says that the answer is optimal. ``bound``: the multipliers' bound meets the loss. ``search``: the exact core
+tried every move that could be better. ``solver``: an integer programming solver's word, to its tolerance of 1e-10."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AllocationResult:
+    """A solved allocation. ``loss`` and ``costs`` are recomputed from ``choice``, never taken from a solver.
+
+    Attributes:
+        status: What is proven about the answer, see ``Status``.
+        proof: Who proved it, see ``Proof``.
+        choice: ``[n]`` choice index per item.
+        loss: Total loss of ``choice``.
+        cost: Total of the main budget, never above the limit.
+        costs: Total of every budget by name.
+        lower_bound: No admissible choice has a smaller loss (up to float64 rounding). An integer programming solver's
+            claim is not counted, so an answer that is optimal by its word may keep a gap.
+        gap: ``(loss - lower_bound) / |loss|``; 0 when they meet, infinite without a bound.
+        multipliers: Lagrange multiplier of every budget: loss that one more unit of that budget would save.
+        dual_bound: The lower bound that anyone can recompute from the multipliers in one pass over the tables.
+        solver: Name of the solver that found ``choice``.
+        seconds: Wall time of the solve.
+    """
+
+    status: Status
+    proof: Proof
+    choice: NDArray[np.int32]
+    loss: float
+    cost: int
+    costs: Mapping[str, int]
+    lower_bound: float
+    gap: float
+    multipliers: tuple[float, ...]
+    dual_bound: float
+    solver: str
+    seconds: float
+
+    @property
+    def multiplier(self) -> float:
+        """Multiplier of the main budget: the marginal rate in loss per unit of cost."""
+        return self.multipliers[0] if self.multipliers else 0.0
+
+    def certificate(self, problem: AllocationProblem) -> Certificate:
+        """What a stranger needs to check this answer, with digests of the tables of ``problem``."""
+        names = [b.name for b in problem.budgets]
+        return Certificate(
+            status=self.status,
+            proof=self.proof,
+            solver=self.solver,
+            loss=self.loss,
+            costs=dict(self.costs),
+            limits=dict(zip(names, problem.limits, strict=True)),
+            multipliers=dict(zip(names, self.multipliers, strict=True)),
+            bound=self.dual_bound if math.isfinite(self.dual_bound) else None,
+            digests=table_digests(problem),
+        )
+
+    def __repr__(self) -> str:
+        spent = ", ".join(f"{name} {cost}" for name, cost in self.costs.items())
+        return f"AllocationResult({self.status}, loss {self.loss:.6g}, {spent}, gap {self.gap:.2g}, by {self.solver})"
+
+
+def relative_gap(loss: float, bound: float) -> float:
+    """Relative distance of ``loss`` from a lower ``bound``; 0 when they are equal, infinite without a bound."""
+    if loss <= bound:
+        return 0.0
+    if loss == 0 or not math.isfinite(bound):
+        return float("inf")
+    return (loss - bound) / abs(loss)
+
+
+def table_digests(problem: AllocationProblem) -> dict[str, str]:
+    """SHA-256 of the tables: ``loss`` (float64, infinite where not permitted), each budget's costs by name (int64),
+    and ``rules`` (groups, layers, numbers of formats) where there are some. Rows in order, little-endian."""
+    loss = problem.loss
+    if problem.allowed is not None or problem.fixed_choice is not None:
+        loss = np.where(problem.permitted(), loss, np.inf)
+    digests = {"loss": _sha256(loss.astype("<f8", copy=False))}
+    digests |= {f"cost {b.name}": _sha256(b.cost.astype("<i8", copy=False)) for b in problem.budgets}
+    rules = [_labels(problem.group_labels), problem.max_formats, problem.max_formats_per_layer]
+    rules.append(None if problem.max_formats_per_layer is None else _labels(problem.layer))
+    if any(rule is not None for rule in rules):
+        digests["rules"] = hashlib.sha256(repr(rules).encode()).hexdigest()
+    return digests
+
+
+def _labels(values: NDArray[Any] | None) -> list[int] | None:
+    """Labels numbered by first appearance, so that only the partition counts; free items stay ``FREE``."""
+    if values is None:
+        return None
+    numbers: dict[int, int] = {}
+    return [FREE if v == FREE else numbers.setdefault(v, len(numbers)) for v in values.tolist()]
+
+
+def _sha256(table: NDArray[Any]) -> str:
+    return hashlib.sha256(memoryview(np.ascontiguousarray(table)).cast("B")).hexdigest()
