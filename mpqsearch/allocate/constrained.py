@@ -48,7 +48,7 @@ def solve_constrained(task: Task) -> Answer:
     search = _Search(task)
     search.check_formats()
     search.improve_in_patterns()
-    if search.gap() > task.gap_tolerance * abs(search.loss):
+    if search.choice is None or search.gap() > task.gap_tolerance * abs(search.loss):
         search.improve_by_program()
     if search.choice is None:
         raise NothingFoundError(impossible=search.impossible)

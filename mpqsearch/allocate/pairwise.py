@@ -37,9 +37,9 @@ def solve_pairwise(task: Task) -> Answer:
     couplings = Couplings(tables.loss, task.problem.pairwise, tables.row)
     start = _linearized(couplings, tables.cost, tables.limit, deadline)
     choice = _exchanged(couplings, tables.cost, tables.limit, start, deadline)
-    relaxed = mckp.relax(couplings.loss, tables.cost, tables.limit)
-    bound = relaxed.bound + float(couplings.value.min(axis=(1, 2)).sum())
-    terms = abs(relaxed.loss) + float(np.abs(couplings.value).max(axis=(1, 2), initial=0.0).sum())
+    relaxed, value = mckp.relax(tables.loss, tables.cost, tables.limit), task.problem.pairwise.value
+    bound = relaxed.bound + float(value.min(axis=(1, 2)).sum(dtype=np.float64))
+    terms = abs(relaxed.loss) + float(np.abs(value).max(axis=(1, 2)).sum(dtype=np.float64))
     met = couplings.total(choice) - bound <= mckp.ROUNDING * terms
     return Answer(
         choice=choice,

@@ -114,4 +114,4 @@ def _labels(values: NDArray[Any] | None) -> list[int] | None:
 
 
 def _sha256(table: NDArray[Any]) -> str:
-    return hashlib.sha256(memoryview(np.ascontiguousarray(table)).cast("B")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(table).data).hexdigest()

@@ -50,7 +50,7 @@ def allocate(
         bool,
         typer.Option(
             "--explain",
-            help="What the next bit would buy and where, the price of the budget, of overrides and of ties.",
+            help="What the next bit would buy, and where.",
         ),
     ] = False,
     model: ModelOption = None,
@@ -236,26 +236,6 @@ def _print_explanation(data: Mapping[str, Any]) -> None:
         ],
         rows,
     )
-    if data["prices"]:
-        title = "what overrides and ties cost: loss that the optimum without them saves" + (
-            f"; {data['unpriced']} that can cost less were not priced" if data["unpriced"] else ""
-        )
-        print_table(
-            title, ["kind", "layers", "price", "share of the loss", "proven"], _price_rows(data["prices"], data["loss"])
-        )
-
-
-def _price_rows(prices: Sequence[Mapping[str, Any]], loss: float) -> list[list[Any]]:
-    return [
-        [
-            "overrides" if price["kind"] == "fixed" else price["kind"],
-            ", ".join(price["items"]),
-            f"{price['price']:.3g}",
-            f"{price['price'] / loss:.2%}" if loss else "-",
-            "yes" if price["proven"] else "no",
-        ]
-        for price in prices
-    ]
 
 
 def _one(unit: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpqsearch import artifacts
-from mpqsearch.allocate import AllocationResult, ParetoPath, explain, explain_groups, relative_gap, solve, solve_path
+from mpqsearch.allocate import AllocationResult, NextStep, ParetoPath, explain, relative_gap, solve, solve_path
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 from mpqsearch.methods import MethodSpec, Program, program_of
@@ -98,7 +98,7 @@ def _path_data(
             }
         if by_layer and vertex > 0:
             row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
-            moved = np.flatnonzero(path.tables.item_row == row)
+            moved = np.flatnonzero(path.tables.row == row)
             point |= {"layers": [program.layers[i] for i in moved], "bits": program.widths[to]}
             point |= {"input_bits": program.inputs[to]} if program.inputs else {}
         points.append(point)
@@ -174,7 +174,7 @@ def _save_path(
         "first_choice": path.steps.base,
         "step_row": path.steps.item,
         "step_choice": path.steps.to,
-        "item_row": path.tables.item_row,
+        "item_row": path.tables.row,
         "item_layer": program.item_layer,
         "widths": np.array(program.widths),
         "input_widths": np.array(program.inputs, dtype=np.int64),
@@ -186,8 +186,7 @@ def _save_path(
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    Marginal rates of every layer, the shadow price of the budget, the layers at a bound, and what overrides and ties
-    cost. Prices of overrides are taken in the program over layers.
+    Marginal rates of every layer, the shadow price of the budget, and the layers at a bound.
     """
     found = []
     for budget in run.config.allocate.parsed():
@@ -216,28 +215,8 @@ def _explanation(
     policy, fmt = run.config.policy, run.config.quantizer.format()
     program = program_of(method, budget, table, measured, policy, fmt, by_layer=by_layer, overrides=by_layer)
     solved = _as_saved(program, bit_map, solve(program.problem, solver=method.solver))
-    told = explain(program.problem, solved) if by_layer else None
-    layers = (
-        [
-            {
-                "layer": ", ".join(item.items),
-                "bits": float(np.mean([bit_map.weights[name] for name in item.items])),
-                "channels": sum(table[name].n_channels for name in item.items),
-                "loss": item.loss,
-                "cost": item.cost,
-                "next": item.next_choice,
-                "gain": item.gain,
-                "extra_cost": item.extra_cost,
-                "rate_up": item.rate_up,
-                "rate_down": _finite(item.rate_down),
-                "holds": item.holds,
-            }
-            for item in told.items
-        ]
-        if told is not None
-        else _channel_rows(program, solved, bit_map)
-    )
-    prices = [asdict(price) | {"items": list(price.items)} for price in told.prices] if told is not None else []
+    sets, names = (None, None) if by_layer else (program.item_layer, program.layers)
+    told = explain(program.problem, solved, sets, names)
     return {
         "method": method.name,
         "budget": budget.label(),
@@ -247,37 +226,26 @@ def _explanation(
         "lower_bound": solved.lower_bound if np.isfinite(solved.lower_bound) else None,
         "gap": _finite(solved.gap),
         "shadow_price": solved.multiplier,
-        "layers": layers,
-        "prices": prices,
-        "unpriced": told.unpriced if told is not None else 0,
+        "layers": [_layer_row(step, table, bit_map) for step in told.steps],
     }
 
 
-def _channel_rows(program: Program, solved: AllocationResult, bit_map: BitMap) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": layer.name,
-            "bits": float(np.mean(bit_map.weights[layer.name])),
-            "channels": layer.items,
-            "loss": layer.loss,
-            "cost": layer.cost,
-            "next": "one channel" if layer.rate_up > 0 else None,
-            "gain": layer.gain,
-            "extra_cost": layer.extra_cost,
-            "rate_up": layer.rate_up,
-            "rate_down": _finite(layer.rate_down),
-            "holds": _held(layer.at_largest, layer.at_smallest, layer.items),
-        }
-        for layer in explain_groups(program.problem, solved, program.item_layer, program.layers)
-    ]
-
-
-def _held(largest: int, smallest: int, items: int) -> str:
-    for count, what in ((largest, "at largest"), (smallest, "at smallest")):
-        if count == items:
-            return what
-    parts = [f"{count} {what}" for count, what in ((largest, "at largest"), (smallest, "at smallest")) if count]
-    return ", ".join(parts) or "free"
+def _layer_row(step: NextStep, table: LayerTable, bit_map: BitMap) -> dict[str, Any]:
+    """One layer, or several that share their widths, and its best next step."""
+    layers = step.name.split(", ")
+    return {
+        "layer": step.name,
+        "bits": float(np.mean([np.mean(bit_map.weights[name]) for name in layers])),
+        "channels": sum(table[name].n_channels for name in layers),
+        "loss": step.loss,
+        "cost": step.cost,
+        "next": step.next_choice,
+        "gain": step.gain,
+        "extra_cost": step.extra_cost,
+        "rate_up": step.rate_up,
+        "rate_down": _finite(step.rate_down),
+        "holds": step.holds,
+    }
 
 
 def _as_saved(program: Program, bit_map: BitMap, solved: AllocationResult) -> AllocationResult:

@@ -33,7 +33,7 @@ budgets = [{budgets}]
 METHOD = '[[methods]]\nname = "{0}"\nallocator = "{0}"\nscheme = "auto"\nbias_correction = true\n'
 WATCH = (
     "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
-    "assert 'torch' not in sys.modules; print('numba' in sys.modules, file=sys.stderr)"
+    "assert 'torch' not in sys.modules"
 )
 
 
@@ -65,7 +65,7 @@ def measure(
     study.write_text(STUDY.format(budgets=text, methods="".join(METHOD.format(m) for m in methods)))
     run = folder / name
     saved_profile(run, study, table, tiny_profile(table))
-    walls, processors, compiled = [], [], ""
+    walls, processors = [], []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began = time.perf_counter()
@@ -76,14 +76,12 @@ def measure(
         processors.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if done.returncode:
             raise SystemExit(done.stderr)
-        compiled = done.stderr.strip().splitlines()[-1]
         for made in ("allocations", "paths"):  # only the maps are made anew
             shutil.rmtree(run / made, ignore_errors=True)
     maps = len(methods) * len(budgets)
     return (
         f"{name:34} {table.n_channels:8,} channels {maps:3} maps {' '.join(flags):16} "
-        f"wall {min(walls):6.2f} s  processor {min(processors):6.2f} s  compiled loops "
-        f"{'yes' if compiled == 'True' else 'no'}"
+        f"wall {min(walls):6.2f} s  processor {min(processors):6.2f} s"
     )
 
 

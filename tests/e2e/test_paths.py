@@ -72,15 +72,11 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
         rates = [row["rate_up"] for row in one["layers"]]
         assert rates == sorted(rates, reverse=True)
         assert sum(row["loss"] for row in one["layers"]) > 0
-        if one["method"] == "ilp-layer":
-            assert ("fixed", [FIRST]) in [(price["kind"], price["items"]) for price in one["prices"]]
-            assert all(price["price"] >= -1e-9 * one["loss"] for price in one["prices"])
 
     shown = cli("allocate", "-c", study, "--run-dir", "r", "--set", overrides, "--path", "--explain")
     assert shown.returncode == 0, shown.stderr
     assert "answered without solving again" in shown.stdout
     assert "one more bit saves" in shown.stdout
-    assert "what overrides and ties cost" in shown.stdout
     assert cli("inspect", "r/paths/ilp-layer.json", "--json").returncode == 0
 
 
@@ -109,7 +105,3 @@ def test_layers_that_are_tied_move_together(cli: Cli, study: Path, tmp_path: Pat
     for one in told["explanations"]:
         names = ", ".join(row["layer"] for row in one["layers"])
         assert "block.2.linear" in names
-        if one["method"] == "ilp-layer":
-            assert ("tie", ["block.2.linear", "block.3.linear"]) in [
-                (price["kind"], price["items"]) for price in one["prices"]
-            ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, CostBudget, LayerRules, PairwiseTerms, solve, solve_path, whole_units
+from mpqsearch.allocate import AllocationProblem, CostBudget, PairwiseTerms, solve, solve_path, whole_units
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, NumericsError, UnknownNameError
 
 NAMES = ("conv_in", "attn.to_q", "attn.to_k")
@@ -49,15 +51,17 @@ def table(value, cell=(1, 2), dtype=float):
         ({"names": ("a", "b", "a")}, ConfigError, "'a' appears twice"),
         ({"allowed": np.ones((3, 3))}, ConfigError, "booleans"),
         ({"allowed": np.array([[True] * 3, [False] * 3, [True] * 3])}, ConfigError, "'attn.to_q' has no allowed"),
-        ({"ties": [["conv_in", "attn.to_v"]]}, UnknownNameError, "attn.to_q"),
-        ({"ties": [[0, 1], [1, 2]]}, ConfigError, "two tie groups"),
-        ({"ties": np.array([0, 0])}, ConfigError, "2 labels"),
+        ({"groups": [["conv_in", "attn.to_v"]]}, UnknownNameError, "attn.to_q"),
+        ({"groups": [[0, 1], [1, 2]]}, ConfigError, "two groups"),
+        ({"groups": np.array([0, 0])}, ConfigError, "2 labels"),
         ({"fixed": {"conv_in": "int5"}}, UnknownNameError, "int4"),
         ({"fixed": {5: 0}}, ConfigError, "outside"),
         ({"fixed": {"conv_in": 0}, "allowed": ~np.eye(3, dtype=bool)}, ConfigError, "'conv_in' is fixed to 'int2'"),
+        ({"loss": table(1.7e308)}, NumericsError, "too large.*Divide all losses"),
+        ({"max_formats": 0}, ConfigError, "max_formats must be a whole number >= 1"),
+        ({"max_formats_per_layer": 2}, ConfigError, "needs layer"),
+        ({"max_formats_per_layer": 2, "layer": np.zeros(2, int)}, ConfigError, "each of 3 items"),
         ({"more_budgets": (CostBudget(name="cost", cost=np.ones((3, 3), int), limit=1),)}, ConfigError, "own name"),
-        ({"layers": LayerRules(layer=np.zeros(2, int), width=np.arange(3))}, ConfigError, "3 items"),
-        ({"layers": LayerRules(layer=np.zeros(3, int), width=np.arange(2))}, ConfigError, "3 choices"),
     ],
 )
 def test_refusals_name_the_place(changes, error, words):
@@ -94,23 +98,23 @@ def test_pairs_of_an_item_with_itself_are_refused():
         PairwiseTerms(first=np.array([1]), second=np.array([1]), value=np.ones((1, 3, 3)))
 
 
-def test_infeasibility_names_pins_ties_and_masks():
+def test_infeasibility_names_fixed_items_groups_and_masks():
     allowed = np.ones((3, 3), dtype=bool)
     allowed[2, 0] = False
-    asked = problem(limit=6, fixed={"conv_in": "int4"}, allowed=allowed, ties=[["attn.to_q", "attn.to_k"]])
+    asked = problem(limit=6, fixed={"conv_in": "int4"}, allowed=allowed, groups=[["attn.to_q", "attn.to_k"]])
     with pytest.raises(InfeasibleBudgetError) as caught:
         solve(asked)
     message = str(caught.value)
     assert "smallest attainable value is 10 (4 more)" in message
     assert "Choices that are not allowed raise it by 1: 'attn.to_k' +1" in message
     assert "Fixed items raise it by 2: 'conv_in' +2" in message
-    assert "Ties (named by their first item) raise it by 1: 'attn.to_q' +1" in message
+    assert "Groups (named by their first item) raise it by 1: 'attn.to_q' +1" in message
 
 
-def test_tied_items_without_a_common_choice_are_named_with_what_they_may_take():
+def test_grouped_items_without_a_common_choice_are_named_with_what_they_may_take():
     allowed = np.ones((3, 3), dtype=bool)
     allowed[1, 1:] = False
-    asked = problem(ties=[["attn.to_q", "attn.to_k"]], fixed={"attn.to_k": "int4"}, allowed=allowed)
+    asked = problem(groups=[["attn.to_q", "attn.to_k"]], fixed={"attn.to_k": "int4"}, allowed=allowed)
     for ask in (solve, solve_path):
         with pytest.raises(
             InfeasibleBudgetError, match=r"no allowed choice in common.*'attn.to_q': 'int2'; 'attn.to_k': 'int4'"
@@ -121,7 +125,9 @@ def test_tied_items_without_a_common_choice_are_named_with_what_they_may_take():
 def test_two_budgets_that_exclude_each_other_say_what_each_leaves():
     """Small in one budget is large in the other: 6 of each is attainable alone, together they need 12."""
     opposite = CostBudget(name="bops", cost=np.array([[4, 3, 2]] * 3), limit=8)
-    with pytest.raises(InfeasibleBudgetError, match=r"smallest cost within the other limits is 10.*smallest bops .* 9"):
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"smallest cost under the other constraints is 10; .*smallest bops .* 9"
+    ):
         solve(problem(more_budgets=(opposite,)))
 
 
@@ -133,35 +139,32 @@ def test_measured_costs_are_rounded_up():
         whole_units(np.array([1.0]), 1e-17)
 
 
-@pytest.mark.parametrize(
-    ("rules", "words"),
-    [
-        ({"average": np.ones(3)}, "LayerRules.average must be one number or 2"),
-        ({"choice_overhead": np.ones((2, 2), int)}, "choice_overhead"),
-        ({"mixed_overhead": -1}, ">= 0"),
-        ({"average_step": 0}, "average_step"),
-        ({"max_distinct": 0}, "max_distinct"),
-        ({"max_widths": 0}, "max_widths"),
-    ],
-)
-def test_layer_rules_refuse(rules, words):
-    with pytest.raises(ConfigError, match=words):
-        LayerRules(layer=np.array([0, 0, 1]), width=np.arange(3), **rules)
+def test_a_measured_budget_is_kept_in_truth():
+    """Latencies in seconds: whole units of a ten-millionth of the limit, rounded up."""
+    rng = np.random.default_rng(3)
+    loss, latency = np.sort(rng.random((12, 4)))[:, ::-1], np.sort(rng.random((12, 4)) * 1e-3)
+    limit = float(latency[:, 1].sum())
+    cost = np.tile(np.arange(4), (12, 1))
+    seconds = CostBudget(name="latency", cost=latency, limit=limit)
+    result = solve(AllocationProblem(loss=loss, cost=cost, limit=30, more_budgets=(seconds,)))
+    spent = math.fsum(latency[i, c] for i, c in enumerate(result.choice))
+    assert spent <= limit
+    assert result.costs["latency"] * limit * 1e-7 == pytest.approx(spent, rel=1e-5)
+    assert CostBudget(name="t", cost=np.array([[1.1]]), limit=3.3, unit=0.1).cost.tolist() == [[11]]
+    assert CostBudget(name="t", cost=np.array([[1.1]]), limit=3.3, unit=0.1).limit == 33
 
 
-def test_a_layer_without_an_admissible_average_is_named():
-    rules = LayerRules(layer=np.array([0, 1, 1]), width=np.array([2.0, 3.0, 4.0]), average=np.array([2.0, 9.0]))
-    with pytest.raises(InfeasibleBudgetError, match="layer 1"):
-        solve(problem(layers=rules))
-
-
-def test_ties_count_twice_in_the_average_of_their_layer():
-    """Met: PuLP keeps only the last factor of a variable that comes twice in an expression."""
-    rules = LayerRules(layer=np.array([0, 0, 0]), width=np.array([2.0, 3.0, 4.0]), average=3.0)
-    asked = problem(layers=rules, ties=[[0, 1]], loss=np.array([[3.0, 2.0, 1.0]] * 2 + [[9.0, 2.0, 1.0]]))
-    result = solve(asked)
-    assert result.choice.tolist() == [1, 1, 1]
-    assert result.loss == solve(asked, solver="exhaustive").loss
+def test_costs_of_32_bits_beside_forbidden_choices():
+    """The largest int64 stands for no cost at all; among int32 it would wrap to -1, and the forbidden choice be the
+    cheapest."""
+    allowed = np.array([[False, True, True]] * 3)
+    cost = np.array([[1, 2, 3]] * 3, dtype=np.int32)
+    asked = AllocationProblem(loss=np.array([[9.0, 4.0, 1.0]] * 3), cost=cost, limit=7, allowed=allowed)
+    assert solve(asked).loss == 9.0
+    assert solve(replace(asked, groups=[[0, 1]])).choice.tolist() == [1, 1, 2]
+    for groups in (None, [[0, 1]]):
+        with pytest.raises(InfeasibleBudgetError, match="smallest attainable value is 6"):
+            solve(replace(asked, limit=5, groups=groups))
 
 
 def test_several_budgets_and_nothing_to_choose():
