@@ -34,6 +34,9 @@ REPAIR_ROWS = 4_096
 REPAIR_MOVES = 400
 """Changes after which the repair gives up."""
 
+FILL_GAP = 1e-8
+"""Relative gap at which one budget alone is filled well enough."""
+
 PATIENCE_S = 60.0
 """Seconds for the integer programs when the caller sets no time limit."""
 
@@ -48,7 +51,7 @@ def solve_constrained(task: Task) -> Answer:
     search = _Search(task)
     search.check_formats()
     search.improve_in_patterns()
-    if search.choice is None or search.gap() > task.gap_tolerance * abs(search.loss):
+    if not search.close_enough():
         search.improve_by_program()
     if search.choice is None:
         raise NothingFoundError(impossible=search.impossible)
@@ -87,6 +90,10 @@ class _Search:
         gap = self.loss - self.dual.best.value
         return 0.0 if gap <= mckp.ROUNDING * abs(self.loss) else gap
 
+    def close_enough(self) -> bool:
+        """Whether the gap is as small as was asked."""
+        return self.choice is not None and self.gap() <= self.task.gap_tolerance * abs(self.loss)
+
     def offer(self, choice: NDArray[np.int32], solver: str) -> None:
         """Keep a choice if it is admissible and better than the best one."""
         loss = total_loss(self.tables.loss, choice)
@@ -98,7 +105,7 @@ class _Search:
         for at in self.dual.patterns:
             self.offer(at.choice, "dual")
         for at in self.dual.patterns:
-            if time.perf_counter() > self.until:
+            if time.perf_counter() > self.until or self.close_enough():
                 return
             loss = self.tables.loss if at.formats is None else np.where(at.formats, self.tables.loss, np.inf)
             within = replace(self.tables, loss=loss)
@@ -121,19 +128,35 @@ class _Search:
         self.offer(solved.choice, "core")
 
     def _solve_near_break(self, within: Tables, at: dual.Evaluation) -> None:
-        """Repair the minimizers, then solve for the rows whose minimizer is most in doubt, all others held."""
+        """Repair a start, then solve for the rows whose choice is most in doubt, all others held."""
+        start = self._filled(within, at)
         penalty = penalties(within, at.rates, at.choice)
         order = np.argsort(_doubt(penalty), kind="stable")
-        repaired = _repaired(within, at, penalty, order[:REPAIR_ROWS])
+        repaired = _repaired(within, start, penalty, order[:REPAIR_ROWS])
         if repaired is not None:
-            self.offer(repaired, "dual")
+            self.offer(repaired, "core")
+            start = repaired
         for size in CORE_ROWS:
-            if size >= len(order) or time.perf_counter() > self.until or not self.gap():
+            if size >= len(order) or time.perf_counter() > self.until or self.close_enough():
                 return
+            rows = np.arange(len(start))
             held = np.full(within.loss.shape, np.inf)
-            held[np.arange(len(held)), at.choice] = within.loss[np.arange(len(held)), at.choice]
+            held[rows, start] = within.loss[rows, start]
             held[order[:size]] = within.loss[order[:size]]
             self._program(held, rules=False)
+
+    def _filled(self, within: Tables, at: dual.Evaluation) -> NDArray[np.int32]:
+        """The exact core's answer for one budget, with the prices of all others in the losses; of these the one nearest
+        to all limits."""
+        starts = [at.choice]
+        for number in np.flatnonzero(at.rates).tolist():
+            others = np.where(np.arange(len(at.rates)) == number, 0.0, at.rates)
+            priced, cost, limit = dual.prices(within, others), within.costs[number], within.limits[number]
+            tolerance = max(self.task.gap_tolerance / 4, FILL_GAP)
+            solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance, deadline=self.until)
+            self.offer(solved.choice, "core")
+            starts.append(solved.choice)
+        return min(starts, key=lambda choice: (violation(within, choice), total_loss(within.loss, choice)))
 
     def improve_by_program(self) -> None:
         """The integer program over every choice that could be part of a better answer."""
@@ -262,17 +285,23 @@ def _doubt(penalty: NDArray[np.float64]) -> NDArray[np.float64]:
     return second
 
 
+def violation(tables: Tables, choice: NDArray[np.int32]) -> float:
+    """Sum of what exceeds the limits, each as a share of its limit."""
+    over = [(used - limit) / max(limit, 1) for used, limit in zip(tables.spent(choice), tables.limits, strict=True)]
+    return sum(max(x, 0.0) for x in over)
+
+
 def _repaired(
-    tables: Tables, at: dual.Evaluation, penalty: NDArray[np.float64], rows: NDArray[np.int64]
+    tables: Tables, start: NDArray[np.int32], penalty: NDArray[np.float64], rows: NDArray[np.int64]
 ) -> NDArray[np.int32] | None:
-    """The minimizers brought within all budgets by the changes of ``rows`` that cost least per violation removed."""
+    """A start brought within all budgets by the changes of ``rows`` that cost least per violation removed, or None."""
     unit = 1.0 / np.maximum(np.array(tables.limits, dtype=np.float64), 1.0)
     costs = [cost[rows].astype(np.int64) for cost in tables.costs]
-    choice, index = at.choice[rows].copy(), np.arange(len(rows))
-    over = np.array(at.spent, dtype=np.int64) - np.array(tables.limits, dtype=np.int64)
+    choice, index = start[rows].copy(), np.arange(len(rows))
+    over = np.array(tables.spent(start), dtype=np.int64) - np.array(tables.limits, dtype=np.int64)
     for _ in range(REPAIR_MOVES):
         if not bool((over > 0).any()):
-            repaired = at.choice.copy()
+            repaired = start.copy()
             repaired[rows] = choice
             return repaired
         growth = [cost - cost[index, choice][:, None] for cost in costs]
