@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -129,22 +129,22 @@ def _extractors() -> Iterator[dict[str, str]]:
 
 
 def _targets() -> Iterator[dict[str, str]]:
-    from mpqsearch.export import EXPORTERS, get_exporter, importable
+    from mpqsearch.export import TARGETS, get_exporter
 
-    for name in EXPORTERS:
-        exporter: Any = get_exporter(name)
-        needs = exporter.capabilities()
-        reads = "; imports" if name in importable() else ""
-        if not needs.requires:
+    for name in TARGETS:
+        target = get_exporter(name)
+        reads = "; imports" if target.reads else ""
+        if not target.requires:
             yield _row("export", name, "works", f"needs nothing{reads}")
-            continue
-        if not needs.by_consumer:
-            note = f"written as {needs.requires} has it at {needs.tested}, NOT verified by it{reads}; {needs.get}"
+        elif not target.by_consumer:
+            note = (
+                f"written as {target.requires} has it at {target.tested}, NOT verified by it{reads}; {target.install}"
+            )
             yield _row("export", name, "not verified", note)
-            continue
-        missing, found = exporter.missing(), _version(needs.requires)
-        state = "absent" if missing or not found else f"{needs.requires} {found}"
-        tested = (
-            f"{'NOT tested in this version, only in' if needs.untested() else 'tested against'} {needs.tested}{reads}"
-        )
-        yield _row("export", name, state, f"{tested}; {needs.get}" if state == "absent" else tested)
+        else:
+            version = _version(target.requires)
+            absent = bool(target.missing()) or not version
+            known = "NOT tested in this version, only in" if target.untested() else "tested against"
+            tested = f"{known} {target.tested}{reads}"
+            state = "absent" if absent else f"{target.requires} {version}"
+            yield _row("export", name, state, f"{tested}; {target.install}" if absent else tested)

@@ -95,17 +95,18 @@ def export(
     measured = stages.profile(run, table)
     if measured is None:
         return
-    exports = stages.export(run, table, measured, [], verify=verify, again=verify)
+    exports = stages.export(run, table, measured, [], verify="now" if verify else "no")
+    good = [one for one in exports if one.error is None]
     if not verify:
-        print_lines([path for one in exports for path in one.paths], as_json=as_json)
-        return
-    if as_json:
-        print_json([_plain(one) for one in exports])
+        print_lines([path for one in good for path in one.paths], as_json=as_json)
+    elif as_json:
+        print_json([_plain(one) for one in good])
     else:
-        for one in exports:
+        for one in good:
             _print_verification(one)
-    if any(one.differs for one in exports):
+    if all(one.error is None for one in exports) and any(one.differs for one in exports):
         raise typer.Exit(DIFFERS)
+    stages.require_good(exports)
 
 
 def _plain(one: Exported) -> dict[str, Any]:

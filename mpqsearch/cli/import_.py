@@ -31,7 +31,7 @@ def import_(
     config: ConfigOption = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="quanto, autoround, gguf, mlx, mixdq ... (default: found out from the file)."),
+        typer.Option("--from", help="quanto, autoround, gguf, mlx, sdnq ... (default: found out from the file)."),
     ] = None,
     name: Annotated[
         str, typer.Option("--name", help="Name of the map in the run folder (default: that of the file).")

@@ -23,10 +23,11 @@ from mpqsearch.core import (
     stored_total,
 )
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
-from mpqsearch.export.contract import FULL, Choice
-from mpqsearch.export.rounding import least_cost, tie_groups
-from mpqsearch.export.target import ConsumerTarget
+from mpqsearch.export.contract import Choice
+from mpqsearch.export.plan import least_cost, tie_groups
+from mpqsearch.export.target import Target
 from mpqsearch.methods import BEST_LOSS, channel_losses
+from mpqsearch.specs.targets import FULL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,19 +81,19 @@ class TargetAllocation:
         return {name: self.choices.get(name, FULL) for name in self.bit_map.weights}
 
 
-def formats_of(target: ConsumerTarget, table: LayerTable) -> tuple[str, ...]:
+def formats_of(target: Target, table: LayerTable) -> tuple[str, ...]:
     """All formats that the target has for any layer, by width and name; the columns of `target_errors`."""
     found = {(c.width, c.name) for layer in table for c in target.choices(layer)}
     return tuple(name for _, name in sorted(found))
 
 
 def target_errors(
-    target: ConsumerTarget, table: LayerTable, module: nn.Module, fmt: QuantFormat | None = None
+    target: Target, table: LayerTable, module: nn.Module, fmt: QuantFormat | None = None
 ) -> dict[str, Tensor]:
     """Weight errors ``[formats, channels, fan-in]`` of every layer in every format of `formats_of`, zero where it has
     none.
 
-    Targets that round by themselves and can be asked (`ConsumerTarget.round_trip`) give their own errors; others that
+    Targets that round by themselves and can be asked (`Target.round_trip`) give their own errors; others that
     derive their scales get those of minimum and maximum; the rest keep our codes, in the asymmetric scheme with the
     range search of ``fmt``.
     """
@@ -102,7 +103,7 @@ def target_errors(
 
 
 def target_losses(
-    target: ConsumerTarget,
+    target: Target,
     table: LayerTable,
     weights: Callable[[str], Tensor],
     profile: SensitivityProfile,
@@ -158,7 +159,7 @@ def probed_losses(
 
 
 def allocate_for(
-    target: ConsumerTarget,
+    target: Target,
     table: LayerTable,
     losses: Mapping[str, Sequence[float] | Floats],
     limit: int,
@@ -225,7 +226,7 @@ def allocate_for(
 
 
 def uniform_for(
-    target: ConsumerTarget,
+    target: Target,
     table: LayerTable,
     fmt: str,
     losses: Mapping[str, Sequence[float] | Floats] | None = None,
@@ -244,7 +245,7 @@ def uniform_for(
 
 
 def assemble(
-    target: ConsumerTarget,
+    target: Target,
     table: LayerTable,
     picked: Sequence[str],
     *,
@@ -281,9 +282,7 @@ def assemble(
     )
 
 
-def _layer_errors(
-    target: ConsumerTarget, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat
-) -> Tensor:
+def _layer_errors(target: Target, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat) -> Tensor:
     """Weight errors ``[formats, channels, fan-in]`` of one layer."""
     import torch
 

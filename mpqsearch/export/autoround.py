@@ -14,21 +14,20 @@ Limits, from its code (auto-round 0.16.1) and from running it through diffusers 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import atomic_path
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.core.packing import pack_bits
-from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.errors import NumericsError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import Reading, Rule, float_note
+from mpqsearch.export.reading import Reading, float_note, number_of_bits, pattern_of
 from mpqsearch.export.reading import quantization_config as config_of
-from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, write_config
+from mpqsearch.export.target import CHECK, WEIGHTS, Target, int_choices, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,13 +35,12 @@ if TYPE_CHECKING:
     from mpqsearch.quant import QuantizedRows
 
 
-class AutoRoundExporter(ConsumerTarget):
+class AutoRoundTarget(Target):
     """A diffusers folder: ``Model.from_pretrained(folder)`` loads it, with auto-round installed."""
 
     name = "autoround"
     requires = "auto-round"
     imports = ("auto_round", "accelerate")
-    kinds = ("Linear",)
     tested = "0.16.1"
     limits = "input and output counts that are multiples of 32"
     rerounds = False
@@ -60,72 +58,104 @@ class AutoRoundExporter(ConsumerTarget):
         """Dense codes, a half-precision scale and a packed zero point a row."""
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=16, zero_bits=choice.width)
 
-    def read(self, path: Path) -> Reading | None:
-        """``extra_config`` of a ``quantization_config``: exact names, else expressions, else ``bits`` for linear
-        layers."""
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """A ``quantization_config`` as AutoRound resolves it, see `layer_bits`."""
         config = config_of(path, "auto-round")
         if config is None:
             return None
-        base = int(config.get("bits", 4))
         extra = config.get("extra_config") or {}
-        bits = {n: min(int(v.get("bits", base)), FULL_PRECISION) for n, v in extra.items()}
-        plain = {n: b for n, b in bits.items() if re.fullmatch(r"[\w.]+", n)}
-        rules = [Rule(width=b, pattern=n, kinds=self.kinds) for n, b in bits.items() if n not in plain]
+        plain = tuple(n for n, v in extra.items() if re.fullmatch(r"[\w.]+", n) and v.get("bits") != FULL_PRECISION)
         return Reading(
-            layers=plain,
-            rules=(*rules, Rule(width=base, kinds=self.kinds)),
+            widths=layer_bits(config, table, str(path)),
+            names=tuple(n for n in plain if not any(re.search(n, layer.name) for layer in table)),
             notes=float_note({n: v.get("data_type", "int") for n, v in extra.items()}),
         )
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights as diffusers names them, ``config.json`` with the quantization, and the check."""
-        from safetensors.torch import save_file
+        from mpqsearch.export.check import decode_in_place, our_rows, save_tensors, write_check
 
-        from mpqsearch.export.check import fake_quantized, our_rows, own_tensors, write_check
-
-        assert job.denoiser is not None
         rows = our_rows(job, plan)
-        expected = fake_quantized(job, rows)
+        expected = decode_in_place(job, rows)
         state: dict[str, Any] = {}
-        for key, tensor in own_tensors(expected.module.state_dict()).items():
+        for key, tensor in expected.module.state_dict().items():
             name = key.removesuffix(".weight")
             if key.endswith(".weight") and name in rows:
                 state |= {f"{name}.{part}": words for part, words in packed(rows[name]).items()}
             else:
                 state[key] = half(key, tensor)
                 tensor.copy_(state[key])
-        with atomic_path(folder / WEIGHTS) as temporary:
-            save_file(state, temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest})
+        save_tensors(folder / WEIGHTS, state, {"mpqsearch.bit_map": job.bit_map.digest})
         extra = {"quantization_config": quantization_config(plan)} if rows else {}
-        paths = write_config(folder, job.denoiser.module, extra)
+        paths = write_config(folder, job.model.module, extra)
         return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, expected, job.cond)]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the folder with diffusers and read the bits of every layer that AutoRound put in."""
         import torch
 
-        from mpqsearch.export.check import forward_error, libraries, model_class, planned_layers, stored_size
+        from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
 
-        if module is not None:
-            raise ConfigError(
-                "the target 'autoround' is loaded by diffusers, which builds the model itself: give no module"
-            )
-        module = (
-            model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float16, local_files_only=True).eval()
-        )
+        module = load_pretrained(folder, self.name, module, torch.float16)
         for parameter in module.parameters():  # compare in single precision, so that only decoding differs
             parameter.data = parameter.data.float()
         for layer in module.modules():
             if getattr(layer, "bias", None) is not None and hasattr(layer, "qweight"):
                 layer.bias = layer.bias.float()
-        planned = set(planned_layers(folder))
-        found = {n: int(m.bits) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits")}
+        widths = {n: int(m.bits) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits")}
         return {
-            "widths": {**dict.fromkeys(planned, FULL_PRECISION), **found},
+            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
             "forward_error": forward_error(folder, module),
             "versions": libraries("auto-round", "accelerate", "transformers"),
             **stored_size(folder / WEIGHTS),
         }
+
+
+def layer_bits(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, int]:
+    """Width of every linear layer, as ``auto_round.inference.convert_model.get_layer_config`` has it.
+
+    Only layers inside the blocks of ``block_name_to_quantize`` (default: all numbered lists of modules) have ``bits``;
+    ``modules_in_block_to_quantize`` and ``modules_to_not_convert`` take some of them out; ``extra_config`` speaks of
+    any layer, by its name or else by an expression.
+    """
+    layers = [layer.name for layer in table if layer.kind == "Linear"]
+    inside = [n for n in layers if any(n.startswith(block) for block in _blocks(config, table))]
+    base = number_of_bits(config.get("bits", 4))
+    extra = {n: number_of_bits((v or {}).get("bits", base)) for n, v in (config.get("extra_config") or {}).items()}
+    named = {n: b for n, b in extra.items() if n in layers}
+    chosen = [pattern_of(p, where) for p in _flat(config.get("modules_in_block_to_quantize"))]
+    if chosen:
+        named |= {n: FULL_PRECISION for n in inside if not any(p.search(n) for p in chosen)}
+    skipped = [pattern_of(p, where) for p in _flat(config.get("modules_to_not_convert"))]
+    named |= {n: FULL_PRECISION for n in inside if any(p.search(n) for p in skipped)}
+    for text, bits in extra.items():
+        if text in layers:
+            continue
+        pattern = pattern_of(text, where)
+        matched = [n for n in inside if pattern.search(n)] or [n for n in layers if pattern.search(n)]
+        named = {**dict.fromkeys(matched, bits), **named}
+    return {**dict.fromkeys(inside, base), **named}
+
+
+def _blocks(config: Mapping[str, Any], table: LayerTable) -> list[str]:
+    """Prefixes of the names of layers that are quantized."""
+    blocks = config.get("quant_block_list") or config.get("block_name_to_quantize")
+    blocks = blocks or config.get("to_quant_block_names")
+    if isinstance(blocks, str):
+        return blocks.split(",")
+    if blocks:
+        return list(_flat(blocks))
+    lists = (re.match(r"(.*?)\.\d+\.", layer.name) for layer in table)
+    return sorted({found[1] for found in lists if found})
+
+
+def _flat(values: Any) -> Iterator[str]:
+    """The texts in nested lists."""
+    if isinstance(values, str):
+        yield values
+    else:
+        for value in values or ():
+            yield from _flat(value)
 
 
 def packed(rows: QuantizedRows) -> dict[str, Any]:
@@ -146,16 +176,13 @@ def packed(rows: QuantizedRows) -> dict[str, Any]:
 
 def quantization_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``: every layer by its name."""
+    common = {"group_size": -1, "sym": False, "data_type": "int"}
     return {
         "quant_method": "auto-round",
         "packing_format": "auto_round",
         "bits": 4,
-        "group_size": -1,
-        "sym": False,
-        "data_type": "int",
-        "extra_config": {
-            e.layer: {"bits": e.will_get, "group_size": -1, "sym": False, "data_type": "int"} for e in plan
-        },
+        **common,
+        "extra_config": {e.layer: {"bits": e.will_get, **common} for e in plan},
     }
 
 

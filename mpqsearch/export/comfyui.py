@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mpqsearch.core import LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError
 from mpqsearch.export.contract import Choice, PlanEntry
-from mpqsearch.export.reading import Reading, float_note, json_at
-from mpqsearch.export.recipes import WrittenTarget
+from mpqsearch.export.reading import PREFIX, Reading, by_name, float_note, json_at
+from mpqsearch.export.target import ConfigTarget
 
 KEY = "_quantization_metadata"
 FORMATS = {
@@ -32,12 +33,13 @@ FORMATS = {
 """Formats to bits of a weight; the first of each width is the one that is written."""
 
 
-class ComfyuiExporter(WrittenTarget):
+class ComfyuiTarget(ConfigTarget):
     """``comfyui_metadata.json``: for the header of a checkpoint whose weights were quantized accordingly."""
 
     name = "comfyui"
     requires = "ComfyUI"
-    kinds = ("Linear",)
+    by_consumer = False
+    needs_config = False
     limits = "rows of a multiple of 16 weights"
     file = "comfyui_metadata.json"
     full_bits = 16
@@ -62,28 +64,28 @@ class ComfyuiExporter(WrittenTarget):
         layers = {e.layer: {"format": e.choice} for e in plan if e.choice}
         return json.dumps({KEY: {"format_version": "1.0", "layers": layers}}, indent=1) + "\n"
 
-    def read(self, path: Path) -> Reading | None:
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
         """The metadata as JSON, or in the header of a checkpoint."""
-        if path.suffix == ".safetensors" and path.is_file():
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(path, "np") as file:
-                    text = (file.metadata() or {}).get(KEY)
-                data = None if text is None else {KEY: json.loads(text)}
-            except (SafetensorError, ValueError) as error:
-                raise ArtifactError(f"{path} is damaged: {error}") from error
-        else:
-            data = json_at(path, self.file)
+        in_header = path.suffix == ".safetensors" and path.is_file()
+        data = _header(path) if in_header else json_at(path, self.file)
         if not isinstance(data, Mapping) or KEY not in data:
             return None
-        formats = {n: str(v["format"]) for n, v in data[KEY]["layers"].items()}
+        formats = {str(n): str(v["format"]) for n, v in data[KEY]["layers"].items()}
         unknown = next((n for n, f in formats.items() if f not in FORMATS), None)
         if unknown is not None:
             raise ArtifactError(
                 f"{path}: the layer {unknown!r} has the format {formats[unknown]!r}, which is not known here"
             )
-        prefix = "model.diffusion_model."
-        return Reading(
-            layers={n.removeprefix(prefix): FORMATS[f] for n, f in formats.items()}, notes=float_note(formats)
-        )
+        return by_name({n.removeprefix(PREFIX): FORMATS[f] for n, f in formats.items()}, float_note(formats))
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """The metadata in the header of a safetensors file, under its key."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            text = (file.metadata() or {}).get(KEY)
+        return None if text is None else {KEY: json.loads(text)}
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error

@@ -1,31 +1,27 @@
-"""What every export target answers: what it can hold, what a layer will get and why, the files, and what was read
-back."""
+"""What an export is made of: the job, the plan with a reason for every layer, and what the consumer said."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, StoredBits
-from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
+from mpqsearch.errors import UnknownNameError
 from mpqsearch.specs.targets import ROUNDINGS
 
 if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Condition, Denoiser
 
-FULL = "full"
-"""Stands for full precision where formats are named."""
+AS_PLANNED = ("exact", "kept_full_precision")
+"""Reasons of layers that get what the map asks for."""
 
 REASONS = (
-    "exact",
+    *AS_PLANNED,
     "rounded_up",
     "rounded_down",
     "resolved",
     "collapsed_channels",
-    "kept_full_precision",
     "unsupported_kind",
     "unsupported_shape",
 )
@@ -38,38 +34,6 @@ class Choice:
 
     name: str
     width: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
-    """What a target can hold.
-
-    ``widths``: bits of a weight, ascending, without full precision. ``kinds``: layer kinds as in `LayerSpec.kind`.
-    ``granularity``: ``layer`` or ``channel``. ``payload``: True when weights are written, not only a map. ``requires``:
-    the pip name of the consumer, empty when there is none. ``tested``: the version of the consumer that was run, or
-    whose source was read where ``by_consumer`` is False: such a consumer was never run on what is written here.
-    ``get``: how to get the consumer. ``inputs``: True when widths of layers' inputs are written too.
-    """
-
-    widths: tuple[int, ...]
-    kinds: tuple[str, ...]
-    granularity: str
-    payload: bool
-    requires: str = ""
-    tested: str = ""
-    by_consumer: bool = True
-    get: str = ""
-    notes: tuple[str, ...] = ()
-    inputs: bool = False
-
-    def untested(self) -> str:
-        """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is
-        none."""
-        try:
-            found = metadata.version(self.requires) if self.requires and self.by_consumer else ""
-        except metadata.PackageNotFoundError:
-            return ""
-        return "" if found.startswith(self.tested) else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +133,11 @@ class Verification:
             lines[0] += (
                 f"; {self.stored_bytes} bytes of {self.promised_bytes} promised, and {self.header_bytes} of headers"
             )
-        lines += [
-            f"  {e.layer}: asked {e.asked}, planned {e.planned_choice or e.planned} ({e.reason}), got {e.got_text}. {e.problem}".rstrip()
-            for e in self.entries
-            if not e.ok
-        ]
+        for e in self.entries:
+            if not e.ok:
+                planned = e.planned_choice or e.planned
+                text = f"  {e.layer}: asked {e.asked}, planned {planned} ({e.reason}), got {e.got_text}. {e.problem}"
+                lines.append(text.rstrip())
         return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
 
     def to_data(self) -> dict[str, Any]:
@@ -211,84 +175,32 @@ class ExportJob:
             raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
         self.bit_map.validate(self.table)
 
-
-@runtime_checkable
-class Exporter(Protocol):
-    """One target. ``write`` returns the files; ``verify`` reads them with the consumer itself."""
-
-    name: str
-
-    def capabilities(self) -> Capabilities:
-        """What the target can hold."""
-        ...
-
-    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
-        """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at
-        full precision."""
-        ...
-
-    def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
-        """What the layer takes in the target's own file; None stands for full precision."""
-        ...
-
-    def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """One entry per layer, in the order of the table. Raises `ConfigError` for a width refused by
-        ``rounding="error"``."""
-        ...
-
-    def write(self, folder: Path, job: ExportJob) -> list[Path]:
-        """Write the export into ``folder``; a reader sees all of it or none."""
-        ...
-
-    def verify(self, folder: Path) -> Verification:
-        """Load ``folder`` with the consumer and read back what it holds."""
-        ...
-
-
-EXPORTERS: dict[str, Callable[[], Exporter]] = {}
-"""Target name to a function that makes its exporter; add to it with `register`."""
-
-
-def register(name: str, make: Callable[[], Exporter]) -> None:
-    """Add a target. Raises `ConfigError` when the name is taken."""
-    if name in EXPORTERS:
-        raise ConfigError(f"the export target {name!r} is registered already")
-    EXPORTERS[name] = make
-
-
-def get_exporter(name: str) -> Exporter:
-    """The exporter of a target. Raises `UnknownNameError`, listing the known ones, for any other name."""
-    if name not in EXPORTERS:
-        raise UnknownNameError("export target", name, EXPORTERS)
-    return EXPORTERS[name]()
-
-
-def lost_inputs(exporter: Exporter, bit_map: BitMap) -> dict[str, int]:
-    """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs; empty where it
-    does."""
-    if exporter.capabilities().inputs:
-        return {}
-    return {n: bits for n, bits in bit_map.activations.items() if bits != FULL_PRECISION}
+    @property
+    def model(self) -> Denoiser:
+        """The denoiser, for targets whose `Target.write` has made sure that there is one."""
+        assert self.denoiser is not None
+        return self.denoiser
 
 
 def plan_table(plan: Iterable[PlanEntry], lost: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
     """The plan as flat rows: layer, asked, will_get (``full`` for full precision), reason, detail.
 
-    ``lost`` of `lost_inputs` are the widths of inputs that the target does not take; the details of their layers say
-    so.
+    ``lost`` of `Target.lost_inputs` are the widths of inputs that the target does not take; the details of their layers
+    say so.
     """
     lost = lost or {}
-    said = {
-        n: f"its input, at {bits} bits in the map, is not quantized by what is written." for n, bits in lost.items()
-    }
     shown = {None: "per channel", FULL_PRECISION: "full"}
-    return [
-        {
-            "layer": e.layer,
-            "asked": e.asked_text,
-            "will_get": shown.get(e.will_get, str(e.will_get)),
-            "reason": e.reason,
-            "detail": " ".join(filter(None, (e.detail, said.get(e.layer, "")))),
-        }
-        for e in plan
-    ]
+    rows = []
+    for e in plan:
+        bits = lost.get(e.layer)
+        inputs = f"its input, at {bits} bits in the map, is not quantized by what is written." if bits else ""
+        rows.append(
+            {
+                "layer": e.layer,
+                "asked": e.asked_text,
+                "will_get": shown.get(e.will_get, str(e.will_get)),
+                "reason": e.reason,
+                "detail": " ".join(filter(None, (e.detail, inputs))),
+            }
+        )
+    return rows

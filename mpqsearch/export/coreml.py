@@ -8,21 +8,23 @@ palettized on any system; a converted model runs on Apple's only. A palette of h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, PlanEntry
-from mpqsearch.export.reading import Reading
-from mpqsearch.export.recipes import RecipeTarget
-from mpqsearch.export.target import int_choices
+from mpqsearch.export.reading import Reading, json_at, number_of_bits, pattern_of
+from mpqsearch.export.target import AppliedTarget, int_choices
 
 if TYPE_CHECKING:
     from torch import nn
 
 _LUT = "_COREML_/weight/lut"
+PALETTIZED = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+"""Kinds that coremltools palettizes."""
 
 
-class CoreMLExporter(RecipeTarget):
+class CoreMLTarget(AppliedTarget):
     """``coreml_config.json``: for ``PostTrainingPalettizerConfig.from_dict``."""
 
     name = "coreml"
@@ -50,12 +52,25 @@ class CoreMLExporter(RecipeTarget):
         names = {e.layer: {"n_bits": e.will_get, "granularity": "per_tensor"} if e.choice else None for e in plan}
         return {"module_name_configs": names}
 
-    def reading(self, recipe: Any) -> Reading | None:
-        """``n_bits`` by layer; null is full precision."""
-        names = recipe.get("module_name_configs")
-        if not isinstance(names, Mapping):
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """The first of ``module_name_configs`` that fits a whole name (they are expressions), else
+        ``module_type_configs`` by kind, else ``global_config``."""
+        data = json_at(path, self.file)
+        keys = {"module_name_configs", "module_type_configs", "global_config"}
+        if not isinstance(data, Mapping) or not keys & set(data):
             return None
-        return Reading(layers={n: FULL_PRECISION if v is None else int(v["n_bits"]) for n, v in names.items()})
+        named = data.get("module_name_configs") or {}
+        patterns = {n: pattern_of(n, str(path)) for n in named}
+        types, default = data.get("module_type_configs") or {}, _bits(data.get("global_config"))
+        widths = {}
+        for layer in table:
+            if layer.kind in PALETTIZED:
+                key = next((n for n, p in patterns.items() if p.fullmatch(layer.name)), None)
+                of_kind = _bits(types[layer.kind]) if layer.kind in types else default
+                widths[layer.name] = of_kind if key is None else _bits(named[key])
+        coded = (n for n in patterns if _bits(named[n]) != FULL_PRECISION)
+        unmatched = tuple(n for n in coded if not any(patterns[n].fullmatch(layer.name) for layer in table))
+        return Reading(widths=widths, names=unmatched)
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Palettize and measure each palette."""
@@ -65,12 +80,18 @@ class CoreMLExporter(RecipeTarget):
 
         logging.getLogger("coremltools").setLevel(logging.ERROR)
         config = PostTrainingPalettizerConfig.from_dict(recipe)
-        made = PostTrainingPalettizer(module, config).compress(num_kmeans_workers=1)
+        result = PostTrainingPalettizer(module, config).compress(num_kmeans_workers=1)
         widths, weights = {}, {}
-        for name, layer in made.named_modules():
-            table = dict(layer.named_buffers(recurse=False)).get(_LUT)
-            if table is None:
-                continue
-            widths[name] = (table.numel() - 1).bit_length()
-            weights[name] = layer.weight.flatten()[None]
-        return {n: w for n, w in widths.items() if w < FULL_PRECISION}, weights
+        for name, layer in result.named_modules():
+            palette = dict(layer.named_buffers(recurse=False)).get(_LUT)
+            bits = FULL_PRECISION if palette is None else (palette.numel() - 1).bit_length()
+            if bits < FULL_PRECISION:
+                widths[name], weights[name] = bits, layer.weight.flatten()[None]
+        return widths, weights
+
+
+def _bits(config: Mapping[str, Any] | None) -> int:
+    """Width of one entry: coremltools takes 4 where it says nothing; null is full precision."""
+    if config is None or ("n_bits" in config and config["n_bits"] is None):
+        return FULL_PRECISION
+    return number_of_bits(config.get("n_bits", 4))

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import Reading, bits_of
-from mpqsearch.export.target import CHECK, ConsumerTarget, write_config
+from mpqsearch.export.reading import PREFIX, Reading, bits_of, by_name
+from mpqsearch.export.target import CHECK, Target, write_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,14 +49,13 @@ TYPES: dict[str, tuple[int, int, int]] = {
 width first."""
 
 
-class GgufExporter(ConsumerTarget):
+class GgufTarget(Target):
     """``diffusion_model.gguf``: ``Model.from_single_file(file, quantization_config=GGUFQuantizationConfig(...))`` loads
     it."""
 
     name = "gguf"
     requires = "gguf"
     imports = ("gguf", "libgguf")
-    kinds = ("Linear",)
     limits = "rows of a multiple of 32 weights (256 for K types)"
     tested = "0.19.0"
     get = "pip install gguf libgguf"
@@ -81,7 +80,7 @@ class GgufExporter(ConsumerTarget):
         blocks = layer.n_weights // block
         return coded_bits(layer, Fraction(width), other=blocks * (8 * size - width * block))
 
-    def read(self, path: Path) -> Reading | None:
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
         """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its
         codes."""
         files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
@@ -98,27 +97,21 @@ class GgufExporter(ConsumerTarget):
         except ValueError as error:
             raise ArtifactError(f"{files[0]} is damaged or no GGUF file: {error}") from error
         types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
-        prefix = "model.diffusion_model."
-        return Reading(
-            layers={
-                n.removeprefix(prefix): TYPES[t][0] if t in TYPES else _other_width(n, t) for n, t in types.items()
-            },
-            notes=("a type's blocks and scales are not taken over, its width is",),
-        )
+        widths = {n.removeprefix(PREFIX): _width(n, t) for n, t in types.items()}
+        return by_name(widths, ("a type's blocks and scales are not taken over, its width is",))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
         import gguf
         import torch
 
-        from mpqsearch.export.check import copy_of, write_check
+        from mpqsearch.export.check import write_check
 
-        assert job.denoiser is not None
-        module = copy_of(job)
+        module = job.model.module
         layers = {e.layer: e for e in plan}
         modules: dict[str, Any] = dict(module.named_modules())
         with atomic_path(folder / FILE) as temporary:
-            writer = gguf.GGUFWriter(temporary, architecture(job.denoiser.module))
+            writer = gguf.GGUFWriter(temporary, architecture(module))
             writer.add_string("mpqsearch.bit_map", job.bit_map.digest)
             writer.add_array("mpqsearch.layers", list(layers) or [""])
             writer.add_array("mpqsearch.types", [e.choice or "F16" for e in plan] or [""])
@@ -141,8 +134,8 @@ class GgufExporter(ConsumerTarget):
             writer.write_tensors_to_file()
             writer.close()
         with torch.no_grad():
-            check = write_check(folder / CHECK, job.denoiser.with_module(module), job.cond)
-        return [folder / FILE, *write_config(folder, job.denoiser.module), *check]
+            check = write_check(folder / CHECK, job.model, job.cond)
+        return [folder / FILE, *write_config(folder, module), *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the file with diffusers and read the type of every weight."""
@@ -154,13 +147,12 @@ class GgufExporter(ConsumerTarget):
         from mpqsearch.export.check import forward_error, libraries, planned_layers
 
         module = load_with_diffusers(folder, module)
-        planned = planned_layers(folder)
         choices: dict[str, str] = {}
         for name, layer in module.named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, GGUFParameter):
                 choices[name] = gguf.GGMLQuantizationType(weight.quant_type).name
-        widths = {name: TYPES[choices[name]][0] if name in choices else FULL_PRECISION for name in {*choices, *planned}}
+        widths = {name: TYPES[choice][0] for name, choice in choices.items()}
         stored, expected = set(load_gguf_checkpoint(str(folder / FILE))), set(module.state_dict())
         problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(expected - stored)]
         problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(stored - expected)]
@@ -168,7 +160,7 @@ class GgufExporter(ConsumerTarget):
         with torch.no_grad():
             error = forward_error(folder, module)
         return {
-            "widths": widths,
+            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
             "choices": choices,
             "problems": problems,
             "forward_error": error,
@@ -177,17 +169,15 @@ class GgufExporter(ConsumerTarget):
             "header_bytes": (folder / FILE).stat().st_size - size,
         }
 
-    def install_line(self) -> str:
-        """Both libraries are needed."""
-        return f"{', '.join(self.missing())} is not installed. Run: pip install gguf libgguf"
-
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the type makes of a weight."""
         return dequantize(quantize(weight, choice.name), choice.name)
 
 
-def _other_width(name: str, kind: str) -> int:
-    """Width of a type that is not written here: a float, or a number behind its first letters."""
+def _width(name: str, kind: str) -> int:
+    """Width of a type: of its codes, of a float, or a number behind its first letters."""
+    if kind in TYPES:
+        return TYPES[kind][0]
     if kind in ("F64", "F32", "F16", "BF16"):
         return FULL_PRECISION
     try:

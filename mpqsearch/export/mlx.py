@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpqsearch.artifacts import atomic_path
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import Reading, Rule, json_at
-from mpqsearch.export.target import CHECK, CONFIG, ConsumerTarget, int_choices, write_config
+from mpqsearch.export.reading import Reading, json_at, number_of_bits
+from mpqsearch.export.target import CHECK, CONFIG, Target, int_choices, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,14 +32,13 @@ if TYPE_CHECKING:
 FILE = "model.safetensors"
 
 
-class MlxExporter(ConsumerTarget):
+class MlxTarget(Target):
     """``model.safetensors`` and ``config.json``: ``nn.quantize(model, class_predicate=...)``, then
     ``model.load_weights``."""
 
     name = "mlx"
     requires = "mlx"
     imports = ("mlx",)
-    kinds = ("Linear",)
     tested = "0.32.4"
     get = "pip install 'mlx[cpu]'"
     limits = "rows of a multiple of 32 weights"
@@ -58,29 +56,31 @@ class MlxExporter(ConsumerTarget):
         groups = scale_count(layer, group_size(layer.weights_per_channel))
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32)
 
-    def read(self, path: Path) -> Reading | None:
-        """``quantization`` of ``config.json``: settings or false by name, else ``bits`` for linear layers whose rows
-        MLX can group."""
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """``quantization`` of ``config.json`` as mlx-lm has it: settings or false by name, else ``bits`` for linear
+        layers whose rows the group size divides."""
         data = json_at(path, CONFIG)
         settings = data.get("quantization") if isinstance(data, Mapping) else None
         if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= set(settings):
             return None
-        base = int(settings["bits"])
-        layers = {n: int(v.get("bits", base)) for n, v in settings.items() if isinstance(v, Mapping)}
-        layers |= dict.fromkeys([n for n, v in settings.items() if v is False], FULL_PRECISION)
-        return Reading(layers=layers, rules=(Rule(width=base, kinds=self.kinds),))
+        base, group = number_of_bits(settings["bits"]), int(settings["group_size"])
+        named = {n: v for n, v in settings.items() if isinstance(v, Mapping) or v is False or v is True}
+        widths = {}
+        for layer in table:
+            own = named.get(layer.name, layer.kind == "Linear" and layer.weights_per_channel % group == 0)
+            bits = number_of_bits(own.get("bits", base)) if isinstance(own, Mapping) else base
+            widths[layer.name] = bits if own is not False else FULL_PRECISION
+        return Reading(widths=widths, names=tuple(n for n, v in named.items() if v is not False))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights, ``config.json``, and inputs and outputs of every quantized layer for the check."""
         import torch
-        from safetensors.torch import save_file
 
-        from mpqsearch.export.check import our_rows, own_tensors
+        from mpqsearch.export.check import our_rows, save_tensors
 
-        assert job.denoiser is not None
         smoothed = [e.layer for e in plan if e.choice and job.bit_map.format_of(e.layer).smooth]
-        rows = our_rows(job, plan, affine=bool(smoothed))
-        state = own_tensors(job.denoiser.module.state_dict())
+        rows = our_rows(job, plan, asymmetric=bool(smoothed))
+        state = dict(job.model.module.state_dict())
         check: dict[str, Any] = {}
         settings: dict[str, Any] = {"group_size": 64, "bits": 4}
         generator = torch.Generator().manual_seed(0)
@@ -97,11 +97,9 @@ class MlxExporter(ConsumerTarget):
             x = torch.randn(4, fan_in, generator=generator)
             check |= {f"x.{name}": x, f"y.{name}": x @ ours.rows().T}
         settings |= {e.layer: False for e in plan if not e.choice}
-        with atomic_path(folder / FILE) as temporary:
-            save_file(state, temporary, {"format": "mlx", "mpqsearch.bit_map": job.bit_map.digest})
-        with atomic_path(folder / CHECK) as temporary:
-            save_file(check, temporary)
-        return [folder / FILE, folder / CHECK, *write_config(folder, job.denoiser.module, {"quantization": settings})]
+        save_tensors(folder / FILE, state, {"format": "mlx", "mpqsearch.bit_map": job.bit_map.digest})
+        save_tensors(folder / CHECK, check)
+        return [folder / FILE, folder / CHECK, *write_config(folder, job.model.module, {"quantization": settings})]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Fill MLX layers from the files, read their bits, and run each on the inputs of the check."""

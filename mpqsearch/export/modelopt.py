@@ -8,21 +8,23 @@ under ``quant_cfg`` to ``modelopt.torch.quantization.quantize``; later entries w
 from __future__ import annotations
 
 import fnmatch
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
+from mpqsearch.errors import ArtifactError
 from mpqsearch.export.contract import Choice, PlanEntry
-from mpqsearch.export.reading import Reading, Rule
-from mpqsearch.export.recipes import RecipeTarget
-from mpqsearch.export.target import int_choices
+from mpqsearch.export.reading import Reading, json_at, number_of_bits
+from mpqsearch.export.target import AppliedTarget, int_choices
 
 if TYPE_CHECKING:
     from torch import nn
 
+_END = ".weight_quantizer"
 
-class ModelOptExporter(RecipeTarget):
+
+class ModelOptTarget(AppliedTarget):
     """``modelopt_config.json``."""
 
     name = "modelopt"
@@ -44,40 +46,22 @@ class ModelOptExporter(RecipeTarget):
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """The list form of ``quant_cfg``: everything off, then one entry a layer."""
         entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-        entries += [
-            {
-                "quantizer_name": f"{e.layer}.weight_quantizer",
-                "cfg": {"num_bits": e.will_get, "axis": 0},
-                "enable": True,
-            }
-            for e in plan
-            if e.choice
-        ]
+        for e in plan:
+            if e.choice:
+                cfg = {"num_bits": e.will_get, "axis": 0}
+                entries.append({"quantizer_name": e.layer + _END, "cfg": cfg, "enable": True})
         return {"quant_cfg": entries, "algorithm": "max"}
 
-    def reading(self, recipe: Any) -> Reading | None:
-        """Exact names and wildcards of weight quantizers, later ones first; both the list and the older mapping."""
-        entries = recipe.get("quant_cfg")
-        if isinstance(entries, Mapping):
-            entries = [
-                {"quantizer_name": n, "cfg": c, "enable": c.get("enable", True)}
-                for n, c in entries.items()
-                if isinstance(c, Mapping)
-            ]
-        if not isinstance(entries, list):
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """``quant_cfg`` as ModelOpt applies it: entries in order, later ones win, each to the weight quantizers whose
+        name its wildcard fits and whose layer is of its ``parent_class``; none of them leaves 8 bits."""
+        recipe = json_at(path, self.file)
+        if not isinstance(recipe, Mapping) or not isinstance(recipe.get("quant_cfg"), Mapping | list):
             return None
-        said = [(str(e["quantizer_name"]), _bits(e)) for e in reversed(entries)]
-        exact = [
-            n.removesuffix(".weight_quantizer") for n, _ in said if n.endswith(".weight_quantizer") and "*" not in n
-        ]
-        layers = {stem: next(w for n, w in said if fnmatch.fnmatch(f"{stem}.weight_quantizer", n)) for stem in exact}
-        globs = [
-            (re.sub(r"\.?weight_quantizer$", "", n) or "*", w)
-            for n, w in said
-            if "*" in n and n.endswith(("weight_quantizer", "*"))
-        ]
-        rules = [Rule(width=w, pattern=fnmatch.translate(n)) for n, w in globs]
-        return Reading(layers=layers, rules=tuple(rules))
+        entries = list(_entries(recipe["quant_cfg"]))
+        widths = {layer.name: _width(layer, entries) for layer in table}
+        exact = (e["quantizer_name"] for e in entries if not set(e["quantizer_name"]) & set("*?["))
+        return Reading(widths=widths, names=tuple(n.removesuffix(_END) for n in exact if n.endswith(_END)))
 
     def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         """Quantize and ask every weight quantizer."""
@@ -93,9 +77,44 @@ class ModelOptExporter(RecipeTarget):
         return widths, weights
 
 
-def _bits(entry: Mapping[str, Any]) -> int:
-    """Width of one entry: a number, or exponent and mantissa of a float; 16 when it switches a quantizer off."""
-    bits = (entry.get("cfg") or {}).get("num_bits", FULL_PRECISION)
-    if not entry.get("enable", True):
-        return FULL_PRECISION
-    return sum(bits) + 1 if isinstance(bits, list | tuple) else int(bits)
+def _entries(config: Any) -> Iterator[dict[str, Any]]:
+    """``quant_cfg`` in its one present form: the older mapping, single-key entries and ``nn.*`` scopes spelled out."""
+    if isinstance(config, Mapping):
+        config = [{key: value} for key, value in config.items()]
+    for entry in config:
+        if "quantizer_name" in entry:
+            yield {**entry, "quantizer_name": str(entry["quantizer_name"])}
+            continue
+        for key, value in entry.items():
+            scoped = value.items() if key.startswith("nn.") else [("*" if key == "default" else key, value)]
+            for name, settings in scoped:
+                cfg = settings if isinstance(settings, list) else {k: v for k, v in settings.items() if k != "enable"}
+                built: dict[str, Any] = {"quantizer_name": name, "cfg": cfg or None}
+                built |= {"enable": settings["enable"]} if "enable" in settings else {}
+                yield built | ({"parent_class": key} if key.startswith("nn.") else {})
+
+
+def _width(layer: LayerSpec, entries: Sequence[Mapping[str, Any]]) -> int:
+    """Width of a layer after all entries; a quantizer that none of them touches is on, at 8 bits."""
+    bits, enabled = 8, True
+    for entry in entries:
+        scope = entry.get("parent_class")
+        if scope is not None and scope != f"nn.{layer.kind}":
+            continue
+        if not fnmatch.fnmatch(layer.name + _END, entry["quantizer_name"]):
+            continue
+        cfg = entry.get("cfg")
+        enabled = bool(entry.get("enable", True))
+        if cfg:
+            bits = _bits(cfg[0] if isinstance(cfg, list) else cfg)
+    return bits if enabled else FULL_PRECISION
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    """Width of one setting: a number, or exponent and mantissa of a float; ModelOpt takes 8 where it says nothing."""
+    bits = config.get("num_bits", 8)
+    if isinstance(bits, list | tuple):
+        if len(bits) != 2:
+            raise ArtifactError(f"num_bits {bits!r} is neither a width nor exponent and mantissa")
+        return 1 + sum(number_of_bits(b) for b in bits)
+    return number_of_bits(bits)

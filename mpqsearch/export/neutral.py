@@ -24,8 +24,10 @@ from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
 from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, storage_from, unquantized
-from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.plan import plan_channels
 from mpqsearch.export.reading import Reading, json_at
+from mpqsearch.export.target import Target, int_choices
 
 FILE = "bitmap.json"
 
@@ -127,26 +129,20 @@ def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
     return NeutralMap(bit_map=bit_map, layers=layers, data=data)
 
 
-class NeutralExporter:
-    """The neutral bit map as an export target: it holds every map as it is."""
+class NeutralTarget(Target):
+    """The neutral bit map as an export target: it holds every map as it is, without weights."""
 
     name = "neutral"
-
-    def capabilities(self) -> Capabilities:
-        """Every width, every kind, every channel; a map without weights."""
-        return Capabilities(
-            widths=WIDTHS,
-            kinds=("*",),
-            granularity="channel",
-            payload=False,
-            notes=("a map for other tools, without weights",),
-            inputs=True,
-        )
+    kinds = ()
+    granularity = "channel"
+    holds_any_map = True
+    payload = False
+    inputs = True
+    notes = ("a map for other tools, without weights",)
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Every width, for every layer."""
-        del layer
-        return tuple(Choice(name=f"{w} bits", width=w) for w in WIDTHS)
+        return int_choices(WIDTHS, "uint{}")
 
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
         """The ideal cost: what the bit map's own accounting gives a layer at one width, in the asymmetric format."""
@@ -154,19 +150,17 @@ class NeutralExporter:
         bits = layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
         return StoredBits(payload=bits.payload, metadata=bits.metadata, unquantized=bits.unquantized)
 
-    def read(self, path: Path) -> Reading | None:
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
         """Our own map, whole."""
-        if path.is_dir():
-            path = path / FILE
+        path = path / FILE if path.is_dir() else path
         data = json_at(path)
         if not isinstance(data, Mapping) or data.get("schema") != "mpqsearch/bitmap":
             return None
-        bit_map = load_neutral(path).bit_map if "map_digest" in data["data"] else load_bit_map(path)
-        return Reading(bit_map=bit_map)
+        return Reading(bit_map=load_neutral(path).bit_map if "map_digest" in data["data"] else load_bit_map(path))
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""
-        return [_as_asked(la.name, job.bit_map) for la in job.table]
+        return plan_channels(job, self.name)
 
     def write(self, folder: Path, job: ExportJob) -> list[Path]:
         """Write ``bitmap.json``, and ``bitmap.safetensors`` when there are many channel widths."""
@@ -179,25 +173,19 @@ class NeutralExporter:
         sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
         return [path] if sidecar is None else [path, folder / sidecar["file"]]
 
-    def verify(self, folder: Path) -> Verification:
+    def verify(self, folder: Path, module: Any = None) -> Verification:
         """Read the file again with every check of `load_neutral`."""
         try:
-            read = load_neutral(folder / FILE)
+            neutral = load_neutral(folder / FILE)
         except MpqsearchError as error:
             return Verification(target=self.name, entries=(), problems=(str(error),))
-        plan = [_as_asked(la.name, read.bit_map) for la in read.layers]
-        entries = [VerifyEntry(layer=e.layer, asked=e.asked_text, planned=e.will_get, got=e.will_get) for e in plan]
+        table = LayerTable(digest=neutral.bit_map.model_digest, layers=neutral.layers)
+        plan = self.plan(ExportJob(table=table, bit_map=neutral.bit_map))
+        entries = [
+            VerifyEntry(layer=e.layer, asked=e.asked_text, planned=e.will_get, got=e.will_get, reason=e.reason)
+            for e in plan
+        ]
         return Verification(target=self.name, entries=tuple(entries))
-
-
-def _as_asked(name: str, bit_map: BitMap) -> PlanEntry:
-    widths = bit_map.weights[name]
-    return PlanEntry(
-        layer=name,
-        asked=(int(widths.min()), int(widths.max())),
-        will_get=None if widths.ndim else int(widths),
-        reason="exact",
-    )
 
 
 def _layer_extra(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> dict[str, Any]:

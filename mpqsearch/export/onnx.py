@@ -29,8 +29,9 @@ from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, stored_total, unquantized_bits
 from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry
-from mpqsearch.export.target import CHECK, ConsumerTarget, int_choices
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.plan import plan_channels
+from mpqsearch.export.target import CHECK, Target, int_choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Part:
     rows: NDArray[np.int64]
 
 
-class OnnxExporter(ConsumerTarget):
+class OnnxTarget(Target):
     """``model.onnx``; weights above 1.5 GB go into ``model.onnx.data``."""
 
     name = "onnx"
@@ -66,23 +67,11 @@ class OnnxExporter(ConsumerTarget):
     tested = "1.32.0"
     get = "pip install onnx onnxruntime onnxscript"
     kinds = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+    granularity = "channel"
     rerounds = False
     needs_config = False
     tolerance = 1e-5
     notes = ("a width for every output channel; our codes in every scheme", "stored in 2, 4 or 8 bits a code")
-
-    def capabilities(self) -> Capabilities:
-        """Every width for every output channel."""
-        return Capabilities(
-            widths=tuple(CONTAINERS),
-            kinds=self.kinds,
-            granularity="channel",
-            payload=True,
-            requires=self.requires,
-            tested=self.tested,
-            get=self.get,
-            notes=self.notes,
-        )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """1 to 8 bits; 2, 4 and 8 are stored as they are."""
@@ -94,33 +83,7 @@ class OnnxExporter(ConsumerTarget):
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked, channel by channel; kinds that it does not have at full precision."""
-        plan = []
-        for layer in job.table:
-            widths = job.bit_map.weights[layer.name]
-            asked = (int(widths.min()), int(widths.max()))
-            if asked[0] == FULL_PRECISION:
-                entry = PlanEntry(
-                    layer=layer.name,
-                    asked=asked,
-                    will_get=FULL_PRECISION,
-                    reason="kept_full_precision",
-                    detail="the map asks for full precision.",
-                )
-            elif layer.kind not in self.kinds:
-                detail = f"onnx quantizes {', '.join(self.kinds)} only; the layer stays at full precision."
-                if job.rounding == "error":
-                    raise ConfigError(f"onnx cannot hold layer {layer.name!r} ({layer.kind}): {detail}")
-                entry = PlanEntry(
-                    layer=layer.name, asked=asked, will_get=FULL_PRECISION, reason="unsupported_kind", detail=detail
-                )
-            else:
-                mixed = asked[0] != asked[1]
-                choice = "" if mixed else f"uint{asked[0]}"
-                entry = PlanEntry(
-                    layer=layer.name, asked=asked, will_get=None if mixed else asked[0], reason="exact", choice=choice
-                )
-            plan.append(entry)
-        return plan
+        return plan_channels(job, self.name, self.kinds)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Containers, scales, zero points and the order of the rows, layer by layer."""
@@ -146,16 +109,15 @@ class OnnxExporter(ConsumerTarget):
         """Trace the model, put containers in the place of its weights, and write the check."""
         import onnx
 
-        from mpqsearch.export.check import fake_quantized, our_rows, write_check
+        from mpqsearch.export.check import decode_in_place, our_rows, write_check
 
-        assert job.denoiser is not None
         for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
             if job.bit_map.format_of(name).smooth and job.table[name].groups > 1:
                 raise ConfigError(
                     f"onnx cannot hold the smoothing of the grouped layer {name!r}; use a format without smooth"
                 )
-        rows = our_rows(job, plan, affine=False)
-        expected = fake_quantized(job, rows)
+        rows = our_rows(job, plan, asymmetric=False)
+        expected = decode_in_place(job, rows)
         check = write_check(folder / CHECK, expected, job.cond)
         model = traced(expected, job.cond)
         for name, ours in rows.items():
@@ -199,7 +161,7 @@ class OnnxExporter(ConsumerTarget):
                 continue
             asked = bit_map.weights[name]
             problem, got = _compare_rows(name, held[name], bit_map.channel_widths(name, len(held[name][0])))
-            widths[name] = None if asked.ndim and not problem else got
+            widths[name] = None if asked.min() != asked.max() and not problem else got
             problems += [problem] if problem else []
         error = None
         if (folder / CHECK).is_file():
@@ -251,40 +213,32 @@ def traced(denoiser: Any, cond: Any) -> Any:
     import onnx
     import torch
 
-    if cond is None and denoiser.n_classes:
-        cond = torch.arange(2) % denoiser.n_classes
-    named: dict[str, Tensor] = (
-        {"cond": cond} if isinstance(cond, torch.Tensor) else {f"cond__{k}": v for k, v in (cond or {}).items()}
-    )
+    from mpqsearch.export.check import condition_of
+
+    given = condition_of(denoiser, cond)
+    named = {"cond": given} if isinstance(given, torch.Tensor) else {f"cond__{k}": v for k, v in (given or {}).items()}
 
     class Call(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.u = denoiser.module
 
-        def forward(self, x: Tensor, t: Tensor, *values: Tensor) -> Tensor:
-            given: Any = None
-            if isinstance(cond, torch.Tensor):
-                given = values[0]
-            elif cond is not None:
-                given = dict(zip(cond, values, strict=True))
-            result: Tensor = denoiser.with_module(self.u).denoise(x, t, given)
+        def forward(self, x: Tensor, t: Tensor, values: list[Tensor]) -> Tensor:
+            cond: Any = values[0] if isinstance(given, torch.Tensor) else dict(zip(given or (), values, strict=True))
+            result: Tensor = denoiser.with_module(self.u).denoise(x, t, cond if values else None)
             return result
 
-    x, t = torch.zeros(2, *denoiser.sample_shape), torch.tensor([10, 500])
-    inputs = (x, t, *named.values())
     batch = torch.export.Dim("batch")
-    shapes = ({0: batch}, {0: batch}, tuple({0: batch} for _ in named))
     program = torch.onnx.export(
         Call().eval(),
-        inputs,
+        (torch.zeros(2, *denoiser.sample_shape), torch.tensor([10, 500]), list(named.values())),
         input_names=["x", "t", *named],
         output_names=["y"],
         dynamo=True,
         optimize=False,
         verbose=False,
         opset_version=20,
-        dynamic_shapes=shapes,
+        dynamic_shapes=({0: batch}, {0: batch}, [{0: batch} for _ in named]),
     )
     model: Any = program.model_proto  # type: ignore[union-attr]
     model = onnx.version_converter.convert_version(model, OPSET)

@@ -1,19 +1,18 @@
-"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by channel, and back into a diffusers model, bit for
-bit.
+"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by output channel, and back into a diffusers model,
+bit for bit.
 
-``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, rows of that
-width in order), the half-precision scales with one exponent a layer, zero points, widths, smoothing factors and rows at
-full precision; every other tensor of the model is stored as it is. ``packed.json`` names the model, the map's digest
-and the SHA-256 of every layer's tensors; the map is beside it in ``bitmap.json``. Layers are written and read one after
-another, so that no more than one of them is in memory beside the model.
+``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, channels of that
+width in order), the half-precision scales with one exponent a layer, zero points, widths, smoothing factors and
+channels at full precision; every other tensor of the model is stored as it is. ``packed.json`` names the model, the
+map's digest and the SHA-256 of every tensor. Layers are quantized one after another, so that of the quantized model
+no more than its packed form is in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,29 +20,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import atomic_write, read_json, save_bit_map, write_json
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
+from mpqsearch.artifacts import read_json, save_bit_map, write_json
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, stored_total
+from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
-from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
+from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.plan import plan_channels
+from mpqsearch.export.target import CHECK, Target, int_choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mpqsearch.quant import QuantizedRows
+    from mpqsearch.quant import QuantizedModel, QuantizedRows
 
 FILE, HEADER, MAP = "packed.safetensors", "packed.json", "bitmap.json"
 _SCHEMA = "mpqsearch/packed"
-_TYPES = {
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "bool": "BOOL",
-}
-_TYPES |= {"bfloat16": "BF16", "float64": "F64"}
+_MARK = ".packed."
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -51,14 +44,91 @@ BLOCK = 1 << 18
 """Weights that are decoded at a time: their temporaries stay in the cache."""
 
 
+class PackedTarget(Target):
+    """The packed checkpoint as an export target: every map as it is; ``load_quantized(folder)`` gives the model."""
+
+    name = "packed"
+    kinds = ()
+    granularity = "channel"
+    holds_any_map = True
+    rerounds = False
+    needs_config = False
+    tolerance = 0.0
+    notes = ("our codes in every scheme, densely packed; mpqsearch itself loads it",)
+
+    def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
+        """Every width, for every layer."""
+        return int_choices(WIDTHS, "uint{}")
+
+    def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
+        """Dense codes, and a width, a half-precision scale and a 16-bit zero point a channel."""
+        return layer_bits(layer, np.full(layer.n_channels, choice.width, dtype=np.uint8), smooth=False)
+
+    def plan(self, job: ExportJob) -> list[PlanEntry]:
+        """Every layer as asked."""
+        return plan_channels(job, self.name)
+
+    def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
+        """Layer by layer, with the widths of the channels and the smoothing factors."""
+        layers = {}
+        for e in plan:
+            layer, widths = job.table[e.layer], job.bit_map.channel_widths(e.layer, job.table[e.layer].n_channels)
+            smooth = job.bit_map.format_of(e.layer).smooth
+            full = e.will_get == FULL_PRECISION
+            layers[e.layer] = self.cost(layer, None) if full else layer_bits(layer, widths, smooth=smooth)
+        return stored_total(job.table, layers, self.kept_bits)
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """The checkpoint and the check."""
+        from mpqsearch.export.check import decode_in_place, each_quantized, write_check
+
+        def rows() -> Iterator[tuple[str, QuantizedRows]]:
+            for layer, quantized in each_quantized(job, plan, asymmetric=False):
+                yield layer.name, quantized
+                decode_in_place(job, {layer.name: quantized})
+
+        paths = write_packed(folder, job.model.module, job.table, rows(), job.bit_map.digest, job.inputs)
+        return [*paths, *write_check(folder / CHECK, job.model, job.cond)]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """Load the checkpoint, and read the width of every channel from it."""
+        from safetensors import safe_open
+
+        from mpqsearch.export.check import forward_error, libraries, planned_layers, stored_size
+
+        model = load_quantized(folder)
+        widths: dict[str, int | None] = dict.fromkeys(planned_layers(folder), FULL_PRECISION)
+        with safe_open(folder / FILE, framework="np") as stored:
+            for key in (k for k in stored.keys() if k.endswith(f"{_MARK}bits")):  # noqa: SIM118 - not a mapping
+                bits = stored.get_tensor(key)
+                widths[key.removesuffix(f"{_MARK}bits")] = int(bits[0]) if bool((bits == bits[0]).all()) else None
+        return {
+            "widths": widths,
+            "forward_error": forward_error(folder, model),
+            "versions": libraries(),
+            **stored_size(folder / FILE),
+        }
+
+
+def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], *, smooth: bool) -> StoredBits:
+    """Stored bits of one layer with one width a channel."""
+    n, fan_in = layer.n_channels, layer.weights_per_channel
+    counts = {int(w): int((widths == w).sum()) for w in np.unique(widths)}
+    full = counts.pop(FULL_PRECISION, 0)
+    codes = sum(8 * packed_size(count * fan_in, width) for width, count in counts.items())
+    factors = 32 * layer.groups * fan_in if smooth else 0
+    return StoredBits(payload=codes, metadata=n * (8 + 16 + 16) + 32 + factors, unquantized=32 * full * fan_in)
+
+
 def pack_layer(rows: QuantizedRows) -> Arrays:
     """The arrays that hold one layer: see `unpack_layer`, its inverse."""
-    bits = rows.quantizer.bits.numpy()
-    codes, scale, zero = rows.codes.numpy(), rows.quantizer.scale.numpy(), rows.quantizer.zero.numpy()
+    bits, codes, scale, zero = (
+        x.cpu().numpy() for x in (rows.quantizer.bits, rows.codes, rows.quantizer.scale, rows.quantizer.zero)
+    )
     exponent = 2.0 ** (np.floor(np.log2(scale.max())) - 15) if len(scale) else 1.0
     half = (scale / np.float32(exponent)).astype(np.float16)
     if not np.array_equal(half.astype(np.float32) * np.float32(exponent), scale):
-        half, exponent = scale, 1.0  # rows that kept a scale of another origin: single precision, still exact
+        half, exponent = scale, 1.0  # scales of another origin: single precision, still exact
     arrays: Arrays = {
         "bits": bits.astype(np.uint8),
         "scale": half,
@@ -68,9 +138,9 @@ def pack_layer(rows: QuantizedRows) -> Arrays:
     for width in np.unique(bits[bits != FULL_PRECISION]):
         arrays[f"codes.{int(width)}"] = pack_bits(codes[bits == width], int(width))
     if rows.factor is not None:
-        arrays["factor"] = rows.factor.numpy()
+        arrays["factor"] = rows.factor.cpu().numpy()
     if rows.full_rows is not None:
-        arrays["full_rows"] = rows.full_rows.numpy()
+        arrays["full_rows"] = rows.full_rows.cpu().numpy()
     return arrays
 
 
@@ -92,13 +162,11 @@ def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor
     step = max(1, BLOCK // fan_in)
     for width in np.unique(bits[bits != FULL_PRECISION]):
         rows = torch.from_numpy(np.flatnonzero(bits == width))
-        codes = torch.from_numpy(unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)).view(
-            -1, fan_in
-        )
+        stream = unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)
+        codes = torch.from_numpy(stream).view(-1, fan_in)
         for start in range(0, len(rows), step):  # what `mpqsearch.quant.decode` does, in blocks that stay in the cache
             part = rows[start : start + step]
-            block = codes[start : start + step].float()
-            out[part] = block.sub_(zero[part, None]).mul_(scale[part, None])
+            out[part] = codes[start : start + step].float().sub_(zero[part, None]).mul_(scale[part, None])
     if "factor" in arrays:
         out /= torch.from_numpy(arrays["factor"]).repeat_interleave(n // len(arrays["factor"]), dim=0)
     if "full_rows" in arrays:
@@ -107,104 +175,58 @@ def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor
 
 
 def save_quantized(
+    folder: str | Path, model: QuantizedModel, table: LayerTable, inputs: Mapping[str, str] | None = None
+) -> list[Path]:
+    """Write a quantized model as a packed checkpoint with its bit map, biases and all as they are in ``model.module``.
+
+    Quantizers of layers' inputs are not part of it. Raises `LayerMismatchError` when the map is for another model,
+    `ConfigError` for a module without a diffusers configuration.
+    """
+    folder = Path(folder)
+    model.bit_map.validate(table)
+    paths = write_packed(folder, model.module, table, model.rows.items(), model.bit_map.digest, inputs or {})
+    save_bit_map(folder / MAP, model.bit_map, dict(inputs or {}))
+    return [*paths, *(p for p in (folder / MAP, (folder / MAP).with_suffix(".safetensors")) if p.is_file())]
+
+
+def write_packed(
     folder: Path,
     module: nn.Module,
     table: LayerTable,
-    bit_map: BitMap,
-    *,
-    input_max: Mapping[str, Any] | None = None,
-    moments: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
+    layers: Iterable[tuple[str, QuantizedRows]],
+    map_digest: str,
+    inputs: Mapping[str, str],
 ) -> list[Path]:
-    """Quantize ``module`` layer by layer and write the packed checkpoint; a reader sees all of it or none.
-
-    ``input_max`` is needed by smoothed formats, ``moments`` by GPTQ rounding.
-    Raises `LayerMismatchError` when the map is for another model, `ConfigError` for a
-    module without a diffusers configuration.
-    """
+    """Write ``packed.safetensors`` and ``packed.json``: ``layers`` packed, all else from ``module``."""
     import torch
 
-    from mpqsearch.quant import quantize_weight
-    from mpqsearch.quant.apply import check_moments, moment_of
+    from mpqsearch.export.check import save_tensors
 
-    bit_map.validate(table)
-    check_moments(bit_map, moments)
     to_text = getattr(module, "to_json_string", None)
     if to_text is None:
         raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
-    modules: dict[str, Any] = dict(module.named_modules())
-    quantized = {la.name: la for la in table if int(bit_map.weights[la.name].min()) != FULL_PRECISION}
-    digests: dict[str, str] = {}
-
-    def parts() -> Iterator[tuple[str, Arrays]]:
-        with torch.no_grad():
-            for name, layer in quantized.items():
-                if name not in modules:
-                    raise LayerMismatchError(f"the model has no module {name!r}, which the layer table names")
-                widths = torch.from_numpy(bit_map.channel_widths(name, layer.n_channels).copy())
-                peaks = (input_max or {}).get(name)
-                found = None if peaks is None else torch.as_tensor(peaks)
-                weight: Tensor = modules[name].weight
-                yield (
-                    name,
-                    pack_layer(
-                        quantize_weight(
-                            weight, layer, widths, bit_map.format_of(name), found, moment_of(name, moments, None)
-                        )
-                    ),
-                )
-
-    state = {
-        k: v
-        for k, v in module.state_dict().items()
-        if k.removesuffix(".weight") not in quantized or not k.endswith(".weight")
-    }
-    with atomic_write(folder / FILE) as handle:
-        entries, offset = {}, 0
-        sizes = _layout(state, quantized, bit_map)
-        for key, (dtype, shape, size) in sizes.items():
-            entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps({"__metadata__": {"format": "mpqsearch.packed"}, **entries}).encode()
-        text += b" " * (-len(text) % 8)
-        handle.write(struct.pack("<Q", len(text)) + text)
-        own: dict[str, list[str]] = {name: [] for name in quantized}
-        for key in sorted(k for k in sizes if ".packed." in k):
-            own[key.split(".packed.")[0]].append(key)
-        for key, tensor in state.items():
-            raw = _raw(tensor)
-            digests[key] = hashlib.sha256(raw.data).hexdigest()
-            handle.write(raw)
-        for name, arrays in parts():
-            total = hashlib.sha256()
-            for key in own[name]:
-                raw = np.ascontiguousarray(arrays[key.removeprefix(f"{name}.packed.")]).reshape(-1).view(np.uint8)
-                if len(raw) != sizes[key][2]:
-                    raise ConfigError(f"layer {name!r}: {key} takes {len(raw)} bytes, {sizes[key][2]} were laid out")
-                total.update(raw.data)
-                handle.write(raw)
-            digests[name] = total.hexdigest()
-    data = {
-        "model": table.to_data(),
-        "config": json.loads(to_text()),
-        "map_digest": bit_map.digest,
-        "digests": digests,
-    }
-    save_bit_map(folder / MAP, bit_map, dict(inputs or {}))
-    write_json(folder / HEADER, _SCHEMA, data, dict(inputs or {}))
-    return [
-        p
-        for p in (folder / FILE, folder / MAP, (folder / MAP).with_suffix(".safetensors"), folder / HEADER)
-        if p.is_file()
-    ]
+    config = json.loads(to_text())
+    tensors: dict[str, Tensor] = {}
+    packed = set()
+    for name, rows in layers:
+        packed.add(f"{name}.weight")
+        tensors |= {f"{name}{_MARK}{key}": torch.from_numpy(array) for key, array in pack_layer(rows).items()}
+    ours = [f"{n}." for n, m in module.named_modules() if type(m).__module__.startswith("mpqsearch.quant")]
+    plain = {k: v for k, v in module.state_dict().items() if k not in packed and not k.startswith(tuple(ours))}
+    tensors |= plain
+    (folder / HEADER).unlink(missing_ok=True)
+    save_tensors(folder / FILE, tensors, {"format": "mpqsearch.packed"})
+    digests = {key: _digest(tensor.cpu()) for key, tensor in tensors.items()}
+    data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "digests": digests}
+    write_json(folder / HEADER, _SCHEMA, data, dict(inputs))
+    return [folder / FILE, folder / HEADER]
 
 
 def load_quantized(path: str | Path) -> nn.Module:
     """The diffusers model of a packed checkpoint, with the weights of the fake-quantized forward, bit for bit.
 
-    Raises `ArtifactError`, naming the layer, when a tensor is missing, cut off or altered.
+    Raises `ArtifactError`, naming the tensor, when one is missing or altered, and when the file is cut off.
     """
-    import diffusers
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -212,134 +234,70 @@ def load_quantized(path: str | Path) -> nn.Module:
 
     folder = Path(path)
     data = read_json(folder / HEADER, _SCHEMA).data
-    table = LayerTable.from_data(data["model"])
-    maker: Any = getattr(diffusers, str(data["config"].get("_class_name")), None)
-    if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
-        raise ArtifactError(
-            f"{folder / HEADER} names {data['config'].get('_class_name')!r}, which is no model of diffusers"
-        )
-    build: Any = maker  # diffusers has no types to say that it has from_config
-    with _without_filling():
-        module: Any = build.from_config(data["config"]).eval().requires_grad_(False)
-    target, parameters = module.state_dict(), dict(module.named_parameters(remove_duplicate=False))
-    file = folder / FILE
+    file, table = folder / FILE, LayerTable.from_data(data["model"])
+    with _without_initial_values():
+        module: Any = _model_class(data["config"], str(folder / HEADER)).from_config(data["config"])
+    target = module.eval().requires_grad_(False).state_dict()
+    parts: dict[str, list[str]] = {}
+    for key in data["digests"]:
+        parts.setdefault(f"{key.split(_MARK)[0]}.weight" if _MARK in key else key, []).append(key)
+    lost = sorted(set(target) - set(parts))
+    if lost:
+        raise ArtifactError(f"{file} holds nothing for {lost[0]!r}, which {data['config']['_class_name']} has")
     try:
-        stored: Any = safe_open(file, framework="np")
+        with safe_open(file, framework="pt") as stored, torch.no_grad():
+            for name, keys in parts.items():
+                tensors = {key: _checked(stored, key, data["digests"][key], file) for key in keys}
+                if _MARK in keys[0]:
+                    layer = table[name.removesuffix(".weight")]
+                    arrays = {key.split(_MARK)[1]: tensor.numpy() for key, tensor in tensors.items()}
+                    target[name].copy_(weight_of(unpack_layer(arrays, layer), layer))
+                else:
+                    target[name].copy_(tensors[name])
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{file} {_first_lost(file, data['digests'])} ({error}). Copy or write the checkpoint again."
+            f"{file} is missing, cut off or damaged ({error}). Copy or write the checkpoint again."
         ) from error
-    with stored, torch.no_grad():
-        keys = sorted(stored.keys())
-        by_layer: dict[str, list[str]] = {}
-        for key in keys:
-            if ".packed." in key:
-                by_layer.setdefault(key.split(".packed.")[0], []).append(key)
-        for name, digest in data["digests"].items():
-            found = by_layer.get(name) or ([name] if name in keys else [])
-            arrays = {k: stored.get_tensor(k) for k in found}
-            total = hashlib.sha256()
-            for key in found:
-                total.update(np.ascontiguousarray(arrays[key]).reshape(-1).view(np.uint8).data)
-            if not found or total.hexdigest() != digest:
-                raise ArtifactError(
-                    f"{file}: the layer {name!r} is missing or was altered after the checkpoint was written"
-                )
-            if name in by_layer:
-                layer = table[name]
-                rows = unpack_layer({k.removeprefix(f"{name}.packed."): a for k, a in arrays.items()}, layer)
-                weight = parameters[f"{name}.weight"]
-                weight.data = weight_of(rows, layer).to(weight.dtype)  # its own memory: no second copy of the layer
-            else:
-                target[name].copy_(torch.from_numpy(arrays[name].copy()).reshape(target[name].shape))
-    missing = sorted(k for k in target if k not in data["digests"] and k.removesuffix(".weight") not in data["digests"])
-    if missing:
-        raise ArtifactError(f"{file} holds nothing for {missing[0]!r}, which {data['config']['_class_name']} has")
     result: nn.Module = module
     return result
 
 
-def _layout(
-    state: Mapping[str, Tensor], quantized: Mapping[str, LayerSpec], bit_map: BitMap
-) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Type, shape and bytes of every tensor, in the order of the file, known before any layer is quantized."""
-    sizes: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for key, tensor in state.items():
-        sizes[key] = (
-            _TYPES[str(tensor.dtype).removeprefix("torch.")],
-            tuple(tensor.shape),
-            tensor.numel() * tensor.element_size(),
-        )
-    for name, layer in quantized.items():
-        widths = bit_map.channel_widths(name, layer.n_channels)
-        n, fan_in = layer.n_channels, layer.weights_per_channel
-        parts: dict[str, tuple[str, tuple[int, ...], int]] = {
-            "bits": ("U8", (n,), n),
-            "scale": ("F16", (n,), 2 * n),
-            "exponent": ("F32", (1,), 4),
-            "zero": ("I16", (n,), 2 * n),
-        }
-        for width in np.unique(widths[widths != FULL_PRECISION]):
-            size = packed_size(int((widths == width).sum()) * fan_in, int(width))
-            parts[f"codes.{int(width)}"] = ("U8", (size,), size)
-        if bit_map.format_of(name).smooth:
-            parts["factor"] = ("F32", (layer.groups, fan_in), 4 * layer.groups * fan_in)
-        full = int((widths == FULL_PRECISION).sum())
-        if full:
-            parts["full_rows"] = ("F32", (full, fan_in), 4 * full * fan_in)
-        for key in sorted(parts):
-            sizes[f"{name}.packed.{key}"] = parts[key]
-    return sizes
+def _checked(stored: Any, key: str, digest: str, file: Path) -> Tensor:
+    tensor: Tensor = stored.get_tensor(key)
+    if _digest(tensor) != digest:
+        raise ArtifactError(f"{file}: {key!r} was altered after the checkpoint was written. Copy or write it again.")
+    return tensor
 
 
-def _raw(tensor: Tensor) -> NDArray[np.uint8]:
+def _digest(tensor: Tensor) -> str:
     import torch
 
-    raw: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return raw
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _model_class(config: Mapping[str, Any], where: str) -> Any:
+    """The diffusers class that a configuration names."""
+    import diffusers
+
+    maker = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
+        raise ArtifactError(f"{where} names {config.get('_class_name')!r}, which is no model of diffusers")
+    return maker
 
 
 @contextmanager
-def _without_filling() -> Iterator[None]:
-    """Build modules without their random initial weights, which take longer than reading all of them and are read over
-    at once."""
+def _without_initial_values() -> Iterator[None]:
+    """Build modules without random weights, which take longer than reading all of them and are read over at once."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    init = torch.nn.init
-    skipped = {
-        init.kaiming_uniform_,
-        init.kaiming_normal_,
-        init.xavier_uniform_,
-        init.xavier_normal_,
-        init.uniform_,
-        init.normal_,
-    }
-    skipped |= {init.trunc_normal_, torch.Tensor.uniform_, torch.Tensor.normal_}
+    skipped = {torch.Tensor.uniform_, torch.Tensor.normal_}
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = kwargs or {}
-            if func in skipped:
-                return args[0] if args else given["tensor"]
-            return func(*args, **given)
+            if func in skipped or getattr(func, "__module__", "") == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
 
     with Mode():
         yield
-
-
-def _first_lost(file: Path, digests: Mapping[str, str]) -> str:
-    """Which layer of a file that ends too early is the first to be incomplete."""
-    try:
-        raw = file.read_bytes()
-        size = struct.unpack("<Q", raw[:8])[0]
-        entries = json.loads(raw[8 : 8 + size])
-    except (OSError, ValueError, struct.error):
-        return "is missing or has no readable header"
-    here = len(raw) - 8 - size
-    lost = [
-        (e["data_offsets"][0], k) for k, e in entries.items() if k != "__metadata__" and e["data_offsets"][1] > here
-    ]
-    if not lost:
-        return f"is damaged ({len(digests)} layers)"
-    return f"is cut off in the layer {min(lost)[1].split('.packed.')[0]!r}"

@@ -6,44 +6,47 @@ Limits, from its code (0.2.7) and from running it:
 - Widths 2, 4 and 8. One width per layer. Linear and Conv2d; other layers stay at full precision.
 - It re-derives scales from the weights (minimum and maximum, in groups of 128 inputs or fewer for 2 and 4 bits, a row
   for 8), so the searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
-- Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoExporter.verify`.
+- Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoTarget.verify`.
 - Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once
   per installation. Here the same is computed in torch instead, until that kernel exists.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import glob
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.artifacts import atomic_path, write_text
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
+from mpqsearch.artifacts import write_text
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import Reading, bits_of, float_note, json_at
-from mpqsearch.export.target import CHECK, WEIGHTS, ConsumerTarget, int_choices, write_config
+from mpqsearch.export.reading import Reading, bits_of, by_name, float_note, json_at
+from mpqsearch.export.target import CHECK, WEIGHTS, Target, int_choices, write_config
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 MAP = "quanto_qmap.json"
 """The name that ``optimum.quanto.QuantizedDiffusersModel`` looks for."""
 
 WIDTHS = (2, 4, 8)
-KINDS = ("Linear", "Conv2d")
 
 _INSTALL = "optimum-quanto is not installed. Run: pip install 'mpqsearch[export]'"
 
 
-class QuantoExporter(ConsumerTarget):
+class QuantoTarget(Target):
     """Writes ``diffusion_pytorch_model.safetensors``, ``quanto_qmap.json``, the neutral map and ``export.json``."""
 
     name = "quanto"
     requires = "optimum-quanto"
     imports = ("optimum.quanto",)
-    kinds = KINDS
+    kinds = ("Linear", "Conv2d")
     tested = "0.2.7"
     get = "pip install 'mpqsearch[export]'"
     notes = (
@@ -54,7 +57,7 @@ class QuantoExporter(ConsumerTarget):
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """qint2, qint4 and qint8 for linear layers and 2-d convolutions."""
-        return int_choices(WIDTHS, "qint{}") if layer.kind in KINDS else ()
+        return int_choices(WIDTHS, "qint{}") if layer.kind in self.kinds else ()
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """A float32 scale a row at 8 bits, a float32 scale and shift a group at 2 and 4, and two unused float32 scalars
@@ -70,70 +73,76 @@ class QuantoExporter(ConsumerTarget):
 
     def require(self) -> None:
         """Import it, since an installed quanto may still fail to load."""
-        require_quanto()
+        _library()
 
     def missing(self) -> list[str]:
         """quanto is a namespace package: look for the distribution."""
         try:
-            require_quanto()
+            _library()
         except ConfigError:
             return list(self.imports)
         return []
 
-    def read(self, path: Path) -> Reading | None:
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
         """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
         data = json_at(path, MAP)
-        if (
-            not isinstance(data, Mapping)
-            or not data
-            or not all(isinstance(v, Mapping) and "weights" in v for v in data.values())
-        ):
+        entries = list(data.values()) if isinstance(data, Mapping) else []
+        if not entries or not all(isinstance(v, Mapping) and "weights" in v for v in entries):
             return None
         types = {n: v["weights"] or "none" for n, v in data.items()}
-        inputs = any((v.get("activations") or "none") != "none" for v in data.values())
+        inputs = any((v.get("activations") or "none") != "none" for v in entries)
         notes = ("quantized activations are not taken over",) if inputs else ()
-        return Reading(layers={n: bits_of(t) for n, t in types.items()}, notes=notes + float_note(types))
+        return by_name({n: bits_of(t) for n, t in types.items()}, notes + float_note(types))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Quantize a copy of the model with quanto and write it."""
-        from mpqsearch.export.check import write_check
-        from mpqsearch.export.quanto_check import torch_kernels
+        from mpqsearch.export.check import save_tensors, write_check
 
-        assert job.denoiser is not None
-        module = quantized_copy(job.denoiser.module, plan)
-        paths = [_write_weights(folder / WEIGHTS, module, job), *write_config(folder, job.denoiser.module)]
-        write_text(folder / MAP, json.dumps(_quantization_map(module), indent=1) + "\n")
+        module = quantized_copy(job.model.module, plan)
+        save_tensors(folder / WEIGHTS, module.state_dict(), {"mpqsearch.bit_map": job.bit_map.digest})
+        write_text(folder / MAP, json.dumps(_library().quantization_map(module), indent=1) + "\n")
         with torch_kernels():
-            check = write_check(folder / CHECK, job.denoiser.with_module(module), job.cond)
-        return [*paths, folder / MAP, *check]
+            check = write_check(folder / CHECK, job.model.with_module(module), job.cond)
+        return [folder / WEIGHTS, *write_config(folder, job.model.module), folder / MAP, *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Fill a model with ``requantize`` and read the width of each layer from its tensors."""
-        from mpqsearch.export.quanto_check import read_back
+        from safetensors.torch import load_file
 
-        return read_back(folder, module)
+        from mpqsearch.export.check import build_model, forward_error, libraries, planned_layers, stored_size
 
-
-def _group_size(fan_in: int) -> int:
-    """quanto's own rule for 2 and 4 bits: 128, less 32 until it divides; 0 where a row is one group."""
-    if fan_in <= 128:
-        return 0
-    return next((g for g in (128, 96, 64, 32) if fan_in % g == 0), 0)
+        module = module or build_model(folder)
+        state = load_file(folder / WEIGHTS)
+        stored = set(state)  # requantize takes tensors out of the dict
+        with torch_kernels():  # loading unpacks the codes too
+            _library().requantize(module, state, json.loads((folder / MAP).read_text()))
+            error = forward_error(folder, module.eval())
+        # quanto loads without a word when tensors are missing or left over
+        held = set(module.state_dict())
+        problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(held - stored)]
+        problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(stored - held)]
+        planned, modules = set(planned_layers(folder)), dict(module.named_modules())
+        problems += [f"the loaded model has no layer {name!r}" for name in sorted(planned - set(modules))]
+        return {
+            "widths": {n: _width(m) for n, m in modules.items() if n in planned or _width(m) != FULL_PRECISION},
+            "problems": problems,
+            "forward_error": error,
+            "versions": libraries("optimum-quanto"),
+            **stored_size(folder / WEIGHTS),
+        }
 
 
 def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     """A copy of ``module``, quantized and frozen by quanto as planned. Raises `ConfigError` when quanto did not take a
     layer."""
-    import copy
-
-    quanto = require_quanto()
+    quanto = _library()
     clone = copy.deepcopy(module).eval()
     for width in WIDTHS:
-        names = [_glob_escape(e.layer) for e in plan if e.will_get == width]
+        names = [glob.escape(e.layer) for e in plan if e.will_get == width]  # quanto reads them as shell patterns
         if names:  # an empty list would mean every layer
             quanto.quantize(clone, weights=getattr(quanto, f"qint{width}"), include=names)
     quanto.freeze(clone)
-    taken = _quantization_map(clone)
+    taken = quanto.quantization_map(clone)
     wanted = {e.layer: f"qint{e.will_get}" for e in plan if e.will_get != FULL_PRECISION}
     wrong = [n for n in {*wanted, *taken} if taken.get(n, {}).get("weights") != wanted.get(n)]
     if wrong:
@@ -143,8 +152,38 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     return clone
 
 
-def require_quanto() -> Any:
-    """The library, or `ConfigError` with the line that installs it."""
+@contextlib.contextmanager
+def torch_kernels() -> Iterator[None]:
+    """Let quanto unpack 2- and 4-bit codes in torch where its C++ kernel was not built yet.
+
+    The kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes are the
+    same either way.
+    """
+    _library()
+    from optimum.quanto.library.extensions.extension import get_extension
+
+    extension = get_extension("quanto_cpp")
+    built = extension._lib is not None or (Path(extension.build_directory) / "pytorch_version.txt").exists()
+    if built:
+        yield
+        return
+    extension._lib = SimpleNamespace(unpack=_unpack)
+    try:
+        yield
+    finally:
+        extension._lib = None
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Codes of ``bits`` bits, lowest first, out of bytes: ``[n, ...]`` to ``[n * 8 // bits, ...]``, as quanto's kernel
+    does."""
+    import torch
+
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+def _library() -> Any:
+    """optimum-quanto, or `ConfigError` with the line that installs it."""
     try:
         import optimum.quanto as quanto
     except ImportError as error:
@@ -152,25 +191,14 @@ def require_quanto() -> Any:
     return quanto
 
 
-def _glob_escape(name: str) -> str:
-    """quanto reads names as shell patterns; brackets make each special character stand for itself."""
-    import glob
-
-    return glob.escape(name)
-
-
-def _quantization_map(module: nn.Module) -> dict[str, dict[str, str]]:
-    result: dict[str, dict[str, str]] = require_quanto().quantization_map(module)
-    return result
+def _width(module: nn.Module) -> int:
+    """Bits of the tensor that a module really holds, whatever its settings say."""
+    quanto = _library()
+    if not isinstance(module, quanto.QModuleMixin) or not isinstance(module.weight, quanto.QTensor):
+        return FULL_PRECISION
+    return int(module.weight.qtype.bits)
 
 
-def _write_weights(path: Path, module: nn.Module, job: ExportJob) -> Path:
-    from safetensors.torch import save_file
-
-    from mpqsearch.export.check import own_tensors
-
-    with atomic_path(path) as temporary:
-        save_file(
-            own_tensors(module.state_dict()), temporary, {"format": "pt", "mpqsearch.bit_map": job.bit_map.digest}
-        )
-    return path
+def _group_size(fan_in: int) -> int:
+    """quanto's own rule for 2 and 4 bits: 128, less 32 until it divides; 0 where a row is one group."""
+    return 0 if fan_in <= 128 else next((g for g in (128, 96, 64, 32) if fan_in % g == 0), 0)

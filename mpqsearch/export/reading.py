@@ -1,15 +1,17 @@
 """What a file of another quantizer says of widths, and what that means for the layers of a model.
 
-A target that can be imported has ``read(path)``, which gives a `Reading`, or None when the file is none of its own.
-`import_map` asks them all, or the named one, and makes a `BitMap` of the answer.
+A target that can be imported has ``read(path, table)``, which gives a `Reading`, or None when the file is none of its
+own. It follows the rules of its consumer: exact names, patterns, kinds, shapes. `read_map` asks them all, or the named
+one, and makes a `BitMap` of the answer.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,39 +19,36 @@ from typing import Any
 import numpy as np
 
 from mpqsearch.artifacts import read_json
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export.contract import EXPORTERS, get_exporter
+from mpqsearch.export.target import get_exporter
+from mpqsearch.specs.targets import TARGETS
+
+log = logging.getLogger("mpqsearch")
 
 FLOATS = ("float", "fp16", "fp32", "bf16", "none", "")
 """Names that consumers have for weights that are left alone."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """Width of every layer whose name ``pattern`` fits (`re.search`; anchors belong into it) and whose kind is one of
-    ``kinds`` (empty: any)."""
-
-    width: int
-    pattern: str = ""
-    kinds: tuple[str, ...] = ()
-
-    def fits(self, layer: LayerSpec) -> bool:
-        """True when the rule speaks of this layer."""
-        return (not self.kinds or layer.kind in self.kinds) and re.search(self.pattern, layer.name) is not None
+PREFIX = "model.diffusion_model."
+"""Stands before the names of a denoiser in checkpoints of whole pipelines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one file says: widths by exact name, then rules, of which the first that fits counts. Layers of which it
-    says nothing keep full precision. ``bit_map``: a whole map, for our own format; it then stands for all the rest.
-    ``notes``: what was in the file and is lost."""
+    """What one file says: ``widths`` by layer; layers that it leaves out keep full precision. ``names`` are those that
+    it spells out, all of which the model must have. ``bit_map``: a whole map, for our own format; it then stands for
+    all the rest. ``notes``: what was in the file and is lost."""
 
-    layers: Mapping[str, int] = field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     bit_map: BitMap | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def says_anything(self) -> bool:
+        """False for a file that quantizes nothing."""
+        return bool(self.names) or any(w != FULL_PRECISION for w in self.widths.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,18 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: QuantFormat | None = None) -> Imported:
+def import_map(path: str | Path, table: LayerTable, source: str | None = None) -> BitMap:
+    """The widths that a file or folder of another quantizer gives to the layers of ``table``, as a bit map in the
+    asymmetric scheme; what the file holds beyond them is logged as a warning. Raises what `read_map` raises."""
+    imported = read_map(path, table, source)
+    for note in imported.notes:
+        log.warning("%s, read as %s: %s", path, imported.source, note)
+    return imported.bit_map
+
+
+def read_map(
+    path: str | Path, table: LayerTable, source: str | None = None, fmt: QuantFormat | None = None
+) -> Imported:
     """Read the widths that a file or folder of another quantizer gives to the layers of ``table``.
 
     ``source``: the target whose format it is; None: found out. ``fmt``: what the widths shall mean here (default: the
@@ -72,27 +82,22 @@ def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: Qu
     fits several; `UnknownNameError` for an unknown ``source``; `LayerMismatchError`, naming them, for layers that the
     model does not have or widths that do not exist.
     """
+    path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; a file or folder with another quantizer's configuration is needed")
-    found = _readings(path, source)
-    if not found:
+    readings = _readings(path, table, source)
+    if not readings:
         known = ", ".join(importable())
         asked = f"of the format {source!r}" if source else f"that is known ({known})"
-        raise ArtifactError(
-            f"{path} holds no bit map {asked}. "
-            f"{'Leave --from out to have it looked for.' if source else 'Say which with --from.'}"
-        )
-    if len(found) > 1:
-        raise ConfigError(f"{path} can be read as {' and as '.join(found)}. Say which with --from.")
-    name, reading = next(iter(found.items()))
+        hint = "Leave --from out to have it looked for." if source else "Say which with --from."
+        raise ArtifactError(f"{path} holds no bit map {asked}. {hint}")
+    if len(readings) > 1:
+        raise ConfigError(f"{path} can be read as {' and as '.join(readings)}. Say which with --from.")
+    name, reading = next(iter(readings.items()))
     notes = list(reading.notes)
     if reading.bit_map is None:
-        widths = resolve(reading, table, str(path))
-        bit_map = BitMap(
-            model_digest=table.digest,
-            weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()},
-            format=fmt or QuantFormat(),
-        )
+        weights = {n: np.array(w, dtype=np.uint8) for n, w in resolve(reading, table, str(path)).items()}
+        bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt or QuantFormat())
     else:
         bit_map = reading.bit_map
         if bit_map.model_digest != table.digest:
@@ -104,36 +109,36 @@ def import_map(path: Path, table: LayerTable, source: str | None = None, fmt: Qu
 
 def importable() -> list[str]:
     """Targets whose files can be read."""
-    return [name for name in EXPORTERS if hasattr(get_exporter(name), "read")]
+    return [name for name in TARGETS if get_exporter(name).reads]
 
 
 def resolve(reading: Reading, table: LayerTable, where: str) -> dict[str, int]:
     """Width of every layer of ``table``. Raises `LayerMismatchError` for names and widths that do not exist, or when
     nothing is quantized."""
-    unknown = [n for n, w in reading.layers.items() if n not in table.by_name and w != FULL_PRECISION]
+    unknown = [n for n in reading.names if n not in table.by_name]
     if unknown:
         near = difflib.get_close_matches(unknown[0], table.by_name, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise LayerMismatchError(
             f"{where} names the layer {unknown[0]!r}{hint}{more}, which {table.model or 'the model'!r} does not have. "
-            "Is it for another model, "
-            "or does it use the names of another checkpoint?"
+            "Is it for another model, or does it use the names of another checkpoint?"
         )
-    widths = {}
-    for layer in table:
-        rule = next((r for r in reading.rules if r.fits(layer)), None)
-        widths[layer.name] = reading.layers.get(layer.name, FULL_PRECISION if rule is None else rule.width)
-    wrong = {n: w for n, w in widths.items() if w not in (*WIDTHS, FULL_PRECISION)}
+    widths = {layer.name: reading.widths.get(layer.name, FULL_PRECISION) for layer in table}
+    wrong = [n for n, w in widths.items() if w not in (*WIDTHS, FULL_PRECISION)]
     if wrong:
-        name, width = next(iter(wrong.items()))
         more = f" and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
         raise LayerMismatchError(
-            f"{where} gives {name!r}{more} {width} bits; widths are 1 to 8, or 16 for full precision"
+            f"{where} gives {wrong[0]!r}{more} {widths[wrong[0]]} bits; widths are 1 to 8, or 16 for full precision"
         )
     if all(w == FULL_PRECISION for w in widths.values()):
         raise LayerMismatchError(f"{where} quantizes no layer of {table.model or 'the model'!r}")
     return widths
+
+
+def by_name(widths: Mapping[str, int], notes: Iterable[str] = ()) -> Reading:
+    """A file that spells every layer out; names at full precision need not be layers here."""
+    return Reading(widths=widths, names=tuple(n for n, w in widths.items() if w != FULL_PRECISION), notes=tuple(notes))
 
 
 def json_at(path: Path, *names: str) -> Any:
@@ -147,21 +152,25 @@ def json_at(path: Path, *names: str) -> Any:
         return None
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is no valid JSON: {error}") from error
 
 
 def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
     """The ``quantization_config`` of a model folder or file when it is of this ``quant_method``."""
     data = json_at(path, "config.json", "quantization_config.json", "quantize_config.json")
-    if not isinstance(data, Mapping):
+    config = data.get("quantization_config", data) if isinstance(data, Mapping) else None
+    if not isinstance(config, Mapping) or str(config.get("quant_method", "")).replace("_", "-") != method:
         return None
-    config = data.get("quantization_config", data)
-    return (
-        config
-        if isinstance(config, Mapping) and str(config.get("quant_method", "")).replace("_", "-") == method
-        else None
-    )
+    return config
+
+
+def pattern_of(text: str, where: str) -> re.Pattern[str]:
+    """A regular expression of an imported file. Raises `ArtifactError` when it is none."""
+    try:
+        return re.compile(str(text))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ArtifactError(f"{where}: {text!r} is no regular expression ({error})") from error
 
 
 def bits_of(name: str) -> int:
@@ -176,28 +185,42 @@ def bits_of(name: str) -> int:
     number = re.match(r"[a-z]+_?(\d+)", plain)
     if number is None:
         raise ArtifactError(f"the data type {name!r} names no width")
-    return min(int(number[1]), FULL_PRECISION) if int(number[1]) in (16, 32) else int(number[1])
+    return FULL_PRECISION if int(number[1]) in (16, 32) else int(number[1])
+
+
+def number_of_bits(value: Any) -> int:
+    """A width in a file: a whole number. Raises `ArtifactError` for anything else; 16 and more is full precision."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ArtifactError(f"{value!r} is no number of bits")
+    return min(int(value), FULL_PRECISION)
 
 
 def float_note(names: Mapping[str, Any]) -> tuple[str, ...]:
     """A note for layers in 8-bit floats or 4-bit floats: here their width stands for integers."""
     floats = sorted(n for n, t in names.items() if re.search(r"(float|fp|nf|mx)_?[48]", str(t).lower()))
-    return (
-        (f"{len(floats)} layers are in floats there, such as {floats[0]!r}: here the same width in integers",)
-        if floats
-        else ()
-    )
+    if not floats:
+        return ()
+    return (f"{len(floats)} layers are in floats there, such as {floats[0]!r}: here the same width in integers",)
 
 
-def _readings(path: Path, source: str | None) -> dict[str, Reading]:
-    if source is not None:
-        if source not in importable():
-            raise UnknownNameError("source of a bit map", source, importable())
-        found = {source: get_exporter(source).read(path)}  # type: ignore[attr-defined]
-        return {n: r for n, r in found.items() if r is not None}
-    if (path / "export.json").is_file():  # a folder of our own: it says what it is
-        target = read_json(path / "export.json", "mpqsearch/export").data["target"]
-        return _readings(path, target)
-    found = {name: get_exporter(name).read(path) for name in importable()}  # type: ignore[attr-defined]
-    held = {n: r for n, r in found.items() if r is not None}
-    return held if len(held) == 1 else {n: r for n, r in held.items() if n != "neutral"}
+def _readings(path: Path, table: LayerTable, source: str | None) -> dict[str, Reading]:
+    if source is not None and source not in importable():
+        raise UnknownNameError("source of a bit map", source, importable())
+    if source is None and (path / "export.json").is_file():  # a folder of our own: it says what it is
+        source = str(read_json(path / "export.json", "mpqsearch/export").data["target"])
+    readings = {}
+    for name in importable() if source is None else [source]:
+        reading = _read_as(name, path, table)
+        if reading is not None:
+            readings[name] = reading
+    return readings if len(readings) == 1 else {n: r for n, r in readings.items() if n != "neutral"}
+
+
+def _read_as(name: str, path: Path, table: LayerTable) -> Reading | None:
+    """One target's reading. Raises `ArtifactError` for a file whose parts are of other types than the target has."""
+    try:
+        return get_exporter(name).read(path, table)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read as a map of {name}: {type(error).__name__}: {str(error)[:200]}. Is it damaged?"
+        ) from error

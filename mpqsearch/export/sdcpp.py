@@ -11,7 +11,7 @@ Not verified by its consumer, a C++ program that was not built here. By its sour
   fit only where both agree.
 - Rows that are no multiple of a type's block are left alone, and so are, whatever the rules say, tensors with one of
   `SKIPPED` in their name: they stay at 16 bits.
-- Scales are those of ggml's quantizers: `GgufExporter.round_trip` says what a type makes of a weight.
+- Scales are those of ggml's quantizers: `GgufTarget.round_trip` says what a type makes of a weight.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits
-from mpqsearch.errors import ConfigError
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits
+from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, PlanEntry
-from mpqsearch.export.gguf import TYPES, GgufExporter
-from mpqsearch.export.reading import Reading, Rule
-from mpqsearch.export.recipes import WrittenTarget
+from mpqsearch.export.gguf import TYPES, GgufTarget
+from mpqsearch.export.reading import Reading, pattern_of
+from mpqsearch.export.target import ConfigTarget
 
 SKIPPED = (
     "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "x_embedder.", "t_embedder.", "y_embedder.", "pos_embed",
@@ -34,12 +34,13 @@ SKIPPED = (
 """Parts of names that ``tensor_should_be_converted`` refuses."""
 
 
-class SdcppExporter(WrittenTarget):
+class SdcppTarget(ConfigTarget):
     """``sdcpp_rules.txt``: one line for ``--tensor-type-rules``, which also needs ``--type f16`` for the rest."""
 
     name = "sdcpp"
     requires = "stable-diffusion.cpp"
-    kinds = ("Linear",)
+    by_consumer = False
+    needs_config = False
     limits = "rows of a multiple of 32 weights (256 for K types), and a name that it does not skip"
     file = "sdcpp_rules.txt"
     full_bits = 16
@@ -49,11 +50,11 @@ class SdcppExporter(WrittenTarget):
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """The types of GGUF, except for layers that the program never quantizes."""
-        return () if any(part in f"{layer.name}.weight" for part in SKIPPED) else GgufExporter().choices(layer)
+        return () if any(part in f"{layer.name}.weight" for part in SKIPPED) else GgufTarget().choices(layer)
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """As in a GGUF file."""
-        return GgufExporter().coded(layer, choice)
+        return GgufTarget().coded(layer, choice)
 
     def written(self, plan: Sequence[PlanEntry]) -> str:
         """One rule a layer. Raises `ConfigError` for a name that the syntax cannot hold."""
@@ -64,35 +65,36 @@ class SdcppExporter(WrittenTarget):
             )
         return ",".join(f"^{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice) + "\n"
 
-    def read(self, path: Path) -> Reading | None:
-        """Rules in their order; those that are one exact name must be layers of the model."""
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """Rules in their order, each found anywhere in the name of a layer's weight; those that are one exact name must
+        be layers of the model. What the program refuses to quantize stays at full precision."""
         file = path / self.file if path.is_dir() else path
         if not file.is_file() or file.suffix != ".txt":
             return None
-        rules = [r.partition("=") for r in file.read_text().strip().split(",") if r]
-        types = {spelled(t): w for t, (w, _, _) in TYPES.items()} | dict.fromkeys(
-            ("f16", "f32", "bf16"), FULL_PRECISION
-        )
+        rules = [r.partition("=") for r in file.read_text(errors="replace").strip().split(",") if r]
         if not all(sign for _, sign, _ in rules):
             return None
+        types = {spelled(t): t for t in TYPES} | dict.fromkeys(("f16", "f32", "bf16"), "")
         unknown = next((f"{p}={t}" for p, _, t in rules if t not in types), None)
         if unknown is not None:
-            raise ConfigError(
+            raise ArtifactError(
                 f"{file}: the rule {unknown!r} has a type that is not known here. Known: {', '.join(types)}."
             )
-        exact = {
-            p: re.sub(r"\\(.)", r"\1", p[1:-1]).removesuffix(".weight")
-            for p, _, _ in rules
-            if re.fullmatch(r"\^(?:[\w-]|\\.)+\$", p)
-        }
-        said = [(exact.get(p, p), types[t], p in exact) for p, _, t in rules]
-        first = {n: w for n, w, is_name in reversed(said) if is_name}
-        return Reading(
-            layers=first,
-            rules=tuple(
-                Rule(width=w, pattern=n.replace(r"\.weight", ""), kinds=self.kinds) for n, w, e in said if not e
-            ),
-        )
+        patterns = [(pattern_of(text, str(file)), types[t]) for text, _, t in rules]
+        widths, refused = {}, []
+        for layer in table:
+            kind = next((t for p, t in patterns if p.search(f"{layer.name}.weight")), "")
+            fits = kind in {c.name for c in self.choices(layer)}
+            widths[layer.name] = TYPES[kind][0] if fits else FULL_PRECISION
+            refused += [layer.name] if kind and not fits else []
+        said = f"{len(refused)} layers that the program leaves alone whatever a rule says, such as {refused[:1]}"
+        return Reading(widths=widths, names=_exact_names(rules), notes=(said,) if refused else ())
+
+
+def _exact_names(rules: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
+    """Layers that a rule spells out from end to end."""
+    whole = (p for p, _, t in rules if re.fullmatch(r"\^(?:[\w-]|\\.)+\\\.weight\$", p) and t not in ("f16", "f32"))
+    return tuple(re.sub(r"\\(.)", r"\1", p[1:-1]).removesuffix(".weight") for p in whole)
 
 
 def spelled(choice: str) -> str:

@@ -14,23 +14,24 @@ that is written here as data. Limits, from running sdnq 0.2.8 through diffusers 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path, write_text
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, coded_bits, scale_count
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import Reading, Rule, bits_of, float_note, quantization_config
-from mpqsearch.export.target import CHECK, CONFIG, WEIGHTS, ConsumerTarget, int_choices, planned_widths
+from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, quantization_config
+from mpqsearch.export.target import CHECK, CONFIG, WEIGHTS, Target, int_choices, planned_widths
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class SdnqExporter(ConsumerTarget):
+class SdnqTarget(Target):
     """A diffusers folder: ``Model.from_pretrained(folder)`` loads it, with sdnq installed."""
 
     name = "sdnq"
@@ -55,23 +56,16 @@ class SdnqExporter(ConsumerTarget):
         code_bits = 8 if choice.width == 1 else choice.width
         return coded_bits(layer, code_bits, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=32)
 
-    def read(self, path: Path) -> Reading | None:
-        """``modules_dtype_dict`` of a ``quantization_config``, by the names of parameters; the rest has
-        ``weights_dtype``."""
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """A ``quantization_config`` as SDNQ resolves it, see `layer_types`."""
         config = quantization_config(path, "sdnq")
         if config is None:
             return None
-        types = {n: t for t, names in (config.get("modules_dtype_dict") or {}).items() for n in names}
-        types |= dict.fromkeys(config.get("modules_to_not_convert") or (), "none")
-        kinds = self.kinds if config.get("quant_conv") else ("Linear",)
-        exact = {n.removesuffix(".weight"): t for n, t in types.items() if n.endswith(".weight") and "*" not in n}
-        rest = tuple(n for n in types if n.removesuffix(".weight") not in exact)
-        notes = (f"patterns are not read, such as {rest[0]!r}",) if rest else ()
-        return Reading(
-            layers={n: bits_of(t) for n, t in exact.items()},
-            rules=(Rule(width=bits_of(config.get("weights_dtype", "int8")), kinds=kinds),),
-            notes=notes + float_note(exact),
-        )
+        types = layer_types(config, table, str(path))
+        keys = [*_keys(config.get("modules_dtype_dict")), *(config.get("modules_quant_config") or ())]
+        spelled = (n for n in keys if n.endswith(".weight") and "*" not in n and not n.startswith("."))
+        names = tuple(n.removesuffix(".weight") for n in spelled)
+        return Reading(widths={n: bits_of(t) for n, t in types.items()}, names=names, notes=float_note(types))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Let diffusers quantize the model with the configuration, and keep what it saves."""
@@ -80,8 +74,7 @@ class SdnqExporter(ConsumerTarget):
 
         from mpqsearch.export.check import write_check
 
-        assert job.denoiser is not None
-        module: Any = job.denoiser.module
+        module: Any = job.model.module
         if not isinstance(module, diffusers.ModelMixin):
             raise ConfigError(
                 f"the target 'sdnq' goes through diffusers; {type(module).__name__} is no diffusers model"
@@ -100,34 +93,79 @@ class SdnqExporter(ConsumerTarget):
             write_text(
                 folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
             )
-        check = write_check(folder / CHECK, job.denoiser.with_module(quantized), job.cond)
+        check = write_check(folder / CHECK, job.model.with_module(quantized), job.cond)
         return [folder / WEIGHTS, folder / CONFIG, *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype that each layer's dequantizer has."""
-        import torch
+        from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
 
-        from mpqsearch.export.check import forward_error, libraries, model_class, planned_layers, stored_size
-
-        if module is not None:
-            raise ConfigError("the target 'sdnq' is loaded by diffusers, which builds the model itself: give no module")
-        module = (
-            model_class(folder).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True).eval()
-        )
-        planned = planned_layers(folder)
+        module = load_pretrained(folder, self.name, module)
         choices = {
             name: str(layer.sdnq_dequantizer.weights_dtype)
             for name, layer in module.named_modules()
             if getattr(layer, "sdnq_dequantizer", None) is not None
         }
-        widths = {n: int(choices[n].lstrip("uint")) if n in choices else FULL_PRECISION for n in {*planned, *choices}}
+        widths = {name: int(choice.lstrip("uint")) for name, choice in choices.items()}
         return {
-            "widths": widths,
+            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
             "choices": choices,
             "forward_error": forward_error(folder, module),
             "versions": libraries("sdnq", "accelerate"),
             **stored_size(folder / WEIGHTS),
         }
+
+
+def layer_types(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, str]:
+    """Data type of every layer that SDNQ quantizes when it loads a model with this configuration.
+
+    ``modules_to_not_convert`` come first; then the ``weights_dtype`` of the first entry of ``modules_quant_config``
+    that fits, else that of the whole; then the first entry of ``modules_dtype_dict`` that fits replaces it, or raises
+    it, where its key is a lower bound (``minimum_6bit``, ``uint5bits``).
+    """
+    skipped, own = config.get("modules_to_not_convert") or (), config.get("modules_quant_config") or {}
+    dtypes = config.get("modules_dtype_dict") or {}
+    types = {}
+    for layer in table:
+        name = f"{layer.name}.weight"
+        quantized = layer.kind == "Linear" or ("Conv" in layer.kind and bool(config.get("quant_conv")))
+        if not quantized or _first_fit(name, _keys(skipped), where) is not None:
+            continue
+        key = _first_fit(name, own, where)
+        dtype = str((own[key] if key else config).get("weights_dtype") or config.get("weights_dtype", "int8"))
+        entry = next((k for k, names in dtypes.items() if _first_fit(name, _keys(names), where) is not None), None)
+        types[layer.name] = dtype if entry is None else _at_least(dtype, str(entry).lower())
+    return types
+
+
+def _first_fit(name: str, keys: Iterable[str], where: str) -> str | None:
+    """The first key that fits the name of a parameter: the name itself, one of its parts, a prefix after a dot, or a
+    pattern in which ``*`` is any text."""
+    parts = name.split(".")
+    for key in keys:
+        if key.startswith("."):
+            fits = name.startswith(key[1:])
+        else:
+            pattern = re.sub(r"\.?\*", lambda m: r"\..*" if m[0] == ".*" else ".*", key)
+            fits = name == key or key in parts or ("*" in key and pattern_of(pattern, where).match(name) is not None)
+        if fits:
+            return key
+    return None
+
+
+def _keys(names: Any) -> list[str]:
+    """Names in a list, in the lists of a mapping, or a single one."""
+    if isinstance(names, Mapping):
+        return [n for values in names.values() for n in _keys(values)]
+    return [names] if isinstance(names, str) else [str(n) for n in names or ()]
+
+
+def _at_least(dtype: str, key: str) -> str:
+    """What a key of ``modules_dtype_dict`` makes of a type: itself, or the type raised to a lower bound."""
+    bound = re.fullmatch(r"(?:minimum)?[-_]?(u?int)?(\d+)[-_]?(?:bits?)?", key)
+    if bound is None or not (key.startswith("minimum") or key.endswith(("bit", "bits"))):
+        return key
+    return dtype if bits_of(dtype) >= int(bound[2]) else f"{bound[1] or 'int'}{bound[2]}"
 
 
 def sdnq_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:

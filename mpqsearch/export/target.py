@@ -1,5 +1,4 @@
-"""What the targets that another library reads share: planning, the manifest, damage, the fresh process, the
-comparison."""
+"""What every target shares: plan, write with a manifest, and verify in a fresh process what the consumer holds."""
 
 from __future__ import annotations
 
@@ -10,19 +9,31 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.artifacts import digest_file, environment, read_json, write_json
-from mpqsearch.core import FULL_PRECISION, LayerSpec, StoredBits, stored_total, unquantized_bits
+from mpqsearch.artifacts import digest_file, environment, read_json, write_json, write_text
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    LayerSpec,
+    LayerTable,
+    StoredBits,
+    stored_total,
+    unquantized_bits,
+)
 from mpqsearch.core.formats import WIDTHS
-from mpqsearch.errors import ArtifactError, ConfigError
-from mpqsearch.export.contract import Capabilities, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
-from mpqsearch.export.neutral import NeutralExporter
-from mpqsearch.export.rounding import plan_layers
+from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.plan import plan_layers
+from mpqsearch.specs.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mpqsearch.export.reading import Reading
 
 MANIFEST, CHECK, CONFIG = "export.json", "check.safetensors", "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -31,41 +42,48 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE_TOLERANCE = 0.01
 """Largest relative difference between the bytes that the cost model promises and those on disk, headers apart."""
 
+READ_SECONDS = 1800
+"""A consumer that has not read an export by then is stopped."""
 
-class ConsumerTarget:
-    """Base of a target that a library other than this one loads.
 
-    A target sets the attributes, gives ``choices`` and ``cost``, writes its own files in ``write_files`` and reads them
-    with the library in ``read_back``, which runs in a process of its own.
+class Target:
+    """Base of a target: a subclass sets the attributes, gives ``choices`` and ``coded``, writes its own files in
+    ``write_files`` and reads them with the consumer in ``read_back``, which runs in a process of its own.
 
-    ``requires``: pip name of the library, ``imports``: the modules that must be there. ``kinds``: layer kinds it
-    quantizes. ``limits``: for messages, which shapes it needs. ``payload``: weights are written. ``full_bits`` and
-    ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight layer.
-    ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the library
-    derives scales anew, so that ranges and schemes of a map are not used. ``needs_config``: the model is built from
-    ``config.json`` to read the export back. ``tested``: version of the library that was run. ``by_consumer``: False
-    when the consumer was never run; ``read_back`` is then our own reading. ``get``: where it comes from, when that is
-    not ``pip install`` of ``requires``.
+    ``requires``: pip name of the consumer, empty when there is none; ``imports``: the modules that must be there;
+    ``tested``: the version that was run, or whose source was read where ``by_consumer`` is False: such a consumer was
+    never run on what is written here, and ``read_back`` is our own reading. ``get``: how to get it, when that is not
+    ``pip install`` of ``requires``. ``kinds``: layer kinds it quantizes (empty: all). ``granularity``: ``layer`` or
+    ``channel``. ``holds_any_map``: there are no formats of its own to allocate over. ``limits``: for messages, which
+    shapes it needs. ``payload``: weights are written. ``inputs``: widths of layers' inputs are written too.
+    ``full_bits`` and ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight
+    layer. ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the
+    consumer derives scales anew, so that ranges and schemes of a map are not used. ``needs_config``: the model is built
+    from ``config.json`` to read the export back.
     """
 
     name = ""
     requires = ""
     imports: tuple[str, ...] = ()
+    tested = ""
+    by_consumer = True
+    get = ""
     kinds: tuple[str, ...] = ("Linear",)
+    granularity = "layer"
+    holds_any_map = False
     limits = ""
     payload = True
+    inputs = False
     rerounds = True
     needs_config = True
     full_bits = 32
     kept_bits = 32
     tolerance = 1e-4
-    tested = ""
-    by_consumer = True
-    get = ""
     notes: tuple[str, ...] = ()
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
-        """The formats of a layer; see `mpqsearch.export.contract.Exporter`."""
+        """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at
+        full precision."""
         raise NotImplementedError
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
@@ -73,11 +91,14 @@ class ConsumerTarget:
         raise NotImplementedError
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
-        """Write the target's own files, and ``check.safetensors`` when a forward pass can be compared."""
+        """Write the target's own files, and ``check.safetensors`` when a forward pass can be compared.
+
+        The model of the job is a copy of its own, on the CPU in float32, where weights are written.
+        """
         raise NotImplementedError
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Load the folder with the library, into ``module`` when it is given, else into a model built from
+        """Load the folder with the consumer, into ``module`` when it is given, else into a model built from
         ``config.json``.
 
         Returns ``widths`` by layer (16 for planned layers that are not quantized), and as far as known ``choices``,
@@ -85,31 +106,51 @@ class ConsumerTarget:
         """
         raise NotImplementedError
 
-    def capabilities(self) -> Capabilities:
-        """What the target can hold, over all shapes."""
-        widths = tuple(sorted({c.width for c in self.all_choices()}))
-        return Capabilities(
-            widths=widths,
-            kinds=self.kinds,
-            granularity="layer",
-            payload=self.payload,
-            requires=self.requires,
-            tested=self.tested,
-            by_consumer=self.by_consumer,
-            get=self.get or f"pip install '{self.requires}'",
-            notes=self.notes,
-        )
+    def read(self, path: Path, table: LayerTable) -> Reading | None:
+        """The widths that a file or folder of the consumer gives to the layers of ``table``; None when it is none of
+        this target's. Raises `ArtifactError` when it is damaged."""
+        return None
+
+    @property
+    def reads(self) -> bool:
+        """Whether maps of this target can be imported."""
+        return type(self).read is not Target.read
+
+    @property
+    def install(self) -> str:
+        """How to get the consumer."""
+        return self.get or f"pip install '{self.requires}'"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of a weight over all shapes, ascending, without full precision."""
+        return tuple(sorted({c.width for c in self.all_choices()}))
 
     def all_choices(self) -> tuple[Choice, ...]:
         """The formats of a layer whose shape fits everything."""
-        return self.choices(LayerSpec(name="any", kind=self.kinds[0], weight_shape=(1024, 1024)))
+        kind = self.kinds[0] if self.kinds else "Linear"
+        return self.choices(LayerSpec(name="any", kind=kind, weight_shape=(1024, 1024)))
+
+    def untested(self) -> str:
+        """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is
+        none."""
+        try:
+            version = metadata.version(self.requires) if self.requires and self.by_consumer else ""
+        except metadata.PackageNotFoundError:
+            return ""
+        return "" if version.startswith(self.tested) else version
+
+    def lost_inputs(self, bit_map: BitMap) -> dict[str, int]:
+        """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs."""
+        return {} if self.inputs else {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
 
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
         """What the layer takes in the target's own file; None stands for full precision."""
         return unquantized_bits(layer, self.full_bits) if choice is None else self.coded(layer, choice)
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """One entry per layer; see `plan_layers` for the roundings."""
+        """One entry per layer, in the order of the table; see `plan_layers`. Raises `ConfigError` for a width refused by
+        ``rounding="error"``."""
         return plan_layers(job, self.name, self.choices, self.kinds, self.limits)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
@@ -123,35 +164,39 @@ class ConsumerTarget:
         return next(c for c in self.choices(layer) if c.name == name) if name else None
 
     def write(self, folder: Path, job: ExportJob) -> list[Path]:
-        """Write the folder; ``export.json`` last, it says that all is whole.
+        """Write the folder: the target's files, the neutral map, and last ``export.json``, which says that all is whole.
 
         Raises `ConfigError` without the library, without a model where weights are written, and for a width refused by
         ``rounding="error"``.
         """
+        from mpqsearch.export.neutral import NeutralTarget
+
         plan = self.plan(job)
         if job.denoiser is None:
             raise ConfigError(f"the target {self.name!r} needs the model: give ExportJob a denoiser")
         self.require()
         (folder / MANIFEST).unlink(missing_ok=True)
         (folder / CHECK).unlink(missing_ok=True)
-        paths = [*self.write_files(folder, job, plan), *NeutralExporter().write(folder, job)]
-        paths = list(dict.fromkeys(paths))
+        if self.payload:
+            from mpqsearch.export.check import on_cpu
+
+            written = self.write_files(folder, replace(job, denoiser=on_cpu(job.denoiser)), plan)
+        else:
+            written = self.write_files(folder, job, plan)
+        paths = list(dict.fromkeys([*written, *NeutralTarget().write(folder, job)]))
+        write_json(folder / MANIFEST, "mpqsearch/export", self._manifest(folder, job, plan, paths), job.inputs)
+        return [*paths, folder / MANIFEST]
+
+    def _manifest(
+        self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry], paths: Sequence[Path]
+    ) -> dict[str, Any]:
+        keys = ("layer", "will_get", "choice", "reason", "detail")
         promised = self.promise(job, plan)
-        data = {
+        return {
             "target": self.name,
             "rounding": job.rounding,
             "map_digest": job.bit_map.digest,
-            "plan": [
-                {
-                    "layer": e.layer,
-                    "asked": e.asked_text,
-                    "will_get": e.will_get,
-                    "choice": e.choice,
-                    "reason": e.reason,
-                    "detail": e.detail,
-                }
-                for e in plan
-            ],
+            "plan": [{key: getattr(e, key) for key in keys} | {"asked": e.asked_text} for e in plan],
             "promised_bits": {
                 "payload": promised.payload,
                 "metadata": promised.metadata,
@@ -159,24 +204,22 @@ class ConsumerTarget:
             },
             "payload": self.payload,
             "verified_by": self.requires if self.by_consumer else "",
-            "sample_shape": list(job.denoiser.sample_shape),
+            "sample_shape": list(job.model.sample_shape),
             "files": {p.relative_to(folder).as_posix(): digest_file(p) for p in paths},
-            "environment": environment((self.requires, "torch", "diffusers", "safetensors")),
+            "environment": environment((self.requires or "mpqsearch", "torch", "diffusers", "safetensors")),
         }
-        write_json(folder / MANIFEST, "mpqsearch/export", data, job.inputs)
-        return [*paths, folder / MANIFEST]
 
     def verify(self, folder: Path, module: nn.Module | None = None) -> Verification:
-        """Load the folder with the library and compare widths, forward pass and size with the plan.
+        """Load the folder with the consumer and compare widths, forward pass and size with the plan.
 
         A diffusers model is built from ``config.json`` in a fresh process. For any other, give ``module``, a new
         instance of the same class; it is filled in this process.
         """
         problems = damage(folder, self.name)
+        if not problems and self.missing():
+            problems = [self.install_line()]
         if problems:
             return Verification(target=self.name, entries=(), problems=tuple(problems))
-        if self.missing():
-            return Verification(target=self.name, entries=(), problems=(self.install_line(),))
         if module is not None or not self.by_consumer:
             seen = self.read_back(folder, module)
         elif (folder / CONFIG).is_file() or not self.needs_config:
@@ -210,9 +253,8 @@ class ConsumerTarget:
             problems.append("the forward pass is not finite")
             error = None
         if error is not None and error > self.tolerance:
-            problems.append(
-                f"the forward pass differs by {error:.2g} of the largest output, more than {self.tolerance:g}"
-            )
+            limit = f"{self.tolerance:g}"
+            problems.append(f"the forward pass differs by {error:.2g} of the largest output, more than {limit}")
         stored = seen.get("stored_bytes")
         promised = None if stored is None else -(-sum(manifest["promised_bits"].values()) // 8)
         if stored is not None and promised is not None and abs(stored - promised) > SIZE_TOLERANCE * promised:
@@ -232,32 +274,106 @@ class ConsumerTarget:
         )
 
     def missing(self) -> list[str]:
-        """Modules of the library that are not installed."""
+        """Modules of the consumer that are not installed."""
         return [m for m in self.imports if importlib.util.find_spec(m) is None]
 
     def install_line(self) -> str:
-        """What to say when the library is absent."""
-        return f"{', '.join(self.missing())} is not installed. Run: {self.capabilities().get}"
+        """What to say when the consumer is absent."""
+        return f"{', '.join(self.missing())} is not installed. Run: {self.install}"
 
     def require(self) -> None:
-        """Raise `ConfigError` with the line that installs the library, when it is absent."""
+        """Raise `ConfigError` with the line that installs the consumer, when it is absent."""
         if self.missing():
             raise ConfigError(self.install_line())
 
     @property
     def asks_itself(self) -> bool:
         """Whether `round_trip` gives the errors of the target's own quantizer, for which the library must be there."""
-        return type(self).round_trip is not ConsumerTarget.round_trip
-
-    def require_quantizer(self) -> None:
-        """Raise `ConfigError` with the line that installs the library, when an allocation cannot be priced without
-        it."""
-        if self.asks_itself:
-            self.require()
+        return type(self).round_trip is not Target.round_trip
 
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """The weight as the target gives it back, in float32; only for targets that round by themselves."""
         raise ConfigError(f"the target {self.name!r} has no quantizer that can be called on one weight")
+
+
+class ConfigTarget(Target):
+    """Base of a target that writes a configuration only: the consumer derives scales from the weights by itself.
+
+    ``file`` is the name of the configuration. A subclass gives ``written`` and ``read``, and `read_back` where the
+    consumer can be run; without one our own reader is asked, and the consumer has no part in it.
+    """
+
+    file = ""
+    payload = False
+
+    def written(self, plan: Sequence[PlanEntry]) -> str:
+        """The text of the file."""
+        raise NotImplementedError
+
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """The file, and ``config.json`` of the model for the check."""
+        write_text(folder / self.file, self.written(plan))
+        return [folder / self.file, *(write_config(folder, job.model.module) if self.needs_config else [])]
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """What our own reader finds in the file."""
+        from mpqsearch.export.neutral import FILE, load_neutral
+        from mpqsearch.export.reading import resolve
+
+        table = LayerTable(digest="", layers=load_neutral(folder / FILE).layers)
+        reading = self.read(folder / self.file, table)
+        if reading is None:
+            raise ConfigError(f"{folder / self.file} is no file of the target {self.name!r}")
+        widths = resolve(reading, table, str(folder / self.file)) if reading.says_anything else {}
+        return {"widths": {**dict.fromkeys(table.by_name, FULL_PRECISION), **widths}, "versions": {}}
+
+
+class AppliedTarget(ConfigTarget):
+    """Base of a configuration that its consumer applies to a new model of the same class."""
+
+    notes: tuple[str, ...] = ("a configuration: the library derives scales from the weights",)
+
+    def recipe(self, plan: Sequence[PlanEntry]) -> Any:
+        """The configuration as plain JSON data."""
+        raise NotImplementedError
+
+    def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        """Let the library quantize ``module``: width of every layer as it says, and the decoded weight of each where it
+        can be had."""
+        raise NotImplementedError
+
+    def written(self, plan: Sequence[PlanEntry]) -> str:
+        """The configuration as JSON."""
+        return json.dumps(self.recipe(plan), indent=1) + "\n"
+
+    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+        """Apply the configuration and read widths and the levels that each layer really holds."""
+        from mpqsearch.export.check import build_model, libraries, most_levels, planned_layers
+
+        recipe = json.loads((folder / self.file).read_text())
+        widths, weights = self.applied(module or build_model(folder), recipe)
+        problems = []
+        for name, weight in weights.items():
+            levels = most_levels(weight)
+            if levels > 2 ** widths[name] or (levels < 2 and weight.numel() > 2):
+                problems.append(f"{name} holds {levels} levels in a row; {widths[name]} bits have {2 ** widths[name]}")
+        return {
+            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "problems": problems,
+            "versions": libraries(self.requires),
+        }
+
+
+def get_exporter(name: str) -> Target:
+    """The target of that name. Raises `UnknownNameError`, listing the known ones, for any other name."""
+    if name not in TARGETS:
+        raise UnknownNameError("export target", name, TARGETS)
+    make = TARGETS[name]
+    if isinstance(make, str):
+        module, _, kind = make.partition(":")
+        make = getattr(import_module(module), kind)
+    target: Target = make()
+    return target
 
 
 def int_choices(widths: Sequence[int], name: str = "int{}") -> tuple[Choice, ...]:
@@ -273,8 +389,6 @@ def planned_widths(plan: Sequence[PlanEntry]) -> dict[str, int]:
 
 def write_config(folder: Path, module: nn.Module, extra: Mapping[str, Any] | None = None) -> list[Path]:
     """``config.json`` of a diffusers model, from which the check and diffusers build it; nothing for other models."""
-    from mpqsearch.artifacts import write_text
-
     to_text = getattr(module, "to_json_string", None)
     if to_text is None:
         (folder / CONFIG).unlink(missing_ok=True)
@@ -292,8 +406,11 @@ def damage(folder: Path, target: str) -> list[str]:
         return [str(error)]
     if data.get("target") != target:
         return [f"{folder} is an export for {data.get('target')!r}, not for {target!r}"]
-    found = {name: digest_file(folder / name) if (folder / name).is_file() else None for name in data["files"]}
-    changed = [name for name, digest in data["files"].items() if found[name] != digest]
+    changed = [
+        name
+        for name, digest in data["files"].items()
+        if not (folder / name).is_file() or digest_file(folder / name) != digest
+    ]
     return [f"{folder / name} is missing or was changed after the export. Export again." for name in changed]
 
 
@@ -303,11 +420,21 @@ def fresh_process(exports: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "mpqsearch.export.check", *(str(part) for pair in exports for part in pair)]
-    done = subprocess.run(  # noqa: S603 - our own module, and the folders are arguments, not commands
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"widths"')]
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    for target, folder in exports[len(found) :]:
-        found.append({"widths": {}, "problems": [f"{target} could not load {folder}: {last}"]})
-    return found
+    try:
+        done = subprocess.run(  # noqa: S603 - our own module, and the folders are arguments, not commands
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+            timeout=READ_SECONDS,
+        )
+        output, said = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        said = f"stopped after {READ_SECONDS} seconds"
+    reports = [json.loads(line) for line in output.splitlines() if line.startswith('{"widths"')]
+    last = (said.strip().splitlines() or ["no message"])[-1]
+    for target, folder in exports[len(reports) :]:
+        reports.append({"widths": {}, "problems": [f"{target} could not load {folder}: {last}"]})
+    return reports

@@ -1,33 +1,11 @@
-"""Names of export targets and of what happens where one cannot hold a map; `mpqsearch.export` has the exporters."""
+"""Export targets by name, and what happens where one cannot hold a map: a leaf that loads no exporter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from mpqsearch.errors import UnknownNameError
-
-TARGETS = (
-    "neutral",
-    "quanto",
-    "torchao",
-    "torchao-config",
-    "gguf",
-    "sdnq",
-    "onnx",
-    "autoround",
-    "compressed-tensors",
-    "modelopt",
-    "inc",
-    "hqq",
-    "coreml",
-    "mlx",
-    "quark",
-    "nncf",
-    "aimet",
-    "mixdq",
-    "sdcpp",
-    "comfyui",
-)
+from mpqsearch.errors import ConfigError, UnknownNameError
 
 ROUNDINGS = ("resolve", "up", "down", "error")
 """What happens to a width that a target cannot hold.
@@ -35,6 +13,33 @@ ROUNDINGS = ("resolve", "up", "down", "error")
 ``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next
 width it has, so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
 """
+
+FULL = "full"
+"""Stands for full precision where formats are named."""
+
+TARGETS: dict[str, str | Callable[[], Any]] = {
+    "neutral": "mpqsearch.export.neutral:NeutralTarget",
+    "packed": "mpqsearch.export.packed:PackedTarget",
+    "quanto": "mpqsearch.export.quanto:QuantoTarget",
+    "torchao": "mpqsearch.export.torchao:TorchaoTarget",
+    "gguf": "mpqsearch.export.gguf:GgufTarget",
+    "sdcpp": "mpqsearch.export.sdcpp:SdcppTarget",
+    "comfyui": "mpqsearch.export.comfyui:ComfyuiTarget",
+    "sdnq": "mpqsearch.export.sdnq:SdnqTarget",
+    "autoround": "mpqsearch.export.autoround:AutoRoundTarget",
+    "modelopt": "mpqsearch.export.modelopt:ModelOptTarget",
+    "onnx": "mpqsearch.export.onnx:OnnxTarget",
+    "mlx": "mpqsearch.export.mlx:MlxTarget",
+    "coreml": "mpqsearch.export.coreml:CoreMLTarget",
+}
+"""Target name to its class, as ``module:class`` or a function that makes one; add to it with `register`."""
+
+
+def register(name: str, make: str | Callable[[], Any]) -> None:
+    """Add a target. Raises `ConfigError` when the name is taken."""
+    if name in TARGETS:
+        raise ConfigError(f"the export target {name!r} is registered already")
+    TARGETS[name] = make
 
 
 def check_targets(names: Sequence[str], key: str) -> None:

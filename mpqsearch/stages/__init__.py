@@ -10,7 +10,7 @@ from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
-from mpqsearch.stages.exporting import Exported, export, quantize, require_verified
+from mpqsearch.stages.exporting import Exported, export, quantize, require_good
 from mpqsearch.stages.importing import import_map
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
@@ -38,7 +38,7 @@ __all__ = [
     "quantize",
     "rank_correlations",
     "report",
-    "require_verified",
+    "require_good",
     "search",
     "slug",
     "start",

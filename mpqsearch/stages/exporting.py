@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord, size_bits
-from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.stages.allocating import allocation
-from mpqsearch.stages.base import Run, json_text, same_model, slug
+from mpqsearch.stages.base import Run, json_text, log, same_model, slug
 from mpqsearch.stages.evaluating import quantized_module
 from mpqsearch.stages.gptq import input_moments
 from mpqsearch.stages.profiling import profile_inputs
@@ -21,23 +21,41 @@ from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budge
 from mpqsearch.stages.targeting import resolved_for, target_allocation
 
 if TYPE_CHECKING:
-    from mpqsearch.export import Exporter, ExportJob
+    from mpqsearch.export import ExportJob, Target
+
+Verify = Literal["no", "once", "now"]
+"""Whether consumers read exports back: not at all, unless they have done it before, or in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One target's export: its files, what ``export/<target>.json`` says of it, and what the consumer said, when it was
-    asked."""
+    """One target's export: its files, what ``export/<target>.json`` says of it and what the consumer said, when it was
+    asked; or the error that ended it."""
 
     target: str
-    paths: tuple[Path, ...]
-    data: Mapping[str, Any]
+    paths: tuple[Path, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    error: MpqsearchError | None = None
 
     @property
     def differs(self) -> bool:
         """True when the consumer was asked and did not find what was planned."""
-        found = self.data["verification"]
-        return found is not None and not found["ok"]
+        verification = self.data.get("verification")
+        return verification is not None and not verification["ok"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One target with the map that it gets: ``choices`` names its own formats where the map was made for it."""
+
+    target: Target
+    bit_map: BitMap
+    label: str
+    choices: Mapping[str, str]
+    provenance: Mapping[str, Any]
+    folder: Path
+    stamp: Path
+    inputs: Mapping[str, str]
 
 
 def export(
@@ -46,24 +64,30 @@ def export(
     measured: SensitivityProfile,
     records: list[StudyRecord],
     *,
-    verify: bool = True,
-    again: bool = False,
+    verify: Verify = "once",
 ) -> list[Exported]:
-    """Write a map for every configured target, and with ``verify`` let the consumer read it back in a process of its
-    own.
+    """Write a map for every configured target and let the consumers read them back, each in a process of its own.
 
     A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written
-    and verified from the same inputs is reused; with ``verify`` an export that is only written is read back now, and
-    with ``again`` one that was read back before, too. ``export/<target>.json`` holds what was promised and found,
-    ``export/sizes.csv`` the sizes of all targets. A difference does not raise: see `Exported.differs`.
+    from the same inputs is reused. ``export/<target>.json`` holds what was promised and found, ``export/sizes.csv`` the
+    sizes of all targets. A target that fails does not stop the others, and a difference does not raise: see
+    `require_good`.
     """
-    c = run.config.export
     budget = export_budget(run)
     exports = []
-    for target in c.targets:
-        done = _export_one(run, table, measured, records, target, budget, verify=verify, again=again)
+    for name in run.config.export.targets:
+        try:
+            done = _export_one(run, table, measured, _task(run, table, measured, records, name, budget), verify)
+        except MpqsearchError as error:
+            done = Exported(target=name, error=error)
+        except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
+            log.debug("export for %s", name, exc_info=True)
+            text = f"{name} could not be written: {type(error).__name__}: {error}"
+            done = Exported(target=name, error=ArtifactError(text))
         if done is not None:
             exports.append(done)
+    for failed in (one for one in exports if one.error is not None):
+        run.say(f"export: {failed.target} FAILED: {failed.error}")
     rows, sizes = size_rows(run), run.path("export", "sizes.csv")
     text = _csv(rows)
     if rows and not run.dry_run and not (sizes.is_file() and sizes.read_text() == text):
@@ -71,150 +95,158 @@ def export(
     return exports
 
 
-def require_verified(exports: Sequence[Exported]) -> None:
-    """Raise `ArtifactError` when a consumer found another thing than was planned."""
-    for one in exports:
-        if one.differs:
-            raise ArtifactError(f"the export for {one.target} was not read back as planned: see the lines above")
+def require_good(exports: Sequence[Exported]) -> None:
+    """Raise the error of a single target, or `ArtifactError` that names all targets that failed or that were not read
+    back as planned."""
+    bad = [one for one in exports if one.error is not None or one.differs]
+    if len(bad) == 1 and bad[0].error is not None:
+        raise bad[0].error
+    if bad:
+        names = ", ".join(one.target for one in bad)
+        raise ArtifactError(
+            f"{len(bad)} of {len(exports)} exports failed or were not read back as planned ({names}): see the lines above"
+        )
 
 
-def _export_one(
-    run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
-    records: list[StudyRecord],
-    target: str,
-    budget: Budget,
-    *,
-    verify: bool,
-    again: bool,
-) -> Exported | None:
+def _task(
+    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str, budget: Budget
+) -> _Task:
     from mpqsearch.export import get_exporter
 
-    own = target in run.config.allocate.targets
     choices: Mapping[str, str] = {}
-    if own:
-        bit_map, solved = target_allocation(run, table, measured, target, budget)
-        label, choices = f"allocated for {target} at {budget.label()}", solved["choices"]
+    if name in run.config.allocate.targets:
+        bit_map, solved = target_allocation(run, table, measured, name, budget)
+        label, choices = f"allocated for {name} at {budget.label()}", solved["choices"]
     else:
         method = chosen_method(run, records)
         bit_map, solved = allocation(run, table, measured, method, budget)
         label = f"{method.name} at {budget.label()}"
-    rounding = run.config.export.rounding
-    folder, stamp = run.path("export", target), run.path("export", f"{target}.json")
-    inputs = {"bit_map": bit_map.digest, "model": table.digest, "rounding": rounding, "target": target}
-    inputs |= {
+    inputs = {
+        "bit_map": bit_map.digest,
+        "model": table.digest,
+        "rounding": run.config.export.rounding,
+        "target": name,
         "choices": artifacts.digest_of(dict(choices)),
         "profile": artifacts.digest_of(profile_inputs(run, table)),
+        "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
-    inputs["probes"] = artifacts.digest_of(run.config.allocate.target_probes)
-    written = artifacts.is_current(stamp, "mpqsearch/export", inputs, overwrite=True)
-    data = dict(artifacts.read_json(stamp, "mpqsearch/export").data) if written else {}
-    found = data.get("verification")
-    if found is not None and not found["ok"] and not again:
-        written = False  # it was found wanting: make it anew
-    if written and (not verify or (found is not None and not again)):
-        run.say(f"export: reused {folder}")
-        return Exported(target=target, paths=tuple(folder / name for name in data["files"]), data=data)
-    if run.dry_run:
-        run.say(f"export: would write {label} for {target}")
-        return None
-    exporter = get_exporter(target)
-    needs = exporter.capabilities()
-    if other := needs.untested():
-        run.say(
-            f"export: WARNING: {needs.requires} {other} was never tried with {target}, only {needs.tested}; go by "
-            "what --verify finds"
-        )
-    if not written:
-        provenance = {"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]}
-        job = _job(run, table, measured, exporter, bit_map, choices, provenance)
-        stamp.unlink(missing_ok=True)
-        with run.timed("export"):
-            paths = exporter.write(folder, job)
-        data = _written(table, exporter, job, label) | {"files": [p.relative_to(folder).as_posix() for p in paths]}
-        artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
-        if data["lost_inputs"]:
-            run.say(
-                f"export: {target} says nothing of inputs: the map quantizes those of {data['lost_inputs']} layers, "
-                "what is written none"
-            )
-        run.say(
-            f"export: {folder} is written; not read back by its consumer"
-            if not verify
-            else f"export: {folder} is written"
-        )
-    if verify:
-        data["verification"] = _verified(run, exporter, folder)
-        artifacts.write_json(stamp, "mpqsearch/export", data, inputs)
-    return Exported(target=target, paths=tuple(folder / name for name in data["files"]), data=data)
-
-
-def _job(
-    run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
-    exporter: Exporter,
-    bit_map: BitMap,
-    choices: Mapping[str, str],
-    provenance: Mapping[str, Any],
-) -> ExportJob:
-    """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
-    from mpqsearch.export import ExportJob
-    from mpqsearch.export.target import ConsumerTarget
-
-    job = ExportJob(
-        table=table,
+    return _Task(
+        target=get_exporter(name),
         bit_map=bit_map,
-        denoiser=run.denoiser,
-        rounding=run.config.export.rounding,
+        label=label,
         choices=choices,
-        input_max=measured.input_max,
-        moments=None if (stats := input_moments(run, table, bit_map)) is None else stats.moments(),
-        inputs={"model": table.digest},
-        provenance=provenance,
+        provenance={"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
+        folder=run.path("export", name),
+        stamp=run.path("export", f"{name}.json"),
+        inputs=inputs,
     )
-    if choices or job.rounding != "resolve" or not isinstance(exporter, ConsumerTarget):
-        return job
-    if exporter.capabilities().granularity == "channel":
-        return job  # it holds every width; what it cannot quantize stays at full precision
-    if all(e.reason in ("exact", "kept_full_precision") for e in exporter.plan(replace(job, rounding="up"))):
-        return job
-    made = resolved_for(run, table, measured, exporter, bit_map)
-    return replace(job, choices=made.asked())
 
 
-def _written(table: LayerTable, exporter: Exporter, job: ExportJob, label: str) -> dict[str, Any]:
-    """What ``export/<target>.json`` says before any consumer has looked."""
-    from mpqsearch.export import lost_inputs, plan_table
-    from mpqsearch.export.target import ConsumerTarget
+def _export_one(
+    run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task, verify: Verify
+) -> Exported | None:
+    """Plan and write, unless that was done from the same inputs; then let the consumer read, as ``verify`` says."""
+    target, data = task.target, _written_before(task)
+    verified = None if data is None else data["verification"]
+    if data is None or (verified is not None and not verified["ok"] and verify != "now"):
+        if run.dry_run:
+            run.say(f"export: would write {task.label} for {target.name}")
+            return None
+        if other := target.untested():
+            run.say(
+                f"export: WARNING: {target.requires} {other} was never tried with {target.name}, only {target.tested}; "
+                "go by what --verify finds"
+            )
+        data, verified = _write(run, table, measured, task), None
+        run.say(f"export: {task.folder} is written" + ("; not read back by its consumer" if verify == "no" else ""))
+    elif verify == "no" or (verify == "once" and verified is not None):
+        run.say(f"export: reused {task.folder}")
+    if verify == "now" or (verify == "once" and verified is None):
+        target.require()  # an absent consumer can say nothing: that is an error, not a difference
+        with run.timed("verify"):
+            verification = target.verify(task.folder)
+        run.say(f"export: {verification.summary()}")
+        data = {**data, "verification": verification.to_data()}
+        artifacts.write_json(task.stamp, "mpqsearch/export", data, task.inputs)
+    return Exported(target=target.name, paths=tuple(task.folder / name for name in data["files"]), data=data)
 
-    plan, lost = exporter.plan(job), lost_inputs(exporter, job.bit_map)
-    promised = exporter.promise(job, plan) if isinstance(exporter, ConsumerTarget) else None
-    return {
-        "target": exporter.name,
-        "map": label,
+
+def _written_before(task: _Task) -> dict[str, Any] | None:
+    """What ``export/<target>.json`` says, when it was made from the same inputs."""
+    if not artifacts.is_current(task.stamp, "mpqsearch/export", task.inputs, overwrite=True):
+        return None
+    return dict(artifacts.read_json(task.stamp, "mpqsearch/export").data)
+
+
+def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> dict[str, Any]:
+    """Write the export and ``export/<target>.json``, before any consumer has looked."""
+    from mpqsearch.export import plan_table
+    from mpqsearch.export.contract import AS_PLANNED
+
+    target, job = task.target, _job(run, table, measured, task)
+    task.stamp.unlink(missing_ok=True)
+    with run.timed("export"):
+        paths = target.write(task.folder, job)
+    plan, lost = target.plan(job), target.lost_inputs(job.bit_map)
+    promised = target.promise(job, plan).total if target.name != "neutral" else None
+    ideal = size_bits(table, job.bit_map)
+    data = {
+        "target": target.name,
+        "map": task.label,
         "rounding": job.rounding,
-        "rounded_layers": sum(e.reason not in ("exact", "kept_full_precision") for e in plan),
-        "payload": exporter.capabilities().payload,
+        "rounded_layers": sum(e.reason not in AS_PLANNED for e in plan),
+        "payload": target.payload,
         "n_parameters": table.n_parameters,
-        "ideal_bits": size_bits(table, job.bit_map),
-        "accounted_bits": None if promised is None else promised.total,
+        "ideal_bits": ideal,
+        "accounted_bits": promised,
         "lost_inputs": len(lost),
         "plan": plan_table(plan, lost),
         "verification": None,
+        "files": [p.relative_to(task.folder).as_posix() for p in paths],
     }
+    artifacts.write_json(task.stamp, "mpqsearch/export", data, task.inputs)
+    if lost:
+        run.say(
+            f"export: {target.name} says nothing of inputs: the map quantizes those of {len(lost)} layers, what is "
+            "written none"
+        )
+    if promised is not None and promised > ideal:
+        run.say(size_note(target.name, promised, ideal, 16 * table.n_parameters))
+    return data
 
 
-def _verified(run: Run, exporter: Exporter, folder: Path) -> dict[str, Any]:
-    from mpqsearch.export.target import ConsumerTarget
+def size_note(target: str, promised: int, ideal: int, half: int) -> str:
+    """What is said of an export of ``promised`` bits that is larger than the map packed densely (``ideal``), and
+    perhaps than the model in half precision (``half``)."""
+    size, planned, plain = (-(-bits // 8) for bits in (promised, ideal, half))
+    text = f"export: in the format of {target} the model takes {size} bytes, {planned} when the map is packed densely"
+    if promised > half:
+        text += f"; that is MORE than in half precision without quantization ({plain})"
+    return text
 
-    if isinstance(exporter, ConsumerTarget):
-        exporter.require()  # an absent consumer can say nothing: that is an error, not a difference
-    with run.timed("verify"):
-        found = exporter.verify(folder)
-    run.say(f"export: {found.summary()}")
-    return found.to_data()
+
+def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> ExportJob:
+    """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
+    from mpqsearch.export import ExportJob
+    from mpqsearch.export.contract import AS_PLANNED
+
+    statistics = input_moments(run, table, task.bit_map)
+    job = ExportJob(
+        table=table,
+        bit_map=task.bit_map,
+        denoiser=run.denoiser,
+        rounding=run.config.export.rounding,
+        choices=task.choices,
+        input_max=measured.input_max,
+        moments=None if statistics is None else statistics.moments(),
+        inputs={"model": table.digest},
+        provenance=task.provenance,
+    )
+    if task.choices or job.rounding != "resolve" or task.target.granularity == "channel":
+        return job  # a target of channels holds every width; what it cannot quantize stays at full precision
+    if all(e.reason in AS_PLANNED for e in task.target.plan(replace(job, rounding="up"))):
+        return job
+    return replace(job, choices=resolved_for(run, table, measured, task.target, task.bit_map).asked())
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,12 +23,11 @@ def import_map(
     """Read a file or folder of another quantizer and write ``imports/<name>/bitmap.json``, a map as any other.
 
     ``source``: the format (None: found out); ``scheme``: what the widths mean here. Raises what
-    `mpqsearch.export.import_map` raises, and `StaleArtifactError` when another map has this name.
+    `mpqsearch.export.read_map` raises, and `StaleArtifactError` when another map has this name.
     """
-    from mpqsearch.export import import_map as read
-    from mpqsearch.export import neutral_extra
+    from mpqsearch.export import neutral_extra, read_map
 
-    imported = read(path, table, source, replace(run.config.quantizer.format(), scheme=scheme))
+    imported = read_map(path, table, source, replace(run.config.quantizer.format(), scheme=scheme))
     file = run.path(FOLDER, name, "bitmap.json")
     inputs = {"model": table.digest, "map": imported.bit_map.digest}
     if artifacts.is_current(file, "mpqsearch/bitmap", inputs, overwrite=run.overwrite):
@@ -49,9 +48,9 @@ def given_map(
 ) -> tuple[BitMap, dict[str, Any]]:
     """The map that ``[allocate.maps]`` names for a method, with what ``allocation.json`` would hold; its budget is its
     own size."""
-    from mpqsearch.export import import_map as read
+    from mpqsearch.export import read_map
 
-    imported = read(Path(run.config.allocate.maps[method.name]), table, fmt=run.config.quantizer.format())
+    imported = read_map(Path(run.config.allocate.maps[method.name]), table, fmt=run.config.quantizer.format())
     bit_map = imported.bit_map
     stored = size_bits(table, bit_map)
     made = Allocation(

@@ -15,23 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpqsearch.allocate import PairwiseTerms
+    from mpqsearch.export import Target
     from mpqsearch.export.allocation import Floats, TargetAllocation
-    from mpqsearch.export.target import ConsumerTarget
 
 PROBES = 2
 """Random projections of each probed trajectory."""
 
 
-def target_of(name: str) -> ConsumerTarget:
+def target_of(name: str) -> Target:
     """The target of that name. Raises `UnknownNameError` for an unknown one, `ConfigError` for one that has no formats
     of its own."""
     from mpqsearch.export import get_exporter
-    from mpqsearch.export.target import ConsumerTarget
 
-    found = get_exporter(name)
-    if not isinstance(found, ConsumerTarget):
+    target = get_exporter(name)
+    if target.holds_any_map:
         raise ConfigError(f"the target {name!r} holds every map as it is: leave out --target (or allocate.targets)")
-    return found
+    return target
 
 
 def target_allocation(
@@ -85,7 +84,7 @@ def target_allocations(
 
 
 def resolved_for(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget, bit_map: BitMap
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target, bit_map: BitMap
 ) -> TargetAllocation:
     """Solve again over the target's formats at the size that ``bit_map`` has with all that is stored, for a map made
     for something else.
@@ -111,12 +110,13 @@ def resolved_for(
 
 
 def _losses(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target
 ) -> tuple[dict[str, Floats], PairwiseTerms | None]:
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
     target."""
     if target.name not in run.target_losses:
-        target.require_quantizer()
+        if target.asks_itself:
+            target.require()
         probed = run.config.allocate.target_probes
         with run.timed("allocate"):
             run.target_losses[target.name] = (
@@ -126,7 +126,7 @@ def _losses(
     return found
 
 
-def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: ConsumerTarget) -> dict[str, Floats]:
+def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: Target) -> dict[str, Floats]:
     from mpqsearch.export.allocation import target_losses
 
     if not measured.weights_only:
@@ -140,7 +140,7 @@ def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: C
     return target_losses(target, table, weight_of, measured, run.config.quantizer.format())
 
 
-def _probed(run: Run, table: LayerTable, target: ConsumerTarget) -> tuple[dict[str, Floats], PairwiseTerms]:
+def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
     import numpy as np
     import torch
 

@@ -10,7 +10,7 @@ from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
-from mpqsearch.stages.exporting import export, require_verified
+from mpqsearch.stages.exporting import export, require_good
 from mpqsearch.stages.profiling import profile
 from mpqsearch.stages.reporting import rank_correlations, report
 from mpqsearch.stages.searching import check_search, search
@@ -41,7 +41,7 @@ def everything(run: Run) -> list[StudyRecord]:
         exports = export(run, table, measured, records)
     finally:  # the report shows what was stored; whatever an export runs into, the results are drawn
         report(run, table, measured, records)
-    require_verified(exports)
+    require_good(exports)
     return records
 
 

@@ -39,12 +39,12 @@ from mpqsearch.export.allocation import (
     target_losses,
     uniform_for,
 )
-from mpqsearch.export.contract import FULL
-from mpqsearch.export.gguf import GgufExporter
+from mpqsearch.export.gguf import GgufTarget
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import CalibrationSpec, final_probes, profile_model
 from mpqsearch.quant import rows_of, weight_of
 from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.specs.targets import FULL
 
 FIRST_SEED = 1_000_000
 """First of the seeds from which the allocation learns."""
@@ -76,7 +76,7 @@ class Study:
 
     def __init__(self, name: str, samples: int, calibration: int, probes: int, coupling: float) -> None:
         self.denoiser = load_model(name)
-        self.table, self.target = discover(self.denoiser), GgufExporter()
+        self.table, self.target = discover(self.denoiser), GgufTarget()
         self.formats = formats_of(self.target, self.table)
         self.sampler = SamplerSpec(steps=10, guidance=2.0 if self.denoiser.null_class is not None else 1.0)
         self.seeds = range(samples)

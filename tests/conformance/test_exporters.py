@@ -15,24 +15,22 @@ from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
 from mpqsearch.export import (
-    EXPORTERS,
     ROUNDINGS,
-    Exporter,
+    TARGETS,
     ExportJob,
+    Target,
     Verification,
     get_exporter,
-    import_map,
-    importable,
-    lost_inputs,
     plan_table,
+    read_map,
     register,
 )
 from mpqsearch.export.contract import REASONS
-from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, ConsumerTarget, fresh_process
+from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, fresh_process
 from mpqsearch.models.denoiser import Denoiser, adapt
 from mpqsearch.models.discover import discover
 
-TARGETS = sorted(EXPORTERS)
+NAMES = sorted(TARGETS)
 
 
 def tiny_unet() -> Denoiser:
@@ -67,9 +65,28 @@ def tiny_transformer() -> Denoiser:
     return adapt(module, sample_shape=(1, 8, 8), name="tiny-dit", n_classes=4)
 
 
+def tiny_unconditional() -> Denoiser:
+    torch.manual_seed(0)
+    module = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return adapt(module, sample_shape=(1, 8, 8), name="tiny-unconditional")
+
+
+MODELS = {"unet": tiny_unet, "transformer": tiny_transformer, "unconditional": tiny_unconditional}
+
+
 @pytest.fixture(scope="module", params=["unet", "transformer"])
 def denoiser(request: pytest.FixtureRequest) -> Denoiser:
-    return tiny_unet() if request.param == "unet" else tiny_transformer()
+    return MODELS[request.param]()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +94,10 @@ def table(denoiser: Denoiser) -> LayerTable:
     return discover(denoiser)
 
 
-@pytest.fixture(params=TARGETS)
-def exporter(request: pytest.FixtureRequest) -> Exporter:
+@pytest.fixture(params=NAMES)
+def exporter(request: pytest.FixtureRequest) -> Target:
     made = get_exporter(request.param)
-    missing = made.missing() if isinstance(made, ConsumerTarget) else []
+    missing = made.missing()
     if missing:
         pytest.skip(f"the consumer of {made.name} is not installed: {', '.join(missing)}")
     return made
@@ -95,42 +112,39 @@ def random_map(table: LayerTable, widths: tuple[int, ...], *, mixed: bool = Fals
     return BitMap(model_digest=table.digest, weights=weights)
 
 
-def test_it_keeps_the_contract(exporter: Exporter) -> None:
-    assert isinstance(exporter, Exporter)
-    can = exporter.capabilities()
-    assert list(can.widths) == sorted(set(can.widths))
-    assert can.granularity in ("layer", "channel")
+def test_it_keeps_the_contract(exporter: Target) -> None:
+    assert list(exporter.widths) == sorted(set(exporter.widths))
+    assert exporter.granularity in ("layer", "channel")
 
 
 @pytest.mark.parametrize("rounding", ["resolve", "up", "down"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_plan_covers_every_layer_with_a_reason(
-    exporter: Exporter, denoiser: Denoiser, table: LayerTable, rounding: str, mixed: bool
+    exporter: Target, denoiser: Denoiser, table: LayerTable, rounding: str, mixed: bool
 ) -> None:
     job = ExportJob(
         table=table, bit_map=random_map(table, (1, 3, 4, 6, 16), mixed=mixed), denoiser=denoiser, rounding=rounding
     )
     plan = exporter.plan(job)
-    can = exporter.capabilities()
     assert [e.layer for e in plan] == [la.name for la in table]
     assert {e.reason for e in plan} <= set(REASONS)
     for entry in plan:
-        assert entry.will_get is None or entry.will_get in (*can.widths, FULL_PRECISION)
-        assert (entry.will_get is None) <= (can.granularity == "channel")
+        assert entry.will_get is None or entry.will_get in (*exporter.widths, FULL_PRECISION)
+        assert (entry.will_get is None) <= (exporter.granularity == "channel")
         if entry.reason == "exact":
             assert entry.asked[0] <= (entry.will_get or entry.asked[0]) <= entry.asked[1]
         else:
             assert entry.detail
 
 
-def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Exporter, table: LayerTable) -> None:
+def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Target, table: LayerTable) -> None:
     first, second = (la.name for la in list(table)[:2])
     bit_map = BitMap(
         model_digest=table.digest,
         weights={la.name: np.array(4) for la in table},
         activations={first: 6, second: FULL_PRECISION},
     )
-    lost = lost_inputs(exporter, bit_map)
+    lost = exporter.lost_inputs(bit_map)
     assert lost == ({} if exporter.name == "neutral" else {first: 6})
     plan = exporter.plan(ExportJob(table=table, bit_map=bit_map))
     said = {row["layer"] for row in plan_table(plan, lost) if "its input, at 6 bits in the map" in row["detail"]}
@@ -139,7 +153,7 @@ def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Expo
         assert row["detail"].startswith(entry.detail), "what was said of the weights is still said"
 
 
-def own_map(exporter: Exporter, table: LayerTable, seed: int = 0) -> tuple[BitMap, dict[str, str]]:
+def own_map(exporter: Target, table: LayerTable, seed: int = 0) -> tuple[BitMap, dict[str, str]]:
     """A random map over the target's own formats, and the names of those formats."""
     rng = np.random.default_rng(seed)
     widths: dict[str, int] = {}
@@ -154,17 +168,17 @@ def own_map(exporter: Exporter, table: LayerTable, seed: int = 0) -> tuple[BitMa
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_what_the_target_holds_is_planned_unchanged(exporter: Exporter, table: LayerTable, rounding: str) -> None:
+def test_what_the_target_holds_is_planned_unchanged(exporter: Target, table: LayerTable, rounding: str) -> None:
     bit_map, names = own_map(exporter, table, seed=1)
     for choices in ({}, names):
         plan = exporter.plan(ExportJob(table=table, bit_map=bit_map, rounding=rounding, choices=choices))
         assert {e.layer: e.will_get for e in plan} == {n: int(w) for n, w in bit_map.weights.items()}
         assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
-        if choices and isinstance(exporter, ConsumerTarget):
+        if choices:
             assert {e.layer: e.choice for e in plan if e.choice} == names
 
 
-def test_costs_are_counted_and_grow_with_the_width(exporter: Exporter, table: LayerTable) -> None:
+def test_costs_are_counted_and_grow_with_the_width(exporter: Target, table: LayerTable) -> None:
     for layer in table:
         full = exporter.cost(layer, None)
         assert (full.payload, full.metadata) == (0, 0)
@@ -177,13 +191,14 @@ def test_costs_are_counted_and_grow_with_the_width(exporter: Exporter, table: La
 
 @pytest.fixture(scope="module")
 def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
-    """Every target's export of both models in its own formats, read back by all consumers in one other process."""
+    """Every target's export of each model in its own formats, read back by all consumers in one other process."""
     folders = {}
-    for kind, denoiser in (("unet", tiny_unet()), ("transformer", tiny_transformer())):
+    for kind, made in MODELS.items():
+        denoiser = made()
         table = discover(denoiser)
-        for name in TARGETS:
+        for name in NAMES:
             exporter = get_exporter(name)
-            if not isinstance(exporter, ConsumerTarget) or exporter.missing():
+            if exporter.name == "neutral" or exporter.missing():
                 continue
             bit_map, names = own_map(exporter, table, seed=2)
             folder = tmp_path_factory.mktemp(f"{kind}-{name}")
@@ -195,11 +210,11 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     return {key: (folder, seen) for (key, folder), seen in zip(folders.items(), reports, strict=True)}
 
 
-@pytest.mark.parametrize("kind", ["unet", "transformer"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_the_consumer_holds_the_targets_own_formats(
-    exporter: Exporter, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+    exporter: Target, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
 ) -> None:
-    if not isinstance(exporter, ConsumerTarget):
+    if exporter.name == "neutral":
         pytest.skip("the neutral map has no consumer but this library")
     folder, report = read_back[kind, exporter.name]
     manifest = read_json(folder / MANIFEST, "mpqsearch/export").data
@@ -210,7 +225,7 @@ def test_the_consumer_holds_the_targets_own_formats(
     assert len(seen.entries) == len(manifest["plan"])
     assert {e.reason for e in seen.entries} <= {"exact", "kept_full_precision"}
     assert any(e.got != FULL_PRECISION for e in seen.entries)
-    if exporter.capabilities().payload:
+    if exporter.payload:
         assert seen.forward_error is not None
         assert seen.stored_bytes is not None
         assert seen.promised_bytes is not None
@@ -219,26 +234,26 @@ def test_the_consumer_holds_the_targets_own_formats(
         assert seen.header_bytes > 0
 
 
-@pytest.mark.parametrize("kind", ["unet", "transformer"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_what_is_written_is_imported_at_the_same_widths(
-    exporter: Exporter, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+    exporter: Target, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
 ) -> None:
-    if exporter.name not in importable() or not isinstance(exporter, ConsumerTarget):
+    if not exporter.reads or exporter.name == "neutral":
         pytest.skip("a map of this target is not read")
     folder, _ = read_back[kind, exporter.name]
-    table = discover(tiny_unet() if kind == "unet" else tiny_transformer())
-    imported = import_map(folder, table)
+    table = discover(MODELS[kind]())
+    imported = read_map(folder, table)
     assert imported.source == exporter.name
     plan = read_json(folder / MANIFEST, "mpqsearch/export").data["plan"]
     assert {n: int(w) for n, w in imported.bit_map.weights.items()} == {p["layer"]: p["will_get"] for p in plan}
     (tmp := folder / "elsewhere").mkdir()
     for file in (p for p in folder.iterdir() if p.is_file() and p.name not in (MANIFEST, "bitmap.json")):
         (tmp / file.name).symlink_to(file)
-    assert import_map(tmp, table).bit_map.digest == imported.bit_map.digest, "found out from the file alone"
+    assert read_map(tmp, table).bit_map.digest == imported.bit_map.digest, "found out from the file alone"
 
 
 def test_all_files_are_named_and_the_model_stays_as_it_is(
-    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+    tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable
 ) -> None:
     before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
     bit_map, names = own_map(exporter, table, seed=3)
@@ -250,15 +265,15 @@ def test_all_files_are_named_and_the_model_stays_as_it_is(
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def verify_here(exporter: Exporter, folder: Path) -> Verification:
+def verify_here(exporter: Target, folder: Path) -> Verification:
     """What `verify` does, in this process, which spares the seconds that a new one takes to import the libraries."""
-    if isinstance(exporter, ConsumerTarget):
+    if exporter.name != "neutral":
         return exporter.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, exporter.read_back(folder))
     return exporter.verify(folder)
 
 
 def test_a_map_made_for_something_else_is_rounded_and_held(
-    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+    tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable
 ) -> None:
     bit_map = random_map(table, (1, 2, 3, 4, 6, 8, 16), mixed=True, seed=2)
     job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", inputs={"bitmap": bit_map.digest})
@@ -271,20 +286,19 @@ def test_a_map_made_for_something_else_is_rounded_and_held(
 
 
 def test_writing_again_replaces_the_first(
-    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+    tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable
 ) -> None:
-    can = exporter.capabilities()
-    for width in (can.widths[0], can.widths[-1]):
+    for width in (exporter.widths[0], exporter.widths[-1]):
         bit_map = random_map(table, (width,))
         exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser))
     seen = verify_here(exporter, tmp_path)
     assert seen.ok, seen.summary()
     held = {e.got for e, layer in zip(seen.entries, table, strict=True) if exporter.choices(layer)}
-    assert held == {can.widths[-1]} or not held
+    assert held == {exporter.widths[-1]} or not held
 
 
 def test_any_damaged_file_is_reported(
-    tmp_path: Path, exporter: Exporter, denoiser: Denoiser, table: LayerTable
+    tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable
 ) -> None:
     paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=random_map(table, (4,)), denoiser=denoiser))
     for path in paths:
@@ -310,8 +324,8 @@ def test_names_that_are_not_known() -> None:
     with pytest.raises(UnknownNameError, match=r"did you mean 'quanto'.*Known: .*neutral, .*quanto"):
         get_exporter("quant")
     with pytest.raises(ConfigError, match="registered already"):
-        register("neutral", EXPORTERS["neutral"])
-    assert set(TARGETS) >= {"neutral", "quanto"}
+        register("neutral", TARGETS["neutral"])
+    assert set(NAMES) >= {"neutral", "quanto"}
 
 
 def test_a_rounding_that_is_not_known(table: LayerTable) -> None:

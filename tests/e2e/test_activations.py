@@ -119,12 +119,12 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     assert again.returncode == 0, again.stderr
     assert "report: reused" in again.stderr
     export = ("export", "-c", study, "--run-dir", "r", *options, "--method", "uniform-a4", "--budget", "uniform:4")
-    exported = cli(*export, "--target", "neutral", "--target", "mixdq")
+    exported = cli(*export, "--target", "neutral", "--target", "sdcpp")
     assert exported.returncode == 0, exported.stderr
     quantized = sum("activation_bits" in e for e in bit_map["layers"].values())
-    assert f"mixdq says nothing of inputs: the map quantizes those of {quantized} layers" in exported.stderr
+    assert f"sdcpp says nothing of inputs: the map quantizes those of {quantized} layers" in exported.stderr
     assert "neutral says nothing" not in exported.stderr
-    plan = json.loads((tmp_path / "r/export/mixdq.json").read_text())["data"]["plan"]
+    plan = json.loads((tmp_path / "r/export/sdcpp.json").read_text())["data"]["plan"]
     assert sum("not quantized by what is written" in row["detail"] for row in plan) == quantized
     changed = cli("run", study, "--run-dir", "r", *options, "--set", "activations.samples=4", "--dry-run")
     assert "; 2 reused" in changed.stderr, "maps without quantized activations keep their metrics, the others do not"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mpqsearch.export import EXPORTERS
+from mpqsearch.export import TARGETS
 from tests.e2e.conftest import Cli
 
 
@@ -301,6 +301,6 @@ def test_doctor_says_what_works_and_how_to_get_the_rest(cli: Cli) -> None:
     absent = [r for r in found if r["state"] == "absent" and r["what"] in ("optional", "export")]
     assert all("pip install" in r["note"] for r in absent)
     targets = [r for r in found if r["what"] == "export"]
-    assert [r["name"] for r in targets] == list(EXPORTERS)
-    assert all("tested" in r["note"] or "NOT verified" in r["note"] for r in targets if r["name"] != "neutral")
-    assert {r["name"] for r in targets if r["state"] == "not verified"} == {"mixdq", "sdcpp", "comfyui"}
+    assert [r["name"] for r in targets] == list(TARGETS)
+    assert all("tested" in r["note"] or "NOT verified" in r["note"] for r in targets if r["state"] != "works")
+    assert {r["name"] for r in targets if r["state"] == "not verified"} == {"sdcpp", "comfyui"}

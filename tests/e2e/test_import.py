@@ -38,14 +38,13 @@ def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, t
 
     named = ["--set", f"allocate.maps.theirs={data['file']}"]
     out = cli(
-        "export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "mixdq", "--verify"
+        "export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "comfyui", "--verify"
     )
     assert out.returncode == 0, out.stderr
     assert "NOT verified by its consumer" in out.stderr
-    lines = (tmp_path / "r/export/mixdq/mixdq_weight.yaml").read_text().splitlines()
-    assert {line for line in lines if not line.startswith("#")} == {
-        f"model.{n}: {t['weights'][4:]}" for n, t in theirs.items()
-    }
+    plan = json.loads((tmp_path / "r/export/comfyui.json").read_text())["data"]["plan"]
+    asked = {row["layer"]: row["asked"] for row in plan}
+    assert asked == {n: entry["weights"].removeprefix("qint") for n, entry in theirs.items()}
 
 
 def test_mistakes_are_named(cli: Cli, study: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION
-from mpqsearch.export import EXPORTERS, ExportJob, get_exporter
-from mpqsearch.export.target import MANIFEST, ConsumerTarget
+from mpqsearch.export import TARGETS, ExportJob, get_exporter
+from mpqsearch.export.target import MANIFEST
 from mpqsearch.models.discover import discover
 from tests.conformance.test_exporters import own_map, tiny_transformer
 
@@ -36,21 +36,21 @@ def code_of(target: str) -> str:
 
 
 def test_every_target_has_a_page_and_the_index_names_it() -> None:
-    assert {p.stem for p in PAGES.glob("*.md")} == {"README", *EXPORTERS}
+    assert {p.stem for p in PAGES.glob("*.md")} == {"README", *TARGETS}
     index = (PAGES / "README.md").read_text()
-    for name in EXPORTERS:
+    for name in TARGETS:
         assert f"[{name}]({name}.md)" in index
-        can = get_exporter(name).capabilities()
+        can = get_exporter(name)
         page = (PAGES / f"{name}.md").read_text()
         assert all(part in page for part in ("**Holds:**", "**Lost:**", "**Not run:**")), name
         assert bool(code_of(name)) == can.by_consumer, "code that nobody ran is no code of a page"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [n for n in EXPORTERS if get_exporter(n).capabilities().by_consumer])
+@pytest.mark.parametrize("target", [n for n in TARGETS if get_exporter(n).by_consumer])
 def test_the_code_of_a_page_loads_the_export(target: str, tmp_path: Path) -> None:
     exporter = get_exporter(target)
-    if isinstance(exporter, ConsumerTarget) and exporter.missing():
+    if exporter.missing():
         pytest.skip(f"the consumer of {target} is not installed: {', '.join(exporter.missing())}")
     denoiser = tiny_transformer()
     table = discover(denoiser)
@@ -66,4 +66,4 @@ def test_the_code_of_a_page_loads_the_export(target: str, tmp_path: Path) -> Non
         plan = {p["layer"]: p["will_get"] for p in read_json(tmp_path / MANIFEST, "mpqsearch/export").data["plan"]}
         assert said == {n: w for n, w in plan.items() if w != FULL_PRECISION}
     else:
-        assert target in ("neutral", "onnx", "nncf"), "every other page asks the consumer for widths"
+        assert target in ("neutral", "onnx", "packed"), "every other page asks the consumer for widths"

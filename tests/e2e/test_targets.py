@@ -15,7 +15,7 @@ from mpqsearch.cli import app
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, StaleArtifactError, UnknownNameError
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
-from mpqsearch.export.gguf import FILE, GgufExporter
+from mpqsearch.export.gguf import FILE, GgufTarget
 
 pytest.importorskip("gguf")
 pytest.importorskip("libgguf")
@@ -96,9 +96,9 @@ def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path)
         job = ExportJob(
             table=LayerTable.from_data(table.data), bit_map=neutral.bit_map, choices=choices, rounding="error"
         )
-        plan = GgufExporter().plan(job)
+        plan = GgufTarget().plan(job)
         assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
-        assert GgufExporter().promise(job, plan).total == data["size_bits"]
+        assert GgufTarget().promise(job, plan).total == data["size_bits"]
     shown = call(folder, "allocate", "--target", "gguf")
     assert "layers by format" in shown.stdout
     assert "Q8_0" in shown.stdout
@@ -169,7 +169,7 @@ def test_a_difference_ends_with_exit_code_one(folder: Path, monkeypatch: pytest.
             layer="x", asked="4", planned=4, got=8, planned_choice="Q4_0", got_choice="Q8_0", reason="resolved"
         ),
     )
-    monkeypatch.setattr(GgufExporter, "verify", lambda *_: Verification(target="gguf", entries=entries))
+    monkeypatch.setattr(GgufTarget, "verify", lambda *_: Verification(target="gguf", entries=entries))
     shown = call(folder, "export", "--target", "gguf", "--verify")
     assert shown.exit_code == 1
     for text in ("0 of 1 layers as planned", "Q4_0", "Q8_0", "resolved", "DIFFERS", "NOT as planned"):
@@ -226,7 +226,7 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
     for arguments in (("allocate", "--target", "neutral"), ("export", "--allocated", "--target", "neutral")):
         assert "holds every map as it is" in str(call(folder, *arguments).exception)
     assert "name at least one" in str(call(folder, "export", "--allocated").exception)
-    monkeypatch.setattr(GgufExporter, "imports", ("gguf", "no_such_library"))
+    monkeypatch.setattr(GgufTarget, "imports", ("gguf", "no_such_library"))
     for arguments in (
         ("allocate", "--target", "gguf", "-b", "7.5bit"),
         ("export", "--target", "gguf", "-b", "7.5bit", "--verify"),
@@ -246,4 +246,4 @@ def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> No
     for key in ("ideal_bytes", "accounted_bytes"):
         assert f"{int(row[key]) / 1000:,.2f}" in page
     assert np.isclose(float(row["stored_bits_per_parameter"]), 6, atol=0.2)
-    assert get_exporter("gguf").capabilities().payload
+    assert get_exporter("gguf").payload

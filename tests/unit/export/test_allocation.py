@@ -19,12 +19,12 @@ from mpqsearch.export.allocation import (
     target_losses,
     uniform_for,
 )
-from mpqsearch.export.contract import FULL
-from mpqsearch.export.gguf import TYPES, GgufExporter
-from mpqsearch.export.mlx import MlxExporter
+from mpqsearch.export.gguf import TYPES, GgufTarget
+from mpqsearch.export.mlx import MlxTarget
 from mpqsearch.quant.tables import row_errors
+from mpqsearch.specs.targets import FULL
 
-TARGET = GgufExporter()
+TARGET = GgufTarget()
 TABLE = LayerTable(
     digest="d",
     layers=(
@@ -195,7 +195,7 @@ def test_losses_are_the_targets_own_errors_at_the_price_of_the_profile() -> None
 
 def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
     table, module = small_model()
-    target = MlxExporter()
+    target = MlxTarget()
     fmt = QuantFormat(n_candidates=8)
     errors = target_errors(target, table, module, fmt)
     for layer in table:

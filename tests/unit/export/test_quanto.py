@@ -13,8 +13,8 @@ from torch import nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
-from mpqsearch.export import ExportJob, QuantoExporter, plan_layers
-from mpqsearch.export.quanto import MAP, quantized_copy
+from mpqsearch.export import ExportJob, plan_layers
+from mpqsearch.export.quanto import MAP, QuantoTarget, quantized_copy
 from mpqsearch.models.denoiser import Denoiser, adapt
 
 WIDTHS, KINDS = (2, 4, 8), ("Linear", "Conv2d")
@@ -28,7 +28,7 @@ def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> L
 def plan_of(table: LayerTable, widths: dict[str, Any], rounding: str) -> list[tuple[int | None, str]]:
     weights = {n: np.array(w, dtype=np.uint8) for n, w in widths.items()}
     job = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights), rounding=rounding)
-    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", QuantoExporter().choices, KINDS)]
+    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", QuantoTarget().choices, KINDS)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def plain_job(**more: Any) -> tuple[Denoiser, ExportJob]:
 def test_a_module_that_is_no_diffusers_model(tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
     _, job = plain_job()
-    exporter = QuantoExporter()
+    exporter = QuantoTarget()
     exporter.write(tmp_path, job)
     alone = exporter.verify(tmp_path)
     assert not alone.ok
@@ -156,7 +156,7 @@ def test_verify_sees_what_quanto_ignores(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     _, job = plain_job()
-    exporter = QuantoExporter()
+    exporter = QuantoTarget()
 
     def misname(folder: Path) -> None:
         qmap = json.loads((folder / MAP).read_text())
@@ -194,8 +194,8 @@ def test_verify_sees_what_quanto_ignores(tmp_path: Path) -> None:
 def test_the_codes_are_those_of_the_width(tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
     denoiser, job = plain_job()
-    clone = quantized_copy(denoiser.module, QuantoExporter().plan(job))
-    from mpqsearch.export.quanto_check import torch_kernels
+    clone = quantized_copy(denoiser.module, QuantoTarget().plan(job))
+    from mpqsearch.export.quanto import torch_kernels
 
     with torch_kernels():
         weight = clone.inner.weight.dequantize()
@@ -211,7 +211,7 @@ def test_the_codes_are_those_of_the_width(tmp_path: Path) -> None:
 
 def test_torch_kernel_undoes_quantos_packing() -> None:
     packed_tensor = pytest.importorskip("optimum.quanto.tensor.packed")
-    from mpqsearch.export.quanto_check import _unpack
+    from mpqsearch.export.quanto import _unpack
 
     for bits in (2, 4):
         codes = torch.arange(2**bits, dtype=torch.uint8).repeat(8).reshape(-1, 4)
@@ -222,13 +222,13 @@ def test_torch_kernel_undoes_quantos_packing() -> None:
 def test_a_model_is_needed() -> None:
     _, job = plain_job()
     with pytest.raises(ConfigError, match="needs the model"):
-        QuantoExporter().write(Path("nowhere"), ExportJob(table=job.table, bit_map=job.bit_map))
+        QuantoTarget().write(Path("nowhere"), ExportJob(table=job.table, bit_map=job.bit_map))
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
     denoiser, job = plain_job()
-    plan = [e for e in QuantoExporter().plan(job) if e.layer != "spare"]
+    plan = [e for e in QuantoTarget().plan(job) if e.layer != "spare"]
     from dataclasses import replace
 
     with pytest.raises(ConfigError, match="absent"):
@@ -246,7 +246,7 @@ def test_a_missing_library_gives_the_line_that_installs_it(tmp_path: Path, monke
     monkeypatch.setattr(builtins, "__import__", without)
     _, job = plain_job()
     with pytest.raises(ConfigError, match=r"pip install 'mpqsearch\[export\]'"):
-        QuantoExporter().write(tmp_path, job)
+        QuantoTarget().write(tmp_path, job)
     assert list(tmp_path.iterdir()) == []
 
 

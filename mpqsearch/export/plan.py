@@ -9,7 +9,8 @@ import numpy as np
 from mpqsearch.allocate import AllocationProblem, solve
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.export.contract import FULL, Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry
+from mpqsearch.specs.targets import FULL
 
 _EXACT = 1e-9  # a mean of widths that is this close to a width is that width
 
@@ -43,12 +44,33 @@ def plan_layers(
     for layer in job.table:
         entry = entries[layer.name]
         assert entry is not None
-        if job.rounding == "error" and entry.reason not in ("exact", "kept_full_precision"):
+        if job.rounding == "error" and entry.reason not in AS_PLANNED:
             raise ConfigError(
                 f"{target} cannot hold layer {layer.name!r} ({layer.kind}) at {entry.asked_text} bits: {entry.detail} "
                 "Use --round resolve, up or down."
             )
         plan.append(entry)
+    return plan
+
+
+def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> list[PlanEntry]:
+    """Every layer as asked, channel by channel, for a target that holds all widths of the layers of ``kinds`` (empty:
+    any); others stay at full precision, or raise `ConfigError` with ``rounding="error"``."""
+    plan = []
+    for layer in job.table:
+        widths = job.bit_map.weights[layer.name]
+        asked = (int(widths.min()), int(widths.max()))
+        if asked[0] == FULL_PRECISION:
+            plan.append(_entry(layer, job, None, "kept_full_precision", "the map asks for full precision."))
+        elif kinds and layer.kind not in kinds:
+            detail = f"{target} quantizes {', '.join(kinds)} only; the layer stays at full precision."
+            if job.rounding == "error":
+                raise ConfigError(f"{target} cannot hold layer {layer.name!r} ({layer.kind}): {detail}")
+            plan.append(_entry(layer, job, None, "unsupported_kind", detail))
+        elif asked[0] != asked[1]:
+            plan.append(PlanEntry(layer=layer.name, asked=asked, will_get=None, reason="exact"))
+        else:
+            plan.append(_entry(layer, job, Choice(name=f"uint{asked[0]}", width=asked[0]), "exact", ""))
     return plan
 
 
