@@ -297,9 +297,7 @@ def test_writing_again_replaces_the_first(
     assert held == {exporter.widths[-1]} or not held
 
 
-def test_any_damaged_file_is_reported(
-    tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable
-) -> None:
+def test_any_damaged_file_is_reported(tmp_path: Path, exporter: Target, denoiser: Denoiser, table: LayerTable) -> None:
     paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=random_map(table, (4,)), denoiser=denoiser))
     for path in paths:
         whole = path.read_bytes()

@@ -54,7 +54,11 @@ def config(**settings: Any) -> dict[str, Any]:
 
 
 INT4, INT8 = (
-    {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": f"int{b}"}}}
+    {
+        "_type": "IntxWeightOnlyConfig",
+        "_version": 2,
+        "_data": {"weight_dtype": {"_type": "torch.dtype", "_data": f"int{b}"}},
+    }
     for b in (4, 8)
 )
 
@@ -111,7 +115,11 @@ def test_torchao_through_diffusers(case: int, module: nn.Module, table: LayerTab
 
     drawn = rules("torchao")[case]
     data = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": drawn["entries"]}}
-    full = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": drawn["entries"], "module_fqn_to_config": {}}}
+    full = {
+        "_type": "FqnToConfig",
+        "_version": 1,
+        "_data": {"fqn_to_config": drawn["entries"], "module_fqn_to_config": {}},
+    }
     try:
         theirs = config_from_dict(full)
     except (TypeError, ValueError):
@@ -189,7 +197,11 @@ def test_coreml_names_types_and_the_rest(table: LayerTable, tmp_path: Path) -> N
     data = {
         "global_config": {"n_bits": 4, "granularity": "per_tensor"},
         "module_type_configs": {"Conv2d": None},
-        "module_name_configs": {"proj_out_2": {"n_bits": 8}, r"transformer_blocks\.0\..*": {"n_bits": 2}, "proj_out_1": None},
+        "module_name_configs": {
+            "proj_out_2": {"n_bits": 8},
+            r"transformer_blocks\.0\..*": {"n_bits": 2},
+            "proj_out_1": None,
+        },
     }
     special = {"proj_out_2": 8, "proj_out_1": 16}
     expected = by_rule(table, lambda la: special.get(la.name, 2 if la.name.startswith("transformer_blocks.0.") else 4))
@@ -197,7 +209,9 @@ def test_coreml_names_types_and_the_rest(table: LayerTable, tmp_path: Path) -> N
 
 
 def test_mlx_leaves_rows_that_its_groups_do_not_divide(table: LayerTable, tmp_path: Path) -> None:
-    data = {"quantization": {"group_size": 64, "bits": 4, "proj_out_1": {"bits": 6, "group_size": 32}, "proj_out_2": False}}
+    data = {
+        "quantization": {"group_size": 64, "bits": 4, "proj_out_1": {"bits": 6, "group_size": 32}, "proj_out_2": False}
+    }
     special = {"proj_out_1": 6, "proj_out_2": 16}
     expected = by_rule(table, lambda la: special.get(la.name, 4 if la.weights_per_channel % 64 == 0 else 16))
     assert imported(tmp_path, table, data) == expected

@@ -264,8 +264,14 @@ DAMAGED = [
     ("config.json", config("sdnq", modules_dtype_dict={"uint3": 5})),
     ("config.json", config("sdnq", weights_dtype="best")),
     ("config.json", config("sdnq", modules_to_not_convert=["*[("])),
-    ("config.json", config("torchao", quant_type={"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": [1]}}})),
-    ("config.json", config("torchao", quant_type={"default": {"_type": "X", "_data": {"fqn_to_config": {"re:(": INT8}}}})),
+    (
+        "config.json",
+        config("torchao", quant_type={"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": [1]}}}),
+    ),
+    (
+        "config.json",
+        config("torchao", quant_type={"default": {"_type": "X", "_data": {"fqn_to_config": {"re:(": INT8}}}}),
+    ),
     ("config.json", config("torchao", quant_type="finest")),
     ("config.json", {"quantization": {"group_size": 0, "bits": 4}}),
     ("config.json", {"quantization": {"group_size": "all", "bits": 4}}),
