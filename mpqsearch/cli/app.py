@@ -144,9 +144,11 @@ def main() -> None:
     except UsageError as error:
         _fail(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
+        code = INTERRUPTED
     except BrokenPipeError:
         raise SystemExit(0) from None
+    if code == INTERRUPTED:  # which some versions of typer return for an interrupt inside a command
+        _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
