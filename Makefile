@@ -7,13 +7,17 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test lint types contracts benchmark reference clean
+.PHONY: quickstart test test-all lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 test: $(INSTALLED) lint types contracts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Everything that `make test` takes a sample of, such as all denoiser classes of diffusers
+test-all: export MPQSEARCH_TEST_ALL = 1
+test-all: test
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

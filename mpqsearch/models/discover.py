@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
-import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mpqsearch.core import KeptParameter, LayerSpec, LayerTable
 from mpqsearch.errors import ModelError
-from mpqsearch.models.calls import Call, tensors_in
 from mpqsearch.models.denoiser import Condition, Denoiser, Given
+from mpqsearch.models.hooks import PLAIN_LAYERS
+from mpqsearch.models.observe import TRANSPOSED, Seen, observe
 
 log = logging.getLogger("mpqsearch")
-
-WEIGHT_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_NORMS = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
 
 _ROLES: tuple[tuple[str, str], ...] = (
     ("time", r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|(?<![a-z])t_embedder|time_text_embed"),
@@ -56,14 +34,21 @@ _MODULATION = re.compile(
     r"norm|adaln|modul|_mod\.|film|scale_bias|scale_shift|gamma|beta|context_mlp|mapper|time_mod", re.IGNORECASE
 )
 _SKIP = re.compile(r"skip_linear|skip_proj|skip_layer|skip_connection|linear_skip|long_skip")
-_QKV = re.compile(r"(^|_)(q|k|v|query|key|value)(_proj|_lin(ear)?)?\d*$")
-_QKV_GROUP = re.compile(r"(^|_)(q|k|v|query|key|value)(?=_|\d|$)")
 _APART = "its weight is used without calling the layer, so its input cannot be measured: kept at full precision"
 EXAMPLES = 4
 """Recorded calls on which the layers of a model are looked for."""
 
-_FIRST = re.compile(r"^(conv_in|pos_embed\.proj|x_embedder|proj_in|patch_embed\w*(\.proj)?|input_blocks\.0\.0)$")
-_LAST = re.compile(r"^(conv_out|proj_out|proj_out_2|out\.2|final_layer\.linear)$")
+_FIRST = re.compile(
+    r"^(nets\.\d+\.)?(conv_in|pos_embed\.proj|x_embedder(\.proj)?|x_embedders\.image|proj_in(_conv)?|img_in"
+    r"|patch_embed\w*(\.proj)?|input_blocks\.0\.0|visual_embeddings\.in_layer|all_x_embedder\.[\d-]+"
+    r"|embedding\.1|continuous_inputs_projection|down_blocks\.0\.resnets\.0\.conv_in\.conv1d)$"
+)
+_LAST = re.compile(
+    r"^(nets\.\d+\.)?(conv_out|proj_out(_2|_conv)?|out\.2|final_layer\.linear|out_layer\.out_layer"
+    r"|all_final_layer\.[\d-]+\.linear|controlnet_mid_block|controlnet_(single_)?blocks\.\d+"
+    r"|control_layers\.\d+\.after_proj|clf\.1|spec_out)$"
+)
+"""Layers that take the sample in and give the prediction out, as the classes of diffusers name them."""
 
 
 def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> LayerTable:
@@ -78,7 +63,7 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
     modules, borrowers = _owners(denoiser.module)
     if not modules:
         raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
-    seen = _observe(denoiser, modules, cond) if run else _Seen()
+    seen = observe(denoiser, modules, _examples(denoiser, cond)) if run else Seen()
     apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
     layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
     if not layers:
@@ -100,14 +85,14 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
             return "unused"
         if name in (first, last):
             return "first" if name == first else "last"
-        found = _role(name, modules[name])
-        if found in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
+        by_name = _role(name, modules[name])
+        if by_name in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
             return "skip"
-        if found == "time" and _OWN_TIME.search(name):
-            return found
-        if found in ("time", "linear", "conv", "feed-forward") and name in seen.conditional:
-            return "norm" if found != "time" and _MODULATION.search(name) else seen.conditional[name]
-        return "linear" if found == "time" and name in seen.tokens else found
+        if by_name == "time" and _OWN_TIME.search(name):
+            return by_name
+        if by_name in ("time", "linear", "conv", "feed-forward") and name in seen.conditional:
+            return "norm" if by_name != "time" and _MODULATION.search(name) else seen.conditional[name]
+        return "linear" if by_name == "time" and name in seen.tokens else by_name
 
     return LayerTable(
         digest=denoiser.digest,
@@ -117,161 +102,23 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
     )
 
 
+def _examples(denoiser: Denoiser, cond: Given) -> list[Given]:
+    """What the layers are looked for with: ``cond``, or a few recorded calls, or the first class."""
+    if cond is not None:
+        return [cond]
+    calls = denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]
+    return list(calls) or [example_condition(denoiser, 1)]
+
+
 def example_condition(denoiser: Denoiser, n: int) -> Condition:
     """Class labels ``0, 1, ...`` for ``n`` samples, or None for unconditional models."""
     return torch.arange(n) % denoiser.n_classes if denoiser.n_classes else None
 
 
-@dataclass
-class _Seen:
-    """What a forward pass showed, by layer name.
-
-    ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``:
-    layers fed with a concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``:
-    layers fed with the sample itself; ``gives``: layers whose output reaches the prediction through no other layer.
-    ``conditional``: layers that do not depend on the sample, but on the time (``time``) or on one vector of other
-    conditions (``class``); ``tokens``: those that depend on neither.
-    """
-
-    macs: dict[str, int] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
-    joined: set[str] = field(default_factory=set)
-    fuse: dict[str, str] = field(default_factory=dict)
-    takes: list[str] = field(default_factory=list)
-    gives: frozenset[str] = frozenset()
-    conditional: dict[str, str] = field(default_factory=dict)
-    tokens: set[str] = field(default_factory=set)
-
-
-class _Watch(TorchFunctionMode):
-    """Follows tensors through every torch function: which come from the sample or from a layer, which are
-    concatenations."""
-
-    def __init__(self, weights: dict[int, str], seen: _Seen) -> None:
-        super().__init__()
-        self._weights, self._seen = weights, seen
-        self.origin: Any = (
-            WeakIdKeyDictionary()
-        )  # tensor -> names of the layers that it comes from; SAMPLE for the model's input
-        self.depends: Any = WeakIdKeyDictionary()  # tensor -> SAMPLE, TIME or both, through whatever layers
-        self.joins: Any = WeakIdKeyDictionary()  # concatenation -> its axis and the origins of its parts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and pass on where its result comes from."""
-        out = func(*args, **(kwargs or {}))
-        if (
-            torch.compiler.is_compiling()
-        ):  # flexible attention is compiled as it runs, and the compiler would look in here
-            return out
-        results = list(tensors_in(out))
-        if getattr(func, "__name__", "") == "__get__" or not results:  # a weight's type or size is no use of it
-            return out
-        inputs = list(tensors_in((args, kwargs)))
-        names = {self._weights[id(t)] for t in inputs if id(t) in self._weights}
-        self._seen.used |= names
-        came = frozenset(names) or frozenset().union(*(self.origin.get(t, frozenset()) for t in inputs))
-        on = frozenset().union(*(self.depends.get(t, frozenset()) for t in inputs))
-        for result in results if came or on else ():
-            self.origin[result] = came
-            self.depends[result] = on
-        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(out, Tensor):
-            axis = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
-            parts = [self.origin.get(t, frozenset()) for t in inputs if SAMPLE in self.depends.get(t, ())]
-            self.joins[out] = (axis % out.dim(), parts)
-        return out
-
-    def joined(self, x: Tensor, axis: int, parent: str) -> bool:
-        """True when ``x`` joins along its channels two streams of the sample that both come from outside ``parent``.
-
-        The parts that one block makes of one stream, such as attention beside feed-forward, are no skip connection.
-        """
-        found, parts = self.joins.get(x, (None, []))
-        away = [p for p in parts if any(not n.startswith(f"{parent}.") for n in p - {SAMPLE})]
-        return found == axis % x.dim() and len(away) > 1
-
-
-SAMPLE, TIME = "<sample>", "<time>"
-
-
-@torch.no_grad()
-def _observe(denoiser: Denoiser, modules: dict[str, nn.Module], cond: Given) -> _Seen:
-    """Run the model on its examples and look."""
-    seen = _Seen()
-    watch = _Watch({id(m.weight): n for n, m in modules.items()}, seen)
-    siblings: dict[str, list[tuple[Any, str]]] = {}
-    device = next(denoiser.module.parameters()).device
-    examples: list[Given] = [cond]
-    if cond is None:
-        examples = list(denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]) or [
-            example_condition(denoiser, 1)
-        ]
-    batch = 1
-
-    def hook(name: str) -> Any:
-        channels = -1 if isinstance(modules[name], nn.Linear) else 1
-        transposed = isinstance(modules[name], nn.modules.conv._ConvTransposeNd)
-        # Linear and convolution: weights behind one output, times outputs; a transposed one spreads each input instead.
-        weight: Any = modules[name].weight
-        each = math.prod(weight.shape[1:])
-        parent, _, short = name.rpartition(".")
-
-        def look(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            seen.macs[name] = seen.macs.get(name, 0) + (x if transposed else output).numel() * each // batch
-            if watch.joined(x, channels, parent):
-                seen.joined.add(name)
-            on = watch.depends.get(x, frozenset())
-            if TIME in on and SAMPLE not in on:
-                seen.conditional[name] = "time"
-            elif not on and x.numel() <= batch * x.shape[-1]:
-                seen.conditional[name] = "class"
-            elif not on:
-                seen.tokens.add(name)
-            if SAMPLE in watch.origin.get(x, ()) and name not in seen.takes:
-                seen.takes.append(name)
-            if _QKV.search(short) and name not in seen.fuse:
-                group = siblings.setdefault(parent, [])
-                mates = [other for ref, other in group if ref() is x]
-                group.append((weakref.ref(x), name))
-                if mates:
-                    for mate in (mates[0], name):
-                        seen.fuse[mate] = f"{parent}.[{_QKV_GROUP.sub('', mates[0].rpartition('.')[2])}]"
-
-        return look
-
-    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
-    try:
-        for example in examples:
-            if isinstance(example, Call):
-                x, batch = example.sample, example.batch
-                t, times = torch.zeros(1), example.times(denoiser.module)
-            else:
-                x = torch.zeros(1, *denoiser.sample_shape, device=device)
-                t = torch.zeros(1, dtype=torch.long, device=device)
-                times = [t]
-                example = example.to(device) if isinstance(example, Tensor) else example  # noqa: PLW2901
-            watch.origin[x] = watch.depends[x] = frozenset({SAMPLE})
-            for time in times:
-                watch.depends[time] = frozenset({TIME})
-            with watch:
-                out = denoiser.denoise(x, t, example)
-                seen.gives |= watch.origin.get(out, frozenset()) & set(modules)
-            siblings.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen.macs = {n: m // len(examples) for n, m in seen.macs.items()}
-    if (
-        "time" not in seen.conditional.values()
-    ):  # the time was given as a number, and nothing can be said of what depends on it
-        seen.conditional, seen.tokens = {}, set()
-    return seen
-
-
 def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    kind = next(base.__name__ for base in type(module).__mro__ if base in WEIGHT_LAYERS)
+    transposed = isinstance(module, TRANSPOSED)
+    kind = next(base.__name__ for base in type(module).__mro__ if base in PLAIN_LAYERS)
     return LayerSpec(
         name=name,
         kind=kind,
@@ -293,7 +140,7 @@ def _role(name: str, module: nn.Module) -> str:
 
 
 def _ends(
-    order: list[str], modules: dict[str, nn.Module], seen: _Seen, sample_shape: tuple[int, ...]
+    order: list[str], modules: dict[str, nn.Module], seen: Seen, sample_shape: tuple[int, ...]
 ) -> tuple[str, str]:
     """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen,
     else by shape and order."""
@@ -322,7 +169,7 @@ def _owners(model: nn.Module) -> tuple[dict[str, nn.Module], list[KeptParameter]
     for name, module in model.named_modules():
         # A weight that is computed as the layer runs is no parameter: what it is computed from stays as it is.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if not isinstance(module, WEIGHT_LAYERS) or weight is None or not weight.numel():
+        if not isinstance(module, PLAIN_LAYERS) or weight is None or not weight.numel():
             continue
         first = owner.setdefault(id(weight), name)
         if first == name:
@@ -355,11 +202,11 @@ def _kept(model: nn.Module, layers: dict[str, nn.Module], apart: dict[str, nn.Mo
 
 
 def _reason(module: nn.Module, key: str, name: str) -> str:
-    if isinstance(module, WEIGHT_LAYERS):
+    if isinstance(module, PLAIN_LAYERS):
         return "bias" if key == "bias" else "a weight is computed from it as the layer runs"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding table"
-    if isinstance(module, _NORMS) or re.search(r"norm", type(module).__name__, re.IGNORECASE):
+    if re.search(r"norm", type(module).__name__, re.IGNORECASE):
         return "normalization"
     if key == "bias":
         return "bias"

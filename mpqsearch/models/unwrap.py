@@ -1,4 +1,4 @@
-"""A user's module as it is needed here: plain weights, evaluation mode, no gradients. The module itself stays as it was."""
+"""A user's module as it is needed here: plain weights, evaluation mode, no gradients; the original is not changed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Takes every denoiser class of the installed diffusers all the way and writes what came out: `python
-studies/coverage/measure.py`."""
+"""Takes every denoiser class of the installed diffusers all the way and writes what came out.
+
+Run from the repository root, whose tests it uses: ``python -m studies.coverage.measure``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tests.support.coverage import Covered, cover
-from tests.support.denoisers import NOT_COVERED, denoiser_classes, model_classes, reason_against
+from tests.support.denoisers import KNOWN_REFUSALS, denoiser_classes, model_classes, reason_against
 
 HERE = Path(__file__).parent
 ROLES = (
@@ -34,48 +36,46 @@ START, END = "<!-- table: made by measure.py -->", "<!-- end of table -->"
 
 def run() -> tuple[list[Covered], dict[str, str]]:
     """Every class: what was found, or the reason why it does not go all the way."""
-    found, failed = [], {}
+    covered, failed = [], {}
     for name in sorted(denoiser_classes()):
-        if name in NOT_COVERED:
-            failed[name] = NOT_COVERED[name]
+        if name in KNOWN_REFUSALS:
+            failed[name] = KNOWN_REFUSALS[name]
             continue
         try:
-            found.append(cover(name))
+            covered.append(cover(name))
         except Exception as error:  # noqa: BLE001  (the table names whatever a class raises)
             failed[name] = f"{type(error).__name__}: {error}"
         print(name, failed.get(name, "all the way"), file=sys.stderr)
-    return found, failed
+    return covered, failed
 
 
-def write_csv(found: list[Covered], failed: dict[str, str]) -> None:
+def write_csv(covered: list[Covered], failed: dict[str, str]) -> None:
     """One row a class."""
+    columns = ["layers", "channels", *(f"role_{r}" for r in ROLES), "fusible_layers", "kept_share", "power_error"]
+    columns += ["change_ilp_layer", "change_ilp_channel", "cpu_seconds"]
     with (HERE / "results.csv").open("w", newline="") as handle:
         rows = csv.writer(handle, lineterminator="\n")
-        rows.writerow(
-            ["class", "all_the_way", "layers", "channels", *(f"role_{r}" for r in ROLES), "fusible_layers", "kept_share", "power_error",
-             "change_ilp_layer", "change_ilp_channel", "cpu_seconds", "reason"]
-        )  # fmt: skip
-        for c in found:
-            rows.writerow(
-                [c.name, "yes", c.layers, c.channels, *(c.roles.get(r, 0) for r in ROLES), c.fused, f"{c.apart:.4f}", f"{c.power_error:.1e}",
-                 f"{c.change['ilp-layer']:.3g}", f"{c.change['ilp-channel']:.3g}", f"{c.seconds:.2f}", ""]
-            )  # fmt: skip
+        rows.writerow(["class", "all_the_way", *columns, "reason"])
+        for c in covered:
+            counts = [c.layers, c.channels, *(c.roles.get(r, 0) for r in ROLES), c.fused]
+            measured = [f"{c.apart:.4f}", f"{c.power_error:.1e}", *(f"{v:.3g}" for v in c.change.values())]
+            rows.writerow([c.name, "yes", *counts, *measured, f"{c.seconds:.2f}", ""])
         for name, reason in failed.items():
-            rows.writerow([name, "no", *[""] * (9 + len(ROLES) - 1), reason])
+            rows.writerow([name, "no", *[""] * len(columns), reason])
 
 
-def table(found: list[Covered], failed: dict[str, str]) -> str:
+def table(covered: list[Covered], failed: dict[str, str]) -> str:
     """The summary for the page."""
-    total = len(found) + len(failed)
+    total = len(covered) + len(failed)
     left = {n: reason_against(c) for n, c in model_classes().items() if n not in denoiser_classes()}
     autoencoders = sum(r.startswith("autoencoder") for r in left.values())
     summary = (
-        f"diffusers {metadata.version('diffusers')}: **{len(found)} of {total} denoiser classes "
-        f"({100 * len(found) / total:.1f} %) go all the way**, "
-        f"{sum(c.layers for c in found)} layers in all, {sum(c.seconds for c in found):.0f} s of one core. Largest "
+        f"diffusers {metadata.version('diffusers')}: **{len(covered)} of {total} denoiser classes "
+        f"({100 * len(covered) / total:.1f} %) go all the way**, "
+        f"{sum(c.layers for c in covered)} layers in all, {sum(c.seconds for c in covered):.0f} s of one core. Largest "
         "relative difference between the "
         "measured output power of a layer and that of its weights on the recorded second moments: "
-        f"{max(c.power_error for c in found):.1e}."
+        f"{max(c.power_error for c in covered):.1e}."
     )
     lines = [
         summary,
@@ -92,7 +92,7 @@ def table(found: list[Covered], failed: dict[str, str]) -> str:
         "|---|---|---|---|",
     ]
     for role in ROLES:
-        have = [c for c in found if c.roles.get(role)]
+        have = [c for c in covered if c.roles.get(role)]
         if have:
             lines.append(f"| {role} | {sum(c.roles[role] for c in have)} | {len(have)} | `{have[0].name}` |")
     return "\n".join(lines)
@@ -101,11 +101,11 @@ def table(found: list[Covered], failed: dict[str, str]) -> str:
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    found, failed = run()
-    write_csv(found, failed)
+    covered, failed = run()
+    write_csv(covered, failed)
     page = (HERE / "README.md").read_text()
     before, after = page.split(START)[0], page.split(END)[1]
-    (HERE / "README.md").write_text(f"{before}{START}\n{table(found, failed)}\n{END}{after}")
+    (HERE / "README.md").write_text(f"{before}{START}\n{table(covered, failed)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,22 @@ from torch import Tensor, nn
 from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.methods import MethodSpec, allocate
-from mpqsearch.models import Calls, adapt, capture, discover, load_calls, save_calls
+from mpqsearch.models import (
+    Calls,
+    Denoiser,
+    adapt,
+    capture,
+    discover,
+    discover_streamed,
+    load_calls,
+    load_model,
+    open_streamed,
+    save_calls,
+)
 from mpqsearch.profile import CalibrationSpec, InputCollector, profile_model
 from mpqsearch.quant import quantize_model, rows_of
 from mpqsearch.sampling import SamplerSpec
-from tests.support.denoisers import build
+from tests.support.denoisers import RECIPES, build
 
 WIDTHS = (2, 4, 8)
 CALLS = 2
@@ -63,6 +75,9 @@ def cover(name: str) -> Covered:
         denoiser = adapt(module, calls=calls, name=name)
         table = discover(denoiser)
         assert table.n_parameters == stored_values(module)
+        check_ends_by_names(denoiser, table)
+        if name not in RECIPES or RECIPES[name].make is None:  # else it is made of other models, and has no folder
+            check_folder(denoiser, table, Path(folder) / "model")
         power_error = check_statistics(module, table, calls)
         policy, fmt = Policy(widths=WIDTHS), QuantFormat(n_candidates=8)
         spec = CalibrationSpec(probe_inputs=1, probes=1, schemes=("asymmetric",), smooth=False)
@@ -103,6 +118,30 @@ def cover(name: str) -> Covered:
         change=change,
         seconds=time.process_time() - start,
     )
+
+
+def ends(table: LayerTable) -> dict[str, str]:
+    """The first and the last layer, which the policy holds at 8 bits."""
+    return {la.role: la.name for la in table if la.role in ("first", "last")}
+
+
+def check_ends_by_names(denoiser: Denoiser, table: LayerTable) -> None:
+    """Where nothing can be run, names alone must tell the first and the last layer: not the shape of the recorded
+    sample either, which a model on disk does not have."""
+    by_names = ends(discover(replace(denoiser, sample_shape=(), calls=()), run=False))
+    assert by_names == ends(table), f"by names {by_names}, seen in a run {ends(table)}"
+
+
+def check_folder(denoiser: Denoiser, table: LayerTable, folder: Path) -> None:
+    """Saved and loaded, and streamed, the model is the same."""
+    module: Any = denoiser.module
+    module.save_pretrained(folder)
+    loaded = load_model(str(folder), calls=denoiser.calls)
+    assert loaded.digest == denoiser.digest
+    streamed = discover_streamed(open_streamed(str(folder)))
+    assert streamed.digest == denoiser.digest
+    assert ends(streamed) == ends(table)
+    assert streamed.n_parameters == table.n_parameters
 
 
 def stored_values(module: nn.Module) -> int:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 Random = Callable[..., Tensor]
 """Gaussian numbers of a shape."""
 
-NOT_COVERED = {
+KNOWN_REFUSALS = {
     "CosmosControlNetModel": "its forward resizes a mask with torchvision, which is not required here",
     "AnyFlowFARTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
     "Kandinsky6SRTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
     "WanAnimate2Transformer3DModel": "needs a key-value cache object that the reference pass fills: it can be neither stored nor replayed",
 }
-"""Denoisers that do not go all the way, with the reason."""
+"""Denoisers that do not go all the way, with the reason. Any other class that fails is a failure."""
 
 _TIME = re.compile(r"^(t|timesteps?|timestep_ratio|\w+_timesteps?|\w+_time)$")
 
