@@ -76,29 +76,19 @@ class CalibrationConfig(CalibrationSpec):
     With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes``
     counts.
 
-    ``at``: file of a bit map at which gains are measured again (`mpqsearch.profile.remeasure`), on the trajectories of
-    ``samples``: the losses ``operating`` that a method can then take.
-
     ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for
     denoisers that need prompt embeddings or anything else that a pipeline gives.
     """
 
     captured: str = ""
     weights_only: bool = False
-    at: str = ""
 
     def __post_init__(self) -> None:
         CalibrationSpec.__post_init__(self)
-        for name in ("weights_only", "captured"):
-            if self.at and getattr(self, name):
-                raise ConfigError(
-                    f"calibration.at = {self.at!r} measures gains at a bit map with the sampler, which "
-                    f"calibration.{name} does without: set one of them"
-                )
-        if self.weights_only and self.prediction_only:
+        if self.weights_only and (self.prediction_only or self.granularity == "layer"):
             raise ConfigError(
-                "calibration.weights_only runs nothing and calibration.prediction_only runs the sampler: set one of "
-                "them"
+                "calibration.weights_only runs nothing, calibration.prediction_only and granularity run the sampler: "
+                "set one of them"
             )
 
 

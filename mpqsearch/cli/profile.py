@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +31,13 @@ def profile(
             "--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run."
         ),
     ] = False,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            "--granularity",
+            help="channel (default), or layer: totals of whole layers alone, in a fraction of the time.",
+        ),
+    ] = None,
     prediction_only: Annotated[
         bool,
         typer.Option(
@@ -39,20 +45,8 @@ def profile(
             help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
         ),
     ] = False,
-    at: Annotated[
-        Path | None,
-        typer.Option(
-            "--at", help="A bit map (bitmap.json) of this model at which gains are measured again, beside the profile."
-        ),
-    ] = None,
     memory_limit: Annotated[
         str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
-    ] = None,
-    target_error: Annotated[
-        float | None,
-        typer.Option(
-            "--target-error", help="Probe until the relative standard error of the layer totals is this, such as 0.1."
-        ),
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -63,23 +57,21 @@ def profile(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Measure kurtosis, exact output errors and gains of every channel at every width.
+    """Measure kurtosis, exact output errors and sensitivities of every channel at every width.
 
     With `--weights-only` kurtosis and weight errors alone, of models larger than memory too; then
     `--set calibration.weights_only=true` makes `allocate` use them, with methods whose loss is `weight`.
 
-    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for
-    about a tenth of what one layer at a time costs. Above 4.5 bits the whole profile predicts better (`context`,
-    `sampler`), and only it can choose widths.
+    With `--granularity layer` one forward and one backward pass a calibration batch give the loss of every layer at
+    every width; then `--set calibration.granularity=layer` makes `allocate` use them, with `ilp-layer`.
 
-    With `--at bitmap.json` also what each width of each layer would change at that map, all other layers being
-    quantized as it says (rounded to nearest): written to `profile-at-<digest>.json`; `--set calibration.at=bitmap.json`
-    lets `allocate` use it, in methods whose loss is `operating`.
+    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for
+    about a tenth of what one layer at a time costs. Above 4.5 bits the whole profile predicts better (`sampler`), and
+    only it can choose widths.
 
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
 
-    Example: `mpqsearch profile -c studies/quickstart.toml --at
-    runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
+    Example: `mpqsearch profile --model fmnist-unet --granularity layer`
     """
     from mpqsearch import stages
 
@@ -91,9 +83,8 @@ def profile(
             "model.device": device,
             "model.memory_limit": memory_limit,
             "calibration.weights_only": weights_only or None,
+            "calibration.granularity": granularity,
             "calibration.prediction_only": prediction_only or None,
-            "calibration.at": None if at is None else str(at),
-            "calibration.target_error": target_error,
         },
         run_dir=run_dir,
         dry_run=dry_run,

@@ -1,60 +1,41 @@
-"""Sensitivity of every channel and layer: kurtosis, exact output errors, gains. No Hessian anywhere."""
+"""Sensitivity of every output channel and layer: kurtosis, exact output errors, end-to-end effects. No Hessian."""
 
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
-from mpqsearch.profile.contexts import ContextProbes, context_probes, latin_contexts
-from mpqsearch.profile.final_probes import FinalProbes, final_probes
+from mpqsearch.profile.calibrate import ProbeInput, calibrate
+from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import InputMoments, beyond_limit, gptq_profile, input_statistics
 from mpqsearch.profile.inputs import InputCollector, columns_of
-from mpqsearch.profile.measure import (
-    FinalErrors,
-    final_errors,
-    price_errors,
-    profile_base,
-    profile_model,
-    profile_slopes,
-    race_final_errors,
-    variants_of,
-    with_final_errors,
-)
-from mpqsearch.profile.operating import remeasure
-from mpqsearch.profile.probes import Prober, ProbeResult, probe
-from mpqsearch.profile.racing import Stability, relative_error, stability
-from mpqsearch.profile.streaming import Partial, profile_weights
+from mpqsearch.profile.measure import profile_base, profile_model
+from mpqsearch.profile.one_layer import FinalErrors, final_errors, with_final_errors
+from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.streaming import profile_weights
+from mpqsearch.profile.tables import WeightErrors, formats_of
 from mpqsearch.profile.together import choose_alphas
 from mpqsearch.specs import CalibrationSpec
 
 __all__ = [
+    "Arrays",
     "CalibrationSpec",
-    "ContextProbes",
     "FinalErrors",
-    "FinalProbes",
     "InputCollector",
     "InputMoments",
     "Partial",
-    "ProbeResult",
-    "Prober",
-    "Stability",
+    "ProbeInput",
+    "WeightErrors",
     "beyond_limit",
+    "calibrate",
     "calibrate_activations",
     "choose_alphas",
     "collect_ranges",
     "columns_of",
-    "context_probes",
+    "final_effects",
     "final_errors",
-    "final_probes",
+    "formats_of",
     "gptq_profile",
     "input_statistics",
-    "latin_contexts",
-    "price_errors",
-    "probe",
     "profile_base",
     "profile_model",
-    "profile_slopes",
     "profile_weights",
-    "race_final_errors",
-    "relative_error",
-    "remeasure",
-    "stability",
-    "variants_of",
+    "projected_effects",
     "with_final_errors",
 ]

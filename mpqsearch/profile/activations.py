@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
+from mpqsearch.profile.calibrate import Progress, run_sampler, silent
 from mpqsearch.profile.inputs import QuantizedInputCollector
+from mpqsearch.profile.partial import Arrays
 from mpqsearch.quant import (
     ActivationQuantizer,
     ActivationSearch,
@@ -25,7 +27,7 @@ from mpqsearch.quant import (
     width_errors,
 )
 from mpqsearch.quant.smoothing import input_factors, stored_factors
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
+from mpqsearch.specs import CalibrationSpec, SamplerSpec
 
 
 def calibrate_activations(
@@ -37,7 +39,7 @@ def calibrate_activations(
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     input_max: Mapping[str, Tensor] | None = None,
     search: ActivationSearch | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> ActivationTable:
     """Scales for the activation widths of ``bit_map``, searched on what the layers of the full-precision model see
     while it samples.
@@ -83,7 +85,7 @@ def collect_ranges(
     per_timestep: bool = False,
     layers: Mapping[str, int] | None = None,
     factors: Mapping[str, Tensor] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> RangeCollector:
     """Histograms of the inputs of layers over trajectories: one collection gives the scales of any widths
     (`RangeCollector.table`).
@@ -91,82 +93,74 @@ def collect_ranges(
     A denoiser with recorded calls is run on those, and not with the sampler.
     """
     collector = RangeCollector(denoiser.module, table, layers=layers, per_timestep=per_timestep, factors=factors)
-    with torch.no_grad(), collector:
+    with collector:
         run_sampler(denoiser, sampler, seeds, "calibrate activations", progress)
     return collector
-
-
-def run_sampler(
-    denoiser: Denoiser,
-    sampler: SamplerSpec,
-    seeds: Sequence[int],
-    label: str,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    """Sample for the sake of hooks on the layers: the trajectories of ``seeds``, or the denoiser's recorded calls where
-    it has any."""
-    report = progress or (lambda _label, _done, _total: None)
-    for done, call in enumerate(denoiser.calls, start=1):
-        call.replay(denoiser.module)
-        report(label, done, len(denoiser.calls))
-    if len(denoiser.calls):
-        return
-    device = next(denoiser.module.parameters()).device
-    done, total = 0, -(-len(seeds) // sampler.batch) * sampler.steps
-    for start in range(0, len(seeds), sampler.batch):
-        part = seeds[start : start + sampler.batch]
-        cond = labels_of(denoiser, part)
-        cond = cond.to(device) if isinstance(cond, Tensor) else cond
-        for _ in trajectory(denoiser, noise_of(part, denoiser.sample_shape).to(device), cond, sampler):
-            done += 1
-            report(label, done, total)
 
 
 def activation_arrays(
     denoiser: Denoiser,
     table: LayerTable,
     sampler: SamplerSpec,
-    seeds: Sequence[int],
+    spec: CalibrationSpec,
     widths: tuple[int, ...],
-    act_bits: tuple[int, ...],
-    smoothed: QuantFormat | None,
-    stats: Mapping[str, RowStatistics],
-    gain: Mapping[str, Tensor],
-    report: Callable[[str, int, int], None],
-) -> dict[str, NDArray[Any]]:
-    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the smoothed format at
-    ``act_bits``."""
+    smooth: QuantFormat | None,
+    statistics: Mapping[str, RowStatistics],
+    sensitivity: NDArray[np.float32],
+    progress: Progress = silent,
+) -> Arrays:
+    """``layer_activation_error`` at ``widths``, and ``quantized_input_error`` of the format ``smooth`` (None: left out)
+    at ``spec.activation_bits``."""
+    seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
-    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, progress=report)
-    noise = {b: ranges.table(dict.fromkeys(table.by_name, b)).error for b in widths}
-    through = {
-        la.name: float(gain[la.name] @ rows_of(modules[la.name].weight, la).double().square().sum(1).cpu())
-        for la in table
-    }
-    per_layer = [[float(noise[b][la.name]) * through[la.name] for b in widths] for la in table]
-    arrays: dict[str, NDArray[Any]] = {"layer_activation_error": np.array(per_layer, dtype=np.float32)}
-    if smoothed is None:
+    weights = {la.name: rows_of(modules[la.name].weight.float(), la) for la in table}
+    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, progress=progress)
+    arrays = {"layer_activation_error": _noise(ranges, table, widths, weights, sensitivity)}
+    if smooth is None:
         return arrays
-    factors = {}
-    for la in table:
-        rows = rows_of(modules[la.name].weight.float(), la)
-        factors[la.name] = input_factors(la, stored_factors(rows, stats[la.name].input_max, la))
-    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, factors=factors, progress=report)
-    for act in act_bits:
-        found = ranges.table(dict.fromkeys(table.by_name, act))
-        quantizers = {
-            la.name: ActivationQuantizer(la, act, found.scale[la.name], found.zero[la.name], None, factors[la.name]).to(
-                modules[la.name].weight.device
-            )
-            for la in table
-        }
+    factors = {
+        la.name: input_factors(la, stored_factors(weights[la.name], statistics[la.name].input_max, la)) for la in table
+    }
+    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, factors=factors, progress=progress)
+    for bits in spec.activation_bits:
+        quantizers = _input_quantizers(ranges, table, bits, factors, weights)
         collector = QuantizedInputCollector(denoiser.module, table, quantizers)
-        with torch.no_grad(), collector:
-            run_sampler(denoiser, sampler, seeds, f"inputs at {act} bits", report)
+        with collector:
+            run_sampler(denoiser, sampler, seeds, f"inputs at {bits} bits", progress)
         columns = []
         for la in table:
-            weight = modules[la.name].weight
-            errors = width_errors(weight, la, widths, smoothed, stats[la.name])
-            columns.append(collector.errors(la, rows_of(weight.float(), la), errors))
-        arrays[f"quantized_input_error/asymmetric+smooth@a{act}"] = torch.cat(columns).float().cpu().numpy()
+            errors = width_errors(modules[la.name].weight, la, widths, smooth, statistics[la.name])
+            columns.append(collector.errors(la, weights[la.name], errors).float().cpu())
+        arrays[f"quantized_input_error/asymmetric+smooth@a{bits}"] = torch.cat(columns).numpy()
     return arrays
+
+
+def _noise(
+    ranges: RangeCollector,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    weights: Mapping[str, Tensor],
+    sensitivity: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Effect ``[L, W]`` of quantizing each layer's input: its mean squared error times ``sum_c sensitivity_c
+    |w_c|**2``."""
+    noise = {b: ranges.table(dict.fromkeys(table.by_name, b)).error for b in widths}
+    parts = np.split(sensitivity.astype(np.float64), np.cumsum([la.n_channels for la in table])[:-1])
+    through = [
+        float(part @ weights[la.name].double().square().sum(1).cpu().numpy())
+        for la, part in zip(table, parts, strict=True)
+    ]
+    rows = [[float(noise[b][la.name]) * t for b in widths] for la, t in zip(table, through, strict=True)]
+    return np.array(rows, dtype=np.float32)
+
+
+def _input_quantizers(
+    ranges: RangeCollector, table: LayerTable, bits: int, factors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, ActivationQuantizer]:
+    found = ranges.table(dict.fromkeys(table.by_name, bits))
+    return {
+        la.name: ActivationQuantizer(la, bits, found.scale[la.name], found.zero[la.name], None, factors[la.name]).to(
+            weights[la.name].device
+        )
+        for la in table
+    }

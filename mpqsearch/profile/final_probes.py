@@ -1,16 +1,17 @@
-"""First-order probes of the *final sample*: what the error of a layer does after all steps of the sampler.
+"""First-order effects on the *final sample*: what the error of a layer does after all steps of the sampler.
 
-The gradient of a random projection ``v . x_final`` with respect to a weight, taken through every step, holds what a
-probe of the denoiser's output does not: the coefficient with which a step enters the sample, what the later steps make
-of an earlier error, and that the same weight error acts in every step, so that its systematic part adds up linearly and
-its random part does not.
+The gradient of a projection ``v . x_final`` with respect to a weight, taken through every step, holds what a projection
+of one prediction does not: the coefficient with which a step enters the sample, what the later steps make of an earlier
+error, and that the same weight error acts in every step, so that its systematic part adds up linearly and its random
+part does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,159 +19,168 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import LayerTable
-from mpqsearch.errors import ConfigError, NumericsError
+from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.probes import corrected
-from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
-from mpqsearch.quant.tables import error_part, error_rows
-from mpqsearch.sampling import SamplerSpec, chain_of
+from mpqsearch.profile.calibrate import Progress, silent
+from mpqsearch.profile.partial import Arrays
+from mpqsearch.profile.probing import layer_arrays
+from mpqsearch.profile.tables import WeightErrors
+from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.sampling import Chain, chain_of
+from mpqsearch.specs import CalibrationSpec, SamplerSpec
 
-Floats32 = NDArray[np.float32]
+Effects = dict[str, NDArray[np.float32]]
+"""By format the effects ``[K, 2, L, W]`` on ``v . x_final`` of K directions of the error of each layer at each width:
+first without, then with bias correction."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalProbes:
-    """Effects of candidate weight errors on the final samples, to first order, for K probes, T steps, L layers, W
-    widths.
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One call of the denoiser on the way back: ``objective`` is the scalar whose gradient with respect to the weights
+    is this call's part of that of ``v[direction] . x_final``; after its backward pass the walk goes on from ``x.grad``.
+    ``more`` says that the graph is needed again."""
 
-    ``effect`` maps a variant to ``[K, T, L, W]``: the part of ``v . dx_final`` that the error of that layer at that
-    width brings in at that step; the sum over T is the whole effect, and its mean square over K the squared error of
-    the final sample (mean over pixels), since ``v ~ N(0, I / d)``. ``row_square`` maps a variant to ``[C, W]``: mean
-    over random probes of the squared effect of one output channel over all steps. ``row_along`` is the mean over
-    samples of a channel's effect along the residual times the length of that, in the same unit, so that ``2 row_along``
-    is the slope of the error of the sample (empty without a residual). ``sensitivity`` ``[T, C]``: mean square of ``d(v .
-    x_final) / dy`` of a channel at a step, summed over positions. ``residual`` ``[K]``: ``v . (x_final -
-    x_reference)``, zero at the full-precision model. ``samples`` ``[K]``: how many samples a probe looks at together.
+    direction: int
+    objective: Tensor
+    x: Tensor
+    more: bool
 
-    A probe of a batch of N samples projects all of them at once, ``v ~ N(0, I / (N d))``: its square is in the mean the
-    error of a sample, since the projections of different samples are independent, and along the residuals of a batch it
-    is the exact sum over its samples.
+
+def walk_back(denoiser: Denoiser, chain: Chain, directions: Tensor) -> Iterator[Segment]:
+    """From the last call of the sampler to the first, all directions ``[K, N, ...]`` at each, with the graph of one
+    call in memory."""
+    objectives = [(v * chain.final).sum() for v in directions]
+    for step in reversed(range(len(chain.predictions))):
+        x = chain.inputs[step].detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = denoiser.guided(x, chain.times[step], chain.cond, chain.spec.guidance)
+        for k, objective in enumerate(objectives):
+            # What the final sample owes to this prediction: through the scheduler, and through all later calls.
+            (along,) = torch.autograd.grad(objective, chain.predictions[step], retain_graph=True)
+            yield Segment(k, (along * out).sum(), x, k + 1 < len(objectives))
+            if step and x.grad is not None:
+                objectives[k] = objective + (x.grad * chain.inputs[step]).sum()
+            x.grad = None
+
+
+class EffectSums:
+    """Accumulates gradients over the calls of a walk into `Effects`.
+
+    An error of a weight is the same in every call, so gradients are summed first and multiplied with the errors once;
+    where errors are not held for want of memory, neither are gradients, and every call is multiplied by itself.
     """
 
-    effect: Mapping[str, Floats32]
-    row_square: Mapping[str, Floats32]
-    row_along: Mapping[str, Floats32]
-    gain: Floats32
-    residual: Floats32
-    samples: NDArray[np.int64]
+    def __init__(self, table: LayerTable, errors: WeightErrors, n_directions: int) -> None:
+        self._table, self._errors, self._n = table, errors, n_directions
+        self._gradients: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._effects: dict[tuple[int, str], dict[str, Tensor]] = {}
+
+    def add(self, direction: int, name: str, rows: Tensor, bias: Tensor, _square: Tensor) -> None:
+        """The gradient of one direction with respect to a layer in one call."""
+        key = (direction, name)
+        if self._errors.held:
+            before = self._gradients.get(key)
+            self._gradients[key] = (rows, bias) if before is None else (before[0].add_(rows), before[1].add_(bias))
+            return
+        effects, sums = self._errors.effects(name, rows, bias), self._effects.get(key, {})
+        self._effects[key] = {fmt: effect + sums[fmt] if sums else effect for fmt, effect in effects.items()}
+
+    def result(self) -> Effects:
+        """The effects of all layers; 0 for those that no gradient reached."""
+        for (direction, name), (rows, bias) in self._gradients.items():
+            self._effects[direction, name] = self._errors.effects(name, rows, bias)
+        widths = {fmt: len(next(iter(e.values()))) for fmt, e in self._errors.errors.items()}
+        out = {fmt: np.zeros((self._n, 2, len(self._table), n), dtype=np.float32) for fmt, n in widths.items()}
+        position = {la.name: i for i, la in enumerate(self._table)}
+        for (direction, name), effects in self._effects.items():
+            for fmt, effect in effects.items():
+                out[fmt][direction, :, position[name]] = effect.float().cpu().numpy()
+        return out
 
 
-def final_probes(
+def final_effects(
     denoiser: Denoiser,
     table: LayerTable,
     sampler: SamplerSpec,
     seeds: Sequence[int],
-    errors: Mapping[str, Mapping[str, Tensor]],
-    means: Mapping[str, Tensor],
+    errors: WeightErrors,
+    directions: Callable[[Tensor], Tensor],
+    *,
+    checkpoint: bool = False,
+) -> Effects:
+    """Effects of weight errors on the final samples of ``seeds``, which run as one batch.
+
+    Costs one trajectory, one more forward pass a step and one backward pass a step and direction. ``directions`` gives
+    the directions ``[K, N, ...]`` for the final samples ``[N, ...]``. Raises `NumericsError` for a sample that is not
+    finite.
+    """
+    chain = chain_of(denoiser, seeds, sampler)
+    finite = torch.isfinite(chain.final).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = seeds[int(finite.logical_not().nonzero()[0])]
+        raise NumericsError(f"{denoiser.name}: the sample of seed {bad} is not finite")
+    v = directions(chain.final.detach())
+    sums = EffectSums(table, errors, len(v))
+    with checkpointed(denoiser.module, checkpoint), GradientTap(denoiser.module, table) as tap:
+        for segment in walk_back(denoiser, chain, v):
+            segment.x.grad = tap.backward(
+                segment.objective, partial(sums.add, segment.direction), keep_graph=segment.more, x=segment.x
+            )
+    return sums.result()
+
+
+def projected_effects(
+    denoiser: Denoiser,
+    table: LayerTable,
+    sampler: SamplerSpec,
+    seeds: Sequence[int],
+    errors: WeightErrors,
     *,
     probes: int = 4,
     seed: int = 0,
-    batch: int = 1,
-    reference: Tensor | None = None,
-    along_residual: bool = False,
     checkpoint: bool = False,
-    tick: Callable[[int], Any] | None = None,
-) -> FinalProbes:
-    """Probe the final samples of ``seeds``, ``batch`` trajectories at a time.
-
-    errors
-        Variant -> layer -> ``[W, C, D]``: candidate weight minus present weight. At the full-precision model that is
-        the quantization error; at an operating point the difference of two quantized weights.
-    means
-        Layer -> mean unfolded input ``[G, D]``: the shift that bias correction takes out, in layers with a bias.
-    probes
-        Projections of each batch. A larger batch has fewer of them in all for the same work, and makes better use of a
-        processor.
-    reference
-        Full-precision samples ``[len(seeds), ...]`` at an operating point; with ``along_residual`` the first probe of
-        each batch is its residual, normalised to the length of a random ``v``.
-
-    Costs ``T (2 + 2 probes)`` forward passes a sample: the trajectory, its recomputation step by step (so that the
-    graph of one call is all the memory taken) and a backward pass a probe. Leaves the model as it was. Raises
-    `NumericsError` when a sample is not finite.
-    """
-    if batch < 1:
-        raise ConfigError(f"probes of final samples need a batch of at least 1, got {batch}")
-    if along_residual and reference is None:
-        raise ConfigError("a probe along the residual needs the reference samples")
-    n_widths = {v: next(iter(e.values())).shape[0] for v, e in errors.items()}
-    parts = [slice(i, min(i + batch, len(seeds))) for i in range(0, len(seeds), batch)]
-    total, starts = len(parts) * probes, np.cumsum([0, *(la.n_channels for la in table)])
-    effect = {v: np.zeros((total, sampler.steps, len(table), w), dtype=np.float32) for v, w in n_widths.items()}
-    row_square = {v: np.zeros((int(starts[-1]), w)) for v, w in n_widths.items()}
-    row_along = {v: np.zeros((int(starts[-1]), w)) for v, w in n_widths.items() if along_residual}
-    gain = np.zeros((sampler.steps, int(starts[-1])))
-    residual = np.zeros(total, dtype=np.float32)
-    position = {la.name: i for i, la in enumerate(table)}
+    progress: Progress = silent,
+) -> Effects:
+    """`final_effects` along ``probes`` random directions ``v ~ N(0, I / d)`` for each seed by itself: ``K = seeds *
+    probes``. The mean square over K is the squared error of the final sample, a mean over its ``d`` pixels."""
     generator = torch.Generator().manual_seed(seed)
 
-    def sink_of(k: int, t: int, run: dict[tuple[str, str], Tensor]) -> Sink:
-        def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
-            i = position[name]
-            gain[t, starts[i] : starts[i + 1]] += square.cpu().double().numpy()
-            found: dict[str, list[Tensor]] = {v: [] for v in errors}
-            for part in error_rows(next(iter(errors.values())), table[name]):
-                some = corrected(rows, bias, means[name], table[name], part)
-                for variant, by_layer in errors.items():
-                    error = error_part(by_layer, name, part)
-                    found[variant].append(torch.einsum("wcd,cd->cw", error, some.to(error)).cpu())
-            for variant, parts in found.items():
-                by_row = torch.cat(parts)
-                effect[variant][k, t, i] = by_row.sum(0).numpy()
-                run[variant, name] = run.get((variant, name), 0) + by_row
+    def random(final: Tensor) -> Tensor:
+        v = torch.randn((probes, *final.shape), generator=generator).to(final)
+        return v / math.sqrt(final.numel())
 
-        return take
+    effects = []
+    for done, one in enumerate(seeds, start=1):
+        effects.append(final_effects(denoiser, table, sampler, [one], errors, random, checkpoint=checkpoint))
+        progress("sensitivities of the final sample", done, len(seeds))
+    return {fmt: np.concatenate([e[fmt] for e in effects]) for fmt in errors.formats}
 
-    with checkpointed(denoiser.module, checkpoint), GradientTap(denoiser.module, table) as tap:
-        for number, part in enumerate(parts):
-            chain = chain_of(denoiser, seeds[part], sampler)
-            finite = torch.isfinite(chain.final).flatten(1).all(1)
-            if not bool(finite.all()):
-                bad = seeds[part][int(finite.logical_not().nonzero()[0])]
-                raise NumericsError(f"{denoiser.name}: the sample of seed {bad} is not finite")
-            v = (
-                torch.randn((probes, *chain.final.shape), generator=generator).to(chain.final)
-                / chain.final.numel() ** 0.5
-            )
-            first = number * probes
-            if reference is not None:
-                left = chain.final.detach() - reference[part].to(chain.final)
-                if along_residual and float(left.norm()) > 0:
-                    v[0] = left / left.norm()
-                residual[first : first + probes] = (v * left).flatten(1).sum(1).cpu().numpy()
-            objective = [(v[k] * chain.final).sum() for k in range(probes)]
-            by_probe: list[dict[tuple[str, str], Tensor]] = [{} for _ in range(probes)]
-            for t in reversed(range(sampler.steps)):
-                prediction, seen = chain.predictions[t], chain.inputs[t]
-                x = seen.detach().requires_grad_(True)
-                with torch.enable_grad():
-                    out = denoiser.guided(x, chain.times[t], chain.cond, sampler.guidance)
-                for k in range(probes):
-                    # What the final sample owes to this prediction: through the scheduler, and through all later calls.
-                    (along,) = torch.autograd.grad(objective[k], prediction, retain_graph=True)
-                    sink = sink_of(first + k, t, by_probe[k])
-                    back = tap.backward((along * out).sum(), sink, keep_graph=k + 1 < probes, x=x)
-                    if t and back is not None:
-                        objective[k] = objective[k] + (back * seen).sum()
-            for k, found in enumerate(by_probe):
-                for (variant, name), by_row in found.items():
-                    own = slice(starts[position[name]], starts[position[name] + 1])
-                    if (
-                        k == 0 and along_residual
-                    ):  # the mean over the batch, of which there are as many as it has samples
-                        share = float(residual[first]) * len(chain.final) / chain.final.numel()
-                        row_along[variant][own] += share * by_row.double().numpy()
-                    else:
-                        row_square[variant][own] += by_row.double().square().numpy()
-            if tick is not None:
-                tick(len(chain.final))
-    return FinalProbes(
-        effect=effect,
-        row_square={
-            n: (s / max(total - len(parts) * along_residual, 1)).astype(np.float32) for n, s in row_square.items()
-        },
-        row_along={n: (s / len(seeds)).astype(np.float32) for n, s in row_along.items()},
-        gain=(gain / total).astype(np.float32),
-        residual=residual,
-        samples=np.repeat([p.stop - p.start for p in parts], probes).astype(np.int64),
+
+def sampler_totals(
+    denoiser: Denoiser,
+    table: LayerTable,
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    errors: WeightErrors,
+    progress: Progress = silent,
+) -> Arrays:
+    """Layer totals ``layer_sampler`` of `layer_arrays`: the effect of each layer on the final sample. Standard errors
+    are over seeds."""
+    effects = projected_effects(
+        denoiser,
+        table,
+        sampler,
+        range(spec.first_seed, spec.first_seed + spec.sampler_seeds),
+        errors,
+        probes=spec.sampler_probes,
+        seed=spec.seed,
+        checkpoint=spec.checkpoint,
+        progress=progress,
     )
+    squares = {}
+    for fmt, effect in effects.items():
+        by_seed = np.square(effect.astype(np.float64)).reshape(
+            spec.sampler_seeds, spec.sampler_probes, *effect.shape[1:]
+        )
+        squares[fmt] = by_seed.mean(1)
+    return layer_arrays("layer_sampler", squares)

@@ -1,8 +1,8 @@
-"""What rows lose at every width under GPTQ, and the input moments that it needs."""
+"""What output channels lose at every width under GPTQ, and the second moments of inputs that it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,25 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat, SensitivityProfile
-from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.activations import run_sampler
+from mpqsearch.profile.calibrate import Progress, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RowQuantizer, RowStatistics, decode, encode, fit_rows, gptq_rows, rows_of
 from mpqsearch.quant.smoothing import scaled_moment, stored_factors
-from mpqsearch.sampling import SamplerSpec
-
-ALONE = ("layer_probe_error", "layer_sampler_error")
-"""Layer totals that follow the errors of the layer's own rows."""
-
-TOGETHER = (
-    "layer_context_slope",
-    "layer_context_std_error",
-    "layer_operating_error",
-    "layer_operating_std_error",
-    "layer_final_error",
-)
-"""Layer totals that were measured with the errors themselves, and mean nothing for others."""
+from mpqsearch.specs import SamplerSpec
 
 
 @torch.no_grad()
@@ -40,7 +27,7 @@ def input_statistics(
     sampler: SamplerSpec,
     seeds: Sequence[int],
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Mapping[str, RowStatistics]:
     """Second moments, means and largest magnitudes of the inputs of all layers that run while the model samples.
 
@@ -79,7 +66,7 @@ class InputMoments(Mapping[str, RowStatistics]):
     sampler: SamplerSpec
     seeds: Sequence[int]
     limit: int | None = None
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress = silent
     _held: tuple[int, Mapping[str, RowStatistics]] = field(default=(-1, {}), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -165,51 +152,47 @@ def gptq_profile(
     stats: Mapping[str, RowStatistics],
     fmt: QuantFormat,
 ) -> SensitivityProfile:
-    """``profile`` with the output errors of the variant ``fmt`` as GPTQ leaves them, for integer programs.
+    """``profile`` with the output errors of the format ``fmt`` as GPTQ leaves them, for integer programs.
 
     stats
         From `input_statistics`; layers that are not named keep what the profile has.
     fmt
-        The format whose variant is priced anew, with its own range search and alpha of smoothing.
+        The format that is priced anew, with its own range search and alpha of smoothing.
 
-    Layer totals from probes change as the gain-weighted errors of their rows do; totals that belong to the errors of
-    other layers (``context``, ``operating``, ``final``) are left out for this variant. Raises `ConfigError` when the
-    profile lacks the variant.
+    Layer totals that follow the errors of a layer's own channels change as the sensitivity-weighted errors of these do;
+    totals that were measured with other errors themselves (`slope`, `final`) are left out for this format. Raises
+    `ConfigError` when the profile lacks the format.
     """
-    variant = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
-    if f"output_error/{variant}" not in profile.arrays:
-        raise ConfigError(
-            f"the profile has no output errors of the variant {variant!r}; it has {', '.join(profile.variants)}"
-        )
+    name = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
+    before = profile.need(f"output_error/{name}", f"GPTQ in the format {name!r}")
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
-    arrays = {
-        k: v for k, v in profile.arrays.items() if k.partition("/")[2] != variant or k.partition("/")[0] not in TOGETHER
-    }
-    plain = profile.arrays[f"output_error/{variant}"].copy()
-    centred = profile.arrays[f"output_error_corrected/{variant}"].copy()
-    for name in profile.names:
-        if name in stats:
-            layer = table[name]
-            plain[profile.rows(name)], centred[profile.rows(name)] = _errors(
-                rows_of(modules[name].weight.detach().float(), layer), layer, profile.widths, fmt, stats[name]
-            )
-    arrays |= {f"output_error/{variant}": plain, f"output_error_corrected/{variant}": centred}
-    gain = profile.arrays.get("sensitivity", np.ones(sum(profile.channels)))[:, None].astype(np.float64)
-    biased = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
-    sums = [
-        profile.layer_sum(
-            gain
-            * np.where(biased, a[f"output_error_corrected/{variant}"], a[f"output_error/{variant}"]).astype(np.float64)
-        )
-        for a in (profile.arrays, arrays)
-    ]
-    share = np.divide(sums[1], sums[0], out=np.ones_like(sums[0]), where=sums[0] > 0)
-    arrays |= {
-        f"{k}/{variant}": (arrays[f"{k}/{variant}"] * share).astype(np.float32)
-        for k in ALONE
-        if f"{k}/{variant}" in arrays
-    }
-    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": variant})
+    arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != name or not k.startswith(_MEASURED)}
+    errors = {s: profile.arrays[f"output_error{s}/{name}"].copy() for s in ("", "_corrected")}
+    for layer in (table[n] for n in profile.names if n in stats):
+        at, weight = profile.rows(layer.name), modules[layer.name].weight.detach().float()
+        found = _errors(rows_of(weight, layer), layer, profile.widths, fmt, stats[layer.name])
+        errors[""][at], errors["_corrected"][at] = found
+    sensitivity = profile.arrays.get("sensitivity", np.ones(len(before)))[:, None].astype(np.float64)
+    has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
+    for suffix, after in errors.items():
+        arrays[f"output_error{suffix}/{name}"] = after
+        old = profile.arrays[f"output_error{suffix}/{name}"]
+        if suffix:  # without a bias nothing is corrected
+            old, after = np.where(has_bias, old, before), np.where(has_bias, after, errors[""])  # noqa: PLW2901
+        sums = [profile.layer_sum(sensitivity * e.astype(np.float64)) for e in (old, after)]
+        share = np.divide(sums[1], sums[0], out=np.ones_like(sums[0]), where=sums[0] > 0)
+        for family in _FOLLOWING:
+            key = f"{family}{suffix}/{name}"
+            if key in arrays:
+                arrays[key] = (arrays[key] * share).astype(np.float32)
+    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": name})
+
+
+_FOLLOWING = ("layer_probe_error", "layer_sampler_error")
+"""Layer totals that follow the errors of the layer's own channels."""
+
+_MEASURED = ("layer_context_", "layer_final_")
+"""How the names of layer totals begin that were measured with the errors themselves, and mean nothing for others."""
 
 
 def _errors(
@@ -225,9 +208,9 @@ def _errors(
         moment, mean = scaled_moment(moment, factor), mean / factor.to(mean)
     # All widths in one pass, as so many more rows of each group: [G, W, c, D].
     wide = scaled.reshape(groups, 1, -1, scaled.shape[1]).expand(-1, n, -1, -1)
-    found = [fit_rows(scaled, bits, fmt) for bits in widths]
+    fits = [fit_rows(scaled, bits, fmt) for bits in widths]
     parts = [
-        torch.stack([getattr(q, k).reshape(groups, -1) for q in found], 1).flatten() for k in ("scale", "zero", "bits")
+        torch.stack([getattr(q, k).reshape(groups, -1) for q in fits], 1).flatten() for k in ("scale", "zero", "bits")
     ]
     quantizer = RowQuantizer(scale=parts[0], zero=parts[1], bits=parts[2])
     covariance = moment - mean[:, :, None] * mean[:, None, :]

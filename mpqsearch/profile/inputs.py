@@ -1,8 +1,9 @@
-"""Input statistics of every layer from forward hooks: second moment, mean and largest magnitudes."""
+"""Input statistics of every layer from forward hooks: second moment, mean and range."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,15 @@ from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.quant import ActivationQuantizer, RowStatistics
+
+CONSTANT = 1e-5
+"""An input is constant when no channel varies by more than this share of the largest magnitude in it."""
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input that a layer was called with, by position or by keyword."""
+    value: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+    return value
 
 
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
@@ -24,11 +34,11 @@ def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    seen = _windows(x, module, layer)
-    dims = (seen.dim() - 3) // 2
+    windows = _windows(x, module, layer)
+    dims = (windows.dim() - 3) // 2
     # [N, G, C/G, L..., k...] -> [G, N, L..., C/G, k...]
     order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    return seen.permute(order).reshape(layer.groups, -1, layer.weights_per_channel)
+    return windows.permute(order).reshape(layer.groups, -1, layer.weights_per_channel)
 
 
 def column_sums(x: Tensor, module: nn.Module, layer: LayerSpec) -> tuple[Tensor, int]:
@@ -36,60 +46,63 @@ def column_sums(x: Tensor, module: nn.Module, layer: LayerSpec) -> tuple[Tensor,
     if isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         return rows.sum(0, dtype=torch.float64)[None], len(rows)
-    conv: Any = module
-    x = x if x.dim() == len(conv.kernel_size) + 2 else x[None]
+    x = batched(x, module)
     # Sums over samples first: unfolding is linear, and then there is one sample to unfold.
     columns = columns_of(x.sum(0, keepdim=True, dtype=torch.float64), module, layer)
     return columns.sum(1), len(x) * columns.shape[1]
 
 
+def batched(x: Tensor, module: nn.Module) -> Tensor:
+    """The input of a convolution with a batch axis."""
+    conv: Any = module
+    return x if x.dim() == len(conv.kernel_size) + 2 else x[None]
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of a layer's input and output channels, counted from the end: so with or without a batch axis."""
+    conv: Any = module
+    return -1 if isinstance(module, nn.Linear) else -1 - len(conv.kernel_size)
+
+
+def parts_of(x: Tensor, module: nn.Module, size: int) -> Iterable[Tensor]:
+    """An input in parts of ``size`` samples, or rows of a linear layer's input."""
+    return torch.split(x.reshape(-1, x.shape[-1]) if isinstance(module, nn.Linear) else batched(x, module), size)
+
+
 def _windows(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     """What a convolution sees at each position, as a view ``[N, G, C/G, L..., k...]`` of its padded input."""
     conv: Any = module
-    dims = len(conv.kernel_size)
-    x = x if x.dim() == dims + 2 else x[None]
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        x = _zero_stuffed(x, conv)
-        stride: tuple[int, ...] = (1,) * dims
+    dims, transposed = len(conv.kernel_size), layer.kind.startswith("ConvTranspose")
+    x = batched(x, module)
+    if transposed:
+        x, stride = _zero_stuffed(x, conv), (1,) * dims
     else:
-        stride = conv.stride
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        elif conv.padding == "same":
-            x = F.pad(x, conv._reversed_padding_repeated_twice)
-        elif conv.padding != "valid":
-            x = F.pad(x, [p for pad in reversed(conv.padding) for p in (pad, pad)])
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x, stride = F.pad(x, _pads(conv), mode=mode), conv.stride
     for axis in range(dims):  # [N, C, L..., k...]
         reach = (conv.kernel_size[axis] - 1) * conv.dilation[axis] + 1
         x = x.unfold(2 + axis, reach, stride[axis])[..., :: conv.dilation[axis]]
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if transposed:
         x = x.flip(tuple(range(2 + dims, 2 + 2 * dims)))
     return x.reshape(len(x), layer.groups, -1, *x.shape[2:])
 
 
-def parts_of(x: Tensor, module: nn.Module, at_once: int) -> Iterable[Tensor]:
-    """An input in parts of so many samples, or rows of a linear layer's input; for those who cannot unfold all of it
-    together."""
-    if isinstance(module, nn.Linear):
-        x = x.reshape(-1, x.shape[-1])
-    else:
-        conv: Any = module
-        x = x if x.dim() == len(conv.kernel_size) + 2 else x[None]
-    return torch.split(x, at_once)
-
-
-def _by_channel(x: Tensor, module: nn.Module) -> Tensor:
-    """``[channels, values]`` of an input or output, with or without a batch axis."""
-    if isinstance(module, nn.Linear):
-        return x.movedim(-1, 0).reshape(x.shape[-1], -1)
-    conv: Any = module
-    return x.movedim(-1 - len(conv.kernel_size), 0).flatten(1)
+def _pads(conv: Any) -> list[int]:
+    """What `torch.nn.functional.pad` takes: before and after each axis, the last axis first."""
+    pads: list[int] = []
+    for axis in reversed(range(len(conv.kernel_size))):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if conv.padding == "valid" else [conv.padding[axis]] * 2
+    return pads
 
 
 def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
     dims = x.dim() - 2
-    spread = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], conv.stride, strict=True)]
-    stuffed = x.new_zeros(*x.shape[:2], *spread)
+    sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], conv.stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
     strided: list[Any] = [..., *(slice(None, None, s) for s in conv.stride)]
     stuffed[tuple(strided)] = x
     pads: list[int] = []
@@ -99,21 +112,59 @@ def _zero_stuffed(x: Tensor, conv: Any) -> Tensor:
     return F.pad(stuffed, pads)
 
 
+@dataclass
+class _Sums:
+    """Running sums of one layer: over positions ``total`` ``[G, D]``, ``power`` ``[C]``; extremes of each input
+    channel."""
+
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    power: Tensor
+    product: Tensor | None = None
+    count: int = 0
+
+    def add(self, other: _Sums) -> None:
+        """Take what another call has seen."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.total, self.power = self.total + other.total, self.power + other.power
+        self.count += other.count
+        if self.product is not None and other.product is not None:
+            self.product += other.product
+
+
+@dataclass
+class _Last:
+    """The input that was unfolded last and its product: layers q, k and v of an attention are called with the same."""
+
+    x: Tensor | None = None
+    version: int = -1
+    product: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def product_of(self, x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
+        """``sum x x'`` ``[G, D, D]`` of the unfolded input: float32 products, float64 sums over calls."""
+        if not isinstance(module, nn.Linear):
+            columns = columns_of(x.float(), module, layer)
+            return torch.bmm(columns.transpose(1, 2), columns).double()
+        if x is not self.x or x.is_inference() or x._version != self.version:
+            columns = columns_of(x.float(), module, layer)
+            self.product = torch.bmm(columns.transpose(1, 2), columns).double()
+            self.x, self.version = x, 0 if x.is_inference() else x._version
+        return self.product
+
+
 class InputCollector:
     """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers.
 
-    Without ``moments`` no second moment is kept, and no input is unfolded.
+    Without ``second_moments`` no second moment is kept, and no input is unfolded.
     """
 
-    def __init__(self, model: nn.Module, table: LayerTable, *, moments: bool = True) -> None:
-        self._moments = moments
+    def __init__(self, model: nn.Module, table: LayerTable, *, second_moments: bool = True) -> None:
+        self._second_moments = second_moments
         self._modules = {name: m for name, m in model.named_modules() if name in table.by_name}
         self._table = table
-        self._moment: dict[str, Tensor] = {}
-        self._sum: dict[str, Tensor] = {}
-        self._max: dict[str, Tensor] = {}
-        self._power: dict[str, Tensor] = {}
-        self._count: dict[str, int] = {}
+        self._sums: dict[str, _Sums] = {}
+        self._last = _Last()
         self._handles: list[Any] = []
 
     def __enter__(self) -> InputCollector:
@@ -127,56 +178,62 @@ class InputCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._last = _Last()
 
     def _hook(self, layer: LayerSpec) -> Any:
         @torch.no_grad()
-        def collect(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            x = (inputs[0] if inputs else next(iter(named.values()))).detach().float()
+        def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            x = layer_input(args, kwargs)
             if not x.numel():
                 return
-            channels, out = (_by_channel(v, module) for v in (x, output.detach().float()))
-            if self._moments:
-                columns = columns_of(x, module, layer)
-                # Products in float32, sums over batches in float64: the sums run over many more terms.
-                self._add(self._moment, layer.name, torch.bmm(columns.transpose(1, 2), columns).double())
-                total, count = columns.sum(1, dtype=torch.float64), columns.shape[1]
+            by_channel = x.float().movedim(channel_axis(module), 0).flatten(1)
+            total, count = column_sums(x.float(), module, layer)
+            outputs = output.detach().float().movedim(channel_axis(module), 0).flatten(1)
+            sums = _Sums(
+                low=by_channel.amin(1),
+                high=by_channel.amax(1),
+                total=total,
+                power=outputs.square().sum(1, dtype=torch.float64),
+                product=self._last.product_of(x, module, layer) if self._second_moments else None,
+                count=count,
+            )
+            if layer.name in self._sums:
+                self._sums[layer.name].add(sums)
             else:
-                total, count = column_sums(x, module, layer)
-            self._add(self._sum, layer.name, total)
-            self._count[layer.name] = self._count.get(layer.name, 0) + count
-            self._add(self._power, layer.name, out.square().sum(1, dtype=torch.float64))
-            peak = channels.abs().amax(1)
-            self._max[layer.name] = torch.maximum(self._max[layer.name], peak) if layer.name in self._max else peak
+                sums.product = None if sums.product is None else sums.product.clone()
+                self._sums[layer.name] = sums
 
         return collect
 
-    @staticmethod
-    def _add(store: dict[str, Tensor], name: str, value: Tensor) -> None:
-        if name in store:
-            store[name] += value
-        else:
-            store[name] = value
-
-    def statistics(self) -> Mapping[str, RowStatistics]:
+    def statistics(self) -> dict[str, RowStatistics]:
         """What has been seen so far, for the layers that ran."""
         return {
             name: RowStatistics(
-                second_moment=self._moment[name] / count if self._moments else torch.empty(0),
-                mean=self._sum[name] / count,
-                input_max=self._max[name],
-                n_positions=count,
+                second_moment=torch.empty(0) if s.product is None else s.product / s.count,
+                mean=s.total / s.count,
+                input_max=torch.maximum(s.low.abs(), s.high.abs()),
+                n_positions=s.count,
             )
-            for name, count in self._count.items()
+            for name, s in self._sums.items()
         }
 
-    def output_power(self) -> Mapping[str, Tensor]:
+    def output_power(self) -> dict[str, Tensor]:
         """Mean square of every output channel ``[C]``."""
-        return {name: self._power[name] / count for name, count in self._count.items()}
+        return {name: s.power / s.count for name, s in self._sums.items()}
+
+    def constant_inputs(self) -> tuple[str, ...]:
+        """Layers that ran and whose input never changed, in the order of the table."""
+        still = {
+            name
+            for name, s in self._sums.items()
+            if float((s.high - s.low).max()) <= CONSTANT * float(torch.maximum(s.low.abs(), s.high.abs()).max())
+        }
+        return tuple(la.name for la in self._table if la.name in still)
 
 
 class QuantizedInputCollector:
-    """Context manager: moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs at full
-    precision.
+    """Context manager: second moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs
+    at full precision.
 
     ``E[q q']``, ``E[q d']`` and ``E[d d']`` of each layer, ``[G, D, D]`` in float64: three times the memory of
     `InputCollector`.
@@ -185,12 +242,13 @@ class QuantizedInputCollector:
     def __init__(self, model: nn.Module, table: LayerTable, quantizers: Mapping[str, ActivationQuantizer]) -> None:
         self._modules = {name: m for name, m in model.named_modules() if name in quantizers}
         self._table, self._quantizers = table, quantizers
-        self._moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._products: dict[str, list[Tensor]] = {}
         self._count: dict[str, int] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> QuantizedInputCollector:
-        self._handles += [m.register_forward_pre_hook(self._hook(name)) for name, m in self._modules.items()]
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(
@@ -204,13 +262,15 @@ class QuantizedInputCollector:
         layer = self._table[name]
 
         @torch.no_grad()
-        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().float()
+        def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = layer_input(args, kwargs).float()
             quantized = self._quantizers[name](x)
             q, d = columns_of(quantized, module, layer), columns_of(quantized - x, module, layer)
-            new = tuple(torch.bmm(a.transpose(1, 2), b).double() for a, b in ((q, q), (q, d), (d, d)))
-            old = self._moments.get(name)
-            self._moments[name] = new if old is None else tuple(o + n for o, n in zip(old, new, strict=True))  # type: ignore[assignment]
+            products = [torch.bmm(a.transpose(1, 2), b).double() for a, b in ((q, q), (q, d), (d, d))]
+            before = self._products.get(name)
+            self._products[name] = (
+                products if before is None else [a + b for a, b in zip(before, products, strict=True)]
+            )
             self._count[name] = self._count.get(name, 0) + q.shape[1]
 
         return collect
@@ -221,15 +281,15 @@ class QuantizedInputCollector:
 
         With ``e = w_q - w`` this is ``e' E[q q'] e + 2 e' E[q d'] w + w' E[d d'] w``. Zero for a layer that never ran.
         """
-        if layer.name not in self._moments:
+        if layer.name not in self._products:
             return torch.zeros(len(rows), len(weight_errors), dtype=torch.float64)
-        qq, qd, dd = (m / self._count[layer.name] for m in self._moments[layer.name])
+        qq, qd, dd = (m / self._count[layer.name] for m in self._products[layer.name])
         groups = len(qq)
         w = rows.double().reshape(groups, len(rows) // groups, -1)
-        own = (torch.bmm(w, dd) * w).sum(2)
+        alone = (torch.bmm(w, dd) * w).sum(2)
         across = torch.bmm(w, qd.transpose(1, 2))  # E[q d'] w
         out = []
         for error in weight_errors:
             e = error.double().reshape(w.shape)
-            out.append(((torch.bmm(e, qq) + 2 * across) * e).sum(2) + own)
+            out.append(((torch.bmm(e, qq) + 2 * across) * e).sum(2) + alone)
         return torch.stack([v.flatten() for v in out], 1).clamp_min(0)

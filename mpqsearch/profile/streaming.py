@@ -8,73 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqsearch import artifacts
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
+from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
 from mpqsearch.quant.tables import slices_of, weight_error_tables
 
-Arrays = dict[str, NDArray[np.float32]]
 Progress = Callable[[str, int, int], None]
 """Called with a label, the number of bytes read and their total."""
-
-_SCHEMA = "mpqsearch/partial-profile"
-
-
-@dataclass
-class Partial:
-    """Finished parts of a profile (layers, and steps over all layers), a file each, so that a run that was killed
-    continues with the next.
-
-    ``inputs`` are the digests that the profile depends on: files of other inputs are not used. A file is written
-    atomically, so there is never half a part.
-    """
-
-    folder: Path
-    inputs: Mapping[str, str]
-    _ready: bool = field(default=False, init=False)
-
-    def finished(self) -> int:
-        """How many layers are kept."""
-        self._open()
-        return len(list(self.folder.glob("[0-9]*.npz")))
-
-    def load(self, part: int | str) -> Arrays | None:
-        """The arrays of a part, or None when it is still to do: the layer at a position of the table, or a step by
-        name."""
-        self._open()
-        path = self._path(part)
-        return artifacts.read_arrays(path) if path.is_file() else None
-
-    def save(self, part: int | str, arrays: Arrays) -> None:
-        """Keep a finished part."""
-        self._open()
-        artifacts.write_arrays(self._path(part), arrays)
-
-    def _path(self, part: int | str) -> Path:
-        return self.folder / (f"{part:05d}.npz" if isinstance(part, int) else f"{part.replace(' ', '-')}.npz")
-
-    def _open(self) -> None:
-        """Check once whose files these are; files of other inputs are deleted."""
-        if self._ready:
-            return
-        head = self.folder / "partial.json"
-        if not artifacts.is_current(head, _SCHEMA, self.inputs, overwrite=True):
-            for stale in self.folder.glob("*.npz"):
-                stale.unlink()
-            artifacts.write_json(head, _SCHEMA, {}, self.inputs)
-        self._ready = True
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerTable
+from mpqsearch.profile.inputs import channel_axis
 from mpqsearch.quant import rows_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], Any]
 """Called with a layer, ``d/dW`` as rows ``[C, D]``, ``d/db`` ``[C]`` (as if it had a bias) and ``sum (d/dy)**2``
-``[C]``."""
+``[C]``, all float32."""
 
 
 class GradientTap:
@@ -67,16 +68,17 @@ class GradientTap:
             self._sink = None
         if x is None:
             return None
-        found, x.grad = x.grad, None
-        return found
+        gradient, x.grad = x.grad, None
+        return gradient
 
     def _on_forward(self, name: str) -> Any:
-        axis = -1 if isinstance(self._modules[name], nn.Linear) else 1
+        axis = channel_axis(self._modules[name])
 
         def collect(grad: Tensor) -> None:
-            rows = grad.detach().float().movedim(axis, 0).flatten(1)
-            self._bias[name] = self._bias.get(name, 0) + rows.sum(1)
-            self._square[name] = self._square.get(name, 0) + rows.square().sum(1)
+            positions = tuple(i for i in range(grad.dim()) if i != grad.dim() + axis)
+            grad = grad.detach().float()
+            self._bias[name] = self._bias.get(name, 0) + grad.sum(positions)
+            self._square[name] = self._square.get(name, 0) + grad.square().sum(positions)
 
         def tap(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             hooked: Any = output

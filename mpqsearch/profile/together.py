@@ -6,7 +6,7 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.activations import run_sampler
-from mpqsearch.profile.inputs import columns_of
+from mpqsearch.profile.calibrate import Progress, run_sampler, silent
+from mpqsearch.profile.inputs import columns_of, layer_input
 from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
 from mpqsearch.sampling import SamplerSpec
 
@@ -26,8 +26,6 @@ ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 
 POSITIONS = 256
 """Positions of a layer's input that each call of the denoiser gives to `choose_alphas`."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -41,7 +39,7 @@ def choose_alphas(
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     alphas: Sequence[float] = ALPHAS,
     search: ActivationSearch | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> BitMap:
     """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs
     quantized together.
@@ -74,7 +72,9 @@ def choose_alphas(
             )
             for name in wanted
         }
-        handles = [modules[name].register_forward_pre_hook(trial.see) for name, trial in trials.items()]
+        handles = [
+            modules[name].register_forward_pre_hook(trial.see, with_kwargs=True) for name, trial in trials.items()
+        ]
         try:
             run_sampler(denoiser, sampler, seeds, f"smoothing at {alpha:g}", progress)
         finally:
@@ -105,9 +105,9 @@ class _Trial:
         self._quantized = stored.rows().reshape(shape).transpose(1, 2)
         self.error = 0.0
 
-    def see(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the layer."""
-        x = inputs[0].detach().float()
+        x = layer_input(args, kwargs).detach().float()
         columns = columns_of(x, module, self._layer)
         # Evenly over samples and places; an odd stride so that it does not follow the rows of an image.
         columns = columns[:, :: max(1, columns.shape[1] // POSITIONS) | 1]

@@ -23,9 +23,9 @@ from mpqsearch.report.style import COLOURS, axes_or_new, muted
 Floats = NDArray[np.float64]
 
 _SPREADS = {
-    "probe": ("layer_probe_error", "layer_probe_std_error"),
-    "sampler": ("layer_sampler_error", "layer_sampler_std_error"),
-    "final": ("layer_final_error", "layer_final_std_error"),
+    "probe": ("layer_probe_error_corrected", "layer_probe_std_error_corrected"),
+    "sampler": ("layer_sampler_error_corrected", "layer_sampler_std_error_corrected"),
+    "final": ("layer_final_error_corrected", "layer_final_std_error_corrected"),
     "slope": ("layer_context_slope", "layer_context_std_error"),
 }
 
@@ -64,19 +64,10 @@ class ProfileSummary:
 def profile_summary(
     profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5
 ) -> ProfileSummary:
-    """What to read first. The loss is the best that the profile holds, of the scheme ``auto`` where it was priced; the
-    changes at a bit map where these were measured.
-    """
+    """What to read first. The loss is the best that the profile holds, with bias correction, of the scheme ``auto``
+    where it was measured."""
     variant = "auto" if "auto" in profile.variants else profile.variants[0]
-    at = [
-        v
-        for v in profile.variants
-        if f"layer_operating_error/{v}" in profile.arrays and f"output_error/{v}" in profile.arrays
-    ]
-    if at:
-        variant, loss = at[-1], "operating"
-    else:
-        loss = prediction_loss(profile) if profile.prediction_only else best_loss(profile, variant)
+    loss = prediction_loss(profile) if profile.prediction_only else best_loss(profile, variant)
     totals = profile.layer_sum(channel_losses(profile, table, variant, loss, bias_correction=loss != "weight"))
     middle, spread = (profile.arrays.get(f"{family}/{variant}") for family in _SPREADS.get(loss, ("", "")))
     kurtosis = profile.arrays["kurtosis"].astype(np.float64)
@@ -122,10 +113,6 @@ def _spent(profile: SensitivityProfile) -> dict[str, str]:
     out = {f"time, {label}": f"{value:.1f} s" for label, value in seconds.items()}
     if "memory_bytes" in spent:
         out["memory, peak of the process"] = f"{spent['memory_bytes'] / 1e9:.2f} GB"
-    if "probe_inputs" in spent:
-        out["inputs probed"] = str(spent["probe_inputs"])
-    if "sampler_seeds" in spent:
-        out["trajectories probed"] = str(spent["sampler_seeds"])
     return out
 
 

@@ -6,37 +6,45 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mpqsearch.core.formats import WIDTHS
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import ConfigError, UnknownNameError
 
-MOST = 32
-"""How many times the configured numbers of inputs and seeds `CalibrationSpec.target_error` may take."""
+GRANULARITIES = ("channel", "layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSpec:
     """What a profile is measured on.
 
-    ``samples`` trajectories of the sampler (seeds from ``first_seed``) give the input statistics; of their inputs,
-    ``probe_inputs`` spread evenly over samples and steps are probed ``probes`` times each, with gains kept in
-    ``buckets`` buckets of timesteps. ``sampler_seeds`` trajectories (0: none) are probed ``sampler_probes`` times each
-    through the whole sampler. ``context_seeds`` trajectories (0: none) give slopes at maps that mix ``context_widths``
-    (those of them that are searched). ``schemes`` are the quantizer variants to price; ``smooth`` prices the asymmetric
-    one with smoothing too, and with smoothing and min-max ranges (the search of MPQ-DM's code). ``final_widths`` lists
-    widths at which every layer is quantized alone and the final samples of ``final_seeds`` seeds are compared: slow,
-    and the reference for the rest.
-
-    ``activation_bits`` are static input widths: where there are any, quantized inputs are priced, and smoothed weights
-    with inputs of each of these widths (two more runs of the sampler, and one for each width).
-
-    ``prediction_only`` measures nothing but those slopes, the means of inputs and the errors of the weights: what
-    predicting the loss of given maps needs, at a fraction of the cost, and not enough to choose widths by.
-
-    ``target_error`` (0: off) goes on probing until the relative standard error of the layer totals is reached, up to
-    ``MOST`` times the numbers above. ``race`` (0: off) gives more seeds of one layer at a time only to layers whose
-    widths are still undecided, until the noise costs less than this share of the predicted loss. ``checkpoint``
-    recomputes activations in the backward passes.
+    granularity
+        ``channel``: everything of every output channel. ``layer``: first-order totals of whole layers alone, from one
+        forward and one backward pass a calibration batch: for programs over layers (``ilp-layer``), at a fraction of
+        the time.
+    samples, first_seed
+        Trajectories of the sampler, with seeds ``first_seed .. first_seed + samples - 1``, that give input statistics.
+    probe_inputs, probes, buckets
+        So many of their inputs, spread evenly over samples and steps, give sensitivities of one prediction, from
+        ``probes`` random projections each. Those of output channels are also kept by ``buckets`` of timesteps.
+    sampler_seeds, sampler_probes
+        Trajectories (0: none) that give sensitivities of the final sample, from ``sampler_probes`` projections each.
+    context_seeds, context_widths
+        Trajectories (0: none) that give slopes at maps that mix those of these widths that are searched.
+    schemes, smooth
+        The formats to measure. ``smooth`` measures each with smoothing too, and the asymmetric one with smoothing and
+        min-max ranges (the search of MPQ-DM's code).
+    final_widths, final_seeds
+        Widths at which every layer is quantized alone and the final samples of so many seeds are compared: slow, and
+        the reference for the rest.
+    activation_bits
+        Static widths of quantized inputs, whose errors are measured with those of smoothed weights: two more runs of
+        the sampler, and one for each width.
+    prediction_only
+        Measure nothing but slopes, means of inputs and errors of weights: what predicting the loss of given maps needs,
+        at a fraction of the cost, and not enough to choose widths by.
+    checkpoint
+        Recompute activations in the backward passes.
     """
 
+    granularity: str = "channel"
     samples: int = 8
     first_seed: int = 1_000_000
     probe_inputs: int = 40
@@ -51,34 +59,42 @@ class CalibrationSpec:
     activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
     final_seeds: int = 8
-    target_error: float = 0.0
-    race: float = 0.0
     checkpoint: bool = False
     seed: int = 0
     prediction_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise UnknownNameError("granularity", self.granularity, GRANULARITIES, "(calibration.granularity)")
         if min(self.samples, self.probe_inputs, self.probes, self.final_seeds, self.buckets, self.sampler_probes) < 1:
             raise ConfigError(
                 "calibration: samples, probe_inputs, probes, buckets, sampler_probes and final_seeds must be at least 1"
             )
-        if min(self.sampler_seeds, self.context_seeds) < 0 or self.race < 0 or not 0 <= self.target_error < 1:
+        if min(self.sampler_seeds, self.context_seeds) < 0:
             raise ConfigError(
-                "calibration: sampler_seeds, context_seeds and race must not be negative and target_error lies in "
-                "[0, 1), got "
-                f"{self.sampler_seeds}, {self.context_seeds}, {self.race:g}, {self.target_error:g}"
-            )
-        if self.prediction_only and (self.final_widths or self.activation_bits):
-            raise ConfigError(
-                "calibration.prediction_only measures slopes alone, but final_widths or activation_bits are set too; "
-                "leave them empty, or "
-                "prediction_only out"
+                "calibration: sampler_seeds and context_seeds must not be negative, got "
+                f"{self.sampler_seeds}, {self.context_seeds}"
             )
         if not self.schemes:
             raise ConfigError("calibration.schemes must name at least one scheme")
         if any(b not in WIDTHS for b in self.activation_bits):
             raise ConfigError(
                 f"calibration.activation_bits must lie in {WIDTHS[0]}..{WIDTHS[-1]}, got {self.activation_bits}"
+            )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise `ConfigError` for settings of which one leaves out what the other asks for."""
+        asked = [k for k in ("final_widths", "activation_bits") if getattr(self, k)]
+        if self.prediction_only and (asked or self.granularity == "layer"):
+            raise ConfigError(
+                "calibration.prediction_only measures slopes alone: leave out "
+                f"{', '.join(asked or ['granularity'])}, or prediction_only"
+            )
+        if self.granularity == "layer" and (asked or self.smooth):
+            raise ConfigError(
+                'calibration.granularity = "layer" measures first-order totals of layers alone: leave out '
+                f"{', '.join(asked or ['smooth'])}, or measure channels"
             )
 
     def to_data(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def allocation(
         return given_map(run, table, measured, method)
     folder = run.path("allocations", slug(method.name, budget))
     c = run.config.to_data()
-    inputs = profile_inputs(run, table, method.loss) | {
+    inputs = profile_inputs(run, table) | {
         "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
         "budget": artifacts.digest_of(budget.label()),
         "policy": artifacts.digest_of(c["policy"]),

@@ -13,7 +13,7 @@ from mpqsearch.stages.profiling import profile_inputs
 if TYPE_CHECKING:
     from mpqsearch.profile import InputMoments
 
-NOT_PRICED = ("weight", "context", "slope", "operating", "final")
+NOT_PRICED = ("weight", "slope", "final")
 """Losses that are measured with the errors of nearest rounding themselves, and stay those of nearest rounding."""
 
 

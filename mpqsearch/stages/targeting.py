@@ -142,10 +142,9 @@ def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: T
 
 def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
     import numpy as np
-    import torch
 
     from mpqsearch.export.allocation import probed_losses, target_errors
-    from mpqsearch.profile import final_probes
+    from mpqsearch.profile import WeightErrors, projected_effects
     from mpqsearch.progress import bars_of
 
     c = run.config
@@ -156,25 +155,18 @@ def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floa
         )
     same_model(run, table)
     errors = target_errors(target, table, run.denoiser.module, c.quantizer.format())
-    uncorrected = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}  # no export corrects a bias
-    n, first, done = c.allocate.target_probes, c.calibration.first_seed, 0
+    first = c.calibration.first_seed
     with bars_of() as progress:
-
-        def tick(more: int) -> None:
-            nonlocal done
-            done += more
-            progress(f"probe the errors of {target.name}", done, n)
-
-        found = final_probes(
+        effects = projected_effects(
             run.denoiser,
             table,
-            run.config.sampler,
-            range(first, first + n),
-            {target.name: errors},
-            uncorrected,
+            c.sampler,
+            range(first, first + c.allocate.target_probes),
+            WeightErrors(table, {target.name: errors}),
             probes=PROBES,
             seed=c.calibration.seed,
             checkpoint=c.calibration.checkpoint,
-            tick=tick,
+            progress=progress,
         )
-    return probed_losses(found.effect[target.name].sum(1, dtype=np.float64), table)
+    uncorrected = effects[target.name][:, 0].astype(np.float64)  # no export corrects a bias
+    return probed_losses(uncorrected, table)

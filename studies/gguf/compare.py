@@ -41,7 +41,7 @@ from mpqsearch.export.allocation import (
 )
 from mpqsearch.export.gguf import GgufTarget
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec, final_probes, profile_model
+from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model, projected_effects
 from mpqsearch.quant import rows_of, weight_of
 from mpqsearch.sampling import SamplerSpec, sample
 from mpqsearch.specs.targets import FULL
@@ -86,17 +86,15 @@ class Study:
         fmt, spec = QuantFormat(), CalibrationSpec(first_seed=FIRST_SEED, schemes=("asymmetric",), smooth=False)
         profile = profile_model(self.denoiser, self.table, Policy(roles={}), self.sampler, spec, fmt)
         self.from_profile = target_losses(self.target, self.table, lambda n: modules[n].weight, profile, fmt)
-        uncorrected = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in self.table}
-        found = final_probes(
+        effects = projected_effects(
             self.denoiser,
             self.table,
             self.sampler,
             range(FIRST_SEED, FIRST_SEED + calibration),
-            {"gguf": self.errors},
-            uncorrected,
+            WeightErrors(self.table, {"gguf": self.errors}),
             probes=probes,
         )
-        effect = found.effect["gguf"].sum(1, dtype=np.float64)
+        effect = effects["gguf"][:, 0].astype(np.float64)  # no bias is corrected
         self.probed, self.pairs = probed_losses(effect, self.table, coupling=coupling)
 
     def made(self, arm: str, limit: int) -> TargetAllocation:

@@ -45,10 +45,10 @@ from mpqsearch.profile import (
     CalibrationSpec,
     choose_alphas,
     collect_ranges,
+    formats_of,
     gptq_profile,
     input_statistics,
     profile_model,
-    variants_of,
 )
 from mpqsearch.quant import (
     ActivationSearch,
@@ -264,7 +264,7 @@ class Model:
     def profile(self) -> SensitivityProfile:
         """Measured once and kept in ``profile.json``."""
         path, spec = self.work / "profile.json", self.schedule.calibration
-        asked = [spec.to_data(), self.schedule.sampler.to_data(), sorted(variants_of(spec, self.format))]
+        asked = [spec.to_data(), self.schedule.sampler.to_data(), sorted(formats_of(spec, self.format))]
         inputs = {"model": self.table.digest, "calibration": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
             made = profile_model(self.denoiser, self.table, self.policy, self.schedule.sampler, spec, self.format)

@@ -9,7 +9,7 @@ import pytest
 
 from mpqsearch.config import config_from
 from mpqsearch.core import SensitivityProfile
-from mpqsearch.profile.streaming import Arrays, Partial
+from mpqsearch.profile import Arrays, Partial
 from mpqsearch.stages import Run, layers, profile
 from tests.support.tiny import tiny_unet
 

@@ -101,3 +101,62 @@ def test_predicted_errors_are_those_of_the_layer(name: str) -> None:
                 # The bias is stored in float32: its last bit (6e-8 of its size) against errors of a thousandth at 8
                 # bits.
                 assert float((change.mean(1).abs() / scale.sqrt()).max()) < 1e-3, "bias correction leaves a mean shift"
+
+
+def collect(module: nn.Module, *calls: Any) -> InputCollector:
+    """What a collector sees of the layer ``layer`` of a module over calls."""
+    spec = _spec("layer", module.layer, 0, "linear")  # type: ignore[arg-type]
+    with torch.no_grad(), InputCollector(module, LayerTable(digest="d", layers=(spec,))) as collector:
+        for x in calls:
+            module(x)
+    return collector
+
+
+class ByKeyword(Wrap):
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(input=x)
+
+
+def test_layers_that_are_called_by_keyword_are_seen() -> None:
+    x = torch.randn(5, 8)
+    layer = nn.Linear(8, 3)
+    found = [collect(kind(layer), x).statistics()["layer"] for kind in (Wrap, ByKeyword)]
+    assert torch.equal(found[0].second_moment, found[1].second_moment)
+    torch.testing.assert_close(found[0].second_moment[0], (x.T @ x / 5).double())
+
+
+def test_an_input_is_constant_when_no_call_changed_it() -> None:
+    layer, x = nn.Linear(4, 3), torch.tensor([[1.0, -2.0, 0.0, 1e3]])
+    assert collect(Wrap(layer), x, x.repeat(3, 1)).constant_inputs() == ("layer",)
+    assert collect(Wrap(layer), x, x * (1 + 1e-7)).constant_inputs() == ("layer",), "up to rounding"
+    assert collect(Wrap(layer), x, x + torch.tensor([0, 0, 1.0, 0])).constant_inputs() == ()
+    assert collect(Wrap(layer)).constant_inputs() == (), "a layer that never ran has no input"
+
+
+class Attention(nn.Module):
+    """Three layers that are called with one tensor, which ``change`` may alter in between."""
+
+    def __init__(self, change: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        if self.change:
+            x.mul_(2)
+        return q + k + self.v(x)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_layers_that_share_an_input_have_its_second_moment_each(change: bool) -> None:
+    module, x = Attention(change), torch.randn(6, 4)
+    table = LayerTable(digest="d", layers=tuple(_spec(n, getattr(module, n), i, "linear") for i, n in enumerate("qkv")))
+    exact = (x.T @ x / 6).double()
+    with torch.no_grad(), InputCollector(module, table) as collector:
+        module(x.clone())
+        module(x.clone())
+    for name, s in collector.statistics().items():
+        torch.testing.assert_close(
+            s.second_moment[0], exact * (4 if change and name == "v" else 1), rtol=1e-5, atol=1e-7
+        )

@@ -50,7 +50,7 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
             out = denoiser.with_module(one.module).guided(step.x, t, labels_of(denoiser, seeds), 2.0)  # type: ignore[attr-defined, arg-type]
             change.append((out - step.prediction).square().flatten(1).sum(1).mean())
         measured.append(float(torch.stack(change).mean()))
-        predicted.append(float(profile.arrays["layer_probe_error/asymmetric"][i, WIDTHS.index(8)]))
+        predicted.append(float(profile.arrays["layer_probe_error_corrected/asymmetric"][i, WIDTHS.index(8)]))
     ratio = np.log(np.array(predicted) / np.array(measured))
     # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each
     # layer, the factor of two allows for layers whose effect sits in few directions.
@@ -63,11 +63,11 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
 def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     _, table, profile = measure("unet", schemes=("asymmetric", "auto"), smooth=True)
     assert profile.variants == ("asymmetric", "asymmetric+smooth", "asymmetric+smooth+minmax", "auto", "auto+smooth")
-    for variant in profile.variants:
-        layers = profile.layer_sum(profile.arrays[f"output_error/{variant}"])
+    for fmt in profile.variants:
+        layers = profile.layer_sum(profile.arrays[f"output_error/{fmt}"])
         assert bool((np.diff(layers, axis=1) < 0).all())
-        centred = profile.arrays[f"output_error_corrected/{variant}"]
-        assert bool((centred <= profile.arrays[f"output_error/{variant}"] * (1 + 1e-5)).all())
+        centred = profile.arrays[f"output_error_corrected/{fmt}"]
+        assert bool((centred <= profile.arrays[f"output_error/{fmt}"] * (1 + 1e-5)).all())
     assert bool((profile.arrays["sensitivity"] > 0).all())
     assert bool((profile.arrays["kurtosis"] > 0.5).all())  # at least 1 for many weights; rows here have as few as 8
     assert set(profile.means) == {la.name for la in table}  # type: ignore[attr-defined]
@@ -93,11 +93,15 @@ def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> Non
 
 
 def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
-    _, _, profile = measure("unet", final_widths=(2,), final_seeds=2)
-    final = profile.arrays["layer_final_error/asymmetric"]
-    assert np.isfinite(final[:, 0]).all()
-    assert np.isnan(final[:, 1:]).all()
-    assert float(final[:, 0].min()) > 0
+    _, table, profile = measure("unet", final_widths=(2,), final_seeds=2)
+    has_bias = np.array([la.has_bias for la in table])  # type: ignore[attr-defined]
+    final = {s: profile.arrays[f"layer_final_error{s}/asymmetric"] for s in ("", "_corrected")}
+    for values in final.values():
+        assert np.isfinite(values[:, 0]).all()
+        assert np.isnan(values[:, 1:]).all()
+        assert float(values[:, 0].min()) > 0
+    assert (final[""][has_bias, 0] != final["_corrected"][has_bias, 0]).all()
+    assert (final[""][~has_bias, 0] == final["_corrected"][~has_bias, 0]).all()
     with pytest.raises(ConfigError, match="3 bits"):
         measure("unet", final_widths=(3,), final_seeds=1)
 

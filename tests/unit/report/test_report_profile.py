@@ -35,7 +35,8 @@ def test_summary_names_the_layers_that_lose_most_and_the_heaviest_channels() -> 
     found = profile_summary(
         profile(
             kurtosis=kurtosis,
-            **{"layer_sampler_error/auto": totals, "layer_sampler_std_error/auto": 0.25 * totals},
+            **{f"layer_sampler_error{suffix}/auto": totals for suffix in ("", "_corrected")},
+            **{f"layer_sampler_std_error{suffix}/auto": 0.25 * totals for suffix in ("", "_corrected")},
         ),
         TABLE,
         layers=3,

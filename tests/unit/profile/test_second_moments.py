@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat
-from mpqsearch.core.budget import uniform_map
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.profile import CalibrationSpec, profile_base, profile_model, remeasure
+from mpqsearch.profile import CalibrationSpec, calibrate, profile_model
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.profile.measure import calibrate, tables_of
-from mpqsearch.profile.moments import Piece, blocks_within, output_errors, plan_moments
+from mpqsearch.profile.second_moments import Piece, blocks_within, output_errors, plan_second_moments
+from mpqsearch.profile.tables import tables_of
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
 from mpqsearch.quant.tables import held_bytes, row_blocks, row_bytes
 from mpqsearch.sampling import SamplerSpec
@@ -48,13 +47,14 @@ def whole(errors_of: Any, layer: LayerSpec, stats: RowStatistics) -> dict[str, T
 
 
 def pieces(layer: LayerSpec, how: str) -> list[list[Piece]]:
-    end = layer.weights_per_channel if how in ("full", "blocked") else K
-    cuts = [0, end] if how == "full" else [0, end // 3, end]
-    return [[Piece(layer=layer.name, how=how, start=a, stop=b, n_bytes=0)] for a, b in pairwise(cuts) if b > a]  # type: ignore[arg-type]
+    if how == "full":
+        return [[Piece(layer=layer.name, how="full", n_bytes=0)]]
+    cuts = [0, K // 3, K]
+    return [[Piece(layer=layer.name, how="direct", start=a, stop=b, n_bytes=0)] for a, b in pairwise(cuts) if b > a]
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
-@pytest.mark.parametrize("how", ["full", "blocked", "direct"])
+@pytest.mark.parametrize("how", ["full", "direct"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: str, rows: int | None) -> None:
     layer, shape = LAYERS[name]
@@ -70,24 +70,20 @@ def test_every_way_gives_the_errors_of_the_full_second_moment(name: str, how: st
 
     table = LayerTable(digest="d", layers=(spec,))
     found = output_errors(model, table, light, errors_of, pieces(spec, how), run, limit=1 << 14)["layer"]
-    for variant, error in whole(errors_of, spec, stats).items():
+    for fmt, error in whole(errors_of, spec, stats).items():
         expected = error_tables(error, stats)
         # float32 products of at most a few hundred terms, summed in another order.
-        torch.testing.assert_close(
-            found[f"output_error/{variant}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9
-        )
+        torch.testing.assert_close(found[f"output_error/{fmt}"], expected["output_error"].float(), rtol=1e-5, atol=1e-9)
         scale = float(expected["output_error"].max())
         torch.testing.assert_close(
-            found[f"output_error_corrected/{variant}"],
+            found[f"output_error_corrected/{fmt}"],
             expected["output_error_corrected"].float(),
             rtol=1e-4,
             atol=1e-6 * scale,
         )
 
 
-@pytest.mark.parametrize(
-    ("share", "ways"), [(1.0, {"full"}), (0.3, {"full", "direct"}), (0.03, {"full", "direct", "blocked"})]
-)
+@pytest.mark.parametrize(("share", "ways"), [(1.0, {"full"}), (0.3, {"full", "direct"}), (0.03, {"full", "direct"})])
 def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
     denoiser = tiny_denoiser()
     table = discover(denoiser)
@@ -102,23 +98,23 @@ def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
     stats = collector.statistics()
     largest = max(la.groups * la.weights_per_channel**2 * 12 for la in table)
     limit = int(largest * share * 4 / 3) + 1
-    passes = plan_moments(table, K, limit)
+    passes = plan_second_moments(table, K, limit)
     used = {p.how for part in passes for p in part}
     assert used == ways
     for part in passes:
-        assert sum(p.n_bytes for p in part) <= limit
+        assert len(part) == 1 or sum(p.n_bytes for p in part) <= limit
     done: list[tuple[int, int]] = []
     found = output_errors(
-        denoiser.module, table, stats, errors_of, passes, run, limit=limit, report=lambda a, b: done.append((a, b))
+        denoiser.module, table, stats, errors_of, passes, run, limit=limit, progress=lambda a, b: done.append((a, b))
     )
     assert done == [(i + 1, len(passes)) for i in range(len(passes))]
     assert set(found) == set(table.by_name)
     for layer in table:
-        for variant, error in whole(errors_of, layer, stats[layer.name]).items():
+        for fmt, error in whole(errors_of, layer, stats[layer.name]).items():
             expected = error_tables(error, stats[layer.name])
             scale = float(expected["output_error"].max())
             torch.testing.assert_close(
-                found[layer.name][f"output_error/{variant}"],
+                found[layer.name][f"output_error/{fmt}"],
                 expected["output_error"].float(),
                 rtol=1e-4,
                 atol=1e-7 * scale,
@@ -126,28 +122,21 @@ def test_a_whole_model_under_a_limit(share: float, ways: set[str]) -> None:
     assert not any(m._forward_pre_hooks for m in denoiser.module.modules())
 
 
-def test_plans_cover_every_layer_once_and_choose_what_is_cheaper() -> None:
+def test_plans_cover_every_candidate_once() -> None:
     wide = LayerSpec(name="wide", kind="Linear", weight_shape=(8, 4000))
     tall = LayerSpec(name="tall", kind="Linear", weight_shape=(4000, 400))
     table = LayerTable(digest="d", layers=(wide, tall))
-    assert [[p.how for p in part] for part in plan_moments(table, 7, None)] == [["full", "full"]]
-    # a moment of `wide` takes 192 MB, its candidates 1.8 MB; a moment of `tall` 2 MB, its candidates 90 MB
+    assert [[p.how for p in part] for part in plan_second_moments(table, 7, 10**10)] == [["full", "full"]]
+    # a second moment of `wide` takes 192 MB, an error of it 0.26 MB; a second moment of `tall` 2 MB
     limit = 40_000_000
-    plan = {p.layer: p.how for part in plan_moments(table, 7, limit) for p in part}
-    assert plan == {"wide": "direct", "tall": "full"}
-    many = [p for part in plan_moments(table, 700, limit) for p in part if p.layer == "wide"]
-    assert {p.how for p in many} == {"blocked"} or len(many) <= 7
-    assert many[0].start == 0
+    assert {p.layer: p.how for part in plan_second_moments(table, 7, limit) for p in part} == {
+        "wide": "direct",
+        "tall": "full",
+    }
+    many = [p for part in plan_second_moments(table, 700, limit) for p in part if p.layer == "wide"]
+    assert (many[0].start, many[-1].stop) == (0, 700)
+    assert len(many) > 1
     assert all(a.stop == b.start for a, b in pairwise(many))
-    # With room for everything: few positions make direct products cheaper, many do not.
-    assert {p.how for part in plan_moments(table, 7, 10**10, positions=100) for p in part if p.layer == "wide"} == {
-        "direct"
-    }
-    assert {p.how for part in plan_moments(table, 7, 10**10, positions=10**6) for p in part if p.layer == "tall"} == {
-        "full"
-    }
-    with pytest.raises(ConfigError, match=r"too small for the layer 'wide'.* Raise the limit to 0\.06 MB"):
-        plan_moments(table, 7, 20_000)
 
 
 def test_a_layer_that_does_not_run_has_no_error() -> None:
@@ -241,37 +230,21 @@ def test_at_the_smallest_limit_rows_are_measured_one_by_one() -> None:
 def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    stats, _, _ = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2))
-    variants = {c: QuantFormat(scheme=c, n_candidates=10) for c in ("asymmetric", "auto")}
-    arrays, held = tables_of(denoiser, table, WIDTHS, variants, stats)
-    same, again = tables_of(denoiser, table, WIDTHS, variants, stats, hold=False)
+    stats = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2)).statistics
+    formats = {c: QuantFormat(scheme=c, n_candidates=10) for c in ("asymmetric", "auto")}
+    arrays, held = tables_of(denoiser, table, WIDTHS, formats, stats)
+    same, again = tables_of(denoiser, table, WIDTHS, formats, stats, hold=False)
+    assert held.held
+    assert not again.held
     for key, array in arrays.items():
         np.testing.assert_array_equal(same[key], array, err_msg=key)
-    for variant, by_layer in held.items():
-        assert list(again[variant]) == list(by_layer)
+    for fmt, by_layer in held.errors.items():
+        assert list(again.errors[fmt]) == list(by_layer)
         for name, error in by_layer.items():
-            assert torch.equal(again[variant][name], error)
-            assert again[variant][name] is not again[variant][name]
+            assert torch.equal(again.errors[fmt][name], error)
+            assert again.errors[fmt][name] is not again.errors[fmt][name]
     assert held_bytes(table, 3) == 12 * sum(
         p.numel() for p in [denoiser.module.get_submodule(la.name).weight for la in table]
     )
     with pytest.raises(KeyError):
-        again["auto"]["no such layer"]
-
-
-def test_an_operating_point_has_the_same_numbers_at_any_limit() -> None:
-    denoiser = tiny_denoiser("dit")
-    table = discover(denoiser)
-    sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(3, 4), roles={})
-    fmt = QuantFormat(n_candidates=10, smooth=True)
-    spec = CalibrationSpec(samples=2, probe_inputs=2, schemes=("asymmetric",), sampler_seeds=0)
-    base = profile_base(denoiser, table, policy, sampler, spec, QuantFormat(n_candidates=10))
-    at = uniform_map(table, policy, 3, fmt)
-    limit = max(la.n_weights * 4 + row_bytes(la, 4) for la in table)  # the least: a gradient, and the errors of a row
-    found = [remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=n) for n in (None, limit)]
-    for key in ("layer_operating_error/asymmetric+smooth", "layer_operating_std_error/asymmetric+smooth"):
-        # Sums over blocks of rows in another order.
-        scale = np.abs(found[0].arrays[key]).max()
-        np.testing.assert_allclose(found[0].arrays[key], found[1].arrays[key], rtol=1e-4, atol=1e-6 * scale)
-    with pytest.raises(ConfigError, match="Raise the limit to"):
-        remeasure(denoiser, table, base, at, sampler, [1, 2], probes=2, memory_limit=limit // 2)
+        again.errors["auto"]["no such layer"]

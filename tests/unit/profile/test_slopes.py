@@ -8,17 +8,28 @@ import numpy as np
 import pytest
 import torch
 
-from mpqsearch.core import Policy, QuantFormat
+from mpqsearch.core import LayerTable, Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.profile import CalibrationSpec, context_probes, latin_contexts, profile_base, profile_slopes
-from mpqsearch.profile.contexts import _quantized
+from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_base
+from mpqsearch.profile.slopes import _quantized, latin_contexts, slopes_at
+from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import weight_of, width_errors
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.sampling import sampler as sampler_module
 from tests.support import tiny_denoiser
 
 FMT = QuantFormat(n_candidates=10)
+
+
+def with_shifts(table: LayerTable, errors: dict[str, torch.Tensor], mean: float) -> WeightErrors:
+    """Errors whose layers all see an input with this mean."""
+    shifts = {
+        la.name: shift_of(errors[la.name], la, torch.full((la.groups, la.weights_per_channel), mean))
+        for la in table
+        if la.has_bias
+    }
+    return WeightErrors(table, {"a": errors}, {"a": shifts})
 
 
 def test_contexts_are_a_latin_square() -> None:
@@ -42,16 +53,16 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
     widths, policy = (3, 5), Policy(widths=(3, 5))
-    means = {la.name: torch.full((la.groups, la.weights_per_channel), 0.05) for la in table}
     errors = {
         la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, widths, FMT, None).double()  # type: ignore[arg-type]
         for la in table
     }
+    given = with_shifts(table, errors, 0.05)
     denoiser.module.double()
     monkeypatch.setattr(sampler_module, "noise_of", lambda seeds, shape: noise_of(seeds, shape).double())
     sampler = SamplerSpec(steps=2, guidance=2.0, batch=4)
     contexts, seeds = latin_contexts(table, policy, widths, seed=3), [5, 6, 7, 8]
-    found = context_probes(denoiser, table, sampler, contexts, widths, "a", seeds, {"a": errors}, means, batch=2)
+    found = slopes_at(denoiser, table, sampler, contexts, widths, "a", seeds, given, batch=2)
     assert len(found.mse) == 2
     reference = sample(denoiser, seeds, sampler)
     step = 1e-4
@@ -60,12 +71,10 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
             measured, seen = [], []
             for number, context in enumerate(contexts):
                 part = seeds[number::2]
-                module = _quantized(denoiser.module, table, context, widths, errors, means)
+                module = _quantized(denoiser.module, table, context, widths, "a", given)
                 target = module.get_submodule(layer.name)
                 error, ends = errors[layer.name][j], []
-                shift = torch.bmm(
-                    error.reshape(layer.groups, -1, error.shape[1]), means[layer.name].double()[:, :, None]
-                ).flatten()
+                shift = 0.05 * error.sum(1)
 
                 def mse(module: torch.nn.Module = module, part: list[int] = part, number: int = number) -> float:
                     return float(
@@ -83,7 +92,7 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
             assert found.slope["a"][i, j] == pytest.approx(np.mean(measured), rel=2e-3, abs=1e-7), layer.name
             assert found.mse == pytest.approx(seen, rel=1e-4)
     with pytest.raises(ConfigError, match="at least one seed"):
-        context_probes(denoiser, table, sampler, contexts, widths, "a", [1], {"a": errors}, means)
+        slopes_at(denoiser, table, sampler, contexts, widths, "a", [1], given)
 
 
 def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
@@ -117,14 +126,14 @@ def test_slopes_over_a_context_add_up_to_its_error() -> None:
     samples measure."""
     denoiser = tiny_denoiser("dit")
     table = discover(denoiser)
-    means = {la.name: torch.zeros(la.groups, la.weights_per_channel) for la in table}
     errors = {
         la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, (7, 8), FMT, None) / 8  # type: ignore[arg-type]
         for la in table
     }
     contexts = latin_contexts(table, Policy(widths=(7, 8), roles={}), (7, 8), seed=1)[:1]
     sampler = SamplerSpec(steps=3, batch=4)
-    found = context_probes(denoiser, table, sampler, contexts, (7, 8), "a", [1, 2, 3, 4], {"a": errors}, means)
+    given = WeightErrors(table, {"a": errors})
+    found = slopes_at(denoiser, table, sampler, contexts, (7, 8), "a", [1, 2, 3, 4], given)
     chosen = (contexts[0] == 8).astype(int)
     assert found.slope["a"][np.arange(len(table)), chosen].sum() / 2 == pytest.approx(found.mse[0], rel=0.02)
 
@@ -168,8 +177,8 @@ def test_what_a_profile_for_predictions_needs_is_said() -> None:
     table = discover(denoiser)
     spec = CalibrationSpec(prediction_only=True, schemes=("asymmetric",))
     with pytest.raises(ConfigError, match=r"\[2, 3, 4\].*of \[4, 8\].*at least 2"):
-        profile_slopes(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
+        profile_base(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
     with pytest.raises(ConfigError, match="context_seeds = 2"):
-        profile_slopes(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
+        profile_base(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
     with pytest.raises(ConfigError, match="final_widths"):
         CalibrationSpec(prediction_only=True, final_widths=(3,))

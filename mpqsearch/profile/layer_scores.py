@@ -1,0 +1,108 @@
+"""A cheap profile for those who choose widths of whole layers: one forward and one backward pass a calibration batch.
+
+The gradient of a random projection ``v . f`` over a batch has, for a weight error E, the expectation ``E <E, dW>**2 =
+sum_i ||J_i E||**2`` over the samples of the batch, whose projections are independent. So one backward pass prices every
+layer at every width in every format. Nothing is measured of single channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqsearch.core import LayerTable, QuantFormat
+from mpqsearch.errors import NumericsError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.calibrate import Calibration, Progress, calls_of, collected, silent
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.partial import Arrays
+from mpqsearch.profile.probing import layer_arrays
+from mpqsearch.profile.tables import WeightErrors, shift_of
+from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.quant import width_errors
+from mpqsearch.specs import CalibrationSpec, SamplerSpec
+
+BATCH = 4
+"""Samples in one backward pass: more of them cost less each, fewer give more observations."""
+
+
+@dataclass
+class _Observations:
+    """What every backward pass gave: uncorrected effects ``[W]`` by (layer, format), bias gradients ``[C]``."""
+
+    errors: WeightErrors
+    effects: list[dict[tuple[str, str], Tensor]] = field(default_factory=list)
+    bias: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, name: str, rows: Tensor, bias: Tensor, _square: Tensor) -> None:
+        """Take the gradient of a layer in the present backward pass."""
+        self.bias[-1][name] = bias
+        for fmt, effect in self.errors.effects(name, rows, bias).items():
+            self.effects[-1][name, fmt] = effect[0]
+
+    def squares(self, shifts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, NDArray[np.float64]]:
+        """Squared effects ``[n, 2, L, W]`` by format, the second after bias correction with ``shifts``."""
+        table = self.errors.table
+        out = {}
+        for fmt in self.errors.formats:
+            n_widths = len(self.errors.errors[fmt][table.layers[0].name])
+            out[fmt] = np.zeros((len(self.effects), 2, len(table), n_widths))
+            for n, (effects, biases) in enumerate(zip(self.effects, self.bias, strict=True)):
+                for i, layer in enumerate(table):
+                    if (layer.name, fmt) in effects:
+                        plain, shift = effects[layer.name, fmt].double(), shifts[fmt].get(layer.name)
+                        corrected = plain if shift is None else plain - (shift @ biases[layer.name].to(shift)).double()
+                        out[fmt][n, :, i] = torch.stack([plain, corrected]).square().cpu().numpy()
+        return out
+
+
+def layer_scores(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    formats: Mapping[str, QuantFormat],
+    sampler: SamplerSpec,
+    spec: CalibrationSpec,
+    progress: Progress = silent,
+) -> tuple[Arrays, Calibration]:
+    """``layer_probe_error`` and its kin of `layer_arrays`, with the means and ranges of inputs. Standard errors are
+    over backward passes. Formats with smoothing are left out: their errors depend on inputs that are not known yet.
+
+    Raises `NumericsError` when the output is not finite.
+    """
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    plain = {name: fmt for name, fmt in formats.items() if not fmt.smooth}
+    held = {
+        name: {la.name: width_errors(modules[la.name].weight, la, widths, fmt, None) for la in table}
+        for name, fmt in plain.items()
+    }
+    seen = _Observations(WeightErrors(table, held))
+    seeds = range(spec.first_seed, spec.first_seed + spec.samples)
+    total = len(denoiser.calls) or -(-len(seeds) // BATCH) * sampler.steps
+    generator = torch.Generator().manual_seed(spec.seed)
+    with (
+        checkpointed(denoiser.module, spec.checkpoint),
+        InputCollector(denoiser.module, table, second_moments=False) as collector,
+        GradientTap(denoiser.module, table) as tap,
+        torch.enable_grad(),
+    ):
+        for done, (item, output) in enumerate(calls_of(denoiser, sampler, seeds, batch=BATCH), start=1):
+            if not bool(torch.isfinite(output).all()):
+                raise NumericsError(f"{denoiser.name}: the output is not finite at timestep {item.timestep}")
+            v = torch.randn(output.shape, generator=generator).to(output).float() / len(output) ** 0.5
+            seen.effects.append({})
+            seen.bias.append({})
+            tap.backward((v * output.float()).sum(), seen.add)
+            progress("layer scores", done, total)
+    calibration = collected(denoiser, table, collector)
+    shifts = {
+        fmt: {la.name: shift_of(e[la.name], la, calibration.means[la.name]) for la in table if la.has_bias}
+        for fmt, e in held.items()
+    }
+    return layer_arrays("layer_probe", seen.squares(shifts)), calibration

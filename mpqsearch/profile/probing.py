@@ -1,0 +1,134 @@
+"""Sensitivities from random projections of one prediction: what an error in a channel or layer does to the model's
+output, to first order.
+
+For an output ``f`` and a random ``v ~ N(0, I)``, ``E_v <d(v.f)/dy, dy>**2 = ||J dy||**2``: the squared change of the
+output that ``dy`` causes, with one backward pass a projection and no second derivatives (Gauss-Newton; no labels, no
+Hessian).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpqsearch.core import LayerTable
+from mpqsearch.errors import NumericsError
+from mpqsearch.models import Denoiser
+from mpqsearch.profile.calibrate import ProbeInput, Progress, silent
+from mpqsearch.profile.partial import Arrays
+from mpqsearch.profile.tables import WeightErrors
+from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
+
+
+def std_error_of(observations: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard error of the mean over the first axis; NaN, which is unknown, for a single observation."""
+    n = len(observations)
+    if n < 2:
+        return np.full(observations.shape[1:], np.nan)
+    error: NDArray[np.float64] = observations.std(0, ddof=1) / np.sqrt(n)
+    return error
+
+
+def layer_arrays(family: str, squares: dict[str, NDArray[np.float64]]) -> Arrays:
+    """Totals ``[L, W]`` and their standard errors from independent observations ``[n, 2, L, W]`` by format.
+
+    ``<family>_error/<format>`` without and ``<family>_error_corrected/<format>`` with bias correction.
+    """
+    arrays: Arrays = {}
+    for fmt, observations in squares.items():
+        mean, error = observations.mean(0), std_error_of(observations)
+        for i, suffix in enumerate(("", "_corrected")):
+            arrays[f"{family}_error{suffix}/{fmt}"] = mean[i].astype(np.float32)
+            arrays[f"{family}_std_error{suffix}/{fmt}"] = error[i].astype(np.float32)
+    return arrays
+
+
+@dataclass
+class _Sums:
+    """Sums over projections: squared effects ``[n, 2, L, W]`` by format, and squared gradients ``[C]`` by layer in
+    buckets of timesteps ``[B, C]``."""
+
+    squares: dict[str, NDArray[np.float64]]
+    by_bucket: dict[str, Tensor]
+    counts: NDArray[np.int64]
+    observation: int = 0
+    index: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """Random projections of the denoiser's output.
+
+    ``probes`` of them for each input, drawn from ``seed``; sensitivities are also kept in ``buckets`` buckets of equal
+    width of the schedule's timesteps. ``checkpoint`` recomputes activations in the backward pass where the model can:
+    memory of one block for twice the forward time.
+    """
+
+    denoiser: Denoiser
+    table: LayerTable
+    guidance: float
+    errors: WeightErrors
+    n_widths: int
+    probes: int = 2
+    seed: int = 0
+    buckets: int = 5
+    checkpoint: bool = False
+
+    def measure(self, inputs: Sequence[ProbeInput], progress: Progress = silent) -> Arrays:
+        """One forward pass an input and one backward pass a projection. Leaves the model as it was.
+
+        ``sensitivity`` ``[C]``, ``step_sensitivity`` ``[C, B]`` (0 in a bucket without inputs), and the layer totals of
+        `layer_arrays` ``layer_probe``. Standard errors are over inputs and projections. Raises `NumericsError` when the
+        output is not finite.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        sums = self._sums(len(inputs))
+        module = self.denoiser.module
+        with checkpointed(module, self.checkpoint), GradientTap(module, self.table) as tap:
+            for done, item in enumerate(inputs, start=1):
+                with torch.enable_grad():
+                    output = self.denoiser.guided(item.x, item.times(), item.cond, self.guidance).float()
+                if not bool(torch.isfinite(output).all()):
+                    raise NumericsError(f"{self.denoiser.name}: the output is not finite at timestep {item.timestep}")
+                for k in range(self.probes):
+                    v = torch.randn(output.shape, generator=generator).to(output)
+                    tap.backward((v * output).sum(), self._sink(sums, item), keep_graph=k + 1 < self.probes)
+                    sums.observation += 1
+                    sums.counts[self._bucket(item)] += 1
+                progress("sensitivities", done, len(inputs))
+        return self._arrays(sums)
+
+    def _sums(self, n_inputs: int) -> _Sums:
+        shape = (n_inputs * self.probes, 2, len(self.table), self.n_widths)
+        return _Sums(
+            squares={fmt: np.zeros(shape) for fmt in self.errors.formats},
+            by_bucket={la.name: torch.zeros(self.buckets, la.n_channels, dtype=torch.float64) for la in self.table},
+            counts=np.zeros(self.buckets, dtype=np.int64),
+            index={la.name: i for i, la in enumerate(self.table)},
+        )
+
+    def _bucket(self, item: ProbeInput) -> int:
+        timesteps = int(self.denoiser.scheduler.get("num_train_timesteps", 1000))
+        return min(item.timestep * self.buckets // timesteps, self.buckets - 1)
+
+    def _sink(self, sums: _Sums, item: ProbeInput) -> Sink:
+        def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
+            sums.by_bucket[name][self._bucket(item)] += square.cpu().double()
+            for fmt, effect in self.errors.effects(name, rows, bias).items():
+                sums.squares[fmt][sums.observation, :, sums.index[name]] = effect.double().square().cpu().numpy()
+
+        return take
+
+    def _arrays(self, sums: _Sums) -> Arrays:
+        by_bucket = torch.cat([sums.by_bucket[la.name] for la in self.table], 1).numpy()
+        by_step = by_bucket / np.maximum(sums.counts, 1)[:, None]
+        return {
+            "sensitivity": (by_bucket.sum(0) / sums.counts.sum()).astype(np.float32),
+            "step_sensitivity": by_step.T.astype(np.float32),
+            **layer_arrays("layer_probe", sums.squares),
+        }
