@@ -1,34 +1,83 @@
-"""The five lines: load, profile, allocate, quantize, look. Each is a thin call of the subpackage that does the work."""
+"""The front door: each function is a thin call of the room that does the work.
+
+Paths may be text or `pathlib.Path`. What is not given comes from the profile: its sampler, its widths, its quantizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat, SensitivityProfile
-from mpqsearch.export.packed import load_quantized
-from mpqsearch.methods import Allocation, MethodSpec, allocate
+from mpqsearch.config import AllocateConfig, Config, DistillConfig, EvaluateConfig, ModelConfig, QuantizerConfig
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.export import Verification
+from mpqsearch.export.packed import load_quantized as _load_packed
+from mpqsearch.export.packed import save_quantized
+from mpqsearch.methods import Allocation, MethodSpec
+from mpqsearch.methods import allocate as _allocate
+from mpqsearch.metrics import Evaluation, FeatureExtractor
 from mpqsearch.models import Denoiser, discover, load_model
-from mpqsearch.profile import CalibrationSpec, input_statistics
-from mpqsearch.profile import profile_model as measure
-from mpqsearch.progress import bars_of
+from mpqsearch.profile import InputMoments, gptq_profile
+from mpqsearch.profile import profile_model as _measure
+from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import SamplerSpec, sample, to_uint8
+from mpqsearch.sampling import labels_of, sample, to_uint8
+from mpqsearch.specs import CalibrationSpec, SamplerSpec, SearchSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch import nn
 
-__all__ = ["allocate_bits", "compare", "discover", "load_model", "load_quantized", "profile_model", "quantize"]
+__all__ = [
+    "allocate",
+    "compare",
+    "discover",
+    "distill",
+    "evaluate",
+    "export",
+    "import_map",
+    "load",
+    "load_quantized",
+    "profile",
+    "quantize",
+    "save",
+    "search",
+]
 
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True)
-"""What `allocate_bits` does unless told otherwise: exact over all channels, the better scheme of each row, bias
+"""What `allocate` does unless told otherwise: exact over all channels, the better scheme of each row, biases
 corrected."""
 
+CALIBRATION_SEEDS = range(1_000_000, 1_000_040)
+"""Samples from whose trajectories GPTQ learns what the layers' inputs are like."""
 
-def profile_model(
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    component: str = "",
+    revision: str | None = None,
+) -> Denoiser:
+    """The denoiser of an embedded name, a diffusers folder or ``owner/name`` of a hub, on ``device`` (``auto``,
+    ``cpu``, ``cuda``, ``mps``).
+
+    ``dtype``: ``float32``, ``bfloat16``, ``float16`` or ``stored``. ``component``: which part of a pipeline (default:
+    its denoiser). A module of your own comes through `mpqsearch.models.adapt`. Raises `ModelError` when there is no
+    such model or its weights are not whole.
+    """
+    return load_model(str(source), device=device, dtype=dtype, component=component, revision=revision)
+
+
+def profile(
     model: Denoiser,
     *,
     table: LayerTable | None = None,
@@ -38,25 +87,24 @@ def profile_model(
     quantizer: QuantFormat | None = None,
     progress: bool = True,
 ) -> SensitivityProfile:
-    """Measure kurtosis, exact output errors and gains of every channel at every width of ``policy``.
+    """Measure kurtosis, exact output errors and sensitivities of every channel at every width of ``policy``.
 
     ``sampler`` defaults to 10 steps of DDIM, with guidance 2 where the model has a null class; ``table`` to `discover`
-    of the model. Shows a progress bar on stderr when that is a terminal. Raises what `mpqsearch.profile.profile_model`
-    raises.
+    of the model. Raises what `mpqsearch.profile.profile_model` raises.
     """
     with bars_of(enabled=progress) as report:
-        return measure(
+        return _measure(
             model,
             table or discover(model),
             policy or Policy(),
-            sampler or default_sampler(model),
-            calibration or CalibrationSpec(schemes=("asymmetric", "auto"), smooth=False),
+            sampler or _sampler(model),
+            calibration or CalibrationSpec(),
             quantizer or QuantFormat(),
             progress=report,
         )
 
 
-def allocate_bits(
+def allocate(
     model: Denoiser | LayerTable,
     profile: SensitivityProfile,
     budget: str | Budget = "3bit",
@@ -67,47 +115,326 @@ def allocate_bits(
 ) -> Allocation:
     """The bit map of least predicted loss under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
 
-    ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that prove how good they
-    are. Raises `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
+    ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that say how good they are.
+    A method with GPTQ rounding is priced with the errors that this rounding leaves, which runs the model. Raises
+    `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
     """
     table = model if isinstance(model, LayerTable) else discover(model)
-    limit = budget if isinstance(budget, Budget) else Budget.parse(budget)
-    return allocate(method, limit, table, profile, policy or Policy(), quantizer or QuantFormat())
+    fmt = quantizer or _quantizer(profile)
+    priced = profile
+    if method.rounding == "gptq":
+        if isinstance(model, LayerTable):
+            raise ConfigError(
+                f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table"
+            )
+        priced = _priced(model, table, profile, method, fmt)
+    return _allocate(method, _budget(budget), table, priced, policy or Policy(widths=profile.widths), fmt)
 
 
 def quantize(
-    model: Denoiser, made: Allocation, profile: SensitivityProfile | None = None, *, sampler: SamplerSpec | None = None
+    model: Denoiser,
+    allocation: Allocation | BitMap,
+    profile: SensitivityProfile | None = None,
+    *,
+    sampler: SamplerSpec | None = None,
 ) -> Denoiser:
-    """``model`` with the weights that the codes of ``made`` decode to; the original is left as it is.
+    """``model`` with the weights that the codes of ``allocation`` decode to; the original is left as it is.
 
-    ``profile`` gives the input means that bias correction needs; without it the biases stay as they are. Compensated
-    rounding (``method.rounding``) runs 40 samples of ``sampler`` to learn what the layers' inputs are like. Raises
-    `LayerMismatchError` when the map is for another model.
+    ``profile`` gives the input means that bias correction needs; without it the biases stay as they are. GPTQ rounding
+    runs 40 samples to learn what the layers' inputs are like. Raises `LayerMismatchError` when the map is for another
+    model.
     """
-    means: Any = None
-    peaks: Any = None
-    moments: Any = None
     table = discover(model)
-    if profile is not None:
-        peaks = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
-        if made.method.bias_correction:
-            means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
-    if made.bit_map.format.rounding == "gptq":
-        stats = input_statistics(model, table, sampler or default_sampler(model), range(1_000_000, 1_000_040))
-        moments = {k: s.second_moment for k, s in stats.items()}
-        means = means if means is None else means | {k: s.mean for k, s in stats.items()}
-    quantized = quantize_model(model.module, table, made.bit_map, means=means, input_max=peaks, moments=moments)
-    return model.with_module(quantized.module)
+    bit_map, statistics = _statistics(model, table, allocation, profile, sampler)
+    return model.with_module(quantize_model(model.module, table, bit_map, **statistics).module)
+
+
+def evaluate(
+    model: Denoiser,
+    quantized: Denoiser,
+    profile: SensitivityProfile | None = None,
+    *,
+    seeds: Sequence[int] = range(128),
+    sampler: SamplerSpec | None = None,
+    extractor: str | FeatureExtractor | None = None,
+    data: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Samples of ``quantized`` against those of ``model`` from the same noise: distances, PSNR, each with an interval.
+
+    ``extractor``: ``fmnist-cnn`` (default for its images), ``random-conv`` (default for others), ``inception``, or one
+    of `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`);
+    the embedded ones of the extractor, if it has any, otherwise.
+    """
+    from mpqsearch.metrics import Reference, load_extractor, load_reference
+    from mpqsearch.metrics import evaluate as measure
+
+    spec = sampler or _sampler(model, profile)
+    if not isinstance(extractor, FeatureExtractor):
+        extractor = load_extractor(extractor or _extractor_for(model))
+    statistics = load_reference(None if data is None else Path(data), extractor)
+    with bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
+        before = sample(model, seeds, spec, tick=bar.update)
+        after = sample(quantized, seeds, spec, tick=bar.update)
+    labels = labels_of(model, seeds)
+    base = Reference(
+        samples=before,
+        features=extractor(to_uint8(before)),
+        seeds=tuple(seeds),
+        labels=labels if isinstance(labels, torch.Tensor) else None,
+        data=statistics,
+    )
+    return measure(after, base, extractor)
+
+
+def distill(
+    model: Denoiser,
+    allocation: Allocation | BitMap,
+    profile: SensitivityProfile | None = None,
+    *,
+    settings: DistillConfig | None = None,
+    sampler: SamplerSpec | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Denoiser:
+    """Train the quantized model of ``allocation`` against ``model`` on the latter's own trajectories; no data needed.
+
+    ``folder`` keeps checkpoints, from which the same call continues. Maps that quantize activations are trained with
+    ``mpqsearch distill``.
+    """
+    from mpqsearch.distill import Trajectories, find_feature_module
+    from mpqsearch.distill import distill as train
+    from mpqsearch.quant import build_student, convert, param_groups
+
+    c, table = settings or DistillConfig(), discover(model)
+    bit_map, statistics = _statistics(model, table, allocation, profile, sampler)
+    if bit_map.activations:
+        raise ConfigError(
+            "this map quantizes activations, whose scales belong to a run: train it with mpqsearch distill"
+        )
+    student = build_student(
+        model.module,
+        table,
+        bit_map,
+        trainable=c.trainable,  # type: ignore[arg-type]
+        rank=c.rank,
+        seed=c.seed,
+        **statistics,
+    )
+    feature = (c.relation.feature or find_feature_module(student)) if c.relation.weight > 0 else ""
+    source = Trajectories(
+        model,
+        sampler or _sampler(model, profile),
+        batch=c.batch,
+        seed=c.seed,
+        feature=feature,
+        pooled_size=c.relation.pooled_size,
+    )
+    groups = param_groups(
+        student,
+        lora_lr_factor=c.lora_lr,
+        weight_lr_factor=c.weight_lr,
+        weight_scale_lr=c.weight_scale_lr,
+        activation_scale_lr=c.activation_scale_lr,
+        relative=True,
+        multiplier=c.lr_factor,
+    )
+    where = None if folder is None else Path(folder)
+    inputs = {"model": table.digest, "bit_map": bit_map.digest}
+    with bar_of("distill", c.steps, unit="step", enabled=progress) as bar:
+        for state in train(model, student, groups, source, c, folder=where, inputs=inputs):
+            bar.update(1)
+            if state.interrupted:
+                raise KeyboardInterrupt
+    return model.with_module(convert(student).module)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SearchResult:
+    """What an outer search found: the map it hands out at each budget (by the budget's label), and all rows of its
+    table."""
+
+    maps: Mapping[str, BitMap]
+    data: Mapping[str, Any]
+    folder: Path
+
+    def to_frame(self) -> DataFrame:
+        """One row for each budget and arm: size, bits, measured error."""
+        import pandas as pd
+
+        rows = [{"budget": entry["budget"], **row} for entry in self.data["budgets"] for row in entry["rows"]]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        lines = [f"SearchResult in {self.folder}: {self.data['trials']} trials"]
+        for entry in self.data["budgets"]:
+            errors = ", ".join(f"{row['arm']} {row['paired']:.4g}" for row in entry["rows"])
+            lines.append(f"  {entry['budget']}: error of {errors}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html())
+
+
+def search(
+    model: Denoiser,
+    profile: SensitivityProfile,
+    budgets: str | Sequence[str] = "3bit",
+    *,
+    trials: int = 40,
+    method: MethodSpec = OURS,
+    settings: SearchSpec | None = None,
+    policy: Policy | None = None,
+    sampler: SamplerSpec | None = None,
+    extractor: str | None = None,
+    folder: str | Path | None = None,
+) -> SearchResult:
+    """Search over how the integer program of ``method`` is built, scored by measured samples.
+
+    Files go to ``folder`` (default: ``runs/<model>``); the same call continues from there. Raises `ConfigError` for
+    settings that do not go together.
+    """
+    from mpqsearch import stages
+
+    wanted = (budgets,) if isinstance(budgets, str) else tuple(budgets)
+    spec = replace(settings or SearchSpec(), trials=trials, method=method.name, budgets=wanted)
+    fmt = _quantizer(profile)
+    config = Config(
+        model=ModelConfig(source=model.source or model.name),
+        policy=policy or Policy(widths=profile.widths),
+        sampler=sampler or _sampler(model, profile),
+        quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
+        allocate=AllocateConfig(budgets=wanted),
+        methods=(method,),
+        search=spec,
+        evaluate=EvaluateConfig(extractor=extractor or _extractor_for(model)),
+    )
+    run = stages.Run(config=config, folder=Path(folder) if folder else Path("runs") / model.name, given=model)
+    table = stages.layers(run)
+    data = stages.search(run, table, profile)
+    maps = {
+        entry["budget"]: stages.searched_map(run, table, Budget.parse(entry["budget"]))[0]
+        for entry in data["budgets"]
+        if entry["winner"] is not None
+    }
+    return SearchResult(maps=maps, data=data, folder=run.path("search"))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Exported:
+    """A map in the format of another tool: its files, what each layer got, and what the consumer read back (None: it
+    was not asked)."""
+
+    target: str
+    folder: Path
+    files: tuple[Path, ...]
+    plan: tuple[Mapping[str, Any], ...]
+    verification: Verification | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def to_frame(self) -> DataFrame:
+        """One row a layer: width asked for, what it gets, why."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.plan))
+
+    def __repr__(self) -> str:
+        state = "not read back by its consumer" if self.verification is None else self.verification.summary()
+        return f"Exported for {self.target} to {self.folder}: {len(self.files)} files, {self.size_bytes} bytes; {state}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.to_frame().to_html(max_rows=20)}"
+
+
+def export(
+    model: Denoiser,
+    allocation: Allocation | BitMap,
+    target: str,
+    folder: str | Path,
+    profile: SensitivityProfile | None = None,
+    *,
+    rounding: str = "resolve",
+    verify: bool = False,
+) -> Exported:
+    """Write a map for another quantizer (``gguf``, ``quanto``, ``sdnq`` ...; `mpqsearch doctor` lists them).
+
+    ``rounding`` says what happens to a width that the target cannot hold: ``resolve``, ``up``, ``down`` or ``error``.
+    With ``verify`` its consumer reads the files back. Raises `UnknownNameError` for an unknown target.
+    """
+    from mpqsearch.export import ExportJob, get_exporter, plan_table
+
+    table, exporter, where = discover(model), get_exporter(target), Path(folder)
+    bit_map, statistics = _statistics(model, table, allocation, profile, None)
+    job = ExportJob(
+        table=table,
+        bit_map=bit_map,
+        denoiser=model,
+        rounding=rounding,
+        input_max=statistics["input_max"] or {},
+        moments=statistics["moments"],
+        inputs={"model": table.digest},
+    )
+    plan = tuple(plan_table(exporter.plan(job)))
+    files = tuple(exporter.write(where, job))
+    return Exported(
+        target=target, folder=where, files=files, plan=plan, verification=exporter.verify(where) if verify else None
+    )
+
+
+def import_map(path: str | Path, model: Denoiser | LayerTable, *, source: str | None = None) -> BitMap:
+    """The widths that a file or folder of another quantizer gives to the layers of ``model``.
+
+    ``source``: the format, such as ``gguf`` (default: found out from the file). What the file holds beyond widths is
+    logged as a warning. Raises `ArtifactError` for a file of no known format, `LayerMismatchError` for layers that the
+    model does not have.
+    """
+    from mpqsearch.export import import_map as read
+
+    return read(path, model if isinstance(model, LayerTable) else discover(model), source)
+
+
+def save(
+    folder: str | Path,
+    model: Denoiser,
+    allocation: Allocation | BitMap,
+    profile: SensitivityProfile | None = None,
+) -> Path:
+    """Quantize ``model`` and write it as a packed checkpoint that `load_quantized` reads; returns the folder.
+
+    Raises `ConfigError` for a module without a diffusers configuration from which it could be built again.
+    """
+    table = discover(model)
+    bit_map, statistics = _statistics(model, table, allocation, profile, None)
+    quantized = quantize_model(model.module, table, bit_map, **statistics)
+    save_quantized(folder, quantized, table, {"model": table.digest})
+    return Path(folder)
+
+
+def load_quantized(path: str | Path) -> nn.Module:
+    """The diffusers model of a packed checkpoint, its weights those that the codes decode to, bit for bit.
+
+    Raises `ArtifactError` when files are missing or damaged.
+    """
+    return _load_packed(path)
 
 
 def compare(
-    model: Denoiser, quantized: Denoiser, *, seeds: Sequence[int] = range(8), sampler: SamplerSpec | None = None
+    model: Denoiser,
+    quantized: Denoiser,
+    profile: SensitivityProfile | None = None,
+    *,
+    seeds: Sequence[int] = range(8),
+    sampler: SamplerSpec | None = None,
 ) -> Figure:
     """Samples of both from the same noise, one above the other, titled with their paired PSNR in dB (range [-1, 1], so
     peak 2)."""
     from mpqsearch.report import plot_samples, sample_grid
 
-    spec = sampler or default_sampler(model)
+    spec = sampler or _sampler(model, profile)
     before, after = sample(model, seeds, spec), sample(quantized, seeds, spec)
     error = float((before - after).square().mean())
     title = "identical samples" if error == 0 else f"PSNR to full precision {10 * np.log10(4 / error):.1f} dB"
@@ -116,6 +443,64 @@ def compare(
     return figure
 
 
-def default_sampler(model: Denoiser) -> SamplerSpec:
-    """Ten steps of DDIM; guidance 2 where the model has a null class."""
+def _budget(budget: str | Budget) -> Budget:
+    return budget if isinstance(budget, Budget) else Budget.parse(budget)
+
+
+def _sampler(model: Denoiser, profile: SensitivityProfile | None = None) -> SamplerSpec:
+    """That of the profile; without one ten steps of DDIM, with guidance 2 where the model has a null class."""
+    if profile is not None and "sampler" in profile.calibration:
+        return SamplerSpec(**profile.calibration["sampler"])
     return SamplerSpec(guidance=2.0 if model.null_class is not None else 1.0)
+
+
+def _quantizer(profile: SensitivityProfile) -> QuantFormat:
+    """How the ranges of the profile were searched."""
+    found = profile.calibration.get("format", {})
+    return QuantFormat(**{key: found[key] for key in ("criterion", "p", "n_candidates") if key in found})
+
+
+def _extractor_for(model: Denoiser) -> str:
+    return "fmnist-cnn" if tuple(model.sample_shape) == (1, 28, 28) else "random-conv"
+
+
+def _moments(model: Denoiser, table: LayerTable, sampler: SamplerSpec) -> InputMoments:
+    return InputMoments(denoiser=model, table=table, sampler=sampler, seeds=CALIBRATION_SEEDS)
+
+
+def _priced(
+    model: Denoiser, table: LayerTable, profile: SensitivityProfile, method: MethodSpec, fmt: QuantFormat
+) -> SensitivityProfile:
+    """The profile with the errors that GPTQ leaves, for losses that know them."""
+    from mpqsearch.stages.gptq import NOT_PRICED
+
+    if method.loss in NOT_PRICED or profile.weights_only:
+        return profile
+    own = replace(fmt, scheme=method.scheme, smooth=method.smooth)
+    return gptq_profile(model, table, profile, _moments(model, table, _sampler(model, profile)), own)
+
+
+def _statistics(
+    model: Denoiser,
+    table: LayerTable,
+    allocation: Allocation | BitMap,
+    profile: SensitivityProfile | None,
+    sampler: SamplerSpec | None,
+) -> tuple[BitMap, dict[str, Any]]:
+    """The map, and what quantizing by it needs of the layers' inputs: means, largest values, second moments."""
+    bit_map = allocation.bit_map if isinstance(allocation, Allocation) else allocation
+    corrected = isinstance(allocation, BitMap) or allocation.method.bias_correction
+    found: dict[str, Any] = {"means": None, "input_max": None, "moments": None}
+    if profile is not None:
+        found["input_max"] = _tensors(profile.input_max)
+        found["means"] = _tensors(profile.means) if corrected else None
+    if any(f.rounding != "nearest" for f in (bit_map.format, *bit_map.formats.values())):
+        moments = _moments(model, table, sampler or _sampler(model, profile))
+        found["moments"] = moments.moments()
+        if found["means"] is not None:  # a second moment and a mean of other samples give no covariance
+            found["means"] = {**found["means"], **moments.means()}
+    return bit_map, found
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in values.items()}

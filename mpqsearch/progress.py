@@ -1,17 +1,28 @@
-"""Progress bars on stderr for long work, silent where stderr is no terminal; and Ctrl-C, which they do not let get
-lost."""
+"""Progress of long work on stderr: a bar in a terminal or a notebook, elsewhere a line at least every half minute. And
+Ctrl-C, which no step lets get lost."""
 
 from __future__ import annotations
 
-import functools
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+Progress = Callable[[str, int, int], None]
+"""Called with a label, the number of finished units and their total."""
+
+EVERY_S = 30.0
+"""Seconds between two lines where there is no terminal."""
 
 _interrupted: list[int] = []
+
+
+def silent(_label: str, _done: int, _total: int) -> None:
+    """Progress of callers that want none."""
 
 
 def keep_interrupts() -> None:
@@ -30,53 +41,167 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-@functools.cache
-def _bar_class() -> type[Any]:
-    from tqdm import tqdm
+class Bar:
+    """Finished units of one piece of work. It has the few methods of a bar of tqdm that we use, and draws one where
+    someone looks; elsewhere `Lines` reports it."""
 
-    class Bar(tqdm):  # type: ignore[type-arg]
-        def update(self, n: float | None = 1) -> bool | None:
-            if _interrupted:
-                raise KeyboardInterrupt
-            return super().update(n)
+    def __init__(self, label: str, total: int, unit: str = "sample", *, enabled: bool = True) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.n, self.note = 0, ""
+        self._began = time.monotonic()
+        self._drawn = _drawn(self) if enabled and is_watched() else None
+        self._listed = enabled and self._drawn is None
+        if self._listed:
+            LINES.add(self)
 
-    return Bar
+    def update(self, n: int = 1) -> None:
+        """``n`` more units are finished. Raises `KeyboardInterrupt` after a Ctrl-C that something swallowed."""
+        if _interrupted:
+            raise KeyboardInterrupt
+        self.n += n
+        if self._drawn is not None:
+            self._drawn.update(n)
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """What stands behind the numbers."""
+        self.note = text
+        if self._drawn is not None:
+            self._drawn.set_postfix_str(text, refresh=refresh)
+
+    def close(self) -> None:
+        """The work is done, or given up."""
+        if self._drawn is not None:
+            self._drawn.close()
+        if self._listed:
+            LINES.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def line(self) -> str:
+        """Label, share, time so far and time left."""
+        spent = time.monotonic() - self._began
+        if not self.total:
+            return f"{self.label}: {_minutes(spent)} so far"
+        left = f", about {_minutes(spent / self.n * (self.total - self.n))} left" if 0 < self.n < self.total else ""
+        done = f"{self.n} of {self.total} {self.unit}s" if self.unit != "B" else f"{self.n / self.total:.0%}"
+        return f"{self.label}: {done}, {_minutes(spent)} so far{left}{', ' + self.note if self.note else ''}"
 
 
-def bar_of(label: str, total: int, unit: str = "sample") -> Any:
-    """A bar over ``total`` units, with rate and time left."""
-    return _bar_class()(
-        total=total,
-        desc=label,
-        unit=unit,
-        leave=False,
-        disable=None,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        unit_scale=unit == "B",
-    )
+class Lines:
+    """Prints a line of the innermost work whenever nothing was printed for `EVERY_S` seconds."""
+
+    def __init__(self) -> None:
+        self._bars: list[Bar] = []
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+
+    def add(self, bar: Bar) -> None:
+        """Watch one more piece of work."""
+        with self._lock:
+            if not self._bars:
+                self._last = time.monotonic()
+            self._bars.append(bar)
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._watch, name="mpqsearch-progress", daemon=True)
+                self._thread.start()
+            self._wake.set()
+
+    def remove(self, bar: Bar) -> None:
+        """Stop watching it."""
+        with self._lock:
+            if bar in self._bars:
+                self._bars.remove(bar)
+
+    def said(self) -> None:
+        """Something else was printed just now."""
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while True:
+            self._wake.wait(min(1.0, EVERY_S / 4))
+            self._wake.clear()
+            with self._lock:
+                if not self._bars:
+                    self._thread = None
+                    return
+                due = time.monotonic() - self._last >= EVERY_S
+                text = self._bars[-1].line()
+            if due:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+                self.said()
+
+
+LINES = Lines()
+
+
+def bar_of(label: str, total: int, unit: str = "sample", *, enabled: bool = True) -> Bar:
+    """A bar over ``total`` units (0: not known), with rate and time left."""
+    return Bar(label, total, unit, enabled=enabled)
 
 
 @contextmanager
-def bars_of(*, enabled: bool = True, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (label, finished units, their total) that draws one bar for each label, one after the other.
+def bars_of(*, enabled: bool = True, unit: str = "step") -> Iterator[Progress]:
+    """A function of (label, finished units, their total) that shows one bar for each label, one after the other.
 
     Units of ``"B"`` are shown as kB, MB and so on.
     """
-    current: dict[str, Any] = {}
+    current: list[Bar] = []
 
     def progress(label: str, done: int, total: int) -> None:
         if not enabled:
             return
-        if label not in current:
-            for bar in current.values():
+        if not current or current[0].label != label:
+            for bar in current:
                 bar.close()
-            current.clear()
-            current[label] = bar_of(label, total, unit=unit)
-        current[label].update(done - current[label].n if not current[label].disable else 0)
+            current[:] = [bar_of(label, total, unit=unit)]
+        current[0].update(done - current[0].n)
 
     try:
         yield progress
     finally:
-        for bar in current.values():
+        for bar in current:
             bar.close()
+
+
+def say(text: str) -> None:
+    """A line for people on stderr, beside bars."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+    LINES.said()
+
+
+def is_watched() -> bool:
+    """True in a terminal and in a notebook."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+def _drawn(bar: Bar) -> Any:
+    from tqdm import auto, std
+
+    drawn: Any = auto.tqdm if _in_notebook() else std.tqdm
+    look: dict[str, Any] = {
+        "leave": False,
+        "disable": False,
+        "file": sys.stderr,
+        "dynamic_ncols": True,
+        "unit_scale": bar.unit == "B",
+    }
+    return drawn(total=bar.total or None, desc=bar.label, unit=bar.unit, **look)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

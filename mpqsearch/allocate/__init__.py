@@ -6,6 +6,7 @@ Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
 
 from __future__ import annotations
 
+from mpqsearch._verbs import make_callable
 from mpqsearch.allocate.alternatives import solve_alternatives
 from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
 from mpqsearch.allocate.dispatch import solve
@@ -35,3 +36,5 @@ __all__ = [
     "table_digests",
     "whole_units",
 ]
+
+make_callable(__name__)

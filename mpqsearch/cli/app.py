@@ -90,7 +90,7 @@ def open_run(
     given = {key: value for key, value in settings.items() if value is not None}
     study = load_config(config, overrides or (), given)
     folder = run_dir or Path("runs") / (config.stem if config else Path(study.model.source).name)
-    return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run, say=say)
+    return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run)
 
 
 def quiet(verbose: int) -> None:
@@ -105,13 +105,6 @@ def quiet(verbose: int) -> None:
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its logger sets itself up anew when it is imported
         for noisy in ("diffusers", "huggingface_hub", "matplotlib", "torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-
-
-def say(text: str) -> None:
-    """A line for people, beside progress bars."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,5 +1,6 @@
 """Distillation of a quantized student: teacher trajectories, the relation loss, and the loop."""
 
+from mpqsearch._verbs import make_callable
 from mpqsearch.distill.loop import DistillState, distill
 from mpqsearch.distill.processes import Processes, processes
 from mpqsearch.distill.teacher import CachedTrajectories, TeacherSource, TeacherStep, Trajectories
@@ -31,3 +32,5 @@ __all__ = [
     "relation_log_probabilities",
     "relation_loss",
 ]
+
+make_callable(__name__)

@@ -13,6 +13,7 @@ The bit map of every run is in the neutral format already, when it is written wi
     load_neutral(path, table) -> NeutralMap # schema, digests and accounting checked
 """
 
+from mpqsearch._verbs import make_callable
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry, plan_table
 from mpqsearch.export.neutral import (
     NeutralMap,
@@ -52,3 +53,5 @@ __all__ = [
     "structure_digest",
     "write_neutral",
 ]
+
+make_callable(__name__)

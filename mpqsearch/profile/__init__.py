@@ -1,5 +1,6 @@
 """Sensitivity of every output channel and layer: kurtosis, exact output errors, end-to-end effects. No Hessian."""
 
+from mpqsearch._verbs import make_callable
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
 from mpqsearch.profile.calibrate import ProbeInput, calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
@@ -39,3 +40,5 @@ __all__ = [
     "projected_effects",
     "with_final_errors",
 ]
+
+make_callable(__name__)

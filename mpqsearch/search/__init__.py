@@ -2,3 +2,7 @@
 
 Light to import: Optuna and torch are loaded by the functions that need them.
 """
+
+from mpqsearch._verbs import make_callable
+
+make_callable(__name__)

@@ -14,7 +14,7 @@ from mpqsearch.stages.exporting import Exported, export, quantize, require_good
 from mpqsearch.stages.importing import import_map
 from mpqsearch.stages.profiling import profile, profile_inputs
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
-from mpqsearch.stages.searching import check_search, search
+from mpqsearch.stages.searching import check_search, search, searched_map
 from mpqsearch.stages.targeting import target_allocation, target_allocations
 from mpqsearch.stages.whole import everything, trained
 
@@ -40,6 +40,7 @@ __all__ = [
     "report",
     "require_good",
     "search",
+    "searched_map",
     "slug",
     "start",
     "target_allocation",

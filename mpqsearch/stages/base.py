@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
+from mpqsearch.progress import bar_of, is_watched, say
 from mpqsearch.sources import REFERENCE, FileDigests, model_files
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Run:
     folder: Path
     overwrite: bool = False
     dry_run: bool = False
-    say: Say = field(default=lambda text: print(text, file=sys.stderr))  # noqa: T201
+    given: Denoiser | None = None
+    say: Say = say
     seconds: dict[str, float] = field(default_factory=dict)
     ranges: dict[Any, RangeCollector] = field(default_factory=dict)
     target_losses: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +48,9 @@ class Run:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The model, loaded once."""
+        """The model, loaded once; or the one that was given."""
+        if self.given is not None:
+            return self.given
         from mpqsearch.models import load_calls, load_model
 
         c, captured = self.config.model, self.config.calibration.captured
@@ -125,7 +128,8 @@ class Run:
         """Add the wall time of a block to the record of its stage."""
         began = time.perf_counter()
         try:
-            yield
+            with bar_of(stage, 0, enabled=not is_watched()):
+                yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 

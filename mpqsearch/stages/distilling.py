@@ -163,7 +163,7 @@ def _train(
             processes=team,
             measure=checking,
         ):
-            bar.update(state.step - bar.n if not bar.disable else 0)
+            bar.update(state.step - bar.n)
             best = f", best check {state.best[1]:.3g} at {state.best[0]}" if state.best else ""
             bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}{best}")
             if state.interrupted:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import html
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mpqsearch import api
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +34,12 @@ def test_the_reference_has_a_page_for_every_public_package(tmp_path: Path) -> No
     packages = {p.parent.name for p in (ROOT / "mpqsearch").glob("*/__init__.py")}
     pages = {p.stem for p in (tmp_path / "mpqsearch").glob("*.html")}
     assert packages | {"methods", "config", "errors", "artifacts"} <= pages
-    front = (tmp_path / "mpqsearch.html").read_text()
-    for name in ("profile_model", "allocate_bits", "quantize", "compare"):
-        assert name in front, "the lazy names of the front door are documented too"
+    front = (tmp_path / "mpqsearch/api.html").read_text()
+    for name in api.__all__:
+        function = getattr(api, name)
+        entry = front[front.index(f'<section id="{name}">') :].split("</section>", 1)[0]
+        text = html.unescape(re.sub(r"<[^>]+>", "", entry))
+        for parameter in inspect.signature(function).parameters:
+            assert re.search(rf"\b{parameter}: ", text), (name, parameter)
+        first = (inspect.getdoc(function) or "").splitlines()[0].replace("`", "")
+        assert first.split(";")[0][:40] in " ".join(text.split()), name

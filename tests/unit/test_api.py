@@ -1,37 +1,159 @@
-"""The five lines of the package's front door, on a tiny model."""
+"""The front door on a tiny model: each function, and what its results look like."""
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 
 import mpqsearch as mpq
-from mpqsearch.core import Policy, QuantFormat
-from mpqsearch.profile import CalibrationSpec
-from mpqsearch.sampling import SamplerSpec
+from mpqsearch import api
+from mpqsearch._verbs import VERBS
+from mpqsearch.config import DistillConfig
+from mpqsearch.core import QuantFormat
+from mpqsearch.errors import ConfigError
+from mpqsearch.models import Denoiser
+from mpqsearch.specs import CalibrationSpec, SamplerSpec, SearchSpec
 from tests.support import tiny_denoiser
 
+POLICY, SAMPLER = mpq.Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=4)
+GPTQ = mpq.Method(name="gptq", allocator="ilp-channel", scheme="auto", bias_correction=True, rounding="gptq")
 
-def test_five_lines_from_a_model_to_a_picture() -> None:
-    model = tiny_denoiser()
-    before = {k: v.clone() for k, v in model.module.state_dict().items()}
-    policy, sampler = Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=4)
-    calibration = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=("auto",), smooth=False)
-    profile = mpq.profile_model(
-        model, policy=policy, sampler=sampler, calibration=calibration, quantizer=QuantFormat(n_candidates=8)
+
+@pytest.fixture(scope="module")
+def model() -> Denoiser:
+    return tiny_denoiser()
+
+
+@pytest.fixture(scope="module")
+def profile(model: Denoiser) -> mpq.Profile:
+    calibration = CalibrationSpec(
+        samples=2, probe_inputs=2, probes=1, schemes=("auto",), sampler_seeds=0, context_seeds=0
     )
-    made = mpq.allocate_bits(model, profile, "uniform:3", policy=policy)
-    small = mpq.quantize(model, made, profile)
-    figure = mpq.compare(model, small, seeds=range(3), sampler=sampler)
-    assert made.within_budget
-    assert made.result is not None
-    assert made.result.lower_bound <= made.result.loss
+    fmt = QuantFormat(n_candidates=8)
+    return mpq.profile(model, policy=POLICY, sampler=SAMPLER, calibration=calibration, quantizer=fmt, progress=False)
+
+
+def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Profile) -> None:
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    allocation = mpq.allocate(model, profile, "uniform:3")
+    small = mpq.quantize(model, allocation, profile)
+    figure = mpq.compare(model, small, profile, seeds=range(3))
+    assert allocation.within_budget
+    assert allocation.result is not None
+    assert allocation.result.lower_bound <= allocation.result.loss
+    assert set(np.concatenate([w.reshape(-1) for w in allocation.bit_map.weights.values()])) <= {2, 3, 4, 8, 16}
     assert "PSNR" in figure.axes[0].get_title(loc="left")
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items()), "the original is left as it is"
-    name = next(la.name for la in mpq.discover(model) if policy.fixed_width(la) is None)
+    name = next(la.name for la in mpq.discover(model) if POLICY.fixed_width(la) is None)
     rows = dict(small.module.named_modules())[name].weight.flatten(1)
     assert len(rows[0].unique()) <= 16
 
 
+def test_samples_are_drawn_as_the_profile_was_measured(model: Denoiser, profile: mpq.Profile) -> None:
+    assert api._sampler(model, profile) == SAMPLER
+    assert api._quantizer(profile) == QuantFormat(n_candidates=8)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:2"), profile)
+    options = {"seeds": range(6), "extractor": "random-conv", "progress": False}
+    found = mpq.evaluate(model, small, profile, **options)
+    assert found.metrics == mpq.evaluate(model, small, sampler=SAMPLER, **options).metrics
+    assert found.metrics["paired_mse"].value > 0
+
+
+def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Profile) -> None:
+    allocation = mpq.allocate(model, profile, "uniform:2", method=GPTQ)
+    plain = mpq.allocate(model, profile, "uniform:2")
+    assert allocation.predicted_loss < plain.predicted_loss, "less error is left where codes are chosen for the output"
+    moments = api._moments(model, mpq.discover(model), SAMPLER)
+    from mpqsearch.methods import allocate
+    from mpqsearch.profile import gptq_profile
+
+    fmt = QuantFormat(n_candidates=8)
+    table = mpq.discover(model)
+    priced = gptq_profile(model, table, profile, moments, QuantFormat(n_candidates=8, scheme="auto"))
+    expected = allocate(GPTQ, mpq.Budget.parse("uniform:2"), table, priced, POLICY, fmt)
+    assert allocation.bit_map.digest == expected.bit_map.digest
+    with pytest.raises(ConfigError, match="runs the model"):
+        mpq.allocate(table, profile, "uniform:2", method=GPTQ)
+
+
+def test_a_trained_model_is_nearer_to_its_teacher(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
+    allocation = mpq.allocate(model, profile, "uniform:2")
+    settings = DistillConfig(steps=12, batch=4, rank=4)
+    trained = mpq.distill(model, allocation, profile, settings=settings, folder=str(tmp_path), progress=False)
+    options = {"seeds": range(8), "extractor": "random-conv", "progress": False}
+    before = mpq.evaluate(model, mpq.quantize(model, allocation, profile), profile, **options)
+    after = mpq.evaluate(model, trained, profile, **options)
+    assert after.metrics["paired_mse"].value < before.metrics["paired_mse"].value
+    assert list(tmp_path.glob("ckpt-*"))
+
+
+def test_packed_and_read_back(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
+    allocation = mpq.allocate(model, profile, "uniform:3")
+    folder = mpq.save(str(tmp_path / "packed"), model, allocation, profile)
+    again = mpq.load_quantized(str(folder))
+    expected = mpq.quantize(model, allocation, profile).module.state_dict()
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_exported_and_imported(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
+    allocation = mpq.allocate(model, profile, "uniform:3")
+    exported = mpq.export(model, allocation, "neutral", str(tmp_path / "out"), profile, verify=True)
+    assert exported.verification is not None
+    assert exported.verification.ok
+    assert exported.size_bytes == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert len(exported.to_frame()) == len(allocation.bit_map.weights)
+    assert "neutral" in repr(exported)
+    assert len(repr(exported)) < 300
+    assert "<table" in exported._repr_html_()
+    imported = mpq.import_map(str(tmp_path / "out"), model)
+    assert imported.digest == allocation.bit_map.digest
+
+
+def test_a_search_hands_out_a_map(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
+    settings = SearchSpec(samples=4, chunk=2, final_samples=4, repeats=1)
+    found = mpq.search(
+        model, profile, "uniform:3", trials=2, settings=settings, extractor="random-conv", folder=str(tmp_path)
+    )
+    assert set(found.maps) == {"uniform:3"}
+    found.maps["uniform:3"].validate(mpq.discover(model))
+    assert {"uniform", "search"} <= set(found.to_frame()["arm"])
+    assert "uniform:3" in repr(found)
+    assert "<table" in found._repr_html_()
+
+
+@pytest.mark.parametrize("name", api.__all__)
+def test_every_function_is_at_the_door_with_signature_and_text(name: str) -> None:
+    function = getattr(api, name)
+    assert name in mpq.__all__
+    assert inspect.signature(getattr(mpq, name)) == inspect.signature(function)
+    assert inspect.getdoc(function)
+    assert all(p.annotation is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values())
+
+
+def test_rooms_stay_packages_that_can_be_called() -> None:
+    code = (
+        "import sys, mpqsearch as mpq\n"
+        "assert 'torch' not in sys.modules\n"
+        "import mpqsearch.profile.probes as probes, mpqsearch.search\n"
+        "from mpqsearch.profile import Prober\n"
+        "assert callable(mpq.profile) and mpq.profile.Prober is Prober is probes.Prober\n"
+        "assert callable(mpq.search) and mpq.search is mpqsearch.search if (mpqsearch := mpq) else False\n"
+        "print(mpq.allocate.__signature__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("(model: ")
+    assert set(VERBS) < set(api.__all__)
+
+
 def test_unknown_names_are_attribute_errors() -> None:
-    assert not hasattr(mpq, "profil_model")
-    assert "load_model" in dir(mpq)
+    assert not hasattr(mpq, "profil")
+    assert {"load", "profile", "Budget", "Policy", "Method", "BitMap", "Profile"} <= set(dir(mpq))
+    assert mpq.Budget.parse("3bit").limit == 3

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -40,3 +41,40 @@ def test_a_handler_that_is_there_stays() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     with progress.bar_of("work", 1) as bar:
         bar.update()
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.1)
+    with progress.bar_of("export", 0):
+        with progress.bars_of() as steps:
+            steps("calibrate", 3, 4)
+            time.sleep(0.4)  # one long step reports nothing, and is reported
+        time.sleep(0.4)
+    time.sleep(0.2)
+    lines = capfd.readouterr().err.splitlines()
+    assert 2 <= sum(line.startswith("calibrate: 3 of 4 steps, 0 s so far, about 0 s left") for line in lines) <= 5
+    assert 2 <= sum(line.startswith("export: ") for line in lines) <= 5
+    assert not progress.LINES._bars
+
+
+def test_nothing_is_printed_for_work_that_wants_none(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    with progress.bar_of("work", 3, enabled=False) as bar:
+        bar.update()
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
+    with progress.bar_of("work", 4) as bar:
+        bar.update(2)
+        bar.set_postfix_str("loss 0.1")
+    shown = capfd.readouterr().err
+    assert "work:" in shown
+    assert "2/4" in shown
+    assert "loss 0.1" in shown
