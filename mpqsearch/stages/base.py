@@ -75,10 +75,11 @@ class Run:
     def source_inputs(self) -> dict[str, str]:
         """Digests of the content that the model comes from, whatever its path: files, recorded calls, and settings.
 
-        The files of a hub source are not looked for: its weights are loaded and count by themselves.
+        The files of a hub source are not looked for: its weights are loaded and count by themselves, as those of a given
+        model do.
         """
         c, captured = self.config.model, self.config.calibration.captured
-        files = model_files(c.source, c.component)
+        files = model_files(c.source, c.component) if self.given is None else None
         inputs = {
             "model_files": self.files.of_all(files) if files is not None else self.denoiser.digest,
             "model_settings": artifacts.digest_of([c.component, c.dtype]),
