@@ -47,12 +47,12 @@ def shuffled_losses(surrogate: Surrogate, seed: int) -> Floats:
 def _by(surrogate: Surrogate, budget: Budget, allocator: str, seed: int = 0) -> Candidate:
     method = replace(surrogate.method, name=allocator, allocator=allocator, seed=seed, act_choices=())
     profile = surrogate.profile_for(method)
-    made = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format)
-    return surrogate.finished(made, budget)
+    solved = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format)
+    return surrogate.finished(solved, budget)
 
 
 def _shuffled(surrogate: Surrogate, budget: Budget, seed: int) -> Candidate:
     method, losses = surrogate.method, shuffled_losses(surrogate, seed)
     profile = surrogate.profile_for(method)
-    made = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format, losses=losses)
-    return surrogate.finished(made, budget)
+    solved = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format, losses=losses)
+    return surrogate.finished(solved, budget)

@@ -76,7 +76,7 @@ class Surrogate:
     def candidate(self, theta: Theta, budget: Budget) -> Candidate:
         """Solve at one budget. Raises `InfeasibleBudgetError` when nothing fits."""
         method, policy = self.method_of(theta), self.policy_of(theta)
-        made = allocate(
+        solved = allocate(
             method,
             self.room(budget, method, policy),
             self.table,
@@ -85,18 +85,18 @@ class Surrogate:
             self.format,
             losses=self.losses_of(theta, method) if _is_shaped(theta) else None,
         )
-        return self.finished(made, budget)
+        return self.finished(solved, budget)
 
-    def finished(self, made: Allocation, budget: Budget) -> Candidate:
+    def finished(self, solved: Allocation, budget: Budget) -> Candidate:
         """An allocation as something to measure."""
-        stored = size_bits(self.table, made.bit_map)
+        stored = size_bits(self.table, solved.bit_map)
         return Candidate(
-            bit_map=made.bit_map,
+            bit_map=solved.bit_map,
             budget=budget,
-            bias_correction=made.method.bias_correction,
-            predicted=made.predicted_loss,
+            bias_correction=solved.method.bias_correction,
+            predicted=solved.predicted_loss,
             size_bytes=-(-stored // 8),
-            average_bits=average_bits(self.table, made.bit_map),
+            average_bits=average_bits(self.table, solved.bit_map),
         )
 
     def method_of(self, theta: Theta) -> MethodSpec:

@@ -34,7 +34,7 @@ rounding = ["base", "gptq"]
 
 
 @pytest.mark.slow
-def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_a_study_with_gptq_rounding(cli: Cli, study: Path, tmp_path: Path) -> None:
     text = study.read_text()
     start, end = text.index("[[methods]]"), text.index("[evaluate]")
     study.write_text(text[:start] + METHODS + text[end:])
@@ -65,5 +65,5 @@ def test_a_study_with_compensated_rounding(cli: Cli, study: Path, tmp_path: Path
         "distill", "--config", study, *options, "--method", "gptq", "--budget", "uniform:2", "--set", "distill.steps=4"
     )
     assert trained.returncode == 0, trained.stderr
-    before = json.loads((tmp_path / "r/distilled/compensated@uniform-2/metrics.json").read_text())["data"]["before"]
+    before = json.loads((tmp_path / "r/distilled/gptq@uniform-2/metrics.json").read_text())["data"]["before"]
     assert before["paired_psnr"]["value"] == pytest.approx(float(rows["gptq"]["paired_psnr"]), abs=0.3)
