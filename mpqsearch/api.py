@@ -268,7 +268,7 @@ class SearchResult:
     def __repr__(self) -> str:
         lines = [f"SearchResult in {self.folder}: {self.data['trials']} trials"]
         for entry in self.data["budgets"]:
-            errors = ", ".join(f"{row['arm']} {row['paired']:.4g}" for row in entry["rows"])
+            errors = ", ".join(f"{row['arm']} {row['error']:.4g}" for row in entry["rows"])
             lines.append(f"  {entry['budget']}: error of {errors}")
         return "\n".join(lines)
 
@@ -313,9 +313,7 @@ def search(
     table = stages.layers(run)
     data = stages.search(run, table, profile)
     maps = {
-        entry["budget"]: stages.searched_map(run, table, Budget.parse(entry["budget"]))[0]
-        for entry in data["budgets"]
-        if entry["winner"] is not None
+        text: stages.searched_map(run, table, Budget.parse(text))[0] for text in (b["budget"] for b in data["budgets"])
     }
     return SearchResult(maps=maps, data=data, folder=run.path("search"))
 
