@@ -69,7 +69,7 @@ class RangeCollector:
 
     def set(self, t: Tensor | float) -> None:
         """Take note of the timestep of the coming call; the denoiser does this by itself."""
-        self._now = torch.as_tensor(t).detach().reshape(-1).double()
+        self._now = torch.as_tensor(t).detach().reshape(-1).cpu().double()
 
     def _hook(self, layer: LayerSpec) -> Any:
         @torch.no_grad()

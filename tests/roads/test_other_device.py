@@ -1,0 +1,152 @@
+"""Tensor code on a device that is not the CPU: nothing mixes devices, nothing reads a device's tensor through numpy, and
+the numbers are those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.core import BitMap, LayerTable, QuantFormat
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.quant import (
+    RangeCollector,
+    activation_table_of,
+    build_student,
+    convert,
+    error_tables,
+    param_groups,
+    quantize_model,
+    smooth_inputs,
+    weight_error_tables,
+    width_errors,
+)
+from mpqsearch.quant.rows import rows_of
+from mpqsearch.quant.tables import RowStatistics
+from tests.support import tiny_denoiser
+from tests.support.other_device import DEVICE, DeviceTensor, OtherDevice, on_device
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with OtherDevice():
+        yield DEVICE
+
+
+def call(module: nn.Module, device: str | torch.device = "cpu") -> Tensor:
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    t, labels = torch.tensor([800, 200]).to(device), torch.tensor([0, 3]).to(device)
+    out: Tensor = module(x, t, class_labels=labels).sample  # type: ignore[operator]
+    return out
+
+
+def bit_map_of(table: LayerTable, **changes: Any) -> BitMap:
+    rng = np.random.default_rng(0)
+    weights = {la.name: rng.choice([1, 2, 4, 8, 16], la.n_channels) for la in table}
+    return BitMap(model_digest=table.digest, weights=weights, **changes)
+
+
+def statistics(table: LayerTable, seed: int = 0) -> dict[str, RowStatistics]:
+    g = torch.Generator().manual_seed(seed)
+    out = {}
+    for la in table:
+        x = torch.randn(la.groups, 50, la.weights_per_channel, generator=g) + 0.3
+        out[la.name] = RowStatistics(
+            second_moment=torch.bmm(x.transpose(1, 2), x).double() / 50,
+            mean=x.mean(1).double(),
+            input_max=torch.rand(la.n_inputs, generator=g) + 0.5,
+            n_positions=50,
+        )
+    return out
+
+
+def test_the_device_itself_finds_what_a_gpu_would(device: torch.device) -> None:
+    x = torch.zeros(2, 3, device=device)
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.where(torch.ones(2, 3) > 0, x, x)
+    with pytest.raises((RuntimeError, TypeError), match="numpy"):
+        x.numpy()
+    x[1] = 2
+    assert x.cpu().numpy().sum() == 6
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("corrected", ["on the CPU", "on the device"])
+def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None:
+    denoiser: Denoiser = tiny_denoiser(kind)
+    table = discover(denoiser)
+    stats = statistics(table)
+    bit_map = bit_map_of(table, format=QuantFormat(scheme="auto", smooth=True, rounding="gptq", n_candidates=4))
+    given = {
+        "means": {n: s.mean for n, s in stats.items()},
+        "input_max": {n: s.input_max for n, s in stats.items()},
+        "moments": {la.name: stats[la.name].second_moment for la in list(table)[:4]},  # GPTQ goes by column: slow here
+    }
+    expected = quantize_model(denoiser.module, table, bit_map, **given)  # type: ignore[arg-type]
+    module = on_device(denoiser.module)
+    if corrected == "on the device":
+        given = {key: {n: on_device(v) for n, v in values.items()} for key, values in given.items()}
+    found = quantize_model(module, table, bit_map, **given)  # type: ignore[arg-type]
+    for name, rows in expected.rows.items():
+        assert torch.equal(found.rows[name].codes.cpu(), rows.codes)
+    torch.testing.assert_close(call(found.module, device).cpu(), call(expected.module), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["scales", "lora", "all"])
+def test_students_and_activation_widths(trainable: Any, device: torch.device) -> None:
+    denoiser = tiny_denoiser("unet")
+    table = discover(denoiser)
+    input_max = {n: s.input_max for n, s in statistics(table).items()}
+    bit_map = bit_map_of(
+        table,
+        format=QuantFormat(scheme="symmetric", smooth=True, n_candidates=4),
+        activations={la.name: 4 for la in table},
+        activation_steps=2,
+    )
+
+    def student_of(module: nn.Module, device: str | torch.device) -> nn.Module:
+        factors = smooth_inputs(module, table, bit_map, input_max)
+        with RangeCollector(module, table, factors=factors, per_timestep=True) as collector:
+            call(module, device)
+        scales = collector.table(bit_map.activations)
+        student = build_student(
+            module, table, bit_map, input_max=input_max, activations=scales, trainable=trainable, rank=2
+        )
+        optimizer = torch.optim.AdamW(param_groups(student, relative=True))
+        for _ in range(2):
+            call(student, device).square().sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        return student
+
+    expected, found = student_of(denoiser.module, "cpu"), student_of(on_device(denoiser.module), device)
+    # AdamW's steps are of one size whatever the gradient, so that the last digit of one may be seen.
+    torch.testing.assert_close(call(found, device).cpu(), call(expected), rtol=1e-3, atol=1e-4)
+    ended = convert(found)
+    assert torch.equal(call(ended.module, device).cpu(), call(found, device).cpu())
+    learned = activation_table_of(ended.module, table)
+    assert learned is not None
+    assert not any(isinstance(v, DeviceTensor) for v in (*learned.scale.values(), *learned.zero.values()))
+
+
+def test_tables_of_errors(device: torch.device) -> None:
+    table = discover(tiny_denoiser("unet"))
+    layer = next(la for la in table if la.kind == "Conv2d")
+    weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(1))
+    stats, fmt = statistics(table)[layer.name], QuantFormat(smooth=True, n_candidates=4)
+    expected = error_tables(width_errors(weight, layer, (2, 4), fmt, stats), stats)
+    found = error_tables(width_errors(on_device(weight), layer, (2, 4), fmt, stats), stats)
+    for key, values in expected.items():
+        assert torch.equal(found[key].cpu(), values)
+    rows = rows_of(weight, layer)
+    given = ((2, 4), ("asymmetric", "auto"), QuantFormat(n_candidates=4))
+    fused = weight_error_tables(on_device(rows), *given)
+    for key, values in weight_error_tables(rows, *given).items():
+        torch.testing.assert_close(fused[key].cpu(), values)
+    assert fused["auto"].device == device
