@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,21 +19,27 @@ PLAIN_LAYERS = (
 )
 
 
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a call of a layer: the first argument, by position or by keyword."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call of a layer, by position or by keyword."""
+    x: Tensor = args[0] if args else kwargs[_input_name(kwargs)]
     return x
 
 
-def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _input_name(kwargs: Mapping[str, Any]) -> str:
+    return "input" if "input" in kwargs else next(iter(kwargs))
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another input."""
     if args:
-        return (x, *args[1:]), kwargs
-    return args, {**kwargs, next(iter(kwargs)): x}
+        return (x, *args[1:]), dict(kwargs)
+    return args, {**kwargs, _input_name(kwargs): x}
 
 
 @torch.no_grad()
-def uses_weight_as_it_is(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+def uses_weight_as_it_is(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> bool:
     """Whether a layer's output is its weight and bias applied to its input, as torch's own layer of that kind does.
 
     False for layers that scale their weight as they run (equalised learning rate, demodulation): what an error of the

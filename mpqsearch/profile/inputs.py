@@ -12,16 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
+from mpqsearch.models.hooks import layer_input, uses_weight_as_it_is
 from mpqsearch.quant import ActivationQuantizer, RowStatistics
 
 CONSTANT = 1e-5
 """An input is constant when no channel varies by more than this share of the largest magnitude in it."""
-
-
-def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The input that a layer was called with, by position or by keyword."""
-    value: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
-    return value
 
 
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
@@ -164,6 +159,7 @@ class InputCollector:
         self._modules = {name: m for name, m in model.named_modules() if name in table.by_name}
         self._table = table
         self._sums: dict[str, _Sums] = {}
+        self._scaled: set[str] = set()
         self._last = _Last()
         self._handles: list[Any] = []
 
@@ -182,10 +178,12 @@ class InputCollector:
 
     def _hook(self, layer: LayerSpec) -> Any:
         @torch.no_grad()
-        def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer_input(args, kwargs)
             if not x.numel():
                 return
+            if layer.name not in self._sums and not uses_weight_as_it_is(module, args, kwargs, output):
+                self._scaled.add(layer.name)
             by_channel = x.float().movedim(channel_axis(module), 0).flatten(1)
             total, count = column_sums(x.float(), module, layer)
             outputs = output.detach().float().movedim(channel_axis(module), 0).flatten(1)
@@ -206,11 +204,15 @@ class InputCollector:
         return collect
 
     def statistics(self) -> dict[str, RowStatistics]:
-        """What has been seen so far, for the layers that ran."""
+        """What has been seen so far, for the layers that ran.
+
+        The mean is that which bias correction takes off a weight error: 0 for layers that scale their weight as they
+        run, whose output does not follow from it.
+        """
         return {
             name: RowStatistics(
                 second_moment=torch.empty(0) if s.product is None else s.product / s.count,
-                mean=s.total / s.count,
+                mean=torch.zeros_like(s.total) if name in self._scaled else s.total / s.count,
                 input_max=torch.maximum(s.low.abs(), s.high.abs()),
                 n_positions=s.count,
             )

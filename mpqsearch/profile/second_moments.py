@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
-from mpqsearch.profile.inputs import columns_of, layer_input, parts_of
+from mpqsearch.models.hooks import layer_input
+from mpqsearch.profile.inputs import columns_of, parts_of
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import RowStatistics
 from mpqsearch.quant.tables import row_blocks, row_bytes

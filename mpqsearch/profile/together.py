@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
+from mpqsearch.models.hooks import layer_input
 from mpqsearch.profile.calibrate import Progress, run_sampler, silent
-from mpqsearch.profile.inputs import columns_of, layer_input
+from mpqsearch.profile.inputs import columns_of
 from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
 from mpqsearch.sampling import SamplerSpec
 

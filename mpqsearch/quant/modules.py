@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.models.hooks import layer_input, with_input
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
     ActivationTable,
@@ -163,17 +164,14 @@ class QuantLayer(nn.Module):
         made: Tensor = self.weight_quantizer()
         return made
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``layer(Q_x(x), Q_w(W))``."""
         if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        return self._call(self.weight, x, *args, **kwargs)
-
-    def _call(self, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs = with_input(args, kwargs, self.input_quantizer(layer_input(args, kwargs)))
         shell = self._shell[0]
-        shell.__dict__.update(weight=weight, bias=self.bias)
+        shell.__dict__.update(weight=self.weight, bias=self.bias)
         try:
-            out: Tensor = shell(x, *args, **kwargs)
+            out: Tensor = shell(*args, **kwargs)
         finally:
             shell.__dict__.update(weight=None, bias=None)
         return out

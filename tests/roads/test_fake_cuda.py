@@ -35,6 +35,10 @@ def test_the_fake_fails_where_a_gpu_does() -> None:
             x + torch.ones(3)
         with pytest.raises((TypeError, RuntimeError), match="numpy"):
             x.numpy()
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.where(torch.ones(3) > 0, x, x)
+        y[1] = 2
+        assert y.cpu().tolist() == [3.0, 2.0, 3.0]
         layer = on_gpu(torch.nn.Linear(3, 2))
         with pytest.raises(RuntimeError, match="same device"):
             layer(torch.ones(1, 3))
