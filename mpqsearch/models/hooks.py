@@ -29,9 +29,7 @@ def _input_name(kwargs: Mapping[str, Any]) -> str:
     return "input" if "input" in kwargs else next(iter(kwargs))
 
 
-def with_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another input."""
     if args:
         return (x, *args[1:]), dict(kwargs)
