@@ -12,7 +12,9 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.methods import Allocation, MethodSpec, allocate
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.gptq import moment_inputs, priced
+from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.searching import searched_map
 from mpqsearch.stages.smoothing import alphas_of
 
 
@@ -21,12 +23,8 @@ def allocation(
 ) -> tuple[BitMap, dict[str, Any]]:
     """Solve one method at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds."""
     if method.allocator == "search":
-        from mpqsearch.stages.searching import searched_map
-
         return searched_map(run, table, budget)
     if method.allocator == "map":
-        from mpqsearch.stages.importing import given_map
-
         return given_map(run, table, measured, method)
     folder = run.path("allocations", slug(method.name, budget))
     c = run.config.to_data()

@@ -16,10 +16,10 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
-from mpqsearch.stages.evaluating import activation_table, correction_of, reference
 from mpqsearch.stages.exporting import write_model_folder
 from mpqsearch.stages.gptq import moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import activation_table, correction_of, reference
 
 if TYPE_CHECKING:
     from torch import nn

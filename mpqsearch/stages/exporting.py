@@ -14,9 +14,9 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, Study
 from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, json_text, log, same_model, slug
-from mpqsearch.stages.evaluating import quantized_module
 from mpqsearch.stages.gptq import input_moments
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
 from mpqsearch.stages.targeting import resolved_for, target_allocation
 

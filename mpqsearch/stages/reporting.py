@@ -16,8 +16,8 @@ from mpqsearch.methods import MethodSpec, available_losses, channel_losses
 from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run
-from mpqsearch.stages.evaluating import evaluation_key
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import evaluation_key
 from mpqsearch.stages.searching import search_results
 
 

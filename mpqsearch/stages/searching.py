@@ -17,6 +17,7 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.gptq import moment_inputs, priced
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import quantized_module, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +205,6 @@ def searched_map(run: Run, table: LayerTable, budget: Budget) -> tuple[BitMap, d
 
 def _evaluator(run: Run, table: LayerTable, measured: SensitivityProfile) -> ModelEvaluator:
     from mpqsearch.search.measure import ModelEvaluator
-    from mpqsearch.stages.evaluating import quantized_module, reference
 
     calibration = [__version__, profile_inputs(run, table), moment_inputs(run, table), run.evaluation_inputs]
     calibration += [run.config.to_data()[k] for k in ("activations", "quantizer")]
