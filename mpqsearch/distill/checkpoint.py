@@ -28,7 +28,8 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, str], *, keep_last: int) -> Path:
-    """Write ``ckpt-<step>/`` and point ``latest.json`` at it, then delete all but the last ``keep_last``.
+    """Write ``ckpt-<step>/`` and point ``latest.json`` at it, then delete all but this and the ``keep_last`` - 1 before
+    it.
 
     The folder is written under another name, flushed to disk and renamed, so that a kill at any moment leaves the last
     good one in place.
@@ -49,8 +50,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, s
     temporary.rename(target)
     _flush(folder)
     artifacts.write_json(folder / "latest.json", SCHEMA, {"folder": target.name, "step": checkpoint.step}, inputs)
-    for old in _checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+    older = [p for p in _checkpoints(folder) if _step(p) < checkpoint.step]
+    later = [p for p in _checkpoints(folder) if _step(p) > checkpoint.step]  # from before a resume at an earlier one
+    for path in (*older[: max(0, len(older) + 1 - keep_last)], *later):
+        shutil.rmtree(path, ignore_errors=True)
     for left in folder.glob("ckpt-*.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)
     return target
@@ -93,7 +96,13 @@ def load_checkpoint(folder: Path, inputs: Mapping[str, str], *, overwrite: bool 
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("ckpt-*") if p.is_dir() and ".tmp-" not in p.name)
+    """Finished checkpoints, by their step."""
+    return sorted((p for p in folder.glob("ckpt-*") if p.is_dir() and ".tmp-" not in p.name), key=_step)
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix("ckpt-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _flush(folder: Path) -> None:

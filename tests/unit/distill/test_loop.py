@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mpqsearch.distill import CachedTrajectories, DistillSpec, TeacherStep, Trajectories, TRDSpec, distill
+from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.models import Denoiser
 from mpqsearch.sampling import SamplerSpec, timesteps_of
@@ -465,3 +466,18 @@ def test_bfloat16_trains() -> None:
     student, groups = student_of(denoiser)
     states = list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=12, precision="bfloat16")))
     assert states[9].task < states[0].task
+
+
+@pytest.mark.parametrize(("keep_last", "expected"), [(1, {6}), (2, {4, 6}), (9, {2, 4, 6})])
+def test_the_checkpoint_that_was_just_written_is_kept(tmp_path: Path, keep_last: int, expected: set[int]) -> None:
+    """Also when later ones are there from a training that went on from an earlier one, and beyond six digits."""
+    for start in (0, 999_990):
+        folder = tmp_path / str(start)
+        for step in (2, 4, 12, 6):
+            checkpoint = Checkpoint(step=start + step, tensors={"x": torch.zeros(1)}, data={})
+            path = save_checkpoint(folder, checkpoint, {}, keep_last=keep_last if step == 6 else 9)
+            assert path.is_dir()
+        assert {int(p.name.removeprefix("ckpt-")) - start for p in folder.glob("ckpt-*")} == expected
+        found = load_checkpoint(folder, {})
+        assert found is not None
+        assert found.step == start + 6
