@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     cli: Cli, study: Path, tmp_path: Path
 ) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
+    profiled = cli("profile", "-c", str(study), "--run-dir", str(a))
+    assert profiled.returncode == 0, profiled.stderr
+    shutil.copytree(a, b)
     for folder in (a, b):
         done = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "5")
         assert done.returncode == 0, done.stderr
@@ -107,7 +111,7 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     points = [[(p["digest"], p["error"]) for p in results(f)["points"]] for f in (a, b)]
     assert points[0] == points[1]
 
-    command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "40"]
+    command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     journal, end = b / "search" / "study.journal", time.monotonic() + 60
@@ -118,10 +122,10 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "the same command continues" in said
-    done = cli("search", "-c", str(study), "--run-dir", str(b), "--trials", "40")
+    done = cli("search", "-c", str(study), "--run-dir", str(b), "--trials", "20")
     assert done.returncode == 0, done.stderr
     assert "continuing at " in done.stderr
-    assert sum(t["state"] in ("COMPLETE", "PRUNED") for t in trials(b)) == results(b)["trials"] == 40
+    assert sum(t["state"] in ("COMPLETE", "PRUNED") for t in trials(b)) == results(b)["trials"] == 20
 
 
 @pytest.mark.slow
