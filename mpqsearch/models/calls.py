@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError
+from mpqsearch.models.devices import float_dtype
 
 SCHEMA = "mpqsearch/calls"
 
@@ -74,22 +75,21 @@ class Call:
         ``[1, values]``. Where gradients are enabled they are so inside too, whatever the model says: routed experts of
         some models run under ``no_grad`` in evaluation, which would look as if no error of theirs reached the output.
         """
-        parameter = next(module.parameters())
-        floats = parameter.dtype if parameter.is_floating_point() else self.dtype
+        device, dtype = next(module.parameters()).device, float_dtype(module)
 
         def move(value: Tensor) -> Tensor:
-            return value.to(parameter.device, floats if value.dtype == self.dtype else value.dtype)
+            return value.to(device, dtype if value.dtype == self.dtype else value.dtype)
 
         with _Differentiable() if torch.is_grad_enabled() else nullcontext():
             out = module(*_map(self.args, move), **_map(dict(self.kwargs), move))
-        found = [t for t in tensors_in(out) if t.is_floating_point()]
-        if not found:
+        outputs = [t for t in tensors_in(out) if t.is_floating_point()]
+        if not outputs:
             raise ModelError(
                 f"{type(module).__name__} returned no floating-point tensor ({type(out).__name__}): it predicts nothing"
             )
-        if len(found) > 1:
-            return torch.cat([t.reshape(1, -1) for t in found], dim=1)
-        result, x = found[0], self.sample
+        if len(outputs) > 1:
+            return torch.cat([t.reshape(1, -1) for t in outputs], dim=1)
+        result, x = outputs[0], self.sample
         if result.dim() == x.dim() > 1 and result.shape[1] == 2 * x.shape[1] and result.shape[2:] == x.shape[2:]:
             result = result[:, : x.shape[1]]
         if self.guidance == 1.0:
@@ -110,10 +110,8 @@ class _Differentiable(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         if func is Tensor.scatter_reduce_ and len(args) == 4 and kwargs == {"reduce": "sum"}:
-            func, kwargs = (
-                Tensor.scatter_add_,
-                {},
-            )  # the same sum, and repeatable in place: it keeps nothing for its gradient
+            # The same sum, and repeatable in place: it keeps nothing for its gradient.
+            func, kwargs = Tensor.scatter_add_, {}
         with torch.enable_grad():
             return func(*args, **(kwargs or {}))
 
@@ -179,8 +177,8 @@ def capture(
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = {k: v for k, v in kwargs.items() if k not in leave_out}
         _check(args, wanted, type(module).__name__)
-        kept_args, kept = _map((args, wanted), lambda t: _pooled(t, pool))
-        reservoir.add(_call(signature, kept_args, kept, guidance, next(module.parameters()).dtype))
+        copied_args, copied_kwargs = _map((args, wanted), lambda t: _pooled(t, pool))
+        reservoir.add(_call(signature, copied_args, copied_kwargs, guidance, float_dtype(module)))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -200,7 +198,7 @@ def capture(
 def make_call(module: nn.Module, *args: Any, **kwargs: Any) -> Call:
     """A call from given arguments, as if a pipeline had made it."""
     _check(args, kwargs, type(module).__name__)
-    return _call(inspect.signature(module.forward), args, kwargs, 1.0, next(module.parameters()).dtype)
+    return _call(inspect.signature(module.forward), args, kwargs, 1.0, float_dtype(module))
 
 
 def save_calls(path: str | Path, calls: Calls) -> None:
@@ -246,7 +244,7 @@ def load_calls(path: str | Path) -> Calls:
         )
     try:
         data = body["data"]
-        made = [
+        calls = [
             Call(
                 args=tuple(_decode(a, tensors) for a in item["args"]),
                 kwargs={k: _decode(v, tensors) for k, v in item["kwargs"].items()},
@@ -258,7 +256,7 @@ def load_calls(path: str | Path) -> Calls:
             )
             for item in data["calls"]
         ]
-        return Calls(made, model=data["model"], seen=data["seen"])
+        return Calls(calls, model=data["model"], seen=data["seen"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a whole record of calls: {type(error).__name__} {error}") from error
 
@@ -278,11 +276,12 @@ class _Reservoir:
         stratum.append((self._random.random(), self.seen, call))
         self.seen += 1
         if sum(map(len, self._strata.values())) > self._limit:
-            fullest = max(self._strata.values(), key=lambda kept: (len(kept), max(kept, default=(0.0,))[0]))
-            fullest.remove(max(fullest, key=lambda kept: kept[0]))
+            fullest = max(self._strata.values(), key=lambda stratum: (len(stratum), max(stratum, default=(0.0,))[0]))
+            fullest.remove(max(fullest, key=lambda entry: entry[0]))
 
     def calls(self) -> list[Call]:
-        return [call for _, _, call in sorted((k for kept in self._strata.values() for k in kept), key=lambda k: k[1])]
+        entries = [entry for stratum in self._strata.values() for entry in stratum]
+        return [call for _, _, call in sorted(entries, key=lambda entry: entry[1])]
 
 
 def _call(
@@ -293,8 +292,8 @@ def _call(
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
-    found = ((v, t) for v in named for t in tensors_in(v) if t.is_floating_point() and t.dim() > 1)
-    holder, sample = next(found, (None, torch.zeros(1)))
+    floats = ((v, t) for v in named for t in tensors_in(v) if t.is_floating_point() and t.dim() > 1)
+    holder, sample = next(floats, (None, torch.zeros(1)))
     return Call(
         args=args,
         kwargs=kwargs,
@@ -386,11 +385,11 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Calls as JSON data with names in the place of tensors, and the tensors by name (a digest: equal ones are stored
     once)."""
     tensors: dict[str, Tensor] = {}
-    known: dict[int, str] = {}
+    keys: dict[int, str] = {}
 
     def encode(value: Any) -> Any:
         if isinstance(value, Tensor):
-            key = known.get(id(value)) or known.setdefault(id(value), _key(value))
+            key = keys.get(id(value)) or keys.setdefault(id(value), _key(value))
             tensors.setdefault(key, in_memory(value))
             return {"tensor": key}
         if isinstance(value, np.ndarray):
@@ -405,7 +404,7 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return {"float": str(value)}
         return value
 
-    made = [
+    data = [
         {
             "args": [encode(a) for a in call.args],
             "kwargs": {k: encode(v) for k, v in call.kwargs.items()},
@@ -417,7 +416,7 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         for call in calls
     ]
-    return {"model": calls.model, "seen": calls.seen, "calls": made}, tensors
+    return {"model": calls.model, "seen": calls.seen, "calls": data}, tensors
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

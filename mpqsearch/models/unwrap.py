@@ -81,8 +81,8 @@ def _shared_copy(module: nn.Module) -> nn.Module:
     """A deep copy of the structure over the same memory of parameters and buffers."""
     memo: dict[int, Any] = {id(b): b for b in module.buffers()}
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    for each in module.modules():  # weights that a norm computed are attributes with a graph, which deepcopy refuses
-        memo |= {id(v): v.detach() for v in vars(each).values() if isinstance(v, Tensor) and id(v) not in memo}
+    for part in module.modules():  # weights that a norm computed are attributes with a graph, which deepcopy refuses
+        memo |= {id(v): v.detach() for v in vars(part).values() if isinstance(v, Tensor) and id(v) not in memo}
     return copy.deepcopy(module, memo)
 
 
@@ -98,15 +98,15 @@ def _remove_offloading(module: nn.Module) -> None:
 @torch.no_grad()
 def _fold_norms(module: nn.Module) -> None:
     """Replace every weight that is computed from others by its value."""
-    for each in list(module.modules()):
-        if parametrize.is_parametrized(each):
-            _fold_parametrizations(each)
-        names = {n for n, _ in each.named_parameters(recurse=False)}
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            _fold_parametrizations(part)
+        names = {n for n, _ in part.named_parameters(recurse=False)}
         for name in sorted(n.removesuffix("_g") for n in names if n.endswith("_g") and f"{n[:-1]}v" in names):
-            nn.utils.remove_weight_norm(each, name)
+            nn.utils.remove_weight_norm(part, name)
         for name in sorted(n.removesuffix("_orig") for n in names if n.endswith("_orig")):
-            if hasattr(each, f"{name}_u"):
-                nn.utils.remove_spectral_norm(each, name)
+            if hasattr(part, f"{name}_u"):
+                nn.utils.remove_spectral_norm(part, name)
 
 
 def _fold_parametrizations(module: nn.Module) -> None:

@@ -64,10 +64,11 @@ class StreamedModel:
         place = self.stored[key]
         first = place.shape[0] if place.shape else 1
         start, stop, _ = part.indices(first)
-        each = place.n_bytes // max(first, 1)
+        stride = place.n_bytes // max(first, 1)
         try:
             # Of these values alone, and private: their pages go when the tensor goes.
-            mapped = np.memmap(place.file, mode="c", offset=place.offset + start * each, shape=((stop - start) * each,))
+            offset, size = place.offset + start * stride, (stop - start) * stride
+            mapped = np.memmap(place.file, mode="c", offset=offset, shape=(size,))
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {key!r} from {place.file}: {error}") from error
         shape = (stop - start, *place.shape[1:]) if place.shape else ()
