@@ -1,4 +1,4 @@
-"""A worker process of the tests: python a_worker.py STORAGE FOLDER INDEX TRIALS PAUSE_S. No model, no torch."""
+"""A worker process of the tests, without a model: a_worker.py STORAGE FOLDER INDEX TRIALS PAUSE_S HEARTBEAT_S."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STUDY = "shared"
 SPACE = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 1.0], "depth": [-2.0, 2.0]}
 
 if __name__ == "__main__":
-    where, folder, index, trials, pause_s = sys.argv[1:]
+    where, folder, index, trials, pause_s, heartbeat_s = sys.argv[1:]
     o = objective(SPACE, Path(folder) / "cache", float(pause_s))
     plan = Plan(name=STUDY, trials=int(trials), sampler="random", pruner="none", context=o.context)
-    study = open_study(plan, open_storage(where, workers=4, heartbeat_s=1))
+    study = open_study(plan, open_storage(where, workers=4, heartbeat_s=int(heartbeat_s)))
 
     def ended(_study: Any, trial: Any) -> None:
         with (Path(folder) / f"ended-{index}.txt").open("a") as log:
