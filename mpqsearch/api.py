@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -360,10 +361,11 @@ def export(
 ) -> Exported:
     """Write a map for another quantizer (``gguf``, ``quanto``, ``sdnq`` ...; `mpqsearch doctor` lists them).
 
-    ``rounding`` says what happens to a width that the target cannot hold: ``resolve``, ``up``, ``down`` or ``error``.
-    With ``verify`` its consumer reads the files back. Raises `UnknownNameError` for an unknown target.
+    ``rounding`` says what happens to a width that the target cannot hold: ``up``, ``down``, ``error``, or ``resolve``:
+    the target's formats are solved for anew at the size of the map, from ``profile`` (without one: ``up``). With ``verify`` its consumer reads the files back. Raises `UnknownNameError` for an unknown target.
     """
     from mpqsearch.export import ExportJob, get_exporter, plan_table
+    from mpqsearch.export.allocation import resolve_job, target_losses
 
     table, exporter, where = discover(model), get_exporter(target), Path(folder)
     bit_map, statistics = _statistics(model, table, allocation, profile, None)
@@ -371,11 +373,15 @@ def export(
         table=table,
         bit_map=bit_map,
         denoiser=model,
-        rounding=rounding,
+        rounding="up" if rounding == "resolve" else rounding,
         input_max=statistics["input_max"] or {},
         moments=statistics["moments"],
         inputs={"model": table.digest},
     )
+    if rounding == "resolve" and profile is not None:
+        weights = {name: module.weight for name, module in model.module.named_modules() if name in table.by_name}
+        losses = partial(target_losses, exporter, table, weights.__getitem__, profile)
+        job = resolve_job(exporter, job, lambda: (losses(), None), Policy())
     plan = tuple(plan_table(exporter.plan(job)))
     files = tuple(exporter.write(where, job))
     return Exported(

@@ -1,6 +1,6 @@
 """Bit maps for other tools. A seam: one file per target, all behind `get_exporter`; planning needs no torch.
 
-    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="resolve", inputs=..., provenance=...)
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", inputs=..., provenance=...)
     target = get_exporter("quanto")         # `TARGETS` has the names of all
     target.plan(job) -> list[PlanEntry]     # layer, asked, will_get, reason; `plan_table` makes rows of it
     target.write(folder, job) -> list[Path] # all or nothing

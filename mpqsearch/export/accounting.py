@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StorageModel, size_bits
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    LayerSpec,
+    LayerTable,
+    QuantFormat,
+    StorageModel,
+    StoredBits,
+    size_bits,
+)
 from mpqsearch.core.budget import DEFAULT_STORAGE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerBits:
-    """Stored bits of one layer: ``payload`` are the codes, ``metadata`` scales, zero points, tags and the like.
-
-    A layer wholly at full precision has neither; its bits are ``unquantized``.
-    """
-
-    payload: int
-    metadata: int
-    unquantized: int
-
-
-def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat, storage: StorageModel) -> LayerBits:
+def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat, storage: StorageModel) -> StoredBits:
     """Split what `StorageModel.layer_total` says; ``widths`` is one width (shape ``()``) or one a channel."""
     total = storage.layer_total(layer, widths, fmt)
     if widths.ndim == 0 and int(widths) == FULL_PRECISION:
-        return LayerBits(payload=0, metadata=0, unquantized=total)
+        return StoredBits(unquantized=total)
     values, counts = np.unique(widths, return_counts=True)
     payload = sum(int(n) * _codes(layer, int(b), fmt, storage) for b, n in zip(values, counts, strict=True))
     payload *= 1 if widths.ndim else layer.n_channels
-    return LayerBits(payload=payload, metadata=total - payload, unquantized=0)
+    return StoredBits(payload=payload, metadata=total - payload)
 
 
-def mapped_bits(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> LayerBits:
+def mapped_bits(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> StoredBits:
     """`layer_bits` of one layer of a map, with the scales of its input in the metadata."""
     bits = layer_bits(layer, bit_map.weights[layer.name], bit_map.format_of(layer.name), storage)
     scales = storage.activation_bits(bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps)
@@ -87,11 +83,6 @@ def unquantized(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFA
         for k in table.kept
     ]
     return whole + kept
-
-
-def storage_from(data: Mapping[str, int]) -> StorageModel:
-    """Back from the ``storage`` entry of `accounting`."""
-    return StorageModel(**data)
 
 
 def _codes(layer: LayerSpec, bits: int, fmt: QuantFormat, storage: StorageModel) -> int:

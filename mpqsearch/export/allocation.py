@@ -20,10 +20,11 @@ from mpqsearch.core import (
     QuantFormat,
     SensitivityProfile,
     StoredBits,
+    size_bits,
     stored_total,
 )
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError
-from mpqsearch.export.contract import Choice
+from mpqsearch.errors import InfeasibleBudgetError
+from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob
 from mpqsearch.export.plan import least_cost, tie_groups
 from mpqsearch.export.target import Target
 from mpqsearch.methods import BEST_LOSS, channel_losses
@@ -225,23 +226,37 @@ def allocate_for(
     )
 
 
-def uniform_for(
+def resolve_job(
     target: Target,
-    table: LayerTable,
-    fmt: str,
-    losses: Mapping[str, Sequence[float] | Floats] | None = None,
-    *,
-    fallback: str = FULL,
-) -> TargetAllocation:
-    """Every layer that has the format ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what
-    most tools do."""
-    has = [{c.name for c in target.choices(layer)} for layer in table]
-    if not any(fmt in names for names in has):
-        raise ConfigError(
-            f"no layer of the model can take {fmt!r}; {target.name} needs {target.limits or 'other shapes'}"
-        )
-    picked = [next((f for f in (fmt, fallback) if f in names), FULL) for names in has]
-    return assemble(target, table, picked, limit=0, losses=losses)
+    job: ExportJob,
+    losses: Callable[[], tuple[Mapping[str, Floats], PairwiseTerms | None]],
+    policy: Policy,
+    fmt: QuantFormat | None = None,
+) -> ExportJob:
+    """A job whose map was made for something else, with the target's formats solved for anew at the size that the map
+    has with all that is stored; where the target has no file that small, at the size of its smallest.
+
+    What ``policy`` fixes stays fixed, and layers that the map leaves at full precision stay there. A job with choices,
+    a map that the target holds, and targets that hold every width are left as they are; only else ``losses`` is asked.
+    """
+    if job.choices or target.granularity == "channel" or all(e.reason in AS_PLANNED for e in target.plan(job)):
+        return job
+    if target.asks_itself:
+        target.require()
+    full = {n: FULL_PRECISION for n, w in job.bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
+    policy = replace(policy, overrides={**full, **policy.overrides})
+    separate, pairs = losses()
+    made = allocate_for(
+        target,
+        job.table,
+        separate,
+        size_bits(job.table, job.bit_map),
+        policy,
+        fmt=fmt,
+        pairs=pairs,
+        at_least_smallest=True,
+    )
+    return replace(job, choices=made.asked())
 
 
 def assemble(

@@ -47,7 +47,6 @@ class AutoRoundTarget(Target):
     full_bits = 16
     kept_bits = 16
     tolerance = 2e-3  # decoded weights are rounded to half precision
-    notes = ("our codes; all else in half precision", "asymmetric scheme, linear layers only")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """2 to 8 bits for linear layers whose sides are multiples of 32."""

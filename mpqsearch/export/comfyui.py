@@ -46,7 +46,6 @@ class ComfyuiTarget(ConfigTarget):
     kept_bits = 16
     tested = "commit 311c014"
     get = "clone github.com/Comfy-Org/ComfyUI"
-    notes = ("not verified by its consumer", "metadata only: no weights; 4 bits are floats there")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """NVFP4 and 8-bit integers."""

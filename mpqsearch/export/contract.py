@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 from mpqsearch.errors import UnknownNameError
-from mpqsearch.specs.targets import ROUNDINGS
 
 if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Condition, Denoiser
@@ -151,8 +150,8 @@ class ExportJob:
     """What an exporter is given.
 
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is
-    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` is one
-    of `ROUNDINGS`. ``choices`` names the target's own format for layers that were allocated for this target (`FULL`:
+    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` says what
+    happens to a width that the target lacks: ``up``, ``down`` or ``error``. ``choices`` names the target's own format for layers that were allocated for this target (`FULL`:
     full precision); those are taken as they are, and are planned as ``resolved`` where the map asks for another width.
     ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second
     moments of inputs for maps with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free
@@ -163,7 +162,7 @@ class ExportJob:
     bit_map: BitMap
     denoiser: Denoiser | None = None
     cond: Condition = None
-    rounding: str = "resolve"
+    rounding: str = "up"
     choices: Mapping[str, str] = field(default_factory=dict)
     input_max: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Any] | None = None
@@ -171,8 +170,8 @@ class ExportJob:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
+        if self.rounding not in ("up", "down", "error"):
+            raise UnknownNameError("rounding", self.rounding, ("up", "down", "error"))
         self.bit_map.validate(self.table)
 
     @property

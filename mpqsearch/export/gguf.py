@@ -61,10 +61,6 @@ class GgufTarget(Target):
     get = "pip install gguf libgguf"
     full_bits = 16
     tolerance = 2e-3  # diffusers decodes the blocks in half precision, gguf itself in single
-    notes = (
-        "types, not widths: Q2_K takes 2.625 bits a weight, Q4_0 4.5",
-        "scales are derived anew by the format's quantizer",
-    )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Types whose blocks divide the rows of the layer."""

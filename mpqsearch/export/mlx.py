@@ -44,7 +44,6 @@ class MlxTarget(Target):
     limits = "rows of a multiple of 32 weights"
     rerounds = False
     tolerance = 1e-4  # layers of a few hundred inputs, summed in another order
-    notes = ("our codes; the row's scale repeated for every group", "linear layers only; the model must exist in MLX")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """1 to 6 and 8 bits for linear layers with rows of a multiple of 32."""

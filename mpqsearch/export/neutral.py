@@ -23,7 +23,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantF
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
-from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, storage_from, unquantized
+from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, unquantized
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 from mpqsearch.export.plan import plan_channels
 from mpqsearch.export.reading import Reading, json_at
@@ -138,7 +138,6 @@ class NeutralTarget(Target):
     holds_any_map = True
     payload = False
     inputs = True
-    notes = ("a map for other tools, without weights",)
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Every width, for every layer."""
@@ -147,8 +146,7 @@ class NeutralTarget(Target):
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
         """The ideal cost: what the bit map's own accounting gives a layer at one width, in the asymmetric format."""
         width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
-        bits = layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
-        return StoredBits(payload=bits.payload, metadata=bits.metadata, unquantized=bits.unquantized)
+        return layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
 
     def read(self, path: Path, table: LayerTable) -> Reading | None:
         """Our own map, whole."""
@@ -240,7 +238,7 @@ def _check_digests(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers:
 
 def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
     """Recount everything from the shapes and widths of the file itself."""
-    storage = storage_from(data["accounting"]["storage"])
+    storage = StorageModel(**data["accounting"]["storage"])
     whole = 0
     for layer in layers:
         entry, widths = data["layers"][layer.name], bit_map.weights[layer.name]

@@ -71,7 +71,6 @@ class OnnxTarget(Target):
     rerounds = False
     needs_config = False
     tolerance = 1e-5
-    notes = ("a width for every output channel; our codes in every scheme", "stored in 2, 4 or 8 bits a code")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """1 to 8 bits; 2, 4 and 8 are stored as they are."""

@@ -40,9 +40,6 @@ _MARK = ".packed."
 
 Arrays = dict[str, NDArray[Any]]
 
-BLOCK = 1 << 18
-"""Weights that are decoded at a time: their temporaries stay in the cache."""
-
 
 class PackedTarget(Target):
     """The packed checkpoint as an export target: every map as it is; ``load_quantized(folder)`` gives the model."""
@@ -54,7 +51,6 @@ class PackedTarget(Target):
     rerounds = False
     needs_config = False
     tolerance = 0.0
-    notes = ("our codes in every scheme, densely packed; mpqsearch itself loads it",)
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Every width, for every layer."""
@@ -152,26 +148,24 @@ def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor
     """
     import torch
 
-    bits = arrays["bits"]
-    n, fan_in = layer.n_channels, layer.weights_per_channel
-    if bits.shape != (n,) or arrays["scale"].shape != (n,) or arrays["zero"].shape != (n,):
-        raise ConfigError(f"{n} widths, scales and zero points are needed, got {bits.shape}")
-    scale = torch.from_numpy(arrays["scale"].astype(np.float32) * arrays["exponent"][0])
-    zero = torch.from_numpy(arrays["zero"].astype(np.float32) / 2)
-    out = torch.empty(n, fan_in)
-    step = max(1, BLOCK // fan_in)
+    from mpqsearch.quant import QuantizedRows, RowQuantizer
+
+    bits, n, fan_in = arrays["bits"], layer.n_channels, layer.weights_per_channel
+    if any(arrays[key].shape != (n,) for key in ("bits", "scale", "zero")):
+        raise ConfigError(f"layer {layer.name!r}: {n} widths, scales and zero points are needed, got {bits.shape}")
+    codes = np.zeros((n, fan_in), dtype=np.uint8)
     for width in np.unique(bits[bits != FULL_PRECISION]):
-        rows = torch.from_numpy(np.flatnonzero(bits == width))
-        stream = unpack_bits(arrays[f"codes.{int(width)}"], int(width), len(rows) * fan_in)
-        codes = torch.from_numpy(stream).view(-1, fan_in)
-        for start in range(0, len(rows), step):  # what `mpqsearch.quant.decode` does, in blocks that stay in the cache
-            part = rows[start : start + step]
-            out[part] = codes[start : start + step].float().sub_(zero[part, None]).mul_(scale[part, None])
-    if "factor" in arrays:
-        out /= torch.from_numpy(arrays["factor"]).repeat_interleave(n // len(arrays["factor"]), dim=0)
-    if "full_rows" in arrays:
-        out[torch.from_numpy(bits == FULL_PRECISION)] = torch.from_numpy(arrays["full_rows"])
-    return out
+        rows = bits == width
+        codes[rows] = unpack_bits(arrays[f"codes.{int(width)}"], int(width), int(rows.sum()) * fan_in).reshape(
+            -1, fan_in
+        )
+    quantizer = RowQuantizer(
+        scale=torch.from_numpy(arrays["scale"].astype(np.float32) * arrays["exponent"][0]),
+        zero=torch.from_numpy(arrays["zero"].astype(np.float32) / 2),
+        bits=torch.from_numpy(bits),
+    )
+    factor, full = (torch.from_numpy(arrays[k]) if k in arrays else None for k in ("factor", "full_rows"))
+    return QuantizedRows(codes=torch.from_numpy(codes), quantizer=quantizer, factor=factor, full_rows=full).rows()
 
 
 def save_quantized(

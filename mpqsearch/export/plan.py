@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mpqsearch.allocate import AllocationProblem, solve
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry
@@ -24,26 +23,17 @@ def plan_layers(
     width first.
 
     A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another
-    width. A layer whose channels differ stands for its mean width. ``up`` and ``down`` round layer by layer, to the
-    nearest end where the target has nothing beyond. ``resolve`` chooses the widths of all other layers together so that
-    their codes take no more bits than the map gives them: if the map is the best for its size and each bit divides a
-    layer's squared error by four, channel ``c`` has a loss in proportion to ``4**(asked_c - b)`` at width ``b``, and
-    the knapsack over that is solved. (With a profile there are better losses: see
-    `mpqsearch.export.allocation.allocate_for`, which gives the choices.) A map that the target can hold comes back
-    unchanged. ``error`` raises `ConfigError` at the first layer that the target cannot hold as asked. ``kinds`` and
-    ``limits`` say in messages what the target is able to hold.
+    width; `mpqsearch.export.allocation.allocate_for` gives such choices. A layer whose channels differ stands for its
+    mean width. ``up`` and ``down`` round layer by layer, to the nearest end where the target has nothing beyond. A map
+    that the target can hold comes back unchanged. ``error`` raises `ConfigError` at the first layer that the target
+    cannot hold as asked. ``kinds`` and ``limits`` say in messages what the target is able to hold.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
         raise UnknownNameError("layer", unknown[0], job.table.by_name, f"(the choices for {target!r})")
-    entries = {la.name: _alone(la, job, target, choices(la), kinds, limits) for la in job.table}
-    if job.rounding == "resolve":
-        free = [la for la in job.table if entries[la.name] is None]
-        entries |= dict(zip([la.name for la in free], _resolve(free, job, choices), strict=True))
     plan = []
     for layer in job.table:
-        entry = entries[layer.name]
-        assert entry is not None
+        entry = _entry_of(layer, job, target, choices(layer), kinds, limits)
         if job.rounding == "error" and entry.reason not in AS_PLANNED:
             raise ConfigError(
                 f"{target} cannot hold layer {layer.name!r} ({layer.kind}) at {entry.asked_text} bits: {entry.detail} "
@@ -74,10 +64,9 @@ def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> lis
     return plan
 
 
-def _alone(
+def _entry_of(
     layer: LayerSpec, job: ExportJob, target: str, choices: Sequence[Choice], kinds: Sequence[str], limits: str
-) -> PlanEntry | None:
-    """The entry of a layer that is decided on its own; None when ``resolve`` decides it with the others."""
+) -> PlanEntry:
     asked = job.bit_map.channel_widths(layer.name, layer.n_channels)
     low, high, mean = int(asked.min()), int(asked.max()), float(asked.mean())
     picked = job.choices.get(layer.name)
@@ -101,51 +90,16 @@ def _alone(
     widths = sorted({c.width for c in choices})
     if mean > widths[-1]:
         return _entry(layer, job, None, "rounded_up", f"mean width {mean:.2f}, above the widest, {widths[-1]}.")
-    if job.rounding == "resolve":
-        return None
     above = [w for w in widths if w >= mean - _EXACT]
     below = [w for w in widths if w <= mean + _EXACT]
     got = below[-1] if job.rounding == "down" and below else above[0]
     why = f"widths that {target} has here: {', '.join(map(str, widths))}."
-    choice = _first(choices, got)
+    choice = next(c for c in choices if c.width == got)
     if low == high and got == low:
         return _entry(layer, job, choice, "exact", "")
     if low != high:
         return _entry(layer, job, choice, "collapsed_channels", f"channels differ, mean {mean:.2f}; {why}")
     return _entry(layer, job, choice, "rounded_up" if got > mean else "rounded_down", why)
-
-
-def _resolve(layers: Sequence[LayerSpec], job: ExportJob, choices: Choices) -> list[PlanEntry]:
-    """Exact knapsack over the layers that the target quantizes, at the payload that the map gives them."""
-    if not layers:
-        return []
-    asked = [job.bit_map.channel_widths(la.name, la.n_channels).astype(np.int64) for la in layers]
-    offered = [{c.width for c in choices(la)} for la in layers]
-    widths = np.array(sorted(set().union(*offered)), dtype=np.int64)
-    allowed = np.array([[int(w) in has for w in widths] for has in offered])
-    cost = np.array([la.n_weights for la in layers], dtype=np.int64)[:, None] * widths[None]
-    loss = np.stack(
-        [
-            la.weights_per_channel * (4.0 ** (a[:, None] - widths[None])).sum(axis=0)
-            for la, a in zip(layers, asked, strict=True)
-        ]
-    )
-    payload = sum(la.weights_per_channel * int(a.sum()) for la, a in zip(layers, asked, strict=True))
-    ties = tie_groups(layers)
-    limit = max(payload, least_cost(cost, allowed, ties))  # a target without narrow widths may be unable to stay inside
-    names = [la.name for la in layers]
-    result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed, groups=ties, names=names))
-    entries = []
-    for layer, widths_asked, chosen in zip(layers, asked, result.choice, strict=True):
-        got, plain, mean = (
-            int(widths[chosen]),
-            bool((widths_asked == widths_asked[0]).all()),
-            float(widths_asked.mean()),
-        )
-        exact = plain and got == int(widths_asked[0])
-        detail = "" if exact else f"mean width {mean:.2f}; all layers were chosen together at the payload of the map."
-        entries.append(_entry(layer, job, _first(choices(layer), got), "exact" if exact else "resolved", detail))
-    return entries
 
 
 def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[int]]) -> int:
@@ -164,10 +118,6 @@ def tie_groups(layers: Sequence[LayerSpec], tie_of: Callable[[LayerSpec], str] |
         if label := layer.tie if tie_of is None else tie_of(layer):
             groups.setdefault(label, []).append(i)
     return [g for g in groups.values() if len(g) > 1]
-
-
-def _first(choices: Sequence[Choice], width: int) -> Choice:
-    return next(c for c in choices if c.width == width)
 
 
 def _entry(layer: LayerSpec, job: ExportJob, choice: Choice | None, reason: str, detail: str) -> PlanEntry:

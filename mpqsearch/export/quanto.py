@@ -49,11 +49,6 @@ class QuantoTarget(Target):
     kinds = ("Linear", "Conv2d")
     tested = "0.2.7"
     get = "pip install 'mpqsearch[export]'"
-    notes = (
-        "scales are derived anew from the weights; searched ranges and schemes are not used",
-        "2 and 4 bits have groups of up to 128 inputs with a float scale and shift each",
-        "it compiles a C++ kernel, once, where 2 or 4 bits are first loaded or used",
-    )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """qint2, qint4 and qint8 for linear layers and 2-d convolutions."""

@@ -46,7 +46,6 @@ class SdcppTarget(ConfigTarget):
     full_bits = 16
     tested = "commit 97d2990"
     get = "build github.com/leejet/stable-diffusion.cpp"
-    notes = ("not verified by its consumer", "types, not widths; scales are derived by ggml")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """The types of GGUF, except for layers that the program never quantizes."""

@@ -41,10 +41,6 @@ class SdnqTarget(Target):
     limits = "a multiple of 8 weights"
     tested = "0.2.8"
     tolerance = 1e-5
-    notes = (
-        "scales are derived anew; a scale and a zero point for each tap of a convolution",
-        "one bit is stored as a byte",
-    )
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """uint1 to uint8 for linear layers and 2-d convolutions."""

@@ -79,7 +79,6 @@ class Target:
     full_bits = 32
     kept_bits = 32
     tolerance = 1e-4
-    notes: tuple[str, ...] = ()
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at
@@ -330,8 +329,6 @@ class ConfigTarget(Target):
 
 class AppliedTarget(ConfigTarget):
     """Base of a configuration that its consumer applies to a new model of the same class."""
-
-    notes: tuple[str, ...] = ("a configuration: the library derives scales from the weights",)
 
     def recipe(self, plan: Sequence[PlanEntry]) -> Any:
         """The configuration as plain JSON data."""

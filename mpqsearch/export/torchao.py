@@ -36,7 +36,6 @@ class TorchaoTarget(Target):
     rerounds = False
     tolerance = 1e-5
     tested = "0.18.0"
-    notes = ("stored at 8 bits whatever the width", "asymmetric scheme only; diffusers loads linear layers only")
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """int2 to int8 for linear layers."""

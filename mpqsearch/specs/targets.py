@@ -10,8 +10,9 @@ from mpqsearch.errors import ConfigError, UnknownNameError
 ROUNDINGS = ("resolve", "up", "down", "error")
 """What happens to a width that a target cannot hold.
 
-``resolve``: all widths of the target's choices are chosen anew so that the payload does not grow; ``up``: the next
-width it has, so quality is kept and the size grows; ``down``: the previous one; ``error``: refuse.
+``resolve``: the formats of all layers are solved for anew at the size of the map, which needs a profile and so is done
+by ``mpqsearch export`` and not by `plan_layers`; ``up``: the next width it has, so quality is kept and the size grows;
+``down``: the previous one; ``error``: refuse.
 """
 
 FULL = "full"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from mpqsearch.stages.gptq import input_moments
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
-from mpqsearch.stages.targeting import resolved_for, target_allocation
+from mpqsearch.stages.targeting import losses_for, target_allocation
 
 if TYPE_CHECKING:
     from mpqsearch.export import ExportJob, Target
@@ -193,7 +193,7 @@ def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Tas
     data = {
         "target": target.name,
         "map": task.label,
-        "rounding": job.rounding,
+        "rounding": run.config.export.rounding,
         "rounded_layers": sum(e.reason not in AS_PLANNED for e in plan),
         "payload": target.payload,
         "n_parameters": table.n_parameters,
@@ -219,34 +219,36 @@ def size_note(target: str, promised: int, ideal: int, half: int) -> str:
     """What is said of an export of ``promised`` bits that is larger than the map packed densely (``ideal``), and
     perhaps than the model in half precision (``half``)."""
     size, planned, plain = (-(-bits // 8) for bits in (promised, ideal, half))
-    text = f"export: in the format of {target} the model takes {size} bytes, {planned} when the map is packed densely"
+    text = (
+        f"export: the map takes {planned} bytes when it is packed densely; the file of {target} takes {size}, and that is "
+        "what is written"
+    )
     if promised > half:
-        text += f"; that is MORE than in half precision without quantization ({plain})"
+        text += f": MORE than the model in half precision ({plain})"
     return text
 
 
 def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> ExportJob:
     """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
     from mpqsearch.export import ExportJob
-    from mpqsearch.export.contract import AS_PLANNED
+    from mpqsearch.export.allocation import resolve_job
 
-    statistics = input_moments(run, table, task.bit_map)
+    statistics, rounding = input_moments(run, table, task.bit_map), run.config.export.rounding
     job = ExportJob(
         table=table,
         bit_map=task.bit_map,
         denoiser=run.denoiser,
-        rounding=run.config.export.rounding,
+        rounding="up" if rounding == "resolve" else rounding,
         choices=task.choices,
         input_max=measured.input_max,
         moments=None if statistics is None else statistics.moments(),
         inputs={"model": table.digest},
         provenance=task.provenance,
     )
-    if task.choices or job.rounding != "resolve" or task.target.granularity == "channel":
-        return job  # a target of channels holds every width; what it cannot quantize stays at full precision
-    if all(e.reason in AS_PLANNED for e in task.target.plan(replace(job, rounding="up"))):
+    if rounding != "resolve":
         return job
-    return replace(job, choices=resolved_for(run, table, measured, task.target, task.bit_map).asked())
+    fmt = run.config.quantizer.format()
+    return resolve_job(task.target, job, lambda: losses_for(run, table, measured, task.target), run.config.policy, fmt)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

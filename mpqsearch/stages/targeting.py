@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, SensitivityProfile, size_bits
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.profiling import profile_inputs
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from mpqsearch.allocate import PairwiseTerms
     from mpqsearch.export import Target
-    from mpqsearch.export.allocation import Floats, TargetAllocation
+    from mpqsearch.export.allocation import Floats
 
 PROBES = 2
 """Random projections of each probed trajectory."""
@@ -57,7 +56,7 @@ def target_allocation(
     from mpqsearch.export.allocation import allocate_for
 
     limit = budget.limit_bits(table, run.config.policy)
-    losses, pairs = _losses(run, table, measured, target)
+    losses, pairs = losses_for(run, table, measured, target)
     with run.timed("allocate"):
         made = allocate_for(
             target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs
@@ -83,33 +82,7 @@ def target_allocations(
     return out
 
 
-def resolved_for(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target, bit_map: BitMap
-) -> TargetAllocation:
-    """Solve again over the target's formats at the size that ``bit_map`` has with all that is stored, for a map made
-    for something else.
-
-    What the policy fixes stays fixed, and layers that the map leaves at full precision stay there. Where the target has
-    no file as small as the map, its smallest one is made, and one line says so.
-    """
-    from mpqsearch.export.allocation import allocate_for
-
-    kept = {n: FULL_PRECISION for n, w in bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
-    policy = replace(run.config.policy, overrides={**kept, **run.config.policy.overrides})
-    limit = size_bits(table, bit_map)
-    losses, pairs = _losses(run, table, measured, target)
-    fmt = run.config.quantizer.format()
-    made = allocate_for(target, table, losses, limit, policy, fmt=fmt, pairs=pairs, at_least_smallest=True)
-    if made.stored.total > limit:
-        run.say(
-            f"export: the map takes {-(-limit // 8)} bytes; the smallest file of {target.name} takes "
-            f"{-(-made.stored.total // 8)}, "
-            "and that is what is written"
-        )
-    return made
-
-
-def _losses(
+def losses_for(
     run: Run, table: LayerTable, measured: SensitivityProfile, target: Target
 ) -> tuple[dict[str, Floats], PairwiseTerms | None]:
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each

@@ -33,11 +33,11 @@ from mpqsearch.core import LayerTable, Policy, QuantFormat
 from mpqsearch.export.allocation import (
     TargetAllocation,
     allocate_for,
+    assemble,
     formats_of,
     probed_losses,
     target_errors,
     target_losses,
-    uniform_for,
 )
 from mpqsearch.export.gguf import GgufTarget
 from mpqsearch.models import Denoiser, discover, load_model
@@ -69,6 +69,15 @@ def decoded(
         else:
             weight.data.copy_(weight.half())
     return denoiser.with_module(module)
+
+
+def uniform_for(table: LayerTable, fmt: str, fallback: str) -> TargetAllocation:
+    """Every layer that has the type ``fmt`` in it, others in ``fallback`` or, without that, at full precision: what
+    most tools do."""
+    target = GgufTarget()
+    has = [{c.name for c in target.choices(layer)} for layer in table]
+    picked = [next((f for f in (fmt, fallback) if f in names), FULL) for names in has]
+    return assemble(target, table, picked, limit=0)
 
 
 class Study:
@@ -113,7 +122,7 @@ class Study:
         for fmt in self.formats:
             fallback = FALLBACK.get(fmt, FULL)
             label = f"{fmt}/{fallback}" if fmt in FALLBACK else fmt
-            found[label] = uniform_for(self.target, self.table, fmt, fallback=fallback)
+            found[label] = uniform_for(self.table, fmt, fallback)
         return found
 
 

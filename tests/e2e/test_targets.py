@@ -16,6 +16,7 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, StaleArtifactEr
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
+from mpqsearch.stages.exporting import size_note
 
 pytest.importorskip("gguf")
 pytest.importorskip("libgguf")
@@ -204,7 +205,7 @@ def test_a_map_made_for_something_else_is_solved_again_at_its_size(folder: Path)
     assert "gguf cannot hold layer 'pos_embed.proj' (Conv2d) at 8 bits" in str(refused.exception)
     small = call(folder, "export", "--target", "gguf", "--budget", "3bit")
     assert small.exit_code == 0
-    assert "the smallest file of gguf takes" in small.stderr
+    assert "the file of gguf takes" in small.stderr
     data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
     assert data["accounted_bits"] > data["ideal_bits"]
     row = read_sizes(folder)["gguf"]
@@ -234,6 +235,32 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
         assert "no_such_library is not installed. Run: pip install gguf libgguf" in str(
             call(folder, *arguments).exception
         )
+
+
+def test_a_target_that_fails_does_not_stop_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> list[Path]:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(GgufTarget, "write_files", broken)
+    targets = ("--target", "gguf", "--target", "comfyui", "-b", "7.2bit", "--round", "up")
+    done = call(folder, "export", *targets)
+    assert done.exit_code != 0
+    assert "gguf could not be written: RuntimeError: no kernel for this" in str(done.exception)
+    assert "export: gguf FAILED" in done.stderr
+    assert (folder / "r/export/comfyui/comfyui_metadata.json").is_file()
+    assert "comfyui_metadata.json" in done.stdout
+    assert not (folder / "r/export/gguf.json").is_file(), "nothing says that it is whole"
+    monkeypatch.setattr(GgufTarget, "imports", ("no_such_library",))
+    absent = call(folder, "export", *targets)
+    assert "no_such_library is not installed" in str(absent.exception)
+    assert "comfyui" in absent.stdout
+
+
+def test_a_file_that_is_larger_than_the_map_is_said(folder: Path) -> None:
+    done = call(folder, "export", "--target", "gguf", "-b", "6.2bit", "--round", "up", "--overwrite")
+    assert "bytes when it is packed densely; the file of gguf takes" in done.stderr
+    assert "MORE than the model in half precision (" in size_note("torchao", 40, 8, 32)
+    assert "MORE" not in size_note("torchao", 30, 8, 32)
 
 
 def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> None:

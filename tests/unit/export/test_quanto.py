@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import builtins
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -58,41 +57,9 @@ def test_error_names_the_layer_and_the_way_out() -> None:
 
 def test_other_kinds_stay_at_full_precision() -> None:
     table = table_of((4, 6, 3), kind="Conv1d")
-    assert plan_of(table, {"layer0": 4}, "resolve") == [(FULL_PRECISION, "unsupported_kind")]
+    assert plan_of(table, {"layer0": 4}, "up") == [(FULL_PRECISION, "unsupported_kind")]
     with pytest.raises(ConfigError, match="Linear and Conv2d only"):
         plan_of(table, {"layer0": 4}, "error")
-
-
-def test_resolve_is_the_best_choice_at_the_payload_of_the_map() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        table = table_of(*[(4, int(rng.integers(1, 9))) for _ in range(5)])
-        asked = {la.name: rng.integers(1, 9, size=4) for la in table}
-        got = [w for w, _ in plan_of(table, asked, "resolve")]
-        payload = sum(la.weights_per_channel * int(asked[la.name].sum()) for la in table)
-
-        def loss(choice: Any, table: LayerTable = table, asked: dict[str, Any] = asked) -> float:
-            return sum(
-                la.weights_per_channel * float((4.0 ** (asked[la.name] - c)).sum())
-                for la, c in zip(table, choice, strict=True)
-            )
-
-        def bits(choice: Any, table: LayerTable = table) -> int:
-            return sum(la.n_weights * c for la, c in zip(table, choice, strict=True))
-
-        limit = max(payload, bits([2] * 5))
-        best = min(loss(c) for c in itertools.product(WIDTHS, repeat=5) if bits(c) <= limit)
-        assert bits(got) <= limit
-        np.testing.assert_allclose(loss(got), best, rtol=1e-9)
-
-
-def test_resolve_keeps_tied_layers_together() -> None:
-    got = plan_of(table_of((4, 8), (4, 8), tie="qk"), {"layer0": 3, "layer1": 3}, "resolve")
-    assert [w for w, _ in got] == [2, 2]
-
-
-def test_resolve_of_a_map_below_the_narrowest_width() -> None:
-    assert plan_of(table_of((4, 8)), {"layer0": 1}, "resolve") == [(2, "resolved")]
 
 
 class Plain(nn.Module):

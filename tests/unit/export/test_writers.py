@@ -58,8 +58,6 @@ def test_what_was_never_run_says_so() -> None:
     unverified = {n for n in TARGETS if not get_exporter(n).by_consumer}
     assert unverified == {"sdcpp", "comfyui"}
     for name in unverified:
-        can = get_exporter(name)
-        assert can.notes[0] == "not verified by its consumer"
         assert "Not verified by its consumer" in (sys.modules[type(get_exporter(name)).__module__].__doc__ or "")
 
 
