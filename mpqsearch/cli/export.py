@@ -115,7 +115,7 @@ def _plain(one: Exported) -> dict[str, Any]:
 
 
 def _print_verification(one: Exported) -> None:
-    data, found = one.data, one.data["verification"]
+    data, verification = one.data, one.data["verification"]
     rows = [
         [
             entry["layer"],
@@ -125,9 +125,9 @@ def _print_verification(one: Exported) -> None:
             entry["reason"].replace("_", " "),
             "" if entry["ok"] else f"DIFFERS {entry['problem']}".rstrip(),
         ]
-        for entry in found["entries"]
+        for entry in verification["entries"]
     ]
-    good = sum(entry["ok"] for entry in found["entries"])
+    good = sum(entry["ok"] for entry in verification["entries"])
     print_table(
         f"{one.target}: {data['map']}: {good} of {len(rows)} layers as planned",
         ["layer", "asked", "planned", "got", "reason", ""],
@@ -138,19 +138,22 @@ def _print_verification(one: Exported) -> None:
             "the map, packed densely": data["ideal_bits"] / 8,
             f"in the format of {one.target}": data["accounted_bits"] / 8,
         }
-        if found["stored_bytes"] is not None:
-            sizes |= {"found in the file": found["stored_bytes"], "headers of the file, apart": found["header_bytes"]}
-        each = [[what, f"{size:.0f}", f"{8 * size / data['n_parameters']:.3f}"] for what, size in sizes.items()]
-        print_table("sizes", ["what", "bytes", "bits a parameter"], each)
-    if found["forward_error"] is not None:
-        print(f"forward pass: differs by at most {found['forward_error']:.2g} of the largest output")  # noqa: T201
-    for problem in found["problems"]:
+        if verification["stored_bytes"] is not None:
+            sizes |= {
+                "found in the file": verification["stored_bytes"],
+                "headers of the file, apart": verification["header_bytes"],
+            }
+        rows = [[what, f"{size:.0f}", f"{8 * size / data['n_parameters']:.3f}"] for what, size in sizes.items()]
+        print_table("sizes", ["what", "bytes", "bits a parameter"], rows)
+    if verification["forward_error"] is not None:
+        print(f"forward pass: differs by at most {verification['forward_error']:.2g} of the largest output")  # noqa: T201
+    for problem in verification["problems"]:
         print(f"problem: {problem}")  # noqa: T201
     verdict = "read back by its consumer as planned"
-    if not found["verified"]:
+    if not verification["verified"]:
         verdict = (
             "as planned in mpqsearch's own reading; NOT verified, its consumer was not run"
-            if found["ok"]
+            if verification["ok"]
             else "NOT as planned"
         )
     print(f"{one.target}: {verdict}")  # noqa: T201

@@ -77,7 +77,7 @@ def import_(
         scheme=scheme,
     )
     bit_map = imported.bit_map
-    found = {
+    summary = {
         "source": imported.source,
         "file": str(written),
         "digest": bit_map.digest,
@@ -88,13 +88,13 @@ def import_(
         "notes": list(imported.notes),
     }
     if as_json:
-        print_json(found)
+        print_json(summary)
         return
     print_table(
         f"{file} as {imported.source} has it",
         ["what", "value"],
         [
             [k, "; ".join(v) if isinstance(v, list) else f"{v:.4f}" if isinstance(v, float) else v]
-            for k, v in found.items()
+            for k, v in summary.items()
         ],
     )

@@ -84,8 +84,8 @@ class TargetAllocation:
 
 def formats_of(target: Target, table: LayerTable) -> tuple[str, ...]:
     """All formats that the target has for any layer, by width and name; the columns of `target_errors`."""
-    found = {(c.width, c.name) for layer in table for c in target.choices(layer)}
-    return tuple(name for _, name in sorted(found))
+    formats = {(c.width, c.name) for layer in table for c in target.choices(layer)}
+    return tuple(name for _, name in sorted(formats))
 
 
 def target_errors(
@@ -120,20 +120,20 @@ def target_losses(
     Without a layer's loss in the profile: full cost, zero loss.
     """
     formats = formats_of(target, table)
-    variant = "asymmetric" if "asymmetric" in profile.variants else profile.variants[0]
-    found = {}
-    priced = channel_losses(profile, table, variant, BEST_LOSS, bias_correction=False)
-    squares = profile.need(f"weight_error/{variant}", "the losses of a target").astype(np.float64)
+    scheme = "asymmetric" if "asymmetric" in profile.variants else profile.variants[0]
+    losses = {}
+    priced = channel_losses(profile, table, scheme, BEST_LOSS, bias_correction=False)
+    squares = profile.need(f"weight_error/{scheme}", "the losses of a target").astype(np.float64)
     for layer in table:
         rows = profile.rows(layer.name)
         unit = np.divide(
             priced[rows], squares[rows], out=np.zeros_like(squares[rows]), where=squares[rows] > 0
         )  # [C, W]
         errors = _layer_errors(target, layer, weights(layer.name), formats, fmt or QuantFormat())
-        own = errors.double().square().sum(-1).cpu().numpy()  # [F, C]
-        distance = np.abs(np.log(own.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
-        found[layer.name] = (unit.T[distance.argmin(1)] * own).sum(1)
-    return found
+        squared = errors.double().square().sum(-1).cpu().numpy()  # [F, C]
+        distance = np.abs(np.log(squared.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
+        losses[layer.name] = (unit.T[distance.argmin(1)] * squared).sum(1)
+    return losses
 
 
 def probed_losses(
@@ -192,9 +192,9 @@ def allocate_for(
             loss[i, j] = max(0.0, float(losses[layer.name][j]))
             cost[i, j], allowed[i, j] = target.cost(layer, choice).total, True
         cost[i, -1], allowed[i, -1] = target.cost(layer, None).total, fixed is None or not offered
-    kept = target.kept_bits * sum(k.n_values for k in table.kept)
+    other = target.kept_bits * sum(k.n_values for k in table.kept)
     ties = tie_groups(list(table), None if policy is None else policy.tie_of)
-    least = least_cost(cost, allowed, ties) + kept
+    least = least_cost(cost, allowed, ties) + other
     if least > limit:
         if not at_least_smallest:
             raise InfeasibleBudgetError(
@@ -207,7 +207,7 @@ def allocate_for(
     problem = AllocationProblem(
         loss=loss,
         cost=cost,
-        limit=limit - kept,
+        limit=limit - other,
         allowed=allowed,
         groups=ties,
         names=names,
@@ -246,7 +246,7 @@ def resolve_job(
     full = {n: FULL_PRECISION for n, w in job.bit_map.weights.items() if int(w.min()) == FULL_PRECISION}
     policy = replace(policy, overrides={**full, **policy.overrides})
     separate, pairs = losses()
-    made = allocate_for(
+    solved = allocate_for(
         target,
         job.table,
         separate,
@@ -256,7 +256,7 @@ def resolve_job(
         pairs=pairs,
         at_least_smallest=True,
     )
-    return replace(job, choices=made.asked())
+    return replace(job, choices=solved.asked())
 
 
 def assemble(
@@ -307,12 +307,12 @@ def _layer_errors(target: Target, layer: LayerSpec, weight: Tensor, formats: Seq
     ours = replace(fmt, scheme="asymmetric", smooth=False, criterion="minmax" if target.rerounds else fmt.criterion)
     weight = weight.detach().float().cpu()
     rows = rows_of(weight, layer)
-    found = torch.zeros(len(formats), *rows.shape)
+    errors = torch.zeros(len(formats), *rows.shape)
     for choice in target.choices(layer):
         error = (
             rows_of(target.round_trip(weight, layer, choice), layer) - rows
             if target.asks_itself
             else row_errors(weight, layer, choice.width, ours, None)
         )
-        found[formats.index(choice.name)] = error
-    return found
+        errors[formats.index(choice.name)] = error
+    return errors

@@ -145,7 +145,7 @@ def _blocks(config: Mapping[str, Any], table: LayerTable) -> list[str]:
     if blocks:
         return list(_flat(blocks))
     lists = (re.match(r"(.*?)\.\d+\.", layer.name) for layer in table)
-    return sorted({found[1] for found in lists if found})
+    return sorted({match[1] for match in lists if match})
 
 
 def _flat(values: Any) -> Iterator[str]:

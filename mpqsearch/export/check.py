@@ -67,13 +67,13 @@ def write_check(path: Path, denoiser: Denoiser, cond: Condition = None) -> list[
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file, whole or not at all. Tensors that share memory, as tied layers do, are copied."""
     seen: set[int] = set()
-    own = {}
+    unshared = {}
     for key, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
-        own[key] = plain.clone() if plain.data_ptr() in seen else plain
+        unshared[key] = plain.clone() if plain.data_ptr() in seen else plain
         seen.add(plain.data_ptr())
     with atomic_path(path) as temporary:
-        save_file(own, temporary, {"format": "pt", **(metadata or {})})
+        save_file(unshared, temporary, {"format": "pt", **(metadata or {})})
     return path
 
 

@@ -205,9 +205,9 @@ def dequantize(blocks: Any, choice: str) -> Tensor:
 def architecture(module: Any) -> str:
     """The value of ``general.architecture``, by which other loaders know the model: the class in lower case where none
     is known."""
-    known = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sd1"}
+    names = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sd1"}
     kind = type(module).__name__
-    return known.get(kind, kind.lower())
+    return names.get(kind, kind.lower())
 
 
 def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
@@ -240,6 +240,6 @@ def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
             holder = model.get_submodule(owner)
             shape = getattr(holder, leaf).shape
             held: Any = torch.nn.Parameter(value.reshape(shape).float(), requires_grad=False)
-            setattr(holder, leaf, held if leaf in holder._parameters else held.data)
+            setattr(holder, leaf, held if leaf in dict(holder.named_parameters(recurse=False)) else held.data)
     quantizer.postprocess_model(model)
     return model.eval()

@@ -66,9 +66,9 @@ class MlxTarget(Target):
         named = {n: v for n, v in settings.items() if isinstance(v, Mapping) or v is False or v is True}
         widths = {}
         for layer in table:
-            own = named.get(layer.name, layer.kind == "Linear" and layer.weights_per_channel % group == 0)
-            bits = number_of_bits(own.get("bits", base)) if isinstance(own, Mapping) else base
-            widths[layer.name] = bits if own is not False else FULL_PRECISION
+            setting = named.get(layer.name, layer.kind == "Linear" and layer.weights_per_channel % group == 0)
+            bits = number_of_bits(setting.get("bits", base)) if isinstance(setting, Mapping) else base
+            widths[layer.name] = bits if setting is not False else FULL_PRECISION
         return Reading(widths=widths, names=tuple(n for n, v in named.items() if v is not False))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:

@@ -93,14 +93,14 @@ class OnnxTarget(Target):
                 layers[layer.name] = unquantized_bits(layer, self.full_bits)
                 continue
             parts = parts_of(job.bit_map.channel_widths(layer.name, layer.n_channels))
-            each = [part_bits(layer, p.bits, len(p.rows)) for p in parts]
+            stored = [part_bits(layer, p.bits, len(p.rows)) for p in parts]
             order = 0 if in_order(parts) else 64 * layer.n_channels
             fmt = job.bit_map.format_of(layer.name)
             order += _shift_bits(parts, fmt.scheme) + (32 * layer.weights_per_channel if fmt.smooth else 0)
             layers[layer.name] = StoredBits(
-                payload=sum(b.payload for b in each),
-                metadata=sum(b.metadata for b in each) + order,
-                unquantized=sum(b.unquantized for b in each),
+                payload=sum(b.payload for b in stored),
+                metadata=sum(b.metadata for b in stored) + order,
+                unquantized=sum(b.unquantized for b in stored),
             )
         return stored_total(job.table, layers, self.kept_bits)
 
@@ -252,12 +252,12 @@ def put_containers(
     integers."""
     from onnx import TensorProto, helper, numpy_helper
 
-    found = [t for t in graph.initializer if t.name == name]
-    if not found:
+    weight = next((t for t in graph.initializer if t.name == name), None)
+    if weight is None:
         raise ConfigError(
             f"the traced model has no parameter {name.removeprefix(_PREFIX)!r}: was it folded or never used?"
         )
-    graph.initializer.remove(found[0])
+    graph.initializer.remove(weight)
     shape = layer.weight_shape
     # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it
     # transposed instead
@@ -311,8 +311,8 @@ def put_containers(
         value = node("Div", [value, constant("factor", placed(factor))], f"{name}.unscaled")
     node("Identity", [value], target)
     graph.initializer.extend(constants)
-    for i, made in enumerate(nodes):
-        graph.node.insert(i, made)
+    for i, new in enumerate(nodes):
+        graph.node.insert(i, new)
 
 
 def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -321,7 +321,7 @@ def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.i
     from onnx import numpy_helper
 
     tensors = {t.name: t for t in graph.initializer}
-    found: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
+    containers: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
     flipped: dict[str, bool] = {}
     for node in graph.node:
         if node.op_type != "DequantizeLinear" or not node.input[0].startswith(_PREFIX):
@@ -330,9 +330,9 @@ def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.i
         codes = numpy_helper.to_array(tensors[node.input[0]]).astype(np.int64)
         flip = any(a.name == "axis" and a.i == 1 for a in node.attribute)
         codes, flipped[name] = codes.T if flip else codes, flip
-        found.setdefault(name, []).append((int(tag.split(".")[0]), codes.reshape(len(codes), -1).max(1)))
+        containers.setdefault(name, []).append((int(tag.split(".")[0]), codes.reshape(len(codes), -1).max(1)))
     result = {}
-    for name, parts in found.items():
+    for name, parts in containers.items():
         bits = np.concatenate([np.full(len(top), b, dtype=np.int64) for b, top in parts])
         top = np.concatenate([t for _, t in parts])
         full = tensors.get(f"{_PREFIX}{name}.weight.b32.float")
@@ -385,8 +385,8 @@ def _shift_bits(parts: Sequence[Part], scheme: str) -> int:
 def _owner(tensor: str) -> str:
     """The parameter that a tensor of the graph belongs to."""
     name = tensor.removeprefix(_PREFIX)
-    head, found, _ = name.rpartition(".weight.")
-    return f"{head}.weight" if found else name
+    head, dot, _ = name.rpartition(".weight.")
+    return f"{head}.weight" if dot else name
 
 
 def _bytes_of(tensor: Any) -> int:

@@ -37,8 +37,6 @@ MAP = "quanto_qmap.json"
 
 WIDTHS = (2, 4, 8)
 
-_INSTALL = "optimum-quanto is not installed. Run: pip install 'mpqsearch[export]'"
-
 
 class QuantoTarget(Target):
     """Writes ``diffusion_pytorch_model.safetensors``, ``quanto_qmap.json``, the neutral map and ``export.json``."""
@@ -62,22 +60,6 @@ class QuantoTarget(Target):
         groups = scale_count(layer, _group_size(layer.weights_per_channel))
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32, other=64)
 
-    def install_line(self) -> str:
-        """The extra that brings the library."""
-        return _INSTALL
-
-    def require(self) -> None:
-        """Import it, since an installed quanto may still fail to load."""
-        _library()
-
-    def missing(self) -> list[str]:
-        """quanto is a namespace package: look for the distribution."""
-        try:
-            _library()
-        except ConfigError:
-            return list(self.imports)
-        return []
-
     def read(self, path: Path, table: LayerTable) -> Reading | None:
         """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
         data = json_at(path, MAP)
@@ -91,17 +73,20 @@ class QuantoTarget(Target):
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Quantize a copy of the model with quanto and write it."""
+        from optimum.quanto import quantization_map
+
         from mpqsearch.export.check import save_tensors, write_check
 
         module = quantized_copy(job.model.module, plan)
         save_tensors(folder / WEIGHTS, module.state_dict(), {"mpqsearch.bit_map": job.bit_map.digest})
-        write_text(folder / MAP, json.dumps(_library().quantization_map(module), indent=1) + "\n")
+        write_text(folder / MAP, json.dumps(quantization_map(module), indent=1) + "\n")
         with torch_kernels():
             check = write_check(folder / CHECK, job.model.with_module(module), job.cond)
         return [folder / WEIGHTS, *write_config(folder, job.model.module), folder / MAP, *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Fill a model with ``requantize`` and read the width of each layer from its tensors."""
+        from optimum.quanto import requantize
         from safetensors.torch import load_file
 
         from mpqsearch.export.check import build_model, forward_error, libraries, planned_layers, stored_size
@@ -110,7 +95,7 @@ class QuantoTarget(Target):
         state = load_file(folder / WEIGHTS)
         stored = set(state)  # requantize takes tensors out of the dict
         with torch_kernels():  # loading unpacks the codes too
-            _library().requantize(module, state, json.loads((folder / MAP).read_text()))
+            requantize(module, state, json.loads((folder / MAP).read_text()))
             error = forward_error(folder, module.eval())
         # quanto loads without a word when tensors are missing or left over
         held = set(module.state_dict())
@@ -130,7 +115,8 @@ class QuantoTarget(Target):
 def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     """A copy of ``module``, quantized and frozen by quanto as planned. Raises `ConfigError` when quanto did not take a
     layer."""
-    quanto = _library()
+    from optimum import quanto
+
     clone = copy.deepcopy(module).eval()
     for width in WIDTHS:
         names = [glob.escape(e.layer) for e in plan if e.will_get == width]  # quanto reads them as shell patterns
@@ -154,7 +140,6 @@ def torch_kernels() -> Iterator[None]:
     The kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes are the
     same either way.
     """
-    _library()
     from optimum.quanto.library.extensions.extension import get_extension
 
     extension = get_extension("quanto_cpp")
@@ -177,18 +162,10 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
-def _library() -> Any:
-    """optimum-quanto, or `ConfigError` with the line that installs it."""
-    try:
-        import optimum.quanto as quanto
-    except ImportError as error:
-        raise ConfigError(f"{_INSTALL} ({error})") from error
-    return quanto
-
-
 def _width(module: nn.Module) -> int:
     """Bits of the tensor that a module really holds, whatever its settings say."""
-    quanto = _library()
+    from optimum import quanto
+
     if not isinstance(module, quanto.QModuleMixin) or not isinstance(module.weight, quanto.QTensor):
         return FULL_PRECISION
     return int(module.weight.qtype.bits)

@@ -119,7 +119,7 @@ def layer_types(config: Mapping[str, Any], table: LayerTable, where: str) -> dic
     that fits, else that of the whole; then the first entry of ``modules_dtype_dict`` that fits replaces it, or raises
     it, where its key is a lower bound (``minimum_6bit``, ``uint5bits``).
     """
-    skipped, own = config.get("modules_to_not_convert") or (), config.get("modules_quant_config") or {}
+    skipped, special = config.get("modules_to_not_convert") or (), config.get("modules_quant_config") or {}
     dtypes = config.get("modules_dtype_dict") or {}
     types = {}
     for layer in table:
@@ -127,8 +127,8 @@ def layer_types(config: Mapping[str, Any], table: LayerTable, where: str) -> dic
         quantized = layer.kind == "Linear" or ("Conv" in layer.kind and bool(config.get("quant_conv")))
         if not quantized or _first_fit(name, _keys(skipped), where) is not None:
             continue
-        key = _first_fit(name, own, where)
-        dtype = str((own[key] if key else config).get("weights_dtype") or config.get("weights_dtype", "int8"))
+        key = _first_fit(name, special, where)
+        dtype = str((special[key] if key else config).get("weights_dtype") or config.get("weights_dtype", "int8"))
         entry = next((k for k, names in dtypes.items() if _first_fit(name, _keys(names), where) is not None), None)
         types[layer.name] = dtype if entry is None else _at_least(dtype, str(entry).lower())
     return types

@@ -274,7 +274,7 @@ class Target:
 
     def missing(self) -> list[str]:
         """Modules of the consumer that are not installed."""
-        return [m for m in self.imports if importlib.util.find_spec(m) is None]
+        return [m for m in self.imports if not _is_installed(m)]
 
     def install_line(self) -> str:
         """What to say when the consumer is absent."""
@@ -359,6 +359,13 @@ class AppliedTarget(ConfigTarget):
             "problems": problems,
             "versions": libraries(self.requires),
         }
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is part of
+        return False
 
 
 def get_exporter(name: str) -> Target:

@@ -122,8 +122,8 @@ def _reading(
         exact = [n for n in names if n in bits]
         fitting = [n for name in names for n, p in patterns.items() if p.fullmatch(name)]
         default = ["_default"] if "_default" in bits and layer.kind == "Linear" else []
-        found = [*exact, *fitting, *default]
-        widths[layer.name] = bits[found[0]] if found else FULL_PRECISION
+        key = next(iter([*exact, *fitting, *default]), None)
+        widths[layer.name] = FULL_PRECISION if key is None else bits[key]
     spelled = (n for n, b in bits.items() if n != "_default" and n not in patterns and b != FULL_PRECISION)
     return Reading(
         widths=widths,

@@ -53,7 +53,7 @@ def given_map(
     imported = read_map(Path(run.config.allocate.maps[method.name]), table, fmt=run.config.quantizer.format())
     bit_map = imported.bit_map
     stored = size_bits(table, bit_map)
-    made = Allocation(
+    allocation = Allocation(
         method=method,
         budget=own_budget(table, bit_map),
         bit_map=bit_map,
@@ -63,7 +63,7 @@ def given_map(
         predicted_loss=predicted_loss(table, measured, bit_map, bias_correction=method.bias_correction),
         notes=imported.notes,
     )
-    return bit_map, made.to_data()
+    return bit_map, allocation.to_data()
 
 
 def own_budget(table: LayerTable, bit_map: BitMap) -> Budget:

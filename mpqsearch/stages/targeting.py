@@ -58,17 +58,17 @@ def target_allocation(
     limit = budget.limit_bits(table, run.config.policy)
     losses, pairs = losses_for(run, table, measured, target)
     with run.timed("allocate"):
-        made = allocate_for(
+        solved = allocate_for(
             target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs
         )
-    data = made.to_data() | {"budget": budget.label()}
+    data = solved.to_data() | {"budget": budget.label()}
     if not run.dry_run:
         provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
         artifacts.save_bit_map(
-            map_path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance)
+            map_path, solved.bit_map, inputs, neutral_extra(table, solved.bit_map, provenance=provenance)
         )
         artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
-    return made.bit_map, data
+    return solved.bit_map, data
 
 
 def target_allocations(
@@ -95,8 +95,8 @@ def losses_for(
             run.target_losses[target.name] = (
                 _probed(run, table, target) if probed else (_priced(run, table, measured, target), None)
             )
-    found: tuple[dict[str, Floats], PairwiseTerms | None] = run.target_losses[target.name]
-    return found
+    losses: tuple[dict[str, Floats], PairwiseTerms | None] = run.target_losses[target.name]
+    return losses
 
 
 def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: Target) -> dict[str, Floats]:

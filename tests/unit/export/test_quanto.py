@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import json
 from pathlib import Path
 from typing import Any
@@ -203,16 +202,11 @@ def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_gives_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("optimum"):
-            raise ModuleNotFoundError("No module named 'optimum'")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(QuantoTarget, "imports", ("optimum.quanto", "no_such_package.quanto"))
     _, job = plain_job()
-    with pytest.raises(ConfigError, match=r"pip install 'mpqsearch\[export\]'"):
+    with pytest.raises(
+        ConfigError, match=r"no_such_package.quanto is not installed. Run: pip install 'mpqsearch\[export\]'"
+    ):
         QuantoTarget().write(tmp_path, job)
     assert list(tmp_path.iterdir()) == []
 
