@@ -14,6 +14,7 @@ that is written here as data. Limits, from running sdnq 0.2.8 through diffusers 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,10 @@ from mpqsearch.export.target import CHECK, CONFIG, WEIGHTS, Target, int_choices,
 
 if TYPE_CHECKING:
     from torch import nn
+
+WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
+"""SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where it
+is first imported."""
 
 
 class SdnqTarget(Target):
@@ -70,6 +75,7 @@ class SdnqTarget(Target):
 
         from mpqsearch.export.check import write_check
 
+        os.environ.setdefault(*WITHOUT_COMPILER)
         module: Any = job.model.module
         if not isinstance(module, diffusers.ModelMixin):
             raise ConfigError(
@@ -96,6 +102,7 @@ class SdnqTarget(Target):
         """Load the folder with diffusers and read the dtype that each layer's dequantizer has."""
         from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
 
+        os.environ.setdefault(*WITHOUT_COMPILER)
         module = load_pretrained(folder, self.name, module)
         choices = {
             name: str(layer.sdnq_dequantizer.weights_dtype)
