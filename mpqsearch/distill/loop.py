@@ -170,7 +170,7 @@ class _Run:
         self.spec, self.processes = spec, processes
         self.training = Training(student, groups, spec)
         self.objective = Objective(denoiser.with_module(student), source, spec, self.training)
-        self.guard = Guard(spec, self.training, self.objective.windows.each)
+        self.guard = Guard(spec, self.training, self.objective.windows.per_trajectory)
         self.checks = Checks(spec, student, self.training, processes, measure)
 
     def step(self, done: int) -> dict[str, float]:

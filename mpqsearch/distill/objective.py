@@ -24,18 +24,18 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float1
 class Windows:
     """The endless row of trajectories of a teacher, in windows of consecutive timesteps.
 
-    ``each`` windows make a trajectory; the last may be shorter.
+    ``per_trajectory`` windows make a trajectory; the last may be shorter.
     """
 
     def __init__(self, source: TeacherSource, size: int) -> None:
         self.source, self.size = source, size
-        self.each = -(-len(source.timesteps) // size)
+        self.per_trajectory = -(-len(source.timesteps) // size)
         self._windows: Iterator[list[TeacherStep]] = iter(())
         self._next = -1
 
     def take(self, index: int) -> list[TeacherStep]:
         """Window ``index``, computed from the start of its trajectory where the one before was not taken."""
-        trajectory, position = divmod(index, self.each)
+        trajectory, position = divmod(index, self.per_trajectory)
         if index != self._next or position == 0:
             self._windows = _windows(self.source.steps(trajectory), self.size)
             for _ in range(position):
@@ -74,7 +74,7 @@ class Objective:
     def backward(self, index: int) -> Tensor:
         """Add the gradients of window ``index`` to the parameters'. Task and relation loss, and the mean square of the
         teacher's predictions, which losses are held to."""
-        window, position = self.windows.take(index), index % self.windows.each
+        window, position = self.windows.take(index), index % self.windows.per_trajectory
         if position == 0:
             self.relations.restart()
         first = position * self.spec.relation.window

@@ -40,17 +40,17 @@ def find_feature_module(module: nn.Module) -> str:
 
     Raises `ModelError` when the model has no list of blocks under a known name.
     """
-    found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     for name, child in module.named_modules():
         key = name.rsplit(".", 1)[-1]
         if not isinstance(child, nn.ModuleList) or not len(child) or key not in _BLOCK_LISTS:
             continue
         # The outermost list of a name: U-Nets hold transformer blocks inside their up blocks, and those are not meant.
-        if key not in found or name.count(".") + 1 < found[key].count("."):
-            found[key] = f"{name}.{len(child) - 1}"
-    if found:
-        depth = min(name.count(".") for name in found.values())
-        return next(found[key] for key in _BLOCK_LISTS if key in found and found[key].count(".") == depth)
+        if key not in blocks or name.count(".") + 1 < blocks[key].count("."):
+            blocks[key] = f"{name}.{len(child) - 1}"
+    if blocks:
+        depth = min(name.count(".") for name in blocks.values())
+        return next(blocks[key] for key in _BLOCK_LISTS if key in blocks and blocks[key].count(".") == depth)
     raise ModelError(
         f"{type(module).__name__} has none of the block lists {', '.join(_BLOCK_LISTS)}: name the module whose output "
         "is compared "
@@ -208,8 +208,8 @@ class FeatureTap:
             raise ModelError(
                 f"the module {self.name!r} did not run in the forward pass; name another one (distill.relation.feature)"
             )
-        kept, self._kept = self._kept, []
-        return kept[0] if len(kept) == 1 else torch.cat(kept)
+        calls, self._kept = self._kept, []
+        return calls[0] if len(calls) == 1 else torch.cat(calls)
 
     def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         self._kept.append(_wide(pool_positions(_tensor_of(output, self.name), self.pooled_size)))

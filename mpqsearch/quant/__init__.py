@@ -13,10 +13,8 @@ from mpqsearch.quant.modules import (
     WeightQuantizer,
     build_student,
     convert,
-    load_trainable_state,
     param_groups,
     quant_layers,
-    trainable_state,
 )
 from mpqsearch.quant.ranges import RangeCollector, search_range
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
@@ -45,7 +43,6 @@ __all__ = [
     "fit_rows",
     "gptq_rows",
     "kurtosis",
-    "load_trainable_state",
     "param_groups",
     "quant_layers",
     "quantize_model",
@@ -54,7 +51,6 @@ __all__ = [
     "search_range",
     "smooth_inputs",
     "smoothing_factors",
-    "trainable_state",
     "weight_error_tables",
     "weight_of",
     "width_errors",

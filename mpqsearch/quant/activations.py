@@ -53,8 +53,8 @@ class ActivationTable:
                 raise ConfigError(f"activation table: {name!r} is at full precision; leave it out")
             for what, values in (("scale", self.scale), ("zero", self.zero)):
                 if name not in values or tuple(values[name].shape) != (steps,):
-                    found = "nothing" if name not in values else f"the shape {tuple(values[name].shape)}"
-                    raise ConfigError(f"activation table, layer {name!r}: {what} needs {steps} values, found {found}")
+                    shape = "nothing" if name not in values else f"the shape {tuple(values[name].shape)}"
+                    raise ConfigError(f"activation table, layer {name!r}: {what} needs {steps} values, found {shape}")
             if not bool((self.scale[name] > 0).all()) or not bool(torch.isfinite(self.scale[name]).all()):
                 raise NumericsError(f"activation table, layer {name!r}: scales must be positive and finite")
 

@@ -145,18 +145,18 @@ def quantized_layers(
             continue
         owner: Any = owned[layer.name][0]
         weight: Any = weight_parameter(owner)
-        mean = None if means is None or owner.bias is None else means.get(layer.name)
-        moment = None if moments is None else moments.get(layer.name)
+        corrected = means if owner.bias is not None else None
         rows = quantize_weight(
             weight,
             layer,
             widths,
             bit_map.format_of(layer.name),
             (input_max or {}).get(layer.name),
-            moment if moment is None or mean is None else centred(moment, mean),
+            moment_of(layer.name, moments, corrected),
         )
-        if mean is not None:
-            owner.bias.sub_(bias_shift(rows.rows() - rows_of(weight.float(), layer), mean))
+        if corrected is not None and layer.name in corrected:
+            error = rows.rows() - rows_of(weight.float(), layer)
+            owner.bias.sub_(bias_shift(error, corrected[layer.name]))
         yield layer, rows
 
 
@@ -197,18 +197,15 @@ def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]
     return owners
 
 
-def centred(moment: Tensor, mean: Tensor) -> Tensor:
-    """What a weight error costs once the bias takes its mean: second moment ``[G, D, D]`` less that of the mean."""
-    mean = mean.to(moment)
-    return moment - mean[:, :, None] * mean[:, None, :]
-
-
 def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
-    """The moment that rounds a layer by GPTQ: the second moment of its input, less that of the mean that the bias
-    takes."""
+    """The second moment ``[G, D, D]`` that rounds a layer by GPTQ: of its input, less what the bias takes of the
+    error, which is that of the mean."""
     if moments is None or name not in moments:
         return None
-    return moments[name] if means is None or name not in means else centred(moments[name], means[name])
+    if means is None or name not in means:
+        return moments[name]
+    mean = means[name].to(moments[name])
+    return moments[name] - mean[:, :, None] * mean[:, None, :]
 
 
 def bias_shift(error: Tensor, mean: Tensor) -> Tensor:

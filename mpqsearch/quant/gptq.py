@@ -80,9 +80,9 @@ def gptq_rows(
     for _ in range(sweeps):
         work.fit_scales()
         work.sweep()
-    found = _take(work.target, back, 2).reshape(rows.shape)
+    wanted = _take(work.target, back, 2).reshape(rows.shape)
     fitted = replace(quantizer, scale=work.scale.flatten())
-    codes = encode(found, fitted)
+    codes = encode(wanted, fitted)
     nearest = encode(exact, quantizer)
     before, after = (_output_error(decode(c, q) - exact, truth) for c, q in ((nearest, quantizer), (codes, fitted)))
     keep = (after < before) & alive.repeat_interleave(len(rows) // groups) & (quantizer.bits <= 8)
@@ -92,7 +92,7 @@ def gptq_rows(
     codes = torch.where(keep[:, None], codes, nearest)
     centre = decode(codes, final)
     off = (EDGE * scale)[:, None]
-    moved = torch.where(keep[:, None], found, exact).clamp(centre - off, centre + off)
+    moved = torch.where(keep[:, None], wanted, exact).clamp(centre - off, centre + off)
     same = ~keep[:, None] & (encode(exact, final) == nearest)  # clipped weights of kept rows stay where they are
     return torch.where(same | (quantizer.bits > 8)[:, None], exact, moved), final
 

@@ -1,8 +1,8 @@
 """Trainable quantizers: a copy of a model whose layers compute ``layer(Q_x(x), Q_w(W + B A))`` with gradients.
 
-`build_student` makes the copy, `param_groups` the learning rates, `trainable_state` what a checkpoint needs, `convert`
-the integer codes at the end. All widths of a layer are handled by one vectorised pass; low-rank updates are merged
-before quantization (QALoRA of EfficientDM), so nothing is left of them at inference.
+`build_student` makes the copy, `param_groups` the learning rates, `convert` the integer codes at the end. All widths of
+a layer are handled by one vectorised pass; low-rank updates are merged before quantization (QALoRA of EfficientDM), so
+nothing is left of them at inference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
-from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
+from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.models.hooks import layer_input, with_input
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
@@ -161,8 +161,8 @@ class QuantLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The fake-quantized weight."""
-        made: Tensor = self.weight_quantizer()
-        return made
+        weight: Tensor = self.weight_quantizer()
+        return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``layer(Q_x(x), Q_w(W))``."""
@@ -178,19 +178,19 @@ class QuantLayer(nn.Module):
 
     def plain(self, weight: nn.Parameter) -> nn.Module:
         """An ordinary layer with the given weight, this bias, and this input quantizer in front."""
-        made = copy.copy(self._shell[0])
+        layer = copy.copy(self._shell[0])
         for key in ("weight", "bias"):
-            made.__dict__.pop(key, None)
-        made.__dict__["_parameters"] = {}
-        made.__dict__["_modules"] = {}
+            layer.__dict__.pop(key, None)
+        layer.__dict__["_parameters"] = {}
+        layer.__dict__["_modules"] = {}
         for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-            made.__dict__[hooks] = made.__dict__[hooks].copy()
-        made.register_parameter("weight", weight)
+            layer.__dict__[hooks] = layer.__dict__[hooks].copy()
+        layer.register_parameter("weight", weight)
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        made.register_parameter("bias", bias)
+        layer.register_parameter("bias", bias)
         if self.input_quantizer is not None:
-            attach_quantizer(made, self.input_quantizer)
-        return made
+            attach_quantizer(layer, self.input_quantizer)
+        return layer
 
 
 @torch.no_grad()
@@ -243,8 +243,8 @@ def build_student(
         for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own
             if isinstance(getattr(target, "bias", None), nn.Parameter):
                 target.bias.requires_grad_(trainable == "all")
-            own = target is owned[layer.name][0]
-            swaps[id(target)] = QuantLayer(target, shared, quantizers.pop(layer.name, None) if own else None)
+            first = target is owned[layer.name][0]
+            swaps[id(target)] = QuantLayer(target, shared, quantizers.pop(layer.name, None) if first else None)
     for name, quantizer in quantizers.items():  # layers whose weights stay at full precision
         attach_quantizer(owned[name][0], quantizer)
     _replace(student, swaps)
@@ -320,32 +320,6 @@ def param_groups(
     for kind, lr in (("weight-scales", weight_scale_lr), ("activation-scales", activation_scale_lr)):
         add(kind, shared[kind], lr)
     return groups
-
-
-def trainable_state(student: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of a student holds: its trainable parameters, by name. The rest is rebuilt by
-    `build_student`."""
-    return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_trainable_state(student: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put `trainable_state` back. Raises `ArtifactError` when names or shapes are not those of this student."""
-    mine = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    missing, unexpected = [n for n in mine if n not in state], [n for n in state if n not in mine]
-    if missing or unexpected:
-        raise ArtifactError(
-            f"the checkpoint is of another student: {len(missing)} tensors missing (first: {missing[:1]}), "
-            f"{len(unexpected)} unexpected "
-            f"(first: {unexpected[:1]}). Build the student with the bit map, the activations and the trainable choice "
-            "of the checkpoint."
-        )
-    for name, parameter in mine.items():
-        if state[name].shape != parameter.shape:
-            raise ArtifactError(
-                f"the checkpoint has {name} as {tuple(state[name].shape)}, the student {tuple(parameter.shape)}"
-            )
-        parameter.copy_(state[name])
 
 
 @torch.no_grad()

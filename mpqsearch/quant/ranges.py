@@ -126,9 +126,9 @@ class RangeCollector:
         did."""
         histograms = [self._histograms.get((name, t)) for t in steps]
         ran = [i for i, h in enumerate(histograms) if h is not None]
-        found = _search([h for h in histograms if h is not None], bits, search)
+        results = _search([h for h in histograms if h is not None], bits, search)
         nearest = [min(range(len(ran)), key=lambda k: abs(ran[k] - i)) if ran else 0 for i in range(len(steps))]
-        return tuple(values[nearest] for values in found)
+        return tuple(values[nearest] for values in results)
 
 
 class _Histogram:
@@ -180,12 +180,12 @@ def _search(histograms: list[_Histogram], bits: int, search: ActivationSearch) -
         seen = h.counts > 0
         # The edge bins hold the extremes themselves: their centres may lie outside the values that were seen.
         values, counts = h.centres[seen].clamp(h.low, h.high), h.counts[seen]
-        found = [_best(values, counts, scale, zero.expand(len(scale)), top, search.p)]
+        candidates = [_best(values, counts, scale, zero.expand(len(scale)), top, search.p)]
         if search.zero_points:
             coarse, zero_points = torch.meshgrid(scale[::8], torch.arange(top + 1.0), indexing="ij")
             rough = _best(values, counts, coarse.flatten(), zero_points.flatten(), top, search.p)
-            found.append(_best(values, counts, scale, rough[1].expand(len(scale)), top, search.p))
-        out.append(min(found, key=lambda f: float(f[3])))
+            candidates.append(_best(values, counts, scale, rough[1].expand(len(scale)), top, search.p))
+        out.append(min(candidates, key=lambda c: float(c[3])))
     s, z, e, _ = (torch.stack(list(v)) for v in zip(*out, strict=True))
     return s, z, e
 

@@ -60,11 +60,11 @@ def weight_error_tables(
     the lesser of the other two, row by row, as `fit_rows` chooses.
     """
     needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}}
-    found = moments or row_moments(rows)
+    moments = moments or row_moments(rows)
     errors = {}
     for scheme, asked in needed.items():
         if asked & set(schemes):
-            q = fit_grid(rows, widths, scheme, fmt, found)
+            q = fit_grid(rows, widths, scheme, fmt, moments)
             errors[scheme] = square_errors(rows, q.scale, q.zero, top_code(q.bits))
     if "auto" in schemes:
         errors["auto"] = torch.minimum(errors["asymmetric"], errors["symmetric"])
@@ -191,8 +191,8 @@ def width_quantizers(
     part: slice = EVERY,
 ) -> tuple[tuple[RowQuantizer, ...], Tensor]:
     """The quantizer of every row at every width, one a width, and the errors of `width_errors` that they make."""
-    found = [_searched(weight, layer, bits, fmt, stats, part) for bits in widths]
-    return tuple(q for _, q in found), torch.stack([error for error, _ in found])
+    errors, quantizers = zip(*(_searched(weight, layer, bits, fmt, stats, part) for bits in widths), strict=True)
+    return quantizers, torch.stack(errors)
 
 
 def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQuantizer, ...]:
