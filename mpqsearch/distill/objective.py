@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class Objective:
         """The student's guided prediction of a step."""
         t = torch.full((len(given.x),), given.timestep, dtype=torch.long, device=given.x.device)
         dtype = AUTOCAST[self.spec.precision]
-        with torch.autocast(self.training.device.type, dtype=dtype, enabled=dtype is not None):
+        narrow = nullcontext() if dtype is None else torch.autocast(self.training.device.type, dtype=dtype)
+        with narrow:
             return self.denoiser.guided(given.x, t, given.cond, self.source.guidance)
 
     def _task(self, given: TeacherStep) -> Tensor:

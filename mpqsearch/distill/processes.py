@@ -31,10 +31,10 @@ class Processes:
         return self.rank == 0
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over processes, in one exchange."""
+        """Replace every tensor by its mean over processes, in one exchange on the device of the first."""
         if self.world == 1 or not tensors:
             return
-        flat = torch.cat([t.flatten().float() for t in tensors])
+        flat = torch.cat([t.flatten().float().to(tensors[0].device) for t in tensors])
         mean = self.accelerator.reduce(flat, reduction="mean")
         for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

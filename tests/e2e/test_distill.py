@@ -59,7 +59,7 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     assert "distill (" in other.stderr
     assert "--overwrite" in other.stderr
     assert cli(*call, "--set", "distill.relation.temperature=0.5", "--overwrite").returncode == 0
-    misspelt = cli(*call, "--set", "distill.temprature=0.5")
+    misspelt = cli(*call, "--set", "distill.relation.temprature=0.5")
     assert misspelt.returncode == 2
     assert "'temperature'" in misspelt.stderr
 

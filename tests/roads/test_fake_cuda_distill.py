@@ -1,0 +1,53 @@
+"""A training on a GPU, walked on tensors that only say that they lie there: the losses are those of the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpqsearch.core import BitMap
+from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.quant import build_student, convert, param_groups
+from mpqsearch.specs import SamplerSpec
+from tests.support import tiny_denoiser
+from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
+
+SPEC = DistillSpec(
+    steps=4, ema=0.9, check_every=2, checkpoint_every=2, relation=TRDSpec(pooled_size=2, queue=1, feature="up_blocks.1")
+)
+
+
+def losses(denoiser: Denoiser, folder: Path) -> list[float]:
+    """Two steps, and the other two by the same call again."""
+    table = discover(tiny_denoiser())
+    bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(4) for la in table})
+    source = Trajectories(
+        denoiser, SamplerSpec(steps=2, guidance=2.0), batch=2, feature=SPEC.relation.feature, pooled_size=2
+    )
+    found = []
+    for stop in (2, 4):
+        student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
+        groups = param_groups(student, relative=True, multiplier=50)
+
+        def measure(student: torch.nn.Module) -> float:
+            return float(convert(student).module.conv_out.weight.square().sum())  # type: ignore[operator, union-attr]
+
+        for state in distill(denoiser, student, groups, source, SPEC, folder=folder, measure=measure):
+            found.append(state.loss)
+            if state.step == stop:
+                break
+    return found
+
+
+def test_a_training_and_its_continuation(tmp_path: Path) -> None:
+    denoiser = tiny_denoiser()
+    expected = losses(denoiser, tmp_path / "cpu")
+    with fake_cuda():
+        moved = denoiser.with_module(on_gpu(denoiser.module))
+        assert isinstance(next(moved.module.parameters()), FakeCudaTensor)
+        assert losses(moved, tmp_path / "gpu") == pytest.approx(expected, rel=1e-3)
+    assert len(expected) == 4
