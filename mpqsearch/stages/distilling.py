@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -94,11 +95,11 @@ def distill(
     if run.config.distill.check_every:
         checks = _checks(folder / "train.jsonl")
         data["checks"] = [[step, value if math.isfinite(value) else None] for step, value in checks]
-        kept, last = min(checks, key=lambda c: (c[1], c[0])), checks[-1]
+        best, last = min(checks, key=lambda c: (c[1], c[0])), checks[-1]
         run.say(
-            f"distill: kept the student of step {kept[0]} of {run.config.distill.steps}, "
+            f"distill: kept the student of step {best[0]} of {run.config.distill.steps}, "
             f"FD[{extractor.label}]-{run.config.distill.check_samples} "
-            f"vs FP on development seeds {kept[1]:.4g} (last step: {last[1]:.4g})"
+            f"vs FP on development seeds {best[1]:.4g} (last step: {last[1]:.4g})"
         )
     artifacts.write_json(path, "mpqsearch/metrics", data, inputs)
     run.say(f"distill: {folder}, trained in {run.seconds['distill']:.0f} s")
@@ -147,9 +148,9 @@ def _train(
         relative=True,
         multiplier=c.lr_factor,
     )
-    made = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
+    digests = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
     if c.check_every:
-        made["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.evaluation_inputs])
+        digests["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.evaluation_inputs])
     with bar_of("distill", c.steps, unit="step") as bar:
         for state in loop(
             run.denoiser,
@@ -158,7 +159,7 @@ def _train(
             source,
             c,
             folder=folder,
-            inputs=made,
+            inputs=digests,
             overwrite=run.overwrite,
             processes=team,
             measure=checking,
@@ -181,14 +182,15 @@ def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], fl
     from mpqsearch.sampling import sample, to_uint8
 
     seeds = tuple(run.config.distill.check_seeds)
-    known: list[Reference] = []
+
+    @functools.cache
+    def full_precision() -> Reference:
+        samples = sample(run.denoiser, seeds, run.config.sampler)
+        return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None)
 
     def measure(student: nn.Module) -> float:
-        if not known:
-            samples = sample(run.denoiser, seeds, run.config.sampler)
-            known.append(Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None))
-        found = sample(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
-        return distance_to_full_precision(found, known[0], extractor)
+        samples = sample(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
+        return distance_to_full_precision(samples, full_precision(), extractor)
 
     return measure
 
