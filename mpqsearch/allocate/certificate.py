@@ -10,7 +10,7 @@ The bound holds for every limit on the number of formats too: the least sum is t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SLIP = 2.0**-48
 """Rounding that is forgiven, as a share of the sum of the absolute numbers that were added."""
 
-Rows = list[list[float]]
+Columns = list[list[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,26 +85,24 @@ def check_certificate(certificate: Certificate, problem: AllocationProblem, choi
 
     The digests are for whoever rebuilt the tables to compare; they are not looked at here.
     """
-    picked = [int(c) for c in choice]
-    if len(picked) != len(problem.loss) or any(not 0 <= c < problem.loss.shape[1] for c in picked):
-        return Check(problem=f"the choice must name one of {problem.loss.shape[1]} formats for each item")
-    budgets = {b.name: (b.cost, int(b.limit)) for b in problem.budgets}
+    picked, (n, k) = [int(c) for c in choice], problem.loss.shape
+    if len(picked) != n or any(not 0 <= c < k for c in picked):
+        return Check(problem=f"the choice must name one of {k} formats for each of {n} items")
+    budgets = {b.name: (_columns(b.cost), int(b.limit)) for b in problem.budgets}
     if set(budgets) != set(certificate.limits):
         return Check(problem=f"the budgets are {sorted(budgets)}, the certificate has {sorted(certificate.limits)}")
     costs = []
     for name, (table, limit) in budgets.items():
-        cost = sum(row[c] for row, c in zip(table.tolist(), picked, strict=True))
-        costs.append(cost)
+        costs.append(sum(table[c][i] for i, c in enumerate(picked)))
         if certificate.limits[name] != limit:
             return Check(problem=f"the limit on {name} is {limit}, the certificate says {certificate.limits[name]}")
-        if cost != certificate.costs.get(name):
-            return Check(problem=f"{name} is {cost}, the certificate says {certificate.costs.get(name)}")
-        if cost > limit:
-            return Check(problem=f"{name} is {cost}, above the limit {limit}")
-    losses = problem.loss.tolist()
-    terms = [row[c] for row, c in zip(losses, picked, strict=True)] + list(_pair_terms(problem, picked))
-    loss = math.fsum(terms)
-    slip = SLIP * math.fsum(map(abs, terms))
+        if costs[-1] != certificate.costs.get(name):
+            return Check(problem=f"{name} is {costs[-1]}, the certificate says {certificate.costs.get(name)}")
+        if costs[-1] > limit:
+            return Check(problem=f"{name} is {costs[-1]}, above the limit {limit}")
+    losses = _columns(problem.loss)
+    terms = [losses[c][i] for i, c in enumerate(picked)] + _pair_terms(problem, picked)
+    loss, slip = math.fsum(terms), SLIP * math.fsum(map(abs, terms))
     if not abs(loss - certificate.loss) <= slip:
         return Check(problem=f"the loss is {loss}, the certificate says {certificate.loss}")
     if broken := _broken_rule(problem, picked):
@@ -114,22 +112,33 @@ def check_certificate(certificate: Certificate, problem: AllocationProblem, choi
     rates = [certificate.multipliers.get(name, math.nan) for name in budgets]
     if not all(0 <= rate < math.inf for rate in rates):
         return Check(problem=f"the multipliers {rates} are not all finite and >= 0", loss=loss, costs=tuple(costs))
-    bound, slip = _bound(problem, losses, rates, slip)
+    bound, slip = _bound(problem, losses, list(zip(rates, budgets.values(), strict=True)), slip)
     gap = 0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else math.inf
-    claimed = certificate.bound
     wrong = ""
-    if claimed > bound + slip:
-        wrong = f"the multipliers prove {bound}, the certificate says {claimed}"
-    elif claimed > loss + slip:
-        wrong = f"the bound {claimed} is above the loss {loss}"
+    if certificate.bound > bound + slip:
+        wrong = f"the multipliers prove {bound}, the certificate says {certificate.bound}"
+    elif certificate.bound > loss + slip:
+        wrong = f"the bound {certificate.bound} is above the loss {loss}"
     return Check(problem=wrong, loss=loss, costs=tuple(costs), bound=bound, gap=gap)
+
+
+def _columns(table: Any) -> Columns:
+    return [table[:, j].tolist() for j in range(table.shape[1])]
+
+
+def _pair_terms(problem: AllocationProblem, picked: list[int]) -> list[float]:
+    if problem.pairwise is None:
+        return []
+    pairs = zip(problem.pairwise.first.tolist(), problem.pairwise.second.tolist(), problem.pairwise.value, strict=True)
+    return [float(value[picked[first], picked[second]]) for first, second, value in pairs]
 
 
 def _broken_rule(problem: AllocationProblem, picked: list[int]) -> str:
     """The first rule beside the budgets that the choice breaks."""
+    allowed = None if problem.allowed is None else _columns(problem.allowed)
+    fixed = [-1] * len(picked) if problem.fixed_choice is None else problem.fixed_choice.tolist()
     for item, choice in enumerate(picked):
-        fixed = -1 if problem.fixed_choice is None else int(problem.fixed_choice[item])
-        if fixed not in (-1, choice) or (problem.allowed is not None and not problem.allowed[item, choice]):
+        if fixed[item] not in (-1, choice) or (allowed is not None and not allowed[choice][item]):
             return f"item {item} has choice {choice}, which is not allowed"
     shared: dict[int, int] = {}
     for item, group in enumerate([] if problem.group_labels is None else problem.group_labels.tolist()):
@@ -138,84 +147,75 @@ def _broken_rule(problem: AllocationProblem, picked: list[int]) -> str:
     if problem.max_formats is not None and len(set(picked)) > problem.max_formats:
         return f"{len(set(picked))} formats are used, {problem.max_formats} are allowed"
     if problem.max_formats_per_layer is not None and problem.layer is not None:
-        used: dict[int, set[int]] = {}
-        for layer, choice in zip(problem.layer.tolist(), picked, strict=True):
-            used.setdefault(layer, set()).add(choice)
-        for layer, formats in used.items():
-            if len(formats) > problem.max_formats_per_layer:
-                return f"layer {layer} uses {len(formats)} formats, {problem.max_formats_per_layer} are allowed"
+        for layer, choices in _by_label(problem.layer.tolist(), picked).items():
+            if len(set(choices)) > problem.max_formats_per_layer:
+                return f"layer {layer} uses {len(set(choices))} formats, {problem.max_formats_per_layer} are allowed"
     return ""
 
 
-def _pair_terms(problem: AllocationProblem, picked: list[int]) -> Iterator[float]:
-    if problem.pairwise is not None:
-        pairs = problem.pairwise
-        for first, second, value in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.value, strict=True):
-            yield float(value[picked[first], picked[second]])
+def _by_label(labels: list[int], values: list[Any]) -> dict[int, list[Any]]:
+    listed: dict[int, list[Any]] = {}
+    for label, value in zip(labels, values, strict=True):
+        listed.setdefault(label, []).append(value)
+    return listed
 
 
 def _bound(
-    problem: AllocationProblem, losses: list[list[float]], rates: list[float], slip: float
+    problem: AllocationProblem, losses: Columns, budgets: list[tuple[float, tuple[Columns, int]]], slip: float
 ) -> tuple[float, float]:
     """The Lagrangian bound, and the rounding to forgive."""
-    priced = _forbidden(problem, losses)
-    for rate, budget in zip(rates, problem.budgets, strict=True):
+    prices = losses
+    for rate, (costs, _) in budgets:
         if rate:
-            priced = [
-                [p + rate * c for p, c in zip(prices, costs, strict=True)]
-                for prices, costs in zip(priced, budget.cost.tolist(), strict=True)
-            ]
-    rows, layers = _shared_rows(problem, priced)
-    paid = [rate * int(b.limit) for rate, b in zip(rates, problem.budgets, strict=True)]
-    if problem.max_formats is None and problem.max_formats_per_layer is None:
-        least = math.fsum(map(min, rows))
+            prices = [[p + rate * c for p, c in zip(*pair, strict=True)] for pair in zip(prices, costs, strict=True)]
+    prices = _permitted(problem, prices)
+    few = problem.max_formats is not None or problem.max_formats_per_layer is not None
+    if few or problem.group_labels is not None:
+        least = _least_in_groups(problem, [list(row) for row in zip(*prices, strict=True)])
     else:
-        least = _least_with_few_formats(problem, rows, layers)
+        least = math.fsum(map(min, *prices)) if len(prices) > 1 else math.fsum(prices[0])
+    paid = [-rate * limit for rate, (_, limit) in budgets]
     pairs = [] if problem.pairwise is None else [float(value.min()) for value in problem.pairwise.value]
     slip += SLIP * (abs(least) + math.fsum(map(abs, paid)) + math.fsum(map(abs, pairs)))
-    return math.fsum([least, *pairs, *(-p for p in paid)]), slip
+    return math.fsum([least, *pairs, *paid]), slip
 
 
-def _forbidden(problem: AllocationProblem, losses: list[list[float]]) -> Rows:
-    """The losses, infinite where ``allowed`` and ``fixed`` forbid."""
+def _permitted(problem: AllocationProblem, prices: Columns) -> Columns:
+    """The prices, infinite where ``allowed`` and ``fixed`` forbid."""
     if problem.allowed is not None:
-        losses = [
-            [x if ok else math.inf for x, ok in zip(row, oks, strict=True)]
-            for row, oks in zip(losses, problem.allowed.tolist(), strict=True)
+        prices = [
+            [p if ok else math.inf for p, ok in zip(*pair, strict=True)]
+            for pair in zip(prices, _columns(problem.allowed), strict=True)
         ]
     if problem.fixed_choice is not None:
-        losses = [
-            row if fixed < 0 else [x if j == fixed else math.inf for j, x in enumerate(row)]
-            for row, fixed in zip(losses, problem.fixed_choice.tolist(), strict=True)
+        fixed = problem.fixed_choice.tolist()
+        prices = [
+            [p if f in (-1, j) else math.inf for p, f in zip(column, fixed, strict=True)]
+            for j, column in enumerate(prices)
         ]
-    return losses
+    return prices
 
 
-def _shared_rows(problem: AllocationProblem, priced: Rows) -> tuple[Rows, list[int]]:
-    """One row per group or free item, and its layer (of several layers the first: fewer rules bind the bound)."""
-    layers = [0] * len(priced) if problem.layer is None else [int(x) for x in problem.layer]
-    if problem.group_labels is None:
-        return priced, layers
-    rows: dict[tuple[int, int], list[float]] = {}
-    layer_of: dict[tuple[int, int], int] = {}
-    for item, (row, group) in enumerate(zip(priced, problem.group_labels.tolist(), strict=True)):
-        key = (group, -1) if group >= 0 else (-1, item)
-        rows[key] = [a + b for a, b in zip(rows[key], row, strict=True)] if key in rows else row
-        layer_of.setdefault(key, layers[item])
-    return list(rows.values()), list(layer_of.values())
+def _least_in_groups(problem: AllocationProblem, rows: list[list[float]]) -> float:
+    """Least sum of prices when the items of a group share a choice, and formats are few in the model and its layers.
 
-
-def _least_with_few_formats(problem: AllocationProblem, rows: Rows, layers: list[int]) -> float:
-    """Least sum of the rows' prices with few formats in the model, and few in each layer."""
-    k = problem.loss.shape[1]
-    most = k if problem.max_formats is None else min(problem.max_formats, k)
-    in_layer = most if problem.max_formats_per_layer is None else min(problem.max_formats_per_layer, most)
-    by_layer: dict[int, Rows] = {}
-    for row, layer in zip(rows, layers if problem.max_formats_per_layer is not None else [0] * len(rows), strict=True):
-        by_layer.setdefault(layer, []).append(row)
-    subsets = list(combinations(range(k), in_layer))
-    sums = [{s: math.fsum(min(row[j] for j in s) for row in block) for s in subsets} for block in by_layer.values()]
+    A group that lies in several layers counts in its first: fewer rules bind a lower bound.
+    """
+    groups = [-1] * len(rows) if problem.group_labels is None else problem.group_labels.tolist()
+    items = _by_label([g if g >= 0 else -2 - i for i, g in enumerate(groups)], list(range(len(rows))))
+    merged = [
+        [math.fsum(column) for column in zip(*(rows[i] for i in members), strict=True)] for members in items.values()
+    ]
+    k, in_layer = problem.loss.shape[1], problem.max_formats_per_layer
+    most = min(problem.max_formats or k, k)
+    inside = min(in_layer or most, most)
+    layers = [0 if in_layer is None or problem.layer is None else int(problem.layer[m[0]]) for m in items.values()]
+    sets = list(combinations(range(k), inside))
+    sums = [
+        {s: math.fsum(min(row[j] for j in s) for row in block) for s in sets}
+        for block in _by_label(layers, merged).values()
+    ]
     return min(
-        math.fsum(min(total for s, total in block.items() if set(s) <= model) for block in sums)
+        math.fsum(min(total for s, total in block.items() if model.issuperset(s)) for block in sums)
         for model in map(set, combinations(range(k), most))
     )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate import dual, ilp, infeasible, mckp
 from mpqsearch.allocate.problem import AllocationProblem, Floats
+from mpqsearch.allocate.result import Proof
 from mpqsearch.allocate.tables import Tables, total_loss
 from mpqsearch.allocate.task import INFINITY, Answer, Task
 from mpqsearch.errors import SolverError
@@ -84,10 +86,11 @@ class _Search:
         if self.few is not None:
             infeasible.check_formats(self.task.problem, self.tables, self.few)
         self.dual = dual.maximize(self.tables, self.few, max(dual.TOLERANCE, self.task.gap_tolerance / 20), self.until)
+        self.floor = self.dual.best.value
 
     def gap(self) -> float:
         """What is not certified yet, in units of the loss."""
-        gap = self.loss - self.dual.best.value
+        gap = self.loss - self.floor
         return 0.0 if gap <= mckp.ROUNDING * abs(self.loss) else gap
 
     def close_enough(self) -> bool:
@@ -147,14 +150,18 @@ class _Search:
 
     def _filled(self, within: Tables, at: dual.Evaluation) -> NDArray[np.int32]:
         """The exact core's answer for one budget, with the prices of all others in the losses; of these the one nearest
-        to all limits."""
+        to all limits. Such a program relaxes the others only, so its bound holds for the whole problem."""
         starts = [at.choice]
         for number in np.flatnonzero(at.rates).tolist():
             others = np.where(np.arange(len(at.rates)) == number, 0.0, at.rates)
             priced, cost, limit = dual.prices(within, others), within.costs[number], within.limits[number]
-            tolerance = max(self.task.gap_tolerance / 4, FILL_GAP)
+            tolerance = max(self.task.gap_tolerance / 4, FILL_GAP if others.any() else 0.0)
             solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance, deadline=self.until)
             self.offer(solved.choice, "core")
+            if self.few is None:
+                paid = float(others @ np.array(within.limits, dtype=np.float64))
+                slip = mckp.ROUNDING * abs(solved.loss) if others.any() else 0.0
+                self.floor = max(self.floor, solved.floor - paid - slip)
             starts.append(solved.choice)
         return min(starts, key=lambda choice: (violation(within, choice), total_loss(within.loss, choice)))
 
@@ -165,7 +172,8 @@ class _Search:
         penalty = penalties(self.tables, plain.rates, plain.choice)
         open_loss = np.where(penalty <= worth, self.tables.loss, np.inf)
         finite = np.isfinite(open_loss)
-        if int(finite[finite.sum(axis=1) > 1].sum()) > MAX_CELLS or time.perf_counter() > self.until:
+        modelled = finite if self.few is not None else finite[finite.sum(axis=1) > 1]
+        if int(modelled.sum()) > MAX_CELLS or time.perf_counter() > self.until:
             return
         outcome = self._program(open_loss, rules=True)
         self.impossible = outcome.infeasible and self.choice is None
@@ -209,13 +217,18 @@ class _Search:
     def answer(self) -> Answer:
         """The best choice, and what is proven about it."""
         assert self.choice is not None
-        best = self.dual.best
-        exact = self.by_solver and self.task.gap_tolerance == 0
+        best, proof = self.dual.best, cast("Proof", "none")
+        if self.loss - best.value <= mckp.ROUNDING * abs(self.loss):
+            proof = "bound"
+        elif not self.gap():
+            proof = "search"
+        elif self.by_solver and self.task.gap_tolerance == 0:
+            proof = "solver"
         return Answer(
             choice=self.choice,
-            proof="bound" if not self.gap() else "solver" if exact else "none",
-            in_time=time.perf_counter() < self.until or self.by_solver or not self.gap(),
-            floor=best.value,
+            proof=proof,
+            in_time=time.perf_counter() < self.until or self.by_solver or proof != "none",
+            floor=self.floor,
             dual_bound=best.value,
             multipliers=tuple(float(rate) for rate in best.rates),
             solver=self.used_solver,

@@ -30,7 +30,7 @@ SAMPLE_ROWS = 8_192
 SPREADS = 1.5
 """Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
 
-NEAR_MOVES = 80
+NEAR_MOVES = 400
 """Moves nearest to the break that the first improvement looks at."""
 
 NEAR_STATES = 20_000

@@ -102,8 +102,8 @@ def test_every_forged_number_is_refused(what):
         ({"groups": [[0, 1]]}, [1] + [0] * 11, "group 0 has the choices"),
         ({"max_formats": 2}, [0, 1, 2] + [0] * 9, "3 formats are used"),
         ({"max_formats_per_layer": 1, "layer": np.repeat([0, 1], 6)}, [1] + [0] * 11, "layer 0 uses 2"),
-        ({}, [0] * 11, "for each item"),
-        ({}, [4] + [0] * 11, "for each item"),
+        ({}, [0] * 11, "for each of 12 items"),
+        ({}, [4] + [0] * 11, "for each of 12 items"),
     ],
 )
 def test_every_broken_rule_is_named(rule, choice, words):
