@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,58 +111,53 @@ class _Search:
                 return
             loss = self.tables.loss if at.formats is None else np.where(at.formats, self.tables.loss, np.inf)
             within = replace(self.tables, loss=loss)
-            if len(self.tables.limits) == 1:
-                self._solve_one_budget(within)
-            else:
-                self._solve_near_break(within, at)
+            starts = [at.choice, *self._filled(within, at)]
+            if len(self.tables.limits) > 1:
+                self._solve_near_break(within, at, min(starts, key=lambda c: self._nearness(within, c)))
 
-    def _solve_one_budget(self, within: Tables) -> None:
-        try:
-            solved = mckp.solve_table(
-                within.loss,
-                within.cost,
-                within.limit,
-                gap_tolerance=self.task.gap_tolerance,
-                deadline=self.until,
-            )
-        except mckp.BudgetTooSmallError:
-            return
-        self.offer(solved.choice, "core")
+    def _filled(self, within: Tables, at: dual.Evaluation) -> list[NDArray[np.int32]]:
+        """The exact core's answers for one budget at a time, with the prices of all others in the losses.
 
-    def _solve_near_break(self, within: Tables, at: dual.Evaluation) -> None:
+        Such a program relaxes the other budgets only, so its bound holds for the whole problem.
+        """
+        answers = []
+        for number in range(len(at.rates)):
+            others = np.where(np.arange(len(at.rates)) == number, 0.0, at.rates)
+            priced, cost, limit = dual.prices(within, others), within.costs[number], within.limits[number]
+            tolerance = max(self.task.gap_tolerance / 4, FILL_GAP if others.any() else 0.0)
+            try:
+                solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance, deadline=self.until)
+            except mckp.BudgetTooSmallError:  # too small within these formats
+                continue
+            self.offer(solved.choice, "core")
+            answers.append(solved.choice)
+            if self.few is None:
+                paid = float(others @ np.array(within.limits, dtype=np.float64))
+                slip = mckp.ROUNDING * abs(solved.loss) if others.any() else 0.0
+                self.floor = max(self.floor, solved.floor - paid - slip)
+        return answers
+
+    def _nearness(self, within: Tables, choice: NDArray[np.int32]) -> tuple[float, float]:
+        """What exceeds the limits, each as a share of its limit, and the loss."""
+        spent = zip(within.spent(choice), within.limits, strict=True)
+        return sum(max(used - limit, 0) / max(limit, 1) for used, limit in spent), total_loss(within.loss, choice)
+
+    def _solve_near_break(self, within: Tables, at: dual.Evaluation, start: NDArray[np.int32]) -> None:
         """Repair a start, then solve for the rows whose choice is most in doubt, all others held."""
-        start = self._filled(within, at)
         penalty = penalties(within, at.rates, at.choice)
         order = np.argsort(_doubt(penalty), kind="stable")
         repaired = _repaired(within, start, penalty, order[:REPAIR_ROWS])
         if repaired is not None:
             self.offer(repaired, "core")
             start = repaired
+        rows = np.arange(len(start))
         for size in CORE_ROWS:
             if size >= len(order) or time.perf_counter() > self.until or self.close_enough():
                 return
-            rows = np.arange(len(start))
             held = np.full(within.loss.shape, np.inf)
             held[rows, start] = within.loss[rows, start]
             held[order[:size]] = within.loss[order[:size]]
             self._program(held, rules=False)
-
-    def _filled(self, within: Tables, at: dual.Evaluation) -> NDArray[np.int32]:
-        """The exact core's answer for one budget, with the prices of all others in the losses; of these the one nearest
-        to all limits. Such a program relaxes the others only, so its bound holds for the whole problem."""
-        starts = [at.choice]
-        for number in np.flatnonzero(at.rates).tolist():
-            others = np.where(np.arange(len(at.rates)) == number, 0.0, at.rates)
-            priced, cost, limit = dual.prices(within, others), within.costs[number], within.limits[number]
-            tolerance = max(self.task.gap_tolerance / 4, FILL_GAP if others.any() else 0.0)
-            solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance, deadline=self.until)
-            self.offer(solved.choice, "core")
-            if self.few is None:
-                paid = float(others @ np.array(within.limits, dtype=np.float64))
-                slip = mckp.ROUNDING * abs(solved.loss) if others.any() else 0.0
-                self.floor = max(self.floor, solved.floor - paid - slip)
-            starts.append(solved.choice)
-        return min(starts, key=lambda choice: (violation(within, choice), total_loss(within.loss, choice)))
 
     def improve_by_program(self) -> None:
         """The integer program over every choice that could be part of a better answer."""
@@ -217,7 +211,8 @@ class _Search:
     def answer(self) -> Answer:
         """The best choice, and what is proven about it."""
         assert self.choice is not None
-        best, proof = self.dual.best, cast("Proof", "none")
+        best = self.dual.best
+        proof: Proof = "none"
         if self.loss - best.value <= mckp.ROUNDING * abs(self.loss):
             proof = "bound"
         elif not self.gap():
@@ -296,12 +291,6 @@ def _doubt(penalty: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(len(penalty), np.inf)
     second: NDArray[np.float64] = np.partition(penalty, 1, axis=1)[:, 1]
     return second
-
-
-def violation(tables: Tables, choice: NDArray[np.int32]) -> float:
-    """Sum of what exceeds the limits, each as a share of its limit."""
-    over = [(used - limit) / max(limit, 1) for used, limit in zip(tables.spent(choice), tables.limits, strict=True)]
-    return sum(max(x, 0.0) for x in over)
 
 
 def _repaired(
