@@ -233,12 +233,11 @@ def distill(
     )
     groups = param_groups(
         student,
-        lora_lr_factor=c.lora_lr,
-        weight_lr_factor=c.weight_lr,
+        lora_lr=c.lora_lr,
+        weight_lr=c.weight_lr,
         weight_scale_lr=c.weight_scale_lr,
         activation_scale_lr=c.activation_scale_lr,
-        relative=True,
-        multiplier=c.lr_factor,
+        lr_factor=c.lr_factor,
     )
     where = None if folder is None else Path(folder)
     inputs = {"model": table.digest, "bit_map": bit_map.digest}

@@ -271,54 +271,41 @@ def quant_layers(student: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 def param_groups(
     student: nn.Module,
     *,
-    lora_lr_factor: float = 1 / 2500,
-    weight_lr_factor: float = 1 / 2500,
-    weight_scale_lr: float = 1e-6,
-    activation_scale_lr: float = 5e-4,
-    relative: bool = False,
-    multiplier: float = 1.0,
+    lora_lr: float = 0.04,
+    weight_lr: float = 0.04,
+    weight_scale_lr: float = 1e-3,
+    activation_scale_lr: float = 5e-3,
+    lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW, ``{"name", "params", "lr"}``; groups without parameters are left out.
+    """Parameter groups for AdamW, ``{"name", "params", "lr"}``, one for each kind and layer: ``lora:<layer>``,
+    ``weights:<layer>``, ``weight-scales:<layer>`` and ``activation-scales:<layer>`` (with zero points).
 
-    The defaults are those of the released codes of EfficientDM and MPQ-DM, for 16,000 iterations with linear decay:
-    low-rank updates of a layer (one group each, ``lora:<layer>``; weights ``weights:<layer>``) its mean step times
-    ``lora_lr_factor`` (``weight_lr_factor``), ``weight-scales`` and ``activation-scales`` (with zero points) fixed
-    rates. ``relative`` multiplies those two by the mean step of each layer, so that Adam changes scales of any
-    magnitude by the same fraction; the groups are then one a layer. ``multiplier`` multiplies everything, for shorter
-    schedules.
+    Rates are in units of the mean quantization step of a layer, so that Adam changes scales of any magnitude by the
+    same fraction, and times ``lr_factor``. The defaults are for a few hundred steps; the released codes of EfficientDM
+    and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. Groups without parameters are left out.
     """
     groups: list[dict[str, Any]] = []
-    shared: dict[str, list[nn.Parameter]] = {"weight-scales": [], "activation-scales": []}
 
-    def add(name: str, parameters: list[nn.Parameter], lr: float) -> None:
-        wanted = [p for p in parameters if p.requires_grad]
-        if wanted:
-            groups.append({"name": name, "params": wanted, "lr": lr * multiplier})
+    def add(kind: str, name: str, parameters: list[nn.Parameter], lr: float) -> None:
+        trained = [p for p in parameters if p.requires_grad]
+        if trained:
+            groups.append({"name": f"{kind}:{name}", "params": trained, "lr": lr * lr_factor})
 
-    def add_scales(kind: str, name: str, parameters: list[nn.Parameter], lr: float, step: float) -> None:
-        if relative:
-            add(f"{kind}:{name}", parameters, lr * step)
-        else:
-            shared[kind] += parameters
-
-    seen: set[int] = set()
+    seen: set[WeightQuantizer] = set()
     for name, part in student.named_modules():
-        if isinstance(part, QuantLayer) and id(part.weight_quantizer) in seen and part.bias is not None:
-            add(f"weights:{name}", [part.bias], part.weight_quantizer.mean_step() * weight_lr_factor)
-        elif isinstance(part, QuantLayer):
-            q = part.weight_quantizer
-            seen.add(id(q))
-            step = q.mean_step()
-            add_scales("weight-scales", name, [q.scale, q.zero], weight_scale_lr, step)
-            if hasattr(q, "lora_a"):
-                add(f"lora:{name}", [q.lora_a, q.lora_b], step * lora_lr_factor)
-            weights = [p for p in (q.base, part.bias) if isinstance(p, nn.Parameter)]
-            add(f"weights:{name}", weights, step * weight_lr_factor)
-        elif isinstance(part, ActivationQuantizer):
+        if isinstance(part, ActivationQuantizer):
             step = float(part.scale.detach().mean())
-            add_scales("activation-scales", part.layer.name, [part.scale, part.zero], activation_scale_lr, step)
-    for kind, lr in (("weight-scales", weight_scale_lr), ("activation-scales", activation_scale_lr)):
-        add(kind, shared[kind], lr)
+            add("activation-scales", part.layer.name, [part.scale, part.zero], step * activation_scale_lr)
+        if not isinstance(part, QuantLayer):
+            continue
+        q, step = part.weight_quantizer, part.weight_quantizer.mean_step()
+        base = [] if q in seen else [q.base]  # a weight that several layers use is trained once
+        if q not in seen:
+            add("weight-scales", name, [q.scale, q.zero], step * weight_scale_lr)
+            add("lora", name, [q.lora_a, q.lora_b] if hasattr(q, "lora_a") else [], step * lora_lr)
+        seen.add(q)
+        weights = [p for p in (*base, part.bias) if isinstance(p, nn.Parameter)]
+        add("weights", name, weights, step * weight_lr)
     return groups
 
 

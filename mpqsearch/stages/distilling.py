@@ -141,12 +141,11 @@ def _train(
         )
     groups = param_groups(
         student,
-        lora_lr_factor=c.lora_lr,
-        weight_lr_factor=c.weight_lr,
+        lora_lr=c.lora_lr,
+        weight_lr=c.weight_lr,
         weight_scale_lr=c.weight_scale_lr,
         activation_scale_lr=c.activation_scale_lr,
-        relative=True,
-        multiplier=c.lr_factor,
+        lr_factor=c.lr_factor,
     )
     digests = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
     if c.check_every:

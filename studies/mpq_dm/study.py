@@ -455,11 +455,11 @@ def train(
     s = model.schedule
     groups = param_groups(
         student,
-        lora_lr_factor=s.lora_lr * recipe.lr_factor,
-        weight_lr_factor=s.weight_lr * recipe.lr_factor,
-        weight_scale_lr=s.weight_scale_lr * recipe.lr_factor,
-        activation_scale_lr=s.activation_scale_lr * recipe.lr_factor,
-        relative=True,
+        lora_lr=s.lora_lr,
+        weight_lr=s.weight_lr,
+        weight_scale_lr=s.weight_scale_lr,
+        activation_scale_lr=s.activation_scale_lr,
+        lr_factor=recipe.lr_factor,
     )
     training = DistillSpec(
         steps=s.steps,

@@ -31,7 +31,7 @@ def losses(denoiser: Denoiser, folder: Path) -> list[float]:
     found = []
     for stop in (2, 4):
         student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
-        groups = param_groups(student, relative=True, multiplier=50)
+        groups = param_groups(student)
 
         def measure(student: torch.nn.Module) -> float:
             return float(convert(student).module.conv_out.weight.square().sum())  # type: ignore[operator, union-attr]

@@ -105,7 +105,7 @@ def test_students_and_activation_widths(trainable: Any, device: torch.device) ->
         student = build_student(
             module, table, bit_map, input_max=input_max, activations=scales, trainable=trainable, rank=2
         )
-        optimizer = torch.optim.AdamW(param_groups(student, relative=True))
+        optimizer = torch.optim.AdamW(param_groups(student))
         for _ in range(2):
             call(student, device).square().sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
