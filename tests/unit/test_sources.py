@@ -240,3 +240,15 @@ def test_files_of_a_model_are_those_that_are_loaded(tmp_path: Path, folder: Path
         assert files is not None
         assert files.keys() == expected
         assert files[WEIGHT_FILE].parent.name == part
+
+
+@pytest.mark.parametrize("component", ["", "unet_2"])
+def test_weights_only_reads_the_component_that_is_named(tmp_path: Path, component: str) -> None:
+    for seed, part in ((0, "unet"), (1, "unet_2")):
+        tiny_unet(seed).save_pretrained(tmp_path / "pipe" / part)  # type: ignore[operator]
+    parts = {part: ["diffusers", "UNet2DModel"] for part in ("unet", "unet_2")}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(parts))
+    source = str(tmp_path / "pipe")
+    settings = {"model": {"source": source, "component": component}, "calibration": {"weights_only": True}}
+    run = Run(config=config_from(settings), folder=tmp_path / "run", say=lambda _text: None)
+    assert layers(run).digest == load_model(source, component=component).digest
