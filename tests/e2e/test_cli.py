@@ -245,9 +245,13 @@ def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model
     study.write_text(text)
     assert cli("layers", "-c", study, "--run-dir", "r").returncode == 0
     tiny_unet(seed=1).save_pretrained(own, safe_serialization=True)  # type: ignore[operator]
-    out = cli("profile", "-c", study, "--run-dir", "r")
-    assert out.returncode == 4
-    assert "are not those that" in out.stderr
+    for verb in ("layers", "profile"):
+        out = cli(verb, "-c", study, "--run-dir", "r")
+        assert out.returncode == 4
+        assert "layers.json was made from other inputs: model_files" in out.stderr
+    out = cli("layers", "-c", study, "--run-dir", "r", "--overwrite")
+    assert out.returncode == 0, out.stderr
+    assert cli("layers", "-c", study, "--run-dir", "r").returncode == 0
 
 
 COMPUTING = (
