@@ -21,11 +21,11 @@ from mpqsearch.profile.layer_scores import layer_scores
 from mpqsearch.profile.one_layer import final_errors, with_final_errors
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.probing import Probing
+from mpqsearch.profile.recomputed import error_part, held_bytes
 from mpqsearch.profile.second_moments import Piece, blocks_within, output_errors, plan_second_moments
 from mpqsearch.profile.slopes import mixed_widths, slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
 from mpqsearch.quant import RowStatistics, width_errors
-from mpqsearch.quant.tables import error_part, held_bytes
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
 
 HELD = 4

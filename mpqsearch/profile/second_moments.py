@@ -29,9 +29,9 @@ from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.models.hooks import layer_input
 from mpqsearch.profile.inputs import columns_of, parts_of
+from mpqsearch.profile.recomputed import row_blocks, row_bytes
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import RowStatistics
-from mpqsearch.quant.tables import row_blocks, row_bytes
 
 How = Literal["full", "direct"]
 

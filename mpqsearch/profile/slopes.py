@@ -27,9 +27,9 @@ from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.final_probes import final_effects
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import std_error_of
+from mpqsearch.profile.recomputed import error_part, error_rows
 from mpqsearch.profile.tables import WeightErrors, final_format
 from mpqsearch.quant import weight_of
-from mpqsearch.quant.tables import error_part, error_rows
 from mpqsearch.sampling import sample
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
 

@@ -18,9 +18,10 @@ from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, Sensitivi
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
 from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.recomputed import slices_of
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
-from mpqsearch.quant.tables import slices_of, weight_error_tables
+from mpqsearch.quant.tables import weight_error_tables
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, the number of bytes read and their total."""

@@ -14,17 +14,15 @@ from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays, Partial
-from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
-from mpqsearch.quant.tables import (
+from mpqsearch.profile.recomputed import (
     RecomputedErrors,
-    column_factors,
     error_part,
     error_rows,
-    errors_again,
     joined_quantizers,
     row_blocks,
-    width_quantizers,
 )
+from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
+from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
 from mpqsearch.specs import CalibrationSpec
 
 _SCRATCH = "scratch/"

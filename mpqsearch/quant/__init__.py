@@ -19,7 +19,13 @@ from mpqsearch.quant.modules import (
 from mpqsearch.quant.ranges import RangeCollector, search_range
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.smoothing import smooth_inputs, smoothing_factors
-from mpqsearch.quant.tables import RowStatistics, error_tables, kurtosis, weight_error_tables, width_errors
+from mpqsearch.quant.tables import (
+    RowStatistics,
+    error_tables,
+    kurtosis,
+    weight_error_tables,
+    width_errors,
+)
 from mpqsearch.specs import ActivationSearch
 
 __all__ = [

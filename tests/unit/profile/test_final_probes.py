@@ -12,9 +12,9 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, WeightErrors, calibrate, final_effects, projected_effects
 from mpqsearch.profile.probing import Probing
+from mpqsearch.profile.recomputed import RecomputedErrors
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import weight_of
-from mpqsearch.quant.tables import RecomputedErrors
 from mpqsearch.sampling import SamplerSpec, noise_of, sample
 from mpqsearch.sampling import sampler as sampler_module
 from tests.support import tiny_denoiser

@@ -19,10 +19,10 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
 from mpqsearch.profile import CalibrationSpec, calibrate, profile_model
 from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.recomputed import held_bytes, row_blocks, row_bytes
 from mpqsearch.profile.second_moments import Piece, blocks_within, output_errors, plan_second_moments
 from mpqsearch.profile.tables import tables_of
 from mpqsearch.quant import RowStatistics, error_tables, width_errors
-from mpqsearch.quant.tables import held_bytes, row_blocks, row_bytes
 from mpqsearch.sampling import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, Wrap, collect

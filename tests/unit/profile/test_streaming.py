@@ -113,8 +113,8 @@ def test_rows_of_a_transposed_convolution_are_read_in_slices(groups: int, tmp_pa
     from safetensors.torch import save_file
 
     from mpqsearch.models.files import Stored, _header
+    from mpqsearch.profile.recomputed import slices_of
     from mpqsearch.quant import rows_of
-    from mpqsearch.quant.tables import slices_of
 
     conv = torch.nn.ConvTranspose2d(6, 12, 3, groups=groups)
     save_file({"up.weight": conv.weight.detach()}, tmp_path / "w.safetensors")
