@@ -166,7 +166,10 @@ def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
 
 
 def pattern_of(text: str, where: str) -> re.Pattern[str]:
-    """A regular expression of an imported file. Raises `ArtifactError` when it is none."""
+    """A regular expression of an imported file. Raises `ArtifactError` when it is none, and when it repeats what is
+    repeated, as ``(a+)+`` does: matching that may take for ever."""
+    if re.search(r"[+*}]\)[+*{]", str(text)):
+        raise ArtifactError(f"{where}: {text!r} repeats a repetition, which may take for ever to match. Simplify it.")
     try:
         return re.compile(str(text))
     except (re.error, OverflowError, RecursionError) as error:

@@ -283,6 +283,7 @@ DAMAGED = [
     ("quanto_qmap.json", {"conv_in": {"weights": ["qint8"]}}),
     ("bitmap.json", {"schema": "mpqsearch/bitmap", "data": 5}),
     ("rules.txt", "to_q(=q8_0"),
+    ("rules.txt", "(\\w+)+$=q8_0"),
 ]
 
 
