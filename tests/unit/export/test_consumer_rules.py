@@ -1,7 +1,7 @@
 """Maps of other tools, read by us and by the tool itself: both must give every layer the same width.
 
-Where a tool is not installed here, the expected widths are what its own code gave (auto-round 0.16.1, ModelOpt 0.47,
-coremltools 9.0, mlx-lm's predicate).
+Tools that are not installed are skipped by name; the widths written out below are what their own code gave (auto-round
+0.16.1, ModelOpt 0.47, coremltools 9.0, mlx-lm's predicate).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,3 +219,82 @@ def test_mlx_leaves_rows_that_its_groups_do_not_divide(table: LayerTable, tmp_pa
     large = by_rule(table, lambda la: 4 if la.weights_per_channel % 128 == 0 else 16)
     assert 4 in large.values()
     assert imported(tmp_path, table, {"quantization": {"group_size": 128, "bits": 4}}) == large
+
+
+def drawn(seed: int, make: Any) -> list[Any]:
+    rng = random.Random(seed)
+    return [make(rng) for _ in range(8)]
+
+
+def autoround_settings(rng: random.Random) -> dict[str, Any]:
+    parts = ["attn1", "proj_out_2", r"norm1\.", "net", "transformer_blocks.1", "to_q", r"to_[kv]", r"proj_out_\d"]
+    settings: dict[str, Any] = {"bits": rng.choice([4, 8]), "group_size": 32, "sym": True, "data_type": "int"}
+    settings["extra_config"] = {p: {"bits": rng.choice([2, 3, 16])} for p in rng.sample(parts, 2)}
+    if rng.random() < 0.5:
+        blocks = ["transformer_blocks", ["transformer_blocks.0"], "transformer_blocks.1,proj_out_1"]
+        settings["block_name_to_quantize"] = rng.choice(blocks)
+    if rng.random() < 0.4:
+        settings["modules_to_not_convert"] = [rng.choice(["attn1", "ff"])]
+    if rng.random() < 0.3:
+        settings["modules_in_block_to_quantize"] = [["to_q", "net"]]
+    return settings
+
+
+def modelopt_entries(rng: random.Random) -> list[dict[str, Any]]:
+    parts = ["attn1", "proj_out", "norm1", "net", "transformer_blocks.1", "to_q", "to_v"]
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}] if rng.random() < 0.7 else []
+    for _ in range(4):
+        entry: dict[str, Any] = {"quantizer_name": f"*{rng.choice(parts)}*weight_quantizer"}
+        entry |= {"cfg": {"num_bits": rng.choice([3, 4, 6]), "axis": 0}} if rng.random() < 0.6 else {}
+        entry |= {"enable": rng.random() < 0.5} if "cfg" not in entry or rng.random() < 0.3 else {}
+        entry |= {"parent_class": rng.choice(["nn.Linear", "nn.Conv2d"])} if rng.random() < 0.3 else {}
+        entries.append(entry)
+    return entries
+
+
+def coreml_settings(rng: random.Random) -> dict[str, Any]:
+    def one(bits: int) -> dict[str, Any]:
+        return {"n_bits": bits, "granularity": "per_tensor"}
+
+    names = [".*attn1.*", "proj_out_2", r".*\.to_q", r"transformer_blocks\.0\..*"]
+    settings: dict[str, Any] = {"module_name_configs": {n: rng.choice([one(2), None]) for n in rng.sample(names, 3)}}
+    settings |= {"global_config": one(6)} if rng.random() < 0.6 else {}
+    if rng.random() < 0.5:
+        settings["module_type_configs"] = {rng.choice(["Linear", "Conv2d"]): rng.choice([one(8), None])}
+    return settings
+
+
+def same(expected: dict[str, int], table: LayerTable, folder: Path, data: Any, name: str) -> None:
+    if set(expected.values()) != {16}:  # a file that quantizes nothing is refused
+        assert imported(folder, table, data, name) == expected
+
+
+@pytest.mark.parametrize("settings", drawn(2, autoround_settings))
+def test_autoround_itself(settings: Any, module: nn.Module, table: LayerTable, tmp_path: Path) -> None:
+    convert = pytest.importorskip("auto_round.inference.convert_model")
+    resolved = convert.get_layer_config(module, SimpleNamespace(**copy.deepcopy(settings)))
+    expected = {la.name: min(int(resolved[la.name].bits), 16) if la.name in resolved else 16 for la in table}
+    same(expected, table, tmp_path, config(quant_method="auto-round", **settings), "config.json")
+
+
+@pytest.mark.parametrize("entries", drawn(1, modelopt_entries))
+def test_modelopt_itself(entries: Any, module: nn.Module, table: LayerTable, tmp_path: Path) -> None:
+    mtq = pytest.importorskip("modelopt.torch.quantization")
+    recipe = {"quant_cfg": entries, "algorithm": "max"}
+    clone = copy.deepcopy(module)
+    mtq.quantize(clone, copy.deepcopy(recipe), forward_loop=None)
+    quantizers = {n: getattr(m, "weight_quantizer", None) for n, m in clone.named_modules()}
+    expected = {
+        la.name: int(q.num_bits) if (q := quantizers[la.name]) is not None and q.is_enabled else 16 for la in table
+    }
+    same(expected, table, tmp_path, recipe, "modelopt_config.json")
+
+
+@pytest.mark.parametrize("settings", drawn(3, coreml_settings))
+def test_coreml_itself(settings: Any, module: nn.Module, table: LayerTable, tmp_path: Path) -> None:
+    palettization = pytest.importorskip("coremltools.optimize.torch.palettization")
+    theirs = palettization.PostTrainingPalettizerConfig.from_dict(copy.deepcopy(settings))
+    modules = dict(module.named_modules())
+    found = {la.name: theirs.get_module_config(la.name, modules[la.name]) for la in table}
+    expected = {n: 16 if c is None else int(c.n_bits) for n, c in found.items()}
+    same(expected, table, tmp_path, settings, "coreml_config.json")
