@@ -7,17 +7,27 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test test-all lint types contracts benchmark reference clean
+.PHONY: quickstart test test-all test-oldest lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 test: $(INSTALLED) lint types contracts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -rs
 
 # Everything that `make test` takes a sample of, such as all denoiser classes of diffusers
 test-all: export MPQSEARCH_TEST_ALL = 1
 test-all: test
+
+# The core of the suite with the oldest versions that pyproject.toml allows, in an environment beside this one
+OLDEST ?= build/oldest
+test-oldest: $(INSTALLED)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --requirement constraints-oldest.txt
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(OLDEST)/lib/python3.*/site-packages)/zz.pth
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/roads/core.py tests/unit/core tests/unit/allocate \
+		tests/unit/report tests/unit/metrics tests/unit/test_artifacts.py tests/unit/test_config.py tests/unit/test_pareto.py \
+		tests/unit/test_api.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
