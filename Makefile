@@ -25,7 +25,7 @@ test-oldest: $(INSTALLED)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --requirement constraints-oldest.txt
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(OLDEST)/lib/python3.*/site-packages)/zz.pth
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/roads/core.py tests/unit/core tests/unit/allocate \
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/unit/core tests/unit/allocate \
 		tests/unit/report tests/unit/metrics tests/unit/test_artifacts.py tests/unit/test_config.py tests/unit/test_pareto.py \
 		tests/unit/test_api.py
 

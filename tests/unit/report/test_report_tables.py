@@ -14,7 +14,7 @@ from mpqsearch.report import read_pareto_json, size_breakdown, standings, tied, 
 
 def test_csv_holds_every_number_to_the_last_digit(tmp_path: Path, records: list[StudyRecord]) -> None:
     write_pareto_csv(tmp_path / "pareto.csv", records)
-    frame = pd.read_csv(tmp_path / "pareto.csv")
+    frame = pd.read_csv(tmp_path / "pareto.csv", float_precision="round_trip")
     assert len(frame) == len(records)
     for column, values in (
         ("average_bits", [r.average_bits for r in records]),
