@@ -16,6 +16,9 @@ from mpqsearch.allocate.tables import plain_tables, total_cost
 from mpqsearch.allocate.task import INFINITY, Answer, Task
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 
+EXPLAIN_S = 20.0
+"""Seconds for finding the smallest value of each budget when nothing fits all of them."""
+
 
 def solve(
     problem: AllocationProblem,
@@ -52,7 +55,7 @@ def solve(
     try:
         return _run(problem, solver, time_limit_s, gap_tolerance)
     except NothingFoundError as error:
-        raise _nothing_fits(problem, error.impossible) from error
+        raise _nothing_fits(problem, error.impossible, min(time_limit_s or EXPLAIN_S, EXPLAIN_S)) from error
 
 
 def _run(problem: AllocationProblem, solver: str, time_limit_s: float | None, gap_tolerance: float) -> AllocationResult:
@@ -155,11 +158,11 @@ def _status(task: Task, answer: Answer) -> Status:
     return "heuristic" if task.problem.pairwise is not None else "feasible"
 
 
-def _nothing_fits(problem: AllocationProblem, impossible: bool) -> Exception:
+def _nothing_fits(problem: AllocationProblem, impossible: bool, seconds: float) -> Exception:
     """Why no choice was found: the smallest value of a budget under all other constraints, if it is above the limit."""
     smallest: dict[str, int] = {}
     for number, limit in enumerate(problem.limits):
-        least = _smallest_under_others(problem, number)
+        least = _smallest_under_others(problem, number, seconds)
         if least is not None and least > limit:
             smallest[problem.budgets[number].name] = least
     if smallest or impossible:
@@ -169,7 +172,7 @@ def _nothing_fits(problem: AllocationProblem, impossible: bool) -> Exception:
     )
 
 
-def _smallest_under_others(problem: AllocationProblem, number: int) -> int | None:
+def _smallest_under_others(problem: AllocationProblem, number: int, seconds: float) -> int | None:
     """Smallest total of one budget when all other constraints hold; None where that is not proven."""
     others = [b for other, b in enumerate(problem.budgets) if other != number]
     cost = problem.budgets[number].cost
@@ -183,7 +186,7 @@ def _smallest_under_others(problem: AllocationProblem, number: int) -> int | Non
         more_budgets=tuple(others[1:]),
     )
     try:
-        least = _run(program, "auto", 20.0, 0.0)
+        least = _run(program, "auto", seconds, 0.0)
     except (InfeasibleBudgetError, NothingFoundError):
         return None
     return total_cost(cost, least.choice) if least.status == "optimal" else None

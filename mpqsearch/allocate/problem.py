@@ -272,8 +272,9 @@ class AllocationProblem:
             return False
         if self.max_formats_per_layer is None or self.layer is None or not self.n_items:
             return True
-        used = np.zeros((int(self.layer.max()) + 1, self.n_choices), dtype=bool)
-        used[self.layer, picked] = True
+        number = np.unique(self.layer, return_inverse=True)[1]
+        used = np.zeros((int(number.max()) + 1, self.n_choices), dtype=bool)
+        used[number, picked] = True
         return int(used.sum(axis=1).max()) <= self.max_formats_per_layer
 
     def _checked_budgets(self) -> tuple[CostBudget, ...]:

@@ -68,7 +68,8 @@ def plain_tables(problem: AllocationProblem) -> Tables:
         costs = tuple(_sum_rows(cost.astype(np.int64), row) for cost in costs)
     layer = np.zeros(len(loss), dtype=np.int64)
     if problem.max_formats_per_layer is not None and problem.layer is not None:
-        layer[row[::-1]] = problem.layer[::-1]  # of repeated rows numpy keeps the last: the first item's layer
+        number = np.unique(problem.layer, return_inverse=True)[1]
+        layer[row[::-1]] = number[::-1]  # of repeated rows numpy keeps the last: the first item's layer
     return Tables(loss=loss, costs=costs, limits=problem.limits, row=row, layer=layer)
 
 
