@@ -39,6 +39,9 @@ class ParetoPath:
     tables: Tables
     steps: HullSteps
 
+    def __repr__(self) -> str:
+        return f"ParetoPath({len(self.budgets)} vertices, {self.problem.budget_name} {self.budgets[0]} to {self.budgets[-1]})"
+
     def vertex(self, limit: int) -> int:
         """Dearest vertex that costs at most ``limit``.
 

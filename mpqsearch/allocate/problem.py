@@ -66,6 +66,9 @@ class CostBudget:
         object.__setattr__(self, "limit", _whole(np.floor(self.limit / unit + UNIT_SLIP), self.name))
         object.__setattr__(self, "unit", unit)
 
+    def __repr__(self) -> str:
+        return f"CostBudget({self.name} <= {self.limit}, cost {np.shape(self.cost)})"
+
 
 def whole_units(values: Floats, unit: float) -> NDArray[np.int64]:
     """Measured costs as whole multiples of ``unit``, rounded up.
@@ -118,6 +121,9 @@ class PairwiseTerms:
         object.__setattr__(self, "first", _frozen(first))
         object.__setattr__(self, "second", _frozen(second))
         object.__setattr__(self, "value", _frozen(value))
+
+    def __repr__(self) -> str:
+        return f"PairwiseTerms({len(self.first)} pairs)"
 
     def total(self, choice: Integers) -> float:
         """Sum over all pairs under ``choice [n]``."""
@@ -194,6 +200,10 @@ class AllocationProblem:
         self._check_pairs()
         _check_every_item_has_a_choice(self)
         _check_losses(self)
+
+    def __repr__(self) -> str:
+        limits = ", ".join(f"{b.name} <= {limit}" for b, limit in zip(self.budgets, self.limits, strict=True))
+        return f"AllocationProblem({self.n_items} items x {self.n_choices} choices, {limits})"
 
     @property
     def n_items(self) -> int:

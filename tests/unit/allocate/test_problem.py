@@ -88,6 +88,15 @@ def test_the_tables_cannot_change_under_the_certificate():
         problem().loss[0, 0] = 5.0
 
 
+def test_every_object_is_shown_in_one_line():
+    pairs = PairwiseTerms(first=np.array([0]), second=np.array([1]), value=np.ones((1, 3, 3)))
+    more = CostBudget(name="bops", cost=np.ones((3, 3), dtype=int), limit=4)
+    asked = problem(more_budgets=(more,))
+    assert repr(asked) == "AllocationProblem(3 items x 3 choices, cost <= 9, bops <= 4)"
+    for shown in (pairs, more, asked, solve(asked), solve_path(problem())):
+        assert len(repr(shown)) < 120
+
+
 def test_no_items():
     result = solve(AllocationProblem(loss=np.empty((0, 3)), cost=np.empty((0, 3), dtype=int), limit=0))
     assert (result.status, result.loss, result.cost) == ("optimal", 0.0, 0)
