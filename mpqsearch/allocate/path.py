@@ -40,7 +40,8 @@ class ParetoPath:
     steps: HullSteps
 
     def __repr__(self) -> str:
-        return f"ParetoPath({len(self.budgets)} vertices, {self.problem.budget_name} {self.budgets[0]} to {self.budgets[-1]})"
+        ends = f"{self.problem.budget_name} {self.budgets[0]} to {self.budgets[-1]}"
+        return f"ParetoPath({len(self.budgets)} vertices, {ends})"
 
     def vertex(self, limit: int) -> int:
         """Dearest vertex that costs at most ``limit``.
