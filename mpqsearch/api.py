@@ -442,7 +442,7 @@ def compare(
     error = float((before - after).square().mean())
     title = "identical samples" if error == 0 else f"PSNR to full precision {10 * np.log10(4 / error):.1f} dB"
     rows = {"full precision": to_uint8(before).numpy(), "quantized": to_uint8(after).numpy()}
-    figure: Figure = plot_samples(sample_grid(title, 0.0, rows, columns=len(seeds))).figure  # type: ignore[assignment]
+    figure: Figure = plot_samples(sample_grid(title, rows, columns=len(seeds))).figure  # type: ignore[assignment]
     return figure
 
 

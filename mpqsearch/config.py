@@ -110,6 +110,8 @@ class ActivationsConfig(ActivationSearch):
 class AllocateConfig:
     """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
 
+    ``within``: further budgets that hold at the same time as each of these, such as ``["2e9bops", "12ms"]``. ``costs``:
+    CSV of latencies that the user measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`).
     ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an
     export for such a target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import``
     wrote or can read. Each is a method of that name (allocator ``map``). ``target_probes``: trajectories through which
@@ -118,6 +120,8 @@ class AllocateConfig:
     """
 
     budgets: tuple[str, ...] = ("uniform:3",)
+    within: tuple[str, ...] = ()
+    costs: str = ""
     targets: tuple[str, ...] = ()
     target_probes: int = 0
     maps: Mapping[str, str] = field(default_factory=dict)
@@ -126,10 +130,28 @@ class AllocateConfig:
         check_targets(self.targets, "allocate.targets")
         if self.target_probes < 0:
             raise ConfigError(f"allocate.target_probes must be at least 0, got {self.target_probes}")
+        if self.within and self.targets:
+            raise ConfigError(
+                "allocate.within does not go with allocate.targets: their one budget is their file's size"
+            )
+        labels = [b.label() for b in (*self.parsed(), *self.parsed_within())]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice:
+            raise ConfigError(f"allocate.budgets and allocate.within name the budget {twice} twice")
+        needs = [b.label() for b in (*self.parsed(), *self.parsed_within()) if b.quantity == "latency"]
+        if needs and not self.costs:
+            raise ConfigError(
+                f"the budget {needs[0]} needs measured latencies: name a CSV with the columns layer, bits, cost "
+                "(--latency FILE, or allocate.costs)"
+            )
 
     def parsed(self) -> tuple[Budget, ...]:
         """The budgets."""
         return tuple(Budget.parse(text) for text in self.budgets)
+
+    def parsed_within(self) -> tuple[Budget, ...]:
+        """The budgets that hold beside each of them."""
+        return tuple(Budget.parse(text) for text in self.within)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,36 +24,69 @@ from mpqsearch.cli.app import (
     open_run,
 )
 from mpqsearch.cli.printing import print_json, print_table
+from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpqsearch.core import BitMap, Budget, LayerTable
+    from mpqsearch.methods import MethodSpec
 
 SHOWN_LAYERS = 20
 """Layers of an explanation that are printed; the files hold all."""
+
+PATTERN = "PATTERN=BITS"
+
+TargetsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
+    ),
+]
+WithinOption = Annotated[
+    list[str] | None,
+    typer.Option("--within", "-w", metavar="BUDGET", help="Another budget that holds as well: 2e9bops, 12ms, 450kB."),
+]
+LatencyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency", help="CSV of measured latencies: layer, bits, cost in ms, and act_bits if that changes it."
+    ),
+]
+MinBitsOption = Annotated[
+    list[str] | None, typer.Option(metavar=PATTERN, help="Least width of the searched layers that match.")
+]
+MaxBitsOption = Annotated[
+    list[str] | None, typer.Option(metavar=PATTERN, help="Largest width of the searched layers that match.")
+]
+FixOption = Annotated[list[str] | None, typer.Option(metavar=PATTERN, help="Width of the layers that match.")]
+GroupOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN,PATTERN", help="Layers that share their widths; qkv: fused projections."),
+]
+MaxFormatsOption = Annotated[int | None, typer.Option(help="At most so many different widths in the model.")]
+MaxFormatsPerLayerOption = Annotated[int | None, typer.Option(help="At most so many different widths in a layer.")]
+PathOption = Annotated[
+    bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
+]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="What the next bit would buy, and where.")]
 
 
 @app.command()
 def allocate(
     config: ConfigOption = None,
     budget: BudgetsOption = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
-        ),
-    ] = None,
-    path: Annotated[
-        bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
-    ] = False,
-    explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain",
-            help="What the next bit would buy, and where.",
-        ),
-    ] = False,
+    within: WithinOption = None,
+    latency: LatencyOption = None,
+    min_bits: MinBitsOption = None,
+    max_bits: MaxBitsOption = None,
+    fix: FixOption = None,
+    group: GroupOption = None,
+    max_formats: MaxFormatsOption = None,
+    max_formats_per_layer: MaxFormatsPerLayerOption = None,
+    target: TargetsOption = None,
+    path: PathOption = False,
+    explain: ExplainOption = False,
     model: ModelOption = None,
     device: DeviceOption = None,
     set_: SetOption = None,
@@ -65,9 +99,16 @@ def allocate(
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
-    formats, and a budget is the size of the target's file, headers apart.
+    formats, and a budget is the size of the target's file, headers apart. Options about widths take the place of what
+    `[policy]` of the study says. Where no map fits, the exit code is 3 and the smallest attainable value is named.
 
-    Example: `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`
+    Examples:
+
+    - `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`: two maps a method
+    - `mpqsearch allocate -b 3bit --within 2e8bops`: two budgets at once
+    - `mpqsearch allocate -b uniform:4 --latency phone.csv --within 12ms`: no slower than measured
+    - `mpqsearch allocate -b 3bit --min-bits "up_blocks.*=3" --max-bits "mid_block.*=4" --fix "conv_in=16"`
+    - `mpqsearch allocate -b 3bit --group qkv --max-formats 2`: for engines with fused projections and two kernels
     """
     from mpqsearch import stages
 
@@ -79,6 +120,11 @@ def allocate(
             "model.device": device,
             "allocate.budgets": budget or None,
             "allocate.targets": target or None,
+            "allocate.within": within or None,
+            "allocate.costs": str(latency) if latency else None,
+            **_policy(min_bits, max_bits, fix, group),
+            "policy.max_formats": max_formats,
+            "policy.max_formats_per_layer": max_formats_per_layer,
         },
         run_dir=run_dir,
         dry_run=dry_run,
@@ -86,8 +132,7 @@ def allocate(
         verbose=verbose,
     )
     table = stages.layers(run)
-    measured = stages.profile(run, table)
-    if measured is None:
+    if (measured := stages.profile(run, table)) is None:
         return
     for_targets = stages.target_allocations(run, table, measured)
     if target:
@@ -96,15 +141,48 @@ def allocate(
     made = stages.allocations(run, table, measured)
     paths = stages.paths(run, table, measured) if path else []
     explanations = stages.explanations(run, table, measured) if explain else []
-    allocations = [data for *_, data in (*made, *for_targets)]
     if as_json:
-        wanted = {"paths": paths} if path else {}
-        wanted |= {"explanations": explanations} if explain else {}
-        print_json({"allocations": allocations, **wanted} if wanted else allocations)
+        allocations = [data for *_, data in (*made, *for_targets)]
+        more = ({"paths": paths} if path else {}) | ({"explanations": explanations} if explain else {})
+        print_json({"allocations": allocations, **more} if more else allocations)
         return
+    _show_allocations(table, made)
+    if for_targets:
+        _show_targets(table, for_targets, as_json=False)
+    for one in paths:
+        _print_path(table, one)
+    for one in explanations:
+        _print_explanation(one)
+
+
+def _policy(
+    min_bits: Sequence[str] | None, max_bits: Sequence[str] | None, fix: Sequence[str] | None, group: list[str] | None
+) -> dict[str, Any]:
+    """Settings of the study from what the options say of widths."""
+    return {
+        "policy.min_bits": _widths("--min-bits", min_bits),
+        "policy.max_bits": _widths("--max-bits", max_bits),
+        "policy.overrides": _widths("--fix", fix),
+        "policy.groups": {text: text.split(",") for text in group} if group else None,
+    }
+
+
+def _widths(option: str, texts: Sequence[str] | None) -> dict[str, int] | None:
+    """What ``PATTERN=BITS`` says. Raises `ConfigError` for anything else."""
+    widths = {}
+    for text in texts or ():
+        pattern, sign, bits = text.rpartition("=")
+        if not sign or not pattern or not bits.isdecimal():
+            raise ConfigError(f"{option} takes {PATTERN}, got {text!r}. Example: {option} 'up_blocks.*=4'")
+        widths[pattern] = int(bits)
+    return widths or None
+
+
+def _show_allocations(table: LayerTable, made: Sequence[tuple[MethodSpec, Budget, BitMap, Mapping[str, Any]]]) -> None:
     rows = []
     for method, limit, bit_map, data in made:
         solved = data["result"] or {}
+        loss, gap = data["predicted_loss"], solved.get("gap")
         rows.append(
             [
                 limit.label(),
@@ -112,10 +190,10 @@ def allocate(
                 bit_map.granularity,
                 f"{data['size_bits'] / table.n_parameters:.4f}",
                 -(-data["size_bits"] // 8),
-                f"{data['predicted_loss']:.4g}",
+                "-" if loss is None else f"{loss:.4g}",
                 solved.get("status", "-"),
-                f"{solved['gap']:.1e}" if "gap" in solved else "-",
-                "yes" if data["within_budget"] else "over",
+                "-" if gap is None else f"{gap:.1e}",
+                _kept(data),
             ]
         )
     print_table(
@@ -123,12 +201,14 @@ def allocate(
         ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"],
         rows,
     )
-    if for_targets:
-        _show_targets(table, for_targets, as_json=False)
-    for one in paths:
-        _print_path(table, one)
-    for one in explanations:
-        _print_explanation(one)
+
+
+def _kept(data: Mapping[str, Any]) -> str:
+    """``yes``, or by how much the budgets are exceeded; with several budgets, how much of each is used."""
+    totals = data.get("totals", ())
+    if len(totals) < 2:
+        return "yes" if data["within_budget"] else "over"
+    return ", ".join(f"{t['budget']} {t['cost'] / t['limit']:.1%}" for t in totals)
 
 
 def _show_targets(
@@ -161,7 +241,7 @@ def _show_targets(
 
 
 def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
-    size = data["unit"] != "BOPs"
+    size = data["unit"] == "bits stored"
     rows = []
     for answer in data["budgets"]:
         if "loss" not in answer:
@@ -186,7 +266,7 @@ def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
         "solving again",
         [
             "budget",
-            "bits a parameter" if size else "BOPs",
+            "bits a parameter" if size else data["unit"],
             "loss",
             "lower bound",
             "gap",
@@ -239,4 +319,4 @@ def _print_explanation(data: Mapping[str, Any]) -> None:
 
 
 def _one(unit: str) -> str:
-    return "BOP" if unit == "BOPs" else "bit"
+    return {"BOPs": "BOP", "bits stored": "bit"}.get(unit, unit)

@@ -18,12 +18,24 @@ from mpqsearch.errors import ConfigError
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="Any JSON artifact of a run.")],
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Recompute all that an allocation.json claims; exit code 4 and the contradiction."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the content as JSON.")] = False,
     verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
 ) -> None:
     """Show what an artifact holds, as a table and a small picture.
 
-    Example: `mpqsearch inspect runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
+    With `--check` an `allocation.json` is checked: its tables are built again from the profile of its run, and size,
+    costs, loss and lower bound are recomputed by arithmetic that shares nothing with the solver.
+
+    Examples:
+
+    - `mpqsearch inspect runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
+    - `mpqsearch inspect --check runs/quickstart/allocations/ilp-channel@uniform-3/allocation.json`
     """
     from mpqsearch import artifacts
 
@@ -36,10 +48,26 @@ def inspect(
         raise ConfigError(f"{file} is no artifact of mpqsearch: it should be a JSON file with a schema") from error
     if schema not in artifacts.VERSIONS:
         raise ConfigError(f"{file} has the unknown schema {schema!r}. Known: {', '.join(sorted(artifacts.VERSIONS))}.")
-    if as_json:
+    if check:
+        _check(file, schema, as_json=as_json)
+    elif as_json:
         print_json(artifacts.read_json(file, schema).data)
     else:
         _VIEWS.get(schema, _show_data)(file, schema)
+
+
+def _check(file: Path, schema: str, *, as_json: bool) -> None:
+    from mpqsearch.stages import check_allocation
+
+    if schema != "mpqsearch/allocation":
+        raise ConfigError(f"--check takes an allocation.json, and {file} is {schema}")
+    lines = check_allocation(file)
+    if as_json:
+        print_json({"file": str(file), "checked": lines})
+        return
+    print(f"{file} holds:")  # noqa: T201
+    for line in lines:
+        print(f"- {line}")  # noqa: T201
 
 
 def _show_bit_map(file: Path, _schema: str) -> None:

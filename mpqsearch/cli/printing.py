@@ -114,7 +114,7 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
     keys = [k for k in ("fd_fp", "fd_data", "paired_psnr", "class_accuracy") if any(k in r.metrics for r in records)]
     rows = [
         [
-            f"{r.target_bits:g}",
+            r.budget,
             r.method,
             f"{r.average_bits:.3f}",
             f"{r.size_bytes / 1000:.1f}",

@@ -5,7 +5,7 @@ from mpqsearch.core.budget import Budget, StorageModel, average_bits, bops, size
 from mpqsearch.core.formats import FULL_PRECISION, SCHEMES, WIDTHS, QuantFormat
 from mpqsearch.core.layers import ROLES, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.core.metric import MetricValue, StudyRecord
-from mpqsearch.core.policy import Policy
+from mpqsearch.core.policy import LayerRules, Policy
 from mpqsearch.core.profile import SensitivityProfile
 from mpqsearch.core.stored import StoredBits, coded_bits, scale_count, stored_total, unquantized_bits
 
@@ -17,6 +17,7 @@ __all__ = [
     "BitMap",
     "Budget",
     "KeptParameter",
+    "LayerRules",
     "LayerSpec",
     "LayerTable",
     "MetricValue",

@@ -13,9 +13,19 @@ from mpqsearch.core.bitmap import BitMap
 from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, QuantFormat
 from mpqsearch.core.layers import LayerSpec, LayerTable
 from mpqsearch.core.policy import Policy
+from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ConfigError
 
-QUANTITIES = ("average_bits", "bytes", "bops", "uniform_bits")
+QUANTITIES = ("average_bits", "bytes", "bops", "uniform_bits", "latency")
+_SPELLINGS = {
+    "average_bits": ("", "bit"),
+    "bytes": ("", "B"),
+    "bops": ("", "bops"),
+    "uniform_bits": ("uniform:", ""),
+    "latency": ("", "ms"),
+}
+MILLISECONDS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3}
+"""Units of time, in milliseconds."""
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -71,41 +81,9 @@ DEFAULT_STORAGE = StorageModel()
 def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
     """Stored bits of the whole model under ``bit_map``: everything counted."""
     bit_map.validate(table)
-    whole, channel, fixed = _prices(table, bit_map.format, storage)
-    mixed = bit_map.mixed_layers
-    rows = [table.index[name] for name in mixed.names]
-    paid: list[int] = ((mixed.counts * channel[rows]).sum(axis=1) + fixed[rows]).tolist()
-    layers = sum(paid)
-    for layer, prices in zip(table, whole, strict=True):
-        widths = bit_map.weights[layer.name]
-        if not widths.ndim:
-            layers += prices[int(widths)]
-    for name, fmt in bit_map.formats.items():
-        layer, widths = table[name], bit_map.weights[name]
-        known = whole[table.index[name]][int(widths)] if not widths.ndim else paid[mixed.names.index(name)]
-        layers += storage.layer_total(layer, widths, fmt) - known
+    layers = sum(storage.layer_total(la, bit_map.weights[la.name], bit_map.format_of(la.name)) for la in table)
     inputs = sum(storage.activation_bits(bits, bit_map.activation_steps) for bits in bit_map.activations.values())
     return layers + inputs + storage.kept_bits(table)
-
-
-def _prices(
-    table: LayerTable, fmt: QuantFormat, storage: StorageModel
-) -> tuple[list[list[int]], NDArray[np.int64], NDArray[np.int64]]:
-    """Of each layer, by width: stored bits with one width, those of a channel of a mixed layer, and what a mixed one
-    has beside its channels.
-
-    Made once for what of a format is stored: a search over its ranges has another one each trial.
-    """
-    key = ("stored bits", fmt.scheme, fmt.smooth, fmt.scale_bits, storage)
-    if key not in table.memo:
-        every = range(FULL_PRECISION + 1)
-        table.memo[key] = (
-            [[storage.layer_total(layer, np.array(bits, dtype=np.uint8), fmt) for bits in every] for layer in table],
-            np.array([[storage.channel_bits(layer, bits, fmt, mixed=True) for bits in every] for layer in table]),
-            np.array([storage.fixed_bits(layer, fmt) for layer in table]),
-        )
-    prices: tuple[list[list[int]], NDArray[np.int64], NDArray[np.int64]] = table.memo[key]
-    return prices
 
 
 def size_bytes(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
@@ -119,25 +97,25 @@ def average_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEF
 
 
 def bops(table: LayerTable, bit_map: BitMap) -> int:
-    """Bit operations of one forward pass on one sample: MACs x weight width x activation width, channel by channel."""
+    """Bit operations of one forward pass on one sample: MACs x weight width x activation width, channel by channel.
+
+    MACs spread evenly over the output channels of a layer; what is left of the division is dropped layer by layer.
+    """
     total = 0
-    mixed = bit_map.mixed_layers
-    sums = dict(zip(mixed.names, (mixed.counts @ np.arange(FULL_PRECISION + 1)).tolist(), strict=True))
     for layer in table:
-        name, n = layer.name, table.channels[layer.name]
-        bits = sums[name] if name in sums else int(bit_map.weights[name]) * n
-        # MACs spread evenly over output channels, so the sum over channels is the mean width times the layer's MACs.
-        total += layer.macs * bits * bit_map.activations.get(name, FULL_PRECISION) // n
+        bits = int(bit_map.channel_widths(layer.name, layer.n_channels).sum(dtype=np.int64))
+        total += layer.macs * bits * bit_map.activations.get(layer.name, FULL_PRECISION) // layer.n_channels
     return total
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Budget(Shown):
     """A limit on the *whole* model.
 
     ``average_bits``: stored bits over all parameters. ``bytes``: stored size. ``bops``: bit operations of a forward
     pass. ``uniform_bits``: the stored size that the uniform map of that width has under the same policy, in the
     asymmetric format; the fair budget for comparing methods, since the uniform map then meets it exactly.
+    ``latency``: milliseconds, by costs that the user measured (`mpqsearch.methods.CostTable`).
     """
 
     quantity: str
@@ -146,12 +124,13 @@ class Budget:
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
             raise ConfigError(f"unknown budget quantity {self.quantity!r}. Allowed: {', '.join(QUANTITIES)}.")
-        if not self.limit > 0 or not np.isfinite(self.limit):
+        if isinstance(self.limit, bool) or not self.limit > 0 or not np.isfinite(self.limit):
             raise ConfigError(f"a budget must be positive and finite, got {self.limit}")
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read ``"3bit"`` (average of the whole model), ``"uniform:3"``, ``"450kB"``, ``"1.5MiB"`` or ``"2e9bops"``."""
+        """Read ``"3bit"`` (average of the whole model), ``"uniform:3"``, ``"450kB"``, ``"1.5MiB"``, ``"2e9bops"`` or
+        ``"12ms"``."""
         match = re.fullmatch(r"\s*(uniform:)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", text.lower())
         if match:
             prefix, number, unit = match.groups()
@@ -167,21 +146,29 @@ class Budget:
                 return cls(quantity="bops", limit=value)
             if not prefix and unit in _UNITS:
                 return cls(quantity="bytes", limit=value * _UNITS[unit])
+            if not prefix and unit in MILLISECONDS:
+                return cls(quantity="latency", limit=value * MILLISECONDS[unit])
         raise ConfigError(
             f"cannot read the budget {text!r}. Write '3bit' (average bits of the whole model), 'uniform:3' (the size "
-            "of the "
-            "uniform 3-bit map), a size such as '450kB' or '1.5MiB', or '2e9bops'."
+            "of the uniform 3-bit map), a size such as '450kB' or '1.5MiB', '2e9bops', or a latency such as '12ms'."
         )
 
     def label(self) -> str:
-        """Short text that `parse` reads back."""
+        """Short text that `parse` reads back exactly."""
         number = f"{self.limit:g}"
-        return {
-            "average_bits": f"{number}bit",
-            "uniform_bits": f"uniform:{number}",
-            "bytes": f"{self.limit:.0f}B",
-            "bops": f"{number}bops",
-        }[self.quantity]
+        if float(number) != self.limit:
+            number = repr(float(self.limit)).removesuffix(".0")
+        prefix, unit = _SPELLINGS[self.quantity]
+        return f"{prefix}{number}{unit}"
+
+    def facts(self) -> dict[str, str]:
+        """The label and what it limits."""
+        return {self.label(): self.unit}
+
+    @property
+    def unit(self) -> str:
+        """What limits and costs are counted in: ``bits stored``, ``BOPs`` or ``ns``."""
+        return {"bops": "BOPs", "latency": "ns"}.get(self.quantity, "bits stored")
 
     def limit_bits(
         self,
@@ -192,25 +179,26 @@ class Budget:
         act_bits: int = FULL_PRECISION,
         activation_steps: int = 1,
     ) -> int:
-        """The limit as stored bits of the whole model (not for ``bops``); a uniform budget is that of the same
-        activations."""
+        """The limit as stored bits of the whole model; a uniform budget is that of the same activations.
+
+        Raises `ConfigError` for a budget that is no size, and for a uniform one outside 1..8 bits.
+        """
         if self.quantity == "average_bits":
             return int(np.floor(self.limit * table.n_parameters + 1e-9))
         if self.quantity == "bytes":
             return int(self.limit * 8)
-        if self.quantity == "bops":
-            raise ConfigError("a budget in BOPs has no size in bits")
+        if self.quantity != "uniform_bits":
+            raise ConfigError(f"a budget in {self.unit} has no size in bits")
         low, high = int(np.floor(self.limit)), int(np.ceil(self.limit))
         if low not in WIDTHS or high not in WIDTHS:
             raise ConfigError(f"a uniform budget must lie in {WIDTHS[0]}..{WIDTHS[-1]} bits, got {self.limit:g}")
-        key = ("uniform size", policy.key, storage, act_bits, activation_steps)
-        known = table.memo.setdefault(key, {})
-        for w in {low, high} - known.keys():
-            known[w] = size_bits(
+        small, large = (
+            size_bits(
                 table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps), storage
             )
-        sizes = (known[low], known[high])
-        return int(np.floor(sizes[0] + (self.limit - low) * (sizes[1] - sizes[0]) + 1e-9))
+            for w in (low, high)
+        )
+        return int(np.floor(small + (self.limit - low) * (large - small) + 1e-9))
 
 
 def parse_size(text: str) -> int:
@@ -232,11 +220,10 @@ def uniform_map(
     act_bits: int = FULL_PRECISION,
     activation_steps: int = 1,
 ) -> BitMap:
-    """Every searched layer at ``bits`` with inputs at ``act_bits``, fixed layers as the policy says."""
-    weights: dict[str, NDArray[np.uint8]] = {}
-    for layer in table:
-        fixed = policy.fixed_width(layer)
-        weights[layer.name] = np.array(bits if fixed is None else fixed, dtype=np.uint8)
+    """Every searched layer at ``bits``, or the nearest width within its bounds, with inputs at ``act_bits``; fixed
+    layers as the policy says."""
+    rules = policy.resolve(table)
+    weights = {n: np.array(rules.fixed[n] if n in rules.fixed else rules.nearest(n, bits)) for n in table.by_name}
     activations = policy.activations_of(table, act_bits)
     return BitMap(
         model_digest=table.digest,

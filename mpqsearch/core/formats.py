@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 WIDTHS = tuple(range(1, 9))
@@ -20,17 +22,17 @@ ROUNDINGS = ("nearest", "gptq")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantFormat:
-    """How a row of weights is turned into integer codes: ``w ~ scale * (code - zero)``, ``code`` in ``[0, 2**bits -
-    1]``.
+    """How the weights of an output channel become integer codes: ``w ~ scale * (code - zero)``, ``code`` in
+    ``[0, 2**bits - 1]``.
 
     scheme
         ``asymmetric``: integer zero point, the quantizer of MPQ-DM. ``symmetric``: zero fixed at ``(2**bits - 1) / 2``,
         so the levels lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of
-        the two with the smaller squared error, row by row.
+        the two with the smaller squared error, channel by channel.
     criterion
         Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared
-        error, both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the row's range; ``minmax`` takes the
-        full range.
+        error, both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the channel's range; ``minmax`` takes
+        the full range.
     smooth
         Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide
         after, and its inputs the other way round.
@@ -70,16 +72,21 @@ class QuantFormat:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"the alpha of smoothing must lie in 0..1, got {self.alpha}")
 
-    def zero_point_bits(self, bits: int) -> int:
-        """Stored bits of one row's zero point: an integer in the code range, or none.
+    @property
+    def name(self) -> str:
+        """What profiles call the errors of this format: the scheme, and ``+smooth`` where it is smoothed."""
+        return f"{self.scheme}+smooth" if self.smooth else self.scheme
 
-        ``auto`` takes no more than ``asymmetric``: the sign bit of the (positive) scale says which scheme the row uses.
+    def zero_point_bits(self, bits: int) -> int:
+        """Stored bits of one channel's zero point: an integer in the code range, or none.
+
+        ``auto`` costs no more than ``asymmetric``: the sign bit of the (positive) scale says which scheme it is.
         """
         return 0 if self.scheme == "symmetric" else bits
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data. Strength and rounding are left out at their defaults, so that digests are those of maps
-        from before them."""
+        """As plain JSON data. Alpha and rounding are left out at their defaults, so that older maps keep their
+        digests."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if self.alpha == 0.5:
             del data["alpha"]
@@ -88,9 +95,10 @@ class QuantFormat:
         return data
 
 
-def check_width(bits: int, where: str) -> None:
-    """Raise `ConfigError` unless ``bits`` is a supported width."""
-    if bits not in WIDTHS and bits != FULL_PRECISION:
+def check_width(bits: object, where: str) -> None:
+    """Raise `ConfigError` unless ``bits`` is a whole number that is a supported width; True is none, nor is 2.0."""
+    whole = isinstance(bits, (int, np.integer)) and not isinstance(bits, bool)
+    if not whole or (bits not in WIDTHS and bits != FULL_PRECISION):
         raise ConfigError(
-            f"{where}: width {bits} is not supported. Allowed: 1..8, or {FULL_PRECISION} for full precision."
+            f"{where}: width {bits!r} is not supported. Allowed: 1..8, or {FULL_PRECISION} for full precision."
         )

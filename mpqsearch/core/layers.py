@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from mpqsearch.core.formats import FULL_PRECISION
+from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROLES = (
     "conv",
@@ -38,7 +43,7 @@ class LayerSpec:
     axis of the output channels in it. ``macs`` counts multiply-accumulates of one forward pass on one sample (0 when
     not measured). Layers with the same non-empty ``tie`` must share their widths. Those with the same non-empty
     ``fuse`` see one input and are joined into one layer by consumers that fuse projections (q, k and v of one
-    attention, as in ``fuse_qkv_projections``); `Policy.tie_qkv` ties them.
+    attention, as in ``fuse_qkv_projections``); the word ``qkv`` in `Policy.groups` gives them equal widths.
     """
 
     name: str
@@ -69,7 +74,7 @@ class LayerSpec:
 
     @property
     def n_channels(self) -> int:
-        """Number of output channels, the rows that get a scale and may get a width of their own."""
+        """Number of output channels, each of which gets a scale and may get a width of its own."""
         outputs = self.weight_shape[self.channel_axis]
         return outputs * self.groups if self.kind.startswith("ConvTranspose") else outputs
 
@@ -95,16 +100,22 @@ class KeptParameter:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerTable:
-    """All weight layers of one model in forward order, and all parameters that are not weight layers."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class LayerTable(Shown):
+    """All weight layers of one model in forward order, and everything stored that is not a weight layer."""
 
     digest: str
     layers: tuple[LayerSpec, ...]
     kept: tuple[KeptParameter, ...] = ()
     model: str = ""
+    by_name: Mapping[str, LayerSpec] = field(init=False, compare=False)
+    """Name to layer."""
+    index: Mapping[str, int] = field(init=False, compare=False)
+    """Name to position."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", {layer.name: layer for layer in self.layers})
+        object.__setattr__(self, "index", {layer.name: i for i, layer in enumerate(self.layers)})
         if len(self.by_name) != len(self.layers):
             names = [layer.name for layer in self.layers]
             twice = sorted({n for n in names if names.count(n) > 1})
@@ -122,46 +133,25 @@ class LayerTable:
         except KeyError:
             raise UnknownNameError("layer", name, self.by_name) from None
 
-    @cached_property
-    def by_name(self) -> dict[str, LayerSpec]:
-        """Name to layer."""
-        return {layer.name: layer for layer in self.layers}
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        """Name to position."""
-        return {layer.name: i for i, layer in enumerate(self.layers)}
-
-    @cached_property
-    def channels(self) -> dict[str, int]:
-        """Name to number of output channels."""
-        return {layer.name: layer.n_channels for layer in self.layers}
-
-    @cached_property
-    def ties(self) -> dict[str, str]:
-        """Name to tie, of the layers that have one."""
-        return {layer.name: layer.tie for layer in self.layers if layer.tie}
-
-    @cached_property
+    @property
     def n_kept(self) -> int:
         """Values outside weight layers."""
         return sum(k.n_values for k in self.kept)
 
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """What was computed from this table before, by keys of those who computed it: an outer search asks the same of
-        one table for hours."""
-        return {}
-
-    @cached_property
+    @property
     def n_weights(self) -> int:
         """Weights in weight layers."""
         return sum(layer.n_weights for layer in self.layers)
 
-    @cached_property
+    @property
     def n_parameters(self) -> int:
-        """All parameters of the model: the denominator of every average."""
+        """All stored values of the model: the denominator of every average."""
         return self.n_weights + self.n_kept
+
+    @property
+    def size_bytes(self) -> int:
+        """Stored bytes of the model at full precision (16-bit floats)."""
+        return self.n_parameters * FULL_PRECISION // 8
 
     @property
     def n_channels(self) -> int:
@@ -178,26 +168,29 @@ class LayerTable:
                 f"missing {_short(missing)}, unexpected {_short(unexpected)}. Was it made for another model?"
             )
 
+    def facts(self) -> dict[str, Any]:
+        """Sizes, roles and what is kept at full precision."""
+        roles = Counter(la.role for la in self.layers)
+        return {
+            "model": f"{self.model or 'unnamed'} ({self.digest[:12]})",
+            "layers": f"{len(self.layers)} with {self.n_channels:,} output channels: "
+            + ", ".join(f"{n} {role}" for role, n in roles.most_common()),
+            "parameters": f"{self.n_weights:,} in weight layers, {self.n_kept:,} kept at full precision",
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer, with the columns of `LayerSpec`, ``n_weights`` and ``n_channels``."""
+        import pandas as pd
+
+        rows = [asdict(la) | {"n_weights": la.n_weights, "n_channels": la.n_channels} for la in self.layers]
+        return pd.DataFrame(rows)
+
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data."""
         return {
             "digest": self.digest,
             "model": self.model,
-            "layers": [
-                {
-                    "name": la.name,
-                    "kind": la.kind,
-                    "weight_shape": list(la.weight_shape),
-                    "channel_axis": la.channel_axis,
-                    "groups": la.groups,
-                    "macs": la.macs,
-                    "role": la.role,
-                    "has_bias": la.has_bias,
-                    "tie": la.tie,
-                    "fuse": la.fuse,
-                }
-                for la in self.layers
-            ],
+            "layers": [{**asdict(la), "weight_shape": list(la.weight_shape)} for la in self.layers],
             "kept": [{"name": k.name, "n_values": k.n_values, "reason": k.reason} for k in self.kept],
         }
 

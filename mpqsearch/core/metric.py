@@ -44,12 +44,17 @@ class MetricValue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRecord:
-    """One evaluated point with everything that is needed to repeat it: a row of ``pareto.csv``."""
+    """One evaluated point with everything that is needed to repeat it: a row of ``pareto.csv``.
+
+    ``budget`` is the label of the budget that the map was made for (`Budget.label`) and ``quantity`` what that limits;
+    both are empty for the full-precision model. Points of one budget have equal labels.
+    """
 
     model: str
     method: str
     granularity: str
-    target_bits: float
+    budget: str
+    quantity: str
     average_bits: float
     size_bytes: int
     act_bits: float

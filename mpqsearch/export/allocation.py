@@ -25,7 +25,7 @@ from mpqsearch.core import (
 )
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob
-from mpqsearch.export.plan import least_cost, tie_groups
+from mpqsearch.export.plan import least_cost
 from mpqsearch.export.target import Target
 from mpqsearch.methods import BEST_LOSS, channel_losses
 from mpqsearch.specs.targets import FULL
@@ -120,7 +120,7 @@ def target_losses(
     Without a layer's loss in the profile: full cost, zero loss.
     """
     formats = formats_of(target, table)
-    scheme = "asymmetric" if "asymmetric" in profile.variants else profile.variants[0]
+    scheme = "asymmetric" if "asymmetric" in profile.formats else profile.formats[0]
     losses = {}
     priced = channel_losses(profile, table, scheme, BEST_LOSS, bias_correction=False)
     squares = profile.need(f"weight_error/{scheme}", "the losses of a target").astype(np.float64)
@@ -174,8 +174,8 @@ def allocate_for(
 
     ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is
     offered too, as the last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is
-    then not always proven to be the best. ``policy`` fixes layers by role or name: such a layer takes the format of
-    that width, or full precision where the target has none. Tied layers share their format. Raises
+    then not always proven to be the best. ``policy`` fixes and bounds layers by role or name: a fixed layer takes the
+    format of that width, or full precision where the target has none. Tied layers share their format. Raises
     `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with ``at_least_smallest`` the
     smallest file is made instead.
     """
@@ -184,16 +184,21 @@ def allocate_for(
     shape = (len(table), len(formats))
     loss, cost, allowed = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     by_name = [{c.name: c for c in target.choices(layer)} for layer in table]
+    policy = policy or Policy(roles={})
+    rules = policy.resolve(table)
     for i, layer in enumerate(table):
-        fixed = None if policy is None else policy.fixed_width(layer)
-        offered = [c for c in by_name[i].values() if fixed is None or c.width == fixed]
+        fixed = rules.fixed.get(layer.name)
+        offered = [
+            c for c in by_name[i].values() if (rules.allows(layer.name, c.width) if fixed is None else c.width == fixed)
+        ]
         for choice in offered:
             j = formats.index(choice.name)
             loss[i, j] = max(0.0, float(losses[layer.name][j]))
             cost[i, j], allowed[i, j] = target.cost(layer, choice).total, True
-        cost[i, -1], allowed[i, -1] = target.cost(layer, None).total, fixed is None or not offered
+        whole = fixed is None and rules.allows(layer.name, FULL_PRECISION)
+        cost[i, -1], allowed[i, -1] = target.cost(layer, None).total, whole or not offered
     other = target.kept_bits * sum(k.n_values for k in table.kept)
-    ties = tie_groups(list(table), None if policy is None else policy.tie_of)
+    ties = [[table.index[n] for n in group] for group in policy.groups_of(table)]
     least = least_cost(cost, allowed, ties) + other
     if least > limit:
         if not at_least_smallest:

@@ -110,13 +110,12 @@ def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[in
     return int(masked[alone].min(axis=1).sum()) + sum(int(masked[list(g)].sum(axis=0).min()) for g in ties)
 
 
-def tie_groups(layers: Sequence[LayerSpec], tie_of: Callable[[LayerSpec], str] | None = None) -> list[list[int]]:
-    """Indices of layers that must share a choice; ``tie_of`` names the group of a layer (default: what the model itself
-    ties)."""
+def tie_groups(layers: Sequence[LayerSpec]) -> list[list[int]]:
+    """Indices of layers that must share a choice, because they share their weights."""
     groups: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        if label := layer.tie if tie_of is None else tie_of(layer):
-            groups.setdefault(label, []).append(i)
+        if layer.tie:
+            groups.setdefault(layer.tie, []).append(i)
     return [g for g in groups.values() if len(g) > 1]
 
 

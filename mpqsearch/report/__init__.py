@@ -10,7 +10,7 @@
     every budget plot_samples(grid); plot_sample_difference(grid) size_breakdown(table, bit_map, policy, storage)
     -> SizeBreakdown, in bits save_figure(ax, folder / "name")                                   -> name.png, name.svg
     write_pareto_csv(path, records); write_pareto_json(path, records, inputs); read_pareto_json(path) ->
-    list[StudyRecord] grid = sample_grid("3 bits", 3.0, {"full precision": uint8, "ilp": uint8}, columns=8)  ->
+    list[StudyRecord] grid = sample_grid("3 bits", {"full precision": uint8, "ilp": uint8}, columns=8)  ->
     SampleGrid build_report(folder, ReportContent(title=..., records=..., table=..., ...), inputs) -> list[Path]
 
 Needs no torch. Figures are plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing has to be

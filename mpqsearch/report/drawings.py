@@ -138,7 +138,7 @@ def _maps(content: ReportContent) -> Iterator[Drawing]:
 
 def _profile(content: ReportContent) -> Iterator[Drawing]:
     profile = content.profile
-    if profile is None or not profile.variants:
+    if profile is None or not profile.formats:
         return
     variants = [
         content.variant,

@@ -32,7 +32,6 @@ class SampleGrid:
     """
 
     title: str
-    budget: float
     rows: tuple[tuple[str, Images], ...]
     gain: float = 4.0
 
@@ -46,9 +45,7 @@ class SampleGrid:
         return dict(self.rows)[label]
 
 
-def sample_grid(
-    title: str, budget: float, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, gain: float = 4.0
-) -> SampleGrid:
+def sample_grid(title: str, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, gain: float = 4.0) -> SampleGrid:
     """The first ``columns`` images of each row; ``[N, H, W]`` or ``[N, C, H, W]`` uint8, reference row first.
 
     Raises `ConfigError` when there is no row, or a row has another shape or dtype than the first.
@@ -66,7 +63,7 @@ def sample_grid(
                 f"sample grid {title!r}: row {label!r} has the shape {images.shape}, the first row {first.shape}; "
                 "rows must hold the same samples"
             )
-    return SampleGrid(title=title, budget=budget, rows=tuple(clean.items()), gain=gain)
+    return SampleGrid(title=title, rows=tuple(clean.items()), gain=gain)
 
 
 def difference(grid: SampleGrid, label: str) -> Images:

@@ -127,7 +127,7 @@ def _facts(content: ReportContent) -> list[tuple[str, str]]:
         facts.append(("Parameters", f"{table.n_parameters:,} in all; {layers}"))
     facts.append(("Samples per point", _span([r.n_samples for r in records])))
     facts.append(("Seeds", ", ".join(dict.fromkeys(r.seeds for r in records)) or "none"))
-    budgets = len({r.target_bits for r in quantized})
+    budgets = len({r.budget for r in quantized})
     facts.append(("Methods", f"{', '.join(methods)} at {budgets} budget{'' if budgets == 1 else 's'}"))
     if content.policy is not None:
         facts.append(("Policy", content.policy.describe()))
@@ -138,7 +138,7 @@ def _facts(content: ReportContent) -> list[tuple[str, str]]:
 
 def _chosen_words(chosen: StudyRecord, records: Sequence[StudyRecord]) -> str:
     """The chosen point in a sentence, beside the uniform map of its budget."""
-    uniform = next((r for r in records if r.method == "uniform" and r.target_bits == chosen.target_bits), None)
+    uniform = next((r for r in records if r.method == "uniform" and r.budget == chosen.budget), None)
     words = [f"{chosen.method}: {chosen.average_bits:.3f} bits a parameter, {chosen.size_bytes / 1000:.1f} kB"]
     for name, title, unit in (("fd_fp", _HEADINGS["fd_fp"], ""), ("paired_psnr", "PSNR", " dB")):
         if name in chosen.metrics:
@@ -196,7 +196,7 @@ def _points_table(records: Sequence[StudyRecord]) -> dict[str, Any]:
                 "range": "",
             },
             _cell(record.granularity, record.granularity),
-            _cell(_number(record.target_bits, 2), record.target_bits),
+            _cell(record.budget, record.budget),
             _cell(_number(record.average_bits, 3), record.average_bits),
             _cell(_number(record.size_bytes / 1000, 1), record.size_bytes),
             _cell(_number(record.act_bits, 1), record.act_bits),
@@ -208,7 +208,7 @@ def _points_table(records: Sequence[StudyRecord]) -> dict[str, Any]:
     headings = [
         ("Method", "text"),
         ("Widths per", "text"),
-        ("Budget", "number"),
+        ("Budget", "text"),
         ("Bits stored", "number"),
         ("kB stored", "number"),
         ("Act. bits", "number"),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.methods import best_loss, channel_losses, prediction_loss
+from mpqsearch.methods import available_losses, best_loss, channel_losses
 from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.sensitivity import MEASURED, plot_sensitivity, sensitivity_info
 from mpqsearch.report.style import COLOURS, axes_or_new, muted
@@ -66,8 +66,8 @@ def profile_summary(
 ) -> ProfileSummary:
     """What to read first. The loss is the best that the profile holds, with bias correction, of the scheme ``auto``
     where it was measured."""
-    variant = "auto" if "auto" in profile.variants else profile.variants[0]
-    loss = prediction_loss(profile) if profile.prediction_only else best_loss(profile, variant)
+    variant = "auto" if "auto" in profile.formats else profile.formats[0]
+    loss = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
     totals = profile.layer_sum(channel_losses(profile, table, variant, loss, bias_correction=loss != "weight"))
     middle, spread = (profile.arrays.get(f"{family}/{variant}") for family in _SPREADS.get(loss, ("", "")))
     kurtosis = profile.arrays["kurtosis"].astype(np.float64)
@@ -136,9 +136,9 @@ def kurtosis_info(profile: SensitivityProfile, bits: int = 0, variant: str = "")
     """
     from mpqsearch.report.sensitivity import spearman
 
-    chosen = variant or ("asymmetric" if "asymmetric" in profile.variants else next(iter(profile.variants), ""))
-    if chosen not in profile.variants:
-        raise UnknownNameError("profile variant", chosen, profile.variants)
+    chosen = variant or ("asymmetric" if "asymmetric" in profile.formats else next(iter(profile.formats), ""))
+    if chosen not in profile.formats:
+        raise UnknownNameError("profile variant", chosen, profile.formats)
     width = bits or min(profile.widths, key=lambda b: abs(b - 4))
     if width not in profile.widths:
         raise ConfigError(f"the profile has the widths {profile.widths}, not {width}")

@@ -37,12 +37,12 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     """Loss of every layer if it alone is quantized: sensitivity × output error, summed over its channels (the error alone
     without sensitivities, and that of the weights in a profile of nothing else).
 
-    ``variant`` is one of ``profile.variants`` (default: ``asymmetric`` if it is there, else the first) or ``measured``,
+    ``variant`` is one of ``profile.formats`` (default: ``asymmetric`` if it is there, else the first) or ``measured``,
     for the error of final samples with only that layer quantized. The worst are ranked at the narrowest width that was
     measured. Raises `UnknownNameError` for a variant that the profile does not have.
     """
     final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
-    known = (*profile.variants, *((MEASURED,) if final else ()))
+    known = (*profile.formats, *((MEASURED,) if final else ()))
     chosen = variant or ("asymmetric" if "asymmetric" in known else next(iter(known), ""))
     if chosen not in known:
         raise UnknownNameError("profile variant", chosen, known)
@@ -112,7 +112,7 @@ class PredictionInfo:
     predicted: Floats
     measured: Floats
     methods: tuple[str, ...]
-    budgets: tuple[float, ...]
+    budgets: tuple[str, ...]
     metric: str
     label: str
     spearman: float
@@ -140,7 +140,7 @@ def prediction_info(
     measured = np.array([r.metrics[metric].value for r in chosen])
     sign = -1.0 if chosen[0].metrics[metric].higher_is_better else 1.0
     low, high = spearman_interval(predicted, sign * measured, resamples=resamples, seed=seed)
-    budgets = tuple(r.target_bits for r in chosen)
+    budgets = tuple(r.budget for r in chosen)
     return PredictionInfo(
         predicted=predicted,
         measured=measured,
@@ -220,7 +220,7 @@ def _ranks(values: Floats) -> Floats:
     return mean[inverse]
 
 
-def _within(predicted: Floats, measured: Floats, budgets: Sequence[float]) -> float | None:
+def _within(predicted: Floats, measured: Floats, budgets: Sequence[str]) -> float | None:
     groups = [np.flatnonzero(np.array(budgets) == b) for b in sorted(set(budgets))]
     values = [spearman(predicted[g], measured[g]) for g in groups if len(g) >= 3]
     return float(np.mean(values)) if values else None

@@ -57,14 +57,14 @@ def tied(first: MetricValue, second: MetricValue) -> bool:
 def standings(records: Sequence[StudyRecord], metric: str) -> list[str]:
     """For each record ``"best"``, ``"tie"`` (not told from the best of its budget by the intervals) or ``""``.
 
-    Records of one budget share their ``target_bits``. The full-precision record takes no part.
+    Records of one budget share its label. The full-precision record takes no part.
     """
-    groups: dict[float, list[StudyRecord]] = {}
+    groups: dict[str, list[StudyRecord]] = {}
     for record in records:
         if record.method != FULL_PRECISION_METHOD and metric in record.metrics:
-            groups.setdefault(record.target_bits, []).append(record)
-    best = {bits: min(group, key=lambda r: _to_minimise(r.metrics[metric])) for bits, group in groups.items()}
-    return [_standing(r, best.get(r.target_bits), metric) for r in records]
+            groups.setdefault(record.budget, []).append(record)
+    best = {budget: min(group, key=lambda r: _to_minimise(r.metrics[metric])) for budget, group in groups.items()}
+    return [_standing(r, best.get(r.budget), metric) for r in records]
 
 
 def _standing(record: StudyRecord, best: StudyRecord | None, metric: str) -> str:
@@ -92,8 +92,7 @@ def _fronts(records: Sequence[StudyRecord]) -> dict[str, Any]:
             "reference": corner.tolist(),
             "hypervolume": {"all": front.hypervolume(), **{m: front.hypervolume(m) for m in front.methods}},
             "front": [
-                {"method": r.method, "target_bits": r.target_bits, "bit_map_digest": r.bit_map_digest}
-                for r in front.front
+                {"method": r.method, "budget": r.budget, "bit_map_digest": r.bit_map_digest} for r in front.front
             ],
         }
     return fronts
@@ -111,7 +110,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _with_nan(data: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = ("target_bits", "average_bits", "act_bits", "seconds", "predicted_loss")
+    numbers = ("average_bits", "act_bits", "seconds", "predicted_loss")
     record = {k: float("nan") if v is None and k in numbers else v for k, v in data.items()}
     record["metrics"] = {
         name: {k: float("nan") if v is None and k in ("low", "high") else v for k, v in metric.items()}

@@ -6,6 +6,7 @@ one line says so. Torch is imported only by the stages that need a model.
 
 from mpqsearch.stages.allocating import allocation, allocations
 from mpqsearch.stages.base import Run, slug, start
+from mpqsearch.stages.checking import check_allocation
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
@@ -23,6 +24,7 @@ __all__ = [
     "Run",
     "allocation",
     "allocations",
+    "check_allocation",
     "check_search",
     "chosen_method",
     "distill",

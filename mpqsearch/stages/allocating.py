@@ -9,13 +9,33 @@ from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.methods import Allocation, MethodSpec, allocate
+from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.gptq import moment_inputs, priced
+from mpqsearch.stages.gptq import moment_inputs, priced, priced_file
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.searching import searched_map
 from mpqsearch.stages.smoothing import alphas_of
+
+
+def programs_of(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> Programs:
+    """The study's table and policy with the profile that prices a method."""
+    costs = run.config.allocate.costs
+    return Programs(
+        table=table,
+        profile=priced(run, table, measured, method),
+        policy=run.config.policy,
+        format=run.config.quantizer.format(),
+        costs=CostTable.read(costs) if costs else None,
+    )
+
+
+def study_methods(run: Run) -> list[MethodSpec]:
+    """The methods of the study, without those that mix widths inside layers where a latency is a budget: latencies are
+    measured for whole layers."""
+    c = run.config.allocate
+    timed = any(b.quantity == "latency" for b in (*c.parsed(), *c.parsed_within()))
+    return [m for m in run.config.methods if not (timed and m.granularity == "channel")]
 
 
 def allocation(
@@ -27,35 +47,50 @@ def allocation(
     if method.allocator == "map":
         return given_map(run, table, measured, method)
     folder = run.path("allocations", slug(method.name, budget))
+    inputs = allocation_inputs(run, table, method, budget)
+    path, map_path = folder / "allocation.json", folder / "bitmap.json"
+    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
+        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
+    with run.timed("allocate"):
+        programs = programs_of(run, table, measured, method)
+        made = programs.allocate(method, budget, run.config.allocate.parsed_within())
+        if method.smooth_by_layer and not run.dry_run:
+            made = replace(made, bit_map=alphas_of(run, table, measured)(made.bit_map))
+    data = made.to_data() | {"made_from": _made_from(run, method, measured)}
+    if not run.dry_run:
+        _save_map(map_path, made, table, inputs)
+        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
+    return made.bit_map, data
+
+
+def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: Budget) -> dict[str, str]:
+    """Digests of all that one allocation depends on."""
     c = run.config.to_data()
     inputs = profile_inputs(run, table) | {
         "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
         "budget": artifacts.digest_of(budget.label()),
         "policy": artifacts.digest_of(c["policy"]),
     }
+    if c["allocate"]["within"]:
+        inputs["within"] = artifacts.digest_of([b.label() for b in run.config.allocate.parsed_within()])
+    if c["allocate"]["costs"]:
+        inputs["costs"] = artifacts.digest_file(Path(c["allocate"]["costs"]))
     if method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
     if method.smooth_by_layer:
         inputs["ranges"] = artifacts.digest_of([c["activations"][k] for k in ("p", "n_candidates", "zero_points")])
-    path, map_path = folder / "allocation.json", folder / "bitmap.json"
-    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
-        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
-    with run.timed("allocate"):
-        made = allocate(
-            method,
-            budget,
-            table,
-            priced(run, table, measured, method),
-            run.config.policy,
-            run.config.quantizer.format(),
-        )
-        if method.smooth_by_layer and not run.dry_run:
-            made = replace(made, bit_map=alphas_of(run, table, measured)(made.bit_map))
-    data = made.to_data()
-    if not run.dry_run:
-        _save_map(map_path, made, table, inputs)
-        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
-    return made.bit_map, data
+    return inputs
+
+
+def _made_from(run: Run, method: MethodSpec, measured: SensitivityProfile) -> dict[str, Any]:
+    """What `mpqsearch.stages.checking` needs to build the same tables again."""
+    costs = run.config.allocate.costs
+    return {
+        "profile": priced_file(method, measured),
+        "policy": run.config.policy.to_data(),
+        "format": run.config.quantizer.format().to_data(),
+        "costs": {"file": costs, "sha256": artifacts.digest_file(Path(costs))} if costs else None,
+    }
 
 
 def allocations(
@@ -63,26 +98,27 @@ def allocations(
 ) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, Any]]]:
     """All methods at all budgets of the configuration; maps from elsewhere once, at their own size."""
     out = []
+    methods = study_methods(run)
     for place, given in enumerate(run.config.allocate.parsed()):
-        for method in run.config.methods:
+        for method in methods:
             if method.allocator == "map" and place:
                 continue
             bit_map, data = allocation(run, table, measured, method, given)
             budget = Budget.parse(data["budget"]) if method.allocator == "map" else given
-            out.append(
-                (
-                    replace(method, bias_correction=data.get("bias_correction", method.bias_correction)),
-                    budget,
-                    bit_map,
-                    data,
-                )
-            )
+            corrected = replace(method, bias_correction=data.get("bias_correction", method.bias_correction))
+            out.append((corrected, budget, bit_map, data))
     run.say(f"allocate: {len(out)} maps in {run.path('allocations')}")
+    left_out = [m.name for m in run.config.methods if m not in methods]
+    if left_out:
+        run.say(f"allocate: {', '.join(left_out)} left out: a latency is measured for whole layers")
+    for note in dict.fromkeys(note for *_, data in out for note in data["notes"] if note.startswith("held at")):
+        run.say(f"allocate: {note}")
     return out
 
 
 def _save_map(path: Path, made: Allocation, table: LayerTable, inputs: Mapping[str, str]) -> None:
     from mpqsearch.export import neutral_extra
 
-    provenance = {"method": made.method.name, "budget": made.budget.label(), "predicted_loss": made.predicted_loss}
+    data = made.to_data()
+    provenance = {"method": made.method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
     artifacts.save_bit_map(path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance))

@@ -14,10 +14,9 @@ from mpqsearch import artifacts
 from mpqsearch.allocate import AllocationResult, NextStep, ParetoPath, explain, relative_gap, solve, solve_path
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
-from mpqsearch.methods import MethodSpec, Program, program_of
-from mpqsearch.stages.allocating import allocation
+from mpqsearch.methods import PROGRAMS, MethodSpec, Program
+from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_of, study_methods
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.profiling import profile_inputs
 
 if TYPE_CHECKING:
     from mpqsearch.report import PathSeries
@@ -30,124 +29,113 @@ SAME = 1e-12
 """Relative difference of two sums of the same losses."""
 
 
-def programs(run: Run) -> list[MethodSpec]:
+def program_methods(run: Run) -> list[MethodSpec]:
     """The methods of the study that solve an integer program. Raises `ConfigError` when there is none."""
-    found = [m for m in run.config.methods if m.allocator in ("ilp-layer", "ilp-channel")]
-    if not found:
+    methods = [m for m in study_methods(run) if m.allocator in PROGRAMS]
+    if not methods:
         raise ConfigError(
             "no method of the study solves an integer program; add one with allocator = 'ilp-layer' or 'ilp-channel'."
         )
-    return found
+    return methods
 
 
 def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json``, ``.csv`` and ``.npz``, and a
     figure.
 
-    A method's own loss is drawn; the paths of methods with different losses or schemes are not to be compared.
-    ``ilp-channel`` is the program over channels, which pays for the width tags of every layer.
+    A path is over the quantity of the study's first budget; budgets of ``allocate.within`` play no part. A method's own
+    loss is drawn; the paths of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
+    program over channels, which pays for the width tags of every layer.
     """
-    budgets = run.config.allocate.parsed()
-    sizes = [b for b in budgets if b.quantity != "bops"]
-    found, series = [], []
-    for method in programs(run):
-        own = sizes or budgets
-        if not sizes and method.allocator == "ilp-channel":
-            run.say(
-                f"allocate: no path of {method.name}: it takes a size budget, and the study has budgets in BOPs only"
-            )
-            continue
+    first = run.config.allocate.parsed()[0]
+    budgets = [b for b in run.config.allocate.parsed() if b.unit == first.unit]
+    answers, series = [], []
+    for method in program_methods(run):
         with run.timed("allocate"):
-            program = program_of(method, own[0], table, measured, run.config.policy, run.config.quantizer.format())
+            programs = programs_of(run, table, measured, method)
+            program = programs.program(method, first)
             path = solve_path(program.problem)
-        data = _path_data(run, table, method, own, program, path)
-        found.append(data)
-        series.append(_series(table, data, program, path))
+        limits = [(budget, programs.limit(budget, method)) for budget in budgets]
+        data = _path_data(table, method, limits, program, path)
+        answers.append(data)
+        series.append(_series(data, program, path))
         if not run.dry_run:
-            _save_path(run, table, method, data, program, path)
-    if series and not run.dry_run:
+            _save_path(run, table, method, first, data, program, path)
+    if not run.dry_run:
         from mpqsearch.report import path_info, plot_path, render, save_figure
 
-        label = "stored bits per parameter, everything counted" if sizes else "BOPs of one forward pass"
+        size = first.unit == "bits stored"
+        label = "stored bits per parameter, everything counted" if size else f"{first.unit} of one forward pass"
         info = path_info(series, label)
         drawn = save_figure(render(lambda: plot_path(info)), run.path("paths", "path"))
-        run.say(f"allocate: {len(found)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
-    return found
+        run.say(f"allocate: {len(answers)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
+    return answers
 
 
 def _path_data(
-    run: Run, table: LayerTable, method: MethodSpec, budgets: Sequence[Budget], program: Program, path: ParetoPath
+    table: LayerTable, method: MethodSpec, limits: Sequence[tuple[Budget, int]], program: Program, path: ParetoPath
 ) -> dict[str, Any]:
-    vertices = len(path.budgets)
-    listed = _listed(path)
-    by_layer = len(program.item_layer) == len(program.layers)
-    rates = np.append(path.rates, 0.0)
-    totals = path.budgets + program.fixed_cost
-    points = []
-    for vertex in listed.tolist():
-        point: dict[str, Any] = {
-            "cost": int(totals[vertex]),
-            "loss": float(path.losses[vertex]),
-            "lower_bound": float(path.losses[vertex]),
-            "rate": float(rates[vertex]),
-        }
-        if program.problem.budget_name != "BOPs":
-            point |= {
-                "bits_a_parameter": int(totals[vertex]) / table.n_parameters,
-                "bytes": int(-(-totals[vertex] // 8)),
-            }
-        if by_layer and vertex > 0:
-            row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
-            moved = np.flatnonzero(path.tables.row == row)
-            point |= {"layers": [program.layers[i] for i in moved], "bits": program.widths[to]}
-            point |= {"input_bits": program.inputs[to]} if program.inputs else {}
-        points.append(point)
-    start = program.weights(path.choice(0)) if by_layer else {}
-    inputs = program.activations(path.choice(0)) if program.inputs else {}
+    first, _ = limits[0]
+    first_map = program.weights(path.choice(0)) if program.by_layer else {}
     return {
         "method": asdict(method),
-        "unit": program.problem.budget_name,
+        "unit": first.unit,
         "fixed_cost": program.fixed_cost,
         "n_parameters": table.n_parameters,
         "items": program.problem.n_items,
-        "vertices": vertices,
-        "first_map": {name: int(bits) for name, bits in start.items()},
-        "first_inputs": inputs,
-        "points": points,
-        "budgets": [_answer(run, table, budget, program, path) for budget in budgets],
+        "vertices": len(path.budgets),
+        "first_map": {name: int(bits) for name, bits in first_map.items()},
+        "first_inputs": program.activations(path.choice(0)),
+        "points": [_point(table, first, program, path, vertex) for vertex in _listed(path)],
+        "budgets": [_answer(budget, limit, program, path) for budget, limit in limits],
     }
 
 
-def _listed(path: ParetoPath) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _listed(path: ParetoPath) -> list[int]:
     last = len(path.budgets) - 1
     if last < LISTED_VERTICES:
-        return np.arange(last + 1)
+        return list(range(last + 1))
     wanted = np.linspace(float(path.budgets[0]), float(path.budgets[-1]), LISTED_VERTICES)
-    return np.unique(np.concatenate([[0], np.searchsorted(path.budgets, wanted).clip(0, last), [last]]))
+    vertices = np.unique(np.concatenate([[0], np.searchsorted(path.budgets, wanted).clip(0, last), [last]]))
+    return [int(vertex) for vertex in vertices]
 
 
-def _answer(run: Run, table: LayerTable, budget: Budget, program: Program, path: ParetoPath) -> dict[str, Any]:
+def _point(table: LayerTable, budget: Budget, program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
+    """One vertex of a path, with the step that led to it where the items are layers."""
+    cost, loss = int(path.budgets[vertex]) + program.fixed_cost, float(path.losses[vertex])
+    rate = float(path.rates[vertex]) if vertex < len(path.rates) else 0.0
+    point: dict[str, Any] = {"cost": cost, "loss": loss, "lower_bound": loss, "rate": rate}
+    if budget.unit == "bits stored":
+        point |= {"bits_a_parameter": cost / table.n_parameters, "bytes": -(-cost // 8)}
+    if program.by_layer and vertex > 0:
+        row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
+        moved = np.flatnonzero(path.tables.row == row)
+        point |= {"layers": [program.layers[i] for i in moved], "bits": program.widths[to]}
+        point |= {"input_bits": program.inputs[to]} if program.inputs else {}
+    return point
+
+
+def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> dict[str, Any]:
     """The path's own answer at a budget, without solving again."""
-    limit = int(budget.limit) if budget.quantity == "bops" else budget.limit_bits(table, run.config.policy)
     answer: dict[str, Any] = {"budget": budget.label(), "limit": limit}
     try:
-        found = path.at(limit - program.fixed_cost)
+        result = path.at(limit - program.fixed_cost)
     except InfeasibleBudgetError:
         return answer | {"status": "infeasible", "smallest": int(path.budgets[0]) + program.fixed_cost}
     return answer | {
-        "status": found.status,
-        "cost": found.cost + program.fixed_cost,
-        "loss": found.loss,
-        "lower_bound": found.lower_bound,
-        "gap": found.gap if np.isfinite(found.gap) else None,
-        "rate": found.multiplier,
+        "status": result.status,
+        "cost": result.cost + program.fixed_cost,
+        "loss": result.loss,
+        "lower_bound": result.lower_bound,
+        "gap": _finite(result.gap),
+        "rate": result.multiplier,
     }
 
 
-def _series(table: LayerTable, data: Mapping[str, Any], program: Program, path: ParetoPath) -> PathSeries:
+def _series(data: Mapping[str, Any], program: Program, path: ParetoPath) -> PathSeries:
     from mpqsearch.report import PathSeries
 
-    unit = 1 if program.problem.budget_name == "BOPs" else table.n_parameters
+    unit = data["n_parameters"] if data["unit"] == "bits stored" else 1
     asked = [answer for answer in data["budgets"] if "loss" in answer]
     return PathSeries(
         name=data["method"]["name"],
@@ -160,10 +148,15 @@ def _series(table: LayerTable, data: Mapping[str, Any], program: Program, path: 
 
 
 def _save_path(
-    run: Run, table: LayerTable, method: MethodSpec, data: Mapping[str, Any], program: Program, path: ParetoPath
+    run: Run,
+    table: LayerTable,
+    method: MethodSpec,
+    budget: Budget,
+    data: Mapping[str, Any],
+    program: Program,
+    path: ParetoPath,
 ) -> None:
     folder = run.path("paths")
-    inputs = _inputs(run, table, method)
     rows = [{**p, "layers": " ".join(p.get("layers", ()))} for p in data["points"]]
     header = ["cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits", "input_bits"]
     artifacts.write_text(folder / f"{method.name}.csv", _csv(header, rows))
@@ -180,52 +173,54 @@ def _save_path(
         "input_widths": np.array(program.inputs, dtype=np.int64),
     }
     artifacts.write_arrays(folder / f"{method.name}.npz", whole)
+    inputs = allocation_inputs(run, table, method, budget)
     artifacts.write_json(folder / f"{method.name}.json", "mpqsearch/path", dict(data), inputs)
 
 
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    Marginal rates of every layer, the shadow price of the budget, and the layers at a bound.
+    The best next step of every layer, the shadow prices of the budgets, and the layers at an end of what they may take.
     """
-    found = []
+    told = []
     for budget in run.config.allocate.parsed():
-        for method in programs(run):
+        for method in program_methods(run):
             bit_map, saved = allocation(run, table, measured, method, budget)
             with run.timed("allocate"):
                 data = _explanation(run, table, measured, method, budget, bit_map)
             # Costed from the map: a layer whose channels all took one width stores no tags, which the program had to
             # reserve.
-            spent = saved["bops"] if budget.quantity == "bops" else saved["size_bits"]
-            data |= {"limit": saved["limit"], "slack": saved["limit"] - spent}
-            found.append(data)
+            main = saved["totals"][0]
+            data |= {"limit": main["limit"], "slack": main["limit"] - main["cost"]}
+            told.append(data)
             if not run.dry_run:
                 folder = run.path("allocations", slug(method.name, budget))
-                inputs = {**_inputs(run, table, method), "bit_map": bit_map.digest}
+                inputs = {**allocation_inputs(run, table, method, budget), "bit_map": bit_map.digest}
                 artifacts.write_text(folder / "explanation.csv", _csv(list(data["layers"][0]), data["layers"]))
                 artifacts.write_json(folder / "explanation.json", "mpqsearch/explanation", data, inputs)
-    run.say(f"allocate: {len(found)} maps explained in {run.path('allocations')}")
-    return found
+    run.say(f"allocate: {len(told)} maps explained in {run.path('allocations')}")
+    return told
 
 
 def _explanation(
     run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget, bit_map: BitMap
 ) -> dict[str, Any]:
     by_layer = bit_map.granularity == "layer"
-    policy, fmt = run.config.policy, run.config.quantizer.format()
-    program = program_of(method, budget, table, measured, policy, fmt, by_layer=by_layer, overrides=by_layer)
+    within = run.config.allocate.parsed_within()
+    program = programs_of(run, table, measured, method).program(method, budget, within, by_layer=by_layer)
     solved = _as_saved(program, bit_map, solve(program.problem, solver=method.solver))
     sets, names = (None, None) if by_layer else (program.item_layer, program.layers)
     told = explain(program.problem, solved, sets, names)
     return {
         "method": method.name,
         "budget": budget.label(),
-        "unit": program.problem.budget_name,
+        "unit": budget.unit,
         "status": solved.status,
         "loss": solved.loss,
-        "lower_bound": solved.lower_bound if np.isfinite(solved.lower_bound) else None,
+        "lower_bound": _finite(solved.lower_bound),
         "gap": _finite(solved.gap),
         "shadow_price": solved.multiplier,
+        "shadow_prices": told.shadow_prices,
         "layers": [_layer_row(step, table, bit_map) for step in told.steps],
     }
 
@@ -258,19 +253,10 @@ def _as_saved(program: Program, bit_map: BitMap, solved: AllocationResult) -> Al
         choice=choice,
         loss=loss,
         cost=costs[0],
-        costs={program.problem.budget_name: costs[0]},
+        costs=dict(zip(solved.costs, costs, strict=True)),
         gap=relative_gap(loss, min(solved.lower_bound, loss)),
         status=solved.status if best else "feasible",
     )
-
-
-def _inputs(run: Run, table: LayerTable, method: MethodSpec) -> dict[str, str]:
-    c = run.config.to_data()
-    return profile_inputs(run, table) | {
-        "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
-        "policy": artifacts.digest_of(c["policy"]),
-        "budgets": artifacts.digest_of({"budgets": c["allocate"]["budgets"]}),
-    }
 
 
 def _finite(value: float) -> float | None:

@@ -57,25 +57,32 @@ def moments_of(run: Run, table: LayerTable) -> InputMoments:
     return run.moments
 
 
+def priced_file(method: MethodSpec, measured: SensitivityProfile) -> str:
+    """The file in the run folder that holds the profile which prices a method, see `priced`."""
+    plain = method.rounding == "nearest" or method.loss in NOT_PRICED or measured.weights_only
+    return "profile.json" if plain else f"profiles/gptq-{method.format_name}.json"
+
+
 def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
-    """``measured`` with the errors that the method's rounding leaves, from ``profiles/gptq-<variant>.json`` where that
+    """``measured`` with the errors that the method's rounding leaves, from ``profiles/gptq-<format>.json`` where that
     is there.
 
     The profile itself for nearest rounding, for losses that know no other, and where nothing may run (weights only, a
     dry run).
     """
-    if method.rounding == "nearest" or method.loss in NOT_PRICED or measured.weights_only:
+    file = priced_file(method, measured)
+    if file == "profile.json":
         return measured
-    if method.variant not in run.priced:
+    if method.format_name not in run.priced:
         from mpqsearch.core import QuantFormat
         from mpqsearch.profile import gptq_profile
 
         path, inputs = (
-            run.path("profiles", f"gptq-{method.variant}.json"),
+            run.path(file),
             profile_inputs(run, table) | moment_inputs(run, table),
         )
         if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
-            run.priced[method.variant] = artifacts.load_profile(path)
+            run.priced[method.format_name] = artifacts.load_profile(path)
         elif run.dry_run:
             return measured
         else:
@@ -83,9 +90,9 @@ def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
             fmt = QuantFormat(
                 scheme=method.scheme, criterion=c.criterion, p=c.p, n_candidates=c.n_candidates, smooth=method.smooth
             )
-            run.say(f"profile: pricing GPTQ rounding ({method.variant})")
+            run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
             with run.timed("price"):
                 made = gptq_profile(run.denoiser, table, measured, moments_of(run, table), fmt)
             artifacts.save_profile(path, made, inputs)
-            run.priced[method.variant] = made
-    return run.priced[method.variant]
+            run.priced[method.format_name] = made
+    return run.priced[method.format_name]

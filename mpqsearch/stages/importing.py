@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits, bops, size_bits
-from mpqsearch.methods import Allocation, MethodSpec, predicted_loss
+from mpqsearch.methods import Allocation, MethodSpec, Total, predicted_loss
 from mpqsearch.stages.base import Run
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def given_map(
     stored = size_bits(table, bit_map)
     allocation = Allocation(
         method=method,
-        budget=own_budget(table, bit_map),
         bit_map=bit_map,
-        limit=stored,
+        totals=(Total(budget=own_budget(table, bit_map), limit=stored, cost=stored),),
         size_bits=stored,
         bops=bops(table, bit_map),
         predicted_loss=predicted_loss(table, measured, bit_map, bias_correction=method.bias_correction),

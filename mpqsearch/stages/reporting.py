@@ -64,7 +64,7 @@ def report(
         maps=maps,
         point_maps={m.digest: m for m in every},
         profile=measured,
-        variant=chosen.variant,
+        variant=chosen.format_name,
         grids=_grids(run, table, measured),
         correlations=rank_correlations(table, measured),
         exports=size_rows(run),
@@ -150,7 +150,7 @@ def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[d
             if not np.isfinite(final[searched, j]).all():
                 continue
             truth = pd.Series(final[searched, j]).rank()
-            for loss in available_losses(measured, variant)[:-1]:
+            for loss in [k for k in available_losses(measured) if k != "final"]:
                 totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=True))
                 value = pd.Series(totals[searched, j]).rank().corr(truth)
                 rows.append(
@@ -209,7 +209,7 @@ def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[An
             file = run.path("stats", f"{point[:16]}.npz")
             if file.exists():
                 rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
-        grids.append(sample_grid(f"Budget {budget.label()}", budget.limit, rows, columns=columns))
+        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns))
     return grids
 
 

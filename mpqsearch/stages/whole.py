@@ -52,7 +52,7 @@ def trained(run: Run, table: LayerTable, measured: SensitivityProfile, records: 
     budgets = [Budget.parse(text) for text in c.budgets] or list(run.config.allocate.parsed())
     for name, budget in itertools.product(c.methods, budgets):
         data = distill(run, table, measured, name, budget)
-        before = next((r for r in records if r.method == name and r.target_bits == budget.limit), None)
+        before = next((r for r in records if r.method == name and r.budget == budget.label()), None)
         if data and before is not None:
             metrics = {k: MetricValue(**v) for k, v in data["after"].items()}
             found.append(replace(before, method=f"{name}+trd", metrics=metrics))

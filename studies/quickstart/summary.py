@@ -27,22 +27,22 @@ def main() -> None:
     methods = list(dict.fromkeys(rows["method"]))
     print("| budget | kB | " + " | ".join(methods) + " |")
     print("|---|---|" + "---|" * len(methods))
-    for budget, group in rows.groupby("target_bits"):
+    for budget, group in rows.groupby("budget", sort=False):
         by = group.set_index("method")
         base = by.loc["uniform", "fd_fp"]
         cells = [
             f"{_with(by.loc[m], 'fd_fp')} ({by.loc[m, 'fd_fp'] / base:.2f})" if m in by.index else "" for m in methods
         ]
-        print(f"| uniform:{budget:g} | {by.loc['uniform', 'size_bytes'] / 1000:.0f} | " + " | ".join(cells) + " |")
+        print(f"| {budget} | {by.loc['uniform', 'size_bytes'] / 1000:.0f} | " + " | ".join(cells) + " |")
     print("\nPaired PSNR in dB, and FD to data:\n")
     print("| budget | " + " | ".join(methods) + " |")
     print("|---|" + "---|" * len(methods))
-    for budget, group in rows.groupby("target_bits"):
+    for budget, group in rows.groupby("budget", sort=False):
         by = group.set_index("method")
         cells = [
             f"{by.loc[m, 'paired_psnr']:.1f} dB, {by.loc[m, 'fd_data']:.2f}" if m in by.index else "" for m in methods
         ]
-        print(f"| uniform:{budget:g} | " + " | ".join(cells) + " |")
+        print(f"| {budget} | " + " | ".join(cells) + " |")
     shutil.copy(run / "figures" / "front_fd_fp.png", HERE / "front.png")
 
 

@@ -77,8 +77,8 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     made = cli("run", study, "--run-dir", "r", *options)
     assert made.returncode == 0, made.stderr
     with (tmp_path / "r/pareto.csv").open() as handle:
-        rows = {(r["method"], r["target_bits"]): r for r in csv.DictReader(handle)}
-    for budget in ("3.0", "4.0"):
+        rows = {(r["method"], r["budget"]): r for r in csv.DictReader(handle)}
+    for budget in ("uniform:3", "uniform:4"):
         acts = {m: float(rows[m, budget]["act_bits"]) for m, b in rows if b == budget}
         assert acts == {
             "uniform": 16,
@@ -102,7 +102,7 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "a alpha says how factors were made, and is not stored"
         )
         maps = [
-            json.loads((tmp_path / f"r/allocations/{m}@uniform-{budget[0]}/bitmap.json").read_text())["data"]
+            json.loads((tmp_path / f"r/allocations/{m}@uniform-{budget[-1]}/bitmap.json").read_text())["data"]
             for m in acts
         ]
         alphas = {

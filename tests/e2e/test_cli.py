@@ -31,7 +31,7 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     for column in (
         "model",
         "granularity",
-        "target_bits",
+        "budget",
         "average_bits",
         "size_bytes",
         "act_bits",
@@ -41,8 +41,8 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
         assert column in rows[0]
     for column in ("fd_fp", "paired_psnr", "n_samples", "seeds", "seconds"):
         assert all(r[column] for r in rows if r["method"] != "full-precision")
-    limits = {r["target_bits"]: int(r["size_bytes"]) for r in rows if r["method"] == "uniform"}
-    assert all(int(r["size_bytes"]) <= limits[r["target_bits"]] for r in rows if r["method"].startswith("ilp"))
+    limits = {r["budget"]: int(r["size_bytes"]) for r in rows if r["method"] == "uniform"}
+    assert all(int(r["size_bytes"]) <= limits[r["budget"]] for r in rows if r["method"].startswith("ilp"))
     page = (tmp_path / "r/report.html").read_text()
     assert "<html" in page
     assert "http://" not in page.replace("http://www.w3.org", "")

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpqsearch import methods
 from mpqsearch.allocate import solve
 from mpqsearch.core import (
     BitMap,
@@ -14,20 +13,20 @@ from mpqsearch.core import (
     LayerTable,
     Policy,
     QuantFormat,
-    SensitivityProfile,
     bops,
     size_bits,
     uniform_map,
 )
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
-from mpqsearch.methods import ALLOCATORS, KEPT_TASKS, MethodSpec, allocate, channel_losses, predicted_loss, program_of
+from mpqsearch.methods import ALLOCATORS, MethodSpec, Programs, allocate, channel_losses, predicted_loss, programs
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table(n_layers=6, channels=20, fan_in=30)
 PROFILE = tiny_profile(TABLE)
 POLICY = Policy()
 FORMAT = QuantFormat()
+PROGRAMS = Programs(table=TABLE, profile=PROFILE, policy=POLICY, format=FORMAT)
 SOLVED = [a for a in ALLOCATORS if a not in ("search", "map")]  # whose maps come out of a study, not of one call
 
 
@@ -128,12 +127,12 @@ def test_widths_by_layer_are_taken_where_tags_cost_more_than_channels_gain(monke
         return digests
 
     solves: list[int] = []
-    monkeypatch.setattr(methods, "solve", lambda *a, **k: (solves.append(1), solve(*a, **k))[1])
+    monkeypatch.setattr(programs, "solve", lambda *a, **k: (solves.append(1), solve(*a, **k))[1])
     quick, taken = maps(), [*notes]
     assert {(), ("widths by layer predict a smaller loss than widths by channel with their tags",)} <= set(taken)
     assert len(solves) < 2 * len(quick), "not every budget takes two solves"
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(methods, "_least_by_layer", lambda *_: float("-inf"))
+    monkeypatch.setattr(programs, "_lower_bound", lambda *_: float("-inf"))
     assert (maps(), notes) == (quick, taken)
 
 
@@ -191,10 +190,11 @@ def test_random_maps_follow_their_seed() -> None:
 
 def test_bops_budgets_hold() -> None:
     free = run("ilp-layer", "uniform:4").bops  # type: ignore[attr-defined]
-    made = run("ilp-layer", f"{free}bops")
-    assert made.bops <= free  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="ilp-layer"):
-        run("ilp-channel", f"{free}bops")
+    by_layer = run("ilp-layer", f"{free}bops")
+    assert by_layer.bops <= free  # type: ignore[attr-defined]
+    by_channel = run("ilp-channel", f"{free}bops")
+    assert by_channel.bops <= free  # type: ignore[attr-defined]
+    assert by_channel.result.loss <= by_layer.result.loss  # type: ignore[attr-defined]
 
 
 def test_impossible_budgets_state_the_smallest_attainable() -> None:
@@ -215,7 +215,7 @@ def test_unknown_names_and_missing_measurements_are_named() -> None:
         run("ilp-layer", "uniform:3", scheme="symmetric")
     with pytest.raises(ConfigError, match="final_widths"):
         run("ilp-layer", "uniform:3", loss="final")
-    other = SensitivityProfile(**{**_fields(PROFILE), "model_digest": "1" * 64})
+    other = replace(PROFILE, model_digest="1" * 64)
     with pytest.raises(ConfigError, match="another model"):
         allocate(MethodSpec(name="u", allocator="uniform"), Budget.parse("3bit"), TABLE, other, POLICY, FORMAT)
 
@@ -226,7 +226,7 @@ def test_layer_totals_come_from_the_named_measurement() -> None:
     final = np.full((n_layers, n_widths), np.nan, dtype=np.float32)
     final[:, 2] = 5 * probe[:, 2]
     arrays = {**PROFILE.arrays, "layer_probe_error/asymmetric": probe, "layer_final_error/asymmetric": final}
-    profile = SensitivityProfile(**{**_fields(PROFILE), "arrays": arrays})
+    profile = replace(PROFILE, arrays=arrays)
     by_probe = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric", "probe", bias_correction=False))
     np.testing.assert_allclose(by_probe, probe, rtol=1e-5)
     by_final = profile.layer_sum(channel_losses(profile, TABLE, "asymmetric", "final", bias_correction=False))
@@ -250,21 +250,13 @@ def test_channel_tags_are_paid() -> None:
     assert made.size_bits <= made.limit  # type: ignore[attr-defined]
 
 
-def _fields(profile: SensitivityProfile) -> dict[str, object]:
-    from dataclasses import fields
-
-    return {f.name: getattr(profile, f.name) for f in fields(profile)}
-
-
 @pytest.mark.parametrize("allocator", ["ilp-layer", "ilp-channel"])
 @pytest.mark.parametrize("budget", ["uniform:3", "5.1bit"])
 def test_a_program_stands_for_the_map_that_is_made_of_it(allocator: str, budget: str) -> None:
     """Choice and map are the same thing, and the program's costs add up to the stored size of the whole model."""
     method = MethodSpec(name=allocator, allocator=allocator)
-    made = allocate(method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT)
-    program = program_of(
-        method, Budget.parse(budget), TABLE, PROFILE, POLICY, FORMAT, by_layer=made.bit_map.granularity == "layer"
-    )
+    made = PROGRAMS.allocate(method, Budget.parse(budget))
+    program = PROGRAMS.program(method, Budget.parse(budget), by_layer=made.bit_map.granularity == "layer")
     choice = program.choice(made.bit_map)
     for name, widths in program.weights(choice).items():
         np.testing.assert_array_equal(np.asarray(made.bit_map.weights[name]), widths)
@@ -274,23 +266,12 @@ def test_a_program_stands_for_the_map_that_is_made_of_it(allocator: str, budget:
     assert loss == pytest.approx(made.result.loss, rel=1e-12)
 
 
-def test_pins_enter_a_program_as_fixed_items_and_leave_its_optimum() -> None:
-    method = MethodSpec(name="ilp-layer", allocator="ilp-layer")
-    asked = (method, Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
-    bare, overrides = solve(program_of(*asked).problem), solve(program_of(*asked, overrides=True).problem)
-    program = program_of(*asked, overrides=True)
-    extra = len(program.layers) - len(program_of(*asked).layers)
-    assert extra == sum(POLICY.fixed_width(la) is not None for la in TABLE) > 0
-    np.testing.assert_array_equal(overrides.choice[: len(bare.choice)], bare.choice)
-    assert (
-        program.problem.limit + program.fixed_cost == program_of(*asked).problem.limit + program_of(*asked).fixed_cost
-    )
-    assert size_bits(TABLE, allocate(*asked).bit_map) == overrides.cost + program.fixed_cost
-
-
 def test_methods_without_a_program_say_so() -> None:
     with pytest.raises(ConfigError, match="solves no integer program"):
-        program_of(MethodSpec(name="u", allocator="uniform"), Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
+        PROGRAMS.program(MethodSpec(name="u", allocator="uniform"), Budget.parse("uniform:3"))
+    for allocator, message in (("search", "run the stage 'search'"), ("map", "allocate.maps")):
+        with pytest.raises(ConfigError, match=message):
+            run(allocator, "uniform:3")
 
 
 def tied_table(**kwargs: str) -> LayerTable:
@@ -307,7 +288,7 @@ def tied_table(**kwargs: str) -> LayerTable:
 @pytest.mark.parametrize("how", ["tie", "fuse"])
 def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
     table = tied_table(**{how: "qkv"})
-    policy = Policy(tie_qkv=how == "fuse")
+    policy = Policy(groups={"fused": ("qkv",)} if how == "fuse" else {})
     made = allocate(
         MethodSpec(name="m", allocator=allocator), Budget.parse(budget), table, tiny_profile(table), policy, FORMAT
     )
@@ -319,7 +300,7 @@ def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: st
     assert made.within_budget or allocator.startswith("omq")
 
 
-def test_fused_layers_are_free_unless_the_policy_ties_them() -> None:
+def test_fused_layers_are_free_unless_the_policy_groups_them() -> None:
     table = tied_table(fuse="qkv")
     made = allocate(
         MethodSpec(name="m", allocator="ilp-channel"),
@@ -330,7 +311,7 @@ def test_fused_layers_are_free_unless_the_policy_ties_them() -> None:
         FORMAT,
     )
     assert not np.array_equal(made.bit_map.weights["block.1.linear"], made.bit_map.weights["block.2.linear"])
-    assert "q, k and v tied" in Policy(tie_qkv=True).describe()
+    assert "fused share their widths" in Policy(groups={"fused": ("qkv",)}).describe()
 
 
 def test_a_tied_channel_program_equals_brute_force() -> None:
@@ -440,7 +421,7 @@ def test_activation_widths_leave_the_weights_their_uniform_budget() -> None:
 
 
 def test_activation_scales_are_one_for_each_step_of_the_profile() -> None:
-    profile = SensitivityProfile(**{**_fields(PROFILE), "calibration": {"sampler": {"steps": 7}}})
+    profile = replace(PROFILE, calibration={"sampler": {"steps": 7}})
     method = MethodSpec(name="u", allocator="uniform", act_bits=4, act_timesteps=True)
     made = allocate(method, Budget.parse("uniform:3"), TABLE, profile, POLICY, FORMAT)
     assert made.bit_map.activation_steps == 7
@@ -483,65 +464,9 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
     ).smooth_by_layer
 
 
-def test_what_a_table_remembers_changes_no_map() -> None:
-    """One table asked under many policies, prices and widths gives what a fresh table gives each time."""
-    shared, profile = tiny_table(), tiny_profile(tiny_table())
-    overrides = Policy(overrides={shared.layers[1].name: 5})
-    asked = itertools.product(
-        (Policy(), Policy(widths=(2, 4, 8)), overrides, Policy(roles={})),
-        ("ilp-layer", "ilp-channel", "random"),
-        (Budget.parse("uniform:3"), Budget.parse("uniform:3.5"), Budget(quantity="bops", limit=0.0 + 6 * 16 * 1e4)),
-        ({}, {"smooth": True}, {"act_bits": 8}),
-    )
-    found = 0
-    for policy, allocator, budget, more in [*asked] * 2:
-        method = MethodSpec(name="m", allocator=allocator, loss="gain", **more)
-
-        def at(table: LayerTable, method=method, budget=budget, policy=policy) -> object:
-            try:
-                made = allocate(method, budget, table, profile, policy, QuantFormat())
-            except (ConfigError, InfeasibleBudgetError) as error:
-                return str(error)
-            return made.bit_map.digest, made.limit, made.size_bits, made.bops, made.predicted_loss
-
-        assert at(shared) == at(tiny_table())
-        found += isinstance(at(shared), tuple)
-    assert found > 50
-    assert len(shared.memo["tasks"]) == KEPT_TASKS
-
-
-def test_losses_that_are_handed_in_are_never_those_of_another_call() -> None:
-    """Tables made from losses are kept for the next budget, and only of losses that nobody can change."""
-    rng = np.random.default_rng(0)
-    tables = [rng.random((sum(PROFILE.channels), len(PROFILE.widths))) for _ in range(2)]
-    for table in tables:
-        table.setflags(write=False)
-    budgets = [Budget.parse(f"uniform:{bits}") for bits in (2, 3)]
-    policies = (Policy(), Policy(widths=(2, 4, 8)))
-    shared = tiny_profile(TABLE)
-
-    def made(
-        profile: SensitivityProfile, losses: np.ndarray, policy: Policy, budget: Budget, allocator: str
-    ) -> tuple[str, float]:
-        method = MethodSpec(name="m", allocator=allocator, loss="gain")
-        found = allocate(method, budget, TABLE, profile, policy, FORMAT, losses=losses)
-        return found.bit_map.digest, found.predicted_loss
-
-    asked = [*itertools.product(tables, policies, budgets, ("ilp-layer", "ilp-channel"))] * 2
-    found = [made(shared, *what) for what in asked]
-    assert found == [made(tiny_profile(TABLE), *what) for what in asked]
-    assert len(set(found)) > len(asked) // 4
-    open_to_change = np.array(tables[0])
-    before = made(shared, open_to_change, policies[0], budgets[0], "ilp-channel")
-    open_to_change[:] = tables[1]
-    after = made(shared, open_to_change, policies[0], budgets[0], "ilp-channel")
-    assert (before, after) == (found[1], made(shared, tables[1], policies[0], budgets[0], "ilp-channel"))
-    assert before != after
-
-
 def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
     rng = np.random.default_rng(0)
-    losses = channel_losses(PROFILE, TABLE, "asymmetric", "gain", bias_correction=False)
+    losses = channel_losses(PROFILE, TABLE, "asymmetric", "output", bias_correction=False)
     for _ in range(20):
         weights = {
             la.name: np.array(
@@ -556,6 +481,6 @@ def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
             for i, b in enumerate(made.channel_widths(n, TABLE[n].n_channels))
             if b != 16
         )
-        assert predicted_loss(TABLE, PROFILE, made, bias_correction=False, loss="gain") == pytest.approx(
+        assert predicted_loss(TABLE, PROFILE, made, bias_correction=False, loss="output") == pytest.approx(
             expected, rel=1e-12
         )

@@ -40,7 +40,8 @@ def record(
         "model": "m",
         "method": method,
         "granularity": granularity,
-        "target_bits": round(bits),
+        "budget": f"uniform:{round(bits)}",
+        "quantity": "uniform_bits",
         "average_bits": bits,
         "size_bytes": int(bits * 1000),
         "act_bits": 16.0,
@@ -178,7 +179,7 @@ METRIC_COLUMNS = [
     "paired_mse",
     "kid_data",
 ]
-SIZE_COLUMNS = ["target_bits", "average_bits", "size_bytes", "act_bits"]
+SIZE_COLUMNS = ["budget", "quantity", "average_bits", "size_bytes", "act_bits"]
 REQUIRED = ["model", "method", "granularity", *SIZE_COLUMNS, *METRIC_COLUMNS, "n_samples", "seeds", "seconds"]
 
 

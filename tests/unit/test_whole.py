@@ -28,12 +28,13 @@ def value(number: float) -> MetricValue:
     )
 
 
-def record(method: str, bits: float) -> StudyRecord:
+def record(method: str, bits: int) -> StudyRecord:
     return StudyRecord(
         model="tiny",
         method=method,
         granularity="layer",
-        target_bits=bits,
+        budget=f"uniform:{bits}",
+        quantity="uniform_bits",
         average_bits=bits,
         size_bytes=100,
         act_bits=16.0,
@@ -46,9 +47,9 @@ def record(method: str, bits: float) -> StudyRecord:
     )
 
 
-@pytest.mark.parametrize(("budgets", "expected"), [([], [2.0, 3.0]), (["uniform:3"], [3.0])])
+@pytest.mark.parametrize(("budgets", "expected"), [([], [2, 3]), (["uniform:3"], [3])])
 def test_trained_maps_stand_beside_the_untrained_ones(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budgets: list[str], expected: list[float]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budgets: list[str], expected: list[int]
 ) -> None:
     asked: list[tuple[str, str]] = []
 
@@ -65,18 +66,18 @@ def test_trained_maps_stand_beside_the_untrained_ones(
         }
     )
     table = tiny_table()
-    records = [record(m, b) for b in (2.0, 3.0) for m in ("uniform", "ilp")]
+    records = [record(m, b) for b in (2, 3) for m in ("uniform", "ilp")]
     made = whole.trained(Run(config=config, folder=tmp_path), table, tiny_profile(table), records)
-    assert [(r.method, r.target_bits) for r in made] == [("ilp+trd", b) for b in expected]
-    assert asked == [("ilp", f"uniform:{b:g}") for b in expected]
+    assert [(r.method, r.budget) for r in made] == [("ilp+trd", f"uniform:{b}") for b in expected]
+    assert asked == [("ilp", f"uniform:{b}") for b in expected]
     for r in made:
         assert r.metrics["fd_fp"].value == 0.5
-        assert r.bit_map_digest == f"ilp{r.target_bits}"  # the same map, so the same bytes
+        assert r.bit_map_digest == "ilp" + r.budget.removeprefix("uniform:")  # the same map, so the same bytes
 
 
 def test_nothing_is_trained_unless_it_is_named(tmp_path: Path) -> None:
     table = tiny_table()
     run = Run(config=config_from({"methods": METHODS}), folder=tmp_path)
-    assert whole.trained(run, table, tiny_profile(table), [record("ilp", 3.0)]) == []
+    assert whole.trained(run, table, tiny_profile(table), [record("ilp", 3)]) == []
     with pytest.raises(UnknownNameError, match="distill.methods"):
         config_from({"methods": METHODS, "distill": {"methods": ["ilpp"]}})

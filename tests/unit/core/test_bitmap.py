@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpqsearch.core import BitMap, LayerSpec, LayerTable, Policy, QuantFormat
+from mpqsearch.core import BitMap, Budget, LayerSpec, LayerTable, Policy, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
-from tests.support import tiny_table
+from mpqsearch.methods import MethodSpec, allocate
+from tests.support import tiny_profile, tiny_table
 
 
 def make(**weights: object) -> BitMap:
@@ -51,16 +52,6 @@ def test_the_digest_is_that_of_the_data_as_json() -> None:
         text = json.dumps(made.to_data(), sort_keys=True, separators=(",", ":"))
         assert made.digest == hashlib.sha256(text.encode()).hexdigest()
         assert BitMap.from_data(json.loads(text)).digest == made.digest
-
-
-def test_mixed_layers_are_those_whose_channels_differ_in_order() -> None:
-    made = make(a=[2, 3, 3], b=4, c=[5, 5], d=[16, 1])
-    mixed = made.mixed_layers
-    assert mixed.names == ("a", "d")
-    assert mixed.widths.tolist() == [2, 3, 3, 16, 1]
-    assert (mixed.sizes.tolist(), mixed.starts.tolist()) == ([3, 2], [0, 3])
-    assert [{b: int(n) for b, n in enumerate(row) if n} for row in mixed.counts] == [{2: 1, 3: 2}, {1: 1, 16: 1}]
-    assert make(b=4).mixed_layers.names == ()
 
 
 def test_data_round_trip_keeps_everything() -> None:
@@ -125,19 +116,6 @@ def test_diff_and_summary_show_what_a_person_looks_for() -> None:
     assert folded.splitlines() == ["x.{q,k}: 3 bits", "x.{o}: full precision"]
 
 
-def test_the_policy_refuses_pins_that_match_nothing() -> None:
-    table = tiny_table()
-    with pytest.raises(UnknownNameError, match=r"block\.1\.linear"):
-        Policy(overrides={"block.1.lin": 4}).check(table)
-    policy = Policy(overrides={"block.1.*": 4})
-    policy.check(table)
-    assert policy.fixed_width(table["block.1.linear"]) == 4
-    assert policy.fixed_width(table["block.2.linear"]) is None
-    assert policy.fixed_width(table["block.0.linear"]) == 8
-    with pytest.raises(ConfigError, match="fixes every layer"):
-        Policy(overrides={"*": 4}).check(table)
-
-
 def test_transposed_convolutions_count_channels_over_groups() -> None:
     layer = LayerSpec(name="t", kind="ConvTranspose2d", weight_shape=(6, 4, 3, 3), channel_axis=1, groups=2)
     assert (layer.n_channels, layer.weights_per_channel, layer.n_inputs) == (8, 27, 6)
@@ -156,3 +134,52 @@ def test_maps_share_no_width_that_could_be_changed() -> None:
         first.weights[name][...] = 4
     assert int(second.weights[name]) == 3
     assert replace(first, weights={**first.weights, name: np.int64(4)}).weights[name].dtype == np.uint8
+
+
+@pytest.mark.parametrize("bits", [2.7, 260, True, "4", None, -1, 9, 3.0])
+def test_a_width_of_a_file_is_checked_before_it_is_cast(bits: object) -> None:
+    data = make(a=3, b=[2, 3, 3]).to_data()
+    one = json.loads(json.dumps(data))
+    one["layers"]["a"]["bits"] = bits
+    run = json.loads(json.dumps(data))
+    run["layers"]["b"]["channel_bits"]["data"][0][0] = bits
+    inputs = json.loads(json.dumps(data))
+    inputs["layers"]["a"]["activation_bits"] = bits
+    for broken in (one, run, inputs):
+        with pytest.raises(ConfigError, match="is not supported"):
+            BitMap.from_data(broken)
+    if bits is not None:
+        with pytest.raises(ConfigError, match="integer width|not supported"):
+            BitMap(model_digest="d", weights={"a": [bits, 3]})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="run of"):
+        BitMap.from_data({**data, "layers": {"b": {"channel_bits": {"encoding": "rle", "data": [[3, 2**40]]}}}})
+    with pytest.raises(ConfigError, match="activation_steps"):
+        BitMap.from_data({**data, "activation_steps": True})
+
+
+def test_nouns_show_themselves_in_a_few_lines() -> None:
+    table = tiny_table(n_layers=40)
+    bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(3) for la in table})
+    profile = tiny_profile(table)
+    made = allocate(
+        MethodSpec(name="ours", allocator="ilp-layer"), Budget.parse("3bit"), table, profile, Policy(), QuantFormat()
+    )
+    nouns = (table, bit_map, profile, Policy(), Budget.parse("uniform:3"), made, made.method)
+    for noun in nouns:
+        text = repr(noun)
+        assert text.startswith(type(noun).__name__)
+        assert len(text) < 900, text
+        assert text.count("\n") <= 8
+        html = noun._repr_html_()
+        assert html.startswith(f"<b>{type(noun).__name__}</b><table>")
+        assert html.count("<tr>") == text.count("\n")
+    assert "3 x 8 bits" in repr(made) or "ours" in repr(made)
+    frames = [noun.to_frame() for noun in (table, bit_map, profile, made)]
+    assert [len(f) for f in frames] == [40, 40, 40 * len(profile.formats), 40]
+    assert frames[1]["mean_bits"].tolist() == [3.0] * 40
+    assert frames[2]["error_3"][0] == pytest.approx(
+        profile.arrays[f"output_error/{profile.formats[0]}"][profile.rows(table.layers[0].name), 2].sum(), rel=1e-5
+    )
+    assert made.size_bytes == -(-made.size_bits // 8)
+    assert table.size_bytes == 2 * table.n_parameters
+    assert profile.size_bytes > 0

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpqsearch.core import (
     BitMap,
@@ -21,7 +23,7 @@ from mpqsearch.core import (
     size_bytes,
     uniform_map,
 )
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core.budget import DEFAULT_STORAGE, QUANTITIES
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 TABLE = LayerTable(
@@ -82,6 +84,8 @@ def test_bops_are_macs_times_both_widths_channel_by_channel() -> None:
         ("450kB", "bytes", 450_000.0),
         ("1.5MiB", "bytes", 1.5 * 2**20),
         ("2e9bops", "bops", 2e9),
+        ("12ms", "latency", 12.0),
+        ("800us", "latency", 0.8),
     ],
 )
 def test_budgets_read_their_notation(text: str, quantity: str, limit: float) -> None:
@@ -166,9 +170,22 @@ def test_the_size_of_a_map_is_that_of_its_layers_whatever_formats_they_have() ->
             assert size_bits(TABLE, made) == sum(parts) + DEFAULT_STORAGE.kept_bits(TABLE)
 
 
-def test_a_search_over_ranges_keeps_no_prices_of_each_trial() -> None:
-    size_bits(TABLE, make(8, 2))
-    before = len(TABLE.memo)
-    for i in range(5):
-        size_bits(TABLE, make(8, 2, format=QuantFormat(p=2.0 + i / 10)))
-    assert len(TABLE.memo) == before
+@given(st.sampled_from(QUANTITIES), st.floats(1e-6, 1e15))
+def test_a_label_is_read_back_exactly_and_names_a_folder(quantity: str, limit: float) -> None:
+    budget = Budget(quantity=quantity, limit=limit)
+    assert Budget.parse(budget.label()) == budget
+    assert not set(budget.label().replace(":", "-")) & set('/\\<>"|?* ')
+
+
+def test_labels_are_short_where_that_is_exact() -> None:
+    asked = ["3bit", "uniform:3.5", "450000B", "2e+09bops", "12ms", "3.0000001bit", "1234567.25B"]
+    assert [Budget.parse(text).label() for text in asked] == asked
+    labels = {Budget(quantity=q, limit=3).label() for q in QUANTITIES}
+    assert len(labels) == len(QUANTITIES), "equal numbers of different quantities are different budgets"
+
+
+def test_whatever_the_table_lists_is_counted() -> None:
+    more = replace(TABLE, kept=(*TABLE.kept, KeptParameter(name="pos_embed", n_values=1000, reason="buffer")))
+    made = make(8, 2)
+    assert size_bits(more, made) - size_bits(TABLE, made) == 16 * 1000
+    assert more.n_parameters == TABLE.n_parameters + 1000

@@ -44,7 +44,7 @@ def every_plot(
     table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile
 ) -> list[tuple[Any, Any]]:
     bit_map = uniform_map(table, policy, 3)
-    grid = sample_grid("3 bits", 3.0, {"full precision": images(0), "ilp": images(1)})
+    grid = sample_grid("3 bits", {"full precision": images(0), "ilp": images(1)})
     return [
         (plot_front, front_info(records)),
         (plot_front, front_info(records, "paired_psnr", "size_bytes")),
@@ -232,8 +232,11 @@ def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]
 
 
 def test_within_one_budget_is_the_mean_of_the_budgets(records: list[StudyRecord]) -> None:
-    two = [r for r in records if r.target_bits in (3.0, 4.0)]
-    each = [prediction_info([r for r in two if r.target_bits == b], "fd_fp", resamples=5).spearman for b in (3.0, 4.0)]
+    two = [r for r in records if r.budget in ("uniform:3", "uniform:4")]
+    each = [
+        prediction_info([r for r in two if r.budget == b], "fd_fp", resamples=5).spearman
+        for b in ("uniform:3", "uniform:4")
+    ]
     within = prediction_info(two, "fd_fp", resamples=5).within
     assert within == pytest.approx(np.mean(each))
     with pytest.raises(ConfigError, match="needs three records"):
@@ -241,9 +244,9 @@ def test_within_one_budget_is_the_mean_of_the_budgets(records: list[StudyRecord]
 
 
 def test_grid_takes_grey_and_colour_and_first_columns() -> None:
-    grey = sample_grid("g", 3, {"fp": images(0), "q": images(1)}, columns=4)
+    grey = sample_grid("g", {"fp": images(0), "q": images(1)}, columns=4)
     assert grey.reference.shape == (4, 6, 5, 1)
-    colour = sample_grid("c", 3, {"fp": images(0, (3, 3, 6, 5))})
+    colour = sample_grid("c", {"fp": images(0, (3, 3, 6, 5))})
     np.testing.assert_array_equal(colour.reference[1, :, :, 2], images(0, (3, 3, 6, 5))[1, 2])
     strip = sample_strip(grey.reference)
     assert strip.shape == (6, 4 * 5 + 3 * 2, 1)
@@ -251,9 +254,7 @@ def test_grid_takes_grey_and_colour_and_first_columns() -> None:
 
 
 def test_difference_is_absolute_brightened_and_clipped() -> None:
-    grid = sample_grid(
-        "g", 3, {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4
-    )
+    grid = sample_grid("g", {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4)
     assert difference(grid, "q").ravel().tolist() == [12, 255]
     assert difference(grid, "fp").ravel().tolist() == [0, 0]
 
@@ -270,7 +271,7 @@ def test_difference_is_absolute_brightened_and_clipped() -> None:
 )
 def test_grids_that_cannot_be_drawn(rows: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        sample_grid("g", 3, rows)
+        sample_grid("g", rows)
 
 
 def test_sizes_equal_but_for_bytes_look_equal() -> None:

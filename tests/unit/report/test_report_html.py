@@ -33,7 +33,7 @@ def content(
         maps={"ilp, 3 bits": uniform_map(table, policy, 3)},
         point_maps={r.bit_map_digest: uniform_map(table, policy, 3) for r in records if r.method == "ilp"},
         profile=profile,
-        grids=[sample_grid("3 bits", 3.0, rows)],
+        grids=[sample_grid("3 bits", rows)],
         correlations=[{"predictor": "gain × error", "spearman": 0.91234, "layers": 26}],
         environment={"mpqsearch": "0.1.0", "cores": 2, "libraries": {"torch": "2.13.0"}},
         config='[model]\nsource = "<script>alert(1)</script>"\n',
@@ -132,7 +132,7 @@ def test_it_says_what_was_measured_and_what_it_is_not(page: str, records: list[S
         "0.912",
     ):
         assert part in text, part
-    ilp = next(r for r in records if r.method == "ilp" and r.target_bits == 3.0)
+    ilp = next(r for r in records if r.method == "ilp" and r.budget == "uniform:3")
     fd = ilp.metrics["fd_fp"]
     assert f"{fd.value:.3f}" in text
     assert f"{fd.low:.3f} – {fd.high:.3f}" in text
@@ -196,7 +196,7 @@ def test_a_point_of_the_front_shows_its_map(page: str, records: list[StudyRecord
     measured = [r for r in records if r.method != "full-precision" and "fd_fp" in r.metrics]
     assert len(spots) == len(measured)
     labels = [str(a["aria-label"]) for a in spots]
-    ilp = next(r for r in measured if r.method == "ilp" and r.target_bits == 3.0)
+    ilp = next(r for r in measured if r.method == "ilp" and r.budget == "uniform:3")
     assert any(label.startswith("ilp") and f"{ilp.average_bits:.3f} bits" in label for label in labels)
     assert page.count('class="bits"') == sum(r.method == "ilp" for r in measured), (
         "maps that are known are shown, others are not made up"

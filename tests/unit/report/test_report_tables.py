@@ -85,8 +85,8 @@ def test_ties_are_overlapping_intervals(
 def test_standings_are_per_budget(records: list[StudyRecord]) -> None:
     marks = standings(records, "fd_fp")
     assert marks[0] == ""
-    for bits in (2.0, 3.0, 4.0, 5.0, 6.0):
-        group = [(r, m) for r, m in zip(records, marks, strict=True) if r.target_bits == bits]
+    for bits in (2, 3, 4, 5, 6):
+        group = [(r, m) for r, m in zip(records, marks, strict=True) if r.budget == f"uniform:{bits}"]
         best = min(group, key=lambda g: g[0].metrics["fd_fp"].value)
         assert [m for _, m in group].count("best") == 1
         assert best[1] == "best"
@@ -97,7 +97,9 @@ def test_standings_are_per_budget(records: list[StudyRecord]) -> None:
 
 def test_standings_turn_round_where_more_is_better(records: list[StudyRecord]) -> None:
     marks = standings(records, "paired_psnr")
-    group = [(r.metrics["paired_psnr"].value, m) for r, m in zip(records, marks, strict=True) if r.target_bits == 3.0]
+    group = [
+        (r.metrics["paired_psnr"].value, m) for r, m in zip(records, marks, strict=True) if r.budget == "uniform:3"
+    ]
     assert max(group)[1] == "best"
 
 

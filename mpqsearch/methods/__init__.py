@@ -1,0 +1,41 @@
+"""Ways to allocate bits, all to the same noun: uniform, random, OMQ, and integer programs over layers or channels.
+
+A method turns a profile and budgets into an `Allocation`. Losses are named transforms of the raw measurements
+(`LOSSES`); the integer programs see numbers only.
+"""
+
+from mpqsearch.methods.build import Program
+from mpqsearch.methods.costs import CostTable
+from mpqsearch.methods.losses import (
+    BEST_LOSS,
+    CHOOSING,
+    LOSSES,
+    Loss,
+    available_losses,
+    best_loss,
+    channel_losses,
+    predicted_loss,
+)
+from mpqsearch.methods.programs import Programs, allocate
+from mpqsearch.methods.spec import ALLOCATORS, ORDERS, PROGRAMS, Allocation, MethodSpec, Total
+
+__all__ = [
+    "ALLOCATORS",
+    "BEST_LOSS",
+    "CHOOSING",
+    "LOSSES",
+    "ORDERS",
+    "PROGRAMS",
+    "Allocation",
+    "CostTable",
+    "Loss",
+    "MethodSpec",
+    "Program",
+    "Programs",
+    "Total",
+    "allocate",
+    "available_losses",
+    "best_loss",
+    "channel_losses",
+    "predicted_loss",
+]

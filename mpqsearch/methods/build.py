@@ -1,0 +1,270 @@
+"""The numbers of an integer program over layers or output channels, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import AllocationProblem, CostBudget, PairwiseTerms
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerRules, LayerSpec
+from mpqsearch.errors import ConfigError
+from mpqsearch.methods.task import Choice, Floats, Integers, Task, whole_layers_only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """An integer program: its numbers, and what they stand for.
+
+    Attributes:
+        problem: The numbers. An item is a layer or an output channel.
+        layers: Names of the searched layers.
+        item_layer: ``[n]``: to which of ``layers`` each item belongs.
+        widths: Bits of every choice.
+        inputs: Bits of the layer's input in every choice, where these are chosen too.
+        fixed_costs: What each budget pays for all that is no item.
+    """
+
+    problem: AllocationProblem
+    layers: tuple[str, ...]
+    item_layer: Integers
+    widths: tuple[int, ...]
+    fixed_costs: tuple[int, ...]
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the items are layers."""
+        return len(self.item_layer) == len(self.layers)
+
+    @property
+    def fixed_cost(self) -> int:
+        """What the main budget pays for all that is no item."""
+        return self.fixed_costs[0]
+
+    def activations(self, choice: NDArray[np.int32]) -> dict[str, int]:
+        """Width of the input of every layer under a choice ``[n]``, for a program that chooses them."""
+        return {n: self.inputs[int(c)] for n, c in zip(self.layers, choice, strict=True)} if self.inputs else {}
+
+    def weights(self, choice: NDArray[np.int32]) -> dict[str, NDArray[np.uint8]]:
+        """Width (or vector of widths) of every layer under a choice ``[n]`` of every item."""
+        chosen = np.array(self.widths, dtype=np.uint8)[choice]
+        if self.by_layer:
+            return dict(zip(self.layers, chosen, strict=True))
+        cuts = [0, *np.cumsum(np.bincount(self.item_layer, minlength=len(self.layers))).tolist()]
+        return {n: chosen[a:b] for n, a, b in zip(self.layers, cuts, cuts[1:], strict=False)}
+
+    def applied(self, bit_map: BitMap, choice: NDArray[np.int32]) -> BitMap:
+        """``bit_map`` with what a choice says of the searched layers."""
+        inputs = {**bit_map.activations, **self.activations(choice)}
+        return replace(
+            bit_map,
+            weights={**bit_map.weights, **self.weights(choice)},
+            activations={n: a for n, a in inputs.items() if a != FULL_PRECISION},
+        )
+
+    def choice(self, bit_map: BitMap) -> NDArray[np.int32]:
+        """Choice ``[n]`` of every item in a bit map. Raises `ConfigError` for widths that the program does not have."""
+        counts = np.bincount(self.item_layer, minlength=len(self.layers)).tolist()
+        bits = [np.broadcast_to(bit_map.weights[n], c).tolist() for n, c in zip(self.layers, counts, strict=True)]
+        inputs = self.inputs or (None,) * len(self.widths)
+        index = {pair: i for i, pair in enumerate(zip(self.widths, inputs, strict=True))}
+        pairs = [
+            (w, bit_map.activations.get(n, FULL_PRECISION) if self.inputs else None)
+            for n, widths in zip(self.layers, bits, strict=True)
+            for w in widths
+        ]
+        stray = next((pair for pair in pairs if pair not in index), None)
+        if stray is not None:
+            raise ConfigError(f"the map has the choice {stray} (bits, input bits), which the program does not have")
+        return np.array([index[pair] for pair in pairs], dtype=np.int32)
+
+
+def choices_of(task: Task) -> list[Choice]:
+    """What each searched layer may take."""
+    widths = sorted(task.programs.policy.widths)
+    if not task.method.act_choices:
+        return [(w, None) for w in widths]
+    if all(li.budget.quantity not in ("bops", "latency") for li in task.limits):
+        raise ConfigError(
+            f"method {task.method.name!r}: act_choices need a BOPs budget or a latency; a size does not depend on them "
+            "enough to choose"
+        )
+    return [(w, a) for w in widths for a in sorted(task.method.act_choices)]
+
+
+def allowed_choices(rules: LayerRules, names: Sequence[str], choices: Sequence[Choice]) -> NDArray[np.bool_]:
+    """``[n, k]``: whether a layer may take a choice."""
+    return np.array([[rules.allows(n, w) for w, _ in choices] for n in names], dtype=bool).reshape(
+        len(names), len(choices)
+    )
+
+
+def layer_program(task: Task) -> Program:
+    """The program over layers."""
+    rules, choices = task.programs.rules, choices_of(task)
+    inputs, names = task.inputs(task.widest_input), rules.searched
+    index = {n: i for i, n in enumerate(names)}
+    fixed = tuple(task.fixed_cost(li.budget, inputs) for li in task.limits)
+    problem = _problem(
+        task,
+        loss=_layer_losses(task, names, choices),
+        costs=[task.layer_costs(li.budget, names, choices, inputs) for li in task.limits],
+        fixed=fixed,
+        allowed=allowed_choices(rules, names, choices),
+        groups=[[index[n] for n in group] for group in rules.groups],
+        names=names,
+        choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
+        layer=np.arange(len(names)),
+        pairs=task.pairs,
+    )
+    return Program(
+        problem=problem,
+        layers=names,
+        item_layer=np.arange(len(names)),
+        widths=tuple(w for w, _ in choices),
+        fixed_costs=fixed,
+        inputs=tuple(a for _, a in choices if a is not None),
+    )
+
+
+def channel_program(task: Task) -> Program:
+    """The program over output channels, each of which pays for its tag."""
+    rules, widths = task.programs.rules, sorted(task.programs.policy.widths)
+    layers = [task.programs.table[n] for n in rules.searched]
+    inputs = task.inputs(task.widest_input)
+    item_layer = np.repeat(np.arange(len(layers)), [la.n_channels for la in layers])
+    costs, fixed = [], []
+    for li in task.limits:
+        if li.budget.quantity == "latency":
+            raise whole_layers_only(task.method, li.budget)
+        costs.append(_channel_costs(task, li.budget, layers, widths, inputs)[item_layer])
+        fixed.append(task.fixed_cost(li.budget, inputs) + _beside_channels(task, li.budget, layers, inputs))
+    problem = _problem(
+        task,
+        loss=_channel_losses(task, layers, widths),
+        costs=costs,
+        fixed=fixed,
+        allowed=allowed_choices(rules, rules.searched, [(w, None) for w in widths])[item_layer],
+        groups=_channel_labels(task, layers),
+        choices=tuple(f"{b} bits" for b in widths),
+        layer=item_layer,
+    )
+    return Program(
+        problem=problem,
+        layers=rules.searched,
+        item_layer=item_layer,
+        widths=tuple(widths),
+        fixed_costs=tuple(fixed),
+    )
+
+
+def _problem(
+    task: Task,
+    *,
+    loss: Floats,
+    costs: Sequence[Integers],
+    fixed: Sequence[int],
+    allowed: NDArray[np.bool_],
+    groups: Any,
+    choices: tuple[str, ...],
+    layer: Integers,
+    names: tuple[str, ...] | None = None,
+    pairs: PairwiseTerms | None = None,
+) -> AllocationProblem:
+    """The numbers of a program, with the limits that are left for its items."""
+    policy = task.programs.policy
+    budgets = [
+        CostBudget(name=li.budget.label(), cost=cost, limit=li.limit - paid)
+        for li, cost, paid in zip(task.limits, costs, fixed, strict=True)
+    ]
+    return AllocationProblem(
+        loss=loss,
+        cost=np.asarray(budgets[0].cost),
+        limit=int(budgets[0].limit),
+        budget_name=budgets[0].name,
+        more_budgets=tuple(budgets[1:]),
+        allowed=None if allowed.all() else allowed,
+        groups=groups if len(groups) else None,
+        names=names,
+        choices=choices,
+        max_formats=policy.max_formats or None,
+        max_formats_per_layer=policy.max_formats_per_layer or None,
+        layer=layer if policy.max_formats_per_layer else None,
+        pairwise=pairs,
+    )
+
+
+def _channel_losses(task: Task, layers: Sequence[LayerSpec], widths: Sequence[int]) -> Floats:
+    """Losses ``[n, k]`` of the channels of some layers at some widths."""
+    profile = task.programs.profile
+    rows = np.concatenate([np.arange(r.start, r.stop) for r in (profile.rows(la.name) for la in layers)])
+    columns = np.array([profile.widths.index(b) for b in widths])
+    losses: Floats = task.channel_losses()[rows[:, None], columns]
+    return losses
+
+
+def _channel_costs(
+    task: Task, budget: Budget, layers: Sequence[LayerSpec], widths: Sequence[int], inputs: Mapping[str, int]
+) -> Integers:
+    """Cost ``[l, k]`` of one channel of each layer at each width: bits with its tag, or its BOPs, rounded up."""
+    if budget.quantity == "bops":
+        acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
+        cost = [[-(-la.macs * b * a // la.n_channels) for b in widths] for la, a in zip(layers, acts, strict=True)]
+    else:
+        storage = task.programs.storage
+        cost = [[storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers]
+    return np.array(cost, dtype=np.int64).reshape(len(layers), len(widths))
+
+
+def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], inputs: Mapping[str, int]) -> int:
+    """Stored bits of searched layers that are of no one channel."""
+    if budget.quantity == "bops":
+        return 0
+    storage, steps = task.programs.storage, task.activation_steps
+    return sum(
+        storage.fixed_bits(la, task.format) + storage.activation_bits(inputs.get(la.name, FULL_PRECISION), steps)
+        for la in layers
+    )
+
+
+def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> Floats:
+    """Loss ``[n, k]`` of each layer at each choice."""
+    profile = task.programs.profile
+    rows = np.array([profile.index[n] for n in names], dtype=np.int64)
+    losses = profile.layer_sum(task.channel_losses())
+    loss: Floats = losses[rows][:, [profile.widths.index(w) for w, _ in choices]]
+    if not task.method.act_choices:
+        return loss
+    measured = profile.arrays.get("layer_activation_error")
+    if measured is None:
+        raise ConfigError(
+            "act_choices need the errors of quantized inputs: set calibration.activation_bits and profile again"
+        )
+    unknown = set(task.method.act_choices) - {*profile.widths, FULL_PRECISION}
+    if unknown:
+        raise ConfigError(f"act_choices name {sorted(unknown)} bits, the profile has the widths {profile.widths}")
+    errors = np.concatenate([measured.astype(np.float64), np.zeros((len(measured), 1))], axis=1)
+    place = {b: j for j, b in enumerate(profile.widths)} | {FULL_PRECISION: len(profile.widths)}
+    both: Floats = loss + errors[rows][:, [place[a] for _, a in choices if a is not None]]
+    return both
+
+
+def _channel_labels(task: Task, layers: Sequence[LayerSpec]) -> Integers:
+    """Group ``[n]`` of every channel of the searched layers, -1 for those that are free; empty when all are.
+
+    Layers of a group share widths channel by channel; with unequal numbers of channels, one width for all.
+    """
+    counts = {la.name: la.n_channels for la in layers}
+    starts = dict(zip(counts, np.cumsum([0, *counts.values()])[:-1].tolist(), strict=True))
+    labels, used = np.full(sum(counts.values()), -1, dtype=np.int64), 0
+    for group in task.programs.rules.groups:
+        n = counts[group[0]]
+        equal = all(counts[name] == n for name in group)
+        for name in group:
+            labels[starts[name] : starts[name] + counts[name]] = used + np.arange(n) if equal else used
+        used += n if equal else 1
+    return labels if used else labels[:0]

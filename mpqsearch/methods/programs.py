@@ -1,0 +1,332 @@
+"""`Programs`: integer programs made of a table, a profile and a policy, and their answers; and `allocate`.
+
+Every map is costed again from the map itself, in `mpqsearch.core.budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from mpqsearch.allocate import AllocationProblem, AllocationResult, CostBudget, PairwiseTerms, solve
+from mpqsearch.core import (
+    FULL_PRECISION,
+    BitMap,
+    Budget,
+    LayerRules,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    StorageModel,
+    bops,
+    size_bits,
+)
+from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core.shown import short_list
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+from mpqsearch.methods import omq
+from mpqsearch.methods.build import Program, allowed_choices, channel_program, choices_of, layer_program
+from mpqsearch.methods.costs import NANOSECONDS, CostTable
+from mpqsearch.methods.losses import predicted_loss
+from mpqsearch.methods.spec import OMQ, PROGRAMS, Allocation, MethodSpec, Total
+from mpqsearch.methods.task import Floats, Limit, Task
+
+TAGS_TOO_DEAR = "the budget does not hold the channel tags; widths are by layer"
+BY_LAYER_WINS = "widths by layer predict a smaller loss than widths by channel with their tags"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """A table, a profile and a policy that fit each other, for as many methods and budgets as one likes.
+
+    Layers whose input never changed while the profile was measured are held at 8 bits, and `notes` says so. ``costs``
+    are latencies that the user measured, needed by budgets in milliseconds. Raises `ConfigError` when profile, table
+    and policy do not belong together.
+    """
+
+    table: LayerTable
+    profile: SensitivityProfile
+    policy: Policy
+    format: QuantFormat
+    storage: StorageModel = DEFAULT_STORAGE
+    costs: CostTable | None = None
+    rules: LayerRules = field(init=False)
+    notes: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        self.policy.check(self.table)
+        held = [n for n in self.profile.constant_inputs if n in self.table.by_name]
+        policy = self.policy.holding(self.table, held)
+        added = tuple(n for n in policy.overrides if n not in self.policy.overrides)
+        note = f"held at 8 bits, because their input never changed while the profile was measured: {short_list(added)}"
+        put(self, "notes", (note,) if added else ())
+        put(self, "policy", policy)
+        self._check()
+        put(self, "rules", policy.resolve(self.table))
+
+    def _check(self) -> None:
+        self.table.require_same_names(set(self.profile.names), "the profile")
+        if self.profile.model_digest != self.table.digest:
+            raise ConfigError("the profile was measured on another model; profile this one")
+        if set(self.policy.widths) - set(self.profile.widths):
+            raise ConfigError(
+                f"the policy searches the widths {self.policy.widths}, the profile has {self.profile.widths}; profile "
+                "again"
+            )
+
+    def allocate(
+        self,
+        method: MethodSpec,
+        budget: Budget,
+        within: Sequence[Budget] = (),
+        *,
+        losses: Floats | None = None,
+        pairs: PairwiseTerms | None = None,
+    ) -> Allocation:
+        """Choose widths under a budget on the whole model, and further budgets that hold at the same time.
+
+        ``losses`` ``[C, W]`` take the place of the method's own in the integer programs (an outer search builds them).
+        ``pairs`` add losses of pairs of searched layers, in the order of the table, to ``ilp-layer``.
+
+        Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the
+        budget is above full precision, `UnknownNameError` when the profile lacks a format that the method needs.
+        """
+        task = self.task(method, budget, within, losses=losses, pairs=pairs)
+        _check_budgets(task.without_smoothing() if method.allocator in OMQ else task)
+        program: Program | None = None
+        result: AllocationResult | None = None
+        if method.allocator in PROGRAMS:
+            program, result, note = _solved(task)
+            bit_map = program.applied(task.map_of({}), result.choice)
+        else:
+            bit_map, note = _baseline(method)(task)
+        return Allocation(
+            method=method,
+            bit_map=bit_map,
+            totals=tuple(
+                Total(budget=li.budget, limit=li.limit, cost=task.cost(li.budget, bit_map)) for li in task.limits
+            ),
+            size_bits=size_bits(self.table, bit_map, self.storage),
+            bops=bops(self.table, bit_map),
+            predicted_loss=predicted_loss(self.table, self.profile, bit_map, bias_correction=method.bias_correction),
+            result=result,
+            by_layer=None if program is None else program.by_layer,
+            certificate=None if program is None or result is None else result.certificate(program.problem).to_data(),
+            notes=(*self.notes, note) if note else self.notes,
+        )
+
+    def program(
+        self,
+        method: MethodSpec,
+        budget: Budget,
+        within: Sequence[Budget] = (),
+        *,
+        by_layer: bool | None = None,
+        losses: Floats | None = None,
+        pairs: PairwiseTerms | None = None,
+    ) -> Program:
+        """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
+        map.
+
+        ``by_layer``: the program over layers or over channels (None: as the method has it). Raises `ConfigError` for
+        methods that solve no program, and as `allocate` does.
+        """
+        if method.allocator not in PROGRAMS:
+            raise ConfigError(
+                f"method {method.name!r} ({method.allocator}) solves no integer program; {' and '.join(PROGRAMS)} do"
+            )
+        task = self.task(method, budget, within, losses=losses, pairs=pairs)
+        layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
+        return layer_program(task) if layers else channel_program(task)
+
+    def task(
+        self,
+        method: MethodSpec,
+        budget: Budget,
+        within: Sequence[Budget] = (),
+        *,
+        losses: Floats | None = None,
+        pairs: PairwiseTerms | None = None,
+    ) -> Task:
+        """One method at its budgets, checked against the profile."""
+        if method.format_name not in self.profile.formats:
+            raise UnknownNameError(
+                "format", method.format_name, self.profile.formats, "Add its scheme to [calibration] and profile again."
+            )
+        shape = (sum(self.profile.channels), len(self.profile.widths))
+        if losses is not None and losses.shape != shape:
+            raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")
+        fmt = replace(
+            self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, scale_bits=16, alpha=0.5
+        )
+        labels = [b.label() for b in (budget, *within)]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"the budgets {', '.join(labels)} name one limit twice")
+        limits = tuple(Limit(budget=b, limit=self.limit(b, method)) for b in (budget, *within))
+        return Task(
+            programs=self,
+            method=method,
+            format=fmt,
+            limits=limits,
+            activation_steps=_activation_steps(method, self.profile),
+            losses=losses,
+            pairs=pairs,
+        )
+
+    def limit(self, budget: Budget, method: MethodSpec) -> int:
+        """The limit of a budget on the whole model in its unit; a uniform size is that with the method's inputs."""
+        if budget.quantity == "bops":
+            return int(budget.limit)
+        if budget.quantity == "latency":
+            if self.costs is None:
+                raise ConfigError(
+                    f"the budget {budget.label()} needs measured latencies: name a CSV with the columns layer, bits, "
+                    "cost (--latency FILE, or allocate.costs)"
+                )
+            return round(budget.limit * NANOSECONDS)
+        return budget.limit_bits(
+            self.table,
+            self.policy,
+            self.storage,
+            act_bits=method.act_bits,
+            activation_steps=_activation_steps(method, self.profile),
+        )
+
+
+def allocate(
+    method: MethodSpec,
+    budget: Budget,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    policy: Policy,
+    fmt: QuantFormat,
+    storage: StorageModel = DEFAULT_STORAGE,
+    *,
+    within: Sequence[Budget] = (),
+    costs: CostTable | None = None,
+    losses: Floats | None = None,
+) -> Allocation:
+    """One method at one budget: see `Programs.allocate`, which whoever asks for several should use."""
+    programs = Programs(table=table, profile=profile, policy=policy, format=fmt, storage=storage, costs=costs)
+    return programs.allocate(method, budget, within, losses=losses)
+
+
+def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:
+    """The function behind an allocator that solves no program."""
+    if method.allocator == "search":
+        raise ConfigError(
+            f"the maps of {method.name!r} come out of the outer search, not of one solve; run the stage 'search'"
+        )
+    if method.allocator == "map":
+        raise ConfigError(f"the map of {method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
+    return {
+        "uniform": omq.uniform,
+        "random": omq.random,
+        "omq": omq.omq,
+        "omq-paper": omq.omq_paper,
+        "omq-released": omq.omq_released,
+        "omq-plus": omq.omq_plus,
+    }[method.allocator]
+
+
+def _solved(task: Task) -> tuple[Program, AllocationResult, str]:
+    """The better of the programs that the method may solve, with its answer and a note."""
+    if task.method.allocator == "ilp-layer":
+        program = layer_program(task)
+        return program, _answer(task, program), ""
+    by_channel = channel_program(task)
+    if any(_least(b) > b.limit for b in by_channel.problem.budgets):
+        program = layer_program(task)
+        return program, _answer(task, program), TAGS_TOO_DEAR
+    result, by_layer = _answer(task, by_channel), layer_program(task)
+    if _lower_bound(by_layer.problem, result.multipliers) < result.loss:  # mostly it is not, and one solve is enough
+        of_layers = _answer(task, by_layer)
+        if of_layers.loss < result.loss:
+            return by_layer, of_layers, BY_LAYER_WINS
+    return by_channel, result, ""
+
+
+def _answer(task: Task, program: Program) -> AllocationResult:
+    """The solver's answer; when there is none, its words with what they leave out."""
+    try:
+        return solve(program.problem, solver=task.method.solver)
+    except InfeasibleBudgetError as error:
+        paid = ", ".join(
+            f"{fixed} of {li.budget.label()} (in all {li.limit})"
+            for fixed, li in zip(program.fixed_costs, task.limits, strict=True)
+        )
+        raise InfeasibleBudgetError(
+            f"{error} These numbers are those of the searched layers; beside them {paid} is paid for what is fixed."
+        ) from error
+
+
+def _least(budget: CostBudget) -> int:
+    return int(np.asarray(budget.cost).min(axis=1).sum())
+
+
+def _lower_bound(problem: AllocationProblem, rates: Sequence[float]) -> float:
+    """Lagrangian lower bound of a program for any multipliers >= 0; none where pairs have a say."""
+    if problem.pairwise is not None:
+        return float("-inf")
+    priced = problem.loss.astype(np.float64)
+    for rate, budget in zip(rates, problem.budgets, strict=True):
+        priced = priced + rate * np.asarray(budget.cost)
+    if problem.allowed is not None:
+        priced = np.where(problem.allowed, priced, np.inf)
+    paid = sum(rate * budget.limit for rate, budget in zip(rates, problem.budgets, strict=True))
+    return float(priced.min(axis=1).sum() - paid)
+
+
+def _check_budgets(task: Task) -> None:
+    """Raise when one budget alone cannot be met, or the main one leaves nothing to quantize."""
+    inputs = task.inputs(task.widest_input)
+    rules, choices = task.programs.rules, choices_of(task)
+    mask = allowed_choices(rules, rules.searched, choices)
+    for li in task.limits:
+        cost = task.layer_costs(li.budget, rules.searched, choices, inputs)
+        priced, first = np.where(mask, cost, 0), {n: i for i, n in enumerate(rules.searched)}
+        least = task.fixed_cost(li.budget, inputs)
+        for unit in rules.units():
+            rows = [first[n] for n in unit]
+            sums = priced[rows].sum(axis=0)
+            least += int(sums[mask[rows].all(axis=0)].min())
+        if least > li.limit:
+            raise _too_small(task, li, least)
+    main = task.limits[0]
+    if main.budget.quantity == "latency":
+        return
+    full = task.cost(main.budget, task.map_of({n: np.uint8(FULL_PRECISION) for n in task.programs.table.by_name}))
+    if main.limit > full:
+        raise ConfigError(
+            f"the budget {main.budget.label()} is above full precision, which takes {full} {main.budget.unit}: there "
+            "is nothing to quantize"
+        )
+
+
+def _too_small(task: Task, li: Limit, least: int) -> InfeasibleBudgetError:
+    allowed, smallest, per = f"{li.limit} {li.budget.unit}", str(least), ""
+    if li.budget.quantity == "latency":
+        allowed, smallest = li.budget.label(), f"{least / NANOSECONDS:g} ms"
+    elif li.budget.quantity != "bops":
+        per = f" ({least / task.programs.table.n_parameters:.4f} bits a parameter, {-(-least // 8)} bytes)"
+    return InfeasibleBudgetError(
+        f"the budget {li.budget.label()} allows {allowed}; the smallest attainable is {smallest}{per}: every searched "
+        f"layer at its cheapest width ({task.programs.policy.describe()}). Raise the budget, or allow smaller widths."
+    )
+
+
+def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
+    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured
+    with."""
+    if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
+        return 1
+    steps = profile.calibration.get("sampler", {}).get("steps")
+    if not steps:
+        raise ConfigError(
+            f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps"
+        )
+    return int(steps)

@@ -1,0 +1,235 @@
+"""What a method is, and what one gives: `MethodSpec` and `Allocation`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch.allocate import AllocationResult
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget
+from mpqsearch.core.formats import ROUNDINGS, check_width
+from mpqsearch.core.shown import Shown
+from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.methods.losses import BEST_LOSS, CHOOSING, LOSSES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALLOCATORS = (
+    "uniform",
+    "random",
+    "omq",
+    "omq-paper",
+    "omq-released",
+    "omq-plus",
+    "ilp-layer",
+    "ilp-channel",
+    "search",
+    "map",
+)
+"""``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
+promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
+own quantizer and full-precision inputs. ``search`` and ``map`` solve nothing: the map is that of an outer search, or
+one from elsewhere."""
+
+PROGRAMS = ("ilp-layer", "ilp-channel")
+"""Allocators that solve an integer program."""
+
+OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
+
+ORDERS = ("kurtosis", "random", "variance", "output")
+"""What ranks the output channels of a layer for OMQ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MethodSpec(Shown):
+    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``scheme``,
+    ``bias_correction``).
+
+    ``loss`` is one of `mpqsearch.methods.CHOOSING`, or ``auto`` for the best that was measured. ``rounding`` is
+    ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves. ``order``
+    (OMQ only) ranks the channels of a layer: ``kurtosis`` of the smoothed weights as in MPQ-DM, ``random``,
+    ``variance`` or ``output``. ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other
+    layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the sampler with
+    ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a budget in BOPs or of a latency) lets the integer program
+    choose the width of each searched layer's input among these instead. ``smooth_by_layer`` gives each layer whose
+    input is quantized the alpha of smoothing with the least output error instead of 0.5
+    (`mpqsearch.profile.choose_alphas`: six runs of the sampler a map, no storage); the stages of a run do that,
+    `mpqsearch.methods.allocate` by itself leaves 0.5. ``solver``: ``auto``, or a solver of PuLP by name.
+
+    Raises `ConfigError` for what contradicts and `UnknownNameError` for an unknown name.
+    """
+
+    name: str
+    allocator: str
+    loss: str = BEST_LOSS
+    scheme: str = "asymmetric"
+    bias_correction: bool = False
+    smooth: bool = False
+    smooth_by_layer: bool = False
+    order: str = "kurtosis"
+    solver: str = "auto"
+    seed: int = 0
+    act_bits: int = FULL_PRECISION
+    act_timesteps: bool = False
+    act_choices: tuple[int, ...] = ()
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.allocator in OMQ[1:]:
+            object.__setattr__(self, "smooth", True)
+        self._check_names()
+        check_width(self.act_bits, f"method {self.name!r}, act_bits")
+        for bits in self.act_choices:
+            check_width(bits, f"method {self.name!r}, act_choices")
+        if self.act_choices and self.allocator != "ilp-layer":
+            raise ConfigError(
+                f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}"
+            )
+        quantized = min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
+        if self.smooth_by_layer and not (self.smooth and quantized):
+            raise ConfigError(
+                f"method {self.name!r}: smooth_by_layer suits smoothing to quantized inputs, and needs smooth = true "
+                f"and act_bits or act_choices below {FULL_PRECISION}; got smooth = {str(self.smooth).lower()}, "
+                f"act_bits = {self.act_bits}"
+            )
+
+    def _check_names(self) -> None:
+        if self.loss in LOSSES and self.loss not in CHOOSING:
+            raise ConfigError(
+                f"method {self.name!r}: the loss {self.loss!r} predicts what a given map loses, at the widths where it "
+                f"was measured, and misleads when widths are chosen by it. Choose by 'auto' or one of "
+                f"{', '.join(CHOOSING)}."
+            )
+        for what, value, known in (
+            ("allocator", self.allocator, ALLOCATORS),
+            ("loss", self.loss, (BEST_LOSS, *CHOOSING)),
+            ("OMQ order", self.order, ORDERS),
+            ("rounding", self.rounding, ROUNDINGS),
+        ):
+            if value not in known:
+                raise UnknownNameError(what, value, known, f"(method {self.name!r})")
+
+    @property
+    def granularity(self) -> str:
+        """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
+        return "channel" if self.allocator in (*OMQ, "ilp-channel", "search", "map") else "layer"
+
+    @property
+    def format_name(self) -> str:
+        """The format of the profile whose errors price this method, as in ``auto+smooth``."""
+        return f"{self.scheme}+smooth" if self.smooth else self.scheme
+
+    def facts(self) -> dict[str, Any]:
+        """The name, and what is not as by default."""
+        fields = self.__dataclass_fields__
+        return {n: getattr(self, n) for n in fields if getattr(self, n) != fields[n].default}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Total:
+    """What a map costs under one budget, in `Budget.unit`."""
+
+    budget: Budget
+    limit: int
+    cost: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Allocation(Shown):
+    """A bit map with what is known of it.
+
+    Attributes:
+        totals: The map's cost and limit under every budget, the main one first.
+        size_bits: Stored bits of the whole model, everything counted.
+        bops: Bit operations of one forward pass.
+        predicted_loss: Predicted loss of the whole map (`mpqsearch.methods.predicted_loss`); NaN when nothing that was
+            measured predicts it.
+        result: The solved program; None for methods that solve nothing.
+        by_layer: Whether the program was over layers; None without one.
+        certificate: Claims of the result that can be checked from the tables, as JSON data; None without a result.
+        notes: What a person should know of the map.
+    """
+
+    method: MethodSpec
+    bit_map: BitMap
+    totals: tuple[Total, ...]
+    size_bits: int
+    bops: int
+    predicted_loss: float
+    result: AllocationResult | None = None
+    by_layer: bool | None = None
+    certificate: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def budget(self) -> Budget:
+        """The main budget."""
+        return self.totals[0].budget
+
+    @property
+    def limit(self) -> int:
+        """The limit of the main budget: stored bits, BOPs or nanoseconds."""
+        return self.totals[0].limit
+
+    @property
+    def within_budget(self) -> bool:
+        """False when a method cannot keep to the budgets, such as OMQ with the tags of its mixed channels."""
+        return all(total.cost <= total.limit for total in self.totals)
+
+    @property
+    def size_bytes(self) -> int:
+        """Stored bytes of the whole model, rounded up."""
+        return -(-self.size_bits // 8)
+
+    def facts(self) -> dict[str, Any]:
+        """Method, budgets, size, loss, and what is proven."""
+        budgets = ", ".join(t.budget.label() + ("" if t.cost <= t.limit else " (over)") for t in self.totals)
+        facts = {
+            "method": self.method.name,
+            "budget": budgets,
+            "size": f"{self.size_bytes:,} bytes, widths by {self.bit_map.granularity}",
+            "predicted loss": f"{self.predicted_loss:.6g}",
+        }
+        if self.result is not None:
+            facts["solved"] = f"{self.result.status}, gap {self.result.gap:.2g}, by {self.result.solver}"
+        return facts | ({"notes": "; ".join(self.notes)} if self.notes else {})
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer, see `BitMap.to_frame`."""
+        return self.bit_map.to_frame()
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain JSON data (the bit map has a file of its own)."""
+        return {
+            "method": asdict(self.method),
+            "budget": self.budget.label(),
+            "quantity": self.budget.quantity,
+            "limit": self.limit,
+            "totals": [{"budget": t.budget.label(), "limit": t.limit, "cost": t.cost} for t in self.totals],
+            "size_bits": self.size_bits,
+            "bops": self.bops,
+            "within_budget": self.within_budget,
+            "predicted_loss": _finite(self.predicted_loss),
+            "bit_map_digest": self.bit_map.digest,
+            "result": None if self.result is None else self._solved(self.result),
+            "certificate": self.certificate,
+            "notes": list(self.notes),
+        }
+
+    def _solved(self, result: AllocationResult) -> dict[str, Any]:
+        return {
+            "program": "layers" if self.by_layer else "channels",
+            "status": result.status,
+            "solver": result.solver,
+            "seconds": round(result.seconds, 4),
+            "loss": float(result.loss),
+            "lower_bound": _finite(result.lower_bound),
+            "gap": _finite(result.gap),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,139 @@
+"""One method at its budgets: what its maps and its choices cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.allocate import PairwiseTerms
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, QuantFormat, bops, size_bits, uniform_map
+from mpqsearch.errors import ConfigError
+from mpqsearch.methods.losses import BEST_LOSS, channel_losses
+from mpqsearch.methods.spec import MethodSpec
+
+if TYPE_CHECKING:
+    from mpqsearch.methods.programs import Programs
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Choice = tuple[int, int | None]
+"""Width of a layer's weights, and that of its input where it is chosen too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A budget on the whole model as a whole number in its unit."""
+
+    budget: Budget
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One method at some budgets, the main one first."""
+
+    programs: Programs
+    method: MethodSpec
+    format: QuantFormat
+    limits: tuple[Limit, ...]
+    activation_steps: int = 1
+    losses: Floats | None = None
+    pairs: PairwiseTerms | None = None
+
+    def without_smoothing(self) -> Task:
+        """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost."""
+        return replace(self, format=replace(self.format, smooth=False))
+
+    def inputs(self, act_bits: int) -> dict[str, int]:
+        """Width of every quantized input when those of searched layers have ``act_bits``."""
+        return self.programs.policy.activations_of(self.programs.table, act_bits)
+
+    @property
+    def widest_input(self) -> int:
+        """Width of the inputs of searched layers before any is chosen."""
+        return max(self.method.act_choices, default=self.method.act_bits)
+
+    def map_of(self, widths: Mapping[str, Any]) -> BitMap:
+        """The map with some widths, the other searched layers at the smallest."""
+        base = uniform_map(
+            self.programs.table,
+            self.programs.policy,
+            min(self.programs.policy.widths),
+            self.format,
+            act_bits=self.widest_input,
+            activation_steps=self.activation_steps,
+        )
+        return replace(base, weights={**base.weights, **widths}) if widths else base
+
+    def cost(self, budget: Budget, bit_map: BitMap) -> int:
+        """What a whole map costs under a budget."""
+        table, costs = self.programs.table, self.programs.costs
+        if budget.quantity == "bops":
+            return bops(table, bit_map)
+        if budget.quantity != "latency" or costs is None:
+            return size_bits(table, bit_map, self.programs.storage)
+        if bit_map.granularity == "channel":
+            raise whole_layers_only(self.method, budget)
+        asked = [(n, int(w), bit_map.activations.get(n, FULL_PRECISION)) for n, w in bit_map.weights.items()]
+        costs.require(asked)
+        return sum(costs.of(*a) for a in asked)
+
+    def fits(self, bit_map: BitMap) -> bool:
+        """Whether a map keeps to every budget."""
+        return all(self.cost(li.budget, bit_map) <= li.limit for li in self.limits)
+
+    def layer_costs(
+        self, budget: Budget, names: Sequence[str], choices: Sequence[Choice], inputs: Mapping[str, int]
+    ) -> Integers:
+        """Cost ``[n, k]`` of whole layers at each choice, their quantized inputs included; ``inputs`` are those that no
+        choice names."""
+        asked = [[(n, w, inputs.get(n, FULL_PRECISION) if a is None else a) for w, a in choices] for n in names]
+        costs = self.programs.costs
+        if budget.quantity == "latency" and costs is not None:
+            rules = self.programs.rules
+            costs.require(cell for row in asked for cell in row if rules.allows(cell[0], cell[1]))
+            table = [[costs.of(*c) if rules.allows(c[0], c[1]) else 0 for c in row] for row in asked]
+        elif budget.quantity == "bops":
+            table = [[self.programs.table[n].macs * w * a for n, w, a in row] for row in asked]
+        else:
+            table = [[self._stored(n, w, a) for n, w, a in row] for row in asked]
+        return np.array(table, dtype=np.int64).reshape(len(names), len(choices))
+
+    def _stored(self, name: str, bits: int, act_bits: int) -> int:
+        storage, layer = self.programs.storage, self.programs.table[name]
+        weights = storage.layer_total(layer, np.array(bits, dtype=np.uint8), self.format)
+        return weights + storage.activation_bits(act_bits, self.activation_steps)
+
+    def fixed_cost(self, budget: Budget, inputs: Mapping[str, int]) -> int:
+        """What a budget pays for all that is not searched: fixed layers, and what is no weight layer."""
+        rules = self.programs.rules
+        asked = [(n, b, inputs.get(n, FULL_PRECISION)) for n, b in rules.fixed.items()]
+        if budget.quantity == "latency" and self.programs.costs is not None:
+            self.programs.costs.require(asked)
+            return sum(self.programs.costs.of(*a) for a in asked)
+        if budget.quantity == "bops":
+            return sum(self.programs.table[n].macs * b * a for n, b, a in asked)
+        return self.programs.storage.kept_bits(self.programs.table) + sum(self._stored(*a) for a in asked)
+
+    def channel_losses(self) -> Floats:
+        """Losses ``[C, W]`` of every output channel at every width of the profile."""
+        if self.losses is not None:
+            return self.losses
+        m, programs = self.method, self.programs
+        # Errors of quantized inputs were measured on one prediction; they may be added to losses of that unit only.
+        loss = "probe" if m.act_choices and m.loss == BEST_LOSS else m.loss
+        if m.act_choices and loss != "probe":
+            raise ConfigError(f"method {m.name!r}: act_choices go with the loss 'probe', got {loss!r}")
+        return channel_losses(programs.profile, programs.table, m.format_name, loss, bias_correction=m.bias_correction)
+
+
+def whole_layers_only(method: MethodSpec, budget: Budget) -> ConfigError:
+    """The error of a latency asked for widths inside layers."""
+    return ConfigError(
+        f"method {method.name!r} mixes widths inside a layer, and the latencies behind {budget.label()} were measured "
+        "for whole layers; use the allocator ilp-layer"
+    )

@@ -1,0 +1,175 @@
+"""Check a saved allocation as a stranger would: all that ``allocation.json`` claims, from the run's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpqsearch import artifacts
+from mpqsearch.allocate import Certificate, check_certificate, table_digests
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, bops, size_bits
+from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
+from mpqsearch.methods import CostTable, MethodSpec, Programs, predicted_loss
+
+SAME = 1e-9
+"""Relative difference of two sums of the same losses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """An allocation with the files of its run that it was made from."""
+
+    path: Path
+    data: Mapping[str, Any]
+    bit_map: BitMap
+    table: LayerTable
+    programs: Programs
+    method: MethodSpec
+    budgets: tuple[Budget, ...]
+
+
+def check_allocation(path: Path) -> list[str]:
+    """Recompute what an ``allocations/<name>/allocation.json`` claims; what was checked, a line each.
+
+    The tables are built again from the run's profile and compared with the digests in the certificate; loss, costs and
+    the bound that the multipliers prove are recomputed by `mpqsearch.allocate.check_certificate`, which shares no
+    arithmetic with the solvers.
+
+    Raises `StaleArtifactError` with the first contradiction, `ConfigError` for a file without claims of this kind, and
+    `ArtifactError` when a file that is needed is missing or damaged.
+    """
+    saved = _read(path)
+    lines = []
+    for line, contradiction in _checks(saved):
+        if contradiction:
+            raise StaleArtifactError(f"{path} does not hold: {contradiction}")
+        lines.append(line)
+    return lines
+
+
+def _read(path: Path) -> Saved:
+    data = artifacts.read_json(path, "mpqsearch/allocation").data
+    if "made_from" not in data:
+        raise ConfigError(
+            f"{path} holds no claims to check: only maps of methods do that `mpqsearch allocate` made (not those for a "
+            "target, from a search or from elsewhere)"
+        )
+    run = path.resolve().parent.parent.parent
+    try:
+        source = data["made_from"]
+        table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / source["profile"])
+        policy = {k: tuple(v) if isinstance(v, list) else v for k, v in source["policy"].items()}
+        method = MethodSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["method"].items()})
+        return Saved(
+            path=path,
+            data=data,
+            bit_map=artifacts.load_bit_map(path.with_name("bitmap.json")),
+            table=table,
+            programs=Programs(
+                table=table,
+                profile=profile,
+                policy=Policy(**policy),
+                format=QuantFormat(**source["format"]),
+                costs=_costs(source["costs"]),
+            ),
+            method=method,
+            budgets=tuple(Budget.parse(t["budget"]) for t in data["totals"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged or was changed by hand ({type(error).__name__}: {error}).") from error
+
+
+def _costs(source: Mapping[str, str] | None) -> CostTable | None:
+    if source is None:
+        return None
+    file = Path(source["file"])
+    if not file.is_file() or artifacts.digest_file(file) != source["sha256"]:
+        raise ArtifactError(f"the latencies {file} are missing or are not those that the map was made with")
+    return CostTable.read(file)
+
+
+def _checks(saved: Saved) -> Iterator[tuple[str, str]]:
+    """What is checked, and what contradicts it, one after another."""
+    data, bit_map = saved.data, saved.bit_map
+    yield (
+        "the bit map beside it has the digest that it names",
+        _differs("the digest of bitmap.json", bit_map.digest, data["bit_map_digest"]),
+    )
+    bit_map.validate(saved.table)
+    yield (
+        f"the map stores {data['size_bits']} bits, everything counted",
+        _differs("the stored size in bits", size_bits(saved.table, bit_map), data["size_bits"]),
+    )
+    yield (
+        f"a forward pass takes {data['bops']} bit operations",
+        _differs("the number of bit operations", bops(saved.table, bit_map), data["bops"]),
+    )
+    yield from _budgets(saved)
+    predicted = predicted_loss(
+        saved.table, saved.programs.profile, bit_map, bias_correction=saved.method.bias_correction
+    )
+    yield (
+        f"the profile predicts the loss {data['predicted_loss']}",
+        _far("the predicted loss", predicted, data["predicted_loss"]),
+    )
+    if data["certificate"] is None:
+        yield f"no program was solved ({saved.method.allocator}), so there is no bound to check", ""
+        return
+    yield from _certificate(saved)
+
+
+def _budgets(saved: Saved) -> Iterator[tuple[str, str]]:
+    task = saved.programs.task(saved.method, saved.budgets[0], saved.budgets[1:])
+    for limit, claim in zip(task.limits, saved.data["totals"], strict=True):
+        label, unit = claim["budget"], limit.budget.unit
+        yield f"{label} allows {limit.limit} {unit}", _differs(f"the limit of {label}", limit.limit, claim["limit"])
+        cost = task.cost(limit.budget, saved.bit_map)
+        yield f"the map takes {cost} of them", _differs(f"the cost under {label}", cost, claim["cost"])
+    over = any(t["cost"] > t["limit"] for t in saved.data["totals"])
+    yield (
+        "it keeps to its budgets" if not over else "it exceeds a budget, and says so",
+        _differs("within_budget", not over, saved.data["within_budget"]),
+    )
+
+
+def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
+    data, result = saved.data["certificate"], saved.data["result"]
+    try:
+        certificate = Certificate.from_data(data)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{saved.path}: the certificate is not whole ({error})") from error
+    program = saved.programs.program(
+        saved.method, saved.budgets[0], saved.budgets[1:], by_layer=result["program"] == "layers"
+    )
+    problem = program.problem
+    yield (
+        f"the tables of {problem.n_items} {result['program']} are those that were solved",
+        _differs("the digests of the tables", dict(table_digests(problem)), dict(certificate.digests)),
+    )
+    check = check_certificate(certificate, problem, program.choice(saved.bit_map).tolist())
+    costs = ", ".join(f"{b.name} {c}" for b, c in zip(problem.budgets, check.costs, strict=False))
+    yield f"costed again, the choice loses {check.loss!r} and takes {costs} of the searched layers", check.problem
+    yield f"its multipliers prove that no map loses less than {check.bound!r}: a gap of {check.gap:.2g}", ""
+    for name in ("loss", "status"):
+        yield (
+            f"result and certificate agree on the {name}",
+            _differs(f"the {name} of the result", getattr(certificate, name), result[name]),
+        )
+    if result["status"] == "optimal" and check.gap > 0:
+        word = {"search": "the exact core's search", "solver": "the solver's word"}.get(certificate.proof, "the solver")
+        yield (
+            f"that it is optimal within that gap rests on {word} ({certificate.solver}), which is not checked here",
+            "",
+        )
+
+
+def _differs(what: str, computed: object, claimed: object) -> str:
+    return "" if computed == claimed else f"{what} is {computed}, the file says {claimed}"
+
+
+def _far(what: str, computed: float, claimed: float | None) -> str:
+    if claimed is None or computed != computed:
+        return "" if claimed is None and computed != computed else f"{what} is {computed}, the file says {claimed}"
+    return "" if abs(computed - claimed) <= SAME * abs(computed) else f"{what} is {computed}, the file says {claimed}"
