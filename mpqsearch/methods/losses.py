@@ -76,8 +76,8 @@ def output_rows(measured: Measured, what: str) -> Floats:
 
 def sensitivity_rows(measured: Measured, what: str) -> Floats:
     """Output error times the sensitivity of its channel ``[C, W]``."""
-    sensitivity = measured.profile.need("sensitivity", what).astype(np.float64)
-    return sensitivity[:, None] * output_rows(measured, what)
+    error = output_rows(measured, what)
+    return measured.profile.need("sensitivity", what).astype(np.float64)[:, None] * error
 
 
 def slope_rows(measured: Measured, what: str) -> Floats:

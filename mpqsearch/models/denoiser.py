@@ -142,7 +142,7 @@ class Denoiser:
             "recorded calls of its pipeline "
             f"only: {type(self.module).__name__} cannot be called as model(x, t) ({error}). With recorded calls there "
             "are layers, profile "
-            "(losses 'weight', 'output', 'gain' and 'probe'), allocate, quantize, import and export. To sample, give "
+            "(losses 'weight', 'output' and 'probe'), allocate, quantize, import and export. To sample, give "
             "the module a method "
             "denoise(x, t, cond) that adds what its pipeline gives, or export the map and sample in the pipeline "
             "itself."

@@ -109,7 +109,7 @@ class Surrogate:
             changes["allocator"] = f"ilp-{changes.pop('granularity')}"
         method = replace(self.method, **changes)
         # Of the schemes, some have no smoothed errors in the profile.
-        if method.smooth and method.variant not in self.profile.variants:
+        if method.smooth and method.format_name not in self.profile.formats:
             method = replace(method, scheme="asymmetric")
         return method
 
@@ -153,7 +153,7 @@ class Surrogate:
         return shaped
 
     def _table(self, profile: SensitivityProfile, method: MethodSpec, loss: str) -> Floats:
-        return channel_losses(profile, self.table, method.variant, loss, bias_correction=method.bias_correction)
+        return channel_losses(profile, self.table, method.format_name, loss, bias_correction=method.bias_correction)
 
     def _mixed(self, theta: Theta, profile: SensitivityProfile, method: MethodSpec, totals: Floats) -> Floats:
         """Geometric mean of the layer totals ``[L, W]`` with those of output errors, in the units of the former."""

@@ -59,9 +59,13 @@ def _read(path: Path) -> Saved:
     run = path.resolve().parent.parent.parent
     try:
         source = data["made_from"]
+        policy: dict[str, Any]
+        method: dict[str, Any]
         table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / source["profile"])
-        policy = {k: tuple(v) if isinstance(v, list) else v for k, v in source["policy"].items()}
-        method = MethodSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["method"].items()})
+        policy, method = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
+            for written in (source["policy"], data["method"])
+        )
         return Saved(
             path=path,
             data=data,
@@ -74,7 +78,7 @@ def _read(path: Path) -> Saved:
                 format=QuantFormat(**source["format"]),
                 costs=_costs(source["costs"]),
             ),
-            method=method,
+            method=MethodSpec(**method),
             budgets=tuple(Budget.parse(t["budget"]) for t in data["totals"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -92,8 +92,8 @@ def test_profile_round_trip_checks_its_arrays(tmp_path: Path) -> None:
     artifacts.save_profile(path, profile, {"model": "m"})
     back = artifacts.load_profile(path)
     assert back.names == profile.names
-    assert back.variants == profile.variants
-    assert {"asymmetric", "asymmetric+smooth", "auto"} <= set(back.variants)
+    assert back.formats == profile.formats
+    assert {"asymmetric", "asymmetric+smooth", "auto"} <= set(back.formats)
     for key, array in profile.arrays.items():
         np.testing.assert_array_equal(back.arrays[key], array)
     side = path.with_suffix(".npz")

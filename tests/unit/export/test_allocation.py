@@ -114,7 +114,9 @@ def test_a_policy_ties_the_projections_that_are_fused() -> None:
     formats = formats_of(TARGET, table)
     one = {n: [10.0 ** (3 * i - TYPES[f][0]) for f in formats] for i, n in enumerate("qkv")}
     limit = 8 * 8 * 64 * 3 * 6 // 8
-    free, tied = (allocate_for(TARGET, table, one, limit, Policy(roles={}, tie_qkv=tie)) for tie in (False, True))
+    free, tied = (
+        allocate_for(TARGET, table, one, limit, Policy(roles={}, groups=groups)) for groups in ({}, {"fused": ("qkv",)})
+    )
     assert len(set(free.choices.values())) > 1
     assert len(set(tied.choices.values())) == 1
 

@@ -194,7 +194,7 @@ def test_a_model_known_from_recorded_calls_only_says_what_it_cannot(tmp_path: Pa
     with torch.no_grad(), capture(denoiser.module) as calls:
         denoiser.module(torch.randn(2, 4, 8, 8), torch.tensor(9), encoder_hidden_states=torch.randn(2, 4, 8))
     recorded = denoiser.with_calls(calls)
-    text = r"a search was asked for.*1 recorded calls.*encoder_hidden_states.*'gain' and 'probe'.*method denoise"
+    text = r"a search was asked for.*1 recorded calls.*encoder_hidden_states.*'output' and 'probe'.*method denoise"
     with pytest.raises(ModelError, match=text):
         recorded.require_sampler("a search")
     with pytest.raises(ModelError, match="a prediction for a sample, a time and a class was asked for"):

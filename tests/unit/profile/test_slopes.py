@@ -34,15 +34,15 @@ def with_shifts(table: LayerTable, errors: dict[str, torch.Tensor], mean: float)
 
 def test_contexts_are_a_latin_square() -> None:
     table = discover(tiny_denoiser("dit"))
-    policy = Policy(tie_qkv=True)
+    policy = Policy(groups={"fused": ("qkv",)})
     maps = latin_contexts(table, policy, (2, 3, 4), seed=1)
     assert maps.shape == (3, len(table))
     shared: dict[str, list[int]] = {}
     for layer, column in zip(table, maps.T.tolist(), strict=True):
         fixed = policy.fixed_width(layer)
         assert sorted(column) == ([2, 3, 4] if fixed is None else [fixed] * 3)
-        if fixed is None and policy.tie_of(layer):
-            assert shared.setdefault(policy.tie_of(layer), column) == column
+        if fixed is None and layer.fuse:
+            assert shared.setdefault(layer.fuse, column) == column
     assert shared
     assert not np.array_equal(maps, latin_contexts(table, policy, (2, 3, 4), seed=2))
 

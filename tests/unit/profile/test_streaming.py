@@ -149,7 +149,7 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
     table = discover_streamed(streamed)
     profile = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     assert profile.weights_only
-    assert profile.variants == ("asymmetric", "auto")
+    assert profile.formats == ("asymmetric", "auto")
     budget = Budget.parse("uniform:4")
     for allocator in ("ilp-layer", "ilp-channel"):
         made = allocate(
@@ -165,7 +165,7 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
     given = (budget, table, profile_weights(streamed, table, policy, SCHEMES, FMT), policy, FMT)
     omq = allocate(MethodSpec(name="m", allocator="omq", scheme="auto"), *given).bit_map
     assert {int(b) for w in omq.weights.values() for b in np.unique(w)} <= {3, 4, 5, 8}
-    for loss, key in (("output", "output_error/auto"), ("gain", "output_error/auto"), ("probe", "output_error/auto")):
+    for loss, key in (("output", "output_error/auto"), ("probe", "output_error/auto")):
         with pytest.raises(ConfigError, match=rf"the loss '{loss}' needs '{key}': .* the loss 'weight' works"):
             allocate(
                 MethodSpec(name="m", allocator="ilp-layer", loss=loss, scheme="auto"),
