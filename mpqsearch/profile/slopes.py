@@ -59,13 +59,15 @@ def latin_contexts(table: LayerTable, policy: Policy, widths: Sequence[int], *, 
     rng = np.random.default_rng(seed)
     order: dict[str, NDArray[np.int64]] = {}
     columns = []
+    rules = policy.resolve(table)
+    first_of = {name: group[0] for group in rules.groups for name in group}
     for layer in table:
-        fixed = policy.fixed_width(layer)
+        fixed = rules.fixed.get(layer.name)
         drawn = rng.permutation(np.asarray(widths, dtype=np.int64))
         if fixed is not None:
             columns.append(np.full(len(widths), fixed, dtype=np.int64))
         else:
-            columns.append(order.setdefault(policy.tie_of(layer), drawn) if policy.tie_of(layer) else drawn)
+            columns.append(order.setdefault(first_of.get(layer.name, layer.name), drawn))
     return np.stack(columns, 1)
 
 

@@ -62,8 +62,8 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
 
 def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     _, table, profile = measure("unet", schemes=("asymmetric", "auto"), smooth=True)
-    assert profile.variants == ("asymmetric", "asymmetric+smooth", "asymmetric+smooth+minmax", "auto", "auto+smooth")
-    for fmt in profile.variants:
+    assert profile.formats == ("asymmetric", "asymmetric+smooth", "asymmetric+smooth+minmax", "auto", "auto+smooth")
+    for fmt in profile.formats:
         layers = profile.layer_sum(profile.arrays[f"output_error/{fmt}"])
         assert bool((np.diff(layers, axis=1) < 0).all())
         centred = profile.arrays[f"output_error_corrected/{fmt}"]
