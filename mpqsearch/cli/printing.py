@@ -69,7 +69,7 @@ def print_fields(title: str, fields: Mapping[str, Any]) -> None:
 
 
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
-    """The most sensitive layers of a profile, the channels with the heaviest tails, and what measuring took.
+    """The most sensitive layers of a profile, the channels with the heaviest tails, and what measuring cost.
 
     ``mean shift``: the largest share of output error that a bias takes off, over the widths. ``rel. error``: of the
     loss, from probes.
@@ -84,7 +84,7 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
             [
                 row.name,
                 row.role,
-                f"{row.kurtosis:.1f}",
+                "" if row.kurtosis != row.kurtosis else f"{row.kurtosis:.1f}",
                 ""
                 if row.mean_shift is None
                 else f"{row.mean_shift:.0%}{'' if table[row.name].has_bias else ' (no bias)'}",
@@ -94,14 +94,15 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
             for row in found.layers
         ],
     )
-    print_table(
-        f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above "
-        f"{found.outlier_limit:.1f}",
-        ["layer", "channel", "kurtosis", "times the layer's median"],
-        [[name, channel, f"{value:.1f}", f"{ratio:.1f}"] for name, channel, value, ratio in found.outliers],
-    )
+    if "kurtosis" in measured.arrays:
+        print_table(
+            f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above "
+            f"{found.outlier_limit:.1f}",
+            ["layer", "channel", "kurtosis", "times the layer's median"],
+            [[name, channel, f"{value:.1f}", f"{ratio:.1f}"] for name, channel, value, ratio in found.outliers],
+        )
     if found.spent:
-        print_fields("what it took", found.spent)
+        print_fields("time and memory", found.spent)
 
 
 def print_records(records: list[StudyRecord], *, as_json: bool) -> None:

@@ -42,7 +42,7 @@ class Denoises(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Denoiser:
     """A model and what is needed to sample from it.
 
@@ -110,6 +110,17 @@ class Denoiser:
                 "Record calls of its pipeline with mpqsearch.models.capture, or give it a method denoise(x, t, cond)."
             ) from error
         return out
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parameters and stored buffers, as they are in memory."""
+        return sum(v.numel() * v.element_size() for v in self.module.state_dict().values())
+
+    def __repr__(self) -> str:
+        conditions = f", {self.n_classes} classes" if self.n_classes else ""
+        calls = f", {len(self.calls)} recorded calls" if len(self.calls) else ""
+        kind, size = type(self.module).__name__, f"{self.size_bytes / 1e6:.2f} MB"
+        return f"Denoiser({self.name}: {kind}, {size}, samples {tuple(self.sample_shape)}{conditions}{calls})"
 
     def with_module(self, module: nn.Module) -> Denoiser:
         """The same denoiser with other weights, as after quantization."""

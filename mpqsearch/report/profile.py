@@ -50,7 +50,7 @@ class ProfileSummary:
     layer's median).
 
     ``outlier_limit``: third quartile plus three interquartile ranges of all channels (Tukey's far outliers). ``spent``:
-    what it took.
+    time and memory of the measurement.
     """
 
     label: str
@@ -65,7 +65,9 @@ def profile_summary(
     profile: SensitivityProfile, table: LayerTable, *, layers: int = 15, channels: int = 5
 ) -> ProfileSummary:
     """What to read first. The loss is the best that the profile holds, with bias correction, of the scheme ``auto``
-    where it was measured."""
+    where it was measured; the layers as wholes where no channel was looked at."""
+    if "kurtosis" not in profile.arrays:
+        return _layers_alone(profile, table, layers)
     variant = "auto" if "auto" in profile.formats else profile.formats[0]
     loss = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
     totals = profile.layer_sum(channel_losses(profile, table, variant, loss, bias_correction=loss != "weight"))
@@ -104,6 +106,24 @@ def profile_summary(
         n_outliers=int((kurtosis > limit).sum()),
         outlier_limit=limit,
         spent=_spent(profile),
+    )
+
+
+def _layers_alone(profile: SensitivityProfile, table: LayerTable, layers: int) -> ProfileSummary:
+    info = sensitivity_info(profile, worst=layers)
+    rows = tuple(
+        LayerRow(
+            name=profile.names[i],
+            role=table[profile.names[i]].role,
+            kurtosis=float("nan"),
+            mean_shift=None,
+            relative_error=None,
+            losses=tuple(float(v) for v in info.loss[i]),
+        )
+        for i in info.worst
+    )
+    return ProfileSummary(
+        label=info.label, layers=rows, outliers=(), n_outliers=0, outlier_limit=float("nan"), spent=_spent(profile)
     )
 
 
@@ -218,8 +238,9 @@ def write_profile_figures(folder: Path, profile: SensitivityProfile, timesteps: 
     """
     draws: dict[str, Any] = {
         "profile_sensitivity": lambda: plot_sensitivity(sensitivity_info(profile)),
-        "profile_kurtosis": lambda: plot_kurtosis(kurtosis_info(profile)),
     }
+    if "kurtosis" in profile.arrays:
+        draws["profile_kurtosis"] = lambda: plot_kurtosis(kurtosis_info(profile))
     if any(k.startswith("layer_final_error/") for k in profile.arrays):
         draws["profile_measured"] = lambda: plot_sensitivity(sensitivity_info(profile, MEASURED))
     if "step_sensitivity" in profile.arrays:

@@ -42,12 +42,14 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     measured. Raises `UnknownNameError` for a variant that the profile does not have.
     """
     final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
-    known = (*profile.formats, *((MEASURED,) if final else ()))
+    known = (*(profile.formats or layer_formats(profile)), *((MEASURED,) if final else ()))
     chosen = variant or ("asymmetric" if "asymmetric" in known else next(iter(known), ""))
     if chosen not in known:
         raise UnknownNameError("profile variant", chosen, known)
     if chosen == MEASURED:
         loss, label = profile.arrays[final], f"squared error of final samples ({final.split('/')[1]})"
+    elif chosen not in profile.formats:
+        loss, label = profile.arrays[f"layer_probe_error/{chosen}"], f"loss of layers as wholes ({chosen})"
     else:
         family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
         error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)
@@ -61,6 +63,11 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
     return SensitivityInfo(
         layers=profile.names, widths=profile.widths, loss=loss, label=label, worst=tuple(int(i) for i in ranked[:worst])
     )
+
+
+def layer_formats(profile: SensitivityProfile) -> tuple[str, ...]:
+    """Formats that a profile of layers as wholes has priced."""
+    return tuple(sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_probe_error/")))
 
 
 def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:

@@ -55,6 +55,11 @@ def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Prof
     assert len(rows[0].unique()) <= 16
 
 
+def test_a_model_is_short_to_look_at(model: Denoiser) -> None:
+    assert model.size_bytes == sum(p.numel() * 4 for p in model.module.parameters())
+    assert repr(model).startswith(f"Denoiser({model.name}: UNet2DModel, {model.size_bytes / 1e6:.2f} MB, samples (1, ")
+
+
 def test_samples_are_drawn_as_the_profile_was_measured(model: Denoiser, profile: mpq.Profile) -> None:
     assert api._sampler(model, profile) == SAMPLER
     assert api._quantizer(profile) == QuantFormat(n_candidates=8)

@@ -83,3 +83,19 @@ def test_pictures_of_a_profile_and_the_measured_curves(tmp_path: Path) -> None:
     names = {p.name for p in write_profile_figures(tmp_path, measured)}
     assert names == {f"profile_{k}.{e}" for k in ("sensitivity", "kurtosis", "measured") for e in ("png", "svg")}
     assert all((tmp_path / n).stat().st_size > 1000 for n in names)
+
+
+def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up(tmp_path: Path) -> None:
+    table = tiny_table(n_layers=3)
+    losses = np.array([[3.0, 1.0], [9.0, 2.0], [1.0, 0.5]], dtype=np.float32)
+    profile = SensitivityProfile(
+        model_digest=table.digest,
+        names=tuple(la.name for la in table),
+        channels=tuple(la.n_channels for la in table),
+        widths=(2, 4),
+        calibration={},
+        arrays={"layer_probe_error/auto": losses},
+    )
+    summary = profile_summary(profile, table)
+    assert [row.losses for row in summary.layers] == [(9.0, 2.0), (3.0, 1.0), (1.0, 0.5)]
+    assert {p.stem for p in write_profile_figures(tmp_path, profile)} == {"profile_sensitivity"}
