@@ -23,7 +23,7 @@ PAIRS = (
     ("ours", "mpq-dm"),
     ("ours", "mpq-dm+checked"),
     ("ours", "ours-nearest"),
-    ("ours", "ours-compensated"),
+    ("ours", "ours-gptq"),
     ("ours+gentle", "mpq-dm"),
     ("mpq-dm+gentle", "mpq-dm"),
 )
@@ -60,8 +60,8 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
         ),
         "",
         (
-            "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the range "
-            "over seeds with more."
+            "Mean over seeds; ± half the width of the 95 % bootstrap interval over samples with one seed, half the "
+            "range over seeds with more."
         ),
         "",
     ]
@@ -91,8 +91,8 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
     for control in ("mpq-dm", "mpq-dm+checked"):
         lines += [
             (
-                f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how many "
-                "seeds it is below 0."
+                f"`ours` less `{control}`, where at least three seeds have both: mean ± standard error, and at how "
+                "many seeds it is below 0."
             ),
             "",
             *_differences(quantized, "ours", control),
@@ -134,7 +134,8 @@ def draw(table: pd.DataFrame) -> Figure:
                     ax.errorbar(
                         x + (k - (len(methods) - 1) / 2) * min(0.09, 0.84 / len(methods)), y,
                         np.minimum(spread, y * 0.95) if key != "paired_psnr" else spread,
-                        fmt=style.marker, color="black" if method == "ours" else style.colour, ms=style.size, lw=1, label=method,
+                        fmt=style.marker, color="black" if method == "ours" else style.colour, ms=style.size, lw=1,
+                        label=method,
                     )  # fmt: skip
                 full = table[(table["model"] == model) & (table["method"] == "full-precision")]["fd_data"]
                 if key == "fd_data" and len(full):
@@ -218,8 +219,8 @@ def _differences(quantized: pd.DataFrame, a: str, b: str) -> list[str]:
 def _verdicts(quantized: pd.DataFrame, full: pd.DataFrame) -> list[str]:
     lines = [
         (
-            "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data | mpq-dm / uniform+qalora, FD "
-            "to FP | to data |"
+            "| model | setting | ours / mpq-dm, FD to FP | ours / mpq-dm, excess FD to data "
+            "| mpq-dm / uniform+qalora, FD to FP | to data |"
         )
     ]
     lines.append("|---|---|---|---|---|---|")

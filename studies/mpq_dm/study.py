@@ -1,7 +1,7 @@
 """MPQ-DM in full against its parts and against this package, at equal size, schedule and seeds.
 
-python studies/mpq_dm/study.py                    # every row that results.csv lacks, most telling first; then figure
-and README python studies/mpq_dm/study.py --minutes 60       # no new row after an hour; the same command continues
+python studies/mpq_dm/study.py                    # every row that results.csv lacks, most telling first
+python studies/mpq_dm/study.py --minutes 60       # no new row after an hour; the same command continues
 python studies/mpq_dm/study.py --report-only      # figure and README from results.csv
 
 A row is one (model, setting, method, seed). A finished row is in results.csv and is never computed again; an unfinished
@@ -14,10 +14,11 @@ import argparse
 import csv
 import io
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,13 @@ MOMENT_SAMPLES = 20
 """Trajectories, from the first calibration seed, that GPTQ sees: each of the ten classes twice."""
 
 COLUMNS = (
-    "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples", "train_steps",
-    "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule", "chosen",
+    "model", "setting", "method", "seed", "average_bits", "size_bytes", "fd_data", "fd_fp", "paired_psnr", "n_samples",
+    "train_steps", "seconds", "fd_data_spread", "fd_fp_spread", "paired_psnr_spread", "class_accuracy", "schedule",
+    "chosen", "commit",
 )  # fmt: skip
 """``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and
-`Recipe`. ``chosen``: of methods that check, rounding and step of the student that development noise chose, with its
-distance there."""
+`Recipe`, in the study's own words (`Recipe.digest`). ``chosen``: of methods that check, rounding and step of the
+student that development noise chose, with its distance there. ``commit``: of the code that made the row."""
 CHECK_SEED = 160
 """The study's seed whose evaluation noise, from 1,600,000 on, is the development noise of methods that check: of no row
 and no trial."""
@@ -86,8 +88,8 @@ class Recipe:
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs
     as this package has them (zero points searched, alpha of smoothing by layer) in place of the released codes'.
-    ``gptq``: GPTQ, which the allocation is priced with and training starts from. ``check_every``: the student ends as
-    it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
+    ``gptq``: GPTQ rounding, which the allocation is priced with and training starts from. ``check_every``: the student
+    ends as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
     development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
     ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor`` multiplies all learning rates.
     """
@@ -96,32 +98,34 @@ class Recipe:
     trainable: str | None = None
     relation: bool = False
     as_released: bool = False
-    size_of: str = field(default="", metadata={"added": True})
-    own_inputs: bool = field(default=False, metadata={"added": True})
-    compensated: bool = field(default=False, metadata={"added": True})
-    check_every: int = field(default=0, metadata={"added": True})
-    check_samples: int = field(default=0, metadata={"added": True})
-    both_roundings: bool = field(default=False, metadata={"added": True})
-    timestep_weights: str = field(default="uniform", metadata={"added": True})
-    clip_norm: float = field(default=1.0, metadata={"added": True})
-    ema: float = field(default=0.0, metadata={"added": True})
-    lr_factor: float = field(default=1.0, metadata={"added": True})
+    size_of: str = ""
+    own_inputs: bool = False
+    gptq: bool = False
+    check_every: int = 0
+    check_samples: int = 0
+    both_roundings: bool = False
+    timestep_weights: str = "uniform"
+    clip_norm: float = 1.0
+    ema: float = 0.0
+    lr_factor: float = 1.0
+
+    def facts(self) -> dict[str, Any]:
+        """What the method is, in words of this study: a field of the library that is renamed changes no digest."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
+        return own | {
+            "name": self.spec.name,
+            "allocator": self.spec.allocator,
+            "loss": self.spec.loss,
+            "order": self.spec.order,
+            "scheme": self.spec.scheme,
+            "bias_correction": self.spec.bias_correction,
+            "smoothing": self.spec.smooth,
+        }
 
     def digest(self, schedule: Schedule) -> str:
-        """The first digits of the digest of all that a row of this method depends on, beside model, setting and
-        seed."""
-        return artifacts.digest_of([told(schedule), told(self)])[:8]
-
-
-def told(value: Any) -> Any:
-    """A dataclass as plain data without the fields that have their defaults: fields that are added later change no
-    digest."""
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
-    # What this study decides is always told, but for what was added to it since it began.
-    always = {f.name for f in fields(value) if isinstance(value, (Schedule, Recipe)) and not f.metadata.get("added")}
-    return {k: told(getattr(value, k)) for k, d in default.items() if k in always or getattr(value, k) != d}
+        """The first digits of the digest of all that a row of this method depends on, beside model, setting, seed and
+        the package's own code."""
+        return artifacts.digest_of([schedule.facts(), self.facts()])[:8]
 
 
 OURS = Recipe(
@@ -130,7 +134,7 @@ OURS = Recipe(
     relation=True,
     size_of="mpq-dm",
     own_inputs=True,
-    compensated=True,
+    gptq=True,
 )
 GENTLE: dict[str, Any] = {"timestep_weights": "sampler", "lr_factor": 0.25}
 """Training of the methods ``+gentle`` where weights have as many bits as inputs."""
@@ -164,8 +168,8 @@ METHODS = {
         spec=MethodSpec(name="mpq-dm", allocator="omq-paper", smooth=True), trainable="lora", relation=True
     ),
     "ours-untrained": replace(OURS, trainable=None, relation=False),
-    "ours-nearest": replace(OURS, compensated=False),
-    "ours-compensated": OURS,
+    "ours-nearest": replace(OURS, gptq=False),
+    "ours-gptq": OURS,
     "uniform+trd": Recipe(spec=MethodSpec(name="uniform+trd", allocator="uniform"), trainable="lora", relation=True),
     "omq-released": Recipe(
         spec=MethodSpec(name="omq-released", allocator="omq-released", smooth=True),
@@ -180,7 +184,7 @@ LATER = (
     "mpq-dm+inputs",
     "ours-untrained",
     "ours-nearest",
-    "ours-compensated",
+    "ours-gptq",
     "mpq-dm+all",
     "uniform+trd",
     "omq-released",
@@ -205,7 +209,7 @@ def recipe_of(method: str, setting: str) -> Recipe:
 
 TWINS = {
     "ours-nearest": "ours",
-    "ours-compensated": "ours",
+    "ours-gptq": "ours",
     "ours+gentle": "ours",
     "mpq-dm+gentle": "mpq-dm",
     "mpq-dm+checked": "mpq-dm",
@@ -236,6 +240,30 @@ class Schedule:
     activation_scale_lr: float = 5e-3
     rank: int = 32
 
+    def facts(self) -> dict[str, Any]:
+        """What all rows share, in words of this study."""
+        own = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sampler", "calibration", "relation")
+        }
+        return own | {
+            "sampler": [self.sampler.name, self.sampler.steps, self.sampler.guidance],
+            "calibration_trajectories": [self.calibration.first_seed, self.calibration.samples],
+            "probes": [self.calibration.probe_inputs, self.calibration.probes, self.calibration.sampler_seeds],
+            "input_widths": list(self.calibration.activation_bits),
+            "relation": [
+                self.relation.window,
+                self.relation.temperature,
+                self.relation.weight,
+                self.relation.pooled_size,
+            ],
+        }
+
+
+def commit() -> str:
+    """The commit of this code, with ``-dirty`` where files were changed; empty outside a repository."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
 
 FULL_PRECISION = Recipe(spec=MethodSpec(name="full-precision", allocator="uniform"))
 """Stands for the model itself in the digest of its rows."""
@@ -257,7 +285,7 @@ class Model:
         self.table: LayerTable = discover(self.denoiser)
         self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
         self._ranges: dict[tuple[tuple[str, float], ...], RangeCollector] = {}
-        self._maps: dict[str, BitMap] = {}
+        self._maps: dict[tuple[Any, ...], BitMap] = {}
         self._references: dict[int, Reference] = {}
 
     @cached_property
@@ -278,8 +306,8 @@ class Model:
         return input_statistics(self.denoiser, self.table, self.schedule.sampler, range(first, first + MOMENT_SAMPLES))
 
     def rounds_by_gptq(self, spec: MethodSpec) -> SensitivityProfile:
-        """The profile with the output errors of a method's variant under GPTQ, kept in a file of its own."""
-        path = self.work / f"profile-compensated-{spec.variant}.json"
+        """The profile with the output errors of a method's format under GPTQ, kept in a file of its own."""
+        path = self.work / f"profile-gptq-{spec.variant}.json"
         asked = [self.schedule.sampler.to_data(), self.schedule.calibration.first_seed, MOMENT_SAMPLES, spec.variant]
         inputs = {"profile": artifacts.digest_file(self.work / "profile.npz"), "moments": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
@@ -290,8 +318,8 @@ class Model:
 
     def moments(self, recipe: Recipe) -> dict[str, Mapping[str, Tensor] | None]:
         """What a recipe's quantizers know of the inputs: means where biases are corrected, second moments where
-        rounding is compensated."""
-        if recipe.compensated:
+        rounding is GPTQ."""
+        if recipe.gptq:
             stats = self.statistics
             means = {n: s.mean for n, s in stats.items()} if recipe.spec.bias_correction else None
             return {"means": means, "moments": {n: s.second_moment for n, s in stats.items()}}
@@ -319,7 +347,7 @@ class Model:
 
     def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
         """What a method allocates, with the alphas of smoothing that it chooses."""
-        key = artifacts.digest_of([setting, told(recipe.spec), recipe.size_of, recipe.own_inputs, recipe.compensated])
+        key = (setting, recipe.spec, recipe.size_of, recipe.own_inputs, recipe.gptq)
         if key not in self._maps:
             self._maps[key] = self._allocate(recipe, setting)
         return self._maps[key]
@@ -333,7 +361,7 @@ class Model:
             )
         spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
         profile = self.profile
-        if recipe.compensated:
+        if recipe.gptq:
             profile = self.rounds_by_gptq(spec)
         made = allocate(spec, budget, self.table, profile, self.policy, self.format).bit_map
         if not (recipe.own_inputs and made.format.smooth):
@@ -402,16 +430,14 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
         "seed": seed,
         "n_samples": s.samples,
     }
-    row |= {"train_steps": s.steps if recipe.trainable else 0, "schedule": recipe.digest(s)}
+    row |= {"train_steps": s.steps if recipe.trainable else 0, "schedule": recipe.digest(s), "commit": commit()}
     tried = (
-        [replace(recipe, both_roundings=False, compensated=c) for c in (True, False)]
-        if recipe.both_roundings
-        else [recipe]
+        [replace(recipe, both_roundings=False, gptq=c) for c in (True, False)] if recipe.both_roundings else [recipe]
     )
     trained: list[Trained] = []
     folders: list[Path] = []
     for one in tried:
-        folders.append(folder := model.work / f"{setting}-{method}-{'gptq' if one.compensated else 'nearest'}-{seed}")
+        folders.append(folder := model.work / f"{setting}-{method}-{'gptq' if one.gptq else 'nearest'}-{seed}")
         bit_map = model.bit_map(one, setting)
         student = model.student(one, bit_map, seed)
         try:
@@ -421,7 +447,7 @@ def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any
         except NumericsError as error:  # a method that diverges has a row that says so
             print(f"{method}: {error}", file=sys.stderr)
             continue
-        name = f"{'gptq' if one.compensated else 'nearest'} step {step}, {distance:.3f}" if one.check_every else ""
+        name = f"{'gptq' if one.gptq else 'nearest'} step {step}, {distance:.3f}" if one.check_every else ""
         trained.append(Trained(distance, bit_map, student, name))
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -529,6 +555,7 @@ def full_precision_row(model: Model, seed: int) -> dict[str, Any]:
         "train_steps": 0,
         "seconds": 0.0,
         "schedule": digest_of_row("full-precision", "full", model.schedule),
+        "commit": commit(),
         **measure(model, None, seed),
     }
 

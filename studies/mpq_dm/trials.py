@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from study import HERE, METHODS, MODELS, OURS, SETTINGS, Model, Recipe, Schedule, measure, train
+from study import HERE, METHODS, MODELS, OURS, SETTINGS, Model, Recipe, Schedule, commit, measure, train
 
 from mpqsearch import artifacts
 from mpqsearch.quant import convert
@@ -31,7 +31,7 @@ SLOWER = 0.25
 RECIPES: dict[str, Recipe] = {
     "untrained": replace(PLAIN, trainable=None, relation=False),
     "plain": PLAIN,
-    "nearest": replace(PLAIN, compensated=False),
+    "nearest": replace(PLAIN, gptq=False),
     "clipped": replace(PLAIN, clip_norm=0.1),
     "weighted": WEIGHTED,
     "weighted-averaged": replace(WEIGHTED, ema=0.9),
@@ -41,7 +41,7 @@ RECIPES: dict[str, Recipe] = {
     "weighted-clipped-slower": replace(WEIGHTED, clip_norm=0.1, lr_factor=SLOWER),
     "mpq-dm": METHODS["mpq-dm"],
 }
-"""``nearest`` rounds to the nearest level, `mpq-dm` as the paper has it; all others with compensation. Gradients are
+"""``nearest`` rounds to the nearest level, `mpq-dm` as the paper has it; all others by GPTQ. Gradients are
 clipped at a norm of 0.1 where the name says so, at 1 else."""
 
 COLUMNS = (
@@ -55,6 +55,7 @@ COLUMNS = (
     "fd_data",
     "seconds",
     "digest",
+    "commit",
 )
 
 
@@ -70,7 +71,11 @@ def trial(model: Model, setting: str, name: str, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     found = measure(model, convert(student).module, EVALUATION_SEED)
     row = {"model": model.name, "setting": setting, "recipe": name, "training_seed": seed, **found}
-    row |= {"seconds": round(time.perf_counter() - began, 1), "digest": recipe.digest(model.schedule)}
+    row |= {
+        "seconds": round(time.perf_counter() - began, 1),
+        "digest": recipe.digest(model.schedule),
+        "commit": commit(),
+    }
     return {k: row[k] for k in COLUMNS}
 
 
@@ -105,7 +110,7 @@ def main() -> None:
                     rows.append(row)
                     lines = [",".join(COLUMNS), *(",".join(str(r[k]) for k in COLUMNS) for r in rows)]
                     artifacts.write_text(args.results, "\n".join(lines) + "\n")
-                    print(", ".join(f"{k} {row[k]}" for k in COLUMNS[:-1]), file=sys.stderr, flush=True)
+                    print(", ".join(f"{k} {row[k]}" for k in COLUMNS[:-2]), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

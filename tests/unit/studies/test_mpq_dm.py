@@ -83,13 +83,13 @@ def test_rules_go_by_whether_weights_have_fewer_bits_than_inputs(study: ModuleTy
         fewer = weight_bits < act_bits
         made = study.recipe_of("ours", setting)
         assert (made.both_roundings, bool(made.check_every)) == (not fewer, not fewer)
-        assert study.is_own("ours-compensated", setting) != fewer
+        assert study.is_own("ours-gptq", setting) != fewer
         assert study.is_own("ours-nearest", setting)
         if fewer:
-            assert study.digest_of_row("ours", setting, schedule) == study.METHODS["ours-compensated"].digest(schedule)
+            assert study.digest_of_row("ours", setting, schedule) == study.METHODS["ours-gptq"].digest(schedule)
         checked = study.recipe_of("mpq-dm+checked", setting)
         assert checked == (study.METHODS["mpq-dm"] if fewer else replace(study.METHODS["mpq-dm"], **study.CHECKED))
-        for method, plain in (("ours+gentle", "ours-compensated"), ("mpq-dm+gentle", "mpq-dm")):
+        for method, plain in (("ours+gentle", "ours-gptq"), ("mpq-dm+gentle", "mpq-dm")):
             assert study.recipe_of(method, setting) == replace(study.METHODS[plain], **({} if fewer else study.GENTLE))
             assert study.is_own(method, setting) != fewer
 
@@ -159,6 +159,26 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_the_rows_that_are_there_are_of_todays_recipes(study: ModuleType) -> None:
+    rows = study.read_results(STUDY / "results.csv", study.Schedule(), overwrite=False)
+    assert len(rows) > 200
+    assert all(row["commit"] for row in rows.values())
+
+
+def test_a_digest_is_of_what_a_row_depends_on(study: ModuleType) -> None:
+    schedule, recipe = study.Schedule(), study.METHODS["ours"]
+    changes = [
+        replace(schedule, steps=7),
+        replace(schedule, sampler=replace(schedule.sampler, guidance=1.0)),
+        replace(schedule, relation=replace(schedule.relation, weight=1.0)),
+        replace(schedule, calibration=replace(schedule.calibration, samples=3)),
+    ]
+    digests = {recipe.digest(s) for s in [schedule, *changes]}
+    digests |= {replace(recipe, spec=replace(recipe.spec, scheme="symmetric")).digest(schedule)}
+    digests |= {replace(recipe, gptq=False).digest(schedule)}
+    assert len(digests) == 7
+
+
 def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules.pop("trials", None)
     import trials
@@ -171,59 +191,3 @@ def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypat
     assert int(min(r["training_seed"] for r in rows)) > 100
     chosen = trials.RECIPES["weighted-slower"]
     assert chosen == study.recipe_of("ours+gentle", "W4A4")
-
-
-def test_residual_rows_have_the_levels_that_they_say(study: ModuleType) -> None:
-    import torch
-
-    from mpqsearch.core import QuantFormat
-    from mpqsearch.quant import decode, encode, fit_rows
-
-    for name in ("residual", "trials"):
-        sys.modules.pop(name, None)
-    import residual
-
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(12, 80, generator=generator)
-    fmt = QuantFormat()
-    for bits in (2, 3, 4):
-        for scheme in ("asymmetric", "symmetric"):
-            base = fit_rows(rows, bits - 1, replace(fmt, scheme=scheme))
-            alone = (decode(encode(rows, base), base) - rows).square().sum(1)
-            for tied in (False, True):
-                q = residual.fit_residual(rows, bits, fmt, scheme, tied=tied)
-                made = q.nearest(rows)
-                assert ((made - rows).square().sum(1) <= alone).all()
-                torch.testing.assert_close(q.errors(rows), (made - rows).square().sum(1))
-                assert all(len(row.unique()) <= 2**bits for row in made)
-                codes, signs = q.split(rows)
-                assert set((codes + q.zero[:, None]).unique().tolist()) <= set(range(2 ** (bits - 1)))
-                assert set(signs.unique().tolist()) <= {-1.0, 1.0}
-    symmetric = residual.fit_residual(rows, 2, fmt, "symmetric")
-    for row in symmetric.nearest(rows):
-        levels = row.unique()
-        assert len(levels) == 4
-        torch.testing.assert_close(levels, -levels.flip(0))
-    # A row of such levels comes back as it is.
-    exact = torch.tensor([[-1.25, -0.75, 0.75, 1.25]]).repeat(3, 20) * torch.tensor([[1.0], [0.5], [2.0]])
-    torch.testing.assert_close(residual.fit_residual(exact, 2, fmt, "symmetric").nearest(exact), exact)
-
-
-def test_compensated_residual_rows_lose_no_more_output(study: ModuleType) -> None:
-    import torch
-
-    from mpqsearch.core import QuantFormat
-
-    for name in ("residual", "trials"):
-        sys.modules.pop(name, None)
-    import residual
-
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(8, 40, generator=generator)
-    inputs = torch.randn(200, 6, generator=generator) @ torch.randn(6, 40, generator=generator)
-    moment = (inputs.T @ inputs).double() / len(inputs)
-    q = residual.fit_residual(rows, 3, QuantFormat(), "symmetric")
-    before = residual.error_of(q.nearest(rows) - rows, moment)
-    after = residual.error_of(residual.compensate_residual(rows, q, moment) - rows, moment)
-    assert (after <= before).all()
-    assert after.sum() < 0.2 * before.sum()
