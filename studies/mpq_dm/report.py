@@ -34,7 +34,7 @@ BEGIN, END = "<!-- results: written by study.py -->", "<!-- end of results -->"
 
 def write_report(folder: Path, results: Path, schedule: Mapping[str, Any], planned: int) -> None:
     """Draw ``results.png`` and replace the part of README.md between the markers."""
-    table = pd.read_csv(results)
+    table = pd.read_csv(results, dtype={"commit": str})
     draw(table).savefig(folder / "results.png", dpi=110)
     readme = folder / "README.md"
     text = readme.read_text() if readme.is_file() else f"# MPQ-DM in full\n\n{BEGIN}\n{END}\n"
@@ -56,7 +56,9 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
             f"{schedule['relation']['window']} timesteps and {schedule['batch']} samples each; {n} evaluation samples "
             "a seed; "
             f"{schedule['sampler']['name'].upper()} {schedule['sampler']['steps']} steps, guidance "
-            f"{schedule['sampler']['guidance']:g}."
+            f"{schedule['sampler']['guidance']:g}. "
+            "Commit of the code that made them: "
+            f"{', '.join(f'{c} ({n} rows)' for c, n in table['commit'].value_counts().items())}."
         ),
         "",
         (

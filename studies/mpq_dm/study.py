@@ -307,8 +307,13 @@ class Model:
 
     def rounds_by_gptq(self, spec: MethodSpec) -> SensitivityProfile:
         """The profile with the output errors of a method's format under GPTQ, kept in a file of its own."""
-        path = self.work / f"profile-gptq-{spec.variant}.json"
-        asked = [self.schedule.sampler.to_data(), self.schedule.calibration.first_seed, MOMENT_SAMPLES, spec.variant]
+        path = self.work / f"profile-gptq-{spec.format_name}.json"
+        asked = [
+            self.schedule.sampler.to_data(),
+            self.schedule.calibration.first_seed,
+            MOMENT_SAMPLES,
+            spec.format_name,
+        ]
         inputs = {"profile": artifacts.digest_file(self.work / "profile.npz"), "moments": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
             fmt = replace(self.format, scheme=spec.scheme, smooth=spec.smooth)

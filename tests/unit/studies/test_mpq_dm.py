@@ -42,8 +42,9 @@ class Recorder:
             self.asked.append((model.name, setting, method, seed))
             value = 1.0 + len(method) / 10 + seed
             made = {
-                "model": model.name, "setting": setting, "method": method, "seed": seed, "average_bits": 2.5, "size_bytes": 1000,
-                "n_samples": 8, "train_steps": 5, "seconds": 1.0, "schedule": study.digest_of_row(method, setting, model.schedule),
+                "model": model.name, "setting": setting, "method": method, "seed": seed, "average_bits": 2.5,
+                "size_bytes": 1000, "n_samples": 8, "train_steps": 5, "seconds": 1.0, "commit": "abc",
+                "schedule": study.digest_of_row(method, setting, model.schedule),
             }  # fmt: skip
             if method == "uniform+trd":  # diverged: no metrics
                 return made
@@ -139,6 +140,7 @@ def test_report_tells_what_is_there_and_keeps_the_text_around_it(
     assert text.endswith("after\n")
     assert "old" not in text
     assert "29 of 29 rows are there" in text
+    assert "abc (29 rows)" in text
     assert "| W2A4 | uniform+trd | 1 | 1000 | 2.500 | diverged | diverged | diverged |" in text
     # ours: FD 1.4 and 2.4; mpq-dm: 1.6 and 2.6; full precision: 3.4 (its name is longer), so excesses are -1.0 and -0.8
     assert "| fmnist-dit | W2A4 | 0.87 | 1.25 | 0.67 | 0.76 |" in text
