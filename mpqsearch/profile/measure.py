@@ -162,12 +162,13 @@ def profile_base(
 
 def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
     """Raise `ConfigError` for what cannot be measured, before anything has run."""
-    if len(denoiser.calls) and (spec.final_widths or spec.prediction_only):
-        what = "prediction_only" if spec.prediction_only else f"final_widths = {list(spec.final_widths)}"
-        raise ConfigError(
-            f"calibration.{what} compares final samples, but {denoiser.name} is measured with {len(denoiser.calls)} "
-            "recorded calls, which bring no sampler. Leave it out: the loss 'probe' is measured on the calls."
-        )
+    for name in ("final_widths", "prediction_only"):
+        if len(denoiser.calls) and getattr(spec, name):
+            raise ConfigError(
+                f"calibration.{name} compares final samples, but {denoiser.name} is measured with "
+                f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave {name} out: the loss 'probe' is "
+                "measured on the calls."
+            )
     mixed = mixed_widths(spec, policy)
     if spec.prediction_only and (len(mixed) < 2 or spec.context_seeds < len(mixed)):
         raise ConfigError(

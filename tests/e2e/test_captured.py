@@ -68,4 +68,4 @@ def test_what_samples_is_refused_before_anything_long_begins(cli: Cli, tmp_path:
     assert not (tmp_path / "r/profile.json").exists()
     slow = cli("profile", *common, "--set", "calibration.final_widths=[3]")
     assert slow.returncode == 2
-    assert "Leave final_widths empty" in slow.stderr
+    assert "Leave final_widths out" in slow.stderr

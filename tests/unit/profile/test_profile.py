@@ -131,7 +131,7 @@ def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
     for key, array in own.arrays.items():
         np.testing.assert_array_equal(recorded.arrays[key], array, err_msg=key)
     assert list(discover(denoiser.with_calls(calls))) == list(table)
-    with pytest.raises(ConfigError, match="final_widths = .* which bring no sampler"):
+    with pytest.raises(ConfigError, match="final_widths compares .* which bring no sampler"):
         profile_model(
             denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat()
         )
