@@ -173,8 +173,8 @@ def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
     if spec.prediction_only and (len(mixed) < 2 or spec.context_seeds < len(mixed)):
         raise ConfigError(
             f"calibration.prediction_only mixes those of context_widths = {list(spec.context_widths)} that are "
-            f"searched (of {sorted(policy.widths)}: {mixed}), of which it needs at least 2, with one of context_seeds = "
-            f"{spec.context_seeds} for each. Search more of them, or raise context_seeds."
+            f"searched (of {sorted(policy.widths)}: {mixed}), of which it needs at least 2, with one of context_seeds "
+            f"= {spec.context_seeds} for each. Search more of them, or raise context_seeds."
         )
 
 

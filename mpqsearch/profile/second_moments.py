@@ -1,8 +1,8 @@
 """Exact output errors of every output channel within a memory limit: full second moments, or direct products.
 
 The error of a channel is ``e' H e`` with ``H`` the second moment of the layer's input. ``H`` takes ``D * D`` numbers
-for a fan-in of ``D``: 4.2 GB for the largest layer of Stable Diffusion 1.5. Under a limit a layer is measured in one of two
-ways, both with the same numbers up to float32 rounding:
+for a fan-in of ``D``: 4.2 GB for the largest layer of Stable Diffusion 1.5. Under a limit a layer is measured in one of
+two ways, both with the same numbers up to float32 rounding:
 
 ``full``
     ``H`` is held, and prices any number of candidates: ``n D**2`` multiplications for n positions, then ``K C D**2``
