@@ -78,7 +78,7 @@ def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
         from mpqsearch.profile import gptq_profile
 
         path, inputs = (
-            run.path(file),
+            run.path(*file.split("/")),
             profile_inputs(run, table) | moment_inputs(run, table),
         )
         if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
