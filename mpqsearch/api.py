@@ -20,7 +20,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.export import Verification
 from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
-from mpqsearch.methods import Allocation, MethodSpec
+from mpqsearch.methods import Allocation, CostTable, MethodSpec
 from mpqsearch.methods import allocate as _allocate
 from mpqsearch.metrics import Evaluation, FeatureExtractor
 from mpqsearch.models import Denoiser, discover, load_model
@@ -110,11 +110,16 @@ def allocate(
     profile: SensitivityProfile,
     budget: str | Budget = "3bit",
     *,
+    within: Sequence[str | Budget] = (),
+    costs: str | Path | None = None,
     method: MethodSpec = OURS,
     policy: Policy | None = None,
     quantizer: QuantFormat | None = None,
 ) -> Allocation:
     """The bit map of least predicted loss under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
+
+    ``within`` are further budgets that hold at the same time; those in milliseconds (``"12ms"``) need ``costs``, a CSV of
+    latencies (`mpqsearch.methods.CostTable`). Bounds, groups and fixed widths are in `Policy`.
 
     ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that say how good they are.
     A method with GPTQ rounding is priced with the errors that this rounding leaves, which runs the model. Raises
@@ -129,7 +134,16 @@ def allocate(
                 f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table"
             )
         priced = _priced(model, table, profile, method, fmt)
-    return _allocate(method, _budget(budget), table, priced, policy or Policy(widths=profile.widths), fmt)
+    return _allocate(
+        method,
+        _budget(budget),
+        table,
+        priced,
+        policy or Policy(widths=profile.widths),
+        fmt,
+        within=[_budget(b) for b in within],
+        costs=None if costs is None else CostTable.read(costs),
+    )
 
 
 def quantize(

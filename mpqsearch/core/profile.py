@@ -135,8 +135,8 @@ class SensitivityProfile(Shown):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Formats whose errors were measured, be it on the weights alone."""
-        families = ("output_error/", "weight_error/")
+        """Formats whose errors were measured, be it on the weights or of whole layers alone."""
+        families = ("output_error/", "weight_error/", "layer_probe_error/")
         return tuple(sorted({k.split("/")[1] for k in self.arrays if k.startswith(families)}))
 
     @property
@@ -152,12 +152,17 @@ class SensitivityProfile(Shown):
     @property
     def weights_only(self) -> bool:
         """Whether nothing but the weights was looked at: no input, no output error, no sensitivity."""
-        return not any(k.startswith(("output_error/", "layer_context_slope/")) for k in self.arrays)
+        return not self.layers_only and self.families.isdisjoint(("output_error", "layer_context_slope"))
+
+    @property
+    def layers_only(self) -> bool:
+        """Whether only totals of whole layers were measured: nothing is known of single output channels."""
+        return "layer_probe_error" in self.families and self.families.isdisjoint(("output_error", "weight_error"))
 
     @property
     def prediction_only(self) -> bool:
         """Whether only what predicts the loss of given maps was measured: slopes, and the errors of the weights."""
-        return not self.weights_only and not any(k.startswith("output_error/") for k in self.arrays)
+        return "layer_context_slope" in self.families and "output_error" not in self.families
 
     @property
     def size_bytes(self) -> int:
@@ -177,7 +182,7 @@ class SensitivityProfile(Shown):
 
     def to_frame(self) -> pd.DataFrame:
         """One row a layer and format: ``layer``, ``format``, ``channels``, ``max_kurtosis``, and the error of its
-        outputs (of its weights where nothing else was measured) at each width, ``error_<bits>``."""
+        outputs (of its weights, or its total, where nothing else was measured) at each width, ``error_<bits>``."""
         import pandas as pd
 
         rows = []
@@ -185,8 +190,11 @@ class SensitivityProfile(Shown):
             np.maximum.reduceat(self.arrays["kurtosis"], self.offsets[:-1]) if "kurtosis" in self.arrays else None
         )
         for fmt in self.formats:
-            error = self.arrays.get(f"output_error/{fmt}", self.arrays.get(f"weight_error/{fmt}"))
-            totals = self.layer_sum(np.asarray(error, dtype=np.float64))
+            if self.layers_only:
+                totals = self.arrays[f"layer_probe_error/{fmt}"]
+            else:
+                error = self.arrays.get(f"output_error/{fmt}", self.arrays.get(f"weight_error/{fmt}"))
+                totals = self.layer_sum(np.asarray(error, dtype=np.float64))
             for i, name in enumerate(self.names):
                 row = {"layer": name, "format": fmt, "channels": self.channels[i]}
                 row |= {} if kurtosis is None else {"max_kurtosis": float(kurtosis[i])}
@@ -203,6 +211,8 @@ class SensitivityProfile(Shown):
                     "this profile was made from the weights alone; there the loss 'weight' works. Profile with "
                     "calibration for more"
                 )
+            elif self.layers_only:
+                why = "this profile was made for layers alone (calibration.granularity); there the loss 'probe' works"
             elif self.prediction_only:
                 why = (
                     "this profile was made for predictions alone (calibration.prediction_only). Profile without it, in "

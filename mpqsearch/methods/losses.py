@@ -76,6 +76,10 @@ def output_rows(measured: Measured, what: str) -> Floats:
 
 def sensitivity_rows(measured: Measured, what: str) -> Floats:
     """Output error times the sensitivity of its channel ``[C, W]``."""
+    profile = measured.profile
+    if profile.layers_only:  # nothing splits a layer, so its channels share alike
+        shares = np.repeat(1 / np.array(profile.channels), profile.channels)
+        return np.repeat(shares[:, None], len(profile.widths), axis=1)
     error = output_rows(measured, what)
     return measured.profile.need("sensitivity", what).astype(np.float64)[:, None] * error
 
@@ -246,6 +250,8 @@ def _plain_families(profile: SensitivityProfile) -> set[str]:
 
 def available_losses(profile: SensitivityProfile) -> tuple[str, ...]:
     """The losses of `LOSSES` for which a profile holds the measurements."""
+    if profile.layers_only:
+        return ("probe",)
     return tuple(name for name, spec in LOSSES.items() if set(spec.needs) <= _plain_families(profile))
 
 
@@ -298,6 +304,8 @@ def predicted_loss(
     not profiled cost nothing. From a profile of the weights alone there is but one prediction, whatever ``loss`` says.
     NaN when nothing that was measured predicts the map.
     """
+    if profile.layers_only and bit_map.granularity == "channel":
+        return float("nan")
     if profile.weights_only:
         loss = "weight"
     elif loss == BEST_LOSS:

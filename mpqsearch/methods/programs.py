@@ -157,6 +157,11 @@ class Programs:
             raise UnknownNameError(
                 "format", method.format_name, self.profile.formats, "Add its scheme to [calibration] and profile again."
             )
+        if self.profile.layers_only and method.granularity == "channel":
+            raise ConfigError(
+                f"method {method.name!r} ({method.allocator}) chooses for output channels, and the profile was made "
+                'for layers alone (calibration.granularity = "layer"): use ilp-layer, or profile by channel'
+            )
         shape = (sum(self.profile.channels), len(self.profile.widths))
         if losses is not None and losses.shape != shape:
             raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")

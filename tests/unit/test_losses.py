@@ -237,3 +237,27 @@ def test_a_bias_is_corrected_only_where_there_is_one() -> None:
         np.testing.assert_array_equal(
             error[profile.rows(name)], profile.arrays[f"{family}/auto"][profile.rows(name)].astype(np.float64)
         )
+
+
+def test_a_profile_of_layers_alone_chooses_widths_of_layers() -> None:
+    """Whole layers have totals and nothing is known of their channels: by layer as a full profile, by channel not."""
+    full = holding("layer_probe_error", "layer_probe_error_corrected")
+    arrays = {k: a for k, a in full.arrays.items() if k.startswith("layer_probe_error")}
+    alone = replace(full, arrays=arrays)
+    assert alone.layers_only
+    assert not alone.weights_only
+    assert not alone.prediction_only
+    assert available_losses(alone) == ("probe",)
+    np.testing.assert_allclose(totals(alone, "auto"), TOTALS, rtol=1e-6)
+    given = (Budget.parse("uniform:3"), TABLE)
+    method = MethodSpec(name="m", allocator="ilp-layer", scheme="auto", bias_correction=True)
+    made, same = (allocate(method, *given, p, Policy(), QuantFormat()) for p in (alone, full))
+    assert made.bit_map.digest == same.bit_map.digest
+    assert made.predicted_loss == pytest.approx(same.predicted_loss)
+    for allocator in ("ilp-channel", "omq"):
+        with pytest.raises(ConfigError, match="chooses for output channels.*ilp-layer, or profile by channel"):
+            allocate(MethodSpec(name="m", allocator=allocator), *given, alone, Policy(), QuantFormat())
+    with pytest.raises(ConfigError, match="made for layers alone.*'probe' works"):
+        channel_losses(alone, TABLE, "auto", "output", bias_correction=True)
+    mixed = replace(uniform(3), weights={**uniform(3).weights, TABLE.layers[0].name: np.array([2, 3, 3, 3, 3, 3])})
+    assert np.isnan(predicted_loss(TABLE, alone, mixed, bias_correction=True))
