@@ -118,8 +118,8 @@ def allocate(
 ) -> Allocation:
     """The bit map of least predicted loss under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
 
-    ``within`` are further budgets that hold at the same time; those in milliseconds (``"12ms"``) need ``costs``, a CSV of
-    latencies (`mpqsearch.methods.CostTable`). Bounds, groups and fixed widths are in `Policy`.
+    ``within`` are further budgets that hold at the same time; those in milliseconds (``"12ms"``) need ``costs``, a CSV
+    of latencies (`mpqsearch.methods.CostTable`). Bounds, groups and fixed widths are in `Policy`.
 
     ``.bit_map`` of what is returned has the widths, ``.result`` the lower bound and the gap that say how good they are.
     A method with GPTQ rounding is priced with the errors that this rounding leaves, which runs the model. Raises

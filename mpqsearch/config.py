@@ -295,7 +295,9 @@ class Config:
             raise UnknownNameError("method", self.report.chosen, names, "(report.chosen)")
         self.allocate.parsed()
         if self.search.trials and self.allocate.within:
-            raise ConfigError("the outer search keeps to one budget at a time: leave out allocate.within or search.trials")
+            raise ConfigError(
+                "the outer search keeps to one budget at a time: leave out allocate.within or search.trials"
+            )
         if self.search.method and self.search.method not in names:
             raise UnknownNameError("method", self.search.method, names, "(search.method)")
         for name in self.distill.methods:
