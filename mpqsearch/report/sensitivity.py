@@ -48,7 +48,7 @@ def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int 
         raise UnknownNameError("profile variant", chosen, known)
     if chosen == MEASURED:
         loss, label = profile.arrays[final], f"squared error of final samples ({final.split('/')[1]})"
-    elif chosen not in profile.formats:
+    elif profile.layers_only:
         loss, label = profile.arrays[f"layer_probe_error/{chosen}"], f"loss of layers as wholes ({chosen})"
     else:
         family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
