@@ -186,7 +186,7 @@ def evaluate(
 
     spec = sampler or _sampler(model, profile)
     if not isinstance(extractor, FeatureExtractor):
-        extractor = load_extractor(extractor or _extractor_for(model))
+        extractor = load_extractor(extractor or _extractor_for(model), device=next(model.module.parameters()).device)
     statistics = load_reference(None if data is None else Path(data), extractor)
     with bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
         before = sample(model, seeds, spec, tick=bar.update)

@@ -90,16 +90,18 @@ def evaluate(
     ``kid_data`` (with data statistics), ``class_accuracy`` (when the extractor classifies). Intervals are 95 % normal
     intervals from the standard deviation of a bootstrap over samples; pairs are resampled together.
     """
+    samples = samples.cpu()  # one device for all statistics, whatever the samples and the extractor are on
     images = to_uint8(samples)
     features = extractor(images)
     sheet = _Sheet(n=len(samples), seeds=seeds_label(reference.seeds), extractor=extractor.label)
     if not is_reference:
-        _put_pixels(sheet, samples, reference.samples)
+        _put_pixels(sheet, samples, reference.samples.cpu())
         _put_full_precision(sheet, features, reference.features)
     if reference.data is not None:
         _put_data(sheet, features, reference.data, frechet_label(extractor, len(samples)))
-    if extractor.classify is not None and reference.labels is not None:
-        hit = (extractor.classify(images) == reference.labels).double()
+    classes = extractor.classes(images)
+    if classes is not None and reference.labels is not None:
+        hit = (classes == reference.labels.cpu()).double()
         sheet.put("class_accuracy", "asked class recognised", "labels", lambda w: float(w @ hit / w.sum()), higher=True)
     return Evaluation(metrics=sheet.values, features=features)
 

@@ -18,11 +18,14 @@ INCEPTION_SHA256 = "6726825d"
 """First digits of the SHA-256 of the Inception weights of 2015 as ported for PyTorch: what the word FID is reserved
 for."""
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExtractor:
     """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``. ``classify``, where there is one: to labels
-    ``[N]``."""
+    ``[N]``. Both compute on ``device``; what they are called with and what comes back may be elsewhere: see
+    `__call__` and `classes`."""
 
     name: str
     dim: int
@@ -30,6 +33,7 @@ class FeatureExtractor:
     features: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
     official_fid: bool = False
+    device: torch.device = CPU
 
     @property
     def label(self) -> str:
@@ -37,37 +41,45 @@ class FeatureExtractor:
         return f"{self.name}@{self.digest[:8]}"
 
     def __call__(self, images: Tensor, batch: int = 256) -> Tensor:
-        """Features ``[N, dim]`` of images, in batches."""
+        """Features ``[N, dim]`` of images ``uint8 [N, C, H, W]`` on any device, in batches; they come on the CPU."""
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ConfigError(f"{self.name} takes uint8 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
-        with torch.no_grad():
-            return torch.cat([self.features(part).float() for part in torch.split(images, batch)])
+        return self._in_batches(self.features, images, batch).float()
+
+    def classes(self, images: Tensor, batch: int = 256) -> Tensor | None:
+        """Labels ``[N]``, on the CPU, of images on any device; None where the extractor does not classify."""
+        return None if self.classify is None else self._in_batches(self.classify, images, batch)
+
+    @torch.no_grad()
+    def _in_batches(self, function: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
+        return torch.cat([function(part.to(self.device)).cpu() for part in torch.split(images, batch)])
 
 
-def load_extractor(name: str, *, weights: Path | None = None) -> FeatureExtractor:
+def load_extractor(name: str, *, weights: Path | None = None, device: str | torch.device = CPU) -> FeatureExtractor:
     """An extractor by name: ``fmnist-cnn``, ``random-conv`` or ``inception`` (extra ``mpqsearch[fid]``; ``weights`` is
-    its file)."""
+    its file). ``device``: where it computes."""
     if name not in EXTRACTORS:
         raise UnknownNameError("feature extractor", name, EXTRACTORS)
-    return EXTRACTORS[name](weights)
+    return EXTRACTORS[name](weights, torch.device(device))
 
 
 def module_extractor(module: nn.Module, name: str, *, scale: float = 127.5, shift: float = -1.0) -> FeatureExtractor:
-    """Wrap any module that maps ``pixels / scale + shift`` to features ``[N, dim]``."""
+    """Wrap any module that maps ``pixels / scale + shift`` to features ``[N, dim]``; it computes where it is."""
     module.eval().requires_grad_(False)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), CPU)
 
     def features(images: Tensor) -> Tensor:
         out: Tensor = module(images.float() / scale + shift)
         return out.flatten(1)
 
     try:
-        dim = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+        dim = features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
     except RuntimeError:
-        dim = features(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).shape[1]
-    return FeatureExtractor(name=name, dim=dim, digest=weights_digest(module), features=features)
+        dim = features(torch.zeros(1, 1, 28, 28, dtype=torch.uint8, device=device)).shape[1]
+    return FeatureExtractor(name=name, dim=dim, digest=weights_digest(module), features=features, device=device)
 
 
-def _fashion(_weights: Path | None) -> FeatureExtractor:
+def _fashion(_weights: Path | None, device: torch.device) -> FeatureExtractor:
     from safetensors.torch import load_file
 
     from mpqsearch.models.classifier import FEATURE_DIM, FashionClassifier
@@ -79,7 +91,7 @@ def _fashion(_weights: Path | None) -> FeatureExtractor:
             for k, v in load_file(REFERENCE / "fmnist-cnn/model.safetensors").items()
         }
     )
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(device)
 
     def unit(images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 28, 28):
@@ -95,6 +107,7 @@ def _fashion(_weights: Path | None) -> FeatureExtractor:
         digest=weights_digest(model),
         features=lambda images: model.features(unit(images)),
         classify=lambda images: model(unit(images)).argmax(1),
+        device=device,
     )
 
 
@@ -119,12 +132,12 @@ class _RandomConv(nn.Module):
         return torch.cat([flat.mean(2), flat.std(2, unbiased=False)], 1)
 
 
-def _random(_weights: Path | None) -> FeatureExtractor:
-    return module_extractor(_RandomConv(), "random-conv")
+def _random(_weights: Path | None, device: torch.device) -> FeatureExtractor:
+    return module_extractor(_RandomConv().to(device), "random-conv")
 
 
-def _inception(weights: Path | None) -> FeatureExtractor:
-    network = _inception_network(weights)
+def _inception(weights: Path | None, device: torch.device) -> FeatureExtractor:
+    network = _inception_network(weights).to(device)
     digest = _file_digest(weights) if weights is not None else INCEPTION_SHA256
     return FeatureExtractor(
         name="inception-2015",
@@ -132,6 +145,7 @@ def _inception(weights: Path | None) -> FeatureExtractor:
         digest=digest,
         features=lambda images: network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)[0],
         official_fid=digest.startswith(INCEPTION_SHA256),
+        device=device,
     )
 
 
@@ -158,7 +172,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-EXTRACTORS: dict[str, Callable[[Path | None], FeatureExtractor]] = {
+EXTRACTORS: dict[str, Callable[[Path | None, torch.device], FeatureExtractor]] = {
     "fmnist-cnn": _fashion,
     "random-conv": _random,
     "inception": _inception,

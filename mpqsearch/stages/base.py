@@ -101,11 +101,13 @@ class Run:
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
-        """The features that samples are measured with."""
+        """The features that samples are measured with, on the device of the run."""
         from mpqsearch.metrics import load_extractor
+        from mpqsearch.models import resolve_device
 
         c = self.config.evaluate
-        return load_extractor(c.extractor, weights=Path(c.extractor_weights) if c.extractor_weights else None)
+        weights = Path(c.extractor_weights) if c.extractor_weights else None
+        return load_extractor(c.extractor, weights=weights, device=resolve_device(self.config.model.device))
 
     @cached_property
     def data_reference(self) -> DataReference | None:

@@ -1,0 +1,145 @@
+"""Features, metrics and the measurements of a search on a GPU give what they give on the CPU, and mix no devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpqsearch.core import BitMap, Budget
+from mpqsearch.metrics import (
+    EXTRACTORS,
+    Reference,
+    distance_to_full_precision,
+    evaluate,
+    load_extractor,
+    module_extractor,
+)
+from mpqsearch.metrics.extractors import FeatureExtractor
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.quant import quantize_model
+from mpqsearch.sampling import labels_of, sample, to_uint8
+from mpqsearch.search.measure import ModelEvaluator
+from mpqsearch.search.surrogate import Candidate
+from mpqsearch.specs import SamplerSpec
+from tests.support import tiny_denoiser
+from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
+
+SEEDS = tuple(range(6))
+SAMPLER = SamplerSpec(steps=2, guidance=2.0, batch=4)
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with fake_cuda():
+        yield
+
+
+class Classifier(nn.Module):
+    """Features of pixels, and four classes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 64, generator=generator), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0, :8, :8].flatten(1) @ self.weight.T
+
+
+def extractor_of(network: nn.Module) -> FeatureExtractor:
+    base = module_extractor(network, "pixels")
+    return FeatureExtractor(
+        name=base.name,
+        dim=base.dim,
+        digest=base.digest,
+        features=base.features,
+        classify=lambda images: base.features(images).argmax(1),
+        device=base.device,
+    )
+
+
+def reference_of(denoiser: Denoiser, extractor: FeatureExtractor) -> Reference:
+    samples, labels = sample(denoiser, SEEDS, SAMPLER), labels_of(denoiser, SEEDS)
+    assert isinstance(labels, torch.Tensor)
+    return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=SEEDS, labels=labels)
+
+
+@pytest.mark.parametrize("name", ["random-conv", "fmnist-cnn"])
+def test_an_extractor_computes_on_its_device(name: str) -> None:
+    images = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected, moved = load_extractor(name), load_extractor(name, device="cuda")
+    assert moved.device.type != "cpu"
+    assert moved.label == expected.label
+    for given in (images, on_gpu(images)):
+        features = moved(given, batch=2)
+        assert features.device.type == "cpu"
+        torch.testing.assert_close(features, expected(images))
+        if expected.classify is not None:
+            assert torch.equal(moved.classes(given), expected.classes(images))  # type: ignore[arg-type]
+    assert set(EXTRACTORS) >= {"random-conv", "fmnist-cnn"}
+
+
+@pytest.mark.parametrize("where", ["features", "samples", "both"])
+def test_metrics_are_those_of_the_cpu(where: str) -> None:
+    denoiser, network = tiny_denoiser("unet"), Classifier()
+    extractor = extractor_of(network)
+    reference = reference_of(denoiser, extractor)
+    samples = reference.samples + 0.1 * torch.randn(reference.samples.shape, generator=torch.Generator().manual_seed(1))
+    expected = evaluate(samples, reference, extractor)
+    assert {"paired_mse", "fd_fp", "kid_fp", "class_accuracy"} <= set(expected.metrics)
+    if where != "samples":
+        extractor = extractor_of(on_gpu(network))
+    if where != "features":
+        samples = on_gpu(samples)
+    found = evaluate(samples, reference, extractor)
+    for key, value in expected.metrics.items():
+        assert found.metrics[key].value == pytest.approx(value.value, rel=1e-6), key
+        assert found.metrics[key].high == pytest.approx(value.high, rel=1e-6), key
+    assert found.features.device.type == "cpu"
+    distance = distance_to_full_precision(samples, reference, extractor)
+    assert distance == pytest.approx(expected.metrics["fd_fp"].value, rel=1e-6)
+
+
+@pytest.mark.parametrize("error", ["features", "pixels"])
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, error: str) -> None:
+    denoiser, network = tiny_denoiser(kind), Classifier()
+    table = discover(denoiser)
+    bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(3, dtype=np.uint8) for la in table})
+    means = {la.name: torch.ones(la.groups, la.weights_per_channel) for la in table}
+    candidate = Candidate(
+        bit_map=bit_map,
+        budget=Budget.parse("uniform:3"),
+        bias_correction=True,
+        predicted=1.0,
+        size_bytes=1,
+        average_bits=3.0,
+    )
+
+    def evaluator(denoiser: Denoiser, network: nn.Module, **given: Any) -> ModelEvaluator:
+        extractor = extractor_of(network)
+        return ModelEvaluator(
+            denoiser=denoiser,
+            sampler=SAMPLER,
+            quantized=lambda c: quantize_model(denoiser.module, table, c.bit_map, **given).module,
+            calibration="tiny",
+            reference=reference_of(denoiser, extractor),
+            extractor=extractor,
+            error=error,
+        )
+
+    expected = evaluator(denoiser, network, means=means)
+    found = evaluator(
+        denoiser.with_module(on_gpu(denoiser.module)), on_gpu(network), means={n: on_gpu(m) for n, m in means.items()}
+    )
+    assert all(isinstance(p, FakeCudaTensor) for p in found.quantized(candidate).parameters())
+    assert found.identity == expected.identity
+    np.testing.assert_allclose(found.errors(candidate, SEEDS), expected.errors(candidate, SEEDS), rtol=1e-3)
+    np.testing.assert_allclose(found.distance(candidate, SEEDS), expected.distance(candidate, SEEDS), rtol=1e-3)
+    values = expected.report(candidate)
+    assert found.report(candidate) == pytest.approx(values, rel=1e-3)
