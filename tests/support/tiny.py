@@ -19,8 +19,8 @@ CLASSES = 4
 """Classes of the tiny models; the label after the last is the null class."""
 
 
-def tiny_unet(seed: int = 0) -> nn.Module:
-    """A class-conditional `UNet2DModel` for 8x8 grey images."""
+def tiny_unet(seed: int = 0, classes: int = CLASSES) -> nn.Module:
+    """A `UNet2DModel` for 8x8 grey images; unconditional with 0 ``classes``."""
     import torch
     from diffusers import UNet2DModel
 
@@ -35,7 +35,7 @@ def tiny_unet(seed: int = 0) -> nn.Module:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8,
-        num_class_embeds=CLASSES + 1,
+        num_class_embeds=classes + 1 if classes else None,
     )
 
 
