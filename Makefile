@@ -7,17 +7,21 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test test-all test-oldest lint types contracts benchmark reference clean
+.PHONY: quickstart test test-all test-gpu test-oldest lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 test: $(INSTALLED) lint types contracts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Everything that `make test` takes a sample of, such as all denoiser classes of diffusers
 test-all: export MPQSEARCH_TEST_ALL = 1
 test-all: test
+
+# Every verb on the first CUDA device; times and peaks of memory: build/gpu/verbs.md
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
 
 # The core of the suite with the oldest versions that pyproject.toml allows, in an environment beside this one
 OLDEST ?= build/oldest

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.models.devices import float_dtype
 from mpqsearch.models.hooks import layer_input, with_input
 from mpqsearch.quant.activations import (
     ActivationQuantizer,
@@ -208,7 +209,7 @@ def build_student(
     seed: int = 0,
 ) -> nn.Module:
     """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals
-    `quantize_model`'s.
+    `quantize_model`'s. The student of a module in half precision is in float32, as its optimiser's state is.
 
     means, input_max, moments
         As in `quantize_model`: bias correction, smoothing factors, and GPTQ. With the last, weights start where the
@@ -230,6 +231,8 @@ def build_student(
     bit_map.validate(table)
     quantizers = input_quantizers(module, table, bit_map, activations, input_max)
     student = copy.deepcopy(module).requires_grad_(False)
+    if float_dtype(module).itemsize < torch.float32.itemsize:
+        student = student.float()
     clock = attach_clock(student, () if activations is None else activations.timesteps)
     for quantizer in quantizers.values():
         quantizer.clock = clock

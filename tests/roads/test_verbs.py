@@ -178,7 +178,7 @@ def test_search(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert len(artifacts.read_json(roads[kind].run / "search/search.json", "mpqsearch/search").data["points"]) >= 1
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("kind", [*SAMPLED, *HALVES])
 def test_evaluate(kind: str, roads: dict[str, Road], call: Call) -> None:
     records = json.loads(call(roads[kind], "evaluate").stdout)
     assert [r["method"] for r in records] == ["full-precision", "uniform", "ilp-layer", "ilp-channel"]
@@ -189,7 +189,7 @@ def test_evaluate(kind: str, roads: dict[str, Road], call: Call) -> None:
         assert record["metrics"]["paired_mse"]["value"] > 0
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("kind", [*SAMPLED, *HALVES])
 def test_distill(kind: str, roads: dict[str, Road], call: Call) -> None:
     data = json.loads(call(roads[kind], "distill").stdout)
     assert data["before"]["paired_mse"]["value"] != data["after"]["paired_mse"]["value"]
@@ -202,7 +202,7 @@ def test_distill(kind: str, roads: dict[str, Road], call: Call) -> None:
 
 
 def labels(kind: str) -> torch.Tensor | None:
-    return torch.tensor([1]) if kind == "class-conditional" else None
+    return None if kind == "unconditional" else torch.tensor([1])
 
 
 @pytest.mark.parametrize("kind", SAMPLED)

@@ -228,3 +228,20 @@ def test_bad_input_is_named() -> None:
     wide = BitMap(model_digest=table.digest, weights=bit_map.weights, activations={"layer": 4})
     with pytest.raises(ConfigError, match="activation widths"):
         build_student(root, table, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_student_of_a_model_in_half_precision_trains_in_float32(dtype: torch.dtype) -> None:
+    denoiser = tiny_denoiser()
+    table = discover(denoiser)
+    bit_map = mixed(table)
+    half = copy.deepcopy(denoiser.module).to(dtype)
+    student = build_student(half, table, bit_map, trainable="all")
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    expected = quantize_model(copy.deepcopy(half).float(), table, bit_map).module
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([800, 200]), torch.tensor([0, 3])
+    out = denoiser.with_module(student).denoise(x, t, labels)
+    torch.testing.assert_close(out, denoiser.with_module(expected).denoise(x, t, labels))
+    out.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert all(torch.isfinite(p.grad).all() for g in param_groups(student) for p in g["params"])
