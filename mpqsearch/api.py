@@ -369,13 +369,13 @@ def export(
     folder: str | Path,
     profile: SensitivityProfile | None = None,
     *,
-    rounding: str = "resolve",
     verify: bool = False,
 ) -> Exported:
     """Write a map for another quantizer (``gguf``, ``quanto``, ``sdnq`` ...; `mpqsearch doctor` lists them).
 
-    ``rounding`` says what happens to a width that the target cannot hold: ``up``, ``down``, ``error``, or ``resolve``:
-    the target's formats are solved for anew at the size of the map, from ``profile`` (without one: ``up``). With ``verify`` its consumer reads the files back. Raises `UnknownNameError` for an unknown target.
+    Where the target cannot hold the map, its formats are solved for anew at the size of the map, from ``profile``;
+    without one every width becomes the next one up that it has. With ``verify`` its consumer reads the files back.
+    Raises `UnknownNameError` for an unknown target.
     """
     from mpqsearch.export import ExportJob, get_exporter, plan_table
     from mpqsearch.export.allocation import resolve_job, target_losses
@@ -386,12 +386,11 @@ def export(
         table=table,
         bit_map=bit_map,
         denoiser=model,
-        rounding="up" if rounding == "resolve" else rounding,
         input_max=statistics["input_max"] or {},
         moments=statistics["moments"],
         inputs={"model": table.digest},
     )
-    if rounding == "resolve" and profile is not None:
+    if profile is not None:
         weights = {name: module.weight for name, module in model.module.named_modules() if name in table.by_name}
         losses = partial(target_losses, exporter, table, weights.__getitem__, profile)
         job = resolve_job(exporter, job, lambda: (losses(), None), Policy())

@@ -241,7 +241,7 @@ class ExportConfig:
     """``targets``: names of exporters. ``budget``: which budget's map (empty: the first).
 
     ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at
-    the size of the map, ``up`` and ``down`` take the next width, ``error`` refuses.
+    the size of the map, ``up`` takes the next width.
     """
 
     targets: tuple[str, ...] = ("neutral",)

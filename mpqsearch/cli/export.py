@@ -31,9 +31,7 @@ DIFFERS = 1
 
 RoundOption = Annotated[
     str | None,
-    typer.Option(
-        "--round", help="Where the target cannot hold the map: resolve (solve again over its formats), up, down, error."
-    ),
+    typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats) or up."),
 ]
 AllocatedOption = Annotated[
     bool,

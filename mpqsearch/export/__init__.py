@@ -1,6 +1,6 @@
 """Bit maps for other tools. A seam: one file per target, all behind `get_exporter`; planning needs no torch.
 
-    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", inputs=..., provenance=...)
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, inputs=..., provenance=...)
     target = get_exporter("quanto")         # `TARGETS` has the names of all
     target.plan(job) -> list[PlanEntry]     # layer, asked, will_get, reason; `plan_table` makes rows of it
     target.write(folder, job) -> list[Path] # all or nothing
@@ -10,7 +10,7 @@
 The bit map of every run is in the neutral format already, when it is written with
 
     artifacts.save_bit_map(path, bit_map, inputs, neutral_extra(table, bit_map, provenance=...))
-    load_neutral(path, table) -> NeutralMap # schema, digests and accounting checked
+    load_neutral(path, table) -> NeutralMap # schema and digests checked
 """
 
 from mpqsearch._verbs import make_callable

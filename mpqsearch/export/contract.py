@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
-from mpqsearch.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Condition, Denoiser
@@ -18,7 +17,6 @@ AS_PLANNED = ("exact", "kept_full_precision")
 REASONS = (
     *AS_PLANNED,
     "rounded_up",
-    "rounded_down",
     "resolved",
     "collapsed_channels",
     "unsupported_kind",
@@ -150,9 +148,9 @@ class ExportJob:
     """What an exporter is given.
 
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is
-    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``rounding`` says what
-    happens to a width that the target lacks: ``up``, ``down`` or ``error``. ``choices`` names the target's own format for layers that were allocated for this target (`FULL`:
-    full precision); those are taken as they are, and are planned as ``resolved`` where the map asks for another width.
+    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``choices`` names
+    the target's own format for layers that were allocated for this target (`FULL`: full precision); those are taken as
+    they are, and are planned as ``resolved`` where the map asks for another width.
     ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second
     moments of inputs for maps with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free
     (command, seed, search).
@@ -162,7 +160,6 @@ class ExportJob:
     bit_map: BitMap
     denoiser: Denoiser | None = None
     cond: Condition = None
-    rounding: str = "up"
     choices: Mapping[str, str] = field(default_factory=dict)
     input_max: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Any] | None = None
@@ -170,8 +167,6 @@ class ExportJob:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rounding not in ("up", "down", "error"):
-            raise UnknownNameError("rounding", self.rounding, ("up", "down", "error"))
         self.bit_map.validate(self.table)
 
     @property

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpqsearch.artifacts import VERSIONS, load_bit_map, read_json, save_bit_map
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StorageModel, StoredBits
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StoredBits
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
 from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, unquantized
@@ -39,7 +38,6 @@ def neutral_extra(
     provenance: Mapping[str, Any] | None = None,
     source: str = "",
     class_name: str = "",
-    storage: StorageModel = DEFAULT_STORAGE,
 ) -> dict[str, Any]:
     """What makes a bit map file self-explaining: pass it to ``artifacts.save_bit_map(path, bit_map, inputs, extra)``.
 
@@ -54,10 +52,10 @@ def neutral_extra(
     return {
         "map_digest": bit_map.digest,
         "model": model,
-        "layers": {la.name: entries[la.name] | _layer_extra(la, bit_map, storage) for la in table},
-        "unquantized": unquantized(table, bit_map, storage),
+        "layers": {la.name: entries[la.name] | _layer_extra(la, bit_map) for la in table},
+        "unquantized": unquantized(table, bit_map),
         "ties": _ties(table),
-        "accounting": accounting(table, bit_map, storage),
+        "accounting": accounting(table, bit_map),
         "provenance": dict(provenance or {}),
     }
 
@@ -108,9 +106,10 @@ def write_neutral(path: Path, table: LayerTable, bit_map: BitMap, inputs: Mappin
 
 
 def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
-    """Read a neutral file: schema, sidecar, digest of the map and the whole accounting are checked.
+    """Read a neutral file: schema, sidecar, and the digests of the map and of the structure are checked.
 
-    Raises `ArtifactError` when anything does not hold, `LayerMismatchError` when ``table`` is another model's.
+    Raises `ArtifactError` when anything does not hold, `LayerMismatchError` when widths do not fit the shapes or
+    ``table`` is another model's.
     """
     artifact = read_json(path, "mpqsearch/bitmap")
     check_schema(json.loads(path.read_bytes()), str(path))
@@ -118,7 +117,7 @@ def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
     bit_map = load_bit_map(path)
     layers = tuple(_layer_spec(name, entry) for name, entry in data["layers"].items())
     _check_digests(path, data, bit_map, layers)
-    _check_accounting(path, data, bit_map, layers)
+    bit_map.validate(LayerTable(digest=bit_map.model_digest, layers=layers))
     if table is not None:
         if structure_digest(table) != data["model"]["structure"]:
             raise LayerMismatchError(
@@ -146,7 +145,7 @@ class NeutralTarget(Target):
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
         """The ideal cost: what the bit map's own accounting gives a layer at one width, in the asymmetric format."""
         width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
-        return layer_bits(layer, width, QuantFormat(), DEFAULT_STORAGE)
+        return layer_bits(layer, width, QuantFormat())
 
     def read(self, path: Path, table: LayerTable) -> Reading | None:
         """Our own map, whole."""
@@ -186,9 +185,9 @@ class NeutralTarget(Target):
         return Verification(target=self.name, entries=tuple(entries))
 
 
-def _layer_extra(layer: LayerSpec, bit_map: BitMap, storage: StorageModel) -> dict[str, Any]:
+def _layer_extra(layer: LayerSpec, bit_map: BitMap) -> dict[str, Any]:
     widths = bit_map.weights[layer.name]
-    bits = mapped_bits(layer, bit_map, storage)
+    bits = mapped_bits(layer, bit_map)
     entry: dict[str, Any] = {
         "kind": layer.kind,
         "shape": list(layer.weight_shape),
@@ -234,54 +233,3 @@ def _check_digests(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers:
         raise ArtifactError(
             f"{path}: names, kinds or shapes were changed after the map was written (model.structure differs)"
         )
-
-
-def _check_accounting(path: Path, data: Mapping[str, Any], bit_map: BitMap, layers: tuple[LayerSpec, ...]) -> None:
-    """Recount everything from the shapes and widths of the file itself."""
-    storage = StorageModel(**data["accounting"]["storage"])
-    whole = 0
-    for layer in layers:
-        entry, widths = data["layers"][layer.name], bit_map.weights[layer.name]
-        if widths.ndim and len(widths) != layer.n_channels:
-            raise ArtifactError(
-                f"{path}: {layer.name!r} has {len(widths)} widths for {layer.n_channels} output channels"
-            )
-        if widths.ndim and {int(k): v for k, v in entry["channel_summary"].items()} != _counts(widths):
-            raise ArtifactError(f"{path}: channel_summary of {layer.name!r} does not count its widths")
-        bits = mapped_bits(layer, bit_map, storage)
-        _require(path, f"{layer.name}.payload_bits", entry["payload_bits"], bits.payload)
-        _require(path, f"{layer.name}.metadata_bits", entry["metadata_bits"], bits.metadata)
-        whole += bits.unquantized
-    totals, apart = data["accounting"], data["unquantized"]
-    names = {la.name for la in layers}
-    values = sum(la.n_weights for la in layers) + sum(u["n_values"] for u in apart if u["name"] not in names)
-    stored = sum(u["stored_bits"] for u in apart)
-    _require(
-        path, "stored_bits of unquantized layers", sum(u["stored_bits"] for u in apart if u["name"] in names), whole
-    )
-    _require(path, "accounting.n_parameters", totals["n_parameters"], values)
-    _require(
-        path, "accounting.payload_bits", totals["payload_bits"], sum(e["payload_bits"] for e in data["layers"].values())
-    )
-    _require(
-        path,
-        "accounting.metadata_bits",
-        totals["metadata_bits"],
-        sum(e["metadata_bits"] for e in data["layers"].values()),
-    )
-    _require(path, "accounting.unquantized_bits", totals["unquantized_bits"], stored)
-    parts = totals["payload_bits"] + totals["metadata_bits"] + totals["unquantized_bits"]
-    _require(path, "accounting.total_bits", totals["total_bits"], parts)
-    _require(path, "accounting.bits_per_weight", totals["bits_per_weight"], parts / values)
-
-
-def _require(path: Path, what: str, found: float, computed: float) -> None:
-    # a ratio may be written by a tool that rounds to single precision; counts are integers and must be equal
-    close = found == computed if isinstance(computed, int) else abs(found - computed) <= 1e-6 * abs(computed)
-    if not close:
-        raise ArtifactError(f"{path}: the accounting does not add up: {what} is {found}, recounted {computed}")
-
-
-def _counts(widths: Any) -> dict[int, int]:
-    values, counts = np.unique(widths, return_counts=True)
-    return {int(b): int(n) for b, n in zip(values, counts, strict=True)}

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec
-from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry
+from mpqsearch.errors import UnknownNameError
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.specs.targets import FULL
 
 _EXACT = 1e-9  # a mean of widths that is this close to a width is that width
@@ -23,29 +23,19 @@ def plan_layers(
     width first.
 
     A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another
-    width; `mpqsearch.export.allocation.allocate_for` gives such choices. A layer whose channels differ stands for its
-    mean width. ``up`` and ``down`` round layer by layer, to the nearest end where the target has nothing beyond. A map
-    that the target can hold comes back unchanged. ``error`` raises `ConfigError` at the first layer that the target
-    cannot hold as asked. ``kinds`` and ``limits`` say in messages what the target is able to hold.
+    width; `mpqsearch.export.allocation.allocate_for` gives such choices. Any other gets the next width up that the
+    target has, full precision above the widest; a layer whose channels differ stands for its mean width. A map that the
+    target can hold comes back unchanged. ``kinds`` and ``limits`` say in messages what the target is able to hold.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
         raise UnknownNameError("layer", unknown[0], job.table.by_name, f"(the choices for {target!r})")
-    plan = []
-    for layer in job.table:
-        entry = _entry_of(layer, job, target, choices(layer), kinds, limits)
-        if job.rounding == "error" and entry.reason not in AS_PLANNED:
-            raise ConfigError(
-                f"{target} cannot hold layer {layer.name!r} ({layer.kind}) at {entry.asked_text} bits: {entry.detail} "
-                "Use --round resolve, up or down."
-            )
-        plan.append(entry)
-    return plan
+    return [_entry_of(layer, job, target, choices(layer), kinds, limits) for layer in job.table]
 
 
 def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> list[PlanEntry]:
     """Every layer as asked, channel by channel, for a target that holds all widths of the layers of ``kinds`` (empty:
-    any); others stay at full precision, or raise `ConfigError` with ``rounding="error"``."""
+    any); others stay at full precision."""
     plan = []
     for layer in job.table:
         widths = job.bit_map.weights[layer.name]
@@ -54,8 +44,6 @@ def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> lis
             plan.append(_entry(layer, job, None, "kept_full_precision", "the map asks for full precision."))
         elif kinds and layer.kind not in kinds:
             detail = f"{target} quantizes {', '.join(kinds)} only; the layer stays at full precision."
-            if job.rounding == "error":
-                raise ConfigError(f"{target} cannot hold layer {layer.name!r} ({layer.kind}): {detail}")
             plan.append(_entry(layer, job, None, "unsupported_kind", detail))
         elif asked[0] != asked[1]:
             plan.append(PlanEntry(layer=layer.name, asked=asked, will_get=None, reason="exact"))
@@ -90,16 +78,14 @@ def _entry_of(
     widths = sorted({c.width for c in choices})
     if mean > widths[-1]:
         return _entry(layer, job, None, "rounded_up", f"mean width {mean:.2f}, above the widest, {widths[-1]}.")
-    above = [w for w in widths if w >= mean - _EXACT]
-    below = [w for w in widths if w <= mean + _EXACT]
-    got = below[-1] if job.rounding == "down" and below else above[0]
+    got = next(w for w in widths if w >= mean - _EXACT)
     why = f"widths that {target} has here: {', '.join(map(str, widths))}."
     choice = next(c for c in choices if c.width == got)
     if low == high and got == low:
         return _entry(layer, job, choice, "exact", "")
     if low != high:
         return _entry(layer, job, choice, "collapsed_channels", f"channels differ, mean {mean:.2f}; {why}")
-    return _entry(layer, job, choice, "rounded_up" if got > mean else "rounded_down", why)
+    return _entry(layer, job, choice, "rounded_up", why)
 
 
 def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[int]]) -> int:
@@ -108,15 +94,6 @@ def least_cost(cost: np.ndarray, allowed: np.ndarray, ties: Sequence[Sequence[in
     tied = {i for group in ties for i in group}
     alone = [i for i in range(len(cost)) if i not in tied]
     return int(masked[alone].min(axis=1).sum()) + sum(int(masked[list(g)].sum(axis=0).min()) for g in ties)
-
-
-def tie_groups(layers: Sequence[LayerSpec]) -> list[list[int]]:
-    """Indices of layers that must share a choice, because they share their weights."""
-    groups: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers):
-        if layer.tie:
-            groups.setdefault(layer.tie, []).append(i)
-    return [g for g in groups.values() if len(g) > 1]
 
 
 def _entry(layer: LayerSpec, job: ExportJob, choice: Choice | None, reason: str, detail: str) -> PlanEntry:

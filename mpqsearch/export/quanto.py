@@ -8,16 +8,16 @@ Limits, from its code (0.2.7) and from running it:
   for 8), so the searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
 - Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoTarget.verify`.
 - Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once
-  per installation. Here the same is computed in torch instead, until that kernel exists.
+  per installation. Here the same is computed in torch instead.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -133,25 +133,17 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     return clone
 
 
-@contextlib.contextmanager
-def torch_kernels() -> Iterator[None]:
-    """Let quanto unpack 2- and 4-bit codes in torch where its C++ kernel was not built yet.
+def torch_kernels() -> AbstractContextManager[Any]:
+    """Let quanto unpack 2- and 4-bit codes in torch.
 
-    The kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes are the
-    same either way.
+    Its own C++ kernel is compiled when codes are first loaded or used, which takes minutes and a compiler; the codes
+    are the same either way.
     """
-    from optimum.quanto.library.extensions.extension import get_extension
+    from unittest.mock import patch
 
-    extension = get_extension("quanto_cpp")
-    built = extension._lib is not None or (Path(extension.build_directory) / "pytorch_version.txt").exists()
-    if built:
-        yield
-        return
-    extension._lib = SimpleNamespace(unpack=_unpack)
-    try:
-        yield
-    finally:
-        extension._lib = None
+    from optimum.quanto.library.extensions.extension import Extension
+
+    return patch.object(Extension, "lib", SimpleNamespace(unpack=_unpack))
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:

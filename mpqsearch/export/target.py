@@ -148,8 +148,7 @@ class Target:
         return unquantized_bits(layer, self.full_bits) if choice is None else self.coded(layer, choice)
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """One entry per layer, in the order of the table; see `plan_layers`. Raises `ConfigError` for a width refused by
-        ``rounding="error"``."""
+        """One entry per layer, in the order of the table; see `plan_layers`."""
         return plan_layers(job, self.name, self.choices, self.kinds, self.limits)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
@@ -165,8 +164,7 @@ class Target:
     def write(self, folder: Path, job: ExportJob) -> list[Path]:
         """Write the folder: the target's files, the neutral map, and last ``export.json``, which says that all is whole.
 
-        Raises `ConfigError` without the library, without a model where weights are written, and for a width refused by
-        ``rounding="error"``.
+        Raises `ConfigError` without the library or without a model.
         """
         from mpqsearch.export.neutral import NeutralTarget
 
@@ -193,7 +191,6 @@ class Target:
         promised = self.promise(job, plan)
         return {
             "target": self.name,
-            "rounding": job.rounding,
             "map_digest": job.bit_map.digest,
             "plan": [{key: getattr(e, key) for key in keys} | {"asked": e.asked_text} for e in plan],
             "promised_bits": {

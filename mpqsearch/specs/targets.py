@@ -7,12 +7,11 @@ from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
 
-ROUNDINGS = ("resolve", "up", "down", "error")
+ROUNDINGS = ("resolve", "up")
 """What happens to a width that a target cannot hold.
 
 ``resolve``: the formats of all layers are solved for anew at the size of the map, which needs a profile and so is done
-by ``mpqsearch export`` and not by `plan_layers`; ``up``: the next width it has, so quality is kept and the size grows;
-``down``: the previous one; ``error``: refuse.
+by ``mpqsearch export`` and not by `plan_layers`; ``up``: the next width it has, so quality is kept and the size grows.
 """
 
 FULL = "full"

@@ -233,19 +233,18 @@ def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task)
     from mpqsearch.export import ExportJob
     from mpqsearch.export.allocation import resolve_job
 
-    statistics, rounding = input_moments(run, table, task.bit_map), run.config.export.rounding
+    statistics = input_moments(run, table, task.bit_map)
     job = ExportJob(
         table=table,
         bit_map=task.bit_map,
         denoiser=run.denoiser,
-        rounding="up" if rounding == "resolve" else rounding,
         choices=task.choices,
         input_max=measured.input_max,
         moments=None if statistics is None else statistics.moments(),
         inputs={"model": table.digest},
         provenance=task.provenance,
     )
-    if rounding != "resolve":
+    if run.config.export.rounding != "resolve":
         return job
     fmt = run.config.quantizer.format()
     return resolve_job(task.target, job, lambda: losses_for(run, table, measured, task.target), run.config.policy, fmt)

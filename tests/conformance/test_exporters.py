@@ -123,14 +123,11 @@ def test_it_keeps_the_contract(exporter: Target) -> None:
     assert exporter.granularity in ("layer", "channel")
 
 
-@pytest.mark.parametrize("rounding", ["up", "down"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_plan_covers_every_layer_with_a_reason(
-    exporter: Target, denoiser: Denoiser, table: LayerTable, rounding: str, mixed: bool
+    exporter: Target, denoiser: Denoiser, table: LayerTable, mixed: bool
 ) -> None:
-    job = ExportJob(
-        table=table, bit_map=random_map(table, (1, 3, 4, 6, 16), mixed=mixed), denoiser=denoiser, rounding=rounding
-    )
+    job = ExportJob(table=table, bit_map=random_map(table, (1, 3, 4, 6, 16), mixed=mixed), denoiser=denoiser)
     plan = exporter.plan(job)
     assert [e.layer for e in plan] == [la.name for la in table]
     assert {e.reason for e in plan} <= set(REASONS)
@@ -173,11 +170,10 @@ def own_map(exporter: Target, table: LayerTable, seed: int = 0) -> tuple[BitMap,
     return BitMap(model_digest=table.digest, weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()}), names
 
 
-@pytest.mark.parametrize("rounding", ["up", "down", "error"])
-def test_what_the_target_holds_is_planned_unchanged(exporter: Target, table: LayerTable, rounding: str) -> None:
+def test_what_the_target_holds_is_planned_unchanged(exporter: Target, table: LayerTable) -> None:
     bit_map, names = own_map(exporter, table, seed=1)
     for choices in ({}, names):
-        plan = exporter.plan(ExportJob(table=table, bit_map=bit_map, rounding=rounding, choices=choices))
+        plan = exporter.plan(ExportJob(table=table, bit_map=bit_map, choices=choices))
         assert {e.layer: e.will_get for e in plan} == {n: int(w) for n, w in bit_map.weights.items()}
         assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
         if choices:
@@ -208,9 +204,7 @@ def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
                 continue
             bit_map, names = own_map(exporter, table, seed=2)
             folder = tmp_path_factory.mktemp(f"{kind}-{name}")
-            exporter.write(
-                folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="error", choices=names)
-            )
+            exporter.write(folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
             folders[kind, name] = folder
     reports = fresh_process([(name, folder) for (_, name), folder in folders.items()])
     return {key: (folder, seen) for (key, folder), seen in zip(folders.items(), reports, strict=True)}
@@ -284,7 +278,7 @@ def test_a_map_made_for_something_else_is_rounded_and_held(
 ) -> None:
     denoiser, table = small
     bit_map = random_map(table, (1, 2, 3, 4, 6, 8, 16), mixed=True, seed=2)
-    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", inputs={"bitmap": bit_map.digest})
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, inputs={"bitmap": bit_map.digest})
     exporter.write(tmp_path, job)
     seen = verify_here(exporter, tmp_path)
     assert seen.ok, seen.summary()
@@ -332,8 +326,3 @@ def test_names_that_are_not_known() -> None:
     with pytest.raises(ConfigError, match="registered already"):
         register("neutral", TARGETS["neutral"])
     assert set(NAMES) >= {"neutral", "quanto"}
-
-
-def test_a_rounding_that_is_not_known(table: LayerTable) -> None:
-    with pytest.raises(UnknownNameError, match="unknown rounding"):
-        ExportJob(table=table, bit_map=random_map(table, (4,)), rounding="nearest")

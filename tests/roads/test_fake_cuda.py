@@ -69,7 +69,7 @@ def test_an_export_from_a_gpu_is_that_from_the_cpu(name: str, kind: str, tmp_pat
     weights = {la.name: np.array(4, dtype=np.uint8) for la in table}
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(rounding="gptq"))
     moments = {la.name: torch.eye(la.weights_per_channel).repeat(la.groups, 1, 1) for la in table}
-    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, rounding="up", moments=moments)
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, moments=moments)
     target.write(tmp_path / "cpu", job)
     with fake_cuda():
         on_device = denoiser.with_module(on_gpu(denoiser.module))

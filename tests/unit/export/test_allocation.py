@@ -17,7 +17,7 @@ from mpqsearch.core import (
     SensitivityProfile,
     size_bits,
 )
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
+from mpqsearch.errors import InfeasibleBudgetError, UnknownNameError
 from mpqsearch.export import ExportJob
 from mpqsearch.export.allocation import (
     allocate_for,
@@ -85,7 +85,7 @@ def test_it_is_the_best_of_all_maps_of_that_size() -> None:
 
 def test_the_plan_takes_the_formats_as_they_are() -> None:
     made = allocate_for(TARGET, TABLE, losses(0), size((FULL, "Q5_0", "Q5_0", "Q4_1")))
-    job = ExportJob(table=TABLE, bit_map=made.bit_map, choices=made.choices, rounding="error")
+    job = ExportJob(table=TABLE, bit_map=made.bit_map, choices=made.choices)
     plan = TARGET.plan(job)
     assert {e.layer: e.choice for e in plan if e.choice} == made.choices
     assert TARGET.promise(job, plan).total == made.stored.total
@@ -136,8 +136,6 @@ def test_formats_that_a_map_did_not_ask_for_are_called_resolved() -> None:
     assert (plan["wide"].choice, plan["narrow"].choice, plan["alone"].choice) == ("Q4_0", "Q5_1", "")
     left = TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices | {"narrow": FULL}))[2]
     assert (left.reason, left.will_get) == ("resolved", 16)
-    with pytest.raises(ConfigError, match="cannot hold layer 'conv'"):
-        TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices, rounding="error"))
     with pytest.raises(UnknownNameError, match="gguf format of 'wide'"):
         TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices={"wide": "Q5_X"}))
 

@@ -38,7 +38,7 @@ WIDTHS = (8, 4, 2, 4, 8, 16)
 
 def job(**more: Any) -> ExportJob:
     weights = {la.name: np.array(w, dtype=np.uint8) for la, w in zip(TABLE, WIDTHS, strict=True)}
-    return ExportJob(table=TABLE, bit_map=BitMap(model_digest="d", weights=weights), rounding="up", **more)
+    return ExportJob(table=TABLE, bit_map=BitMap(model_digest="d", weights=weights), **more)
 
 
 @pytest.mark.parametrize("name", ["sdcpp", "comfyui"])
