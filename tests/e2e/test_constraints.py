@@ -162,7 +162,7 @@ def test_what_cannot_be_met_ends_with_code_3_and_the_smallest_value(cli: Cli, sa
     assert (short.returncode, "--latency FILE" in short.stderr) == (2, True)
     shown = cli("allocate", "--help")
     assert all(option in shown.stdout for option in ("--within", "--latency", "--max-formats", "--group"))
-    assert "mpqsearch allocate -b 3bit --within 2e8bops" in shown.stdout
+    assert "mpqsearch allocate -b 3bit --within 7e9bops" in shown.stdout
 
 
 Change = Callable[[dict[str, Any]], object]

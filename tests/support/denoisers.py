@@ -22,8 +22,8 @@ Random = Callable[..., Tensor]
 
 KNOWN_REFUSALS = {
     "CosmosControlNetModel": "its forward resizes a mask with torchvision, which is not required here",
-    "AnyFlowFARTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
-    "Kandinsky6SRTransformer3DModel": "flexible attention has no backward pass on the CPU, so gains cannot be measured there",
+    "AnyFlowFARTransformer3DModel": "flexible attention has no backward pass on the CPU, so sensitivities cannot be measured there",
+    "Kandinsky6SRTransformer3DModel": "flexible attention has no backward pass on the CPU, so sensitivities cannot be measured there",
     "WanAnimate2Transformer3DModel": "needs a key-value cache object that the reference pass fills: it can be neither stored nor replayed",
 }
 """Denoisers that do not go all the way, with the reason. Any other class that fails is a failure."""
