@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ METRICS = ("fd_data", "fd_fp", "paired_psnr", "paired_mse", "kid_data", "class_a
 LOG_METRICS = ("fd_data", "fd_fp", "paired_mse")
 """Positive metrics whose differences are ratios: drawn and integrated on a log axis."""
 
-COSTS = ("average_bits", "size_bytes")
-
 Floats = NDArray[np.float64]
 
 
@@ -38,11 +35,11 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     so the answer does not depend on the order of the rows. Rows with a NaN are off it.
     """
     array = _points(points)
-    known: NDArray[np.bool_] = np.logical_not(np.isnan(array).any(axis=1))
-    front = known.copy()
-    for i in np.flatnonzero(known):
-        no_larger = (array[known] <= array[i]).all(axis=1)
-        smaller = (array[known] < array[i]).any(axis=1)
+    measured: NDArray[np.bool_] = np.logical_not(np.isnan(array).any(axis=1))
+    front = measured.copy()
+    for i in np.flatnonzero(measured):
+        no_larger = (array[measured] <= array[i]).all(axis=1)
+        smaller = (array[measured] < array[i]).any(axis=1)
         front[i] = not (no_larger & smaller).any()
     return front
 
@@ -75,29 +72,24 @@ def hypervolume_2d(points: ArrayLike, reference: Sequence[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ParetoFront:
-    """The points of one study in the plane of a cost and a metric.
+    """The points of one study in the plane of stored bits per parameter and a metric.
 
-    ``records`` are the quantized ones that have the metric, in order of cost; ``full_precision`` is the unquantized
+    ``records`` are the quantized ones that have the metric, in order of bits; ``full_precision`` is the unquantized
     model, if it was evaluated. Build it with `from_records`.
     """
 
     metric: str
-    cost: str
     records: tuple[StudyRecord, ...]
     full_precision: StudyRecord | None = None
 
     @classmethod
-    def from_records(
-        cls, records: Iterable[StudyRecord], metric: str = "fd_fp", cost: str = "average_bits"
-    ) -> ParetoFront:
-        """Take the records that have ``metric``; ``cost`` is ``average_bits`` or ``size_bytes``."""
-        if cost not in COSTS:
-            raise ConfigError(f"unknown cost {cost!r} of a front. Allowed: {', '.join(COSTS)}.")
-        every = list(records)
-        full = next((r for r in every if r.method == FULL_PRECISION_METHOD), None)
-        having = [r for r in every if r.method != FULL_PRECISION_METHOD and metric in r.metrics]
-        having.sort(key=lambda r: (getattr(r, cost), r.metrics[metric].value, r.method))
-        return cls(metric=metric, cost=cost, records=tuple(having), full_precision=full)
+    def from_records(cls, records: Iterable[StudyRecord], metric: str = "fd_fp") -> ParetoFront:
+        """Take the records that have ``metric``."""
+        records = list(records)
+        full = next((r for r in records if r.method == FULL_PRECISION_METHOD), None)
+        measured = [r for r in records if r.method != FULL_PRECISION_METHOD and metric in r.metrics]
+        measured.sort(key=lambda r: (r.average_bits, r.metrics[metric].value, r.method))
+        return cls(metric=metric, records=tuple(measured), full_precision=full)
 
     @property
     def log(self) -> bool:
@@ -120,38 +112,38 @@ class ParetoFront:
         return record.method if len(kinds) < 2 else f"{record.method} ({record.granularity})"
 
     def of_method(self, name: str) -> tuple[StudyRecord, ...]:
-        """Records of one method, in order of cost."""
+        """Records of one method, in order of bits."""
         return tuple(r for r in self.records if self.method_name(r) == name)
 
-    @cached_property
+    @property
     def points(self) -> Floats:
-        """``[N, 2]`` of the records: cost, and the metric as something to minimise (its logarithm when `log`)."""
+        """``[N, 2]`` of the records: bits, and the metric as something to minimise (its logarithm when `log`)."""
         return self._points_of(self.records)
 
-    @cached_property
+    @property
     def on_front(self) -> NDArray[np.bool_]:
         """``[N]``: which records no other record beats in both coordinates."""
         return non_dominated(self.points)
 
     @property
     def front(self) -> tuple[StudyRecord, ...]:
-        """The records that are on the front, in order of cost."""
+        """The records that are on the front, in order of bits."""
         return tuple(r for r, on in zip(self.records, self.on_front, strict=True) if on)
 
-    @cached_property
+    @property
     def corners(self) -> tuple[Floats, Floats]:
         """Ideal and reference point ``[2]`` of the hypervolume, in the coordinates of `points`.
 
-        The reference is the largest cost and the worst metric of the uniform maps (of all records, when there is none):
-        the wide and the narrow end of what costs no search. The ideal is the smallest cost and the best metric of all
+        The reference is the most bits and the worst metric of the uniform maps (of all records, when there is none):
+        the wide and the narrow end of what costs no search. The ideal is the fewest bits and the best metric of all
         records.
         """
         if not self.records:
             raise ConfigError(f"no record has the metric {self.metric!r}, so there is no hypervolume")
         uniform = [r for r in self.records if r.method == "uniform"]
-        known = self.points[~np.isnan(self.points).any(axis=1)]
-        bounds = self._points_of(uniform) if uniform else known
-        return known.min(axis=0), bounds.max(axis=0)
+        points = self.points[~np.isnan(self.points).any(axis=1)]
+        bounds = self._points_of(uniform) if uniform else points
+        return points.min(axis=0), bounds.max(axis=0)
 
     def hypervolume(self, method: str | None = None) -> float:
         """Share of the box between ideal and reference that a method (default: all) dominates; 0 for an empty box, 1 at
@@ -164,11 +156,11 @@ class ParetoFront:
         return hypervolume_2d((self._points_of(chosen) - ideal) / span, (1.0, 1.0))
 
     def _points_of(self, records: Sequence[StudyRecord]) -> Floats:
-        cost = np.array([getattr(r, self.cost) for r in records], dtype=np.float64)
+        bits = np.array([r.average_bits for r in records], dtype=np.float64)
         value = np.array([r.metrics[self.metric].value for r in records], dtype=np.float64)
         if self.higher_is_better:
             value = -value
-        return np.stack([cost, np.log(value) if self.log else value], axis=1)
+        return np.stack([bits, np.log(value) if self.log else value], axis=1)
 
 
 def records_table(records: Iterable[StudyRecord]) -> list[dict[str, Any]]:
@@ -178,10 +170,10 @@ def records_table(records: Iterable[StudyRecord]) -> list[dict[str, Any]]:
     bound 95 % of the spread, ``on_front`` says whether no record has both fewer bits and a lower FD to the
     full-precision samples.
     """
-    every = list(records)
-    extra = sorted({m for r in every for m in r.metrics} - set(METRICS))
-    front = {id(r) for r in ParetoFront.from_records(every, "fd_fp").front}
-    return [_row(r, (*METRICS, *extra), id(r) in front) for r in every]
+    records = list(records)
+    extra = sorted({m for r in records for m in r.metrics} - set(METRICS))
+    front = {id(r) for r in ParetoFront.from_records(records).front}
+    return [_row(r, (*METRICS, *extra), id(r) in front) for r in records]
 
 
 def _row(record: StudyRecord, metrics: Sequence[str], on_front: bool) -> dict[str, Any]:

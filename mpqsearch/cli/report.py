@@ -30,7 +30,7 @@ def report(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Draw the front, tables, heat maps and sample grids into one report.html.
+    """Draw the front, tables, bit maps and sample grids into one report.html.
 
     Example: `mpqsearch report -c studies/quickstart.toml`
     """

@@ -58,38 +58,36 @@ def size_breakdown(
     return SizeBreakdown(**parts)
 
 
-def breakdown_rows(
-    table: LayerTable, maps: Mapping[str, BitMap], policy: Policy | None = None, storage: StorageModel = DEFAULT_STORAGE
-) -> dict[str, Any]:
-    """``columns`` and ``rows`` of kB for several maps, with the total and the average bits."""
+def _layer_parts(layer: LayerSpec, bit_map: BitMap, fixed: bool, storage: StorageModel) -> dict[str, int]:
+    widths, fmt = bit_map.weights[layer.name], bit_map.format_of(layer.name)
+    total = storage.layer_total(layer, widths, fmt)
+    if (widths == FULL_PRECISION).all():
+        return {"full_precision": total}
+    if fixed:
+        return {"fixed": total}
+    # Counted twice, with tags and without: the difference is the cost of the tags.
+    untagged = replace(storage, tag_bits=0).layer_total(layer, widths, fmt)
+    values, counts = np.unique(np.broadcast_to(widths, layer.n_channels), return_counts=True)
+    codes = sum(int(n) * _codes(layer, bit_map, int(b), storage) for b, n in zip(values, counts, strict=True))
+    return {"codes": codes, "tags": total - untagged, "scales": untagged - codes}
+
+
+def _codes(layer: LayerSpec, bit_map: BitMap, bits: int, storage: StorageModel) -> int:
+    """Bits of the codes of one output channel."""
+    fmt = bit_map.format_of(layer.name)
+    stored = storage.channel_bits(layer, bits, fmt, mixed=False)
+    return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)
+
+
+def breakdown_rows(table: LayerTable, maps: Mapping[str, BitMap], policy: Policy | None = None) -> list[dict[str, str]]:
+    """A row of kB for each of several maps, with the total and the average bits."""
     rows = []
     for label, bit_map in maps.items():
-        parts = size_breakdown(table, bit_map, policy, storage)
-        sizes = [f"{getattr(parts, key) / 8000:,.2f}" for key in TITLES]
-        rows.append([label, *sizes, f"{parts.total / 8000:,.2f}", f"{parts.total / table.n_parameters:.3f}"])
-    return {"columns": ["map", *TITLES.values(), "total", "bits per parameter"], "rows": rows}
-
-
-def export_rows(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """``columns`` and ``rows`` of what was exported: ideal, accounted and found kB side by side; None when nothing
-    was."""
-    if not exports:
-        return None
-    rows = [
-        [
-            row["target"],
-            row["map"],
-            *(f"{row[key] / 1000:,.2f}" if row[key] != "" else "" for key in _EXPORT_SIZES),
-            f"{row['stored_bits_per_parameter']:.3f}",
-            row["weights"],
-            row["verified"],
-        ]
-        for row in exports
-    ]
-    return {
-        "columns": ["target", "map", *_EXPORT_SIZES.values(), "stored bits per parameter", "weights", "verified"],
-        "rows": rows,
-    }
+        parts = size_breakdown(table, bit_map, policy)
+        sizes = {title: f"{getattr(parts, key) / 8000:,.2f}" for key, title in TITLES.items()}
+        total = {"total": f"{parts.total / 8000:,.2f}", "bits per parameter": f"{parts.total / table.n_parameters:.3f}"}
+        rows.append({"map": label, **sizes, **total})
+    return rows
 
 
 _EXPORT_SIZES = {
@@ -100,21 +98,16 @@ _EXPORT_SIZES = {
 }
 
 
-def _layer_parts(layer: LayerSpec, bit_map: BitMap, fixed: bool, storage: StorageModel) -> dict[str, int]:
-    widths, fmt = bit_map.weights[layer.name], bit_map.format_of(layer.name)
-    total = storage.layer_total(layer, widths, fmt)
-    if (widths == FULL_PRECISION).all():
-        return {"full_precision": total}
-    if fixed:
-        return {"fixed": total}
-    # counted twice, with and without tags: the difference is what the tags take
-    untagged = replace(storage, tag_bits=0).layer_total(layer, widths, fmt)
-    values, counts = np.unique(np.broadcast_to(widths, layer.n_channels), return_counts=True)
-    codes = sum(int(n) * _codes(layer, bit_map, int(b), storage) for b, n in zip(values, counts, strict=True))
-    return {"codes": codes, "tags": total - untagged, "scales": untagged - codes}
-
-
-def _codes(layer: LayerSpec, bit_map: BitMap, bits: int, storage: StorageModel) -> int:
-    fmt = bit_map.format_of(layer.name)
-    stored = storage.channel_bits(layer, bits, fmt, mixed=False)
-    return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)
+def export_rows(exports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row for each export: ideal, accounted and found kB side by side."""
+    return [
+        {
+            "target": row["target"],
+            "map": row["map"],
+            **{t: f"{row[key] / 1000:,.2f}" if row[key] != "" else "" for key, t in _EXPORT_SIZES.items()},
+            "stored bits per parameter": f"{row['stored_bits_per_parameter']:.3f}",
+            "weights": row["weights"],
+            "verified": row["verified"],
+        }
+        for row in exports
+    ]

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpqsearch.core import BitMap, LayerTable, Policy, SensitivityProfile, StorageModel, StudyRecord
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core import BitMap, LayerTable, Policy, SensitivityProfile, StudyRecord
 from mpqsearch.report.grids import SampleGrid
 
 
@@ -15,13 +14,26 @@ from mpqsearch.report.grids import SampleGrid
 class ReportContent:
     """Everything that a report shows, as plain data.
 
-    ``maps`` are chosen bit maps under the label that names them, ``point_maps`` the maps of any records under their
-    digest (hovering a point of the front shows its map), ``grids`` samples of several methods at one budget,
-    ``correlations`` rows of a table of rank correlations (any columns, the same in every row), ``exports`` rows of
-    ideal and stored sizes, one a target, ``environment`` what `mpqsearch.artifacts.environment` returns, ``config`` the
-    text of the resolved configuration, ``digests`` names to SHA-256 of the inputs, ``seconds`` stages to wall time,
-    ``notes`` sentences for the first screen, ``chosen`` the record that is exported (one of ``records``), ``search``
-    what ``search.json`` holds.
+    Attributes:
+        title: Heading of the page.
+        records: The evaluated points.
+        table: Layers of the model.
+        policy: What fixed the widths of layers.
+        maps: Chosen bit maps under the label that names them.
+        point_maps: Maps of any records under their digest: a point of the front shows its map.
+        profile: What was measured on the model.
+        format_name: Format whose sensitivity is drawn (default: `mpqsearch.report.layer_losses`).
+        grids: Samples of several methods at one budget.
+        correlations: Rows of a table of rank correlations, all with the same columns.
+        exports: Rows of ideal and stored sizes, one a target.
+        environment: What `mpqsearch.artifacts.environment` returns.
+        config: Text of the resolved configuration.
+        command: What made the report.
+        digests: Names to SHA-256 of the inputs.
+        seconds: Stages to wall time.
+        notes: Sentences for the first screen.
+        chosen: The record that is exported, one of ``records``.
+        search: What ``search.json`` holds.
     """
 
     title: str
@@ -31,7 +43,7 @@ class ReportContent:
     maps: Mapping[str, BitMap] = field(default_factory=dict)
     point_maps: Mapping[str, BitMap] = field(default_factory=dict)
     profile: SensitivityProfile | None = None
-    variant: str = ""
+    format_name: str = ""
     grids: Sequence[SampleGrid] = ()
     correlations: Sequence[Mapping[str, Any]] = ()
     exports: Sequence[Mapping[str, Any]] = ()
@@ -42,5 +54,4 @@ class ReportContent:
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     chosen: StudyRecord | None = None
-    storage: StorageModel = DEFAULT_STORAGE
     search: Mapping[str, Any] | None = None

@@ -15,7 +15,7 @@ from mpqsearch.report.figures import places
 BLOCKS = "▁▂▃▄▅▆▇█"
 """One block a bit of mean width, 1 to 8."""
 
-COLUMNS = 48
+COLUMNS = 40
 """Characters of a map in one line; layers beyond that are averaged, weighted by their size."""
 
 
@@ -34,13 +34,24 @@ class Spot:
 def spots(
     axes: Axes, records: Sequence[StudyRecord], metric: str, table: LayerTable | None, maps: Mapping[str, BitMap]
 ) -> list[Spot]:
-    """The points of `plot_front` as it drew them on ``axes``, in order of method and cost."""
+    """The points of `plot_front` as it drew them on ``axes``, in order of method and bits; ``maps`` by their digest."""
     front = ParetoFront.from_records(records, metric)
     shown = sorted(front.records, key=lambda r: (front.method_name(r), r.average_bits))
-    if not shown:
-        return []
-    where = places(axes, np.array([[r.average_bits, r.metrics[metric].value] for r in shown]))
-    return [_spot(front, r, metric, table, maps, left, top) for r, (left, top) in zip(shown, where, strict=True)]
+    points = np.array([[r.average_bits, r.metrics[metric].value] for r in shown]).reshape(-1, 2)
+    result = []
+    for record, (left, top) in zip(shown, 100 * places(axes, points), strict=True):
+        value, bit_map = record.metrics[metric], maps.get(record.bit_map_digest)
+        size = f"{record.average_bits:.3f} bits, {record.size_bytes / 1000:,.1f} kB"
+        result.append(
+            Spot(
+                left=round(float(left), 2),
+                top=round(float(top), 2),
+                title=front.method_name(record),
+                lines=(size, f"{value.value:.4g} ({value.low:.3g} to {value.high:.3g})"),
+                bits="" if table is None or bit_map is None else map_in_one_line(table, bit_map),
+            )
+        )
+    return result
 
 
 def map_in_one_line(table: LayerTable, bit_map: BitMap, columns: int = COLUMNS) -> str:
@@ -48,29 +59,5 @@ def map_in_one_line(table: LayerTable, bit_map: BitMap, columns: int = COLUMNS) 
     mean = np.array([bit_map.channel_widths(la.name, la.n_channels).mean() for la in table])
     size = np.array([la.n_weights for la in table], dtype=np.float64)
     groups = np.array_split(np.arange(len(mean)), min(columns, len(mean)))
-    folded = [float(np.average(mean[g], weights=size[g])) for g in groups]
-    return "".join(BLOCKS[int(np.clip(round(b), 1, 8)) - 1] for b in folded)
-
-
-def _spot(
-    front: ParetoFront,
-    record: StudyRecord,
-    metric: str,
-    table: LayerTable | None,
-    maps: Mapping[str, BitMap],
-    left: float,
-    top: float,
-) -> Spot:
-    value = record.metrics[metric]
-    bit_map = maps.get(record.bit_map_digest)
-    lines = (
-        f"{record.average_bits:.3f} bits, {record.size_bytes / 1000:,.1f} kB",
-        f"{value.value:.4g} ({value.low:.3g} to {value.high:.3g})",
-    )
-    return Spot(
-        left=round(100 * float(left), 2),
-        top=round(100 * float(top), 2),
-        title=front.method_name(record),
-        lines=lines,
-        bits="" if table is None or bit_map is None else map_in_one_line(table, bit_map),
-    )
+    widths = [float(np.average(mean[g], weights=size[g])) for g in groups]
+    return "".join(BLOCKS[int(np.clip(round(b), 1, 8)) - 1] for b in widths)

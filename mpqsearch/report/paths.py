@@ -1,8 +1,8 @@
-"""The whole trade-off of a program: least predicted loss against stored bits, every budget at once."""
+"""The whole trade-off of a program: least predicted loss against cost, every budget at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from mpqsearch.errors import ConfigError
-from mpqsearch.report.style import axes_or_new, ink, series_styles
+from mpqsearch.report.labels import BITS_TITLE
+from mpqsearch.report.style import axes_or_new, series_styles
 
 Floats = NDArray[np.float64]
 
@@ -27,11 +28,10 @@ class PathSeries:
 
     Attributes:
         name: The method.
-        cost: ``[N]`` cost of the vertices, increasing, in the unit of `PathInfo.cost`.
+        cost: ``[N]`` cost of the vertices, increasing.
         loss: ``[N]`` loss of the vertices.
         asked_cost: ``[M]`` costs of the maps at the budgets that were asked for.
         asked_loss: ``[M]`` their losses.
-        asked_bound: ``[M]`` certified lower bounds at these budgets.
     """
 
     name: str
@@ -39,69 +39,34 @@ class PathSeries:
     loss: Floats
     asked_cost: Floats
     asked_loss: Floats
-    asked_bound: Floats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathInfo:
-    """What `plot_path` draws; ``cost`` is the label of the cost axis."""
-
-    cost: str
-    series: tuple[PathSeries, ...]
-
-
-def path_info(series: Iterable[PathSeries], cost: str = "stored bits per parameter, everything counted") -> PathInfo:
-    """Series thinned to what can be seen. Raises `ConfigError` without any series."""
-    thinned = tuple(_thinned(one) for one in series)
-    if not thinned:
-        raise ConfigError("there is no path to draw: no method of the study solves an integer program.")
-    return PathInfo(cost=cost, series=thinned)
-
-
-def plot_path(info: PathInfo, ax: Axes | None = None) -> Axes:
+def plot_path(series: Sequence[PathSeries], cost_title: str = BITS_TITLE, ax: Axes | None = None) -> Axes:
     """Draw loss against cost on ``ax`` (default: a new figure) and return the axes: a line a method, a marker a budget
-    asked for."""
+    asked for. Raises `ConfigError` without any series."""
+    if not series:
+        raise ConfigError("there is no path to draw: no method of the study solves an integer program.")
     ax = axes_or_new(ax, (5.4, 3.7))
-    positive = [one.loss[one.loss > 0] for one in info.series]
-    if any(losses.size for losses in positive):
+    losses = np.concatenate([s.loss[s.loss > 0] for s in series])
+    if losses.size:
         ax.set_yscale("log", nonpositive="mask")
-        top = max(float(losses.max()) for losses in positive if losses.size)
-        bottom = min(float(losses.min()) for losses in positive if losses.size)
-        ax.set_ylim(max(bottom * 0.7, top * 10.0**-DRAWN_DECADES), top * 1.5)
-    styles = series_styles([one.name for one in info.series])
-    for one in info.series:
-        style = styles[one.name]
-        ax.plot(one.cost, one.loss, color=style.colour, linewidth=1.6, label=one.name, zorder=2)
-        ax.plot(
-            one.asked_cost,
-            one.asked_loss,
-            linestyle="",
-            marker=style.marker,
-            markersize=style.size,
-            color=style.colour,
-            markeredgecolor=ink(),
-            markeredgewidth=0.5,
-            zorder=3,
-        )
-    ax.set_xlabel(info.cost)
+        ax.set_ylim(max(losses.min() * 0.7, losses.max() * 10.0**-DRAWN_DECADES), losses.max() * 1.5)
+    styles = series_styles([s.name for s in series])
+    for s in series:
+        style, drawn = styles[s.name], _drawn_vertices(s.cost)
+        ax.plot(s.cost[drawn], s.loss[drawn], color=style.colour, linewidth=1.6, label=s.name, zorder=2)
+        ax.plot(s.asked_cost, s.asked_loss, linestyle="", zorder=3, **style.points)
+    ax.set_xlabel(cost_title)
     ax.set_ylabel("predicted loss")
     ax.set_title("Least predicted loss at every budget; markers: budgets asked for", loc="left", fontsize=8.5)
     ax.legend(title="method")
     return ax
 
 
-def _thinned(series: PathSeries) -> PathSeries:
-    count = len(series.cost)
+def _drawn_vertices(cost: Floats) -> NDArray[np.int64]:
+    """At most about `DRAWN_VERTICES`, evenly along the cost: most vertices crowd at one end."""
+    count = len(cost)
     if count <= DRAWN_VERTICES:
-        return series
-    # Evenly along the cost, not along the vertices: most of these crowd at one end.
-    wanted = np.linspace(series.cost[0], series.cost[-1], DRAWN_VERTICES)
-    kept = np.unique(np.concatenate([np.searchsorted(series.cost, wanted).clip(0, count - 1), [0, count - 1]]))
-    return PathSeries(
-        name=series.name,
-        cost=series.cost[kept],
-        loss=series.loss[kept],
-        asked_cost=series.asked_cost,
-        asked_loss=series.asked_loss,
-        asked_bound=series.asked_bound,
-    )
+        return np.arange(count)
+    wanted = np.searchsorted(cost, np.linspace(cost[0], cost[-1], DRAWN_VERTICES)).clip(0, count - 1)
+    return np.unique(np.concatenate([wanted, [0, count - 1]]))

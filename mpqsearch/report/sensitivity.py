@@ -1,233 +1,204 @@
-"""What the profile measured, and how well it predicts what the samples show."""
+"""What the profile measured: what the layers lose at each width, and when they are sensitive."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike, NDArray
+from matplotlib.colors import LogNorm
+from numpy.typing import NDArray
 
-from mpqsearch.core import SensitivityProfile, StudyRecord
+from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.pareto import FULL_PRECISION_METHOD, LOG_METRICS
-from mpqsearch.report.front import METRIC_TITLES
-from mpqsearch.report.style import COLOURS, MARKERS, axes_or_new, ink, muted, series_styles
+from mpqsearch.methods import available_losses, best_loss, channel_losses
+from mpqsearch.report.figures import Drawing
+from mpqsearch.report.style import COLOURS, MARKERS, MUTED, axes_or_new, legend_below
 
 Floats = NDArray[np.float64]
 
-MEASURED = "measured"
-"""Name of the curves from one-layer-at-a-time quantization, where the profile has them."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityInfo:
-    """``loss`` ``[L, W]`` of each layer at each width, ``label`` what it is, ``worst`` the layers to name, largest loss
-    first."""
+class LayerLosses:
+    """``loss`` ``[L, W]`` of each layer at each width, NaN where it was not measured; ``label`` says what it is,
+    ``name`` is one of `mpqsearch.methods.LOSSES` and ``format_name`` the format."""
 
     layers: tuple[str, ...]
     widths: tuple[int, ...]
     loss: Floats
+    name: str
+    format_name: str
     label: str
-    worst: tuple[int, ...]
+
+    def worst(self, n: int) -> list[int]:
+        """The ``n`` layers with the largest loss at any width, largest first."""
+        largest = np.nan_to_num(self.loss, nan=-np.inf).max(axis=1)
+        return [int(i) for i in np.argsort(-largest, kind="stable")[:n]]
 
 
-def sensitivity_info(profile: SensitivityProfile, variant: str = "", worst: int = 8) -> SensitivityInfo:
-    """Loss of every layer if it alone is quantized: sensitivity × output error, summed over its channels (the error alone
-    without sensitivities, and that of the weights in a profile of nothing else).
+def layer_losses(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> LayerLosses:
+    """The loss by which widths are chosen, of every layer if it alone is quantized, with bias correction.
 
-    ``variant`` is one of ``profile.formats`` (default: ``asymmetric`` if it is there, else the first) or ``measured``,
-    for the error of final samples with only that layer quantized. The worst are ranked at the narrowest width that was
-    measured. Raises `UnknownNameError` for a variant that the profile does not have.
+    That is the best loss that the profile holds (`mpqsearch.methods.best_loss`). ``format_name`` is one of the formats
+    of the profile (default: ``auto`` if it was measured, else the first). Raises `UnknownNameError` for another one.
     """
-    final = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
-    known = (*(profile.formats or layer_formats(profile)), *((MEASURED,) if final else ()))
-    chosen = variant or ("asymmetric" if "asymmetric" in known else next(iter(known), ""))
-    if chosen not in known:
-        raise UnknownNameError("profile variant", chosen, known)
-    if chosen == MEASURED:
-        loss, label = profile.arrays[final], f"squared error of final samples ({final.split('/')[1]})"
-    elif profile.layers_only:
-        loss, label = profile.arrays[f"layer_probe_error/{chosen}"], f"loss of layers as wholes ({chosen})"
+    wholes = tuple(sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_probe_error/")))
+    formats = profile.formats or wholes
+    chosen = format_name or ("auto" if "auto" in formats else next(iter(formats), ""))
+    if chosen not in formats:
+        raise UnknownNameError("format of the profile", chosen, formats)
+    if not profile.formats:  # a profile of layers as wholes, which looked at no channel
+        name, loss = "probe", profile.arrays[f"layer_probe_error/{chosen}"].astype(np.float64)
     else:
-        family = "output" if f"output_error/{chosen}" in profile.arrays else "weight"
-        error = profile.arrays[f"{family}_error/{chosen}"].astype(np.float64)
-        sensitivity = profile.arrays.get("sensitivity")
-        loss = profile.layer_sum(error if sensitivity is None else sensitivity[:, None].astype(np.float64) * error)
-        label = f"{f'{family} error' if sensitivity is None else 'sensitivity × output error'} ({chosen})"
-    loss = np.asarray(loss, dtype=np.float64)
-    known_widths = np.isfinite(loss).any(axis=0)
-    narrowest = int(np.argmax(known_widths))
-    ranked = np.argsort(-np.nan_to_num(loss[:, narrowest], nan=-np.inf), kind="stable")
-    return SensitivityInfo(
-        layers=profile.names, widths=profile.widths, loss=loss, label=label, worst=tuple(int(i) for i in ranked[:worst])
+        name = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
+        channels = channel_losses(profile, table, chosen, name, bias_correction=name != "weight")
+        loss = profile.layer_sum(channels)
+    what = "squared weight error" if name == "weight" else f"predicted loss ({name})"
+    return LayerLosses(
+        layers=profile.names,
+        widths=profile.widths,
+        loss=loss,
+        name=name,
+        format_name=chosen,
+        label=f"{what}, format {chosen}",
     )
 
 
-def layer_formats(profile: SensitivityProfile) -> tuple[str, ...]:
-    """Formats that a profile of layers as wholes has priced."""
-    return tuple(sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_probe_error/")))
+def measured_losses(profile: SensitivityProfile) -> LayerLosses:
+    """The error of final samples with one layer at a time quantized, where that was measured.
+
+    Raises `ConfigError` when the profile holds none.
+    """
+    key = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
+    if not key:
+        raise ConfigError("the profile holds no error of final samples: set calibration.final_widths and profile again")
+    format_name = key.split("/")[1]
+    return LayerLosses(
+        layers=profile.names,
+        widths=profile.widths,
+        loss=profile.arrays[key].astype(np.float64),
+        name="final",
+        format_name=format_name,
+        label=f"squared error of final samples, format {format_name}",
+    )
 
 
-def plot_sensitivity(info: SensitivityInfo, ax: Axes | None = None) -> Axes:
-    """Loss against width, a line per layer, log y; the worst layers in colour and named, the rest grey.
+def plot_sensitivity(losses: LayerLosses, worst: int = 8, ax: Axes | None = None) -> Axes:
+    """Loss against width, a line per layer, log y; the ``worst`` layers in colour and named, the rest grey.
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (5.4, 4.6))
+    ax = axes_or_new(ax, (5.4, 4.8))
     ax.set_yscale("log", nonpositive="mask")
-    widths = np.array(info.widths)
-    few = int(np.isfinite(info.loss).any(axis=0).sum()) < 3  # too few widths to draw lines alone
-    for i in range(len(info.layers)):
-        if i not in info.worst:
-            ax.plot(widths, info.loss[i], color=muted(), alpha=0.35, linewidth=0.8, marker="_" if few else "", zorder=1)
-    for rank, i in enumerate(info.worst):
-        ax.plot(
-            widths,
-            info.loss[i],
-            color=COLOURS[rank % len(COLOURS)],
-            marker=MARKERS[rank % len(MARKERS)],
-            linestyle="-" if rank < len(COLOURS) else "--",
-            markersize=4.5,
-            linewidth=1.5,
-            label=info.layers[i],
-            zorder=2,
-        )
+    measured = np.flatnonzero(np.isfinite(losses.loss).any(axis=0))
+    widths, loss = np.array(losses.widths)[measured], losses.loss[:, measured]
+    named = losses.worst(worst)
+    for i in range(len(losses.layers)):
+        if i not in named:
+            ax.plot(widths, loss[i], color=MUTED, alpha=0.35, linewidth=0.8, zorder=1)
+    for rank, i in enumerate(named):
+        colour, marker = COLOURS[rank % len(COLOURS)], MARKERS[rank % len(MARKERS)]
+        line = "-" if rank < len(COLOURS) else "--"
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": line,
+            "markersize": 4.5,
+            "linewidth": 1.5,
+        }
+        ax.plot(widths, loss[i], label=losses.layers[i], zorder=2, **style)
     ax.set_xticks(widths)
     ax.set_xlabel("bits of the layer, all others at full precision")
-    ax.set_ylabel(info.label)
-    ax.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
-        ncols=2,
-        title=f"largest of {len(info.layers)} layers",
-        title_fontsize=8,
-    )
+    ax.set_ylabel(losses.label)
+    legend_below(ax, columns=2, title=f"largest of {len(losses.layers)} layers")
     return ax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PredictionInfo:
-    """Predicted loss and measured metric of each point, ``[N]``, with its method and budget.
+class TimeInfo:
+    """Mean sensitivity ``[L, B]`` of the channels of each layer in each of B buckets of timesteps; NaN where nothing
+    was probed. ``edges`` ``[B + 1]`` are the ends of the buckets."""
 
-    ``spearman`` is their rank correlation with a 95 % bootstrap interval; ``within`` the mean of the rank correlations
-    inside the budgets that have three points or more, since bits alone order the points of different budgets (None: no
-    such budget).
-    """
-
-    predicted: Floats
-    measured: Floats
-    methods: tuple[str, ...]
-    budgets: tuple[str, ...]
-    metric: str
-    label: str
-    spearman: float
-    low: float
-    high: float
-    within: float | None
+    layers: tuple[str, ...]
+    sensitivity: Floats
+    edges: tuple[int, ...]
 
 
-def prediction_info(
-    records: Iterable[StudyRecord], metric: str = "paired_mse", *, resamples: int = 2000, seed: int = 0
-) -> PredictionInfo:
-    """Compare predictions with ``metric`` over the quantized records that have both, the prediction being finite.
-
-    For a metric where higher is better the sign of the correlation is turned, so that 1 always means the right order.
-    Raises `ConfigError` for fewer than three such records.
-    """
-    chosen = [
-        r
-        for r in records
-        if r.method != FULL_PRECISION_METHOD and metric in r.metrics and np.isfinite(r.predicted_loss)
-    ]
-    if len(chosen) < 3:
-        raise ConfigError(f"a rank correlation needs three records with a prediction and {metric!r}, got {len(chosen)}")
-    predicted = np.array([r.predicted_loss for r in chosen])
-    measured = np.array([r.metrics[metric].value for r in chosen])
-    sign = -1.0 if chosen[0].metrics[metric].higher_is_better else 1.0
-    low, high = spearman_interval(predicted, sign * measured, resamples=resamples, seed=seed)
-    budgets = tuple(r.budget for r in chosen)
-    return PredictionInfo(
-        predicted=predicted,
-        measured=measured,
-        methods=tuple(r.method for r in chosen),
-        budgets=budgets,
-        metric=metric,
-        label=chosen[0].metrics[metric].name,
-        spearman=spearman(predicted, sign * measured),
-        low=low,
-        high=high,
-        within=_within(predicted, sign * measured, budgets),
+def sensitivity_over_time(profile: SensitivityProfile, timesteps: int = 1000) -> TimeInfo:
+    """Sensitivity over depth and time; ``timesteps`` is the length of the schedule. Raises `ConfigError` when the
+    profile holds none."""
+    steps = profile.need("step_sensitivity", "the picture of sensitivity over time").astype(np.float64)
+    mean = profile.layer_sum(steps) / np.array(profile.channels, dtype=np.float64)[:, None]
+    return TimeInfo(
+        layers=profile.names,
+        sensitivity=np.where(mean > 0, mean, np.nan),
+        edges=tuple(int(e) for e in np.linspace(0, timesteps, steps.shape[1] + 1).round()),
     )
 
 
-def plot_predicted_vs_measured(info: PredictionInfo, ax: Axes | None = None) -> Axes:
-    """A mark per point, coloured by method, lines joining the points of a method; both axes log where the values allow
-    it.
+def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
+    """Layers in the order of a forward pass from left to right, noise at the top; colour by the logarithm.
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (5.4, 4.2))
-    names = tuple(dict.fromkeys(info.methods))
-    styles = series_styles(names)
-    for name in names:
-        mine = np.array([m == name for m in info.methods])
-        order = np.argsort(info.predicted[mine])
-        style = styles[name]
-        ax.plot(
-            info.predicted[mine][order],
-            info.measured[mine][order],
-            color=style.colour,
-            marker=style.marker,
-            markersize=style.size,
-            markeredgecolor=ink() if style.marker != "x" else style.colour,
-            markeredgewidth=0.5 if style.marker != "x" else 1.6,
-            linewidth=0.7,
-            alpha=0.9,
-            label=name,
-        )
-    if (info.predicted > 0).all():
-        ax.set_xscale("log")
-    if info.metric in LOG_METRICS and (info.measured > 0).all():
-        ax.set_yscale("log")
-    ax.set_xlabel("predicted loss")
-    ax.set_ylabel(METRIC_TITLES.get(info.metric, info.label))
-    within = "" if info.within is None else f"; within one budget {info.within:.2f}"
-    ax.set_title(f"Spearman {info.spearman:.2f} [{info.low:.2f}, {info.high:.2f}]{within}", loc="left", fontsize=9)
-    ax.legend()
+    ax = axes_or_new(ax, (7.2, 4.2))
+    finite = info.sensitivity[np.isfinite(info.sensitivity)]
+    spread = finite.size > 0 and finite.max() > finite.min()
+    norm = LogNorm(vmin=finite.min(), vmax=finite.max()) if spread else None
+    image = ax.imshow(info.sensitivity.T, aspect="auto", origin="lower", interpolation="nearest", norm=norm)
+    ax.grid(visible=False)
+    ax.set_yticks(
+        range(len(info.edges) - 1), [f"{a}..{b - 1}" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
+    )
+    shown = range(0, len(info.layers), -(-len(info.layers) // 70))  # as many names as fit side by side
+    ax.set_xticks(shown, [info.layers[i] for i in shown], rotation=90, fontsize=5)
+    ax.set_ylabel("timestep")
+    ax.set_xlabel("layers, in the order of a forward pass")
+    ax.figure.colorbar(image, ax=ax, label="mean sensitivity of a channel")
     return ax
 
 
-def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Rank correlation of two vectors ``[N]``, equal values sharing their mean rank; 0 when one of them is constant."""
-    a, b = _ranks(np.asarray(first, dtype=np.float64)), _ranks(np.asarray(second, dtype=np.float64))
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm else 0.0
+def profile_drawings(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> list[Drawing]:
+    """Every figure that the profile allows: sensitivity, errors measured with one layer at a time, sensitivity over
+    time."""
+    drawings = [_sensitivity_drawing(layer_losses(profile, table, format_name), "profile_sensitivity", "Sensitivity")]
+    if any(k.startswith("layer_final_error/") for k in profile.arrays):
+        measured = measured_losses(profile)
+        if np.isfinite(measured.loss).any(axis=0).sum() > 1:  # at one width there are no curves to see
+            drawings.append(_sensitivity_drawing(measured, "profile_measured", "Measured with one layer at a time"))
+    if "step_sensitivity" in profile.arrays:
+        info = sensitivity_over_time(profile)
+        drawings.append(
+            Drawing(
+                key="profile_over_time",
+                section="profile",
+                title="Sensitivity over depth and time",
+                caption="Cost at the end of a unit of output error of a channel, by the timestep in which it is made.",
+                alt=_time_words(info),
+                draw=lambda: plot_sensitivity_over_time(info),
+                dense=True,
+            )
+        )
+    return drawings
 
 
-def spearman_interval(
-    first: ArrayLike, second: ArrayLike, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap, 95 %, of `spearman` over pairs drawn with replacement."""
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(a), size=(resamples, len(a)))
-    values = [spearman(a[d], b[d]) for d in draws]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def _sensitivity_drawing(losses: LayerLosses, key: str, title: str) -> Drawing:
+    worst = ", ".join(losses.layers[i] for i in losses.worst(5))
+    return Drawing(
+        key=key,
+        section="profile",
+        title=title,
+        caption=f"{losses.label[0].upper()}{losses.label[1:]}, of one layer at a time against its width.",
+        alt=f"Line chart of {losses.label} against bits for {len(losses.layers)} layers. Most sensitive: {worst}.",
+        draw=lambda: plot_sensitivity(losses),
+    )
 
 
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, ties at their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: Floats = last - (counts + 1) / 2.0
-    return mean[inverse]
-
-
-def _within(predicted: Floats, measured: Floats, budgets: Sequence[str]) -> float | None:
-    groups = [np.flatnonzero(np.array(budgets) == b) for b in sorted(set(budgets))]
-    values = [spearman(predicted[g], measured[g]) for g in groups if len(g) >= 3]
-    return float(np.mean(values)) if values else None
+def _time_words(info: TimeInfo) -> str:
+    mean = np.nan_to_num(info.sensitivity).mean(axis=0)
+    top = int(mean.argmax())
+    return (
+        f"Heat map of sensitivity over {len(info.layers)} layers and {len(mean)} ranges of timesteps. "
+        f"Largest on average in timesteps {info.edges[top]} to {info.edges[top + 1] - 1}."
+    )

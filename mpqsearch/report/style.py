@@ -1,5 +1,5 @@
-"""How every figure looks: two themes, and one colour and marker per method that survive grey print and colour
-blindness."""
+"""How every figure looks: one colour and marker per method that survive grey print and colour blindness, and the dark
+twin of a figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,7 +14,37 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette without the yellow, which vanishes on white, and the black, which vanishes at night."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+
+PAGE, INK, MUTED, TICK, GRID = "#FEFEFE", "#1B1F24", "#57606A", "#3B434B", "#E3E6E9"
+"""Background, text, lesser lines, tick labels and grid lines. No two are equal, nor equal to a colour of the palette,
+so that `darkened` can tell them apart."""
+
+DARK = {PAGE: "#15181C", INK: "#E6E9ED", MUTED: "#8B949E", TICK: "#C3C9D0", GRID: "#2C3238"}
+"""What these colours become in the dark."""
+
 _GREY = "#8A8A8A"
+
+STYLE: dict[str, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "legend.title_fontsize": 8.0,
+    "svg.hashsalt": "mpqsearch",  # equal figures are equal files
+    "svg.fonttype": "path",  # a reader without our font sees the same figure
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAGE),
+    **dict.fromkeys(("text.color", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), TICK),
+    "axes.edgecolor": MUTED,
+    "grid.color": GRID,
+}
+"""Settings for ``matplotlib.rc_context``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,54 +56,34 @@ class SeriesStyle:
     line: str = "-"
     size: float = 6.0
 
-
-_KNOWN = {"uniform": SeriesStyle(_GREY, "*", "-", 10.0), "random": SeriesStyle(_GREY, "x", ":", 6.0)}
-
-_BASE: dict[str, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "svg.hashsalt": "mpqsearch",  # equal figures are equal files
-    "svg.fonttype": "path",  # a reader without our font sees the same figure
-}
-
-_THEME_COLOURS = {
-    "light": {"page": "#FEFEFE", "ink": "#1B1F24", "edge": "#57606A", "tick": "#3B434B", "grid": "#E3E6E9"},
-    "dark": {"page": "#15181C", "ink": "#E6E9ED", "edge": "#8B949E", "tick": "#C3C9D0", "grid": "#2C3238"},
-}
-"""No two are equal, nor equal to a colour of the palette, so that `darkened` can tell them apart."""
+    @property
+    def points(self) -> dict[str, Any]:
+        """Keywords of `matplotlib.axes.Axes.plot` for its markers: a thin edge, except for crosses, which are all
+        edge."""
+        cross = self.marker == "x"
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": self.size,
+            "markeredgecolor": self.colour if cross else INK,
+            "markeredgewidth": 1.6 if cross else 0.5,
+        }
 
 
-def _theme(name: str) -> dict[str, Any]:
-    colours = _THEME_COLOURS[name]
-    pages = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), colours["page"])
-    texts = dict.fromkeys(("text.color", "axes.labelcolor"), colours["ink"])
-    ticks = dict.fromkeys(("xtick.color", "ytick.color"), colours["tick"])
-    return {**_BASE, **pages, **texts, **ticks, "axes.edgecolor": colours["edge"], "grid.color": colours["grid"]}
-
-
-THEMES: dict[str, dict[str, Any]] = {name: _theme(name) for name in _THEME_COLOURS}
-"""Settings for ``matplotlib.rc_context``."""
+_BASELINES = {"uniform": SeriesStyle(_GREY, "*", "-", 10.0), "random": SeriesStyle(_GREY, "x", ":", 6.0)}
 
 
 def series_styles(names: Sequence[str]) -> dict[str, SeriesStyle]:
     """A style for each of ``names``; the baselines are grey, the others take colours in the order given."""
-    others = [n for n in names if _base_name(n) not in _KNOWN]
+    baselines = {n: _BASELINES.get(n.split(" (", maxsplit=1)[0]) for n in names}
+    others = [n for n, style in baselines.items() if style is None]
     styles = {n: SeriesStyle(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(others)}
-    return {n: styles.get(n) or _KNOWN[_base_name(n)] for n in names}
+    return {n: baselines[n] or styles[n] for n in names}
 
 
 def darkened(svg: bytes) -> bytes:
-    """A figure drawn in the light theme, in the colours of the dark one; drawing it again would take a hundred times
-    longer."""
-    for light, dark in zip(_THEME_COLOURS["light"].values(), _THEME_COLOURS["dark"].values(), strict=True):
+    """A figure in the colours of the dark page; drawing it again would take a hundred times longer."""
+    for light, dark in DARK.items():
         svg = svg.replace(light.lower().encode(), dark.lower().encode())
     return svg
 
@@ -84,6 +93,11 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
 
 
+def legend_below(ax: Axes, columns: int = 3, **options: Any) -> None:
+    """A legend under the axes, where it hides no point."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, **options)
+
+
 def widen_x(ax: Axes, share: float = 0.05) -> None:
     """Let the x axis span at least ``share`` of the value at its middle, so that sizes equal but for a few bytes look
     equal."""
@@ -91,17 +105,3 @@ def widen_x(ax: Axes, share: float = 0.05) -> None:
     middle, half = (low + high) / 2, share * abs(low + high) / 4
     if high - low < 2 * half:
         ax.set_xlim(middle - half, middle + half)
-
-
-def ink() -> str:
-    """The colour of text in the present theme."""
-    return str(rcParams["text.color"])
-
-
-def muted() -> str:
-    """A colour between text and background in the present theme."""
-    return str(rcParams["axes.edgecolor"])
-
-
-def _base_name(name: str) -> str:
-    return name.split(" (", maxsplit=1)[0]

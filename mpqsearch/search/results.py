@@ -15,6 +15,7 @@ import numpy as np
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.pareto import hypervolume_2d
+from mpqsearch.ranks import spearman, spearman_interval
 from mpqsearch.search.arms import ARMS, control_candidates
 from mpqsearch.search.objective import SAMPLES, Objective, Point, points_of
 from mpqsearch.search.study import WORKER, finished_trials
@@ -210,26 +211,6 @@ def prediction_quality(points: Sequence[Mapping[str, Any]]) -> list[dict[str, An
                 {"budget": budget, "maps": len(here), "spearman": value, "low": low, "high": high, "weak": value < 0.7}
             )
     return rows
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank; NaN with fewer than three points or without spread."""
-    from scipy.stats import rankdata
-
-    if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
-        return math.nan
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
-
-
-def spearman_interval(
-    a: Sequence[float], b: Sequence[float], *, draws: int = 500, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of `spearman` over pairs."""
-    x, y, rng = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64), np.random.default_rng(seed)
-    picks = rng.integers(0, len(x), (draws, len(x)))
-    values = np.array([spearman(x[p].tolist(), y[p].tolist()) for p in picks])
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def trials_csv(study: Study) -> str:

@@ -62,12 +62,11 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
         if not run.dry_run:
             _save_path(run, table, method, first, data, program, path)
     if not run.dry_run:
-        from mpqsearch.report import path_info, plot_path, render, save_figure
+        from mpqsearch.report import plot_path, render, save_figure
 
         size = first.unit == "bits stored"
         label = "stored bits per parameter, everything counted" if size else f"{first.unit} of one forward pass"
-        info = path_info(series, label)
-        drawn = save_figure(render(lambda: plot_path(info)), run.path("paths", "path"))
+        drawn = save_figure(render(lambda: plot_path(series, label)), run.path("paths", "path"))
         run.say(f"allocate: {len(answers)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
     return answers
 
@@ -143,7 +142,6 @@ def _series(data: Mapping[str, Any], program: Program, path: ParetoPath) -> Path
         loss=path.losses,
         asked_cost=np.array([answer["cost"] / unit for answer in asked]),
         asked_loss=np.array([answer["loss"] for answer in asked]),
-        asked_bound=np.array([answer["lower_bound"] for answer in asked]),
     )
 
 

@@ -42,9 +42,9 @@ def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     measured = (_measure_weights if run.config.calibration.weights_only else _measure)(run, table, inputs)
     artifacts.save_profile(path, measured, inputs)
     shutil.rmtree(run.path("partial"), ignore_errors=True)
-    from mpqsearch.report.profile import write_profile_figures
+    from mpqsearch.report import profile_drawings, save_drawings
 
-    write_profile_figures(run.path("figures"), measured)
+    save_drawings(run.path("figures"), profile_drawings(measured, table))
     run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s; pictures in {run.path('figures')}")
     _say_constant(run, measured)
     return measured

@@ -6,26 +6,52 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpqsearch import artifacts
-from mpqsearch.core import Budget, LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.methods import MethodSpec, available_losses, channel_losses
+from mpqsearch.ranks import spearman
 from mpqsearch.search.storage import redact
-from mpqsearch.stages.allocating import allocation
+from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import evaluation_key
 from mpqsearch.stages.searching import search_results
+
+if TYPE_CHECKING:
+    from mpqsearch.report import ReportContent, SampleGrid
+
+Solved = Mapping[tuple[MethodSpec, Budget], tuple[BitMap, Mapping[str, Any]]]
+"""Maps with what ``allocation.json`` holds, by method and budget."""
 
 
 def report(
     run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = ""
 ) -> Path:
     """Write tables, figures and ``report.html``, or reuse them when nothing changed."""
-    page = run.path("report.html")
+    page, inputs = run.path("report.html"), report_inputs(run, table, records)
+    # A report is cheap and made of other artifacts only: a stale one is drawn again.
+    if page.exists() and artifacts.is_current(run.path("pareto.json"), "mpqsearch/pareto", inputs, overwrite=True):
+        run.say(f"report: reused {page}")
+        return page
+    if run.dry_run:
+        run.say(f"report: would draw {page}")
+        return page
+    from mpqsearch.report import build_report
+
+    command = redact(command or shlex.join(["mpqsearch", *sys.argv[1:]]))
+    content = report_content(run, table, measured, records, command, inputs)
+    with run.timed("report"):
+        build_report(run.folder, content, inputs)
+    run.say(f"report: {page}")
+    return page
+
+
+def report_inputs(run: Run, table: LayerTable, records: list[StudyRecord]) -> dict[str, str]:
+    """Digests of all that a report shows."""
     inputs = {
         "records": artifacts.digest_of([r.to_data() for r in records]),
         "config": artifacts.digest_of(run.config.to_data()),
@@ -37,50 +63,83 @@ def report(
     results = run.path("search", "search.json")
     if run.config.search.trials and results.exists():
         inputs["search"] = artifacts.digest_file(results)
-    path = run.path("pareto.json")
-    # Metrics changed or not, a report is cheap and made of other artifacts only: a stale one is simply drawn again.
-    if page.exists() and artifacts.is_current(path, "mpqsearch/pareto", inputs, overwrite=True):
-        run.say(f"report: reused {page}")
-        return page
-    if run.dry_run:
-        run.say(f"report: would draw {page}")
-        return page
-    from mpqsearch.report import ReportContent, build_report
+    return inputs
 
-    searched = search_results(run, table)
+
+def report_content(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    records: list[StudyRecord],
+    command: str,
+    inputs: Mapping[str, str],
+) -> ReportContent:
+    """What the report shows, from the artifacts of the run."""
+    from mpqsearch.report import ReportContent
+
+    budgets, methods = run.config.allocate.parsed(), study_methods(run)
+    solved = {(m, b): allocation(run, table, measured, m, b) for b in budgets for m in methods}
     chosen = chosen_method(run, records)
-    maps = {}
-    for budget in run.config.allocate.parsed():
-        maps[f"{chosen.name} at {budget.label()}"], _ = allocation(run, table, measured, chosen, budget)
     exported, _ = allocation(run, table, measured, chosen, export_budget(run))
-    every = [
-        allocation(run, table, measured, m, b)[0] for b in run.config.allocate.parsed() for m in run.config.methods
-    ]
-    content = ReportContent(
+    return ReportContent(
         title=run.config.report.title or f"Bit allocation of {table.model}",
         records=records,
         table=table,
         policy=run.config.policy,
-        maps=maps,
-        point_maps={m.digest: m for m in every},
+        maps={f"{chosen.name} at {b.label()}": bit_map for (m, b), (bit_map, _) in solved.items() if m == chosen},
+        point_maps={bit_map.digest: bit_map for bit_map, _ in solved.values()},
         profile=measured,
-        variant=chosen.format_name,
-        grids=_grids(run, table, measured),
+        format_name=chosen.format_name,
+        grids=_grids(run, table, solved),
         correlations=rank_correlations(table, measured),
         exports=size_rows(run),
         environment=artifacts.environment(),
         config=run.config.to_toml(),
-        command=redact(command or shlex.join(["mpqsearch", *sys.argv[1:]])),
+        command=command,
         digests={"model": table.digest, **inputs},
         seconds=run.seconds,
-        notes=_notes(run, table, measured),
-        search=searched,
+        notes=_notes(run, solved),
+        search=search_results(run, table),
         chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
     )
-    with run.timed("report"):
-        build_report(run.folder, content, inputs)
-    run.say(f"report: {page}")
-    return page
+
+
+def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
+    """Samples of every method at every budget that were kept, below those of the full-precision model."""
+    import torch
+
+    from mpqsearch.report import sample_grid
+    from mpqsearch.sampling import to_uint8
+
+    columns = run.config.report.grid_columns
+    key = evaluation_key(run, table, None, bias_correction=False)
+    samples = artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns]
+    full = to_uint8(torch.from_numpy(samples)).numpy()
+    grids = []
+    for budget in dict.fromkeys(b for _, b in solved):
+        rows = {"full precision": full}
+        for (method, b), (bit_map, data) in solved.items():
+            corrected = data.get("bias_correction", method.bias_correction)
+            file = run.path("stats", f"{evaluation_key(run, table, bit_map, bias_correction=corrected)[:16]}.npz")
+            if b == budget and file.exists():
+                rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
+        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns))
+    return grids
+
+
+def _notes(run: Run, solved: Solved) -> list[str]:
+    counted = "Everything that is stored is counted: scales, zero points, channel tags, leftovers."
+    notes = [f"Policy: {run.config.policy.describe()}. {counted}"]
+    over = [
+        f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8000:.2f} kB"
+        for (method, budget), (_, data) in solved.items()
+        if not data["within_budget"]
+    ]
+    if over:
+        notes.append(
+            f"Over the budget, because the method has no means to pay for its channel tags: {'; '.join(over)}."
+        )
+    return notes
 
 
 SIZE_COLUMNS = (
@@ -109,8 +168,9 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
         data = artifacts.read_json(path, "mpqsearch/export").data
         if data.get("accounted_bits") is None:
             continue  # the neutral map promises no file; an export of an earlier version did not say
-        found = data["verification"] or {}
-        accounted, stored = -(-data["accounted_bits"] // 8), found.get("stored_bytes")
+        verification = data["verification"] or {}
+        accounted, stored = -(-data["accounted_bits"] // 8), verification.get("stored_bytes")
+        total = accounted if stored is None else stored
         rows.append(
             {
                 "target": data["target"],
@@ -118,50 +178,44 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
                 "ideal_bytes": -(-data["ideal_bits"] // 8),
                 "accounted_bytes": accounted,
                 "stored_bytes": "" if stored is None else stored,
-                "header_bytes": "" if stored is None else found["header_bytes"],
-                "stored_bits_per_parameter": round(
-                    8 * (accounted if stored is None else stored) / data["n_parameters"], 4
-                ),
+                "header_bytes": "" if stored is None else verification["header_bytes"],
+                "stored_bits_per_parameter": round(8 * total / data["n_parameters"], 4),
                 "weights": "yes" if data["payload"] else "no, settings only",
-                "verified": _verdict(found),
+                "verified": _verdict(verification),
             }
         )
     return rows
 
 
-def _verdict(found: Mapping[str, Any]) -> str:
-    if not found:
+def _verdict(verification: Mapping[str, Any]) -> str:
+    if not verification:
         return "no"
-    if not found["ok"]:
+    if not verification["ok"]:
         return "DIFFERS"
-    return "yes" if found.get("verified") else "no, its consumer was not run"
+    return "yes" if verification.get("verified") else "no, its consumer was not run"
 
 
 def rank_correlations(table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
-    """Spearman correlation over layers of every predictor with one-layer-at-a-time error of final samples, at each
-    measured width."""
-    import pandas as pd
-
+    """Spearman correlation over layers of every loss with the error of final samples, one layer at a time quantized, at
+    each width at which that was measured."""
+    searched = [i for i, name in enumerate(measured.names) if table[name].macs]
+    losses = [k for k in available_losses(measured) if k != "final"]
     rows: list[dict[str, Any]] = []
     for key in sorted(k for k in measured.arrays if k.startswith("layer_final_error/")):
-        variant, final = key.split("/")[1], measured.arrays[key]
-        searched = [i for i, name in enumerate(measured.names) if table[name].macs]
-        for j, bits in enumerate(measured.widths):
-            if not np.isfinite(final[searched, j]).all():
-                continue
-            truth = pd.Series(final[searched, j]).rank()
-            for loss in [k for k in available_losses(measured) if k != "final"]:
-                totals = measured.layer_sum(channel_losses(measured, table, variant, loss, bias_correction=True))
-                value = pd.Series(totals[searched, j]).rank().corr(truth)
-                rows.append(
-                    {
-                        "predictor": loss,
-                        "scheme": variant,
-                        "bits": bits,
-                        "layers": len(searched),
-                        "spearman": round(float(value), 3),
-                    }
-                )
+        format_name, errors = key.split("/")[1], measured.arrays[key][searched]
+        widths = np.flatnonzero(np.isfinite(errors).all(axis=0))
+        for loss in losses:
+            totals = measured.layer_sum(channel_losses(measured, table, format_name, loss, bias_correction=True))
+            rows += [
+                {
+                    "predictor": loss,
+                    "scheme": format_name,
+                    "bits": measured.widths[j],
+                    "layers": len(searched),
+                    "spearman": round(spearman(totals[searched, j], errors[:, j]), 3),
+                }
+                for j in widths
+            ]
     return rows
 
 
@@ -183,50 +237,3 @@ def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:
     if not scores:
         return run.config.methods[-1]
     return by_name[min(scores, key=lambda name: float(np.mean(scores[name])))]
-
-
-def _grids(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[Any]:
-    from mpqsearch.report import sample_grid
-    from mpqsearch.sampling import to_uint8
-
-    key = evaluation_key(run, table, None, bias_correction=False)
-    import torch
-
-    columns = run.config.report.grid_columns
-    full = to_uint8(
-        torch.from_numpy(
-            artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns]
-        )
-    )
-    grids = []
-    for budget in run.config.allocate.parsed():
-        rows = {"full precision": full.numpy()}
-        for method in run.config.methods:
-            bit_map, data = allocation(run, table, measured, method, budget)
-            point = evaluation_key(
-                run, table, bit_map, bias_correction=data.get("bias_correction", method.bias_correction)
-            )
-            file = run.path("stats", f"{point[:16]}.npz")
-            if file.exists():
-                rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
-        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns))
-    return grids
-
-
-def _notes(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[str]:
-    notes = [
-        (
-            f"Policy: {run.config.policy.describe()}. Everything that is stored is counted: scales, zero points, channel "
-            "tags, leftovers."
-        )
-    ]
-    over = []
-    for method, budget in ((m, b) for b in run.config.allocate.parsed() for m in run.config.methods):
-        _, data = allocation(run, table, measured, method, budget)
-        if not data["within_budget"]:
-            over.append(f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8 / 1000:.2f} kB")
-    if over:
-        notes.append(
-            "Over the budget, because the method has no means to pay for its channel tags: " + "; ".join(over) + "."
-        )
-    return notes

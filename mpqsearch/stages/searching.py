@@ -286,7 +286,8 @@ def _run_workers(run: Run, study: Study, plan: Plan, storage: str | None, worker
 def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]) -> dict[str, Any]:
     """Measure what is missing, and write the maps, tables, figures and ``search.json``."""
     from mpqsearch.export import neutral_extra
-    from mpqsearch.report.search import search_tables, write_search_figures
+    from mpqsearch.report import save_drawings
+    from mpqsearch.report.search import search_drawings, search_tables
     from mpqsearch.search.results import summarize, trials_csv
 
     c = run.config.search
@@ -307,7 +308,7 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
             )
     for name, text in {"trials": trials_csv(study), **search_tables(data)}.items():
         artifacts.write_text(run.path("search", f"{name}.csv"), text)
-    write_search_figures(run.path("search", "figures"), data)
+    save_drawings(run.path("search", "figures"), search_drawings(data))
     artifacts.write_json(run.path("search", "search.json"), SCHEMA, data, inputs)
     return data
 

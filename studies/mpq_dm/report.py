@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mpqsearch import artifacts
-from mpqsearch.report.style import THEMES, series_styles
+from mpqsearch.report.style import STYLE, series_styles
 
 METRICS = {
     "fd_fp": "FD to full precision",
@@ -117,7 +117,7 @@ def draw(table: pd.DataFrame) -> Figure:
     quantized = table[table["method"] != "full-precision"]
     settings = [s for s in ("W2A4", "W2A6", "W3A4", "W3A6", "W4A4") if s in set(quantized["setting"])]
     methods = list(dict.fromkeys(quantized["method"]))
-    with rc_context(THEMES["light"]):
+    with rc_context(STYLE):
         figure = Figure(figsize=(12, 3.4 * len(models)), layout="constrained")
         grid = figure.subplots(len(models), len(METRICS), squeeze=False)
         styles = series_styles(methods)
