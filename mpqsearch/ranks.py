@@ -11,9 +11,12 @@ Floats = NDArray[np.float64]
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Rank correlation of two vectors ``[N]``, -1..1, equal values sharing their mean rank; NaN with fewer than three
     pairs, or when one vector is constant."""
-    a, b = _centred_ranks(first), _centred_ranks(second)
+    a, b = _ranks(first), _ranks(second)
+    if len(a) < 3:
+        return float("nan")
+    a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm and len(a) > 2 else float("nan")
+    return float(a @ b) / norm if norm else float("nan")
 
 
 def spearman_interval(first: ArrayLike, second: ArrayLike, *, draws: int = 500, seed: int = 0) -> tuple[float, float]:
@@ -25,8 +28,7 @@ def spearman_interval(first: ArrayLike, second: ArrayLike, *, draws: int = 500, 
     return float(low), float(high)
 
 
-def _centred_ranks(values: ArrayLike) -> Floats:
+def _ranks(values: ArrayLike) -> Floats:
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     ranks: Floats = (np.cumsum(counts) - (counts + 1) / 2.0)[inverse]
-    ranks -= ranks.mean()
     return ranks

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 BOOTSTRAP = 48
 """Resamples behind every interval."""
 
+POSITIVE = (0.0, math.inf)
+"""Bounds of distances and errors. Kernel distances have none: their estimates are unbiased and may be negative."""
+
 PEAK = 2.0
 """Width of the value range [-1, 1], for PSNR."""
 
@@ -88,7 +91,8 @@ def evaluate(
 
     Keys: ``paired_mse``, ``paired_psnr``, ``fd_fp``, ``kid_fp`` (not for the reference itself), ``fd_data``,
     ``kid_data`` (with data statistics), ``class_accuracy`` (when the extractor classifies). Intervals are 95 % normal
-    intervals from the standard deviation of a bootstrap over samples; pairs are resampled together.
+    intervals from the standard deviation of a bootstrap over samples, cut where the metric has no values; pairs are
+    resampled together.
     """
     samples = samples.cpu()  # one device for all statistics, whatever the samples and the extractor are on
     images = to_uint8(samples)
@@ -102,7 +106,11 @@ def evaluate(
     classes = extractor.classes(images)
     if classes is not None and reference.labels is not None:
         hit = (classes == reference.labels.cpu()).double()
-        sheet.put("class_accuracy", "asked class recognised", "labels", lambda w: float(w @ hit / w.sum()), higher=True)
+
+        def share(weights: Tensor) -> float:
+            return float(weights @ hit / weights.sum())
+
+        sheet.put("class_accuracy", "asked class recognised", "labels", share, higher=True, bounds=(0.0, 1.0))
     return Evaluation(metrics=sheet.values, features=features)
 
 
@@ -116,9 +124,17 @@ class _Sheet:
         self._draws = _bootstrap_weights(n)
 
     def put(
-        self, key: str, name: str, against: str, value_of: Callable[[Tensor], float], *, higher: bool = False
+        self,
+        key: str,
+        name: str,
+        against: str,
+        value_of: Callable[[Tensor], float],
+        *,
+        higher: bool = False,
+        bounds: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
-        """Add a metric; ``value_of`` computes it from multiplicities ``[N]`` of the samples."""
+        """Add a metric; ``value_of`` computes it from multiplicities ``[N]`` of the samples, ``bounds`` are the least
+        and the largest value that it can have."""
         value = value_of(self._once)
         spread = 1.96 * float(torch.tensor([value_of(w) for w in self._draws], dtype=torch.float64).std())
         self.values[key] = MetricValue(
@@ -128,8 +144,8 @@ class _Sheet:
             seeds=self.seeds,
             extractor=self.extractor,
             reference=against,
-            low=value - spread,
-            high=value + spread,
+            low=max(value - spread, bounds[0]),
+            high=min(value + spread, bounds[1]),
             spread="bootstrap",
             higher_is_better=higher,
         )
@@ -141,7 +157,7 @@ def _put_pixels(sheet: _Sheet, samples: Tensor, reference: Tensor) -> None:
     def mse(weights: Tensor) -> float:
         return float(weights @ error / weights.sum())
 
-    sheet.put("paired_mse", "MSE vs FP, same noise", "full precision", mse)
+    sheet.put("paired_mse", "MSE vs FP, same noise", "full precision", mse, bounds=POSITIVE)
     sheet.put(
         "paired_psnr", "PSNR vs FP, same noise", "full precision", lambda weights: _psnr(mse(weights)), higher=True
     )
@@ -152,13 +168,17 @@ def _put_full_precision(sheet: _Sheet, features: Tensor, reference: Tensor) -> N
         return frechet_distance(FeatureStatistics.of(reference, weights), FeatureStatistics.of(features, weights))
 
     kernel = PairedKernelDistance(reference, features)
-    sheet.put("fd_fp", f"FD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", distance)
+    sheet.put("fd_fp", f"FD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", distance, bounds=POSITIVE)
     sheet.put("kid_fp", f"KD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", kernel)
 
 
 def _put_data(sheet: _Sheet, features: Tensor, data: DataReference, name: str) -> None:
     distance, kernel = frechet_from(data.statistics), KernelDistance(data.features, features)
-    sheet.put("fd_data", name, data.name, lambda weights: distance(FeatureStatistics.of(features, weights)))
+
+    def value_of(weights: Tensor) -> float:
+        return distance(FeatureStatistics.of(features, weights))
+
+    sheet.put("fd_data", name, data.name, value_of, bounds=POSITIVE)
     sheet.put("kid_data", f"KD[{sheet.extractor}]-{sheet.n} vs data", data.name, kernel)
 
 

@@ -53,7 +53,7 @@ def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
     A thin line spans the widths inside a layer; broad layers are named. Draws on ``ax`` (default: a new figure) and
     returns it.
     """
-    ax = axes_or_new(ax, (7.2, 4.4))
+    ax = axes_or_new(ax, (10.0, 4.0))
     breadth = info.weights / info.weights.sum() * 100
     middle = np.cumsum(breadth) - breadth / 2
     colours, hatches = zip(*(_ROLE_STYLES[r] for r in info.roles), strict=True)

@@ -19,10 +19,10 @@ class MetricText:
 _TEXTS = {
     "fd_data": MetricText("Fréchet distance to data", "FD to data", 3),
     "fd_fp": MetricText("Fréchet distance to full precision", "FD to full precision", 3),
-    "kid_data": MetricText("Kernel distance to data", "KD to data", 5),
-    "kid_fp": MetricText("Kernel distance to full precision", "KD to full precision", 5),
+    "kid_data": MetricText("Kernel distance to data", "KD to data", 3),
+    "kid_fp": MetricText("Kernel distance to full precision", "KD to full precision", 3),
     "paired_psnr": MetricText("PSNR to full precision, same noise (dB)", "PSNR, dB", 2, " dB"),
-    "paired_mse": MetricText("Squared error to full precision, same noise", "Squared error", 5),
+    "paired_mse": MetricText("Squared error to full precision, same noise", "Squared error", 4),
     "class_accuracy": MetricText("Samples in the class that was asked for", "Right class", 3),
 }
 

@@ -196,7 +196,7 @@ def _arm_rows(entry: Data) -> list[dict[str, Any]]:
             "budget": entry["budget"],
             "arm": "search (worse than uniform)" if r["arm"] == "search" and worse else r["arm"],
             "bits": float(r["average_bits"]),
-            "kB": float(r["size_bytes"] / 1000),
+            "kB": f"{r['size_bytes'] / 1000:,.1f}",
             "error to uniform": float(r["error"] / uniform),
             "FD to FP, fresh": number(r.get("fd_fp", np.nan), 3),
             "FD to data, fresh": number(r.get("fd_data", np.nan), 3),

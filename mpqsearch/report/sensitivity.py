@@ -43,17 +43,12 @@ def layer_losses(profile: SensitivityProfile, table: LayerTable, format_name: st
     That is the best loss that the profile holds (`mpqsearch.methods.best_loss`). ``format_name`` is one of the formats
     of the profile (default: ``auto`` if it was measured, else the first). Raises `UnknownNameError` for another one.
     """
-    wholes = tuple(sorted(k.split("/")[1] for k in profile.arrays if k.startswith("layer_probe_error/")))
-    formats = profile.formats or wholes
+    formats = profile.formats or tuple(sorted({k.split("/")[1] for k in profile.arrays if "/" in k}))
     chosen = format_name or ("auto" if "auto" in formats else next(iter(formats), ""))
     if chosen not in formats:
         raise UnknownNameError("format of the profile", chosen, formats)
-    if not profile.formats:  # a profile of layers as wholes, which looked at no channel
-        name, loss = "probe", profile.arrays[f"layer_probe_error/{chosen}"].astype(np.float64)
-    else:
-        name = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
-        channels = channel_losses(profile, table, chosen, name, bias_correction=name != "weight")
-        loss = profile.layer_sum(channels)
+    name = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
+    loss = profile.layer_sum(channel_losses(profile, table, chosen, name, bias_correction=name != "weight"))
     what = "squared weight error" if name == "weight" else f"predicted loss ({name})"
     return LayerLosses(
         layers=profile.names,
@@ -142,7 +137,7 @@ def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (7.2, 4.2))
+    ax = axes_or_new(ax, (10.0, 4.0))
     finite = info.sensitivity[np.isfinite(info.sensitivity)]
     spread = finite.size > 0 and finite.max() > finite.min()
     norm = LogNorm(vmin=finite.min(), vmax=finite.max()) if spread else None

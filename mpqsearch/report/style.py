@@ -94,8 +94,11 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def legend_below(ax: Axes, columns: int = 3, **options: Any) -> None:
-    """A legend under the axes, where it hides no point."""
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, **options)
+    """A legend under the axes, where it hides no point; in fewer columns where its texts are long."""
+    longest = max((len(text) for text in ax.get_legend_handles_labels()[1]), default=0)
+    fitting = int(17 * ax.figure.get_figwidth() / (longest + 6)) if isinstance(ax.figure, Figure) else columns
+    anchor = (0.5, -0.16)
+    ax.legend(loc="upper center", bbox_to_anchor=anchor, ncols=max(1, min(columns, fitting)), **options)
 
 
 def widen_x(ax: Axes, share: float = 0.05) -> None:

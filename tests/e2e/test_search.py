@@ -81,7 +81,7 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
     rows = (folder / "pareto.csv").read_text()
     assert ",search," in rows
     assert ",search+trd," in rows
-    for name in ("search_front.png", "search_history_forwards.svg", "search_parallel.png"):
+    for name in ("search_history.png", "search_history.svg"):
         assert (folder / "search" / "figures" / name).stat().st_size > 1000
     assert [t["number"] for t in trials(folder)] == list("012345")
     assert (folder / "search" / "arms.csv").read_text().startswith("budget,arm,average_bits,size_bytes")

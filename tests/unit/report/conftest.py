@@ -128,7 +128,7 @@ def make_profile(table: LayerTable) -> SensitivityProfile:
     n = sum(channels)
     widths = tuple(range(1, 9))
     error = rng.lognormal(0, 1, (n, 1)) * 4.0 ** -np.array(widths)[None]
-    layer_gain = np.repeat(rng.lognormal(0, 1.5, len(channels)), channels)
+    layer_sensitivity = np.repeat(rng.lognormal(0, 1.5, len(channels)), channels)
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),
@@ -136,7 +136,8 @@ def make_profile(table: LayerTable) -> SensitivityProfile:
         widths=widths,
         arrays={
             "output_error/asymmetric": error.astype(np.float32),
-            "sensitivity": (layer_gain * rng.lognormal(0, 0.3, n)).astype(np.float32),
+            "output_error_corrected/asymmetric": (0.9 * error).astype(np.float32),
+            "sensitivity": (layer_sensitivity * rng.lognormal(0, 0.3, n)).astype(np.float32),
             "kurtosis": np.full(n, 3.0, np.float32),
         },
     )

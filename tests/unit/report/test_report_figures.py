@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,32 +11,30 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
+from PIL import Image
 
 from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
+from mpqsearch.methods import best_loss, channel_losses
 from mpqsearch.pareto import ParetoFront
 from mpqsearch.report import (
     bits_by_depth_info,
-    bits_heatmap_info,
     front_info,
+    layer_losses,
+    measured_losses,
     plot_bits_by_depth,
-    plot_bits_heatmap,
     plot_front,
     plot_predicted_vs_measured,
-    plot_sample_difference,
     plot_samples,
     plot_sensitivity,
     prediction_info,
     render,
     sample_grid,
     save_figure,
-    sensitivity_info,
-    spearman,
-    spearman_interval,
 )
-from mpqsearch.report.grids import difference, sample_strip
-from mpqsearch.report.style import COLOURS, THEMES, darkened, series_styles, widen_x
+from mpqsearch.report.bits import NAMED_SHARE
+from mpqsearch.report.grids import LARGEST_TILE, difference, sample_strip, strip_png
+from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]
 
@@ -47,13 +46,11 @@ def every_plot(
     grid = sample_grid("3 bits", {"full precision": images(0), "ilp": images(1)})
     return [
         (plot_front, front_info(records)),
-        (plot_front, front_info(records, "paired_psnr", "size_bytes")),
-        (plot_bits_heatmap, bits_heatmap_info(table, bit_map, policy)),
-        (plot_bits_by_depth, bits_by_depth_info(table, bit_map, policy)),
-        (plot_sensitivity, sensitivity_info(profile)),
-        (plot_predicted_vs_measured, prediction_info(records, "fd_fp", resamples=20)),
+        (plot_front, front_info(records, "paired_psnr")),
+        (plot_bits_by_depth, bits_by_depth_info(table, bit_map)),
+        (plot_sensitivity, layer_losses(profile, table)),
+        (plot_predicted_vs_measured, prediction_info(records, "fd_fp")),
         (plot_samples, grid),
-        (plot_sample_difference, grid),
     ]
 
 
@@ -68,7 +65,7 @@ def test_every_plot_draws_where_it_is_told_and_changes_nothing_global(
     for plot, info in every_plot(table, policy, records, profile):
         figure = Figure()
         left, right = figure.subplots(1, 2)
-        assert plot(info, right) is right
+        assert plot(info, ax=right) is right
         assert not left.has_data()
         assert right.has_data()
         fresh = plot(info)
@@ -77,13 +74,12 @@ def test_every_plot_draws_where_it_is_told_and_changes_nothing_global(
     assert dict(mpl.rcParams) == before
 
 
-@pytest.mark.parametrize("theme", sorted(THEMES))
-def test_files_are_the_same_when_drawn_again(tmp_path: Path, records: list[StudyRecord], theme: str) -> None:
+def test_files_are_the_same_when_drawn_again(tmp_path: Path, records: list[StudyRecord]) -> None:
     def draw() -> Axes:
         return plot_front(front_info(records))
 
-    first = save_figure(render(draw, theme), tmp_path / "a.b")
-    second = save_figure(render(draw, theme), tmp_path / "other")
+    first = save_figure(render(draw), tmp_path / "a.b")
+    second = save_figure(render(draw), tmp_path / "other")
     assert [p.name for p in first] == ["a.b.png", "a.b.svg"]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     assert first[0].read_bytes().startswith(b"\x89PNG")
@@ -92,7 +88,7 @@ def test_files_are_the_same_when_drawn_again(tmp_path: Path, records: list[Study
 def test_a_dark_figure_has_no_light_colour_left(tmp_path: Path, records: list[StudyRecord]) -> None:
     light = save_figure(render(lambda: plot_front(front_info(records))), tmp_path / "x")[1].read_bytes()
     dark = darkened(light)
-    for colour in (b"#fefefe", b"#1b1f24"):
+    for colour in (c.lower().encode() for c in DARK):
         assert colour in light
         assert colour not in dark
     assert b"#15181c" in dark
@@ -102,12 +98,12 @@ def test_a_dark_figure_has_no_light_colour_left(tmp_path: Path, records: list[St
 def test_front_has_every_point_of_every_method(records: list[StudyRecord]) -> None:
     info = front_info(records)
     assert [s.name for s in info.series] == ["uniform", "random", "omq", "ilp", "exact-channel"]
-    assert info.log
+    assert info.scale == "log"
     assert info.full_precision is None
     pareto = ParetoFront.from_records(records)
     for series in info.series:
         mine = sorted((r.average_bits, r.metrics["fd_fp"].value) for r in records if r.method == series.name)
-        np.testing.assert_array_equal(np.stack([series.cost, series.value], axis=1), np.array(mine))
+        np.testing.assert_array_equal(np.stack([series.bits, series.value], axis=1), np.array(mine))
         assert series.hypervolume == pareto.hypervolume(series.name)
     assert len(info.front) == pareto.on_front.sum()
 
@@ -131,8 +127,8 @@ def test_a_metric_that_nobody_measured(records: list[StudyRecord]) -> None:
         front_info(records, "paired_mse")
 
 
-def test_front_on_a_linear_axis_for_values_below_zero(records: list[StudyRecord]) -> None:
-    assert plot_front(front_info(records, "kid_data")).get_yscale() == "linear"
+def test_kernel_distances_are_spread_out_though_they_may_be_negative(records: list[StudyRecord]) -> None:
+    assert plot_front(front_info(records, "kid_data")).get_yscale() == "symlog"
 
 
 def test_unknown_spread_draws_the_point_alone(records: list[StudyRecord]) -> None:
@@ -148,24 +144,8 @@ def test_no_two_methods_look_the_same() -> None:
     assert series_styles(["uniform (layer)"])["uniform (layer)"] == series_styles(["uniform"])["uniform"]
 
 
-def test_heatmap_sorts_channels_and_marks_fixed_layers(table: LayerTable, policy: Policy) -> None:
-    weights = dict(uniform_map(table, policy, 4).weights)
-    name = table.layers[3].name
-    n = table.layers[3].n_channels
-    weights[name] = np.array([6, 2] * (n // 2), dtype=np.uint8)
-    info = bits_heatmap_info(
-        table, dataclasses.replace(uniform_map(table, policy, 4), weights=weights), policy, quantiles=10
-    )
-    np.testing.assert_array_equal(info.widths[3], [2] * 5 + [6] * 5)
-    assert info.widths.shape == (len(table), 10)
-    assert [la for la, f in zip(info.layers, info.fixed, strict=True) if f] == ["conv_in", "conv_out"]
-    labels = [t.get_text() for t in plot_bits_heatmap(info).get_yticklabels()]
-    assert len(labels) == len(table)
-    assert labels[0] == "conv_in  (fixed)"
-
-
 def test_depth_bars_are_as_broad_as_their_layers(table: LayerTable, policy: Policy) -> None:
-    info = bits_by_depth_info(table, uniform_map(table, policy, 4), policy)
+    info = bits_by_depth_info(table, uniform_map(table, policy, 4))
     bars = plot_bits_by_depth(info).patches
     widths = np.array([b.get_width() for b in bars])
     np.testing.assert_allclose(widths, 100 * info.weights / table.n_weights, rtol=1e-9)
@@ -174,57 +154,48 @@ def test_depth_bars_are_as_broad_as_their_layers(table: LayerTable, policy: Poli
 
 def test_a_map_of_another_model(table: LayerTable, policy: Policy) -> None:
     other = dataclasses.replace(table, digest="x")
-    for info in (bits_heatmap_info, bits_by_depth_info):
-        with pytest.raises(LayerMismatchError):
-            info(other, uniform_map(table, policy, 4))
+    with pytest.raises(LayerMismatchError):
+        bits_by_depth_info(other, uniform_map(table, policy, 4))
 
 
-def test_sensitivity_is_gain_times_error_summed(profile: SensitivityProfile) -> None:
-    info = sensitivity_info(profile, worst=3)
-    rows = profile.rows(profile.names[5])
-    expected = (
-        profile.arrays["sensitivity"][rows, None].astype(float) * profile.arrays["output_error/asymmetric"][rows]
-    ).sum(axis=0)
-    np.testing.assert_allclose(info.loss[5], expected, rtol=1e-6)  # float32 sums
-    assert info.worst == tuple(np.argsort(-info.loss[:, 0])[:3])
-    assert "sensitivity" in info.label
+def test_sensitivity_is_the_loss_that_chooses_widths(table: LayerTable, profile: SensitivityProfile) -> None:
+    losses = layer_losses(profile, table, "asymmetric")
+    expected = channel_losses(profile, table, "asymmetric", best_loss(profile), bias_correction=True)
+    np.testing.assert_allclose(losses.loss, profile.layer_sum(expected))
+    assert losses.worst(3) == np.argsort(-losses.loss.max(axis=1))[:3].tolist()
+    assert losses.name in losses.label
+    legend = plot_sensitivity(losses, worst=2).get_legend().get_texts()
+    assert [t.get_text() for t in legend] == [losses.layers[i] for i in losses.worst(2)]
     with pytest.raises(UnknownNameError, match="asymmetric"):
-        sensitivity_info(profile, "afine")
+        layer_losses(profile, table, "afine")
 
 
-def test_measured_sensitivity_where_only_some_widths_were_measured(profile: SensitivityProfile) -> None:
+def test_measured_errors_are_drawn_at_the_widths_that_were_measured(profile: SensitivityProfile) -> None:
+    with pytest.raises(ConfigError, match="final_widths"):
+        measured_losses(profile)
     measured = np.full((len(profile.names), 8), np.nan)
     measured[:, 2] = np.arange(len(profile.names))
     more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error/asymmetric": measured})
-    info = sensitivity_info(more, "measured", worst=2)
-    assert info.worst == (len(profile.names) - 1, len(profile.names) - 2)
-    assert plot_sensitivity(info).get_yscale() == "log"
+    losses = measured_losses(more)
+    assert losses.worst(2) == [len(profile.names) - 1, len(profile.names) - 2]
+    ax = plot_sensitivity(losses)
+    assert ax.get_yscale() == "log"
+    assert ax.get_xticks().tolist() == [profile.widths[2]]
 
 
-def test_spearman_is_scipys() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = rng.integers(0, 6, 12), rng.integers(0, 6, 12)
-        np.testing.assert_allclose(spearman(a, b), stats.spearmanr(a, b).statistic, atol=1e-12)
-    assert spearman([1, 1, 1], [1, 2, 3]) == 0.0
-
-
-def test_bootstrap_interval_holds_the_value_and_narrows() -> None:
-    rng = np.random.default_rng(1)
-    a = rng.normal(size=400)
-    b = a + rng.normal(size=400)
-    few, many = spearman_interval(a[:30], b[:30]), spearman_interval(a, b)
-    assert many[0] < spearman(a, b) < many[1]
-    assert few[1] - few[0] > 2 * (many[1] - many[0])
-    assert spearman_interval(a[:30], b[:30]) == few
-    assert spearman_interval([1, 2, 3], [1, 2, 3])[1] == 1.0
+def test_broad_layers_are_named_under_the_bars(table: LayerTable, policy: Policy) -> None:
+    info = bits_by_depth_info(table, uniform_map(table, policy, 4))
+    share = 100 * info.weights / info.weights.sum()
+    names = [t.get_text() for t in plot_bits_by_depth(info).get_xticklabels()]
+    assert names == [name for name, s in zip(info.layers, share, strict=True) if s >= NAMED_SHARE]
+    assert 0 < len(names) < len(table)
 
 
 def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]) -> None:
-    info = prediction_info(records, "fd_fp", resamples=50)
+    info = prediction_info(records, "fd_fp")
     assert len(info.predicted) == len(records) - 2  # full precision, and one NaN
     assert np.isfinite(info.predicted).all()
-    better = prediction_info(records, "paired_psnr", resamples=50)
+    better = prediction_info(records, "paired_psnr")
     assert better.spearman > 0.8, "more decibels are better, so the sign is turned"
     title = plot_predicted_vs_measured(info).get_title(loc="left")
     assert f"{info.spearman:.2f} [{info.low:.2f}, {info.high:.2f}]" in title
@@ -233,11 +204,8 @@ def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]
 
 def test_within_one_budget_is_the_mean_of_the_budgets(records: list[StudyRecord]) -> None:
     two = [r for r in records if r.budget in ("uniform:3", "uniform:4")]
-    each = [
-        prediction_info([r for r in two if r.budget == b], "fd_fp", resamples=5).spearman
-        for b in ("uniform:3", "uniform:4")
-    ]
-    within = prediction_info(two, "fd_fp", resamples=5).within
+    each = [prediction_info([r for r in two if r.budget == b], "fd_fp").spearman for b in ("uniform:3", "uniform:4")]
+    within = prediction_info(two, "fd_fp").within
     assert within == pytest.approx(np.mean(each))
     with pytest.raises(ConfigError, match="needs three records"):
         prediction_info(two[:2], "fd_fp")
@@ -254,9 +222,16 @@ def test_grid_takes_grey_and_colour_and_first_columns() -> None:
 
 
 def test_difference_is_absolute_brightened_and_clipped() -> None:
-    grid = sample_grid("g", {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)}, gain=4)
+    grid = sample_grid("g", {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)})
     assert difference(grid, "q").ravel().tolist() == [12, 255]
     assert difference(grid, "fp").ravel().tolist() == [0, 0]
+
+
+def test_large_samples_are_reduced_for_the_page_and_small_ones_are_not() -> None:
+    small, large = (np.zeros((3, size, size, 3), dtype=np.uint8) for size in (28, 512))
+    assert Image.open(io.BytesIO(strip_png(small))).size == (3 * 28 + 4, 28)
+    width, height = Image.open(io.BytesIO(strip_png(large))).size
+    assert (width, height) == (round((3 * 512 + 4) * LARGEST_TILE / 512), LARGEST_TILE)
 
 
 @pytest.mark.parametrize(

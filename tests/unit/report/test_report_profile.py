@@ -9,13 +9,11 @@ import pytest
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.report import (
-    gain_info,
-    kurtosis_info,
-    plot_gain,
-    plot_kurtosis,
+    plot_sensitivity_over_time,
+    profile_drawings,
     profile_summary,
-    sensitivity_info,
-    write_profile_figures,
+    save_drawings,
+    sensitivity_over_time,
 )
 from tests.support import tiny_profile, tiny_table
 
@@ -32,7 +30,7 @@ def test_summary_names_the_layers_that_lose_most_and_the_heaviest_channels() -> 
     kurtosis = np.full(TABLE.n_channels, 3.0, dtype=np.float32)
     kurtosis[::2] = 3.4
     kurtosis[13] = 60.0  # layer 2 has channels 12..17
-    found = profile_summary(
+    summary = profile_summary(
         profile(
             kurtosis=kurtosis,
             **{f"layer_sampler_error{suffix}/auto": totals for suffix in ("", "_corrected")},
@@ -41,47 +39,43 @@ def test_summary_names_the_layers_that_lose_most_and_the_heaviest_channels() -> 
         TABLE,
         layers=3,
     )
-    assert [row.name for row in found.layers] == [TABLE.layers[i].name for i in (3, 1, 2)]
-    assert found.layers[0].losses == pytest.approx(totals[3])
-    assert found.layers[0].relative_error == pytest.approx(0.25)
-    assert "sampler" in found.label
-    assert found.n_outliers == 1
-    assert found.outliers[0][:2] == (TABLE.layers[2].name, 1)
-    assert found.layers[2].kurtosis == pytest.approx(60.0)
-    assert found.outlier_limit < 60
+    assert [row.name for row in summary.layers] == [TABLE.layers[i].name for i in (3, 1, 2)]
+    assert summary.layers[0].losses == pytest.approx(totals[3])
+    assert summary.layers[0].relative_error == pytest.approx(0.25)
+    assert "sampler" in summary.label
+    assert summary.n_outliers == 1
+    assert summary.outliers[0][:2] == (TABLE.layers[2].name, 1)
+    assert summary.layers[2].kurtosis == pytest.approx(60.0)
+    assert summary.outlier_limit < 60
 
 
-def test_kurtosis_and_gain_show_what_the_profile_holds() -> None:
-    rng = np.random.default_rng(0)
-    steps = rng.lognormal(size=(TABLE.n_channels, 5)).astype(np.float32)
+def test_sensitivity_over_time_is_the_mean_of_the_channels() -> None:
+    steps = np.random.default_rng(0).lognormal(size=(TABLE.n_channels, 5)).astype(np.float32)
     steps[:, 2] = 0
-    measured = profile(step_sensitivity=steps)
-    info = gain_info(measured)
+    info = sensitivity_over_time(profile(step_sensitivity=steps))
     assert info.edges == (0, 200, 400, 600, 800, 1000)
-    assert np.isnan(info.gain[:, 2]).all()
-    assert info.gain[1, 0] == pytest.approx(float(steps[6:12, 0].mean()), rel=1e-6)
-    image = plot_gain(info).images[0].get_array()
+    assert np.isnan(info.sensitivity[:, 2]).all()
+    assert info.sensitivity[1, 0] == pytest.approx(float(steps[6:12, 0].mean()), rel=1e-6)
+    image = plot_sensitivity_over_time(info).images[0].get_array()
     assert image.shape == (5, len(TABLE))
-    scatter = kurtosis_info(measured, bits=4, variant="auto")
-    expected = measured.arrays["output_error/auto"][:, 3] / measured.arrays["output_power"]
-    np.testing.assert_allclose(scatter.error, expected, rtol=1e-6)
-    line = plot_kurtosis(scatter).lines[0]
-    assert len(line.get_xdata()) == TABLE.n_channels
-    with pytest.raises(ConfigError, match="9"):
-        kurtosis_info(measured, bits=9)
     with pytest.raises(ConfigError, match="step_sensitivity"):
-        gain_info(profile())
+        sensitivity_over_time(profile())
 
 
-def test_pictures_of_a_profile_and_the_measured_curves(tmp_path: Path) -> None:
+def test_a_profile_has_the_pictures_that_show_something(tmp_path: Path) -> None:
     final = np.full((len(TABLE), 8), np.nan, dtype=np.float32)
     final[:, 2] = [5, 4, 3, 2, 1]
-    measured = profile(**{"layer_final_error/auto": final})
-    info = sensitivity_info(measured, "measured")
-    assert info.worst[0] == 0
-    assert "auto" in info.label
-    names = {p.name for p in write_profile_figures(tmp_path, measured)}
-    assert names == {f"profile_{k}.{e}" for k in ("sensitivity", "kurtosis", "measured") for e in ("png", "svg")}
+    one_width = profile_drawings(profile(**{"layer_final_error/auto": final}), TABLE)
+    assert [d.key for d in one_width] == ["profile_sensitivity"], "one width is a column of points"
+    final = np.where(np.arange(8) == 4, final[:, [2]] / 10, final)
+    steps = np.ones((TABLE.n_channels, 2), dtype=np.float32)
+    drawings = profile_drawings(profile(**{"layer_final_error/auto": final}, step_sensitivity=steps), TABLE)
+    keys = ["profile_sensitivity", "profile_measured", "profile_over_time"]
+    assert [d.key for d in drawings] == keys
+    assert all(d.alt and d.caption for d in drawings)
+    assert TABLE.layers[0].name in drawings[1].alt
+    names = {p.name for p in save_drawings(tmp_path, drawings)}
+    assert names == {f"{k}.{e}" for k in keys for e in ("png", "svg")}
     assert all((tmp_path / n).stat().st_size > 1000 for n in names)
 
 
@@ -98,4 +92,4 @@ def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up(tmp_path: Path) ->
     )
     summary = profile_summary(profile, table)
     assert [row.losses for row in summary.layers] == [(9.0, 2.0), (3.0, 1.0), (1.0, 0.5)]
-    assert {p.stem for p in write_profile_figures(tmp_path, profile)} == {"profile_sensitivity"}
+    assert {p.stem for p in save_drawings(tmp_path, profile_drawings(profile, table))} == {"profile_sensitivity"}

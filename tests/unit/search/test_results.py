@@ -13,7 +13,8 @@ import pytest
 
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
-from mpqsearch.report.search import arms_table, search_drawings, search_tables, write_search_figures
+from mpqsearch.report import save_drawings
+from mpqsearch.report.search import arms_table, search_drawings, search_notes, search_tables
 from mpqsearch.search.arms import uniform_candidate
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import Objective
@@ -21,8 +22,6 @@ from mpqsearch.search.results import (
     Box,
     measured_points,
     rebuilt,
-    spearman,
-    spearman_interval,
     summarize,
     top_k,
     trials_csv,
@@ -118,9 +117,11 @@ def test_figures_and_tables_show_the_data(finished: Finished, tmp_path: Path) ->
     o, study = finished
     data, _ = summarize(o, study, repeats=1)
     drawings = search_drawings(data)
-    names = {"search_front", "search_history_forwards", "search_history_trials", "search_parallel"}
-    assert {d[0] for d in drawings} >= {*names, "search_fresh_seeds"}
-    paths = write_search_figures(tmp_path, data)
+    assert {d.key for d in drawings} >= {"search_front", "search_history", "search_fresh_seeds"}
+    assert len(search_notes(data)) == len(data["predicted_vs_measured"])
+    one_budget = search_drawings(data | {"budgets": data["budgets"][:1]})
+    assert "search_front" not in {d.key for d in one_budget}, "one budget is a column of points"
+    paths = save_drawings(tmp_path, drawings)
     assert len(paths) == 2 * len(drawings)
     assert all(p.stat().st_size > 2000 for p in paths)
     tables = {k: list(csv.DictReader(io.StringIO(text))) for k, text in search_tables(data).items()}
@@ -169,15 +170,3 @@ def test_final_seeds_are_not_search_seeds(finished: Finished) -> None:
     measurements = finished[0].measurements
     with pytest.raises(ConfigError, match="choose twice"):
         dataclasses.replace(measurements, final=measurements.seeds[:1])
-
-
-def test_rank_correlations_are_scipys() -> None:
-    from scipy.stats import spearmanr
-
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 6, 30).astype(float).tolist()
-    b = (np.array(a) + rng.normal(size=30)).tolist()
-    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
-    low, high = spearman_interval(a, b)
-    assert low < spearman(a, b) < high
-    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
