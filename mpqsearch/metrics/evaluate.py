@@ -144,7 +144,7 @@ class _Sheet:
             seeds=self.seeds,
             extractor=self.extractor,
             reference=against,
-            low=max(value - spread, bounds[0]),
+            low=min(value, max(value - spread, bounds[0])),
             high=min(value + spread, bounds[1]),
             spread="bootstrap",
             higher_is_better=higher,

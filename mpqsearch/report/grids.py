@@ -86,14 +86,15 @@ def _channels_last(images: NDArray[Any], where: str) -> Images:
 def difference(grid: SampleGrid, label: str) -> Images:
     """``|row - reference| * BRIGHTENED``, clipped to 255: ``[N, H, W, C]``."""
     error = np.abs(grid.rows[label].astype(np.int16) - grid.reference.astype(np.int16))
-    return np.clip(error * BRIGHTENED, 0, 255).astype(np.uint8)
+    brightened: Images = np.clip(error * BRIGHTENED, 0, 255).astype(np.uint8)
+    return brightened
 
 
 def sample_strip(images: Images) -> Images:
     """Images ``[N, H, W, C]`` side by side with grey gaps: ``[H, N * (W + 2) - 2, C]``."""
     padded = np.pad(images, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=_GAP_VALUE)
-    strip: Images = np.concatenate(list(padded), axis=1)[:, :-GAP]
-    return strip
+    strip: Images = np.concatenate(list(padded), axis=1)
+    return strip[:, :-GAP]
 
 
 def strip_png(images: Images) -> bytes:

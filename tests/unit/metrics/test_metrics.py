@@ -137,6 +137,7 @@ def test_worse_samples_measure_worse_and_identical_ones_measure_zero() -> None:
     assert "40 vs FP" in value.name
     assert (value.n_samples, value.seeds, value.spread) == (40, "0..39", "bootstrap")
     assert value.low < value.value < value.high
+    assert all(f[key].low >= min(f[key].value, 0) for f in found for key in ("paired_mse", "fd_fp")), "no negative end"
     mse = found[1]["paired_mse"]
     # The interval of a mean is known: 1.96 standard errors; 48 resamples leave 10 % on it.
     each = ((samples + 0.05 * noise).clamp(-1, 1) - samples).square().flatten(1).mean(1)
