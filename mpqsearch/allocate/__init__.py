@@ -12,7 +12,7 @@ from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
 from mpqsearch.allocate.dispatch import solve
 from mpqsearch.allocate.explain import Explanation, NextStep, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
-from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms, whole_units
+from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms
 from mpqsearch.allocate.result import AllocationResult, Proof, Status, relative_gap, table_digests
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "solve_alternatives",
     "solve_path",
     "table_digests",
-    "whole_units",
 ]
 
 make_callable(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,6 @@ def solve_alternatives(
     *,
     min_distance: int = 1,
     gap_tolerance: float = 0.0,
-    time_limit_s: float | None = None,
 ) -> list[AllocationResult]:
     """The best map, then the best that differs from all before in at least ``min_distance`` items, and so on.
 
@@ -31,7 +29,6 @@ def solve_alternatives(
         count: Maps asked for; fewer come back when no further one exists.
         min_distance: Items in which every two maps differ at least; 1 forbids repetition only.
         gap_tolerance: Relative gap at which each solve may stop.
-        time_limit_s: For all of them together.
 
     Raises:
         ConfigError: ``count`` or ``min_distance`` is not positive.
@@ -39,17 +36,13 @@ def solve_alternatives(
     """
     if count < 1 or min_distance < 1:
         raise ConfigError(f"count and min_distance must be >= 1, got {count} and {min_distance}.")
-    deadline = float("inf") if time_limit_s is None else time.perf_counter() + time_limit_s
-    maps = [solve(problem, gap_tolerance=gap_tolerance, time_limit_s=time_limit_s)]
+    maps = [solve(problem, gap_tolerance=gap_tolerance)]
     cuts: list[CostBudget] = []
     while len(maps) < count:
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            break
         cuts.append(_cut(problem, maps[-1], len(maps), min_distance))
         narrowed = replace(problem, more_budgets=(*problem.more_budgets, *cuts))
         try:
-            answer = solve(narrowed, gap_tolerance=gap_tolerance, time_limit_s=None if left == float("inf") else left)
+            answer = solve(narrowed, gap_tolerance=gap_tolerance)
         except InfeasibleBudgetError:
             break
         maps.append(_as_answer_to(problem, answer))

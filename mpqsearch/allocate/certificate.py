@@ -1,4 +1,4 @@
-"""Checking an answer from the raw tables, with arithmetic of its own: plain Python integers and ``math.fsum``.
+"""Checking an answer from the raw tables, with arithmetic of its own.
 
 Nothing here is shared with the solvers. The check costs the choice again, holds it against every rule, and recomputes
 the Lagrangian bound: for any multipliers >= 0, the sum over the items of the least loss + multipliers * cost, minus
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from mpqsearch.allocate.problem import AllocationProblem
 
 SLIP = 2.0**-48
 """Rounding that is forgiven, as a share of the sum of the absolute numbers that were added."""
-
-Columns = list[list[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,137 +86,119 @@ def check_certificate(certificate: Certificate, problem: AllocationProblem, choi
 
     The digests are for whoever rebuilt the tables to compare; they are not looked at here.
     """
-    picked, (n, k) = [int(c) for c in choice], problem.loss.shape
-    if len(picked) != n or any(not 0 <= c < k for c in picked):
+    picked, (n, k) = np.array(choice, dtype=np.int64), problem.loss.shape
+    if len(picked) != n or bool(((picked < 0) | (picked >= k)).any()):
         return Check(problem=f"the choice must name one of {k} formats for each of {n} items")
-    budgets = {b.name: (_columns(b.cost), int(b.limit)) for b in problem.budgets}
-    if set(budgets) != set(certificate.limits):
-        return Check(problem=f"the budgets are {sorted(budgets)}, the certificate has {sorted(certificate.limits)}")
-    costs = []
-    for name, (table, limit) in budgets.items():
-        costs.append(sum(table[c][i] for i, c in enumerate(picked)))
-        if certificate.limits[name] != limit:
-            return Check(problem=f"the limit on {name} is {limit}, the certificate says {certificate.limits[name]}")
-        if costs[-1] != certificate.costs.get(name):
-            return Check(problem=f"{name} is {costs[-1]}, the certificate says {certificate.costs.get(name)}")
-        if costs[-1] > limit:
-            return Check(problem=f"{name} is {costs[-1]}, above the limit {limit}")
-    losses = _columns(problem.loss)
-    terms = [losses[c][i] for i, c in enumerate(picked)] + _pair_terms(problem, picked)
+    rows = np.arange(n)
+    costs = {b.name: sum(b.cost[rows, picked].tolist()) for b in problem.budgets}
+    wrong = _wrong_cost(certificate, {b.name: b.limit for b in problem.budgets}, costs)
+    if wrong:
+        return Check(problem=wrong)
+    terms = problem.loss[rows, picked].tolist()
+    if problem.pairwise is not None:
+        pairs = problem.pairwise
+        terms += pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]].tolist()
     loss, slip = math.fsum(terms), SLIP * math.fsum(map(abs, terms))
     if not abs(loss - certificate.loss) <= slip:
         return Check(problem=f"the loss is {loss}, the certificate says {certificate.loss}")
-    if broken := _broken_rule(problem, picked):
-        return Check(problem=broken, loss=loss, costs=tuple(costs))
-    if certificate.bound is None:
-        return Check(loss=loss, costs=tuple(costs))
-    rates = [certificate.multipliers.get(name, math.nan) for name in budgets]
+    totals = tuple(costs.values())
+    broken = _broken_rule(problem, picked)
+    if broken or certificate.bound is None:
+        return Check(problem=broken, loss=loss, costs=totals)
+    rates = [certificate.multipliers.get(name, math.nan) for name in costs]
     if not all(0 <= rate < math.inf for rate in rates):
-        return Check(problem=f"the multipliers {rates} are not all finite and >= 0", loss=loss, costs=tuple(costs))
-    bound, slip = _bound(problem, losses, list(zip(rates, budgets.values(), strict=True)), slip)
+        return Check(problem=f"the multipliers {rates} are not all finite and >= 0", loss=loss, costs=totals)
+    parts = _bound_terms(problem, rates)
+    bound, slip = math.fsum(parts), slip + SLIP * math.fsum(map(abs, parts))
     gap = 0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else math.inf
     wrong = ""
     if certificate.bound > bound + slip:
         wrong = f"the multipliers prove {bound}, the certificate says {certificate.bound}"
     elif certificate.bound > loss + slip:
         wrong = f"the bound {certificate.bound} is above the loss {loss}"
-    return Check(problem=wrong, loss=loss, costs=tuple(costs), bound=bound, gap=gap)
+    return Check(problem=wrong, loss=loss, costs=totals, bound=bound, gap=gap)
 
 
-def _columns(table: Any) -> Columns:
-    return [table[:, j].tolist() for j in range(table.shape[1])]
-
-
-def _pair_terms(problem: AllocationProblem, picked: list[int]) -> list[float]:
-    if problem.pairwise is None:
-        return []
-    pairs = zip(problem.pairwise.first.tolist(), problem.pairwise.second.tolist(), problem.pairwise.value, strict=True)
-    return [float(value[picked[first], picked[second]]) for first, second, value in pairs]
-
-
-def _broken_rule(problem: AllocationProblem, picked: list[int]) -> str:
-    """The first rule beside the budgets that the choice breaks."""
-    allowed = None if problem.allowed is None else _columns(problem.allowed)
-    fixed = [-1] * len(picked) if problem.fixed_choice is None else problem.fixed_choice.tolist()
-    for item, choice in enumerate(picked):
-        if fixed[item] not in (-1, choice) or (allowed is not None and not allowed[choice][item]):
-            return f"item {item} has choice {choice}, which is not allowed"
-    shared: dict[int, int] = {}
-    for item, group in enumerate([] if problem.group_labels is None else problem.group_labels.tolist()):
-        if group >= 0 and shared.setdefault(group, picked[item]) != picked[item]:
-            return f"group {group} has the choices {shared[group]} and {picked[item]}"
-    if problem.max_formats is not None and len(set(picked)) > problem.max_formats:
-        return f"{len(set(picked))} formats are used, {problem.max_formats} are allowed"
-    if problem.max_formats_per_layer is not None and problem.layer is not None:
-        for layer, choices in _by_label(problem.layer.tolist(), picked).items():
-            if len(set(choices)) > problem.max_formats_per_layer:
-                return f"layer {layer} uses {len(set(choices))} formats, {problem.max_formats_per_layer} are allowed"
+def _wrong_cost(certificate: Certificate, limits: Mapping[str, int], costs: Mapping[str, int]) -> str:
+    if set(costs) != set(certificate.limits):
+        return f"the budgets are {sorted(costs)}, the certificate has {sorted(certificate.limits)}"
+    for name, cost in costs.items():
+        if certificate.limits[name] != limits[name]:
+            return f"the limit on {name} is {limits[name]}, the certificate says {certificate.limits[name]}"
+        if cost != certificate.costs.get(name):
+            return f"{name} is {cost}, the certificate says {certificate.costs.get(name)}"
+        if cost > limits[name]:
+            return f"{name} is {cost}, above the limit {limits[name]}"
     return ""
 
 
-def _by_label(labels: list[int], values: list[Any]) -> dict[int, list[Any]]:
-    listed: dict[int, list[Any]] = {}
-    for label, value in zip(labels, values, strict=True):
-        listed.setdefault(label, []).append(value)
-    return listed
-
-
-def _bound(
-    problem: AllocationProblem, losses: Columns, budgets: list[tuple[float, tuple[Columns, int]]], slip: float
-) -> tuple[float, float]:
-    """The Lagrangian bound, and the rounding to forgive."""
-    prices = losses
-    for rate, (costs, _) in budgets:
-        if rate:
-            prices = [[p + rate * c for p, c in zip(*pair, strict=True)] for pair in zip(prices, costs, strict=True)]
-    prices = _permitted(problem, prices)
-    few = problem.max_formats is not None or problem.max_formats_per_layer is not None
-    if few or problem.group_labels is not None:
-        least = _least_in_groups(problem, [list(row) for row in zip(*prices, strict=True)])
-    else:
-        least = math.fsum(map(min, *prices)) if len(prices) > 1 else math.fsum(prices[0])
-    paid = [-rate * limit for rate, (_, limit) in budgets]
-    pairs = [] if problem.pairwise is None else [float(value.min()) for value in problem.pairwise.value]
-    slip += SLIP * (abs(least) + math.fsum(map(abs, paid)) + math.fsum(map(abs, pairs)))
-    return math.fsum([least, *pairs, *paid]), slip
-
-
-def _permitted(problem: AllocationProblem, prices: Columns) -> Columns:
-    """The prices, infinite where ``allowed`` and ``fixed`` forbid."""
+def _broken_rule(problem: AllocationProblem, picked: NDArray[np.int64]) -> str:
+    """The first rule beside the budgets that the choice breaks."""
     if problem.allowed is not None:
-        prices = [
-            [p if ok else math.inf for p, ok in zip(*pair, strict=True)]
-            for pair in zip(prices, _columns(problem.allowed), strict=True)
-        ]
-    if problem.fixed_choice is not None:
-        fixed = problem.fixed_choice.tolist()
-        prices = [
-            [p if f in (-1, j) else math.inf for p, f in zip(column, fixed, strict=True)]
-            for j, column in enumerate(prices)
-        ]
-    return prices
+        refused = np.flatnonzero(~problem.allowed[np.arange(len(picked)), picked])
+        if refused.size:
+            return f"item {refused[0]} has choice {picked[refused[0]]}, which is not allowed"
+    if problem.group_labels is not None and len(picked):
+        items = np.flatnonzero(problem.group_labels >= 0)
+        labels, shared = problem.group_labels[items], np.zeros(int(problem.group_labels.max()) + 1, dtype=np.int64)
+        shared[labels] = picked[items]
+        apart = items[shared[labels] != picked[items]]
+        if apart.size:
+            group = int(problem.group_labels[apart[0]])
+            return f"group {group} has the choices {picked[apart[0]]} and {shared[group]}"
+    if problem.max_formats is not None and len(np.unique(picked)) > problem.max_formats:
+        return f"{len(np.unique(picked))} formats are used, {problem.max_formats} are allowed"
+    if problem.max_formats_per_layer is not None and problem.layer is not None:
+        used = np.unique(np.stack([problem.layer, picked], axis=1), axis=0)
+        layers, counts = np.unique(used[:, 0], return_counts=True)
+        most = int(counts.max(initial=0))
+        if most > problem.max_formats_per_layer:
+            layer = layers[counts.argmax()]
+            return f"layer {layer} uses {most} formats, {problem.max_formats_per_layer} are allowed"
+    return ""
 
 
-def _least_in_groups(problem: AllocationProblem, rows: list[list[float]]) -> float:
-    """Least sum of prices when the items of a group share a choice, and formats are few in the model and its layers.
+def _bound_terms(problem: AllocationProblem, rates: Sequence[float]) -> list[float]:
+    """Numbers whose sum is the Lagrangian bound."""
+    prices = problem.loss.astype(np.float64)
+    for rate, budget in zip(rates, problem.budgets, strict=True):
+        if rate:
+            prices += rate * budget.cost
+    if problem.allowed is not None:
+        prices[~problem.allowed] = math.inf
+    paid = [-rate * budget.limit for rate, budget in zip(rates, problem.budgets, strict=True)]
+    pairs = [] if problem.pairwise is None else problem.pairwise.value.min(axis=(1, 2)).tolist()
+    layer: NDArray[Any] = np.zeros(len(prices), dtype=np.int64)
+    if problem.max_formats_per_layer is not None and problem.layer is not None:
+        layer = problem.layer
+    if (
+        problem.group_labels is not None
+    ):  # a group counts in the layer of its first item: fewer rules bind a lower bound
+        free = problem.group_labels < 0
+        labels = np.where(free, -1 - np.arange(len(free)), problem.group_labels)
+        _, first, row = np.unique(labels, return_index=True, return_inverse=True)
+        merged = np.zeros((len(first), prices.shape[1]))
+        np.add.at(merged, row, prices)
+        prices, layer = merged, layer[first]
+    return [*_least_prices(problem, prices, layer), *pairs, *paid]
 
-    A group that lies in several layers counts in its first: fewer rules bind a lower bound.
-    """
-    groups = [-1] * len(rows) if problem.group_labels is None else problem.group_labels.tolist()
-    items = _by_label([g if g >= 0 else -2 - i for i, g in enumerate(groups)], list(range(len(rows))))
-    merged = [
-        [math.fsum(column) for column in zip(*(rows[i] for i in members), strict=True)] for members in items.values()
-    ]
-    k, in_layer = problem.loss.shape[1], problem.max_formats_per_layer
+
+def _least_prices(problem: AllocationProblem, prices: NDArray[np.float64], layer: NDArray[Any]) -> list[float]:
+    """The least prices of every row, or of every layer over the best sets of so many formats."""
+    k = prices.shape[1]
     most = min(problem.max_formats or k, k)
-    inside = min(in_layer or most, most)
-    layers = [0 if in_layer is None or problem.layer is None else int(problem.layer[m[0]]) for m in items.values()]
-    sets = list(combinations(range(k), inside))
-    sums = [
-        {s: math.fsum(min(row[j] for j in s) for row in block) for s in sets}
-        for block in _by_label(layers, merged).values()
-    ]
-    return min(
-        math.fsum(min(total for s, total in block.items() if model.issuperset(s)) for block in sums)
-        for model in map(set, combinations(range(k), most))
+    inside = min(problem.max_formats_per_layer or most, most)
+    if inside == k:
+        least: list[float] = prices.min(axis=1).tolist()
+        return least
+    blocks = [np.flatnonzero(layer == one) for one in np.unique(layer)]
+    sums = {
+        s: [math.fsum(column[rows].tolist()) for rows in blocks]
+        for s in combinations(range(k), inside)
+        for column in [prices[:, list(s)].min(axis=1)]
+    }
+    totals = (
+        [min(block) for block in zip(*(sums[s] for s in combinations(model, inside)), strict=True)]
+        for model in combinations(range(k), most)
     )
+    return min(totals, key=math.fsum)

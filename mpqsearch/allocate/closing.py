@@ -12,7 +12,6 @@ minimal algorithm for the multiple-choice knapsack problem", 1995, in the form o
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +92,6 @@ class Closed:
         excess: Value of the best solution above the Lagrangian bound.
         floor: No solution made of the given moves has a smaller excess.
         proven: Whether the search was exhaustive: none improves ``excess`` by more than the tolerance.
-        in_time: Whether it ended before the deadline.
     """
 
     item: NDArray[np.int64]
@@ -101,7 +99,6 @@ class Closed:
     excess: float
     floor: float
     proven: bool
-    in_time: bool
 
 
 def close(
@@ -111,7 +108,6 @@ def close(
     *,
     excess: float,
     tolerance: float,
-    deadline: float = float("inf"),
     max_states: int = MAX_STATES,
 ) -> Closed:
     """Best set of moves within ``slack``.
@@ -122,13 +118,12 @@ def close(
         rate: Multiplier at which the penalties were taken.
         excess: Value above the Lagrangian bound of the best solution known so far.
         tolerance: Improvements below this are not looked for.
-        deadline: ``time.perf_counter()`` value at which to stop.
         max_states: States alive at a time.
     """
     if not moves.item.size:
         value = min(excess, rate * slack)
-        return Closed(moves.item, moves.choice, value, value, proven=True, in_time=True)
-    return _Search(build_core(moves, rate), slack, rate, excess, tolerance).run(deadline, max_states)
+        return Closed(moves.item, moves.choice, value, value, proven=True)
+    return _Search(build_core(moves, rate), slack, rate, excess, tolerance).run(max_states)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,22 +190,21 @@ class _Search:
         self.best_state = -1
         self.dropped = np.inf
 
-    def run(self, deadline: float, max_states: int) -> Closed:
+    def run(self, max_states: int) -> Closed:
         """Take group after group until no state is left, and say what that proves."""
         self._update_incumbent()
         for group in range(len(self.core.start) - 1):
             self._select(self._bounds(group) < self.excess - self.tolerance)
             if not self.size.size:
                 break
-            late = time.perf_counter() > deadline
-            if late or self.n_history > MAX_HISTORY:
+            if self.n_history > MAX_HISTORY:
                 self.dropped = min(self.dropped, float(self._bounds(group).min()))
-                return self._outcome(in_time=not late)
+                break
             self._expand(group)
             self._update_incumbent()
             if self.size.size > max_states:
                 self._truncate(group + 1, max_states)
-        return self._outcome(in_time=True)
+        return self._outcome()
 
     def _bounds(self, group: int) -> NDArray[np.float64]:
         """Least excess that a state can still reach with the groups from ``group`` on."""
@@ -254,11 +248,11 @@ class _Search:
         self.dropped = min(self.dropped, float(bounds[order[max_states:]].min()))
         self._select(np.sort(order[:max_states]))
 
-    def _outcome(self, in_time: bool) -> Closed:
+    def _outcome(self) -> Closed:
         moves = self._history()
         floor = min(self.excess - self.tolerance, self.dropped)
         proven = self.dropped >= self.excess - self.tolerance
-        return Closed(self.core.moves.item[moves], self.core.moves.choice[moves], self.excess, floor, proven, in_time)
+        return Closed(self.core.moves.item[moves], self.core.moves.choice[moves], self.excess, floor, proven)
 
     def _history(self) -> NDArray[np.int64]:
         if self.best_state < 0:

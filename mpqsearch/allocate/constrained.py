@@ -20,7 +20,7 @@ from mpqsearch.allocate import dual, ilp, infeasible, mckp
 from mpqsearch.allocate.problem import AllocationProblem, Floats
 from mpqsearch.allocate.result import Proof
 from mpqsearch.allocate.tables import Tables, total_loss
-from mpqsearch.allocate.task import INFINITY, Answer, Task
+from mpqsearch.allocate.task import Answer, Task
 from mpqsearch.errors import SolverError
 
 MAX_CELLS = 20_000
@@ -29,17 +29,11 @@ MAX_CELLS = 20_000
 CORE_ROWS = (72, 648)
 """Rows nearest to a change of mind that are solved alone first."""
 
-REPAIR_ROWS = 4_096
-"""Rows nearest to a change of mind that the repair may change."""
-
-REPAIR_MOVES = 400
-"""Changes after which the repair gives up."""
-
 FILL_GAP = 1e-8
 """Relative gap at which one budget alone is filled well enough."""
 
 PATIENCE_S = 60.0
-"""Seconds for the integer programs when the caller sets no time limit."""
+"""Seconds after which no further integer program is started, and that one may take."""
 
 
 def solve_constrained(task: Task) -> Answer:
@@ -74,9 +68,9 @@ class _Search:
         problem = task.problem
         self.task, self.tables = task, task.tables
         self.few = dual.format_limits(problem.n_choices, problem.max_formats, problem.max_formats_per_layer)
-        self.until = min(task.deadline, time.perf_counter() + PATIENCE_S)
+        self.until = time.perf_counter() + PATIENCE_S
         self.choice: NDArray[np.int32] | None = None
-        self.loss = INFINITY
+        self.loss = float("inf")
         self.by_solver = self.impossible = False
         self.used_solver = "core"
 
@@ -126,7 +120,7 @@ class _Search:
             priced, cost, limit = dual.prices(within, others), within.costs[number], within.limits[number]
             tolerance = max(self.task.gap_tolerance / 4, FILL_GAP if others.any() else 0.0)
             try:
-                solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance, deadline=self.until)
+                solved = mckp.solve_table(priced, cost, limit, gap_tolerance=tolerance)
             except mckp.BudgetTooSmallError:  # too small within these formats
                 continue
             self.offer(solved.choice, "core")
@@ -143,13 +137,8 @@ class _Search:
         return sum(max(used - limit, 0) / max(limit, 1) for used, limit in spent), total_loss(within.loss, choice)
 
     def _solve_near_break(self, within: Tables, at: dual.Evaluation, start: NDArray[np.int32]) -> None:
-        """Repair a start, then solve for the rows whose choice is most in doubt, all others held."""
-        penalty = penalties(within, at.rates, at.choice)
-        order = np.argsort(_doubt(penalty), kind="stable")
-        repaired = _repaired(within, start, penalty, order[:REPAIR_ROWS])
-        if repaired is not None:
-            self.offer(repaired, "core")
-            start = repaired
+        """Solve for the rows whose choice is most in doubt, all others held as in a start."""
+        order = np.argsort(_doubt(penalties(within, at.rates, at.choice)), kind="stable")
         rows = np.arange(len(start))
         for size in CORE_ROWS:
             if size >= len(order) or time.perf_counter() > self.until or self.close_enough():
@@ -194,7 +183,7 @@ class _Search:
             loss[open_rows].astype(np.float64),
             tuple(cost[open_rows] for cost in tables.costs),
             limits,
-            ilp.Effort(solver=solver, gap=self._enough(), seconds=ilp.remaining(self.until)),
+            ilp.Effort(solver=solver, gap=self._enough(), seconds=self.until - time.perf_counter()),
             reference=self.loss - total_loss(loss[rest], choice[rest]) if self.choice is not None else None,
             formats=format_rules(problem, tables) if rules else None,
         )
@@ -222,7 +211,6 @@ class _Search:
         return Answer(
             choice=self.choice,
             proof=proof,
-            in_time=time.perf_counter() < self.until or self.by_solver or proof != "none",
             floor=self.floor,
             dual_bound=best.value,
             multipliers=tuple(float(rate) for rate in best.rates),
@@ -245,7 +233,7 @@ def solve_by_program(task: Task) -> Answer:
         ilp.Effort(
             solver=task.solver,
             gap=task.gap_tolerance * abs(relaxed.loss),
-            seconds=ilp.remaining(task.deadline),
+            seconds=PATIENCE_S,
         ),
         reference=relaxed.loss,
     )
@@ -256,7 +244,6 @@ def solve_by_program(task: Task) -> Answer:
     return Answer(
         choice=choice,
         proof="solver" if proven else "none",
-        in_time=outcome.proven or time.perf_counter() < task.deadline,
         floor=relaxed.bound,
         dual_bound=relaxed.bound,
         multipliers=(relaxed.rate,),
@@ -291,30 +278,3 @@ def _doubt(penalty: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(len(penalty), np.inf)
     second: NDArray[np.float64] = np.partition(penalty, 1, axis=1)[:, 1]
     return second
-
-
-def _repaired(
-    tables: Tables, start: NDArray[np.int32], penalty: NDArray[np.float64], rows: NDArray[np.int64]
-) -> NDArray[np.int32] | None:
-    """A start brought within all budgets by the changes of ``rows`` that cost least per violation removed, or None."""
-    unit = 1.0 / np.maximum(np.array(tables.limits, dtype=np.float64), 1.0)
-    costs = [cost[rows].astype(np.int64) for cost in tables.costs]
-    choice, index = start[rows].copy(), np.arange(len(rows))
-    over = np.array(tables.spent(start), dtype=np.int64) - np.array(tables.limits, dtype=np.int64)
-    for _ in range(REPAIR_MOVES):
-        if not bool((over > 0).any()):
-            repaired = start.copy()
-            repaired[rows] = choice
-            return repaired
-        growth = [cost - cost[index, choice][:, None] for cost in costs]
-        left = sum(np.maximum(x + grown, 0) * one for x, grown, one in zip(over, growth, unit, strict=True))
-        removed = float((np.maximum(over, 0) * unit).sum()) - left
-        price = penalty[rows] - penalty[rows, choice][:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = np.where((removed > 0) & np.isfinite(price), price / removed, np.inf)
-        item, to = np.unravel_index(int(np.argmin(rate)), rate.shape)
-        if not np.isfinite(rate[item, to]):
-            return None
-        over = over + np.array([int(grown[item, to]) for grown in growth])
-        choice[item] = to
-    return None

@@ -13,32 +13,21 @@ from mpqsearch.allocate.pairwise import solve_pairwise
 from mpqsearch.allocate.problem import AllocationProblem, CostBudget
 from mpqsearch.allocate.result import AllocationResult, Status, relative_gap
 from mpqsearch.allocate.tables import plain_tables, total_cost
-from mpqsearch.allocate.task import INFINITY, Answer, Task
+from mpqsearch.allocate.task import Answer, Task
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 
-EXPLAIN_S = 20.0
-"""Seconds for finding the smallest value of each budget when nothing fits all of them."""
 
-
-def solve(
-    problem: AllocationProblem,
-    *,
-    solver: str = "auto",
-    time_limit_s: float | None = None,
-    gap_tolerance: float = 0.0,
-) -> AllocationResult:
+def solve(problem: AllocationProblem, *, solver: str = "auto", gap_tolerance: float = 0.0) -> AllocationResult:
     """Best admissible choice of ``problem``.
 
-    One budget with ``allowed``, ``fixed`` and ``groups`` goes to the exact core, at any size. Several budgets and
+    One budget with ``allowed`` and ``groups`` goes to the exact core, at any size. Several budgets and
     limits on formats go to PuLP, with a Lagrangian bound and a heuristic around it (see ``constrained``): proofs up to
-    some thousand items, a certified gap beyond. Losses of pairs go to a heuristic.
+    some thousand items, a certified gap beyond, in a minute at most. Losses of pairs go to a heuristic.
 
     Args:
         problem: What to solve.
         solver: ``auto``, ``core`` (the exact core, one budget only), ``highs``, ``cbc`` or the name of any other PuLP
             solver.
-        time_limit_s: Return the best choice so far after this many seconds, with its gap and a status that says so.
-            Integer programs get 60 seconds when nothing is said.
         gap_tolerance: Stop when the relative gap is certified to be at most this; 0 asks for a proof of optimality.
 
     Raises:
@@ -47,18 +36,16 @@ def solve(
         ConfigError: The solver cannot take this kind of problem, or an argument is out of range.
         SolverError: A solver failed or found nothing in its time.
     """
-    if time_limit_s is not None and not time_limit_s > 0:
-        raise ConfigError(f"time_limit_s must be > 0, got {time_limit_s}.")
     if not 0 <= gap_tolerance < 1:
         raise ConfigError(f"gap_tolerance must be in [0, 1), got {gap_tolerance}.")
     _check_solver(problem, solver)
     try:
-        return _run(problem, solver, time_limit_s, gap_tolerance)
+        return _run(problem, solver, gap_tolerance)
     except NothingFoundError as error:
-        raise _nothing_fits(problem, error.impossible, min(time_limit_s or EXPLAIN_S, EXPLAIN_S)) from error
+        raise _nothing_fits(problem, error.impossible) from error
 
 
-def _run(problem: AllocationProblem, solver: str, time_limit_s: float | None, gap_tolerance: float) -> AllocationResult:
+def _run(problem: AllocationProblem, solver: str, gap_tolerance: float) -> AllocationResult:
     started = time.perf_counter()
     tables = plain_tables(problem)
     infeasible.check_groups(problem, tables)
@@ -69,7 +56,6 @@ def _run(problem: AllocationProblem, solver: str, time_limit_s: float | None, ga
         solver=solver,
         gap_tolerance=gap_tolerance,
         started=started,
-        deadline=INFINITY if time_limit_s is None else started + time_limit_s,
     )
     return finish(task, _answer(task))
 
@@ -89,9 +75,7 @@ def _answer(task: Task) -> Answer:
     if not problem.n_items:
         nothing = np.empty(0, dtype=np.int32)
         zeros = (0.0,) * len(problem.limits)
-        return Answer(
-            choice=nothing, proof="bound", in_time=True, floor=0.0, dual_bound=0.0, multipliers=zeros, solver="core"
-        )
+        return Answer(choice=nothing, proof="bound", floor=0.0, dual_bound=0.0, multipliers=zeros, solver="core")
     if problem.pairwise is not None and len(problem.pairwise.first):
         return solve_pairwise(task)
     if problem.more_budgets or problem.limits_formats:
@@ -101,14 +85,11 @@ def _answer(task: Task) -> Answer:
 
 def _solve_core(task: Task) -> Answer:
     tables = task.tables
-    solved = mckp.solve_table(
-        tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance, deadline=task.deadline
-    )
+    solved = mckp.solve_table(tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance)
     met = solved.loss - solved.dual_bound <= mckp.ROUNDING * abs(solved.loss)
     return Answer(
         choice=solved.choice,
         proof="bound" if met else "search" if solved.proven else "none",
-        in_time=solved.in_time,
         floor=solved.floor,
         dual_bound=solved.dual_bound,
         multipliers=(solved.rate,),
@@ -124,7 +105,7 @@ def finish(task: Task, answer: Answer) -> AllocationResult:
     """
     problem, choice = task.problem, task.tables.expand(answer.choice)
     if not problem.permits(choice):
-        raise SolverError(f"{answer.solver} returned a choice that breaks allowed, fixed, groups or limits on formats.")
+        raise SolverError(f"{answer.solver} returned a choice that breaks allowed, groups or limits on formats.")
     loss, costs = problem.evaluate(choice)
     spent = {b.name: cost for b, cost in zip(problem.budgets, costs, strict=True)}
     for (name, cost), limit in zip(spent.items(), problem.limits, strict=True):
@@ -153,26 +134,22 @@ def finish(task: Task, answer: Answer) -> AllocationResult:
 def _status(task: Task, answer: Answer) -> Status:
     if answer.proof != "none":
         return "optimal"
-    if not answer.in_time:
-        return "time_limit"
     return "heuristic" if task.problem.pairwise is not None else "feasible"
 
 
-def _nothing_fits(problem: AllocationProblem, impossible: bool, seconds: float) -> Exception:
+def _nothing_fits(problem: AllocationProblem, impossible: bool) -> Exception:
     """Why no choice was found: the smallest value of a budget under all other constraints, if it is above the limit."""
     smallest: dict[str, int] = {}
     for number, limit in enumerate(problem.limits):
-        least = _smallest_under_others(problem, number, seconds)
+        least = _smallest_under_others(problem, number)
         if least is not None and least > limit:
             smallest[problem.budgets[number].name] = least
     if smallest or impossible:
         return infeasible.jointly(problem, smallest)
-    return SolverError(
-        "no choice that meets all constraints was found in the time given; allow more time, or loosen a limit."
-    )
+    return SolverError("no choice that meets all constraints was found in time; loosen a limit.")
 
 
-def _smallest_under_others(problem: AllocationProblem, number: int, seconds: float) -> int | None:
+def _smallest_under_others(problem: AllocationProblem, number: int) -> int | None:
     """Smallest total of one budget when all other constraints hold; None where that is not proven."""
     others = [b for other, b in enumerate(problem.budgets) if other != number]
     cost = problem.budgets[number].cost
@@ -186,7 +163,7 @@ def _smallest_under_others(problem: AllocationProblem, number: int, seconds: flo
         more_budgets=tuple(others[1:]),
     )
     try:
-        least = _run(program, "auto", seconds, 0.0)
+        least = _run(program, "auto", 0.0)
     except (InfeasibleBudgetError, NothingFoundError):
         return None
     return total_cost(cost, least.choice) if least.status == "optimal" else None

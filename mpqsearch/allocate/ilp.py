@@ -11,7 +11,6 @@ trustworthy here (each was seen broken in the field):
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -226,8 +225,3 @@ def available_solvers() -> dict[str, bool]:
         warnings.simplefilter("ignore", DeprecationWarning)
         working = set(pulp.listSolvers(onlyAvailable=True))
         return {ours.get(name, name): name in working for name in pulp.listSolvers()}
-
-
-def remaining(deadline: float) -> float | None:
-    """Seconds left until ``deadline``, or None without one."""
-    return None if deadline == float("inf") else max(deadline - time.perf_counter(), 0.0)

@@ -9,43 +9,35 @@ from numpy.typing import NDArray
 
 from mpqsearch.allocate import dual
 from mpqsearch.allocate.problem import AllocationProblem
-from mpqsearch.allocate.tables import Tables, plain_tables, rows_of, smallest_cost
+from mpqsearch.allocate.tables import Tables, smallest_cost
 from mpqsearch.errors import InfeasibleBudgetError
-
-LISTED = 5
-"""Causes of one kind that a message names."""
 
 
 def check_groups(problem: AllocationProblem, tables: Tables) -> None:
     """Refuse groups whose items have no choice in common, whatever the budget.
 
     Raises:
-        InfeasibleBudgetError: With the items of the first such group and what each of them may take.
+        InfeasibleBudgetError: With the items of the first such group.
     """
     empty = np.flatnonzero(~np.isfinite(tables.loss).any(axis=1))
-    if not empty.size:
-        return
-    permitted = problem.permitted()
-    listed = "; ".join(
-        f"{problem.item_name(i)}: {', '.join(problem.choice_name(c) for c in np.flatnonzero(permitted[i]).tolist())}"
-        for i in np.flatnonzero(tables.row == empty[0])[:LISTED].tolist()
-    )
-    raise InfeasibleBudgetError(
-        f"the items of a group have no allowed choice in common, whatever the budget ({listed}). Take them apart or "
-        "allow more."
-    )
+    if empty.size:
+        items = ", ".join(problem.item_name(i) for i in np.flatnonzero(tables.row == empty[0]).tolist())
+        raise InfeasibleBudgetError(
+            f"the items of a group have no allowed choice in common, whatever the budget ({items}). Take them apart or "
+            "allow more."
+        )
 
 
 def check_budgets(problem: AllocationProblem, tables: Tables) -> None:
     """Refuse budgets that even the cheapest choices exceed.
 
     Raises:
-        InfeasibleBudgetError: With the smallest attainable value and what raises it.
+        InfeasibleBudgetError: With the smallest attainable value.
     """
     for number, limit in enumerate(problem.limits):
         smallest = smallest_cost(tables.loss, tables.costs[number])
         if smallest > limit:
-            raise InfeasibleBudgetError(_too_small(problem, number, smallest) + _causes(problem, number))
+            raise InfeasibleBudgetError(_too_small(problem, number, smallest))
 
 
 def check_formats(problem: AllocationProblem, tables: Tables, few: dual.FormatLimits) -> None:
@@ -112,39 +104,3 @@ def _too_small(problem: AllocationProblem, number: int, smallest: int) -> str:
         f"no choice fits: the limit on {name} is {limit}, the smallest attainable value is {smallest} "
         f"({smallest - limit} more)."
     )
-
-
-def _causes(problem: AllocationProblem, number: int) -> str:
-    """What raises the smallest value of a budget: masks, fixed items and groups, in this order."""
-    cost = problem.budgets[number].cost.astype(np.int64)
-    permitted = problem.permitted()
-    allowed = np.ones_like(permitted) if problem.allowed is None else problem.allowed
-    by_mask, by_fixing = _least(cost, allowed), _least(cost, permitted)
-    row = rows_of(problem.group_labels, problem.n_items)
-    together = plain_tables(problem)
-    by_group = np.zeros(problem.n_items, dtype=np.int64)
-    _, first = np.unique(row, return_index=True)
-    apart = np.zeros(len(first), dtype=np.int64)
-    np.add.at(apart, row, by_fixing)
-    by_group[first] = _least(together.costs[number], np.isfinite(together.loss)) - apart
-    raised = {
-        "Choices that are not allowed": by_mask - cost.min(axis=1),
-        "Fixed items": by_fixing - by_mask,
-        "Groups (named by their first item)": by_group,
-    }
-    return "".join(_sentence(problem, what, extra) for what, extra in raised.items())
-
-
-def _least(cost: NDArray[np.integer], permitted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    least: NDArray[np.int64] = np.where(permitted, cost.astype(np.int64), np.iinfo(np.int64).max).min(axis=1)
-    return least
-
-
-def _sentence(problem: AllocationProblem, what: str, extra: NDArray[np.int64]) -> str:
-    order = np.argsort(-extra, kind="stable")
-    order = order[extra[order] > 0]
-    if not order.size:
-        return ""
-    named = ", ".join(f"{problem.item_name(int(item))} +{int(extra[item])}" for item in order[:LISTED])
-    more = f" and {order.size - LISTED} more" if order.size > LISTED else ""
-    return f" {what} raise it by {int(extra[order].sum())}: {named}{more}."

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,7 +74,6 @@ class CoreSolution:
         floor: Proven lower bound, at least ``dual_bound``.
         loss: Loss of ``choice``.
         proven: Whether ``choice`` is proven optimal.
-        in_time: Whether the search ended before the deadline.
     """
 
     choice: NDArray[np.int32]
@@ -84,7 +82,6 @@ class CoreSolution:
     floor: float
     loss: float
     proven: bool
-    in_time: bool
 
     def settled(self) -> CoreSolution:
         """The same, called proven when it meets its bound up to rounding."""
@@ -105,9 +102,7 @@ class BudgetTooSmallError(ValueError):
         self.smallest = smallest
 
 
-def solve_table(
-    loss: Floats, cost: Integers, limit: int, *, gap_tolerance: float = 0.0, deadline: float = float("inf")
-) -> CoreSolution:
+def solve_table(loss: Floats, cost: Integers, limit: int, *, gap_tolerance: float = 0.0) -> CoreSolution:
     """Minimize the total loss within ``limit``.
 
     Args:
@@ -115,7 +110,6 @@ def solve_table(
         cost: ``[r, k]`` integers.
         limit: Budget.
         gap_tolerance: Stop as soon as the relative gap is certified to be at most this; 0 asks for a proof.
-        deadline: ``time.perf_counter()`` value at which to return the best solution so far.
 
     Raises:
         BudgetTooSmallError: Nothing fits.
@@ -124,18 +118,18 @@ def solve_table(
     if relaxed.slack < 0:
         raise BudgetTooSmallError(smallest_cost(loss, cost))
     bound = relaxed.bound
-    start = CoreSolution(relaxed.choice, relaxed.rate, bound, bound, relaxed.loss, proven=False, in_time=True).settled()
-    if start.within(gap_tolerance) or time.perf_counter() > deadline:
-        return replace(start, in_time=start.proven or time.perf_counter() <= deadline)
+    start = CoreSolution(relaxed.choice, relaxed.rate, bound, bound, relaxed.loss, proven=False).settled()
+    if start.within(gap_tolerance):
+        return start
     near = _near_moves(loss, cost, relaxed)
-    best, _ = _search(loss, relaxed, start, near, gap_tolerance, deadline, NEAR_STATES)
+    best, _ = _search(loss, relaxed, start, near, gap_tolerance, NEAR_STATES)
     best = best.settled()
-    if best.within(gap_tolerance) or not best.in_time:
+    if best.within(gap_tolerance):
         return best
     # Dearer moves than the gap improve nothing.
     worth = best.loss - best.dual_bound - _tolerance(best, gap_tolerance)
     moves = collect_moves(loss, cost, relaxed.choice, relaxed.rate, worth)
-    answer, closed = _search(loss, relaxed, best, moves, gap_tolerance, deadline)
+    answer, closed = _search(loss, relaxed, best, moves, gap_tolerance)
     proven = closed.proven and gap_tolerance == 0
     floor = answer.loss if proven else min(max(best.floor, best.dual_bound + closed.floor), answer.loss)
     return replace(answer, floor=floor, proven=proven).settled()
@@ -258,7 +252,6 @@ def _search(
     best: CoreSolution,
     moves: Moves,
     gap_tolerance: float,
-    deadline: float,
     max_states: int = 1_000_000,
 ) -> tuple[CoreSolution, Closed]:
     """The best solution after a search over some moves, and what the search proved."""
@@ -269,10 +262,8 @@ def _search(
         relaxed.rate,
         excess=excess,
         tolerance=_tolerance(best, gap_tolerance),
-        deadline=deadline,
         max_states=max_states,
     )
-    best = replace(best, in_time=closed.in_time)
     if not closed.item.size:
         return best, closed
     change = loss[closed.item, closed.choice].astype(np.float64) - loss[closed.item, relaxed.choice[closed.item]]

@@ -6,7 +6,6 @@ The separable problem whose losses are the averages of those that the choices so
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -33,10 +32,10 @@ LINEAR_GAP = 1e-4
 def solve_pairwise(task: Task) -> Answer:
     """A good choice, and the bound that takes every pair at its least value, which is rarely met."""
     assert task.problem.pairwise is not None
-    tables, deadline = task.tables, task.deadline
+    tables = task.tables
     couplings = Couplings(tables.loss, task.problem.pairwise, tables.row)
-    start = _linearized(couplings, tables.cost, tables.limit, deadline)
-    choice = _exchanged(couplings, tables.cost, tables.limit, start, deadline)
+    start = _linearized(couplings, tables.cost, tables.limit)
+    choice = _exchanged(couplings, tables.cost, tables.limit, start)
     relaxed, value = mckp.relax(tables.loss, tables.cost, tables.limit), task.problem.pairwise.value
     bound = relaxed.bound + float(value.min(axis=(1, 2)).sum(dtype=np.float64))
     terms = abs(relaxed.loss) + float(np.abs(value).max(axis=(1, 2)).sum(dtype=np.float64))
@@ -44,7 +43,6 @@ def solve_pairwise(task: Task) -> Answer:
     return Answer(
         choice=choice,
         proof="bound" if met else "none",
-        in_time=time.perf_counter() < deadline,
         floor=bound,
         dual_bound=bound,
         multipliers=(relaxed.rate,),
@@ -95,30 +93,28 @@ class Couplings:
         return joint + joint.T
 
 
-def _linearized(couplings: Couplings, cost: Integers, limit: int, deadline: float) -> NDArray[np.int32]:
+def _linearized(couplings: Couplings, cost: Integers, limit: int) -> NDArray[np.int32]:
     """The best choice met while the losses of the separable problem follow the choices so far."""
-    best = mckp.solve_table(couplings.loss, cost, limit, deadline=deadline).choice
+    best = mckp.solve_table(couplings.loss, cost, limit).choice
     least, mean = couplings.total(best), couplings.field(best)
     allowed = np.isfinite(couplings.loss)  # what is not allowed stays infinite: the mean of infinities is no number
     seen = {best.tobytes()}
     for number in range(1, ROUNDS):
-        choice = mckp.solve_table(mean, cost, limit, gap_tolerance=LINEAR_GAP, deadline=deadline).choice
+        choice = mckp.solve_table(mean, cost, limit, gap_tolerance=LINEAR_GAP).choice
         total = couplings.total(choice)
         if total < least:
             best, least = choice, total
-        if time.perf_counter() > deadline or (choice.tobytes() in seen and number > ROUNDS // 4):
+        if choice.tobytes() in seen and number > ROUNDS // 4:
             break
         seen.add(choice.tobytes())
         mean[allowed] += (couplings.field(choice)[allowed] - mean[allowed]) / (number + 1)
     return best
 
 
-def _exchanged(couplings: Couplings, cost: Integers, limit: int, start: Integers, deadline: float) -> NDArray[np.int32]:
+def _exchanged(couplings: Couplings, cost: Integers, limit: int, start: Integers) -> NDArray[np.int32]:
     """Descend by single changes and pairs of changes until none helps."""
     choice, rows = start.astype(np.int32), np.arange(len(start))
     for _ in range(MAX_MOVES):
-        if time.perf_counter() > deadline:
-            break
         field = couplings.field(choice)
         gain = field - field[rows, choice][:, None]
         growth = cost.astype(np.int64) - cost[rows, choice].astype(np.int64)[:, None]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.errors import ConfigError, NumericsError, UnknownNameError
+from mpqsearch.errors import ConfigError, NumericsError
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 Mask = NDArray[np.bool_]
 
 FREE = -1
-"""Label of an item that belongs to no group, or of an item that is not fixed."""
+"""Label of an item that belongs to no group."""
 
 MAX_TOTAL = 2**62
 """Largest total cost that is accepted, so that no sum of int64 costs can overflow."""
@@ -24,71 +24,26 @@ MAX_TOTAL = 2**62
 MAX_LOSS = 1e300
 """Largest sum of the items' largest losses, so that no float64 total can overflow."""
 
-RESOLUTION = 1e-7
-"""Unit of a budget with measured (float) costs, as a share of its limit."""
-
-UNIT_SLIP = 1e-9
-"""A measurement this close above a whole number of units is that number: 1.1 is eleven tenths."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostBudget:
-    """One more budget beside the main one, such as BOPs or a measured latency.
-
-    Measured costs are turned into whole units, rounded up, so that the limit is never exceeded in truth. With n items
-    this adds less than n units; by default a unit is ``RESOLUTION`` of the limit.
+    """One more budget beside the main one, such as BOPs or a measured latency in whole nanoseconds.
 
     Args:
         name: What is limited, used in messages and in ``AllocationResult.costs``.
-        cost: ``[n, k]`` integers >= 0, or floats >= 0. Integers after construction.
-        limit: Largest total that is allowed, in the unit of ``cost``. An integer after construction.
-        unit: What one whole unit stands for. Give it with float costs to choose their resolution.
-
-    Raises:
-        NumericsError: A float cost is NaN, infinite or negative.
-        ConfigError: The unit is not positive, or so small that a cost has more than 2**53 units.
+        cost: ``[n, k]`` integers >= 0.
+        limit: Largest total that is allowed, in the unit of ``cost``; a fraction is rounded down.
     """
 
     name: str
-    cost: NDArray[Any]
-    limit: float
-    unit: float | None = None
+    cost: Integers
+    limit: int
 
     def __post_init__(self) -> None:
-        cost = np.asarray(self.cost)
-        if not np.issubdtype(cost.dtype, np.floating):
-            object.__setattr__(self, "limit", _whole(self.limit, self.name))
-            return
-        unit = self.unit
-        if unit is None:
-            unit = RESOLUTION * float(self.limit) if self.limit > 0 else 1.0
-        object.__setattr__(self, "cost", whole_units(cost, unit))
-        object.__setattr__(self, "limit", _whole(np.floor(self.limit / unit + UNIT_SLIP), self.name))
-        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "limit", _whole(self.limit, self.name))
 
     def __repr__(self) -> str:
         return f"CostBudget({self.name} <= {self.limit}, cost {np.shape(self.cost)})"
-
-
-def whole_units(values: Floats, unit: float) -> NDArray[np.int64]:
-    """Measured costs as whole multiples of ``unit``, rounded up.
-
-    Args:
-        values: Finite measurements >= 0 of any shape, such as latencies in seconds.
-        unit: Size of one unit, such as 1e-9; the rounding adds less than this to each value.
-
-    Raises:
-        NumericsError: A value is NaN, infinite or negative.
-        ConfigError: The unit is not positive, or a value has more than 2**53 units.
-    """
-    table = np.asarray(values, dtype=np.float64)
-    if not unit > 0:
-        raise ConfigError(f"unit must be > 0, got {unit}.")
-    if not bool((np.isfinite(table) & (table >= 0)).all()):
-        raise NumericsError("measured costs must be finite and >= 0.")
-    if table.size and not float(table.max()) / unit < 2**53:
-        raise ConfigError(f"a cost of {table.max():.6g} has more than 2**53 units of {unit:.3g}; use a larger unit.")
-    return np.ceil(table / unit - UNIT_SLIP).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,10 +98,8 @@ class AllocationProblem:
         cost: ``[n, k]`` integers >= 0, usually bits.
         limit: Largest total cost that is allowed, in the unit of ``cost``.
         allowed: ``[n, k]`` booleans; a choice that is not allowed may hold any numbers, even NaN.
-        groups: Items that must share a choice: a list of groups of indices or names, or ``[n]`` integer labels where -1
-            means free.
-        fixed: Items whose choice is given: item index or name -> choice index or name, or ``[n]`` choice indices where
-            -1 means free.
+        groups: Items that must share a choice: a list of groups of indices, or ``[n]`` integer labels where -1 means
+            free. Labels after construction.
         names: Item names, used in messages; unique.
         choices: Choice names, used in messages; unique.
         budget_name: What ``cost`` counts.
@@ -155,20 +108,17 @@ class AllocationProblem:
         max_formats_per_layer: At most so many different choices among the items of one layer.
         layer: ``[n]`` integers: the layer of every item, needed by ``max_formats_per_layer`` only.
         pairwise: Losses of pairs of items.
-        signed_loss: Accept negative losses (differences of noisy measurements).
 
     Raises:
-        ConfigError: A table has the wrong shape or type, a cost is negative, a name is unknown, or groups and fixed
-            choices contradict.
-        NumericsError: A loss is NaN, infinite, too large for float64 sums or (unless ``signed_loss``) negative.
+        ConfigError: A table has the wrong shape or type, a cost is negative, or groups overlap.
+        NumericsError: A loss is NaN, infinite, too large for float64 sums or negative.
     """
 
     loss: Floats
     cost: Integers
     limit: int
     allowed: Mask | None = None
-    groups: Iterable[Sequence[int | str]] | Integers | None = None
-    fixed: Mapping[int | str, int | str] | Integers | None = None
+    groups: Iterable[Sequence[int]] | Integers | None = None
     names: Sequence[str] | None = None
     choices: Sequence[str] | None = None
     budget_name: str = "cost"
@@ -177,9 +127,7 @@ class AllocationProblem:
     max_formats_per_layer: int | None = None
     layer: Integers | None = None
     pairwise: PairwiseTerms | None = None
-    signed_loss: bool = False
     group_labels: Integers | None = field(init=False, default=None)
-    fixed_choice: Integers | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -192,10 +140,8 @@ class AllocationProblem:
         put(self, "more_budgets", self._checked_budgets())
         if self.allowed is not None:
             put(self, "allowed", _allowed_table(self.allowed, loss.shape))
-        put(self, "fixed_choice", self._resolved_fixed())
-        put(self, "fixed", self.fixed_choice)  # arrays from here on, so that dataclasses.replace can pass them on
         put(self, "group_labels", self._resolved_groups())
-        put(self, "groups", self.group_labels)
+        put(self, "groups", self.group_labels)  # labels from here on, so that dataclasses.replace can pass them on
         self._check_format_limits()
         self._check_pairs()
         _check_every_item_has_a_choice(self)
@@ -223,7 +169,7 @@ class AllocationProblem:
     @property
     def limits(self) -> tuple[int, ...]:
         """The limits of all budgets, the main one first."""
-        return (self.limit, *(int(b.limit) for b in self.more_budgets))
+        return (self.limit, *(b.limit for b in self.more_budgets))
 
     @property
     def limits_formats(self) -> bool:
@@ -238,18 +184,9 @@ class AllocationProblem:
         """How messages call choice ``index``."""
         return repr(self.choices[index]) if self.choices is not None else f"choice {index}"
 
-    def choice_index(self, choice: int | str) -> int:
-        """Index of a choice given by index or name."""
-        return _index(choice, _positions(self.choices), self.n_choices, "choice")
-
     def permitted(self) -> Mask:
-        """``[n, k]``: the choices that ``allowed`` and ``fixed`` leave."""
-        mask = np.ones(self.loss.shape, dtype=bool) if self.allowed is None else self.allowed.copy()
-        if self.fixed_choice is not None:
-            rows = np.flatnonzero(self.fixed_choice != FREE)
-            mask[rows] = False
-            mask[rows, self.fixed_choice[rows]] = True
-        return mask
+        """``[n, k]``: the choices that ``allowed`` leaves."""
+        return np.ones(self.loss.shape, dtype=bool) if self.allowed is None else self.allowed
 
     def evaluate(self, choice: Integers) -> tuple[float, tuple[int, ...]]:
         """Total loss (float64, losses of pairs included) and integer total of every budget of ``choice [n]``."""
@@ -293,8 +230,7 @@ class AllocationProblem:
             if names.count(name) > 1:
                 raise ConfigError(f"two budgets are called {name!r}; give each its own name.")
         return tuple(
-            CostBudget(name=b.name, cost=_cost_table(self, b.cost, b.name), limit=b.limit, unit=b.unit)
-            for b in self.more_budgets
+            CostBudget(name=b.name, cost=_cost_table(self, b.cost, b.name), limit=b.limit) for b in self.more_budgets
         )
 
     def _check_format_limits(self) -> None:
@@ -321,52 +257,23 @@ class AllocationProblem:
         if self.pairwise.value.shape[1:] != (k, k):
             raise ConfigError(f"PairwiseTerms.value has shape {self.pairwise.value.shape}; [p, {k}, {k}] is asked for.")
 
-    def _resolved_fixed(self) -> Integers | None:
-        if self.fixed is None:
-            return None
-        if isinstance(self.fixed, Mapping):
-            fixed = np.full(self.n_items, FREE, dtype=np.int32)
-            positions = _positions(self.names)
-            for item, choice in self.fixed.items():
-                fixed[_index(item, positions, self.n_items, "item")] = self.choice_index(choice)
-        else:
-            fixed = np.asarray(self.fixed)
-            if fixed.shape != (self.n_items,) or not np.issubdtype(fixed.dtype, np.integer):
-                raise ConfigError(f"fixed must hold {self.n_items} integers, got {fixed.dtype} {fixed.shape}.")
-            if fixed.size and not FREE <= fixed.min() <= fixed.max() < self.n_choices:
-                raise ConfigError(f"fixed holds a choice outside -1 .. {self.n_choices - 1}.")
-        if self.allowed is not None:
-            rows = np.flatnonzero(fixed != FREE)
-            bad = rows[~self.allowed[rows, fixed[rows]]]
-            if bad.size:
-                item = int(bad[0])
-                raise ConfigError(
-                    f"{self.item_name(item)} is fixed to {self.choice_name(int(fixed[item]))}, which is not allowed "
-                    "for it."
-                )
-        return _frozen(fixed)
-
     def _resolved_groups(self) -> Integers | None:
         if self.groups is None:
             return None
-        if (
-            isinstance(self.groups, np.ndarray)
-            and self.groups.ndim == 1
-            and np.issubdtype(self.groups.dtype, np.integer)
-        ):
-            if self.groups.shape != (self.n_items,):
-                raise ConfigError(f"groups holds {self.groups.size} labels for {self.n_items} items.")
+        if isinstance(self.groups, np.ndarray):
+            if self.groups.shape != (self.n_items,) or not np.issubdtype(self.groups.dtype, np.integer):
+                raise ConfigError(f"groups needs {self.n_items} integer labels, got {self.groups.shape}.")
             if self.groups.size and self.groups.min() < FREE:
                 raise ConfigError("groups: labels must be -1 (free) or a group number >= 0.")
             return _frozen(self.groups)
         labels = np.full(self.n_items, FREE, dtype=np.int64)
-        positions = _positions(self.names)
         for number, group in enumerate(self.groups):
             for item in group:
-                index = _index(item, positions, self.n_items, "item")
-                if labels[index] not in (FREE, number):
-                    raise ConfigError(f"{self.item_name(index)} is in two groups; join them into one.")
-                labels[index] = number
+                if not 0 <= item < self.n_items:
+                    raise ConfigError(f"groups: item {item} is outside 0 .. {self.n_items - 1}.")
+                if labels[item] not in (FREE, number):
+                    raise ConfigError(f"{self.item_name(item)} is in two groups; join them into one.")
+                labels[item] = number
         return _frozen(labels)
 
 
@@ -393,10 +300,7 @@ def _cost_table(problem: AllocationProblem, values: Integers, name: str) -> Inte
     if table.shape != problem.loss.shape:
         raise ConfigError(f"budget {name!r}: cost has shape {table.shape}, loss has {problem.loss.shape}.")
     if not np.issubdtype(table.dtype, np.integer):
-        raise ConfigError(
-            f"budget {name!r}: cost must be integers (bits, bytes, nanoseconds), got {table.dtype}; "
-            "see allocate.whole_units for measured costs."
-        )
+        raise ConfigError(f"budget {name!r}: cost must be integers (bits, bytes, nanoseconds), got {table.dtype}.")
     if table.size == 0:
         return _frozen(table.astype(np.int64))
     if table.dtype == np.uint64 and int(table.max()) >= 2**63:
@@ -442,20 +346,6 @@ def _checked_names(what: str, names: Sequence[str] | None, count: int) -> tuple[
     return listed
 
 
-def _positions(names: Sequence[str] | None) -> dict[str, int]:
-    return {name: position for position, name in enumerate(names or ())}
-
-
-def _index(asked: int | str, positions: Mapping[str, int], count: int, what: str) -> int:
-    if isinstance(asked, str):
-        if asked not in positions:
-            raise UnknownNameError(what, asked, positions)
-        return positions[asked]
-    if not 0 <= int(asked) < count:
-        raise ConfigError(f"{what} {asked} is outside 0 .. {count - 1}.")
-    return int(asked)
-
-
 def _check_every_item_has_a_choice(problem: AllocationProblem) -> None:
     if problem.allowed is None:
         return
@@ -475,11 +365,11 @@ def _check_losses(problem: AllocationProblem) -> None:
             f"a loss of {max(-low, high):.6g} is too large: the total of {len(loss)} items may exceed {MAX_LOSS:g}. "
             "Divide all losses by one number; the best choice stays the same."
         )
-    if finite and (low >= 0 or problem.signed_loss):
+    if finite and low >= 0:
         return
     bad = loss < 0 if finite else ~np.isfinite(loss)
     item, choice = (int(index) for index in np.unravel_index(int(np.argmax(bad)), loss.shape))
     raise NumericsError(
         f"{problem.item_name(item)}, {problem.choice_name(choice)}: the loss is {loss[item, choice]}; losses must be "
-        "finite" + ("." if problem.signed_loss else " and >= 0 (set signed_loss=True to allow negative ones).")
+        "finite and >= 0."
     )

@@ -6,25 +6,29 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.certificate import Certificate
 from mpqsearch.allocate.problem import FREE, AllocationProblem
+from mpqsearch.core.shown import Shown
 
-Status = Literal["optimal", "feasible", "time_limit", "heuristic"]
-"""``optimal``: proven, see ``Proof``. ``feasible``: stopped early, ``gap`` certified. ``time_limit``: the same, because
-time ran out. ``heuristic``: no useful bound is known."""
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["optimal", "feasible", "heuristic"]
+"""``optimal``: proven, see ``Proof``. ``feasible``: stopped early, ``gap`` certified. ``heuristic``: no useful bound is
+known."""
 
 Proof = Literal["bound", "search", "solver", "none"]
 """Who says that the answer is optimal. ``bound``: the multipliers' bound meets the loss. ``search``: the exact core
 tried every move that could be better. ``solver``: an integer programming solver's word, to its tolerance of 1e-10."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AllocationResult:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class AllocationResult(Shown):
     """A solved allocation. ``loss`` and ``costs`` are recomputed from ``choice``, never taken from a solver.
 
     Attributes:
@@ -76,9 +80,19 @@ class AllocationResult:
             digests=table_digests(problem),
         )
 
-    def __repr__(self) -> str:
-        spent = ", ".join(f"{name} {cost}" for name, cost in self.costs.items())
-        return f"AllocationResult({self.status}, loss {self.loss:.6g}, {spent}, gap {self.gap:.2g}, by {self.solver})"
+    def facts(self) -> dict[str, Any]:
+        """Status, loss, costs, and what is proven."""
+        return {
+            "status": f"{self.status}, by {self.solver} in {self.seconds:.3g} s",
+            "loss": f"{self.loss:.6g}, at least {self.lower_bound:.6g} (gap {self.gap:.2g})",
+            **self.costs,
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an item: ``item`` (its index) and ``choice`` (the index of what it takes)."""
+        import pandas as pd
+
+        return pd.DataFrame({"item": np.arange(len(self.choice)), "choice": self.choice})
 
 
 def relative_gap(loss: float, bound: float) -> float:
@@ -94,8 +108,8 @@ def table_digests(problem: AllocationProblem) -> dict[str, str]:
     """SHA-256 of the tables: ``loss`` (float64, infinite where not permitted), each budget's costs by name (int64),
     and ``rules`` (groups, layers, numbers of formats) where there are some. Rows in order, little-endian."""
     loss = problem.loss
-    if problem.allowed is not None or problem.fixed_choice is not None:
-        loss = np.where(problem.permitted(), loss, np.inf)
+    if problem.allowed is not None:
+        loss = np.where(problem.allowed, loss, np.inf)
     digests = {"loss": _sha256(loss.astype("<f8", copy=False))}
     digests |= {f"cost {b.name}": _sha256(b.cost.astype("<i8", copy=False)) for b in problem.budgets}
     rules = [_labels(problem.group_labels), problem.max_formats, problem.max_formats_per_layer]

@@ -57,10 +57,10 @@ class Tables:
 
 
 def plain_tables(problem: AllocationProblem) -> Tables:
-    """Tables of ``problem`` without masks, fixed items and groups; nothing is copied when there are none."""
+    """Tables of ``problem`` without masks and groups; nothing is copied when there are none."""
     loss = problem.loss
-    if problem.allowed is not None or problem.fixed_choice is not None:
-        loss = np.where(problem.permitted(), loss, loss.dtype.type(np.inf))
+    if problem.allowed is not None:
+        loss = np.where(problem.allowed, loss, loss.dtype.type(np.inf))
     costs: tuple[Integers, ...] = tuple(b.cost for b in problem.budgets)
     row = rows_of(problem.group_labels, problem.n_items)
     if problem.group_labels is not None:

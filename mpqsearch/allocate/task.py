@@ -11,19 +11,16 @@ from mpqsearch.allocate.problem import AllocationProblem
 from mpqsearch.allocate.result import Proof
 from mpqsearch.allocate.tables import Tables
 
-INFINITY = float("inf")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """The problem, its tables, who should solve it and until when."""
+    """The problem, its tables, who should solve it and how closely."""
 
     problem: AllocationProblem
     tables: Tables
     solver: str
     gap_tolerance: float
     started: float
-    deadline: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +30,6 @@ class Answer:
     Attributes:
         choice: ``[r]`` choice of every row.
         proof: Who proved it optimal.
-        in_time: Whether the method ended before its deadline.
         floor: Best lower bound that was proven.
         dual_bound: The lower bound that the multipliers prove by themselves; minus infinity without any.
         multipliers: One multiplier per budget.
@@ -42,7 +38,6 @@ class Answer:
 
     choice: NDArray[np.int32]
     proof: Proof
-    in_time: bool
     floor: float
     dual_bound: float
     multipliers: tuple[float, ...]

@@ -86,14 +86,14 @@ def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAUL
     return layers + inputs + storage.kept_bits(table)
 
 
-def size_bytes(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
+def size_bytes(table: LayerTable, bit_map: BitMap) -> int:
     """Stored bytes of the whole model, rounded up."""
-    return -(-size_bits(table, bit_map, storage) // 8)
+    return -(-size_bits(table, bit_map) // 8)
 
 
-def average_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> float:
+def average_bits(table: LayerTable, bit_map: BitMap) -> float:
     """Stored bits of the whole model over *all* its parameters."""
-    return size_bits(table, bit_map, storage) / table.n_parameters
+    return size_bits(table, bit_map) / table.n_parameters
 
 
 def bops(table: LayerTable, bit_map: BitMap) -> int:
@@ -174,7 +174,6 @@ class Budget(Shown):
         self,
         table: LayerTable,
         policy: Policy,
-        storage: StorageModel = DEFAULT_STORAGE,
         *,
         act_bits: int = FULL_PRECISION,
         activation_steps: int = 1,
@@ -193,9 +192,7 @@ class Budget(Shown):
         if low not in WIDTHS or high not in WIDTHS:
             raise ConfigError(f"a uniform budget must lie in {WIDTHS[0]}..{WIDTHS[-1]} bits, got {self.limit:g}")
         small, large = (
-            size_bits(
-                table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps), storage
-            )
+            size_bits(table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps))
             for w in (low, high)
         )
         return int(np.floor(small + (self.limit - low) * (large - small) + 1e-9))

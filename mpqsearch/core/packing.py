@@ -1,7 +1,6 @@
-"""Integer codes of 1 to 8 bits as a dense little-endian bit stream, and back. numpy only; whole arrays at a time.
+"""Integer codes of 1 to 8 bits as a dense little-endian bit stream, and back. numpy only.
 
-Eight codes lie in the bytes of one 64-bit word and are pushed together in three steps (lanes of 16, 32 and 64 bits), so
-that a step costs a few operations on a word and not on a code.
+Eight codes take a whole number of bytes and fit one 64-bit word.
 """
 
 from __future__ import annotations
@@ -9,17 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core.formats import check_width
+from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError
 
 Bytes = NDArray[np.uint8]
-Words = NDArray[np.uint64]
-
-BLOCK = 1 << 15
-"""Words handled at a time: their temporaries stay in the cache."""
-
-_LOW = tuple(np.uint64(m) for m in (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF))
-_HIGH = tuple(np.uint64(m) for m in (0xFF00FF00FF00FF00, 0xFFFF0000FFFF0000, 0xFFFFFFFF00000000))
 
 
 def packed_size(n_codes: int, bits: int) -> int:
@@ -35,19 +27,14 @@ def pack_bits(codes: Bytes, bits: int) -> Bytes:
     """
     _check(bits)
     flat = np.ascontiguousarray(codes, dtype=np.uint8).reshape(-1)
-    if flat.size and bits < 8 and int(flat.max()) >> bits:
+    if flat.size and int(flat.max()) >> bits:
         raise ConfigError(f"a code of {int(flat.max())} does not fit {bits} bits")
-    if bits == 8:
-        return flat.copy()
-    n_words = -(-flat.size // 8)
-    if flat.size % 8:
-        flat = np.concatenate([flat, np.zeros(8 * n_words - flat.size, dtype=np.uint8)])
-    words = flat.view("<u8")
-    out = np.empty((n_words, bits), dtype=np.uint8)
-    for start in range(0, n_words, BLOCK):
-        block = _squeeze(words[start : start + BLOCK].astype(np.uint64), bits)
-        out[start : start + BLOCK] = block.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :bits]
-    return out.reshape(-1)[: packed_size(codes.size, bits)]
+    eights = np.zeros((-(-flat.size // 8), 8), dtype=np.uint8)
+    eights.reshape(-1)[: flat.size] = flat
+    words = np.zeros(len(eights), dtype="<u8")
+    for place in range(8):
+        words |= eights[:, place].astype(np.uint64) << np.uint64(place * bits)
+    return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: packed_size(flat.size, bits)]
 
 
 def unpack_bits(data: Bytes, bits: int, n_codes: int) -> Bytes:
@@ -57,47 +44,17 @@ def unpack_bits(data: Bytes, bits: int, n_codes: int) -> Bytes:
     flat = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if flat.size != packed_size(n_codes, bits):
         raise ConfigError(f"{n_codes} codes of {bits} bits take {packed_size(n_codes, bits)} bytes, got {flat.size}")
-    if bits == 8:
-        return flat.copy()
-    n_words = -(-n_codes // 8)
-    if flat.size % bits or flat.size < n_words * bits:
-        flat = np.concatenate([flat, np.zeros(n_words * bits - flat.size, dtype=np.uint8)])
-    rows = flat.reshape(n_words, bits)
-    out = np.empty((n_words, 8), dtype=np.uint8)
-    padded = np.zeros((min(BLOCK, n_words), 8), dtype=np.uint8)
-    for start in range(0, n_words, BLOCK):
-        block = rows[start : start + BLOCK]
-        padded[: len(block), :bits] = block
-        spread = _spread(padded[: len(block)].view("<u8").reshape(-1).astype(np.uint64), bits)
-        out[start : start + BLOCK] = spread.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
-    return out.reshape(-1)[:n_codes]
-
-
-def _squeeze(words: Words, bits: int) -> Words:
-    """Eight codes in the bytes of each word, pushed together into its lowest ``8 * bits`` bits; in place."""
-    for step in range(3):
-        high = words & _HIGH[step]
-        high >>= np.uint64((8 - bits) << step)
-        words &= _LOW[step]
-        words |= high
-    return words
-
-
-def _spread(words: Words, bits: int) -> Words:
-    """Inverse of `_squeeze`; in place."""
-    for step in (2, 1, 0):
-        kept = np.uint64(0)
-        lane, filled = 16 << step, bits << step
-        for shift in range(0, 64, lane):
-            kept |= np.uint64(((1 << filled) - 1) << shift)
-        high = words << np.uint64((8 - bits) << step)
-        high &= _HIGH[step]
-        words &= kept
-        words |= high
-    return words
+    eights = np.zeros((-(-n_codes // 8), 8), dtype=np.uint8)
+    stream = np.zeros(len(eights) * bits, dtype=np.uint8)
+    stream[: flat.size] = flat
+    eights[:, :bits] = stream.reshape(-1, bits)
+    words, mask = eights.reshape(-1).view("<u8"), np.uint64(2**bits - 1)
+    codes = np.empty_like(eights)
+    for place in range(8):
+        codes[:, place] = (words >> np.uint64(place * bits)) & mask
+    return codes.reshape(-1)[:n_codes]
 
 
 def _check(bits: int) -> None:
-    check_width(bits, "bit packing")
-    if bits > 8:
+    if bits not in WIDTHS:
         raise ConfigError(f"bit packing: width {bits} is not supported. Allowed: 1..8.")

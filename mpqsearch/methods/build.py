@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import AllocationProblem, CostBudget, PairwiseTerms
+from mpqsearch.allocate import AllocationProblem, CostBudget
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerRules, LayerSpec
+from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.task import Choice, Floats, Integers, Task, whole_layers_only
 
@@ -119,7 +120,6 @@ def layer_program(task: Task) -> Program:
         names=names,
         choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
         layer=np.arange(len(names)),
-        pairs=task.pairs,
     )
     return Program(
         problem=problem,
@@ -173,7 +173,6 @@ def _problem(
     choices: tuple[str, ...],
     layer: Integers,
     names: tuple[str, ...] | None = None,
-    pairs: PairwiseTerms | None = None,
 ) -> AllocationProblem:
     """The numbers of a program, with the limits that are left for its items."""
     policy = task.programs.policy
@@ -194,7 +193,6 @@ def _problem(
         max_formats=policy.max_formats or None,
         max_formats_per_layer=policy.max_formats_per_layer or None,
         layer=layer if policy.max_formats_per_layer else None,
-        pairwise=pairs,
     )
 
 
@@ -215,8 +213,7 @@ def _channel_costs(
         acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
         cost = [[-(-la.macs * b * a // la.n_channels) for b in widths] for la, a in zip(layers, acts, strict=True)]
     else:
-        storage = task.programs.storage
-        cost = [[storage.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers]
+        cost = [[DEFAULT_STORAGE.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers]
     return np.array(cost, dtype=np.int64).reshape(len(layers), len(widths))
 
 
@@ -224,10 +221,11 @@ def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], in
     """Stored bits of searched layers that are of no one channel."""
     if budget.quantity == "bops":
         return 0
-    storage, steps = task.programs.storage, task.activation_steps
+    steps = task.activation_steps
+    acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
     return sum(
-        storage.fixed_bits(la, task.format) + storage.activation_bits(inputs.get(la.name, FULL_PRECISION), steps)
-        for la in layers
+        DEFAULT_STORAGE.fixed_bits(la, task.format) + DEFAULT_STORAGE.activation_bits(a, steps)
+        for la, a in zip(layers, acts, strict=True)
     )
 
 

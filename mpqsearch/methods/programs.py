@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpqsearch.allocate import AllocationProblem, AllocationResult, CostBudget, PairwiseTerms, solve
+from mpqsearch.allocate import AllocationProblem, AllocationResult, CostBudget, solve
 from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
@@ -20,11 +20,9 @@ from mpqsearch.core import (
     Policy,
     QuantFormat,
     SensitivityProfile,
-    StorageModel,
     bops,
     size_bits,
 )
-from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.methods import omq
@@ -51,7 +49,6 @@ class Programs:
     profile: SensitivityProfile
     policy: Policy
     format: QuantFormat
-    storage: StorageModel = DEFAULT_STORAGE
     costs: CostTable | None = None
     rules: LayerRules = field(init=False)
     notes: tuple[str, ...] = field(init=False)
@@ -85,17 +82,15 @@ class Programs:
         within: Sequence[Budget] = (),
         *,
         losses: Floats | None = None,
-        pairs: PairwiseTerms | None = None,
     ) -> Allocation:
         """Choose widths under a budget on the whole model, and further budgets that hold at the same time.
 
         ``losses`` ``[C, W]`` take the place of the method's own in the integer programs (an outer search builds them).
-        ``pairs`` add losses of pairs of searched layers, in the order of the table, to ``ilp-layer``.
 
         Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the
         budget is above full precision, `UnknownNameError` when the profile lacks a format that the method needs.
         """
-        task = self.task(method, budget, within, losses=losses, pairs=pairs)
+        task = self.task(method, budget, within, losses=losses)
         _check_budgets(task.without_smoothing() if method.allocator in OMQ else task)
         program: Program | None = None
         result: AllocationResult | None = None
@@ -110,7 +105,7 @@ class Programs:
             totals=tuple(
                 Total(budget=li.budget, limit=li.limit, cost=task.cost(li.budget, bit_map)) for li in task.limits
             ),
-            size_bits=size_bits(self.table, bit_map, self.storage),
+            size_bits=size_bits(self.table, bit_map),
             bops=bops(self.table, bit_map),
             predicted_loss=predicted_loss(self.table, self.profile, bit_map, bias_correction=method.bias_correction),
             result=result,
@@ -127,7 +122,6 @@ class Programs:
         *,
         by_layer: bool | None = None,
         losses: Floats | None = None,
-        pairs: PairwiseTerms | None = None,
     ) -> Program:
         """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
         map.
@@ -139,7 +133,7 @@ class Programs:
             raise ConfigError(
                 f"method {method.name!r} ({method.allocator}) solves no integer program; {' and '.join(PROGRAMS)} do"
             )
-        task = self.task(method, budget, within, losses=losses, pairs=pairs)
+        task = self.task(method, budget, within, losses=losses)
         layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
         return layer_program(task) if layers else channel_program(task)
 
@@ -150,7 +144,6 @@ class Programs:
         within: Sequence[Budget] = (),
         *,
         losses: Floats | None = None,
-        pairs: PairwiseTerms | None = None,
     ) -> Task:
         """One method at its budgets, checked against the profile."""
         if method.format_name not in self.profile.formats:
@@ -179,7 +172,6 @@ class Programs:
             limits=limits,
             activation_steps=_activation_steps(method, self.profile),
             losses=losses,
-            pairs=pairs,
         )
 
     def limit(self, budget: Budget, method: MethodSpec) -> int:
@@ -196,7 +188,6 @@ class Programs:
         return budget.limit_bits(
             self.table,
             self.policy,
-            self.storage,
             act_bits=method.act_bits,
             activation_steps=_activation_steps(method, self.profile),
         )
@@ -209,14 +200,13 @@ def allocate(
     profile: SensitivityProfile,
     policy: Policy,
     fmt: QuantFormat,
-    storage: StorageModel = DEFAULT_STORAGE,
     *,
     within: Sequence[Budget] = (),
     costs: CostTable | None = None,
     losses: Floats | None = None,
 ) -> Allocation:
     """One method at one budget: see `Programs.allocate`, which whoever asks for several should use."""
-    programs = Programs(table=table, profile=profile, policy=policy, format=fmt, storage=storage, costs=costs)
+    programs = Programs(table=table, profile=profile, policy=policy, format=fmt, costs=costs)
     return programs.allocate(method, budget, within, losses=losses)
 
 
@@ -274,9 +264,7 @@ def _least(budget: CostBudget) -> int:
 
 
 def _lower_bound(problem: AllocationProblem, rates: Sequence[float]) -> float:
-    """Lagrangian lower bound of a program for any multipliers >= 0; none where pairs have a say."""
-    if problem.pairwise is not None:
-        return float("-inf")
+    """Lagrangian lower bound of a program for any multipliers >= 0."""
     priced = problem.loss.astype(np.float64)
     for rate, budget in zip(rates, problem.budgets, strict=True):
         priced = priced + rate * np.asarray(budget.cost)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import PairwiseTerms
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, QuantFormat, bops, size_bits, uniform_map
+from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.losses import BEST_LOSS, channel_losses
 from mpqsearch.methods.spec import MethodSpec
@@ -42,7 +42,6 @@ class Task:
     limits: tuple[Limit, ...]
     activation_steps: int = 1
     losses: Floats | None = None
-    pairs: PairwiseTerms | None = None
 
     def without_smoothing(self) -> Task:
         """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost."""
@@ -75,7 +74,7 @@ class Task:
         if budget.quantity == "bops":
             return bops(table, bit_map)
         if budget.quantity != "latency" or costs is None:
-            return size_bits(table, bit_map, self.programs.storage)
+            return size_bits(table, bit_map)
         if bit_map.granularity == "channel":
             raise whole_layers_only(self.method, budget)
         asked = [(n, int(w), bit_map.activations.get(n, FULL_PRECISION)) for n, w in bit_map.weights.items()]
@@ -104,9 +103,9 @@ class Task:
         return np.array(table, dtype=np.int64).reshape(len(names), len(choices))
 
     def _stored(self, name: str, bits: int, act_bits: int) -> int:
-        storage, layer = self.programs.storage, self.programs.table[name]
-        weights = storage.layer_total(layer, np.array(bits, dtype=np.uint8), self.format)
-        return weights + storage.activation_bits(act_bits, self.activation_steps)
+        layer = self.programs.table[name]
+        weights = DEFAULT_STORAGE.layer_total(layer, np.array(bits, dtype=np.uint8), self.format)
+        return weights + DEFAULT_STORAGE.activation_bits(act_bits, self.activation_steps)
 
     def fixed_cost(self, budget: Budget, inputs: Mapping[str, int]) -> int:
         """What a budget pays for all that is not searched: fixed layers, and what is no weight layer."""
@@ -117,7 +116,7 @@ class Task:
             return sum(self.programs.costs.of(*a) for a in asked)
         if budget.quantity == "bops":
             return sum(self.programs.table[n].macs * b * a for n, b, a in asked)
-        return self.programs.storage.kept_bits(self.programs.table) + sum(self._stored(*a) for a in asked)
+        return DEFAULT_STORAGE.kept_bits(self.programs.table) + sum(self._stored(*a) for a in asked)
 
     def channel_losses(self) -> Floats:
         """Losses ``[C, W]`` of every output channel at every width of the profile."""

@@ -59,11 +59,12 @@ def test_costs_of_a_size_that_float_solvers_confuse(solver):
 
 
 @pytest.mark.parametrize("solver", ALL)
-def test_groups_fixed_items_and_masks_hold(solver):
+def test_groups_and_masks_hold(solver):
     given = instance(11)
     allowed = np.ones(given["loss"].shape, dtype=bool)
     allowed[3, 0] = False
-    problem = AllocationProblem(**given, groups=[[0, 2], [4, 5]], fixed={1: 1}, allowed=allowed)
+    allowed[1] = np.arange(4) == 1
+    problem = AllocationProblem(**given, groups=[[0, 2], [4, 5]], allowed=allowed)
     result = solve(problem, solver=solver)
     assert result.choice[0] == result.choice[2]
     assert result.choice[4] == result.choice[5]

@@ -131,15 +131,10 @@ def test_dominated_and_duplicated_choices_change_nothing(problem):
 
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.integers(0, 2**32 - 1))
-def test_groups_and_fixed_items_equal_brute_force(problem, seed):
-    """P9: groups merge rows, fixed items reduce the budget."""
+def test_groups_equal_brute_force(problem, seed):
+    """P9: groups merge rows."""
     rng = np.random.default_rng(seed)
-    asked = replace(
-        problem,
-        allowed=None,
-        groups=rng.integers(-1, 2, problem.n_items),
-        fixed={0: int(rng.integers(problem.n_choices))},
-    )
+    asked = replace(problem, groups=rng.integers(-1, 2, problem.n_items))
     least = brute.least(asked)
     if least is None:
         with pytest.raises(InfeasibleBudgetError, match="smallest attainable|choice in common"):
@@ -148,16 +143,4 @@ def test_groups_and_fixed_items_equal_brute_force(problem, seed):
     core = solve(asked)
     assert core.loss == pytest.approx(least, rel=ROUNDING, abs=0)
     assert brute.admissible(asked, tuple(core.choice.tolist()))
-    assert checked(asked, core).valid
-
-
-@settings(max_examples=60, deadline=None)
-@given(problems(), st.integers(-9, 9))
-def test_negative_losses_equal_brute_force(problem, decade):
-    shift = 10.0**decade
-    asked = replace(problem, loss=problem.loss.astype(np.float64) - shift, signed_loss=True)
-    core = solve(asked)
-    scale = float(np.abs(asked.loss).sum())
-    assert core.status == "optimal"
-    assert core.loss == pytest.approx(brute.least(asked), rel=0, abs=ROUNDING * scale)
     assert checked(asked, core).valid

@@ -13,8 +13,6 @@ def admissible(problem: Any, choice: tuple[int, ...]) -> bool:
     items = range(len(choice))
     if problem.allowed is not None and not all(problem.allowed[i, choice[i]] for i in items):
         return False
-    if problem.fixed_choice is not None and any(problem.fixed_choice[i] not in (-1, choice[i]) for i in items):
-        return False
     if problem.group_labels is not None:
         for a, b in itertools.combinations(items, 2):
             if problem.group_labels[a] == problem.group_labels[b] >= 0 and choice[a] != choice[b]:
@@ -52,7 +50,7 @@ def smallest(problem: Any, name: str) -> int | None:
     n, k = problem.loss.shape
     budgets = {b.name: b for b in problem.budgets}
     asked = budgets.pop(name)
-    rules = ("allowed", "fixed_choice", "group_labels", "max_formats", "max_formats_per_layer", "layer")
+    rules = ("allowed", "group_labels", "max_formats", "max_formats_per_layer", "layer")
     without = SimpleNamespace(budgets=list(budgets.values()), **{rule: getattr(problem, rule) for rule in rules})
     totals = [
         sum(int(asked.cost[i, c]) for i, c in enumerate(choice))

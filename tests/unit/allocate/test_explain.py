@@ -1,4 +1,4 @@
-"""Paths, explanations and time limits on problems small enough to read."""
+"""Paths and explanations on problems small enough to read."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def test_layers_are_told_what_their_channels_are_told(seed):
     loss, cost = rng.random((40, 4)), np.sort(rng.integers(1, 90, (40, 4)), axis=1)
     allowed = rng.random((40, 4)) < 0.8
     allowed[:, 1] = True
+    allowed[3] = np.arange(4) == 1
     layer = rng.integers(0, 5, 40)
-    asked = AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 2].sum()), allowed=allowed, fixed={3: 1})
+    asked = AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 2].sum()), allowed=allowed)
     result = solve(asked)
     by_item = {int(step.name.split()[1]): step for step in explain(asked, result).steps}
     told = explain(asked, result, layer, [f"layer {n}" for n in range(5)]).steps
@@ -97,7 +98,7 @@ def test_layers_are_told_what_their_channels_are_told(seed):
 
 
 def test_the_items_of_a_group_step_together():
-    asked = problem(groups=[["a", "b"]], limit=6)  # (1, 1, 0) costs 5; the next step of the pair gains 3 for 2
+    asked = problem(groups=[[0, 1]], limit=6)  # (1, 1, 0) costs 5; the next step of the pair gains 3 for 2
     result = solve(asked)
     assert explain(asked, result).steps[0].name == "a, b"
     told = explain(asked, result, np.array([0, 1, 1]), ["first", "second"]).steps
@@ -115,16 +116,6 @@ def test_the_shadow_prices_of_all_budgets_are_told_by_name():
     assert explain(asked, result).shadow_prices == {"cost": result.multipliers[0], "bops": result.multipliers[1]}
 
 
-def test_a_time_limit_is_told_apart_from_an_optimum():
-    rng = np.random.default_rng(0)
-    loss, cost = rng.random((3000, 7)), np.sort(rng.integers(1, 10**6, (3000, 7)), axis=1)
-    hurried = solve(AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 3].sum())), time_limit_s=1e-6)
-    assert hurried.status == "time_limit"
-    assert 0 < hurried.gap < 0.01
-    with pytest.raises(ConfigError, match="time_limit_s"):
-        solve(problem(), time_limit_s=0)
-
-
 def test_pairs_end_in_a_heuristic_with_a_bound_that_holds():
     """Couplings far larger than the losses, losses that may be negative."""
     rng = np.random.default_rng(0)
@@ -132,11 +123,10 @@ def test_pairs_end_in_a_heuristic_with_a_bound_that_holds():
     value = rng.normal(size=(len(first), 4, 4)) * 10
     cost = rng.integers(1, 9, (40, 1)) * np.arange(1, 5)
     asked = AllocationProblem(
-        loss=rng.random((40, 4)) - 0.5,
+        loss=rng.random((40, 4)),
         cost=cost,
         limit=int(cost[:, 2].sum()),
         pairwise=PairwiseTerms(first=first, second=second, value=value),
-        signed_loss=True,
     )
     answer = solve(asked)
     assert answer.status == "heuristic"
@@ -151,5 +141,3 @@ def test_an_optimum_below_zero_is_called_optimal():
     pairs = PairwiseTerms(first=np.array([0]), second=np.array([1]), value=value)
     answer = solve(problem(pairwise=pairs, limit=9))
     assert (answer.status, answer.loss, answer.proof) == ("optimal", 5.0, "bound")
-    negative = solve(problem(loss=problem().loss - 20, pairwise=pairs, limit=9, signed_loss=True))
-    assert (negative.status, negative.loss, negative.gap) == ("optimal", -55.0, 0.0)

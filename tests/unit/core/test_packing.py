@@ -3,15 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpqsearch.core import packing
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ConfigError
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64, 1001])
-def test_it_is_the_bit_stream_and_comes_back(bits: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "BLOCK", 16)  # several blocks, the last one short
+def test_it_is_the_bit_stream_and_comes_back(bits: int, n: int) -> None:
     codes = np.random.default_rng(n).integers(0, 2**bits, size=n, dtype=np.uint8)
     stream = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits].reshape(-1)
     packed = pack_bits(codes, bits)
