@@ -16,7 +16,15 @@ from mpqsearch.artifacts import atomic_write, digest_of
 from mpqsearch.distill.trd import FeatureTap
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.models import Condition, Denoiser
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, prediction_gains, timesteps_of, trajectory
+from mpqsearch.sampling import (
+    SamplerSpec,
+    condition_to,
+    labels_of,
+    noise_of,
+    prediction_gains,
+    timesteps_of,
+    trajectory,
+)
 
 FIRST_SEED = 2_000_000
 """Seeds of training noise start here: neither those of evaluation (from 0) nor those of calibration (from
@@ -125,16 +133,13 @@ class Trajectories:
         """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same
         on all processes."""
         seeds = range(FIRST_SEED - max(self.batch, GAIN_SAMPLES), FIRST_SEED)
-        device = next(self.denoiser.module.parameters()).device
-        return prediction_gains(
-            self.denoiser, seeds, self.sampler, conditions=lambda d, s: _to(self.conditions(d, s), device)
-        )
+        return prediction_gains(self.denoiser, seeds, self.sampler, conditions=self.conditions)
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Run trajectory ``index``; nothing is computed before it is asked for."""
         seeds = self.seeds(index)
         device = next(self.denoiser.module.parameters()).device
-        cond = _to(self.conditions(self.denoiser, seeds), device)
+        cond = condition_to(self.conditions(self.denoiser, seeds), device)
         x = noise_of(seeds, self.denoiser.sample_shape).to(device)
         run = trajectory(self.denoiser, x, cond, self.sampler)
         tap = FeatureTap(self.denoiser.module, self.feature, self.pooled_size) if self.feature else None
@@ -239,12 +244,6 @@ class CachedTrajectories:
                 f"{list(self.timesteps)}. "
                 "Use another folder, or delete it."
             )
-
-
-def _to(cond: Condition, device: torch.device) -> Condition:
-    if isinstance(cond, Tensor):
-        return cond.to(device)
-    return None if cond is None else {k: v.to(device) for k, v in cond.items()}
 
 
 def _named(cond: Condition) -> dict[str, Tensor]:

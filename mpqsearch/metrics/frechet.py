@@ -1,4 +1,5 @@
-"""Fréchet and kernel distances between feature samples, in float64."""
+"""Fréchet and kernel distances between feature samples, in float64 on the CPU wherever the features are: some devices
+have no float64."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ class FeatureStatistics:
 
         Raises `ConfigError` with fewer than two samples, `NumericsError` when a feature is not finite.
         """
-        x = features.double()
+        x = features.cpu().double()
         if x.dim() != 2 or len(x) < 2:
             raise ConfigError(f"feature statistics need at least two rows, got the shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             raise NumericsError("a feature is NaN or infinite: look at the samples")
-        w = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double()
+        w = _weights(weights, len(x))
         total = float(w.sum())
         mean = (w @ x) / total
         centred = x - mean
@@ -75,13 +76,13 @@ class KernelDistance:
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         _require_two(x, y)
-        self._within_x = _mean_of_pairs(_kernel(x, x), torch.ones(len(x), dtype=torch.float64))
+        self._within_x = _mean_of_pairs(_kernel(x, x), _weights(None, len(x)))
         self._yy = _kernel(y, y)
         self._cross = _kernel(x, y).mean(0)
 
     def __call__(self, weights: Tensor | None = None) -> float:
         """The distance, with multiplicities ``[m]`` of the rows of ``y`` (default: once each)."""
-        w = torch.ones(len(self._yy), dtype=torch.float64) if weights is None else weights.double()
+        w = _weights(weights, len(self._yy))
         return float(self._within_x + _mean_of_pairs(self._yy, w) - 2 * (w @ self._cross) / w.sum())
 
 
@@ -99,12 +100,17 @@ class PairedKernelDistance:
 
         Rows are in or out: duplicates would enter the U-statistic as pairs of themselves.
         """
-        w = torch.ones(len(self._pairs), dtype=torch.float64) if weights is None else (weights > 0).double()
+        w = (_weights(weights, len(self._pairs)) > 0).double()
         return float(_mean_of_pairs(self._pairs, w))
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+    return (a.cpu().double() @ b.cpu().double().T / a.shape[1] + 1) ** 3
+
+
+def _weights(weights: Tensor | None, n: int) -> Tensor:
+    """Multiplicities ``[n]``: once each where none are given."""
+    return torch.ones(n, dtype=torch.float64) if weights is None else weights.cpu().double()
 
 
 def _mean_of_pairs(kernel: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,13 @@ def labels_of(denoiser: Denoiser, seeds: Sequence[int]) -> Condition:
     return torch.tensor([int(s) % denoiser.n_classes for s in seeds], dtype=torch.long)
 
 
+def condition_to(cond: Condition, device: torch.device) -> Condition:
+    """A condition with its tensors on a device."""
+    if isinstance(cond, Mapping):
+        return {k: v.to(device) for k, v in cond.items()}
+    return None if cond is None else cond.to(device)
+
+
 def timesteps_of(denoiser: Denoiser, spec: SamplerSpec) -> tuple[int, ...]:
     """The timesteps that the denoiser is called with, noise first."""
     scheduler, _ = _scheduler(denoiser, spec)
@@ -47,9 +54,10 @@ def timesteps_of(denoiser: Denoiser, spec: SamplerSpec) -> tuple[int, ...]:
 
 
 def trajectory(denoiser: Denoiser, x: Tensor, cond: Condition, spec: SamplerSpec) -> Iterator[Step]:
-    """Yield every step of one batch from noise to sample. A new scheduler object each time: DPM-Solver++ keeps
-    state."""
+    """Yield every step of one batch from noise to sample; ``cond`` may be on another device than ``x``. A new scheduler
+    object each time: DPM-Solver++ keeps state."""
     scheduler, extra = _scheduler(denoiser, spec)
+    cond = condition_to(cond, x.device)
     x = x * scheduler.init_noise_sigma
     for index, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t)
@@ -86,8 +94,7 @@ def chain_of(
 ) -> Chain:
     """Run one batch and keep the scheduler's graph: see `Chain`."""
     device = next(denoiser.module.parameters()).device
-    cond = conditions(denoiser, seeds)
-    cond = cond.to(device) if isinstance(cond, Tensor) else cond
+    cond = condition_to(conditions(denoiser, seeds), device)
     scheduler, extra = _scheduler(denoiser, spec)
     inputs, predictions, times = [], [], []
     with torch.enable_grad():
@@ -160,7 +167,7 @@ def sample(
         part = seeds[start : start + spec.batch]
         cond = labels_of(denoiser, part)
         x = noise_of(part, denoiser.sample_shape).to(device)
-        for step in trajectory(denoiser, x, cond.to(device) if isinstance(cond, Tensor) else cond, spec):
+        for step in trajectory(denoiser, x, cond, spec):
             x = step.after
             if not bool(torch.isfinite(x).all()):
                 raise NumericsError(

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import gc
 import io
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -58,6 +57,8 @@ def _measured(command: Sequence[str], model: str, device: str, verb: str) -> Row
 
 def _peak_of_process() -> int:
     """Bytes; Linux counts in kilobytes."""
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

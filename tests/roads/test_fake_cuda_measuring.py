@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,20 @@ from torch import nn
 from mpqsearch.core import BitMap, Budget
 from mpqsearch.metrics import (
     EXTRACTORS,
+    FeatureStatistics,
+    KernelDistance,
+    PairedKernelDistance,
     Reference,
     distance_to_full_precision,
     evaluate,
+    frechet_distance,
     load_extractor,
     module_extractor,
 )
 from mpqsearch.metrics.extractors import FeatureExtractor
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, sample, to_uint8
+from mpqsearch.sampling import labels_of, noise_of, prediction_gains, sample, to_uint8, trajectory
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.specs import SamplerSpec
@@ -103,6 +107,33 @@ def test_metrics_are_those_of_the_cpu(where: str) -> None:
     assert found.features.device.type == "cpu"
     distance = distance_to_full_precision(samples, reference, extractor)
     assert distance == pytest.approx(expected.metrics["fd_fp"].value, rel=1e-6)
+
+
+def test_distances_of_features_that_lie_on_a_device() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 3, generator=generator), torch.randn(6, 3, generator=generator) + 1
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0, 1.0])
+    for w in (None, weights):
+        on_device = None if w is None else on_gpu(w)
+        statistics = FeatureStatistics.of(x), FeatureStatistics.of(y, w)
+        moved = FeatureStatistics.of(on_gpu(x)), FeatureStatistics.of(on_gpu(y), on_device)
+        assert frechet_distance(*moved) == frechet_distance(*statistics)
+        for distance in (KernelDistance, PairedKernelDistance):
+            assert distance(on_gpu(x), on_gpu(y))(on_device) == distance(x, y)(w)
+
+
+def test_conditions_of_another_device_are_moved() -> None:
+    def by_name(_denoiser: Denoiser, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {"class_labels": torch.tensor([s % 4 for s in seeds])}
+
+    denoiser, spec = tiny_denoiser("unet"), SamplerSpec(steps=2)
+    moved = denoiser.with_module(on_gpu(denoiser.module))
+    expected = prediction_gains(denoiser, SEEDS, spec, conditions=by_name)
+    assert prediction_gains(moved, SEEDS, spec, conditions=by_name) == pytest.approx(expected, rel=1e-3)
+    x, cond = noise_of(SEEDS, denoiser.sample_shape), by_name(denoiser, SEEDS)
+    with torch.no_grad():
+        steps = [list(trajectory(d, where, cond, spec)) for d, where in ((denoiser, x), (moved, on_gpu(x)))]
+    torch.testing.assert_close(steps[1][-1].after.cpu(), steps[0][-1].after, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("error", ["features", "pixels"])

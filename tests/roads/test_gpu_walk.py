@@ -11,17 +11,19 @@ from mpqsearch.errors import ModelError
 from tests.gpu.walk import walk, write_rows
 from tests.support.roads import ARGUMENTS, new_road
 
+VERBS = [verb for verb in ARGUMENTS if verb != "report"]  # `run` draws it
+
 
 def test_every_verb_is_walked_and_written_down(tmp_path: Path) -> None:
     road = new_road(tmp_path, "class-conditional")
-    rows = walk(road, "tiny", "cpu")
-    assert [row.verb for row in rows] == list(ARGUMENTS)
+    rows = walk(road, "tiny", "cpu", VERBS)
+    assert [row.verb for row in rows] == VERBS
     assert (road.run / "report.html").is_file()
     assert (road.run / "export" / "packed" / "packed.safetensors").is_file()
     write_rows(tmp_path / "out", rows)
     with (tmp_path / "out" / "verbs.csv").open() as handle:
         written = list(csv.DictReader(handle))
-    assert [row["verb"] for row in written] == list(ARGUMENTS)
+    assert [row["verb"] for row in written] == VERBS
     assert all(float(row["seconds"]) > 0 and float(row["peak_mb"]) > 10 for row in written)
     assert (tmp_path / "out" / "verbs.md").read_text().count("\n| tiny | cpu | ") == len(rows)
 
