@@ -70,5 +70,5 @@ def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("bits (mean; line: range)")
     roles = {r: _ROLE_STYLES[r] for r in ROLES if r in info.roles}
     handles = [Patch(facecolor=colour, hatch=hatch, edgecolor=PAGE, label=r) for r, (colour, hatch) in roles.items()]
-    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=6)
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(roles))
     return ax

@@ -137,7 +137,7 @@ def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
 
     Draws on ``ax`` (default: a new figure) and returns it.
     """
-    ax = axes_or_new(ax, (10.0, 4.0))
+    ax = axes_or_new(ax, (10.0, 4.8))
     finite = info.sensitivity[np.isfinite(info.sensitivity)]
     spread = finite.size > 0 and finite.max() > finite.min()
     norm = LogNorm(vmin=finite.min(), vmax=finite.max()) if spread else None

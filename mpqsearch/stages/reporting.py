@@ -128,18 +128,13 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
 
 
 def _notes(run: Run, solved: Solved) -> list[str]:
-    counted = "Everything that is stored is counted: scales, zero points, channel tags, leftovers."
-    notes = [f"Policy: {run.config.policy.describe()}. {counted}"]
     over = [
         f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8000:.2f} kB"
         for (method, budget), (_, data) in solved.items()
         if not data["within_budget"]
     ]
-    if over:
-        notes.append(
-            f"Over the budget, because the method has no means to pay for its channel tags: {'; '.join(over)}."
-        )
-    return notes
+    text = f"Over the budget, because the method has no means to pay for its channel tags: {'; '.join(over)}."
+    return [text] if over else []
 
 
 SIZE_COLUMNS = (
