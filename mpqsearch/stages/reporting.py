@@ -98,7 +98,7 @@ def report_content(
         command=command,
         digests={"model": table.digest, **inputs},
         seconds=run.seconds,
-        notes=_notes(run, solved),
+        notes=_notes(solved),
         search=search_results(run, table),
         chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
     )
@@ -127,7 +127,7 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
     return grids
 
 
-def _notes(run: Run, solved: Solved) -> list[str]:
+def _notes(solved: Solved) -> list[str]:
     over = [
         f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8000:.2f} kB"
         for (method, budget), (_, data) in solved.items()
