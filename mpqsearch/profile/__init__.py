@@ -4,10 +4,10 @@ from mpqsearch._verbs import make_callable
 from mpqsearch.profile.activations import calibrate_activations, collect_ranges
 from mpqsearch.profile.calibrate import ProbeInput, calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
-from mpqsearch.profile.gptq import InputMoments, beyond_limit, gptq_profile, input_statistics
+from mpqsearch.profile.gptq import gptq_profile
 from mpqsearch.profile.inputs import InputCollector, columns_of
-from mpqsearch.profile.measure import profile_base, profile_model
-from mpqsearch.profile.one_layer import FinalErrors, final_errors, with_final_errors
+from mpqsearch.profile.measure import profile_model
+from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
@@ -17,7 +17,6 @@ from mpqsearch.specs import CalibrationSpec
 __all__ = [
     "Arrays",
     "CalibrationSpec",
-    "FinalErrors",
     "InputCollector",
     "InputMoments",
     "Partial",
@@ -30,15 +29,12 @@ __all__ = [
     "collect_ranges",
     "columns_of",
     "final_effects",
-    "final_errors",
     "formats_of",
     "gptq_profile",
     "input_statistics",
-    "profile_base",
     "profile_model",
     "profile_weights",
     "projected_effects",
-    "with_final_errors",
 ]
 
 make_callable(__name__)

@@ -133,13 +133,13 @@ def collected(
     full = any(s.second_moment.numel() for s in statistics.values())
     for layer in table:
         if layer.name not in statistics:
-            statistics[layer.name] = _nothing(layer, device, second_moment=full)
+            statistics[layer.name] = no_input(layer, device, second_moment=full)
             power[layer.name] = torch.zeros(layer.n_channels, device=device)
     constant = collector.constant_inputs()
     return Calibration(statistics=statistics, output_power=power, inputs=inputs, constant=constant)
 
 
-def _nothing(layer: LayerSpec, device: torch.device, *, second_moment: bool) -> RowStatistics:
+def no_input(layer: LayerSpec, device: torch.device, *, second_moment: bool) -> RowStatistics:
     """Statistics of a layer that never ran: no input, so no error reaches the output."""
     g, d = layer.groups, layer.weights_per_channel
     return RowStatistics(

@@ -1,9 +1,9 @@
-"""What output channels lose at every width under GPTQ, and the second moments of inputs that it needs."""
+"""What output channels lose at every width under GPTQ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,135 +13,8 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat, SensitivityProfile
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, run_sampler, silent
-from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RowQuantizer, RowStatistics, decode, encode, fit_rows, gptq_rows, rows_of
 from mpqsearch.quant.smoothing import scaled_moment, stored_factors
-from mpqsearch.specs import SamplerSpec
-
-
-@torch.no_grad()
-def input_statistics(
-    denoiser: Denoiser,
-    table: LayerTable,
-    sampler: SamplerSpec,
-    seeds: Sequence[int],
-    *,
-    progress: Progress = silent,
-) -> Mapping[str, RowStatistics]:
-    """Second moments, means and largest magnitudes of the inputs of all layers that run while the model samples.
-
-    Takes ``D**2`` float64 numbers for a layer of fan-in ``D``; `InputMoments` holds some layers at a time.
-    Class-conditional models want seeds that cover all classes: layers that see nothing but the class and the timestep
-    have few different inputs, and every one that is missing is one that codes are not chosen for.
-    """
-    with InputCollector(denoiser.module, table) as collector:
-        run_sampler(denoiser, sampler, seeds, "input moments", progress)
-    return collector.statistics()
-
-
-WORKING = 40
-"""Bytes that GPTQ rounding takes for each number of a layer's second moment: itself, damped, ordered, inverted, in
-float32."""
-
-
-def beyond_limit(table: LayerTable, limit: int | None) -> tuple[str, ...]:
-    """Layers that ``limit`` bytes do not let GPTQ rounding work on: these are rounded to nearest."""
-    sizes = {la.name: la.groups * la.weights_per_channel**2 * WORKING for la in table}
-    return () if limit is None else tuple(name for name, size in sizes.items() if size > limit)
-
-
-@dataclass
-class InputMoments(Mapping[str, RowStatistics]):
-    """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of
-    consecutive layers.
-
-    Read in the order of the table, each group is measured once. Layers of which a single second moment is beyond the
-    limit are not among the keys (``left_out``): they are rounded to nearest. Without a limit all layers are one group.
-    Layers that never run are not there either.
-    """
-
-    denoiser: Denoiser
-    table: LayerTable
-    sampler: SamplerSpec
-    seeds: Sequence[int]
-    limit: int | None = None
-    progress: Progress = silent
-    _held: tuple[int, Mapping[str, RowStatistics]] = field(default=(-1, {}), init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._group: dict[str, int] = {}
-        room, group, beyond = self.limit or 0, 0, set(self.left_out)
-        for layer in self.table:
-            if layer.name in beyond:
-                continue
-            size = layer.groups * layer.weights_per_channel**2
-            if self.limit is not None:
-                if size * WORKING > room:
-                    room, group = self.limit, group + 1
-                room -= size * 8
-            self._group[layer.name] = group
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Layers whose second moment is beyond the limit."""
-        return beyond_limit(self.table, self.limit)
-
-    def __getitem__(self, name: str) -> RowStatistics:
-        group = self._group[name]
-        if self._held[0] != group:
-            self._held = (-1, {})  # the old group goes before the new one comes
-            part = replace(self.table, layers=tuple(la for la in self.table if self._group.get(la.name) == group))
-            self._held = (
-                group,
-                input_statistics(self.denoiser, part, self.sampler, self.seeds, progress=self.progress),
-            )
-        return self._held[1][name]
-
-    def __contains__(self, name: object) -> bool:
-        if name not in self._group:
-            return False
-        try:
-            self[str(name)]
-        except KeyError:  # it did not run
-            return False
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._group if name in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def moments(self) -> Mapping[str, Tensor]:
-        """Second moments ``[G, D, D]`` by layer, measured when they are read: what `quantize_model` takes."""
-        return _Field(self, "second_moment")
-
-    def means(self) -> Mapping[str, Tensor]:
-        """Mean inputs ``[G, D]``, from the same samples: with these, what the bias makes good is taken off the second
-        moment exactly."""
-        return _Field(self, "mean")
-
-
-@dataclass(frozen=True)
-class _Field(Mapping[str, Tensor]):
-    """One number of the statistics of every layer."""
-
-    source: InputMoments
-    name: str
-
-    def __getitem__(self, layer: str) -> Tensor:
-        value: Tensor = getattr(self.source[layer], self.name)
-        return value
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.source
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
 
 @torch.no_grad()
@@ -155,7 +28,7 @@ def gptq_profile(
     """``profile`` with the output errors of the format ``fmt`` as GPTQ leaves them, for integer programs.
 
     stats
-        From `input_statistics`; layers that are not named keep what the profile has.
+        From `mpqsearch.profile.input_statistics`; layers that are not named keep what the profile has.
     fmt
         The format that is priced anew, with its own range search and alpha of smoothing.
 

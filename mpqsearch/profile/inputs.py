@@ -19,6 +19,10 @@ CONSTANT = 1e-5
 """An input is constant when no channel varies by more than this share of the largest magnitude in it."""
 
 
+UNFOLDED = 1 << 30
+"""Bytes that the unfolded input of a convolution may take at once."""
+
+
 def columns_of(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     """What the rows of a layer are multiplied with: ``[G, positions, D]`` for an input ``x``, with or without a batch
     axis.
@@ -137,15 +141,26 @@ class _Last:
     product: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def product_of(self, x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
-        """``sum x x'`` ``[G, D, D]`` of the unfolded input: float32 products, float64 sums over calls."""
+        """``sum x x'`` ``[G, D, D]`` of the unfolded input."""
         if not isinstance(module, nn.Linear):
-            columns = columns_of(x.float(), module, layer)
-            return torch.bmm(columns.transpose(1, 2), columns).double()
+            return _product(x, module, layer)
         if x is not self.x or x.is_inference() or x._version != self.version:
-            columns = columns_of(x.float(), module, layer)
-            self.product = torch.bmm(columns.transpose(1, 2), columns).double()
+            self.product = _product(x, module, layer)
             self.x, self.version = x, 0 if x.is_inference() else x._version
         return self.product
+
+
+def _product(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
+    """``sum x x'`` ``[G, D, D]`` in float64, from float32 products of parts whose unfolded columns fit `UNFOLDED`."""
+    samples = x.numel() // x.shape[-1] if isinstance(module, nn.Linear) else len(batched(x, module))
+    unfolded = x.numel() // samples * (layer.weights_per_channel * layer.groups // layer.n_inputs) * 4
+    total: Tensor | None = None
+    for part in parts_of(x, module, max(1, UNFOLDED // unfolded)):
+        columns = columns_of(part.float(), module, layer)
+        product = torch.bmm(columns.transpose(1, 2), columns).double()
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
 
 
 class InputCollector:

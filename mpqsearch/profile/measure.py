@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import activation_arrays
-from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, run_sampler, silent
+from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, no_input, silent
 from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.layer_scores import layer_scores
-from mpqsearch.profile.one_layer import final_errors, with_final_errors
+from mpqsearch.profile.moments import InputMoments
+from mpqsearch.profile.one_layer import final_errors
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.probing import Probing
-from mpqsearch.profile.recomputed import error_part, held_bytes
-from mpqsearch.profile.second_moments import Piece, blocks_within, output_errors, plan_second_moments
+from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
 from mpqsearch.profile.slopes import mixed_widths, slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
-from mpqsearch.quant import RowStatistics, width_errors
+from mpqsearch.quant import RowStatistics
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
-
-HELD = 4
-"""Weight errors are held when they take less than one part in so many of a memory limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,7 @@ class Measurement:
     policy: Policy
     sampler: SamplerSpec
     spec: CalibrationSpec
+    base: QuantFormat
     formats: Mapping[str, QuantFormat]
     memory_limit: int | None = None
     partial: Partial | None = None
@@ -94,39 +91,18 @@ def profile_model(
     fmt: QuantFormat,
     *,
     memory_limit: int | None = None,
-    progress: Progress | None = None,
-) -> SensitivityProfile:
-    """Measure a model: see `SensitivityProfile` for what comes out, in which units.
-
-    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the
-    largest layer with them. With it the calibration may run several times (`mpqsearch.profile.second_moments`), errors
-    may be made again at every projection, some rows at a time, and the numbers are the same up to rounding (1e-4 of the
-    largest). The gradient of a layer comes in one piece, and slopes at contexts need a second copy of the model. Raises
-    `ConfigError`, with the smallest limit that works, when a layer does not fit. `profile_base` and `final_errors` are
-    its two halves, for callers that keep what is finished.
-    """
-    base = profile_base(denoiser, table, policy, sampler, spec, fmt, memory_limit=memory_limit, progress=progress)
-    results = final_errors(denoiser, table, base, sampler, spec, fmt, progress=progress or silent)
-    return with_final_errors(base, results)
-
-
-def profile_base(
-    denoiser: Denoiser,
-    table: LayerTable,
-    policy: Policy,
-    sampler: SamplerSpec,
-    spec: CalibrationSpec,
-    fmt: QuantFormat,
-    *,
-    memory_limit: int | None = None,
     partial: Partial | None = None,
     progress: Progress | None = None,
 ) -> SensitivityProfile:
-    """Everything but the slow reference of one layer at a time; only what `CalibrationSpec` asks for with
-    ``prediction_only`` or ``granularity = "layer"``.
+    """Measure a model: see `SensitivityProfile` for what comes out, in which units; only what `CalibrationSpec` asks
+    for with ``prediction_only`` or ``granularity = "layer"``.
 
-    ``partial`` keeps the tables of each finished layer and each finished step. A run that continues from it samples the
-    calibration inputs again and measures what is left.
+    ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the
+    largest layer with them. With it the calibration runs once for each group of layers whose second moments fit, errors
+    are made again at every projection, some rows at a time, and the numbers are the same up to rounding (1e-4 of the
+    largest). Slopes at contexts need a second copy of the model. ``partial`` keeps the tables of each finished layer
+    and each finished step: a run that continues from it samples the calibration inputs again and measures what is left.
+    Raises `ConfigError`, with the smallest limit that works, when a layer does not fit.
     """
     _check(denoiser, policy, spec)
     m = Measurement(
@@ -135,6 +111,7 @@ def profile_base(
         policy=policy,
         sampler=sampler,
         spec=spec,
+        base=fmt,
         formats=_formats(spec, fmt),
         memory_limit=memory_limit,
         partial=partial,
@@ -169,6 +146,11 @@ def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
                 f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave {name} out: the loss 'probe' is "
                 "measured on the calls."
             )
+    for bits in spec.final_widths:
+        if bits not in policy.widths:
+            raise ConfigError(
+                f"calibration.final_widths asks for {bits} bits, which the policy does not search ({policy.widths})"
+            )
     mixed = mixed_widths(spec, policy)
     if spec.prediction_only and (len(mixed) < 2 or spec.context_seeds < len(mixed)):
         raise ConfigError(
@@ -190,16 +172,19 @@ def _by_layer(m: Measurement) -> Calibration:
         lambda: layer_scores(m.denoiser, m.table, m.widths, m.formats, m.sampler, m.spec, m.progress),
     )
     m.arrays |= arrays
-    found: Calibration = calibration
-    return found
+    result: Calibration = calibration
+    return result
 
 
 def _by_channel(m: Measurement) -> Calibration:
-    plan = _Plan(m)  # first: a limit that is too small should say so before anything has run
-    exact = m.memory_limit is None and not m.spec.prediction_only
+    exact = not m.spec.prediction_only
+    # First: a limit that is too small should say so before anything has run.
+    n_candidates = len(m.widths) * len(m.formats)
+    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=exact)
+    at_once = exact and m.memory_limit is None
     calibration: Calibration = m.timed(
         "calibration",
-        lambda: calibrate(m.denoiser, m.table, m.sampler, m.spec, m.progress, second_moments=exact),
+        lambda: calibrate(m.denoiser, m.table, m.sampler, m.spec, m.progress, second_moments=at_once),
     )
     tables, errors = m.timed(
         "error tables",
@@ -208,19 +193,36 @@ def _by_channel(m: Measurement) -> Calibration:
             m.table,
             m.widths,
             m.formats,
-            calibration.statistics,
+            _statistics(m, calibration) if exact else lambda layer: calibration.statistics[layer.name],
             m.progress,
-            blocks=plan.blocks,
-            hold=plan.hold,
+            blocks=blocks,
+            hold=m.memory_limit is None,
             partial=m.partial,
         ),
     )
     m.arrays |= tables
-    m.take(_steps(m, plan, calibration, errors))
+    m.take(_steps(m, calibration, errors))
     return calibration
 
 
-def _steps(m: Measurement, plan: _Plan, calibration: Calibration, errors: WeightErrors) -> list[Step]:
+def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec], RowStatistics]:
+    """The statistics of a layer with its second moment: held, or under a limit measured for some layers at a time."""
+    if m.memory_limit is None:
+        return lambda layer: calibration.statistics[layer.name]
+    moments = InputMoments(
+        denoiser=m.denoiser,
+        table=m.table,
+        sampler=m.sampler,
+        seeds=range(m.spec.first_seed, m.spec.first_seed + m.spec.samples),
+        limit=m.memory_limit - m.memory_limit // SCRATCH,
+        working=SUMMED,
+        progress=m.progress,
+    )
+    device = next(m.denoiser.module.parameters()).device
+    return lambda layer: moments.get(layer.name) or no_input(layer, device, second_moment=True)
+
+
+def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors) -> list[Step]:
     """What is measured after the tables, in order."""
     given = (m.denoiser, m.table, m.sampler)
     slopes = Step(
@@ -243,8 +245,6 @@ def _steps(m: Measurement, plan: _Plan, calibration: Calibration, errors: Weight
     power = torch.cat([calibration.output_power[la.name] for la in m.table]).float().cpu().numpy()
     m.arrays["output_power"] = power
     steps = [Step(name="sensitivities", run=lambda _: probing.measure(calibration.inputs, m.progress))]
-    if plan.passes:
-        steps.insert(0, Step(name="output errors in passes", run=lambda _: plan.output_errors(calibration, errors)))
     if m.spec.sampler_seeds and not len(m.denoiser.calls):  # recorded calls bring no sampler to differentiate
         totals = Step(
             name="sensitivities of the final sample",
@@ -262,54 +262,23 @@ def _steps(m: Measurement, plan: _Plan, calibration: Calibration, errors: Weight
                 needs=("sensitivity",),
             )
         )
+    if m.spec.final_widths:
+        steps.append(Step(name="one layer at a time", run=lambda _: _final(m, calibration)))
     return steps
 
 
-class _Plan:
-    """How a memory limit is kept: the rows whose errors are made at once, whether errors are held, and the passes that
-    measure output errors (none without a limit)."""
-
-    def __init__(self, m: Measurement) -> None:
-        self._m = m
-        n_candidates, limit = len(m.widths) * len(m.formats), m.memory_limit
-        held = held_bytes(m.table, len(m.widths) * sum(not f.smooth for f in m.formats.values()))
-        self.hold = limit is None or held <= limit // HELD
-        self.room = None if limit is None else limit - held * self.hold
-        self.blocks = blocks_within(m.denoiser.module, m.table, n_candidates, limit)
-        self.passes: list[list[Piece]] = []
-        if self.room is not None and not m.spec.prediction_only:
-            self.passes = plan_second_moments(m.table, n_candidates, self.room)
-
-    def output_errors(self, calibration: Calibration, errors: WeightErrors) -> Arrays:
-        """Exact output errors of every channel, in passes over the calibration inputs."""
-        m, seeds = self._m, range(self._m.spec.first_seed, self._m.spec.first_seed + self._m.spec.samples)
-        modules: dict[str, Any] = dict(m.denoiser.module.named_modules())
-
-        def errors_of(layer: LayerSpec, seen: RowStatistics) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-            for part in self.blocks[layer.name]:
-                weight = modules[layer.name].weight
-                yield (
-                    part,
-                    {
-                        name: error_part(errors.errors[name], layer.name, part)
-                        if name in errors.errors
-                        else width_errors(weight, layer, m.widths, fmt, seen, part)
-                        for name, fmt in m.formats.items()
-                    },
-                )
-
-        by_layer = output_errors(
-            m.denoiser.module,
-            m.table,
-            calibration.statistics,
-            errors_of,
-            self.passes,
-            lambda: run_sampler(m.denoiser, m.sampler, seeds, "calibrate"),
-            limit=self.room,
-            progress=lambda done, total: m.progress("output errors", done, total),
-        )
-        keys = by_layer[m.table.layers[0].name]
-        return {key: torch.cat([by_layer[la.name][key].cpu() for la in m.table]).numpy() for key in keys}
+def _final(m: Measurement, calibration: Calibration) -> Arrays:
+    return final_errors(
+        m.denoiser,
+        m.table,
+        m.widths,
+        calibration.means,
+        m.sampler,
+        m.spec,
+        m.base,
+        partial=m.partial,
+        progress=m.progress,
+    )
 
 
 def _memory() -> dict[str, int]:

@@ -2,109 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat, SensitivityProfile
-from mpqsearch.errors import ConfigError
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
-from mpqsearch.profile.partial import Arrays
+from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import final_format, formats_of
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import sample
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
 
-Case = tuple[str, int, bool]
-"""A layer, its width, and whether its bias is corrected."""
-
-FinalErrors = dict[Case, tuple[float, ...]]
-"""Squared error (mean over pixels) of each final sample: seeds from ``first_seed`` on."""
-
 
 def final_errors(
     denoiser: Denoiser,
     table: LayerTable,
-    profile: SensitivityProfile,
+    widths: tuple[int, ...],
+    means: Mapping[str, Tensor],
     sampler: SamplerSpec,
     spec: CalibrationSpec,
     base: QuantFormat,
     *,
-    known: FinalErrors | None = None,
-    keep: Callable[[FinalErrors], Any] | None = None,
+    partial: Partial | None = None,
     progress: Progress = silent,
-) -> FinalErrors:
-    """Error of the final samples with one layer quantized at a time, at ``spec.final_widths``: the slow reference.
+) -> Arrays:
+    """``layer_final_error`` and ``layer_final_error_corrected`` ``[L, W]`` with their standard errors over seeds: the
+    squared error of the final samples, a mean over pixels, with one layer quantized at a time.
 
-    One run of the sampler for each layer and width, in the format that `final_format` names; two for a layer with a
-    bias, without and with its correction. ``known`` holds what an earlier run finished; ``keep`` is called with all
-    results after each layer. Raises `ConfigError` for a width that the profile does not have.
+    One run of the sampler for each layer and each of ``spec.final_widths``, in the format that `final_format` names;
+    two for a layer with a bias, without and with its correction with ``means``. NaN at the other ``widths``.
+    ``partial`` keeps each finished layer.
     """
-    for bits in spec.final_widths:
-        if bits not in profile.widths:
-            raise ConfigError(
-                f"calibration.final_widths asks for {bits} bits, which the policy does not search ({profile.widths})"
-            )
-    results = dict(known or {})
-    todo = [la for la in table if any(case not in results for case in _cases(la.name, table, spec))]
-    if not todo:
-        return results
     seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
-    reference = sample(denoiser, seeds, sampler)
-    means = {n: torch.from_numpy(np.array(m)) for n, m in profile.means.items()}
-    fmt = formats_of(spec, base)[final_format(spec)]
-    for done, layer in enumerate(todo, start=1):
-        for case in _cases(layer.name, table, spec):
-            if case not in results:
-                student = _quantized(denoiser, table, case, fmt, means)
-                errors = (sample(student, seeds, sampler) - reference).square().flatten(1).mean(1)
-                results[case] = tuple(float(e) for e in errors)
-        if keep is not None:
-            keep(results)
-        progress("one layer at a time", done, len(todo))
-    return results
+    name = final_format(spec)
+    fmt, reference = formats_of(spec, base)[name], sample(denoiser, seeds, sampler)
 
+    def measure(layer: LayerSpec) -> Arrays:
+        out = np.full((2, 2, len(widths)), np.nan, dtype=np.float32)  # mean, standard error; without, with correction
+        for bits in spec.final_widths:
+            for corrected in (0, 1) if layer.has_bias else (0,):
+                quantized = _quantized(denoiser, table, layer, bits, fmt, means if corrected else None)
+                errors = (sample(quantized, seeds, sampler) - reference).square().flatten(1).mean(1)
+                values = np.array([float(e) for e in errors])
+                out[:, corrected:, widths.index(bits)] = [[values.mean()], [std_error_of(values[:, None])[0]]]
+        return {"final": out}
 
-def _cases(name: str, table: LayerTable, spec: CalibrationSpec) -> Iterator[Case]:
-    for bits in spec.final_widths:
-        yield name, bits, False
-        if table[name].has_bias:
-            yield name, bits, True
+    layers = []
+    for position, layer in enumerate(table):
+        part = f"final {position:05d}"
+        arrays = partial.load(part) if partial is not None else None
+        if arrays is None:
+            arrays = measure(layer)
+            if partial is not None:
+                partial.save(part, arrays)
+        layers.append(arrays["final"])
+        progress("one layer at a time", position + 1, len(table))
+    error, spread = np.stack(layers, 2)
+    return {
+        f"layer_final_{kind}{suffix}/{name}": values[i]
+        for i, suffix in enumerate(("", "_corrected"))
+        for kind, values in (("error", error), ("std_error", spread))
+    }
 
 
 def _quantized(
-    denoiser: Denoiser, table: LayerTable, case: Case, fmt: QuantFormat, means: Mapping[str, Tensor]
+    denoiser: Denoiser,
+    table: LayerTable,
+    layer: LayerSpec,
+    bits: int,
+    fmt: QuantFormat,
+    means: Mapping[str, Tensor] | None,
 ) -> Denoiser:
-    name, bits, corrected = case
-    weights = {la.name: np.array(bits if la.name == name else FULL_PRECISION, dtype=np.uint8) for la in table}
+    weights = {la.name: np.array(bits if la == layer else FULL_PRECISION, dtype=np.uint8) for la in table}
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
-    module = quantize_model(denoiser.module, table, bit_map, means=means if corrected else None).module
-    return denoiser.with_module(module)
-
-
-def with_final_errors(profile: SensitivityProfile, results: FinalErrors) -> SensitivityProfile:
-    """The profile with ``layer_final_error`` and ``layer_final_error_corrected``; unchanged when nothing was measured.
-
-    A layer without a bias has the same value in both. NaN: not measured.
-    """
-    if not results:
-        return profile
-    fmt = profile.calibration["spec"]["schemes"][-1]
-    shape = len(profile.names), len(profile.widths)
-    arrays: Arrays = {}
-    for corrected, suffix in ((False, ""), (True, "_corrected")):
-        error, spread = np.full(shape, np.nan, dtype=np.float32), np.full(shape, np.nan, dtype=np.float32)
-        for name, bits, is_corrected in results:
-            if is_corrected and not corrected:
-                continue
-            values = np.array(results.get((name, bits, corrected), results[name, bits, False]))
-            at = profile.index[name], profile.widths.index(bits)
-            error[at], spread[at] = values.mean(), std_error_of(values[:, None])[0]
-        arrays |= {f"layer_final_error{suffix}/{fmt}": error, f"layer_final_std_error{suffix}/{fmt}": spread}
-    return replace(profile, arrays={**profile.arrays, **arrays})
+    return denoiser.with_module(quantize_model(denoiser.module, table, bit_map, means=means).module)

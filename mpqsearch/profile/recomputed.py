@@ -1,18 +1,28 @@
-"""Weight errors under a memory limit: made again at every look, some rows of a layer at a time."""
+"""A profile under a memory limit: weight errors are made again at every look, some rows of a layer at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpqsearch.core import LayerSpec, LayerTable
+from mpqsearch.errors import ConfigError
 from mpqsearch.quant import RowQuantizer
 
 COPIES = 8
 """Copies of a row that are in memory while its error is made: as it is scaled, its codes, what they decode to, and
 temporaries."""
+
+SCRATCH = 4
+"""The part of a memory limit that weight errors may take: one in so many. Second moments may take the rest."""
+
+SUMMED = 20
+"""Bytes for each number of a second moment while it is summed up: a product in float32, the same and the sum in
+float64."""
 
 
 class RecomputedErrors(Mapping[str, Tensor]):
@@ -60,17 +70,6 @@ def error_rows(errors: Mapping[str, Tensor], layer: LayerSpec) -> Sequence[slice
     return errors.blocks(layer.name) if isinstance(errors, RecomputedErrors) else [slice(0, layer.n_channels)]
 
 
-def row_blocks(layer: LayerSpec, n_candidates: int, room: int | None) -> list[slice]:
-    """Slices of a layer's rows whose errors under ``n_candidates`` quantizers, with what making them takes, fit
-    ``room`` bytes; or single rows.
-
-    A slice is of whole groups, or lies inside one. One slice without a limit.
-    """
-    if room is None:
-        return [slice(0, layer.n_channels)]
-    return slices_of(layer, room // row_bytes(layer, n_candidates))
-
-
 def slices_of(layer: LayerSpec, size: int) -> list[slice]:
     """All rows of a layer in slices of at most ``size`` of them (at least one), each of whole groups or inside one."""
     size, group = max(1, size), layer.n_channels // layer.groups
@@ -100,6 +99,37 @@ def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQua
     )
 
 
-def held_bytes(table: LayerTable, n_candidates: int) -> int:
-    """What the weight errors of ``n_candidates`` quantizers take in float32 when those of all layers are held."""
-    return 4 * n_candidates * table.n_weights
+def blocks_within(
+    module: nn.Module, table: LayerTable, n_candidates: int, limit: int | None, *, moments: bool = True
+) -> dict[str, list[slice]]:
+    """For each layer the slices of its rows whose errors under ``n_candidates`` quantizers fit a memory limit, beside
+    the layer's gradient; one slice without a limit.
+
+    Raises `ConfigError` that names the layer and the smallest limit that works, for its gradient and (with ``moments``)
+    its second moment.
+    """
+    if limit is None:
+        return {la.name: slices_of(la, la.n_channels) for la in table}
+    modules: dict[str, Any] = dict(module.named_modules())
+
+    def gradient(layer: LayerSpec) -> int:
+        """Autograd gives it in one piece, in the type of the weights; it is used as rows in float32."""
+        size = int(modules[layer.name].weight.element_size())
+        as_rows = 4 if size != 4 or layer.kind.startswith("ConvTranspose") else 0
+        return layer.n_weights * (size + as_rows)
+
+    def least(layer: LayerSpec) -> int:
+        squares = layer.groups * layer.weights_per_channel**2 if moments else 0
+        return max(
+            gradient(layer) + row_bytes(layer, n_candidates), squares * SUMMED * SCRATCH // (SCRATCH - 1) + SCRATCH
+        )
+
+    largest = max(table, key=least)
+    if least(largest) > limit:
+        raise ConfigError(
+            f"the memory limit of {limit / 1e6:.3g} MB is too small for the layer {largest.name!r}: its gradient, and "
+            "the second moment of its input, come in one piece each. Raise the limit to "
+            f"{math.ceil(least(largest) / 1e3) / 1e3} MB, or profile with --weights-only, which takes neither."
+        )
+    room = {la.name: (limit - gradient(la)) // SCRATCH for la in table}
+    return {la.name: slices_of(la, room[la.name] // row_bytes(la, n_candidates)) for la in table}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpqsearch.profile.recomputed import (
     error_part,
     error_rows,
     joined_quantizers,
-    row_blocks,
+    slices_of,
 )
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
@@ -99,7 +99,7 @@ def tables_of(
     table: LayerTable,
     widths: tuple[int, ...],
     formats: Mapping[str, QuantFormat],
-    statistics: Mapping[str, RowStatistics],
+    statistics: Callable[[LayerSpec], RowStatistics],
     progress: Progress = silent,
     *,
     blocks: Mapping[str, Sequence[slice]] | None = None,
@@ -108,11 +108,12 @@ def tables_of(
 ) -> tuple[Arrays, WeightErrors]:
     """Tables of every output channel, and the weight errors behind them for the formats without smoothing.
 
-    ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once). Without ``hold``
-    the errors are not kept: they are made again from their scales whenever they are looked at, the same bit for bit.
-    ``partial`` keeps tables and scales of a layer.
+    ``statistics`` is called with the layers that ``partial`` does not have, in order; ``partial`` keeps tables and
+    scales of a layer. ``blocks``: the slices of rows of each layer in which its errors are made (default: all at once).
+    Without ``hold`` the errors are not kept: they are made again from their scales whenever they are looked at, the
+    same bit for bit.
     """
-    slices = blocks or {la.name: row_blocks(la, 1, None) for la in table}
+    slices = blocks or {la.name: slices_of(la, la.n_channels) for la in table}
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     plain = [name for name, f in formats.items() if not f.smooth]
     held: dict[str, dict[str, Tensor]] = {name: {} for name in plain}
@@ -123,7 +124,7 @@ def tables_of(
         weight: Tensor = modules[layer.name].weight
         arrays = partial.load(position) if partial is not None else None
         if arrays is None:
-            work = _LayerTables(weight, layer, widths, formats, statistics[layer.name])
+            work = _LayerTables(weight, layer, widths, formats, statistics(layer))
             arrays = work.measure(slices[layer.name])
             if partial is not None:
                 partial.save(position, arrays)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run, same_model
-
-if TYPE_CHECKING:
-    from mpqsearch.profile import FinalErrors
 
 
 def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
@@ -84,7 +80,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
 
 def _measure(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> SensitivityProfile:
     """Profile in parts, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
-    from mpqsearch.profile import final_errors, with_final_errors
+    from mpqsearch.profile import Partial, profile_model
 
     c = run.config
     if c.calibration.captured and c.calibration.sampler_seeds and c.calibration.granularity == "channel":
@@ -93,55 +89,18 @@ def _measure(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> Sensitiv
             "'probe' is measured"
         )
     same_model(run, table)
+    partial = Partial(folder=run.path("partial", "base"), inputs=inputs)
+    if partial.finished():
+        run.say(f"profile: continuing after the tables of {partial.finished()} of {len(table)} layers")
     with run.timed("profile"), bars_of() as progress:
-        base = _base(run, table, inputs, progress)
-        path = run.path("partial", "final.json")
-
-        def keep(results: FinalErrors) -> None:
-            data = [[name, bits, corrected, values] for (name, bits, corrected), values in results.items()]
-            artifacts.write_json(path, "mpqsearch/final-errors", data, inputs)
-
-        known: FinalErrors = {}
-        if artifacts.is_current(path, "mpqsearch/final-errors", inputs, overwrite=True):
-            data = artifacts.read_json(path, "mpqsearch/final-errors").data
-            known = {(name, bits, corrected): tuple(values) for name, bits, corrected, values in data}
-        results = final_errors(
+        return profile_model(
             run.denoiser,
             table,
-            base,
+            c.policy,
             c.sampler,
             c.calibration,
             c.quantizer.format(),
-            known=known,
-            keep=keep,
+            memory_limit=c.model.limit_bytes,
+            partial=partial,
             progress=progress,
         )
-    return with_final_errors(base, results)
-
-
-def _base(run: Run, table: LayerTable, inputs: Mapping[str, str], progress: Any) -> SensitivityProfile:
-    """All but one layer at a time, measured or from an interrupted run."""
-    from mpqsearch.profile import Partial, profile_base
-
-    c, path = run.config, run.path("partial", "profile.json")
-    if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=True):
-        run.say(f"profile: continuing from {path.parent}")
-        return artifacts.load_profile(path)
-    # Under a memory limit a layer's file lacks the output errors, which a step of their own measures.
-    limited = str(c.model.limit_bytes is not None)
-    partial = Partial(folder=run.path("partial", "base"), inputs={**inputs, "limited": limited})
-    if partial.finished():
-        run.say(f"profile: continuing after the tables of {partial.finished()} of {len(table)} layers")
-    base = profile_base(
-        run.denoiser,
-        table,
-        c.policy,
-        c.sampler,
-        c.calibration,
-        c.quantizer.format(),
-        memory_limit=c.model.limit_bytes,
-        partial=partial,
-        progress=progress,
-    )
-    artifacts.save_profile(path, base, inputs)
-    return base

@@ -192,7 +192,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
         (signal.SIGINT, "metrics/*.json", "profile: reused"),
         (signal.SIGKILL, "metrics/*.json", "profile: reused"),
         (signal.SIGKILL, "partial/base/00002.npz", "profile: continuing after the tables of"),
-        (signal.SIGKILL, "partial/final.json", "profile: continuing"),
+        (signal.SIGKILL, "partial/base/final-00000.npz", "profile: continuing"),
     ],
 )
 def test_interrupted_anywhere_the_same_command_continues(

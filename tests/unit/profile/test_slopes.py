@@ -11,7 +11,7 @@ import torch
 from mpqsearch.core import LayerTable, Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
-from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_base
+from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
 from mpqsearch.profile.slopes import _quantized, latin_contexts, slopes_at
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import weight_of, width_errors
@@ -109,7 +109,7 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
         smooth=False,
     )
     sampler = SamplerSpec(steps=2, batch=2)
-    whole = profile_base(denoiser, table, Policy(widths=(2, 3, 4, 8)), sampler, spec, FMT)
+    whole = profile_model(denoiser, table, Policy(widths=(2, 3, 4, 8)), sampler, spec, FMT)
     assert whole.arrays["layer_context_slope/asymmetric"].shape == (len(table), 4)
     assert whole.arrays["layer_context_std_error/asymmetric"].shape == (len(table), 4)
     for policy, changed in (
@@ -117,7 +117,7 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
         (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0)),
     ):
         assert (
-            "layer_context_slope/asymmetric" not in profile_base(denoiser, table, policy, sampler, changed, FMT).arrays
+            "layer_context_slope/asymmetric" not in profile_model(denoiser, table, policy, sampler, changed, FMT).arrays
         )
 
 
@@ -145,7 +145,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
         samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=3, schemes=("asymmetric",)
     )
     sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(2, 3, 4))
-    whole = profile_base(denoiser, table, policy, sampler, spec, FMT)
+    whole = profile_model(denoiser, table, policy, sampler, spec, FMT)
     passes = 0
 
     def count(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -153,7 +153,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
         passes += len(inputs[0])
 
     handle = denoiser.module.register_forward_pre_hook(count)
-    only = profile_base(denoiser, table, policy, sampler, replace(spec, prediction_only=True), FMT)
+    only = profile_model(denoiser, table, policy, sampler, replace(spec, prediction_only=True), FMT)
     handle.remove()
     # Two samples of two steps for the calibration; of each seed the reference, the trajectory of the quantized model,
     # and that with a graph.
@@ -177,8 +177,8 @@ def test_what_a_profile_for_predictions_needs_is_said() -> None:
     table = discover(denoiser)
     spec = CalibrationSpec(prediction_only=True, schemes=("asymmetric",))
     with pytest.raises(ConfigError, match=r"\[2, 3, 4\].*of \[4, 8\].*at least 2"):
-        profile_base(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
+        profile_model(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
     with pytest.raises(ConfigError, match="context_seeds = 2"):
-        profile_base(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
+        profile_model(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
     with pytest.raises(ConfigError, match="final_widths"):
         CalibrationSpec(prediction_only=True, final_widths=(3,))

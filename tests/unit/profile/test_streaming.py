@@ -14,7 +14,7 @@ from mpqsearch.core import Budget, LayerSpec, Policy, QuantFormat
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.methods import MethodSpec, allocate, channel_losses, predicted_loss
 from mpqsearch.models import StreamedModel, discover, discover_streamed, load_model, open_streamed
-from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_base, profile_model, profile_weights
+from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
 from mpqsearch.sampling import SamplerSpec
 from tests.support import tiny_denoiser
@@ -219,18 +219,16 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
         spec,
         QuantFormat(n_candidates=10),
     )
-    straight = profile_base(*given, memory_limit=memory_limit)
-    steps = ["sensitivities", "sensitivities-of-the-final-sample", "slopes-at-contexts"] + [
-        "output-errors-in-passes"
-    ] * (memory_limit is not None)
+    straight = profile_model(*given, memory_limit=memory_limit)
+    steps = ["sensitivities", "sensitivities-of-the-final-sample", "slopes-at-contexts"]
     for finished in (3, len(table) - 4, 1, *[1] * (len(steps) - 1)):
         partial = _Killed(folder=tmp_path, inputs={"model": table.digest}, left=finished)
         with pytest.raises(_Stops):
-            profile_base(*given, memory_limit=memory_limit, partial=partial)
+            profile_model(*given, memory_limit=memory_limit, partial=partial)
     assert {p.stem for p in tmp_path.glob("*.npz")} == {f"{i:05d}" for i in range(len(table))} | set(steps) - {
         "slopes-at-contexts"
     }
-    resumed = profile_base(
+    resumed = profile_model(
         *given, memory_limit=memory_limit, partial=Partial(folder=tmp_path, inputs={"model": table.digest})
     )
     assert resumed.arrays.keys() == straight.arrays.keys()
