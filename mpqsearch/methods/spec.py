@@ -54,10 +54,7 @@ class MethodSpec(Shown):
     ``variance`` or ``output``. ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other
     layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the sampler with
     ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a budget in BOPs or of a latency) lets the integer program
-    choose the width of each searched layer's input among these instead. ``smooth_by_layer`` gives each layer whose
-    input is quantized the alpha of smoothing with the least output error instead of 0.5
-    (`mpqsearch.profile.choose_alphas`: six runs of the sampler a map, no storage); the stages of a run do that,
-    `mpqsearch.methods.allocate` by itself leaves 0.5. ``solver``: ``auto``, or a solver of PuLP by name.
+    choose the width of each searched layer's input among these instead. ``solver``: ``auto``, or a solver of PuLP by name.
 
     Raises `ConfigError` for what contradicts and `UnknownNameError` for an unknown name.
     """
@@ -68,7 +65,6 @@ class MethodSpec(Shown):
     scheme: str = "asymmetric"
     bias_correction: bool = False
     smooth: bool = False
-    smooth_by_layer: bool = False
     order: str = "kurtosis"
     solver: str = "auto"
     seed: int = 0
@@ -87,13 +83,6 @@ class MethodSpec(Shown):
         if self.act_choices and self.allocator != "ilp-layer":
             raise ConfigError(
                 f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}"
-            )
-        quantized = min(self.act_bits, *self.act_choices, FULL_PRECISION) < FULL_PRECISION
-        if self.smooth_by_layer and not (self.smooth and quantized):
-            raise ConfigError(
-                f"method {self.name!r}: smooth_by_layer suits smoothing to quantized inputs, and needs smooth = true "
-                f"and act_bits or act_choices below {FULL_PRECISION}; got smooth = {str(self.smooth).lower()}, "
-                f"act_bits = {self.act_bits}"
             )
 
     def _check_names(self) -> None:

@@ -11,7 +11,6 @@ from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statisti
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
-from mpqsearch.profile.together import choose_alphas
 from mpqsearch.specs import CalibrationSpec
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "beyond_limit",
     "calibrate",
     "calibrate_activations",
-    "choose_alphas",
     "collect_ranges",
     "columns_of",
     "final_effects",

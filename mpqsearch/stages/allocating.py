@@ -15,7 +15,6 @@ from mpqsearch.stages.gptq import moment_inputs, priced, priced_file
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.searching import searched_map
-from mpqsearch.stages.smoothing import alphas_of
 
 
 def programs_of(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> Programs:
@@ -54,8 +53,6 @@ def allocation(
     with run.timed("allocate"):
         programs = programs_of(run, table, measured, method)
         made = programs.allocate(method, budget, run.config.allocate.parsed_within())
-        if method.smooth_by_layer and not run.dry_run:
-            made = replace(made, bit_map=alphas_of(run, table, measured)(made.bit_map))
     data = made.to_data() | {"made_from": _made_from(run, method, measured)}
     if not run.dry_run:
         _save_map(map_path, made, table, inputs)
@@ -77,8 +74,6 @@ def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: B
         inputs["costs"] = artifacts.digest_file(Path(c["allocate"]["costs"]))
     if method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
-    if method.smooth_by_layer:
-        inputs["ranges"] = artifacts.digest_of([c["activations"][k] for k in ("p", "n_candidates", "zero_points")])
     return inputs
 
 

@@ -26,7 +26,6 @@ from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.gptq import input_moments, moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.smoothing import ranges_of
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import Reference
@@ -181,7 +180,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, input_max: Ma
                 factors=factors,
                 progress=progress,
             )
-    return run.ranges[key].table(bit_map.activations, ranges_of(run))
+    return run.ranges[key].table(bit_map.activations, run.config.activations)
 
 
 def uniform_full_precision(table: LayerTable) -> BitMap:

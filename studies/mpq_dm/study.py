@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from alphas import choose_alphas
 from report import write_report
 from torch import Tensor
 
@@ -44,7 +45,6 @@ from mpqsearch.metrics import (
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import (
     CalibrationSpec,
-    choose_alphas,
     collect_ranges,
     formats_of,
     gptq_profile,

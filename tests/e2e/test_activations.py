@@ -48,14 +48,6 @@ scheme = "auto"
 smooth = true
 bias_correction = true
 act_bits = 4
-[[methods]]
-name = "ours-a4-by-layer"
-allocator = "ilp-channel"
-scheme = "auto"
-smooth = true
-smooth_by_layer = true
-bias_correction = true
-act_bits = 4
 """
 
 
@@ -89,7 +81,6 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "omq-plus": 4,
             "ours-a4": 4,
             "ours-a4-smoothed": 4,
-            "ours-a4-by-layer": 4,
         }
         error = {m: float(rows[m, budget]["paired_mse"]) for m in acts}
         assert error["uniform-a4"] > error["uniform"], "four bits for the activations must show in the samples"
@@ -98,19 +89,6 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "scales are stored, one a step more than one"
         )
         assert max(size["ours-a4"], size["ours-a4-smoothed"]) <= size["uniform-a4"]
-        assert size["ours-a4-by-layer"] == size["ours-a4-smoothed"], (
-            "a alpha says how factors were made, and is not stored"
-        )
-        maps = [
-            json.loads((tmp_path / f"r/allocations/{m}@uniform-{budget[-1]}/bitmap.json").read_text())["data"]
-            for m in acts
-        ]
-        alphas = {
-            m: {e["quantizer"]["alpha"] for e in d["layers"].values() if "quantizer" in e}
-            for m, d in zip(acts, maps, strict=True)
-        }
-        assert len(alphas.pop("ours-a4-by-layer")) > 1, "layers differ in the alpha that suits them"
-        assert not any(alphas.values())
     bit_map = json.loads((tmp_path / "r/allocations/uniform-a6-steps@uniform-3/bitmap.json").read_text())["data"]
     assert bit_map["activation_steps"] == 3
     assert bit_map["layers"]["conv_in"]["activation_bits"] == 8

@@ -456,12 +456,6 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
         run("ilp-layer", "uniform:3", policy, act_choices=acts)
     with pytest.raises(ConfigError, match="ilp-layer"):
         MethodSpec(name="x", allocator="uniform", act_choices=acts)
-    for wrong in ({"smooth": True}, {"act_bits": 4}):
-        with pytest.raises(ConfigError, match="needs smooth = true and act_bits"):
-            MethodSpec(name="x", allocator="ilp-layer", smooth_by_layer=True, **wrong)  # type: ignore[arg-type]
-    assert MethodSpec(
-        name="x", allocator="ilp-layer", smooth=True, act_choices=acts, smooth_by_layer=True
-    ).smooth_by_layer
 
 
 def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:

@@ -17,8 +17,8 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.models.hooks import layer_input
-from mpqsearch.profile.calibrate import Progress, run_sampler, silent
-from mpqsearch.profile.inputs import columns_of
+from mpqsearch.profile import columns_of
+from mpqsearch.profile.calibrate import run_sampler
 from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
 from mpqsearch.sampling import SamplerSpec
 
@@ -40,17 +40,16 @@ def choose_alphas(
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     alphas: Sequence[float] = ALPHAS,
     search: ActivationSearch | None = None,
-    progress: Progress = silent,
 ) -> BitMap:
     """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs
     quantized together.
 
     Searched for layers whose input is quantized and whose format smooths; the others keep what they have. Every call of
-    the denoiser is a timestep with a range of its own. (Weighting channels by their gain, or leaving out the mean
-    error, chose no better: studies/mpq_dm.)
+    the denoiser is a timestep with a range of its own. (Weighting channels by their sensitivity, or leaving out the mean
+    error, chose no better.)
 
     Takes one run of the sampler for each alpha, and the memory of the smoothed weights once. Alphas take no storage:
-    they only say how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or a alpha
+    they only say how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or an alpha
     is not in 0..1.
     """
     wanted = [
@@ -77,7 +76,7 @@ def choose_alphas(
             modules[name].register_forward_pre_hook(trial.see, with_kwargs=True) for name, trial in trials.items()
         ]
         try:
-            run_sampler(denoiser, sampler, seeds, f"smoothing at {alpha:g}", progress)
+            run_sampler(denoiser, sampler, seeds, f"smoothing at {alpha:g}")
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import calibrate_activations, choose_alphas, together
+from mpqsearch.profile import calibrate_activations
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import ActivationSearch, quantize_model
 from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
@@ -19,6 +21,14 @@ from tests.support import tiny_denoiser
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
 SEEDS = range(1_000_000, 1_000_004)
 SEARCH = ActivationSearch(n_candidates=20, zero_points=True)
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "studies" / "mpq_dm"))
+    import alphas
+
+    return alphas
 
 
 def run(denoiser: Denoiser) -> None:
@@ -70,11 +80,13 @@ def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[
     return out
 
 
-def test_strengths_are_those_of_the_least_error_of_weights_and_inputs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     denoiser, table, bit_map, input_max = setting("dit")
-    monkeypatch.setattr(together, "POSITIONS", 10**9)
+    monkeypatch.setattr(study, "POSITIONS", 10**9)
     alphas = (0.0, 0.3, 0.5, 0.8, 1.0)
-    chosen = choose_alphas(
+    chosen = study.choose_alphas(
         denoiser, table, bit_map, SAMPLER, input_max=input_max, seeds=SEEDS, alphas=alphas, search=SEARCH
     )
     assert dict(chosen.weights) == dict(bit_map.weights)
@@ -102,11 +114,11 @@ def test_strengths_are_those_of_the_least_error_of_weights_and_inputs_together(m
     assert len({chosen.format_of(n).alpha for n in linear}) > 1, "one alpha for all would need no search"
 
 
-def test_strengths_need_a_layer_with_both() -> None:
+def test_alphas_need_a_layer_with_both(study: ModuleType) -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
     plain = BitMap(
         model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(smooth=True)
     )
     with pytest.raises(ConfigError, match="both smoothing and a quantized input"):
-        choose_alphas(denoiser, table, plain, SAMPLER, input_max={})
+        study.choose_alphas(denoiser, table, plain, SAMPLER, input_max={})
