@@ -176,14 +176,14 @@ class Guard:
 
 
 def timestep_weights(source: TeacherSource) -> tuple[float, ...]:
-    """The sampler's gains, scaled to mean 1."""
-    gains = source.gains()
-    total = sum(gains)
+    """The sensitivities to each timestep's prediction, scaled to mean 1."""
+    values = source.sensitivities()
+    total = sum(values)
     if not total > 0:
         raise ConfigError(
             "distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform"
         )
-    return tuple(g * len(gains) / total for g in gains)
+    return tuple(v * len(values) / total for v in values)
 
 
 def first_not_finite(module: nn.Module, run: Any) -> str:

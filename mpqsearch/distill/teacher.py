@@ -21,7 +21,7 @@ from mpqsearch.sampling import (
     condition_to,
     labels_of,
     noise_of,
-    prediction_gains,
+    prediction_sensitivities,
     timesteps_of,
     trajectory,
 )
@@ -30,8 +30,8 @@ FIRST_SEED = 2_000_000
 """Seeds of training noise start here: neither those of evaluation (from 0) nor those of calibration (from
 1,000,000)."""
 
-GAIN_SAMPLES = 8
-"""Samples, or a batch if that is more, from which the gains of timesteps are estimated."""
+SENSITIVITY_SAMPLES = 8
+"""Samples, or a batch if that is more, from which the sensitivities of timesteps are estimated."""
 
 SEEDS_APART = 1_000_000
 """Training runs of different ``seed`` draw noise from ranges of this length."""
@@ -69,9 +69,9 @@ class TeacherSource(Protocol):
         """The steps of trajectory ``index``, always the same for the same index."""
         ...
 
-    def gains(self) -> tuple[float, ...]:
+    def sensitivities(self) -> tuple[float, ...]:
         """What the prediction at each of the timesteps does to the sample: see
-        `mpqsearch.sampling.prediction_gains`."""
+        `mpqsearch.sampling.prediction_sensitivities`."""
         ...
 
 
@@ -129,11 +129,11 @@ class Trajectories:
         start = FIRST_SEED + self.seed * SEEDS_APART + (index * self.world + self.rank) * self.batch
         return range(start, start + self.batch)
 
-    def gains(self) -> tuple[float, ...]:
-        """`prediction_gains` of the noise before that of all trajectories and seeds, which no trajectory uses: the same
-        on all processes."""
-        seeds = range(FIRST_SEED - max(self.batch, GAIN_SAMPLES), FIRST_SEED)
-        return prediction_gains(self.denoiser, seeds, self.sampler, conditions=self.conditions)
+    def sensitivities(self) -> tuple[float, ...]:
+        """`prediction_sensitivities` of the noise before that of all trajectories and seeds, which no trajectory uses:
+        the same on all processes."""
+        seeds = range(FIRST_SEED - max(self.batch, SENSITIVITY_SAMPLES), FIRST_SEED)
+        return prediction_sensitivities(self.denoiser, seeds, self.sampler, conditions=self.conditions)
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Run trajectory ``index``; nothing is computed before it is asked for."""
@@ -179,9 +179,9 @@ class CachedTrajectories:
         """Those of the source, and after how many trajectories it repeats."""
         return self.source.identity | {"teacher.cached": str(self.count)}
 
-    def gains(self) -> tuple[float, ...]:
+    def sensitivities(self) -> tuple[float, ...]:
         """Those of the source, computed again for each training: as long as three trajectories or so."""
-        return self.source.gains()
+        return self.source.sensitivities()
 
     def steps(self, index: int) -> Iterator[TeacherStep]:
         """Read trajectory ``index`` modulo ``count``, or compute and write it."""

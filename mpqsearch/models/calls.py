@@ -5,8 +5,12 @@ hook on the denoiser sees all of it, so a recorded call can stand wherever a `Co
 needed:
 
     with capture(pipe.transformer, limit=64) as calls:
-        pipe("a lighthouse", num_inference_steps=20)
+        for prompt in ("a lighthouse", "two cats asleep", "a map of Rome", "snow at night"):
+            pipe(prompt, num_inference_steps=20)
     save_calls("calls.safetensors", calls)
+
+Several prompts, because a map that is made on one of them fits that one: its error on others was nine times as large,
+with four prompts 1.4 times.
 """
 
 from __future__ import annotations

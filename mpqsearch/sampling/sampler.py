@@ -114,7 +114,7 @@ def chain_of(
     )
 
 
-def prediction_gains(
+def prediction_sensitivities(
     denoiser: Denoiser,
     seeds: Sequence[int],
     spec: SamplerSpec,
@@ -134,10 +134,10 @@ def prediction_gains(
     generator = torch.Generator().manual_seed(probe_seed)
     signs = torch.randint(0, 2, chain.final.shape, generator=generator).to(chain.final) * 2 - 1
     objective = (signs * chain.final).sum()
-    gains = []
+    values = []
     for index in reversed(range(len(chain.predictions))):
         (along,) = torch.autograd.grad(objective, chain.predictions[index], retain_graph=True)
-        gains.append(float(along.square().mean()))
+        values.append(float(along.square().mean()))
         if index:
             seen = chain.inputs[index]
             x = seen.detach().requires_grad_(True)
@@ -145,11 +145,11 @@ def prediction_gains(
                 out = denoiser.guided(x, chain.times[index], chain.cond, spec.guidance)
             (back,) = torch.autograd.grad((along * out).sum(), x)
             objective = objective + (back * seen).sum()
-    if not all(math.isfinite(g) for g in gains):
+    if not all(math.isfinite(v) for v in values):
         raise NumericsError(
             f"{denoiser.name}: the gradient of the samples of seeds {seeds[0]}..{seeds[-1]} is not finite"
         )
-    return tuple(reversed(gains))
+    return tuple(reversed(values))
 
 
 @torch.no_grad()

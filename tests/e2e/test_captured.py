@@ -13,13 +13,14 @@ from tests.support import tiny_prompted_pipeline
 
 
 def record(folder: Path, path: Path, seed: int = 0) -> None:
-    """The three lines of a user, around a pipeline in miniature."""
+    """The lines of a user, around a pipeline in miniature: two prompts, and calls at four times of each."""
     denoiser = load_model(str(folder))
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(2, 4, 8, generator=generator)
-    with torch.no_grad(), capture(denoiser.module, limit=4) as calls:
-        for t in (900, 600, 300, 0):
-            denoiser.module(torch.randn(2, 4, 8, 8, generator=generator), torch.tensor(t), encoder_hidden_states=text)
+    with torch.no_grad(), capture(denoiser.module, limit=8) as calls:
+        for text in torch.randn(2, 2, 4, 8, generator=generator):
+            for t in (900, 600, 300, 0):
+                x = torch.randn(2, 4, 8, 8, generator=generator)
+                denoiser.module(x, torch.tensor(t), encoder_hidden_states=text)
     save_calls(path, calls)
 
 

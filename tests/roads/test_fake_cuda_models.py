@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpqsearch.models import capture, discover
-from mpqsearch.sampling import SamplerSpec, prediction_gains, sample
+from mpqsearch.sampling import SamplerSpec, prediction_sensitivities, sample
 from tests.support import tiny_denoiser
 from tests.support.fake_cuda import fake_cuda, on_gpu
 
@@ -32,10 +32,10 @@ def test_layers_and_recorded_calls_are_those_of_the_cpu(kind: str) -> None:
 def test_samples_are_those_of_the_cpu(kind: str, name: str) -> None:
     denoiser, spec = tiny_denoiser(kind), SamplerSpec(name=name, steps=2, guidance=2.0, batch=2)
     seeds = [0, 1, 2]
-    samples, gains = sample(denoiser, seeds, spec), prediction_gains(denoiser, seeds, spec)
+    samples, values = sample(denoiser, seeds, spec), prediction_sensitivities(denoiser, seeds, spec)
     with fake_cuda():
         moved = denoiser.with_module(on_gpu(denoiser.module))
         torch.testing.assert_close(
             sample(moved, seeds, spec), samples, rtol=1e-4, atol=1e-3
         )  # dpm++ gives values of tens
-        assert prediction_gains(moved, seeds, spec) == pytest.approx(gains, rel=1e-3)
+        assert prediction_sensitivities(moved, seeds, spec) == pytest.approx(values, rel=1e-3)

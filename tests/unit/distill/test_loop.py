@@ -114,8 +114,8 @@ def test_timestep_weights_are_the_gains_of_the_sampler() -> None:
         for state in distill(denoiser, student, groups, trajectories(denoiser), options):
             tasks[kind].append(state.task)
         grads[kind] = torch.cat([p.grad.flatten() for p in student.parameters()])  # of the last timestep
-    gains = trajectories(denoiser).gains()
-    weights = [g * 5 / sum(gains) for g in gains]
+    values = trajectories(denoiser).sensitivities()
+    weights = [v * 5 / sum(values) for v in values]
     assert max(weights) > 10 * min(weights)
     assert tasks["sampler"] == pytest.approx([w * t for w, t in zip(weights, tasks["uniform"], strict=True)], rel=1e-5)
     assert float((grads["sampler"] - weights[-1] * grads["uniform"]).norm() / grads["sampler"].norm()) < 1e-5
@@ -130,10 +130,10 @@ def test_timestep_weights_are_part_of_the_identity() -> None:
 
 def test_gains_are_the_same_online_cached_and_on_any_process(tmp_path: Path) -> None:
     denoiser = teacher()
-    expected = trajectories(denoiser).gains()
+    expected = trajectories(denoiser).sensitivities()
     assert len(expected) == 5
-    assert trajectories(denoiser, rank=1, world=2, seed=3).gains() == expected
-    assert CachedTrajectories(trajectories(denoiser), tmp_path, 2).gains() == expected
+    assert trajectories(denoiser, rank=1, world=2, seed=3).sensitivities() == expected
+    assert CachedTrajectories(trajectories(denoiser), tmp_path, 2).sensitivities() == expected
 
 
 def test_accumulation_is_the_mean_of_windows() -> None:

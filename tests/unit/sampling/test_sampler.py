@@ -15,7 +15,7 @@ from mpqsearch.sampling import (
     chain_of,
     labels_of,
     noise_of,
-    prediction_gains,
+    prediction_sensitivities,
     sample,
     timesteps_of,
     to_uint8,
@@ -104,7 +104,7 @@ def test_gains_are_what_ddim_makes_of_a_prediction(prediction_type: str, factor:
         expected.append((b * later) ** 2)
         later *= a + b * factor
     # Every entry of the sample depends on one entry of each prediction, so that a direction of random signs is exact.
-    assert prediction_gains(denoiser, [3, 4], spec) == pytest.approx(expected[::-1], rel=1e-3)
+    assert prediction_sensitivities(denoiser, [3, 4], spec) == pytest.approx(expected[::-1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -133,9 +133,9 @@ def test_gains_of_a_model_are_those_of_finite_differences(name: str) -> None:
         final = sample(replace(denoiser, module=Changed()), [5], replace(spec, guidance=1.0))
         return float((final * signs).sum())
 
-    for index, gain in enumerate(prediction_gains(denoiser, [5], spec)):
+    for index, value in enumerate(prediction_sensitivities(denoiser, [5], spec)):
         slopes = [(along(index, e, 0.02) - along(index, e, -0.02)) / 0.04 for e in range(chain.final.numel())]
-        assert gain == pytest.approx(sum(s * s for s in slopes) / len(slopes), rel=0.02)
+        assert value == pytest.approx(sum(s * s for s in slopes) / len(slopes), rel=0.02)
 
 
 def test_bad_settings_are_refused() -> None:
