@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -163,32 +162,47 @@ def _product(x: Tensor, module: nn.Module, layer: LayerSpec) -> Tensor:
     return total
 
 
-class InputCollector:
+class Watcher:
+    """Context manager whose hooks on layers go when it is left."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def _attach(self) -> Iterable[Any]:
+        """Register the hooks and give their handles."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._handles += self._attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class InputCollector(Watcher):
     """Context manager: while it is open, every forward pass of the model adds to the statistics of its layers.
 
     Without ``second_moments`` no second moment is kept, and no input is unfolded.
     """
 
     def __init__(self, model: nn.Module, table: LayerTable, *, second_moments: bool = True) -> None:
+        super().__init__()
         self._second_moments = second_moments
         self._modules = {name: m for name, m in model.named_modules() if name in table.by_name}
         self._table = table
         self._sums: dict[str, _Sums] = {}
         self._scaled: set[str] = set()
         self._last = _Last()
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> InputCollector:
+    def _attach(self) -> Iterable[Any]:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(self._table[name]), with_kwargs=True))
-        return self
+            yield module.register_forward_hook(self._hook(self._table[name]), with_kwargs=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._last = _Last()
 
     def _hook(self, layer: LayerSpec) -> Any:
@@ -248,7 +262,7 @@ class InputCollector:
         return tuple(la.name for la in self._table if la.name in still)
 
 
-class QuantizedInputCollector:
+class QuantizedInputCollector(Watcher):
     """Context manager: second moments of quantized inputs ``q`` and of their errors ``d = q - x`` while the model runs
     at full precision.
 
@@ -257,23 +271,15 @@ class QuantizedInputCollector:
     """
 
     def __init__(self, model: nn.Module, table: LayerTable, quantizers: Mapping[str, ActivationQuantizer]) -> None:
+        super().__init__()
         self._modules = {name: m for name, m in model.named_modules() if name in quantizers}
         self._table, self._quantizers = table, quantizers
         self._products: dict[str, list[Tensor]] = {}
         self._count: dict[str, int] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> QuantizedInputCollector:
+    def _attach(self) -> Iterable[Any]:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            yield module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
 
     def _hook(self, name: str) -> Any:
         layer = self._table[name]

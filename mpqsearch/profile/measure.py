@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -19,7 +20,7 @@ from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.layer_scores import layer_scores
 from mpqsearch.profile.moments import InputMoments
 from mpqsearch.profile.one_layer import final_errors
-from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import Probing
 from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
 from mpqsearch.profile.slopes import mixed_widths, slope_arrays
@@ -27,14 +28,15 @@ from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
 from mpqsearch.quant import RowStatistics
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One measurement: ``run`` gets what the steps before it measured, of which it ``needs`` some."""
+    """One measurement: ``run`` gets what the steps before it measured."""
 
     name: str
     run: Callable[[Arrays], Arrays]
-    needs: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -62,20 +64,11 @@ class Measurement:
     def take(self, steps: Sequence[Step]) -> None:
         """Run the steps in order; what an earlier run finished is read from ``partial``."""
         for step in steps:
-            missing = [key for key in step.needs if key not in self.arrays]
-            if missing:
-                raise ConfigError(f"the step {step.name!r} of the profile needs {', '.join(missing)} first")
-            began = time.perf_counter()
-            arrays = self.partial.load(step.name) if self.partial is not None else None
-            if arrays is None:
-                arrays = step.run(self.arrays)
-                if self.partial is not None:
-                    self.partial.save(step.name, arrays)
-            self.arrays |= arrays
-            self.seconds[step.name] = round(time.perf_counter() - began, 3)
+            run = functools.partial(step.run, self.arrays)
+            self.arrays |= self.timed(step.name, functools.partial(resumed, self.partial, step.name, run))
 
-    def timed(self, name: str, run: Callable[[], Any]) -> Any:
-        """The result of ``run``, which is made anew in a run that continues."""
+    def timed(self, name: str, run: Callable[[], T]) -> T:
+        """The result of ``run``; its time is noted."""
         began = time.perf_counter()
         result = run()
         self.seconds[name] = round(time.perf_counter() - began, 3)
@@ -92,7 +85,7 @@ def profile_model(
     *,
     memory_limit: int | None = None,
     partial: Partial | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units; only what `CalibrationSpec` asks
     for with ``prediction_only`` or ``granularity = "layer"``.
@@ -115,7 +108,7 @@ def profile_model(
         formats=_formats(spec, fmt),
         memory_limit=memory_limit,
         partial=partial,
-        progress=progress or silent,
+        progress=progress,
     )
     calibration = _by_layer(m) if spec.granularity == "layer" else _by_channel(m)
     return SensitivityProfile(
@@ -172,8 +165,7 @@ def _by_layer(m: Measurement) -> Calibration:
         lambda: layer_scores(m.denoiser, m.table, m.widths, m.formats, m.sampler, m.spec, m.progress),
     )
     m.arrays |= arrays
-    result: Calibration = calibration
-    return result
+    return calibration
 
 
 def _by_channel(m: Measurement) -> Calibration:
@@ -182,7 +174,7 @@ def _by_channel(m: Measurement) -> Calibration:
     n_candidates = len(m.widths) * len(m.formats)
     blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=exact)
     at_once = exact and m.memory_limit is None
-    calibration: Calibration = m.timed(
+    calibration = m.timed(
         "calibration",
         lambda: calibrate(m.denoiser, m.table, m.sampler, m.spec, m.progress, second_moments=at_once),
     )
@@ -259,7 +251,6 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors) -> li
                 run=lambda arrays: activation_arrays(
                     *given, m.spec, m.widths, smooth, calibration.statistics, arrays["sensitivity"], m.progress
                 ),
-                needs=("sensitivity",),
             )
         )
     if m.spec.final_widths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
-from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import final_format, formats_of
 from mpqsearch.quant import quantize_model
@@ -53,13 +54,7 @@ def final_errors(
 
     layers = []
     for position, layer in enumerate(table):
-        part = f"final {position:05d}"
-        arrays = partial.load(part) if partial is not None else None
-        if arrays is None:
-            arrays = measure(layer)
-            if partial is not None:
-                partial.save(part, arrays)
-        layers.append(arrays["final"])
+        layers.append(resumed(partial, f"final {position:05d}", functools.partial(measure, layer))["final"])
         progress("one layer at a time", position + 1, len(table))
     error, spread = np.stack(layers, 2)
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,3 +60,13 @@ class Partial:
                 stale.unlink()
             artifacts.write_json(head, _SCHEMA, {}, self.inputs)
         self._ready = True
+
+
+def resumed(partial: Partial | None, part: int | str, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays of a part: those that an earlier run kept, or made now and kept."""
+    arrays = partial.load(part) if partial is not None else None
+    if arrays is None:
+        arrays = make()
+        if partial is not None:
+            partial.save(part, arrays)
+    return arrays

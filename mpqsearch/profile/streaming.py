@@ -6,9 +6,10 @@ cache in blocks, and what stays are a few numbers a row. So the model may be lar
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,14 +18,12 @@ from torch import Tensor
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
-from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.calibrate import Progress, silent
+from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.recomputed import slices_of
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
 from mpqsearch.quant.tables import weight_error_tables
-
-Progress = Callable[[str, int, int], None]
-"""Called with a label, the number of bytes read and their total."""
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def profile_weights(
     device: str = "cpu",
     memory_limit: int | None = None,
     partial: Partial | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> SensitivityProfile:
     """Kurtosis and ``weight_error/<scheme>`` of every channel, from the weights on disk.
 
@@ -53,15 +52,10 @@ def profile_weights(
     began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
     parts: list[Arrays] = []
     for position, layer in enumerate(table):
-        found = partial.load(position) if partial is not None else None
-        if found is None:
-            found = layer_weights(model, layer, widths, schemes, fmt, device, blocks[layer.name])
-            if partial is not None:
-                partial.save(position, found)
-        parts.append(found)
+        measure = functools.partial(layer_weights, model, layer, widths, schemes, fmt, device, blocks[layer.name])
+        parts.append(resumed(partial, position, measure))
         done += _stored_bytes(model, layer)
-        if progress is not None:
-            progress("weights", done, total)
+        progress("weights", done, total)
     return SensitivityProfile(
         model_digest=table.digest,
         names=tuple(la.name for la in table),

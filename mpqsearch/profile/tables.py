@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
-from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.recomputed import (
     RecomputedErrors,
     error_part,
@@ -120,14 +121,14 @@ def tables_of(
     scales: dict[str, dict[str, tuple[RowQuantizer, ...]]] = {name: {} for name in plain}
     shifts: dict[str, dict[str, Tensor]] = {name: {} for name in plain}
     tables: list[Arrays] = []
+
+    def measure(layer: LayerSpec) -> Arrays:
+        work = _LayerTables(modules[layer.name].weight, layer, widths, formats, statistics(layer))
+        return work.measure(slices[layer.name])
+
     for position, layer in enumerate(table):
         weight: Tensor = modules[layer.name].weight
-        arrays = partial.load(position) if partial is not None else None
-        if arrays is None:
-            work = _LayerTables(weight, layer, widths, formats, statistics(layer))
-            arrays = work.measure(slices[layer.name])
-            if partial is not None:
-                partial.save(position, arrays)
+        arrays = resumed(partial, position, functools.partial(measure, layer))
         for name in plain:
             quantizers = _unpacked(arrays, name, len(widths), weight.device)
             scales[name][layer.name] = quantizers

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import LayerTable
-from mpqsearch.profile.inputs import channel_axis
+from mpqsearch.profile.inputs import Watcher, channel_axis
 from mpqsearch.quant import rows_of
 
 Sink = Callable[[str, Tensor, Tensor, Tensor], Any]
@@ -20,7 +19,7 @@ Sink = Callable[[str, Tensor, Tensor, Tensor], Any]
 ``[C]``, all float32."""
 
 
-class GradientTap:
+class GradientTap(Watcher):
     """Context manager: inside it `backward` gives the gradients of all layers, layer by layer, to a sink.
 
     Weights require gradients only inside; a layer that ran more than once gives the sums over its calls. With gradient
@@ -28,27 +27,22 @@ class GradientTap:
     """
 
     def __init__(self, module: nn.Module, table: LayerTable) -> None:
+        super().__init__()
         self._modules = {la.name: module.get_submodule(la.name) for la in table}
         self._table = table
-        self._handles: list[Any] = []
         self._bias: dict[str, Tensor] = {}
         self._square: dict[str, Tensor] = {}
         self._sink: Sink | None = None
 
-    def __enter__(self) -> GradientTap:
+    def _attach(self) -> Iterator[Any]:
         for name, module in self._modules.items():
             weight: Any = module.weight
             weight.requires_grad_(True)
-            self._handles.append(module.register_forward_hook(self._on_forward(name)))
-            self._handles.append(weight.register_post_accumulate_grad_hook(self._on_weight(name)))
-        return self
+            yield module.register_forward_hook(self._on_forward(name))
+            yield weight.register_post_accumulate_grad_hook(self._on_weight(name))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for module in self._modules.values():
             weight: Any = module.weight
             weight.requires_grad_(False)

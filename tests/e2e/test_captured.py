@@ -64,7 +64,7 @@ def test_what_samples_is_refused_before_anything_long_begins(cli: Cli, tmp_path:
     refused = cli("evaluate", *common)
     assert refused.returncode == 2
     assert "(evaluate) was asked for" in refused.stderr
-    assert "4 recorded calls" in refused.stderr
+    assert "8 recorded calls" in refused.stderr
     assert "To sample, give the module a method denoise" in refused.stderr
     assert not (tmp_path / "r/profile.json").exists()
     slow = cli("profile", *common, "--set", "calibration.final_widths=[3]")

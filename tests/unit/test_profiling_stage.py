@@ -18,9 +18,7 @@ class _Stops(Exception):  # noqa: N818
     pass
 
 
-def test_layers_kept_under_a_memory_limit_serve_a_run_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_kept_under_a_memory_limit_serve_a_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_unet().save_pretrained(tmp_path / "model", safe_serialization=True)  # type: ignore[operator]
 
     def measured(folder: str, limit: str) -> SensitivityProfile:
