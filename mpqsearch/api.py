@@ -189,8 +189,8 @@ def evaluate(
         extractor = load_extractor(extractor or _extractor_for(model), device=next(model.module.parameters()).device)
     statistics = load_reference(None if data is None else Path(data), extractor)
     with bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
-        before = sample(model, seeds, spec, tick=bar.update)
-        after = sample(quantized, seeds, spec, tick=bar.update)
+        before = sample(model, seeds, spec, progress=bar.update)
+        after = sample(quantized, seeds, spec, progress=bar.update)
     labels = labels_of(model, seeds)
     base = Reference(
         samples=before,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "sensitivity", "sensitivity_std_error", "output_power")
-STEP_ARRAYS = ("step_sensitivity", "step_sensitivity_std_error")
+CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
+STEP_ARRAYS = ("step_sensitivity",)
 WIDTH_ARRAYS = ("weight_error", "output_error", "output_error_corrected", "quantized_input_error")
 
 
@@ -40,10 +40,10 @@ class SensitivityProfile(Shown):
     ``quantized_input_error/<format>@a<bits>`` ``[C, W]``
         Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w'
         x)**2]``, exact.
-    ``sensitivity`` ``[C]``, ``sensitivity_std_error`` ``[C]``
+    ``sensitivity`` ``[C]``
         Mean square of the gradient of a random projection of the model's output with respect to that channel (summed
         over positions): what a unit of output error costs at the end.
-    ``step_sensitivity``, ``step_sensitivity_std_error`` ``[C, B]``
+    ``step_sensitivity`` ``[C, B]``
         The sensitivity inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0
         where none was probed.
     ``output_power`` ``[C]``

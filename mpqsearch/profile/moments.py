@@ -95,15 +95,6 @@ class InputMoments(Mapping[str, RowStatistics]):
             )
         return self._held[1][name]
 
-    def __contains__(self, name: object) -> bool:
-        if name not in self._group:
-            return False
-        try:
-            self[str(name)]
-        except KeyError:  # it did not run
-            return False
-        return True
-
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._group if name in self)
 
@@ -130,9 +121,6 @@ class _Field(Mapping[str, Tensor]):
     def __getitem__(self, layer: str) -> Tensor:
         value: Tensor = getattr(self.source[layer], self.name)
         return value
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.source
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source)

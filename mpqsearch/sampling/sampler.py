@@ -154,12 +154,11 @@ def prediction_sensitivities(
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec, *, tick: Callable[[int], Any] | None = None
+    denoiser: Denoiser, seeds: Sequence[int], spec: SamplerSpec, *, progress: Callable[[int], Any] | None = None
 ) -> Tensor:
     """Final samples ``[N, ...]`` in the model's own range, one for each seed.
 
-    ``tick`` is called with the number of finished samples after each step, as a fraction of a batch rounded down at the
-    end. Raises `NumericsError` when a sample is not finite.
+    ``progress`` is called with the number of samples of each finished batch. Raises `NumericsError` when a sample is not finite.
     """
     device = next(denoiser.module.parameters()).device
     out = []
@@ -175,8 +174,8 @@ def sample(
                     f"{part[0]}..{part[-1]})"
                 )
         out.append(x.cpu())
-        if tick is not None:
-            tick(len(part))
+        if progress is not None:
+            progress(len(part))
     return torch.cat(out)
 
 

@@ -223,7 +223,7 @@ def _measure(run: Run, module: nn.Module, base: Reference, extractor: FeatureExt
     from mpqsearch.sampling import sample
 
     with bar_of(label, len(base.seeds)) as bar:
-        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, tick=bar.update)
+        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
     return {k: v.to_data() for k, v in evaluate(samples, base, extractor).metrics.items()}
 
 

@@ -51,7 +51,7 @@ def evaluate_map(
         same_model(run, table)
         began = time.perf_counter()
         module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
-        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, tick=bar.update)
+        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
         result = evaluate(samples, base, extractor)
         artifacts.write_arrays(
             run.path("stats", f"{key[:16]}.npz"),

@@ -67,7 +67,7 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     else:
         same_model(run, table)
         with run.timed("evaluate"), bar_of("full precision", len(seeds)) as bar:
-            samples = sample(run.denoiser, seeds, run.config.sampler, tick=bar.update)
+            samples = sample(run.denoiser, seeds, run.config.sampler, progress=bar.update)
         artifacts.write_arrays(cache, {"samples": samples.numpy()})
     seconds = time.perf_counter() - began
     labels = labels_of(run.denoiser, seeds)

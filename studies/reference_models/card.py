@@ -84,7 +84,7 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
     denoiser = load_model(name)
     spec = SamplerSpec(name="ddim", steps=steps, guidance=guidance, batch=100)
     with tqdm(total=samples, desc=name) as bar:
-        drawn = to_uint8(sample(denoiser, range(samples), spec, tick=bar.update))
+        drawn = to_uint8(sample(denoiser, range(samples), spec, progress=bar.update))
     labels = labels_of(denoiser, range(samples))
     assert isinstance(labels, Tensor)
     hits = extractor.classify(drawn) == labels

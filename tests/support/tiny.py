@@ -136,7 +136,6 @@ def tiny_profile(
         k: rng.lognormal(size=n).astype(np.float32)
         for k in ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
     }
-    arrays["sensitivity_std_error"] = 0.1 * arrays["sensitivity"]
 
     def price(variant: str) -> None:
         arrays[f"weight_error/{variant}"] = errors()
