@@ -231,7 +231,6 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors) -> li
         n_widths=len(m.widths),
         probes=m.spec.probes,
         seed=m.spec.seed,
-        buckets=m.spec.buckets,
         checkpoint=m.spec.checkpoint,
     )
     power = torch.cat([calibration.output_power[la.name] for la in m.table]).float().cpu().numpy()

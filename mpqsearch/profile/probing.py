@@ -24,6 +24,9 @@ from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
 
+BUCKETS = 5
+"""Parts of equal width of the schedule's timesteps, for which sensitivities of output channels are kept apart."""
+
 
 def std_error_of(observations: NDArray[np.float64]) -> NDArray[np.float64]:
     """Standard error of the mean over the first axis; NaN, which is unknown, for a single observation."""
@@ -64,8 +67,8 @@ class _Sums:
 class Probing:
     """Random projections of the denoiser's output.
 
-    ``probes`` of them for each input, drawn from ``seed``; sensitivities are also kept in ``buckets`` buckets of equal
-    width of the schedule's timesteps. ``checkpoint`` recomputes activations in the backward pass where the model can:
+    ``probes`` of them for each input, drawn from ``seed``; sensitivities are also kept in `BUCKETS` of equal width of
+    the schedule's timesteps. ``checkpoint`` recomputes activations in the backward pass where the model can:
     memory of one block for twice the forward time.
     """
 
@@ -76,7 +79,6 @@ class Probing:
     n_widths: int
     probes: int = 2
     seed: int = 0
-    buckets: int = 5
     checkpoint: bool = False
 
     def measure(self, inputs: Sequence[ProbeInput], progress: Progress = silent) -> Arrays:
@@ -107,14 +109,14 @@ class Probing:
         shape = (n_inputs * self.probes, 2, len(self.table), self.n_widths)
         return _Sums(
             squares={fmt: np.zeros(shape) for fmt in self.errors.formats},
-            by_bucket={la.name: torch.zeros(self.buckets, la.n_channels, dtype=torch.float64) for la in self.table},
-            counts=np.zeros(self.buckets, dtype=np.int64),
+            by_bucket={la.name: torch.zeros(BUCKETS, la.n_channels, dtype=torch.float64) for la in self.table},
+            counts=np.zeros(BUCKETS, dtype=np.int64),
             index={la.name: i for i, la in enumerate(self.table)},
         )
 
     def _bucket(self, item: ProbeInput) -> int:
         timesteps = int(self.denoiser.scheduler.get("num_train_timesteps", 1000))
-        return min(item.timestep * self.buckets // timesteps, self.buckets - 1)
+        return min(item.timestep * BUCKETS // timesteps, BUCKETS - 1)
 
     def _sink(self, sums: _Sums, item: ProbeInput) -> Sink:
         def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:

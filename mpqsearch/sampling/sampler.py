@@ -158,7 +158,8 @@ def sample(
 ) -> Tensor:
     """Final samples ``[N, ...]`` in the model's own range, one for each seed.
 
-    ``progress`` is called with the number of samples of each finished batch. Raises `NumericsError` when a sample is not finite.
+    ``progress`` is called with the number of samples of each finished batch. Raises `NumericsError` when a sample is
+    not finite.
     """
     device = next(denoiser.module.parameters()).device
     out = []

@@ -21,9 +21,9 @@ class CalibrationSpec:
         the time.
     samples, first_seed
         Trajectories of the sampler, with seeds ``first_seed .. first_seed + samples - 1``, that give input statistics.
-    probe_inputs, probes, buckets
+    probe_inputs, probes
         So many of their inputs, spread evenly over samples and steps, give sensitivities of one prediction, from
-        ``probes`` random projections each. Those of output channels are also kept by ``buckets`` of timesteps.
+        ``probes`` random projections each.
     sampler_seeds, sampler_probes
         Trajectories (0: none) that give sensitivities of the final sample, from ``sampler_probes`` projections each.
     context_seeds, context_widths
@@ -49,7 +49,6 @@ class CalibrationSpec:
     first_seed: int = 1_000_000
     probe_inputs: int = 40
     probes: int = 2
-    buckets: int = 5
     sampler_seeds: int = 8
     sampler_probes: int = 4
     context_seeds: int = 12
@@ -66,9 +65,9 @@ class CalibrationSpec:
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
             raise UnknownNameError("granularity", self.granularity, GRANULARITIES, "(calibration.granularity)")
-        if min(self.samples, self.probe_inputs, self.probes, self.final_seeds, self.buckets, self.sampler_probes) < 1:
+        if min(self.samples, self.probe_inputs, self.probes, self.final_seeds, self.sampler_probes) < 1:
             raise ConfigError(
-                "calibration: samples, probe_inputs, probes, buckets, sampler_probes and final_seeds must be at least 1"
+                "calibration: samples, probe_inputs, probes, sampler_probes and final_seeds must be at least 1"
             )
         if min(self.sampler_seeds, self.context_seeds) < 0:
             raise ConfigError(
