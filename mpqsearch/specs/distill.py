@@ -78,8 +78,8 @@ class DistillSpec:
     timestep_weights
         Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample
         for a unit of the mean squared error of that timestep's prediction, with mean 1 over the timesteps
-        (`mpqsearch.sampling.prediction_sensitivities`). Models that predict noise err most where there is little noise left, where it changes
-        the sample least.
+        (`mpqsearch.sampling.prediction_sensitivities`). Models that predict noise err most where there is little noise
+        left, where it changes the sample least.
     clip_norm
         Largest norm of the gradient of all parameters together; 0: not clipped.
     accumulate
