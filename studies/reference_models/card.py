@@ -67,8 +67,8 @@ def classifier_card(data_dir: Path) -> str:
             "",
             f"- Test accuracy: {100 * float(hits.double().mean()):.2f} % of {len(hits):,} images of the test split.",
             (
-                f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the features "
-                "(seed 0)."
+                f"- `reference.safetensors`: mean and covariance of the features over {name}, and 2,000 of the "
+                "features (seed 0)."
             ),
             f"- Fréchet distance between two random halves of the training images (30,000 each): {distance:.4f}.",
             *training_lines("fmnist-cnn"),
@@ -100,8 +100,8 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
             f"# {name}",
             "",
             (
-                f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters (stored "
-                "in half precision),"
+                f"A class-conditional `diffusers.{type(denoiser.module).__name__}` with {parameters:,} parameters "
+                "(stored in half precision),"
             ),
             "28x28 grey, epsilon prediction, label 10 is the null class of classifier-free guidance.",
             "",
@@ -152,8 +152,8 @@ def training_lines(name: str) -> list[str]:
         "",
         f"- Command: `python studies/reference_models/train.py {name}` and the same with `--export`, seed 0.",
         (
-            f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged weights; "
-            "float32 on one CPU thread."
+            f"- Recipe: {', '.join(f'{k} {v}' for k, v in RECIPES[name].items())}; AdamW, cosine decay, averaged "
+            "weights; float32 on one CPU thread."
         ),
         f"- Loss (running mean): {curve}.",
         f"- This card: `python studies/reference_models/card.py {name}`.",

@@ -1,8 +1,8 @@
 """Every command and every Python block in the documentation runs.
 
-`mpqsearch` commands run for real on the embedded models, each page in a folder with a quickstart, at small sizes (the settings below are added
-to those verbs that take `--set`), in the order in which a reader meets them. Of scripts that take hours the arguments
-are checked by their own `--help`; their short form is run by tests of their own.
+`mpqsearch` commands run for real on the embedded models, those of each page in a folder with a quickstart, in the order
+in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Of scripts
+that take hours the arguments are checked by their own `--help`; their short form is run by tests of their own.
 """
 
 from __future__ import annotations
