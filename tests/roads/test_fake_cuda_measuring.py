@@ -26,7 +26,7 @@ from mpqsearch.metrics import (
 from mpqsearch.metrics.extractors import FeatureExtractor
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, noise_of, prediction_gains, sample, to_uint8, trajectory
+from mpqsearch.sampling import labels_of, noise_of, prediction_sensitivities, sample, to_uint8, trajectory
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.specs import SamplerSpec
@@ -128,8 +128,8 @@ def test_conditions_of_another_device_are_moved() -> None:
 
     denoiser, spec = tiny_denoiser("unet"), SamplerSpec(steps=2)
     moved = denoiser.with_module(on_gpu(denoiser.module))
-    expected = prediction_gains(denoiser, SEEDS, spec, conditions=by_name)
-    assert prediction_gains(moved, SEEDS, spec, conditions=by_name) == pytest.approx(expected, rel=1e-3)
+    expected = prediction_sensitivities(denoiser, SEEDS, spec, conditions=by_name)
+    assert prediction_sensitivities(moved, SEEDS, spec, conditions=by_name) == pytest.approx(expected, rel=1e-3)
     x, cond = noise_of(SEEDS, denoiser.sample_shape), by_name(denoiser, SEEDS)
     with torch.no_grad():
         steps = [list(trajectory(d, where, cond, spec)) for d, where in ((denoiser, x), (moved, on_gpu(x)))]
