@@ -106,7 +106,7 @@ def allocate(
 
     - `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`: two maps a method
     - `mpqsearch allocate -b 3bit --within 7e9bops`: two budgets at once
-    - `mpqsearch allocate -b uniform:4 --latency phone.csv --within 12ms`: no slower than measured
+    - `mpqsearch allocate -c by-layer.toml -b uniform:4 --latency phone.csv --within 12ms`: no slower, as measured
     - `mpqsearch allocate -b 3bit --min-bits "up_blocks.*=3" --max-bits "mid_block.*=4" --fix "conv_in=16"`
     - `mpqsearch allocate -b 3bit --group qkv --max-formats 2`: for engines with fused projections and two kernels
     """

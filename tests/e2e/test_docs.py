@@ -1,16 +1,19 @@
 """Every command and every Python block in the documentation runs.
 
 `mpqsearch` commands run for real on the embedded models, those of each page in a folder with a quickstart, in the order
-in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Of scripts
-that take hours the arguments are checked by their own `--help`; their short form is run by tests of their own.
+in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Scripts
+that take hours are loaded, which fails when they need what the package no longer has.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,17 @@ QUICKSTART = "mpqsearch run studies/quickstart.toml"
 SCRIPTS = list(
     dict.fromkeys(line for page in PAGES for line in lines_of(page) if line.startswith(("python ", "make ")))
 )
+
+
+def script_of(line: str) -> str:
+    """The file of ``python FILE ...`` or ``python -m studies.MODULE ...``; empty for other lines."""
+    words = shlex.split(line)
+    if words[0] != "python":
+        return ""
+    module = words[2] if words[1] == "-m" else ""
+    return f"{module.replace('.', '/')}.py" if module.startswith("studies.") else "" if module else words[1]
+
+
 BLOCKS = [(p, b) for p in PAGES for b in re.findall(r"^```python\n(.*?)^```", p.read_text(), re.DOTALL | re.MULTILINE)]
 
 
@@ -88,17 +102,19 @@ def test_every_command_of_a_page_runs(page: Path, quickstart: Path, tmp_path: Pa
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("line", SCRIPTS)
-def test_every_script_and_target_that_a_page_names_exists(line: str) -> None:
-    words = shlex.split(line)
-    if words[0] == "make":
-        assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
-        return
-    if words[1] == "-m":
-        return
-    script = ROOT / words[1]
-    assert script.is_file(), line
-    compile(script.read_text(), str(script), "exec")
+@pytest.mark.parametrize("line", [line for line in SCRIPTS if line.startswith("make ")])
+def test_every_target_of_make_that_a_page_names_exists(line: str) -> None:
+    assert re.search(rf"^{re.escape(shlex.split(line)[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+
+
+@pytest.mark.parametrize("script", sorted({s for line in SCRIPTS if (s := script_of(line))}))
+def test_every_script_that_a_page_names_loads_with_todays_package(script: str) -> None:
+    assert (ROOT / script).is_file()
+    load = "import runpy, sys; sys.path.insert(0, sys.argv[2]); runpy.run_path(sys.argv[1], run_name='loaded')"
+    arguments = [sys.executable, "-c", load, script, str((ROOT / script).parent)]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
