@@ -101,11 +101,6 @@ class ParetoFront:
         """Direction of the metric, as its values say."""
         return bool(self.records) and self.records[0].metrics[self.metric].higher_is_better
 
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names of the methods, see `method_name`, sorted."""
-        return tuple(sorted({self.method_name(r) for r in self.records}))
-
     def method_name(self, record: StudyRecord) -> str:
         """The method, with its granularity when the study has the same method at several."""
         kinds = {r.granularity for r in self.records if r.method == record.method}

@@ -208,8 +208,6 @@ def _bootstrap_weights(n: int) -> list[Tensor]:
     draws: list[Tensor] = []
     while len(draws) < BOOTSTRAP:
         weights = torch.bincount(torch.randint(0, n, (n,), generator=generator), minlength=n).double()
-        if (
-            int((weights > 0).sum()) > 1
-        ):  # one sample alone, drawn again and again, has no spread: of a handful that does happen
+        if int((weights > 0).sum()) > 1:  # one sample drawn again and again has no spread: it happens with a handful
             draws.append(weights)
     return draws

@@ -207,8 +207,8 @@ def _metric_cell(value: MetricValue | None, metric: str, mark: str) -> Cell:
     if value is None:
         return Cell("", "")
     places = metric_text(metric).places
-    known = value.low == value.low and value.high == value.high
-    interval = f"{number(value.low, places)} – {number(value.high, places)}" if known else ""
+    bounded = value.low == value.low and value.high == value.high
+    interval = f"{number(value.low, places)} – {number(value.high, places)}" if bounded else ""
     return Cell(number(value.value, places), value.value, mark, interval)
 
 

@@ -76,8 +76,8 @@ def predicted_points(records: Iterable[StudyRecord], metric: str) -> list[StudyR
 def _within(predicted: Floats, measured: Floats, budgets: Sequence[str]) -> float | None:
     groups = [np.flatnonzero(np.array(budgets) == b) for b in sorted(set(budgets))]
     values = [spearman(predicted[g], measured[g]) for g in groups]
-    known = [v for v in values if np.isfinite(v)]
-    return float(np.mean(known)) if known else None
+    defined = [v for v in values if np.isfinite(v)]
+    return float(np.mean(defined)) if defined else None
 
 
 def plot_predicted_vs_measured(info: PredictionInfo, ax: Axes | None = None) -> Axes:

@@ -92,8 +92,8 @@ def _relative_error(profile: SensitivityProfile, losses: LayerLosses, i: int) ->
     if not keys or not all(k in profile.arrays for k in keys):
         return None
     loss, error = (profile.arrays[k][i] for k in keys)
-    known = np.flatnonzero(np.isfinite(error) & (np.nan_to_num(loss) > 0))
-    return float(error[known[0]] / loss[known[0]]) if len(known) else None
+    measured = np.flatnonzero(np.isfinite(error) & (np.nan_to_num(loss) > 0))
+    return float(error[measured[0]] / loss[measured[0]]) if len(measured) else None
 
 
 def _outlier(profile: SensitivityProfile, kurtosis: Floats, channel: int) -> tuple[str, int, float, float]:
