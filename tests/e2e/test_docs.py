@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -125,3 +126,21 @@ def test_python_blocks_compile_and_import_what_exists(page: Path, block: str) ->
     imports = [line for line in block.splitlines() if re.match(r"(from mpqsearch|import mpqsearch)", line)]
     assert tree is not None
     exec("\n".join(imports), {})
+
+
+def exists(dotted: str) -> bool:
+    """Whether a module, or what hangs on one, has this name."""
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_and_files_that_a_page_mentions_exist(page: Path) -> None:
+    text = page.read_text()
+    names = set(re.findall(r"\bmpqsearch(?:\.[A-Za-z_]+)+", text))
+    assert not [n for n in names if not exists(n)]
+    links = {link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if not link.startswith("http")}
+    assert not [link for link in links if not (page.parent / link).exists()]
