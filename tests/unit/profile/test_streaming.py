@@ -238,3 +238,32 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
     stale = Partial(folder=tmp_path, inputs={"model": "another"})
     assert stale.load("sensitivities") is None
     assert not stale.finished()
+
+
+def test_one_layer_at_a_time_continues_after_any_layer(tmp_path: Path) -> None:
+    denoiser = tiny_denoiser("dit")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=1,
+        probe_inputs=1,
+        probes=1,
+        sampler_seeds=0,
+        context_seeds=0,
+        schemes=("asymmetric",),
+        final_widths=(2,),
+        final_seeds=2,
+    )
+    given = (denoiser, table, Policy(widths=(2, 4)), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
+    straight = profile_model(*given)
+    error = straight.arrays["layer_final_error/asymmetric"]
+    assert np.isfinite(error[:, 0]).all()
+    assert np.isnan(error[:, 1]).all(), "not measured"
+    inputs = {"model": table.digest}
+    with pytest.raises(_Stops):  # the tables of all layers, the sensitivities, and two layers alone
+        profile_model(*given, partial=_Killed(folder=tmp_path, inputs=inputs, left=len(table) + 3))
+    assert {p.stem for p in tmp_path.glob("final-*.npz")} == {"final-00000", "final-00001"}
+    began = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npz")}
+    resumed = profile_model(*given, partial=Partial(folder=tmp_path, inputs=inputs))
+    assert all(p.stat().st_mtime_ns == t for p, t in began.items())
+    for key, array in straight.arrays.items():
+        np.testing.assert_array_equal(resumed.arrays[key], array, err_msg=key)
