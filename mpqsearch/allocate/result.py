@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.certificate import Certificate
-from mpqsearch.allocate.problem import FREE, AllocationProblem
+from mpqsearch.allocate.problem import AllocationProblem
 from mpqsearch.core.shown import Shown
 
 if TYPE_CHECKING:
@@ -112,19 +112,12 @@ def table_digests(problem: AllocationProblem) -> dict[str, str]:
         loss = np.where(problem.allowed, loss, np.inf)
     digests = {"loss": _sha256(loss.astype("<f8", copy=False))}
     digests |= {f"cost {b.name}": _sha256(b.cost.astype("<i8", copy=False)) for b in problem.budgets}
-    rules = [_labels(problem.group_labels), problem.max_formats, problem.max_formats_per_layer]
-    rules.append(None if problem.max_formats_per_layer is None else _labels(problem.layer))
+    layer = None if problem.max_formats_per_layer is None else problem.layer
+    labels = [None if given is None else given.tolist() for given in (problem.group_labels, layer)]
+    rules = [labels[0], problem.max_formats, problem.max_formats_per_layer, labels[1]]
     if any(rule is not None for rule in rules):
         digests["rules"] = hashlib.sha256(repr(rules).encode()).hexdigest()
     return digests
-
-
-def _labels(values: NDArray[Any] | None) -> list[int] | None:
-    """Labels numbered by first appearance, so that only the partition counts; free items stay ``FREE``."""
-    if values is None:
-        return None
-    numbers: dict[int, int] = {}
-    return [FREE if v == FREE else numbers.setdefault(v, len(numbers)) for v in values.tolist()]
 
 
 def _sha256(table: NDArray[Any]) -> str:

@@ -109,12 +109,6 @@ class BitMap(Shown):
         text = json.dumps(self.to_data(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def diff(self, other: BitMap) -> dict[str, tuple[str, str]]:
-        """Layers whose widths differ, as ``name -> (mine, theirs)`` in short form."""
-        names = [*self.weights, *(n for n in other.weights if n not in self.weights)]
-        pairs = ((n, self.weights.get(n), other.weights.get(n)) for n in names)
-        return {n: (_spell(a), _spell(b)) for n, a, b in pairs if a is None or b is None or not np.array_equal(a, b)}
-
     def summary(self) -> str:
         """The map in a few lines: neighbours with the same last name and the same widths are folded."""
         rows = [(name.rsplit(".", 1)[0], name.rsplit(".", 1)[-1], _spell(w)) for name, w in self.weights.items()]
@@ -253,9 +247,7 @@ def _bits(bits: int) -> str:
     return "full precision" if bits == FULL_PRECISION else f"{bits} bits"
 
 
-def _spell(widths: Widths | None) -> str:
-    if widths is None:
-        return "absent"
+def _spell(widths: Widths) -> str:
     if widths.ndim == 0:
         return _bits(int(widths))
     counts = Counter(widths.tolist())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core.formats import FULL_PRECISION
-from mpqsearch.core.shown import Shown
+from mpqsearch.core.shown import Shown, short_list
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class LayerTable(Shown):
         if missing or unexpected:
             raise LayerMismatchError(
                 f"{what} does not fit the model {self.model or self.digest[:12]!r}: "
-                f"missing {_short(missing)}, unexpected {_short(unexpected)}. Was it made for another model?"
+                f"missing {short_list(missing, 5) or 'none'}, unexpected {short_list(unexpected, 5) or 'none'}. Was it made for another model?"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -203,7 +203,3 @@ class LayerTable(Shown):
             layers=tuple(LayerSpec(**{**la, "weight_shape": tuple(la["weight_shape"])}) for la in data["layers"]),
             kept=tuple(KeptParameter(**k) for k in data["kept"]),
         )
-
-
-def _short(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

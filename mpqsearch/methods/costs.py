@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpqsearch.core.formats import FULL_PRECISION
+from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError
 
 NANOSECONDS = 1_000_000
 """Whole units of a latency in a millisecond."""
-
-LISTED = 5
 
 COLUMNS = ("layer", "bits", "cost")
 
@@ -61,12 +60,9 @@ class CostTable:
         """Raise `ConfigError` with the rows that are missing for ``(layer, bits, act_bits)``."""
         missing = list(dict.fromkeys(key for a in asked if (key := self._key(*a)) not in self.costs))
         if missing:
-            shown = "; ".join(
-                f"{n!r} at {b} bits" + ("" if a is None else f" with {a}-bit inputs") for n, b, a in missing[:LISTED]
-            )
-            more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+            rows = [f"{n!r} at {b} bits" + ("" if a is None else f" with {a}-bit inputs") for n, b, a in missing]
             raise ConfigError(
-                f"the costs {self.source} lack {shown}{more}: measure these rows too ({FULL_PRECISION} bits: full "
+                f"the costs {self.source} lack {short_list(rows, 5)}: measure these rows too ({FULL_PRECISION} bits: full "
                 "precision), or search fewer widths"
             )
 

@@ -121,7 +121,6 @@ class Programs:
         within: Sequence[Budget] = (),
         *,
         by_layer: bool | None = None,
-        losses: Floats | None = None,
     ) -> Program:
         """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
         map.
@@ -133,7 +132,7 @@ class Programs:
             raise ConfigError(
                 f"method {method.name!r} ({method.allocator}) solves no integer program; {' and '.join(PROGRAMS)} do"
             )
-        task = self.task(method, budget, within, losses=losses)
+        task = self.task(method, budget, within)
         layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
         return layer_program(task) if layers else channel_program(task)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from mpqsearch.core import Budget
-from mpqsearch.methods import allocate
 from mpqsearch.search.surrogate import Candidate, Floats, Surrogate
 
 ARMS = ("uniform", "random", "shuffled", "plain")
@@ -46,13 +45,9 @@ def shuffled_losses(surrogate: Surrogate, seed: int) -> Floats:
 
 def _by(surrogate: Surrogate, budget: Budget, allocator: str, seed: int = 0) -> Candidate:
     method = replace(surrogate.method, name=allocator, allocator=allocator, seed=seed, act_choices=())
-    profile = surrogate.profile_for(method)
-    solved = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format)
-    return surrogate.finished(solved, budget)
+    return surrogate.finished(surrogate.programs(method).allocate(method, budget), budget)
 
 
 def _shuffled(surrogate: Surrogate, budget: Budget, seed: int) -> Candidate:
     method, losses = surrogate.method, shuffled_losses(surrogate, seed)
-    profile = surrogate.profile_for(method)
-    solved = allocate(method, budget, surrogate.table, profile, surrogate.policy, surrogate.format, losses=losses)
-    return surrogate.finished(solved, budget)
+    return surrogate.finished(surrogate.programs(method).allocate(method, budget, losses=losses), budget)

@@ -21,7 +21,7 @@ from mpqsearch.core import (
     size_bits,
 )
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import Allocation, MethodSpec, allocate, channel_losses
+from mpqsearch.methods import Allocation, MethodSpec, Programs, channel_losses
 from mpqsearch.search.space import BASE, PARAMETERS, Theta, value_of
 
 Floats = NDArray[np.float64]
@@ -76,16 +76,15 @@ class Surrogate:
     def candidate(self, theta: Theta, budget: Budget) -> Candidate:
         """Solve at one budget. Raises `InfeasibleBudgetError` when nothing fits."""
         method, policy = self.method_of(theta), self.policy_of(theta)
-        solved = allocate(
-            method,
-            self.room(budget, method, policy),
-            self.table,
-            self.profile_for(method),
-            policy,
-            self.format,
-            losses=self.losses_of(theta, method) if _is_shaped(theta) else None,
-        )
+        losses = self.losses_of(theta, method) if _is_shaped(theta) else None
+        solved = self.programs(method, policy).allocate(method, self.room(budget, method, policy), losses=losses)
         return self.finished(solved, budget)
+
+    def programs(self, method: MethodSpec, policy: Policy | None = None) -> Programs:
+        """The programs with the profile that prices a method, under a policy (None: the search's own)."""
+        return Programs(
+            table=self.table, profile=self.profile_for(method), policy=policy or self.policy, format=self.format
+        )
 
     def finished(self, solved: Allocation, budget: Budget) -> Candidate:
         """An allocation as something to measure."""
@@ -126,13 +125,7 @@ class Surrogate:
         plain = policy == self.policy and method.act_timesteps == self.method.act_timesteps
         if budget.quantity != "uniform_bits" or plain:
             return budget
-        return Budget(quantity="bytes", limit=self.limit_bits(budget) // 8)
-
-    def limit_bits(self, budget: Budget) -> int:
-        """Bits of the whole model that a budget of size allows under the plain method."""
-        sampler = self.profile.calibration.get("sampler", {})
-        steps = int(sampler.get("steps", 1)) if self.method.act_timesteps else 1
-        return budget.limit_bits(self.table, self.policy, act_bits=self.method.act_bits, activation_steps=steps)
+        return Budget(quantity="bytes", limit=self.programs(self.method).limit(budget, self.method) // 8)
 
     def profile_for(self, method: MethodSpec) -> SensitivityProfile:
         """The profile that prices a method: with GPTQ rounding, the errors that it leaves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,7 @@ def _read(path: Path) -> Saved:
     run = path.resolve().parent.parent.parent
     try:
         source = data["made_from"]
-        policy: dict[str, Any]
-        method: dict[str, Any]
         table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / source["profile"])
-        policy, method = (
-            {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
-            for written in (source["policy"], data["method"])
-        )
         return Saved(
             path=path,
             data=data,
@@ -74,15 +69,19 @@ def _read(path: Path) -> Saved:
             programs=Programs(
                 table=table,
                 profile=profile,
-                policy=Policy(**policy),
+                policy=Policy(**_tuples(source["policy"])),
                 format=QuantFormat(**source["format"]),
                 costs=_costs(source["costs"]),
             ),
-            method=MethodSpec(**method),
+            method=MethodSpec(**_tuples(data["method"])),
             budgets=tuple(Budget.parse(t["budget"]) for t in data["totals"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged or was changed by hand ({type(error).__name__}: {error}).") from error
+
+
+def _tuples(written: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
 
 
 def _costs(source: Mapping[str, str] | None) -> CostTable | None:
@@ -174,6 +173,6 @@ def _differs(what: str, computed: object, claimed: object) -> str:
 
 
 def _far(what: str, computed: float, claimed: float | None) -> str:
-    if claimed is None or computed != computed:
-        return "" if claimed is None and computed != computed else f"{what} is {computed}, the file says {claimed}"
-    return "" if abs(computed - claimed) <= SAME * abs(computed) else f"{what} is {computed}, the file says {claimed}"
+    """As `_differs`, up to rounding; NaN is written as null."""
+    same = math.isnan(computed) if claimed is None else abs(computed - claimed) <= SAME * abs(computed)
+    return "" if same else _differs(what, computed, claimed)

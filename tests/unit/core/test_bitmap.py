@@ -109,9 +109,7 @@ def test_validation_names_what_does_not_fit() -> None:
         BitMap(model_digest=table.digest, weights={**whole, names[0]: np.array([2, 3, 2])}).validate(table)
 
 
-def test_diff_and_summary_show_what_a_person_looks_for() -> None:
-    left, right = make(a=3, b=[2, 3, 3]), make(a=4, b=[2, 3, 3])
-    assert left.diff(right) == {"a": ("3 bits", "4 bits")}
+def test_the_summary_folds_neighbours() -> None:
     folded = BitMap(model_digest="d", weights={"x.q": np.array(3), "x.k": np.array(3), "x.o": np.array(16)}).summary()
     assert folded.splitlines() == ["x.{q,k}: 3 bits", "x.{o}: full precision"]
 
