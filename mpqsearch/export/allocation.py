@@ -4,7 +4,7 @@ quantizer."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,11 +59,7 @@ class TargetAllocation:
         data: dict[str, Any] = {
             "target": self.target,
             "choices": dict(self.choices),
-            "stored_bits": {
-                "payload": self.stored.payload,
-                "metadata": self.stored.metadata,
-                "unquantized": self.stored.unquantized,
-            },
+            "stored_bits": asdict(self.stored),
             "size_bits": self.stored.total,
             "limit": self.limit,
             "within_budget": self.stored.total <= self.limit,
@@ -75,11 +71,6 @@ class TargetAllocation:
             if np.isfinite(self.result.gap):  # no bound, no gap
                 data["gap"] = float(self.result.gap)
         return data
-
-    def asked(self) -> dict[str, str]:
-        """The format of *every* layer, `FULL` for those at full precision: ``choices`` of an `ExportJob` that leaves
-        nothing open."""
-        return {name: self.choices.get(name, FULL) for name in self.bit_map.weights}
 
 
 def formats_of(target: Target, table: LayerTable) -> tuple[str, ...]:
@@ -261,7 +252,7 @@ def resolve_job(
         pairs=pairs,
         at_least_smallest=True,
     )
-    return replace(job, choices=solved.asked())
+    return replace(job, choices={name: solved.choices.get(name, FULL) for name in job.table.by_name})
 
 
 def assemble(

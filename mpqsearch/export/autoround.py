@@ -87,13 +87,13 @@ class AutoRoundTarget(Target):
         save_tensors(folder / WEIGHTS, state, {"mpqsearch.bit_map": job.bit_map.digest})
         extra = {"quantization_config": quantization_config(plan)} if rows else {}
         paths = write_config(folder, job.model.module, extra)
-        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, expected, job.cond)]
+        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, expected)]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the folder with diffusers and read the bits of every layer that AutoRound put in."""
         import torch
 
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
+        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
 
         module = load_pretrained(folder, self.name, module, torch.float16)
         for parameter in module.parameters():  # compare in single precision, so that only decoding differs
@@ -103,7 +103,7 @@ class AutoRoundTarget(Target):
                 layer.bias = layer.bias.float()
         widths = {n: int(m.bits) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits")}
         return {
-            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "widths": widths,
             "forward_error": forward_error(folder, module),
             "versions": libraries("auto-round", "accelerate", "transformers"),
             **stored_size(folder / WEIGHTS),

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from mpqsearch.artifacts import atomic_path, environment, read_json
 from mpqsearch.core import FULL_PRECISION, LayerSpec
-from mpqsearch.errors import ConfigError, MpqsearchError
+from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.export.contract import ExportJob, PlanEntry
 from mpqsearch.export.target import CHECK, CONFIG, MANIFEST, get_exporter
-from mpqsearch.models.denoiser import Condition, Denoiser
+from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
 from mpqsearch.quant.apply import check_moments, moment_of
 
@@ -38,29 +38,24 @@ def on_cpu(denoiser: Denoiser) -> Denoiser:
     return denoiser.with_module(copy.deepcopy(denoiser.module).cpu().float().eval().requires_grad_(False))
 
 
-def condition_of(denoiser: Denoiser, cond: Condition = None) -> Condition:
-    """The condition of the two samples of a check, on the CPU: the given one, else two classes, else none."""
-    if isinstance(cond, Tensor):
-        return cond.cpu().contiguous()
-    if cond is not None:
-        return {k: v.cpu().contiguous() for k, v in cond.items()}
+def condition_of(denoiser: Denoiser) -> Tensor | None:
+    """The condition of the two samples of a check: two classes, if the model has classes."""
     return torch.arange(2) % denoiser.n_classes if denoiser.n_classes else None
 
 
-def write_check(path: Path, denoiser: Denoiser, cond: Condition = None) -> list[Path]:
+def write_check(path: Path, denoiser: Denoiser) -> list[Path]:
     """Write inputs of two samples and the prediction of ``denoiser`` for them; nothing when the model cannot be called
     so."""
     x = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor(_TIMESTEPS)
-    cond = condition_of(denoiser, cond)
+    cond = condition_of(denoiser)
     path.unlink(missing_ok=True)
     try:
         with torch.no_grad():
             y = denoiser.denoise(x, t, cond)
     except (MpqsearchError, TypeError, ValueError):
         return []  # it needs a condition that nobody gave; the widths are still read back
-    named = {"cond": cond} if isinstance(cond, Tensor) else {f"cond.{k}": v for k, v in (cond or {}).items()}
-    save_tensors(path, {"x": x, "t": t, "y": y.contiguous(), **named})
+    save_tensors(path, {"x": x, "t": t, "y": y.contiguous()} | ({} if cond is None else {"cond": cond}))
     return [path]
 
 
@@ -82,23 +77,27 @@ def forward_error(folder: Path, module: nn.Module) -> float | None:
     if not (folder / CHECK).is_file():
         return None
     check = load_file(folder / CHECK)
-    named = {k.removeprefix("cond."): v for k, v in check.items() if k.startswith("cond.")}
     sample_shape = read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"]
     denoiser = Denoiser(name="export", module=module, sample_shape=tuple(sample_shape))
     with torch.no_grad():
-        y = denoiser.denoise(check["x"], check["t"], check.get("cond", named or None))
+        y = denoiser.denoise(check["x"], check["t"], check.get("cond"))
     return float((y - check["y"]).abs().max() / check["y"].abs().max().clamp_min(1e-12))
 
 
-def model_class(folder: Path) -> Any:
-    """The diffusers class that ``config.json`` names."""
+def model_class(config: Mapping[str, Any]) -> Any:
+    """The diffusers class that a ``config.json`` names. Raises `ArtifactError` when there is none."""
     import diffusers
 
-    config = json.loads((folder / CONFIG).read_text())
-    maker = getattr(diffusers, config["_class_name"], None)
+    maker = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(maker, type) and issubclass(maker, diffusers.ConfigMixin) and issubclass(maker, nn.Module)):
-        raise TypeError(f"diffusers has no model {config['_class_name']!r}")
+        raise ArtifactError(f"diffusers has no model {config.get('_class_name')!r}")
     return maker
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of an export."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return config
 
 
 def load_pretrained(folder: Path, target: str, module: nn.Module | None, dtype: torch.dtype = torch.float32) -> Any:
@@ -107,14 +106,14 @@ def load_pretrained(folder: Path, target: str, module: nn.Module | None, dtype: 
         raise ConfigError(
             f"the target {target!r} is loaded by diffusers, which builds the model itself: give no module"
         )
-    return model_class(folder).from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
+    return model_class(config_of(folder)).from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
 
 
 def build_model(folder: Path) -> nn.Module:
     """An empty model from ``config.json``: float32, evaluation mode, weights from a fixed seed."""
     torch.manual_seed(0)
-    config = json.loads((folder / CONFIG).read_text())
-    model = model_class(folder).from_config({k: v for k, v in config.items() if k != "quantization_config"})
+    config = config_of(folder)
+    model = model_class(config).from_config({k: v for k, v in config.items() if k != "quantization_config"})
     assert isinstance(model, nn.Module)
     return model.float().eval().requires_grad_(False)
 
@@ -196,7 +195,7 @@ def report(target: str, folder: Path) -> dict[str, Any]:
     try:
         return get_exporter(target).read_back(folder)
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; each means that it could not load the folder
-        return {"widths": {}, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
+        return {"widths": None, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
 
 
 def main(arguments: list[str]) -> int:

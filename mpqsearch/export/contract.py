@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 
 if TYPE_CHECKING:
-    from mpqsearch.models.denoiser import Condition, Denoiser
+    from mpqsearch.models.denoiser import Denoiser
 
 AS_PLANNED = ("exact", "kept_full_precision")
 """Reasons of layers that get what the map asks for."""
@@ -147,8 +147,7 @@ class Verification:
 class ExportJob:
     """What an exporter is given.
 
-    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``cond`` is
-    a condition for two samples, for the forward pass of the check (default: two classes, or none). ``choices`` names
+    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``choices`` names
     the target's own format for layers that were allocated for this target (`FULL`: full precision); those are taken as
     they are, and are planned as ``resolved`` where the map asks for another width.
     ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second
@@ -159,7 +158,6 @@ class ExportJob:
     table: LayerTable
     bit_map: BitMap
     denoiser: Denoiser | None = None
-    cond: Condition = None
     choices: Mapping[str, str] = field(default_factory=dict)
     input_max: Mapping[str, Any] = field(default_factory=dict)
     moments: Mapping[str, Any] | None = None

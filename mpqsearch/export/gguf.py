@@ -130,7 +130,7 @@ class GgufTarget(Target):
             writer.write_tensors_to_file()
             writer.close()
         with torch.no_grad():
-            check = write_check(folder / CHECK, job.model, job.cond)
+            check = write_check(folder / CHECK, job.model)
         return [folder / FILE, *write_config(folder, module), *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class GgufTarget(Target):
         from diffusers.models.model_loading_utils import load_gguf_checkpoint
         from diffusers.quantizers.gguf.utils import GGUFParameter
 
-        from mpqsearch.export.check import forward_error, libraries, planned_layers
+        from mpqsearch.export.check import forward_error, libraries
 
         module = load_with_diffusers(folder, module)
         choices: dict[str, str] = {}
@@ -156,7 +156,7 @@ class GgufTarget(Target):
         with torch.no_grad():
             error = forward_error(folder, module)
         return {
-            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "widths": widths,
             "choices": choices,
             "problems": problems,
             "forward_error": error,
@@ -218,11 +218,11 @@ def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf import GGUFQuantizer
 
-    from mpqsearch.export.check import build_model, model_class
+    from mpqsearch.export.check import build_model, config_of, model_class
 
     config = GGUFQuantizationConfig(compute_dtype=torch.float32)
-    if module is None and hasattr(model_class(folder), "from_single_file"):
-        return model_class(folder).from_single_file(
+    if module is None and hasattr(maker := model_class(config_of(folder)), "from_single_file"):
+        return maker.from_single_file(
             str(folder / FILE), quantization_config=config, config=str(folder), torch_dtype=torch.float32
         )
     model = module or build_model(folder)

@@ -106,13 +106,13 @@ class MlxTarget(Target):
         import mlx.nn
         from safetensors.numpy import load_file
 
-        from mpqsearch.export.check import libraries, planned_layers, stored_size
+        from mpqsearch.export.check import libraries, stored_size
 
         if module is not None:
             raise ConfigError("the target 'mlx' is read without torch: give no module")
         settings = json.loads((folder / CONFIG).read_text())["quantization"]
         weights, check = mx.load(str(folder / FILE)), load_file(folder / CHECK)
-        widths = dict.fromkeys(planned_layers(folder), FULL_PRECISION)
+        widths = {}
         worst = 0.0
         for name, values in settings.items():
             if not isinstance(values, dict):

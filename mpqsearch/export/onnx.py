@@ -117,8 +117,8 @@ class OnnxTarget(Target):
                 )
         rows = our_rows(job, plan, asymmetric=False)
         expected = decode_in_place(job, rows)
-        check = write_check(folder / CHECK, expected, job.cond)
-        model = traced(expected, job.cond)
+        check = write_check(folder / CHECK, expected)
+        model = traced(expected)
         for name, ours in rows.items():
             widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
             whole = job.bit_map.format_of(name).scheme == "asymmetric"
@@ -142,7 +142,7 @@ class OnnxTarget(Target):
         import onnxruntime
         from safetensors.numpy import load_file
 
-        from mpqsearch.export.check import libraries, planned_layers
+        from mpqsearch.export.check import libraries
         from mpqsearch.export.neutral import FILE as MAP
         from mpqsearch.export.neutral import load_neutral
 
@@ -154,12 +154,9 @@ class OnnxTarget(Target):
         held = containers_of(model.graph)
         widths: dict[str, int | None] = {}
         problems = []
-        for name in planned_layers(folder):
-            if name not in held:
-                widths[name] = FULL_PRECISION
-                continue
+        for name, rows in held.items():
             asked = bit_map.weights[name]
-            problem, got = _compare_rows(name, held[name], bit_map.channel_widths(name, len(held[name][0])))
+            problem, got = _compare_rows(name, rows, bit_map.channel_widths(name, len(rows[0])))
             widths[name] = None if asked.min() != asked.max() and not problem else got
             problems += [problem] if problem else []
         error = None
@@ -168,12 +165,12 @@ class OnnxTarget(Target):
             options = onnxruntime.SessionOptions()
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
             session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-            y = session.run(None, {i.name: check[i.name.replace("__", ".")] for i in session.get_inputs()})[0]
+            y = session.run(None, {i.name: check[i.name] for i in session.get_inputs()})[0]
             error = float(np.abs(y - check["y"]).max() / max(np.abs(check["y"]).max(), 1e-12))
         ours = {
             u["name"] for u in neutral.data["unquantized"]
         }  # buffers and constants of the trace belong to the graph
-        ours |= {f"{layer}.weight" for layer in widths}
+        ours |= {f"{layer}.weight" for layer in bit_map.weights}
         stored = sum(_bytes_of(t) for t in model.graph.initializer if _owner(t.name) in ours)
         on_disk = sum(p.stat().st_size for p in (folder / FILE, folder / f"{FILE}.data") if p.exists())
         return {
@@ -207,15 +204,15 @@ def part_bits(layer: LayerSpec, bits: int, n_rows: int) -> StoredBits:
     return coded_bits(rows, bits, scales=n_rows, scale_bits=32, other=zeros)
 
 
-def traced(denoiser: Any, cond: Any) -> Any:
+def traced(denoiser: Any) -> Any:
     """The ONNX graph of a denoiser, its parameters under their own names after a prefix."""
     import onnx
     import torch
 
     from mpqsearch.export.check import condition_of
 
-    given = condition_of(denoiser, cond)
-    named = {"cond": given} if isinstance(given, torch.Tensor) else {f"cond__{k}": v for k, v in (given or {}).items()}
+    classes = condition_of(denoiser)
+    named = {} if classes is None else {"cond": classes}
 
     class Call(torch.nn.Module):
         def __init__(self) -> None:
@@ -223,8 +220,7 @@ def traced(denoiser: Any, cond: Any) -> Any:
             self.u = denoiser.module
 
         def forward(self, x: Tensor, t: Tensor, values: list[Tensor]) -> Tensor:
-            cond: Any = values[0] if isinstance(given, torch.Tensor) else dict(zip(given or (), values, strict=True))
-            result: Tensor = denoiser.with_module(self.u).denoise(x, t, cond if values else None)
+            result: Tensor = denoiser.with_module(self.u).denoise(x, t, values[0] if values else None)
             return result
 
     batch = torch.export.Dim("batch")

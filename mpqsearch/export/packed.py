@@ -4,13 +4,12 @@ bit for bit.
 ``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, channels of that
 width in order), the half-precision scales with one exponent a layer, zero points, widths, smoothing factors and
 channels at full precision; every other tensor of the model is stored as it is. ``packed.json`` names the model, the
-map's digest and the SHA-256 of every tensor. Layers are quantized one after another, so that of the quantized model
+map's digest and the SHA-256 of the other file. Layers are quantized one after another, so that of the quantized model
 no more than its packed form is in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import read_json, save_bit_map, write_json
+from mpqsearch.artifacts import digest_file, read_json, save_bit_map, write_json
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, stored_total
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
@@ -84,16 +83,16 @@ class PackedTarget(Target):
                 decode_in_place(job, {layer.name: quantized})
 
         paths = write_packed(folder, job.model.module, job.table, rows(), job.bit_map.digest, job.inputs)
-        return [*paths, *write_check(folder / CHECK, job.model, job.cond)]
+        return [*paths, *write_check(folder / CHECK, job.model)]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the checkpoint, and read the width of every channel from it."""
         from safetensors import safe_open
 
-        from mpqsearch.export.check import forward_error, libraries, planned_layers, stored_size
+        from mpqsearch.export.check import forward_error, libraries, stored_size
 
         model = load_quantized(folder)
-        widths: dict[str, int | None] = dict.fromkeys(planned_layers(folder), FULL_PRECISION)
+        widths: dict[str, int | None] = {}
         with safe_open(folder / FILE, framework="np") as stored:
             for key in (k for k in stored.keys() if k.endswith(f"{_MARK}bits")):  # noqa: SIM118 - not a mapping
                 bits = stored.get_tensor(key)
@@ -205,13 +204,11 @@ def write_packed(
     for name, rows in layers:
         packed.add(f"{name}.weight")
         tensors |= {f"{name}{_MARK}{key}": torch.from_numpy(array) for key, array in pack_layer(rows).items()}
-    ours = [f"{n}." for n, m in module.named_modules() if type(m).__module__.startswith("mpqsearch.quant")]
-    plain = {k: v for k, v in module.state_dict().items() if k not in packed and not k.startswith(tuple(ours))}
-    tensors |= plain
+    ours = tuple(f"{n}." for n, m in module.named_modules() if type(m).__module__.startswith("mpqsearch.quant"))
+    tensors |= {k: v for k, v in module.state_dict().items() if k not in packed and not k.startswith(ours)}
     (folder / HEADER).unlink(missing_ok=True)
     save_tensors(folder / FILE, tensors, {"format": "mpqsearch.packed"})
-    digests = {key: _digest(tensor.cpu()) for key, tensor in tensors.items()}
-    data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "digests": digests}
+    data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "sha256": digest_file(folder / FILE)}
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs))
     return [folder / FILE, folder / HEADER]
 
@@ -219,64 +216,36 @@ def write_packed(
 def load_quantized(path: str | Path) -> nn.Module:
     """The diffusers model of a packed checkpoint, with the weights of the fake-quantized forward, bit for bit.
 
-    Raises `ArtifactError`, naming the tensor, when one is missing or altered, and when the file is cut off.
+    Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
+    from mpqsearch.export.check import model_class
     from mpqsearch.quant import weight_of
 
     folder = Path(path)
-    data = read_json(folder / HEADER, _SCHEMA).data
-    file, table = folder / FILE, LayerTable.from_data(data["model"])
-    with _without_initial_values():
-        module: Any = _model_class(data["config"], str(folder / HEADER)).from_config(data["config"])
-    target = module.eval().requires_grad_(False).state_dict()
-    parts: dict[str, list[str]] = {}
-    for key in data["digests"]:
-        parts.setdefault(f"{key.split(_MARK)[0]}.weight" if _MARK in key else key, []).append(key)
-    lost = sorted(set(target) - set(parts))
-    if lost:
-        raise ArtifactError(f"{file} holds nothing for {lost[0]!r}, which {data['config']['_class_name']} has")
-    try:
-        with safe_open(file, framework="pt") as stored, torch.no_grad():
-            for name, keys in parts.items():
-                tensors = {key: _checked(stored, key, data["digests"][key], file) for key in keys}
-                if _MARK in keys[0]:
-                    layer = table[name.removesuffix(".weight")]
-                    arrays = {key.split(_MARK)[1]: tensor.numpy() for key, tensor in tensors.items()}
-                    target[name].copy_(weight_of(unpack_layer(arrays, layer), layer))
-                else:
-                    target[name].copy_(tensors[name])
-    except (OSError, SafetensorError) as error:
+    data, file = read_json(folder / HEADER, _SCHEMA).data, folder / FILE
+    if not file.is_file() or digest_file(file) != data["sha256"]:
         raise ArtifactError(
-            f"{file} is missing, cut off or damaged ({error}). Copy or write the checkpoint again."
-        ) from error
-    result: nn.Module = module
-    return result
-
-
-def _checked(stored: Any, key: str, digest: str, file: Path) -> Tensor:
-    tensor: Tensor = stored.get_tensor(key)
-    if _digest(tensor) != digest:
-        raise ArtifactError(f"{file}: {key!r} was altered after the checkpoint was written. Copy or write it again.")
-    return tensor
-
-
-def _digest(tensor: Tensor) -> str:
-    import torch
-
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
-
-
-def _model_class(config: Mapping[str, Any], where: str) -> Any:
-    """The diffusers class that a configuration names."""
-    import diffusers
-
-    maker = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(maker, type) and issubclass(maker, diffusers.ModelMixin)):
-        raise ArtifactError(f"{where} names {config.get('_class_name')!r}, which is no model of diffusers")
-    return maker
+            f"{file} is missing, cut off or was altered after it was written. Copy or write the checkpoint again."
+        )
+    table = LayerTable.from_data(data["model"])
+    with _without_initial_values():
+        module: nn.Module = model_class(data["config"]).from_config(data["config"]).eval().requires_grad_(False)
+    target, plain = module.state_dict(), load_file(file)
+    packed: dict[str, Arrays] = {}
+    for key in [key for key in plain if _MARK in key]:
+        name, _, part = key.partition(_MARK)
+        packed.setdefault(name, {})[part] = plain.pop(key).numpy()
+    if different := {*plain, *(f"{name}.weight" for name in packed)} ^ set(target):
+        raise ArtifactError(f"{file} and {type(module).__name__} do not have the same tensors: {min(different)!r}")
+    with torch.no_grad():
+        for key, tensor in plain.items():
+            target[key].copy_(tensor)
+        for name, arrays in packed.items():
+            target[f"{name}.weight"].copy_(weight_of(unpack_layer(arrays, table[name]), table[name]))
+    return module
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class QuantoTarget(Target):
         save_tensors(folder / WEIGHTS, module.state_dict(), {"mpqsearch.bit_map": job.bit_map.digest})
         write_text(folder / MAP, json.dumps(quantization_map(module), indent=1) + "\n")
         with torch_kernels():
-            check = write_check(folder / CHECK, job.model.with_module(module), job.cond)
+            check = write_check(folder / CHECK, job.model.with_module(module))
         return [folder / WEIGHTS, *write_config(folder, job.model.module), folder / MAP, *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class QuantoTarget(Target):
         planned, modules = set(planned_layers(folder)), dict(module.named_modules())
         problems += [f"the loaded model has no layer {name!r}" for name in sorted(planned - set(modules))]
         return {
-            "widths": {n: _width(m) for n, m in modules.items() if n in planned or _width(m) != FULL_PRECISION},
+            "widths": {n: _width(m) for n, m in modules.items() if _width(m) != FULL_PRECISION},
             "problems": problems,
             "forward_error": error,
             "versions": libraries("optimum-quanto"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path, write_text
-from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
+from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, quantization_config
@@ -95,12 +95,12 @@ class SdnqTarget(Target):
             write_text(
                 folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
             )
-        check = write_check(folder / CHECK, job.model.with_module(quantized), job.cond)
+        check = write_check(folder / CHECK, job.model.with_module(quantized))
         return [folder / WEIGHTS, folder / CONFIG, *check]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype that each layer's dequantizer has."""
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
+        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
 
         os.environ.setdefault(*WITHOUT_COMPILER)
         module = load_pretrained(folder, self.name, module)
@@ -111,7 +111,7 @@ class SdnqTarget(Target):
         }
         widths = {name: int(choice.lstrip("uint")) for name, choice in choices.items()}
         return {
-            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "widths": widths,
             "choices": choices,
             "forward_error": forward_error(folder, module),
             "versions": libraries("sdnq", "accelerate"),

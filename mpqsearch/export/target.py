@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +100,8 @@ class Target:
         """Load the folder with the consumer, into ``module`` when it is given, else into a model built from
         ``config.json``.
 
-        Returns ``widths`` by layer (16 for planned layers that are not quantized), and as far as known ``choices``,
-        ``problems``, ``forward_error``, ``versions``, ``stored_bytes`` and ``header_bytes``.
+        Returns ``widths`` by quantized layer, and as far as known ``choices``, ``problems``, ``forward_error``,
+        ``versions``, ``stored_bytes`` and ``header_bytes``.
         """
         raise NotImplementedError
 
@@ -188,16 +188,11 @@ class Target:
         self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry], paths: Sequence[Path]
     ) -> dict[str, Any]:
         keys = ("layer", "will_get", "choice", "reason", "detail")
-        promised = self.promise(job, plan)
         return {
             "target": self.name,
             "map_digest": job.bit_map.digest,
             "plan": [{key: getattr(e, key) for key in keys} | {"asked": e.asked_text} for e in plan],
-            "promised_bits": {
-                "payload": promised.payload,
-                "metadata": promised.metadata,
-                "unquantized": promised.unquantized,
-            },
+            "promised_bits": asdict(self.promise(job, plan)),
             "payload": self.payload,
             "verified_by": self.requires if self.by_consumer else "",
             "sample_shape": list(job.model.sample_shape),
@@ -228,14 +223,15 @@ class Target:
         return self.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, seen)
 
     def compare(self, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> Verification:
-        """What the plan says against what was read back."""
-        widths, choices = dict(seen["widths"]), dict(seen.get("choices", {}))
+        """What the plan says against what was read back; ``widths`` is None when nothing could be."""
+        choices, widths = dict(seen.get("choices", {})), seen["widths"]
+        held = {} if widths is None else {p["layer"]: FULL_PRECISION for p in manifest["plan"]} | dict(widths)
         entries = tuple(
             VerifyEntry(
                 layer=p["layer"],
                 asked=p["asked"],
                 planned=p["will_get"],
-                got=widths.pop(p["layer"], -1 if p["will_get"] is None else None),
+                got=held.pop(p["layer"], -1 if p["will_get"] is None else None),
                 reason=p["reason"],
                 planned_choice=p["choice"] if "choices" in seen else "",
                 got_choice=choices.get(p["layer"], ""),
@@ -243,7 +239,7 @@ class Target:
             for p in manifest["plan"]
         )
         problems = list(seen.get("problems", ()))
-        problems += [f"{name} is quantized to {bits} bits and is not in the plan" for name, bits in widths.items()]
+        problems += [f"{name} is quantized to {bits} bits and is not in the plan" for name, bits in held.items()]
         error = seen.get("forward_error")
         if error is not None and not math.isfinite(error):
             problems.append("the forward pass is not finite")
@@ -321,7 +317,7 @@ class ConfigTarget(Target):
         if reading is None:
             raise ConfigError(f"{folder / self.file} is no file of the target {self.name!r}")
         widths = resolve(reading, table, str(folder / self.file)) if reading.says_anything else {}
-        return {"widths": {**dict.fromkeys(table.by_name, FULL_PRECISION), **widths}, "versions": {}}
+        return {"widths": widths, "versions": {}}
 
 
 class AppliedTarget(ConfigTarget):
@@ -342,7 +338,7 @@ class AppliedTarget(ConfigTarget):
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Apply the configuration and read widths and the levels that each layer really holds."""
-        from mpqsearch.export.check import build_model, libraries, most_levels, planned_layers
+        from mpqsearch.export.check import build_model, libraries, most_levels
 
         recipe = json.loads((folder / self.file).read_text())
         widths, weights = self.applied(module or build_model(folder), recipe)
@@ -352,7 +348,7 @@ class AppliedTarget(ConfigTarget):
             if levels > 2 ** widths[name] or (levels < 2 and weight.numel() > 2):
                 problems.append(f"{name} holds {levels} levels in a row; {widths[name]} bits have {2 ** widths[name]}")
         return {
-            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "widths": widths,
             "problems": problems,
             "versions": libraries(self.requires),
         }
@@ -437,5 +433,5 @@ def fresh_process(exports: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     reports = [json.loads(line) for line in output.splitlines() if line.startswith('{"widths"')]
     last = (said.strip().splitlines() or ["no message"])[-1]
     for target, folder in exports[len(reports) :]:
-        reports.append({"widths": {}, "problems": [f"{target} could not load {folder}: {last}"]})
+        reports.append({"widths": None, "problems": [f"{target} could not load {folder}: {last}"]})
     return reports

@@ -85,17 +85,17 @@ class TorchaoTarget(Target):
         paths = write_config(
             folder, job.model.module, {"quantization_config": diffusers_config(config)} if rows else {}
         )
-        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, decode_in_place(job, rows), job.cond)]
+        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, decode_in_place(job, rows))]
 
     def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype of every weight."""
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, planned_layers, stored_size
+        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
 
         module = load_pretrained(folder, self.name, module)
         types = {n: getattr(getattr(m, "weight", None), "target_dtype", None) for n, m in module.named_modules()}
         widths = {n: int(str(t).removeprefix("torch.int")) for n, t in types.items() if t is not None}
         return {
-            "widths": {**dict.fromkeys(planned_layers(folder), FULL_PRECISION), **widths},
+            "widths": widths,
             "forward_error": forward_error(folder, module),
             "versions": libraries("torchao", "accelerate"),
             **stored_size(folder / WEIGHTS),
