@@ -25,7 +25,7 @@ def test_a_profile_for_predictions_predicts_and_does_not_choose(cli: Cli, study:
     assert json.loads(made.stdout)["calibration"]["spec"]["prediction_only"] is True
     shown = cli("inspect", "r/profile.json")
     assert shown.returncode == 0, shown.stderr
-    assert "loss slope, scheme auto" in shown.stdout
+    assert "predicted loss (slope), format auto" in shown.stdout
     asked = ("allocate", *only, "--set", "calibration.prediction_only=true")
     refused = cli(*asked)
     assert refused.returncode == 2
