@@ -245,14 +245,7 @@ def distill(
         feature=feature,
         pooled_size=c.relation.pooled_size,
     )
-    groups = param_groups(
-        student,
-        lora_lr=c.lora_lr,
-        weight_lr=c.weight_lr,
-        weight_scale_lr=c.weight_scale_lr,
-        activation_scale_lr=c.activation_scale_lr,
-        lr_factor=c.lr_factor,
-    )
+    groups = param_groups(student, **c.rates)
     where = None if folder is None else Path(folder)
     inputs = {"model": table.digest, "bit_map": bit_map.digest}
     with bar_of("distill", c.steps, unit="step", enabled=progress) as bar:
@@ -488,7 +481,7 @@ def _priced(
     model: Denoiser, table: LayerTable, profile: SensitivityProfile, method: MethodSpec, fmt: QuantFormat
 ) -> SensitivityProfile:
     """The profile with the errors that GPTQ leaves, for losses that know them."""
-    from mpqsearch.stages.gptq import NOT_PRICED
+    from mpqsearch.stages.statistics import NOT_PRICED
 
     if method.loss in NOT_PRICED or profile.weights_only:
         return profile

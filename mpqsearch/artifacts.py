@@ -8,13 +8,15 @@ never half of one. Nothing is unpickled: JSON, CSV, safetensors and npz without 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -131,6 +133,15 @@ def write_text(path: Path, text: str) -> None:
     """Write text atomically."""
     with atomic_write(path) as handle:
         handle.write(text.encode())
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV under ``header``; what a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
@@ -354,18 +365,6 @@ def environment(
         "cores": os.cpu_count() or 1,
         "libraries": {name: version(name) for name in libraries},
     }
-
-
-def resumable(
-    path: Path, schema: str, inputs: Mapping[str, str], make: Callable[[], Any], *, overwrite: bool = False
-) -> tuple[Any, bool]:
-    """The data of ``path`` if it is current, else what ``make`` returns, written there. Also tells whether it was
-    reused."""
-    if is_current(path, schema, inputs, overwrite=overwrite):
-        return read_json(path, schema).data, True
-    data = make()
-    write_json(path, schema, data, inputs)
-    return data, False
 
 
 def _brief(digest: str | None) -> str:

@@ -182,9 +182,10 @@ class DistillConfig(DistillSpec):
     ``activation_scale_lr`` are learning rates in units of the mean quantization step of a layer; ``lr_factor``
     multiplies all of them. The defaults are for a few hundred steps; the released codes of EfficientDM and MPQ-DM train
     16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are kept in files and repeat (0:
-    run online, never repeated). ``seed`` chooses the training noise. With ``check_every`` the student's Fréchet distance
-    to full precision is measured on ``check_samples`` samples of the seeds from ``check_seed`` on, and the student of
-    the least is the result. ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
+    run online, never repeated). ``seed`` chooses the training noise. With ``check_every`` the student's Fréchet
+    distance to full precision is measured on ``check_samples`` samples of the seeds from ``check_seed`` on, and the
+    student of the least is the result. ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of
+    ``[allocate]``).
     """
 
     trainable: str = "lora"
@@ -208,8 +209,7 @@ class DistillConfig(DistillSpec):
             Budget.parse(text)
         if self.trainable not in TRAINABLE:
             raise UnknownNameError("choice of what is trainable", self.trainable, TRAINABLE, "(distill.trainable)")
-        rates = (self.lora_lr, self.weight_lr, self.weight_scale_lr, self.activation_scale_lr, self.lr_factor)
-        if any(not rate >= 0 for rate in rates):
+        if any(not rate >= 0 for rate in self.rates.values()):
             raise ConfigError("distill: learning rates and lr_factor must be at least 0")
         if self.cached < 0:
             raise ConfigError(f"distill.cached must be at least 0, got {self.cached}")
@@ -217,6 +217,12 @@ class DistillConfig(DistillSpec):
             raise ConfigError(
                 f"distill.check_samples must be at least 2, the least that has a covariance, got {self.check_samples}"
             )
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates as `mpqsearch.quant.param_groups` takes them."""
+        names = ("lora_lr", "weight_lr", "weight_scale_lr", "activation_scale_lr", "lr_factor")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def check_seeds(self) -> range:

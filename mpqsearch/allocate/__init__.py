@@ -10,7 +10,7 @@ from mpqsearch._verbs import make_callable
 from mpqsearch.allocate.alternatives import solve_alternatives
 from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
 from mpqsearch.allocate.dispatch import solve
-from mpqsearch.allocate.explain import Explanation, NextStep, explain
+from mpqsearch.allocate.explain import NextStep, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
 from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms
 from mpqsearch.allocate.result import AllocationResult, Proof, Status, relative_gap, table_digests
@@ -21,7 +21,6 @@ __all__ = [
     "Certificate",
     "Check",
     "CostBudget",
-    "Explanation",
     "NextStep",
     "PairwiseTerms",
     "ParetoPath",

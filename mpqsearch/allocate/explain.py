@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.problem import AllocationProblem, Floats, Integers
-from mpqsearch.allocate.result import AllocationResult
 from mpqsearch.allocate.tables import plain_tables
 
 
@@ -44,34 +43,19 @@ class NextStep:
     holds: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """Explanation of a solved map.
-
-    Attributes:
-        shadow_prices: Loss that one more unit of each budget would save at the margin, by name.
-        slack: Main budget left unused.
-        steps: The best next step of every set of items, the best rate first.
-    """
-
-    shadow_prices: dict[str, float]
-    slack: int
-    steps: tuple[NextStep, ...]
-
-
 def explain(
     problem: AllocationProblem,
-    result: AllocationResult,
+    choice: Integers,
     sets: Integers | None = None,
     names: Sequence[str] | None = None,
-) -> Explanation:
-    """Explain ``result`` of ``problem``; losses of pairs are left out of the numbers of items.
+) -> tuple[NextStep, ...]:
+    """The best next step of every set of items under a map, the best rate first; losses of pairs are left out.
 
     Items of a group step together: gain and extra cost of a step are those of the whole group.
 
     Args:
         problem: The solved problem.
-        result: Its result.
+        choice: ``[n]`` choice of every item.
         sets: ``[n]`` set of every item, 0 .. s - 1, such as the layer of an output channel. By default every free item
             and every group is a set of its own.
         names: ``[s]`` names of the sets; by default the names of their items.
@@ -79,17 +63,13 @@ def explain(
     tables = plain_tables(problem)
     sets = tables.row if sets is None else np.asarray(sets)
     chosen = np.empty(len(tables.loss), dtype=np.int64)
-    chosen[tables.row] = result.choice
+    chosen[tables.row] = choice
     margins = _margins(tables.loss, tables.cost, chosen)
     order = np.argsort(sets, kind="stable")
     cuts = np.flatnonzero(np.diff(sets[order], prepend=-1))
     members = np.split(order, cuts[1:]) if len(order) else []
-    steps = [_next_step(problem, result, margins, tables.row, items, sets, names) for items in members]
-    return Explanation(
-        shadow_prices={b.name: rate for b, rate in zip(problem.budgets, result.multipliers, strict=True)},
-        slack=problem.limit - result.cost,
-        steps=tuple(sorted(steps, key=lambda step: -step.rate_up)),
-    )
+    steps = [_next_step(problem, choice, margins, tables.row, items, sets, names) for items in members]
+    return tuple(sorted(steps, key=lambda step: -step.rate_up))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +107,7 @@ def _margins(loss: Floats, cost: Integers, chosen: NDArray[np.int64]) -> _Margin
 
 def _next_step(
     problem: AllocationProblem,
-    result: AllocationResult,
+    choice: Integers,
     margins: _Margins,
     row: Integers,
     items: Integers,
@@ -135,7 +115,7 @@ def _next_step(
     names: Sequence[str] | None,
 ) -> NextStep:
     """The best next step among ``items``, all of one set."""
-    picked, rows = result.choice[items], row[items]
+    picked, rows = choice[items], row[items]
     best = int(rows[np.argmax(margins.rate_up[rows])])
     to = int(margins.to[best])
     default = ", ".join(problem.item_name(int(i)).strip("'") for i in items)

@@ -9,26 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import (
-    BudgetsOption,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
-from mpqsearch.cli.printing import print_json, print_table
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
+from mpqsearch.cli.printing import number, print_json, print_table
 from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpqsearch.core import BitMap, Budget, LayerTable
     from mpqsearch.methods import MethodSpec
+
+    Maps = Sequence[tuple[MethodSpec, Budget, BitMap, Mapping[str, Any]]]
+    TargetMaps = Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]]
 
 SHOWN_LAYERS = 20
 """Layers of an explanation that are printed; the files hold all."""
@@ -74,8 +65,8 @@ ExplainOption = Annotated[bool, typer.Option("--explain", help="What the next bi
 
 @app.command()
 def allocate(
-    config: ConfigOption = None,
-    budget: BudgetsOption = None,
+    config: options.Config = None,
+    budget: options.Budgets = None,
     within: WithinOption = None,
     latency: LatencyOption = None,
     min_bits: MinBitsOption = None,
@@ -87,14 +78,14 @@ def allocate(
     target: TargetsOption = None,
     path: PathOption = False,
     explain: ExplainOption = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
@@ -112,47 +103,46 @@ def allocate(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        config,
-        set_,
-        settings={
-            "model.source": model,
-            "model.device": device,
-            "allocate.budgets": budget or None,
-            "allocate.targets": target or None,
-            "allocate.within": within or None,
-            "allocate.costs": str(latency) if latency else None,
-            **_policy(min_bits, max_bits, fix, group),
-            "policy.max_formats": max_formats,
-            "policy.max_formats_per_layer": max_formats_per_layer,
-        },
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
-    table = stages.layers(run)
-    if (measured := stages.profile(run, table)) is None:
+    settings = {
+        "model.source": model,
+        "model.device": device,
+        "allocate.budgets": budget,
+        "allocate.targets": target,
+        "allocate.within": within,
+        "allocate.costs": str(latency) if latency else None,
+        **_policy(min_bits, max_bits, fix, group),
+        "policy.max_formats": max_formats,
+        "policy.max_formats_per_layer": max_formats_per_layer,
+    }
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
+    table, measured = stages.layers_and_profile(run)
+    if measured is None:
         return
     for_targets = stages.target_allocations(run, table, measured)
-    if target:
-        _show_targets(table, for_targets, as_json=as_json)
-        return
-    made = stages.allocations(run, table, measured)
-    paths = stages.paths(run, table, measured) if path else []
-    explanations = stages.explanations(run, table, measured) if explain else []
+    maps = [] if target else stages.allocations(run, table, measured)
+    more = {}
+    if path and not target:
+        more["paths"] = stages.paths(run, table, measured)
+    if explain and not target:
+        more["explanations"] = stages.explanations(run, table, measured)
     if as_json:
-        allocations = [data for *_, data in (*made, *for_targets)]
-        more = ({"paths": paths} if path else {}) | ({"explanations": explanations} if explain else {})
+        allocations = [data for *_, data in (*maps, *for_targets)]
         print_json({"allocations": allocations, **more} if more else allocations)
-        return
-    _show_allocations(table, made)
+    else:
+        _show(table, maps, for_targets, more)
+
+
+def _show(
+    table: LayerTable, maps: Maps, for_targets: TargetMaps, more: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    if maps:
+        _show_allocations(table, maps)
     if for_targets:
-        _show_targets(table, for_targets, as_json=False)
-    for one in paths:
-        _print_path(table, one)
-    for one in explanations:
-        _print_explanation(one)
+        _show_targets(table, for_targets)
+    for path in more.get("paths", ()):
+        _show_path(table, path)
+    for explanation in more.get("explanations", ()):
+        _show_explanation(explanation)
 
 
 def _policy(
@@ -178,32 +168,26 @@ def _widths(option: str, texts: Sequence[str] | None) -> dict[str, int] | None:
     return widths or None
 
 
-def _show_allocations(table: LayerTable, made: Sequence[tuple[MethodSpec, Budget, BitMap, Mapping[str, Any]]]) -> None:
+def _show_allocations(table: LayerTable, maps: Maps) -> None:
     rows = []
-    for method, limit, bit_map, data in made:
+    for method, budget, bit_map, data in maps:
         solved = data["result"] or {}
-        loss, gap = data["predicted_loss"], solved.get("gap")
-        rows.append(
-            [
-                limit.label(),
-                method.name,
-                bit_map.granularity,
-                f"{data['size_bits'] / table.n_parameters:.4f}",
-                -(-data["size_bits"] // 8),
-                "-" if loss is None else f"{loss:.4g}",
-                solved.get("status", "-"),
-                "-" if gap is None else f"{gap:.1e}",
-                _kept(data),
-            ]
-        )
-    print_table(
-        "allocations",
-        ["budget", "method", "by", "bits a parameter", "bytes", "predicted loss", "status", "gap", "in budget"],
-        rows,
-    )
+        row = {"budget": budget.label(), "method": method.name, "by": bit_map.granularity} | _size(table, data)
+        row |= {"status": solved.get("status", "-"), "gap": number(solved.get("gap"), ".1e")}
+        rows.append(row | {"in budget": _in_budget(data)})
+    print_table("allocations", rows)
 
 
-def _kept(data: Mapping[str, Any]) -> str:
+def _size(table: LayerTable, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a map stores, everything counted, and its loss."""
+    return {
+        "bits a parameter": f"{data['size_bits'] / table.n_parameters:.4f}",
+        "bytes": -(-data["size_bits"] // 8),
+        "predicted loss": number(data["predicted_loss"], ".4g"),
+    }
+
+
+def _in_budget(data: Mapping[str, Any]) -> str:
     """``yes``, or by how much the budgets are exceeded; with several budgets, how much of each is used."""
     totals = data.get("totals", ())
     if len(totals) < 2:
@@ -211,111 +195,65 @@ def _kept(data: Mapping[str, Any]) -> str:
     return ", ".join(f"{t['budget']} {t['cost'] / t['limit']:.1%}" for t in totals)
 
 
-def _show_targets(
-    table: LayerTable, made: Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]], *, as_json: bool
-) -> None:
-    if as_json:
-        print_json([data for *_, data in made])
-        return
+def _show_targets(table: LayerTable, maps: TargetMaps) -> None:
     rows = []
-    for name, limit, _, data in made:
+    for name, budget, _, data in maps:
         used = Counter(data["choices"].values())
-        full = len(table) - sum(used.values())
-        rows.append(
-            [
-                limit.label(),
-                name,
-                f"{data['size_bits'] / table.n_parameters:.4f}",
-                -(-data["size_bits"] // 8),
-                f"{data['predicted_loss']:.4g}",
-                data["status"],
-                ", ".join(f"{n} {fmt}" for fmt, n in used.most_common())
-                + (f", {full} at full precision" if full else ""),
-            ]
-        )
-    print_table(
-        "maps for targets, in their own formats; bytes as in their files, headers apart",
-        ["budget", "target", "bits a parameter", "bytes", "predicted loss", "status", "layers by format"],
-        rows,
-    )
+        formats = [f"{n} {fmt}" for fmt, n in used.most_common()]
+        if full := len(table) - sum(used.values()):
+            formats.append(f"{full} at full precision")
+        row = {"budget": budget.label(), "target": name} | _size(table, data)
+        rows.append(row | {"status": data["status"], "layers by format": ", ".join(formats)})
+    print_table("maps for targets, in their own formats; bytes as in their files, headers apart", rows)
 
 
-def _print_path(table: LayerTable, data: Mapping[str, Any]) -> None:
-    size = data["unit"] == "bits stored"
+def _show_path(table: LayerTable, data: Mapping[str, Any]) -> None:
+    size, unit = data["unit"] == "bits stored", data["unit"]
     rows = []
     for answer in data["budgets"]:
-        if "loss" not in answer:
-            rows.append(
-                [answer["budget"], f"infeasible: at least {answer['smallest']} {data['unit']}", "-", "-", "-", "-"]
-            )
-            continue
-        cost = f"{answer['cost'] / table.n_parameters:.4f}" if size else f"{answer['cost']:.4g}"
-        gap = "-" if answer["gap"] is None else f"{answer['gap']:.1e}"
+        cost = f"infeasible: at least {answer['smallest']} {unit}" if "smallest" in answer else f"{answer['cost']:.4g}"
+        if size and "cost" in answer:
+            cost = f"{answer['cost'] / table.n_parameters:.4f}"
         rows.append(
-            [
-                answer["budget"],
-                cost,
-                f"{answer['loss']:.4g}",
-                f"{answer['lower_bound']:.4g}",
-                gap,
-                f"{answer['rate']:.3g}",
-            ]
+            {
+                "budget": answer["budget"],
+                "bits a parameter" if size else unit: cost,
+                "loss": number(answer.get("loss"), ".4g"),
+                "lower bound": number(answer.get("lower_bound"), ".4g"),
+                "gap": number(answer.get("gap"), ".1e"),
+                f"loss saved per {_one(unit)}": number(answer.get("rate"), ".3g"),
+            }
         )
+    name = data["method"]["name"]
     print_table(
-        f"path of {data['method']['name']}: {data['vertices']} maps of {data['items']} items, answered without "
-        "solving again",
-        [
-            "budget",
-            "bits a parameter" if size else data["unit"],
-            "loss",
-            "lower bound",
-            "gap",
-            f"loss saved per {_one(data['unit'])}",
-        ],
-        rows,
+        f"path of {name}: {data['vertices']} maps of {data['items']} items, answered without solving again", rows
     )
 
 
-def _print_explanation(data: Mapping[str, Any]) -> None:
-    unit = _one(data["unit"])
+def _show_explanation(data: Mapping[str, Any]) -> None:
+    unit, layers = _one(data["unit"]), data["layers"]
     rows = [
-        [
-            row["layer"],
-            f"{row['bits']:.4g}",
-            row["channels"],
-            f"{row['loss']:.3g}",
-            row["next"] or "-",
-            f"{row['gain']:.3g}",
-            row["extra_cost"],
-            f"{row['rate_up']:.3g}",
-            "-" if row["rate_down"] is None else f"{row['rate_down']:.3g}",
-            row["holds"],
-        ]
-        for row in data["layers"][:SHOWN_LAYERS]
+        {
+            "layer": layer["layer"],
+            "bits": f"{layer['bits']:.4g}",
+            "channels": layer["channels"],
+            "loss": f"{layer['loss']:.3g}",
+            "next": layer["next"] or "-",
+            "saves": f"{layer['gain']:.3g}",
+            "costs": layer["extra_cost"],
+            f"saved per {unit}": f"{layer['rate_up']:.3g}",
+            f"lost per {unit} less": number(layer["rate_down"], ".3g"),
+            "held": layer["holds"],
+        }
+        for layer in layers[:SHOWN_LAYERS]
     ]
-    more = (
-        f"; the best {SHOWN_LAYERS} of {len(data['layers'])} layers, all in explanation.csv"
-        if len(data["layers"]) > SHOWN_LAYERS
-        else ""
-    )
-    print_table(
+    title = (
         f"{data['method']} at {data['budget']} ({data['status']}): one more {unit} saves {data['shadow_price']:.4g} "
-        "of a loss of "
-        f"{data['loss']:.4g}; {data['slack']} left over{more}",
-        [
-            "layer",
-            "bits",
-            "channels",
-            "loss",
-            "next",
-            "saves",
-            "costs",
-            f"saved per {unit}",
-            f"lost per {unit} less",
-            "held",
-        ],
-        rows,
+        f"of a loss of {data['loss']:.4g}; {data['slack']} left over"
     )
+    if len(layers) > SHOWN_LAYERS:
+        title += f"; the best {SHOWN_LAYERS} of {len(layers)} layers, all in explanation.csv"
+    print_table(title, rows)
 
 
 def _one(unit: str) -> str:

@@ -1,4 +1,4 @@
-"""The application: exit codes, and the options that every verb of a study shares."""
+"""The application: exit codes, and the run folder that a verb of a study works on."""
 
 from __future__ import annotations
 
@@ -30,37 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="A study in TOML; defaults apply without one.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="Embedded name, diffusers folder, or owner/name of a hub.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or mps (model.device; default: auto, the fastest here).")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the study. May be repeated."),
-]
-RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-VerboseOption = Annotated[int, typer.Option("-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")]
-BudgetsOption = Annotated[
-    list[str] | None,
-    typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated."),
-]
-BudgetOption = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")]
-MethodOption = Annotated[str, typer.Option("--method", help="Method of the study.")]
-
 
 class State:
     """What outlives a verb: how much the user wants to hear."""
@@ -71,8 +40,8 @@ class State:
 def open_run(
     config: Path | None,
     overrides: Sequence[str] | None,
-    *,
     settings: Mapping[str, Any],
+    *,
     run_dir: Path | None,
     dry_run: bool,
     overwrite: bool,
@@ -80,14 +49,14 @@ def open_run(
 ) -> Run:
     """The run folder of a command, with its configuration read and checked.
 
-    ``overrides`` are those of ``--set``; ``settings`` what a verb's own options say, by ``table.key``, where None means
-    that the option was not given.
+    ``overrides`` are those of ``--set``; ``settings`` what other options say, by ``table.key``, where None or an empty
+    list means that the option was not given.
     """
     from mpqsearch.config import load_config
     from mpqsearch.stages import Run
 
     quiet(verbose)
-    given = {key: value for key, value in settings.items() if value is not None}
+    given = {key: value for key, value in settings.items() if value is not None and value != []}
     study = load_config(config, overrides or (), given)
     folder = run_dir or Path("runs") / (config.stem if config else Path(study.model.source).name)
     return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run)
@@ -110,7 +79,7 @@ def quiet(verbose: int) -> None:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(__version__)  # noqa: T201
+        print(__version__)
         raise typer.Exit
 
 
@@ -155,5 +124,5 @@ def _usage(error: Any) -> str:
 
 def _fail(text: str, code: int) -> NoReturn:
     if text:
-        print(f"mpqsearch: {text}", file=sys.stderr)  # noqa: T201
+        print(f"mpqsearch: {text}", file=sys.stderr)
     raise SystemExit(code)

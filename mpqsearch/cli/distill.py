@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from mpqsearch.cli.app import (
-    BudgetOption,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    MethodOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_json, print_table
 
 
 @app.command()
 def distill(
-    config: ConfigOption = None,
-    budget: BudgetOption = "uniform:3",
-    method: MethodOption = "ilp-channel",
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    config: options.Config = None,
+    budget: options.Budget = "uniform:3",
+    method: options.Method = "ilp-channel",
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Train the quantized model of one map against full precision (no data needed), and measure it before and after.
 
@@ -45,30 +32,26 @@ def distill(
     from mpqsearch.core import Budget
     from mpqsearch.stages.distilling import KEYS
 
-    run = open_run(
-        config,
-        set_,
-        settings={"model.source": model, "model.device": device},
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {"model.source": model, "model.device": device}
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
     run.config.method(method)
     stages.start(run)
-    table = stages.layers(run)
-    run.require_sampler("training on trajectories of the sampler (distill)")
-    measured = stages.profile(run, table)
+    table, measured = stages.layers_and_profile(run, "training on trajectories of the sampler (distill)")
     if measured is None:
         return
     data = stages.distill(run, table, measured, method, limit)
     if as_json:
         print_json(data)
     elif data:
+        before, after = data["before"], data["after"]
         rows = [
-            [data["after"][k]["name"], *(f"{data[when][k]['value']:.4g}" for when in ("before", "after"))]
-            for k in KEYS
-            if k in data["after"]
+            {
+                "metric": after[key]["name"],
+                "before training": f"{before[key]['value']:.4g}",
+                "after": f"{after[key]['value']:.4g}",
+            }
+            for key in KEYS
+            if key in after
         ]
-        print_table(f"{method} at {limit.label()}", ["metric", "before training", "after"], rows)
+        print_table(f"{method} at {limit.label()}", rows)

@@ -20,7 +20,6 @@ OPTIONAL = (
     ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
     ("cmaes", "search", "CMA-ES, one more sampler of the search"),
     ("optuna-dashboard", "", "a search in the browser"),
-    ("tensorboard", "train", "training curves in the browser"),
 )
 """Distribution, the extra of mpqsearch that brings it (empty: by its own name), and what it is for."""
 
@@ -56,8 +55,7 @@ def doctor(
     print_table(
         f"mpqsearch {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
         f"{os.cpu_count()} cores",
-        ["what", "name", "state", "note"],
-        [[r["what"], r["name"], r["state"], r["note"]] for r in rows],
+        rows,
     )
 
 

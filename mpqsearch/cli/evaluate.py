@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import (
-    BudgetsOption,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_records
 
 
@@ -32,20 +20,20 @@ def map_settings(files: list[Path] | None) -> dict[str, str]:
 
 @app.command()
 def evaluate(
-    config: ConfigOption = None,
-    budget: BudgetsOption = None,
+    config: options.Config = None,
+    budget: options.Budgets = None,
     map_: Annotated[
         list[Path] | None,
         typer.Option("--map", help="A map from elsewhere (`mpqsearch import`) to measure beside. Repeatable."),
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Sample from every allocated map and measure it against full precision and data.
 
@@ -53,23 +41,14 @@ def evaluate(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        config,
-        set_,
-        settings={
-            "model.source": model,
-            "model.device": device,
-            "allocate.budgets": budget or None,
-            **map_settings(map_),
-        },
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {
+        "model.source": model,
+        "model.device": device,
+        "allocate.budgets": budget,
+        **map_settings(map_),
+    }
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)
-    table = stages.layers(run)
-    run.require_sampler("an evaluation of samples (evaluate)")
-    measured = stages.profile(run, table)
+    table, measured = stages.layers_and_profile(run, "an evaluation of samples (evaluate)")
     if measured is not None:
         print_records(stages.evaluate(run, table, measured), as_json=as_json)

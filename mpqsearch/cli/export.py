@@ -6,19 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import (
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_json, print_lines, print_table
 from mpqsearch.core import FULL_PRECISION
 from mpqsearch.errors import ConfigError
@@ -47,21 +36,21 @@ VerifyOption = Annotated[
 
 @app.command()
 def export(
-    config: ConfigOption = None,
+    config: options.Config = None,
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf ... Repeatable.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,
     round_: RoundOption = None,
     allocated: AllocatedOption = False,
     verify: VerifyOption = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say
     it is good.
@@ -72,25 +61,17 @@ def export(
 
     if allocated and not target:
         raise ConfigError("--allocated exports the maps made for the targets that --target names: name at least one")
-    run = open_run(
-        config,
-        set_,
-        settings={
-            "model.source": model,
-            "model.device": device,
-            "export.targets": target or None,
-            "export.budget": budget,
-            "report.chosen": method,
-            "export.rounding": round_,
-            "allocate.targets": target if allocated else None,
-        },
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
-    table = stages.layers(run)
-    measured = stages.profile(run, table)
+    settings = {
+        "model.source": model,
+        "model.device": device,
+        "export.targets": target,
+        "export.budget": budget,
+        "report.chosen": method,
+        "export.rounding": round_,
+        "allocate.targets": target if allocated else None,
+    }
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
+    table, measured = stages.layers_and_profile(run)
     if measured is None:
         return
     exports = stages.export(run, table, measured, [], verify="now" if verify else "no")
@@ -114,39 +95,26 @@ def _plain(one: Exported) -> dict[str, Any]:
 
 def _print_verification(one: Exported) -> None:
     data, verification = one.data, one.data["verification"]
+    entries = verification["entries"]
     rows = [
-        [
-            entry["layer"],
-            entry["asked"],
-            entry["planned_choice"] or _width(entry["planned"]),
-            entry["got_text"],
-            entry["reason"].replace("_", " "),
-            "" if entry["ok"] else f"DIFFERS {entry['problem']}".rstrip(),
-        ]
-        for entry in verification["entries"]
-    ]
-    good = sum(entry["ok"] for entry in verification["entries"])
-    print_table(
-        f"{one.target}: {data['map']}: {good} of {len(rows)} layers as planned",
-        ["layer", "asked", "planned", "got", "reason", ""],
-        rows,
-    )
-    if data["accounted_bits"] is not None:
-        sizes = {
-            "the map, packed densely": data["ideal_bits"] / 8,
-            f"in the format of {one.target}": data["accounted_bits"] / 8,
+        {
+            "layer": entry["layer"],
+            "asked": entry["asked"],
+            "planned": entry["planned_choice"] or _width(entry["planned"]),
+            "got": entry["got_text"],
+            "reason": entry["reason"].replace("_", " "),
+            "": "" if entry["ok"] else f"DIFFERS {entry['problem']}".rstrip(),
         }
-        if verification["stored_bytes"] is not None:
-            sizes |= {
-                "found in the file": verification["stored_bytes"],
-                "headers of the file, apart": verification["header_bytes"],
-            }
-        rows = [[what, f"{size:.0f}", f"{8 * size / data['n_parameters']:.3f}"] for what, size in sizes.items()]
-        print_table("sizes", ["what", "bytes", "bits a parameter"], rows)
+        for entry in entries
+    ]
+    good = sum(entry["ok"] for entry in entries)
+    print_table(f"{one.target}: {data['map']}: {good} of {len(rows)} layers as planned", rows)
+    if data["accounted_bits"] is not None:
+        _print_sizes(one)
     if verification["forward_error"] is not None:
-        print(f"forward pass: differs by at most {verification['forward_error']:.2g} of the largest output")  # noqa: T201
+        print(f"forward pass: differs by at most {verification['forward_error']:.2g} of the largest output")
     for problem in verification["problems"]:
-        print(f"problem: {problem}")  # noqa: T201
+        print(f"problem: {problem}")
     verdict = "read back by its consumer as planned"
     if not verification["verified"]:
         verdict = (
@@ -154,7 +122,23 @@ def _print_verification(one: Exported) -> None:
             if verification["ok"]
             else "NOT as planned"
         )
-    print(f"{one.target}: {verdict}")  # noqa: T201
+    print(f"{one.target}: {verdict}")
+
+
+def _print_sizes(one: Exported) -> None:
+    data, verification = one.data, one.data["verification"]
+    sizes = {
+        "the map, packed densely": data["ideal_bits"] / 8,
+        f"in the format of {one.target}": data["accounted_bits"] / 8,
+    }
+    if verification["stored_bytes"] is not None:
+        sizes["found in the file"] = verification["stored_bytes"]
+        sizes["headers of the file, apart"] = verification["header_bytes"]
+    rows = [
+        {"what": what, "bytes": f"{size:.0f}", "bits a parameter": f"{8 * size / data['n_parameters']:.3f}"}
+        for what, size in sizes.items()
+    ]
+    print_table("sizes", rows)
 
 
 def _width(bits: int | None) -> str:

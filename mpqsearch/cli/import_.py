@@ -7,20 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import (
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
-from mpqsearch.cli.printing import print_json, print_table
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
+from mpqsearch.cli.printing import print_fields, print_json
 
 
 @app.command("import")
@@ -28,7 +17,7 @@ def import_(
     file: Annotated[
         Path, typer.Argument(help="A map, configuration, checkpoint or folder of another quantizer, or a bitmap.json.")
     ],
-    config: ConfigOption = None,
+    config: options.Config = None,
     source: Annotated[
         str | None,
         typer.Option("--from", help="quanto, autoround, gguf, mlx, sdnq ... (default: found out from the file)."),
@@ -39,14 +28,14 @@ def import_(
     scheme: Annotated[
         str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
     ] = "asymmetric",
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and
     searched from.
@@ -58,15 +47,8 @@ def import_(
     from mpqsearch.core import average_bits, size_bytes
     from mpqsearch.core.formats import FULL_PRECISION
 
-    run = open_run(
-        config,
-        set_,
-        settings={"model.source": model, "model.device": device},
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {"model.source": model, "model.device": device}
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     table = stages.layers(run)
     written, imported = stages.import_map(
         run,
@@ -90,11 +72,5 @@ def import_(
     if as_json:
         print_json(summary)
         return
-    print_table(
-        f"{file} as {imported.source} has it",
-        ["what", "value"],
-        [
-            [k, "; ".join(v) if isinstance(v, list) else f"{v:.4f}" if isinstance(v, float) else v]
-            for k, v in summary.items()
-        ],
-    )
+    shown = summary | {"average_bits": f"{summary['average_bits']:.4f}", "notes": "; ".join(imported.notes)}
+    print_fields(f"{file} as {imported.source} has it", shown)

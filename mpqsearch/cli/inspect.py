@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,33 +66,24 @@ def _check(file: Path, schema: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(file), "checked": lines})
         return
-    print(f"{file} holds:")  # noqa: T201
+    print(f"{file} holds:")
     for line in lines:
-        print(f"- {line}")  # noqa: T201
+        print(f"- {line}")
 
 
 def _show_bit_map(file: Path, _schema: str) -> None:
     from mpqsearch import artifacts
 
     bit_map = artifacts.load_bit_map(file)
-    print(f"bit map {bit_map.digest[:12]} for the model {bit_map.model_digest[:12]}, widths by {bit_map.granularity}")  # noqa: T201
-    print(bit_map.summary())  # noqa: T201
-    channels: dict[int, int] = {}
-    for widths in bit_map.weights.values():
-        for bits in widths.reshape(-1).tolist():
-            channels[bits] = channels.get(bits, 0) + 1
-    unit = "channels" if bit_map.granularity == "channel" else "layers"
-    total = sum(channels.values())
+    print(f"bit map {bit_map.digest[:12]} for the model {bit_map.model_digest[:12]}, widths by {bit_map.granularity}")
+    print(bit_map.summary())
     # A layer of one width counts as one entry of the map, as it is written.
-    print_table(
-        f"entries of the map by width ({unit}, or whole layers)", ["bits", "entries", ""], _bars(channels, total)
-    )
+    counts = Counter(bits for widths in bit_map.weights.values() for bits in widths.reshape(-1).tolist())
+    unit = "channels" if bit_map.granularity == "channel" else "layers"
+    rows = [{"bits": bits, "entries": n, "": bar(n / counts.total())} for bits, n in sorted(counts.items())]
+    print_table(f"entries of the map by width ({unit}, or whole layers)", rows)
     means = [float(w.mean()) for w in bit_map.weights.values()]
-    print(f"mean bits over depth: {spark(means, 1, 8)}")  # noqa: T201
-
-
-def _bars(counts: Mapping[int, int], total: int) -> list[list[Any]]:
-    return [[bits, n, bar(n / total)] for bits, n in sorted(counts.items())]
+    print(f"mean bits over depth: {spark(means, 1, 8)}")
 
 
 def _show_profile(file: Path, _schema: str) -> None:
@@ -106,17 +98,19 @@ def _show_layers(file: Path, _schema: str) -> None:
     table = artifacts.load_layers(file)
     print_table(
         table.model,
-        ["layer", "kind", "shape", "role"],
-        [[la.name, la.kind, "x".join(map(str, la.weight_shape)), la.role] for la in table],
+        [
+            {"layer": la.name, "kind": la.kind, "shape": "x".join(map(str, la.weight_shape)), "role": la.role}
+            for la in table
+        ],
     )
-    weights: dict[str, int] = {}
+    weights: Counter[str] = Counter()
     for layer in table:
-        weights[layer.role] = weights.get(layer.role, 0) + layer.n_weights
-    rows = [
-        [role, n, f"{n / table.n_weights:.1%}", bar(n / table.n_weights)]
-        for role, n in sorted(weights.items(), key=lambda x: -x[1])
-    ]
-    print_table("weights by role", ["role", "weights", "share", ""], rows)
+        weights[layer.role] += layer.n_weights
+    rows = []
+    for role, n in weights.most_common():
+        share = n / table.n_weights
+        rows.append({"role": role, "weights": n, "share": f"{share:.1%}", "": bar(share)})
+    print_table("weights by role", rows)
 
 
 def _show_front(file: Path, _schema: str) -> None:
@@ -129,13 +123,11 @@ def _show_front(file: Path, _schema: str) -> None:
         return
     logs = [math.log10(r.metrics["fd_fp"].value) for r in shown]
     low, span = min(logs), max(logs) - min(logs) or 1.0
-    rows = [
-        [r.method, f"{r.average_bits:.2f}", f"{r.metrics['fd_fp'].value:.3g}", bar((x - low) / span)]
-        for r, x in zip(shown, logs, strict=True)
-    ]
-    print_table(
-        f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", ["method", "bits", "value", ""], rows
-    )
+    rows = []
+    for r, log in zip(shown, logs, strict=True):
+        value = f"{r.metrics['fd_fp'].value:.3g}"
+        rows.append({"method": r.method, "bits": f"{r.average_bits:.2f}", "value": value, "": bar((log - low) / span)})
+    print_table(f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", rows)
 
 
 def _show_data(file: Path, schema: str) -> None:

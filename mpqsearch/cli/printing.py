@@ -18,7 +18,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 def print_json(data: Any) -> None:
     """Plain data as indented JSON."""
-    print(json.dumps(data, indent=1, default=str))  # noqa: T201
+    print(json.dumps(data, indent=1, default=str))
 
 
 def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
@@ -27,24 +27,30 @@ def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
         print_json([str(line) for line in lines])
         return
     for line in lines:
-        print(line)  # noqa: T201
+        print(line)
 
 
-def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """A table as wide as the terminal; columns of numbers to the right, of words to the left."""
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table as wide as the terminal, each row by the names of its columns; columns of numbers to the right, of words
+    to the left."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        numbers = i > 0 and all(_NUMBER.match(str(row[i])) for row in rows if str(row[i]))
+    for i, name in enumerate(rows[0] if rows else ()):
+        numbers = i > 0 and all(_NUMBER.match(str(row[name])) for row in rows if str(row[name]) not in ("", "-"))
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))  # names may hold brackets, which rich takes for its own
+        table.add_row(*(escape(str(cell)) for cell in row.values()))  # names may hold brackets, which rich reads
     console = Console()
     # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
     (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in the notation ``form``; ``-`` where there is none."""
+    return "-" if value is None or value != value else format(value, form)
 
 
 def spark(values: Sequence[float], low: float, high: float) -> str:
@@ -61,11 +67,11 @@ def bar(share: float, width: int = 24) -> str:
 
 def print_fields(title: str, fields: Mapping[str, Any]) -> None:
     """A small record, a line a field; nested records are folded into one line."""
-    rows = [
-        [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value]
+    folded = {
+        key: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
         for key, value in fields.items()
-    ]
-    print_table(title, ["what", "value"], rows)
+    }
+    print_table(title, [{"what": key, "value": value} for key, value in folded.items()])
 
 
 def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
@@ -77,29 +83,33 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
     from mpqsearch.report.profile import profile_summary
 
     found = profile_summary(measured, table)
-    print_table(
-        f"most sensitive layers ({found.label})",
-        ["layer", "role", "max kurtosis", "mean shift", "rel. error", *(f"{b} bit" for b in measured.widths)],
-        [
-            [
-                row.name,
-                row.role,
-                "" if row.kurtosis != row.kurtosis else f"{row.kurtosis:.1f}",
-                ""
-                if row.mean_shift is None
-                else f"{row.mean_shift:.0%}{'' if table[row.name].has_bias else ' (no bias)'}",
-                "" if row.relative_error is None else f"{row.relative_error:.0%}",
-                *(f"{value:.3g}" for value in row.losses),
-            ]
-            for row in found.layers
-        ],
-    )
+    rows = []
+    for row in found.layers:
+        no_bias = "" if row.mean_shift is None or table[row.name].has_bias else " (no bias)"
+        cells = {
+            "layer": row.name,
+            "role": row.role,
+            "max kurtosis": number(row.kurtosis, ".1f"),
+            "mean shift": number(row.mean_shift, ".0%") + no_bias,
+            "rel. error": number(row.relative_error, ".0%"),
+        }
+        rows.append(
+            cells | {f"{bits} bit": f"{loss:.3g}" for bits, loss in zip(measured.widths, row.losses, strict=True)}
+        )
+    print_table(f"most sensitive layers ({found.label})", rows)
     if "kurtosis" in measured.arrays:
         print_table(
             f"kurtosis outliers: {found.n_outliers} of {len(measured.arrays['kurtosis'])} channels above "
             f"{found.outlier_limit:.1f}",
-            ["layer", "channel", "kurtosis", "times the layer's median"],
-            [[name, channel, f"{value:.1f}", f"{ratio:.1f}"] for name, channel, value, ratio in found.outliers],
+            [
+                {
+                    "layer": name,
+                    "channel": channel,
+                    "kurtosis": f"{value:.1f}",
+                    "times the layer's median": f"{ratio:.1f}",
+                }
+                for name, channel, value, ratio in found.outliers
+            ],
         )
     if found.spent:
         print_fields("time and memory", found.spent)
@@ -113,21 +123,14 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
     if not records:
         return
     keys = [k for k in ("fd_fp", "fd_data", "paired_psnr", "class_accuracy") if any(k in r.metrics for r in records)]
-    rows = [
-        [
-            r.budget,
-            r.method,
-            f"{r.average_bits:.3f}",
-            f"{r.size_bytes / 1000:.1f}",
-            *(
-                f"{r.metrics[k].value:.3f} ± {r.metrics[k].high - r.metrics[k].value:.3f}" if k in r.metrics else ""
-                for k in keys
-            ),
-        ]
-        for r in records
-    ]
-    print_table(
-        f"{records[0].model}: {records[0].n_samples} samples, seeds {records[0].seeds}",
-        ["budget", "method", "bits", "kB", *keys],
-        rows,
-    )
+    rows = []
+    for r in records:
+        cells = {
+            "budget": r.budget,
+            "method": r.method,
+            "bits": f"{r.average_bits:.3f}",
+            "kB": f"{r.size_bytes / 1000:.1f}",
+        }
+        shown = {k: r.metrics[k] for k in keys if k in r.metrics}
+        rows.append(cells | {k: f"{m.value:.3f} ± {m.high - m.value:.3f}" if (m := shown.get(k)) else "" for k in keys})
+    print_table(f"{records[0].model}: {records[0].n_samples} samples, seeds {records[0].seeds}", rows)

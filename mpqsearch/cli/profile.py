@@ -6,56 +6,49 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import (
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_json, print_profile
+
+WeightsOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run."
+    ),
+]
+GranularityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--granularity", help="channel (default), or layer: totals of whole layers alone, in a fraction of the time."
+    ),
+]
+PredictionOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--prediction-only",
+        help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
+    ),
+]
+MemoryLimitOption = Annotated[
+    str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
+]
 
 
 @app.command()
 def profile(
-    config: ConfigOption = None,
-    weights_only: Annotated[
-        bool,
-        typer.Option(
-            "--weights-only", help="Read the weights from disk, layer by layer; the model is never loaded or run."
-        ),
-    ] = False,
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            "--granularity",
-            help="channel (default), or layer: totals of whole layers alone, in a fraction of the time.",
-        ),
-    ] = None,
-    prediction_only: Annotated[
-        bool,
-        typer.Option(
-            "--prediction-only",
-            help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
-        ),
-    ] = False,
-    memory_limit: Annotated[
-        str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
-    ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    config: options.Config = None,
+    weights_only: WeightsOnlyOption = False,
+    granularity: GranularityOption = None,
+    prediction_only: PredictionOnlyOption = False,
+    memory_limit: MemoryLimitOption = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Measure kurtosis, exact output errors and sensitivities of every channel at every width.
 
@@ -75,25 +68,17 @@ def profile(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        config,
-        set_,
-        settings={
-            "model.source": model,
-            "model.device": device,
-            "model.memory_limit": memory_limit,
-            "calibration.weights_only": weights_only or None,
-            "calibration.granularity": granularity,
-            "calibration.prediction_only": prediction_only or None,
-        },
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {
+        "model.source": model,
+        "model.device": device,
+        "model.memory_limit": memory_limit,
+        "calibration.weights_only": weights_only or None,
+        "calibration.granularity": granularity,
+        "calibration.prediction_only": prediction_only or None,
+    }
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)
-    table = stages.layers(run)
-    measured = stages.profile(run, table)
+    table, measured = stages.layers_and_profile(run)
     if measured is None:
         return
     if as_json:

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from mpqsearch.cli.app import (
-    BudgetOption,
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    MethodOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_lines
 
 
 @app.command()
 def quantize(
-    config: ConfigOption = None,
-    budget: BudgetOption = "uniform:3",
-    method: MethodOption = "ilp-channel",
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    config: options.Config = None,
+    budget: options.Budget = "uniform:3",
+    method: options.Method = "ilp-channel",
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Write the fake-quantized model of one map as a diffusers folder (safetensors) with its bit map.
 
@@ -41,18 +28,10 @@ def quantize(
     from mpqsearch import stages
     from mpqsearch.core import Budget
 
-    run = open_run(
-        config,
-        set_,
-        settings={"model.source": model, "model.device": device},
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {"model.source": model, "model.device": device}
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
     run.config.method(method)
-    table = stages.layers(run)
-    measured = stages.profile(run, table)
+    table, measured = stages.layers_and_profile(run)
     if measured is not None:
         print_lines([stages.quantize(run, table, measured, method, limit)], as_json=as_json)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from mpqsearch.cli.app import (
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_lines
 
 
 @app.command()
 def report(
-    config: ConfigOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    config: options.Config = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Draw the front, tables, bit maps and sample grids into one report.html.
 
@@ -36,18 +25,9 @@ def report(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        config,
-        set_,
-        settings={"model.source": model, "model.device": device},
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
-    table = stages.layers(run)
-    run.require_sampler("a report of samples (report)")
-    measured = stages.profile(run, table)
+    settings = {"model.source": model, "model.device": device}
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
+    table, measured = stages.layers_and_profile(run, "a report of samples (report)")
     if measured is None:
         return
     records = stages.evaluate(run, table, measured)

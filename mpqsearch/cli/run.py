@@ -7,30 +7,21 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import (
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_lines, print_records
 
 
 @app.command("run")
 def run_study(
     study: Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")],
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Run a whole study: layers, profile, allocate, evaluate, report, export. Run it again to continue or to reuse.
 
@@ -38,15 +29,8 @@ def run_study(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        study,
-        set_,
-        settings={"model.device": device},
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {"model.device": device}
+    run = open_run(study, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     print_records(stages.everything(run), as_json=as_json)
     if not (run.dry_run or as_json):
         print_lines([run.path("report.html")], as_json=False)

@@ -6,20 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import (
-    ConfigOption,
-    DeviceOption,
-    DryRunOption,
-    JsonOption,
-    ModelOption,
-    OverwriteOption,
-    RunDirOption,
-    SetOption,
-    VerboseOption,
-    app,
-    open_run,
-)
-from mpqsearch.cli.printing import print_json, print_table
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
+from mpqsearch.cli.printing import number, print_fields, print_json, print_table
 
 TrialsOption = Annotated[
     int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
@@ -47,20 +36,20 @@ WorkerOption = Annotated[
 
 @app.command()
 def search(
-    config: ConfigOption = None,
+    config: options.Config = None,
     trials: TrialsOption = None,
     sampler: SamplerOption = None,
     storage: StorageOption = None,
     workers: WorkersOption = 1,
     worker: WorkerOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    set_: SetOption = None,
-    run_dir: RunDirOption = None,
-    dry_run: DryRunOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = 0,
+    model: options.Model = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Search over how the integer program is built, scored by measured samples. Run it again to continue.
 
@@ -68,26 +57,17 @@ def search(
     """
     from mpqsearch import stages
 
-    run = open_run(
-        config,
-        set_,
-        settings={
-            "model.source": model,
-            "model.device": device,
-            "search.trials": trials,
-            "search.sampler": sampler,
-        },
-        run_dir=run_dir,
-        dry_run=dry_run,
-        overwrite=overwrite,
-        verbose=verbose,
-    )
+    settings = {
+        "model.source": model,
+        "model.device": device,
+        "search.trials": trials,
+        "search.sampler": sampler,
+    }
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.check_search(run, storage=storage, workers=workers)
     if worker is None:
         stages.start(run)
-    table = stages.layers(run)
-    run.require_sampler("a search that is scored by samples (search)")
-    measured = stages.profile(run, table)
+    table, measured = stages.layers_and_profile(run, "a search that is scored by samples (search)")
     if measured is None:
         return
     data = stages.search(run, table, measured, storage=storage, workers=workers, worker=worker)
@@ -97,36 +77,32 @@ def search(
         print_search(data)
 
 
+def _row(entry: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """One arm at one budget, its error beside that of the uniform map."""
+    uniform = next(r["error"] for r in entry["rows"] if r["arm"] == "uniform")
+    return {
+        "budget": entry["budget"],
+        "arm": row["arm"],
+        "bits": f"{row['average_bits']:.3f}",
+        "kB": f"{row['size_bytes'] / 1000:.1f}",
+        "error": f"{row['error']:.4g}",
+        "to uniform": f"{row['error'] / uniform:.3f}",
+        "fd_fp": number(row.get("fd_fp"), ".3f"),
+        "fd_data": number(row.get("fd_data"), ".3f"),
+        "PSNR": number(row.get("paired_psnr"), ".2f"),
+        "": "worse than uniform" if row["arm"] == "search" and entry["worse_than_uniform"] else "",
+    }
+
+
 def print_search(data: dict[str, Any]) -> None:
     """The chosen maps beside their control arms."""
-    rows = []
-    for entry in data["budgets"]:
-        uniform = next(r["error"] for r in entry["rows"] if r["arm"] == "uniform")
-        for r in entry["rows"]:
-            verdict = "worse than uniform" if r["arm"] == "search" and entry["worse_than_uniform"] else ""
-            rows.append(
-                [
-                    entry["budget"],
-                    r["arm"],
-                    f"{r['average_bits']:.3f}",
-                    f"{r['size_bytes'] / 1000:.1f}",
-                    f"{r['error']:.4g}",
-                    f"{r['error'] / uniform:.3f}",
-                    f"{r['fd_fp']:.3f}" if "fd_fp" in r else "",
-                    f"{r['fd_data']:.3f}" if "fd_data" in r else "",
-                    f"{r['paired_psnr']:.2f}" if "paired_psnr" in r else "",
-                    verdict,
-                ]
-            )
+    rows = [_row(entry, row) for entry in data["budgets"] for row in entry["rows"]]
     print_table(
         f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['forwards']} forward passes; FD and "
         "PSNR on fresh seeds",
-        ["budget", "arm", "bits", "kB", "error", "to uniform", "fd_fp", "fd_data", "PSNR", ""],
         rows,
     )
     volumes = sorted(data["hypervolume"].items(), key=lambda kv: -kv[1])
-    print_table("hypervolume of the measured fronts", ["arm", "share"], [[k, f"{v:.4f}"] for k, v in volumes])
+    print_fields("hypervolume of the measured fronts", {arm: f"{share:.4f}" for arm, share in volumes})
     if data["importances"]:
-        print_table(
-            "which parameters matter", ["parameter", "share"], [[k, f"{v:.2f}"] for k, v in data["importances"].items()]
-        )
+        print_fields("which parameters matter", {name: f"{share:.2f}" for name, share in data["importances"].items()})

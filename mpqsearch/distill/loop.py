@@ -120,7 +120,7 @@ def distill(
         team.wait()
         done = 0 if checkpoint is None else run.load(checkpoint)
         _cut_log(log, done)
-    with _Signals() as stopping, _Events(folder if spec.tensorboard and team.main else None) as events, run.objective:
+    with _Signals() as stopping, run.objective:
         missed = run.checks.check(done)  # before the first step, or one that a signal left out
         if missed is not None:
             _append(log, {"step": done, "check": missed})
@@ -145,7 +145,6 @@ def distill(
                 **numbers,
             )
             _append(log, state.to_data())
-            events.write(state)
             yield state
             if state.interrupted:
                 return
@@ -249,33 +248,6 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
-
-
-class _Events:
-    """TensorBoard events, when a folder is given."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._writer: Any = None
-        if folder is None:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("distill.tensorboard needs tensorboard: pip install 'mpqsearch[train]'") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def __enter__(self) -> _Events:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, state: DistillState) -> None:
-        if self._writer is not None:
-            for key, value in state.to_data().items():
-                if key != "step":
-                    self._writer.add_scalar(f"distill/{key}", value, state.step)
 
 
 def _append(path: Path | None, data: Mapping[str, float]) -> None:

@@ -97,8 +97,6 @@ class DistillSpec:
         The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of
         the mean square of the teacher's prediction, whichever is larger; during the first trajectory, of that mean
         square itself.
-    tensorboard
-        Also write TensorBoard events.
     """
 
     steps: int = 400
@@ -113,7 +111,6 @@ class DistillSpec:
     checkpoint_every: int = 100
     keep_last: int = 2
     explosion: float = 20.0
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -137,9 +134,5 @@ class DistillSpec:
 
     def identity(self) -> dict[str, str]:
         """What the result depends on, as name and value: everything but where checkpoints and logs go."""
-        flat = {
-            k: v
-            for k, v in self.to_data().items()
-            if k not in ("relation", "checkpoint_every", "keep_last", "tensorboard")
-        }
+        flat = {k: v for k, v in self.to_data().items() if k not in ("relation", "checkpoint_every", "keep_last")}
         return {f"distill.{k}": str(v) for k, v in (flat | self.relation.to_data()).items()}

@@ -11,11 +11,13 @@ from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
-from mpqsearch.stages.exporting import Exported, export, quantize, require_good
+from mpqsearch.stages.exporting import Exported, export, require_good
 from mpqsearch.stages.importing import import_map
-from mpqsearch.stages.profiling import profile, profile_inputs
+from mpqsearch.stages.profiling import layers_and_profile, profile, profile_inputs
+from mpqsearch.stages.quantizing import quantize
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
-from mpqsearch.stages.searching import check_search, search, searched_map
+from mpqsearch.stages.searched import searched_map
+from mpqsearch.stages.searching import check_search, search
 from mpqsearch.stages.targeting import target_allocation, target_allocations
 from mpqsearch.stages.whole import everything, trained
 
@@ -34,6 +36,7 @@ __all__ = [
     "export",
     "import_map",
     "layers",
+    "layers_and_profile",
     "paths",
     "profile",
     "profile_inputs",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
+from mpqsearch.methods import CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.gptq import moment_inputs, priced, priced_file
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.searching import searched_map
+from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
+from mpqsearch.stages.searched import searched_map
+from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
 
 
 def programs_of(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> Programs:
@@ -45,33 +45,38 @@ def allocation(
         return searched_map(run, table, budget)
     if method.allocator == "map":
         return given_map(run, table, measured, method)
-    folder = run.path("allocations", slug(method.name, budget))
+    path = run.path("allocations", slug(method.name, budget), "allocation.json")
     inputs = allocation_inputs(run, table, method, budget)
-    path, map_path = folder / "allocation.json", folder / "bitmap.json"
-    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
-        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, table, measured, method, budget))
+    return solved.bit_map, solved.data
+
+
+def _solve(
+    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
+) -> SavedAllocation:
+    from mpqsearch.export import neutral_extra
+
     with run.timed("allocate"):
         programs = programs_of(run, table, measured, method)
-        made = programs.allocate(method, budget, run.config.allocate.parsed_within())
-    data = made.to_data() | {"made_from": _made_from(run, method, measured)}
-    if not run.dry_run:
-        _save_map(map_path, made, table, inputs)
-        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
-    return made.bit_map, data
+        solved = programs.allocate(method, budget, run.config.allocate.parsed_within())
+    data = solved.to_data() | {"made_from": _made_from(run, method, measured)}
+    provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
+    extra = neutral_extra(table, solved.bit_map, provenance=provenance)
+    return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
 
 
 def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: Budget) -> dict[str, str]:
     """Digests of all that one allocation depends on."""
-    c = run.config.to_data()
+    c = run.config.allocate
     inputs = profile_inputs(run, table) | {
-        "method": artifacts.digest_of([m for m in c["methods"] if m["name"] == method.name]),
+        "method": artifacts.digest_of([asdict(method)]),
         "budget": artifacts.digest_of(budget.label()),
-        "policy": artifacts.digest_of(c["policy"]),
     }
-    if c["allocate"]["within"]:
-        inputs["within"] = artifacts.digest_of([b.label() for b in run.config.allocate.parsed_within()])
-    if c["allocate"]["costs"]:
-        inputs["costs"] = artifacts.digest_file(Path(c["allocate"]["costs"]))
+    inputs |= run.digests("policy")
+    if c.within:
+        inputs["within"] = artifacts.digest_of([b.label() for b in c.parsed_within()])
+    if c.costs:
+        inputs["costs"] = artifacts.digest_file(Path(c.costs))
     if method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
     return inputs
@@ -109,11 +114,3 @@ def allocations(
     for note in dict.fromkeys(note for *_, data in out for note in data["notes"] if note.startswith("held at")):
         run.say(f"allocate: {note}")
     return out
-
-
-def _save_map(path: Path, made: Allocation, table: LayerTable, inputs: Mapping[str, str]) -> None:
-    from mpqsearch.export import neutral_extra
-
-    data = made.to_data()
-    provenance = {"method": made.method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
-    artifacts.save_bit_map(path, made.bit_map, inputs, neutral_extra(table, made.bit_map, provenance=provenance))

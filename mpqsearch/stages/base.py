@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpqsearch import artifacts
 from mpqsearch.config import Config
-from mpqsearch.core import Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.progress import bar_of, is_watched, say
 from mpqsearch.sources import REFERENCE, FileDigests, model_files
@@ -22,12 +21,11 @@ from mpqsearch.sources import REFERENCE, FileDigests, model_files
 if TYPE_CHECKING:
     from mpqsearch.metrics import DataReference, FeatureExtractor
     from mpqsearch.models import Denoiser, StreamedModel
-    from mpqsearch.profile import InputMoments
-    from mpqsearch.quant import RangeCollector
 
 log = logging.getLogger("mpqsearch")
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,10 +39,7 @@ class Run:
     given: Denoiser | None = None
     say: Say = say
     seconds: dict[str, float] = field(default_factory=dict)
-    ranges: dict[Any, RangeCollector] = field(default_factory=dict)
-    target_losses: dict[str, Any] = field(default_factory=dict)
-    moments: InputMoments | None = None
-    priced: dict[str, SensitivityProfile] = field(default_factory=dict)
+    _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def denoiser(self) -> Denoiser:
@@ -75,8 +70,8 @@ class Run:
     def source_inputs(self) -> dict[str, str]:
         """Digests of the content that the model comes from, whatever its path: files, recorded calls, and settings.
 
-        The files of a hub source are not looked for: its weights are loaded and count by themselves, as those of a given
-        model do.
+        The files of a hub source are not looked for: its weights are loaded and count by themselves, as those of a
+        given model do.
         """
         c, captured = self.config.model, self.config.calibration.captured
         files = model_files(c.source, c.component) if self.given is None else None
@@ -85,6 +80,11 @@ class Run:
             "model_settings": artifacts.digest_of([c.component, c.dtype]),
         }
         return inputs | ({"calls": self.files.of(Path(captured))} if captured else {})
+
+    def digests(self, *tables: str) -> dict[str, str]:
+        """Digests of tables of the configuration, by their names."""
+        data = self.config.to_data()
+        return {name: artifacts.digest_of(data[name]) for name in tables}
 
     @property
     def evaluation_inputs(self) -> dict[str, str]:
@@ -116,6 +116,13 @@ class Run:
 
         c = self.config.evaluate
         return load_reference(Path(c.reference) if c.reference else None, self.extractor)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once in this process: what takes the model to measure and several maps share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        value: T = self._shared[key]
+        return value
 
     def require_sampler(self, what: str) -> None:
         """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded
@@ -174,8 +181,3 @@ def same_model(run: Run, table: LayerTable) -> None:
             f"{run.path('layers.json')} was made "
             f"from ({table.digest[:10]}). Use another --run-dir, or --overwrite to make everything again."
         )
-
-
-def json_text(data: Any) -> str:
-    """Plain JSON without an envelope, for files that other programs read."""
-    return json.dumps(data, indent=2, default=str) + "\n"

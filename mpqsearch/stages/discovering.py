@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from mpqsearch import artifacts
 from mpqsearch.core import LayerTable
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
+from mpqsearch.stages.reuse import LAYERS, reuse_or_make
 
 
 def layers(run: Run) -> LayerTable:
     """Discover the layers of the model, or reuse ``layers.json``."""
     path = run.path("layers.json")
-    if artifacts.is_current(path, "mpqsearch/layers", run.source_inputs, overwrite=run.overwrite):
-        run.say(f"layers: reused {path}")
-        return artifacts.load_layers(path)
-    if run.dry_run:
-        run.say(f"layers: would discover the layers of {run.config.model.source}")
+    return reuse_or_make(run, LAYERS, path, run.source_inputs, lambda: _discover(run), stage="layers")
+
+
+def _discover(run: Run) -> LayerTable:
     from mpqsearch.models import discover, discover_streamed
 
+    if run.dry_run:
+        run.say(f"layers: would discover the layers of {run.config.model.source}")
     if run.config.calibration.weights_only:
         with bars_of(unit="B") as progress:
             table = discover_streamed(run.streamed, progress=progress)
     else:
         table = discover(run.denoiser)
     run.config.policy.check(table)
-    if not run.dry_run:
-        artifacts.save_layers(path, table, run.source_inputs)
     run.say(
         f"layers: {len(table)} weight layers, {table.n_channels} output channels, {table.n_weights} weights; "
         f"{table.n_parameters - table.n_weights} other parameters stay at full precision"

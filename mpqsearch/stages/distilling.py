@@ -6,10 +6,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
@@ -17,16 +16,17 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
-from mpqsearch.stages.exporting import write_model_folder
-from mpqsearch.stages.gptq import moment_inputs
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.references import activation_table, correction_of, reference
+from mpqsearch.stages.quantizing import write_model_folder
+from mpqsearch.stages.references import reference
+from mpqsearch.stages.reuse import METRICS, reuse_or_make
+from mpqsearch.stages.statistics import activation_table, correction_of, moment_inputs, tensors
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mpqsearch.distill import Processes, TeacherSource
-    from mpqsearch.metrics import FeatureExtractor, Reference
+    from mpqsearch.metrics import Reference
     from mpqsearch.quant import ActivationTable
 
 KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy")
@@ -48,121 +48,127 @@ def distill(
     method = run.config.method(method_name)
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("distilled", slug(method_name, budget))
-    inputs = _inputs(run, table, bit_map) | {"bias_correction": str(method.bias_correction)}
-    if bit_map.format.rounding != "nearest":
-        inputs |= moment_inputs(run, table)
+    task = _Training(
+        run=run,
+        table=table,
+        measured=measured,
+        bit_map=bit_map,
+        bias_correction=method.bias_correction,
+        folder=folder,
+        inputs=_inputs(run, table, bit_map, bias_correction=method.bias_correction),
+    )
     path = folder / "metrics.json"
-    if artifacts.is_current(path, "mpqsearch/metrics", inputs, overwrite=run.overwrite):
-        run.say(f"distill: reused {folder}")
-        return dict(artifacts.read_json(path, "mpqsearch/metrics").data)
-    if run.dry_run:
-        run.say(
-            f"distill: would train {method_name} at {budget.label()} for {run.config.distill.steps} steps into {folder}"
-        )
+    if run.dry_run and not artifacts.is_current(path, METRICS.schema, task.inputs, overwrite=run.overwrite):
+        steps = run.config.distill.steps
+        run.say(f"distill: would train {method_name} at {budget.label()} for {steps} steps into {folder}")
         return {}
-    from mpqsearch.distill import processes
-    from mpqsearch.quant import build_student, convert
+    return dict(reuse_or_make(run, METRICS, path, task.inputs, lambda: _trained(task), stage="distill"))
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Training:
+    """One map whose student is trained, and where its files go."""
+
+    run: Run
+    table: LayerTable
+    measured: SensitivityProfile
+    bit_map: BitMap
+    bias_correction: bool
+    folder: Path
+    inputs: Mapping[str, str]
+
+
+def _trained(task: _Training) -> dict[str, Any]:
+    """Train, write the student, and measure it; what ``metrics.json`` holds."""
+    from mpqsearch.distill import processes
+    from mpqsearch.quant import convert
+
+    run, table = task.run, task.table
     team = processes()  # before the model is loaded: each process gets a GPU of its own
     same_model(run, table)
-
-    input_max = _tensors(measured.input_max)
-    activations = activation_table(run, table, bit_map, input_max)
-    student = build_student(
-        run.denoiser.module,
-        table,
-        bit_map,
-        input_max=input_max,
-        activations=activations,
-        trainable=run.config.distill.trainable,  # type: ignore[arg-type]
-        rank=run.config.distill.rank,
-        seed=run.config.distill.seed,
-        **correction_of(run, table, measured, bit_map, bias_correction=method.bias_correction),
-    )
-    extractor = run.extractor
+    student, activations = _student(task)
     base = before = None
     if team.main:
         base, _ = reference(run, table)
-        before = _measure(run, convert(student).module, base, extractor, "before training")
+        before = _measure(run, convert(student).module, base, "before training")
     team.wait()
     with run.timed("distill"):
-        _train(run, student, activations, folder, inputs, team, _checking(run, extractor))
+        _train(task, student, activations, team)
     if base is None:  # files are written by the main process
         raise SystemExit(0)
     trained = convert(student)
-    _write(run, folder, trained, table)
-    data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, extractor, "after training")}
+    _write(run, task.folder, trained, table)
+    data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, "after training")}
     if run.config.distill.check_every:
-        checks = _checks(folder / "train.jsonl")
-        data["checks"] = [[step, value if math.isfinite(value) else None] for step, value in checks]
-        best, last = min(checks, key=lambda c: (c[1], c[0])), checks[-1]
-        run.say(
-            f"distill: kept the student of step {best[0]} of {run.config.distill.steps}, "
-            f"FD[{extractor.label}]-{run.config.distill.check_samples} "
-            f"vs FP on development seeds {best[1]:.4g} (last step: {last[1]:.4g})"
-        )
-    artifacts.write_json(path, "mpqsearch/metrics", data, inputs)
-    run.say(f"distill: {folder}, trained in {run.seconds['distill']:.0f} s")
+        data["checks"] = _checks(run, task.folder / "train.jsonl")
+    run.say(f"distill: {task.folder}, trained in {run.seconds['distill']:.0f} s")
     return data
 
 
-def _inputs(run: Run, table: LayerTable, bit_map: BitMap) -> dict[str, str]:
+def _student(task: _Training) -> tuple[nn.Module, ActivationTable | None]:
+    from mpqsearch.quant import build_student
+
+    run, c = task.run, task.run.config.distill
+    input_max = tensors(task.measured.input_max)
+    activations = activation_table(run, task.table, task.bit_map, input_max)
+    corrected = task.bias_correction
+    student = build_student(
+        run.denoiser.module,
+        task.table,
+        task.bit_map,
+        input_max=input_max,
+        activations=activations,
+        trainable=c.trainable,  # type: ignore[arg-type]
+        rank=c.rank,
+        seed=c.seed,
+        **correction_of(run, task.table, task.measured, task.bit_map, bias_correction=corrected),
+    )
+    return student, activations
+
+
+def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bool) -> dict[str, str]:
     """Digests of all that a trained student depends on."""
-    c = run.config.to_data()
-    logs = ("checkpoint_every", "keep_last", "tensorboard", "methods", "budgets")  # what changes no number
-    training = {k: v for k, v in c["distill"].items() if k not in logs}
-    return profile_inputs(run, table) | {
+    training = run.config.to_data()["distill"]
+    for key in ("checkpoint_every", "keep_last", "methods", "budgets"):  # what changes no number
+        del training[key]
+    inputs = profile_inputs(run, table) | {
         "bit_map": bit_map.digest,
-        "activations": artifacts.digest_of(c["activations"]) if bit_map.activations else "none",
+        "bias_correction": str(bias_correction),
+        "activations": "none",
         "distill": artifacts.digest_of(training),
         "evaluate": artifacts.digest_of(run.evaluation_inputs),
     }
+    if bit_map.activations:
+        inputs |= run.digests("activations")
+    return inputs | (moment_inputs(run, table) if bit_map.format.rounding != "nearest" else {})
 
 
-def _train(
-    run: Run,
-    student: nn.Module,
-    activations: ActivationTable | None,
-    folder: Path,
-    inputs: Mapping[str, str],
-    team: Processes,
-    checking: Callable[[nn.Module], float],
-) -> None:
+def _train(task: _Training, student: nn.Module, activations: ActivationTable | None, team: Processes) -> None:
     """Run the loop behind a progress bar; end the program when a signal ended the loop."""
     from mpqsearch.distill import distill as loop
     from mpqsearch.quant import param_groups
 
-    c = run.config.distill
+    run, c = task.run, task.run.config.distill
     source = _teacher(run, student, team.rank, team.world)
     if activations is not None and activations.timesteps and set(activations.timesteps) != set(source.timesteps):
         raise ConfigError(
             f"the activation scales are for the timesteps {list(activations.timesteps)}, the training's sampler has "
             f"{sorted(source.timesteps)}: use the same number of sampler steps for both, or static scales"
         )
-    groups = param_groups(
+    states = loop(
+        run.denoiser,
         student,
-        lora_lr=c.lora_lr,
-        weight_lr=c.weight_lr,
-        weight_scale_lr=c.weight_scale_lr,
-        activation_scale_lr=c.activation_scale_lr,
-        lr_factor=c.lr_factor,
+        param_groups(student, **c.rates),
+        source,
+        c,
+        folder=task.folder,
+        inputs=_checkpoint_inputs(task),
+        overwrite=run.overwrite,
+        processes=team,
+        measure=_checking(run),
     )
-    digests = {k: inputs[k] for k in ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")}
-    if c.check_every:
-        digests["check"] = artifacts.digest_of([c.check_samples, c.check_seed, run.evaluation_inputs])
     with bar_of("distill", c.steps, unit="step") as bar:
-        for state in loop(
-            run.denoiser,
-            student,
-            groups,
-            source,
-            c,
-            folder=folder,
-            inputs=digests,
-            overwrite=run.overwrite,
-            processes=team,
-            measure=checking,
-        ):
+        for state in states:
             bar.update(state.step - bar.n)
             best = f", best check {state.best[1]:.3g} at {state.best[0]}" if state.best else ""
             bar.set_postfix_str(f"loss {state.loss:.4g}, rate {state.rate:.2f}{best}")
@@ -173,14 +179,24 @@ def _train(
                 raise SystemExit(128 + state.signal)
 
 
-def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], float]:
+def _checkpoint_inputs(task: _Training) -> dict[str, str]:
+    """Digests of what a checkpoint depends on beside the loop's own settings."""
+    c = task.run.config.distill
+    names = ("model", "calibration", "quantizer", "activations", "bit_map", "bias_correction")
+    inputs = {name: task.inputs[name] for name in names}
+    if c.check_every:
+        inputs["check"] = artifacts.digest_of([c.check_samples, c.check_seed, task.run.evaluation_inputs])
+    return inputs
+
+
+def _checking(run: Run) -> Callable[[nn.Module], float]:
     """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision
     samples are made once."""
     from mpqsearch.metrics import Reference, distance_to_full_precision
     from mpqsearch.quant import convert
     from mpqsearch.sampling import sample, to_uint8
 
-    seeds = tuple(run.config.distill.check_seeds)
+    seeds, extractor = tuple(run.config.distill.check_seeds), run.extractor
 
     @functools.cache
     def full_precision() -> Reference:
@@ -194,10 +210,16 @@ def _checking(run: Run, extractor: FeatureExtractor) -> Callable[[nn.Module], fl
     return measure
 
 
-def _checks(log: Path) -> list[tuple[int, float]]:
-    """Step and distance of every check of a training, in order."""
+def _checks(run: Run, log: Path) -> list[list[float | None]]:
+    """Step and distance of every check of a training, in order; says which student was kept."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [(int(d["step"]), float(d["check"])) for d in lines if "check" in d]
+    checks = [(int(line["step"]), float(line["check"])) for line in lines if "check" in line]
+    best, last, c = min(checks, key=lambda check: (check[1], check[0])), checks[-1], run.config.distill
+    run.say(
+        f"distill: kept the student of step {best[0]} of {c.steps}, FD[{run.extractor.label}]-{c.check_samples} "
+        f"vs FP on development seeds {best[1]:.4g} (last step: {last[1]:.4g})"
+    )
+    return [[step, value if math.isfinite(value) else None] for step, value in checks]
 
 
 def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSource:
@@ -218,13 +240,13 @@ def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSour
     return CachedTrajectories(source, run.path("teacher"), c.cached) if c.cached else source
 
 
-def _measure(run: Run, module: nn.Module, base: Reference, extractor: FeatureExtractor, label: str) -> dict[str, Any]:
+def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[str, Any]:
     from mpqsearch.metrics import evaluate
     from mpqsearch.sampling import sample
 
     with bar_of(label, len(base.seeds)) as bar:
         samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
-    return {k: v.to_data() for k, v in evaluate(samples, base, extractor).metrics.items()}
+    return {k: v.to_data() for k, v in evaluate(samples, base, run.extractor).metrics.items()}
 
 
 def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
@@ -255,9 +277,3 @@ def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
         artifacts.write_json(
             folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": table.digest}
         )
-
-
-def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
-    import torch
-
-    return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}

@@ -3,82 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import (
-    FULL_PRECISION,
-    BitMap,
-    Budget,
-    LayerTable,
-    MetricValue,
-    SensitivityProfile,
-    StudyRecord,
-    average_bits,
-    size_bytes,
-)
-from mpqsearch.methods import MethodSpec
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, slug
-from mpqsearch.stages.references import evaluation_key, quantized_module, reference
+from mpqsearch.stages.references import evaluation_key, metrics_file, quantized_module, record_of, reference
+from mpqsearch.stages.reuse import METRICS, reuse_or_make
 
 if TYPE_CHECKING:
-    from mpqsearch.metrics import FeatureExtractor, Reference
+    from mpqsearch.metrics import Reference
 
 
-def evaluate_map(
+def _measured(
     run: Run,
     table: LayerTable,
     measured: SensitivityProfile,
     base: Reference,
-    extractor: FeatureExtractor,
-    method: MethodSpec,
-    budget: Budget,
     bit_map: BitMap,
-    solved: Mapping[str, Any],
-    bar: Any,
-) -> StudyRecord:
-    """Quantize, sample and measure one map, or reuse its metrics."""
-    key = evaluation_key(run, table, bit_map, bias_correction=method.bias_correction)
-    path = run.path("metrics", f"{key[:16]}.json")
+    key: str,
+    *,
+    bias_correction: bool,
+    progress: Callable[[int], Any],
+) -> dict[str, Any]:
+    """Quantize, sample and measure one map; its features and first images are kept beside the metrics."""
+    from mpqsearch.metrics import evaluate
+    from mpqsearch.sampling import sample, to_uint8
 
-    def measure() -> dict[str, Any]:
-        from mpqsearch.metrics import evaluate
-        from mpqsearch.sampling import sample, to_uint8
-
-        same_model(run, table)
-        began = time.perf_counter()
-        module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
-        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
-        result = evaluate(samples, base, extractor)
-        artifacts.write_arrays(
-            run.path("stats", f"{key[:16]}.npz"),
-            {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()},
-        )
-        return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
-
-    with run.timed("evaluate"):
-        data, reused = artifacts.resumable(path, "mpqsearch/metrics", {"evaluation": key}, measure, overwrite=False)
-    if reused:
-        bar.update(len(base.seeds))
-    return StudyRecord(
-        model=table.model,
-        method=method.name,
-        granularity=method.granularity,
-        budget=budget.label(),
-        quantity=budget.quantity,
-        average_bits=average_bits(table, bit_map),
-        size_bytes=size_bytes(table, bit_map),
-        act_bits=method.act_bits if not method.act_choices else mean_activation_bits(table, bit_map),
-        bit_map_digest=bit_map.digest,
-        n_samples=len(base.seeds),
-        seeds=f"{base.seeds[0]}..{base.seeds[-1]}",
-        seconds=data["seconds"],
-        predicted_loss=solved["predicted_loss"],
-        metrics={k: MetricValue(**m) for k, m in data["metrics"].items()},
-    )
+    same_model(run, table)
+    began = time.perf_counter()
+    module = quantized_module(run, table, measured, bit_map, bias_correction=bias_correction)
+    samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=progress)
+    result = evaluate(samples, base, run.extractor)
+    kept = {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()}
+    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), kept)
+    return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
 
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
@@ -103,12 +66,32 @@ def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[
             f"{len(keys) - done} to do"
         )
         return []
-    c, extractor = run.config.evaluate, run.extractor
     base, full = reference(run, table)
     records = [full]
-    with bar_of("evaluate", len(maps) * c.samples) as bar:
+    with bar_of("evaluate", len(maps) * len(base.seeds)) as bar:
         for method, budget, bit_map, solved in maps:
             bar.set_postfix_str(slug(method.name, budget))
-            records.append(evaluate_map(run, table, measured, base, extractor, method, budget, bit_map, solved, bar))
+            corrected = method.bias_correction
+            key = evaluation_key(run, table, bit_map, bias_correction=corrected)
+            measure = partial(
+                _measured, run, table, measured, base, bit_map, key, bias_correction=corrected, progress=bar.update
+            )
+            with run.timed("evaluate"):
+                data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure)
+            records.append(
+                record_of(
+                    table,
+                    bit_map,
+                    base.seeds,
+                    data,
+                    method=method.name,
+                    granularity=method.granularity,
+                    act_bits=mean_activation_bits(table, bit_map) if method.act_choices else method.act_bits,
+                    predicted_loss=solved["predicted_loss"],
+                    budget=budget.label(),
+                    quantity=budget.quantity,
+                )
+            )
+            bar.update((len(records) - 1) * len(base.seeds) - bar.n)  # what was reused
     run.say(f"evaluate: {len(records) - 1} maps and full precision; metrics in {run.path('metrics')}")
     return records

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpqsearch import artifacts
-from mpqsearch.allocate import AllocationResult, NextStep, ParetoPath, explain, relative_gap, solve, solve_path
+from mpqsearch.allocate import NextStep, ParetoPath, explain, solve_path
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 from mpqsearch.methods import PROGRAMS, MethodSpec, Program
@@ -22,11 +20,10 @@ if TYPE_CHECKING:
     from mpqsearch.report import PathSeries
 
 LISTED_VERTICES = 5_000
-"""Vertices of a path that its JSON and CSV list; a longer path is listed in part, evenly over its cost, and is whole in
-its npz."""
+"""Vertices of a path that its files list; a longer path is listed in part, evenly over its cost."""
 
-SAME = 1e-12
-"""Relative difference of two sums of the same losses."""
+COLUMNS = ("cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits", "input_bits")
+"""Columns of a path's CSV."""
 
 
 def program_methods(run: Run) -> list[MethodSpec]:
@@ -40,8 +37,7 @@ def program_methods(run: Run) -> list[MethodSpec]:
 
 
 def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
-    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json``, ``.csv`` and ``.npz``, and a
-    figure.
+    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json`` and ``.csv``, and a figure.
 
     A path is over the quantity of the study's first budget; budgets of ``allocate.within`` play no part. A method's own
     loss is drawn; the paths of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
@@ -55,38 +51,45 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
             programs = programs_of(run, table, measured, method)
             program = programs.program(method, first)
             path = solve_path(program.problem)
-        limits = [(budget, programs.limit(budget, method)) for budget in budgets]
+        limits = {budget: programs.limit(budget, method) for budget in budgets}
         data = _path_data(table, method, limits, program, path)
         answers.append(data)
         series.append(_series(data, program, path))
         if not run.dry_run:
-            _save_path(run, table, method, first, data, program, path)
+            file = run.path("paths", f"{method.name}.json")
+            rows = [{**point, "layers": " ".join(point.get("layers", ()))} for point in data["points"]]
+            artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(COLUMNS, rows))
+            artifacts.write_json(file, "mpqsearch/path", data, allocation_inputs(run, table, method, first))
     if not run.dry_run:
-        from mpqsearch.report import plot_path, render, save_figure
-
-        size = first.unit == "bits stored"
-        label = "stored bits per parameter, everything counted" if size else f"{first.unit} of one forward pass"
-        drawn = save_figure(render(lambda: plot_path(series, label)), run.path("paths", "path"))
-        run.say(f"allocate: {len(answers)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
+        _draw(run, first, series)
     return answers
 
 
+def _draw(run: Run, budget: Budget, series: Sequence[PathSeries]) -> None:
+    from mpqsearch.report import plot_path, render, save_figure
+
+    size = budget.unit == "bits stored"
+    label = "stored bits per parameter, everything counted" if size else f"{budget.unit} of one forward pass"
+    drawn = save_figure(render(lambda: plot_path(series, label)), run.path("paths", "path"))
+    run.say(f"allocate: {len(series)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
+
+
 def _path_data(
-    table: LayerTable, method: MethodSpec, limits: Sequence[tuple[Budget, int]], program: Program, path: ParetoPath
+    table: LayerTable, method: MethodSpec, limits: Mapping[Budget, int], program: Program, path: ParetoPath
 ) -> dict[str, Any]:
-    first, _ = limits[0]
+    unit = next(iter(limits)).unit
     first_map = program.weights(path.choice(0)) if program.by_layer else {}
     return {
         "method": asdict(method),
-        "unit": first.unit,
+        "unit": unit,
         "fixed_cost": program.fixed_cost,
         "n_parameters": table.n_parameters,
         "items": program.problem.n_items,
         "vertices": len(path.budgets),
         "first_map": {name: int(bits) for name, bits in first_map.items()},
         "first_inputs": program.activations(path.choice(0)),
-        "points": [_point(table, first, program, path, vertex) for vertex in _listed(path)],
-        "budgets": [_answer(budget, limit, program, path) for budget, limit in limits],
+        "points": [_point(table, unit, program, path, vertex) for vertex in _listed(path)],
+        "budgets": [_answer(budget, limit, program, path) for budget, limit in limits.items()],
     }
 
 
@@ -99,12 +102,12 @@ def _listed(path: ParetoPath) -> list[int]:
     return [int(vertex) for vertex in vertices]
 
 
-def _point(table: LayerTable, budget: Budget, program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
+def _point(table: LayerTable, unit: str, program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
     """One vertex of a path, with the step that led to it where the items are layers."""
     cost, loss = int(path.budgets[vertex]) + program.fixed_cost, float(path.losses[vertex])
     rate = float(path.rates[vertex]) if vertex < len(path.rates) else 0.0
     point: dict[str, Any] = {"cost": cost, "loss": loss, "lower_bound": loss, "rate": rate}
-    if budget.unit == "bits stored":
+    if unit == "bits stored":
         point |= {"bits_a_parameter": cost / table.n_parameters, "bytes": -(-cost // 8)}
     if program.by_layer and vertex > 0:
         row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
@@ -145,81 +148,54 @@ def _series(data: Mapping[str, Any], program: Program, path: ParetoPath) -> Path
     )
 
 
-def _save_path(
-    run: Run,
-    table: LayerTable,
-    method: MethodSpec,
-    budget: Budget,
-    data: Mapping[str, Any],
-    program: Program,
-    path: ParetoPath,
-) -> None:
-    folder = run.path("paths")
-    rows = [{**p, "layers": " ".join(p.get("layers", ()))} for p in data["points"]]
-    header = ["cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits", "input_bits"]
-    artifacts.write_text(folder / f"{method.name}.csv", _csv(header, rows))
-    whole: dict[str, np.ndarray[Any, Any]] = {
-        "cost": path.budgets + program.fixed_cost,
-        "loss": path.losses,
-        "rate": path.rates,
-        "first_choice": path.steps.base,
-        "step_row": path.steps.item,
-        "step_choice": path.steps.to,
-        "item_row": path.tables.row,
-        "item_layer": program.item_layer,
-        "widths": np.array(program.widths),
-        "input_widths": np.array(program.inputs, dtype=np.int64),
-    }
-    artifacts.write_arrays(folder / f"{method.name}.npz", whole)
-    inputs = allocation_inputs(run, table, method, budget)
-    artifacts.write_json(folder / f"{method.name}.json", "mpqsearch/path", dict(data), inputs)
-
-
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    The best next step of every layer, the shadow prices of the budgets, and the layers at an end of what they may take.
+    The best next step of every layer, the shadow prices of the budgets, and the layers at an end of what is allowed.
     """
-    told = []
+    answers = []
     for budget in run.config.allocate.parsed():
         for method in program_methods(run):
             bit_map, saved = allocation(run, table, measured, method, budget)
             with run.timed("allocate"):
-                data = _explanation(run, table, measured, method, budget, bit_map)
-            # Costed from the map: a layer whose channels all took one width stores no tags, which the program had to
-            # reserve.
-            main = saved["totals"][0]
-            data |= {"limit": main["limit"], "slack": main["limit"] - main["cost"]}
-            told.append(data)
+                data = _explanation(run, table, measured, method, budget, bit_map, saved)
+            answers.append(data)
             if not run.dry_run:
-                folder = run.path("allocations", slug(method.name, budget))
+                file = run.path("allocations", slug(method.name, budget), "explanation.json")
                 inputs = {**allocation_inputs(run, table, method, budget), "bit_map": bit_map.digest}
-                artifacts.write_text(folder / "explanation.csv", _csv(list(data["layers"][0]), data["layers"]))
-                artifacts.write_json(folder / "explanation.json", "mpqsearch/explanation", data, inputs)
-    run.say(f"allocate: {len(told)} maps explained in {run.path('allocations')}")
-    return told
+                rows = data["layers"]
+                artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(list(rows[0]), rows))
+                artifacts.write_json(file, "mpqsearch/explanation", data, inputs)
+    run.say(f"allocate: {len(answers)} maps explained in {run.path('allocations')}")
+    return answers
 
 
 def _explanation(
-    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget, bit_map: BitMap
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    method: MethodSpec,
+    budget: Budget,
+    bit_map: BitMap,
+    saved: Mapping[str, Any],
 ) -> dict[str, Any]:
-    by_layer = bit_map.granularity == "layer"
-    within = run.config.allocate.parsed_within()
+    """Limit and slack are those of the map: a layer whose channels all took one width stores no tags, which the program
+    had to reserve."""
+    result, prices, main = saved["result"], saved["certificate"]["multipliers"], saved["totals"][0]
+    by_layer, within = result["program"] == "layers", run.config.allocate.parsed_within()
     program = programs_of(run, table, measured, method).program(method, budget, within, by_layer=by_layer)
-    solved = _as_saved(program, bit_map, solve(program.problem, solver=method.solver))
     sets, names = (None, None) if by_layer else (program.item_layer, program.layers)
-    told = explain(program.problem, solved, sets, names)
+    steps = explain(program.problem, program.choice(bit_map), sets, names)
     return {
         "method": method.name,
         "budget": budget.label(),
         "unit": budget.unit,
-        "status": solved.status,
-        "loss": solved.loss,
-        "lower_bound": _finite(solved.lower_bound),
-        "gap": _finite(solved.gap),
-        "shadow_price": solved.multiplier,
-        "shadow_prices": told.shadow_prices,
-        "layers": [_layer_row(step, table, bit_map) for step in told.steps],
+        **{key: result[key] for key in ("status", "loss", "lower_bound", "gap")},
+        "shadow_price": next(iter(prices.values())),
+        "shadow_prices": prices,
+        "layers": [_layer_row(step, table, bit_map) for step in steps],
+        "limit": main["limit"],
+        "slack": main["limit"] - main["cost"],
     }
 
 
@@ -241,29 +217,5 @@ def _layer_row(step: NextStep, table: LayerTable, bit_map: BitMap) -> dict[str, 
     }
 
 
-def _as_saved(program: Program, bit_map: BitMap, solved: AllocationResult) -> AllocationResult:
-    """The solved program with the choice that was saved, which may be another one of the same loss."""
-    choice = program.choice(bit_map)
-    loss, costs = program.problem.evaluate(choice)
-    best = loss <= solved.loss + SAME * abs(solved.loss)
-    return replace(
-        solved,
-        choice=choice,
-        loss=loss,
-        cost=costs[0],
-        costs=dict(zip(solved.costs, costs, strict=True)),
-        gap=relative_gap(loss, min(solved.lower_bound, loss)),
-        status=solved.status if best else "feasible",
-    )
-
-
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _csv(header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,23 +1,21 @@
-"""Maps for other quantizers, and the fake-quantized model as a folder."""
+"""Maps for other quantizers."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord, size_bits
-from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
+from mpqsearch.core import BitMap, LayerTable, SensitivityProfile, StudyRecord, size_bits
+from mpqsearch.errors import ArtifactError, MpqsearchError
 from mpqsearch.stages.allocating import allocation
-from mpqsearch.stages.base import Run, json_text, log, same_model, slug
-from mpqsearch.stages.gptq import input_moments
+from mpqsearch.stages.base import Run, log
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.references import quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
+from mpqsearch.stages.reuse import EXPORT, current
+from mpqsearch.stages.statistics import input_moments
 from mpqsearch.stages.targeting import losses_for, target_allocation
 
 if TYPE_CHECKING:
@@ -73,26 +71,29 @@ def export(
     sizes of all targets. A target that fails does not stop the others, and a difference does not raise: see
     `require_good`.
     """
-    budget = export_budget(run)
-    exports = []
-    for name in run.config.export.targets:
-        try:
-            done = _export_one(run, table, measured, _task(run, table, measured, records, name, budget), verify)
-        except MpqsearchError as error:
-            done = Exported(target=name, error=error)
-        except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
-            log.debug("export for %s", name, exc_info=True)
-            text = f"{name} could not be written: {type(error).__name__}: {error}"
-            done = Exported(target=name, error=ArtifactError(text))
-        if done is not None:
-            exports.append(done)
-    for failed in (one for one in exports if one.error is not None):
-        run.say(f"export: {failed.target} FAILED: {failed.error}")
-    rows, sizes = size_rows(run), run.path("export", "sizes.csv")
-    text = _csv(rows)
-    if rows and not run.dry_run and not (sizes.is_file() and sizes.read_text() == text):
-        artifacts.write_text(sizes, text)
+    attempts = [_attempt(run, table, measured, records, name, verify) for name in run.config.export.targets]
+    exports = [one for one in attempts if one is not None]
+    for one in exports:
+        if one.error is not None:
+            run.say(f"export: {one.target} FAILED: {one.error}")
+    rows = size_rows(run)
+    if rows and not run.dry_run:
+        artifacts.write_text(run.path("export", "sizes.csv"), artifacts.csv_text(SIZE_COLUMNS, rows))
     return exports
+
+
+def _attempt(
+    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str, verify: Verify
+) -> Exported | None:
+    """One target's export, or the error that ended it; None for a target that a dry run would write."""
+    try:
+        return _export_one(run, table, measured, _task(run, table, measured, records, name), verify)
+    except MpqsearchError as error:
+        return Exported(target=name, error=error)
+    except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
+        log.debug("export for %s", name, exc_info=True)
+        text = f"{name} could not be written: {type(error).__name__}: {error}"
+        return Exported(target=name, error=ArtifactError(text))
 
 
 def require_good(exports: Sequence[Exported]) -> None:
@@ -104,15 +105,15 @@ def require_good(exports: Sequence[Exported]) -> None:
     if bad:
         names = ", ".join(one.target for one in bad)
         raise ArtifactError(
-            f"{len(bad)} of {len(exports)} exports failed or were not read back as planned ({names}): see the lines above"
+            f"{len(bad)} of {len(exports)} exports failed or were not read back as planned ({names}): "
+            "see the lines above"
         )
 
 
-def _task(
-    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str, budget: Budget
-) -> _Task:
+def _task(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str) -> _Task:
     from mpqsearch.export import get_exporter
 
+    budget = export_budget(run)
     choices: Mapping[str, str] = {}
     if name in run.config.allocate.targets:
         bit_map, solved = target_allocation(run, table, measured, name, budget)
@@ -146,7 +147,7 @@ def _export_one(
     run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task, verify: Verify
 ) -> Exported | None:
     """Plan and write, unless that was done from the same inputs; then let the consumer read, as ``verify`` says."""
-    target, data = task.target, _written_before(task)
+    target, data = task.target, current(EXPORT, task.stamp, task.inputs)
     verified = None if data is None else data["verification"]
     if data is None or (verified is not None and not verified["ok"] and verify != "now"):
         if run.dry_run:
@@ -167,15 +168,8 @@ def _export_one(
             verification = target.verify(task.folder)
         run.say(f"export: {verification.summary()}")
         data = {**data, "verification": verification.to_data()}
-        artifacts.write_json(task.stamp, "mpqsearch/export", data, task.inputs)
+        EXPORT.save(task.stamp, data, task.inputs)
     return Exported(target=target.name, paths=tuple(task.folder / name for name in data["files"]), data=data)
-
-
-def _written_before(task: _Task) -> dict[str, Any] | None:
-    """What ``export/<target>.json`` says, when it was made from the same inputs."""
-    if not artifacts.is_current(task.stamp, "mpqsearch/export", task.inputs, overwrite=True):
-        return None
-    return dict(artifacts.read_json(task.stamp, "mpqsearch/export").data)
 
 
 def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> dict[str, Any]:
@@ -204,7 +198,7 @@ def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Tas
         "verification": None,
         "files": [p.relative_to(task.folder).as_posix() for p in paths],
     }
-    artifacts.write_json(task.stamp, "mpqsearch/export", data, task.inputs)
+    EXPORT.save(task.stamp, data, task.inputs)
     if lost:
         run.say(
             f"export: {target.name} says nothing of inputs: the map quantizes those of {len(lost)} layers, what is "
@@ -220,8 +214,8 @@ def size_note(target: str, promised: int, ideal: int, half: int) -> str:
     perhaps than the model in half precision (``half``)."""
     size, planned, plain = (-(-bits // 8) for bits in (promised, ideal, half))
     text = (
-        f"export: the map takes {planned} bytes when it is packed densely; the file of {target} takes {size}, and that is "
-        "what is written"
+        f"export: the map takes {planned} bytes when it is packed densely; the file of {target} takes {size}, and that "
+        "is what is written"
     )
     if promised > half:
         text += f": MORE than the model in half precision ({plain})"
@@ -248,44 +242,3 @@ def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task)
         return job
     fmt = run.config.quantizer.format()
     return resolve_job(task.target, job, lambda: losses_for(run, table, measured, task.target), run.config.policy, fmt)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, SIZE_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:
-    """Write the fake-quantized model as a diffusers folder with its bit map."""
-    method = run.config.method(method_name)
-    bit_map, _ = allocation(run, table, measured, method, budget)
-    folder = run.path("quantized", slug(method_name, budget))
-    if run.dry_run:
-        run.say(f"quantize: would write {folder}")
-        return folder
-    same_model(run, table)
-    module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
-    write_model_folder(run, folder, module, bit_map)
-    run.say(f"quantize: {folder}")
-    return folder
-
-
-def write_model_folder(run: Run, folder: Path, module: Any, bit_map: BitMap) -> None:
-    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not
-    of diffusers."""
-    if not hasattr(module, "save_pretrained"):
-        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
-    from safetensors.torch import save
-
-    names = run.denoiser.module.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
-    weights = {k: v.contiguous().clone() for k, v in module.state_dict().items() if k in names}
-    with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
-        handle.write(save(weights, metadata={"format": "pt"}))
-    artifacts.write_text(folder / "config.json", module.to_json_string())
-    artifacts.write_text(folder / "scheduler_config.json", json_text(dict(run.denoiser.scheduler)))
-    hints = {"n_classes": run.denoiser.n_classes, "null_class": run.denoiser.null_class}
-    artifacts.write_text(folder / "denoiser.json", json_text(hints))
-    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": bit_map.model_digest})

@@ -9,44 +9,60 @@ from mpqsearch import artifacts
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run, same_model
+from mpqsearch.stages.discovering import layers
+from mpqsearch.stages.reuse import PROFILE, reuse_or_make
+
+Inputs = Mapping[str, str]
+"""Digests by name."""
+
+
+def layers_and_profile(run: Run, sampling: str = "") -> tuple[LayerTable, SensitivityProfile | None]:
+    """What every later stage begins with; the profile is None in a dry run that would have to measure.
+
+    ``sampling`` names what the later stages do with samples; it is refused before anything is measured when the model
+    cannot sample (`Run.require_sampler`).
+    """
+    table = layers(run)
+    if sampling:
+        run.require_sampler(sampling)
+    return table, profile(run, table)
 
 
 def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     """Digests of all that a profile depends on."""
-    c = run.config.to_data()
-    inputs = {
-        "model": table.digest,
-        "calibration": artifacts.digest_of({k: v for k, v in c["calibration"].items() if k != "captured"}),
-        "quantizer": artifacts.digest_of(c["quantizer"]),
-        "widths": artifacts.digest_of(sorted(run.config.policy.widths)),
-    }
+    calibration = run.config.to_data()["calibration"]
+    inputs = {"model": table.digest, "widths": artifacts.digest_of(sorted(run.config.policy.widths))}
+    inputs |= run.digests("quantizer")
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
-        return inputs | {"calibration": artifacts.digest_of(["weights only", c["calibration"]["schemes"]])}
-    return inputs | {"sampler": artifacts.digest_of(c["sampler"])} | run.source_inputs
+        return inputs | {"calibration": artifacts.digest_of(["weights only", calibration["schemes"]])}
+    del calibration["captured"]  # counts by its content
+    inputs |= {"calibration": artifacts.digest_of(calibration)} | run.digests("sampler")
+    return inputs | run.source_inputs
 
 
 def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
     """Measure the model, or reuse ``profile.json``; None in a dry run that would have to measure."""
-    path = run.path("profile.json")
-    inputs = profile_inputs(run, table)
-    if artifacts.is_current(path, "mpqsearch/profile", inputs, overwrite=run.overwrite):
-        run.say(f"profile: reused {path}")
-        return artifacts.load_profile(path)
-    if run.dry_run:
+    path, inputs = run.path("profile.json"), profile_inputs(run, table)
+    reused = artifacts.is_current(path, PROFILE.schema, inputs, overwrite=run.overwrite)
+    if run.dry_run and not reused:
         run.say(f"profile: would measure {len(table)} layers at {len(run.config.policy.widths)} widths")
         return None
-    measured = (_measure_weights if run.config.calibration.weights_only else _measure)(run, table, inputs)
-    artifacts.save_profile(path, measured, inputs)
-    shutil.rmtree(run.path("partial"), ignore_errors=True)
-    from mpqsearch.report import profile_drawings, save_drawings
-
-    save_drawings(run.path("figures"), profile_drawings(measured, table))
-    run.say(f"profile: written to {path} in {run.seconds['profile']:.0f} s; pictures in {run.path('figures')}")
-    _say_constant(run, measured)
+    measure = _measure_weights if run.config.calibration.weights_only else _measure
+    measured = reuse_or_make(run, PROFILE, path, inputs, lambda: measure(run, table, inputs), stage="profile")
+    if not reused:
+        _finish(run, table, measured)
     return measured
 
 
-def _say_constant(run: Run, measured: SensitivityProfile) -> None:
+def _finish(run: Run, table: LayerTable, measured: SensitivityProfile) -> None:
+    """Draw a profile that was just measured, and say what is to be known of it."""
+    from mpqsearch.report import profile_drawings, save_drawings
+
+    shutil.rmtree(run.path("partial"), ignore_errors=True)
+    figures = run.path("figures")
+    save_drawings(figures, profile_drawings(measured, table))
+    path, seconds = run.path("profile.json"), run.seconds["profile"]
+    run.say(f"profile: written to {path} in {seconds:.0f} s; pictures in {figures}")
     names = measured.calibration.get("constant_inputs", [])
     if names:
         run.say(
@@ -55,7 +71,7 @@ def _say_constant(run: Run, measured: SensitivityProfile) -> None:
         )
 
 
-def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> SensitivityProfile:
+def _measure_weights(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
     """Profile the weights on disk; each layer is kept as it is finished."""
     from mpqsearch.models import resolve_device
     from mpqsearch.profile import Partial, profile_weights
@@ -78,7 +94,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> 
         )
 
 
-def _measure(run: Run, table: LayerTable, inputs: Mapping[str, str]) -> SensitivityProfile:
+def _measure(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
     """Profile in parts, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
     from mpqsearch.profile import Partial, profile_model
 

@@ -19,7 +19,7 @@ from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import evaluation_key
-from mpqsearch.stages.searching import search_results
+from mpqsearch.stages.searched import search_results
 
 if TYPE_CHECKING:
     from mpqsearch.report import ReportContent, SampleGrid

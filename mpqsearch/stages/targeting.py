@@ -9,6 +9,7 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,33 +43,32 @@ def target_allocation(
     its provenance. Raises `InfeasibleBudgetError`, with the size of the target's smallest file, when nothing fits.
     """
     target = target_of(name)
-    folder = run.path("allocations", slug(f"target-{name}", budget))
     inputs = profile_inputs(run, table) | {
         "target": artifacts.digest_of([name, [c.name for c in target.all_choices()]]),
         "budget": artifacts.digest_of(budget.label()),
-        "policy": artifacts.digest_of(run.config.to_data()["policy"]),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
-    path, map_path = folder / "allocation.json", folder / "bitmap.json"
-    if artifacts.is_current(path, "mpqsearch/allocation", inputs, overwrite=run.overwrite):
-        return artifacts.load_bit_map(map_path), artifacts.read_json(path, "mpqsearch/allocation").data
+    inputs |= run.digests("policy")
+    path = run.path("allocations", slug(f"target-{name}", budget), "allocation.json")
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, table, measured, target, budget))
+    return solved.bit_map, solved.data
+
+
+def _solve(
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target, budget: Budget
+) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
     from mpqsearch.export.allocation import allocate_for
 
-    limit = budget.limit_bits(table, run.config.policy)
+    policy, fmt = run.config.policy, run.config.quantizer.format()
+    limit = budget.limit_bits(table, policy)
     losses, pairs = losses_for(run, table, measured, target)
     with run.timed("allocate"):
-        solved = allocate_for(
-            target, table, losses, limit, run.config.policy, fmt=run.config.quantizer.format(), pairs=pairs
-        )
+        solved = allocate_for(target, table, losses, limit, policy, fmt=fmt, pairs=pairs)
     data = solved.to_data() | {"budget": budget.label()}
-    if not run.dry_run:
-        provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
-        artifacts.save_bit_map(
-            map_path, solved.bit_map, inputs, neutral_extra(table, solved.bit_map, provenance=provenance)
-        )
-        artifacts.write_json(path, "mpqsearch/allocation", data, inputs)
-    return solved.bit_map, data
+    provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
+    extra = neutral_extra(table, solved.bit_map, provenance=provenance)
+    return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
 
 
 def target_allocations(
@@ -87,16 +87,18 @@ def losses_for(
 ) -> tuple[dict[str, Floats], PairwiseTerms | None]:
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
     target."""
-    if target.name not in run.target_losses:
-        if target.asks_itself:
-            target.require()
-        probed = run.config.allocate.target_probes
-        with run.timed("allocate"):
-            run.target_losses[target.name] = (
-                _probed(run, table, target) if probed else (_priced(run, table, measured, target), None)
-            )
-    losses: tuple[dict[str, Floats], PairwiseTerms | None] = run.target_losses[target.name]
-    return losses
+    return run.once(("losses", target.name), lambda: _losses(run, table, measured, target))
+
+
+def _losses(
+    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target
+) -> tuple[dict[str, Floats], PairwiseTerms | None]:
+    if target.asks_itself:
+        target.require()
+    with run.timed("allocate"):
+        if run.config.allocate.target_probes:
+            return _probed(run, table, target)
+        return _priced(run, table, measured, target), None
 
 
 def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: Target) -> dict[str, Floats]:

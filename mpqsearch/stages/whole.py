@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from mpqsearch.core import Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord
 from mpqsearch.stages.base import Run, start
-from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export, require_good
-from mpqsearch.stages.profiling import profile
+from mpqsearch.stages.profiling import layers_and_profile
 from mpqsearch.stages.reporting import rank_correlations, report
 from mpqsearch.stages.searching import check_search, search
 
@@ -21,9 +20,7 @@ def everything(run: Run) -> list[StudyRecord]:
     if run.config.search.trials:
         check_search(run)
     start(run)
-    table = layers(run)
-    run.require_sampler("a whole study, with samples of every map (run)")
-    measured = profile(run, table)
+    table, measured = layers_and_profile(run, "a whole study, with samples of every map (run)")
     if measured is None:
         run.say("allocate, evaluate, report, export: would follow")
         return []

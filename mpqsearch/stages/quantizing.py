@@ -1,0 +1,56 @@
+"""The fake-quantized model as a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.errors import ConfigError
+from mpqsearch.stages.allocating import allocation
+from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.references import quantized_module
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:
+    """Write the fake-quantized model as a diffusers folder with its bit map."""
+    method = run.config.method(method_name)
+    bit_map, _ = allocation(run, table, measured, method, budget)
+    folder = run.path("quantized", slug(method_name, budget))
+    if run.dry_run:
+        run.say(f"quantize: would write {folder}")
+        return folder
+    same_model(run, table)
+    module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
+    write_model_folder(run, folder, module, bit_map)
+    run.say(f"quantize: {folder}")
+    return folder
+
+
+def write_model_folder(run: Run, folder: Path, module: nn.Module, bit_map: BitMap) -> None:
+    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not
+    of diffusers."""
+    if not hasattr(module, "save_pretrained"):
+        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
+    from safetensors.torch import save
+
+    denoiser = run.denoiser
+    names = denoiser.module.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
+    weights = {k: v.contiguous().clone() for k, v in module.state_dict().items() if k in names}
+    with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
+        handle.write(save(weights, metadata={"format": "pt"}))
+    artifacts.write_text(folder / "config.json", module.to_json_string())  # type: ignore[operator]
+    hints = {"n_classes": denoiser.n_classes, "null_class": denoiser.null_class}
+    _write_plain(folder / "scheduler_config.json", dict(denoiser.scheduler))
+    _write_plain(folder / "denoiser.json", hints)
+    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": bit_map.model_digest})
+
+
+def _write_plain(path: Path, data: dict[str, Any]) -> None:
+    """JSON without an envelope, which other programs read."""
+    artifacts.write_text(path, json.dumps(data, indent=2, default=str) + "\n")
