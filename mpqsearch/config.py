@@ -178,25 +178,20 @@ class EvaluateConfig:
 class DistillConfig(DistillSpec):
     """`DistillSpec`, the student (`mpqsearch.quant.build_student` and `param_groups`), its data and its checks.
 
-    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr``, ``weight_lr``, ``weight_scale_lr`` and
-    ``activation_scale_lr`` are learning rates in units of the mean quantization step of a layer; ``lr_factor``
-    multiplies all of them. The defaults are for a few hundred steps; the released codes of EfficientDM and MPQ-DM train
-    16,000 with ``lora_lr`` = 1/2500. ``cached``: number of teacher trajectories that are kept in files and repeat (0:
-    run online, never repeated). ``seed`` chooses the training noise. With ``check_every`` the student's Fréchet
-    distance to full precision is measured on ``check_samples`` samples of the seeds from ``check_seed`` on, and the
-    student of the least is the result. ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of
-    ``[allocate]``).
+    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr`` and ``weight_lr`` are learning rates in units of the
+    mean quantization step of a layer; ``lr_factor`` multiplies them and those of the scales. The defaults are for a few
+    hundred steps; the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``seed`` chooses
+    the training noise. With ``check_every`` the student's Fréchet distance to full precision is measured on
+    ``check_samples`` samples of the seeds from ``check_seed`` on, and the student of the least is the result.
+    ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
     """
 
     trainable: str = "lora"
     rank: int = 32
     batch: int = 8
     seed: int = 0
-    cached: int = 0
     lora_lr: float = 0.04
     weight_lr: float = 0.04
-    weight_scale_lr: float = 1e-3
-    activation_scale_lr: float = 5e-3
     lr_factor: float = 1.0
     check_samples: int = 128
     check_seed: int = 3_000_000
@@ -211,8 +206,6 @@ class DistillConfig(DistillSpec):
             raise UnknownNameError("choice of what is trainable", self.trainable, TRAINABLE, "(distill.trainable)")
         if any(not rate >= 0 for rate in self.rates.values()):
             raise ConfigError("distill: learning rates and lr_factor must be at least 0")
-        if self.cached < 0:
-            raise ConfigError(f"distill.cached must be at least 0, got {self.cached}")
         if self.check_every and self.check_samples < 2:
             raise ConfigError(
                 f"distill.check_samples must be at least 2, the least that has a covariance, got {self.check_samples}"
@@ -221,7 +214,7 @@ class DistillConfig(DistillSpec):
     @property
     def rates(self) -> dict[str, float]:
         """Learning rates as `mpqsearch.quant.param_groups` takes them."""
-        names = ("lora_lr", "weight_lr", "weight_scale_lr", "activation_scale_lr", "lr_factor")
+        names = ("lora_lr", "weight_lr", "lr_factor")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -27,9 +27,8 @@ class Checkpoint:
     data: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, str], *, keep_last: int) -> Path:
-    """Write ``ckpt-<step>/`` and point ``latest.json`` at it, then delete all but this and the ``keep_last`` - 1 before
-    it.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, str]) -> Path:
+    """Write ``ckpt-<step>/`` and point ``latest.json`` at it, then delete all but this and the one before it.
 
     The folder is written under another name, flushed to disk and renamed, so that a kill at any moment leaves the last
     good one in place.
@@ -52,7 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, inputs: Mapping[str, s
     artifacts.write_json(folder / "latest.json", SCHEMA, {"folder": target.name, "step": checkpoint.step}, inputs)
     older = [p for p in _checkpoints(folder) if _step(p) < checkpoint.step]
     later = [p for p in _checkpoints(folder) if _step(p) > checkpoint.step]  # from before a resume at an earlier one
-    for path in (*older[: max(0, len(older) + 1 - keep_last)], *later):
+    for path in (*older[:-1], *later):
         shutil.rmtree(path, ignore_errors=True)
     for left in folder.glob("ckpt-*.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,8 +1,7 @@
 """The training loop: a generator that yields its state after every optimiser step, so that callers own progress and
 early stops.
 
-One optimiser step is one window of consecutive timesteps of a teacher trajectory (times `DistillSpec.accumulate`). The
-loss is
+One optimiser step is one window of consecutive timesteps of a teacher trajectory. The loss is
 
     mean over the window of w_t MSE(student's guided prediction, teacher's) + weight * relation loss of the window
 
@@ -24,17 +23,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mpqsearch import artifacts
 from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.distill.checks import Checks
-from mpqsearch.distill.objective import Guard, NotFiniteError, Objective
+from mpqsearch.distill.objective import Guard, Objective
 from mpqsearch.distill.processes import Processes
-from mpqsearch.distill.teacher import TeacherSource
+from mpqsearch.distill.teacher import Trajectories
 from mpqsearch.distill.training import Training
-from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.specs import DistillSpec
 
@@ -76,7 +73,7 @@ def distill(
     denoiser: Denoiser,
     student: nn.Module,
     groups: Sequence[Mapping[str, Any]],
-    source: TeacherSource,
+    source: Trajectories,
     spec: DistillSpec,
     *,
     folder: Path | None = None,
@@ -132,7 +129,7 @@ def distill(
             path = None
             if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
                 if team.main:
-                    path = save_checkpoint(folder, run.checkpoint(done), identity, keep_last=spec.keep_last)
+                    path = save_checkpoint(folder, run.checkpoint(done), identity)
                 team.wait()
             state = DistillState(
                 step=done,
@@ -159,13 +156,11 @@ class _Run:
         denoiser: Denoiser,
         student: nn.Module,
         groups: Sequence[Mapping[str, Any]],
-        source: TeacherSource,
+        source: Trajectories,
         spec: DistillSpec,
         processes: Processes,
         measure: Callable[[nn.Module], float] | None,
     ) -> None:
-        if spec.relation.weight > 0 and spec.relation.queue and processes.world > 1:
-            raise ConfigError("distill.queue keeps the memory of one process; set it to 0 to train on several")
         self.spec, self.processes = spec, processes
         self.training = Training(student, groups, spec)
         self.objective = Objective(denoiser.with_module(student), source, spec, self.training)
@@ -175,14 +170,9 @@ class _Run:
     def step(self, done: int) -> dict[str, float]:
         """One optimiser step; ``done`` are finished. The numbers of `DistillState`."""
         began = time.perf_counter()
-        training, accumulate = self.training, self.spec.accumulate
+        training = self.training
         training.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(3)
-        try:
-            for index in range(done * accumulate, (done + 1) * accumulate):
-                totals += self.objective.backward(index) / accumulate
-        except NotFiniteError as error:
-            raise self.guard.error(done, str(error), error.layer) from None
+        totals = self.objective.backward(done)
         norm = training.gradient_norm(totals, self.processes)
         task, relation, power = totals.tolist()
         loss = task + self.spec.relation.weight * relation
@@ -202,11 +192,9 @@ class _Run:
         """Everything that the rest of the training depends on."""
         tensors = self.training.tensors()
         tensors |= {f"best/{n}": v for n, v in self.checks.parameters.items()}
-        tensors |= {f"memory/{n}": v for n, v in self.objective.relations.state().items()}
         data = {
             "ceiling": self.guard.ceiling,
             "seconds": self.training.seconds,
-            "scaler": self.training.scaler.state_dict(),
             "checks": self.checks.data(),
         }
         return Checkpoint(step=done, tensors=tensors, data=data)
@@ -219,7 +207,6 @@ class _Run:
             parts.setdefault(kind, {})[name] = value
         self.training.load(checkpoint.step, parts, checkpoint.data)
         self.checks.load(parts.get("best", {}), checkpoint.data["checks"])
-        self.objective.relations.load_state({n: v.to(self.training.device) for n, v in parts.get("memory", {}).items()})
         self.guard.ceiling = float(checkpoint.data["ceiling"])
         return checkpoint.step
 

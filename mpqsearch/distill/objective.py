@@ -8,18 +8,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mpqsearch.distill.teacher import TeacherSource, TeacherStep
+from mpqsearch.distill.teacher import TeacherStep, Trajectories
 from mpqsearch.distill.training import Training
-from mpqsearch.distill.trd import FeatureTap, TimeSmoothedRelations, find_feature_module
+from mpqsearch.distill.trd import FeatureTap, find_feature_module, window_relation_loss
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.specs import DistillSpec
-
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What `torch.autocast` is given for a precision of `DistillSpec`; None: it is off."""
 
 
 class Windows:
@@ -28,7 +25,7 @@ class Windows:
     ``per_trajectory`` windows make a trajectory; the last may be shorter.
     """
 
-    def __init__(self, source: TeacherSource, size: int) -> None:
+    def __init__(self, source: Trajectories, size: int) -> None:
         self.source, self.size = source, size
         self.per_trajectory = -(-len(source.timesteps) // size)
         self._windows: Iterator[list[TeacherStep]] = iter(())
@@ -51,10 +48,9 @@ class Objective:
     Raises `ConfigError` when the relation loss is asked for and a setting does not allow it.
     """
 
-    def __init__(self, denoiser: Denoiser, source: TeacherSource, spec: DistillSpec, training: Training) -> None:
+    def __init__(self, denoiser: Denoiser, source: Trajectories, spec: DistillSpec, training: Training) -> None:
         self.denoiser, self.source, self.spec, self.training = denoiser, source, spec, training
         self.windows = Windows(source, spec.relation.window)
-        self.relations = TimeSmoothedRelations(spec.relation)
         self.tap: FeatureTap | None = None
         if spec.relation.weight > 0:
             name = spec.relation.feature or find_feature_module(denoiser.module)
@@ -76,23 +72,16 @@ class Objective:
         """Add the gradients of window ``index`` to the parameters'. Task and relation loss, and the mean square of the
         teacher's predictions, which losses are held to."""
         window, position = self.windows.take(index), index % self.windows.per_trajectory
-        if position == 0:
-            self.relations.restart()
         first = position * self.spec.relation.window
         weights = self.weights[first : first + len(window)]
-        share = 1 / (len(window) * self.spec.accumulate)
         tasks: list[Tensor] = []
-        for i, given in enumerate(window):
-            last = i + 1 == len(window)
-            task = self._task(given) * weights[i]
+        features: list[Tensor] = []
+        for given, weight in zip(window, weights, strict=True):
+            tasks.append(F.mse_loss(self.predict(given).float(), given.prediction.float()) * weight)
             if self.tap is not None:
-                self._relate(self.tap, given, last=last)
-            if self.spec.relation.truncate and not last:
-                self._backward(task * share)
-                task = task.detach()
-            tasks.append(task)
-        relation = self.relations.loss() if self.tap is not None else torch.zeros((), device=self.training.device)
-        self._backward(torch.stack(tasks).sum() * share + relation * (self.spec.relation.weight / self.spec.accumulate))
+                features.append(self.tap.take())
+        relation = self._relation(features, window)
+        torch.autograd.backward(torch.stack(tasks).sum() * (1 / len(window)) + relation * self.spec.relation.weight)
         # The relation loss has the same weight at all timesteps, so that small weights do not shrink the power.
         powers = [max(w, 1.0) * g.prediction.square().mean() for g, w in zip(window, weights, strict=True)]
         return torch.stack([torch.stack(tasks).mean(), relation, torch.stack(powers).mean()]).detach().float().cpu()
@@ -100,36 +89,19 @@ class Objective:
     def predict(self, given: TeacherStep) -> Tensor:
         """The student's guided prediction of a step."""
         t = torch.full((len(given.x),), given.timestep, dtype=torch.long, device=given.x.device)
-        dtype = AUTOCAST[self.spec.precision]
-        narrow = nullcontext() if dtype is None else torch.autocast(self.training.device.type, dtype=dtype)
-        with narrow:
+        narrow = self.spec.precision == "bfloat16"
+        with torch.autocast(self.training.device.type, dtype=torch.bfloat16) if narrow else nullcontext():
             return self.denoiser.guided(given.x, t, given.cond, self.source.guidance)
 
-    def _task(self, given: TeacherStep) -> Tensor:
-        task = F.mse_loss(self.predict(given).float(), given.prediction.float())
-        if not bool(torch.isfinite(task)) and not self.training.scaler.is_enabled():
-            with torch.no_grad():
-                layer = first_not_finite(self.denoiser.module, lambda: self.predict(given))
-            raise NotFiniteError(f"the loss is {float(task.detach())} at timestep {given.timestep}", layer)
-        return task
-
-    def _relate(self, tap: FeatureTap, given: TeacherStep, *, last: bool) -> None:
-        if given.features is None:
+    def _relation(self, features: list[Tensor], window: list[TeacherStep]) -> Tensor:
+        if not features:
+            return torch.zeros((), device=self.training.device)
+        teachers = [given.features for given in window if given.features is not None]
+        if len(teachers) < len(window):
             raise ConfigError(
                 "the relation loss needs the teacher's features: name a feature module in the trajectories"
             )
-        self.relations.add(tap.take(), given.features, last=last)
-
-    def _backward(self, loss: Tensor) -> None:
-        torch.autograd.backward(self.training.scaler.scale(loss))
-
-
-class NotFiniteError(Exception):
-    """A loss is no number; ``layer`` is where that was seen first."""
-
-    def __init__(self, what: str, layer: str) -> None:
-        super().__init__(what)
-        self.layer = layer
+        return window_relation_loss(features, teachers, self.spec.relation.temperature)
 
 
 class Guard:
@@ -145,37 +117,34 @@ class Guard:
         self.ceiling = 0.0
 
     def check(self, done: int, loss: float, norm: float, power: float) -> None:
-        """Raise `NumericsError` with step, layer and advice, or take note of the loss of a step."""
-        if not math.isfinite(norm):
-            if not self.training.scaler.is_enabled():  # else the scaler leaves this step out and lowers its scale
-                raise self.error(done, "a gradient is not finite", self._layer(lambda g, _: not g.isfinite().all()))
-            return
+        """Raise `NumericsError` with step and advice, or take note of the loss of a step."""
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise self._error(done, f"the loss is {loss:.3g}, the norm of its gradient {norm:.3g}")
         self.ceiling = max(self.ceiling, power / 100)
-        first = done * self.spec.accumulate < self.trajectory_windows
+        first = done < self.trajectory_windows
         usual = power if first else self.ceiling
         if done and loss > self.spec.explosion * usual:
-            what = f"the loss is {loss:.3g}, more than {self.spec.explosion:g} times what it was at first ({usual:.3g})"
-            raise self.error(done, what, self._layer(lambda g, p: g.norm() / p.norm().clamp_min(1e-12)))
+            gradients = {n: p.grad for n, p in self.training.parameters.items() if p.grad is not None}
+            steepest = max(
+                gradients, key=lambda n: float(gradients[n].norm() / self.training.parameters[n].detach().norm())
+            )
+            raise self._error(
+                done,
+                f"the loss is {loss:.3g}, more than {self.spec.explosion:g} times what it was at first ({usual:.3g}), "
+                f"with the steepest gradient in {steepest!r}",
+            )
         if first:
             self.ceiling = max(self.ceiling, loss)
 
-    def _layer(self, badness: Any) -> str:
-        """The parameter of the largest badness of its gradient."""
-        values = {
-            n: float(badness(p.grad, p.detach())) for n, p in self.training.parameters.items() if p.grad is not None
-        }
-        return max(values, key=values.__getitem__)
-
-    def error(self, done: int, what: str, layer: str) -> NumericsError:
-        """What is raised when step ``done`` was the last that went well."""
+    def _error(self, done: int, what: str) -> NumericsError:
         return NumericsError(
-            f"training stopped at step {done + 1} of {self.spec.steps}: {what}; first seen in {layer!r}. The last "
-            "checkpoint is kept. Lower the learning rates (distill.lr_factor) or distill.clip_norm, or give that layer "
-            "more bits (policy.overrides), and start again with --overwrite."
+            f"training stopped at step {done + 1} of {self.spec.steps}: {what}. The last checkpoint is kept. Lower the "
+            "learning rates (distill.lr_factor) or distill.clip_norm, or give layers more bits (policy.overrides), and "
+            "start again with --overwrite."
         )
 
 
-def timestep_weights(source: TeacherSource) -> tuple[float, ...]:
+def timestep_weights(source: Trajectories) -> tuple[float, ...]:
     """The sensitivities to each timestep's prediction, scaled to mean 1."""
     values = source.sensitivities()
     total = sum(values)
@@ -184,27 +153,6 @@ def timestep_weights(source: TeacherSource) -> tuple[float, ...]:
             "distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform"
         )
     return tuple(v * len(values) / total for v in values)
-
-
-def first_not_finite(module: nn.Module, run: Any) -> str:
-    """Run something, and name the first module in the order of the forward pass whose output is not finite."""
-    names: list[str] = []
-
-    def hook(name: str) -> Any:
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not names and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                names.append(name)
-
-        return look
-
-    leaves = [(n, m) for n, m in module.named_modules() if n and not any(True for _ in m.children())]
-    handles = [m.register_forward_hook(hook(n)) for n, m in leaves]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return names[0] if names else "the output"
 
 
 def _windows(steps: Iterator[TeacherStep], size: int) -> Iterator[list[TeacherStep]]:

@@ -1,8 +1,7 @@
-"""What is trained: parameters, AdamW with its schedule, loss scaling and averaged weights, and their checkpoint."""
+"""What is trained: parameters, AdamW with its schedule and averaged weights, and their checkpoint."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,13 +30,10 @@ class Training:
                 f"{len(self.parameters)}: make the parameter groups from this student"
             )
         self.device = next(iter(self.parameters.values())).device
-        if spec.precision == "float16" and self.device.type == "cpu":
-            raise ConfigError("distill.precision float16 needs a GPU; bfloat16 and float32 work on a CPU")
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g["params"]), "lr": float(g["lr"]), "initial_lr": float(g["lr"])} for g in groups],
             weight_decay=spec.weight_decay,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.precision == "float16")
         self.trained = nn.ParameterList(self.parameters.values())
         self.average: AveragedModel | None = None
         if spec.ema:
@@ -59,16 +55,14 @@ class Training:
     def gradient_norm(self, totals: Tensor, processes: Processes) -> float:
         """Average gradients and ``totals`` over processes; norm of all gradients together, before clipping."""
         gradients = [p.grad for p in self.trained if p.grad is not None]
-        self.scaler.unscale_(self.optimizer)
         processes.average([*gradients, totals])
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def update(self, norm: float) -> None:
         """One step of the optimiser, the schedule and the average."""
-        if self.spec.clip_norm and math.isfinite(norm):
+        if self.spec.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.spec.clip_norm, torch.tensor(norm))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.trained)
@@ -120,7 +114,5 @@ class Training:
         torch.set_rng_state(parts["random"]["cpu"])
         if "cuda" in parts["random"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(parts["random"]["cuda"], self.device)
-        if data["scaler"]:
-            self.scaler.load_state_dict(dict(data["scaler"]))
         self.seconds = float(data["seconds"])
         self.start(step)

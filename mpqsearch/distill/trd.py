@@ -3,18 +3,17 @@
 Features of teacher and student are averaged over a window of consecutive timesteps. Each position of the averaged map
 is compared with every other by cosine, a softmax with a temperature turns each row into a distribution, and the loss is
 ``KL(teacher || student)``, the mean over rows. The code released with the paper detaches both sides, so its relation
-loss is a constant (see `TRDSpec.as_released`); sums over rows at temperature 1, where 4,096 cosines give an almost
-uniform distribution; and forms maps of 4,096 x 4,096. Here positions are pooled first, to at most ``pooled_size**2``.
+loss is a constant that trains nothing; sums over rows at temperature 1, where 4,096 cosines give an almost uniform
+distribution; and forms maps of 4,096 x 4,096. Here positions are pooled first, to at most ``pooled_size**2``.
 
-Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels, ``P <= pooled_size**2`` positions and a queue
-of ``q`` windows: the teacher keeps ``N P C`` numbers a window, either side one map of ``N P P (1 + q)`` numbers, and
-the student the graph of every forward pass of the window, or of one with `TRDSpec.truncate`.
+Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels and ``P <= pooled_size**2`` positions: either
+side one map of ``N P P`` numbers, the teacher ``N P C`` numbers a window, and the student the graph of every forward
+pass of the window.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
-from mpqsearch.specs import TRDSpec
 
 EPSILON = 1e-8
 """Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
@@ -89,89 +87,26 @@ def relation_log_probabilities(queries: Tensor, keys: Tensor, temperature: float
     return F.log_softmax(_unit(queries) @ _unit(keys).transpose(1, 2) / temperature, dim=-1)
 
 
-def relation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    *,
-    student_memory: Sequence[Tensor] = (),
-    teacher_memory: Sequence[Tensor] = (),
-) -> Tensor:
+def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """``KL(teacher || student)`` between the relations of positions ``[N, P, C]``, the mean over samples and positions.
-
-    With a memory (positions ``[N, P, C]`` of earlier windows), positions are compared with those as well. The teacher
-    gets no gradient.
-    """
-    teacher = teacher.detach()
-    of_student = relation_log_probabilities(student, torch.cat([student, *student_memory], 1), temperature)
-    of_teacher = relation_log_probabilities(teacher, torch.cat([teacher, *teacher_memory], 1), temperature)
+    The teacher gets no gradient."""
+    of_student = relation_log_probabilities(student, student, temperature)
+    of_teacher = relation_log_probabilities(teacher.detach(), teacher.detach(), temperature)
     rows = of_student.shape[0] * of_student.shape[1]
     return F.kl_div(of_student, of_teacher, reduction="sum", log_target=True) / rows
 
 
-class TimeSmoothedRelations:
-    """The relation loss over windows: collects positions of both sides step by step, and remembers past windows when
-    there is a queue.
+def window_relation_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float) -> Tensor:
+    """`relation_loss` of the means of both sides' positions ``[N, P, C]`` over the timesteps of a window.
 
-    The memory is emptied by `restart` at the start of each trajectory; `state` and `load_state` keep it over a
-    checkpoint.
+    Raises `ConfigError` when the two sides do not match.
     """
-
-    def __init__(self, spec: TRDSpec) -> None:
-        self.spec = spec
-        self._student: list[Tensor] = []
-        self._teacher: list[Tensor] = []
-        self._memory: deque[tuple[Tensor, Tensor]] = deque(maxlen=spec.queue)
-
-    def add(self, student: Tensor, teacher: Tensor, *, last: bool) -> None:
-        """Positions ``[N, P, C]`` of one timestep; ``last`` of the window. Raises `ConfigError` when the two sides do
-        not match."""
-        if student.shape != teacher.shape:
-            raise ConfigError(
-                f"the student's positions have the shape {tuple(student.shape)}, the teacher's "
-                f"{tuple(teacher.shape)}: both sides need the "
-                "same feature module and pooled_size"
-            )
-        keep_graph = not self.spec.as_released and (last or not self.spec.truncate)
-        self._student.append(student if keep_graph else student.detach())
-        self._teacher.append(teacher.detach())
-
-    def loss(self) -> Tensor:
-        """The relation loss of the steps added since the last call, unweighted."""
-        if not self._student:
-            raise ConfigError("the relation loss needs at least one timestep; add features first")
-        student, teacher = (torch.stack(side).mean(0) for side in (self._student, self._teacher))
-        past = list(self._memory)
-        value = relation_loss(
-            student,
-            teacher,
-            self.spec.temperature,
-            student_memory=[s for s, _ in past],
-            teacher_memory=[t for _, t in past],
+    if students[0].shape != teachers[0].shape:
+        raise ConfigError(
+            f"the student's positions have the shape {tuple(students[0].shape)}, the teacher's "
+            f"{tuple(teachers[0].shape)}: both sides need the same feature module and pooled_size"
         )
-        if self.spec.queue:
-            self._memory.append((student.detach(), teacher))
-        self._student, self._teacher = [], []
-        return value
-
-    def restart(self) -> None:
-        """Forget everything: another trajectory begins."""
-        self._student, self._teacher = [], []
-        self._memory.clear()
-
-    def state(self) -> dict[str, Tensor]:
-        """The memory between two windows, by name."""
-        return {
-            f"{side}.{i}": pair[k]
-            for i, pair in enumerate(self._memory)
-            for k, side in enumerate(("student", "teacher"))
-        }
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Back from `state`."""
-        self.restart()
-        for i in range(len(state) // 2):
-            self._memory.append((state[f"student.{i}"], state[f"teacher.{i}"]))
+    return relation_loss(torch.stack(list(students)).mean(0), torch.stack(list(teachers)).mean(0), temperature)
 
 
 class FeatureTap:

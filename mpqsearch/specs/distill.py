@@ -8,8 +8,8 @@ from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-"""Arithmetic of the student's forward pass; weights, losses and optimiser state are float32 in all of them."""
+PRECISIONS = ("float32", "bfloat16")
+"""Arithmetic of the student's forward pass; weights, losses and optimiser state are float32 in both."""
 
 TIMESTEP_WEIGHTS = ("uniform", "sampler")
 
@@ -27,14 +27,6 @@ class TRDSpec:
         Of the relation loss beside the mean squared error; 0 switches it off.
     pooled_size
         Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
-    truncate
-        Keep no graph of the earlier timesteps of the window: their features enter as constants, in the memory of one
-        forward pass.
-    queue
-        Earlier windows of the same trajectory whose positions are compared with as well, without a gradient (a memory
-        of relations as in MPQ-DMv2, arXiv 2507.04290).
-    as_released
-        Detach both sides as the released code does: the loss is computed and logged, and trains nothing.
     feature
         Module whose output is compared; empty: found by `find_feature_module`.
     """
@@ -43,13 +35,10 @@ class TRDSpec:
     temperature: float = 0.1
     weight: float = 0.1
     pooled_size: int = 16
-    truncate: bool = False
-    queue: int = 0
-    as_released: bool = False
     feature: str = ""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("window", 1, 100), ("pooled_size", 1, 64), ("queue", 0, 16)):
+        for name, low, high in (("window", 1, 100), ("pooled_size", 1, 64)):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"distill.relation: {name} must lie in {low}..{high}, got {value}")
@@ -82,17 +71,15 @@ class DistillSpec:
         left, where it changes the sample least.
     clip_norm
         Largest norm of the gradient of all parameters together; 0: not clipped.
-    accumulate
-        Windows whose gradients are averaged for one optimiser step.
     precision
-        ``float32``, ``bfloat16`` or ``float16`` (GPUs only, with loss scaling).
+        ``float32`` or ``bfloat16``.
     check_every
         Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at
         the check with the least, of those before the first step, every ``check_every`` steps and after the last. 0: no
         checks, it ends as the last step leaves it. The loss is of single predictions on the teacher's path, and can
         fall while the distribution of the samples moves away from the teacher's.
-    checkpoint_every, keep_last
-        Optimiser steps between checkpoints, and how many are kept.
+    checkpoint_every
+        Optimiser steps between checkpoints, of which the last two are kept.
     explosion
         The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of
         the mean square of the teacher's prediction, whichever is larger; during the first trajectory, of that mean
@@ -105,11 +92,9 @@ class DistillSpec:
     ema: float = 0.0
     timestep_weights: str = "uniform"
     clip_norm: float = 1.0
-    accumulate: int = 1
     precision: str = "float32"
     check_every: int = 0
     checkpoint_every: int = 100
-    keep_last: int = 2
     explosion: float = 20.0
 
     def __post_init__(self) -> None:
@@ -119,8 +104,8 @@ class DistillSpec:
             raise UnknownNameError(
                 "timestep weights", self.timestep_weights, TIMESTEP_WEIGHTS, "(distill.timestep_weights)"
             )
-        if min(self.steps, self.accumulate, self.checkpoint_every, self.keep_last) < 1:
-            raise ConfigError("distill: steps, accumulate, checkpoint_every and keep_last must be at least 1")
+        if min(self.steps, self.checkpoint_every) < 1:
+            raise ConfigError("distill: steps and checkpoint_every must be at least 1")
         if self.check_every < 0:
             raise ConfigError(f"distill: check_every must be at least 0 (0: no checks), got {self.check_every}")
         if not 0 <= self.ema < 1:
@@ -133,6 +118,6 @@ class DistillSpec:
         return {f.name: getattr(self, f.name) for f in fields(DistillSpec)} | {"relation": self.relation.to_data()}
 
     def identity(self) -> dict[str, str]:
-        """What the result depends on, as name and value: everything but where checkpoints and logs go."""
-        flat = {k: v for k, v in self.to_data().items() if k not in ("relation", "checkpoint_every", "keep_last")}
+        """What the result depends on, as name and value: everything but when checkpoints are written."""
+        flat = {k: v for k, v in self.to_data().items() if k not in ("relation", "checkpoint_every")}
         return {f"distill.{k}": str(v) for k, v in (flat | self.relation.to_data()).items()}

@@ -25,7 +25,7 @@ from mpqsearch.stages.statistics import activation_table, correction_of, moment_
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpqsearch.distill import Processes, TeacherSource
+    from mpqsearch.distill import Processes, Trajectories
     from mpqsearch.metrics import Reference
     from mpqsearch.quant import ActivationTable
 
@@ -129,7 +129,7 @@ def _student(task: _Training) -> tuple[nn.Module, ActivationTable | None]:
 def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bool) -> dict[str, str]:
     """Digests of all that a trained student depends on."""
     training = run.config.to_data()["distill"]
-    for key in ("checkpoint_every", "keep_last", "methods", "budgets"):  # what changes no number
+    for key in ("checkpoint_every", "methods", "budgets"):  # what changes no number
         del training[key]
     inputs = profile_inputs(run, table) | {
         "bit_map": bit_map.digest,
@@ -222,12 +222,12 @@ def _checks(run: Run, log: Path) -> list[list[float | None]]:
     return [[step, value if math.isfinite(value) else None] for step, value in checks]
 
 
-def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSource:
-    from mpqsearch.distill import CachedTrajectories, Trajectories, find_feature_module
+def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> Trajectories:
+    from mpqsearch.distill import Trajectories, find_feature_module
 
     c = run.config.distill
     feature = (c.relation.feature or find_feature_module(student)) if c.relation.weight > 0 else ""
-    source = Trajectories(
+    return Trajectories(
         run.denoiser,
         run.config.sampler,
         batch=c.batch,
@@ -237,7 +237,6 @@ def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> TeacherSour
         rank=rank,
         world=world,
     )
-    return CachedTrajectories(source, run.path("teacher"), c.cached) if c.cached else source
 
 
 def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[str, Any]:

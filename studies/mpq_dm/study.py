@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
-from mpqsearch.distill import CachedTrajectories, DistillSpec, Trajectories, TRDSpec, distill, find_feature_module
+from mpqsearch.distill import DistillSpec, TeacherStep, Trajectories, TRDSpec, distill, find_feature_module
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, allocate
 from mpqsearch.metrics import (
@@ -91,7 +91,8 @@ class Recipe:
     ``gptq``: GPTQ rounding, which the allocation is priced with and training starts from. ``check_every``: the student
     ends as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
     development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
-    ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor`` multiplies all learning rates.
+    ``clip_norm`` and ``ema``: of `DistillSpec`. ``lr_factor`` multiplies all learning rates. ``as_released``: the
+    released code detaches both sides of the relation loss, so that it trains nothing: it is left out.
     """
 
     spec: MethodSpec
@@ -410,18 +411,30 @@ class Model:
             )
         return self._references[seed]
 
-    def teacher(self, seed: int) -> CachedTrajectories:
+    def teacher(self, seed: int) -> Trajectories:
         """Trajectories that all rows of a seed are trained on, in the same order."""
         s = self.schedule
-        source = Trajectories(
+        return Repeated(
             self.denoiser,
             s.sampler,
             batch=s.batch,
             seed=seed,
             feature=find_feature_module(self.denoiser.module),
             pooled_size=s.relation.pooled_size,
+            count=s.trajectories,
         )
-        return CachedTrajectories(source, self.work / f"teacher-{seed}", s.trajectories)
+
+
+class Repeated(Trajectories):
+    """The first ``count`` trajectories, over and over."""
+
+    def __init__(self, *args: Any, count: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.count = count
+
+    def steps(self, index: int) -> Iterator[TeacherStep]:
+        """The steps of trajectory ``index`` modulo ``count``."""
+        return super().steps(index % self.count)
 
 
 def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any]:
@@ -492,17 +505,15 @@ def train(
         activation_scale_lr=s.activation_scale_lr,
         lr_factor=recipe.lr_factor,
     )
+    relation = recipe.relation and not recipe.as_released
     training = DistillSpec(
         steps=s.steps,
-        relation=replace(
-            s.relation, weight=s.relation.weight if recipe.relation else 0.0, as_released=recipe.as_released
-        ),
+        relation=replace(s.relation, weight=s.relation.weight if relation else 0.0),
         timestep_weights=recipe.timestep_weights,
         clip_norm=recipe.clip_norm,
         ema=recipe.ema,
         check_every=recipe.check_every,
         checkpoint_every=50,
-        keep_last=1,
     )
     inputs = {**inputs, "recipe": recipe.digest(s)}
 

@@ -63,7 +63,7 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
 def test_the_extras_are_those_of_the_project_file(built: Path) -> None:
     wheel = zipfile.ZipFile(next(built.glob("*.whl")))
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
-    for extra in ("fid", "export", "postgres", "search", "train", "dev"):
+    for extra in ("fid", "export", "postgres", "search", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     plain = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert not [line for line in plain if "torchvision" in line], "nothing in the default path may need torchvision"

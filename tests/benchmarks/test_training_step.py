@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mpqsearch.core import BitMap
-from mpqsearch.distill import FeatureTap, TimeSmoothedRelations, Trajectories, TRDSpec, find_feature_module
+from mpqsearch.distill import FeatureTap, Trajectories, find_feature_module, window_relation_loss
 from mpqsearch.models import discover, load_model
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import build_student
@@ -43,17 +43,18 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
 
     def step(module: torch.nn.Module, relation: bool) -> float:
         began = time.process_time()
-        relations = TimeSmoothedRelations(TRDSpec(pooled_size=14))
+        students, teachers = [], []
         loss = torch.zeros(())
         with FeatureTap(module, feature, 14) as tap:
-            for i, given in enumerate(window):
+            for given in window:
                 t = torch.full((len(given.x),), given.timestep)
                 prediction = denoiser.with_module(module).guided(given.x, t, given.cond, 2.0)
                 loss = loss + torch.nn.functional.mse_loss(prediction, given.prediction) / len(window)
                 if relation and given.features is not None:
-                    relations.add(tap.take(), given.features, last=i + 1 == len(window))
+                    students.append(tap.take())
+                    teachers.append(given.features)
             if relation:
-                loss = loss + 0.1 * relations.loss()
+                loss = loss + 0.1 * window_relation_loss(students, teachers, 0.1)
             loss.backward()
         module.zero_grad()
         return time.process_time() - began

@@ -104,7 +104,7 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     quantized = 'allocator = "uniform"\nact_bits = 4\nact_timesteps = true'
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
     call = ["distill", "-c", str(study), "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL]
-    call += ["--set", "distill.steps=60", "--set", "distill.cached=2"]
+    call += ["--set", "distill.steps=60"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mpqsearch.cli", *call],
         cwd=tmp_path,

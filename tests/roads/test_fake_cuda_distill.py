@@ -17,7 +17,7 @@ from tests.support import tiny_denoiser
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 
 SPEC = DistillSpec(
-    steps=4, ema=0.9, check_every=2, checkpoint_every=2, relation=TRDSpec(pooled_size=2, queue=1, feature="up_blocks.1")
+    steps=4, ema=0.9, check_every=2, checkpoint_every=2, relation=TRDSpec(pooled_size=2, feature="up_blocks.1")
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpqsearch.distill import CachedTrajectories, DistillSpec, TeacherStep, Trajectories, TRDSpec, distill
+from mpqsearch.distill import DistillSpec, TeacherStep, Trajectories, TRDSpec, distill
 from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.models import Denoiser
@@ -53,7 +53,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("relation", [{}, {"truncate": True}, {"weight": 0.0}, {"queue": 1}])
+@pytest.mark.parametrize("relation", [{}, {"weight": 0.0}])
 def test_training_lowers_the_loss(kind: str, relation: dict) -> None:
     denoiser = teacher(kind)
     student, groups = student_of(denoiser)
@@ -83,24 +83,14 @@ def first_gradient(relation: dict) -> tuple[torch.Tensor, float]:
     return torch.cat([p.grad.flatten() for p in student.parameters()]), state.relation
 
 
-def test_relation_loss_trains_and_as_released_does_not() -> None:
+def test_relation_loss_trains() -> None:
     without, _ = first_gradient({"weight": 0.0})
     alive, value = first_gradient({"weight": 1.0})
-    dead, same_value = first_gradient({"weight": 1.0, "as_released": True})
     assert value > 0
-    assert value == same_value
-    assert torch.equal(dead, without)
     assert float((alive - without).norm() / without.norm()) > 0.01
 
 
-def test_truncation_backs_up_through_the_same_task_loss() -> None:
-    whole, _ = first_gradient({"weight": 0.0})
-    parts, _ = first_gradient({"weight": 0.0, "truncate": True})
-    # The same sums of float32 in another order.
-    assert float((whole - parts).abs().max() / whole.abs().max()) < 1e-5
-
-
-def test_timestep_weights_are_the_gains_of_the_sampler() -> None:
+def test_timestep_weights_are_the_sensitivities_of_the_sampler() -> None:
     denoiser = teacher()
     tasks: dict[str, list[float]] = {}
     grads: dict[str, torch.Tensor] = {}
@@ -128,42 +118,17 @@ def test_timestep_weights_are_part_of_the_identity() -> None:
         spec(timestep_weights="snr")
 
 
-def test_gains_are_the_same_online_cached_and_on_any_process(tmp_path: Path) -> None:
+def test_sensitivities_are_the_same_on_any_process() -> None:
     denoiser = teacher()
     expected = trajectories(denoiser).sensitivities()
     assert len(expected) == 5
     assert trajectories(denoiser, rank=1, world=2, seed=3).sensitivities() == expected
-    assert CachedTrajectories(trajectories(denoiser), tmp_path, 2).sensitivities() == expected
 
 
-def test_accumulation_is_the_mean_of_windows() -> None:
-    denoiser = teacher()
-    grads = []
-    for accumulate, steps in ((1, 1), (2, 1)):
-        student, groups = student_of(denoiser)
-        loop = distill(
-            denoiser, student, groups, trajectories(denoiser), spec(steps=steps, accumulate=accumulate, clip_norm=0.0)
-        )
-        next(loop)
-        grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
-    student, groups = student_of(denoiser)
-    groups[0]["lr"] = 0.0  # two windows of the same student
-    loop = distill(denoiser, student, groups, trajectories(denoiser), spec(steps=2, clip_norm=0.0, weight_decay=0.0))
-    parts = []
-    for _ in range(2):
-        next(loop)
-        parts.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
-    assert torch.equal(parts[0], grads[0])
-    assert float((grads[1] - (parts[0] + parts[1]) / 2).abs().max() / grads[1].abs().max()) < 1e-5
-
-
-@pytest.mark.parametrize("relation", [{}, {"queue": 2}])
 @pytest.mark.parametrize(("ema", "weights"), [(0.0, "uniform"), (0.9, "sampler")])
-def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(
-    tmp_path: Path, relation: dict, ema: float, weights: str
-) -> None:
+def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, ema: float, weights: str) -> None:
     denoiser = teacher()
-    options = spec(ema=ema, relation=relation, timestep_weights=weights)
+    options = spec(ema=ema, timestep_weights=weights)
     whole, groups = student_of(denoiser)
     expected = [
         s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")
@@ -383,10 +348,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         list(distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path))
 
 
-def test_divergence_stops_with_step_layer_and_advice_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_divergence_stops_with_step_and_advice_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
-    with pytest.raises(NumericsError, match=r"step 7 of 10.*'conv_in'.*distill\.lr_factor"):
+    with pytest.raises(NumericsError, match=r"step 7 of 10: the loss is nan.*distill\.lr_factor"):
         for state in distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path):
             if state.step == 6:
                 with torch.no_grad():
@@ -394,7 +359,7 @@ def test_divergence_stops_with_step_layer_and_advice_and_keeps_the_checkpoint(tm
     assert json.loads((tmp_path / "latest.json").read_text())["data"]["folder"] == "ckpt-000005"
     student, groups = student_of(denoiser)
     groups[0]["lr"] = 3.0
-    with pytest.raises(NumericsError, match=r"more than 20 times what it was at first"):
+    with pytest.raises(NumericsError, match=r"more than 20 times what it was at first .*steepest gradient in"):
         list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=40, clip_norm=0.0)))
 
 
@@ -430,33 +395,13 @@ def test_trajectories_are_those_of_the_sampler_and_never_repeat() -> None:
     assert len({s for part in seeds for s in part}) == 12
 
 
-def test_cached_trajectories_are_the_same_repeat_and_are_checked(tmp_path: Path) -> None:
-    denoiser = teacher()
-    online, cached = trajectories(denoiser), CachedTrajectories(trajectories(denoiser), tmp_path, 2)
-    for index in (0, 1, 2):
-        for a, b in zip(online.steps(index % 2), cached.steps(index), strict=True):
-            assert a.timestep == b.timestep
-            for x, y in ((a.x, b.x), (a.prediction, b.prediction), (a.features, b.features), (a.cond, b.cond)):
-                assert torch.equal(x, y)
-    assert len(list(tmp_path.iterdir())) == 2
-    other = CachedTrajectories(trajectories(denoiser, seed=1), tmp_path, 2)
-    with pytest.raises(StaleArtifactError, match=r"teacher\.seed \(0 in the file, 1 now\)"):
-        list(other.steps(0))
-    path = tmp_path / "trajectory-000-000001.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ArtifactError, match="damaged"):
-        list(cached.steps(1))
-
-
 def test_bad_options_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="bfloat16"):
         DistillSpec(precision="bfloat")
     with pytest.raises(ConfigError, match="ema"):
         DistillSpec(ema=1.0)
     denoiser = teacher()
-    student, groups = student_of(denoiser)
-    with pytest.raises(ConfigError, match="float16 needs a GPU"):
-        list(distill(denoiser, student, groups, trajectories(denoiser), spec(precision="float16")))
+    student, _ = student_of(denoiser)
     with pytest.raises(ConfigError, match="make the parameter groups from this student"):
         list(distill(denoiser, student, student_of(denoiser)[1], trajectories(denoiser), spec()))
 
@@ -468,16 +413,15 @@ def test_bfloat16_trains() -> None:
     assert states[9].task < states[0].task
 
 
-@pytest.mark.parametrize(("keep_last", "expected"), [(1, {6}), (2, {4, 6}), (9, {2, 4, 6})])
-def test_the_checkpoint_that_was_just_written_is_kept(tmp_path: Path, keep_last: int, expected: set[int]) -> None:
+def test_the_checkpoint_that_was_just_written_is_kept(tmp_path: Path) -> None:
     """Also when later ones are there from a training that went on from an earlier one, and beyond six digits."""
     for start in (0, 999_990):
         folder = tmp_path / str(start)
         for step in (2, 4, 12, 6):
             checkpoint = Checkpoint(step=start + step, tensors={"x": torch.zeros(1)}, data={})
-            path = save_checkpoint(folder, checkpoint, {}, keep_last=keep_last if step == 6 else 9)
+            path = save_checkpoint(folder, checkpoint, {})
             assert path.is_dir()
-        assert {int(p.name.removeprefix("ckpt-")) - start for p in folder.glob("ckpt-*")} == expected
+        assert {int(p.name.removeprefix("ckpt-")) - start for p in folder.glob("ckpt-*")} == {4, 6}
         found = load_checkpoint(folder, {})
         assert found is not None
         assert found.step == start + 6

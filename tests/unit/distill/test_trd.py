@@ -6,12 +6,11 @@ from torch import nn
 
 from mpqsearch.distill import (
     FeatureTap,
-    TimeSmoothedRelations,
     TRDSpec,
     find_feature_module,
     pool_positions,
-    relation_log_probabilities,
     relation_loss,
+    window_relation_loss,
 )
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
 from tests.support import tiny_dit, tiny_unet
@@ -50,11 +49,6 @@ def test_gradient_agrees_with_finite_differences() -> None:
     teacher = positions(1)
     student = positions(0).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: relation_loss(s, teacher, 0.3), (student,))
-    memory = [(positions(4), positions(5))]
-    assert torch.autograd.gradcheck(
-        lambda s: relation_loss(s, teacher, 0.3, student_memory=[memory[0][0]], teacher_memory=[memory[0][1]]),
-        (student,),
-    )
 
 
 def test_equal_sides_have_zero_loss_and_zero_gradient() -> None:
@@ -72,74 +66,21 @@ def test_only_relations_count_neither_scale_nor_rotation_of_features() -> None:
     assert float(relation_loss(3 * student @ rotation, student, 0.1)) < 1e-7
 
 
-def window_loss(spec: TRDSpec, students: list[torch.Tensor], teachers: list[torch.Tensor]) -> torch.Tensor:
-    relations = TimeSmoothedRelations(spec)
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        relations.add(s, t, last=i + 1 == len(students))
-    return relations.loss()
-
-
 def test_a_window_of_one_is_plain_relation_distillation() -> None:
-    spec = TRDSpec(window=1, temperature=0.2)
-    assert torch.equal(
-        window_loss(spec, [positions(0)], [positions(1)]), relation_loss(positions(0), positions(1), 0.2)
-    )
+    window = window_relation_loss([positions(0)], [positions(1)], 0.2)
+    assert torch.equal(window, relation_loss(positions(0), positions(1), 0.2))
 
 
 def test_a_window_compares_means_and_reaches_every_step() -> None:
     students = [positions(i).requires_grad_() for i in range(3)]
     teachers = [positions(10 + i) for i in range(3)]
-    loss = window_loss(TRDSpec(window=3, temperature=0.2), students, teachers)
+    loss = window_relation_loss(students, teachers, 0.2)
     expected = relation_loss(torch.stack(students).mean(0), torch.stack(teachers).mean(0), 0.2)
     assert torch.equal(loss, expected)
     loss.backward()
     grads = [s.grad for s in students]
     assert all(float(g.abs().max()) > 1e-4 for g in grads)
     assert torch.equal(grads[0], grads[2])  # the mean treats its members alike
-
-
-def test_truncation_keeps_the_value_and_the_gradient_of_the_last_step() -> None:
-    full = [positions(i).requires_grad_() for i in range(2)]
-    cut = [positions(i).requires_grad_() for i in range(2)]
-    teachers = [positions(10), positions(11)]
-    a = window_loss(TRDSpec(temperature=0.2), full, teachers)
-    b = window_loss(TRDSpec(temperature=0.2, truncate=True), cut, teachers)
-    a.backward()
-    b.backward()
-    assert torch.equal(a, b)
-    assert cut[0].grad is None
-    assert torch.equal(cut[1].grad, full[1].grad)
-
-
-def test_as_released_has_the_same_value_and_no_gradient() -> None:
-    students = [positions(i).requires_grad_() for i in range(2)]
-    teachers = [positions(10), positions(11)]
-    alive = window_loss(TRDSpec(temperature=0.2), students, teachers)
-    dead = window_loss(TRDSpec(temperature=0.2, as_released=True), students, teachers)
-    assert torch.equal(alive, dead)
-    assert alive.requires_grad
-    assert not dead.requires_grad
-
-
-def test_queue_compares_with_earlier_windows_of_the_same_trajectory() -> None:
-    spec = TRDSpec(window=1, temperature=0.2, queue=1)
-    relations = TimeSmoothedRelations(spec)
-    relations.add(positions(0), positions(1), last=True)
-    relations.loss()
-    kept = relations.state()
-    relations.add(positions(2).requires_grad_(), positions(3), last=True)
-    second = relations.loss()
-    keys = (torch.cat([positions(2), positions(0)], 1), torch.cat([positions(3), positions(1)], 1))
-    q, p = (relation_log_probabilities(positions(2 + k), keys[k], 0.2) for k in range(2))
-    assert q.shape == (2, 6, 12)
-    assert float(second) == pytest.approx(float((p.exp() * (p - q)).sum() / 12), rel=1e-12)
-    again = TimeSmoothedRelations(spec)
-    again.load_state(kept)
-    again.add(positions(2), positions(3), last=True)
-    assert torch.equal(again.loss(), second.detach())
-    again.restart()
-    again.add(positions(2), positions(3), last=True)
-    assert torch.equal(again.loss(), relation_loss(positions(2), positions(3), 0.2))
 
 
 def test_pooling_bounds_positions_and_keeps_means() -> None:
@@ -205,4 +146,4 @@ def test_bad_options_are_refused(bad: dict, message: str) -> None:
 
 def test_sides_of_different_shapes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"\(2, 6, 5\).*\(2, 4, 5\)"):
-        window_loss(TRDSpec(window=1), [positions(0)], [positions(1, p=4)])
+        window_relation_loss([positions(0)], [positions(1, p=4)], 0.1)
