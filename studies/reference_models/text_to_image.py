@@ -98,11 +98,11 @@ DIFFUSION = {
     "timestep_spacing": "leading",
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "vae": {"steps": 5000, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 100},
+    "vae": {"steps": 2500, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 100},
     "judge": {"steps": 2000, "batch": 64, "lr": 2e-3, "ema": 0.995, "warmup": 100},
     "clip": {"steps": 2500, "batch": 96, "lr": 1.5e-3, "ema": 0.995, "warmup": 100},
-    "t2i": {"steps": 14000, "batch": 32, "lr": 1.5e-3, "ema": 0.999, "warmup": 200},
-    "flow": {"steps": 14000, "batch": 32, "lr": 1.0e-3, "ema": 0.999, "warmup": 200},
+    "t2i": {"steps": 8000, "batch": 32, "lr": 1.5e-3, "ema": 0.999, "warmup": 200},
+    "flow": {"steps": 8000, "batch": 32, "lr": 1.0e-3, "ema": 0.999, "warmup": 200},
 }
 SEED = 0
 KL = 1e-4
