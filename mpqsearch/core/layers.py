@@ -165,7 +165,8 @@ class LayerTable(Shown):
         if missing or unexpected:
             raise LayerMismatchError(
                 f"{what} does not fit the model {self.model or self.digest[:12]!r}: "
-                f"missing {short_list(missing, 5) or 'none'}, unexpected {short_list(unexpected, 5) or 'none'}. Was it made for another model?"
+                f"missing {short_list(missing, 5) or 'none'}, unexpected {short_list(unexpected, 5) or 'none'}. Was "
+                "it made for another model?"
             )
 
     def facts(self) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def probed_losses(
 
     effect
         ``[K, L, F]``: what the target's own error of layer ``l`` in format ``f`` adds to the K random projections of
-        the final sample (`mpqsearch.profile.projected_effects` without bias correction, given the errors of `target_errors`).
+        the final sample (`mpqsearch.profile.projected_effects` without bias correction, given the errors of
+        `target_errors`).
     coupling
         Share of the interactions that is believed, 0..1. To first order the error of a map is ``E (sum_l effect[:, l,
         f_l])**2``: its squares are the losses of the layers, twice its products those of the pairs. A product has the

@@ -28,7 +28,8 @@ from mpqsearch.export.target import ConfigTarget
 
 KEY = "_quantization_metadata"
 FORMATS = {
-    "int8_tensorwise": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "mxfp8": 8, "nvfp4": 4, "asym_w4a8_int8": 4, "convrot_w4a4": 4, "awq_w4a16": 4,
+    "int8_tensorwise": 8, "float8_e4m3fn": 8, "float8_e5m2": 8, "mxfp8": 8, "nvfp4": 4, "asym_w4a8_int8": 4,
+    "convrot_w4a4": 4, "awq_w4a16": 4,
 }  # fmt: skip
 """Formats to bits of a weight; the first of each width is the one that is written."""
 

@@ -147,12 +147,11 @@ class Verification:
 class ExportJob:
     """What an exporter is given.
 
-    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``choices`` names
-    the target's own format for layers that were allocated for this target (`FULL`: full precision); those are taken as
-    they are, and are planned as ``resolved`` where the map asks for another width.
-    ``input_max`` holds the largest input of each channel, for maps with a smoothed format, ``moments`` the second
-    moments of inputs for maps with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free
-    (command, seed, search).
+    ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``choices``
+    names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
+    taken as they are, and are planned as ``resolved`` where the map asks for another width. ``input_max`` holds the
+    largest input of each channel, for maps with a smoothed format, ``moments`` the second moments of inputs for maps
+    with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
     table: LayerTable

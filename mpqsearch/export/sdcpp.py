@@ -28,7 +28,8 @@ from mpqsearch.export.reading import Reading, pattern_of
 from mpqsearch.export.target import ConfigTarget
 
 SKIPPED = (
-    "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "x_embedder.", "t_embedder.", "y_embedder.", "pos_embed",
+    "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "x_embedder.", "t_embedder.",
+    "y_embedder.", "pos_embed",
     "context_embedder.", "time_embed.", "label_emb.", "embedding",
 )  # fmt: skip
 """Parts of names that ``tensor_should_be_converted`` refuses."""

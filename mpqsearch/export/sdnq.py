@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
-"""SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where it
-is first imported."""
+"""SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where
+it is first imported."""
 
 
 class SdnqTarget(Target):

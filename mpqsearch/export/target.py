@@ -162,7 +162,8 @@ class Target:
         return next(c for c in self.choices(layer) if c.name == name) if name else None
 
     def write(self, folder: Path, job: ExportJob) -> list[Path]:
-        """Write the folder: the target's files, the neutral map, and last ``export.json``, which says that all is whole.
+        """Write the folder: the target's files, the neutral map, and last ``export.json``, which says that all is
+        whole.
 
         Raises `ConfigError` without the library or without a model.
         """

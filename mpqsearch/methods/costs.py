@@ -62,7 +62,8 @@ class CostTable:
         if missing:
             rows = [f"{n!r} at {b} bits" + ("" if a is None else f" with {a}-bit inputs") for n, b, a in missing]
             raise ConfigError(
-                f"the costs {self.source} lack {short_list(rows, 5)}: measure these rows too ({FULL_PRECISION} bits: full "
+                f"the costs {self.source} lack {short_list(rows, 5)}: measure these rows too ({FULL_PRECISION} bits: "
+                "full "
                 "precision), or search fewer widths"
             )
 

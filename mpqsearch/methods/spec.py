@@ -54,7 +54,8 @@ class MethodSpec(Shown):
     ``variance`` or ``output``. ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other
     layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the sampler with
     ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a budget in BOPs or of a latency) lets the integer program
-    choose the width of each searched layer's input among these instead. ``solver``: ``auto``, or a solver of PuLP by name.
+    choose the width of each searched layer's input among these instead. ``solver``: ``auto``, or a solver of PuLP by
+    name.
 
     Raises `ConfigError` for what contradicts and `UnknownNameError` for an unknown name.
     """

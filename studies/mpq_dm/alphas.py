@@ -45,8 +45,8 @@ def choose_alphas(
     quantized together.
 
     Searched for layers whose input is quantized and whose format smooths; the others keep what they have. Every call of
-    the denoiser is a timestep with a range of its own. (Weighting channels by their sensitivity, or leaving out the mean
-    error, chose no better.)
+    the denoiser is a timestep with a range of its own. (Weighting channels by their sensitivity, or leaving out the
+    mean error, chose no better.)
 
     Takes one run of the sampler for each alpha, and the memory of the smoothed weights once. Alphas take no storage:
     they only say how the factors, which are stored, were made. Raises `ConfigError` when no layer has both, or an alpha

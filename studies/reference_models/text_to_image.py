@@ -320,7 +320,8 @@ def dropped(tokens: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor
 
 
 def cached_latents(data: Compositions, out: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled latents ``[CACHED, 4, 16, 16]`` in half precision, tokens ``[CACHED, TOKENS]``, those of an empty caption."""
+    """Scaled latents ``[CACHED, 4, 16, 16]`` in half precision, tokens ``[CACHED, TOKENS]``, those of an empty
+    caption."""
     tokenizer = build_tokenizer(out.parent / "tokenizer")
     empty = tokens_of(tokenizer, [""])
     path = out.parent / "latents.safetensors"

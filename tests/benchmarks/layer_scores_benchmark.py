@@ -80,7 +80,8 @@ def main() -> None:
     ours = seconds(lambda: profile_model(denoiser, table, policy, SAMPLER, SPEC, QuantFormat()))
     n = sum(len(s.x) for s in states)
     sys.stdout.write(
-        f"{n} states, {len(widths)} widths, {len(SPEC.schemes)} formats: gradient scores {plain:.2f} s, profile of layers "
+        f"{n} states, {len(widths)} widths, {len(SPEC.schemes)} formats: gradient scores {plain:.2f} s, profile of "
+        "layers "
         f"{ours:.2f} s, ratio {ours / plain:.2f}\n"
     )
 

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 PRELOADED = (
-    "torch", "diffusers.models.unets.unet_2d", "diffusers.models.transformers", "pandas", "matplotlib.figure", "optuna", "pulp", "scipy.linalg",
-    "mpqsearch.cli.app", "mpqsearch.stages", "mpqsearch.search.study", "mpqsearch.report", "mpqsearch.export", "mpqsearch.distill",
+    "torch", "diffusers.models.unets.unet_2d", "diffusers.models.transformers", "pandas", "matplotlib.figure",
+    "optuna", "pulp", "scipy.linalg",
+    "mpqsearch.cli.app", "mpqsearch.stages", "mpqsearch.search.study", "mpqsearch.report", "mpqsearch.export",
+    "mpqsearch.distill",
 )  # fmt: skip
 """What any verb may import. That verbs import no more than they need is tested elsewhere, in new processes."""
 

@@ -180,7 +180,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
     subprocess.run(
-        [sys.executable, "-m", "mpqsearch", "profile", "-c", str(folder / "study.toml"), "--run-dir", str(folder / "run")],
+        [sys.executable, "-m", "mpqsearch", "profile", "-c", str(folder / "study.toml"), "--run-dir",
+        str(folder / "run")],
         check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     return folder / "run"

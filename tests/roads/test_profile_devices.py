@@ -103,7 +103,8 @@ def half(denoiser: Denoiser, dtype: torch.dtype) -> tuple[Denoiser, LayerTable]:
 @pytest.mark.parametrize("spec", [FULL, LAYERS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_in_half_precision_are_measured_in_float32(dtype: torch.dtype, spec: CalibrationSpec) -> None:
-    """Oracle: the same rounded weights in float32. The model runs in its own precision, so the numbers differ by that."""
+    """Oracle: the same rounded weights in float32. The model runs in its own precision, so the numbers differ by
+    that."""
     model, table = half(tiny_denoiser("dit"), dtype)
     exact = profile_model(model.with_module(copy.deepcopy(model.module).float()), table, POLICY, SAMPLER, spec, FORMAT)
     found = profile_model(model, table, POLICY, SAMPLER, spec, FORMAT)

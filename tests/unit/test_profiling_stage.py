@@ -29,7 +29,8 @@ def test_layers_kept_under_a_memory_limit_serve_a_run_without(tmp_path: Path, mo
                 "sampler": {"steps": 2},
                 "quantizer": {"n_candidates": 10},
                 "calibration": {
-                    "samples": 2, "probe_inputs": 2, "probes": 1, "sampler_seeds": 0, "schemes": ["asymmetric"], "final_widths": []
+                    "samples": 2, "probe_inputs": 2, "probes": 1, "sampler_seeds": 0, "schemes": ["asymmetric"],
+                    "final_widths": []
                 },
             }
         )  # fmt: skip

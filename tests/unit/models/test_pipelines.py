@@ -81,7 +81,8 @@ TEXT: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     ),
     "StableDiffusion3Pipeline": (
         lambda: pipeline(
-            "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler", transformer=build("SD3Transformer2DModel")[0], vae=vae(),
+            "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler",
+            transformer=build("SD3Transformer2DModel")[0], vae=vae(),
             **none("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
         ),
         "transformer",
@@ -100,11 +101,13 @@ TEXT: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     ),
     "PixArtAlphaPipeline": (
         lambda: pipeline(
-            "PixArtAlphaPipeline", "DDIMScheduler", transformer=build("PixArtTransformer2DModel")[0], vae=vae(), **none("text_encoder", "tokenizer"),
+            "PixArtAlphaPipeline", "DDIMScheduler", transformer=build("PixArtTransformer2DModel")[0], vae=vae(),
+            **none("text_encoder", "tokenizer"),
         ),
         "transformer",
         {
-            "prompt_embeds": (1, 6, 16), "prompt_attention_mask": (1, 6), "negative_prompt_embeds": (1, 6, 16), "negative_prompt": None,
+            "prompt_embeds": (1, 6, 16), "prompt_attention_mask": (1, 6), "negative_prompt_embeds": (1, 6, 16),
+            "negative_prompt": None,
             "negative_prompt_attention_mask": (1, 6), "height": 8, "width": 8, "use_resolution_binning": False,
         },
     ),

@@ -233,7 +233,8 @@ addEventListener("load", () => {
   const spots = [...document.querySelectorAll(".spot")];
   spots[0].focus(); document.body.dataset.tip = getComputedStyle(spots[0].querySelector(".tip")).display;
   const plot = spots[0].parentElement.getBoundingClientRect();
-  document.body.dataset.outside = spots.filter(s => { const r = s.getBoundingClientRect(), x = (r.left + r.right) / 2, y = (r.top + r.bottom) / 2;
+  document.body.dataset.outside = spots.filter(s => { const r = s.getBoundingClientRect();
+    const x = (r.left + r.right) / 2, y = (r.top + r.bottom) / 2;
     return x < plot.left || x > plot.right || y < plot.top || y > plot.bottom; }).length;
   document.body.dataset.broken = [...document.images].filter(i => !i.naturalWidth).length;
   document.body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
