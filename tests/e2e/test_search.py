@@ -113,7 +113,15 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
 
     command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "20"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journal, end = b / "search" / "study.journal", time.monotonic() + 60
     before = journal.stat().st_size
     while journal.stat().st_size < before + 3000 and time.monotonic() < end:  # some trials further

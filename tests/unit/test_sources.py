@@ -75,7 +75,7 @@ def own_extractor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     save_file({"weight": torch.randn(6, 64)}, file, {"format": "pt"})
 
-    def make(weights: Path | None) -> FeatureExtractor:
+    def make(weights: Path | None, _device: torch.device) -> FeatureExtractor:
         layer = nn.Linear(64, 6, bias=False)
         layer.load_state_dict(load_file(weights or file))
         digest = artifacts.digest_of(layer.weight.tolist())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import copy, sys
 from pathlib import Path
@@ -26,12 +27,12 @@ with torch.no_grad():
 groups = [{"params": list(student.parameters()), "lr": 1e-3}]
 batch = int(sys.argv[2])
 source = Trajectories(denoiser, SamplerSpec(steps=4), batch=batch, feature="up_blocks.1", pooled_size=4,
-rank=team.rank, world=team.world)
+                      rank=team.rank, world=team.world)
 spec = DistillSpec(steps=3, relation=TRDSpec(pooled_size=4), checkpoint_every=2, clip_norm=0.0)
 folder = Path(sys.argv[1])
 losses = [s.loss for s in distill(denoiser, student, groups, source, spec, folder=folder, processes=team)]
 torch.save({"losses": losses, "weights": dict(student.named_parameters())},
-folder / f"rank{team.rank}-of-{team.world}.pt")
+           folder / f"rank{team.rank}-of-{team.world}.pt")
 """
 
 
@@ -41,7 +42,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
 
     pytest.importorskip("accelerate")
     (tmp_path / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([*launch, "train.py", "two", "2"], [sys.executable, "train.py", "one", "4"]):
         (tmp_path / command[-2]).mkdir()
