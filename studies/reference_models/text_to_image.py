@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from compositions import GROUNDS, HUES, PLACES, RELATIONS, SIZE, WORDS, Compositions, Scene
 from fashion_mnist import DEFAULT_DIR
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from train import load_state, save_state
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "mpqsearch" / "models" / "reference"
@@ -419,36 +418,6 @@ def average(ema: dict[str, Tensor], networks: nn.Module, decay: float) -> None:
             ema[key].lerp_(value, 1 - decay)
         else:
             ema[key].copy_(value)
-
-
-def save_state(out: Path, step: int, networks: nn.Module, ema: dict[str, Tensor], optimizer: Any) -> None:
-    """Write everything that a resumed run needs, atomically."""
-    tensors = {f"model/{k}": v for k, v in networks.state_dict().items()} | {f"ema/{k}": v for k, v in ema.items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
-    temporary = out / f".state.{os.getpid()}.safetensors"
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    temporary.replace(out / "state.safetensors")
-
-
-def load_state(out: Path, networks: nn.Module, ema: dict[str, Tensor], optimizer: Any) -> int:
-    """Restore a state written by `save_state`; returns the number of finished steps (0 for a fresh start)."""
-    path = out / "state.safetensors"
-    if not path.is_file():
-        return 0
-    with safe_open(path, "pt") as handle:
-        step = int(handle.metadata()["step"])
-    tensors = load_file(path)
-    networks.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-    for key, value in ema.items():
-        value.copy_(tensors[f"ema/{key}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, i, field = key.split("/")
-            state.setdefault(int(i), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
 
 
 def pipeline(name: str, runs: Path) -> Any:
