@@ -20,8 +20,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.export import Verification
 from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
-from mpqsearch.methods import Allocation, CostTable, MethodSpec
-from mpqsearch.methods import allocate as _allocate
+from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.metrics import Evaluation, FeatureExtractor
 from mpqsearch.models import Denoiser, discover, load_model
 from mpqsearch.profile import InputMoments, gptq_profile
@@ -134,16 +133,13 @@ def allocate(
                 f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table"
             )
         priced = _priced(model, table, profile, method, fmt)
-    return _allocate(
-        method,
-        _budget(budget),
-        table,
-        priced,
-        policy or Policy(widths=profile.widths),
-        fmt,
-        within=[_budget(b) for b in within],
+    return Programs(
+        table=table,
+        profile=priced,
+        policy=policy or Policy(widths=profile.widths),
+        format=fmt,
         costs=None if costs is None else CostTable.read(costs),
-    )
+    ).allocate(method, _budget(budget), [_budget(b) for b in within])
 
 
 def quantize(

@@ -232,7 +232,6 @@ class ReportConfig:
 
     title: str = ""
     chosen: str = ""
-    grid_columns: int = 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
 from __future__ import annotations
 
 from mpqsearch._verbs import make_callable
-from mpqsearch.allocate.alternatives import solve_alternatives
 from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
 from mpqsearch.allocate.dispatch import solve
 from mpqsearch.allocate.explain import NextStep, explain
@@ -30,7 +29,6 @@ __all__ = [
     "explain",
     "relative_gap",
     "solve",
-    "solve_alternatives",
     "solve_path",
     "table_digests",
 ]

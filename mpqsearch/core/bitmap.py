@@ -63,10 +63,6 @@ class BitMap(Shown):
         widths = self.weights[name]
         return widths if widths.ndim else np.full(n_channels, widths, dtype=np.uint8)
 
-    def is_mixed(self, name: str) -> bool:
-        """True when the channels of a layer have different widths."""
-        return self.weights[name].ndim == 1
-
     @property
     def scaled_inputs(self) -> tuple[tuple[str, float], ...]:
         """Layers whose quantized inputs are smoothed, with the alpha: beside their widths, what the ranges of inputs

@@ -16,7 +16,7 @@ from mpqsearch.methods.losses import (
     channel_losses,
     predicted_loss,
 )
-from mpqsearch.methods.programs import Programs, allocate
+from mpqsearch.methods.programs import Programs
 from mpqsearch.methods.spec import ALLOCATORS, ORDERS, PROGRAMS, Allocation, MethodSpec, Total
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "Program",
     "Programs",
     "Total",
-    "allocate",
     "available_losses",
     "best_loss",
     "channel_losses",

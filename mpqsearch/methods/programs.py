@@ -1,4 +1,4 @@
-"""`Programs`: integer programs made of a table, a profile and a policy, and their answers; and `allocate`.
+"""`Programs`: integer programs made of a table, a profile and a policy, and their answers.
 
 Every map is costed again from the map itself, in `mpqsearch.core.budget`.
 """
@@ -190,23 +190,6 @@ class Programs:
             act_bits=method.act_bits,
             activation_steps=_activation_steps(method, self.profile),
         )
-
-
-def allocate(
-    method: MethodSpec,
-    budget: Budget,
-    table: LayerTable,
-    profile: SensitivityProfile,
-    policy: Policy,
-    fmt: QuantFormat,
-    *,
-    within: Sequence[Budget] = (),
-    costs: CostTable | None = None,
-    losses: Floats | None = None,
-) -> Allocation:
-    """One method at one budget: see `Programs.allocate`, which whoever asks for several should use."""
-    programs = Programs(table=table, profile=profile, policy=policy, format=fmt, costs=costs)
-    return programs.allocate(method, budget, within, losses=losses)
 
 
 def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:

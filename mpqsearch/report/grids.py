@@ -46,11 +46,6 @@ class SampleGrid:
         """Images of the first row."""
         return next(iter(self.rows.values()))
 
-    @property
-    def reference_label(self) -> str:
-        """Label of the first row."""
-        return next(iter(self.rows))
-
 
 def sample_grid(title: str, rows: Mapping[str, NDArray[Any]], *, columns: int = 8) -> SampleGrid:
     """The first ``columns`` images of each row; ``[N, H, W]`` or ``[N, C, H, W]`` uint8, reference row first.

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Solved = Mapping[tuple[MethodSpec, Budget], tuple[BitMap, Mapping[str, Any]]]
 """Maps with what ``allocation.json`` holds, by method and budget."""
 
+GRID_COLUMNS = 10
+"""Samples of a method that the page shows."""
+
 
 def report(
     run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = ""
@@ -111,9 +114,8 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
     from mpqsearch.report import sample_grid
     from mpqsearch.sampling import to_uint8
 
-    columns = run.config.report.grid_columns
     key = evaluation_key(run, table, None, bias_correction=False)
-    samples = artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:columns]
+    samples = artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:GRID_COLUMNS]
     full = to_uint8(torch.from_numpy(samples)).numpy()
     grids = []
     for budget in dict.fromkeys(b for _, b in solved):
@@ -122,8 +124,8 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
             corrected = data.get("bias_correction", method.bias_correction)
             file = run.path("stats", f"{evaluation_key(run, table, bit_map, bias_correction=corrected)[:16]}.npz")
             if b == budget and file.exists():
-                rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
-        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns))
+                rows[method.name] = artifacts.read_arrays(file)["images"][:GRID_COLUMNS]
+        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=GRID_COLUMNS))
     return grids
 
 

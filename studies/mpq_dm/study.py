@@ -33,7 +33,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
 from mpqsearch.distill import DistillSpec, TeacherStep, Trajectories, TRDSpec, distill, find_feature_module
 from mpqsearch.errors import NumericsError
-from mpqsearch.methods import MethodSpec, allocate
+from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.metrics import (
     FeatureExtractor,
     Reference,
@@ -369,7 +369,11 @@ class Model:
         profile = self.profile
         if recipe.gptq:
             profile = self.rounds_by_gptq(spec)
-        made = allocate(spec, budget, self.table, profile, self.policy, self.format).bit_map
+        made = (
+            Programs(table=self.table, profile=profile, policy=self.policy, format=self.format)
+            .allocate(spec, budget)
+            .bit_map
+        )
         if not (recipe.own_inputs and made.format.smooth):
             return made
         return choose_alphas(

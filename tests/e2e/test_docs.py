@@ -33,7 +33,6 @@ SMALL = {
     "calibration.final_widths": "[]",
     "quantizer.n_candidates": "6",
     "evaluate.samples": "4",
-    "report.grid_columns": "2",
     "distill.steps": "2",
     "distill.batch": "2",
 }

@@ -15,7 +15,6 @@ from mpqsearch.allocate import (
     PairwiseTerms,
     check_certificate,
     solve,
-    solve_alternatives,
 )
 from mpqsearch.errors import InfeasibleBudgetError
 from tests.support import brute
@@ -143,26 +142,6 @@ def test_formats_that_the_items_cannot_share_are_named():
     layer = np.array([0, 0, 1])
     with pytest.raises(InfeasibleBudgetError, match="smallest attainable max_formats_per_layer is 2"):
         solve(replace(problem, max_formats_per_layer=1, layer=layer))
-
-
-@settings(max_examples=15, deadline=None)
-@given(SEEDS, st.integers(1, 3))
-def test_alternatives_are_the_best_that_differ_enough(seed, distance):
-    rng = np.random.default_rng(seed)
-    n, k = 4, 3
-    loss, cost = rng.random((n, k)), rng.integers(1, 20, (n, k))
-    limit = int((cost.min(axis=1).sum() + cost.max(axis=1).sum()) // 2)
-    problem = AllocationProblem(loss=loss, cost=cost, limit=limit)
-    maps = solve_alternatives(problem, 4, min_distance=distance)
-    assume(len(maps) > 1)
-    grid = np.stack(np.meshgrid(*[np.arange(k)] * n, indexing="ij"), axis=-1).reshape(-1, n)
-    losses, costs = loss[np.arange(n), grid].sum(axis=1), cost[np.arange(n), grid].sum(axis=1)
-    for number, answer in enumerate(maps):
-        far = np.ones(len(grid), dtype=bool)
-        for earlier in maps[:number]:
-            far &= (grid != earlier.choice).sum(axis=1) >= distance
-        assert answer.loss == pytest.approx(losses[far & (costs <= limit)].min(), rel=SAME)
-        assert check_certificate(answer.certificate(problem), problem, answer.choice).valid
 
 
 @settings(max_examples=40, deadline=None)

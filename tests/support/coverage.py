@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import Budget, LayerTable, Policy, QuantFormat
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
-from mpqsearch.methods import MethodSpec, allocate
+from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.models import (
     Calls,
     Denoiser,
@@ -90,8 +90,8 @@ def cover(name: str) -> Covered:
         with torch.no_grad():
             reference = [c.replay(module) for c in calls]
         for allocator in ("ilp-layer", "ilp-channel"):
-            made = allocate(
-                MethodSpec(name=allocator, allocator=allocator), Budget.parse("uniform:3"), table, profile, policy, fmt
+            made = Programs(table=table, profile=profile, policy=policy, format=fmt).allocate(
+                MethodSpec(name=allocator, allocator=allocator), Budget.parse("uniform:3")
             )
             assert made.within_budget
             quantized = quantize_model(module, table, made.bit_map).module

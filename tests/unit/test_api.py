@@ -75,13 +75,15 @@ def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Pro
     plain = mpq.allocate(model, profile, "uniform:2")
     assert allocation.predicted_loss < plain.predicted_loss, "less error is left where codes are chosen for the output"
     moments = api._moments(model, mpq.discover(model), SAMPLER)
-    from mpqsearch.methods import allocate
+    from mpqsearch.methods import Programs
     from mpqsearch.profile import gptq_profile
 
     fmt = QuantFormat(n_candidates=8)
     table = mpq.discover(model)
     priced = gptq_profile(model, table, profile, moments, QuantFormat(n_candidates=8, scheme="auto"))
-    expected = allocate(GPTQ, mpq.Budget.parse("uniform:2"), table, priced, POLICY, fmt)
+    expected = Programs(table=table, profile=priced, policy=POLICY, format=fmt).allocate(
+        GPTQ, mpq.Budget.parse("uniform:2")
+    )
     assert allocation.bit_map.digest == expected.bit_map.digest
     with pytest.raises(ConfigError, match="runs the model"):
         mpq.allocate(table, profile, "uniform:2", method=GPTQ)

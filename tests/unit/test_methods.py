@@ -19,7 +19,7 @@ from mpqsearch.core import (
 )
 from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
-from mpqsearch.methods import ALLOCATORS, MethodSpec, Programs, allocate, channel_losses, predicted_loss, programs
+from mpqsearch.methods import ALLOCATORS, MethodSpec, Programs, channel_losses, predicted_loss, programs
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table(n_layers=6, channels=20, fan_in=30)
@@ -32,7 +32,7 @@ SOLVED = [a for a in ALLOCATORS if a not in ("search", "map")]  # whose maps com
 
 def run(allocator: str, budget: str, policy: Policy = POLICY, **kwargs: object) -> object:
     method = MethodSpec(name=allocator, allocator=allocator, **kwargs)  # type: ignore[arg-type]
-    return allocate(method, Budget.parse(budget), TABLE, PROFILE, policy, FORMAT)
+    return Programs(table=TABLE, profile=PROFILE, policy=policy, format=FORMAT).allocate(method, Budget.parse(budget))
 
 
 @pytest.mark.parametrize("allocator", SOLVED)
@@ -46,10 +46,10 @@ def test_maps_are_valid_and_costed_from_themselves(allocator: str, budget: str) 
     if not allocator.startswith("omq"):  # OMQ cannot pay for its tags, and says so
         assert made.within_budget  # type: ignore[attr-defined]
     else:
-        tags = 3 * sum(bit_map.is_mixed(la.name) * la.n_channels for la in TABLE)
+        tags = 3 * sum(bit_map.weights[la.name].ndim * la.n_channels for la in TABLE)
         factors = 16 * sum(la.n_inputs for la in TABLE) if bit_map.format.smooth else 0
         more = (
-            sum(2 * (la.weights_per_channel + 1) for la in TABLE if bit_map.is_mixed(la.name))
+            sum(2 * (la.weights_per_channel + 1) for la in TABLE if bit_map.weights[la.name].ndim)
             if allocator == "omq-plus"
             else 0
         )
@@ -119,7 +119,9 @@ def test_widths_by_layer_are_taken_where_tags_cost_more_than_channels_gain(monke
         for spread, bits in itertools.product((0.0, 0.5, 3.0), np.arange(2.0, 6.0, 0.5)):
             own = np.exp(spread * rng.normal(size=(sum(profile.channels), 1)) - 1.4 * np.array(profile.widths))
             method = MethodSpec(name="m", allocator="ilp-channel")
-            made = allocate(method, Budget.parse(f"uniform:{bits}"), table, profile, POLICY, FORMAT, losses=own)
+            made = Programs(table=table, profile=profile, policy=POLICY, format=FORMAT).allocate(
+                method, Budget.parse(f"uniform:{bits}"), losses=own
+            )
             digests.append(made.bit_map.digest)
             notes.append(made.notes)
             assert made.within_budget
@@ -217,7 +219,9 @@ def test_unknown_names_and_missing_measurements_are_named() -> None:
         run("ilp-layer", "uniform:3", loss="final")
     other = replace(PROFILE, model_digest="1" * 64)
     with pytest.raises(ConfigError, match="another model"):
-        allocate(MethodSpec(name="u", allocator="uniform"), Budget.parse("3bit"), TABLE, other, POLICY, FORMAT)
+        Programs(table=TABLE, profile=other, policy=POLICY, format=FORMAT).allocate(
+            MethodSpec(name="u", allocator="uniform"), Budget.parse("3bit")
+        )
 
 
 def test_layer_totals_come_from_the_named_measurement() -> None:
@@ -245,7 +249,7 @@ def test_predicted_loss_is_the_sum_over_channels() -> None:
 
 def test_channel_tags_are_paid() -> None:
     made = run("ilp-channel", "uniform:4")
-    tags = sum(DEFAULT_STORAGE.tag_bits * la.n_channels for la in TABLE if made.bit_map.is_mixed(la.name))  # type: ignore[attr-defined]
+    tags = sum(DEFAULT_STORAGE.tag_bits * la.n_channels for la in TABLE if made.bit_map.weights[la.name].ndim)  # type: ignore[attr-defined]
     assert tags > 0
     assert made.size_bits <= made.limit  # type: ignore[attr-defined]
 
@@ -289,8 +293,8 @@ def tied_table(**kwargs: str) -> LayerTable:
 def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
     table = tied_table(**{how: "qkv"})
     policy = Policy(groups={"fused": ("qkv",)} if how == "fuse" else {})
-    made = allocate(
-        MethodSpec(name="m", allocator=allocator), Budget.parse(budget), table, tiny_profile(table), policy, FORMAT
+    made = Programs(table=table, profile=tiny_profile(table), policy=policy, format=FORMAT).allocate(
+        MethodSpec(name="m", allocator=allocator), Budget.parse(budget)
     )
     made.bit_map.validate(table)
     widths = [made.bit_map.weights[la.name] for la in table]
@@ -302,13 +306,8 @@ def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: st
 
 def test_fused_layers_are_free_unless_the_policy_groups_them() -> None:
     table = tied_table(fuse="qkv")
-    made = allocate(
-        MethodSpec(name="m", allocator="ilp-channel"),
-        Budget.parse("uniform:3"),
-        table,
-        tiny_profile(table),
-        POLICY,
-        FORMAT,
+    made = Programs(table=table, profile=tiny_profile(table), policy=POLICY, format=FORMAT).allocate(
+        MethodSpec(name="m", allocator="ilp-channel"), Budget.parse("uniform:3")
     )
     assert not np.array_equal(made.bit_map.weights["block.1.linear"], made.bit_map.weights["block.2.linear"])
     assert "fused share their widths" in Policy(groups={"fused": ("qkv",)}).describe()
@@ -320,13 +319,8 @@ def test_a_tied_channel_program_equals_brute_force() -> None:
     layers = [replace(la, tie="t") if i in (1, 2) else la for i, la in enumerate(small)]
     table = LayerTable(digest=small.digest, layers=tuple(layers), kept=small.kept)
     profile, policy = tiny_profile(table, seed=3), Policy(widths=(2, 4, 8))
-    made = allocate(
-        MethodSpec(name="m", allocator="ilp-channel", loss="output"),
-        Budget.parse("uniform:3"),
-        table,
-        profile,
-        policy,
-        FORMAT,
+    made = Programs(table=table, profile=profile, policy=policy, format=FORMAT).allocate(
+        MethodSpec(name="m", allocator="ilp-channel", loss="output"), Budget.parse("uniform:3")
     )
     losses = channel_losses(profile, table, "asymmetric", "output", bias_correction=False)
     rows = np.stack([losses[profile.rows(layers[i].name)] for i in (1, 2)]).sum(0)
@@ -423,11 +417,13 @@ def test_activation_widths_leave_the_weights_their_uniform_budget() -> None:
 def test_activation_scales_are_one_for_each_step_of_the_profile() -> None:
     profile = replace(PROFILE, calibration={"sampler": {"steps": 7}})
     method = MethodSpec(name="u", allocator="uniform", act_bits=4, act_timesteps=True)
-    made = allocate(method, Budget.parse("uniform:3"), TABLE, profile, POLICY, FORMAT)
+    made = Programs(table=TABLE, profile=profile, policy=POLICY, format=FORMAT).allocate(
+        method, Budget.parse("uniform:3")
+    )
     assert made.bit_map.activation_steps == 7
     assert made.within_budget
     with pytest.raises(ConfigError, match="act_timesteps"):
-        allocate(method, Budget.parse("uniform:3"), TABLE, PROFILE, POLICY, FORMAT)
+        Programs(table=TABLE, profile=PROFILE, policy=POLICY, format=FORMAT).allocate(method, Budget.parse("uniform:3"))
 
 
 def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() -> None:

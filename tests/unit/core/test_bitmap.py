@@ -10,7 +10,7 @@ import pytest
 from mpqsearch.core import BitMap, Budget, LayerSpec, LayerTable, Policy, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.methods import MethodSpec, allocate
+from mpqsearch.methods import MethodSpec, Programs
 from tests.support import tiny_profile, tiny_table
 
 
@@ -159,8 +159,8 @@ def test_nouns_show_themselves_in_a_few_lines() -> None:
     table = tiny_table(n_layers=40)
     bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(3) for la in table})
     profile = tiny_profile(table)
-    made = allocate(
-        MethodSpec(name="ours", allocator="ilp-layer"), Budget.parse("3bit"), table, profile, Policy(), QuantFormat()
+    made = Programs(table=table, profile=profile, policy=Policy(), format=QuantFormat()).allocate(
+        MethodSpec(name="ours", allocator="ilp-layer"), Budget.parse("3bit")
     )
     nouns = (table, bit_map, profile, Policy(), Budget.parse("uniform:3"), made, made.method)
     for noun in nouns:

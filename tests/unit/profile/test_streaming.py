@@ -12,7 +12,7 @@ import torch
 
 from mpqsearch.core import Budget, LayerSpec, Policy, QuantFormat
 from mpqsearch.errors import ConfigError, NumericsError
-from mpqsearch.methods import MethodSpec, allocate, channel_losses, predicted_loss
+from mpqsearch.methods import MethodSpec, Programs, channel_losses, predicted_loss
 from mpqsearch.models import StreamedModel, discover, discover_streamed, load_model, open_streamed
 from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
@@ -152,8 +152,8 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
     assert profile.formats == ("asymmetric", "auto")
     budget = Budget.parse("uniform:4")
     for allocator in ("ilp-layer", "ilp-channel"):
-        made = allocate(
-            MethodSpec(name="m", allocator=allocator, loss="weight", scheme="auto"), budget, table, profile, POLICY, FMT
+        made = Programs(table=table, profile=profile, policy=POLICY, format=FMT).allocate(
+            MethodSpec(name="m", allocator=allocator, loss="weight", scheme="auto"), budget
         )
         assert made.within_budget
         losses = channel_losses(profile, table, "auto", "weight", bias_correction=False)
@@ -162,21 +162,17 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
         assert made.predicted_loss == pytest.approx(again)
         assert again > 0
     policy = Policy(widths=(3, 4, 5))
-    given = (budget, table, profile_weights(streamed, table, policy, SCHEMES, FMT), policy, FMT)
-    omq = allocate(MethodSpec(name="m", allocator="omq", scheme="auto"), *given).bit_map
+    narrow = profile_weights(streamed, table, policy, SCHEMES, FMT)
+    programs = Programs(table=table, profile=narrow, policy=policy, format=FMT)
+    omq = programs.allocate(MethodSpec(name="m", allocator="omq", scheme="auto"), budget).bit_map
     assert {int(b) for w in omq.weights.values() for b in np.unique(w)} <= {3, 4, 5, 8}
     for loss, key in (("output", "output_error/auto"), ("probe", "output_error/auto")):
         with pytest.raises(ConfigError, match=rf"the loss '{loss}' needs '{key}': .* the loss 'weight' works"):
-            allocate(
-                MethodSpec(name="m", allocator="ilp-layer", loss=loss, scheme="auto"),
-                budget,
-                table,
-                profile,
-                POLICY,
-                FMT,
+            Programs(table=table, profile=profile, policy=POLICY, format=FMT).allocate(
+                MethodSpec(name="m", allocator="ilp-layer", loss=loss, scheme="auto"), budget
             )
     with pytest.raises(ConfigError, match="OMQ by variance needs 'output_power'"):
-        allocate(MethodSpec(name="m", allocator="omq", order="variance", scheme="auto"), *given)
+        programs.allocate(MethodSpec(name="m", allocator="omq", order="variance", scheme="auto"), budget)
 
 
 class _Stops(Exception):  # noqa: N818

@@ -8,7 +8,7 @@ import pytest
 
 from mpqsearch.core import Budget, bops, size_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import MethodSpec, allocate, channel_losses
+from mpqsearch.methods import MethodSpec, Programs, channel_losses
 from mpqsearch.search.space import PARAMETERS, parse_space
 from mpqsearch.search.surrogate import Surrogate
 
@@ -24,7 +24,7 @@ def test_defaults_reproduce_the_plain_integer_program_exactly(
     make_surrogate: Make, allocator: str, budget: Budget
 ) -> None:
     s = make_surrogate(allocator)
-    plain = allocate(s.method, budget, s.table, s.profile, s.policy, s.format)
+    plain = Programs(table=s.table, profile=s.profile, policy=s.policy, format=s.format).allocate(s.method, budget)
     start = parse_space({n: [PARAMETERS[n].low, PARAMETERS[n].high] for n in SHAPING}).starts()[0]
     for theta in ({}, ALL_DEFAULTS, start):
         candidate = s.candidate(theta, budget)
@@ -87,7 +87,9 @@ def test_choices_reach_the_map(make_surrogate: Make) -> None:
     assert s.candidate({"smooth": "on"}, budget).bit_map.format.smooth
     assert s.candidate({"rounding": "gptq"}, budget).bit_map.format.rounding == "gptq"
     assert not s.candidate({"bias_correction": "off"}, budget).bias_correction
-    weight = allocate(replace(s.method, loss="weight"), budget, s.table, s.profile, s.policy, s.format)
+    weight = Programs(table=s.table, profile=s.profile, policy=s.policy, format=s.format).allocate(
+        replace(s.method, loss="weight"), budget
+    )
     assert s.candidate({"loss": "weight"}, budget).bit_map.digest == weight.bit_map.digest
 
 
