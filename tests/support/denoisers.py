@@ -84,12 +84,12 @@ def build(name: str, *, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = recipe.make(cls) if recipe.make else cls(**recipe.config)
-        _disturb(module)
+        disturb(module)
     return module.eval().requires_grad_(False), recipe.inputs(random)
 
 
 @torch.no_grad()
-def _disturb(module: nn.Module) -> None:
+def disturb(module: nn.Module) -> None:
     """Random values for parameters that have none: gates and last layers that start at zero, and whatever starts as raw
     memory."""
     for owner in module.modules():
