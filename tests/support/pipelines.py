@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import string
 from collections.abc import Callable, Mapping
 from typing import Any
