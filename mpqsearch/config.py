@@ -16,7 +16,7 @@ from mpqsearch.core.budget import parse_size
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
 from mpqsearch.methods import MethodSpec
 from mpqsearch.search.space import parse_space
-from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, SamplerSpec, SearchSpec
+from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
 from mpqsearch.toml_text import dump_toml
 
@@ -266,6 +266,7 @@ class Config:
     policy: Policy = field(default_factory=Policy)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    prompts: PromptsSpec = field(default_factory=PromptsSpec)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     allocate: AllocateConfig = field(default_factory=AllocateConfig)

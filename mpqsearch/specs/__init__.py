@@ -7,7 +7,8 @@ copy of any of them.
 from mpqsearch.specs.activations import ActivationSearch
 from mpqsearch.specs.calibration import CalibrationSpec
 from mpqsearch.specs.distill import DistillSpec, TRDSpec
+from mpqsearch.specs.prompts import PromptsSpec
 from mpqsearch.specs.sampler import SamplerSpec
 from mpqsearch.specs.search import SearchSpec
 
-__all__ = ["ActivationSearch", "CalibrationSpec", "DistillSpec", "SamplerSpec", "SearchSpec", "TRDSpec"]
+__all__ = ["ActivationSearch", "CalibrationSpec", "DistillSpec", "PromptsSpec", "SamplerSpec", "SearchSpec", "TRDSpec"]

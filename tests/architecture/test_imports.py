@@ -13,7 +13,7 @@ import pytest
     [
         ("import mpqsearch", ("torch", "pulp", "optuna", "pandas", "matplotlib", "diffusers")),
         (
-            "import mpqsearch.core, mpqsearch.allocate, mpqsearch.pareto, mpqsearch.artifacts",
+            "import mpqsearch.core, mpqsearch.allocate, mpqsearch.pareto, mpqsearch.artifacts, mpqsearch.prompts",
             ("torch", "pulp", "optuna", "matplotlib"),
         ),
         (
