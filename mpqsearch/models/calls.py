@@ -50,60 +50,75 @@ class Call:
     """One call of a denoiser: what it was given, whatever that is.
 
     ``args`` and ``kwargs`` hold tensors, numbers, strings and nested tuples, lists and dictionaries of them. ``sample``
-    is the noisy input among them, ``batch`` the number of samples, ``timestep`` the time of the call (NaN when the
-    module takes none). With ``guidance`` other than 1 the batch is ``[unconditional, conditional]``, as diffusers has
-    it, and `replay` combines its halves.
+    is the noisy input among them, ``batch`` the number of its rows, ``timestep`` the time of the call (NaN when the
+    module takes none), ``index`` its position in its run. ``part`` names the denoiser of a `Parts`. Where a pipeline
+    batches both halves of classifier-free guidance, both are rows of the call.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     sample: Tensor = field(default_factory=lambda: torch.zeros(1))
     timestep: float = math.nan
-    guidance: float = 1.0
     batch: int = 1
     dtype: torch.dtype = torch.float32
+    part: str = ""
+    index: int = 0
 
     def times(self, module: nn.Module) -> list[Tensor]:
         """Tensors among the arguments that say when: by the names in the signature of ``module``."""
+        owner = module.get_submodule(self.part)
+        entry = getattr(owner, "denoise", owner.forward)
         try:
-            bound = inspect.signature(module.forward).bind_partial(*self.args, **self.kwargs).arguments
+            bound = inspect.signature(entry).bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
 
     def replay(self, module: nn.Module) -> Tensor:
-        """The prediction of ``module`` for this call, as one tensor.
+        """The raw prediction of ``module`` for this call, as one tensor: see `prediction_in`.
 
-        Tensors follow the module's device, and its dtype where they had that of the recorded module. A learned variance
-        is dropped. Several outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as
-        ``[1, values]``. Where gradients are enabled they are so inside too, whatever the model says: routed experts of
-        some models run under ``no_grad`` in evaluation, which would look as if no error of theirs reached the output.
+        Tensors follow the module's device, and its dtype where they had that of the recorded module. Where gradients
+        are enabled they are so inside too, whatever the model says: routed experts of some models run under ``no_grad``
+        in evaluation, which would look as if no error of theirs reached the output.
         """
+        return prediction_in(self.outputs(module), self.sample, type(module).__name__)
+
+    def outputs(self, module: nn.Module) -> Any:
+        """What ``module`` returns for this call."""
         device, dtype = next(module.parameters()).device, float_dtype(module)
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.dtype == self.dtype else value.dtype)
 
         with _Differentiable() if torch.is_grad_enabled() else nullcontext():
-            out = module(*_map(self.args, move), **_map(dict(self.kwargs), move))
-        outputs = [t for t in tensors_in(out) if t.is_floating_point()]
-        if not outputs:
-            raise ModelError(
-                f"{type(module).__name__} returned no floating-point tensor ({type(out).__name__}): it predicts nothing"
-            )
-        if len(outputs) > 1:
-            return torch.cat([t.reshape(1, -1) for t in outputs], dim=1)
-        result, x = outputs[0], self.sample
-        if result.dim() == x.dim() > 1 and result.shape[1] == 2 * x.shape[1] and result.shape[2:] == x.shape[2:]:
-            result = result[:, : x.shape[1]]
-        if self.guidance == 1.0:
-            return result
-        if len(result) % 2:
-            raise ConfigError(
-                f"a call recorded with guidance needs an even batch (unconditional, conditional), got {len(result)}"
-            )
-        unconditional, conditional = result.chunk(2)
-        return unconditional + self.guidance * (conditional - unconditional)
+            owner = module.get_submodule(self.part)
+            return invoke(owner, mapped(self.args, move), mapped(dict(self.kwargs), move))
+
+
+def invoke(owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a denoiser: its method ``denoise(x, t, cond)`` where it has one."""
+    if not hasattr(owner, "denoise"):
+        return owner(*args, **kwargs)
+    clock = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
+    if clock is not None:
+        clock.set(args[1])
+    return owner.denoise(*args, **kwargs)
+
+
+def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
+    """The prediction among what a denoiser returned for ``sample``: all rows, a learned variance dropped.
+
+    Several outputs (the residuals of a ControlNet, sound beside pictures) come flattened and joined as ``[1, values]``.
+    Raises `ModelError` when there is none.
+    """
+    found = [t for t in tensors_in(outputs) if t.is_floating_point()]
+    if not found:
+        raise ModelError(f"{owner} returned no floating-point tensor ({type(outputs).__name__}): it predicts nothing")
+    if len(found) > 1:
+        return torch.cat([t.reshape(1, -1) for t in found], dim=1)
+    (result,) = found
+    learned = result.dim() == sample.dim() > 1 and result.shape[1] == 2 * sample.shape[1]
+    return result[:, : sample.shape[1]] if learned and result.shape[2:] == sample.shape[2:] else result
 
 
 class _Differentiable(TorchFunctionMode):
@@ -154,16 +169,13 @@ class Calls(Sequence[Call]):
 
 @contextmanager
 def capture(
-    module: nn.Module, *, limit: int = 64, guidance: float = 1.0, leave_out: Sequence[str] = (), seed: int = 0
+    module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = (), seed: int = 0
 ) -> Iterator[Calls]:
     """Record the calls of ``module`` while the block runs; the `Calls` fill when it ends.
 
     limit
         Calls to keep at most. When more go by, each timestep keeps the same number (within one), drawn evenly from its
         calls with ``seed``.
-    guidance
-        Scale of classifier-free guidance when the pipeline batches ``[unconditional, conditional]``; 1 when it does
-        not.
     leave_out
         Keyword arguments that are not recorded, such as caches, which a replay without them does the same with.
 
@@ -176,13 +188,12 @@ def capture(
     calls = Calls(model=type(module).__name__)
     reservoir = _Reservoir(limit, seed)
     pool: dict[str, Tensor] = {}
-    signature = inspect.signature(module.forward)
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = {k: v for k, v in kwargs.items() if k not in leave_out}
         _check(args, wanted, type(module).__name__)
-        copied_args, copied_kwargs = _map((args, wanted), lambda t: _pooled(t, pool))
-        reservoir.add(_call(signature, copied_args, copied_kwargs, guidance, float_dtype(module)))
+        copied_args, copied_kwargs = mapped((args, wanted), lambda t: _pooled(t, pool))
+        reservoir.add(call_of(module, copied_args, copied_kwargs, index=reservoir.seen))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -197,12 +208,6 @@ def capture(
         )
     calls._calls = reservoir.calls()
     calls.seen = reservoir.seen
-
-
-def make_call(module: nn.Module, *args: Any, **kwargs: Any) -> Call:
-    """A call from given arguments, as if a pipeline had made it."""
-    _check(args, kwargs, type(module).__name__)
-    return _call(inspect.signature(module.forward), args, kwargs, 1.0, float_dtype(module))
 
 
 def save_calls(path: str | Path, calls: Calls) -> None:
@@ -254,9 +259,10 @@ def load_calls(path: str | Path) -> Calls:
                 kwargs={k: _decode(v, tensors) for k, v in item["kwargs"].items()},
                 sample=_decode(item["sample"], tensors),
                 timestep=_decode(item["timestep"], tensors),
-                guidance=item["guidance"],
                 batch=item["batch"],
                 dtype=getattr(torch, item["dtype"]),
+                part=item["part"],
+                index=item["index"],
             )
             for item in data["calls"]
         ]
@@ -288,11 +294,12 @@ class _Reservoir:
         return [call for _, _, call in sorted(entries, key=lambda entry: entry[1])]
 
 
-def _call(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], guidance: float, dtype: torch.dtype
+def call_of(
+    owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: str = "", index: int = 0
 ) -> Call:
+    """A call of ``owner`` from its arguments: which of them is the sample, and which the time."""
     try:
-        bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+        bound = dict(inspect.signature(getattr(owner, "denoise", owner.forward)).bind_partial(*args, **kwargs).arguments)
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
@@ -303,9 +310,10 @@ def _call(
         kwargs=kwargs,
         sample=sample,
         timestep=next((_number(bound[n]) for n in TIMESTEP_ARGUMENTS if n in bound), math.nan),
-        guidance=guidance,
         batch=len(holder) if isinstance(holder, (list, tuple)) else len(sample),
-        dtype=dtype,
+        dtype=float_dtype(owner),
+        part=part,
+        index=index,
     )
 
 
@@ -358,15 +366,19 @@ def _unknown(value: Any) -> Any:
     return None if isinstance(value, (*_PLAIN, Tensor, np.ndarray, torch.dtype)) else value
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with every tensor changed."""
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed; outputs of diffusers' and transformers' own classes keep them."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (list, tuple)):
-        items = [_map(v, change) for v in value]
+        items = [mapped(v, change) for v in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
+    if is_dataclass(value) and isinstance(value, dict):  # a ModelOutput
+        return type(value)(**{k: mapped(v, change) for k, v in value.items()})
     if isinstance(value, Mapping):
-        return {k: _map(v, change) for k, v in value.items()}
+        return {k: mapped(v, change) for k, v in value.items()}
     return value
 
 
@@ -414,9 +426,10 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "kwargs": {k: encode(v) for k, v in call.kwargs.items()},
             "sample": encode(call.sample),
             "timestep": encode(call.timestep),
-            "guidance": call.guidance,
             "batch": call.batch,
             "dtype": str(call.dtype).removeprefix("torch."),
+            "part": call.part,
+            "index": call.index,
         }
         for call in calls
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
@@ -13,22 +14,32 @@ SAMPLERS = ("ddim", "dpm++")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSpec:
-    """How samples are drawn. ``batch`` is part of it: the same samples in other batches differ by rounding (about
-    1e-4)."""
+    """How samples are drawn.
+
+    name
+        Sampler of models that are no pipeline. A pipeline runs with its own scheduler.
+    steps, guidance
+        None: what the pipeline does by itself; 10 steps and no guidance (1) for models that are no pipeline.
+    batch
+        Samples at a time. The same samples in other batches differ by rounding (about 1e-4).
+    call
+        Any further arguments of the pipeline's ``__call__``, such as ``height``.
+    """
 
     name: str = "ddim"
-    steps: int = 10
-    guidance: float = 1.0
+    steps: int | None = None
+    guidance: float | None = None
     batch: int = 32
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in SAMPLERS:
             raise UnknownNameError("sampler", self.name, SAMPLERS)
-        if not 1 <= self.steps <= 1000 or self.batch < 1:
+        if (self.steps is not None and not 1 <= self.steps <= 1000) or self.batch < 1:
             raise ConfigError(
                 f"a sampler needs 1..1000 steps and a batch of at least 1, got steps={self.steps}, batch={self.batch}"
             )
-        if not 0 <= self.guidance <= 100:
+        if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise ConfigError(f"guidance must lie in 0..100 (1: none), got {self.guidance}")
 
     def to_data(self) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""The seam between a denoiser and the way its users run it: what every room may ask of a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.models.calls import Call
+
+Label = int | str | None
+"""What a sample was asked to show: a class, a prompt, or nothing."""
+
+Condition = Tensor | Mapping[str, Tensor] | None
+"""Class labels ``[N]``, keyword tensors with a leading sample axis, or nothing."""
+
+OnCall = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Stands in for a call of a part: gets the part's name, what really computes it, and its arguments."""
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """What a module of the user's needs beside its weights, when no pipeline of diffusers runs it."""
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Prediction ``[N, ...]`` for ``x`` ``[N, ...]`` at timesteps ``t`` ``[N]``."""
+        ...
+
+
+class Parts(nn.ModuleDict):
+    """Several denoisers of one pipeline, such as the two of Wan 2.2: one model with one budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """One batch of finished samples.
+
+    latents
+        ``[N, ...]``, float32 on the CPU: what the last step of the scheduler gave. Of pixel models the samples
+        themselves, in [-1, 1].
+    images
+        uint8 ``[N, C, H, W]`` with 1 or 3 channels, or video ``[N, F, C, H, W]``. None when they were not decoded, and
+        for pipelines that make sound.
+    """
+
+    seeds: tuple[int, ...]
+    latents: Tensor
+    images: Tensor | None
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """What looks on while samples are made: ``call`` stands in for each call of a denoiser, ``step`` gets the sample
+    that each step of the scheduler returned."""
+
+    call: OnCall | None = None
+    step: Callable[[Tensor], None] | None = None
+
+
+class Runner(Protocol):
+    """Runs a denoiser the way its users do. The weights come from the caller, so a runner serves every quantized
+    copy of its model."""
+
+    batch: int
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Everything beside the weights that samples depend on: pipeline, scheduler, steps, guidance, prompts."""
+        ...
+
+    def run(
+        self,
+        module: nn.Module,
+        seeds: Sequence[int],
+        *,
+        hooks: Hooks | None = None,
+        decode: bool = True,
+        grad: bool = False,
+    ) -> Drawn:
+        """One batch, one stream of noise a seed. With ``grad`` the arithmetic of the scheduler keeps its graph.
+
+        Raises `NumericsError` when a sample is not finite, `ModelError` when this runner cannot sample.
+        """
+        ...
+
+    def examples(self, module: nn.Module) -> list[Call]:
+        """A few calls that show every layer: what layers are looked for with."""
+        ...
+
+    def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
+        """What each seed's sample is asked to show."""
+        ...
+
+    def calls_per_run(self, module: nn.Module) -> int:
+        """Calls of the denoiser in one run; for recorded calls their number."""
+        ...
+
+
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The denoisers in a module by name; the name of a single one is empty."""
+    return dict(module.items()) if isinstance(module, Parts) else {"": module}
+
+
+@contextmanager
+def intercepted(module: nn.Module, on_call: OnCall | None) -> Iterator[None]:
+    """Let ``on_call`` stand in for every call of the denoisers in ``module``; hooks of the module still fire."""
+    with ExitStack() as stack:
+        for name, owner in parts_of(module).items() if on_call is not None else ():
+            stack.enter_context(_replaced(owner, partial(on_call, name)))
+        yield
+
+
+@contextmanager
+def _replaced(owner: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """``stand_in(real, args, kwargs)`` in the place of the method that computes."""
+    entry = "denoise" if isinstance(owner, Denoises) else "forward"
+    real = getattr(owner, entry)
+
+    @wraps(real)  # pipelines read its signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return stand_in(real, args, kwargs)
+
+    before = vars(owner).get(entry)
+    setattr(owner, entry, forward)
+    try:
+        yield
+    finally:
+        delattr(owner, entry)
+        if before is not None:
+            setattr(owner, entry, before)
+
+
+@contextmanager
+def watched_scheduler(scheduler: Any, on_step: Callable[[Tensor], None] | None) -> Iterator[None]:
+    """Let ``on_step`` see the sample that every step of ``scheduler`` returns.
+
+    By a subclass and not by an attribute: pipelines that copy their scheduler would step the original through it.
+    """
+    if on_step is None or not hasattr(scheduler, "step"):
+        yield
+        return
+    kind = type(scheduler)
+
+    @wraps(kind.step)  # pipelines read its signature to know whether it takes a generator
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = kind.step(self, *args, **kwargs)
+        if self is scheduler:
+            on_step(out[0] if isinstance(out, tuple) else out.prev_sample)
+        return out
+
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        scheduler.__class__ = kind
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    return next(module.parameters()).device
