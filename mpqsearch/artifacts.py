@@ -49,6 +49,7 @@ VERSIONS = {
     "mpqsearch/checkpoint": 1,
     "mpqsearch/activations": 1,
     "mpqsearch/search": 1,
+    "mpqsearch/values": 1,
 }
 """The newest version of each schema. Readers accept this version and the one before."""
 

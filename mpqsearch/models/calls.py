@@ -38,6 +38,7 @@ from mpqsearch.errors import ArtifactError, ConfigError, ModelError
 from mpqsearch.models.devices import float_dtype
 
 SCHEMA = "mpqsearch/calls"
+VALUES = "mpqsearch/values"
 
 _SAMPLE = ("sample", "hidden_states", "x", "latents", "decoder_input_tokens")
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time", "sigma")
@@ -212,47 +213,13 @@ def capture(
 
 def save_calls(path: str | Path, calls: Calls) -> None:
     """Write calls as one safetensors file; the structure of the arguments is JSON in its header."""
-    from safetensors.torch import save
-
-    data, tensors = _encoded(calls)
-    body = {
-        "schema": SCHEMA,
-        "version": artifacts.VERSIONS[SCHEMA],
-        "created_by": f"mpqsearch {__version__}",
-        "data": data,
-    }
-    with artifacts.atomic_write(Path(path)) as handle:
-        handle.write(save(tensors, metadata={"mpqsearch": json.dumps(body)}))
+    _write(Path(path), SCHEMA, *_encoded(calls))
 
 
 def load_calls(path: str | Path) -> Calls:
     """Read what `save_calls` wrote. Raises `ArtifactError` when it is missing, damaged, of another kind or newer."""
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path} does not exist. Record the calls of a pipeline with mpqsearch.models.capture and save_calls."
-        )
+    data, tensors = _read(Path(path), SCHEMA, "Record the calls of a pipeline with `mpqsearch record`.")
     try:
-        with safe_open(path, framework="pt") as file:
-            body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
-            # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of
-            # the recording.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
-    if body.get("schema") != SCHEMA:
-        raise ArtifactError(
-            f"{path} holds {body.get('schema')!r}, but {SCHEMA!r} is needed: a file written by save_calls"
-        )
-    newest = artifacts.VERSIONS[SCHEMA]
-    if not newest - 1 <= body["version"] <= newest:
-        raise ArtifactError(
-            f"{path} has version {body['version']} of {SCHEMA!r}; this mpqsearch ({__version__}) reads up to {newest}."
-        )
-    try:
-        data = body["data"]
         calls = [
             Call(
                 args=tuple(_decode(a, tensors) for a in item["args"]),
@@ -269,6 +236,56 @@ def load_calls(path: str | Path) -> Calls:
         return Calls(calls, model=data["model"], seen=data["seen"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a whole record of calls: {type(error).__name__} {error}") from error
+
+
+def save_values(path: Path, value: Any) -> None:
+    """Write nested tuples, lists and dictionaries of tensors, numbers and strings as one safetensors file."""
+    encoder = _Encoder()
+    data = encoder.encode(value)
+    _write(path, VALUES, {"value": data}, encoder.tensors)
+
+
+def load_values(path: Path) -> Any:
+    """Read what `save_values` wrote. Raises `ArtifactError` as `load_calls` does."""
+    data, tensors = _read(path, VALUES, "")
+    return _decode(data["value"], tensors)
+
+
+def _write(path: Path, schema: str, data: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save
+
+    body = {
+        "schema": schema,
+        "version": artifacts.VERSIONS[schema],
+        "created_by": f"mpqsearch {__version__}",
+        "data": data,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with artifacts.atomic_write(path) as handle:
+        handle.write(save(tensors, metadata={"mpqsearch": json.dumps(body)}))
+
+
+def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist. {advice}".rstrip())
+    try:
+        with safe_open(path, framework="pt") as file:
+            body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
+            # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of
+            # the recording.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    if body.get("schema") != schema:
+        raise ArtifactError(f"{path} holds {body.get('schema')!r}, but {schema!r} is needed")
+    newest = artifacts.VERSIONS[schema]
+    if not newest - 1 <= body["version"] <= newest:
+        raise ArtifactError(
+            f"{path} has version {body['version']} of {schema!r}; this mpqsearch ({__version__}) reads up to {newest}."
+        )
+    return body["data"], tensors
 
 
 class _Reservoir:
@@ -397,35 +414,42 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, entry.name))
 
 
-def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Calls as JSON data with names in the place of tensors, and the tensors by name (a digest: equal ones are stored
-    once)."""
-    tensors: dict[str, Tensor] = {}
-    keys: dict[int, str] = {}
+class _Encoder:
+    """Nested values as JSON data with names in the place of tensors, and the ``tensors`` by name (a digest: equal ones
+    are stored once)."""
 
-    def encode(value: Any) -> Any:
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._keys: dict[int, str] = {}
+
+    def encode(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            key = keys.get(id(value)) or keys.setdefault(id(value), _key(value))
-            tensors.setdefault(key, in_memory(value))
+            key = self._keys.get(id(value)) or self._keys.setdefault(id(value), _key(value))
+            self.tensors.setdefault(key, in_memory(value))
             return {"tensor": key}
         if isinstance(value, np.ndarray):
-            return {"array": encode(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}
+            held = torch.from_numpy(np.ascontiguousarray(value))
+            self.tensors.setdefault(_key(held), held)
+            return {"array": _key(held)}
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, (list, tuple)):
-            return {"list" if isinstance(value, list) else "tuple": [encode(v) for v in value]}
+            return {"list" if isinstance(value, list) else "tuple": [self.encode(v) for v in value]}
         if isinstance(value, Mapping):
-            return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
+            return {"dict": [[self.encode(k), self.encode(v)] for k, v in value.items()]}
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": str(value)}
         return value
 
+
+def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    encoder = _Encoder()
     data = [
         {
-            "args": [encode(a) for a in call.args],
-            "kwargs": {k: encode(v) for k, v in call.kwargs.items()},
-            "sample": encode(call.sample),
-            "timestep": encode(call.timestep),
+            "args": [encoder.encode(a) for a in call.args],
+            "kwargs": {k: encoder.encode(v) for k, v in call.kwargs.items()},
+            "sample": encoder.encode(call.sample),
+            "timestep": encoder.encode(call.timestep),
             "batch": call.batch,
             "dtype": str(call.dtype).removeprefix("torch."),
             "part": call.part,
@@ -433,7 +457,7 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         for call in calls
     ]
-    return {"model": calls.model, "seen": calls.seen, "calls": data}, tensors
+    return {"model": calls.model, "seen": calls.seen, "calls": data}, encoder.tensors
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

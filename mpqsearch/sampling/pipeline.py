@@ -1,0 +1,372 @@
+"""Samples from the pipeline itself: its own ``__call__``, scheduler, guidance, prompt encoding and decoding."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpqsearch.artifacts import digest_of
+from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
+from mpqsearch.models.calls import Call, call_of, mapped, tensors_in
+from mpqsearch.models.runner import (
+    Drawn,
+    Hooks,
+    Label,
+    Parts,
+    device_of,
+    intercepted,
+    parts_of,
+    watched_scheduler,
+)
+from mpqsearch.prompts import Prompts
+from mpqsearch.sampling.encoded import EncodedPrompts
+from mpqsearch.specs import SamplerSpec
+
+log = logging.getLogger("mpqsearch")
+
+EXAMPLES = 4
+"""Calls on which the layers of a model are looked for."""
+
+INVARIANT = 1e-3
+"""Largest difference, relative to the largest value, of a sample that is made alone and beside another."""
+
+
+class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)
+    """Ends a run of a pipeline early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Habits:
+    """What one pass through a pipeline's loop shows, whatever the denoiser predicts: how many ``steps`` its scheduler
+    makes, the ``calls`` of the denoiser, and whether samples must be made ``singly`` to be the same in any batch."""
+
+    steps: int
+    calls: int
+    examples: list[Call]
+    singly: bool
+
+
+@dataclass
+class _Seen:
+    """What hooks saw of one run."""
+
+    steps: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+
+class PipelineRunner:
+    """Any diffusers pipeline that makes its output from prompts, classes or noise alone.
+
+    open_pipeline
+        Gives the pipeline around the denoisers that it is handed, by component name. Called when something first runs,
+        and again when prompts must be encoded after the text encoders were released.
+    components
+        Names of the components that are the denoisers: those of the `Parts`, or of the single module.
+    prompts
+        What the pipelines for text draw; needed by them and by no other.
+    encoded
+        Folder in which encoded prompts are kept; empty: in memory.
+
+    Every sample has a `torch.Generator` of its own. A pipeline in which a sample depends on the others of its batch, or
+    which takes one generator only, makes its samples one at a time.
+    """
+
+    def __init__(
+        self,
+        open_pipeline: Callable[[Mapping[str, nn.Module]], Any],
+        components: Sequence[str],
+        *,
+        spec: SamplerSpec | None = None,
+        prompts: Prompts | None = None,
+        n_classes: int = 0,
+        encoded: Path | None = None,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        self.spec = spec or SamplerSpec()
+        self.batch = self.spec.batch
+        self.prompts, self.n_classes = prompts, n_classes
+        self._open, self._components = open_pipeline, tuple(components)
+        self._identity = dict(identity or {})
+        self._encoded = EncodedPrompts(digest_of(self._identity), encoded)
+        self._pipe: Any = None
+        self._encoders: tuple[str, ...] = ()
+        self._known: _Habits | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The pipeline and its files, settings of the call, and what is asked for."""
+        asked = {} if self.prompts is None else {"prompts": self.prompts.digest}
+        return {**self._identity, "sampler": digest_of(self.spec.to_data()), "classes": str(self.n_classes), **asked}
+
+    def run(
+        self,
+        module: nn.Module,
+        seeds: Sequence[int],
+        *,
+        hooks: Hooks | None = None,
+        decode: bool = True,
+        grad: bool = False,
+    ) -> Drawn:
+        """See `Runner.run`."""
+        habits = self._habits(module)
+        groups = [[s] for s in seeds] if habits.singly else [list(seeds)]
+        drawn = [
+            self._run(module, group, hooks or Hooks(), None if decode else habits.steps, grad=grad) for group in groups
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        images = [d.images for d in drawn if d.images is not None]
+        return Drawn(
+            seeds=tuple(seeds),
+            latents=torch.cat([d.latents for d in drawn]),
+            images=torch.cat(images) if images else None,
+            labels=self.labels(seeds),
+        )
+
+    def examples(self, module: nn.Module) -> list[Call]:
+        """Calls from the first to the last step of one sample, of every denoiser."""
+        return self._habits(module).examples
+
+    def calls_per_run(self, module: nn.Module) -> int:
+        """Calls of all denoisers for one batch."""
+        return self._habits(module).calls
+
+    def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
+        """The prompt or the class of each seed."""
+        if self.prompts is not None:
+            asked = [self.prompts.of(s) for s in seeds]
+            return tuple(p.text or p.label for p in asked)
+        return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
+
+    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+        """Encode the prompts of these seeds in the batches in which they will be drawn, then release the text
+        encoders."""
+        if not hasattr(self.pipe(module), "encode_prompt"):
+            return
+        size = 1 if self._habits(module).singly else self.batch
+        for start in range(0, len(seeds), size):
+            self._run(module, list(seeds[start : start + size]), Hooks(call=_stop), None, grad=False)
+        self._release()
+
+    def pipe(self, module: nn.Module) -> Any:
+        """The pipeline, with ``module`` in it."""
+        if self._pipe is None:
+            self._pipe = self._prepared(self._open(self._by_component(module)), device_of(module))
+        for name, part in self._by_component(module).items():
+            setattr(self._pipe, name, part)
+        return self._pipe
+
+    def __repr__(self) -> str:
+        kind = self._identity.get("pipeline", "pipeline")
+        steps = f", {self.spec.steps} steps" if self.spec.steps else ""
+        return f"{kind}{steps}" + (f", {self.prompts!r}" if self.prompts is not None else "")
+
+    def _by_component(self, module: nn.Module) -> dict[str, nn.Module]:
+        parts = parts_of(module)
+        return dict(parts) if isinstance(module, Parts) else {self._components[0]: parts[""]}
+
+    def _prepared(self, pipe: Any, device: torch.device) -> Any:
+        """A pipeline made ready: on the device, silent, decoding one image at a time, without a safety checker."""
+        pipe.to(device)
+        pipe.set_progress_bar_config(disable=True)
+        for name in ("safety_checker", "watermark"):
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, None)
+                log.warning("the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__)
+        vae = getattr(pipe, "vae", None)
+        if hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # exact; tiling is not
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        known = set(inspect.signature(type(pipe).__call__).parameters)
+        for name in self.spec.call:
+            if name not in known:
+                raise UnknownNameError(f"argument of {type(pipe).__name__}", name, sorted(known), "(sampler.call)")
+        if "prompt" in known and self.prompts is None and not {"prompt", "prompt_embeds"} & set(self.spec.call):
+            raise ConfigError(
+                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
+            )
+        self._encoders = tuple(
+            n for n, c in pipe.components.items() if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
+        )
+        return pipe
+
+    def _release(self) -> None:
+        """Let the text encoders go, unless nothing else could bring them back."""
+        if self._encoders and hasattr(self._pipe, "encode_prompt") and self._encoded.folder is not None:
+            for name in self._encoders:
+                setattr(self._pipe, name, None)
+
+    def _arguments(self, pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
+        """What ``__call__`` gets."""
+        known = inspect.signature(type(pipe).__call__).parameters
+        given: dict[str, Any] = {"output_type": "pt"}
+        if self.spec.steps is not None:
+            given["num_inference_steps"] = self.spec.steps
+        if self.spec.guidance is not None:
+            given["guidance_scale"] = self.spec.guidance
+        noise = list(seeds)
+        if self.prompts is not None:
+            asked = [self.prompts.of(s) for s in seeds]
+            noise = [p.noise_seed for p in asked]
+            given["prompt"] = [p.text for p in asked]
+            if any(p.negative for p in asked):
+                given["negative_prompt"] = [p.negative for p in asked]
+            given["class_labels"] = [p.label for p in asked]
+        elif self.n_classes:
+            given["class_labels"] = [int(s) % self.n_classes for s in seeds]
+        if "prompt" not in known:
+            given["batch_size"] = len(seeds)
+        given["generator"] = [torch.Generator().manual_seed(int(s)) for s in noise]
+        given |= self.spec.call
+        return {k: v for k, v in given.items() if k in known}
+
+    def _run(
+        self, module: nn.Module, seeds: list[int], hooks: Hooks, stop_after: int | None, *, grad: bool
+    ) -> Drawn:
+        """One call of the pipeline, ended after so many steps of its scheduler."""
+        pipe, last = self.pipe(module), _Seen()
+
+        def step(sample: Tensor) -> None:
+            last.steps.append(sample)
+            if hooks.step is not None:
+                hooks.step(sample)
+            if len(last.steps) == stop_after:
+                raise _Enough
+
+        images = None
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(intercepted(module, hooks.call))
+            stack.enter_context(watched_scheduler(pipe.scheduler, step))
+            stack.enter_context(self._encoded_in(pipe, module))
+            call = inspect.unwrap(type(pipe).__call__) if grad else type(pipe).__call__
+            try:
+                images = _pictures(call(pipe, **self._arguments(pipe, seeds)))
+            except _Enough:
+                if not last.steps:  # what was wanted came before the first step
+                    return Drawn(seeds=tuple(seeds), latents=torch.empty(0), images=None, labels=self.labels(seeds))
+        latents = last.steps[-1].detach().float().cpu()
+        self._check_finite(latents, images, seeds)
+        return Drawn(seeds=tuple(seeds), latents=latents, images=_as_uint8(images), labels=self.labels(seeds))
+
+    @contextmanager
+    def _encoded_in(self, pipe: Any, module: nn.Module) -> Iterator[None]:
+        """Prompts from memory; the encoders are loaded again when one is asked for that is not there."""
+
+        def load() -> None:
+            if any(getattr(pipe, n, None) is None for n in self._encoders):
+                whole = self._prepared(self._open(self._by_component(module)), device_of(module))
+                for name in self._encoders:
+                    setattr(pipe, name, getattr(whole, name))
+
+        with self._encoded.answering(pipe, device_of(module), load):
+            yield
+
+    def _check_finite(self, latents: Tensor, images: NDArray[Any] | None, seeds: Sequence[int]) -> None:
+        finite = torch.isfinite(latents.flatten(1)).all(1) if len(latents) == len(seeds) else torch.isfinite(latents).all().view(1)
+        if images is not None and len(images) == len(seeds):
+            finite = finite & torch.from_numpy(np.isfinite(images.reshape(len(images), -1)).all(1))
+        if bool(finite.all()):
+            return
+        first = int((~finite).nonzero()[0]) if len(finite) == len(seeds) else 0
+        label = self.labels(seeds)[first]
+        raise NumericsError(
+            f"the sample of seed {seeds[first]}" + (f" ({label!r})" if label is not None else "") + " is not finite "
+            "(a black picture): half precision may be too narrow for the denoiser or the autoencoder. Use "
+            "model.dtype = 'bfloat16' or 'float32'."
+        )
+
+    def _habits(self, module: nn.Module) -> _Habits:
+        """Found by running the loop with made-up predictions: the denoiser itself is called once a part and shape."""
+        if self._known is None:
+            seen = self._rehearsed(module, [0])
+            if not seen.steps:
+                raise ModelError(
+                    f"{type(self._pipe).__name__} never calls the step of its scheduler: its samples cannot be followed"
+                )
+            chosen: list[Call] = []
+            for part in dict.fromkeys(c.part for c in seen.calls):
+                mine = [c for c in seen.calls if c.part == part]
+                chosen += mine[:: max(1, len(mine) // EXAMPLES)][:EXAMPLES]
+            singly = not self._same_in_a_batch(module, seen)
+            self._known = _Habits(steps=len(seen.steps), calls=len(seen.calls), examples=chosen, singly=singly)
+        return self._known
+
+    def _same_in_a_batch(self, module: nn.Module, alone: _Seen) -> bool:
+        """Whether sample 0 is the same beside sample 1, for any denoiser that treats its rows by themselves."""
+        kind = type(self._pipe).__name__
+        try:
+            both = self._rehearsed(module, [0, 1])
+        except (ValueError, TypeError, RuntimeError) as error:
+            log.warning("%s takes one sample at a time: %s", kind, error)
+            return False
+        a, b = alone.steps[-1].double(), both.steps[-1].double()
+        b = b[: len(a)]
+        if a.shape == b.shape and float((a - b).abs().max()) <= INVARIANT * float(a.abs().max()):
+            return True
+        log.warning("%s: a sample depends on the others of its batch, so samples are made one at a time", kind)
+        return False
+
+    def _rehearsed(self, module: nn.Module, seeds: list[int]) -> _Seen:
+        """Steps and calls of a run in which predictions are made up: half of the sample, in the form of a real one."""
+        seen, forms = _Seen(), {}
+
+        def call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            owner = parts_of(module)[part]
+            made = call_of(owner, args, kwargs, part=part, index=len(seen.calls))
+            seen.calls.append(made)
+            key = (part, *(tuple(t.shape) for t in tensors_in((args, kwargs))))
+            if key not in forms:
+                forms[key] = real(*args, **kwargs)
+            return mapped(forms[key], partial(_made_up, made.sample))
+
+        hooks = Hooks(call=call, step=seen.steps.append)
+        try:
+            self._run(module, seeds, hooks, None, grad=False)
+        except NumericsError:  # of made-up predictions
+            pass
+        return seen
+
+
+def _stop(*_: Any) -> Any:
+    raise _Enough
+
+
+def _made_up(sample: Tensor, form: Tensor) -> Tensor:
+    """A tensor of the shape and type of ``form`` that depends on each row of ``sample`` by itself."""
+    if not form.is_floating_point():
+        return form
+    if form.shape == sample.shape:
+        return (sample * 0.5).to(form)
+    return torch.zeros_like(form)
+
+
+def _pictures(out: Any) -> NDArray[Any] | None:
+    """What a pipeline gave as float images ``[N, C, H, W]`` or video ``[N, F, C, H, W]`` in [0, 1]; None for sound."""
+    value = out[0] if isinstance(out, tuple) else next(iter(out.values()))
+    if isinstance(value, list):
+        value = np.stack([np.asarray(v, dtype=np.float32) / 255 for v in value]) if value and hasattr(value[0], "getbands") else value
+    if isinstance(value, Tensor):
+        return value.detach().float().cpu().numpy() if value.dim() >= 4 else None
+    if isinstance(value, np.ndarray) and value.ndim >= 4:
+        return np.moveaxis(value, -1, -3)  # without tensors, channels are last
+    return None
+
+
+def _as_uint8(images: NDArray[Any] | None) -> Tensor | None:
+    if images is None:
+        return None
+    return torch.from_numpy(np.ascontiguousarray((images.clip(0, 1) * 255).round().astype(np.uint8)))
