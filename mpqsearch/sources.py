@@ -24,6 +24,9 @@ EMBEDDED = ("fmnist-unet", "fmnist-dit")
 COMPONENTS = ("unet", "transformer", "prior", "decoder")
 """Parts of a pipeline that may be its denoiser, in the order in which they are looked for."""
 
+TOGETHER = (("transformer", "transformer_2"), ("transformer", "unconditional_transformer"))
+"""Denoisers that one pipeline calls in turn: they are one model with two parts."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -86,6 +89,15 @@ def component_of(index: Mapping[str, Any], component: str, source: str) -> tuple
             "Name its denoiser with model.component.",
         )
     return part, str(parts[part][1])
+
+
+def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[str, str]:
+    """Classes of the denoisers of a pipeline by component name: one, or two that its pipeline calls in turn."""
+    first, kind = component_of(index, component, source)
+    if component:
+        return {first: kind}
+    pair = next((p for p in TOGETHER if all(isinstance(index.get(n), list) and index[n][1] for n in p)), (first,))
+    return {name: str(index[name][1]) for name in pair}
 
 
 def denoiser_folder(source: str, folder: Path, component: str) -> Path:

@@ -169,9 +169,7 @@ class Calls(Sequence[Call]):
 
 
 @contextmanager
-def capture(
-    module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = (), seed: int = 0
-) -> Iterator[Calls]:
+def capture(module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = (), seed: int = 0) -> Iterator[Calls]:
     """Record the calls of ``module`` while the block runs; the `Calls` fill when it ends.
 
     limit
@@ -316,7 +314,9 @@ def call_of(
 ) -> Call:
     """A call of ``owner`` from its arguments: which of them is the sample, and which the time."""
     try:
-        bound = dict(inspect.signature(getattr(owner, "denoise", owner.forward)).bind_partial(*args, **kwargs).arguments)
+        bound = dict(
+            inspect.signature(getattr(owner, "denoise", owner.forward)).bind_partial(*args, **kwargs).arguments
+        )
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import KeptParameter, LayerSpec, LayerTable
 from mpqsearch.errors import ModelError
-from mpqsearch.models.denoiser import Condition, Denoiser, Given
+from mpqsearch.models.calls import Call
+from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.hooks import PLAIN_LAYERS
 from mpqsearch.models.observe import TRANSPOSED, Seen, observe
 
@@ -35,9 +35,6 @@ _MODULATION = re.compile(
 )
 _SKIP = re.compile(r"skip_linear|skip_proj|skip_layer|skip_connection|linear_skip|long_skip")
 _APART = "its weight is used without calling the layer, so its input cannot be measured: kept at full precision"
-EXAMPLES = 4
-"""Recorded calls on which the layers of a model are looked for."""
-
 _FIRST = re.compile(
     r"^(nets\.\d+\.)?(conv_in|pos_embed\.proj|x_embedder(\.proj)?|x_embedders\.image|proj_in(_conv)?|img_in"
     r"|patch_embed\w*(\.proj)?|input_blocks\.0\.0|visual_embeddings\.in_layer|all_x_embedder\.[\d-]+"
@@ -51,27 +48,27 @@ _LAST = re.compile(
 """Layers that take the sample in and give the prediction out, as the classes of diffusers name them."""
 
 
-def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> LayerTable:
+def discover(denoiser: Denoiser, *, examples: Sequence[Call] | None = None, run: bool = True) -> LayerTable:
     """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its
     reason.
 
-    The model runs once on ``cond`` (default: class 0 of class-conditional models), or on a few of the denoiser's
-    recorded calls. Layers that do not run get the role ``unused``, and layers whose weight is used without calling them
+    The model runs once on each of ``examples`` (default: those of its runner). Layers that do not run get the role ``unused``, and layers whose weight is used without calling them
     are kept, since their input cannot be seen. With ``run`` off nothing of that is seen: MACs are 0 and roles go by
     names and shapes. Raises `ModelError` when the model has no weight layer.
     """
     modules, borrowers = _owners(denoiser.module)
     if not modules:
         raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
-    seen = observe(denoiser, modules, _examples(denoiser, cond)) if run else Seen()
+    calls = (denoiser.runner.examples(denoiser.module) if examples is None else examples) if run else ()
+    seen = observe(denoiser, modules, calls) if calls else Seen()
     apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
     layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
     if not layers:
         raise ModelError(
             f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured"
         )
-    first, last = _ends(list(layers), modules, seen, denoiser.sample_shape)
-    unused = [n for n in layers if n not in seen.macs] if run else []
+    first, last = _ends(list(layers), modules, seen, calls[0].sample.shape[1] if calls else 0)
+    unused = [n for n in layers if n not in seen.macs] if calls else []
     if unused:
         log.warning(
             "%s: %d layers did not run on the examples and are held at 8 bits, such as %s",
@@ -102,19 +99,6 @@ def discover(denoiser: Denoiser, cond: Given = None, *, run: bool = True) -> Lay
     )
 
 
-def _examples(denoiser: Denoiser, cond: Given) -> list[Given]:
-    """What the layers are looked for with: ``cond``, or a few recorded calls, or the first class."""
-    if cond is not None:
-        return [cond]
-    calls = denoiser.calls[:: max(1, len(denoiser.calls) // EXAMPLES)][:EXAMPLES]
-    return list(calls) or [example_condition(denoiser, 1)]
-
-
-def example_condition(denoiser: Denoiser, n: int) -> Condition:
-    """Class labels ``0, 1, ...`` for ``n`` samples, or None for unconditional models."""
-    return torch.arange(n) % denoiser.n_classes if denoiser.n_classes else None
-
-
 def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, TRANSPOSED)
@@ -139,15 +123,13 @@ def _role(name: str, module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv"
 
 
-def _ends(
-    order: list[str], modules: dict[str, nn.Module], seen: Seen, sample_shape: tuple[int, ...]
-) -> tuple[str, str]:
+def _ends(order: list[str], modules: dict[str, nn.Module], seen: Seen, channels: int) -> tuple[str, str]:
     """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen,
     else by shape and order."""
     ran = seen.macs or order
     first = next((n for n in order if n in ran and _FIRST.match(n)), None) or next(iter(seen.takes), None)
     if first is None:
-        takes = [n for n in order if sample_shape and _inputs(modules[n]) == sample_shape[0]]
+        takes = [n for n in order if channels and _inputs(modules[n]) == channels]
         first = (
             takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
         )

@@ -1,10 +1,9 @@
-"""Load a denoiser: an embedded reference model, a diffusers model or pipeline folder, or a hub identifier. Safetensors
-only."""
+"""Load denoisers and the pipelines around them: folders of diffusers, or hub identifiers. Safetensors only."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,127 +12,178 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ModelError, UnknownNameError
-from mpqsearch.models.calls import Call
-from mpqsearch.models.denoiser import DEFAULT_SCHEDULER, Denoiser, adapt
-from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
-from mpqsearch.sources import component_of, denoiser_folder, local_folder, model_name, read_config
+from mpqsearch.models.runner import Parts
+from mpqsearch.models.unwrap import plain_copy
+from mpqsearch.sources import denoiser_folder, denoisers_of, local_folder, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "stored": None}
 
 
-def load_model(
-    source: str,
-    *,
-    device: str = "cpu",
-    revision: str | None = None,
-    dtype: str = "float32",
-    component: str = "",
-    calls: Sequence[Call] = (),
-) -> Denoiser:
-    """Load a denoiser on ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``; see `resolve_device`).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPipeline:
+    """The denoisers of a pipeline, loaded, and how to open the rest.
 
-    source
-        An embedded name (``fmnist-unet``, ``fmnist-dit``); a folder with ``model_index.json`` (a diffusers pipeline, of
-        which only the denoiser and the scheduler are read) or with ``config.json`` and safetensors (a diffusers model;
-        a ``scheduler_config.json`` in it or in a sibling folder ``scheduler`` is used); or ``owner/name`` of a hub
-        pipeline.
-    dtype
-        ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
-    component
-        Part of a pipeline, such as ``controlnet`` or ``transformer_2``; empty: the first of `COMPONENTS` that it has.
-    calls
-        Recorded calls of the pipeline (`capture`), for denoisers that need more than a sample, a time and class labels.
-
-    Raises `ModelError` when the source does not exist, is damaged or incomplete, is a pickle, is quantized already, or
-    is no denoiser, and `ConfigError` when the device is not there.
+    ``module`` is the denoiser, or the `Parts`; ``components`` its names in the pipeline. ``open`` loads text encoders,
+    autoencoder and scheduler around denoisers by component name.
     """
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
-    how = _How(device=resolve_device(device), dtype=DTYPES[dtype], revision=revision, component=component, calls=calls)
-    folder = local_folder(source)
-    if folder is None:
-        return _from_hub(source, how)
-    if (folder / "model_index.json").is_file():
-        return _from_pipeline(folder, source, how)
-    return _from_model(folder, source, how)
+
+    module: nn.Module
+    components: tuple[str, ...]
+    open: Callable[[Mapping[str, nn.Module]], Any]
+    n_classes: int
+    identity: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _How:
-    """How a model is loaded: see `load_model`; ``dtype`` None keeps that of the file."""
+    """How a model is loaded; ``dtype`` None keeps that of the file."""
 
     device: torch.device
     dtype: torch.dtype | None
-    revision: str | None
-    component: str
-    calls: Sequence[Call]
+    revision: str | None = None
 
 
-def _from_model(folder: Path, source: str, how: _How) -> Denoiser:
-    """A folder with ``config.json``."""
-    folder = denoiser_folder(source, folder, how.component)
-    module = _load(folder, how)
-    schedulers = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
-    scheduler = next((read_config(p) for p in schedulers if p.is_file()), dict(DEFAULT_SCHEDULER))
-    hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    return _wrap(module, scheduler, hints, source, how)
+def how(dtype: str, device: torch.device, revision: str | None = None) -> _How:
+    """Settings of a loader by their names. Raises `UnknownNameError` for an unknown type."""
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    return _How(device=device, dtype=DTYPES[dtype], revision=revision)
 
 
-def _from_pipeline(folder: Path, source: str, how: _How) -> Denoiser:
-    """The denoiser and the scheduler of a pipeline folder; text encoders and autoencoders are not looked at."""
-    index = read_config(folder / "model_index.json")
-    part, class_name = component_of(index, how.component, source)
-    module = _load(folder / part, how, class_name)
-    has_scheduler = isinstance(index.get("scheduler"), list) and index["scheduler"][1]
-    scheduler = _scheduler(str(folder), index["scheduler"][1], {}) if has_scheduler else dict(DEFAULT_SCHEDULER)
-    return _wrap(module, scheduler, {}, source, how)
+def load_part(folder: Path, source: str, *, dtype: str, device: torch.device, component: str = "") -> nn.Module:
+    """The module of a model folder with ``config.json``, or of one component of a pipeline folder."""
+    settings = how(dtype, device)
+    return _load(denoiser_folder(source, folder, component), settings).to(device)
 
 
-def _from_hub(source: str, how: _How) -> Denoiser:
-    """The denoiser and the scheduler of ``owner/name``."""
+def load_pipeline(
+    source: str, *, dtype: str, device: torch.device, component: str = "", revision: str | None = None
+) -> LoadedPipeline:
+    """The denoisers of a pipeline folder or of ``owner/name`` of a hub.
+
+    Raises `ModelError` for a class that the installed diffusers does not have, and what loading a denoiser raises.
+    """
+    settings, folder = how(dtype, device, revision), local_folder(source)
+    index = read_config(folder / "model_index.json") if folder is not None else _hub_index(source, settings)
+    components = denoisers_of(index, component, source)
+    loaded = {name: _component(source, folder, name, kind, settings) for name, kind in components.items()}
+    parts = {name: plain_copy(part.to(device)) for name, part in loaded.items()}
+    single = next(iter(parts.values()))
+    module = Parts(parts) if len(parts) > 1 else single
+    return LoadedPipeline(
+        module=module,
+        components=tuple(components),
+        open=_opener(source, folder, index, next(iter(loaded.values())).dtype, settings),
+        n_classes=classes_of(dict(getattr(single, "config", {})))[0],
+        identity={
+            "pipeline": str(index.get("_class_name")),
+            "scheduler": _scheduler_digest(source, folder, index, settings),
+        },
+    )
+
+
+def _opener(
+    source: str, folder: Path | None, index: Mapping[str, Any], dtype: torch.dtype, settings: _How
+) -> Callable[[Mapping[str, nn.Module]], Any]:
+    cls = _diffusers_class(str(index.get("_class_name")), source)
+    left_out = {n: None for n in ("safety_checker", "feature_extractor") if n in index and "safety_checker" in index}
+    variant = _variant(folder)
+
+    def open_pipeline(parts: Mapping[str, nn.Module]) -> Any:
+        try:
+            with _quiet():
+                return cls.from_pretrained(
+                    str(folder or source),
+                    torch_dtype=dtype,
+                    use_safetensors=True,
+                    variant=variant,
+                    local_files_only=folder is not None,
+                    **({"revision": settings.revision} if folder is None else {}),
+                    **left_out,
+                    **parts,
+                )
+        except Exception as error:  # diffusers, transformers and safetensors raise many kinds
+            raise ModelError(
+                f"cannot load the pipeline {source}: {type(error).__name__}: {error}. {_advice()}"
+            ) from error
+
+    return open_pipeline
+
+
+def _advice() -> str:
+    """What is missing where a pipeline with a text encoder cannot be loaded."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "Its text encoders need transformers, which is not installed: pip install 'mpqsearch[pipelines]'."
+    return "Folders must hold every component with safetensors weights; without a network only folders work."
+
+
+def _variant(folder: Path | None) -> str | None:
+    """The variant (``fp16``) of a pipeline folder's files, where they all have one."""
+    if folder is None:
+        return None
+    names = {p.name for p in folder.glob("*/*.safetensors")}
+    variants = {n.split(".")[-2] for n in names if n.count(".") > 1 and not n.split(".")[-2].isdigit()}
+    return variants.pop() if len(variants) == 1 and all(n.count(".") > 1 for n in names) else None
+
+
+def _component(source: str, folder: Path | None, name: str, kind: str, settings: _How) -> nn.Module:
+    if folder is not None:
+        return _load(folder / name, settings, kind)
+    return _pretrained(kind, source, settings.dtype or torch.float32, subfolder=name, revision=settings.revision)
+
+
+def _hub_index(source: str, settings: _How) -> dict[str, Any]:
     import diffusers
 
     try:
-        index = dict(diffusers.DiffusionPipeline.load_config(source, revision=how.revision))
+        return dict(diffusers.DiffusionPipeline.load_config(source, revision=settings.revision))
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(
             f"cannot load the pipeline {source!r}: {type(error).__name__}: {reason}. It must be a folder or a hub "
             "identifier with safetensors weights; without a network only folders work."
         ) from error
-    part, class_name = component_of(index, how.component, source)
-    module = _pretrained(class_name, source, how.dtype or torch.float32, subfolder=part, revision=how.revision)
-    has_scheduler = isinstance(index.get("scheduler"), (list, tuple)) and index["scheduler"][1]
-    scheduler = (
-        _scheduler(source, index["scheduler"][1], {"revision": how.revision})
-        if has_scheduler
-        else dict(DEFAULT_SCHEDULER)
-    )
-    return _wrap(module, scheduler, {}, source, how)
 
 
-def _load(folder: Path, how: _How, class_name: str = "") -> nn.Module:
+def scheduler_config(folder: Path) -> dict[str, Any] | None:
+    """The scheduler beside a model folder, or None."""
+    files = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
+    found = next((read_config(p) for p in files if p.is_file()), None)
+    return None if found is None else {k: v for k, v in found.items() if not k.startswith("_diffusers")}
+
+
+def hints_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Number of classes and the null label: from ``denoiser.json`` beside a model, else from its configuration."""
+    n_classes, null_class = classes_of(config)
+    hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
+    return {"n_classes": hints.get("n_classes", n_classes), "null_class": hints.get("null_class", null_class)}
+
+
+def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:
     """The module of a folder, after its files were looked at: all there, and not quantized."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it holds no diffusers model")
     config = read_config(folder / "config.json")
     refuse_quantized(folder, config)
-    _denoiser_class(config.get("_class_name") or class_name, str(folder))
+    _diffusers_class(config.get("_class_name") or class_name, str(folder))
     files = weight_files(folder)
     stored = files.tensors()
     return _pretrained(
         config.get("_class_name") or class_name,
         str(folder),
-        how.dtype or _stored_dtype(stored),
+        settings.dtype or _stored_dtype(stored),
         stored=stored,
         variant=files.variant,
         local_files_only=True,
     )
 
 
-def _denoiser_class(name: str, source: str) -> Any:
+def _diffusers_class(name: str, source: str) -> Any:
     import diffusers
 
     cls = getattr(diffusers, name, None)
@@ -151,7 +201,7 @@ def _pretrained(
 
     Raises `ModelError` when a key is missing: diffusers would leave it as it found the memory.
     """
-    cls = _denoiser_class(class_name, source)
+    cls = _diffusers_class(class_name, source)
     try:
         with _quiet():
             module, info = cls.from_pretrained(
@@ -183,39 +233,24 @@ def _stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
-def _scheduler(source: str, class_name: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a pipeline's scheduler."""
+def _scheduler_digest(source: str, folder: Path | None, index: Mapping[str, Any], settings: _How) -> str:
+    """Digest of the class and the configuration of a pipeline's scheduler."""
     import diffusers
 
+    entry = index.get("scheduler")
+    if not isinstance(entry, (list, tuple)) or not entry[1]:
+        return "none"
+    cls = getattr(diffusers, str(entry[1]), None)
+    if cls is None:
+        raise ModelError(
+            f"{source}: its scheduler is a {entry[1]}, which diffusers {diffusers.__version__} does not have"
+        )
     try:
-        cls = getattr(diffusers, class_name)
-        return dict(cls.from_pretrained(source, subfolder="scheduler", **where).config)
+        where = {} if folder is not None else {"revision": settings.revision}
+        config = dict(cls.load_config(str(folder or source), subfolder="scheduler", **where))
     except Exception as error:
         raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
-
-
-def _wrap(
-    module: nn.Module, scheduler: Mapping[str, Any], hints: Mapping[str, Any], source: str, how: _How
-) -> Denoiser:
-    config = dict(getattr(module, "config", {}))
-    shape = sample_shape_of(config)
-    if not shape and not len(how.calls):
-        raise ModelError(
-            f"{source}: its config has no sample_size or in_channels. Record calls of its pipeline "
-            "(mpqsearch.models.capture, save_calls) and name the file in calibration.captured, or wrap the module with "
-            "mpqsearch.models.adapt"
-        )
-    n_classes, null_class = classes_of(config)
-    return adapt(
-        module.to(how.device),
-        sample_shape=shape,
-        name=model_name(source),
-        scheduler={k: v for k, v in scheduler.items() if not k.startswith("_diffusers")},
-        n_classes=hints.get("n_classes", n_classes),
-        null_class=hints.get("null_class", null_class),
-        source=source,
-        calls=how.calls,
-    )
+    return digest_of([entry[1], {k: v for k, v in config.items() if not k.startswith("_")}])
 
 
 def sample_shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:

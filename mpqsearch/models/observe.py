@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mpqsearch.models.calls import Call, tensors_in
-from mpqsearch.models.denoiser import Denoiser, Given
+from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.hooks import layer_input
 
 SAMPLE, TIME = "<sample>", "<time>"
@@ -48,8 +48,8 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(denoiser: Denoiser, modules: dict[str, nn.Module], examples: Sequence[Given]) -> Seen:
-    """Run the model on ``examples`` (conditions, or recorded calls) and say what was seen of ``modules``."""
+def observe(denoiser: Denoiser, modules: dict[str, nn.Module], examples: Sequence[Call]) -> Seen:
+    """Run the model on ``examples`` and say what was seen of ``modules``."""
     observer = _Observer(modules)
     handles = [m.register_forward_hook(observer.hook(n), with_kwargs=True) for n, m in modules.items()]
     try:
@@ -120,23 +120,14 @@ class _Observer:
         self._siblings: dict[str, list[tuple[Any, str]]] = {}
         self._batch = 1
 
-    def run(self, denoiser: Denoiser, example: Given) -> None:
+    def run(self, denoiser: Denoiser, call: Call) -> None:
         """One call of the denoiser."""
-        device = next(denoiser.module.parameters()).device
-        if isinstance(example, Call):
-            x, self._batch = example.sample, example.batch
-            t, times = torch.zeros(1), example.times(denoiser.module)
-        else:
-            x = torch.zeros(1, *denoiser.sample_shape, device=device)
-            t = torch.zeros(1, dtype=torch.long, device=device)
-            self._batch, times = 1, [t]
-            example = example.to(device) if isinstance(example, Tensor) else example
-        watch = self._watch
-        watch.origin[x] = watch.depends[x] = frozenset({SAMPLE})
-        for time in times:
+        watch, self._batch = self._watch, call.batch
+        watch.origin[call.sample] = watch.depends[call.sample] = frozenset({SAMPLE})
+        for time in call.times(denoiser.module):
             watch.depends[time] = frozenset({TIME})
         with watch:
-            out = denoiser.denoise(x, t, example)
+            out = call.replay(denoiser.module)
             self.seen.gives |= watch.origin.get(out, frozenset()) & set(self._modules)
         self._siblings.clear()
 

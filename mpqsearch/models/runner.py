@@ -89,6 +89,10 @@ class Runner(Protocol):
         """
         ...
 
+    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+        """Encode the prompts of all these seeds at once, and let the text encoders go."""
+        ...
+
     def examples(self, module: nn.Module) -> list[Call]:
         """A few calls that show every layer: what layers are looked for with."""
         ...
@@ -118,13 +122,20 @@ def intercepted(module: nn.Module, on_call: OnCall | None) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
-    """``stand_in(real, args, kwargs)`` in the place of the method that computes."""
+    """``stand_in(real, args, kwargs)`` in the place of the method that computes; calls made inside it are real."""
     entry = "denoise" if isinstance(owner, Denoises) else "forward"
-    real = getattr(owner, entry)
+    real, inside = getattr(owner, entry), False
 
     @wraps(real)  # pipelines read its signature
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return stand_in(real, args, kwargs)
+        nonlocal inside
+        if inside:
+            return real(*args, **kwargs)
+        inside = True
+        try:
+            return stand_in(real, args, kwargs)
+        finally:
+            inside = False
 
     before = vars(owner).get(entry)
     setattr(owner, entry, forward)
@@ -142,19 +153,21 @@ def watched_scheduler(scheduler: Any, on_step: Callable[[Tensor], None] | None) 
 
     By a subclass and not by an attribute: pipelines that copy their scheduler would step the original through it.
     """
-    if on_step is None or not hasattr(scheduler, "step"):
+    kind = type(scheduler)
+    name = next((n for n in ("step", "step_pred") if hasattr(kind, n)), None)
+    if on_step is None or name is None:
         yield
         return
-    kind = type(scheduler)
+    real = getattr(kind, name)
 
-    @wraps(kind.step)  # pipelines read its signature to know whether it takes a generator
+    @wraps(real)  # pipelines read its signature to know whether it takes a generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = kind.step(self, *args, **kwargs)
+        out = real(self, *args, **kwargs)
         if self is scheduler:
             on_step(out[0] if isinstance(out, tuple) else out.prev_sample)
         return out
 
-    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    scheduler.__class__ = type(kind.__name__, (kind,), {name: step, "__module__": kind.__module__})
     try:
         yield
     finally:

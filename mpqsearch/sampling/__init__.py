@@ -1,33 +1,31 @@
-"""Seeded sampling with one noise stream a sample, over diffusers' own schedulers."""
+"""Runners: a denoiser, run the way its users run it, and what every room derives from that."""
 
-from mpqsearch.sampling.sampler import (
-    Chain,
-    Step,
-    chain_of,
-    condition_to,
-    labels_of,
-    noise_of,
-    prediction_sensitivities,
-    sample,
-    timesteps_of,
-    to_uint8,
-    trajectory,
-)
+from mpqsearch.sampling.chain import Chain, chain, gradients, prediction_gains
+from mpqsearch.sampling.draw import can_sample, each_call, latents, n_calls, require_sampler, samples
+from mpqsearch.sampling.load import adapt, load_model
+from mpqsearch.sampling.pipeline import PipelineRunner
+from mpqsearch.sampling.plain import PlainRunner, to_uint8
+from mpqsearch.sampling.recorded import RecordedRunner
 from mpqsearch.specs import SamplerSpec
 from mpqsearch.specs.sampler import SAMPLERS
 
 __all__ = [
     "SAMPLERS",
     "Chain",
+    "PipelineRunner",
+    "PlainRunner",
+    "RecordedRunner",
     "SamplerSpec",
-    "Step",
-    "chain_of",
-    "condition_to",
-    "labels_of",
-    "noise_of",
-    "prediction_sensitivities",
-    "sample",
-    "timesteps_of",
+    "adapt",
+    "can_sample",
+    "chain",
+    "each_call",
+    "gradients",
+    "latents",
+    "load_model",
+    "n_calls",
+    "prediction_gains",
+    "require_sampler",
+    "samples",
     "to_uint8",
-    "trajectory",
 ]

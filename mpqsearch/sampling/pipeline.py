@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,9 @@ class PipelineRunner:
         for name in ("safety_checker", "watermark"):
             if getattr(pipe, name, None) is not None:
                 setattr(pipe, name, None)
-                log.warning("the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__)
+                log.warning(
+                    "the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__
+                )
         vae = getattr(pipe, "vae", None)
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # exact; tiling is not
@@ -199,7 +201,9 @@ class PipelineRunner:
                 f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
             )
         self._encoders = tuple(
-            n for n, c in pipe.components.items() if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
+            n
+            for n, c in pipe.components.items()
+            if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
         )
         return pipe
 
@@ -209,10 +213,10 @@ class PipelineRunner:
             for name in self._encoders:
                 setattr(self._pipe, name, None)
 
-    def _arguments(self, pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
+    def _arguments(self, pipe: Any, seeds: Sequence[int], output_type: str) -> dict[str, Any]:
         """What ``__call__`` gets."""
         known = inspect.signature(type(pipe).__call__).parameters
-        given: dict[str, Any] = {"output_type": "pt"}
+        given: dict[str, Any] = {"output_type": output_type}
         if self.spec.steps is not None:
             given["num_inference_steps"] = self.spec.steps
         if self.spec.guidance is not None:
@@ -234,16 +238,26 @@ class PipelineRunner:
         return {k: v for k, v in given.items() if k in known}
 
     def _run(
-        self, module: nn.Module, seeds: list[int], hooks: Hooks, stop_after: int | None, *, grad: bool
+        self,
+        module: nn.Module,
+        seeds: list[int],
+        hooks: Hooks,
+        stop_after: int | None,
+        *,
+        grad: bool,
+        output_type: str = "pt",
     ) -> Drawn:
         """One call of the pipeline, ended after so many steps of its scheduler."""
-        pipe, last = self.pipe(module), _Seen()
+        pipe, steps, latest = self.pipe(module), 0, None
 
         def step(sample: Tensor) -> None:
-            last.steps.append(sample)
+            nonlocal steps, latest
+            # Some pipelines step both halves of classifier-free guidance, which are equal, and show the first.
+            latest = sample[: len(seeds)] if len(sample) == 2 * len(seeds) else sample
+            steps += 1
             if hooks.step is not None:
-                hooks.step(sample)
-            if len(last.steps) == stop_after:
+                hooks.step(latest)
+            if steps == stop_after:
                 raise _Enough
 
         images = None
@@ -253,12 +267,11 @@ class PipelineRunner:
             stack.enter_context(watched_scheduler(pipe.scheduler, step))
             stack.enter_context(self._encoded_in(pipe, module))
             call = inspect.unwrap(type(pipe).__call__) if grad else type(pipe).__call__
-            try:
-                images = _pictures(call(pipe, **self._arguments(pipe, seeds)))
-            except _Enough:
-                if not last.steps:  # what was wanted came before the first step
-                    return Drawn(seeds=tuple(seeds), latents=torch.empty(0), images=None, labels=self.labels(seeds))
-        latents = last.steps[-1].detach().float().cpu()
+            with suppress(_Enough), _named(pipe):
+                images = _pictures(call(pipe, **self._arguments(pipe, seeds, output_type)))
+        if latest is None:  # what was wanted came before the first step
+            return Drawn(seeds=tuple(seeds), latents=torch.empty(0), images=None, labels=self.labels(seeds))
+        latents = latest.detach().float().cpu()
         self._check_finite(latents, images, seeds)
         return Drawn(seeds=tuple(seeds), latents=latents, images=_as_uint8(images), labels=self.labels(seeds))
 
@@ -276,7 +289,11 @@ class PipelineRunner:
             yield
 
     def _check_finite(self, latents: Tensor, images: NDArray[Any] | None, seeds: Sequence[int]) -> None:
-        finite = torch.isfinite(latents.flatten(1)).all(1) if len(latents) == len(seeds) else torch.isfinite(latents).all().view(1)
+        finite = (
+            torch.isfinite(latents.flatten(1)).all(1)
+            if len(latents) == len(seeds)
+            else torch.isfinite(latents).all().view(1)
+        )
         if images is not None and len(images) == len(seeds):
             finite = finite & torch.from_numpy(np.isfinite(images.reshape(len(images), -1)).all(1))
         if bool(finite.all()):
@@ -310,7 +327,7 @@ class PipelineRunner:
         kind = type(self._pipe).__name__
         try:
             both = self._rehearsed(module, [0, 1])
-        except (ValueError, TypeError, RuntimeError) as error:
+        except ModelError as error:
             log.warning("%s takes one sample at a time: %s", kind, error)
             return False
         a, b = alone.steps[-1].double(), both.steps[-1].double()
@@ -333,12 +350,30 @@ class PipelineRunner:
                 forms[key] = real(*args, **kwargs)
             return mapped(forms[key], partial(_made_up, made.sample))
 
-        hooks = Hooks(call=call, step=seen.steps.append)
-        try:
-            self._run(module, seeds, hooks, None, grad=False)
-        except NumericsError:  # of made-up predictions
-            pass
+        hooks = Hooks(call=call, step=lambda sample: seen.steps.append(sample))
+        with suppress(NumericsError):  # of made-up predictions
+            try:
+                self._run(module, seeds, hooks, None, grad=False, output_type="latent")
+            except ModelError as error:
+                if "output_type" not in str(error):
+                    raise
+                seen = _Seen()
+                self._run(module, seeds, hooks, None, grad=False)
         return seen
+
+
+@contextmanager
+def _named(pipe: Any) -> Iterator[None]:
+    """Name the pipeline in whatever it raises: a wrong argument, a scheduler that does not fit, too little memory."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        scheduler = type(pipe.scheduler).__mro__[1].__name__
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(
+            f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself with "
+            "the same arguments (sampler.steps, sampler.guidance, sampler.call)"
+        ) from error
 
 
 def _stop(*_: Any) -> Any:
@@ -358,7 +393,11 @@ def _pictures(out: Any) -> NDArray[Any] | None:
     """What a pipeline gave as float images ``[N, C, H, W]`` or video ``[N, F, C, H, W]`` in [0, 1]; None for sound."""
     value = out[0] if isinstance(out, tuple) else next(iter(out.values()))
     if isinstance(value, list):
-        value = np.stack([np.asarray(v, dtype=np.float32) / 255 for v in value]) if value and hasattr(value[0], "getbands") else value
+        value = (
+            np.stack([np.asarray(v, dtype=np.float32) / 255 for v in value])
+            if value and hasattr(value[0], "getbands")
+            else value
+        )
     if isinstance(value, Tensor):
         return value.detach().float().cpu().numpy() if value.dim() >= 4 else None
     if isinstance(value, np.ndarray) and value.ndim >= 4:

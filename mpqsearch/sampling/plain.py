@@ -110,6 +110,9 @@ class PlainRunner:
             seeds=tuple(seeds), latents=latents, images=to_uint8(latents) if decode else None, labels=self.labels(seeds)
         )
 
+    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+        """Nothing to do."""
+
     def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
         """The class of each seed, ``seed mod n_classes``: balanced over consecutive seeds."""
         return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
@@ -118,7 +121,9 @@ class PlainRunner:
         """One call of each row that guidance makes, on zeros."""
         device, rows = device_of(module), 1
         x = torch.zeros(rows, *self.sample_shape, device=device, dtype=float_dtype(module))
-        args, kwargs = self._arguments(module, x, torch.zeros(rows, dtype=torch.long, device=device), self._condition([0], device))
+        args, kwargs = self._arguments(
+            module, x, torch.zeros(rows, dtype=torch.long, device=device), self._condition([0], device)
+        )
         return [call_of(module, args, kwargs)]
 
     def calls_per_run(self, module: nn.Module) -> int:

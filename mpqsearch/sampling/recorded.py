@@ -31,11 +31,18 @@ class RecordedRunner:
 
     def run(self, module: nn.Module, seeds: Sequence[int], **_: Any) -> NoReturn:
         """Raise `ModelError`."""
+        self.refuse("samples", module)
+
+    def refuse(self, what: str, module: nn.Module) -> NoReturn:
+        """Raise `ModelError`: ``what`` needs samples."""
         raise ModelError(
-            f"samples were asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
+            f"{what}: asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
             "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, give "
             "the pipeline's folder, or export the map and sample in the pipeline itself."
         )
+
+    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+        """Nothing to do."""
 
     def labels(self, seeds: Sequence[int]) -> tuple[None, ...]:
         """Nothing is known of them."""

@@ -1,0 +1,136 @@
+"""The final sample as a function of the denoiser's raw predictions, for any pipeline and any scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpqsearch.errors import NumericsError
+from mpqsearch.models.calls import Call, call_of, mapped, tensors_in
+from mpqsearch.models.denoiser import Denoiser
+from mpqsearch.models.runner import Hooks, parts_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A run whose scheduler arithmetic is differentiable and whose calls of the denoiser are cut out.
+
+    ``calls`` hold what the denoiser was given, ``predictions`` what it returned, by call: leaves that require gradients
+    (all floating-point outputs). ``seen`` are those of the call's arguments that depend on earlier predictions, as
+    functions of them, ``final`` the latents after the last step as a function of all predictions. So the gradient
+    through the whole sampler is put together call by call, with the graph of one call in memory, for any scheduler,
+    multi-step ones included.
+    """
+
+    calls: tuple[Call, ...]
+    predictions: tuple[tuple[Tensor, ...], ...]
+    seen: tuple[tuple[Tensor, ...], ...]
+    final: Tensor
+
+    def replay(self, index: int, module: nn.Module) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Call ``index`` again with gradients: its raw outputs, and leaves for those arguments that are in ``seen``."""
+        leaves: list[Tensor] = []
+
+        def fresh(value: Tensor) -> Tensor:
+            if not value.requires_grad:
+                return value
+            leaves.append(value.detach().requires_grad_(True))
+            return leaves[-1]
+
+        call = self.calls[index]
+        with torch.enable_grad():
+            made = call_of(
+                module.get_submodule(call.part),
+                mapped(call.args, fresh),
+                mapped(dict(call.kwargs), fresh),
+                part=call.part,
+            )
+            outputs = tuple(t for t in tensors_in(made.outputs(module)) if t.is_floating_point())
+        return outputs, tuple(leaves)
+
+
+def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
+    """Run one batch and keep the scheduler's graph: see `Chain`.
+
+    Raises `NumericsError` when a sample is not finite.
+    """
+    calls: list[Call] = []
+    leaves: list[tuple[Tensor, ...]] = []
+    seen: list[tuple[Tensor, ...]] = []
+    steps: list[Tensor] = []
+    owners = parts_of(denoiser.module)
+
+    def on_call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+        calls.append(call_of(owners[part], args, kwargs, part=part, index=len(calls)))
+        seen.append(tuple(given))
+        with torch.no_grad():
+            out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
+        mine: list[Tensor] = []
+
+        def cut(value: Tensor) -> Tensor:
+            if not value.is_floating_point():
+                return value
+            mine.append(value.detach().clone().requires_grad_(True))
+            return mine[-1]
+
+        out = mapped(out, cut)
+        leaves.append(tuple(mine))
+        return out
+
+    def on_step(sample: Tensor) -> None:
+        steps[:] = [sample]
+
+    denoiser.runner.run(denoiser.module, seeds, hooks=Hooks(call=on_call, step=on_step), decode=False, grad=True)
+    return Chain(calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=steps[0])
+
+
+def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: int = 0) -> list[Tensor]:
+    """For each call and each row of its prediction ``[rows]``, the mean squared change of the final sample for a unit
+    change of the mean square of that row.
+
+    To first order, for errors of no direction of their own, with all that follows: the scheduler's arithmetic, the
+    weights of classifier-free guidance, and what later calls of the denoiser make of another input. One batch,
+    estimated along one direction of random signs in the space of samples: one forward and one backward pass of the
+    denoiser a call, with the graph of one call in memory. Raises `NumericsError` when a gradient is not finite.
+    """
+    made = chain(denoiser, seeds)
+    generator = torch.Generator().manual_seed(probe_seed)
+    signs = torch.randint(0, 2, made.final.shape, generator=generator).to(made.final) * 2 - 1
+    objective = (signs * made.final).sum()
+    gains: list[Tensor] = []
+    for index in reversed(range(len(made.calls))):
+        along = gradients(objective, made.predictions[index])
+        gains.append(_by_row(along, made.final.numel() / len(seeds)))
+        if made.seen[index]:
+            outputs, leaves = made.replay(index, denoiser.module)
+            with torch.enable_grad():
+                onward = sum(((a * o).sum() for a, o in zip(along, outputs, strict=True)), torch.zeros(()).to(along[0]))
+            back = gradients(onward, leaves)
+            objective = objective + sum((b * s).sum() for b, s in zip(back, made.seen[index], strict=True))
+    if not all(bool(torch.isfinite(g).all()) for g in gains):
+        raise NumericsError(
+            f"{denoiser.name}: the gradient of the samples of seeds {seeds[0]}..{seeds[-1]} is not finite"
+        )
+    return gains[::-1]
+
+
+def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients with respect to the leaves, zeros for what does not matter; the graph is kept."""
+    if not leaves or not objective.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    found = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True))
+
+
+def _by_row(along: Sequence[Tensor], n_values: float) -> Tensor:
+    """Squared gradient ``[rows]`` over all outputs of a call, by values of one final sample."""
+    rows = len(along[0])
+    return (
+        sum((a.float().square().reshape(rows, -1).sum(1) for a in along if a.numel() % rows == 0), torch.zeros(rows))
+        / n_values
+    )
