@@ -192,20 +192,26 @@ class PipelineRunner:
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
-        known = set(inspect.signature(type(pipe).__call__).parameters)
-        for name in self.spec.call:
-            if name not in known:
-                raise UnknownNameError(f"argument of {type(pipe).__name__}", name, sorted(known), "(sampler.call)")
-        if "prompt" in known and self.prompts is None and not {"prompt", "prompt_embeds"} & set(self.spec.call):
-            raise ConfigError(
-                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
-            )
+        self._check_call(pipe)
         self._encoders = tuple(
             n
             for n, c in pipe.components.items()
             if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
         )
         return pipe
+
+    def _check_call(self, pipe: Any) -> None:
+        """Raise `ConfigError` for arguments that ``__call__`` does not know, and for prompts or classes that are missing
+        or do not exist."""
+        known, kind = set(inspect.signature(type(pipe).__call__).parameters), type(pipe).__name__
+        for name in self.spec.call:
+            if name not in known:
+                raise UnknownNameError(f"argument of {kind}", name, sorted(known), "(sampler.call)")
+        asked = self.prompts is not None and self.prompts.has_text
+        if "prompt" in known and not asked and not {"prompt", "prompt_embeds"} & set(self.spec.call):
+            raise ConfigError(f"{kind} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line")
+        if self.n_classes and self.prompts is not None and "class_labels" in known:
+            self.prompts.check(n_classes=self.n_classes)
 
     def _release(self) -> None:
         """Let the text encoders go, unless nothing else could bring them back."""
