@@ -25,7 +25,7 @@ from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
-from mpqsearch.export.target import CHECK, Target, int_choices
+from mpqsearch.export.target import Target, int_choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
