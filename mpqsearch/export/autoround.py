@@ -27,11 +27,9 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, float_note, number_of_bits, pattern_of
 from mpqsearch.export.reading import quantization_config as config_of
-from mpqsearch.export.target import CHECK, WEIGHTS, Target, int_choices, write_config
+from mpqsearch.export.target import WEIGHTS, Target, int_choices, write_config
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mpqsearch.quant import QuantizedRows
 
 
@@ -77,7 +75,7 @@ class AutoRoundTarget(Target):
         rows = our_rows(job, plan)
         expected = decode_in_place(job, rows)
         state: dict[str, Any] = {}
-        for key, tensor in expected.module.state_dict().items():
+        for key, tensor in expected.state_dict().items():
             name = key.removesuffix(".weight")
             if key.endswith(".weight") and name in rows:
                 state |= {f"{name}.{part}": words for part, words in packed(rows[name]).items()}
@@ -87,27 +85,22 @@ class AutoRoundTarget(Target):
         save_tensors(folder / WEIGHTS, state, {"mpqsearch.bit_map": job.bit_map.digest})
         extra = {"quantization_config": quantization_config(plan)} if rows else {}
         paths = write_config(folder, job.model.module, extra)
-        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, expected)]
+        return [folder / WEIGHTS, *paths, *write_check(folder, job.model, expected)]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the bits of every layer that AutoRound put in."""
         import torch
 
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded, stored_size
 
-        module = load_pretrained(folder, self.name, module, torch.float16)
+        module = load_pretrained(folder, torch.float16)
         for parameter in module.parameters():  # compare in single precision, so that only decoding differs
             parameter.data = parameter.data.float()
         for layer in module.modules():
             if getattr(layer, "bias", None) is not None and hasattr(layer, "qweight"):
                 layer.bias = layer.bias.float()
-        widths = {n: int(m.bits) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits")}
-        return {
-            "widths": widths,
-            "forward_error": forward_error(folder, module),
-            "versions": libraries("auto-round", "accelerate", "transformers"),
-            **stored_size(folder / WEIGHTS),
-        }
+        layers = ((n, m) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits"))
+        return loaded(folder, module, {n: f"int{m.bits}" for n, m in layers}) | stored_size(folder / WEIGHTS)
 
 
 def layer_bits(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ import copy
 import json
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpqsearch.artifacts import atomic_path, environment, read_json
+from mpqsearch.artifacts import atomic_path, environment
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.export.contract import ExportJob, PlanEntry
-from mpqsearch.export.target import CHECK, CONFIG, MANIFEST, get_exporter
+from mpqsearch.export.reading import bits_of
+from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporter
+from mpqsearch.models.calls import Call, Calls, capture, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
+from mpqsearch.models.discover import example_condition
 from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
 from mpqsearch.quant.apply import check_moments, moment_of
 
@@ -38,25 +41,32 @@ def on_cpu(denoiser: Denoiser) -> Denoiser:
     return denoiser.with_module(copy.deepcopy(denoiser.module).cpu().float().eval().requires_grad_(False))
 
 
-def condition_of(denoiser: Denoiser) -> Tensor | None:
-    """The condition of the two samples of a check: two classes, if the model has classes."""
-    return torch.arange(2) % denoiser.n_classes if denoiser.n_classes else None
+def example_calls(denoiser: Denoiser) -> list[Call]:
+    """Calls with which a forward pass is compared and a graph is traced, as the module itself receives them.
+
+    The first recorded call, or two noisy samples at two times and of two classes. Raises `ModelError` when the module
+    cannot be called so.
+    """
+    with capture(denoiser.module, limit=1) as calls, torch.no_grad():
+        if len(denoiser.calls):
+            denoiser.calls[0].replay(denoiser.module)
+        else:
+            x = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
+            denoiser.denoise(x, torch.tensor(_TIMESTEPS), example_condition(denoiser, 2))
+    return list(calls)
 
 
-def write_check(path: Path, denoiser: Denoiser) -> list[Path]:
-    """Write inputs of two samples and the prediction of ``denoiser`` for them; nothing when the model cannot be called
-    so."""
-    x = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor(_TIMESTEPS)
-    cond = condition_of(denoiser)
-    path.unlink(missing_ok=True)
+def write_check(folder: Path, denoiser: Denoiser, module: nn.Module) -> list[Path]:
+    """Write a call of ``denoiser``, and the prediction of ``module`` for it that the consumer must give too; nothing
+    when the denoiser cannot be called."""
     try:
-        with torch.no_grad():
-            y = denoiser.denoise(x, t, cond)
+        call = example_calls(denoiser)[0]
     except (MpqsearchError, TypeError, ValueError):
-        return []  # it needs a condition that nobody gave; the widths are still read back
-    save_tensors(path, {"x": x, "t": t, "y": y.contiguous()} | ({} if cond is None else {"cond": cond}))
-    return [path]
+        return []  # it needs inputs that nobody recorded; the widths are still read back
+    with torch.no_grad():
+        expected = call.replay(module)
+    save_calls(folder / CHECK, Calls([call], model=type(module).__name__))
+    return [folder / CHECK, save_tensors(folder / EXPECTED, {"prediction": expected})]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -73,15 +83,33 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def forward_error(folder: Path, module: nn.Module) -> float | None:
-    """Largest difference from the prediction of the check file, over its largest value; None without a check file."""
-    if not (folder / CHECK).is_file():
+    """Largest difference of ``module`` from the prediction that `write_check` wrote, over its largest value; None
+    without one."""
+    if not (folder / EXPECTED).is_file():
         return None
-    check = load_file(folder / CHECK)
-    sample_shape = read_json(folder / MANIFEST, "mpqsearch/export").data["sample_shape"]
-    denoiser = Denoiser(name="export", module=module, sample_shape=tuple(sample_shape))
+    expected = load_file(folder / EXPECTED)["prediction"]
     with torch.no_grad():
-        y = denoiser.denoise(check["x"], check["t"], check.get("cond"))
-    return float((y - check["y"]).abs().max() / check["y"].abs().max().clamp_min(1e-12))
+        seen = load_calls(folder / CHECK)[0].replay(module)
+    return float((seen - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def loaded(
+    folder: Path, module: nn.Module, formats: Mapping[str, str], stored: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """What ``read_back`` says of a model that was loaded with its quantized layers in ``formats``.
+
+    ``stored``: names of the tensors in the file, for consumers that pass over missing and unknown ones in silence.
+    """
+    held = set(module.state_dict())
+    names = held if stored is None else set(stored)
+    problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(held - names)]
+    problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(names - held)]
+    return {
+        "widths": {name: bits_of(choice) for name, choice in formats.items()},
+        "choices": dict(formats),
+        "problems": problems,
+        "forward_error": forward_error(folder, module),
+    }
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
@@ -100,12 +128,8 @@ def config_of(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_pretrained(folder: Path, target: str, module: nn.Module | None, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as diffusers loads it, which builds it by itself. Raises `ConfigError` when a module is given."""
-    if module is not None:
-        raise ConfigError(
-            f"the target {target!r} is loaded by diffusers, which builds the model itself: give no module"
-        )
+def load_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as diffusers loads it."""
     return model_class(config_of(folder)).from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True).eval()
 
 
@@ -116,17 +140,6 @@ def build_model(folder: Path) -> nn.Module:
     model = model_class(config).from_config({k: v for k, v in config.items() if k != "quantization_config"})
     assert isinstance(model, nn.Module)
     return model.float().eval().requires_grad_(False)
-
-
-def planned_layers(folder: Path) -> list[str]:
-    """The layers of the plan."""
-    return [p["layer"] for p in read_json(folder / MANIFEST, "mpqsearch/export").data["plan"]]
-
-
-def libraries(*names: str) -> dict[str, str]:
-    """Versions, for the record."""
-    versions: dict[str, str] = environment((*names, "torch", "diffusers", "safetensors"))["libraries"]
-    return versions
 
 
 def stored_size(path: Path) -> dict[str, int]:
@@ -175,13 +188,13 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, asymmetric: bool = Tr
     return {layer.name: rows for layer, rows in each_quantized(job, plan, asymmetric=asymmetric)}
 
 
-def decode_in_place(job: ExportJob, rows: Mapping[str, QuantizedRows]) -> Denoiser:
-    """Give the job's model the weights that ``rows`` decode to: what the consumer should compute."""
+def decode_in_place(job: ExportJob, rows: Mapping[str, QuantizedRows]) -> nn.Module:
+    """The job's module with the weights that ``rows`` decode to: what the consumer should compute."""
     modules: dict[str, Any] = dict(job.model.module.named_modules())
     for name, quantized in rows.items():
         weight = modules[name].weight
         weight.data.copy_(weight_of(quantized.rows(), job.table[name]))
-    return job.model
+    return job.model.module
 
 
 def most_levels(weight: Tensor) -> int:
@@ -191,11 +204,19 @@ def most_levels(weight: Tensor) -> int:
 
 
 def report(target: str, folder: Path) -> dict[str, Any]:
-    """What the target's ``read_back`` says of a folder; whatever a library raises is a problem of the report."""
+    """What the target's ``read_back`` says of a folder, and the versions of what read it; whatever a library raises is
+    a problem of the report."""
+    consumer = get_exporter(target)
     try:
-        return get_exporter(target).read_back(folder)
+        return consumer.read_back(folder) | {"versions": _versions(consumer)}
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; each means that it could not load the folder
         return {"widths": None, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
+
+
+def _versions(target: Target) -> dict[str, str]:
+    names = dict.fromkeys((target.requires, *(m.replace(".", "-") for m in target.imports)))
+    versions: dict[str, str] = environment((*filter(None, names), "torch", "diffusers", "safetensors"))["libraries"]
+    return versions
 
 
 def main(arguments: list[str]) -> int:

@@ -24,10 +24,10 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, co
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import PREFIX, Reading, bits_of, by_name
-from mpqsearch.export.target import CHECK, Target, write_config
+from mpqsearch.export.target import Target, write_config
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 FILE = "diffusion_model.gguf"
 
@@ -99,7 +99,6 @@ class GgufTarget(Target):
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
         import gguf
-        import torch
 
         from mpqsearch.export.check import write_check
 
@@ -129,41 +128,22 @@ class GgufTarget(Target):
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-        with torch.no_grad():
-            check = write_check(folder / CHECK, job.model)
-        return [folder / FILE, *write_config(folder, module), *check]
+        return [folder / FILE, *write_config(folder, module), *write_check(folder, job.model, module)]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the file with diffusers and read the type of every weight."""
         import gguf
-        import torch
-        from diffusers.models.model_loading_utils import load_gguf_checkpoint
         from diffusers.quantizers.gguf.utils import GGUFParameter
 
-        from mpqsearch.export.check import forward_error, libraries
+        from mpqsearch.export.check import loaded
 
-        module = load_with_diffusers(folder, module)
-        choices: dict[str, str] = {}
-        for name, layer in module.named_modules():
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, GGUFParameter):
-                choices[name] = gguf.GGMLQuantizationType(weight.quant_type).name
-        widths = {name: TYPES[choice][0] for name, choice in choices.items()}
-        stored, expected = set(load_gguf_checkpoint(str(folder / FILE))), set(module.state_dict())
-        problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(expected - stored)]
-        problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(stored - expected)]
-        size = sum(int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors)
-        with torch.no_grad():
-            error = forward_error(folder, module)
-        return {
-            "widths": widths,
-            "choices": choices,
-            "problems": problems,
-            "forward_error": error,
-            "versions": libraries("gguf", "libgguf", "accelerate"),
-            "stored_bytes": size,
-            "header_bytes": (folder / FILE).stat().st_size - size,
-        }
+        module = load_with_diffusers(folder)
+        weights = ((n.removesuffix(".weight"), p) for n, p in module.named_parameters() if n.endswith(".weight"))
+        formats = {n: gguf.GGMLQuantizationType(p.quant_type).name for n, p in weights if isinstance(p, GGUFParameter)}
+        tensors = gguf.GGUFReader(folder / FILE).tensors
+        size = sum(int(t.n_bytes) for t in tensors)
+        seen = loaded(folder, module, formats, [t.name for t in tensors])
+        return seen | {"stored_bytes": size, "header_bytes": (folder / FILE).stat().st_size - size}
 
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the type makes of a weight."""
@@ -210,36 +190,24 @@ def architecture(module: Any) -> str:
     return names.get(kind, kind.lower())
 
 
-def load_with_diffusers(folder: Path, module: nn.Module | None = None) -> Any:
+def load_with_diffusers(folder: Path) -> Any:
     """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same
     steps."""
     import torch
     from diffusers import GGUFQuantizationConfig
-    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint, load_model_dict_into_meta
     from diffusers.quantizers.gguf import GGUFQuantizer
 
     from mpqsearch.export.check import build_model, config_of, model_class
 
-    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
-    if module is None and hasattr(maker := model_class(config_of(folder)), "from_single_file"):
-        return maker.from_single_file(
-            str(folder / FILE), quantization_config=config, config=str(folder), torch_dtype=torch.float32
-        )
-    model = module or build_model(folder)
-    state = load_gguf_checkpoint(str(folder / FILE))
+    file, config = str(folder / FILE), GGUFQuantizationConfig(compute_dtype=torch.float32)
+    if hasattr(maker := model_class(config_of(folder)), "from_single_file"):
+        return maker.from_single_file(file, quantization_config=config, config=str(folder), torch_dtype=torch.float32)
+    model, state = build_model(folder), load_gguf_checkpoint(file)
     quantizer = GGUFQuantizer(config, pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map=None, state_dict=state)
-    missing = set(model.state_dict()) - set(state)
-    assert not missing, f"the file lacks {sorted(missing)[:3]}"
-    for key, value in state.items():
-        if quantizer.check_if_quantized_param(model, value, key, state):
-            quantizer.check_quantized_param_shape(key, model.get_parameter(key), value)
-            quantizer.create_quantized_param(model, value, key, torch.device("cpu"), state)
-        else:
-            owner, _, leaf = key.rpartition(".")
-            holder = model.get_submodule(owner)
-            shape = getattr(holder, leaf).shape
-            held: Any = torch.nn.Parameter(value.reshape(shape).float(), requires_grad=False)
-            setattr(holder, leaf, held if leaf in dict(holder.named_parameters(recurse=False)) else held.data)
+    load_model_dict_into_meta(
+        model, state, dtype=torch.float32, hf_quantizer=quantizer, device_map={"": torch.device("cpu")}
+    )
     quantizer.postprocess_model(model)
     return model.eval()

@@ -15,19 +15,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.core.packing import pack_bits
-from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, json_at, number_of_bits
 from mpqsearch.export.target import CHECK, CONFIG, Target, int_choices, write_config
-
-if TYPE_CHECKING:
-    from torch import nn
 
 FILE = "model.safetensors"
 
@@ -100,16 +96,14 @@ class MlxTarget(Target):
         save_tensors(folder / CHECK, check)
         return [folder / FILE, folder / CHECK, *write_config(folder, job.model.module, {"quantization": settings})]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Fill MLX layers from the files, read their bits, and run each on the inputs of the check."""
         import mlx.core as mx
         import mlx.nn
         from safetensors.numpy import load_file
 
-        from mpqsearch.export.check import libraries, stored_size
+        from mpqsearch.export.check import stored_size
 
-        if module is not None:
-            raise ConfigError("the target 'mlx' is read without torch: give no module")
         settings = json.loads((folder / CONFIG).read_text())["quantization"]
         weights, check = mx.load(str(folder / FILE)), load_file(folder / CHECK)
         widths = {}
@@ -125,12 +119,7 @@ class MlxTarget(Target):
             widths[name] = int(layer.bits)
             seen = np.array(layer(mx.array(x)))
             worst = max(worst, float(np.abs(seen - y).max() / np.abs(y).max()))
-        return {
-            "widths": widths,
-            "forward_error": worst,
-            "versions": libraries("mlx", "mlx-cpu"),
-            **stored_size(folder / FILE),
-        }
+        return {"widths": widths, "forward_error": worst, **stored_size(folder / FILE)}
 
 
 def group_size(fan_in: int) -> int:

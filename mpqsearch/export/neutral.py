@@ -170,7 +170,7 @@ class NeutralTarget(Target):
         sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
         return [path] if sidecar is None else [path, folder / sidecar["file"]]
 
-    def verify(self, folder: Path, module: Any = None) -> Verification:
+    def verify(self, folder: Path) -> Verification:
         """Read the file again with every check of `load_neutral`."""
         try:
             neutral = load_neutral(folder / FILE)

@@ -11,12 +11,15 @@ with a scale and a zero point a row, and ``Concat`` and ``Gather`` put the rows 
   opset 25.
 - ONNX Runtime may quantize activations where it fuses 2- and 4-bit weights with a product: the session option
   ``session.qdq_matmulnbits_accuracy_level`` = ``1`` keeps them in single precision, as the check does.
-- The graph takes the sample, timesteps and, for conditional models, the condition; batch size is free, the shape of a
-  sample is not.
+- The graph is that of one call: an input for each tensor that the module was given, under the names of its arguments.
+  The batch size is free where the model allows it, other shapes are not.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +34,12 @@ from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
-from mpqsearch.export.target import CHECK, Target, int_choices
+from mpqsearch.export.target import Target, int_choices
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from mpqsearch.models.calls import Call
     from mpqsearch.quant import QuantizedRows
 
 FILE = "model.onnx"
@@ -45,8 +49,6 @@ CONTAINERS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 MAX_INLINE = 1_500_000_000
 """Bytes of tensors above which they go into a file of their own: a protobuf ends at 2 GB."""
-
-_PREFIX = "u."
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class OnnxTarget(Target):
         """Trace the model, put containers in the place of its weights, and write the check."""
         import onnx
 
-        from mpqsearch.export.check import decode_in_place, our_rows, write_check
+        from mpqsearch.export.check import decode_in_place, example_calls, our_rows, write_check
 
         for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
             if job.bit_map.format_of(name).smooth and job.table[name].groups > 1:
@@ -116,13 +118,13 @@ class OnnxTarget(Target):
                     f"onnx cannot hold the smoothing of the grouped layer {name!r}; use a format without smooth"
                 )
         rows = our_rows(job, plan, asymmetric=False)
-        expected = decode_in_place(job, rows)
-        check = write_check(folder / CHECK, expected)
-        model = traced(expected)
+        module = decode_in_place(job, rows)
+        check = write_check(folder, job.model, module)
+        model = traced(example_calls(job.model)[0], module)
         for name, ours in rows.items():
             widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
             whole = job.bit_map.format_of(name).scheme == "asymmetric"
-            put_containers(model.graph, f"{_PREFIX}{name}.weight", job.table[name], parts_of(widths), ours, whole=whole)
+            put_containers(model.graph, job.table[name], parts_of(widths), ours, whole=whole)
         model.metadata_props.add(key="mpqsearch.bit_map", value=job.bit_map.digest)
         files = [folder / FILE]
         outside = sum(len(t.raw_data) for t in model.graph.initializer) > MAX_INLINE
@@ -136,51 +138,61 @@ class OnnxTarget(Target):
                 onnx.save_model(model, temporary)
         return [*files, *check]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Run the file with ONNX Runtime, and read the containers that its ``DequantizeLinear`` nodes take."""
+    def read_back(self, folder: Path) -> dict[str, Any]:
+        """Run the file with ONNX Runtime, and count the weights in its containers."""
         import onnx
-        import onnxruntime
-        from safetensors.numpy import load_file
 
-        from mpqsearch.export.check import libraries
+        from mpqsearch.export.check import forward_error
         from mpqsearch.export.neutral import FILE as MAP
         from mpqsearch.export.neutral import load_neutral
 
-        if module is not None:
-            raise ConfigError("the target 'onnx' is read without torch: give no module")
-        model = onnx.load(folder / FILE)
-        neutral = load_neutral(folder / MAP)
-        bit_map = neutral.bit_map
-        held = containers_of(model.graph)
+        tensors = onnx.load(folder / FILE).graph.initializer
+        neutral, held = load_neutral(folder / MAP), weights_held(tensors)
         widths: dict[str, int | None] = {}
         problems = []
-        for name, rows in held.items():
-            asked = bit_map.weights[name]
-            problem, got = _compare_rows(name, rows, bit_map.channel_widths(name, len(rows[0])))
-            widths[name] = None if asked.min() != asked.max() and not problem else got
-            problems += [problem] if problem else []
-        error = None
-        if (folder / CHECK).is_file():
-            check = load_file(folder / CHECK)
-            options = onnxruntime.SessionOptions()
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-            session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
-            y = session.run(None, {i.name: check[i.name] for i in session.get_inputs()})[0]
-            error = float(np.abs(y - check["y"]).max() / max(np.abs(check["y"]).max(), 1e-12))
-        ours = {
-            u["name"] for u in neutral.data["unquantized"]
-        }  # buffers and constants of the trace belong to the graph
-        ours |= {f"{layer}.weight" for layer in bit_map.weights}
-        stored = sum(_bytes_of(t) for t in model.graph.initializer if _owner(t.name) in ours)
+        for layer in neutral.layers:
+            asked = neutral.bit_map.channel_widths(layer.name, layer.n_channels)
+            planned = {p.bits: len(p.rows) * layer.weights_per_channel for p in parts_of(asked)}
+            if layer.name in held:
+                found = held[layer.name]
+                widths[layer.name] = None if asked.min() != asked.max() else int(asked[0])
+                if found != planned:
+                    problems.append(f"{layer.name}: weights by bits of their container {found}, planned {planned}")
+        names = {u["name"] for u in neutral.data["unquantized"]} | {f"{n}.weight" for n in neutral.bit_map.weights}
+        # Buffers and constants of the trace belong to the graph.
+        stored = sum(_bytes_of(t) for t in tensors if _owner(t.name) in names)
         on_disk = sum(p.stat().st_size for p in (folder / FILE, folder / f"{FILE}.data") if p.exists())
         return {
             "widths": widths,
             "problems": problems,
-            "forward_error": error,
-            "versions": libraries("onnx", "onnxruntime", "onnxscript"),
+            "forward_error": forward_error(folder, session(folder / FILE)),
             "stored_bytes": stored,
             "header_bytes": on_disk - stored,
         }
+
+
+def session(path: Path) -> nn.Module:
+    """A file as a module that takes what the traced module took, and runs it with ONNX Runtime."""
+    import onnxruntime
+    import torch
+
+    from mpqsearch.models.calls import tensors_in
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    runs = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    class Session(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zero = torch.nn.Parameter(torch.zeros(1))  # tells the caller type and device
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            names = (i.name for i in runs.get_inputs())
+            feed = {n: t.numpy() for n, t in zip(names, tensors_in((args, kwargs)), strict=True)}
+            return tuple(torch.from_numpy(y) for y in runs.run(None, feed))
+
+    return Session()
 
 
 def parts_of(widths: NDArray[np.uint8]) -> list[Part]:
@@ -204,55 +216,50 @@ def part_bits(layer: LayerSpec, bits: int, n_rows: int) -> StoredBits:
     return coded_bits(rows, bits, scales=n_rows, scale_bits=32, other=zeros)
 
 
-def traced(denoiser: Any) -> Any:
-    """The ONNX graph of a denoiser, its parameters under their own names after a prefix."""
+def traced(call: Call, module: nn.Module) -> Any:
+    """The ONNX graph of a call, with the module's parameters under their own names."""
     import onnx
     import torch
 
-    from mpqsearch.export.check import condition_of
-
-    classes = condition_of(denoiser)
-    named = {} if classes is None else {"cond": classes}
-
-    class Call(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.u = denoiser.module
-
-        def forward(self, x: Tensor, t: Tensor, values: list[Tensor]) -> Tensor:
-            result: Tensor = denoiser.with_module(self.u).denoise(x, t, values[0] if values else None)
-            return result
-
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        Call().eval(),
-        (torch.zeros(2, *denoiser.sample_shape), torch.tensor([10, 500]), list(named.values())),
-        input_names=["x", "t", *named],
-        output_names=["y"],
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-        opset_version=20,
-        dynamic_shapes=({0: batch}, {0: batch}, [{0: batch} for _ in named]),
-    )
+    arguments = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            call.args,
+            kwargs=dict(call.kwargs),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=20,
+            dynamic_shapes={name: _free_batch(value, call.batch) for name, value in arguments.items()},
+        )
     model: Any = program.model_proto  # type: ignore[union-attr]
     model = onnx.version_converter.convert_version(model, OPSET)
     model.ir_version = IR_VERSION
     return model
 
 
-def put_containers(
-    graph: Any, name: str, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool
-) -> None:
-    """Replace the initializer ``name`` of a layer by nodes that decode its rows; ``whole`` when all zero points are
-    integers."""
+def _free_batch(value: Any, batch: int) -> Any:
+    """The first axis of every tensor in an argument that has the length of the batch is free."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return {0: torch.export.Dim.AUTO} if value.dim() and len(value) == batch else {}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_free_batch(v, batch) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _free_batch(v, batch) for k, v in value.items()}
+    return None
+
+
+def put_containers(graph: Any, layer: LayerSpec, parts: Sequence[Part], ours: QuantizedRows, *, whole: bool) -> None:
+    """Replace the weight of a layer by nodes that decode its rows; ``whole`` when all zero points are integers."""
     from onnx import TensorProto, helper, numpy_helper
 
+    name = f"{layer.name}.weight"
     weight = next((t for t in graph.initializer if t.name == name), None)
     if weight is None:
-        raise ConfigError(
-            f"the traced model has no parameter {name.removeprefix(_PREFIX)!r}: was it folded or never used?"
-        )
+        raise ConfigError(f"the traced model has no parameter {name!r}: was it folded or never used?")
     graph.initializer.remove(weight)
     shape = layer.weight_shape
     # ONNX Runtime 1.32 fails to fold a transposed 2-bit tensor: where only a Transpose takes the weight, store it
@@ -311,54 +318,15 @@ def put_containers(
         graph.node.insert(i, new)
 
 
-def containers_of(graph: Any) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each layer with containers: bits ``[rows]`` of the container and the largest code ``[rows]``, in the order of
-    the rows."""
-    from onnx import numpy_helper
-
-    tensors = {t.name: t for t in graph.initializer}
-    containers: dict[str, list[tuple[int, NDArray[np.int64]]]] = {}
-    flipped: dict[str, bool] = {}
-    for node in graph.node:
-        if node.op_type != "DequantizeLinear" or not node.input[0].startswith(_PREFIX):
-            continue
-        name, tag = node.input[0].removeprefix(_PREFIX).split(".weight.b")
-        codes = numpy_helper.to_array(tensors[node.input[0]]).astype(np.int64)
-        flip = any(a.name == "axis" and a.i == 1 for a in node.attribute)
-        codes, flipped[name] = codes.T if flip else codes, flip
-        containers.setdefault(name, []).append((int(tag.split(".")[0]), codes.reshape(len(codes), -1).max(1)))
-    result = {}
-    for name, parts in containers.items():
-        bits = np.concatenate([np.full(len(top), b, dtype=np.int64) for b, top in parts])
-        top = np.concatenate([t for _, t in parts])
-        full = tensors.get(f"{_PREFIX}{name}.weight.b32.float")
-        if full is not None:
-            n_float = full.dims[1] if flipped[name] else full.dims[0]
-            bits = np.concatenate([bits, np.full(n_float, 32)])
-            top = np.concatenate([top, np.zeros(n_float, dtype=np.int64)])
-        order = tensors.get(f"{_PREFIX}{name}.weight.order")
-        if order is not None:
-            index = numpy_helper.to_array(order)
-            bits, top = bits[index], top[index]
-        result[name] = (bits, top)
-    return result
-
-
-def _compare_rows(
-    name: str, held: tuple[NDArray[np.int64], NDArray[np.int64]], asked: NDArray[np.uint8]
-) -> tuple[str, int]:
-    """A problem in words (empty: none) and the width to report: that of the map when every row fits it, else the
-    container's."""
-    bits, top = held
-    wanted = np.array([CONTAINERS.get(int(w), 32) for w in asked])
-    wrong = np.flatnonzero((bits != wanted) | ((asked < 8) & (top >= 2 ** np.minimum(asked, 8).astype(np.int64))))
-    if len(wrong):
-        row = int(wrong[0])
-        why = (
-            f"{name}: row {row} was asked at {asked[row]} bits and lies in {bits[row]} bits with codes up to {top[row]}"
-        )
-        return f"{why} ({len(wrong)} such rows)", int(bits.max())
-    return "", int(asked.max())
+def weights_held(tensors: Any) -> dict[str, dict[int, int]]:
+    """Weights by the bits of their container, 32 for those at full precision, of every layer that has containers."""
+    held: dict[str, dict[int, int]] = defaultdict(dict)
+    for tensor in tensors:
+        layer, mark, part = tensor.name.rpartition(".weight.b")
+        bits, _, kind = part.partition(".")
+        if mark and kind in ("codes", "float"):
+            held[layer][int(bits)] = math.prod(tensor.dims)
+    return held
 
 
 def _transposed(graph: Any, name: str) -> tuple[str, bool]:
@@ -380,9 +348,8 @@ def _shift_bits(parts: Sequence[Part], scheme: str) -> int:
 
 def _owner(tensor: str) -> str:
     """The parameter that a tensor of the graph belongs to."""
-    name = tensor.removeprefix(_PREFIX)
-    head, dot, _ = name.rpartition(".weight.")
-    return f"{head}.weight" if dot else name
+    head, dot, _ = tensor.rpartition(".weight.")
+    return f"{head}.weight" if dot else tensor
 
 
 def _bytes_of(tensor: Any) -> int:

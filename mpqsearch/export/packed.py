@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
-from mpqsearch.export.target import CHECK, Target, int_choices
+from mpqsearch.export.target import Target, int_choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,26 +82,21 @@ class PackedTarget(Target):
                 decode_in_place(job, {layer.name: quantized})
 
         paths = write_packed(folder, job.model.module, job.table, rows(), job.bit_map.digest, job.inputs)
-        return [*paths, *write_check(folder / CHECK, job.model)]
+        return [*paths, *write_check(folder, job.model, job.model.module)]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the checkpoint, and read the width of every channel from it."""
         from safetensors import safe_open
 
-        from mpqsearch.export.check import forward_error, libraries, stored_size
+        from mpqsearch.export.check import forward_error, stored_size
 
-        model = load_quantized(folder)
         widths: dict[str, int | None] = {}
         with safe_open(folder / FILE, framework="np") as stored:
             for key in (k for k in stored.keys() if k.endswith(f"{_MARK}bits")):  # noqa: SIM118 - not a mapping
                 bits = stored.get_tensor(key)
                 widths[key.removesuffix(f"{_MARK}bits")] = int(bits[0]) if bool((bits == bits[0]).all()) else None
-        return {
-            "widths": widths,
-            "forward_error": forward_error(folder, model),
-            "versions": libraries(),
-            **stored_size(folder / FILE),
-        }
+        error = forward_error(folder, load_quantized(folder))
+        return {"widths": widths, "forward_error": error, **stored_size(folder / FILE)}
 
 
 def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], *, smooth: bool) -> StoredBits:
@@ -198,17 +192,17 @@ def write_packed(
     to_text = getattr(module, "to_json_string", None)
     if to_text is None:
         raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
-    config = json.loads(to_text())
-    tensors: dict[str, Tensor] = {}
-    packed = set()
-    for name, rows in layers:
-        packed.add(f"{name}.weight")
-        tensors |= {f"{name}{_MARK}{key}": torch.from_numpy(array) for key, array in pack_layer(rows).items()}
     ours = tuple(f"{n}." for n, m in module.named_modules() if type(m).__module__.startswith("mpqsearch.quant"))
-    tensors |= {k: v for k, v in module.state_dict().items() if k not in packed and not k.startswith(ours)}
+    packed: dict[str, Tensor] = {}
+    names = set()
+    for name, rows in layers:
+        names.add(f"{name}.weight")
+        packed |= {f"{name}{_MARK}{key}": torch.from_numpy(array) for key, array in pack_layer(rows).items()}
+    plain = {k: v for k, v in module.state_dict().items() if k not in names and not k.startswith(ours)}
     (folder / HEADER).unlink(missing_ok=True)
-    save_tensors(folder / FILE, tensors, {"format": "mpqsearch.packed"})
-    data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "sha256": digest_file(folder / FILE)}
+    save_tensors(folder / FILE, packed | plain, {"format": "mpqsearch.packed"})
+    digest = digest_file(folder / FILE)
+    data = {"model": table.to_data(), "config": json.loads(to_text()), "map_digest": map_digest, "sha256": digest}
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs))
     return [folder / FILE, folder / HEADER]
 
@@ -218,7 +212,7 @@ def load_quantized(path: str | Path) -> nn.Module:
 
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
-    import torch
+    from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
     from mpqsearch.export.check import model_class
@@ -230,37 +224,21 @@ def load_quantized(path: str | Path) -> nn.Module:
         raise ArtifactError(
             f"{file} is missing, cut off or was altered after it was written. Copy or write the checkpoint again."
         )
-    table = LayerTable.from_data(data["model"])
-    with _without_initial_values():
-        module: nn.Module = model_class(data["config"]).from_config(data["config"]).eval().requires_grad_(False)
-    target, plain = module.state_dict(), load_file(file)
+    state: dict[str, Tensor] = {}
     packed: dict[str, Arrays] = {}
-    for key in [key for key in plain if _MARK in key]:
-        name, _, part = key.partition(_MARK)
-        packed.setdefault(name, {})[part] = plain.pop(key).numpy()
-    if different := {*plain, *(f"{name}.weight" for name in packed)} ^ set(target):
-        raise ArtifactError(f"{file} and {type(module).__name__} do not have the same tensors: {min(different)!r}")
-    with torch.no_grad():
-        for key, tensor in plain.items():
-            target[key].copy_(tensor)
-        for name, arrays in packed.items():
-            target[f"{name}.weight"].copy_(weight_of(unpack_layer(arrays, table[name]), table[name]))
-    return module
-
-
-@contextmanager
-def _without_initial_values() -> Iterator[None]:
-    """Build modules without random weights, which take longer than reading all of them and are read over at once."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    skipped = {torch.Tensor.uniform_, torch.Tensor.normal_}
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in skipped or getattr(func, "__module__", "") == "torch.nn.init":
-                return args[0] if args else kwargs["tensor"]
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        yield
+    for key, tensor in load_file(file).items():
+        name, mark, part = key.partition(_MARK)
+        if mark:
+            packed.setdefault(name, {})[part] = tensor.numpy()
+        else:
+            state[key] = tensor.float() if tensor.is_floating_point() else tensor
+    table = LayerTable.from_data(data["model"])
+    for name, arrays in packed.items():
+        state[f"{name}.weight"] = weight_of(unpack_layer(arrays, table[name]), table[name])
+    with init_empty_weights():  # random weights take longer than reading all of them
+        module: nn.Module = model_class(data["config"]).from_config(data["config"])
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"{file} is no checkpoint of {type(module).__name__}: {error}") from error
+    return module.eval().requires_grad_(False)

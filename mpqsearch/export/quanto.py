@@ -27,7 +27,7 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, co
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, by_name, float_note, json_at
-from mpqsearch.export.target import CHECK, WEIGHTS, Target, int_choices, write_config
+from mpqsearch.export.target import WEIGHTS, Target, int_choices, write_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,35 +81,22 @@ class QuantoTarget(Target):
         save_tensors(folder / WEIGHTS, module.state_dict(), {"mpqsearch.bit_map": job.bit_map.digest})
         write_text(folder / MAP, json.dumps(quantization_map(module), indent=1) + "\n")
         with torch_kernels():
-            check = write_check(folder / CHECK, job.model.with_module(module))
+            check = write_check(folder, job.model, module)
         return [folder / WEIGHTS, *write_config(folder, job.model.module), folder / MAP, *check]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Fill a model with ``requantize`` and read the width of each layer from its tensors."""
+    def read_back(self, folder: Path) -> dict[str, Any]:
+        """Fill a model with ``requantize`` and read the type of each layer from its tensors."""
         from optimum.quanto import requantize
         from safetensors.torch import load_file
 
-        from mpqsearch.export.check import build_model, forward_error, libraries, planned_layers, stored_size
+        from mpqsearch.export.check import build_model, loaded, stored_size
 
-        module = module or build_model(folder)
-        state = load_file(folder / WEIGHTS)
+        module, state = build_model(folder), load_file(folder / WEIGHTS)
         stored = set(state)  # requantize takes tensors out of the dict
         with torch_kernels():  # loading unpacks the codes too
             requantize(module, state, json.loads((folder / MAP).read_text()))
-            error = forward_error(folder, module.eval())
-        # quanto loads without a word when tensors are missing or left over
-        held = set(module.state_dict())
-        problems = [f"the file has no tensor {key!r}, which the model holds" for key in sorted(held - stored)]
-        problems += [f"the model has no place for the tensor {key!r} of the file" for key in sorted(stored - held)]
-        planned, modules = set(planned_layers(folder)), dict(module.named_modules())
-        problems += [f"the loaded model has no layer {name!r}" for name in sorted(planned - set(modules))]
-        return {
-            "widths": {n: _width(m) for n, m in modules.items() if _width(m) != FULL_PRECISION},
-            "problems": problems,
-            "forward_error": error,
-            "versions": libraries("optimum-quanto"),
-            **stored_size(folder / WEIGHTS),
-        }
+            seen = loaded(folder, module.eval(), _types(module), stored)
+        return seen | stored_size(folder / WEIGHTS)
 
 
 def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
@@ -154,13 +141,12 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
-def _width(module: nn.Module) -> int:
-    """Bits of the tensor that a module really holds, whatever its settings say."""
+def _types(module: nn.Module) -> dict[str, str]:
+    """Types of the tensors that the layers really hold, whatever their settings say."""
     from optimum import quanto
 
-    if not isinstance(module, quanto.QModuleMixin) or not isinstance(module.weight, quanto.QTensor):
-        return FULL_PRECISION
-    return int(module.weight.qtype.bits)
+    layers = ((n, m) for n, m in module.named_modules() if isinstance(m, quanto.QModuleMixin))
+    return {n: str(m.weight.qtype.name) for n, m in layers if isinstance(m.weight, quanto.QTensor)}
 
 
 def _group_size(fan_in: int) -> int:

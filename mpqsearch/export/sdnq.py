@@ -19,17 +19,14 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpqsearch.artifacts import atomic_path, write_text
 from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, quantization_config
-from mpqsearch.export.target import CHECK, CONFIG, WEIGHTS, Target, int_choices, planned_widths
-
-if TYPE_CHECKING:
-    from torch import nn
+from mpqsearch.export.target import CONFIG, WEIGHTS, Target, int_choices, planned_widths
 
 WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
 """SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where
@@ -95,28 +92,17 @@ class SdnqTarget(Target):
             write_text(
                 folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
             )
-        check = write_check(folder / CHECK, job.model.with_module(quantized))
-        return [folder / WEIGHTS, folder / CONFIG, *check]
+        return [folder / WEIGHTS, folder / CONFIG, *write_check(folder, job.model, quantized)]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype that each layer's dequantizer has."""
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded, stored_size
 
         os.environ.setdefault(*WITHOUT_COMPILER)
-        module = load_pretrained(folder, self.name, module)
-        choices = {
-            name: str(layer.sdnq_dequantizer.weights_dtype)
-            for name, layer in module.named_modules()
-            if getattr(layer, "sdnq_dequantizer", None) is not None
-        }
-        widths = {name: int(choice.lstrip("uint")) for name, choice in choices.items()}
-        return {
-            "widths": widths,
-            "choices": choices,
-            "forward_error": forward_error(folder, module),
-            "versions": libraries("sdnq", "accelerate"),
-            **stored_size(folder / WEIGHTS),
-        }
+        module = load_pretrained(folder)
+        decoders = {n: getattr(m, "sdnq_dequantizer", None) for n, m in module.named_modules()}
+        formats = {n: str(d.weights_dtype) for n, d in decoders.items() if d is not None}
+        return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
 
 
 def layer_types(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, str]:

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
     from mpqsearch.export.reading import Reading
 
-MANIFEST, CHECK, CONFIG = "export.json", "check.safetensors", "config.json"
+MANIFEST, CONFIG = "export.json", "config.json"
+CHECK, EXPECTED = "check.safetensors", "expected.safetensors"
+"""A call of the model, and what the exported model must predict for it."""
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """The name that diffusers looks for."""
 
@@ -90,18 +93,17 @@ class Target:
         raise NotImplementedError
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
-        """Write the target's own files, and ``check.safetensors`` when a forward pass can be compared.
+        """Write the target's own files, and a check when a forward pass can be compared.
 
         The model of the job is a copy of its own, on the CPU in float32, where weights are written.
         """
         raise NotImplementedError
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
-        """Load the folder with the consumer, into ``module`` when it is given, else into a model built from
-        ``config.json``.
+    def read_back(self, folder: Path) -> dict[str, Any]:
+        """Load the folder with the consumer.
 
         Returns ``widths`` by quantized layer, and as far as known ``choices``, ``problems``, ``forward_error``,
-        ``versions``, ``stored_bytes`` and ``header_bytes``.
+        ``stored_bytes`` and ``header_bytes``.
         """
         raise NotImplementedError
 
@@ -173,8 +175,8 @@ class Target:
         if job.denoiser is None:
             raise ConfigError(f"the target {self.name!r} needs the model: give ExportJob a denoiser")
         self.require()
-        (folder / MANIFEST).unlink(missing_ok=True)
-        (folder / CHECK).unlink(missing_ok=True)
+        for name in (MANIFEST, CHECK, EXPECTED):
+            (folder / name).unlink(missing_ok=True)
         if self.payload:
             from mpqsearch.export.check import on_cpu
 
@@ -196,31 +198,22 @@ class Target:
             "promised_bits": asdict(self.promise(job, plan)),
             "payload": self.payload,
             "verified_by": self.requires if self.by_consumer else "",
-            "sample_shape": list(job.model.sample_shape),
             "files": {p.relative_to(folder).as_posix(): digest_file(p) for p in paths},
             "environment": environment((self.requires or "mpqsearch", "torch", "diffusers", "safetensors")),
         }
 
-    def verify(self, folder: Path, module: nn.Module | None = None) -> Verification:
-        """Load the folder with the consumer and compare widths, forward pass and size with the plan.
-
-        A diffusers model is built from ``config.json`` in a fresh process. For any other, give ``module``, a new
-        instance of the same class; it is filled in this process.
+    def verify(self, folder: Path) -> Verification:
+        """Load the folder with the consumer, in a fresh process, and compare widths, forward pass and size with the
+        plan. The model is built from ``config.json``, so weights of models that diffusers does not have are not read.
         """
         problems = damage(folder, self.name)
         if not problems and self.missing():
             problems = [self.install_line()]
+        if not problems and self.by_consumer and self.needs_config and not (folder / CONFIG).is_file():
+            problems = [f"{folder} has no {CONFIG}: only models of diffusers can be built again and read back"]
         if problems:
             return Verification(target=self.name, entries=(), problems=tuple(problems))
-        if module is not None or not self.by_consumer:
-            seen = self.read_back(folder, module)
-        elif (folder / CONFIG).is_file() or not self.needs_config:
-            seen = fresh_process([(self.name, folder)])[0]
-        else:
-            why = (
-                f"{folder} has no {CONFIG}: not a diffusers model. Give verify() a new instance of its class as module."
-            )
-            return Verification(target=self.name, entries=(), problems=(why,))
+        seen = fresh_process([(self.name, folder)])[0] if self.by_consumer else self.read_back(folder)
         return self.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, seen)
 
     def compare(self, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> Verification:
@@ -308,7 +301,7 @@ class ConfigTarget(Target):
         write_text(folder / self.file, self.written(plan))
         return [folder / self.file, *(write_config(folder, job.model.module) if self.needs_config else [])]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """What our own reader finds in the file."""
         from mpqsearch.export.neutral import FILE, load_neutral
         from mpqsearch.export.reading import resolve
@@ -318,7 +311,7 @@ class ConfigTarget(Target):
         if reading is None:
             raise ConfigError(f"{folder / self.file} is no file of the target {self.name!r}")
         widths = resolve(reading, table, str(folder / self.file)) if reading.says_anything else {}
-        return {"widths": widths, "versions": {}}
+        return {"widths": widths}
 
 
 class AppliedTarget(ConfigTarget):
@@ -337,22 +330,18 @@ class AppliedTarget(ConfigTarget):
         """The configuration as JSON."""
         return json.dumps(self.recipe(plan), indent=1) + "\n"
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Apply the configuration and read widths and the levels that each layer really holds."""
-        from mpqsearch.export.check import build_model, libraries, most_levels
+        from mpqsearch.export.check import build_model, most_levels
 
         recipe = json.loads((folder / self.file).read_text())
-        widths, weights = self.applied(module or build_model(folder), recipe)
+        widths, weights = self.applied(build_model(folder), recipe)
         problems = []
         for name, weight in weights.items():
             levels = most_levels(weight)
             if levels > 2 ** widths[name] or (levels < 2 and weight.numel() > 2):
                 problems.append(f"{name} holds {levels} levels in a row; {widths[name]} bits have {2 ** widths[name]}")
-        return {
-            "widths": widths,
-            "problems": problems,
-            "versions": libraries(self.requires),
-        }
+        return {"widths": widths, "problems": problems}
 
 
 def _is_installed(module: str) -> bool:

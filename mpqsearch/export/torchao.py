@@ -15,16 +15,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, json_at, pattern_of, quantization_config
-from mpqsearch.export.target import CHECK, WEIGHTS, Target, int_choices, planned_widths, write_config
-
-if TYPE_CHECKING:
-    from torch import nn
+from mpqsearch.export.target import WEIGHTS, Target, int_choices, planned_widths, write_config
 
 
 class TorchaoTarget(Target):
@@ -85,21 +82,16 @@ class TorchaoTarget(Target):
         paths = write_config(
             folder, job.model.module, {"quantization_config": diffusers_config(config)} if rows else {}
         )
-        return [folder / WEIGHTS, *paths, *write_check(folder / CHECK, decode_in_place(job, rows))]
+        return [folder / WEIGHTS, *paths, *write_check(folder, job.model, decode_in_place(job, rows))]
 
-    def read_back(self, folder: Path, module: nn.Module | None = None) -> dict[str, Any]:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype of every weight."""
-        from mpqsearch.export.check import forward_error, libraries, load_pretrained, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded, stored_size
 
-        module = load_pretrained(folder, self.name, module)
+        module = load_pretrained(folder)
         types = {n: getattr(getattr(m, "weight", None), "target_dtype", None) for n, m in module.named_modules()}
-        widths = {n: int(str(t).removeprefix("torch.int")) for n, t in types.items() if t is not None}
-        return {
-            "widths": widths,
-            "forward_error": forward_error(folder, module),
-            "versions": libraries("torchao", "accelerate"),
-            **stored_size(folder / WEIGHTS),
-        }
+        formats = {n: str(t).removeprefix("torch.") for n, t in types.items() if t is not None}
+        return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
 
 
 def _reading(

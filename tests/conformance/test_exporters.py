@@ -1,5 +1,5 @@
-"""One suite for every export target: what the contract in `mpqsearch.export.contract` promises, on a U-Net and a
-transformer."""
+"""One suite for every export target: what the contract in `mpqsearch.export.contract` promises, on an unconditional
+U-Net, a class-conditional transformer and a text-conditional U-Net that is known from recorded calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
@@ -26,6 +26,7 @@ from mpqsearch.export import (
 )
 from mpqsearch.export.contract import REASONS
 from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, fresh_process
+from mpqsearch.models.calls import capture
 from mpqsearch.models.denoiser import Denoiser, adapt
 from mpqsearch.models.discover import discover
 
@@ -42,11 +43,10 @@ def tiny_unet() -> Denoiser:
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
-        num_class_embeds=5,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
-    return adapt(module, sample_shape=(1, 8, 8), name="tiny-unet", n_classes=4)
+    return adapt(module, sample_shape=(1, 8, 8), name="tiny-unet")
 
 
 def tiny_transformer() -> Denoiser:
@@ -64,23 +64,29 @@ def tiny_transformer() -> Denoiser:
     return adapt(module, sample_shape=(1, 8, 8), name="tiny-dit", n_classes=4)
 
 
-def tiny_unconditional() -> Denoiser:
+def tiny_text() -> Denoiser:
+    """Known from calls of its pipeline only: a time without a batch axis, prompts, and a learned variance."""
     torch.manual_seed(0)
-    module = UNet2DModel(
+    module = UNet2DConditionModel(
         sample_size=8,
-        in_channels=1,
-        out_channels=1,
+        in_channels=2,
+        out_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    return adapt(module, sample_shape=(1, 8, 8), name="tiny-unconditional")
+    with capture(module) as calls, torch.no_grad():
+        for t in (500, 10):
+            prompts = torch.randn(2, 5, 32)
+            module(torch.randn(2, 2, 8, 8), torch.tensor(t), encoder_hidden_states=prompts, return_dict=False)
+    return adapt(module, calls=calls, name="tiny-text")
 
 
-MODELS = {"unet": tiny_unet, "transformer": tiny_transformer, "unconditional": tiny_unconditional}
+MODELS = {"unet": tiny_unet, "transformer": tiny_transformer, "text": tiny_text}
 
 
 @pytest.fixture(scope="module", params=["unet", "transformer"])

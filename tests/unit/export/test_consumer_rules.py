@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import nn
 
 from mpqsearch.core import LayerTable
 from mpqsearch.export import read_map
+from mpqsearch.export.sdnq import WITHOUT_COMPILER
 from mpqsearch.models import adapt, discover
 
 
@@ -87,6 +89,7 @@ def rules(kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", range(12))
 def test_sdnq(case: int, module: nn.Module, table: LayerTable, tmp_path: Path) -> None:
+    os.environ.setdefault(*WITHOUT_COMPILER)
     utils = pytest.importorskip("sdnq.utils")
     quantizer = pytest.importorskip("sdnq.quantizer")
     settings = rules("sdnq")[case]
