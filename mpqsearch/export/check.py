@@ -27,13 +27,10 @@ from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.export.contract import ExportJob, PlanEntry
 from mpqsearch.export.reading import bits_of
 from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporter
-from mpqsearch.models.calls import Call, Calls, capture, load_calls, save_calls
+from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
-from mpqsearch.models.discover import example_condition
 from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
 from mpqsearch.quant.apply import check_moments, moment_of
-
-_TIMESTEPS = (10, 500)
 
 
 def on_cpu(denoiser: Denoiser) -> Denoiser:
@@ -41,26 +38,11 @@ def on_cpu(denoiser: Denoiser) -> Denoiser:
     return denoiser.with_module(copy.deepcopy(denoiser.module).cpu().float().eval().requires_grad_(False))
 
 
-def example_calls(denoiser: Denoiser) -> list[Call]:
-    """Calls with which a forward pass is compared and a graph is traced, as the module itself receives them.
-
-    The first recorded call, or two noisy samples at two times and of two classes. Raises `ModelError` when the module
-    cannot be called so.
-    """
-    with capture(denoiser.module, limit=1) as calls, torch.no_grad():
-        if len(denoiser.calls):
-            denoiser.calls[0].replay(denoiser.module)
-        else:
-            x = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
-            denoiser.denoise(x, torch.tensor(_TIMESTEPS), example_condition(denoiser, 2))
-    return list(calls)
-
-
 def write_check(folder: Path, denoiser: Denoiser, module: nn.Module) -> list[Path]:
     """Write a call of ``denoiser``, and the prediction of ``module`` for it that the consumer must give too; nothing
     when the denoiser cannot be called."""
     try:
-        call = example_calls(denoiser)[0]
+        call = denoiser.runner.examples(denoiser.module)[0]
     except (MpqsearchError, TypeError, ValueError):
         return []  # it needs inputs that nobody recorded; the widths are still read back
     with torch.no_grad():

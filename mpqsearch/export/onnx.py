@@ -110,7 +110,7 @@ class OnnxTarget(Target):
         """Trace the model, put containers in the place of its weights, and write the check."""
         import onnx
 
-        from mpqsearch.export.check import decode_in_place, example_calls, our_rows, write_check
+        from mpqsearch.export.check import decode_in_place, our_rows, write_check
 
         for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
             if job.bit_map.format_of(name).smooth and job.table[name].groups > 1:
@@ -120,7 +120,7 @@ class OnnxTarget(Target):
         rows = our_rows(job, plan, asymmetric=False)
         module = decode_in_place(job, rows)
         check = write_check(folder, job.model, module)
-        model = traced(example_calls(job.model)[0], module)
+        model = traced(job.model.runner.examples(job.model.module)[0], module)
         for name, ours in rows.items():
             widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
             whole = job.bit_map.format_of(name).scheme == "asymmetric"

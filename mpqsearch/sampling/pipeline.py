@@ -358,14 +358,15 @@ class PipelineRunner:
                 forms[key] = real(*args, **kwargs)
             return mapped(forms[key], partial(_made_up, made.sample))
 
-        hooks = Hooks(call=call, step=lambda sample: seen.steps.append(sample))
+        hooks = Hooks(call=call, step=seen.steps.append)
         with suppress(NumericsError):  # of made-up predictions
             try:
                 self._run(module, seeds, hooks, None, grad=False, output_type="latent")
             except ModelError as error:
                 if "output_type" not in str(error):
                     raise
-                seen = _Seen()
+                seen.steps.clear()
+                seen.calls.clear()
                 self._run(module, seeds, hooks, None, grad=False)
         return seen
 

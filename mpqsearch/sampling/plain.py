@@ -118,12 +118,11 @@ class PlainRunner:
         return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
 
     def examples(self, module: nn.Module) -> list[Call]:
-        """One call of each row that guidance makes, on zeros."""
-        device, rows = device_of(module), 1
-        x = torch.zeros(rows, *self.sample_shape, device=device, dtype=float_dtype(module))
-        args, kwargs = self._arguments(
-            module, x, torch.zeros(rows, dtype=torch.long, device=device), self._condition([0], device)
-        )
+        """One call: noise of two samples, at the first and the last timestep."""
+        device, seeds = device_of(module), [0, 1]
+        x = noise_of(seeds, self.sample_shape).to(device, float_dtype(module))
+        times = self._scheduler()[0].timesteps[[0, -1]].long().to(device)
+        args, kwargs = self._arguments(module, x, times, self._condition(seeds, device))
         return [call_of(module, args, kwargs)]
 
     def calls_per_run(self, module: nn.Module) -> int:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,16 @@ from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.models import (
     Calls,
     Denoiser,
-    adapt,
     capture,
     discover,
     discover_streamed,
     load_calls,
-    load_model,
     open_streamed,
     save_calls,
 )
 from mpqsearch.profile import CalibrationSpec, InputCollector, profile_model
 from mpqsearch.quant import quantize_model, rows_of
-from mpqsearch.sampling import SamplerSpec
+from mpqsearch.sampling import adapt, load_model
 from tests.support.denoisers import RECIPES, build
 
 WIDTHS = (2, 4, 8)
@@ -77,11 +75,11 @@ def cover(name: str) -> Covered:
         assert table.n_parameters == stored_values(module)
         check_ends_by_names(denoiser, table)
         if name not in RECIPES or RECIPES[name].make is None:  # else it is made of other models, and has no folder
-            check_folder(denoiser, table, Path(folder) / "model")
+            check_folder(denoiser, calls, table, Path(folder) / "model")
         power_error = check_statistics(module, table, calls)
         policy, fmt = Policy(widths=WIDTHS), QuantFormat(n_candidates=8)
         spec = CalibrationSpec(probe_inputs=1, probes=1, schemes=("asymmetric",), smooth=False)
-        profile = profile_model(denoiser, table, policy, SamplerSpec(steps=1), spec, fmt)
+        profile = profile_model(denoiser, table, policy, spec, fmt)
         searched = [la for la in table if policy.fixed_width(la) is None]
         assert any(profile.arrays["sensitivity"][profile.rows(la.name)].any() for la in searched), (
             "no error of any layer reaches the output"
@@ -128,15 +126,15 @@ def ends(table: LayerTable) -> dict[str, str]:
 def check_ends_by_names(denoiser: Denoiser, table: LayerTable) -> None:
     """Where nothing can be run, names alone must tell the first and the last layer: not the shape of the recorded
     sample either, which a model on disk does not have."""
-    by_names = ends(discover(replace(denoiser, sample_shape=(), calls=()), run=False))
+    by_names = ends(discover(denoiser, run=False))
     assert by_names == ends(table), f"by names {by_names}, seen in a run {ends(table)}"
 
 
-def check_folder(denoiser: Denoiser, table: LayerTable, folder: Path) -> None:
+def check_folder(denoiser: Denoiser, calls: Calls, table: LayerTable, folder: Path) -> None:
     """Saved and loaded, and streamed, the model is the same."""
     module: Any = denoiser.module
     module.save_pretrained(folder)
-    loaded = load_model(str(folder), calls=denoiser.calls)
+    loaded = load_model(str(folder), calls=calls)
     assert loaded.digest == denoiser.digest
     streamed = discover_streamed(open_streamed(str(folder)))
     assert streamed.digest == denoiser.digest

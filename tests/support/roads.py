@@ -145,7 +145,8 @@ def _record(source: Path, calls_file: Path) -> Path:
     """A pipeline in miniature, and what a user records around it."""
     import torch
 
-    from mpqsearch.models import capture, load_model, save_calls
+    from mpqsearch.models import capture, save_calls
+    from mpqsearch.sampling import load_model
     from tests.support.tiny import tiny_prompted_pipeline
 
     module = load_model(str(tiny_prompted_pipeline(source))).module

@@ -96,12 +96,20 @@ def tiny_prompted_pipeline(folder: Path) -> Path:
     return folder
 
 
-def tiny_denoiser(kind: str = "unet", seed: int = 0) -> Denoiser:
-    """One of the tiny models behind a `Denoiser`; ``kind`` is ``unet`` or ``dit``."""
-    from mpqsearch.models import adapt
+def tiny_denoiser(kind: str = "unet", seed: int = 0, **sampler: Any) -> Denoiser:
+    """One of the tiny models behind a `Denoiser`; ``kind`` is ``unet`` or ``dit``, ``sampler`` what a `SamplerSpec`
+    takes."""
+    from mpqsearch.sampling import adapt
+    from mpqsearch.specs import SamplerSpec
 
-    module = {"unet": tiny_unet, "dit": tiny_dit}[kind](seed)
-    return adapt(module, sample_shape=(1, 8, 8), name=f"tiny-{kind}", n_classes=CLASSES, null_class=CLASSES)
+    return adapt(
+        {"unet": tiny_unet, "dit": tiny_dit}[kind](seed),
+        sample_shape=(1, 8, 8),
+        name=f"tiny-{kind}",
+        n_classes=CLASSES,
+        null_class=CLASSES,
+        sampler=SamplerSpec(**sampler),
+    )
 
 
 def tiny_table(n_layers: int = 5, channels: int = 6, fan_in: int = 12) -> LayerTable:
