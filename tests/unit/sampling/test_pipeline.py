@@ -30,7 +30,9 @@ KINDS = (
 )
 
 
-def opened(folder: Path, name: str, *, batch: int = 4, into: Any = TINY, **call: Any) -> tuple[Denoiser, Any, dict[str, Any]]:
+def opened(
+    folder: Path, name: str, *, batch: int = 4, into: Any = TINY, **call: Any
+) -> tuple[Denoiser, Any, dict[str, Any]]:
     """A denoiser from a folder, the bare pipeline from the same folder, and the arguments of its call."""
     pipe, given = into[name]()
     pipe.save_pretrained(folder)
@@ -53,7 +55,7 @@ def test_samples_are_those_of_the_pipelines_own_call_with_any_denoiser(name: str
             parameter.mul_(1.05)
     for module in (denoiser.module, changed):
         (drawn,) = samples(denoiser.with_module(module), [1, 2])
-        for part, owner in (module.items() if isinstance(module, Parts) else [(denoiser.runner._components[0], module)]):
+        for part, owner in module.items() if isinstance(module, Parts) else [(denoiser.runner._components[0], module)]:
             setattr(bare, part, owner)
         with torch.no_grad():
             out = bare(**arguments(bare, given, (1, 2)))
@@ -157,11 +159,15 @@ def test_the_safety_checker_is_switched_off_and_said(tmp_path: Path, caplog: Any
     pipe, given = TINY["StableDiffusionPipeline"]()
 
     class Checker(torch.nn.Module):
+        dtype = torch.float32
+
         def forward(self, images: Any, **_: Any) -> Any:
             return images * 0, [True] * len(images)
 
     denoiser = opened(tmp_path, "StableDiffusionPipeline")[0]
-    runner = PipelineRunner(lambda _: with_checker(pipe, Checker()), ("unet",), spec=SamplerSpec(call=given), prompts=ASKED)
+    runner = PipelineRunner(
+        lambda _: with_checker(pipe, Checker()), ("unet",), spec=SamplerSpec(call=given), prompts=ASKED
+    )
     drawn = runner.run(denoiser.module, [0])
     assert drawn.images is not None
     assert int(drawn.images.max()) > 0

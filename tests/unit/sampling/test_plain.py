@@ -14,9 +14,7 @@ from tests.support import tiny_denoiser
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sample_i_is_the_same_at_any_batch_size(name: str) -> None:
     seeds = [3, 14, 15, 92, 65]
-    whole, parts = (
-        latents(tiny_denoiser(name=name, steps=4, guidance=2.0, batch=batch), seeds) for batch in (5, 2)
-    )
+    whole, parts = (latents(tiny_denoiser(name=name, steps=4, guidance=2.0, batch=batch), seeds) for batch in (5, 2))
     # Other batches round differently, nothing more; DPM-Solver++ does not clip, and random weights give values of tens.
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-4)
     denoiser = tiny_denoiser(name=name, steps=4, guidance=2.0, batch=5)
@@ -69,7 +67,12 @@ def test_nan_is_stopped_with_the_timestep() -> None:
 
 
 def test_schedulers_that_ddim_would_read_wrongly_are_refused_by_name() -> None:
-    for name in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler", "LCMScheduler"):
+    for name in (
+        "FlowMatchEulerDiscreteScheduler",
+        "EDMEulerScheduler",
+        "CMStochasticIterativeScheduler",
+        "LCMScheduler",
+    ):
         with pytest.raises(ModelError, match=f"{name}, which this sampler does not implement"):
             PlainRunner((1, 8, 8), scheduler={"_class_name": name, "num_train_timesteps": 1000})
 
@@ -95,6 +98,11 @@ class Shifted(torch.nn.Module):
         return self.linear(x) * 0.1 + shift + t.view(-1, 1, 1) / 1000
 
 
+class Narrow(Shifted):
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        return self.linear(x)[:, :1]
+
+
 def test_a_module_with_denoise_is_called_by_it() -> None:
     denoiser = adapt(Shifted(), sample_shape=(2, 4), n_classes=3, sampler=SamplerSpec(steps=3))
     calls = []
@@ -117,8 +125,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         SamplerSpec(name="euler")
     with pytest.raises(ConfigError, match=r"1\.\.1000 steps"):
         SamplerSpec(steps=0)
-    with pytest.raises(ModelError, match="predicts"):
-        latents(adapt(Shifted(), sample_shape=(2, 5)), [0])
+    with pytest.raises(ModelError, match=r"predicts \(1, 1, 4\) for samples \(1, 2, 4\)"):
+        latents(adapt(Narrow(), sample_shape=(2, 4)), [0])
 
 
 def test_images_are_rounded_and_clipped() -> None:
