@@ -217,7 +217,9 @@ class PipelineRunner:
                 raise UnknownNameError(f"argument of {kind}", name, sorted(known), "(sampler.call)")
         asked = self.prompts is not None and self.prompts.has_text
         if "prompt" in known and not asked and not {"prompt", "prompt_embeds"} & set(self.spec.call):
-            raise ConfigError(f"{kind} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line")
+            raise ConfigError(
+                f"{kind} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
+            )
         if self.n_classes and self.prompts is not None and "class_labels" in known:
             self.prompts.check(n_classes=self.n_classes)
 

@@ -172,7 +172,9 @@ class ModelEvaluator:
 
     def __post_init__(self) -> None:
         if self.error == "features" and self.extractor is None:
-            raise ConfigError("the error 'features' needs a feature extractor; use 'latents' without one (search.error)")
+            raise ConfigError(
+                "the error 'features' needs a feature extractor; use 'latents' without one (search.error)"
+            )
 
     @property
     def error_name(self) -> str:
@@ -224,7 +226,9 @@ class ModelEvaluator:
         found = evaluate(samples(self._denoiser(candidate), self.reference.seeds), self.reference)
         values = {"error": found.metrics["paired_mse"].value}
         if self.error == "features" and found.features is not None and self.reference.features is not None:
-            values["error"] = float(np.mean(self._errors(found.features, self.reference.features, len(self.reference.seeds))))
+            values["error"] = float(
+                np.mean(self._errors(found.features, self.reference.features, len(self.reference.seeds)))
+            )
         for name in (n for n in REPORTED if n in found.metrics):
             m = found.metrics[name]
             values |= {name: m.value, f"{name}_low": m.low, f"{name}_high": m.high}
