@@ -44,6 +44,7 @@ VERSIONS = {
     "mpqsearch/environment": 1,
     "mpqsearch/statistics": 1,
     "mpqsearch/samples": 1,
+    "mpqsearch/picture": 1,
     "mpqsearch/export": 1,
     "mpqsearch/packed": 1,
     "mpqsearch/checkpoint": 1,

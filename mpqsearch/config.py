@@ -15,6 +15,7 @@ from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
 from mpqsearch.errors import ConfigError, UnknownNameError, nearest
 from mpqsearch.methods import MethodSpec
+from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
 from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
@@ -323,20 +324,23 @@ class Config:
             )
 
     def _check_seeds(self) -> None:
-        """Raise `ConfigError` when something is judged on the noise that chose it."""
-        report = range(self.evaluate.first_seed, self.evaluate.first_seed + self.evaluate.samples)
-        chosen_on = {}
-        if self.search.trials:
-            first = self.search.first_seed
-            chosen_on["search.first_seed"] = ("of the search", range(first, first + self.search.seeds))
-        if self.distill.check_every:
-            chosen_on["distill.check_seed"] = ("that choose the trained model", self.distill.check_seeds)
-        for key, (what, seeds) in chosen_on.items():
-            if seeds.start < report.stop and report.start < seeds.stop:
+        """Raise `ConfigError` for seeds outside the band of their purpose: something would be judged on the noise, or
+        shown on the prompts, that chose it."""
+        c, a, e, s, d = self.calibration, self.activations, self.evaluate, self.search, self.distill
+        moments = self.quantizer.moment_samples
+        most = max(c.samples, c.final_seeds, c.sampler_seeds, c.context_seeds, moments)
+        for key, first, n, split in (
+            ("calibration.first_seed", c.first_seed, most, "calibration"),
+            ("activations.first_seed", a.first_seed, a.samples, "calibration"),
+            ("evaluate.first_seed", e.first_seed, e.samples, "report"),
+            ("search.first_seed", s.first_seed, s.seeds, "search"),
+            ("distill.check_seed", d.check_seed, d.check_samples, "development"),
+        ):
+            low, end = band_of(split)
+            if first < low or first + n > end:
                 raise ConfigError(
-                    f"the seeds {what} {seeds.start}..{seeds.stop - 1} and the report seeds "
-                    f"{report.start}..{report.stop - 1} overlap: a result would be judged on the noise that chose it. "
-                    f"Move {key}."
+                    f"the seeds {first}..{first + n - 1} from {key} on must lie in {low}..{end - 1}, those of the "
+                    f"{split}: what is judged shares no noise and no prompt with what it was made from. Move {key}."
                 )
 
     def to_data(self) -> dict[str, Any]:

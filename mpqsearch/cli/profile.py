@@ -78,7 +78,8 @@ def profile(
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)
-    table, measured = stages.layers_and_profile(run)
+    table = stages.layers(run)
+    measured = stages.profile(run, table)
     if measured is None:
         return
     if as_json:

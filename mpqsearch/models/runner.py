@@ -101,6 +101,11 @@ class Runner(Protocol):
         """What each seed's sample is asked to show."""
         ...
 
+    def picture(self, module: nn.Module) -> tuple[int, ...] | None:
+        """Shape ``(C, H, W)`` or ``(F, C, H, W)`` of one decoded sample, found without sampling; None for sound and
+        other samples that cannot be looked at."""
+        ...
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of the denoiser in one run; for recorded calls their number."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,13 @@ def split_of(seed: int) -> str:
     if seed < 0:
         raise ConfigError(f"seeds are at least 0, got {seed}")
     return next(split for split, first in reversed(BANDS.items()) if seed >= first)
+
+
+def band_of(split: str) -> tuple[int, int]:
+    """The first seed of a split, and the first that is not of it."""
+    firsts = [*BANDS.values(), sys.maxsize]
+    place = list(BANDS).index(split)
+    return firsts[place], firsts[place + 1]
 
 
 @dataclass(frozen=True, repr=False)

@@ -103,6 +103,8 @@ class PipelineRunner:
         self._pipe: Any = None
         self._encoders: tuple[str, ...] = ()
         self._known: _Habits | None = None
+        self._shape: tuple[int, ...] | None = None
+        self._decoded = False
 
     @property
     def identity(self) -> dict[str, str]:
@@ -142,6 +144,12 @@ class PipelineRunner:
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of all denoisers for one batch."""
         return self._habits(module).calls
+
+    def picture(self, module: nn.Module) -> tuple[int, ...] | None:
+        """Shape of what the pipeline makes of a latent, from decoding a made-up one: see `Runner.picture`."""
+        if not self._decoded:
+            self._rehearsed(module, [0], output_type="pt")
+        return self._shape
 
     def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
         """The prompt or the class of each seed."""
@@ -278,6 +286,8 @@ class PipelineRunner:
             call = inspect.unwrap(type(pipe).__call__) if grad else type(pipe).__call__
             with suppress(_Enough), _named(pipe):
                 images = _pictures(call(pipe, **self._arguments(pipe, seeds, output_type)))
+                if output_type != "latent":
+                    self._decoded, self._shape = True, None if images is None else images.shape[1:]
         if latest is None:  # what was wanted came before the first step
             return Drawn(seeds=tuple(seeds), latents=torch.empty(0), images=None, labels=self.labels(seeds))
         latents = latest.detach().float().cpu()
@@ -346,9 +356,9 @@ class PipelineRunner:
         log.warning("%s: a sample depends on the others of its batch, so samples are made one at a time", kind)
         return False
 
-    def _rehearsed(self, module: nn.Module, seeds: list[int]) -> _Seen:
-        """Steps and calls of a run in which predictions are made up: small values that go by the sample alone,
-        in the form of a real one."""
+    def _rehearsed(self, module: nn.Module, seeds: list[int], output_type: str = "latent") -> _Seen:
+        """Steps and calls of a run in which predictions are made up: small values that go by the sample alone, in the
+        form of a real one."""
         seen, forms = _Seen(), {}
 
         def call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -363,7 +373,7 @@ class PipelineRunner:
         hooks = Hooks(call=call, step=seen.steps.append)
         with suppress(NumericsError):  # of made-up predictions
             try:
-                self._run(module, seeds, hooks, None, grad=False, output_type="latent")
+                self._run(module, seeds, hooks, None, grad=False, output_type=output_type)
             except ModelError as error:
                 if "output_type" not in str(error):
                     raise

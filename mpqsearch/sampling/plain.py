@@ -117,6 +117,11 @@ class PlainRunner:
         """The class of each seed, ``seed mod n_classes``: balanced over consecutive seeds."""
         return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
 
+    def picture(self, module: nn.Module) -> tuple[int, ...] | None:
+        """The sample's shape; what has neither one nor three channels is no picture."""
+        shape = self.sample_shape
+        return shape if len(shape) == 3 and shape[0] in (1, 3) else None
+
     def examples(self, module: nn.Module) -> list[Call]:
         """One call: noise of two samples, at the first and the last timestep."""
         device, seeds = device_of(module), [0, 1]

@@ -19,7 +19,6 @@ import numpy as np
 from mpqsearch import artifacts
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.search.surrogate import Candidate
-from mpqsearch.specs import SamplerSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +48,7 @@ class Evaluator(Protocol):
 
     @property
     def forwards_per_sample(self) -> int:
-        """Forward passes of the denoiser for one final sample."""
+        """Calls of the denoiser for one final sample."""
         ...
 
     def errors(self, candidate: Candidate, seeds: Sequence[int]) -> list[float]:
@@ -158,23 +157,24 @@ class ModelEvaluator:
     ``quantized`` makes the fake-quantized module of a map, with or without bias correction; the last ``keep`` of them
     stay in memory, one for each budget of a trial. ``calibration`` is a digest of what that module depends on besides
     the map. ``reference`` holds the full-precision samples of the report seeds. ``error`` is ``features``, which needs
-    ``extractor``, or ``pixels`` (`mpqsearch.specs.search.ERRORS`).
+    ``extractor``, or ``latents``, for which nothing is decoded (`mpqsearch.specs.search.ERRORS`).
     """
 
     denoiser: Denoiser
-    sampler: SamplerSpec
     quantized: Callable[[Candidate], nn.Module]
     calibration: str
     reference: Reference | None = None
     extractor: FeatureExtractor | None = None
-    error: str = "pixels"
+    error: str = "latents"
     keep: int = 1
     _modules: OrderedDict[str, nn.Module] = field(default_factory=OrderedDict, repr=False)
     _full: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.error == "features" and self.extractor is None:
-            raise ConfigError("the error 'features' needs a feature extractor; use 'pixels' without one (search.error)")
+            raise ConfigError(
+                "the error 'features' needs a feature extractor; use 'latents' without one (search.error)"
+            )
 
     @property
     def error_name(self) -> str:
@@ -190,76 +190,81 @@ class ModelEvaluator:
         if self.reference is not None and self.extractor is not None:
             data = self.reference.data.name if self.reference.data is not None else None
             report = [list(self.reference.seeds), self.extractor.label, data]
-        return artifacts.digest_of([self.calibration, self.sampler.to_data(), self.error_name, report])
+        return artifacts.digest_of([self.calibration, self.denoiser.runner.identity, self.error_name, report])
 
     @property
     def forwards_per_sample(self) -> int:
-        """Forward passes of the denoiser for one final sample; guidance takes two a step."""
-        return self.sampler.steps * (2 if self.sampler.guidance != 1.0 and self.denoiser.n_classes else 1)
+        """Calls of the denoiser for one final sample."""
+        return self.denoiser.runner.calls_per_run(self.denoiser.module)
 
     def errors(self, candidate: Candidate, seeds: Sequence[int]) -> list[float]:
         """The error of the final sample of each seed."""
-        return self._errors(self._sampled(candidate, seeds), self._full_precision(seeds))
+        ours = self._compared(self._denoiser(candidate), seeds)
+        return self._errors(ours, self._full_precision(seeds), len(seeds))
 
     def distance(self, candidate: Candidate, seeds: Sequence[int]) -> list[float]:
         """The Fréchet distance of the features to those of full precision, then the error of each sample.
 
         An error that all samples share changes their distribution more than errors of the same size that differ, and
-        only the distance tells them apart. With the error ``pixels`` the first number is the mean of the others.
+        only the distance tells them apart. With the error ``latents`` the first number is the mean of the others.
         """
         from mpqsearch.metrics import FeatureStatistics, frechet_distance
-        from mpqsearch.sampling import to_uint8
 
-        samples, full = self._sampled(candidate, seeds), self._full_precision(seeds)
-        errors = self._errors(samples, full)
-        if self.error == "pixels" or self.extractor is None:
+        ours, theirs = self._compared(self._denoiser(candidate), seeds), self._full_precision(seeds)
+        errors = self._errors(ours, theirs, len(seeds))
+        if self.error == "latents":
             return [float(np.mean(errors)), *errors]
-        ours, theirs = (FeatureStatistics.of(self.extractor(to_uint8(x))) for x in (samples, full))
-        return [frechet_distance(theirs, ours), *errors]
+        return [frechet_distance(FeatureStatistics.of(theirs), FeatureStatistics.of(ours)), *errors]
 
     def report(self, candidate: Candidate) -> dict[str, float]:
         """Metrics on the report seeds, with intervals."""
         from mpqsearch.metrics import evaluate
+        from mpqsearch.sampling import samples
 
-        if self.reference is None or self.extractor is None:
+        if self.reference is None:
             return {}
-        samples = self._sampled(candidate, self.reference.seeds)
-        metrics = evaluate(samples, self.reference, self.extractor).metrics
-        values = {"error": float(np.mean(self._errors(samples, self.reference.samples)))}
-        for name in (n for n in REPORTED if n in metrics):
-            m = metrics[name]
+        found = evaluate(samples(self._denoiser(candidate), self.reference.seeds), self.reference)
+        values = {"error": found.metrics["paired_mse"].value}
+        if self.error == "features" and found.features is not None and self.reference.features is not None:
+            values["error"] = float(
+                np.mean(self._errors(found.features, self.reference.features, len(self.reference.seeds)))
+            )
+        for name in (n for n in REPORTED if n in found.metrics):
+            m = found.metrics[name]
             values |= {name: m.value, f"{name}_low": m.low, f"{name}_high": m.high}
         return values
 
-    def _errors(self, samples: Tensor, full: Tensor) -> list[float]:
-        """Error of each sample."""
-        from mpqsearch.sampling import to_uint8
+    def _compared(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
+        """What is compared of the samples of these seeds: features of pictures ``[N * F, d]``, or final latents
+        ``[N, ...]``, which need no decoding."""
+        from mpqsearch.metrics import features_of
+        from mpqsearch.sampling import latents, samples
 
-        if self.error == "pixels" or self.extractor is None:
-            return (samples.double() - full.double()).square().flatten(1).mean(1).tolist()
-        features = self.extractor(to_uint8(full)).double()
-        distance = (self.extractor(to_uint8(samples)).double() - features).square().sum(1)
-        return distance.clamp_min(FEATURE_FLOOR * float(features.square().sum(1).mean())).tolist()
+        if self.error == "latents" or self.extractor is None:
+            return latents(denoiser, seeds)
+        return features_of(samples(denoiser, seeds), self.extractor)
 
-    def _sampled(self, candidate: Candidate, seeds: Sequence[int]) -> Tensor:
-        from mpqsearch.sampling import sample
-
-        return sample(self.denoiser.with_module(self._module(candidate)), seeds, self.sampler)
+    def _errors(self, ours: Tensor, theirs: Tensor, n: int) -> list[float]:
+        """The error of each of ``n`` samples; of a video the mean over its frames."""
+        squared = (ours.double() - theirs.double()).square()
+        if self.error == "latents":
+            return squared.flatten(1).mean(1).tolist()
+        floor = FEATURE_FLOOR * float(theirs.double().square().sum(1).mean())
+        return squared.sum(1).view(n, -1).mean(1).clamp_min(floor).tolist()
 
     def _full_precision(self, seeds: Sequence[int]) -> Tensor:
-        """Full-precision samples of these seeds, in the same batch as the quantized ones."""
-        from mpqsearch.sampling import sample
-
+        """The same of full precision, in the same batches as the quantized ones."""
         key = tuple(seeds)
         if key not in self._full:
-            self._full[key] = sample(self.denoiser, seeds, self.sampler)
+            self._full[key] = self._compared(self.denoiser, seeds)
         return self._full[key]
 
-    def _module(self, candidate: Candidate) -> nn.Module:
+    def _denoiser(self, candidate: Candidate) -> Denoiser:
+        """The denoiser of a map, quantized unless it is kept."""
         key = candidate.digest
         if key not in self._modules:
             while len(self._modules) >= self.keep:
                 self._modules.popitem(last=False)
             self._modules[key] = self.quantized(candidate)
         self._modules.move_to_end(key)
-        return self._modules[key]
+        return self.denoiser.with_module(self._modules[key])

@@ -12,10 +12,11 @@ from mpqsearch.errors import ConfigError, UnknownNameError
 SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "random")
 PRUNERS = ("wilcoxon", "median", "none")
 
-ERRORS = ("features", "pixels")
-"""What is measured of a final sample: squared distance of the extractor's features, or mean squared error of the
-pixels, to the full-precision sample of the same noise. The mean of the first bounds from above the squared Wasserstein
-distance of the features' distributions, of which the Fréchet distance is the Gaussian form."""
+ERRORS = ("features", "latents")
+"""What is measured of a final sample: squared distance of the extractor's features of its picture, or mean squared
+error of its latents (of pixel models: of the sample itself), for which nothing is decoded; to the full-precision sample
+of the same noise. The mean of the first bounds from above the squared Wasserstein distance of the features'
+distributions, of which the Fréchet distance is the Gaussian form."""
 
 DEFAULT_SPACE: Mapping[str, Any] = {
     "exponent": [0.5, 2.0],
@@ -41,7 +42,7 @@ class SearchSpec:
     ``sampler``: tpe, gp, nsga2, cmaes, random. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those
     of ``[allocate]``). ``samples`` search seeds from ``first_seed``, ``chunk`` at a time; they are not those of
     ``[evaluate]``, on which the chosen maps are judged. ``error``: what is minimized, ``features`` (squared distance of
-    the extractor's features of a sample to those of the full-precision one) or ``pixels``. ``top_k``: maps a budget
+    the extractor's features of a sample to those of the full-precision one) or ``latents``. ``top_k``: maps a budget
     that run again on ``final_samples`` further seeds, which choose the one handed out (0 samples: the search seeds
     choose); only what beats the plain program's map there by more than a standard error takes its place. ``repeats``:
     draws of the random arms. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
@@ -55,7 +56,7 @@ class SearchSpec:
     seed: int = 0
     budgets: tuple[str, ...] = ()
     samples: int = 16
-    first_seed: int = 2_000_000
+    first_seed: int = 4_000_000
     chunk: int = 4
     error: str = "features"
     top_k: int = 4

@@ -16,6 +16,7 @@ from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.progress import bar_of, is_watched, say
+from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sources import REFERENCE, FileDigests, model_files
 
 if TYPE_CHECKING:
@@ -43,16 +44,35 @@ class Run:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The model, loaded once; or the one that was given."""
+        """The model with the runner of the study, loaded once; or the one that was given."""
         if self.given is not None:
             return self.given
-        from mpqsearch.models import load_calls, load_model
+        from mpqsearch.models import load_calls
+        from mpqsearch.sampling import load_model
 
         c, captured = self.config.model, self.config.calibration.captured
-        calls = load_calls(captured) if captured else ()
         return load_model(
-            c.source, device=c.device, revision=c.revision, dtype=c.dtype, component=c.component, calls=calls
+            c.source,
+            device=c.device,
+            revision=c.revision,
+            dtype=c.dtype,
+            component=c.component,
+            sampler=self.config.sampler,
+            prompts=self.prompts,
+            calls=load_calls(captured) if captured else None,
+            encoded=self._encoded,
         )
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        """What samples are asked to show, by seed."""
+        return read_prompts(self.config.prompts)
+
+    @property
+    def _encoded(self) -> Path | None:
+        """Where encoded prompts are kept: by the content of the pipeline, so that other weights never answer."""
+        files = None if self.dry_run else model_files(self.config.model.source, self.config.model.component)
+        return None if files is None else self.path("stats", f"prompts-{self.files.of_all(files)[:16]}")
 
     @cached_property
     def streamed(self) -> StreamedModel:
@@ -68,18 +88,24 @@ class Run:
 
     @property
     def source_inputs(self) -> dict[str, str]:
-        """Digests of the content that the model comes from, whatever its path: files, recorded calls, and settings.
+        """Digests of the content that the model and its samples come from, whatever its path: files, prompts, recorded
+        calls, and settings.
 
-        The files of a hub source are not looked for: its weights are loaded and count by themselves, as those of a
-        given model do.
+        The files of a hub source are not looked for: its weights are loaded and count by themselves with what its
+        runner says of the rest, as those of a given model do.
         """
         c, captured = self.config.model, self.config.calibration.captured
         files = model_files(c.source, c.component) if self.given is None else None
         inputs = {
-            "model_files": self.files.of_all(files) if files is not None else self.denoiser.digest,
-            "model_settings": artifacts.digest_of([c.component, c.dtype]),
+            "model_files": self.files.of_all(files) if files is not None else self._loaded_digest,
+            "model_settings": artifacts.digest_of([c.component, c.dtype, dict(self.config.sampler.call)]),
         }
+        inputs |= {"prompts": self.prompts.digest} if self.prompts is not None else {}
         return inputs | ({"calls": self.files.of(Path(captured))} if captured else {})
+
+    @property
+    def _loaded_digest(self) -> str:
+        return artifacts.digest_of([self.denoiser.digest, self.denoiser.runner.identity])
 
     def digests(self, *tables: str) -> dict[str, str]:
         """Digests of tables of the configuration, by their names."""
@@ -98,6 +124,18 @@ class Run:
             "extractor_weights": self.files.of(weights),
             "reference": self.files.of(reference),
         }
+
+    @cached_property
+    def picture(self) -> tuple[int, ...] | None:
+        """Shape of one sample as it is looked at: ``(C, H, W)``, of a video ``(F, C, H, W)``; None for what is none."""
+        path, inputs = self.path("stats", "picture.json"), self.source_inputs | self.digests("sampler")
+        if artifacts.is_current(path, "mpqsearch/picture", inputs, overwrite=True):
+            shape = artifacts.read_json(path, "mpqsearch/picture").data["shape"]
+            return None if shape is None else tuple(shape)
+        found = self.denoiser.runner.picture(self.denoiser.module)
+        if not self.dry_run:
+            artifacts.write_json(path, "mpqsearch/picture", {"shape": found and list(found)}, inputs)
+        return found
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -123,15 +161,6 @@ class Run:
             self._shared[key] = make()
         value: T = self._shared[key]
         return value
-
-    def require_sampler(self, what: str) -> None:
-        """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded
-        calls only, and what the extractor and the reference statistics raise when they are not to be had."""
-        if self.dry_run:
-            return
-        if self.config.calibration.captured:
-            self.denoiser.require_sampler(what)  # a stage asks again, for callers that come to it by themselves
-        _ = self.data_reference
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

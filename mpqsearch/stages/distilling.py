@@ -16,6 +16,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.quantizing import write_model_folder
 from mpqsearch.stages.references import reference
@@ -44,7 +45,7 @@ def distill(
     and distance of each. The same call continues an interrupted training. Raises `SystemExit` with 128 plus the
     signal's number after a signal.
     """
-    run.require_sampler("training on trajectories of the sampler (distill)")
+    check_sampling(run, "training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
     bit_map, _ = allocation(run, table, measured, method, budget)
     folder = run.path("distilled", slug(method_name, budget))

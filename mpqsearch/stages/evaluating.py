@@ -12,6 +12,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, SensitivityProfil
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.references import evaluation_key, metrics_file, quantized_module, record_of, reference
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
 
@@ -56,7 +57,7 @@ def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
 
 def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:
     """Measure every map of the configuration, and the full-precision model."""
-    run.require_sampler("an evaluation of samples (evaluate)")
+    check_sampling(run, "an evaluation of samples (evaluate)")
     maps = allocations(run, table, measured)
     if run.dry_run:
         keys = {evaluation_key(run, table, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}

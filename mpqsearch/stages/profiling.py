@@ -10,6 +10,7 @@ from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.discovering import layers
+from mpqsearch.stages.preflight import preflight
 from mpqsearch.stages.reuse import PROFILE, reuse_or_make
 
 Inputs = Mapping[str, str]
@@ -19,12 +20,11 @@ Inputs = Mapping[str, str]
 def layers_and_profile(run: Run, sampling: str = "") -> tuple[LayerTable, SensitivityProfile | None]:
     """What every later stage begins with; the profile is None in a dry run that would have to measure.
 
-    ``sampling`` names what the later stages do with samples; it is refused before anything is measured when the model
-    cannot sample (`Run.require_sampler`).
+    ``sampling`` names what the later stages do with samples. What they would raise is raised before anything is
+    measured: see `preflight`.
     """
     table = layers(run)
-    if sampling:
-        run.require_sampler(sampling)
+    preflight(run, table, sampling)
     return table, profile(run, table)
 
 

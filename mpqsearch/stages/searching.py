@@ -15,6 +15,7 @@ from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, SolverError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.stages.base import Run
+from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import quantized_module, reference
 from mpqsearch.stages.reuse import SEARCH, current
@@ -47,7 +48,7 @@ def search(
     process is one of many: it works until the study has its trials and writes nothing but measurements.
     """
     check_search(run, storage=storage, workers=workers)
-    run.require_sampler("a search that is scored by samples (search)")
+    check_sampling(run, "a search that is scored by samples (search)")
     inputs = search_inputs(run, table)
     # What a study depends on is checked when it is opened; with more trials it goes on, and its results are drawn up
     # again.
@@ -145,7 +146,6 @@ def _evaluator(run: Run, table: LayerTable, measured: SensitivityProfile) -> Mod
     calibration += [run.config.to_data()[k] for k in ("activations", "quantizer")]
     return ModelEvaluator(
         denoiser=run.denoiser,
-        sampler=run.config.sampler,
         quantized=lambda candidate: quantized_module(
             run, table, measured, candidate.bit_map, bias_correction=candidate.bias_correction
         ),

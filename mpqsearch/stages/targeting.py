@@ -8,6 +8,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
+from mpqsearch.stages.preflight import target_of
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
 
 PROBES = 2
 """Random projections of each probed trajectory."""
-
-
-def target_of(name: str) -> Target:
-    """The target of that name. Raises `UnknownNameError` for an unknown one, `ConfigError` for one that has no formats
-    of its own."""
-    from mpqsearch.export import get_exporter
-
-    target = get_exporter(name)
-    if target.holds_any_map:
-        raise ConfigError(f"the target {name!r} holds every map as it is: leave out --target (or allocate.targets)")
-    return target
 
 
 def target_allocation(

@@ -10,6 +10,7 @@ from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export, require_good
+from mpqsearch.stages.preflight import require_targets
 from mpqsearch.stages.profiling import layers_and_profile
 from mpqsearch.stages.reporting import rank_correlations, report
 from mpqsearch.stages.searching import check_search, search
@@ -19,6 +20,7 @@ def everything(run: Run) -> list[StudyRecord]:
     """All stages, from the model to the report and the exports."""
     if run.config.search.trials:
         check_search(run)
+    require_targets(run)
     start(run)
     table, measured = layers_and_profile(run, "a whole study, with samples of every map (run)")
     if measured is None:

@@ -171,7 +171,7 @@ def test_measurements_of_a_search_are_those_of_the_cpu(kind: str) -> None:
     assert all(isinstance(p, FakeCudaTensor) for p in found.quantized(candidate).parameters())
     assert found.identity == expected.identity
     assert found.report(candidate) == pytest.approx(expected.report(candidate), rel=1e-3)
-    for error in ("pixels", "features"):
+    for error in ("latents", "features"):
         ours, theirs = replace(found, error=error), replace(expected, error=error)
         np.testing.assert_allclose(ours.distance(candidate, SEEDS), theirs.distance(candidate, SEEDS), rtol=1e-3)
         assert ours.errors(candidate, SEEDS) == ours.distance(candidate, SEEDS)[1:]

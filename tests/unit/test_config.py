@@ -96,7 +96,10 @@ def test_a_search_is_checked_when_it_is_read() -> None:
     assert good.search.space["exponent"] == [0.5, 2.0]
     for bad, text in (
         ({"methods": method}, "set search.trials"),
-        ({"search": {"trials": 5, "first_seed": 100}}, "overlap"),
+        ({"search": {"first_seed": 100}}, "from search.first_seed on must lie in 4000000"),
+        ({"evaluate": {"first_seed": 999_900}}, "999900..1000027 from evaluate.first_seed on must lie in 0..999999"),
+        ({"calibration": {"first_seed": 2_000_000}}, "must lie in 1000000..1999999, those of the calibration"),
+        ({"distill": {"check_seed": 0}}, "Move distill.check_seed"),
         ({"search": {"trials": -1}}, "trials must be at least 0"),
         ({"search": {"chunk": 40}}, "search.chunk"),
         ({"search": {"method": "nobody"}}, "search.method"),
@@ -107,9 +110,7 @@ def test_a_search_is_checked_when_it_is_read() -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             config_from(bad)
-    assert (
-        config_from({"search": {"trials": 5, "first_seed": 128}}).search.first_seed == 128
-    )  # next to the report seeds, not among them
+    assert config_from({"search": {"first_seed": 4_000_128}}).search.first_seed == 4_000_128
 
 
 def test_a_search_space_survives_being_written(tmp_path: Path) -> None:
