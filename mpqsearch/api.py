@@ -213,7 +213,7 @@ def distill(
     ``folder`` keeps checkpoints, from which the same call continues. Maps that quantize activations are trained with
     ``mpqsearch distill``.
     """
-    from mpqsearch.distill import Trajectories, find_feature_module
+    from mpqsearch.distill import Trajectories
     from mpqsearch.distill import distill as train
     from mpqsearch.quant import build_student, convert, param_groups
 
@@ -232,20 +232,12 @@ def distill(
         seed=c.seed,
         **statistics,
     )
-    feature = (c.relation.feature or find_feature_module(student)) if c.relation.weight > 0 else ""
-    source = Trajectories(
-        model,
-        sampler or _sampler(model, profile),
-        batch=c.batch,
-        seed=c.seed,
-        feature=feature,
-        pooled_size=c.relation.pooled_size,
-    )
+    source = Trajectories(model, batch=c.batch, seed=c.seed)
     groups = param_groups(student, **c.rates)
     where = None if folder is None else Path(folder)
     inputs = {"model": table.digest, "bit_map": bit_map.digest}
     with bar_of("distill", c.steps, unit="step", enabled=progress) as bar:
-        for state in train(model, student, groups, source, c, folder=where, inputs=inputs):
+        for state in train(student, groups, source, c, folder=where, inputs=inputs):
             bar.update(1)
             if state.interrupted:
                 raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from mpqsearch._verbs import make_callable
 from mpqsearch.distill.loop import DistillState, distill
 from mpqsearch.distill.processes import Processes, processes
-from mpqsearch.distill.teacher import TeacherStep, Trajectories
+from mpqsearch.distill.teacher import TeacherCall, Trajectories
 from mpqsearch.distill.trd import (
     FeatureTap,
     find_feature_module,
@@ -20,7 +20,7 @@ __all__ = [
     "FeatureTap",
     "Processes",
     "TRDSpec",
-    "TeacherStep",
+    "TeacherCall",
     "Trajectories",
     "distill",
     "find_feature_module",

@@ -1,13 +1,14 @@
 """The training loop: a generator that yields its state after every optimiser step, so that callers own progress and
 early stops.
 
-One optimiser step is one window of consecutive timesteps of a teacher trajectory. The loss is
+One optimiser step is one window of consecutive steps of the scheduler on a teacher trajectory. The loss is
 
-    mean over the window of w_t MSE(student's guided prediction, teacher's) + weight * relation loss of the window
+    mean over the window of w_t MSE(student's prediction, teacher's) + weight * relation loss of the window
 
-where MSE is the *mean* over samples and elements; the code of EfficientDM and MPQ-DM sums instead, which AdamW's step
-does not see. The weights ``w_t`` of timesteps are 1, or what the sampler makes of an error: see
-`DistillSpec.timestep_weights`.
+where the prediction is what the scheduler makes of the raw ones of a step: with classifier-free guidance the guided
+one (`mpqsearch.sampling.SchedulerStep`). MSE is the *mean* over samples and elements; the code of EfficientDM and
+MPQ-DM sums instead, which AdamW's step does not see. The weights ``w_t`` of steps are 1, or what the sampler makes of
+an error: see `DistillSpec.timestep_weights`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from mpqsearch.distill.objective import Guard, Objective
 from mpqsearch.distill.processes import Processes
 from mpqsearch.distill.teacher import Trajectories
 from mpqsearch.distill.training import Training
-from mpqsearch.models import Denoiser
 from mpqsearch.specs import DistillSpec
 
 
@@ -70,7 +70,6 @@ class DistillState:
 
 
 def distill(
-    denoiser: Denoiser,
     student: nn.Module,
     groups: Sequence[Mapping[str, Any]],
     source: Trajectories,
@@ -84,10 +83,8 @@ def distill(
 ) -> Iterator[DistillState]:
     """Train ``student`` in place; yield a `DistillState` after every optimiser step.
 
-    denoiser
-        The teacher: tells how the student is called, and names it.
     student
-        Same call signature as the teacher's module.
+        Called as the teacher's module is.
     groups
         Parameter groups for AdamW, each ``{"params": ..., "lr": ...}`` with the learning rate at the start.
     source
@@ -108,7 +105,7 @@ def distill(
     the last checkpoint stays as it is.
     """
     team = processes or Processes()
-    run = _Run(denoiser, student, groups, source, spec, team, measure)
+    run = _Run(student, groups, source, spec, team, measure)
     log = None if folder is None or not team.main else folder / "train.jsonl"
     identity = {**(inputs or {}), **source.identity, **spec.identity(), "distill.parameters": run.training.digest()}
     done = 0
@@ -118,6 +115,7 @@ def distill(
         done = 0 if checkpoint is None else run.load(checkpoint)
         _cut_log(log, done)
     with _Signals() as stopping, run.objective:
+        run.encode(done)
         missed = run.checks.check(done)  # before the first step, or one that a signal left out
         if missed is not None:
             _append(log, {"step": done, "check": missed})
@@ -153,7 +151,6 @@ class _Run:
 
     def __init__(
         self,
-        denoiser: Denoiser,
         student: nn.Module,
         groups: Sequence[Mapping[str, Any]],
         source: Trajectories,
@@ -163,9 +160,14 @@ class _Run:
     ) -> None:
         self.spec, self.processes = spec, processes
         self.training = Training(student, groups, spec)
-        self.objective = Objective(denoiser.with_module(student), source, spec, self.training)
+        self.objective = Objective(student, source, spec, self.training)
         self.guard = Guard(spec, self.training, self.objective.windows.per_trajectory)
         self.checks = Checks(spec, student, self.training, processes, measure)
+
+    def encode(self, done: int) -> None:
+        """Encode the prompts of all trajectories that are to come."""
+        per_trajectory = self.objective.windows.per_trajectory
+        self.objective.source.encode(done // per_trajectory, -(-self.spec.steps // per_trajectory))
 
     def step(self, done: int) -> dict[str, float]:
         """One optimiser step; ``done`` are finished. The numbers of `DistillState`."""

@@ -1,63 +1,56 @@
-"""The loss of a window of consecutive timesteps, and the guard that stops a training whose loss explodes."""
+"""The loss of a window of consecutive steps, and the guard that stops a training whose loss explodes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from mpqsearch.distill.teacher import TeacherStep, Trajectories
+from mpqsearch.distill.teacher import TeacherCall, Trajectories, feature_tap
 from mpqsearch.distill.training import Training
-from mpqsearch.distill.trd import FeatureTap, find_feature_module, window_relation_loss
+from mpqsearch.distill.trd import window_relation_loss
 from mpqsearch.errors import ConfigError, NumericsError
-from mpqsearch.models import Denoiser
-from mpqsearch.specs import DistillSpec
+from mpqsearch.sampling import SchedulerStep, prediction_gains, scheduler_steps
+from mpqsearch.specs import DistillSpec, TRDSpec
 
 
 class Windows:
-    """The endless row of trajectories of a teacher, in windows of consecutive timesteps.
+    """The endless row of trajectories of a teacher, in windows of consecutive steps of its scheduler.
 
     ``per_trajectory`` windows make a trajectory; the last may be shorter.
     """
 
-    def __init__(self, source: Trajectories, size: int) -> None:
-        self.source, self.size = source, size
-        self.per_trajectory = -(-len(source.timesteps) // size)
-        self._windows: Iterator[list[TeacherStep]] = iter(())
-        self._next = -1
+    def __init__(self, source: Trajectories, steps: Sequence[SchedulerStep], relation: TRDSpec) -> None:
+        self.source, self.relation, self.size = source, relation, relation.window
+        self.per_trajectory = -(-len(steps) // self.size)
+        self._bounds = list(pairwise(accumulate((s.n_calls for s in steps), initial=0)))
+        self._calls: list[TeacherCall] = []
+        self._trajectory = -1
 
-    def take(self, index: int) -> list[TeacherStep]:
-        """Window ``index``, computed from the start of its trajectory where the one before was not taken."""
+    def take(self, index: int) -> list[list[TeacherCall]]:
+        """The calls of each step of window ``index``."""
         trajectory, position = divmod(index, self.per_trajectory)
-        if index != self._next or position == 0:
-            self._windows = _windows(self.source.steps(trajectory), self.size)
-            for _ in range(position):
-                next(self._windows)
-        self._next = index + 1
-        return next(self._windows)
+        if trajectory != self._trajectory:
+            self._calls = []  # before the next are computed
+            self._calls, self._trajectory = self.source.run(trajectory, self.relation), trajectory
+        return [self._calls[a:b] for a, b in self._bounds[position * self.size :][: self.size]]
 
 
 class Objective:
-    """The loss of a student on windows of a teacher. Use as a context manager: the features of a module are read.
+    """The loss of a student on windows of a teacher. Use as a context manager: the features of modules are read."""
 
-    Raises `ConfigError` when the relation loss is asked for and a setting does not allow it.
-    """
-
-    def __init__(self, denoiser: Denoiser, source: Trajectories, spec: DistillSpec, training: Training) -> None:
-        self.denoiser, self.source, self.spec, self.training = denoiser, source, spec, training
-        self.windows = Windows(source, spec.relation.window)
-        self.tap: FeatureTap | None = None
-        if spec.relation.weight > 0:
-            name = spec.relation.feature or find_feature_module(denoiser.module)
-            self.tap = FeatureTap(denoiser.module, name, spec.relation.pooled_size)
-        self.weights = (
-            timestep_weights(source) if spec.timestep_weights == "sampler" else (1.0,) * len(source.timesteps)
-        )
+    def __init__(self, student: nn.Module, source: Trajectories, spec: DistillSpec, training: Training) -> None:
+        self.student, self.source, self.spec, self.training = student, source, spec, training
+        self.steps = scheduler_steps(source.denoiser, source.probe_seeds[0])
+        self.windows = Windows(source, self.steps, spec.relation)
+        self.tap = feature_tap(source.denoiser.with_module(student), spec.relation)
+        weigh = spec.timestep_weights == "sampler"
+        self.weights = step_weights(source, self.steps) if weigh else [1.0] * len(self.steps)
 
     def __enter__(self) -> Objective:
         if self.tap is not None:
@@ -71,37 +64,50 @@ class Objective:
     def backward(self, index: int) -> Tensor:
         """Add the gradients of window ``index`` to the parameters'. Task and relation loss, and the mean square of the
         teacher's predictions, which losses are held to."""
-        window, position = self.windows.take(index), index % self.windows.per_trajectory
-        first = position * self.spec.relation.window
-        weights = self.weights[first : first + len(window)]
-        tasks: list[Tensor] = []
-        features: list[Tensor] = []
-        for given, weight in zip(window, weights, strict=True):
-            tasks.append(F.mse_loss(self.predict(given).float(), given.prediction.float()) * weight)
-            if self.tap is not None:
-                features.append(self.tap.take())
+        window, first = self.windows.take(index), index % self.windows.per_trajectory * self.windows.size
+        tasks, powers = [], []
+        features: list[list[Tensor]] = []
+        for number, given in enumerate(window, first):
+            features.append([])
+            targets = [g.prediction.to(self.training.device).float() for g in given]
+            errors = [self._predict(g, features[-1]) - target for g, target in zip(given, targets, strict=True)]
+            tasks.append(self._mean_square(errors, self.steps[number]) * self.weights[number])
+            # The relation loss has the same weight at all steps, so that small weights do not shrink the power.
+            powers.append(self._mean_square(targets, self.steps[number]) * max(self.weights[number], 1.0))
         relation = self._relation(features, window)
-        torch.autograd.backward(torch.stack(tasks).sum() * (1 / len(window)) + relation * self.spec.relation.weight)
-        # The relation loss has the same weight at all timesteps, so that small weights do not shrink the power.
-        powers = [max(w, 1.0) * g.prediction.square().mean() for g, w in zip(window, weights, strict=True)]
-        return torch.stack([torch.stack(tasks).mean(), relation, torch.stack(powers).mean()]).detach().float().cpu()
+        task = torch.stack(tasks).mean()
+        torch.autograd.backward(task + relation * self.spec.relation.weight)
+        return torch.stack([task, relation, torch.stack(powers).mean()]).detach().float().cpu()
 
-    def predict(self, given: TeacherStep) -> Tensor:
-        """The student's guided prediction of a step."""
-        t = torch.full((len(given.x),), given.timestep, dtype=torch.long, device=given.x.device)
+    def _predict(self, given: TeacherCall, features: list[Tensor]) -> Tensor:
+        """The student's raw prediction for a call; its features are added to ``features``."""
         narrow = self.spec.precision == "bfloat16"
         with torch.autocast(self.training.device.type, dtype=torch.bfloat16) if narrow else nullcontext():
-            return self.denoiser.guided(given.x, t, given.cond, self.source.guidance)
+            prediction = given.call.replay(self.student)
+        if self.tap is not None:
+            features.append(self.tap.take())
+        return prediction.float()
 
-    def _relation(self, features: list[Tensor], window: list[TeacherStep]) -> Tensor:
-        if not features:
+    def _mean_square(self, values: Sequence[Tensor], step: SchedulerStep) -> Tensor:
+        """Mean square of what the scheduler makes of the values of all calls of a step."""
+        if step.mix is None:
+            return torch.stack([v.square().mean() for v in values]).mean()
+        rows = torch.cat([v.reshape(len(v) // self.source.batch, -1) for v in values])
+        return (step.mix.to(rows.device) @ rows).square().sum() / rows.shape[1]
+
+    def _relation(self, features: list[list[Tensor]], window: list[list[TeacherCall]]) -> Tensor:
+        """The mean over calls that correspond: the first of each step, the second of each step, and so on."""
+        groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for students, given in zip(features, window, strict=True):
+            for place, (student, teacher) in enumerate(zip(students, given, strict=False)):
+                assert teacher.features is not None
+                pair = (student, teacher.features.to(student.device))
+                groups.setdefault((place, teacher.call.part, teacher.features.shape), []).append(pair)
+        if not groups:
             return torch.zeros((), device=self.training.device)
-        teachers = [given.features for given in window if given.features is not None]
-        if len(teachers) < len(window):
-            raise ConfigError(
-                "the relation loss needs the teacher's features: name a feature module in the trajectories"
-            )
-        return window_relation_loss(features, teachers, self.spec.relation.temperature)
+        temperature = self.spec.relation.temperature
+        losses = [window_relation_loss([s for s, _ in g], [t for _, t in g], temperature) for g in groups.values()]
+        return torch.stack(losses).mean()
 
 
 class Guard:
@@ -144,24 +150,17 @@ class Guard:
         )
 
 
-def timestep_weights(source: Trajectories) -> tuple[float, ...]:
-    """The sensitivities to each timestep's prediction, scaled to mean 1."""
-    values = source.sensitivities()
-    total = sum(values)
-    if not total > 0:
+def step_weights(source: Trajectories, steps: Sequence[SchedulerStep]) -> list[float]:
+    """The mean squared change of the final sample for a unit of each step's loss, scaled to mean 1 over the steps."""
+    batches = source.probe_seeds
+    gains = torch.zeros(len(steps), dtype=torch.float64)
+    for seeds in batches:
+        calls = iter(prediction_gains(source.denoiser, seeds))
+        for i, step in enumerate(steps):
+            total = sum(float(next(calls).sum()) for _ in range(step.n_calls)) / len(seeds)
+            gains[i] += total / (step.n_calls if step.mix is None else float(step.mix.square().sum()))
+    if not float(gains.sum()) > 0:
         raise ConfigError(
             "distill.timestep_weights sampler: no prediction of this sampler changes the sample; use uniform"
         )
-    return tuple(v * len(values) / total for v in values)
-
-
-def _windows(steps: Iterator[TeacherStep], size: int) -> Iterator[list[TeacherStep]]:
-    """Consecutive steps in groups; the last group of a trajectory may be shorter."""
-    group: list[TeacherStep] = []
-    for step in steps:
-        group.append(step)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+    return [float(g) for g in gains / gains.mean()]

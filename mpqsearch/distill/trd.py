@@ -1,20 +1,21 @@
 """Time-smoothed relation distillation (MPQ-DM, arXiv 2412.11549), with a gradient.
 
-Features of teacher and student are averaged over a window of consecutive timesteps. Each position of the averaged map
+Features of teacher and student are averaged over a window of consecutive steps. Each position of the averaged map
 is compared with every other by cosine, a softmax with a temperature turns each row into a distribution, and the loss is
 ``KL(teacher || student)``, the mean over rows. The code released with the paper detaches both sides, so its relation
 loss is a constant that trains nothing; sums over rows at temperature 1, where 4,096 cosines give an almost uniform
 distribution; and forms maps of 4,096 x 4,096. Here positions are pooled first, to at most ``pooled_size**2``.
 
-Memory, for a batch of ``N`` (twice that with guidance), ``C`` channels and ``P <= pooled_size**2`` positions: either
-side one map of ``N P P`` numbers, the teacher ``N P C`` numbers a window, and the student the graph of every forward
-pass of the window.
+Memory, for a batch of ``N`` rows (two a sample with guidance), ``C`` channels and ``P <= pooled_size**2`` positions:
+either side one map of ``N P P`` numbers, the teacher ``N P C`` numbers a window, and the student the graph of every
+forward pass of the window.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.models.runner import parts_of
 
 EPSILON = 1e-8
 """Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
@@ -97,7 +99,7 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 
 def window_relation_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float) -> Tensor:
-    """`relation_loss` of the means of both sides' positions ``[N, P, C]`` over the timesteps of a window.
+    """`relation_loss` of the means of both sides' positions ``[N, P, C]`` over the steps of a window.
 
     Raises `ConfigError` when the two sides do not match.
     """
@@ -110,44 +112,53 @@ def window_relation_loss(students: Sequence[Tensor], teachers: Sequence[Tensor],
 
 
 class FeatureTap:
-    """Context manager that keeps the pooled output of one module, every time the module runs.
+    """Context manager that keeps the pooled output of one module in each denoiser, every time the module runs.
 
-    The hook only reads. Positions are pooled at once, so that a full map is never kept for the teacher. Raises
-    `UnknownNameError` when there is no module of that name.
+    ``name`` is that of the module within a denoiser; empty: what `find_feature_module` finds. The hook only reads.
+    Positions are pooled at once, so that a full map is never kept for the teacher. Raises `UnknownNameError` when there
+    is no module of that name.
     """
 
     def __init__(self, module: nn.Module, name: str, pooled_size: int) -> None:
-        modules = dict(module.named_modules())
-        if name not in modules:
-            raise UnknownNameError("feature module", name, [n for n in modules if n], "(distill.relation.feature)")
-        self.name, self.pooled_size = name, pooled_size
-        self._module = modules[name]
+        self.pooled_size = pooled_size
+        self._modules = [_named_module(part, name) for part in parts_of(module).values()]
+        self._handles: list[Any] = []
         self._kept: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        self._handle = self._module.register_forward_hook(self._keep)
+        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in self._modules]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._kept.clear()
 
     def take(self) -> Tensor:
-        """Positions ``[N, P, C]`` since the last call; guidance in two calls gives them joined, as in one.
+        """Positions ``[N, P, C]`` since the last call; those of several passes are joined, as in one.
 
         Raises `ModelError` when the module did not run.
         """
         if not self._kept:
+            names = ", ".join(dict.fromkeys(repr(name) for name, _ in self._modules))
             raise ModelError(
-                f"the module {self.name!r} did not run in the forward pass; name another one (distill.relation.feature)"
+                f"the module {names} did not run in the forward pass; name another one (distill.relation.feature)"
             )
         calls, self._kept = self._kept, []
         return calls[0] if len(calls) == 1 else torch.cat(calls)
 
-    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        self._kept.append(_wide(pool_positions(_tensor_of(output, self.name), self.pooled_size)))
+    def _keep(self, name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self._kept.append(_wide(pool_positions(_tensor_of(output, name), self.pooled_size)))
+
+
+def _named_module(denoiser: nn.Module, name: str) -> tuple[str, nn.Module]:
+    modules = dict(denoiser.named_modules())
+    name = name or find_feature_module(denoiser)
+    if name not in modules:
+        raise UnknownNameError("feature module", name, [n for n in modules if n], "(distill.relation.feature)")
+    return name, modules[name]
 
 
 def _tensor_of(output: Any, name: str) -> Tensor:

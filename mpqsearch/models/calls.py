@@ -23,7 +23,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -74,6 +74,15 @@ class Call:
         except TypeError:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
+
+    def kept(self, pool: dict[str, Tensor] | None = None) -> Call:
+        """A copy that holds nothing of the run: its tensors are detached, in main memory, and change no more.
+
+        Calls that are kept with one ``pool`` share equal tensors, such as embedded prompts.
+        """
+        copied: dict[str, Tensor] = {} if pool is None else pool
+        args, kwargs, sample = mapped((self.args, dict(self.kwargs), self.sample), lambda t: _pooled(t, copied))
+        return replace(self, args=args, kwargs=kwargs, sample=sample)
 
     def replay(self, module: nn.Module) -> Tensor:
         """The raw prediction of ``module`` for this call, as one tensor: see `prediction_in`.

@@ -89,8 +89,9 @@ class Runner(Protocol):
         """
         ...
 
-    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
-        """Encode the prompts of all these seeds at once, and let the text encoders go."""
+    def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
+        """Encode the prompts of all these seeds, so many (0: ``batch`` of the runner) at a time as they will be drawn,
+        and let the text encoders go."""
         ...
 
     def examples(self, module: nn.Module) -> list[Call]:

@@ -21,6 +21,7 @@ from mpqsearch.core.formats import check_width
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models.calls import TIMESTEP_ARGUMENTS
 from mpqsearch.models.hooks import layer_input, with_input
+from mpqsearch.models.runner import parts_of
 from mpqsearch.quant.fake import as_stored, fake_quantize
 from mpqsearch.quant.rows import stored_scale
 from mpqsearch.quant.smoothing import along_input, smooth_inputs
@@ -132,11 +133,10 @@ class TimestepClock:
 
 
 def attach_clock(module: nn.Module, timesteps: tuple[float, ...]) -> TimestepClock | None:
-    """Give ``module``, the whole denoiser, a clock that each call sets; None for static scales.
+    """Give ``module``, a whole denoiser or the `Parts` of several, a clock that each call sets; None for static scales.
 
-    Calls of the module itself are seen by a forward pre-hook, calls through `Denoiser` by that (a module of the user's
-    with a method ``denoise`` need not call itself). Raises `ConfigError` when the module has no argument that could be
-    the timestep.
+    Calls of a denoiser are seen by a forward pre-hook, those of a method ``denoise`` by its runner. Raises
+    `ConfigError` when a denoiser has no argument that could be the timestep.
     """
     if not timesteps:
         return None
@@ -147,11 +147,13 @@ def attach_clock(module: nn.Module, timesteps: tuple[float, ...]) -> TimestepClo
 
 def watch_timesteps(module: nn.Module, clock: Any) -> list[Any]:
     """Let ``clock.set`` hear of the timestep of each call; handles of the hooks."""
-    module.timestep_clock = clock
-    if hasattr(module, "denoise"):
-        return []
-    _timestep_argument(module)
-    return [module.register_forward_pre_hook(_read_clock, with_kwargs=True)]
+    handles = []
+    for part in parts_of(module).values():
+        part.timestep_clock = clock
+        if not hasattr(part, "denoise"):
+            _timestep_argument(part)
+            handles.append(part.register_forward_pre_hook(_read_clock, with_kwargs=True))
+    return handles
 
 
 def _read_clock(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -287,7 +289,7 @@ def activation_table_of(module: nn.Module, table: LayerTable) -> ActivationTable
     quantizers = {m.layer.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
     if not quantizers:
         return None
-    clock = getattr(module, "timestep_clock", None)
+    clock = next(iter(quantizers.values())).clock
     return ActivationTable(
         model_digest=table.digest,
         bits={n: q.bits for n, q in quantizers.items()},

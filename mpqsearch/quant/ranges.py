@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models.hooks import layer_input
+from mpqsearch.models.runner import parts_of
 from mpqsearch.quant.activations import ActivationTable, one_a_sample, watch_timesteps
 from mpqsearch.quant.rows import stored_scale
 from mpqsearch.quant.smoothing import along_input
@@ -44,7 +45,7 @@ class RangeCollector:
         self._modules = {n: m for n, m in module.named_modules() if n in wanted}
         self._per_timestep = per_timestep
         self._now: Tensor | None = None
-        self._clock_before: Any = None
+        self._clocks_before: dict[nn.Module, Any] = {}
         self._histograms: dict[tuple[str, float], _Histogram] = {}
         self._handles: list[Any] = []
 
@@ -52,7 +53,8 @@ class RangeCollector:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(self._table[name]), with_kwargs=True))
         if self._per_timestep:
-            self._clock_before = getattr(self._root, "timestep_clock", None)
+            parts = parts_of(self._root).values()
+            self._clocks_before = {part: getattr(part, "timestep_clock", None) for part in parts}
             self._handles += watch_timesteps(self._root, self)
         return self
 
@@ -62,10 +64,11 @@ class RangeCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._per_timestep:
-            del self._root.timestep_clock
-            if self._clock_before is not None:
-                self._root.timestep_clock = self._clock_before
+        for part, before in self._clocks_before.items():
+            del part.timestep_clock
+            if before is not None:
+                part.timestep_clock = before
+        self._clocks_before = {}
 
     def set(self, t: Tensor | float) -> None:
         """Take note of the timestep of the coming call; the denoiser does this by itself."""

@@ -1,7 +1,7 @@
 """Runners: a denoiser, run the way its users run it, and what every room derives from that."""
 
-from mpqsearch.sampling.chain import Chain, chain, gradients, prediction_gains
-from mpqsearch.sampling.draw import can_sample, each_call, latents, n_calls, require_sampler, samples
+from mpqsearch.sampling.chain import Chain, SchedulerStep, chain, gradients, prediction_gains, scheduler_steps
+from mpqsearch.sampling.draw import batch_of, can_sample, each_call, latents, n_calls, require_sampler, samples
 from mpqsearch.sampling.load import adapt, load_model
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner, to_uint8
@@ -16,7 +16,9 @@ __all__ = [
     "PlainRunner",
     "RecordedRunner",
     "SamplerSpec",
+    "SchedulerStep",
     "adapt",
+    "batch_of",
     "can_sample",
     "chain",
     "each_call",
@@ -27,5 +29,6 @@ __all__ = [
     "prediction_gains",
     "require_sampler",
     "samples",
+    "scheduler_steps",
     "to_uint8",
 ]

@@ -23,13 +23,14 @@ class Chain:
     (all floating-point outputs). ``seen`` are those of the call's arguments that depend on earlier predictions, as
     functions of them, ``final`` the latents after the last step as a function of all predictions. So the gradient
     through the whole sampler is put together call by call, with the graph of one call in memory, for any scheduler,
-    multi-step ones included.
+    multi-step ones included. ``steps`` names the step of the scheduler that each call was made for.
     """
 
     calls: tuple[Call, ...]
     predictions: tuple[tuple[Tensor, ...], ...]
     seen: tuple[tuple[Tensor, ...], ...]
     final: Tensor
+    steps: tuple[int, ...]
 
     def replay(self, index: int, module: nn.Module) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Call ``index`` again with gradients: its raw outputs, and leaves for those arguments that are in ``seen``."""
@@ -61,13 +62,16 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
     calls: list[Call] = []
     leaves: list[tuple[Tensor, ...]] = []
     seen: list[tuple[Tensor, ...]] = []
-    steps: list[Tensor] = []
+    latest: list[Tensor] = []
+    of_step: list[int] = []
+    n_steps = 0
     owners = parts_of(denoiser.module)
 
     def on_call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
         calls.append(call_of(owners[part], args, kwargs, part=part, index=len(calls)))
         seen.append(tuple(given))
+        of_step.append(n_steps)
         with torch.no_grad():
             out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
         mine: list[Tensor] = []
@@ -83,10 +87,12 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
         return out
 
     def on_step(sample: Tensor) -> None:
-        steps[:] = [sample]
+        nonlocal n_steps
+        n_steps += 1
+        latest[:] = [sample]
 
     denoiser.runner.run(denoiser.module, seeds, hooks=Hooks(call=on_call, step=on_step), decode=False, grad=True)
-    return Chain(calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=steps[0])
+    return Chain(calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=latest[0], steps=tuple(of_step))
 
 
 def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: int = 0) -> list[Tensor]:
@@ -119,6 +125,37 @@ def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: in
     return gains[::-1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStep:
+    """``n_calls`` of the denoiser, and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
+    rows are one of ``mix @ errors``, with ``mix`` ``[r, k]``. An error that all rows share stays as it is.
+
+    Classifier-free guidance ``u + g (c - u)`` has the mix ``[[1 - g, g]]``, in one call of two rows a sample or in two
+    calls; a step with one row ``[[1]]``. None: the predictions are no rows that could be mixed.
+    """
+
+    n_calls: int
+    mix: Tensor | None
+
+
+def scheduler_steps(denoiser: Denoiser, seeds: Sequence[int]) -> list[SchedulerStep]:
+    """The steps of a run, found from the scheduler's own arithmetic for one batch: no gradient of the denoiser."""
+    made = chain(denoiser, seeds)
+    generator = torch.Generator().manual_seed(0)
+
+    def probed(value: Tensor) -> Tensor:
+        return (value * torch.randn(value.shape, generator=generator).to(value)).sum()
+
+    # Inputs of later calls beside the final sample, which some schedulers make of the last prediction alone.
+    objective = sum((probed(t) for seen in made.seen for t in seen), probed(made.final))
+    along = iter(gradients(objective, [p for predictions in made.predictions for p in predictions]))
+    by_step: dict[int, list[Tensor | None]] = {}
+    for step, call, predictions in zip(made.steps, made.calls, made.predictions, strict=True):
+        first, *more = [next(along) for _ in predictions]
+        by_step.setdefault(step, []).append(None if more or len(first) != call.batch else first)
+    return [SchedulerStep(n_calls=len(calls), mix=_mix(calls, len(seeds))) for calls in by_step.values()]
+
+
 def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients with respect to the leaves, zeros for what does not matter; the graph is kept."""
     if not leaves or not objective.requires_grad:
@@ -134,3 +171,21 @@ def _by_row(along: Sequence[Tensor], n_values: float) -> Tensor:
         sum((a.float().square().reshape(rows, -1).sum(1) for a in along if a.numel() % rows == 0), torch.zeros(rows))
         / n_values
     )
+
+
+def _mix(along: Sequence[Tensor | None], n_samples: int) -> Tensor | None:
+    """The mix of the rows of some calls, from the gradients of their predictions (None: of something else)."""
+    known = [a for a in along if a is not None and len(a) % n_samples == 0]
+    if len(known) < len(along) or len({a.shape[1:] for a in known}) > 1:
+        return None
+    rows = torch.cat([a.detach().cpu().double().reshape(len(a) // n_samples, -1) for a in known])
+    if len(rows) == 1:
+        return torch.ones(1, 1)
+    products = rows @ rows.T
+    shared = float(products.sum())
+    if shared <= 1e-9 * float(products.trace()):
+        return None
+    strengths, directions = torch.linalg.eigh(products / shared)
+    kept = strengths > 1e-6 * strengths.max()
+    mix = (directions * strengths.clamp_min(0).sqrt())[:, kept].T
+    return torch.where(mix.sum(1, keepdim=True) < 0, -mix, mix).float()

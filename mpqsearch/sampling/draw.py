@@ -50,10 +50,16 @@ def latents(denoiser: Denoiser, seeds: Sequence[int], *, progress: Callable[[int
     return torch.cat([drawn.latents for drawn in samples(denoiser, seeds, decode=False, progress=progress)])
 
 
+def batch_of(denoiser: Denoiser, most: int = 0) -> int:
+    """Samples that one run makes at a time: at most ``most`` (0: as many as the runner would)."""
+    denoiser.runner.calls_per_run(denoiser.module)  # some pipelines turn out to make one at a time
+    return min(most or denoiser.runner.batch, denoiser.runner.batch)
+
+
 def n_calls(denoiser: Denoiser, n_seeds: int, *, batch: int = 0) -> int:
     """How many calls `each_call` makes."""
     per_run = denoiser.runner.calls_per_run(denoiser.module)
-    return per_run if not can_sample(denoiser) else -(-n_seeds // (batch or denoiser.runner.batch)) * per_run
+    return per_run if not can_sample(denoiser) else -(-n_seeds // batch_of(denoiser, batch)) * per_run
 
 
 def each_call(
@@ -75,7 +81,7 @@ def each_call(
             if progress is not None:
                 progress(1)
         return
-    size = batch or denoiser.runner.batch
+    size = batch_of(denoiser, batch)
     for start in range(0, len(seeds), size):
         denoiser.runner.run(
             denoiser.module,

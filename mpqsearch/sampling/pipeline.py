@@ -158,12 +158,12 @@ class PipelineRunner:
             return tuple(p.text or p.label for p in asked)
         return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
 
-    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
-        """Encode the prompts of these seeds in the batches in which they will be drawn, then release the text
-        encoders."""
-        if not hasattr(self.pipe(module), "encode_prompt"):
+    def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
+        """Encode the prompts of these seeds in the batches in which they will be drawn, then release the text encoders;
+        without a folder to keep them in, prompts are encoded when they are drawn."""
+        if not hasattr(self.pipe(module), "encode_prompt") or self._encoded.folder is None:
             return
-        size = 1 if self._habits(module).singly else self.batch
+        size = 1 if self._habits(module).singly else batch or self.batch
         for start in range(0, len(seeds), size):
             self._run(module, list(seeds[start : start + size]), Hooks(call=_stop), None, grad=False)
         self._release()
@@ -198,8 +198,8 @@ class PipelineRunner:
         vae = getattr(pipe, "vae", None)
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # exact; tiling is not
-        for component in pipe.components.values():
-            if isinstance(component, nn.Module):
+        for name, component in pipe.components.items():
+            if isinstance(component, nn.Module) and name not in self._components:
                 component.eval().requires_grad_(False)
         self._check_call(pipe)
         self._encoders = tuple(
@@ -226,7 +226,7 @@ class PipelineRunner:
 
     def _release(self) -> None:
         """Let the text encoders go, unless nothing else could bring them back."""
-        if self._encoders and hasattr(self._pipe, "encode_prompt") and self._encoded.folder is not None:
+        if hasattr(self._pipe, "encode_prompt") and self._encoded.folder is not None:
             for name in self._encoders:
                 setattr(self._pipe, name, None)
 
@@ -338,6 +338,7 @@ class PipelineRunner:
                 mine = [c for c in seen.calls if c.part == part]
                 chosen += mine[:: max(1, len(mine) // EXAMPLES)][:EXAMPLES]
             singly = not self._same_in_a_batch(module, seen)
+            self.batch = 1 if singly else self.batch
             self._known = _Habits(steps=len(seen.steps), calls=len(seen.calls), examples=chosen, singly=singly)
         return self._known
 

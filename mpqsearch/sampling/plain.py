@@ -110,7 +110,7 @@ class PlainRunner:
             seeds=tuple(seeds), latents=latents, images=to_uint8(latents) if decode else None, labels=self.labels(seeds)
         )
 
-    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+    def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
         """Nothing to do."""
 
     def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:

@@ -41,7 +41,7 @@ class RecordedRunner:
             "the pipeline's folder, or export the map and sample in the pipeline itself."
         )
 
-    def encode(self, module: nn.Module, seeds: Sequence[int]) -> None:
+    def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
         """Nothing to do."""
 
     def labels(self, seeds: Sequence[int]) -> tuple[None, ...]:

@@ -19,8 +19,8 @@ class TRDSpec:
     """Options of the relation loss.
 
     window
-        Consecutive timesteps whose features are averaged, 1..100. The window is also one optimiser step, with or
-        without a relation loss.
+        Consecutive steps of the scheduler whose features are averaged, 1..100. The window is also one optimiser step,
+        with or without a relation loss.
     temperature
         Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
     weight
@@ -28,7 +28,7 @@ class TRDSpec:
     pooled_size
         Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
     feature
-        Module whose output is compared; empty: found by `find_feature_module`.
+        Module within the denoiser whose output is compared; empty: found by `find_feature_module`.
     """
 
     window: int = 2
@@ -65,10 +65,10 @@ class DistillSpec:
     ema
         Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
     timestep_weights
-        Of the squared errors. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final sample
-        for a unit of the mean squared error of that timestep's prediction, with mean 1 over the timesteps
-        (`mpqsearch.sampling.prediction_sensitivities`). Models that predict noise err most where there is little noise
-        left, where it changes the sample least.
+        Of the squared errors of steps. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final
+        sample for a unit of the mean squared error of that step's prediction, with mean 1 over the steps
+        (`mpqsearch.sampling.prediction_gains`). Models that predict noise err most where there is little noise left,
+        where it changes the sample least.
     clip_norm
         Largest norm of the gradient of all parameters together; 0: not clipped.
     precision

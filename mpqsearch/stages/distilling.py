@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import NumericsError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
@@ -26,11 +26,10 @@ from mpqsearch.stages.statistics import activation_table, correction_of, moment_
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpqsearch.distill import Processes, Trajectories
+    from mpqsearch.distill import Processes
     from mpqsearch.metrics import Reference
-    from mpqsearch.quant import ActivationTable
 
-KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy")
+KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
 """Metrics that the stage prints."""
 
 
@@ -87,14 +86,14 @@ def _trained(task: _Training) -> dict[str, Any]:
     run, table = task.run, task.table
     team = processes()  # before the model is loaded: each process gets a GPU of its own
     same_model(run, table)
-    student, activations = _student(task)
+    student = _student(task)
     base = before = None
     if team.main:
         base, _ = reference(run, table)
         before = _measure(run, convert(student).module, base, "before training")
     team.wait()
     with run.timed("distill"):
-        _train(task, student, activations, team)
+        _train(task, student, team)
     if base is None:  # files are written by the main process
         raise SystemExit(0)
     trained = convert(student)
@@ -106,25 +105,23 @@ def _trained(task: _Training) -> dict[str, Any]:
     return data
 
 
-def _student(task: _Training) -> tuple[nn.Module, ActivationTable | None]:
+def _student(task: _Training) -> nn.Module:
     from mpqsearch.quant import build_student
 
     run, c = task.run, task.run.config.distill
     input_max = tensors(task.measured.input_max)
-    activations = activation_table(run, task.table, task.bit_map, input_max)
     corrected = task.bias_correction
-    student = build_student(
+    return build_student(
         run.denoiser.module,
         task.table,
         task.bit_map,
         input_max=input_max,
-        activations=activations,
+        activations=activation_table(run, task.table, task.bit_map, input_max),
         trainable=c.trainable,  # type: ignore[arg-type]
         rank=c.rank,
         seed=c.seed,
         **correction_of(run, task.table, task.measured, task.bit_map, bias_correction=corrected),
     )
-    return student, activations
 
 
 def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bool) -> dict[str, str]:
@@ -144,20 +141,15 @@ def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bo
     return inputs | (moment_inputs(run, table) if bit_map.format.rounding != "nearest" else {})
 
 
-def _train(task: _Training, student: nn.Module, activations: ActivationTable | None, team: Processes) -> None:
+def _train(task: _Training, student: nn.Module, team: Processes) -> None:
     """Run the loop behind a progress bar; end the program when a signal ended the loop."""
+    from mpqsearch.distill import Trajectories
     from mpqsearch.distill import distill as loop
     from mpqsearch.quant import param_groups
 
     run, c = task.run, task.run.config.distill
-    source = _teacher(run, student, team.rank, team.world)
-    if activations is not None and activations.timesteps and set(activations.timesteps) != set(source.timesteps):
-        raise ConfigError(
-            f"the activation scales are for the timesteps {list(activations.timesteps)}, the training's sampler has "
-            f"{sorted(source.timesteps)}: use the same number of sampler steps for both, or static scales"
-        )
+    source = Trajectories(run.denoiser, batch=c.batch, seed=c.seed, rank=team.rank, world=team.world)
     states = loop(
-        run.denoiser,
         student,
         param_groups(student, **c.rates),
         source,
@@ -191,22 +183,33 @@ def _checkpoint_inputs(task: _Training) -> dict[str, str]:
 
 
 def _checking(run: Run) -> Callable[[nn.Module], float]:
-    """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision
-    samples are made once."""
-    from mpqsearch.metrics import Reference, distance_to_full_precision
-    from mpqsearch.quant import convert
-    from mpqsearch.sampling import sample, to_uint8
+    """What a student is checked by on the development seeds of ``[distill]``: its Fréchet distance to full precision,
+    or the squared error of its latents where samples are no pictures. Full precision is run once."""
+    import torch
 
-    seeds, extractor = tuple(run.config.distill.check_seeds), run.extractor
+    from mpqsearch.metrics import FeatureStatistics, features_of, frechet_distance
+    from mpqsearch.quant import convert
+    from mpqsearch.sampling import samples
+
+    seeds, pictures = tuple(run.config.distill.check_seeds), run.picture is not None
+
+    def drawn(module: nn.Module) -> torch.Tensor:
+        batches = samples(run.denoiser.with_module(module), seeds, decode=pictures)
+        return features_of(batches, run.extractor) if pictures else torch.cat([b.latents for b in batches])
 
     @functools.cache
-    def full_precision() -> Reference:
-        samples = sample(run.denoiser, seeds, run.config.sampler)
-        return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None)
+    def full_precision() -> torch.Tensor:
+        return drawn(run.denoiser.module)
 
     def measure(student: nn.Module) -> float:
-        samples = sample(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
-        return distance_to_full_precision(samples, full_precision(), extractor)
+        expected = full_precision()
+        try:
+            made = drawn(convert(student).module)
+        except NumericsError:  # a student that has diverged
+            return math.inf
+        if not pictures:
+            return float((made - expected).square().mean())
+        return frechet_distance(FeatureStatistics.of(expected), FeatureStatistics.of(made))
 
     return measure
 
@@ -216,37 +219,21 @@ def _checks(run: Run, log: Path) -> list[list[float | None]]:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     checks = [(int(line["step"]), float(line["check"])) for line in lines if "check" in line]
     best, last, c = min(checks, key=lambda check: (check[1], check[0])), checks[-1], run.config.distill
+    what = "squared error" if run.picture is None else f"FD[{run.extractor.label}]-{c.check_samples}"
     run.say(
-        f"distill: kept the student of step {best[0]} of {c.steps}, FD[{run.extractor.label}]-{c.check_samples} "
-        f"vs FP on development seeds {best[1]:.4g} (last step: {last[1]:.4g})"
+        f"distill: kept the student of step {best[0]} of {c.steps}, {what} vs FP on development seeds {best[1]:.4g} "
+        f"(last step: {last[1]:.4g})"
     )
     return [[step, value if math.isfinite(value) else None] for step, value in checks]
 
 
-def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> Trajectories:
-    from mpqsearch.distill import Trajectories, find_feature_module
-
-    c = run.config.distill
-    feature = (c.relation.feature or find_feature_module(student)) if c.relation.weight > 0 else ""
-    return Trajectories(
-        run.denoiser,
-        run.config.sampler,
-        batch=c.batch,
-        seed=c.seed,
-        feature=feature,
-        pooled_size=c.relation.pooled_size,
-        rank=rank,
-        world=world,
-    )
-
-
 def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[str, Any]:
     from mpqsearch.metrics import evaluate
-    from mpqsearch.sampling import sample
+    from mpqsearch.sampling import samples
 
     with bar_of(label, len(base.seeds)) as bar:
-        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
-    return {k: v.to_data() for k, v in evaluate(samples, base, run.extractor).metrics.items()}
+        made = samples(run.denoiser.with_module(module), base.seeds, progress=bar.update)
+        return {k: v.to_data() for k, v in evaluate(made, base).metrics.items()}
 
 
 def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:

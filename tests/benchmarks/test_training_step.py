@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from mpqsearch.core import BitMap
-from mpqsearch.distill import FeatureTap, Trajectories, find_feature_module, window_relation_loss
-from mpqsearch.models import discover, load_model
+from mpqsearch.distill import FeatureTap, Trajectories, TRDSpec, find_feature_module, window_relation_loss
+from mpqsearch.models import discover
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import build_student
-from mpqsearch.sampling import SamplerSpec
+from mpqsearch.sampling import SamplerSpec, load_model
 
 REPEATS = 5
 
@@ -27,19 +26,18 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
 
     The ratio is between medians of CPU seconds of alternating runs in one process.
     """
-    denoiser = load_model(name)
+    denoiser = load_model(name, sampler=SamplerSpec(steps=10, guidance=2.0, batch=8))
     table = discover(denoiser)
     rng = np.random.default_rng(0)
     weights = {la.name: rng.integers(1, 9, la.n_channels).astype(np.uint8) for la in table}
     bit_map = BitMap(
         model_digest=table.digest, weights=weights, activations={la.name: 4 for la in table}, activation_steps=10
     )
-    sampler = SamplerSpec(steps=10, guidance=2.0)
-    activations = calibrate_activations(denoiser, table, bit_map, replace(sampler, batch=2), seeds=range(2))
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
     student = build_student(denoiser.module, table, bit_map, activations=activations, trainable="lora")
     full = copy.deepcopy(denoiser.module).requires_grad_(True)
     feature = find_feature_module(denoiser.module)
-    window = list(Trajectories(denoiser, sampler, batch=8, feature=feature, pooled_size=14).steps(0))[:2]
+    window = Trajectories(denoiser, batch=8).run(0, TRDSpec(pooled_size=14))[:2]
 
     def step(module: torch.nn.Module, relation: bool) -> float:
         began = time.process_time()
@@ -47,8 +45,7 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
         loss = torch.zeros(())
         with FeatureTap(module, feature, 14) as tap:
             for given in window:
-                t = torch.full((len(given.x),), given.timestep)
-                prediction = denoiser.with_module(module).guided(given.x, t, given.cond, 2.0)
+                prediction = given.call.replay(module)
                 loss = loss + torch.nn.functional.mse_loss(prediction, given.prediction) / len(window)
                 if relation and given.features is not None:
                     students.append(tap.take())

@@ -12,7 +12,6 @@ from mpqsearch.core import BitMap
 from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import build_student, convert, param_groups
-from mpqsearch.specs import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 
@@ -25,9 +24,7 @@ def losses(denoiser: Denoiser, folder: Path) -> list[float]:
     """Two steps, and the other two by the same call again."""
     table = discover(tiny_denoiser())
     bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(4) for la in table})
-    source = Trajectories(
-        denoiser, SamplerSpec(steps=2, guidance=2.0), batch=2, feature=SPEC.relation.feature, pooled_size=2
-    )
+    source = Trajectories(denoiser, batch=2)
     found = []
     for stop in (2, 4):
         student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
@@ -36,7 +33,7 @@ def losses(denoiser: Denoiser, folder: Path) -> list[float]:
         def measure(student: torch.nn.Module) -> float:
             return float(convert(student).module.conv_out.weight.square().sum())  # type: ignore[operator, union-attr]
 
-        for state in distill(denoiser, student, groups, source, SPEC, folder=folder, measure=measure):
+        for state in distill(student, groups, source, SPEC, folder=folder, measure=measure):
             found.append(state.loss)
             if state.step == stop:
                 break
@@ -44,7 +41,7 @@ def losses(denoiser: Denoiser, folder: Path) -> list[float]:
 
 
 def test_a_training_and_its_continuation(tmp_path: Path) -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=2, guidance=2.0)
     expected = losses(denoiser, tmp_path / "cpu")
     with fake_cuda():
         moved = denoiser.with_module(on_gpu(denoiser.module))

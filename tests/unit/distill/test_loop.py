@@ -1,28 +1,26 @@
 """The loop on tiny models: it learns, resumes bit for bit, saves on a signal and stops when it diverges."""
 
 import copy
+import itertools
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mpqsearch.distill import DistillSpec, TeacherStep, Trajectories, TRDSpec, distill
+from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
 from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
 from mpqsearch.models import Denoiser
-from mpqsearch.sampling import SamplerSpec, timesteps_of
+from mpqsearch.sampling import prediction_gains
 from tests.support import tiny_denoiser
 
-FEATURE = {"unet": "up_blocks.1", "dit": "transformer_blocks.1"}
 
-
-def teacher(kind: str = "unet") -> Denoiser:
-    return tiny_denoiser(kind)
+def teacher(kind: str = "unet", steps: int = 5) -> Denoiser:
+    return tiny_denoiser(kind, steps=steps, guidance=2.0)
 
 
 def student_of(denoiser: Denoiser, scale: float = 1.2) -> tuple[torch.nn.Module, list[dict]]:
@@ -35,8 +33,8 @@ def student_of(denoiser: Denoiser, scale: float = 1.2) -> tuple[torch.nn.Module,
     return student, [{"name": "all", "params": list(student.parameters()), "lr": 2e-3}]
 
 
-def trajectories(denoiser: Denoiser, feature: str = FEATURE["unet"], **kwargs: object) -> Trajectories:
-    return Trajectories(denoiser, SamplerSpec(steps=5, guidance=2.0), batch=3, feature=feature, pooled_size=4, **kwargs)  # type: ignore[arg-type]
+def trajectories(denoiser: Denoiser, **kwargs: int) -> Trajectories:
+    return Trajectories(denoiser, batch=3, **kwargs)
 
 
 def spec(**kwargs: object) -> DistillSpec:
@@ -57,8 +55,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_training_lowers_the_loss(kind: str, relation: dict) -> None:
     denoiser = teacher(kind)
     student, groups = student_of(denoiser)
-    source = trajectories(denoiser, FEATURE[kind])
-    states = list(distill(denoiser, student, groups, source, spec(steps=18, relation=relation)))
+    source = trajectories(denoiser)
+    states = list(distill(student, groups, source, spec(steps=18, relation=relation)))
     assert [s.step for s in states] == list(range(1, 19))
     # A trajectory has three windows; whole trajectories are compared, since the loss depends on the timestep.
     assert sum(s.task for s in states[-3:]) < 0.7 * sum(s.task for s in states[:3])
@@ -70,7 +68,7 @@ def test_training_lowers_the_loss(kind: str, relation: dict) -> None:
 def test_equal_student_has_no_loss_and_no_gradient() -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser, scale=1.0)
-    state = next(distill(denoiser, student, groups, trajectories(denoiser), spec()))
+    state = next(distill(student, groups, trajectories(denoiser), spec()))
     assert state.loss == 0.0
     # Rounding of the softmax; gradients of the student with weights off by a fifth are of order 1.
     assert state.gradient_norm < 1e-7
@@ -79,7 +77,7 @@ def test_equal_student_has_no_loss_and_no_gradient() -> None:
 def first_gradient(relation: dict) -> tuple[torch.Tensor, float]:
     denoiser = teacher()
     student, groups = student_of(denoiser)
-    state = next(distill(denoiser, student, groups, trajectories(denoiser), spec(clip_norm=0.0, relation=relation)))
+    state = next(distill(student, groups, trajectories(denoiser), spec(clip_norm=0.0, relation=relation)))
     return torch.cat([p.grad.flatten() for p in student.parameters()]), state.relation
 
 
@@ -101,14 +99,19 @@ def test_timestep_weights_are_the_sensitivities_of_the_sampler() -> None:
             steps=5, clip_norm=0.0, weight_decay=0.0, timestep_weights=kind, relation={"window": 1, "weight": 0.0}
         )
         tasks[kind] = []
-        for state in distill(denoiser, student, groups, trajectories(denoiser), options):
+        for state in distill(student, groups, trajectories(denoiser), options):
             tasks[kind].append(state.task)
         grads[kind] = torch.cat([p.grad.flatten() for p in student.parameters()])  # of the last timestep
-    values = trajectories(denoiser).sensitivities()
+    # The rows of the asked classes, whose errors guidance 2 doubles, tell what an error of the guided prediction does.
+    gains = [
+        prediction_gains(denoiser, seeds)
+        for seeds in (range(2_999_992 + i, min(2_999_995 + i, 3_000_000)) for i in (0, 3, 6))
+    ]
+    values = [sum(float(batch[i].chunk(2)[1].mean()) / 4 for batch in gains) for i in range(5)]
     weights = [v * 5 / sum(values) for v in values]
     assert max(weights) > 10 * min(weights)
-    assert tasks["sampler"] == pytest.approx([w * t for w, t in zip(weights, tasks["uniform"], strict=True)], rel=1e-5)
-    assert float((grads["sampler"] - weights[-1] * grads["uniform"]).norm() / grads["sampler"].norm()) < 1e-5
+    assert tasks["sampler"] == pytest.approx([w * t for w, t in zip(weights, tasks["uniform"], strict=True)], rel=1e-4)
+    assert float((grads["sampler"] - weights[-1] * grads["uniform"]).norm() / grads["sampler"].norm()) < 1e-4
 
 
 def test_timestep_weights_are_part_of_the_identity() -> None:
@@ -118,30 +121,21 @@ def test_timestep_weights_are_part_of_the_identity() -> None:
         spec(timestep_weights="snr")
 
 
-def test_sensitivities_are_the_same_on_any_process() -> None:
-    denoiser = teacher()
-    expected = trajectories(denoiser).sensitivities()
-    assert len(expected) == 5
-    assert trajectories(denoiser, rank=1, world=2, seed=3).sensitivities() == expected
-
-
 @pytest.mark.parametrize(("ema", "weights"), [(0.0, "uniform"), (0.9, "sampler")])
 def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, ema: float, weights: str) -> None:
     denoiser = teacher()
     options = spec(ema=ema, timestep_weights=weights)
     whole, groups = student_of(denoiser)
-    expected = [
-        s.loss for s in distill(denoiser, whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")
-    ]
+    expected = [s.loss for s in distill(whole, groups, trajectories(denoiser), options, folder=tmp_path / "whole")]
     half, groups = student_of(denoiser)
     first = []
-    for state in distill(denoiser, half, groups, trajectories(denoiser), options, folder=tmp_path / "halves"):
+    for state in distill(half, groups, trajectories(denoiser), options, folder=tmp_path / "halves"):
         first.append(state.loss)
         if state.step == 7:  # killed two steps after the last checkpoint
             break
     torch.manual_seed(99)
     again, groups = student_of(denoiser)
-    states = list(distill(denoiser, again, groups, trajectories(denoiser), options, folder=tmp_path / "halves"))
+    states = list(distill(again, groups, trajectories(denoiser), options, folder=tmp_path / "halves"))
     assert [s.step for s in states] == [6, 7, 8, 9, 10]
     assert first[:5] + [s.loss for s in states] == expected
     assert same(tensors_of(again), tensors_of(whole))
@@ -150,7 +144,7 @@ def test_ten_steps_equal_five_a_stop_and_five_bit_for_bit(tmp_path: Path, ema: f
     assert [line["loss"] for line in lines] == expected
     # A finished training has nothing to do, and still gives the trained student.
     finished, groups = student_of(denoiser)
-    assert list(distill(denoiser, finished, groups, trajectories(denoiser), options, folder=tmp_path / "halves")) == []
+    assert list(distill(finished, groups, trajectories(denoiser), options, folder=tmp_path / "halves")) == []
     assert same(tensors_of(finished), tensors_of(whole))
 
 
@@ -171,7 +165,7 @@ def checked(
         return values[order[-1]]
 
     options = spec(check_every=5, **kwargs)
-    for _ in distill(denoiser, student, groups, trajectories(denoiser), options, folder=folder, measure=measure):
+    for _ in distill(student, groups, trajectories(denoiser), options, folder=folder, measure=measure):
         pass
     return tensors_of(student), seen, order
 
@@ -204,13 +198,11 @@ def test_a_training_that_begins_anew_begins_its_log_anew(tmp_path: Path) -> None
 def test_checks_do_not_touch_the_training(tmp_path: Path) -> None:
     denoiser = teacher()
     plain, groups = student_of(denoiser)
-    losses = [s.loss for s in distill(denoiser, plain, groups, trajectories(denoiser), spec(ema=0.9))]
+    losses = [s.loss for s in distill(plain, groups, trajectories(denoiser), spec(ema=0.9))]
     student, groups = student_of(denoiser)
     options = spec(ema=0.9, check_every=3)
     states = list(
-        distill(
-            denoiser, student, groups, trajectories(denoiser), options, measure=lambda m: -float(m.conv_in.weight.std())
-        )
+        distill(student, groups, trajectories(denoiser), options, measure=lambda m: -float(m.conv_in.weight.std()))
     )
     assert [s.loss for s in states] == losses
     assert [s.step for s in states if s.check is not None] == [3, 6, 9, 10]
@@ -231,9 +223,7 @@ def test_checks_go_on_after_a_stop(tmp_path: Path, stop: int) -> None:
             found.append(abs(float(module.conv_in.weight.detach().std()) - middle))
             return found[-1]
 
-        loop = distill(
-            denoiser, student, groups, trajectories(denoiser), spec(check_every=5), folder=folder, measure=measure
-        )
+        loop = distill(student, groups, trajectories(denoiser), spec(check_every=5), folder=folder, measure=measure)
         for state in loop:
             if state.step == signal_at - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -254,7 +244,7 @@ def test_checks_need_a_measure() -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
     with pytest.raises(ConfigError, match="measure"):
-        next(distill(denoiser, student, groups, trajectories(denoiser), spec(check_every=2)))
+        next(distill(student, groups, trajectories(denoiser), spec(check_every=2)))
     with pytest.raises(ConfigError, match="check_every"):
         spec(check_every=-1)
 
@@ -265,7 +255,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, num
     before = signal.getsignal(number)
     student, groups = student_of(denoiser)
     seen = []
-    for state in distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path):
+    for state in distill(student, groups, trajectories(denoiser), spec(), folder=tmp_path):
         seen.append(state)
         if state.step == 2:
             os.kill(os.getpid(), number)
@@ -274,7 +264,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, num
     assert seen[-1].checkpoint == tmp_path / "ckpt-000003"
     assert signal.getsignal(number) == before
     again, groups = student_of(denoiser)
-    states = list(distill(denoiser, again, groups, trajectories(denoiser), spec(), folder=tmp_path))
+    states = list(distill(again, groups, trajectories(denoiser), spec(), folder=tmp_path))
     assert [s.step for s in states] == [4, 5, 6, 7, 8, 9, 10]
     assert sorted(p.name for p in tmp_path.glob("ckpt-*")) == ["ckpt-000005", "ckpt-000010"]
 
@@ -284,7 +274,6 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
     student, groups = student_of(denoiser)
     list(
         distill(
-            denoiser,
             student,
             groups,
             trajectories(denoiser),
@@ -297,7 +286,6 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
     with pytest.raises(StaleArtifactError, match=r"distill\.temperature \(0\.1 on disk, 0\.3 now\)"):
         list(
             distill(
-                denoiser,
                 student,
                 groups,
                 trajectories(denoiser),
@@ -309,7 +297,6 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
     with pytest.raises(StaleArtifactError, match=r"bit_map \(aaaa on disk, bbbb now\)"):
         list(
             distill(
-                denoiser,
                 student,
                 groups,
                 trajectories(denoiser),
@@ -319,13 +306,10 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
             )
         )
     with pytest.raises(StaleArtifactError, match=r"teacher\.steps \(5 on disk, 4 now\)"):
-        other = Trajectories(
-            denoiser, SamplerSpec(steps=4, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4
-        )
-        list(distill(denoiser, student, groups, other, spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
+        other = trajectories(teacher(steps=4))
+        list(distill(student, groups, other, spec(steps=2), folder=tmp_path, inputs={"bit_map": "aaaa"}))
     made = list(
         distill(
-            denoiser,
             student,
             groups,
             trajectories(denoiser),
@@ -341,18 +325,18 @@ def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
-    list(distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path))
+    list(distill(student, groups, trajectories(denoiser), spec(), folder=tmp_path))
     side = tmp_path / "ckpt-000010" / "state.safetensors"
     side.write_bytes(side.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match=r"ckpt-000010.*'ckpt-000005'"):
-        list(distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path))
+        list(distill(student, groups, trajectories(denoiser), spec(), folder=tmp_path))
 
 
 def test_divergence_stops_with_step_and_advice_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
     with pytest.raises(NumericsError, match=r"step 7 of 10: the loss is nan.*distill\.lr_factor"):
-        for state in distill(denoiser, student, groups, trajectories(denoiser), spec(), folder=tmp_path):
+        for state in distill(student, groups, trajectories(denoiser), spec(), folder=tmp_path):
             if state.step == 6:
                 with torch.no_grad():
                     student.conv_in.weight[0] = torch.nan
@@ -360,7 +344,7 @@ def test_divergence_stops_with_step_and_advice_and_keeps_the_checkpoint(tmp_path
     student, groups = student_of(denoiser)
     groups[0]["lr"] = 3.0
     with pytest.raises(NumericsError, match=r"more than 20 times what it was at first .*steepest gradient in"):
-        list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=40, clip_norm=0.0)))
+        list(distill(student, groups, trajectories(denoiser), spec(steps=40, clip_norm=0.0)))
 
 
 def test_losses_that_differ_between_timesteps_are_no_explosion() -> None:
@@ -369,30 +353,42 @@ def test_losses_that_differ_between_timesteps_are_no_explosion() -> None:
     groups[0]["lr"] = 0.0
 
     class Uneven(Trajectories):
-        """Loss 0 at all timesteps but the last, where it is 9."""
+        """Loss 0 at all steps but the last, where it is 9."""
 
-        def steps(self, index: int) -> Iterator[TeacherStep]:
-            for step in super().steps(index):
-                yield replace(step, prediction=step.prediction + 3.0 * (step.timestep == self.timesteps[-1]))
+        def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:
+            *calls, last = super().run(index, relation)
+            return [*calls, replace(last, prediction=last.prediction + 3.0)]
 
-    source = Uneven(denoiser, SamplerSpec(steps=5, guidance=2.0), batch=3, feature="up_blocks.1", pooled_size=4)
-    states = list(distill(denoiser, student, groups, source, spec(steps=6, weight_decay=0.0)))
+    states = list(distill(student, groups, Uneven(denoiser, batch=3), spec(steps=6, weight_decay=0.0)))
     assert states[2].task > 8
     assert max(s.task for s in states if s.step % 3) < 1e-6
 
 
-def test_trajectories_are_those_of_the_sampler_and_never_repeat() -> None:
+def test_trajectories_are_those_of_the_sampler() -> None:
     denoiser = teacher()
-    source = trajectories(denoiser)
-    steps = list(source.steps(0))
-    assert tuple(s.timestep for s in steps) == source.timesteps == timesteps_of(denoiser, SamplerSpec(steps=5))
+    calls = trajectories(denoiser).run(0, TRDSpec(pooled_size=4))
+    assert [c.call.timestep for c in calls] == [800, 600, 400, 200, 0]
     with torch.no_grad():
-        for s in steps:
-            assert torch.equal(s.prediction, denoiser.guided(s.x, torch.full((3,), s.timestep), s.cond, 2.0))
-    assert steps[0].features is not None
-    assert steps[0].features.shape == (6, 16, 8)
+        assert all(torch.equal(c.prediction, c.call.replay(denoiser.module)) for c in calls)
+    assert calls[0].features is not None
+    assert calls[0].features.shape == (6, 16, 8)
+    assert trajectories(denoiser).run(0)[0].features is None
+
+
+def test_no_two_trajectories_have_a_seed_in_common_nor_leave_their_band() -> None:
+    denoiser = teacher()
     seeds = [trajectories(denoiser, rank=r, world=2).seeds(k) for k in range(2) for r in range(2)]
     assert len({s for part in seeds for s in part}) == 12
+    for n in (3, 10, 100):
+        starts = sorted(trajectories(denoiser, seed=s).seeds(0)[0] for s in range(n))
+        assert min(b - a for a, b in itertools.pairwise(starts)) > 380_000 / n
+    probes = {s for batch in trajectories(denoiser).probe_seeds for s in batch}
+    for seed in (0, 1, 999):
+        for index in (0, 10_000, 320_000):
+            found = trajectories(denoiser, seed=seed).seeds(index)
+            assert len(set(found)) == 3
+            assert 2_000_000 <= min(found) <= max(found) < 3_000_000
+            assert not probes & set(found)
 
 
 def test_bad_options_are_refused() -> None:
@@ -403,13 +399,13 @@ def test_bad_options_are_refused() -> None:
     denoiser = teacher()
     student, _ = student_of(denoiser)
     with pytest.raises(ConfigError, match="make the parameter groups from this student"):
-        list(distill(denoiser, student, student_of(denoiser)[1], trajectories(denoiser), spec()))
+        list(distill(student, student_of(denoiser)[1], trajectories(denoiser), spec()))
 
 
 def test_bfloat16_trains() -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
-    states = list(distill(denoiser, student, groups, trajectories(denoiser), spec(steps=12, precision="bfloat16")))
+    states = list(distill(student, groups, trajectories(denoiser), spec(steps=12, precision="bfloat16")))
     assert states[9].task < states[0].task
 
 

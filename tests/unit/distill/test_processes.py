@@ -15,22 +15,20 @@ import copy, sys
 from pathlib import Path
 import torch
 from mpqsearch.distill import DistillSpec, TRDSpec, Trajectories, distill, processes
-from mpqsearch.sampling import SamplerSpec
 from tests.support import tiny_denoiser
 
 team = processes()
-denoiser = tiny_denoiser("unet")
+denoiser = tiny_denoiser("unet", steps=4)
 student = copy.deepcopy(denoiser.module).requires_grad_(True)
 with torch.no_grad():
     for p in student.parameters():
         p.mul_(1.2)
 groups = [{"params": list(student.parameters()), "lr": 1e-3}]
 batch = int(sys.argv[2])
-source = Trajectories(denoiser, SamplerSpec(steps=4), batch=batch, feature="up_blocks.1", pooled_size=4,
-                      rank=team.rank, world=team.world)
+source = Trajectories(denoiser, batch=batch, rank=team.rank, world=team.world)
 spec = DistillSpec(steps=3, relation=TRDSpec(pooled_size=4), checkpoint_every=2, clip_norm=0.0)
 folder = Path(sys.argv[1])
-losses = [s.loss for s in distill(denoiser, student, groups, source, spec, folder=folder, processes=team)]
+losses = [s.loss for s in distill(student, groups, source, spec, folder=folder, processes=team)]
 torch.save({"losses": losses, "weights": dict(student.named_parameters())},
            folder / f"rank{team.rank}-of-{team.world}.pt")
 """
