@@ -82,11 +82,13 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
         leaves.append(tuple(mine))
         return out
 
-    def on_step(sample: Tensor) -> None:
-        steps[:] = [sample]
-
-    denoiser.runner.run(denoiser.module, seeds, hooks=Hooks(call=on_call, step=on_step), decode=False, grad=True)
-    return Chain(calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=steps[0])
+    hooks = Hooks(call=on_call, step=steps.append)
+    denoiser.runner.run(denoiser.module, seeds, hooks=hooks, decode=False, grad=True)
+    apart = len(seeds) if len(steps[-1]) == 1 else 1  # samples that are made one at a time
+    per_run = len(steps) // apart
+    return Chain(
+        calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=torch.cat(steps[per_run - 1 :: per_run])
+    )
 
 
 def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: int = 0) -> list[Tensor]:

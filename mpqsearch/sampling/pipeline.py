@@ -338,6 +338,7 @@ class PipelineRunner:
                 mine = [c for c in seen.calls if c.part == part]
                 chosen += mine[:: max(1, len(mine) // EXAMPLES)][:EXAMPLES]
             singly = not self._same_in_a_batch(module, seen)
+            self.batch = 1 if singly else self.batch
             self._known = _Habits(steps=len(seen.steps), calls=len(seen.calls), examples=chosen, singly=singly)
         return self._known
 
