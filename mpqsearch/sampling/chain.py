@@ -62,16 +62,15 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
     calls: list[Call] = []
     leaves: list[tuple[Tensor, ...]] = []
     seen: list[tuple[Tensor, ...]] = []
-    latest: list[Tensor] = []
+    steps: list[Tensor] = []
     of_step: list[int] = []
-    n_steps = 0
     owners = parts_of(denoiser.module)
 
     def on_call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
         calls.append(call_of(owners[part], args, kwargs, part=part, index=len(calls)))
         seen.append(tuple(given))
-        of_step.append(n_steps)
+        of_step.append(len(steps))
         with torch.no_grad():
             out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
         mine: list[Tensor] = []
@@ -86,13 +85,17 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
         leaves.append(tuple(mine))
         return out
 
-    def on_step(sample: Tensor) -> None:
-        nonlocal n_steps
-        n_steps += 1
-        latest[:] = [sample]
-
-    denoiser.runner.run(denoiser.module, seeds, hooks=Hooks(call=on_call, step=on_step), decode=False, grad=True)
-    return Chain(calls=tuple(calls), predictions=tuple(leaves), seen=tuple(seen), final=latest[0], steps=tuple(of_step))
+    hooks = Hooks(call=on_call, step=steps.append)
+    denoiser.runner.run(denoiser.module, seeds, hooks=hooks, decode=False, grad=True)
+    apart = len(seeds) if len(steps[-1]) == 1 else 1  # samples that are made one at a time
+    per_run = len(steps) // apart
+    return Chain(
+        calls=tuple(calls),
+        predictions=tuple(leaves),
+        seen=tuple(seen),
+        final=torch.cat(steps[per_run - 1 :: per_run]),
+        steps=tuple(of_step),
+    )
 
 
 def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: int = 0) -> list[Tensor]:

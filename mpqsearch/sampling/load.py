@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from mpqsearch.models.loader import (
 )
 from mpqsearch.models.runner import Denoises, Runner
 from mpqsearch.models.unwrap import plain_copy
-from mpqsearch.prompts import Prompts
+from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner
 from mpqsearch.sampling.recorded import RecordedRunner
-from mpqsearch.sources import local_folder, model_name
-from mpqsearch.specs import SamplerSpec
+from mpqsearch.sources import local_folder, model_name, read_config
+from mpqsearch.specs import PromptsSpec, SamplerSpec
 
 
 def load_model(
@@ -57,7 +58,8 @@ def load_model(
     component
         Part of a pipeline, such as ``controlnet``; empty: its denoisers.
     sampler, prompts
-        How samples are drawn, and what they show.
+        How samples are drawn, and what they show. What is left open comes from the files `sampler.json` and
+        `prompts.txt` of a pipeline folder, where it has them: how its pictures are meant to be drawn.
     calls
         Recorded calls of the pipeline, which are then measured in the place of its run.
     encoded
@@ -83,9 +85,34 @@ def load_model(
             calls=calls,
             **hints_of(folder, config),
         )
+    if folder is not None:
+        sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
     pipeline = load_pipeline(source, dtype=dtype, device=where, component=component, revision=revision)
     runner = RecordedRunner(calls) if calls is not None else runner_of(pipeline, sampler, prompts, encoded)
     return _denoiser(pipeline.module, runner, name=model_name(source), source=source)
+
+
+def _as_meant(folder: Path, spec: SamplerSpec | None) -> SamplerSpec | None:
+    """A sampler with what it leaves open filled in from ``sampler.json``: steps, guidance, arguments of the call."""
+    file = folder / "sampler.json"
+    if not file.is_file():
+        return spec
+    meant, spec = read_config(file), spec or SamplerSpec()
+    unknown = set(meant) - {"steps", "guidance", "call"}
+    if unknown:
+        raise ModelError(f"{file}: unknown key {min(unknown)!r}; it may hold steps, guidance and call")
+    return replace(
+        spec,
+        steps=meant.get("steps") if spec.steps is None else spec.steps,
+        guidance=meant.get("guidance") if spec.guidance is None else spec.guidance,
+        call={**meant.get("call", {}), **spec.call},
+    )
+
+
+def _own_prompts(folder: Path) -> Prompts | None:
+    """The prompts that came with a pipeline."""
+    file = folder / "prompts.txt"
+    return read_prompts(PromptsSpec(file=str(file))) if file.is_file() else None
 
 
 def runner_of(

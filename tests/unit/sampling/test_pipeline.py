@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,21 @@ def test_hooks_leave_nothing_behind(tmp_path: Path) -> None:
     assert "forward" not in vars(denoiser.module)
     assert type(runner._pipe.scheduler) is diffusers.PNDMScheduler
     assert "encode_prompt" not in vars(runner._pipe)
+
+
+def test_a_folder_says_how_it_is_meant_to_be_drawn(tmp_path: Path) -> None:
+    pipe, given = TINY["StableDiffusionPipeline"]()
+    pipe.save_pretrained(tmp_path)
+    steps = given.pop("num_inference_steps")
+    (tmp_path / "sampler.json").write_text(json.dumps({"steps": steps - 1, "guidance": 2.0, "call": given}))
+    (tmp_path / "prompts.txt").write_text("".join(f"a house with {n} windows\n" for n in range(20)))
+    runner = load_model(str(tmp_path)).runner
+    assert isinstance(runner, PipelineRunner)
+    assert (runner.spec.steps, runner.spec.guidance, dict(runner.spec.call)) == (steps - 1, 2.0, given)
+    assert str(runner.labels([0])[0]).startswith("a house with")
+    asked = load_model(str(tmp_path), sampler=SamplerSpec(steps=7), prompts=ASKED).runner
+    assert isinstance(asked, PipelineRunner)
+    assert (asked.spec.steps, asked.spec.guidance, asked.labels([1])) == (7, 2.0, (PROMPTS[1],))
+    (tmp_path / "sampler.json").write_text('{"step": 3}')
+    with pytest.raises(ModelError, match="unknown key 'step'"):
+        load_model(str(tmp_path))
