@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.problem import FREE, AllocationProblem, Floats, Integers
-
-BLOCK_CELLS = 1 << 18
-"""Cells per block: a few float64 temporaries of this size stay in the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,21 +87,11 @@ def _sum_rows(table: NDArray[Any], row: NDArray[np.int64]) -> NDArray[Any]:
     return summed
 
 
-def blocks(loss: Floats) -> Iterator[slice]:
-    """Slices of rows that cover the table, so that the memory beside it stays bounded."""
-    step = max(1, BLOCK_CELLS // loss.shape[1])
-    return (slice(start, min(start + step, len(loss))) for start in range(0, len(loss), step))
-
-
 def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
     """Cheapest permitted choice of every row; of equal costs the one with the least loss."""
-    choice = np.empty(len(loss), dtype=np.int32)
-    for part in blocks(loss):
-        permitted = np.isfinite(loss[part])
-        sizes = np.where(permitted, cost[part].astype(np.int64, copy=False), np.iinfo(np.int64).max)
-        least = sizes == sizes.min(axis=1, keepdims=True)
-        choice[part] = np.argmin(np.where(least & permitted, loss[part], np.inf), axis=1)
-    return choice
+    sizes = np.where(np.isfinite(loss), cost.astype(np.int64, copy=False), np.iinfo(np.int64).max)
+    least = sizes == sizes.min(axis=1, keepdims=True)
+    return np.argmin(np.where(least, loss, np.inf), axis=1).astype(np.int32)
 
 
 def total_loss(loss: Floats, choice: Integers) -> float:
