@@ -146,7 +146,8 @@ def relax(loss: Floats, cost: Integers, limit: int) -> Relaxed:
         differ = np.flatnonzero(at_low != at_high)
         choice[near] = at_high
         room -= total_cost(costs, at_high) - total_cost(costs[differ], at_high[differ])
-        near, losses, costs, at_low, at_high = (a[differ] for a in (near, losses, costs, at_low, at_high))
+        near, losses, costs = near[differ], losses[differ], costs[differ]
+        at_low, at_high = at_low[differ], at_high[differ]
     steps = hull_steps(losses, costs, at_high, low)
     taken = int(np.searchsorted(np.cumsum(steps.size), room - total_cost(costs, at_high), side="right"))
     choice[near] = steps.choice_after(taken)

@@ -131,7 +131,7 @@ def test_halving_survives_odd_tables(monkeypatch, seed):
     limits = [least, most, *rng.integers(least, most + 1, 5).tolist()]
     expected = [mckp.solve_table(loss, cost, limit) for limit in limits]
     monkeypatch.setattr(mckp, "DIRECT_ROWS", 8)
-    
+
     for limit, direct in zip(limits, expected, strict=True):
         halved = mckp.solve_table(loss, cost, limit)
         assert halved.loss == pytest.approx(direct.loss, rel=1e-12)
