@@ -157,9 +157,7 @@ class Programs:
         shape = (sum(self.profile.channels), len(self.profile.widths))
         if losses is not None and losses.shape != shape:
             raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")
-        fmt = replace(
-            self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, scale_bits=16, alpha=0.5
-        )
+        fmt = replace(self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, alpha=0.5)
         labels = [b.label() for b in (budget, *within)]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"the budgets {', '.join(labels)} name one limit twice")
