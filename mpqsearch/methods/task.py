@@ -102,6 +102,16 @@ class Task:
             table = [[self._stored(n, w, a) for n, w, a in row] for row in asked]
         return np.array(table, dtype=np.int64).reshape(len(names), len(choices))
 
+    def unit_costs(self, choices: Sequence[Choice]) -> tuple[list[Integers], list[int], NDArray[np.bool_]]:
+        """Of the layers that share their widths: costs ``[u, k]`` and what is left for them, under every budget, and
+        which choices ``[u, k]`` they may take."""
+        rules, inputs, units = self.programs.rules, self.inputs(self.widest_input), self.programs.rules.units()
+        starts, names = np.cumsum([0, *map(len, units)])[:-1], [name for unit in units for name in unit]
+        costs = [np.add.reduceat(self.layer_costs(li.budget, names, choices, inputs), starts) for li in self.limits]
+        rooms = [li.limit - self.fixed_cost(li.budget, inputs) for li in self.limits]
+        allowed = [[rules.allows(unit[0], w) for w, _ in choices] for unit in units]
+        return costs, rooms, np.array(allowed, dtype=bool)
+
     def _stored(self, name: str, bits: int, act_bits: int) -> int:
         layer = self.programs.table[name]
         weights = layer_bits(layer, np.array(bits, dtype=np.uint8), self.format).total
