@@ -21,8 +21,9 @@ import numpy as np
 from mpqsearch.artifacts import VERSIONS, load_bit_map, read_json, save_bit_map
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StoredBits
 from mpqsearch.core.formats import WIDTHS
+from mpqsearch.core.stored import layer_bits, mapped_bits
 from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
-from mpqsearch.export.accounting import accounting, layer_bits, mapped_bits, unquantized
+from mpqsearch.export.accounting import accounting, unquantized
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 from mpqsearch.export.plan import plan_channels
 from mpqsearch.export.reading import Reading, json_at
