@@ -107,6 +107,10 @@ class Runner(Protocol):
         other samples that cannot be looked at."""
         ...
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """JSON files by name that a model folder needs to be run this way; none for a pipeline, which has its own."""
+        ...
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of the denoiser in one run; for recorded calls their number."""
         ...

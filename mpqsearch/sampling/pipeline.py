@@ -141,6 +141,10 @@ class PipelineRunner:
         """Calls from the first to the last step of one sample, of every denoiser."""
         return self._habits(module).examples
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """None: the pipeline's folder has them."""
+        return {}
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of all denoisers for one batch."""
         return self._habits(module).calls

@@ -130,6 +130,11 @@ class PlainRunner:
         args, kwargs = self._arguments(module, x, times, self._condition(seeds, device))
         return [call_of(module, args, kwargs)]
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The scheduler, and the classes."""
+        classes = {"n_classes": self.n_classes, "null_class": self.null_class}
+        return {"scheduler_config.json": self.scheduler, "denoiser.json": classes}
+
     def calls_per_run(self, module: nn.Module) -> int:
         """One a step."""
         return len(self._scheduler()[0].timesteps)

@@ -55,6 +55,10 @@ class RecordedRunner:
     def picture(self, module: nn.Module) -> None:
         """There is none."""
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Their number."""
         return len(self.calls)
