@@ -1,8 +1,7 @@
 """Calls of a denoiser as a pipeline makes them: recorded by a hook, stored without pickle, replayed.
 
 A pipeline passes prompt embeddings, guidance, position ids and more, under names that differ from class to class. A
-hook on the denoiser sees all of it, so a recorded call can stand wherever a `Condition` stands and no code per class is
-needed:
+hook on the denoiser sees all of it, so a recorded call runs any denoiser again and no code per class is needed:
 
     with capture(pipe.transformer, limit=64) as calls:
         for prompt in ("a lighthouse", "two cats asleep", "a map of Rome", "snow at night"):
@@ -68,9 +67,8 @@ class Call:
     def times(self, module: nn.Module) -> list[Tensor]:
         """Tensors among the arguments that say when: by the names in the signature of ``module``."""
         owner = module.get_submodule(self.part)
-        entry = getattr(owner, "denoise", owner.forward)
         try:
-            bound = inspect.signature(entry).bind_partial(*self.args, **self.kwargs).arguments
+            bound = inspect.signature(_entry(owner)).bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
@@ -107,12 +105,19 @@ class Call:
 
 def invoke(owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a denoiser: its method ``denoise(x, t, cond)`` where it has one."""
-    if not hasattr(owner, "denoise"):
+    denoise: Callable[..., Any] | None = getattr(owner, "denoise", None)
+    if denoise is None:
         return owner(*args, **kwargs)
-    clock = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
+    clock: Any = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
     if clock is not None:
         clock.set(args[1])
-    return owner.denoise(*args, **kwargs)
+    return denoise(*args, **kwargs)
+
+
+def _entry(owner: nn.Module) -> Callable[..., Any]:
+    """The method of a denoiser that computes."""
+    entry: Callable[..., Any] = getattr(owner, "denoise", owner.forward)
+    return entry
 
 
 def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
@@ -323,9 +328,7 @@ def call_of(
 ) -> Call:
     """A call of ``owner`` from its arguments: which of them is the sample, and which the time."""
     try:
-        bound = dict(
-            inspect.signature(getattr(owner, "denoise", owner.forward)).bind_partial(*args, **kwargs).arguments
-        )
+        bound = dict(inspect.signature(_entry(owner)).bind_partial(*args, **kwargs).arguments)
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
@@ -401,7 +404,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
-    if is_dataclass(value) and isinstance(value, dict):  # a ModelOutput
+    if isinstance(value, dict) and is_dataclass(type(value)):  # a ModelOutput
         return type(value)(**{k: mapped(v, change) for k, v in value.items()})
     if isinstance(value, Mapping):
         return {k: mapped(v, change) for k, v in value.items()}
