@@ -156,8 +156,7 @@ class PlainRunner:
         """Samples as ``uint8`` images ``[N, C, H, W]``; None where they are none."""
         if self.data_range is None or self.picture(module) is None:
             return None
-        low, high = self.data_range
-        return ((samples - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8)
+        return to_uint8(samples, *self.data_range)
 
     def _guided(self, module: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """Classifier-free guidance ``u + g (c - u)`` in one call whose rows are ``[u, c]``."""
@@ -226,6 +225,11 @@ class PlainRunner:
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Starting noise ``[N, *shape]``; sample ``i`` depends on ``seeds[i]`` only, whatever the batch."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+
+
+def to_uint8(samples: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Samples with values from ``low`` to ``high`` as ``uint8`` images; what lies outside is cut."""
+    return ((samples.float().clamp(low, high) - low) * (255 / (high - low))).round().to(torch.uint8)
 
 
 _NEEDS_MORE = (
