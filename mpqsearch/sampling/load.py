@@ -93,9 +93,7 @@ def load_model(
         )
     folder = folder or downloaded(source, revision)
     sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
-    pipeline = load_pipeline(
-        source, folder, dtype=dtype, device=where, component=component, whole=calls is None
-    )
+    pipeline = load_pipeline(source, folder, dtype=dtype, device=where, component=component, whole=calls is None)
     runner = RecordedRunner(calls) if calls is not None else runner_of(pipeline, sampler, prompts, encoded)
     return _denoiser(pipeline.module, runner, name=model_name(source), source=source)
 
