@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -196,31 +197,22 @@ def capture(module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = ()
     `ModelError` naming the argument when a value is neither plain data nor a tensor, and when the block ends without a
     call.
     """
-    if limit < 1:
-        raise ConfigError(f"capture: limit must be at least 1, got {limit}")
-    calls = Calls(model=type(module).__name__)
-    reservoir = _Reservoir(limit, seed)
-    pool: dict[str, Tensor] = {}
+    calls, recorder = Calls(model=type(module).__name__), Recorder(limit, leave_out=leave_out, seed=seed)
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = {k: v for k, v in kwargs.items() if k not in leave_out}
-        _check(args, wanted, type(module).__name__)
-        copied_args, copied_kwargs = mapped((args, wanted), lambda t: _pooled(t, pool))
-        reservoir.add(call_of(module, copied_args, copied_kwargs, index=reservoir.seen))
+        recorder.add(module, args, kwargs, index=recorder.seen)
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
-    if not reservoir.seen:
+    if not recorder.seen:
         raise ModelError(
             f"{type(module).__name__} was not called while its calls were recorded. Run the pipeline inside the "
-            "block, and give the module "
-            "that it calls (pipe.unet or pipe.transformer)."
+            "block, and give the module that it calls (pipe.unet or pipe.transformer)."
         )
-    calls._calls = reservoir.calls()
-    calls.seen = reservoir.seen
+    calls._calls, calls.seen = recorder.calls(), recorder.seen
 
 
 def save_calls(path: str | Path, calls: Calls) -> None:
@@ -300,17 +292,27 @@ def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]
     return body["data"], tensors
 
 
-class _Reservoir:
+class Recorder:
     """Keeps ``limit`` calls, as evenly over timesteps as it goes; within a timestep those with the smallest random
-    keys."""
+    keys. See `capture`."""
 
-    def __init__(self, limit: int, seed: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, leave_out: Sequence[str] = (), seed: int = 0) -> None:
+        if limit < 1:
+            raise ConfigError(f"at least 1 call must be recorded, got {limit}")
+        self._limit, self._leave_out = limit, leave_out
         self._random = random.Random(seed)  # noqa: S311  (which calls are kept is no secret)
         self._strata: dict[float, list[tuple[float, int, Call]]] = {}
+        self._pool: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self.seen = 0
 
-    def add(self, call: Call) -> None:
+    def add(
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: str = "", index: int = 0
+    ) -> None:
+        """Copy a call of ``owner``, unless its turn does not come."""
+        wanted = {k: v for k, v in kwargs.items() if k not in self._leave_out}
+        _check(args, wanted, type(owner).__name__)
+        copied_args, copied_kwargs = mapped((args, wanted), self._pooled)
+        call = call_of(owner, copied_args, copied_kwargs, part=part, index=index)
         stratum = self._strata.setdefault(call.timestep if math.isfinite(call.timestep) else 0.0, [])
         stratum.append((self._random.random(), self.seen, call))
         self.seen += 1
@@ -319,8 +321,14 @@ class _Reservoir:
             fullest.remove(max(fullest, key=lambda entry: entry[0]))
 
     def calls(self) -> list[Call]:
+        """Those that were kept, in the order in which they were made."""
         entries = [entry for stratum in self._strata.values() for entry in stratum]
         return [call for _, _, call in sorted(entries, key=lambda entry: entry[1])]
+
+    def _pooled(self, value: Tensor) -> Tensor:
+        """A copy in main memory; the same object for equal content."""
+        copy = in_memory(value)
+        return self._pool.setdefault(_key(copy), copy)
 
 
 def call_of(
@@ -350,12 +358,6 @@ def _number(value: Any) -> float:
     if isinstance(value, Tensor) and value.numel():
         return float(value.flatten()[0])
     return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _pooled(value: Tensor, pool: dict[str, Tensor]) -> Tensor:
-    """A copy in main memory; the same object for equal content."""
-    copy = in_memory(value)
-    return pool.setdefault(_key(copy), copy)
 
 
 def in_memory(value: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from mpqsearch.models.loader import (
     sample_shape_of,
     scheduler_config,
 )
-from mpqsearch.models.runner import Denoises, Runner
+from mpqsearch.models.runner import Denoises, Runner, parts_of
 from mpqsearch.models.unwrap import plain_copy
 from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sampling.pipeline import PipelineRunner
@@ -94,7 +94,10 @@ def load_model(
     folder = folder or downloaded(source, revision)
     sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
     pipeline = load_pipeline(source, folder, dtype=dtype, device=where, component=component, whole=calls is None)
-    runner = RecordedRunner(calls) if calls is not None else runner_of(pipeline, sampler, prompts, encoded)
+    if calls is not None:
+        runner: Runner = _recorded(calls, pipeline.module)
+    else:
+        runner = runner_of(pipeline, sampler, prompts, encoded)
     return _denoiser(pipeline.module, runner, name=model_name(source), source=source)
 
 
@@ -163,7 +166,7 @@ def adapt(
     """
     module = plain_copy(module)
     if calls is not None:
-        return _denoiser(module, RecordedRunner(calls), name=name, source=source)
+        return _denoiser(module, _recorded(calls, module), name=name, source=source)
     _require_plain_call(module, sample_shape)
     runner = PlainRunner(
         sample_shape,
@@ -175,6 +178,18 @@ def adapt(
         null_class=null_class,
     )
     return _denoiser(module, runner, name=name, source=source)
+
+
+def _recorded(calls: Calls, module: nn.Module) -> RecordedRunner:
+    """Raises `ModelError` when calls of one denoiser are to stand for several, or the other way round."""
+    recorded, needed = {call.part for call in calls}, set(parts_of(module))
+    if recorded and recorded != needed:
+        shown = [", ".join(sorted(names)) if any(names) else "a single denoiser" for names in (needed, recorded)]
+        raise ModelError(
+            f"calls of {shown[0]} are needed, and those of {shown[1]} were recorded. `mpqsearch record` records all "
+            "denoisers of a pipeline; model.component names one of them."
+        )
+    return RecordedRunner(calls)
 
 
 def _denoiser(module: nn.Module, runner: Runner, *, name: str, source: str) -> Denoiser:
@@ -237,8 +252,9 @@ def _from_function(
             f"{source} returned a Denoiser, which has a sampler of its own: leave [sampler] and [prompts] out, or "
             "return the module"
         )
-    runner = made.runner if calls is None else RecordedRunner(calls)
-    return _denoiser(plain_copy(made.module).to(device), runner, name=model_name(source), source=source)
+    module = plain_copy(made.module).to(device)
+    runner = made.runner if calls is None else _recorded(calls, module)
+    return _denoiser(module, runner, name=model_name(source), source=source)
 
 
 def _called(source: str) -> Any:
