@@ -1,7 +1,7 @@
 """The front door: each function is a thin call of the room that does the work.
 
-Paths may be text or `pathlib.Path`. How samples are drawn and what they show belongs to the model (`load`); what else is
-not given comes from the profile: its widths, its quantizer.
+Paths may be text or `pathlib.Path`. How samples are drawn and what they show belongs to the model (`load`); what else
+is not given comes from the profile: its widths, its quantizer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from mpqsearch.models.runner import device_of
 from mpqsearch.profile import InputMoments, gptq_profile
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
-from mpqsearch.quant import quantize_model
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
+from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
 
@@ -190,8 +190,8 @@ def evaluate(
     data: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Samples of ``quantized`` against those of ``model`` from the same noise and prompts: distances, PSNR, each with an
-    interval.
+    """Samples of ``quantized`` against those of ``model`` from the same noise and prompts: distances, PSNR, each with
+    an interval.
 
     ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``, ``random-conv``, ``inception``, or one of
     `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`); the

@@ -19,7 +19,22 @@ from mpqsearch.cli import (
 )
 from mpqsearch.cli.app import app, main
 
-VERBS = (layers, profile, allocate, search, evaluate, report, quantize, distill, export, import_, record, run, inspect, doctor)
+VERBS = (
+    layers,
+    profile,
+    allocate,
+    search,
+    evaluate,
+    report,
+    quantize,
+    distill,
+    export,
+    import_,
+    record,
+    run,
+    inspect,
+    doctor,
+)
 """The modules that register the verbs."""
 
 __all__ = ["VERBS", "app", "main"]

@@ -20,7 +20,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -74,12 +74,12 @@ class Call:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
 
-    def kept(self, pool: dict[str, Tensor] | None = None) -> Call:
+    def kept(self, pool: MutableMapping[str, Tensor] | None = None) -> Call:
         """A copy that holds nothing of the run: its tensors are detached, in main memory, and change no more.
 
         Calls that are kept with one ``pool`` share equal tensors, such as embedded prompts.
         """
-        copied: dict[str, Tensor] = {} if pool is None else pool
+        copied: MutableMapping[str, Tensor] = {} if pool is None else pool
         args, kwargs, sample = mapped((self.args, dict(self.kwargs), self.sample), lambda t: _pooled(t, copied))
         return replace(self, args=args, kwargs=kwargs, sample=sample)
 
@@ -311,8 +311,7 @@ class Recorder:
         """Copy a call of ``owner``, unless its turn does not come."""
         wanted = {k: v for k, v in kwargs.items() if k not in self._leave_out}
         _check(args, wanted, type(owner).__name__)
-        copied_args, copied_kwargs = mapped((args, wanted), self._pooled)
-        call = call_of(owner, copied_args, copied_kwargs, part=part, index=index)
+        call = call_of(owner, args, wanted, part=part, index=index).kept(self._pool)
         stratum = self._strata.setdefault(call.timestep if math.isfinite(call.timestep) else 0.0, [])
         stratum.append((self._random.random(), self.seen, call))
         self.seen += 1
@@ -324,11 +323,6 @@ class Recorder:
         """Those that were kept, in the order in which they were made."""
         entries = [entry for stratum in self._strata.values() for entry in stratum]
         return [call for _, _, call in sorted(entries, key=lambda entry: entry[1])]
-
-    def _pooled(self, value: Tensor) -> Tensor:
-        """A copy in main memory; the same object for equal content."""
-        copy = in_memory(value)
-        return self._pool.setdefault(_key(copy), copy)
 
 
 def call_of(
@@ -358,6 +352,12 @@ def _number(value: Any) -> float:
     if isinstance(value, Tensor) and value.numel():
         return float(value.flatten()[0])
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _pooled(value: Tensor, pool: MutableMapping[str, Tensor]) -> Tensor:
+    """A copy in main memory; the same object for equal content."""
+    copy = in_memory(value)
+    return pool.setdefault(_key(copy), copy)
 
 
 def in_memory(value: Tensor) -> Tensor:

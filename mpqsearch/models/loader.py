@@ -173,10 +173,16 @@ def scheduler_config(folder: Path) -> dict[str, Any] | None:
 
 
 def hints_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of classes and the null label: from ``denoiser.json`` beside a model, else from its configuration."""
+    """Number of classes, the null label and the range of the data: from ``denoiser.json`` beside a model, else from its
+    configuration and the range of diffusers."""
     n_classes, null_class = classes_of(config)
     hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    return {"n_classes": hints.get("n_classes", n_classes), "null_class": hints.get("null_class", null_class)}
+    low_high = hints.get("data_range", (-1.0, 1.0))
+    return {
+        "n_classes": hints.get("n_classes", n_classes),
+        "null_class": hints.get("null_class", null_class),
+        "data_range": None if low_high is None else tuple(low_high),
+    }
 
 
 def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:

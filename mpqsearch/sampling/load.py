@@ -84,7 +84,6 @@ def load_model(
             sample_shape=sample_shape_of(config),
             name=model_name(source),
             scheduler=scheduler_config(folder),
-            data_range=(-1.0, 1.0),
             source=source,
             sampler=sampler,
             prompts=prompts,

@@ -39,8 +39,8 @@ EXAMPLES = 4
 """Calls on which the layers of a model are looked for."""
 
 INVARIANT = 2e-6
-"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where predictions
-are made up: rounding of single values, and no more."""
+"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where
+predictions are made up: rounding of single values, and no more."""
 
 
 class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)

@@ -135,9 +135,9 @@ class PlainRunner:
         return [call_of(module, args, kwargs)]
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """The scheduler, and the classes."""
-        classes = {"n_classes": self.n_classes, "null_class": self.null_class}
-        return {"scheduler_config.json": self.scheduler, "denoiser.json": classes}
+        """The scheduler, the classes and the range of the data."""
+        hints = {"n_classes": self.n_classes, "null_class": self.null_class, "data_range": self.data_range}
+        return {"denoiser.json": hints} | ({} if self.scheduler is None else {"scheduler_config.json": self.scheduler})
 
     def calls_per_run(self, module: nn.Module) -> int:
         """One a step."""
