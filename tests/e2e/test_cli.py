@@ -70,7 +70,7 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     assert "python" in cli("inspect", "r/environment.json").stdout
     made = cli("quantize", "-c", study, "--run-dir", "r", "--budget", "uniform:3")
     assert made.returncode == 0, made.stderr
-    from mpqsearch.models import load_model
+    from mpqsearch.sampling import load_model
 
     assert load_model(str(tmp_path / made.stdout.strip())).n_classes == 5
 

@@ -15,7 +15,8 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.export import ExportJob, Verification, plan_layers
 from mpqsearch.export.quanto import MAP, QuantoTarget, quantized_copy
 from mpqsearch.export.target import MANIFEST
-from mpqsearch.models import Denoiser, adapt, discover
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.sampling import adapt
 from tests.support.tiny import tiny_denoiser
 
 WIDTHS, KINDS = (2, 4, 8), ("Linear", "Conv2d")
