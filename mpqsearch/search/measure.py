@@ -220,12 +220,16 @@ class ModelEvaluator:
     def report(self, candidate: Candidate) -> dict[str, float]:
         """Metrics on the report seeds, with intervals."""
         from mpqsearch.metrics import evaluate
+        from mpqsearch.sampling.batches import samples
 
         if self.reference is None or self.extractor is None:
             return {}
-        samples = self._sampled(candidate, self.reference.seeds)
-        metrics = evaluate(samples, self.reference, self.extractor).metrics
-        values = {"error": float(np.mean(self._errors(samples, self.reference.samples)))}
+        made = samples(self.denoiser.with_module(self._module(candidate)), self.reference.seeds, self.sampler)
+        found = evaluate(made, self.reference)
+        metrics = found.metrics
+        values = {"error": metrics["paired_mse"].value}
+        if self.error == "features" and found.features is not None and self.reference.features is not None:
+            values["error"] = float(np.mean(_feature_errors(found.features, self.reference.features)))
         for name in (n for n in REPORTED if n in metrics):
             m = metrics[name]
             values |= {name: m.value, f"{name}_low": m.low, f"{name}_high": m.high}
@@ -237,9 +241,7 @@ class ModelEvaluator:
 
         if self.error == "pixels" or self.extractor is None:
             return (samples.double() - full.double()).square().flatten(1).mean(1).tolist()
-        features = self.extractor(to_uint8(full)).double()
-        distance = (self.extractor(to_uint8(samples)).double() - features).square().sum(1)
-        return distance.clamp_min(FEATURE_FLOOR * float(features.square().sum(1).mean())).tolist()
+        return _feature_errors(self.extractor(to_uint8(samples)), self.extractor(to_uint8(full)))
 
     def _sampled(self, candidate: Candidate, seeds: Sequence[int]) -> Tensor:
         from mpqsearch.sampling import sample
@@ -263,3 +265,9 @@ class ModelEvaluator:
             self._modules[key] = self.quantized(candidate)
         self._modules.move_to_end(key)
         return self._modules[key]
+
+
+def _feature_errors(features: Tensor, full: Tensor) -> list[float]:
+    full = full.double()
+    distance = (features.double() - full).square().sum(1)
+    return distance.clamp_min(FEATURE_FLOOR * float(full.square().sum(1).mean())).tolist()

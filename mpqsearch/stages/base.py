@@ -90,24 +90,30 @@ class Run:
     def evaluation_inputs(self) -> dict[str, str]:
         """Digests of what measures samples: the settings, and the content of the extractor and of the reference."""
         c = self.config.evaluate
-        embedded = REFERENCE / c.extractor
-        weights = Path(c.extractor_weights) if c.extractor_weights else embedded / "model.safetensors"
-        reference = Path(c.reference) if c.reference else embedded / "reference.safetensors"
+        # What "auto" stands for follows from the model, which is among the inputs of all that is measured.
+        names = tuple(p.name for p in sorted(REFERENCE.iterdir())) if c.extractor == "auto" else (c.extractor,)
+
+        def digest(given: str, file: str) -> str:
+            if given:
+                return self.files.of(Path(given))
+            return self.files.of_all({name: REFERENCE / name / file for name in names})
+
         return {
             "evaluate": artifacts.digest_of([c.samples, c.first_seed, c.extractor]),
-            "extractor_weights": self.files.of(weights),
-            "reference": self.files.of(reference),
+            "extractor_weights": digest(c.extractor_weights, "model.safetensors"),
+            "reference": digest(c.reference, "reference.safetensors"),
         }
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """The features that samples are measured with, on the device of the run."""
-        from mpqsearch.metrics import load_extractor
+        from mpqsearch.metrics import AUTO, extractor_for, load_extractor
         from mpqsearch.models import resolve_device
 
         c = self.config.evaluate
+        name = extractor_for(self.denoiser.sample_shape, self.denoiser.name) if c.extractor == AUTO else c.extractor
         weights = Path(c.extractor_weights) if c.extractor_weights else None
-        return load_extractor(c.extractor, weights=weights, device=resolve_device(self.config.model.device))
+        return load_extractor(name, weights=weights, device=resolve_device(self.config.model.device))
 
     @cached_property
     def data_reference(self) -> DataReference | None:
@@ -126,11 +132,13 @@ class Run:
 
     def require_sampler(self, what: str) -> None:
         """Before anything long begins: raise `ModelError` when ``what`` samples and the model is known from recorded
-        calls only, and what the extractor and the reference statistics raise when they are not to be had."""
+        calls only, and what the extractor and the reference statistics raise when they are not to be had or do not
+        fit the pictures."""
         if self.dry_run:
             return
         if self.config.calibration.captured:
             self.denoiser.require_sampler(what)  # a stage asks again, for callers that come to it by themselves
+        self.extractor.check(self.denoiser.sample_shape)
         _ = self.data_reference
 
     @contextmanager

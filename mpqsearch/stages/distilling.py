@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpqsearch.metrics import Reference
     from mpqsearch.quant import ActivationTable
 
-KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy")
+KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
 """Metrics that the stage prints."""
 
 
@@ -192,20 +192,19 @@ def _checkpoint_inputs(task: _Training) -> dict[str, str]:
 def _checking(run: Run) -> Callable[[nn.Module], float]:
     """Fréchet distance of a student to full precision on the development seeds of ``[distill]``, whose full-precision
     samples are made once."""
-    from mpqsearch.metrics import Reference, distance_to_full_precision
+    from mpqsearch.metrics import FeatureStatistics, distance_to_full_precision, features_of
     from mpqsearch.quant import convert
-    from mpqsearch.sampling import sample, to_uint8
+    from mpqsearch.sampling.batches import samples
 
     seeds, extractor = tuple(run.config.distill.check_seeds), run.extractor
 
     @functools.cache
-    def full_precision() -> Reference:
-        samples = sample(run.denoiser, seeds, run.config.sampler)
-        return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=seeds, labels=None)
+    def full_precision() -> FeatureStatistics:
+        return FeatureStatistics.of(features_of(samples(run.denoiser, seeds, run.config.sampler), extractor))
 
     def measure(student: nn.Module) -> float:
-        samples = sample(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
-        return distance_to_full_precision(samples, full_precision(), extractor)
+        made = samples(run.denoiser.with_module(convert(student).module), seeds, run.config.sampler)
+        return distance_to_full_precision(made, full_precision(), extractor)
 
     return measure
 
@@ -241,11 +240,11 @@ def _teacher(run: Run, student: nn.Module, rank: int, world: int) -> Trajectorie
 
 def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[str, Any]:
     from mpqsearch.metrics import evaluate
-    from mpqsearch.sampling import sample
+    from mpqsearch.sampling.batches import samples
 
     with bar_of(label, len(base.seeds)) as bar:
-        samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
-    return {k: v.to_data() for k, v in evaluate(samples, base, run.extractor).metrics.items()}
+        made = samples(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=bar.update)
+        return {k: v.to_data() for k, v in evaluate(made, base).metrics.items()}
 
 
 def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:

@@ -18,6 +18,9 @@ from mpqsearch.stages.reuse import METRICS, reuse_or_make
 if TYPE_CHECKING:
     from mpqsearch.metrics import Reference
 
+KEPT = 64
+"""Pictures of a map that are kept for the report."""
+
 
 def _measured(
     run: Run,
@@ -32,15 +35,16 @@ def _measured(
 ) -> dict[str, Any]:
     """Quantize, sample and measure one map; its features and first images are kept beside the metrics."""
     from mpqsearch.metrics import evaluate
-    from mpqsearch.sampling import sample, to_uint8
+    from mpqsearch.sampling.batches import samples
 
     same_model(run, table)
     began = time.perf_counter()
     module = quantized_module(run, table, measured, bit_map, bias_correction=bias_correction)
-    samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=progress)
-    result = evaluate(samples, base, run.extractor)
-    kept = {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()}
-    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), kept)
+    made = samples(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=progress)
+    result = evaluate(made, base, keep=KEPT)
+    kept = {"features": result.features, "images": result.images}
+    arrays = {name: tensor.numpy() for name, tensor in kept.items() if tensor is not None}
+    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), arrays)
     return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
 

@@ -18,7 +18,7 @@ from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.references import evaluation_key
+from mpqsearch.stages.references import evaluation_key, full_precision
 from mpqsearch.stages.searched import search_results
 
 if TYPE_CHECKING:
@@ -109,17 +109,14 @@ def report_content(
 
 def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
     """Samples of every method at every budget that were kept, below those of the full-precision model."""
-    import torch
-
     from mpqsearch.report import sample_grid
-    from mpqsearch.sampling import to_uint8
 
-    key = evaluation_key(run, table, None, bias_correction=False)
-    samples = artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:GRID_COLUMNS]
-    full = to_uint8(torch.from_numpy(samples)).numpy()
+    full = full_precision(run, table).read(0, GRID_COLUMNS).images
+    if full is None:
+        return []
     grids = []
     for budget in dict.fromkeys(b for _, b in solved):
-        rows = {"full precision": full}
+        rows = {"full precision": full.numpy()}
         for (method, b), (bit_map, data) in solved.items():
             corrected = data.get("bias_correction", method.bias_correction)
             file = run.path("stats", f"{evaluation_key(run, table, bit_map, bias_correction=corrected)[:16]}.npz")

@@ -11,7 +11,7 @@ import torch
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec
-from mpqsearch.metrics import FeatureStatistics, Reference, frechet_distance, load_extractor
+from mpqsearch.metrics import FeatureStatistics, frechet_distance, load_extractor
 from mpqsearch.models import discover
 from mpqsearch.profile import profile_model
 from mpqsearch.quant import quantize_model
@@ -19,6 +19,7 @@ from mpqsearch.sampling import sample, to_uint8
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate, Surrogate
 from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from tests.support.drawn import reference_of
 from tests.support.tiny import tiny_denoiser
 
 SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=8)
@@ -27,7 +28,7 @@ FORMAT = QuantFormat(n_candidates=12)
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[ModelEvaluator, Surrogate]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelEvaluator, Surrogate]:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
     spec = CalibrationSpec(samples=2, probe_inputs=4, probes=1)
@@ -47,7 +48,7 @@ def parts() -> tuple[ModelEvaluator, Surrogate]:
         sampler=SAMPLER,
         quantized=quantized,
         calibration="tiny",
-        reference=Reference(samples=full, features=extractor(to_uint8(full)), seeds=seeds, labels=None),
+        reference=reference_of(full, extractor, tmp_path_factory.mktemp("full")),
         extractor=extractor,
     )
     return evaluator, surrogate
