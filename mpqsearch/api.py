@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from mpqsearch.profile import InputMoments, gptq_profile
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, sample, to_uint8
+from mpqsearch.sampling import sample, to_uint8
 from mpqsearch.specs import CalibrationSpec, SamplerSpec, SearchSpec
 
 if TYPE_CHECKING:
@@ -167,35 +168,32 @@ def evaluate(
     *,
     seeds: Sequence[int] = range(128),
     sampler: SamplerSpec | None = None,
-    extractor: str | FeatureExtractor | None = None,
+    extractor: str | FeatureExtractor = "auto",
     data: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Samples of ``quantized`` against those of ``model`` from the same noise: distances, PSNR, each with an interval.
 
-    ``extractor``: ``fmnist-cnn`` (default for its images), ``random-conv`` (default for others), ``inception``, or one
+    ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``, ``fmnist-judge``, ``random-conv``, ``inception``, or one
     of `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`);
-    the embedded ones of the extractor, if it has any, otherwise.
+    the embedded ones of the extractor, if it has any, otherwise. Samples are measured batch by batch; those of full
+    precision lie in a temporary folder.
     """
-    from mpqsearch.metrics import Reference, load_extractor, load_reference
+    from mpqsearch.metrics import AUTO, Reference, SampleStore, extractor_for, load_extractor, load_reference
     from mpqsearch.metrics import evaluate as measure
+    from mpqsearch.sampling import samples
 
     spec = sampler or _sampler(model, profile)
     if not isinstance(extractor, FeatureExtractor):
-        extractor = load_extractor(extractor or _extractor_for(model), device=next(model.module.parameters()).device)
+        name = extractor_for(model.sample_shape, model.name) if extractor == AUTO else extractor
+        extractor = load_extractor(name, device=next(model.module.parameters()).device)
+    extractor.check(model.sample_shape)
     statistics = load_reference(None if data is None else Path(data), extractor)
-    with bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
-        before = sample(model, seeds, spec, progress=bar.update)
-        after = sample(quantized, seeds, spec, progress=bar.update)
-    labels = labels_of(model, seeds)
-    base = Reference(
-        samples=before,
-        features=extractor(to_uint8(before)),
-        seeds=tuple(seeds),
-        labels=labels if isinstance(labels, torch.Tensor) else None,
-        data=statistics,
-    )
-    return measure(after, base, extractor)
+    with TemporaryDirectory() as folder, bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
+        store = SampleStore(Path(folder), seeds, {})
+        store.fill(samples(model, seeds, spec, progress=bar.update))
+        base = Reference.of(store, extractor, statistics)
+        return measure(samples(quantized, seeds, spec, progress=bar.update), base)
 
 
 def distill(
@@ -281,7 +279,7 @@ def search(
     settings: SearchSpec | None = None,
     policy: Policy | None = None,
     sampler: SamplerSpec | None = None,
-    extractor: str | None = None,
+    extractor: str = "auto",
     folder: str | Path | None = None,
 ) -> SearchResult:
     """Search over how the integer program of ``method`` is built, scored by measured samples.
@@ -302,7 +300,7 @@ def search(
         allocate=AllocateConfig(budgets=wanted),
         methods=(method,),
         search=spec,
-        evaluate=EvaluateConfig(extractor=extractor or _extractor_for(model)),
+        evaluate=EvaluateConfig(extractor=extractor),
     )
     run = stages.Run(config=config, folder=Path(folder) if folder else Path("runs") / model.name, given=model)
     table = stages.layers(run)
@@ -455,10 +453,6 @@ def _quantizer(profile: SensitivityProfile) -> QuantFormat:
     """How the ranges of the profile were searched."""
     found = profile.calibration.get("format", {})
     return QuantFormat(**{key: found[key] for key in ("criterion", "p", "n_candidates") if key in found})
-
-
-def _extractor_for(model: Denoiser) -> str:
-    return "fmnist-cnn" if tuple(model.sample_shape) == (1, 28, 28) else "random-conv"
 
 
 def _moments(model: Denoiser, table: LayerTable, sampler: SamplerSpec) -> InputMoments:
