@@ -16,6 +16,7 @@ from mpqsearch.cli.app import app, quiet
 from mpqsearch.cli.printing import print_json, print_table
 
 OPTIONAL = (
+    ("transformers", "pipelines", "pipelines with text encoders, such as Stable Diffusion"),
     ("torch-fidelity", "fid", "the official Inception FID"),
     ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
     ("cmaes", "search", "CMA-ES, one more sampler of the search"),

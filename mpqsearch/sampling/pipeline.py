@@ -39,8 +39,8 @@ EXAMPLES = 4
 """Calls on which the layers of a model are looked for."""
 
 INVARIANT = 2e-6
-"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where predictions
-are made up: rounding of single values, and no more."""
+"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where
+predictions are made up: rounding of single values, and no more."""
 
 
 class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)
@@ -199,7 +199,7 @@ class PipelineRunner:
                 log.warning(
                     "the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__
                 )
-        vae = getattr(pipe, "vae", None)
+        vae: Any = getattr(pipe, "vae", None)
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # exact; tiling is not
         for name, component in pipe.components.items():
@@ -214,8 +214,8 @@ class PipelineRunner:
         return pipe
 
     def _check_call(self, pipe: Any) -> None:
-        """Raise `ConfigError` for arguments that ``__call__`` does not know, and for prompts or classes that are missing
-        or do not exist."""
+        """Raise `ConfigError` for arguments that ``__call__`` does not know, and for prompts or classes that are
+        missing or do not exist."""
         known, kind = set(inspect.signature(type(pipe).__call__).parameters), type(pipe).__name__
         for name in self.spec.call:
             if name not in known:
@@ -397,8 +397,8 @@ def _named(pipe: Any) -> Iterator[None]:
         scheduler = type(pipe.scheduler).__mro__[1].__name__
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(
-            f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself with "
-            "the same arguments (sampler.steps, sampler.guidance, sampler.call)"
+            f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself "
+            "with the same arguments (sampler.steps, sampler.guidance, sampler.call)"
         ) from error
 
 

@@ -15,7 +15,7 @@ EXAMPLES = 4
 
 
 class RecordedRunner:
-    """Calls of a pipeline's own run (`mpqsearch.models.capture`, ``mpqsearch record``): it replays and cannot sample."""
+    """Calls of a pipeline's own run (`mpqsearch.models.capture`, ``mpqsearch record``): replayed, never sampled."""
 
     batch = 1
 
@@ -37,8 +37,8 @@ class RecordedRunner:
         """Raise `ModelError`: ``what`` needs samples."""
         raise ModelError(
             f"{what}: asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
-            "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, give "
-            "the pipeline's folder, or export the map and sample in the pipeline itself."
+            "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, "
+            "give the pipeline's folder, or export the map and sample in the pipeline itself."
         )
 
     def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
