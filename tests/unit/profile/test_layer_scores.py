@@ -91,9 +91,7 @@ def test_a_layer_of_constant_input_costs_what_it_costs(guided: tuple[Denoiser, L
     """With bias correction its error is folded away; without, it counts like any other."""
     denoiser, table = guided
     settings = {} if granularity == "layer" else {"sampler_seeds": 4, "final_widths": (2,)}
-    profile = profile_model(
-        denoiser, table, Policy(widths=(2, 4)), spec(granularity=granularity, **settings), FMT
-    )
+    profile = profile_model(denoiser, table, Policy(widths=(2, 4)), spec(granularity=granularity, **settings), FMT)
     assert profile.calibration["constant_inputs"] == ["guidance"]
     i = profile.index["guidance"]
     for family in {"layer": ["probe"], "channel": ["probe", "sampler", "final"]}[granularity]:
