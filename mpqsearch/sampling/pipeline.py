@@ -240,7 +240,7 @@ class PipelineRunner:
         asked = self.prompts is not None and self.prompts.has_text
         if "prompt" in known and not asked and not {"prompt", "prompt_embeds"} & set(self.spec.call):
             raise ConfigError(
-                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
+                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE or prompts.file), one a line"
             )
 
     def _release(self) -> None:
