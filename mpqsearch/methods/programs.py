@@ -285,13 +285,13 @@ def _too_small(task: Task, li: Limit, least: int) -> InfeasibleBudgetError:
 
 
 def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
-    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured
-    with."""
+    """Scales that a quantized input has: one, or one for each timestep that the profile was measured at."""
     if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
         return 1
-    steps = profile.calibration.get("sampler", {}).get("steps")
+    steps = profile.calibration.get("timesteps")
     if not steps:
         raise ConfigError(
-            f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps"
+            f"method {method.name!r}: act_timesteps needs a profile that was measured on the model's own run, not one "
+            "of the weights alone"
         )
     return int(steps)

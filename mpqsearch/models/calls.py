@@ -21,7 +21,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -99,7 +99,7 @@ class Call:
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.dtype == self.dtype else value.dtype)
 
-        with _Differentiable() if torch.is_grad_enabled() else nullcontext():
+        with gradients_everywhere():
             owner = module.get_submodule(self.part)
             return invoke(owner, mapped(self.args, move), mapped(dict(self.kwargs), move))
 
@@ -135,6 +135,11 @@ def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
     (result,) = found
     learned = result.dim() == sample.dim() > 1 and result.shape[1] == 2 * sample.shape[1]
     return result[:, : sample.shape[1]] if learned and result.shape[2:] == sample.shape[2:] else result
+
+
+def gradients_everywhere() -> AbstractContextManager[Any]:
+    """Where gradients are enabled they are so inside too, whatever a model says."""
+    return _Differentiable() if torch.is_grad_enabled() else nullcontext()
 
 
 class _Differentiable(TorchFunctionMode):
@@ -200,7 +205,7 @@ def capture(module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = ()
     calls, recorder = Calls(model=type(module).__name__), Recorder(limit, leave_out=leave_out, seed=seed)
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.add(module, args, kwargs, index=recorder.seen)
+        recorder.add(module, args, kwargs)
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -303,21 +308,34 @@ class Recorder:
         self._random = random.Random(seed)  # noqa: S311  (which calls are kept is no secret)
         self._strata: dict[float, list[tuple[float, int, Call]]] = {}
         self._pool: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        self._first = self._last = math.nan
+        self._index = -1
         self.seen = 0
 
     def add(
-        self, owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: str = "", index: int = 0
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: str = "", index: int = -1
     ) -> None:
-        """Copy a call of ``owner``, unless its turn does not come."""
+        """Copy a call of ``owner``, unless its turn does not come. Where its ``index`` is not known, a new run begins
+        when the first timestep comes back."""
         wanted = {k: v for k, v in kwargs.items() if k not in self._leave_out}
         _check(args, wanted, type(owner).__name__)
         call = call_of(owner, args, wanted, part=part, index=index).kept(self._pool)
+        if index < 0:
+            call = replace(call, index=self._counted(call.timestep))
         stratum = self._strata.setdefault(call.timestep if math.isfinite(call.timestep) else 0.0, [])
         stratum.append((self._random.random(), self.seen, call))
         self.seen += 1
         if sum(map(len, self._strata.values())) > self._limit:
             fullest = max(self._strata.values(), key=lambda stratum: (len(stratum), max(stratum, default=(0.0,))[0]))
             fullest.remove(max(fullest, key=lambda entry: entry[0]))
+
+    def _counted(self, timestep: float) -> int:
+        """The position of a call in its run."""
+        if not self.seen:
+            self._first = timestep
+        begins = timestep == self._first != self._last
+        self._index, self._last = 0 if begins else self._index + 1, timestep
+        return self._index
 
     def calls(self) -> list[Call]:
         """Those that were kept, in the order in which they were made."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqsearch.models.calls import Call, Calls, Recorder, call_of, mapped, prediction_in
+from mpqsearch.models.calls import Call, Calls, Recorder, call_of, gradients_everywhere, mapped, prediction_in
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Drawn, Hooks, parts_of
 from mpqsearch.prompts import BANDS
@@ -134,7 +134,8 @@ def _taker(denoiser: Denoiser, take: Take, progress: Callable[[int], Any] | None
         call = call_of(owners[part], args, kwargs, part=part, index=n)
         n += 1
         with torch.set_grad_enabled(grad):
-            out = real(*args, **kwargs)
+            with gradients_everywhere():
+                out = real(*args, **kwargs)
             take(call, prediction_in(out, call.sample, type(owners[part]).__name__))
         if progress is not None:
             progress(1)

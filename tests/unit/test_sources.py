@@ -18,8 +18,9 @@ from mpqsearch.config import config_from
 from mpqsearch.errors import ConfigError, StaleArtifactError
 from mpqsearch.metrics import FeatureExtractor, extractors
 from mpqsearch.metrics.reference import save_reference
-from mpqsearch.models import capture, load_model, save_calls
+from mpqsearch.models import capture, save_calls
 from mpqsearch.models.files import WEIGHTS
+from mpqsearch.sampling import load_model
 from mpqsearch.sources import FileDigests, model_files
 from mpqsearch.stages import Run, allocations, evaluate, layers, profile
 from tests.support import tiny_unet
