@@ -201,11 +201,12 @@ def evaluate(
     from mpqsearch.metrics import AUTO, Reference, SampleStore, extractor_for, load_extractor, load_reference
     from mpqsearch.metrics import evaluate as measure
 
-    shape = model.runner.picture(model.module)
+    shape = (model.runner.picture(model.module) or ())[-3:]  # of a video that of its frames; empty for sound
     if not isinstance(extractor, FeatureExtractor):
         name = extractor_for(shape, model.name) if extractor == AUTO else extractor
         extractor = load_extractor(name, device=device_of(model.module))
-    extractor.check(shape)
+    if shape:
+        extractor.check(shape)
     statistics = load_reference(None if data is None else Path(data), extractor)
     with TemporaryDirectory() as folder, bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
         store = SampleStore(Path(folder), seeds, {})

@@ -159,14 +159,14 @@ class AllocateConfig:
 class EvaluateConfig:
     """Which samples are compared, and with which features.
 
-    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``fmnist-cnn``, ``random-conv`` or ``inception``;
-    the last may read ``extractor_weights``. ``reference``: file of data statistics; empty: the embedded ones of the
-    extractor, if it has any.
+    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``,
+    ``fmnist-judge``, ``random-conv`` or ``inception``; the last may read ``extractor_weights``. ``reference``: file of
+    data statistics; empty: the embedded ones of the extractor, if it has any.
     """
 
     samples: int = 128
     first_seed: int = 0
-    extractor: str = "fmnist-cnn"
+    extractor: str = "auto"
     extractor_weights: str = ""
     reference: str = ""
 

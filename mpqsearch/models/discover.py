@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -73,9 +73,11 @@ def table_of(module: nn.Module, calls: Sequence[Call], *, name: str, digest: str
     if not layers:
         raise ModelError(f"{name}: every weight is used without calling its layer, so no input can be measured")
     channels = calls[0].sample.shape[1] if calls else 0
-    ends: dict[str, str] = {}
+    roles: dict[str, str] = {}
     for part in parts_of(module):
-        ends |= _ends(list(layers), modules, seen, channels, f"{part}." if part else "")
+        inner = {n: n.removeprefix(f"{part}.") for n in layers if not part or n.startswith(f"{part}.")}
+        roles |= {n: _role_seen(n, _role(short, modules[n]), seen) for n, short in inner.items()}
+        roles |= _ends(inner, modules, seen, channels)
     unused = [n for n in layers if n not in seen.macs] if calls else []
     if unused:
         log.warning(
@@ -88,7 +90,7 @@ def table_of(module: nn.Module, calls: Sequence[Call], *, name: str, digest: str
                 n,
                 m,
                 seen.macs.get(n, 0),
-                "unused" if n in unused else ends.get(n) or _role_seen(n, m, seen),
+                "unused" if n in unused else roles[n],
                 seen.fuse.get(n, ""),
             )
             for n, m in layers.items()
@@ -98,9 +100,8 @@ def table_of(module: nn.Module, calls: Sequence[Call], *, name: str, digest: str
     )
 
 
-def _role_seen(name: str, module: nn.Module, seen: Seen) -> str:
+def _role_seen(name: str, by_name: str, seen: Seen) -> str:
     """The role by name, corrected by what a run showed."""
-    by_name = _role(name, module)
     if by_name in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
         return "skip"
     if by_name == "time" and _OWN_TIME.search(name):
@@ -134,18 +135,18 @@ def _role(name: str, module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv"
 
 
-def _ends(order: Sequence[str], modules: dict[str, nn.Module], seen: Seen, channels: int, part: str) -> dict[str, str]:
+def _ends(inner: Mapping[str, str], modules: Mapping[str, nn.Module], seen: Seen, channels: int) -> dict[str, str]:
     """The layer of a part that takes the sample in (``first``) and the one that gives the prediction out (``last``): by
-    name, else by what was seen, else by shape and order."""
-    order = [n for n in order if n.startswith(part)]
+    name, else by what was seen, else by shape and order. ``inner``: the part's layers, with their names in it."""
+    order = list(inner)
     if not order:
         return {}
-    ran = [n for n in seen.macs if n.startswith(part)] or order
-    first = next((n for n in order if n in ran and _FIRST.match(n[len(part) :])), None)
-    first = first or next((n for n in seen.takes if n in order), None)
+    ran = [n for n in seen.macs if n in inner] or order
+    first = next((n for n in order if n in ran and _FIRST.match(inner[n])), None)
+    first = first or next((n for n in seen.takes if n in inner), None)
     first = first or next((n for n in order if channels and _inputs(modules[n]) == channels), None)
-    first = first or next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
-    last = next((n for n in reversed(order) if n in ran and _LAST.match(n[len(part) :])), None)
+    first = first or next((n for n in order if _role(inner[n], modules[n]) not in ("time", "class")), order[0])
+    last = next((n for n in reversed(order) if n in ran and _LAST.match(inner[n])), None)
     last = last or next((n for n in reversed(order) if n in seen.gives), None) or ran[-1]
     return {first: "first", last if last != first else order[-1]: "last"}
 

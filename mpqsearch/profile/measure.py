@@ -222,9 +222,7 @@ def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec
 def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weighing: Weighing) -> list[Step]:
     """What is measured after the tables, in order."""
     given = (m.denoiser, m.table)
-    slopes = Step(
-        name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress)
-    )
+    slopes = Step(name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress))
     if m.spec.prediction_only:
         return [slopes]
     probing = Probing(

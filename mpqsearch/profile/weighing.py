@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,12 +28,13 @@ TakeStep = Callable[[list[Call], list[Tensor]], None]
 @dataclass(frozen=True, slots=True)
 class Weighing:
     """Mixes and scales the raw predictions of a step so that the squared norm of their error is the mean squared error
-    that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they are
-    independent.
+    that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they
+    are independent.
 
     ``steps`` are those of `scheduler_steps`: the halves of classifier-free guidance become the guided prediction, be
-    they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler (recorded
-    calls) there are neither: each call is by itself, and the squared norm is the mean squared error of its prediction.
+    they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler
+    (recorded calls) there are neither: each call is by itself, and the squared norm is the mean squared error of its
+    prediction.
     """
 
     steps: Sequence[SchedulerStep] = ()
@@ -42,7 +44,7 @@ class Weighing:
         """The predictions of one step, mixed and scaled, as one float32 tensor; of several samples the mean."""
         if not self.steps:
             (alone,) = predictions
-            return alone.float() / alone.numel() ** 0.5
+            return alone.float() * (1 / math.sqrt(alone.numel()))
         index = self._ends.index(calls[-1].index)
         mix, gain = self.steps[index].mix, self.gains[index] * len(self.steps)
         if mix is None:
@@ -50,7 +52,8 @@ class Weighing:
             return torch.cat(parts)
         samples = sum(map(len, predictions)) // mix.shape[1]
         rows = torch.cat([p.float().reshape(len(p) // samples, -1) for p in predictions])
-        return (mix.to(rows.device) @ rows) * (gain / rows.shape[1]) ** 0.5
+        mixed: Tensor = (mix.to(rows.device) @ rows) * (gain / rows.shape[1]) ** 0.5
+        return mixed
 
     @property
     def _ends(self) -> list[int]:

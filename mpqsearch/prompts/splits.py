@@ -109,6 +109,11 @@ class Prompts:
         """Whether there are texts to show."""
         return any(prompt.text for prompt in self._all())
 
+    @property
+    def has_negative(self) -> bool:
+        """Whether there are texts that should not be shown."""
+        return any(prompt.negative for prompt in self._all())
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the seeds show, bytes of reference images included; paths do not matter."""

@@ -36,7 +36,7 @@ class RecordedRunner:
     def refuse(self, what: str, module: nn.Module) -> NoReturn:
         """Raise `ModelError`: ``what`` needs samples."""
         raise ModelError(
-            f"{what}: asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
+            f"{what} was asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
             "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, "
             "give the pipeline's folder, or export the map and sample in the pipeline itself."
         )

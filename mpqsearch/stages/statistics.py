@@ -53,7 +53,6 @@ def _new_moments(run: Run, table: LayerTable) -> InputMoments:
     moments = InputMoments(
         denoiser=run.denoiser,
         table=table,
-        sampler=run.config.sampler,
         seeds=range(first, first + run.config.quantizer.moment_samples),
         limit=run.config.model.limit_bytes,
     )
@@ -133,7 +132,7 @@ def activation_table(
     """
     if not bit_map.activations:
         return None
-    steps = run.config.sampler.steps
+    steps = 1 if bit_map.activation_steps == 1 else run.denoiser.runner.calls_per_run(run.denoiser.module)
     if bit_map.activation_steps not in (1, steps):
         raise ConfigError(
             f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {steps} "
@@ -153,7 +152,6 @@ def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str
         return collect_ranges(
             run.denoiser,
             table,
-            run.config.sampler,
             seeds=range(c.first_seed, c.first_seed + c.samples),
             per_timestep=bit_map.activation_steps > 1,
             layers=bit_map.activations,

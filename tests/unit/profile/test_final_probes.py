@@ -21,7 +21,6 @@ from mpqsearch.quant import weight_of
 from mpqsearch.sampling import chain, plain
 from tests.support import tiny_denoiser
 
-
 SHAPE = (1, 8, 8)
 
 
@@ -118,9 +117,7 @@ def test_checkpointing_changes_memory_and_no_number() -> None:
             sizes.append(tensor.numel())
             return tensor
 
-        probing = Probing(
-            denoiser=denoiser, table=table, errors=errors, n_widths=1, probes=1, checkpoint=checkpoint
-        )
+        probing = Probing(denoiser=denoiser, table=table, errors=errors, n_widths=1, probes=1, checkpoint=checkpoint)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             results.append(probing.measure(steps[:1]))
         saved.append(sum(sizes))
@@ -136,7 +133,9 @@ def test_parts_of_a_run_add_up_to_the_sensitivity() -> None:
     table = discover(denoiser)
     steps = steps_of(denoiser, table, 8)
     assert [call.index for (call,) in steps] == [0, 1, 2, 3] * 2
-    arrays = Probing(denoiser=denoiser, table=table, errors=WeightErrors(table, {}), n_widths=0, probes=1).measure(steps)
+    arrays = Probing(denoiser=denoiser, table=table, errors=WeightErrors(table, {}), n_widths=0, probes=1).measure(
+        steps
+    )
     counts = np.array([2, 2, 2, 2, 0])
     assert not arrays["step_sensitivity"][:, 4].any(), "four calls leave one of five parts empty"
     np.testing.assert_allclose(arrays["step_sensitivity"] @ (counts / counts.sum()), arrays["sensitivity"], rtol=1e-5)
@@ -149,8 +148,7 @@ def test_the_effect_of_a_batch_along_one_direction_is_the_sum_of_its_samples() -
     errors = WeightErrors(table, {"x": random_errors(table, 2)})
     whole = final_effects(denoiser, table, seeds, errors, lambda _: v[None])["x"]
     alone = [
-        final_effects(denoiser, table, [s], errors, lambda _, i=i: v[None, i : i + 1])["x"]
-        for i, s in enumerate(seeds)
+        final_effects(denoiser, table, [s], errors, lambda _, i=i: v[None, i : i + 1])["x"] for i, s in enumerate(seeds)
     ]
     # float32 sums over another batch
     np.testing.assert_allclose(whole, sum(alone), rtol=1e-3, atol=1e-5 * np.abs(whole).max())

@@ -19,7 +19,7 @@ from tests.support import tiny_denoiser
 from tests.support.tiny import DDPM
 
 FMT = QuantFormat(n_candidates=10)
-SAMPLER = dict(steps=3, batch=8)
+SAMPLER = {"steps": 3, "batch": 8}
 TOTALS = [f"layer_probe_{kind}/asymmetric" for kind in ("error", "error_corrected", "std_error", "std_error_corrected")]
 
 
@@ -91,9 +91,7 @@ def test_a_layer_of_constant_input_costs_what_it_costs(guided: tuple[Denoiser, L
     """With bias correction its error is folded away; without, it counts like any other."""
     denoiser, table = guided
     settings = {} if granularity == "layer" else {"sampler_seeds": 4, "final_widths": (2,)}
-    profile = profile_model(
-        denoiser, table, Policy(widths=(2, 4)), spec(granularity=granularity, **settings), FMT
-    )
+    profile = profile_model(denoiser, table, Policy(widths=(2, 4)), spec(granularity=granularity, **settings), FMT)
     assert profile.calibration["constant_inputs"] == ["guidance"]
     i = profile.index["guidance"]
     for family in {"layer": ["probe"], "channel": ["probe", "sampler", "final"]}[granularity]:

@@ -129,9 +129,7 @@ def test_a_layer_that_does_not_run_has_no_error() -> None:
     table = discover(denoiser)
     spec = CalibrationSpec(samples=1, probe_inputs=1, probes=1, sampler_seeds=0, schemes=("asymmetric",))
     for limit in (None, 3_000_000):
-        measured = profile_model(
-            denoiser, table, Policy(widths=WIDTHS), spec, QuantFormat(), memory_limit=limit
-        )
+        measured = profile_model(denoiser, table, Policy(widths=WIDTHS), spec, QuantFormat(), memory_limit=limit)
         assert not measured.arrays["output_error/asymmetric"][measured.rows("unused")].any()
 
 

@@ -112,9 +112,7 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
         (Policy(widths=(4, 8)), spec),
         (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0)),
     ):
-        assert (
-            "layer_context_slope/asymmetric" not in profile_model(denoiser, table, policy, changed, FMT).arrays
-        )
+        assert "layer_context_slope/asymmetric" not in profile_model(denoiser, table, policy, changed, FMT).arrays
 
 
 def test_slopes_over_a_context_add_up_to_its_error() -> None:

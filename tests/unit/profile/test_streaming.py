@@ -17,7 +17,6 @@ from mpqsearch.models import StreamedModel, discover, discover_streamed, open_st
 from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
 from mpqsearch.sampling import load_model
-from mpqsearch.specs import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.support.tiny import tiny_unet
 

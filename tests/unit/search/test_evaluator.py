@@ -28,7 +28,7 @@ from mpqsearch.sampling import latents, load_model, samples
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate, Surrogate
 from mpqsearch.specs import SamplerSpec
-from tests.support.pipelines import TINY, VIDEO
+from tests.support.pipelines import TINY
 from tests.support.tiny import tiny_denoiser, tiny_profile
 
 POLICY = Policy(widths=(2, 3, 4, 8))
@@ -110,9 +110,10 @@ def test_the_report_says_what_is_better_and_full_precision_is_perfect(parts: Par
 
 
 def test_latents_are_compared_without_decoding_and_frames_of_a_video_are_averaged(tmp_path: Path) -> None:
-    TINY["WanPipeline"]()[0].save_pretrained(tmp_path / "wan")
+    pipe, call = TINY["WanPipeline"]()
+    pipe.save_pretrained(tmp_path / "wan")
     prompts = Prompts(splits={"report": tuple(Prompt(text=t) for t in ("a boat", "a tree"))})
-    denoiser = load_model(str(tmp_path / "wan"), sampler=SamplerSpec(batch=2, call=VIDEO), prompts=prompts)
+    denoiser = load_model(str(tmp_path / "wan"), sampler=SamplerSpec(batch=2, call=call), prompts=prompts)
     e, s = evaluator_of(denoiser, tmp_path / "full")
     candidate = s.candidate({}, Budget.parse("uniform:2"))
     pipe = denoiser.runner.pipe(denoiser.module)  # type: ignore[attr-defined]
