@@ -12,7 +12,7 @@ from mpqsearch.allocate.dispatch import solve
 from mpqsearch.allocate.explain import NextStep, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
 from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms
-from mpqsearch.allocate.result import AllocationResult, Proof, Status, relative_gap, table_digests
+from mpqsearch.allocate.result import AllocationResult, Proof, Status, table_digests
 
 __all__ = [
     "AllocationProblem",
@@ -27,7 +27,6 @@ __all__ = [
     "Status",
     "check_certificate",
     "explain",
-    "relative_gap",
     "solve",
     "solve_path",
     "table_digests",

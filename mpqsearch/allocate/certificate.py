@@ -1,10 +1,9 @@
-"""Checking an answer from the raw tables, with arithmetic of its own.
+"""Checking an answer from the raw tables, with arithmetic of its own: nothing of the solvers is used here.
 
-Nothing here is shared with the solvers. The check costs the choice again, holds it against every rule, and recomputes
-the Lagrangian bound: for any multipliers >= 0, the sum over the items of the least loss + multipliers * cost, minus
-multipliers * limits, is a lower bound of every admissible loss. It ends at the first contradiction.
-
-The bound holds for every limit on the number of formats too: the least sum is taken over all sets of so many formats.
+The check costs the choice again, holds it against every rule, and recomputes the Lagrangian bound: for any multipliers
+>= 0, the sum over the items of the least loss + multipliers * cost, minus multipliers * limits, is a lower bound of
+every admissible loss; with limits on the number of formats, the least over all sets of so many formats. It ends at the
+first contradiction.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from mpqsearch.allocate.problem import AllocationProblem
+    from mpqsearch.allocate.problem import AllocationProblem, Integers
 
 SLIP = 2.0**-48
 """Rounding that is forgiven, as a share of the sum of the absolute numbers that were added."""
@@ -91,40 +90,36 @@ def check_certificate(certificate: Certificate, problem: AllocationProblem, choi
         return Check(problem=f"the choice must name one of {k} formats for each of {n} items")
     rows = np.arange(n)
     costs = {b.name: sum(b.cost[rows, picked].tolist()) for b in problem.budgets}
-    wrong = _wrong_cost(certificate, {b.name: b.limit for b in problem.budgets}, costs)
-    if wrong:
-        return Check(problem=wrong)
     terms = problem.loss[rows, picked].tolist()
     if problem.pairwise is not None:
         pairs = problem.pairwise
         terms += pairs.value[np.arange(len(pairs.first)), picked[pairs.first], picked[pairs.second]].tolist()
     loss, slip = math.fsum(terms), SLIP * math.fsum(map(abs, terms))
-    if not abs(loss - certificate.loss) <= slip:
-        return Check(problem=f"the loss is {loss}, the certificate says {certificate.loss}")
-    totals = tuple(costs.values())
-    broken = _broken_rule(problem, picked)
-    if broken or certificate.bound is None:
-        return Check(problem=broken, loss=loss, costs=totals)
+    wrong = _wrong_cost(certificate, problem, costs)
+    if not wrong and not abs(loss - certificate.loss) <= slip:
+        wrong = f"the loss is {loss}, the certificate says {certificate.loss}"
+    wrong = wrong or broken_rule(problem, picked)
+    if wrong or certificate.bound is None:
+        return Check(problem=wrong, loss=loss, costs=tuple(costs.values()))
     rates = [certificate.multipliers.get(name, math.nan) for name in costs]
     if not all(0 <= rate < math.inf for rate in rates):
-        return Check(problem=f"the multipliers {rates} are not all finite and >= 0", loss=loss, costs=totals)
+        wrong = f"the multipliers {rates} are not all finite and >= 0"
+        return Check(problem=wrong, loss=loss, costs=tuple(costs.values()))
     parts = _bound_terms(problem, rates)
     bound, slip = math.fsum(parts), slip + SLIP * math.fsum(map(abs, parts))
-    gap = 0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else math.inf
-    wrong = ""
     if certificate.bound > bound + slip:
         wrong = f"the multipliers prove {bound}, the certificate says {certificate.bound}"
     elif certificate.bound > loss + slip:
         wrong = f"the bound {certificate.bound} is above the loss {loss}"
-    return Check(problem=wrong, loss=loss, costs=totals, bound=bound, gap=gap)
+    gap = 0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else math.inf
+    return Check(problem=wrong, loss=loss, costs=tuple(costs.values()), bound=bound, gap=gap)
 
 
-def _wrong_cost(certificate: Certificate, limits: Mapping[str, int], costs: Mapping[str, int]) -> str:
-    if set(costs) != set(certificate.limits):
-        return f"the budgets are {sorted(costs)}, the certificate has {sorted(certificate.limits)}"
+def _wrong_cost(certificate: Certificate, problem: AllocationProblem, costs: Mapping[str, int]) -> str:
+    limits = {b.name: b.limit for b in problem.budgets}
+    if dict(certificate.limits) != limits:
+        return f"the limits are {limits}, the certificate says {dict(certificate.limits)}"
     for name, cost in costs.items():
-        if certificate.limits[name] != limits[name]:
-            return f"the limit on {name} is {limits[name]}, the certificate says {certificate.limits[name]}"
         if cost != certificate.costs.get(name):
             return f"{name} is {cost}, the certificate says {certificate.costs.get(name)}"
         if cost > limits[name]:
@@ -132,29 +127,28 @@ def _wrong_cost(certificate: Certificate, limits: Mapping[str, int], costs: Mapp
     return ""
 
 
-def _broken_rule(problem: AllocationProblem, picked: NDArray[np.int64]) -> str:
-    """The first rule beside the budgets that the choice breaks."""
+def broken_rule(problem: AllocationProblem, picked: Integers) -> str:
+    """The first rule beside the budgets that a choice ``[n]`` breaks, in words; empty when it obeys them all."""
     if problem.allowed is not None:
         refused = np.flatnonzero(~problem.allowed[np.arange(len(picked)), picked])
         if refused.size:
             return f"item {refused[0]} has choice {picked[refused[0]]}, which is not allowed"
-    if problem.group_labels is not None and len(picked):
-        items = np.flatnonzero(problem.group_labels >= 0)
-        labels, shared = problem.group_labels[items], np.zeros(int(problem.group_labels.max()) + 1, dtype=np.int64)
+    if problem.groups is not None and len(picked):
+        items = np.flatnonzero(problem.groups >= 0)
+        labels, shared = problem.groups[items], np.zeros(int(problem.groups.max()) + 1, dtype=np.int64)
         shared[labels] = picked[items]
         apart = items[shared[labels] != picked[items]]
         if apart.size:
-            group = int(problem.group_labels[apart[0]])
+            group = int(problem.groups[apart[0]])
             return f"group {group} has the choices {picked[apart[0]]} and {shared[group]}"
     if problem.max_formats is not None and len(np.unique(picked)) > problem.max_formats:
         return f"{len(np.unique(picked))} formats are used, {problem.max_formats} are allowed"
-    if problem.max_formats_per_layer is not None and problem.layer is not None:
+    if problem.max_formats_per_layer is not None and problem.layer is not None and len(picked):
         used = np.unique(np.stack([problem.layer, picked], axis=1), axis=0)
         layers, counts = np.unique(used[:, 0], return_counts=True)
-        most = int(counts.max(initial=0))
-        if most > problem.max_formats_per_layer:
+        if counts.max() > problem.max_formats_per_layer:
             layer = layers[counts.argmax()]
-            return f"layer {layer} uses {most} formats, {problem.max_formats_per_layer} are allowed"
+            return f"layer {layer} uses {counts.max()} formats, {problem.max_formats_per_layer} are allowed"
     return ""
 
 
@@ -166,21 +160,18 @@ def _bound_terms(problem: AllocationProblem, rates: Sequence[float]) -> list[flo
             prices += rate * budget.cost
     if problem.allowed is not None:
         prices[~problem.allowed] = math.inf
-    paid = [-rate * budget.limit for rate, budget in zip(rates, problem.budgets, strict=True)]
-    pairs = [] if problem.pairwise is None else problem.pairwise.value.min(axis=(1, 2)).tolist()
     layer: NDArray[Any] = np.zeros(len(prices), dtype=np.int64)
     if problem.max_formats_per_layer is not None and problem.layer is not None:
         layer = problem.layer
-    if (
-        problem.group_labels is not None
-    ):  # a group counts in the layer of its first item: fewer rules bind a lower bound
-        free = problem.group_labels < 0
-        labels = np.where(free, -1 - np.arange(len(free)), problem.group_labels)
+    if problem.groups is not None:  # a group counts in the layer of its first item: fewer rules bind a lower bound
+        free = problem.groups < 0
+        labels = np.where(free, -1 - np.arange(len(free)), problem.groups)
         _, first, row = np.unique(labels, return_index=True, return_inverse=True)
         merged = np.zeros((len(first), prices.shape[1]))
         np.add.at(merged, row, prices)
         prices, layer = merged, layer[first]
-    return [*_least_prices(problem, prices, layer), *pairs, *paid]
+    paid = [-rate * budget.limit for rate, budget in zip(rates, problem.budgets, strict=True)]
+    return [*_least_prices(problem, prices, layer), *paid]
 
 
 def _least_prices(problem: AllocationProblem, prices: NDArray[np.float64], layer: NDArray[Any]) -> list[float]:
@@ -191,12 +182,11 @@ def _least_prices(problem: AllocationProblem, prices: NDArray[np.float64], layer
     if inside == k:
         least: list[float] = prices.min(axis=1).tolist()
         return least
-    blocks = [np.flatnonzero(layer == one) for one in np.unique(layer)]
-    sums = {
-        s: [math.fsum(column[rows].tolist()) for rows in blocks]
-        for s in combinations(range(k), inside)
-        for column in [prices[:, list(s)].min(axis=1)]
-    }
+    members = [np.flatnonzero(layer == one) for one in np.unique(layer)]
+    sums = {}
+    for formats in combinations(range(k), inside):
+        column = prices[:, list(formats)].min(axis=1)
+        sums[formats] = [math.fsum(column[rows].tolist()) for rows in members]
     totals = (
         [min(block) for block in zip(*(sums[s] for s in combinations(model, inside)), strict=True)]
         for model in combinations(range(k), most)

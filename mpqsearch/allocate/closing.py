@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.problem import Floats, Integers
-from mpqsearch.allocate.tables import blocks
 
 MAX_STATES = 1_000_000
 """States alive at a time; beyond it the worst are dropped and the proof with them (the bound stays valid)."""
@@ -65,21 +64,12 @@ class Moves:
 
 def collect_moves(loss: Floats, cost: Integers, base: Integers, rate: float, threshold: float) -> Moves:
     """All departures from ``base`` whose penalty at ``rate`` is at most ``threshold``."""
-    parts: list[tuple[NDArray[np.int64], ...]] = []
-    penalties = []
-    for part in blocks(loss):
-        costs, rows = cost[part].astype(np.int64, copy=False), np.arange(part.stop - part.start)
-        value = loss[part] + rate * costs
-        size = costs - costs[rows, base[part]][:, None]
-        penalty = np.maximum(value - value[rows, base[part]][:, None], 0.0)  # the base is least up to rounding
-        item, choice = np.nonzero((penalty <= threshold) & (size != 0))
-        parts.append((item + part.start, choice, size[item, choice]))
-        penalties.append(penalty[item, choice])
-    if not parts:
-        none = np.empty(0, dtype=np.int64)
-        return Moves(none, none.astype(np.int32), none.astype(np.float64), none)
-    items, choices, sizes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Moves(items, choices.astype(np.int32), np.concatenate(penalties), sizes)
+    rows, sizes = np.arange(len(loss)), cost.astype(np.int64, copy=False)
+    value = loss + rate * sizes
+    size = sizes - sizes[rows, base][:, None]
+    penalty = np.maximum(value - value[rows, base][:, None], 0.0)  # the base is least up to rounding
+    item, choice = np.nonzero((penalty <= threshold) & (size != 0))
+    return Moves(item, choice.astype(np.int32), penalty[item, choice], size[item, choice])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

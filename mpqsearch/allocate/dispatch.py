@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from mpqsearch.allocate import ilp, infeasible, mckp
-from mpqsearch.allocate.constrained import NothingFoundError, solve_by_program, solve_constrained
+from mpqsearch.allocate.certificate import broken_rule
+from mpqsearch.allocate.constrained import NothingFoundError, solve_constrained
 from mpqsearch.allocate.pairwise import solve_pairwise
 from mpqsearch.allocate.problem import AllocationProblem, CostBudget
-from mpqsearch.allocate.result import AllocationResult, Status, relative_gap
-from mpqsearch.allocate.tables import plain_tables, total_cost
-from mpqsearch.allocate.task import Answer, Task
+from mpqsearch.allocate.result import AllocationResult, Answer, Status
+from mpqsearch.allocate.tables import Tables, plain_tables
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 
 
@@ -38,54 +38,36 @@ def solve(problem: AllocationProblem, *, solver: str = "auto", gap_tolerance: fl
     """
     if not 0 <= gap_tolerance < 1:
         raise ConfigError(f"gap_tolerance must be in [0, 1), got {gap_tolerance}.")
-    _check_solver(problem, solver)
+    if solver not in ("auto", "core"):
+        ilp.make_solver(solver)  # an unknown name is refused before any work
+    if problem.pairwise is not None and (problem.constrained or solver not in ("auto", "core")):
+        raise ConfigError("losses of pairs take one budget, no limit on formats, and solver='auto'.")
+    if solver == "core" and problem.constrained:
+        raise ConfigError("solver 'core' takes one budget and no limit on formats. Use solver='auto'.")
     try:
-        return _run(problem, solver, gap_tolerance)
+        return _solve(problem, solver, gap_tolerance)
     except NothingFoundError as error:
         raise _nothing_fits(problem, error.impossible) from error
 
 
-def _run(problem: AllocationProblem, solver: str, gap_tolerance: float) -> AllocationResult:
+def _solve(problem: AllocationProblem, solver: str, gap_tolerance: float) -> AllocationResult:
     started = time.perf_counter()
     tables = plain_tables(problem)
     infeasible.check_groups(problem, tables)
     infeasible.check_budgets(problem, tables)
-    task = Task(
-        problem=problem,
-        tables=tables,
-        solver=solver,
-        gap_tolerance=gap_tolerance,
-        started=started,
-    )
-    return finish(task, _answer(task))
+    answer = _answer(problem, tables, solver, gap_tolerance)
+    return _checked(problem, tables, answer, time.perf_counter() - started)
 
 
-def _check_solver(problem: AllocationProblem, solver: str) -> None:
-    constrained = bool(problem.more_budgets) or problem.limits_formats
-    if solver not in ("auto", "core"):
-        ilp.make_solver(solver)  # an unknown name is refused before any work
-    if problem.pairwise is not None and (constrained or solver not in ("auto", "core")):
-        raise ConfigError("losses of pairs take one budget, no limit on formats, and solver='auto'.")
-    if solver == "core" and constrained:
-        raise ConfigError("solver 'core' takes one budget and no limit on formats. Use solver='auto'.")
-
-
-def _answer(task: Task) -> Answer:
-    problem = task.problem
+def _answer(problem: AllocationProblem, tables: Tables, solver: str, gap_tolerance: float) -> Answer:
     if not problem.n_items:
-        nothing = np.empty(0, dtype=np.int32)
-        zeros = (0.0,) * len(problem.limits)
+        nothing, zeros = np.empty(0, dtype=np.int32), (0.0,) * len(problem.budgets)
         return Answer(choice=nothing, proof="bound", floor=0.0, dual_bound=0.0, multipliers=zeros, solver="core")
-    if problem.pairwise is not None and len(problem.pairwise.first):
-        return solve_pairwise(task)
-    if problem.more_budgets or problem.limits_formats:
-        return solve_constrained(task)
-    return _solve_core(task) if task.solver in ("auto", "core") else solve_by_program(task)
-
-
-def _solve_core(task: Task) -> Answer:
-    tables = task.tables
-    solved = mckp.solve_table(tables.loss, tables.cost, tables.limit, gap_tolerance=task.gap_tolerance)
+    if problem.pairwise is not None:
+        return solve_pairwise(problem.pairwise, tables)
+    if problem.constrained or solver not in ("auto", "core"):
+        return solve_constrained(problem, tables, solver, gap_tolerance)
+    solved = mckp.solve_table(tables.loss, tables.costs[0], tables.limits[0], gap_tolerance=gap_tolerance)
     met = solved.loss - solved.dual_bound <= mckp.ROUNDING * abs(solved.loss)
     return Answer(
         choice=solved.choice,
@@ -97,73 +79,54 @@ def _solve_core(task: Task) -> Answer:
     )
 
 
-def finish(task: Task, answer: Answer) -> AllocationResult:
+def _checked(problem: AllocationProblem, tables: Tables, answer: Answer, seconds: float) -> AllocationResult:
     """Cost the choice again from the raw tables, check it and name what is proven.
 
     Raises:
         SolverError: The choice breaks a constraint; a solver's word is never taken.
     """
-    problem, choice = task.problem, task.tables.expand(answer.choice)
-    if not problem.permits(choice):
-        raise SolverError(f"{answer.solver} returned a choice that breaks allowed, groups or limits on formats.")
+    choice = tables.expand(answer.choice)
     loss, costs = problem.evaluate(choice)
-    spent = {b.name: cost for b, cost in zip(problem.budgets, costs, strict=True)}
-    for (name, cost), limit in zip(spent.items(), problem.limits, strict=True):
-        if cost > limit:
-            raise SolverError(f"{answer.solver} returned {name} = {cost}, above the limit {limit}.")
+    over = [f"{b.name} = {cost} > {b.limit}" for b, cost in zip(problem.budgets, costs, strict=True) if cost > b.limit]
+    broken = broken_rule(problem, choice) or ", ".join(over)
+    if broken:
+        raise SolverError(f"{answer.solver} returned a choice that does not hold: {broken}.")
     dual_bound = min(answer.dual_bound, loss)
     proven_here = answer.proof in ("bound", "search")
     bound = loss if proven_here else min(max(answer.floor, dual_bound), loss)
+    unproven: Status = "feasible" if problem.pairwise is None else "heuristic"
     choice.flags.writeable = False
     return AllocationResult(
-        status=_status(task, answer),
+        status=unproven if answer.proof == "none" else "optimal",
         proof=answer.proof,
         choice=choice,
         loss=loss,
-        cost=costs[0],
-        costs=spent,
+        costs={b.name: cost for b, cost in zip(problem.budgets, costs, strict=True)},
         lower_bound=bound,
-        gap=relative_gap(loss, bound),
+        gap=0.0 if loss <= bound else (loss - bound) / abs(loss) if loss else np.inf,
         multipliers=answer.multipliers,
         dual_bound=dual_bound,
         solver=answer.solver,
-        seconds=time.perf_counter() - task.started,
+        seconds=seconds,
     )
-
-
-def _status(task: Task, answer: Answer) -> Status:
-    if answer.proof != "none":
-        return "optimal"
-    return "heuristic" if task.problem.pairwise is not None else "feasible"
 
 
 def _nothing_fits(problem: AllocationProblem, impossible: bool) -> Exception:
     """Why no choice was found: the smallest value of a budget under all other constraints, if it is above the limit."""
-    smallest: dict[str, int] = {}
-    for number, limit in enumerate(problem.limits):
-        least = _smallest_under_others(problem, number)
-        if least is not None and least > limit:
-            smallest[problem.budgets[number].name] = least
+    smallest = {b.name: least for b in problem.budgets if (least := _smallest_under_others(problem, b)) > b.limit}
     if smallest or impossible:
         return infeasible.jointly(problem, smallest)
     return SolverError("no choice that meets all constraints was found in time; loosen a limit.")
 
 
-def _smallest_under_others(problem: AllocationProblem, number: int) -> int | None:
-    """Smallest total of one budget when all other constraints hold; None where that is not proven."""
-    others = [b for other, b in enumerate(problem.budgets) if other != number]
-    cost = problem.budgets[number].cost
-    first = others[0] if others else CostBudget(name="nothing", cost=np.zeros_like(problem.cost), limit=0)
-    program = replace(
-        problem,
-        loss=cost.astype(np.float64),
-        cost=first.cost,
-        limit=int(first.limit),
-        budget_name=first.name,
-        more_budgets=tuple(others[1:]),
-    )
+def _smallest_under_others(problem: AllocationProblem, budget: CostBudget) -> int:
+    """Smallest total of one budget when all other constraints hold; -1 where that is not proven."""
+    others = tuple(b for b in problem.budgets if b.name != budget.name)
+    unlimited = CostBudget(name="nothing", cost=np.zeros_like(budget.cost), limit=0)
     try:
-        least = _run(program, "auto", 0.0)
+        asked = replace(problem, loss=budget.cost.astype(np.float64), budgets=others or (unlimited,))
+        least = _solve(asked, "auto", 0.0)
     except (InfeasibleBudgetError, NothingFoundError):
-        return None
-    return total_cost(cost, least.choice) if least.status == "optimal" else None
+        return -1
+    total = int(budget.cost[np.arange(problem.n_items), least.choice].sum(dtype=np.int64))
+    return total if least.status == "optimal" else -1

@@ -108,7 +108,7 @@ def _best_formats(priced: NDArray[np.float64], layer: NDArray[np.int64], few: Fo
 
 
 def format_limits(n_choices: int, in_model: int | None, in_layer: int | None) -> FormatLimits | None:
-    """The limits, None when nothing is limited.
+    """What ``max_formats`` and ``max_formats_per_layer`` limit; None when that is nothing.
 
     Raises:
         ConfigError: There are more sets of formats than can be tried.

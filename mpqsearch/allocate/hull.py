@@ -21,15 +21,15 @@ class HullSteps:
         item: ``[m]`` row that takes the step.
         to: ``[m]`` choice after the step.
         size: ``[m]`` increase of the cost, > 0.
-        gain: ``[m]`` decrease of the loss, > 0.
-        rate: ``[m]`` gain per unit of cost, never increasing.
+        saved: ``[m]`` decrease of the loss, > 0.
+        rate: ``[m]`` loss saved per unit of cost, never increasing.
     """
 
     base: NDArray[np.int32]
     item: NDArray[np.int64]
     to: NDArray[np.int32]
     size: NDArray[np.int64]
-    gain: NDArray[np.float64]
+    saved: NDArray[np.float64]
     rate: NDArray[np.float64]
 
     def choice_after(self, count: int) -> NDArray[np.int32]:
@@ -51,16 +51,16 @@ def hull_steps(loss: Floats, cost: Integers, base: Integers | None = None, low: 
     rounds: list[tuple[NDArray[Any], ...]] = [(item[:0], at[:0], item[:0], last[:0], last[:0])]
     while item.size:
         rows = np.arange(item.size)
-        steepest, to, size, gain = _steepest(table, sizes, at)
+        steepest, to, size, saved = _steepest(table, sizes, at)
         kept = np.flatnonzero((steepest >= low) & (steepest > 0))
-        size, gain = size[rows, to][kept], gain[rows, to][kept]
+        size, saved = size[rows, to][kept], saved[rows, to][kept]
         item, at, table, sizes = item[kept], to[kept], table[kept], sizes[kept]
         # Rounding may let a later slope exceed an earlier one by an ulp; the order of a row's steps must survive.
         last = np.minimum(last[kept], steepest[kept])
-        rounds.append((item, at, size, gain, last))
-    items, to, size, gain, rate = (np.concatenate(arrays) for arrays in zip(*rounds, strict=True))
+        rounds.append((item, at, size, saved, last))
+    items, to, size, saved, rate = (np.concatenate(arrays) for arrays in zip(*rounds, strict=True))
     order = np.argsort(-rate, kind="stable")  # stable: of equal rates a row's earlier step stays first
-    return HullSteps(start, items[order], to[order].astype(np.int32), size[order], gain[order], rate[order])
+    return HullSteps(start, items[order], to[order].astype(np.int32), size[order], saved[order], rate[order])
 
 
 def _steepest(loss: Floats, cost: Integers, at: Integers) -> tuple[NDArray[Any], ...]:
@@ -69,7 +69,7 @@ def _steepest(loss: Floats, cost: Integers, at: Integers) -> tuple[NDArray[Any],
     rows = np.arange(len(loss))
     size = cost - cost[rows, at][:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        gain = loss[rows, at][:, None] - loss
-        slope = np.where(size > 0, gain / size, -np.inf)
+        saved = loss[rows, at][:, None] - loss
+        slope = np.where(size > 0, saved / size, -np.inf)
     steepest = slope.max(axis=1)
-    return steepest, np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1), size, gain
+    return steepest, np.argmax(np.where(slope == steepest[:, None], size, -1), axis=1), size, saved

@@ -12,7 +12,7 @@ trustworthy here (each was seen broken in the field):
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,10 @@ class IlpAnswer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FormatRules:
-    """Numbers of different formats, in the model and inside a layer, and which rows (``[p]``) are in which layers."""
+class FormatRule:
+    """At most ``most`` different formats among the rows ``row [p]`` that are in one layer: ``layer [p]``."""
 
-    in_model: int | None
-    in_layer: int | None
+    most: int
     row: NDArray[np.int64]
     layer: NDArray[np.int64]
 
@@ -70,7 +69,7 @@ def solve_ilp(
     effort: Effort,
     *,
     reference: float | None = None,
-    formats: FormatRules | None = None,
+    formats: Sequence[FormatRule] = (),
 ) -> IlpAnswer:
     """One binary variable per permitted cell, one constraint per row and per budget, and the limits on formats.
 
@@ -97,8 +96,8 @@ def solve_ilp(
     for cost, limit in zip(costs, limits, strict=True):
         reduced, room = reduce_costs(loss, cost, limit)
         model += _linear((z, int(reduced[i, j])) for i, row in enumerate(cells) for j, z in row.items()) <= room
-    if formats is not None:
-        _limit_formats(model, cells, formats)
+    for number, rule in enumerate(formats):
+        _limit_formats(model, cells, rule, f"used_{number}")
     solution = run(model, effort, effort.gap * scale)
     if solution not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return IlpAnswer(None, proven=False, infeasible=solution == pulp.LpSolutionInfeasible)
@@ -113,28 +112,17 @@ def _linear(terms: Iterable[tuple[Any, float]]) -> Any:
     return pulp.LpAffineExpression([(variable, factor) for variable, factor in terms if factor])
 
 
-def _limit_formats(model: Any, cells: list[dict[int, Any]], rules: FormatRules) -> None:
-    """Binary variables for the formats used in the model and in every layer, and the limits on their sums."""
-    width = max((j for row in cells for j in row), default=0) + 1
-    used = [model.add_variable(f"used_{j}", cat="Binary") for j in range(width)]
-    if rules.in_model is not None:
-        model += _linear((u, 1) for u in used) <= rules.in_model
-    if rules.in_layer is None:
-        for row in cells:
-            for j, z in row.items():
-                model += z <= used[j]
-        return
-    by_layer = {
-        layer: [model.add_variable(f"used_{layer}_{j}", cat="Binary") for j in range(width)]
-        for layer in np.unique(rules.layer).tolist()
-    }
-    for inside in by_layer.values():
-        model += _linear((u, 1) for u in inside) <= rules.in_layer
-        for u, whole in zip(inside, used, strict=True):
-            model += u <= whole
-    for i, layer in zip(rules.row.tolist(), rules.layer.tolist(), strict=True):
+def _limit_formats(model: Any, cells: list[dict[int, Any]], rule: FormatRule, name: str) -> None:
+    """A binary variable for every format that a layer may use, and the limit on their sum."""
+    used: dict[int, dict[int, Any]] = {}
+    for i, layer in zip(rule.row.tolist(), rule.layer.tolist(), strict=True):
+        inside = used.setdefault(layer, {})
         for j, z in cells[i].items():
-            model += z <= by_layer[layer][j]
+            if j not in inside:
+                inside[j] = model.add_variable(f"{name}_{layer}_{j}", cat="Binary")
+            model += z <= inside[j]
+    for inside in used.values():
+        model += _linear((u, 1) for u in inside.values()) <= rule.most
 
 
 def objective_scale(loss: Floats, reference: float | None) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate import dual
-from mpqsearch.allocate.problem import AllocationProblem
+from mpqsearch.allocate.problem import AllocationProblem, CostBudget
 from mpqsearch.allocate.tables import Tables, smallest_cost
 from mpqsearch.errors import InfeasibleBudgetError
 
@@ -34,10 +34,10 @@ def check_budgets(problem: AllocationProblem, tables: Tables) -> None:
     Raises:
         InfeasibleBudgetError: With the smallest attainable value.
     """
-    for number, limit in enumerate(problem.limits):
-        smallest = smallest_cost(tables.loss, tables.costs[number])
-        if smallest > limit:
-            raise InfeasibleBudgetError(_too_small(problem, number, smallest))
+    for budget, cost in zip(problem.budgets, tables.costs, strict=True):
+        smallest = smallest_cost(tables.loss, cost)
+        if smallest > budget.limit:
+            raise InfeasibleBudgetError(_too_small(budget, smallest))
 
 
 def check_formats(problem: AllocationProblem, tables: Tables, few: dual.FormatLimits) -> None:
@@ -48,10 +48,10 @@ def check_formats(problem: AllocationProblem, tables: Tables, few: dual.FormatLi
     """
     if not np.isfinite(_least_sum(tables, np.where(np.isfinite(tables.loss), 0.0, np.inf), few)):
         raise InfeasibleBudgetError(_too_few_formats(problem, tables))
-    for number, cost in enumerate(tables.costs):
+    for budget, cost in zip(problem.budgets, tables.costs, strict=True):
         smallest = int(_least_sum(tables, np.where(np.isfinite(tables.loss), cost.astype(np.float64), np.inf), few))
-        if smallest > problem.limits[number]:
-            raise InfeasibleBudgetError(f"{_too_small(problem, number, smallest)} This counts {_rules(problem)}.")
+        if smallest > budget.limit:
+            raise InfeasibleBudgetError(f"{_too_small(budget, smallest)} This counts {_rules(problem)}.")
 
 
 def _least_sum(tables: Tables, values: NDArray[np.float64], few: dual.FormatLimits) -> float:
@@ -62,13 +62,11 @@ def _least_sum(tables: Tables, values: NDArray[np.float64], few: dual.FormatLimi
 
 def _too_few_formats(problem: AllocationProblem, tables: Tables) -> str:
     """The smallest limits that would do, each with the other one kept."""
-    k, asked = problem.n_choices, (problem.max_formats, problem.max_formats_per_layer)
-    needs = []
-    for which, name in enumerate(("max_formats", "max_formats_per_layer")):
-        for most in range((asked[which] or k) + 1, k + 1):
-            limits = (most, asked[1]) if which == 0 else (asked[0], most)
-            few = dual.format_limits(k, *limits)
-            zeros = np.where(np.isfinite(tables.loss), 0.0, np.inf)
+    k, zeros, needs = problem.n_choices, np.where(np.isfinite(tables.loss), 0.0, np.inf), []
+    asked = {"max_formats": problem.max_formats, "max_formats_per_layer": problem.max_formats_per_layer}
+    for name, limit in asked.items():
+        for most in range((limit or k) + 1, k + 1):
+            few = dual.format_limits(k, *(asked | {name: most}).values())
             if few is None or np.isfinite(_least_sum(tables, zeros, few)):
                 needs.append(f"the smallest attainable {name} is {most}")
                 break
@@ -76,19 +74,13 @@ def _too_few_formats(problem: AllocationProblem, tables: Tables) -> str:
 
 
 def _rules(problem: AllocationProblem) -> str:
-    return " and ".join(
-        f"{name} = {value}"
-        for name, value in (
-            ("max_formats", problem.max_formats),
-            ("max_formats_per_layer", problem.max_formats_per_layer),
-        )
-        if value is not None
-    )
+    limits = {name: getattr(problem, name) for name in ("max_formats", "max_formats_per_layer")}
+    return " and ".join(f"{name} = {most}" for name, most in limits.items() if most is not None)
 
 
 def jointly(problem: AllocationProblem, smallest: dict[str, int]) -> InfeasibleBudgetError:
     """Error for constraints that can be met one by one but not together."""
-    limits = ", ".join(f"{b.name} <= {limit}" for b, limit in zip(problem.budgets, problem.limits, strict=True))
+    limits = ", ".join(f"{b.name} <= {b.limit}" for b in problem.budgets)
     rules = f", {_rules(problem)}" if problem.limits_formats else ""
     floors = "; ".join(
         f"the smallest {name} under the other constraints is {least}" for name, least in smallest.items()
@@ -98,9 +90,8 @@ def jointly(problem: AllocationProblem, smallest: dict[str, int]) -> InfeasibleB
     )
 
 
-def _too_small(problem: AllocationProblem, number: int, smallest: int) -> str:
-    name, limit = problem.budgets[number].name, problem.limits[number]
+def _too_small(budget: CostBudget, smallest: int) -> str:
     return (
-        f"no choice fits: the limit on {name} is {limit}, the smallest attainable value is {smallest} "
-        f"({smallest - limit} more)."
+        f"no choice fits: the limit on {budget.name} is {budget.limit}, the smallest attainable value is {smallest} "
+        f"({smallest - budget.limit} more)."
     )

@@ -1,7 +1,7 @@
 """The exact core for one budget: a multiple-choice knapsack solved by its Lagrangian relaxation and closed by a search.
 
-1. A sample of the rows brackets the critical rate; one pass settles every row whose minimizer is the same at both ends
-   of the bracket; the rest are few enough for hulls and a sort, which give the rate and the break solution exactly.
+1. The range of rates is halved, and a row whose minimizer is the same at both ends is settled, until the rest are few
+   enough for hulls and a sort, which give the rate and the break solution exactly.
 2. The break solution is improved over the rows near the break.
 3. One pass collects every move that could still be part of a better solution.
 4. Dynamic programming over these moves finds the optimum and proves it (``closing``).
@@ -15,19 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.closing import GOLDEN, Closed, Moves, close, collect_moves
+from mpqsearch.allocate.closing import Closed, Moves, close, collect_moves
 from mpqsearch.allocate.hull import hull_steps
 from mpqsearch.allocate.problem import Floats, Integers
-from mpqsearch.allocate.tables import blocks, smallest_cost, total_cost, total_loss
+from mpqsearch.allocate.tables import cheapest, smallest_cost, total_cost, total_loss
 
 DIRECT_ROWS = 16_384
-"""Up to so many rows the hulls of all of them are cheaper than bracketing."""
-
-SAMPLE_ROWS = 8_192
-"""Rows of the sample; the width of the bracket falls with the root of this."""
-
-SPREADS = 1.5
-"""Half width of the bracket in standard deviations of the sampled cost; a miss costs one more pass."""
+"""Up to so many rows their hulls are cheaper than another halving of the rates."""
 
 NEAR_MOVES = 400
 """Moves nearest to the break that the first improvement looks at."""
@@ -135,103 +129,38 @@ def solve_table(loss: Floats, cost: Integers, limit: int, *, gap_tolerance: floa
     return replace(answer, floor=floor, proven=proven).settled()
 
 
-def relax(
-    loss: Floats, cost: Integers, limit: int, low: float = 0.0, high: float = float("inf"), base: Integers | None = None
-) -> Relaxed:
-    """Linear relaxation, given that the critical rate is between ``low`` and ``high``; ``base`` minimizes at
-    ``high``."""
-    if len(loss) <= DIRECT_ROWS:
-        return _relax_by_hulls(loss, cost, limit, low, base)
-    bracket = _settle(loss, cost, limit, *_sampled_rates(loss, cost, limit, low, high))
-    if bracket is None:
-        return _relax_by_hulls(loss, cost, limit, low, base)
-    rest, choice = bracket.unsettled, bracket.choice
-    settled = np.ones(len(loss), dtype=bool)
-    settled[rest] = False
-    kept = np.flatnonzero(settled)
-    room = limit - total_cost(cost[kept], choice[kept])
-    inner = relax(loss[rest], cost[rest], room, bracket.low, bracket.high, choice[rest])
-    choice[rest] = inner.choice
-    return Relaxed(inner.rate, choice, total_loss(loss, choice), inner.slack, rest[inner.near])
-
-
-def _relax_by_hulls(loss: Floats, cost: Integers, limit: int, low: float, base: Integers | None) -> Relaxed:
-    """Relaxation from the hull steps of every row; steps outside the bracket are not looked at."""
-    steps = hull_steps(loss, cost, base, low)
-    slack = limit - total_cost(cost, steps.base)
-    taken = int(np.searchsorted(np.cumsum(steps.size), slack, side="right"))
-    if base is not None and (slack < 0 or taken == len(steps.size)):  # rounding at an end of the bracket
-        return _relax_by_hulls(loss, cost, limit, 0.0, None)
-    choice = steps.choice_after(taken)
-    rate = float(steps.rate[taken]) if taken < len(steps.size) else 0.0
-    slack = limit - total_cost(cost, choice)
-    return Relaxed(rate, choice, total_loss(loss, choice), slack, np.arange(len(loss)))
-
-
-def _sampled_rates(loss: Floats, cost: Integers, limit: int, least: float, most: float) -> tuple[float, float]:
-    """Rates that enclose the critical one with high probability, from one row in each of many strata."""
-    n, count = len(loss), SAMPLE_ROWS
-    edges = np.arange(count + 1) * n // count
-    picked = edges[:-1] + (np.arange(count) * GOLDEN % 1.0 * (edges[1:] - edges[:-1])).astype(np.int64)
-    sample = cost[picked]
-    steps = hull_steps(loss[picked], sample)
-    if not steps.rate.size:
-        return least, min(most, 1.0)
-    target = limit * (count / n)
-    reached = total_cost(sample, steps.base) + np.cumsum(steps.size)
-    at = int(np.searchsorted(reached, target))
-    sizes = sample[np.arange(count), steps.choice_after(at)].astype(np.float64)
-    # Neighbours resemble each other (channels of one layer): their differences show what the strata leave unexplained.
-    spread = SPREADS * float(np.sqrt(np.mean(np.diff(sizes) ** 2) / 2 * count))
-    first = int(np.searchsorted(reached, target - spread))
-    last = int(np.searchsorted(reached, target + spread)) + 1
-    high = float(steps.rate[first - 1]) if first > 0 else float(steps.rate[0]) * 2
-    low = float(steps.rate[last]) if last < len(reached) else 0.0
-    return max(low, least), min(high, most)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Bracket:
-    """The minimizers at two rates.
-
-    Attributes:
-        low, high: The rates.
-        choice: ``[r]`` minimizer of loss + high * cost.
-        unsettled: Rows whose minimizer differs between the two; all others keep it for every rate between.
-        cost_low, cost_high: Total cost of the minimizers at each rate.
-    """
-
-    low: float
-    high: float
-    choice: NDArray[np.int32]
-    unsettled: NDArray[np.int64]
-    cost_low: int
-    cost_high: int
-
-
-def _bracketed(loss: Floats, cost: Integers, low: float, high: float) -> _Bracket:
-    at_low, at_high = (np.empty(len(loss), dtype=np.int32) for _ in range(2))
-    for part in blocks(loss):
-        losses, costs = loss[part].astype(np.float64, copy=False), cost[part]
-        at_low[part] = np.argmin(losses + low * costs, axis=1)
-        at_high[part] = np.argmin(losses + high * costs, axis=1)
-    unsettled = np.flatnonzero(at_low != at_high)
-    return _Bracket(low, high, at_high, unsettled, total_cost(cost, at_low), total_cost(cost, at_high))
-
-
-def _settle(loss: Floats, cost: Integers, limit: int, low: float, high: float) -> _Bracket | None:
-    """Move the bracket until it encloses the critical rate; None if it does not shrink the problem."""
-    for attempt in range(64):
-        bracket = _bracketed(loss, cost, low, high)
-        if bracket.cost_high > limit:
-            if attempt > 0 and smallest_cost(loss, cost) > limit:
-                return None
-            low, high = high, high * 2.0 ** (attempt + 1)
-        elif bracket.cost_low <= limit and low > 0:
-            high, low = low, (low / 2.0 ** (attempt + 1) if low > 1e-290 else 0.0)
+def relax(loss: Floats, cost: Integers, limit: int) -> Relaxed:
+    """Linear relaxation: the range of rates is halved until the rows whose minimizer still depends on it are few."""
+    choice = cheapest(loss, cost)
+    near, room, losses, costs = np.arange(len(loss)), limit, loss, cost
+    low, at_low, high, at_high = 0.0, np.argmin(loss, axis=1), np.inf, choice
+    while len(near) > DIRECT_ROWS:
+        middle = float(np.median(_slopes(losses, costs, at_low, at_high)))
+        if not low < middle < high:  # many rows have one slope
+            break
+        at = np.argmin(losses + middle * costs, axis=1)
+        if total_cost(costs, at) > room:
+            low, at_low = middle, at
         else:
-            return bracket if bracket.unsettled.size < 0.9 * len(loss) else None
-    return None
+            high, at_high = middle, at
+        differ = np.flatnonzero(at_low != at_high)
+        choice[near] = at_high
+        room -= total_cost(costs, at_high) - total_cost(costs[differ], at_high[differ])
+        near, losses, costs = near[differ], losses[differ], costs[differ]
+        at_low, at_high = at_low[differ], at_high[differ]
+    steps = hull_steps(losses, costs, at_high, low)
+    taken = int(np.searchsorted(np.cumsum(steps.size), room - total_cost(costs, at_high), side="right"))
+    choice[near] = steps.choice_after(taken)
+    rate = float(steps.rate[taken]) if taken < len(steps.size) else low
+    return Relaxed(rate, choice, total_loss(loss, choice), limit - total_cost(cost, choice), near)
+
+
+def _slopes(loss: Floats, cost: Integers, large: Integers, small: Integers) -> Floats:
+    """``[r]``: loss per unit of cost between two choices of every row, the rate at which they are worth the same."""
+    rows = np.arange(len(loss))
+    saved = loss[rows, small].astype(np.float64) - loss[rows, large]
+    slopes: Floats = saved / np.maximum(cost[rows, large].astype(np.int64) - cost[rows, small], 1)
+    return slopes
 
 
 def _tolerance(solution: CoreSolution, gap_tolerance: float) -> float:

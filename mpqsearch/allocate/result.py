@@ -27,6 +27,27 @@ Proof = Literal["bound", "search", "solver", "none"]
 tried every move that could be better. ``solver``: an integer programming solver's word, to its tolerance of 1e-10."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What a solving method found, for the rows of the tables.
+
+    Attributes:
+        choice: ``[r]`` choice of every row.
+        proof: Who proved it optimal.
+        floor: Best lower bound that was proven.
+        dual_bound: The lower bound that the multipliers prove by themselves; minus infinity without any.
+        multipliers: One multiplier per budget.
+        solver: Name of the method.
+    """
+
+    choice: NDArray[np.int32]
+    proof: Proof
+    floor: float
+    dual_bound: float
+    multipliers: tuple[float, ...]
+    solver: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class AllocationResult(Shown):
     """A solved allocation. ``loss`` and ``costs`` are recomputed from ``choice``, never taken from a solver.
@@ -36,8 +57,7 @@ class AllocationResult(Shown):
         proof: Who proved it, see ``Proof``.
         choice: ``[n]`` choice index per item.
         loss: Total loss of ``choice``.
-        cost: Total of the main budget, never above the limit.
-        costs: Total of every budget by name.
+        costs: Total of every budget by name, never above the limit.
         lower_bound: No admissible choice has a smaller loss (up to float64 rounding). An integer programming solver's
             claim is not counted, so an answer that is optimal by its word may keep a gap.
         gap: ``(loss - lower_bound) / |loss|``; 0 when they meet, infinite without a bound.
@@ -51,7 +71,6 @@ class AllocationResult(Shown):
     proof: Proof
     choice: NDArray[np.int32]
     loss: float
-    cost: int
     costs: Mapping[str, int]
     lower_bound: float
     gap: float
@@ -60,22 +79,16 @@ class AllocationResult(Shown):
     solver: str
     seconds: float
 
-    @property
-    def multiplier(self) -> float:
-        """Multiplier of the main budget: the marginal rate in loss per unit of cost."""
-        return self.multipliers[0] if self.multipliers else 0.0
-
     def certificate(self, problem: AllocationProblem) -> Certificate:
         """What a stranger needs to check this answer, with digests of the tables of ``problem``."""
-        names = [b.name for b in problem.budgets]
         return Certificate(
             status=self.status,
             proof=self.proof,
             solver=self.solver,
             loss=self.loss,
             costs=dict(self.costs),
-            limits=dict(zip(names, problem.limits, strict=True)),
-            multipliers=dict(zip(names, self.multipliers, strict=True)),
+            limits={b.name: b.limit for b in problem.budgets},
+            multipliers={b.name: rate for b, rate in zip(problem.budgets, self.multipliers, strict=True)},
             bound=self.dual_bound if math.isfinite(self.dual_bound) else None,
             digests=table_digests(problem),
         )
@@ -95,15 +108,6 @@ class AllocationResult(Shown):
         return pd.DataFrame({"item": np.arange(len(self.choice)), "choice": self.choice})
 
 
-def relative_gap(loss: float, bound: float) -> float:
-    """Relative distance of ``loss`` from a lower ``bound``; 0 when they are equal, infinite without a bound."""
-    if loss <= bound:
-        return 0.0
-    if loss == 0 or not math.isfinite(bound):
-        return float("inf")
-    return (loss - bound) / abs(loss)
-
-
 def table_digests(problem: AllocationProblem) -> dict[str, str]:
     """SHA-256 of the tables: ``loss`` (float64, infinite where not permitted), each budget's costs by name (int64),
     and ``rules`` (groups, layers, numbers of formats) where there are some. Rows in order, little-endian."""
@@ -113,7 +117,7 @@ def table_digests(problem: AllocationProblem) -> dict[str, str]:
     digests = {"loss": _sha256(loss.astype("<f8", copy=False))}
     digests |= {f"cost {b.name}": _sha256(b.cost.astype("<i8", copy=False)) for b in problem.budgets}
     layer = None if problem.max_formats_per_layer is None else problem.layer
-    labels = [None if given is None else given.tolist() for given in (problem.group_labels, layer)]
+    labels = [None if given is None else given.tolist() for given in (problem.groups, layer)]
     rules = [labels[0], problem.max_formats, problem.max_formats_per_layer, labels[1]]
     if any(rule is not None for rule in rules):
         digests["rules"] = hashlib.sha256(repr(rules).encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate.problem import FREE, AllocationProblem, Floats, Integers
-
-BLOCK_CELLS = 1 << 18
-"""Cells per block: a few float64 temporaries of this size stay in the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,16 +29,6 @@ class Tables:
     row: NDArray[np.int64]
     layer: NDArray[np.int64]
 
-    @property
-    def cost(self) -> Integers:
-        """Cost table of the main budget."""
-        return self.costs[0]
-
-    @property
-    def limit(self) -> int:
-        """Limit of the main budget."""
-        return self.limits[0]
-
     def expand(self, choice: Integers) -> NDArray[np.int32]:
         """Choice per item from choice per row."""
         return np.ascontiguousarray(choice[self.row], dtype=np.int32)
@@ -58,53 +44,32 @@ class Tables:
 
 def plain_tables(problem: AllocationProblem) -> Tables:
     """Tables of ``problem`` without masks and groups; nothing is copied when there are none."""
-    loss = problem.loss
+    loss, costs, row = problem.loss, tuple(b.cost for b in problem.budgets), np.arange(problem.n_items)
     if problem.allowed is not None:
         loss = np.where(problem.allowed, loss, loss.dtype.type(np.inf))
-    costs: tuple[Integers, ...] = tuple(b.cost for b in problem.budgets)
-    row = rows_of(problem.group_labels, problem.n_items)
-    if problem.group_labels is not None:
+    if problem.groups is not None:
+        free = int(problem.groups.max(initial=FREE)) + 1 + row
+        row = np.unique(np.where(problem.groups == FREE, free, problem.groups), return_inverse=True)[1]
         loss = _sum_rows(loss.astype(np.float64), row)
         costs = tuple(_sum_rows(cost.astype(np.int64), row) for cost in costs)
     layer = np.zeros(len(loss), dtype=np.int64)
     if problem.max_formats_per_layer is not None and problem.layer is not None:
         number = np.unique(problem.layer, return_inverse=True)[1]
         layer[row[::-1]] = number[::-1]  # of repeated rows numpy keeps the last: the first item's layer
-    return Tables(loss=loss, costs=costs, limits=problem.limits, row=row, layer=layer)
-
-
-def rows_of(labels: Integers | None, n_items: int) -> NDArray[np.int64]:
-    """Row of every item when the items of a group share one row; rows in the order of their first items."""
-    if labels is None:
-        return np.arange(n_items)
-    unique = np.where(labels == FREE, int(labels.max(initial=FREE)) + 1 + np.arange(n_items), labels)
-    _, first, row = np.unique(unique, return_index=True, return_inverse=True)
-    order = np.empty(first.size, dtype=np.int64)
-    order[np.argsort(first, kind="stable")] = np.arange(first.size)
-    return order[row]
+    return Tables(loss=loss, costs=costs, limits=tuple(b.limit for b in problem.budgets), row=row, layer=layer)
 
 
 def _sum_rows(table: NDArray[Any], row: NDArray[np.int64]) -> NDArray[Any]:
-    order = np.argsort(row, kind="stable")
-    starts = np.flatnonzero(np.diff(row[order], prepend=-1))
-    summed: NDArray[Any] = np.add.reduceat(table[order], starts, axis=0)
+    summed = np.zeros((int(row.max(initial=-1)) + 1, table.shape[1]), dtype=table.dtype)
+    np.add.at(summed, row, table)
     return summed
-
-
-def blocks(loss: Floats) -> Iterator[slice]:
-    """Slices of rows that cover the table, so that the memory beside it stays bounded."""
-    step = max(1, BLOCK_CELLS // loss.shape[1])
-    return (slice(start, min(start + step, len(loss))) for start in range(0, len(loss), step))
 
 
 def cheapest(loss: Floats, cost: Integers) -> NDArray[np.int32]:
     """Cheapest permitted choice of every row; of equal costs the one with the least loss."""
-    choice = np.empty(len(loss), dtype=np.int32)
-    for part in blocks(loss):
-        permitted = np.isfinite(loss[part])
-        sizes = np.where(permitted, cost[part].astype(np.int64, copy=False), np.iinfo(np.int64).max)
-        least = sizes == sizes.min(axis=1, keepdims=True)
-        choice[part] = np.argmin(np.where(least & permitted, loss[part], np.inf), axis=1)
+    sizes = np.where(np.isfinite(loss), cost.astype(np.int64, copy=False), np.iinfo(np.int64).max)
+    least = sizes == sizes.min(axis=1, keepdims=True)
+    choice: NDArray[np.int32] = np.argmin(np.where(least, loss, np.inf), axis=1).astype(np.int32)
     return choice
 
 

@@ -220,7 +220,6 @@ def _show_path(table: LayerTable, data: Mapping[str, Any]) -> None:
                 "bits a parameter" if size else unit: cost,
                 "loss": number(answer.get("loss"), ".4g"),
                 "lower bound": number(answer.get("lower_bound"), ".4g"),
-                "gap": number(answer.get("gap"), ".1e"),
                 f"loss saved per {_one(unit)}": number(answer.get("rate"), ".3g"),
             }
         )
@@ -239,7 +238,7 @@ def _show_explanation(data: Mapping[str, Any]) -> None:
             "channels": layer["channels"],
             "loss": f"{layer['loss']:.3g}",
             "next": layer["next"] or "-",
-            "saves": f"{layer['gain']:.3g}",
+            "saves": f"{layer['saved']:.3g}",
             "costs": layer["extra_cost"],
             f"saved per {unit}": f"{layer['rate_up']:.3g}",
             f"lost per {unit} less": number(layer["rate_down"], ".3g"),

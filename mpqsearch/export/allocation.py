@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate import AllocationProblem, AllocationResult, PairwiseTerms, solve
+from mpqsearch.allocate import AllocationProblem, AllocationResult, CostBudget, PairwiseTerms, solve
 from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
@@ -191,6 +191,9 @@ def allocate_for(
         cost[i, -1], allowed[i, -1] = target.cost(layer, None).total, whole or not offered
     other = target.kept_bits * sum(k.n_values for k in table.kept)
     ties = [[table.index[n] for n in group] for group in policy.groups_of(table)]
+    groups = np.full(len(table), -1)
+    for number, tied in enumerate(ties):
+        groups[tied] = number
     least = least_cost(cost, allowed, ties) + other
     if least > limit:
         if not at_least_smallest:
@@ -203,10 +206,9 @@ def allocate_for(
     names = [la.name for la in table]
     problem = AllocationProblem(
         loss=loss,
-        cost=cost,
-        limit=limit - other,
+        budgets=(CostBudget(name="bits", cost=cost, limit=limit - other),),
         allowed=allowed,
-        groups=ties,
+        groups=groups,
         names=names,
         choices=list(formats),
         pairwise=pairs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +107,9 @@ def layer_program(task: Task) -> Program:
     """The program over layers."""
     rules, choices = task.programs.rules, choices_of(task)
     inputs, names = task.inputs(task.widest_input), rules.searched
-    index = {n: i for i, n in enumerate(names)}
+    groups = np.full(len(names), -1)
+    for number, group in enumerate(rules.groups):
+        groups[[names.index(n) for n in group]] = number
     fixed = tuple(task.fixed_cost(li.budget, inputs) for li in task.limits)
     problem = _problem(
         task,
@@ -116,7 +117,7 @@ def layer_program(task: Task) -> Program:
         costs=[task.layer_costs(li.budget, names, choices, inputs) for li in task.limits],
         fixed=fixed,
         allowed=allowed_choices(rules, names, choices),
-        groups=[[index[n] for n in group] for group in rules.groups],
+        groups=groups,
         names=names,
         choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
         layer=np.arange(len(names)),
@@ -169,25 +170,22 @@ def _problem(
     costs: Sequence[Integers],
     fixed: Sequence[int],
     allowed: NDArray[np.bool_],
-    groups: Any,
+    groups: Integers,
     choices: tuple[str, ...],
     layer: Integers,
     names: tuple[str, ...] | None = None,
 ) -> AllocationProblem:
     """The numbers of a program, with the limits that are left for its items."""
     policy = task.programs.policy
-    budgets = [
+    budgets = tuple(
         CostBudget(name=li.budget.label(), cost=cost, limit=li.limit - paid)
         for li, cost, paid in zip(task.limits, costs, fixed, strict=True)
-    ]
+    )
     return AllocationProblem(
         loss=loss,
-        cost=np.asarray(budgets[0].cost),
-        limit=int(budgets[0].limit),
-        budget_name=budgets[0].name,
-        more_budgets=tuple(budgets[1:]),
+        budgets=budgets,
         allowed=None if allowed.all() else allowed,
-        groups=groups if len(groups) else None,
+        groups=groups if (groups >= 0).any() else None,
         names=names,
         choices=choices,
         max_formats=policy.max_formats or None,
@@ -252,7 +250,7 @@ def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -
 
 
 def _channel_labels(task: Task, layers: Sequence[LayerSpec]) -> Integers:
-    """Group ``[n]`` of every channel of the searched layers, -1 for those that are free; empty when all are.
+    """Group ``[n]`` of every channel of the searched layers, -1 for those that are free.
 
     Layers of a group share widths channel by channel; with unequal numbers of channels, one width for all.
     """
@@ -265,4 +263,4 @@ def _channel_labels(task: Task, layers: Sequence[LayerSpec]) -> Integers:
         for name in group:
             labels[starts[name] : starts[name] + counts[name]] = used + np.arange(n) if equal else used
         used += n if equal else 1
-    return labels if used else labels[:0]
+    return labels

@@ -11,7 +11,7 @@ import numpy as np
 from mpqsearch import artifacts
 from mpqsearch.allocate import NextStep, ParetoPath, explain, solve_path
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError
+from mpqsearch.errors import ConfigError
 from mpqsearch.methods import PROGRAMS, MethodSpec, Program
 from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_of, study_methods
 from mpqsearch.stages.base import Run, slug
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LISTED_VERTICES = 5_000
 """Vertices of a path that its files list; a longer path is listed in part, evenly over its cost."""
 
-COLUMNS = ("cost", "bits_a_parameter", "bytes", "loss", "lower_bound", "rate", "layers", "bits", "input_bits")
+COLUMNS = ("cost", "bits_a_parameter", "bytes", "loss", "rate", "layers", "bits", "input_bits")
 """Columns of a path's CSV."""
 
 
@@ -105,8 +105,7 @@ def _listed(path: ParetoPath) -> list[int]:
 def _point(table: LayerTable, unit: str, program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
     """One vertex of a path, with the step that led to it where the items are layers."""
     cost, loss = int(path.budgets[vertex]) + program.fixed_cost, float(path.losses[vertex])
-    rate = float(path.rates[vertex]) if vertex < len(path.rates) else 0.0
-    point: dict[str, Any] = {"cost": cost, "loss": loss, "lower_bound": loss, "rate": rate}
+    point: dict[str, Any] = {"cost": cost, "loss": loss, "rate": float(path.rates[vertex])}
     if unit == "bits stored":
         point |= {"bits_a_parameter": cost / table.n_parameters, "bytes": -(-cost // 8)}
     if program.by_layer and vertex > 0:
@@ -119,18 +118,15 @@ def _point(table: LayerTable, unit: str, program: Program, path: ParetoPath, ver
 
 def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> dict[str, Any]:
     """The path's own answer at a budget, without solving again."""
-    answer: dict[str, Any] = {"budget": budget.label(), "limit": limit}
-    try:
-        result = path.at(limit - program.fixed_cost)
-    except InfeasibleBudgetError:
-        return answer | {"status": "infeasible", "smallest": int(path.budgets[0]) + program.fixed_cost}
+    left = limit - program.fixed_cost
+    answer, vertex = {"budget": budget.label(), "limit": limit}, path.vertex(left)
+    if vertex < 0:
+        return answer | {"smallest": int(path.budgets[0]) + program.fixed_cost}
     return answer | {
-        "status": result.status,
-        "cost": result.cost + program.fixed_cost,
-        "loss": result.loss,
-        "lower_bound": result.lower_bound,
-        "gap": _finite(result.gap),
-        "rate": result.multiplier,
+        "cost": int(path.budgets[vertex]) + program.fixed_cost,
+        "loss": float(path.losses[vertex]),
+        "lower_bound": path.lower_bound(left),
+        "rate": float(path.rates[vertex]),
     }
 
 
@@ -209,7 +205,7 @@ def _layer_row(step: NextStep, table: LayerTable, bit_map: BitMap) -> dict[str, 
         "loss": step.loss,
         "cost": step.cost,
         "next": step.next_choice,
-        "gain": step.gain,
+        "saved": step.saved,
         "extra_cost": step.extra_cost,
         "rate_up": step.rate_up,
         "rate_down": _finite(step.rate_down),

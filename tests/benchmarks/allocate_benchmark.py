@@ -73,8 +73,8 @@ def channel_problem(layers: list[Shape], average: float = 4.4, noise: float = 0.
     sensitivity = np.repeat(rng.lognormal(0, 2, len(layers)), counts) * rng.lognormal(0, 0.7, weights.size)
     loss = (sensitivity * weights)[:, None] * 4.0**-BITS * (1 + noise * rng.random((weights.size, 7)))
     layer = np.repeat(np.arange(len(layers)), counts)
-    limit = int(average * weights.sum())
-    return AllocationProblem(loss=loss, cost=weights[:, None] * BITS, limit=limit, layer=layer)
+    bits = CostBudget(name="bits", cost=weights[:, None] * BITS, limit=int(average * weights.sum()))
+    return AllocationProblem(loss=loss, budgets=(bits,), layer=layer)
 
 
 def layer_problem(count: int, seed: int = 0, average: float = 4.37) -> AllocationProblem:
@@ -83,16 +83,17 @@ def layer_problem(count: int, seed: int = 0, average: float = 4.37) -> Allocatio
     weights = rng.choice([320, 640, 1280, 2560], count) * rng.choice([320, 768, 1280, 2880, 5760, 11520], count)
     loss = 10.0 ** rng.uniform(-8, 0, count)[:, None] * 4.0 ** -(BITS - 2.0) * rng.lognormal(0, 0.3, (count, 7))
     cost = weights[:, None] * BITS + (weights // 64 * 32)[:, None]
-    return AllocationProblem(loss=loss, cost=cost, limit=int((average + 0.5) * weights.sum()))
+    bits = CostBudget(name="bits", cost=cost, limit=int((average + 0.5) * weights.sum()))
+    return AllocationProblem(loss=loss, budgets=(bits,))
 
 
 def with_bops(problem: AllocationProblem, share: float = 1.9) -> AllocationProblem:
     """A second budget: BOPs of at most ``share`` of what they can fall to."""
     rng = np.random.default_rng(5)
     positions = np.repeat(rng.integers(1, 400, problem.n_items // 100 + 1), 100)[: problem.n_items]
-    bops = problem.cost.astype(np.int64) * positions[:, None] * 8
+    bops = problem.budgets[0].cost.astype(np.int64) * positions[:, None] * 8
     budget = CostBudget(name="BOPs", cost=bops, limit=int(bops.min(axis=1).sum() * share))
-    return replace(problem, more_budgets=(budget,))
+    return replace(problem, budgets=(*problem.budgets, budget))
 
 
 ROWS: dict[str, tuple[Callable[[], AllocationProblem], float]] = {

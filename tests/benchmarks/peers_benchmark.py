@@ -22,12 +22,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from mpqsearch.allocate import AllocationProblem, solve
+from mpqsearch.allocate import AllocationProblem, CostBudget, solve
 
 BITS = np.array([2, 3, 4, 5, 6, 8, 16])
 Answer = tuple[np.ndarray | None, str]
@@ -42,7 +43,7 @@ def instance(layers: int, seed: int = 0) -> AllocationProblem:
         10.0 ** rng.uniform(-8, 0, layers)[:, None] * 4.0 ** -(BITS - 2.0) * rng.lognormal(0, 0.3, (layers, len(BITS)))
     )
     cost = weights[:, None] * BITS + (weights // 64 * 32)[:, None]
-    return AllocationProblem(loss=loss, cost=cost, limit=int(4.5 * weights.sum()))
+    return AllocationProblem(loss=loss, budgets=(CostBudget(name="bits", cost=cost, limit=int(4.5 * weights.sum())),))
 
 
 def pulp_raw(problem: AllocationProblem, scale: float, limit_s: float) -> Answer:
@@ -58,7 +59,8 @@ def pulp_raw(problem: AllocationProblem, scale: float, limit_s: float) -> Answer
         model += pulp.lpSum(float(problem.loss[i, j] * scale) * picks[i][j] for i, j in cells)
         for row in picks:
             model += pulp.lpSum(row) == 1
-        model += pulp.lpSum(int(problem.cost[i, j]) * picks[i][j] for i, j in cells) <= problem.limit
+        cost, limit = problem.budgets[0].cost, problem.budgets[0].limit
+        model += pulp.lpSum(int(cost[i, j]) * picks[i][j] for i, j in cells) <= limit
         model.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=limit_s))
     return np.array([int(np.argmax([v.value() or 0 for v in row])) for row in picks]), pulp.LpStatus[model.status]
 
@@ -67,12 +69,12 @@ def dictionary_dp(problem: AllocationProblem, scale: float, limit_s: float) -> A
     """Total cost -> (loss, choices), dominated totals dropped after every layer."""
     began = time.process_time()
     states: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for losses, costs in zip((problem.loss * scale).tolist(), problem.cost.tolist(), strict=True):
+    for losses, costs in zip((problem.loss * scale).tolist(), problem.budgets[0].cost.tolist(), strict=True):
         grown: dict[int, tuple[float, tuple[int, ...]]] = {}
         for used, (total, choices) in states.items():
             for j, (loss, cost) in enumerate(zip(losses, costs, strict=True)):
                 size, value = used + cost, total + loss
-                if size <= problem.limit and (size not in grown or value < grown[size][0]):
+                if size <= problem.budgets[0].limit and (size not in grown or value < grown[size][0]):
                     grown[size] = (value, (*choices, j))
         states, least = {}, float("inf")
         for size in sorted(grown):
@@ -85,10 +87,10 @@ def dictionary_dp(problem: AllocationProblem, scale: float, limit_s: float) -> A
 
 def greedy(problem: AllocationProblem, scale: float, limit_s: float) -> Answer:
     """One step up for the best gain per bit, from the cheapest map."""
-    loss, cost = problem.loss * scale, problem.cost
+    loss, cost = problem.loss * scale, problem.budgets[0].cost
     rows = np.arange(len(loss))
     choice = np.zeros(len(loss), dtype=int)
-    left = problem.limit - int(cost[:, 0].sum())
+    left = problem.budgets[0].limit - int(cost[:, 0].sum())
     while True:
         following = np.minimum(choice + 1, loss.shape[1] - 1)
         extra = cost[rows, following] - cost[rows, choice]
@@ -103,7 +105,7 @@ def greedy(problem: AllocationProblem, scale: float, limit_s: float) -> Answer:
 
 def ours(problem: AllocationProblem, scale: float, limit_s: float) -> Answer:
     """The certified optimum."""
-    result = solve(AllocationProblem(loss=problem.loss * scale, cost=problem.cost, limit=problem.limit))
+    result = solve(replace(problem, loss=problem.loss * scale))
     return result.choice, f"{result.status}, gap {result.gap:.1e}"
 
 
@@ -140,7 +142,7 @@ def main() -> None:
                 ratio, fill = "-", "-"
                 if choice is not None:
                     loss, costs = problem.evaluate(choice)
-                    ratio, fill = f"{loss / optimum.loss:.4g}", f"{costs[0] / problem.limit:.4f}"
+                    ratio, fill = f"{loss / optimum.loss:.4g}", f"{costs[0] / problem.budgets[0].limit:.4f}"
                 sys.stdout.write(f"| {count} | {scale:g} | {name} | {ratio} | {fill} | {says} | {spent:.3g} |\n")
                 sys.stdout.flush()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, check_certificate, solve, solve_path
+from mpqsearch.allocate import AllocationProblem, CostBudget, check_certificate, solve, solve_path
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +13,8 @@ def channels():
     rng = np.random.default_rng(0)
     weights = np.repeat(rng.integers(300, 11_000, 200), 100)
     loss = (rng.lognormal(0, 2, weights.size) * weights)[:, None] * 4.0 ** -np.arange(2, 9)
-    return AllocationProblem(loss=loss, cost=weights[:, None] * np.arange(2, 9), limit=int(4.4 * weights.sum()))
+    bits = CostBudget(name="bits", cost=weights[:, None] * np.arange(2, 9), limit=int(4.4 * weights.sum()))
+    return AllocationProblem(loss=loss, budgets=(bits,))
 
 
 def test_proven_optimum(benchmark, channels):

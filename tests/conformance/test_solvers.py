@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpqsearch.allocate import AllocationProblem, check_certificate, solve
+from mpqsearch.allocate import check_certificate, solve
 from mpqsearch.errors import InfeasibleBudgetError, UnknownNameError
 from tests.support import brute
+from tests.support.problems import grouped, problem_of
 
 ALL = ["auto", "core", "highs", "cbc"]
 SAME = 1e-12  # two float64 sums of the same losses
@@ -24,10 +25,10 @@ def instance(seed, n=6, k=4, scale=1.0, decades=6):
 @pytest.mark.parametrize("solver", ALL)
 @pytest.mark.parametrize("seed", range(3))
 def test_answer_is_admissible_recosted_and_certified(solver, seed):
-    problem = AllocationProblem(**instance(seed))
+    problem = problem_of(**instance(seed))
     result = solve(problem, solver=solver)
     rows = np.arange(problem.n_items)
-    assert result.cost == int(problem.cost[rows, result.choice].sum()) <= problem.limit
+    assert result.costs["cost"] == int(problem.budgets[0].cost[rows, result.choice].sum()) <= problem.budgets[0].limit
     assert result.loss == pytest.approx(float(problem.loss[rows, result.choice].sum()), rel=SAME)
     assert result.dual_bound <= result.lower_bound * (1 + SAME)
     assert result.lower_bound <= result.loss * (1 + SAME)
@@ -38,7 +39,7 @@ def test_answer_is_admissible_recosted_and_certified(solver, seed):
 @pytest.mark.parametrize("solver", ALL)
 @pytest.mark.parametrize("scale", [1e-15, 1e-9, 1e-4, 1.0, 1e9, 1e15])
 def test_optimal_means_optimal_at_every_scale(solver, scale):
-    problem = AllocationProblem(**instance(7, scale=scale))
+    problem = problem_of(**instance(7, scale=scale))
     result = solve(problem, solver=solver)
     assert result.status == "optimal"
     assert result.gap == 0 or result.proof == "solver"
@@ -52,9 +53,9 @@ def test_costs_of_a_size_that_float_solvers_confuse(solver):
     loss = np.sort(rng.random((6, 3)), axis=1)[:, ::-1]
     cost = np.sort(rng.integers(10**9, 10**12, (6, 3)), axis=1)
     limit = int(cost[:, 1].sum()) - 1
-    problem = AllocationProblem(loss=loss, cost=cost, limit=limit)
+    problem = problem_of(loss=loss, cost=cost, limit=limit)
     result = solve(problem, solver=solver)
-    assert result.cost <= limit
+    assert result.costs["cost"] <= limit
     assert result.loss == pytest.approx(brute.least(problem), rel=1e-6)
 
 
@@ -64,7 +65,7 @@ def test_groups_and_masks_hold(solver):
     allowed = np.ones(given["loss"].shape, dtype=bool)
     allowed[3, 0] = False
     allowed[1] = np.arange(4) == 1
-    problem = AllocationProblem(**given, groups=[[0, 2], [4, 5]], allowed=allowed)
+    problem = problem_of(**given, groups=grouped(6, [0, 2], [4, 5]), allowed=allowed)
     result = solve(problem, solver=solver)
     assert result.choice[0] == result.choice[2]
     assert result.choice[4] == result.choice[5]
@@ -78,34 +79,34 @@ def test_infeasible_names_the_smallest_attainable_value(solver):
     given = instance(13)
     least = int(given["cost"].min(axis=1).sum())
     with pytest.raises(InfeasibleBudgetError, match=str(least)):
-        solve(AllocationProblem(**{**given, "limit": least - 1}), solver=solver)
+        solve(problem_of(**{**given, "limit": least - 1}), solver=solver)
 
 
 @pytest.mark.parametrize("solver", ALL)
 def test_the_smallest_budget_takes_the_cheapest_choices(solver):
     given = instance(17)
     least = int(given["cost"].min(axis=1).sum())
-    result = solve(AllocationProblem(**{**given, "limit": least}), solver=solver)
-    assert result.cost == least
+    result = solve(problem_of(**{**given, "limit": least}), solver=solver)
+    assert result.costs["cost"] == least
 
 
 @pytest.mark.parametrize("solver", ALL)
 def test_a_slack_budget_gives_every_item_its_best_choice(solver):
     given = instance(19)
-    problem = AllocationProblem(**{**given, "limit": int(given["cost"].max(axis=1).sum())})
+    problem = problem_of(**{**given, "limit": int(given["cost"].max(axis=1).sum())})
     result = solve(problem, solver=solver)
     np.testing.assert_array_equal(result.choice, problem.loss.argmin(axis=1))
 
 
 @pytest.mark.parametrize("solver", ALL)
 def test_one_item_and_one_choice(solver):
-    result = solve(AllocationProblem(loss=np.array([[2.0]]), cost=np.array([[5]]), limit=5), solver=solver)
-    assert (result.loss, result.cost, result.choice.tolist()) == (2.0, 5, [0])
+    result = solve(problem_of(loss=np.array([[2.0]]), cost=np.array([[5]]), limit=5), solver=solver)
+    assert (result.loss, result.costs["cost"], result.choice.tolist()) == (2.0, 5, [0])
 
 
 def test_an_unknown_solver_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match="highs"):
-        solve(AllocationProblem(**instance(0)), solver="highz")
+        solve(problem_of(**instance(0)), solver="highz")
 
 
 def test_three_thousand_small_instances_against_the_whole_grid():
@@ -120,10 +121,10 @@ def test_three_thousand_small_instances_against_the_whole_grid():
         grid = np.stack(np.meshgrid(*[np.arange(k)] * n, indexing="ij"), axis=-1).reshape(-1, n)
         losses = loss.astype(np.float64)[np.arange(n), grid].sum(axis=1)
         least = losses[cost.astype(np.int64)[np.arange(n), grid].sum(axis=1) <= limit].min()
-        result = solve(AllocationProblem(loss=loss, cost=cost, limit=limit))
+        result = solve(problem_of(loss=loss, cost=cost, limit=limit))
         assert result.status == "optimal", number
         assert result.loss == pytest.approx(least, rel=SAME, abs=0), number
-        assert result.cost <= limit, number
+        assert result.costs["cost"] <= limit, number
         assert result.dual_bound <= least * (1 + SAME), number
 
 
@@ -134,7 +135,7 @@ def test_random_instances_core_against_highs():
     worse = 0
     for seed in range(300):
         n, k = int(rng.integers(3, 15)), int(rng.integers(2, 8))
-        problem = AllocationProblem(**instance(seed, n, k, scale=10.0 ** rng.integers(-9, 10)))
+        problem = problem_of(**instance(seed, n, k, scale=10.0 ** rng.integers(-9, 10)))
         core, highs = solve(problem, solver="core"), solve(problem, solver="highs")
         assert core.status == "optimal"
         assert core.loss <= highs.loss * (1 + SAME)

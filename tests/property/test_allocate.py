@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpqsearch.allocate import AllocationProblem, check_certificate, solve, solve_path
+from mpqsearch.allocate import check_certificate, solve, solve_path
 from mpqsearch.errors import InfeasibleBudgetError
 from tests.support import brute
+from tests.support.problems import changed, problem_of
 
 ROUNDING = 1e-12  # two float64 sums of a few losses in different orders
 
@@ -43,7 +43,7 @@ def problems(draw, max_items=5, max_choices=4):
     least = int(np.where(allowed, cost, 2**60).min(axis=1).sum())
     most = int(np.where(allowed, cost, 0).max(axis=1).sum())
     limit = draw(st.integers(least, max(most, least)))
-    return AllocationProblem(loss=loss, cost=cost, limit=limit, allowed=allowed)
+    return problem_of(loss=loss, cost=cost, limit=limit, allowed=allowed)
 
 
 @settings(max_examples=400, deadline=None)
@@ -60,8 +60,8 @@ def test_the_core_equals_brute_force_and_its_certificate_holds(problem):
 @settings(max_examples=50, deadline=None)
 @given(problems())
 def test_one_below_the_smallest_attainable_cost_is_refused_with_that_cost(problem):
-    least = int(np.where(problem.allowed, problem.cost, 2**60).min(axis=1).sum())
-    too_small = AllocationProblem(loss=problem.loss, cost=problem.cost, limit=least - 1, allowed=problem.allowed)
+    least = int(np.where(problem.allowed, problem.budgets[0].cost, 2**60).min(axis=1).sum())
+    too_small = problem_of(loss=problem.loss, cost=problem.budgets[0].cost, limit=least - 1, allowed=problem.allowed)
     with pytest.raises(InfeasibleBudgetError, match=str(least)):
         solve(too_small)
 
@@ -72,26 +72,25 @@ def test_scaling_shifting_and_reordering_leave_the_optimum(problem, decade, fact
     """P5: units, constants per item and the order of items and choices are not part of the problem."""
     reference = solve(problem)
     scaled = solve(
-        AllocationProblem(
+        problem_of(
             loss=problem.loss.astype(np.float64) * 10.0**decade,
-            cost=problem.cost,
-            limit=problem.limit,
+            cost=problem.budgets[0].cost,
+            limit=problem.budgets[0].limit,
             allowed=problem.allowed,
         )
     )
     assert scaled.loss == pytest.approx(reference.loss * 10.0**decade, rel=ROUNDING, abs=0)
-    if int(problem.cost.max()) < 10**9:
-        sized = AllocationProblem(
-            loss=problem.loss, cost=problem.cost * factor, limit=problem.limit * factor, allowed=problem.allowed
-        )
+    cost, limit = problem.budgets[0].cost, problem.budgets[0].limit
+    if int(cost.max()) < 10**9:
+        sized = problem_of(loss=problem.loss, cost=cost * factor, limit=limit * factor, allowed=problem.allowed)
         assert solve(sized).loss == pytest.approx(reference.loss, rel=ROUNDING, abs=0)
     items, choices = list(range(problem.n_items)), list(range(problem.n_choices))
     random.shuffle(items)
     random.shuffle(choices)
-    shuffled = AllocationProblem(
+    shuffled = problem_of(
         loss=problem.loss[items][:, choices],
-        cost=problem.cost[items][:, choices],
-        limit=problem.limit,
+        cost=problem.budgets[0].cost[items][:, choices],
+        limit=problem.budgets[0].limit,
         allowed=problem.allowed[items][:, choices],
     )
     assert solve(shuffled).loss == pytest.approx(reference.loss, rel=ROUNDING, abs=0)
@@ -103,17 +102,17 @@ def test_more_budget_is_never_worse_and_the_bound_is_convex(problem):
     """P3: over the whole path, losses fall, bounds fall and bend upwards, and no optimum is below them."""
     path = solve_path(problem)
     limits = np.unique(np.linspace(path.budgets[0], path.budgets[-1] + 2, 7).astype(np.int64))
-    optima = [
-        solve(AllocationProblem(loss=problem.loss, cost=problem.cost, limit=int(limit), allowed=problem.allowed)).loss
-        for limit in limits
-    ]
+    optima = [solve(changed(problem, limit=int(limit))).loss for limit in limits]
     bounds = [path.lower_bound(int(limit)) for limit in limits]
-    answers = [path.at(int(limit)) for limit in limits]
+    vertices = [path.vertex(int(limit)) for limit in limits]
     slip = ROUNDING * max(abs(optima[0]), 1e-300)
     assert all(later <= earlier + slip for earlier, later in itertools.pairwise(optima))
     assert all(bound <= best + slip for bound, best in zip(bounds, optima, strict=True))
-    assert all(answer.loss >= best - slip for answer, best in zip(answers, optima, strict=True))
-    assert all(answer.cost <= limit for answer, limit in zip(answers, limits, strict=True))
+    for vertex, limit, best in zip(vertices, limits, optima, strict=True):
+        loss, (cost,) = problem.evaluate(path.choice(vertex))
+        assert loss == pytest.approx(path.losses[vertex], rel=1e-9, abs=slip)
+        assert loss >= best - slip
+        assert cost == path.budgets[vertex] <= limit
     assert np.all(np.diff(path.rates) <= 0)
     assert np.all(np.diff(path.budgets) > 0)
 
@@ -123,9 +122,10 @@ def test_more_budget_is_never_worse_and_the_bound_is_convex(problem):
 def test_dominated_and_duplicated_choices_change_nothing(problem):
     """P7."""
     worse = np.column_stack([problem.loss, problem.loss[:, 0] * 2 + 1, problem.loss[:, -1]])
-    dearer = np.column_stack([problem.cost, problem.cost[:, 0] + 1, problem.cost[:, -1]])
+    cost = problem.budgets[0].cost
+    dearer = np.column_stack([cost, cost[:, 0] + 1, cost[:, -1]])
     allowed = np.column_stack([problem.allowed, problem.allowed[:, 0], problem.allowed[:, -1]])
-    more = AllocationProblem(loss=worse, cost=dearer, limit=problem.limit, allowed=allowed)
+    more = problem_of(loss=worse, cost=dearer, limit=problem.budgets[0].limit, allowed=allowed)
     assert solve(more).loss == pytest.approx(solve(problem).loss, rel=ROUNDING, abs=0)
 
 
@@ -134,7 +134,7 @@ def test_dominated_and_duplicated_choices_change_nothing(problem):
 def test_groups_equal_brute_force(problem, seed):
     """P9: groups merge rows."""
     rng = np.random.default_rng(seed)
-    asked = replace(problem, groups=rng.integers(-1, 2, problem.n_items))
+    asked = changed(problem, groups=rng.integers(-1, 2, problem.n_items))
     least = brute.least(asked)
     if least is None:
         with pytest.raises(InfeasibleBudgetError, match="smallest attainable|choice in common"):

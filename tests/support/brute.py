@@ -13,9 +13,9 @@ def admissible(problem: Any, choice: tuple[int, ...]) -> bool:
     items = range(len(choice))
     if problem.allowed is not None and not all(problem.allowed[i, choice[i]] for i in items):
         return False
-    if problem.group_labels is not None:
+    if problem.groups is not None:
         for a, b in itertools.combinations(items, 2):
-            if problem.group_labels[a] == problem.group_labels[b] >= 0 and choice[a] != choice[b]:
+            if problem.groups[a] == problem.groups[b] >= 0 and choice[a] != choice[b]:
                 return False
     if problem.max_formats is not None and len(set(choice)) > problem.max_formats:
         return False
@@ -50,7 +50,7 @@ def smallest(problem: Any, name: str) -> int | None:
     n, k = problem.loss.shape
     budgets = {b.name: b for b in problem.budgets}
     asked = budgets.pop(name)
-    rules = ("allowed", "group_labels", "max_formats", "max_formats_per_layer", "layer")
+    rules = ("allowed", "groups", "max_formats", "max_formats_per_layer", "layer")
     without = SimpleNamespace(budgets=list(budgets.values()), **{rule: getattr(problem, rule) for rule in rules})
     totals = [
         sum(int(asked.cost[i, c]) for i, c in enumerate(choice))

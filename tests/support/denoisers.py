@@ -53,7 +53,7 @@ def model_classes() -> dict[str, type[nn.Module]]:
 
     for module in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
         importlib.import_module(module.name)  # all of them: diffusers loads its classes when they are asked for
-    found = {c.__name__: c for c in _subclasses(diffusers.ModelMixin) if c.__module__.startswith("diffusers.models.")}
+    found = {c.__name__: c for c in subclasses(diffusers.ModelMixin) if c.__module__.startswith("diffusers.models.")}
     return {
         name: found[name]
         for name in sorted(found)
@@ -103,10 +103,10 @@ def disturb(module: nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter.dtype))
 
 
-def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
-        yield from _subclasses(sub)
+        yield from subclasses(sub)
 
 
 def _guess(cls: type[nn.Module]) -> Recipe:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from mpqsearch.allocate import (
-    AllocationProblem,
     Certificate,
     CostBudget,
     certificate,
@@ -20,6 +19,7 @@ from mpqsearch.allocate import (
     solve,
     table_digests,
 )
+from tests.support.problems import grouped, problem_of
 
 
 def problem(**changes):
@@ -29,7 +29,7 @@ def problem(**changes):
         "cost": np.sort(rng.integers(1, 90, (12, 4)), axis=1),
         "limit": 600,
     }
-    return AllocationProblem(**(given | changes))
+    return problem_of(**(given | changes))
 
 
 def test_it_shares_nothing_with_the_solvers():
@@ -62,7 +62,7 @@ def test_a_certificate_survives_json():
 
 def test_a_wrong_cost_is_never_certified():
     """Met: a true cost of 23 over a limit of 20 was certified, because the check shared the pass that costs."""
-    asked = AllocationProblem(loss=np.array([[1.0, 0.0]] * 2), cost=np.array([[10, 13], [10, 10]]), limit=20)
+    asked = problem_of(loss=np.array([[1.0, 0.0]] * 2), cost=np.array([[10, 13], [10, 10]]), limit=20)
     honest = solve(asked).certificate(asked)
     forged = replace(honest, loss=0.0, costs={"cost": 20})
     check = check_certificate(forged, asked, [1, 1])
@@ -100,7 +100,7 @@ def test_every_forged_number_is_refused(what):
     ("rule", "choice", "words"),
     [
         ({"allowed": np.arange(4) < np.full((12, 1), 3)}, [3] + [0] * 11, "not allowed"),
-        ({"groups": [[0, 1]]}, [1] + [0] * 11, "group 0 has the choices"),
+        ({"groups": grouped(12, [0, 1])}, [1] + [0] * 11, "group 0 has the choices"),
         ({"max_formats": 2}, [0, 1, 2] + [0] * 9, "3 formats are used"),
         ({"max_formats_per_layer": 1, "layer": np.repeat([0, 1], 6)}, [1] + [0] * 11, "layer 0 uses 2"),
         ({}, [0] * 11, "for each of 12 items"),
@@ -110,7 +110,7 @@ def test_every_forged_number_is_refused(what):
 def test_every_broken_rule_is_named(rule, choice, words):
     asked = problem(**rule)
     loss = sum(asked.loss[i, min(c, 3)] for i, c in enumerate(choice))
-    cost = sum(int(asked.cost[i, min(c, 3)]) for i, c in enumerate(choice))
+    cost = sum(int(asked.budgets[0].cost[i, min(c, 3)]) for i, c in enumerate(choice))
     claims = replace(solve(asked).certificate(asked), loss=loss, costs={"cost": cost})
     assert words in check_certificate(claims, asked, choice).problem
 
@@ -119,7 +119,7 @@ def test_a_wrong_certificate_of_many_items_ends_at_once():
     """Met: the check of a wrong answer went on to enumerate for more than a minute at 20,000 items."""
     rng = np.random.default_rng(0)
     loss, cost = rng.random((20_000, 7)), np.sort(rng.integers(1, 10**6, (20_000, 7)), axis=1)
-    asked = AllocationProblem(loss=loss, cost=cost, limit=int(cost[:, 3].sum()))
+    asked = problem_of(loss=loss, cost=cost, limit=int(cost[:, 3].sum()))
     result = solve(asked)
     honest = result.certificate(asked)
     assert check_certificate(honest, asked, result.choice).valid
@@ -131,17 +131,17 @@ def test_a_wrong_certificate_of_many_items_ends_at_once():
 def test_digests_are_of_what_counts():
     """The same numbers in another type and order of memory have the same digests; every change of a rule has others."""
     asked = problem()
-    same = problem(loss=np.asfortranarray(asked.loss), cost=asked.cost.astype(np.int32))
+    same = problem(loss=np.asfortranarray(asked.loss), cost=asked.budgets[0].cost.astype(np.int32))
     assert table_digests(asked) == table_digests(same)
     allowed = np.ones((12, 4), dtype=bool)
     assert table_digests(problem(allowed=allowed)) == table_digests(asked)
     allowed[3, 3] = False
     others = [
         problem(allowed=allowed),
-        problem(groups=[[0, 1]]),
+        problem(groups=grouped(12, [0, 1])),
         problem(max_formats=2),
         problem(max_formats_per_layer=2, layer=np.zeros(12, dtype=int)),
-        problem(more_budgets=(CostBudget(name="bops", cost=asked.cost, limit=900),)),
+        problem(more=(CostBudget(name="bops", cost=asked.budgets[0].cost, limit=900),)),
     ]
     digests = [json.dumps(table_digests(one)) for one in (asked, *others)]
     assert len(set(digests)) == len(digests)

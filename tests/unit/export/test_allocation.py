@@ -203,31 +203,31 @@ def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
             assert torch.equal(found, expected)
 
 
-def test_with_interactions_it_is_near_the_best_map_by_the_probes_themselves() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_with_interactions_it_is_near_the_best_map_of_all(seed: int) -> None:
+    """Errors of different formats that may cancel, and half of that believed."""
     free = replace(TABLE, layers=tuple(replace(la, tie="") for la in TABLE))
     formats = (*FORMATS, FULL)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     scale = 2.0 ** -np.array([TYPES[f][0] for f in FORMATS])
-    sign = rng.choice([-1.0, 1.0], size=(len(free), len(FORMATS)))  # errors of different formats that may cancel
+    sign = rng.choice([-1.0, 1.0], size=(len(free), len(FORMATS)))
     effect = scale * (rng.normal(size=(64, 1, 1)) * sign + 0.3 * rng.normal(size=(64, len(free), len(FORMATS))))
     maps = list(itertools.product(*[[*(c.name for c in TARGET.choices(la)), FULL] for la in free]))
     sizes = np.array([size(p) for p in maps])
     limit = int(sizes.min() + 0.4 * (sizes.max() - sizes.min()))
     whole = np.concatenate([effect, np.zeros((64, len(free), 1))], axis=2)
     columns = np.array([[formats.index(f) for f in p] for p in maps])
-    error = np.square(whole[:, np.arange(len(free)), columns].sum(-1)).mean(0)
-    losses_of, pairs = probed_losses(effect, free, coupling=1.0)
-    made = allocate_for(TARGET, free, losses_of, limit, pairs=pairs)
-    found = tuple(made.choices.get(la.name, FULL) for la in free)
+    picked = whole[:, np.arange(len(free)), columns]
+    expected = 0.5 * (np.square(picked.sum(-1)) + np.square(picked).sum(-1)).mean(0)
+    losses_of, pairs = probed_losses(effect, free, coupling=0.5)
+    together, alone = (allocate_for(TARGET, free, losses_of, limit, pairs=p) for p in (pairs, None))
+    found, without = (tuple(made.choices.get(la.name, FULL) for la in free) for made in (together, alone))
     assert size(found) <= limit
-    assert error[maps.index(found)] <= 1.2 * error[sizes <= limit].min(), (
-        "a heuristic: exchanges from a separable start"
-    )
-    assert made.loss == pytest.approx(
+    assert expected[maps.index(found)] <= 1.05 * expected[sizes <= limit].min()
+    assert expected[maps.index(found)] <= expected[maps.index(without)]
+    assert together.loss == pytest.approx(
         sum(losses_of[la.name][FORMATS.index(f)] for la, f in zip(free, found, strict=True) if f != FULL)
     )
-    alone = allocate_for(TARGET, free, losses_of, limit)
-    assert error[maps.index(tuple(alone.choices.get(la.name, FULL) for la in free))] > error[maps.index(found)]
 
 
 def test_a_map_for_something_else_is_solved_again_at_its_size() -> None:
