@@ -34,6 +34,12 @@ ALONE = {
 }
 """Pipelines whose samples are right only when made one at a time, and why."""
 
+NEEDS = {"OmniGenPipeline": "torchvision", "QwenImage21Pipeline": "torchvision"}
+"""Libraries beside those of the extra ``pipelines`` that some ask for."""
+
+STOPS: dict[str, tuple[str, str]] = {}
+"""Pipelines that do not go all the way: the stage of `cover` that does not hold, and why. Any other is a failure."""
+
 PROMPTS = ("a lighthouse", "two red cats", "a blue house by the sea", "rain on a tin roof")
 
 
