@@ -2,7 +2,7 @@
 
     import mpqsearch as mpq
 
-    model = mpq.load("fmnist-unet")
+    model = mpq.load("stable-diffusion-v1-5", sampler=mpq.Sampler(steps=20), prompts="prompts.txt")
     profile = mpq.profile(model)
     allocation = mpq.allocate(model, profile, "3bit")
     small = mpq.quantize(model, allocation, profile)
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mpqsearch.core import BitMap, Budget, Policy
     from mpqsearch.core import SensitivityProfile as Profile
     from mpqsearch.methods import MethodSpec as Method
+    from mpqsearch.specs import SamplerSpec as Sampler
 
 __all__ = [
     "BitMap",
@@ -45,6 +46,7 @@ __all__ = [
     "Method",
     "Policy",
     "Profile",
+    "Sampler",
     "__version__",
     "allocate",
     "compare",
@@ -67,6 +69,7 @@ _NOUNS = {
     "Method": ("mpqsearch.methods", "MethodSpec"),
     "Policy": ("mpqsearch.core", "Policy"),
     "Profile": ("mpqsearch.core", "SensitivityProfile"),
+    "Sampler": ("mpqsearch.specs", "SamplerSpec"),
 }
 
 

@@ -1,6 +1,7 @@
 """The front door: each function is a thin call of the room that does the work.
 
-Paths may be text or `pathlib.Path`. What is not given comes from the profile: its sampler, its widths, its quantizer.
+Paths may be text or `pathlib.Path`. How samples are drawn and what they show belongs to the model (`load`); what else
+is not given comes from the profile: its widths, its quantizer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +24,15 @@ from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
 from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.metrics import Evaluation, FeatureExtractor
-from mpqsearch.models import Denoiser, discover, load_model
+from mpqsearch.models import Calls, Denoiser, discover, load_calls
+from mpqsearch.models.runner import device_of
 from mpqsearch.profile import InputMoments, gptq_profile
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
+from mpqsearch.prompts import Prompts, prompts_of, read_prompts
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, sample, to_uint8
-from mpqsearch.specs import CalibrationSpec, SamplerSpec, SearchSpec
+from mpqsearch.sampling import load_model, samples
+from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,19 +66,41 @@ CALIBRATION_SEEDS = range(1_000_000, 1_000_040)
 def load(
     source: str | Path,
     *,
+    sampler: SamplerSpec | None = None,
+    prompts: str | Path | Sequence[str] | Prompts | None = None,
+    calls: str | Path | Calls | None = None,
     device: str = "auto",
     dtype: str = "float32",
     component: str = "",
     revision: str | None = None,
 ) -> Denoiser:
-    """The denoiser of an embedded name, a diffusers folder or ``owner/name`` of a hub, on ``device`` (``auto``,
-    ``cpu``, ``cuda``, ``mps``).
+    """A model with the way it is run: an embedded name, a diffusers folder, ``owner/name`` of a hub, or
+    ``package.module:function``, on ``device`` (``auto``, ``cpu``, ``cuda``, ``mps``).
 
-    ``dtype``: ``float32``, ``bfloat16``, ``float16`` or ``stored``. ``component``: which part of a pipeline (default:
-    its denoiser). A module of your own comes through `mpqsearch.models.adapt`. Raises `ModelError` when there is no
-    such model or its weights are not whole.
+    sampler
+        What to change of how a pipeline samples by itself: steps, guidance, batch, arguments of its call.
+    prompts
+        What the samples of a pipeline for text show: a file, or texts. See `mpqsearch.prompts.read_prompts`.
+    calls
+        Recorded calls (``mpqsearch record``), or their file, in the place of the pipeline's own run.
+    dtype
+        ``float32``, ``bfloat16``, ``float16`` or ``stored``.
+    component
+        Part of a pipeline; empty: its denoisers.
+
+    A module of your own comes through `mpqsearch.sampling.adapt`. Raises `ModelError` when there is no such model or
+    its weights are not whole, `ConfigError` for prompts that are missing or empty.
     """
-    return load_model(str(source), device=device, dtype=dtype, component=component, revision=revision)
+    return load_model(
+        str(source),
+        sampler=sampler,
+        prompts=_prompts(prompts),
+        calls=load_calls(calls) if isinstance(calls, (str, Path)) else calls,
+        device=device,
+        dtype=dtype,
+        component=component,
+        revision=revision,
+    )
 
 
 def profile(
@@ -82,22 +108,19 @@ def profile(
     *,
     table: LayerTable | None = None,
     policy: Policy | None = None,
-    sampler: SamplerSpec | None = None,
     calibration: CalibrationSpec | None = None,
     quantizer: QuantFormat | None = None,
     progress: bool = True,
 ) -> SensitivityProfile:
     """Measure kurtosis, exact output errors and sensitivities of every channel at every width of ``policy``.
 
-    ``sampler`` defaults to 10 steps of DDIM, with guidance 2 where the model has a null class; ``table`` to `discover`
-    of the model. Raises what `mpqsearch.profile.profile_model` raises.
+    ``table`` defaults to `discover` of the model. Raises what `mpqsearch.profile.profile_model` raises.
     """
     with bars_of(enabled=progress) as report:
         return _measure(
             model,
             table or discover(model),
             policy or Policy(),
-            sampler or _sampler(model),
             calibration or CalibrationSpec(),
             quantizer or QuantFormat(),
             progress=report,
@@ -146,8 +169,6 @@ def quantize(
     model: Denoiser,
     allocation: Allocation | BitMap,
     profile: SensitivityProfile | None = None,
-    *,
-    sampler: SamplerSpec | None = None,
 ) -> Denoiser:
     """``model`` with the weights that the codes of ``allocation`` decode to; the original is left as it is.
 
@@ -156,46 +177,42 @@ def quantize(
     model.
     """
     table = discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile, sampler)
+    bit_map, statistics = _statistics(model, table, allocation, profile)
     return model.with_module(quantize_model(model.module, table, bit_map, **statistics).module)
 
 
 def evaluate(
     model: Denoiser,
     quantized: Denoiser,
-    profile: SensitivityProfile | None = None,
     *,
     seeds: Sequence[int] = range(128),
-    sampler: SamplerSpec | None = None,
-    extractor: str | FeatureExtractor | None = None,
+    extractor: str | FeatureExtractor = "auto",
     data: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Samples of ``quantized`` against those of ``model`` from the same noise: distances, PSNR, each with an interval.
+    """Samples of ``quantized`` against those of ``model`` from the same noise and prompts: distances, PSNR, each with
+    an interval.
 
-    ``extractor``: ``fmnist-cnn`` (default for its images), ``random-conv`` (default for others), ``inception``, or one
-    of `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`);
-    the embedded ones of the extractor, if it has any, otherwise.
+    ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``, ``random-conv``, ``inception``, or one of
+    `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`); the
+    embedded ones of the extractor, if it has any, otherwise. Samples are measured batch by batch; those of full
+    precision lie in a temporary folder.
     """
-    from mpqsearch.metrics import Reference, load_extractor, load_reference
+    from mpqsearch.metrics import AUTO, Reference, SampleStore, extractor_for, load_extractor, load_reference
     from mpqsearch.metrics import evaluate as measure
 
-    spec = sampler or _sampler(model, profile)
+    shape = (model.runner.picture(model.module) or ())[-3:]  # of a video that of its frames; empty for sound
     if not isinstance(extractor, FeatureExtractor):
-        extractor = load_extractor(extractor or _extractor_for(model), device=next(model.module.parameters()).device)
+        name = extractor_for(shape, model.name) if extractor == AUTO else extractor
+        extractor = load_extractor(name, device=device_of(model.module))
+    if shape:
+        extractor.check(shape)
     statistics = load_reference(None if data is None else Path(data), extractor)
-    with bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
-        before = sample(model, seeds, spec, progress=bar.update)
-        after = sample(quantized, seeds, spec, progress=bar.update)
-    labels = labels_of(model, seeds)
-    base = Reference(
-        samples=before,
-        features=extractor(to_uint8(before)),
-        seeds=tuple(seeds),
-        labels=labels if isinstance(labels, torch.Tensor) else None,
-        data=statistics,
-    )
-    return measure(after, base, extractor)
+    with TemporaryDirectory() as folder, bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
+        store = SampleStore(Path(folder), seeds, {})
+        store.fill(samples(model, seeds, progress=bar.update))
+        reference = Reference.of(store, extractor, statistics)
+        return measure(samples(quantized, seeds, progress=bar.update), reference)
 
 
 def distill(
@@ -204,7 +221,6 @@ def distill(
     profile: SensitivityProfile | None = None,
     *,
     settings: DistillConfig | None = None,
-    sampler: SamplerSpec | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Denoiser:
@@ -218,7 +234,7 @@ def distill(
     from mpqsearch.quant import build_student, convert, param_groups
 
     c, table = settings or DistillConfig(), discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile, sampler)
+    bit_map, statistics = _statistics(model, table, allocation, profile)
     if bit_map.activations:
         raise ConfigError(
             "this map quantizes activations, whose scales belong to a run: train it with mpqsearch distill"
@@ -280,8 +296,7 @@ def search(
     method: MethodSpec = OURS,
     settings: SearchSpec | None = None,
     policy: Policy | None = None,
-    sampler: SamplerSpec | None = None,
-    extractor: str | None = None,
+    extractor: str = "auto",
     folder: str | Path | None = None,
 ) -> SearchResult:
     """Search over how the integer program of ``method`` is built, scored by measured samples.
@@ -297,12 +312,11 @@ def search(
     config = Config(
         model=ModelConfig(source=model.source or model.name),
         policy=policy or Policy(widths=profile.widths),
-        sampler=sampler or _sampler(model, profile),
         quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
         allocate=AllocateConfig(budgets=wanted),
         methods=(method,),
         search=spec,
-        evaluate=EvaluateConfig(extractor=extractor or _extractor_for(model)),
+        evaluate=EvaluateConfig(extractor=extractor),
     )
     run = stages.Run(config=config, folder=Path(folder) if folder else Path("runs") / model.name, given=model)
     table = stages.layers(run)
@@ -362,7 +376,7 @@ def export(
     from mpqsearch.export.allocation import resolve_job, target_losses
 
     table, exporter, where = discover(model), get_exporter(target), Path(folder)
-    bit_map, statistics = _statistics(model, table, allocation, profile, None)
+    bit_map, statistics = _statistics(model, table, allocation, profile)
     job = ExportJob(
         table=table,
         bit_map=bit_map,
@@ -405,7 +419,7 @@ def save(
     Raises `ConfigError` for a module without a diffusers configuration from which it could be built again.
     """
     table = discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile, None)
+    bit_map, statistics = _statistics(model, table, allocation, profile)
     quantized = quantize_model(model.module, table, bit_map, **statistics)
     save_quantized(folder, quantized, table, {"model": table.digest})
     return Path(folder)
@@ -419,36 +433,39 @@ def load_quantized(path: str | Path) -> nn.Module:
     return _load_packed(path)
 
 
-def compare(
-    model: Denoiser,
-    quantized: Denoiser,
-    profile: SensitivityProfile | None = None,
-    *,
-    seeds: Sequence[int] = range(8),
-    sampler: SamplerSpec | None = None,
-) -> Figure:
-    """Samples of both from the same noise, one above the other, titled with their paired PSNR in dB (range [-1, 1], so
-    peak 2)."""
+def compare(model: Denoiser, quantized: Denoiser, *, seeds: Sequence[int] = range(8)) -> Figure:
+    """Samples of both from the same noise and prompts, one above the other, titled with the paired PSNR of their
+    pictures in dB; of videos the first frames are shown.
+
+    Raises `ConfigError` when the model makes no pictures.
+    """
     from mpqsearch.report import plot_samples, sample_grid
 
-    spec = sampler or _sampler(model, profile)
-    before, after = sample(model, seeds, spec), sample(quantized, seeds, spec)
-    error = float((before - after).square().mean())
-    title = "identical samples" if error == 0 else f"PSNR to full precision {10 * np.log10(4 / error):.1f} dB"
-    rows = {"full precision": to_uint8(before).numpy(), "quantized": to_uint8(after).numpy()}
+    rows = {name: _shown(m, seeds) for name, m in (("full precision", model), ("quantized", quantized))}
+    before, after = (images.astype(np.float64) / 255 for images in rows.values())
+    error = float(np.square(before - after).mean())
+    title = "identical samples" if error == 0 else f"PSNR to full precision {-10 * np.log10(error):.1f} dB"
     figure: Figure = plot_samples(sample_grid(title, rows, columns=len(seeds))).figure  # type: ignore[assignment]
     return figure
 
 
+def _shown(model: Denoiser, seeds: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pictures ``[N, C, H, W]``, of videos the first frames."""
+    images = [drawn.images for drawn in samples(model, seeds) if drawn.images is not None]
+    if not images:
+        raise ConfigError(f"{model.name} makes no pictures that could be compared; evaluate measures its paired error")
+    whole = torch.cat(images)
+    return (whole[:, 0] if whole.dim() == 5 else whole).numpy()
+
+
+def _prompts(given: str | Path | Sequence[str] | Prompts | None) -> Prompts | None:
+    if isinstance(given, (str, Path)):
+        return read_prompts(PromptsSpec(file=str(given)))
+    return given if given is None or isinstance(given, Prompts) else prompts_of(given)
+
+
 def _budget(budget: str | Budget) -> Budget:
     return budget if isinstance(budget, Budget) else Budget.parse(budget)
-
-
-def _sampler(model: Denoiser, profile: SensitivityProfile | None = None) -> SamplerSpec:
-    """That of the profile; without one ten steps of DDIM, with guidance 2 where the model has a null class."""
-    if profile is not None and "sampler" in profile.calibration:
-        return SamplerSpec(**profile.calibration["sampler"])
-    return SamplerSpec(guidance=2.0 if model.null_class is not None else 1.0)
 
 
 def _quantizer(profile: SensitivityProfile) -> QuantFormat:
@@ -457,12 +474,8 @@ def _quantizer(profile: SensitivityProfile) -> QuantFormat:
     return QuantFormat(**{key: found[key] for key in ("criterion", "p", "n_candidates") if key in found})
 
 
-def _extractor_for(model: Denoiser) -> str:
-    return "fmnist-cnn" if tuple(model.sample_shape) == (1, 28, 28) else "random-conv"
-
-
-def _moments(model: Denoiser, table: LayerTable, sampler: SamplerSpec) -> InputMoments:
-    return InputMoments(denoiser=model, table=table, sampler=sampler, seeds=CALIBRATION_SEEDS)
+def _moments(model: Denoiser, table: LayerTable) -> InputMoments:
+    return InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS)
 
 
 def _priced(
@@ -474,7 +487,7 @@ def _priced(
     if method.loss in NOT_PRICED or profile.weights_only:
         return profile
     own = replace(fmt, scheme=method.scheme, smooth=method.smooth)
-    return gptq_profile(model, table, profile, _moments(model, table, _sampler(model, profile)), own)
+    return gptq_profile(model, table, profile, _moments(model, table), own)
 
 
 def _statistics(
@@ -482,7 +495,6 @@ def _statistics(
     table: LayerTable,
     allocation: Allocation | BitMap,
     profile: SensitivityProfile | None,
-    sampler: SamplerSpec | None,
 ) -> tuple[BitMap, dict[str, Any]]:
     """The map, and what quantizing by it needs of the layers' inputs: means, largest values, second moments."""
     bit_map = allocation.bit_map if isinstance(allocation, Allocation) else allocation
@@ -492,7 +504,7 @@ def _statistics(
         found["input_max"] = _tensors(profile.input_max)
         found["means"] = _tensors(profile.means) if corrected else None
     if any(f.rounding != "nearest" for f in (bit_map.format, *bit_map.formats.values())):
-        moments = _moments(model, table, sampler or _sampler(model, profile))
+        moments = _moments(model, table)
         found["moments"] = moments.moments()
         if found["means"] is not None:  # a second moment and a mean of other samples give no covariance
             found["means"] = {**found["means"], **moments.means()}

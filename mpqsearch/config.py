@@ -19,16 +19,16 @@ from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
 from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
-from mpqsearch.toml_text import dump_toml
+from mpqsearch.toml_text import dump_toml, toml_value
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``source``: an embedded name, a diffusers folder, or ``owner/name`` of a hub. ``device``: ``auto``,
-    ``cpu``, ``cuda``, ``mps``.
+    """``source``: an embedded name, a diffusers folder, ``owner/name`` of a hub, or ``package.module:function``, which
+    returns the model (`mpqsearch.sampling.load_model`). ``device``: ``auto``, ``cpu``, ``cuda``, ``mps``.
 
     ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty:
-    its denoiser). ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It
+    its denoisers). ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It
     changes how, not what is measured.
     """
 
@@ -77,8 +77,8 @@ class CalibrationConfig(CalibrationSpec):
     With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes``
     counts.
 
-    ``captured``: file of recorded calls (`mpqsearch.models.save_calls`), which take the place of our own sampler: for
-    denoisers that need prompt embeddings or anything else that a pipeline gives.
+    ``captured``: file of recorded calls (``mpqsearch record``), which take the place of the pipeline: for those that
+    cannot be run where the study runs.
     """
 
     captured: str = ""
@@ -159,14 +159,14 @@ class AllocateConfig:
 class EvaluateConfig:
     """Which samples are compared, and with which features.
 
-    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``fmnist-cnn``, ``random-conv`` or ``inception``;
-    the last may read ``extractor_weights``. ``reference``: file of data statistics; empty: the embedded ones of the
-    extractor, if it has any.
+    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``,
+    ``fmnist-judge``, ``random-conv`` or ``inception``; the last may read ``extractor_weights``. ``reference``: file of
+    data statistics; empty: the embedded ones of the extractor, if it has any.
     """
 
     samples: int = 128
     first_seed: int = 0
-    extractor: str = "fmnist-cnn"
+    extractor: str = "auto"
     extractor_weights: str = ""
     reference: str = ""
 
@@ -394,11 +394,7 @@ def _override(data: dict[str, Any], text: str) -> None:
     path = key.strip().split(".")
     if not sign or len(path) < 2 or not all(path):
         raise ConfigError(f"--set takes table.key=value, got {text!r}. Example: --set evaluate.samples=64")
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    _put(data, path, value, f"--set {text!r}")
+    _put(data, path, toml_value(raw), f"--set {text!r}")
 
 
 def _put(data: dict[str, Any], path: Sequence[str], value: Any, what: str) -> None:

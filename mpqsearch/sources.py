@@ -36,10 +36,17 @@ SETTLED_S = 2.0
 """A file that was written more recently than this is hashed again: another write might leave its times as they are."""
 
 
-def local_folder(source: str) -> Path | None:
-    """The folder of a source, embedded names included; None for ``owner/name`` of a hub.
+def is_function(source: str) -> bool:
+    """Whether a source is ``package.module:function``, which returns the model."""
+    package, sign, name = source.partition(":")
+    return bool(sign) and all(part.isidentifier() for part in (*package.split("."), name))
 
-    Raises `ModelError` or `UnknownNameError` when it is neither.
+
+def local_folder(source: str) -> Path | None:
+    """The folder of a source, embedded names included; None for ``owner/name`` of a hub and for
+    ``package.module:function``.
+
+    Raises `ModelError` or `UnknownNameError` when it is none of these.
     """
     if source in EMBEDDED:
         return REFERENCE / source
@@ -52,20 +59,28 @@ def local_folder(source: str) -> Path | None:
             f"{source} is {kind}. Give a diffusers folder with config.json and *.safetensors; "
             "model.save_pretrained(folder, safe_serialization=True) writes one."
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if is_function(source) or re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return None
-    raise UnknownNameError("model", source, EMBEDDED, "It is no folder here and no owner/name of a hub either.")
+    raise UnknownNameError(
+        "model",
+        source,
+        EMBEDDED,
+        "It is no folder here, no owner/name of a hub and no package.module:function either.",
+    )
 
 
 def model_name(source: str) -> str:
-    """What a model is called in tables: its embedded name, or the last part of its folder or hub identifier."""
+    """What a model is called in tables: its embedded name, the last part of its folder or hub identifier, or the name
+    of the function that returns it."""
+    if is_function(source):
+        return source.partition(":")[2]
     return source if source in EMBEDDED else Path(source).expanduser().resolve().name
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `ModelError` when it is none."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict):
@@ -73,63 +88,78 @@ def read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def component_of(index: Mapping[str, Any], component: str, source: str) -> tuple[str, str]:
-    """Name and class of the denoiser of a pipeline, from its ``model_index.json``.
+def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Library and class of the components that a pipeline has, from its ``model_index.json``."""
+    pairs = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
+    return {name: (str(library), str(kind)) for name, (library, kind) in pairs.items() if kind}
+
+
+def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[str, str]:
+    """Classes of the denoisers of a pipeline by component name: one, or two that its pipeline calls in turn.
 
     ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Raises
     `UnknownNameError` when there is none of this name.
     """
-    parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-    part = component or next((p for p in COMPONENTS if p in parts), "")
-    if part not in parts:
+    found = components_of(index)
+    first = component or next((p for p in COMPONENTS if p in found), "")
+    if first not in found:
         raise UnknownNameError(
             f"component of the pipeline {source!r} ({index.get('_class_name')})",
-            part or "/".join(COMPONENTS),
-            parts,
+            first or "/".join(COMPONENTS),
+            found,
             "Name its denoiser with model.component.",
         )
-    return part, str(parts[part][1])
+    together = () if component else next((p for p in TOGETHER if all(n in found for n in p)), ())
+    return {name: found[name][1] for name in together or (first,)}
 
 
-def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[str, str]:
-    """Classes of the denoisers of a pipeline by component name: one, or two that its pipeline calls in turn."""
-    first, kind = component_of(index, component, source)
-    if component:
-        return {first: kind}
-    pair = next((p for p in TOGETHER if all(isinstance(index.get(n), list) and index[n][1] for n in p)), (first,))
-    return {name: str(index[name][1]) for name in pair}
+def denoiser_folders(source: str, folder: Path, component: str) -> dict[str, Path]:
+    """The folders with the denoisers' own ``config.json`` by the names of the parts; the name of a single one is empty.
 
-
-def denoiser_folder(source: str, folder: Path, component: str) -> Path:
-    """The folder with the denoiser's own ``config.json``: ``folder`` itself, or that part of a pipeline folder.
-
-    Raises `ModelError` when there is none, or when a component of a plain model is asked for.
+    That is ``folder`` itself, or those of a pipeline folder. Raises `ModelError` when there is none, or when a
+    component of a plain model is asked for.
     """
+    folders = {"": folder}
     if (folder / "model_index.json").is_file():
-        folder = folder / component_of(read_config(folder / "model_index.json"), component, source)[0]
+        names = denoisers_of(read_config(folder / "model_index.json"), component, source)
+        folders = {name if len(names) > 1 else "": folder / name for name in names}
     elif component:
         raise ModelError(f"{source} is a model and no pipeline, so it has no component {component!r}: leave it out")
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder"
-        )
-    return folder
+    for inner in folders.values():
+        if not (inner / "config.json").is_file():
+            raise ModelError(
+                f"{inner} has neither config.json nor model_index.json: it is no diffusers model or pipeline folder"
+            )
+    return folders
 
 
 def model_files(source: str, component: str = "") -> dict[str, Path] | None:
-    """The files that a denoiser depends on, by names that hold no path: weights, configuration, scheduler.
+    """The files that a denoiser and its samples depend on, by names that hold no path: of a model folder weights,
+    configuration and scheduler, of a pipeline folder those of all its components.
 
-    None for a hub source, whose files are not looked for. Raises what `local_folder` and `denoiser_folder` raise.
+    None for sources that are no folder, whose files are not looked for. Raises what `local_folder` and
+    `denoiser_folders` raise.
     """
     folder = local_folder(source)
     if folder is None:
         return None
-    inner = denoiser_folder(source, folder, component)
-    files = {p.name: p for p in (inner / "config.json", inner / "denoiser.json", inner / "scheduler_config.json")}
-    files |= {p.name: p for pattern in ("safetensors", "json") for p in inner.glob(f"{WEIGHTS}*.{pattern}")}
-    files["model_index.json"] = folder / "model_index.json"
-    files["scheduler/scheduler_config.json"] = inner.parent / "scheduler" / "scheduler_config.json"
+    (inner, *_) = denoiser_folders(source, folder, component).values()
+    if (folder / "model_index.json").is_file():
+        parts = components_of(read_config(folder / "model_index.json"))
+        found = (p for name in parts for p in (folder / name).rglob("*") if p.suffix in _READ)
+        files = {p.relative_to(folder).as_posix(): p for p in (*(folder / n for n in _MEANT), *found)}
+    else:
+        files = {n: inner / n for n in ("config.json", "denoiser.json", "scheduler_config.json")}
+        files |= {p.name: p for pattern in ("safetensors", "json") for p in inner.glob(f"{WEIGHTS}*.{pattern}")}
+        files["scheduler/scheduler_config.json"] = inner.parent / "scheduler" / "scheduler_config.json"
     return {name: path for name, path in sorted(files.items()) if path.is_file()}
+
+
+_MEANT = ("model_index.json", "sampler.json", "prompts.txt")
+"""Files of a pipeline folder that say what it is and how it is meant to be drawn."""
+
+_READ = (".safetensors", ".json", ".txt", ".model")
+"""Ends of the files that a pipeline is made from: weights, configurations, and the words of tokenizers."""
 
 
 class FileDigests:

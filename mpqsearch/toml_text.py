@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,14 @@ def dump_toml(data: Mapping[str, Any]) -> str:
     Raises `TypeError` for a value of another kind, None inside a list included.
     """
     return "\n".join(_table(data, ())).lstrip("\n") + "\n"
+
+
+def toml_value(text: str) -> Any:
+    """A value in the notation of TOML; what is none, such as a bare word, is a string."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
 
 
 def _table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:

@@ -12,13 +12,29 @@ from mpqsearch.cli import (
     layers,
     profile,
     quantize,
+    record,
     report,
     run,
     search,
 )
 from mpqsearch.cli.app import app, main
 
-VERBS = (layers, profile, allocate, search, evaluate, report, quantize, distill, export, import_, run, inspect, doctor)
+VERBS = (
+    layers,
+    profile,
+    allocate,
+    search,
+    evaluate,
+    report,
+    quantize,
+    distill,
+    export,
+    import_,
+    record,
+    run,
+    inspect,
+    doctor,
+)
 """The modules that register the verbs."""
 
 __all__ = ["VERBS", "app", "main"]

@@ -13,6 +13,11 @@ def distill(
     budget: options.Budget = "uniform:3",
     method: options.Method = "ilp-channel",
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -32,7 +37,7 @@ def distill(
     from mpqsearch.core import Budget
     from mpqsearch.stages.distilling import KEYS
 
-    settings = {"model.source": model, "model.device": device}
+    settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
     run.config.method(method)

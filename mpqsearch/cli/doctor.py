@@ -16,6 +16,7 @@ from mpqsearch.cli.app import app, quiet
 from mpqsearch.cli.printing import print_json, print_table
 
 OPTIONAL = (
+    ("transformers", "pipelines", "pipelines with text encoders, such as Stable Diffusion"),
     ("torch-fidelity", "fid", "the official Inception FID"),
     ("psycopg", "postgres", "a search on many machines through PostgreSQL"),
     ("cmaes", "search", "CMA-ES, one more sampler of the search"),
@@ -127,11 +128,11 @@ def _extractors() -> Iterator[dict[str, str]]:
 
 
 def _targets() -> Iterator[dict[str, str]]:
-    from mpqsearch.export import TARGETS, get_exporter
+    from mpqsearch.export import SOURCES, TARGETS, get_exporter
 
     for name in TARGETS:
         target = get_exporter(name)
-        reads = "; imports" if target.reads else ""
+        reads = "; imports" if name in SOURCES else ""
         if not target.requires:
             yield _row("export", name, "works", f"needs nothing{reads}")
         elif not target.by_consumer:

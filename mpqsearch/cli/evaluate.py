@@ -27,6 +27,11 @@ def evaluate(
         typer.Option("--map", help="A map from elsewhere (`mpqsearch import`) to measure beside. Repeatable."),
     ] = None,
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -44,6 +49,7 @@ def evaluate(
     settings = {
         "model.source": model,
         "model.device": device,
+        **options.drawing(prompts, steps, guidance, batch, call),
         "allocate.budgets": budget,
         **map_settings(map_),
     }

@@ -29,6 +29,11 @@ def import_(
         str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
     ] = "asymmetric",
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -47,7 +52,7 @@ def import_(
     from mpqsearch.core import average_bits, size_bytes
     from mpqsearch.core.formats import FULL_PRECISION
 
-    settings = {"model.source": model, "model.device": device}
+    settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     table = stages.layers(run)
     written, imported = stages.import_map(

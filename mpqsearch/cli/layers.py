@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 def layers(
     config: options.Config = None,
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -31,7 +36,7 @@ def layers(
     """
     from mpqsearch import stages
 
-    settings = {"model.source": model, "model.device": device}
+    settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     table = stages.layers(run)
     if as_json:

@@ -122,7 +122,8 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
         return
     if not records:
         return
-    keys = [k for k in ("fd_fp", "fd_data", "paired_psnr", "class_accuracy") if any(k in r.metrics for r in records)]
+    order = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
+    keys = [k for k in order if any(k in r.metrics for r in records)]
     rows = []
     for r in records:
         cells = {

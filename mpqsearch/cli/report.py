@@ -11,6 +11,11 @@ from mpqsearch.cli.printing import print_lines
 def report(
     config: options.Config = None,
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -25,7 +30,7 @@ def report(
     """
     from mpqsearch import stages
 
-    settings = {"model.source": model, "model.device": device}
+    settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     table, measured = stages.layers_and_profile(run, "a report of samples (report)")
     if measured is None:

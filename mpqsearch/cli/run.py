@@ -15,6 +15,11 @@ from mpqsearch.cli.printing import print_lines, print_records
 @app.command("run")
 def run_study(
     study: Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")],
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -29,7 +34,7 @@ def run_study(
     """
     from mpqsearch import stages
 
-    settings = {"model.device": device}
+    settings = {"model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(study, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     print_records(stages.everything(run), as_json=as_json)
     if not (run.dry_run or as_json):

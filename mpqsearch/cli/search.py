@@ -43,6 +43,11 @@ def search(
     workers: WorkersOption = 1,
     worker: WorkerOption = None,
     model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
     run_dir: options.RunDir = None,
@@ -60,6 +65,7 @@ def search(
     settings = {
         "model.source": model,
         "model.device": device,
+        **options.drawing(prompts, steps, guidance, batch, call),
         "search.trials": trials,
         "search.sampler": sampler,
     }

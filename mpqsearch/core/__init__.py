@@ -1,13 +1,22 @@
 """The nouns that every stage passes on. numpy only: nothing here knows of torch, solvers or files."""
 
 from mpqsearch.core.bitmap import BitMap
-from mpqsearch.core.budget import Budget, StorageModel, average_bits, bops, size_bits, size_bytes, uniform_map
+from mpqsearch.core.budget import Budget, bops, uniform_map
 from mpqsearch.core.formats import FULL_PRECISION, SCHEMES, WIDTHS, QuantFormat
 from mpqsearch.core.layers import ROLES, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.core.metric import MetricValue, StudyRecord
 from mpqsearch.core.policy import LayerRules, Policy
 from mpqsearch.core.profile import SensitivityProfile
-from mpqsearch.core.stored import StoredBits, coded_bits, scale_count, stored_total, unquantized_bits
+from mpqsearch.core.stored import (
+    StoredBits,
+    average_bits,
+    coded_bits,
+    scale_count,
+    size_bits,
+    size_bytes,
+    stored_total,
+    unquantized_bits,
+)
 
 __all__ = [
     "FULL_PRECISION",
@@ -24,7 +33,6 @@ __all__ = [
     "Policy",
     "QuantFormat",
     "SensitivityProfile",
-    "StorageModel",
     "StoredBits",
     "StudyRecord",
     "average_bits",

@@ -180,8 +180,8 @@ class BitMap(Shown):
             weights={name: _decoded(name, entry, vectors or {}) for name, entry in layers.items()},
             activations={n: e["activation_bits"] for n, e in layers.items() if "activation_bits" in e},
             activation_steps=data.get("activation_steps", 1),
-            format=QuantFormat(**data["defaults"]),
-            formats={n: QuantFormat(**e["quantizer"]) for n, e in layers.items() if "quantizer" in e},
+            format=QuantFormat.from_data(data["defaults"]),
+            formats={n: QuantFormat.from_data(e["quantizer"]) for n, e in layers.items() if "quantizer" in e},
         )
 
 

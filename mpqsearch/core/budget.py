@@ -1,5 +1,4 @@
-"""The single place where bits are counted: weights, scales, zero points, channel tags, 8-bit and full-precision
-leftovers."""
+"""Limits on the whole model, and what a forward pass takes. Stored bits are counted in `mpqsearch.core.stored`."""
 
 from __future__ import annotations
 
@@ -7,13 +6,13 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpqsearch.core.bitmap import BitMap
 from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, QuantFormat
-from mpqsearch.core.layers import LayerSpec, LayerTable
+from mpqsearch.core.layers import LayerTable
 from mpqsearch.core.policy import Policy
 from mpqsearch.core.shown import Shown
+from mpqsearch.core.stored import size_bits
 from mpqsearch.errors import ConfigError
 
 QUANTITIES = ("average_bits", "bytes", "bops", "uniform_bits", "latency")
@@ -27,73 +26,6 @@ _SPELLINGS = {
 MILLISECONDS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3}
 """Units of time, in milliseconds."""
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageModel:
-    """Bits that are stored beside the codes.
-
-    ``tag_bits`` a channel say the width of each channel, in layers whose channels differ (widths 1..8 take 3 bits).
-    ``layer_bits`` a quantized layer hold the shared exponent of its scales, and as many those of its activations, whose
-    scales take ``activation_scale_bits`` each beside a zero point. Parameters outside weight layers (norms, biases,
-    embeddings) and unquantized layers take ``full_precision_bits`` a value.
-    """
-
-    tag_bits: int = 3
-    layer_bits: int = 8
-    full_precision_bits: int = FULL_PRECISION
-    activation_scale_bits: int = 16
-
-    def activation_bits(self, bits: int, steps: int) -> int:
-        """Stored bits of the scales and zero points of one layer's input at width ``bits``, with ``steps`` of each."""
-        return 0 if bits == FULL_PRECISION else steps * (self.activation_scale_bits + bits) + self.layer_bits
-
-    def channel_bits(self, layer: LayerSpec, bits: int, fmt: QuantFormat, *, mixed: bool) -> int:
-        """Stored bits of one output channel of ``layer`` at width ``bits``; ``mixed`` when the layer carries channel
-        tags."""
-        tag = self.tag_bits if mixed else 0
-        if bits == FULL_PRECISION:
-            return layer.weights_per_channel * self.full_precision_bits + tag
-        return layer.weights_per_channel * bits + fmt.scale_bits + fmt.zero_point_bits(bits) + tag
-
-    def fixed_bits(self, layer: LayerSpec, fmt: QuantFormat) -> int:
-        """Stored bits of a quantized layer that no width changes: the shared exponent and smoothing factors."""
-        return self.layer_bits + (fmt.scale_bits * layer.n_inputs if fmt.smooth else 0)
-
-    def layer_total(self, layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> int:
-        """Stored bits of a whole layer. ``widths`` is one width (shape ``()``) or one a channel."""
-        if widths.ndim == 0:
-            bits = int(widths)
-            fixed = 0 if bits == FULL_PRECISION else self.fixed_bits(layer, fmt)
-            return layer.n_channels * self.channel_bits(layer, bits, fmt, mixed=False) + fixed
-        counts: list[int] = np.bincount(widths).tolist()
-        channels = sum(n * self.channel_bits(layer, bits, fmt, mixed=True) for bits, n in enumerate(counts) if n)
-        return channels + self.fixed_bits(layer, fmt)
-
-    def kept_bits(self, table: LayerTable) -> int:
-        """Stored bits of everything that is not a weight layer."""
-        return self.full_precision_bits * table.n_kept
-
-
-DEFAULT_STORAGE = StorageModel()
-
-
-def size_bits(table: LayerTable, bit_map: BitMap, storage: StorageModel = DEFAULT_STORAGE) -> int:
-    """Stored bits of the whole model under ``bit_map``: everything counted."""
-    bit_map.validate(table)
-    layers = sum(storage.layer_total(la, bit_map.weights[la.name], bit_map.format_of(la.name)) for la in table)
-    inputs = sum(storage.activation_bits(bits, bit_map.activation_steps) for bits in bit_map.activations.values())
-    return layers + inputs + storage.kept_bits(table)
-
-
-def size_bytes(table: LayerTable, bit_map: BitMap) -> int:
-    """Stored bytes of the whole model, rounded up."""
-    return -(-size_bits(table, bit_map) // 8)
-
-
-def average_bits(table: LayerTable, bit_map: BitMap) -> float:
-    """Stored bits of the whole model over *all* its parameters."""
-    return size_bits(table, bit_map) / table.n_parameters
 
 
 def bops(table: LayerTable, bit_map: BitMap) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,10 @@ WIDTHS = tuple(range(1, 9))
 
 FULL_PRECISION = 16
 """The width that stands for "not quantized"; such weights are stored in 16-bit floats."""
+
+SCALE_BITS = 16
+"""Bits that a stored scale takes: half precision with one shared exponent a layer, which the fake quantization rounds
+to."""
 
 SCHEMES = ("asymmetric", "symmetric", "auto")
 CRITERIA = ("lp", "mse", "minmax")
@@ -42,9 +47,6 @@ class QuantFormat:
     rounding
         ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the
         second moment of its input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
-    scale_bits
-        Bits that a stored scale takes (16: half precision with one shared exponent a layer, which the fake quantization
-        rounds to).
     """
 
     scheme: str = "asymmetric"
@@ -52,7 +54,6 @@ class QuantFormat:
     p: float = 2.4
     n_candidates: int = 80
     smooth: bool = False
-    scale_bits: int = 16
     alpha: float = 0.5
     rounding: str = "nearest"
 
@@ -67,8 +68,6 @@ class QuantFormat:
             raise ConfigError(f"n_candidates must lie in 1..1000, got {self.n_candidates}")
         if not 0 < self.p <= 8:
             raise ConfigError(f"p must lie in (0, 8], got {self.p}")
-        if self.scale_bits != 16:
-            raise ConfigError(f"scale_bits must be 16 (half-precision scales), got {self.scale_bits}")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"the alpha of smoothing must lie in 0..1, got {self.alpha}")
 
@@ -87,12 +86,19 @@ class QuantFormat:
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data. Alpha and rounding are left out at their defaults, so that older maps keep their
         digests."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"scale_bits": SCALE_BITS}
         if self.alpha == 0.5:
             del data["alpha"]
         if self.rounding == "nearest":
             del data["rounding"]
         return data
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> QuantFormat:
+        """Back from `to_data`. Raises `ConfigError` for scales of another width than ours."""
+        if data["scale_bits"] != SCALE_BITS:
+            raise ConfigError(f"scale_bits must be {SCALE_BITS} (half-precision scales), got {data['scale_bits']}")
+        return cls(**{name: value for name, value in data.items() if name != "scale_bits"})
 
 
 def check_width(bits: object, where: str) -> None:

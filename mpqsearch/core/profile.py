@@ -41,18 +41,19 @@ class SensitivityProfile(Shown):
         Mean squared error of that output channel with its input quantized too, at a static width: ``E[(w_q' q(x) - w'
         x)**2]``, exact.
     ``sensitivity`` ``[C]``
-        Mean square of the gradient of a random projection of the model's output with respect to that channel (summed
-        over positions): what a unit of output error costs at the end.
+        Mean square of the gradient of a random projection of one prediction with respect to that channel (summed over
+        positions), in the weights that the rows of predictions have in the final sample: what a unit of output error
+        costs at the end, if errors of different calls are independent. On recorded calls: in the prediction itself.
     ``step_sensitivity`` ``[C, B]``
-        The sensitivity inside each of B buckets of equal width of the schedule's timesteps, clean samples first; 0
-        where none was probed.
+        The sensitivity inside each of B equal parts of a run, noise first; 0 where none was probed.
     ``output_power`` ``[C]``
         Mean square of the channel's output at full precision.
     ``layer_probe_error/<format>`` ``[L, W]``, ``layer_probe_std_error/<format>``
-        First-order effect on the model's output of quantizing one layer: mean of ``<d(v.f)/dW, W_q - W>**2`` over
-        calibration inputs and random projections ``v``; cross terms between channels and positions included.
+        First-order effect of quantizing one layer, in the unit of ``sensitivity``: mean of ``<d(v.f)/dW, W_q - W>**2``
+        over calls and random projections ``v``; cross terms between channels and positions included.
     ``layer_sampler_error/<format>`` ``[L, W]``, ``layer_sampler_std_error/<format>``
-        The same for the *final sample*, through all steps of the sampler, as a mean square over its pixels.
+        The same for the *final sample*, through all calls of a run and their correlations, as a mean square over its
+        values (of latents, where a model makes those).
     ``layer_final_error/<format>`` ``[L, W]``, NaN where not measured
         Mean squared error of final samples with only that layer quantized: the slow reference. Standard errors over
         samples in ``layer_final_std_error/<format>``.

@@ -1,13 +1,27 @@
-"""Bits that a layer takes in a file of another tool: codes, scales, zero points and what else the tool stores."""
+"""The single place where stored bits are counted: codes, scales, zero points, channel tags, and what has no codes.
+
+Ours, by the format of a map; and those of a file of another tool, by what it says it stores (`coded_bits` and on).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mpqsearch.core.bitmap import BitMap
+from mpqsearch.core.formats import FULL_PRECISION, SCALE_BITS, QuantFormat
 from mpqsearch.core.layers import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
+
+TAG_BITS = 3
+"""The width of each channel, 1..8, in layers whose channels differ."""
+
+LAYER_BITS = 8
+"""The shared exponent of the scales of a layer, and as many of its input's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +40,56 @@ class StoredBits:
     def total(self) -> int:
         """All bits of the layer."""
         return self.payload + self.metadata + self.unquantized
+
+
+def channel_bits(layer: LayerSpec, bits: int, fmt: QuantFormat) -> int:
+    """Stored bits of one output channel at a width: its codes, scale and zero point, without a tag."""
+    scales = 0 if bits == FULL_PRECISION else SCALE_BITS + fmt.zero_point_bits(bits)
+    return layer.weights_per_channel * bits + scales
+
+
+def fixed_bits(layer: LayerSpec, fmt: QuantFormat) -> int:
+    """Stored bits of a quantized layer that no width changes: the shared exponent and smoothing factors."""
+    return LAYER_BITS + (SCALE_BITS * layer.n_inputs if fmt.smooth else 0)
+
+
+def input_bits(bits: int, steps: int) -> int:
+    """Stored bits of the scales and zero points of one layer's input at a width, with ``steps`` of each."""
+    return 0 if bits == FULL_PRECISION else steps * (SCALE_BITS + bits) + LAYER_BITS
+
+
+def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> StoredBits:
+    """Stored bits of a whole layer; ``widths`` is one width (shape ``()``) or one a channel."""
+    if widths.ndim == 0 and int(widths) == FULL_PRECISION:
+        return unquantized_bits(layer, FULL_PRECISION)
+    counts = [0] * int(widths) + [layer.n_channels] if widths.ndim == 0 else np.bincount(widths).tolist()
+    channels = sum(n * channel_bits(layer, bits, fmt) for bits, n in enumerate(counts))
+    payload = layer.weights_per_channel * sum(n * bits for bits, n in enumerate(counts))
+    tags = TAG_BITS * layer.n_channels if widths.ndim else 0
+    return StoredBits(payload=payload, metadata=channels - payload + tags + fixed_bits(layer, fmt))
+
+
+def mapped_bits(layer: LayerSpec, bit_map: BitMap) -> StoredBits:
+    """`layer_bits` of one layer of a map, with the scales of its input in the metadata."""
+    bits = layer_bits(layer, bit_map.weights[layer.name], bit_map.format_of(layer.name))
+    scales = input_bits(bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps)
+    return replace(bits, metadata=bits.metadata + scales)
+
+
+def size_bits(table: LayerTable, bit_map: BitMap) -> int:
+    """Stored bits of the whole model under ``bit_map``: everything counted."""
+    bit_map.validate(table)
+    return sum(mapped_bits(layer, bit_map).total for layer in table) + FULL_PRECISION * table.n_kept
+
+
+def size_bytes(table: LayerTable, bit_map: BitMap) -> int:
+    """Stored bytes of the whole model, rounded up."""
+    return -(-size_bits(table, bit_map) // 8)
+
+
+def average_bits(table: LayerTable, bit_map: BitMap) -> float:
+    """Stored bits of the whole model over *all* its parameters."""
+    return size_bits(table, bit_map) / table.n_parameters
 
 
 def coded_bits(

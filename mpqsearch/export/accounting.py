@@ -1,33 +1,20 @@
-"""How the stored bits of a map add up, layer by layer. Every number comes from `StorageModel` and `QuantFormat`."""
+"""How the stored bits of a map add up, layer by layer. Every number comes from `mpqsearch.core.stored`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, size_bits
+from mpqsearch.core.formats import SCALE_BITS
+from mpqsearch.core.stored import LAYER_BITS, TAG_BITS, mapped_bits
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StoredBits, size_bits
-from mpqsearch.core.budget import DEFAULT_STORAGE as STORAGE
-
-
-def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> StoredBits:
-    """Split what `StorageModel.layer_total` says; ``widths`` is one width (shape ``()``) or one a channel."""
-    total = STORAGE.layer_total(layer, widths, fmt)
-    if widths.ndim == 0 and int(widths) == FULL_PRECISION:
-        return StoredBits(unquantized=total)
-    values, counts = np.unique(widths, return_counts=True)
-    payload = sum(int(n) * _codes(layer, int(b), fmt) for b, n in zip(values, counts, strict=True))
-    payload *= 1 if widths.ndim else layer.n_channels
-    return StoredBits(payload=payload, metadata=total - payload)
-
-
-def mapped_bits(layer: LayerSpec, bit_map: BitMap) -> StoredBits:
-    """`layer_bits` of one layer of a map, with the scales of its input in the metadata."""
-    bits = layer_bits(layer, bit_map.weights[layer.name], bit_map.format_of(layer.name))
-    scales = STORAGE.activation_bits(bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps)
-    return replace(bits, metadata=bits.metadata + scales)
+STORAGE = {
+    "tag_bits": TAG_BITS,
+    "layer_bits": LAYER_BITS,
+    "full_precision_bits": FULL_PRECISION,
+    "activation_scale_bits": SCALE_BITS,
+}
+"""Bits that are stored beside the codes, as the file names them."""
 
 
 def accounting(table: LayerTable, bit_map: BitMap) -> dict[str, Any]:
@@ -41,10 +28,10 @@ def accounting(table: LayerTable, bit_map: BitMap) -> dict[str, Any]:
     payload = sum(b.payload for b in layers.values())
     total = size_bits(table, bit_map)
     return {
-        "storage": asdict(STORAGE),
+        "storage": STORAGE,
         "payload_bits": payload,
         "metadata_bits": sum(b.metadata for b in layers.values()),
-        "unquantized_bits": sum(b.unquantized for b in layers.values()) + STORAGE.kept_bits(table),
+        "unquantized_bits": sum(b.unquantized for b in layers.values()) + FULL_PRECISION * table.n_kept,
         "total_bits": total,
         "n_parameters": table.n_parameters,
         "bits_per_weight": total / table.n_parameters,
@@ -59,11 +46,5 @@ def unquantized(table: LayerTable, bit_map: BitMap) -> list[dict[str, Any]]:
         for la in table
         if bit_map.weights[la.name].ndim == 0 and int(bit_map.weights[la.name]) == FULL_PRECISION
     ]
-    kept = [(k.name, k.n_values, STORAGE.full_precision_bits * k.n_values, k.reason) for k in table.kept]
+    kept = [(k.name, k.n_values, FULL_PRECISION * k.n_values, k.reason) for k in table.kept]
     return [dict(zip(("name", "n_values", "stored_bits", "reason"), row, strict=True)) for row in whole + kept]
-
-
-def _codes(layer: LayerSpec, bits: int, fmt: QuantFormat) -> int:
-    """Bits of the codes of one channel: the stored bits without those of its scale and zero point."""
-    stored = STORAGE.channel_bits(layer, bits, fmt, mixed=False)
-    return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)

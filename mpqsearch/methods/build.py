@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.allocate import AllocationProblem, CostBudget
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerRules, LayerSpec
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core.stored import TAG_BITS, channel_bits, fixed_bits, input_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.task import Choice, Floats, Integers, Task, whole_layers_only
 
@@ -211,7 +211,7 @@ def _channel_costs(
         acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
         cost = [[-(-la.macs * b * a // la.n_channels) for b in widths] for la, a in zip(layers, acts, strict=True)]
     else:
-        cost = [[DEFAULT_STORAGE.channel_bits(la, b, task.format, mixed=True) for b in widths] for la in layers]
+        cost = [[channel_bits(la, b, task.format) + TAG_BITS for b in widths] for la in layers]
     return np.array(cost, dtype=np.int64).reshape(len(layers), len(widths))
 
 
@@ -221,10 +221,7 @@ def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], in
         return 0
     steps = task.activation_steps
     acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
-    return sum(
-        DEFAULT_STORAGE.fixed_bits(la, task.format) + DEFAULT_STORAGE.activation_bits(a, steps)
-        for la, a in zip(layers, acts, strict=True)
-    )
+    return sum(fixed_bits(la, task.format) + input_bits(a, steps) for la, a in zip(layers, acts, strict=True))
 
 
 def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> Floats:

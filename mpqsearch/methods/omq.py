@@ -42,14 +42,8 @@ def random(task: Task) -> tuple[BitMap, str]:
     """Random widths, repaired at random until every budget is met and no further bit fits."""
     rng = np.random.default_rng([task.method.seed, task.limits[0].limit % (2**31)])
     units, widths = task.programs.rules.units(), sorted(task.programs.policy.widths)
-    names = [name for unit in units for name in unit]
-    inputs = task.inputs(max(task.method.act_choices, default=task.method.act_bits))
-    choices = [(w, None) for w in widths]
-    starts = np.cumsum([0, *map(len, units)])[:-1]
-    costs = [np.add.reduceat(task.layer_costs(limit.budget, names, choices, inputs), starts) for limit in task.limits]
-    rooms = [limit.limit - task.fixed_cost(limit.budget, inputs) for limit in task.limits]
-    allowed = [[j for j, w in enumerate(widths) if task.programs.rules.allows(unit[0], w)] for unit in units]
-    low, high = np.array([a[0] for a in allowed]), np.array([a[-1] for a in allowed])
+    costs, rooms, allowed = task.unit_costs([(w, None) for w in widths])
+    low, high = allowed.argmax(axis=1), len(widths) - 1 - allowed[:, ::-1].argmax(axis=1)
     choice, rows = rng.integers(low, high + 1), np.arange(len(units))
 
     def fits(chosen: NDArray[np.int64]) -> bool:

@@ -26,7 +26,7 @@ from mpqsearch.core import (
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.methods import omq
-from mpqsearch.methods.build import Program, allowed_choices, channel_program, choices_of, layer_program
+from mpqsearch.methods.build import Program, channel_program, choices_of, layer_program
 from mpqsearch.methods.costs import NANOSECONDS, CostTable
 from mpqsearch.methods.losses import predicted_loss
 from mpqsearch.methods.spec import OMQ, PROGRAMS, Allocation, MethodSpec, Total
@@ -157,9 +157,7 @@ class Programs:
         shape = (sum(self.profile.channels), len(self.profile.widths))
         if losses is not None and losses.shape != shape:
             raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")
-        fmt = replace(
-            self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, scale_bits=16, alpha=0.5
-        )
+        fmt = replace(self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, alpha=0.5)
         labels = [b.label() for b in (budget, *within)]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"the budgets {', '.join(labels)} name one limit twice")
@@ -258,19 +256,11 @@ def _lower_bound(problem: AllocationProblem, rates: Sequence[float]) -> float:
 
 def _check_budgets(task: Task) -> None:
     """Raise when one budget alone cannot be met, or the main one leaves nothing to quantize."""
-    inputs = task.inputs(task.widest_input)
-    rules, choices = task.programs.rules, choices_of(task)
-    mask = allowed_choices(rules, rules.searched, choices)
-    for li in task.limits:
-        cost = task.layer_costs(li.budget, rules.searched, choices, inputs)
-        priced, first = np.where(mask, cost, 0), {n: i for i, n in enumerate(rules.searched)}
-        least = task.fixed_cost(li.budget, inputs)
-        for unit in rules.units():
-            rows = [first[n] for n in unit]
-            sums = priced[rows].sum(axis=0)
-            least += int(sums[mask[rows].all(axis=0)].min())
-        if least > li.limit:
-            raise _too_small(task, li, least)
+    costs, rooms, allowed = task.unit_costs(choices_of(task))
+    for li, cost, room in zip(task.limits, costs, rooms, strict=True):
+        least = int(np.where(allowed, cost, np.iinfo(np.int64).max).min(axis=1).sum())
+        if least > room:
+            raise _too_small(task, li, least + li.limit - room)
     main = task.limits[0]
     if main.budget.quantity == "latency":
         return
@@ -295,13 +285,13 @@ def _too_small(task: Task, li: Limit, least: int) -> InfeasibleBudgetError:
 
 
 def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
-    """Scales that a quantized input has: one, or one for each step of the sampler that the profile was measured
-    with."""
+    """Scales that a quantized input has: one, or one for each timestep that the profile was measured at."""
     if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
         return 1
-    steps = profile.calibration.get("sampler", {}).get("steps")
+    steps = profile.calibration.get("timesteps")
     if not steps:
         raise ConfigError(
-            f"method {method.name!r}: act_timesteps needs a profile that was measured with a sampler of known steps"
+            f"method {method.name!r}: act_timesteps needs a profile that was measured on the model's own run, not one "
+            "of the weights alone"
         )
     return int(steps)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, QuantFormat, bops, size_bits, uniform_map
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core.stored import input_bits, layer_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.losses import BEST_LOSS, channel_losses
 from mpqsearch.methods.spec import MethodSpec
@@ -102,10 +102,20 @@ class Task:
             table = [[self._stored(n, w, a) for n, w, a in row] for row in asked]
         return np.array(table, dtype=np.int64).reshape(len(names), len(choices))
 
+    def unit_costs(self, choices: Sequence[Choice]) -> tuple[list[Integers], list[int], NDArray[np.bool_]]:
+        """Of the layers that share their widths: costs ``[u, k]`` and what is left for them, under every budget, and
+        which choices ``[u, k]`` they may take."""
+        rules, inputs, units = self.programs.rules, self.inputs(self.widest_input), self.programs.rules.units()
+        starts, names = np.cumsum([0, *map(len, units)])[:-1], [name for unit in units for name in unit]
+        costs = [np.add.reduceat(self.layer_costs(li.budget, names, choices, inputs), starts) for li in self.limits]
+        rooms = [li.limit - self.fixed_cost(li.budget, inputs) for li in self.limits]
+        allowed = [[rules.allows(unit[0], w) for w, _ in choices] for unit in units]
+        return costs, rooms, np.array(allowed, dtype=bool)
+
     def _stored(self, name: str, bits: int, act_bits: int) -> int:
         layer = self.programs.table[name]
-        weights = DEFAULT_STORAGE.layer_total(layer, np.array(bits, dtype=np.uint8), self.format)
-        return weights + DEFAULT_STORAGE.activation_bits(act_bits, self.activation_steps)
+        weights = layer_bits(layer, np.array(bits, dtype=np.uint8), self.format).total
+        return weights + input_bits(act_bits, self.activation_steps)
 
     def fixed_cost(self, budget: Budget, inputs: Mapping[str, int]) -> int:
         """What a budget pays for all that is not searched: fixed layers, and what is no weight layer."""
@@ -116,7 +126,7 @@ class Task:
             return sum(self.programs.costs.of(*a) for a in asked)
         if budget.quantity == "bops":
             return sum(self.programs.table[n].macs * b * a for n, b, a in asked)
-        return DEFAULT_STORAGE.kept_bits(self.programs.table) + sum(self._stored(*a) for a in asked)
+        return FULL_PRECISION * self.programs.table.n_kept + sum(self._stored(*a) for a in asked)
 
     def channel_losses(self) -> Floats:
         """Losses ``[C, W]`` of every output channel at every width of the profile."""

@@ -1,24 +1,47 @@
 """Features, then statistics, then values: three steps, each on its own."""
 
-from mpqsearch.metrics.evaluate import Evaluation, Reference, distance_to_full_precision, evaluate
-from mpqsearch.metrics.extractors import EXTRACTORS, FeatureExtractor, load_extractor, module_extractor
-from mpqsearch.metrics.frechet import FeatureStatistics, KernelDistance, PairedKernelDistance, frechet_distance
+from mpqsearch.metrics.evaluate import (
+    Evaluation,
+    Reference,
+    Tally,
+    distance_to_full_precision,
+    evaluate,
+    features_of,
+)
+from mpqsearch.metrics.extractors import (
+    AUTO,
+    EXTRACTORS,
+    FeatureExtractor,
+    extractor_for,
+    load_extractor,
+    module_extractor,
+)
+from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, paired_kernel_distance
 from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
+from mpqsearch.metrics.scorers import PSNR, Scorer
+from mpqsearch.metrics.store import SampleStore
 
 __all__ = [
+    "AUTO",
     "EXTRACTORS",
+    "PSNR",
     "DataReference",
     "Evaluation",
     "FeatureExtractor",
     "FeatureStatistics",
-    "KernelDistance",
-    "PairedKernelDistance",
     "Reference",
+    "SampleStore",
+    "Scorer",
+    "Tally",
     "distance_to_full_precision",
     "evaluate",
+    "extractor_for",
+    "features_of",
     "frechet_distance",
+    "kernel_distance",
     "load_extractor",
     "load_reference",
     "module_extractor",
+    "paired_kernel_distance",
     "save_reference",
 ]

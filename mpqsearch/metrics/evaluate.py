@@ -1,10 +1,11 @@
-"""Values of one set of samples against the full-precision samples of the same noise, and against data."""
+"""Values of samples against the full-precision samples of the same noise, and against data; batch by batch, each
+dropped once it was measured."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,13 @@ import torch
 from torch import Tensor
 
 from mpqsearch.core import MetricValue
+from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.metrics.extractors import FeatureExtractor
-from mpqsearch.metrics.frechet import (
-    FeatureStatistics,
-    KernelDistance,
-    PairedKernelDistance,
-    frechet_distance,
-    frechet_from,
-)
+from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, paired_kernel_distance
 from mpqsearch.metrics.reference import DataReference
-from mpqsearch.sampling import to_uint8
+from mpqsearch.metrics.scorers import FULL_PRECISION, PSNR, Scorer
+from mpqsearch.metrics.store import SampleStore
+from mpqsearch.models.runner import Drawn
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -29,36 +27,21 @@ if TYPE_CHECKING:
 BOOTSTRAP = 48
 """Resamples behind every interval."""
 
+ANY = (-math.inf, math.inf)
+"""Bounds of kernel distances: their estimates are unbiased and may be negative."""
+
 POSITIVE = (0.0, math.inf)
-"""Bounds of distances and errors. Kernel distances have none: their estimates are unbiased and may be negative."""
-
-PEAK = 2.0
-"""Width of the value range [-1, 1], for PSNR."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Reference:
-    """Full-precision samples ``[N, ...]`` with their features ``[N, d]``, for paired comparison; seeds and labels of
-    all samples."""
-
-    samples: Tensor
-    features: Tensor
-    seeds: tuple[int, ...]
-    labels: Tensor | None
-    data: DataReference | None = None
-
-    def __repr__(self) -> str:
-        against = "" if self.data is None else f", beside {self.data.name}"
-        shape = tuple(self.samples.shape[1:])
-        return f"Reference({len(self.seeds)} full-precision samples {shape}, seeds {seeds_label(self.seeds)}{against})"
+"""Bounds of other distances and of errors."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
-    """Metric values by key, and the features behind them."""
+    """Metric values by key; the features ``[rows, d]`` behind them, one row a picture or frame (None without pictures);
+    and the first pictures, as many as were to be kept."""
 
     metrics: dict[str, MetricValue]
-    features: Tensor
+    features: Tensor | None
+    images: Tensor | None = None
 
     def to_frame(self) -> DataFrame:
         """One row a metric: name, value, bounds of its interval, samples, reference."""
@@ -75,111 +58,228 @@ class Evaluation:
         return str(self.to_frame().to_html())
 
 
-def distance_to_full_precision(samples: Tensor, reference: Reference, extractor: FeatureExtractor) -> float:
+class Tally:
+    """What stays of samples once they were measured: errors and scores ``[N]``, and features.
+
+    Of a video every frame is a sample of features and is scored by itself; its score is the mean over frames, and
+    intervals come from resampling whole videos.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, scorers: Sequence[Scorer] = (), *, keep: int = 0) -> None:
+        self.extractor = extractor
+        self.seeds: list[int] = []
+        self._scorers = tuple(scorers)
+        self._all_scorers = (PSNR, *extractor.scorers, *scorers)
+        self._keep = keep
+        self._errors: list[Tensor] = []
+        self._features: list[Tensor] = []
+        self._images: list[Tensor] = []
+        self._scores: dict[str, list[Tensor]] = {}
+
+    def empty(self, keep: int = 0) -> Tally:
+        """Another one that measures the same and keeps the first pictures."""
+        return Tally(self.extractor, self._scorers, keep=keep)
+
+    def add(self, batch: Drawn, full: Drawn | None = None) -> None:
+        """Measure a batch, beside the full-precision one of the same seeds where there is one.
+
+        Raises `ConfigError` for other seeds, `NumericsError` when features are not finite.
+        """
+        if full is not None:
+            if full.seeds != batch.seeds:
+                raise ConfigError(
+                    f"samples of the seeds {seeds_label(batch.seeds)} cannot be compared with those of "
+                    f"{seeds_label(full.seeds)}: their noise differs"
+                )
+            self._errors.append((batch.latents.cpu().double() - full.latents.double()).square().flatten(1).mean(1))
+        if batch.images is not None:
+            self._look(batch, batch.images.cpu(), None if full is None else full.images)
+        self.seeds.extend(batch.seeds)
+
+    def _look(self, batch: Drawn, images: Tensor, full: Tensor | None) -> None:
+        features = self.extractor(images)
+        _require_finite(features, batch)
+        self._features.append(features)
+        if len(self.seeds) < self._keep:
+            self._images.append(images[: self._keep - len(self.seeds)].clone())
+        n_frames = len(features) // len(images)
+        labels = [label for label in batch.labels for _ in range(n_frames)]
+        shown, expected = _frames(images), None if full is None else _frames(full)
+        for scorer in self._all_scorers:
+            paired = scorer.against == FULL_PRECISION
+            if paired and expected is None:
+                continue
+            scores = scorer.score(shown, labels, expected if paired else None).cpu().double()
+            self._scores.setdefault(scorer.key, []).append(scores.view(-1, n_frames).nanmean(1))
+
+    @property
+    def features(self) -> Tensor | None:
+        """``[rows, d]``; None when there were no pictures."""
+        return torch.cat(self._features) if self._features else None
+
+    def evaluation(self, full: Tensor | None = None, data: DataReference | None = None) -> Evaluation:
+        """The metrics, given the features of full precision and the statistics of data: see `evaluate`."""
+        sheet, features = _Sheet(self), self.features
+        if self._errors:
+            sheet.put_mean("paired_mse", "MSE vs FP, same noise", FULL_PRECISION, self._errors, bounds=POSITIVE)
+        for s in (s for s in self._all_scorers if s.key in self._scores):
+            scores = self._scores[s.key]
+            sheet.put_mean(s.key, s.name, s.against, scores, bounds=s.bounds, higher=s.higher_is_better)
+        if features is not None:
+            sheet.put_distances(features, full, data)
+        images = torch.cat(self._images) if self._images else None
+        return Evaluation(metrics=sheet.values, features=features, images=images)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Reference:
+    """Full-precision samples: on disk, with their features in memory, for paired comparison."""
+
+    store: SampleStore
+    tally: Tally
+    data: DataReference | None = None
+
+    @classmethod
+    def of(
+        cls,
+        store: SampleStore,
+        extractor: FeatureExtractor,
+        data: DataReference | None = None,
+        scorers: Sequence[Scorer] = (),
+    ) -> Reference:
+        """Read a complete store once, for features and scores."""
+        tally = Tally(extractor, scorers)
+        for batch in store.batches():
+            tally.add(batch)
+        return cls(store=store, tally=tally, data=data)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of all samples, in their order."""
+        return self.store.seeds
+
+    @property
+    def features(self) -> Tensor | None:
+        """``[rows, d]``; None without pictures."""
+        return self.tally.features
+
+    def evaluation(self) -> Evaluation:
+        """Full precision itself: ``fd_data``, ``kid_data`` and the scores that need no reference."""
+        return self.tally.evaluation(data=self.data)
+
+    def __repr__(self) -> str:
+        against = "" if self.data is None else f", beside {self.data.name}"
+        shape = tuple(self.store.read(0, 1).latents.shape[1:])
+        return f"Reference({len(self.seeds)} full-precision samples {shape}, seeds {seeds_label(self.seeds)}{against})"
+
+
+def evaluate(batches: Iterable[Drawn], reference: Reference, *, keep: int = 0) -> Evaluation:
+    """Measure samples whose seeds are those of ``reference``, in the same order; the first ``keep`` pictures are kept.
+
+    Keys: ``paired_mse`` (of latents), ``paired_psnr``, ``fd_fp``, ``kid_fp``, ``fd_data`` and ``kid_data`` (with data
+    statistics), and those of the scorers, such as ``class_accuracy``; without pictures ``paired_mse`` alone. Intervals
+    are 95 % normal intervals from the standard deviation of a bootstrap over samples, cut where the metric has no
+    values; pairs are resampled together.
+    """
+    tally = reference.tally.empty(keep)
+    for batch in batches:
+        done = len(tally.seeds)
+        tally.add(batch, reference.store.read(done, done + len(batch.seeds)))
+    if tuple(tally.seeds) != reference.seeds:
+        raise ConfigError(f"{len(tally.seeds)} samples were given, the full-precision ones are {len(reference.seeds)}")
+    return tally.evaluation(reference.features, reference.data)
+
+
+def features_of(batches: Iterable[Drawn], extractor: FeatureExtractor) -> Tensor:
+    """Features ``[rows, d]`` of all pictures and frames; `ConfigError` when there are none."""
+    features = [extractor(batch.images) for batch in batches if batch.images is not None]
+    if not features:
+        raise ConfigError("these samples are no pictures, so they have no features: compare their paired error")
+    return torch.cat(features)
+
+
+def distance_to_full_precision(batches: Iterable[Drawn], full: FeatureStatistics, extractor: FeatureExtractor) -> float:
     """``fd_fp`` of `evaluate` alone, without its interval: what trainings and choices are steered by. Samples that are
     not finite: infinite."""
-    if not bool(torch.isfinite(samples).all()):
+    try:
+        return frechet_distance(full, FeatureStatistics.of(features_of(batches, extractor)))
+    except NumericsError:
         return math.inf
-    features = extractor(to_uint8(samples))
-    return frechet_distance(FeatureStatistics.of(reference.features), FeatureStatistics.of(features))
-
-
-def evaluate(
-    samples: Tensor, reference: Reference, extractor: FeatureExtractor, *, is_reference: bool = False
-) -> Evaluation:
-    """Measure samples ``[N, ...]`` whose noise and labels are those of ``reference``.
-
-    Keys: ``paired_mse``, ``paired_psnr``, ``fd_fp``, ``kid_fp`` (not for the reference itself), ``fd_data``,
-    ``kid_data`` (with data statistics), ``class_accuracy`` (when the extractor classifies). Intervals are 95 % normal
-    intervals from the standard deviation of a bootstrap over samples, cut where the metric has no values; pairs are
-    resampled together.
-    """
-    samples = samples.cpu()  # one device for all statistics, whatever the samples and the extractor are on
-    images = to_uint8(samples)
-    features = extractor(images)
-    sheet = _Sheet(n=len(samples), seeds=seeds_label(reference.seeds), extractor=extractor.label)
-    if not is_reference:
-        _put_pixels(sheet, samples, reference.samples.cpu())
-        _put_full_precision(sheet, features, reference.features)
-    if reference.data is not None:
-        _put_data(sheet, features, reference.data, frechet_label(extractor, len(samples)))
-    classes = extractor.classes(images)
-    if classes is not None and reference.labels is not None:
-        hit = (classes == reference.labels.cpu()).double()
-
-        def share(weights: Tensor) -> float:
-            return float(weights @ hit / weights.sum())
-
-        sheet.put("class_accuracy", "asked class recognised", "labels", share, higher=True, bounds=(0.0, 1.0))
-    return Evaluation(metrics=sheet.values, features=features)
 
 
 class _Sheet:
     """Metric values of one set of samples, each with its bootstrap interval."""
 
-    def __init__(self, *, n: int, seeds: str, extractor: str) -> None:
+    def __init__(self, tally: Tally) -> None:
         self.values: dict[str, MetricValue] = {}
-        self.n, self.seeds, self.extractor = n, seeds, extractor
-        self._once = torch.ones(n, dtype=torch.float64)
-        self._draws = _bootstrap_weights(n)
+        self._n, self._extractor = len(tally.seeds), tally.extractor
+        self._seeds = seeds_label(tally.seeds)
 
-    def put(
+    def put_mean(
         self,
         key: str,
         name: str,
         against: str,
-        value_of: Callable[[Tensor], float],
+        parts: Sequence[Tensor],
         *,
+        bounds: tuple[float, float],
         higher: bool = False,
-        bounds: tuple[float, float] = (-math.inf, math.inf),
     ) -> None:
-        """Add a metric; ``value_of`` computes it from multiplicities ``[N]`` of the samples, ``bounds`` are the least
-        and the largest value that it can have."""
-        value = value_of(self._once)
-        spread = 1.96 * float(torch.tensor([value_of(w) for w in self._draws], dtype=torch.float64).std())
+        """Add the mean of one number a sample; samples whose number is NaN are left out, and so is a metric of fewer
+        than two."""
+        each = torch.cat(list(parts))
+        each = each[~each.isnan()]
+        if len(each) > 1:
+            weights = _bootstrap_weights(len(each))
+            self._put(key, name, against, weights @ each / len(each), bounds=bounds, higher=higher, n=len(each))
+
+    def put_distances(self, features: Tensor, full: Tensor | None, data: DataReference | None) -> None:
+        """Add the distances of features ``[rows, d]`` to those of full precision and to data."""
+        n, features = len(features), features.double()
+        weights = _bootstrap_weights(self._n).repeat_interleave(n // self._n, 1)
+        full = None if full is None else full.double()
+        to_full, to_data = [], []
+        for w in weights:
+            ours = FeatureStatistics.of(features, w)
+            if full is not None:
+                to_full.append(frechet_distance(FeatureStatistics.of(full, w), ours))
+            if data is not None:
+                to_data.append(frechet_distance(data.statistics, ours))
+        label = self._extractor.label
+        if full is not None:
+            kernel = paired_kernel_distance(full, features, weights)
+            self._put("fd_fp", f"FD[{label}]-{n} vs FP", FULL_PRECISION, _floats(to_full), bounds=POSITIVE)
+            self._put("kid_fp", f"KD[{label}]-{n} vs FP", FULL_PRECISION, kernel)
+        if data is not None:
+            kernel = kernel_distance(data.features, features, weights)
+            self._put("fd_data", frechet_label(self._extractor, n), data.name, _floats(to_data), bounds=POSITIVE)
+            self._put("kid_data", f"KD[{label}]-{n} vs data", data.name, kernel)
+
+    def _put(
+        self,
+        key: str,
+        name: str,
+        against: str,
+        values: Tensor,
+        *,
+        bounds: tuple[float, float] = ANY,
+        higher: bool = False,
+        n: int = 0,
+    ) -> None:
+        """Add a metric from its value and those of all resamples, ``[1 + BOOTSTRAP]``."""
+        value, spread = float(values[0]), 1.96 * float(values[1:].std())
         self.values[key] = MetricValue(
             name=name,
             value=value,
-            n_samples=self.n,
-            seeds=self.seeds,
-            extractor=self.extractor,
+            n_samples=n or self._n,
+            seeds=self._seeds,
+            extractor=self._extractor.label,
             reference=against,
             low=min(value, max(value - spread, bounds[0])),
             high=min(value + spread, bounds[1]),
             spread="bootstrap",
             higher_is_better=higher,
         )
-
-
-def _put_pixels(sheet: _Sheet, samples: Tensor, reference: Tensor) -> None:
-    error = (samples.double() - reference.double()).square().flatten(1).mean(1)
-
-    def mse(weights: Tensor) -> float:
-        return float(weights @ error / weights.sum())
-
-    sheet.put("paired_mse", "MSE vs FP, same noise", "full precision", mse, bounds=POSITIVE)
-    sheet.put(
-        "paired_psnr", "PSNR vs FP, same noise", "full precision", lambda weights: _psnr(mse(weights)), higher=True
-    )
-
-
-def _put_full_precision(sheet: _Sheet, features: Tensor, reference: Tensor) -> None:
-    def distance(weights: Tensor) -> float:
-        return frechet_distance(FeatureStatistics.of(reference, weights), FeatureStatistics.of(features, weights))
-
-    kernel = PairedKernelDistance(reference, features)
-    sheet.put("fd_fp", f"FD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", distance, bounds=POSITIVE)
-    sheet.put("kid_fp", f"KD[{sheet.extractor}]-{sheet.n} vs FP", "full precision", kernel)
-
-
-def _put_data(sheet: _Sheet, features: Tensor, data: DataReference, name: str) -> None:
-    distance, kernel = frechet_from(data.statistics), KernelDistance(data.features, features)
-
-    def value_of(weights: Tensor) -> float:
-        return distance(FeatureStatistics.of(features, weights))
-
-    sheet.put("fd_data", name, data.name, value_of, bounds=POSITIVE)
-    sheet.put("kid_data", f"KD[{sheet.extractor}]-{sheet.n} vs data", data.name, kernel)
 
 
 def frechet_label(extractor: FeatureExtractor, n: int) -> str:
@@ -198,16 +298,30 @@ def seeds_label(seeds: Sequence[int]) -> str:
     return f"{len(values)} seeds {hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
 
 
-def _psnr(mse: float) -> float:
-    # Identical samples would give infinity, which no artifact may hold; 200 dB is beyond what float32 resolves.
-    return 200.0 if mse <= 0 else min(200.0, 10 * math.log10(PEAK**2 / mse))
+def _frames(images: Tensor) -> Tensor:
+    return images.flatten(0, 1) if images.dim() == 5 else images
 
 
-def _bootstrap_weights(n: int) -> list[Tensor]:
+def _floats(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _require_finite(features: Tensor, batch: Drawn) -> None:
+    bad = ~torch.isfinite(features).flatten(1).all(1).view(len(batch.seeds), -1).all(1)
+    if bool(bad.any()):
+        i = int(bad.nonzero()[0])
+        asked = "" if batch.labels[i] is None else f" ({batch.labels[i]!r})"
+        raise NumericsError(f"the features of the sample of seed {batch.seeds[i]}{asked} are not finite: look at it")
+
+
+def _bootstrap_weights(n: int) -> Tensor:
+    """Multiplicities ``[1 + BOOTSTRAP, n]`` of samples: once each, then as drawn."""
+    if n < 2:
+        raise ConfigError(f"an interval needs at least two samples, got {n}")
     generator = torch.Generator().manual_seed(0)
-    draws: list[Tensor] = []
-    while len(draws) < BOOTSTRAP:
+    draws = [torch.ones(n, dtype=torch.float64)]
+    while len(draws) <= BOOTSTRAP:
         weights = torch.bincount(torch.randint(0, n, (n,), generator=generator), minlength=n).double()
         if int((weights > 0).sum()) > 1:  # one sample drawn again and again has no spread: it happens with a handful
             draws.append(weights)
-    return draws
+    return torch.stack(draws)

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.metrics.scorers import Scorer
 from mpqsearch.models import REFERENCE, weights_digest
+from mpqsearch.models.classifier import FEATURE_DIM, FashionClassifier
+from mpqsearch.models.judge import FEATURE_DIM as JUDGE_DIM
+from mpqsearch.models.judge import SIZE, Judge, recognised
+from mpqsearch.models.runner import Label
+
+Network = TypeVar("Network", bound=nn.Module)
+
+AUTO = "auto"
+"""Stands for the extractor that `extractor_for` chooses."""
+
+CAPTIONED = ("fmnist-t2i", "fmnist-flow")
+"""Models whose pictures and prompts `fmnist-judge` reads."""
 
 INCEPTION_SHA256 = "6726825d"
 """First digits of the SHA-256 of the Inception weights of 2015 as ported for PyTorch: what the word FID is reserved
@@ -23,15 +37,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExtractor:
-    """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``. ``classify``, where there is one: to labels
-    ``[N]``. Both compute on ``device``; what they are called with and what comes back may be elsewhere: see
-    `__call__` and `classes`."""
+    """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``, computed on ``device``; what it is called with and
+    what comes back may be elsewhere. ``shape``: the pictures ``(C, H, W)`` that it reads (None: of one or three
+    channels and any size). ``scorers``: what it can say of single pictures."""
 
     name: str
     dim: int
     digest: str
     features: Callable[[Tensor], Tensor]
-    classify: Callable[[Tensor], Tensor] | None = None
+    shape: tuple[int, int, int] | None = None
+    scorers: tuple[Scorer, ...] = ()
     official_fid: bool = False
     device: torch.device = CPU
 
@@ -40,26 +55,41 @@ class FeatureExtractor:
         """Name with the first digits of the weights' digest."""
         return f"{self.name}@{self.digest[:8]}"
 
-    def __call__(self, images: Tensor, batch: int = 256) -> Tensor:
-        """Features ``[N, dim]`` of images ``uint8 [N, C, H, W]`` on any device, in batches; they come on the CPU."""
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ConfigError(f"{self.name} takes uint8 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
-        return self._in_batches(self.features, images, batch).float()
-
-    def classes(self, images: Tensor, batch: int = 256) -> Tensor | None:
-        """Labels ``[N]``, on the CPU, of images on any device; None where the extractor does not classify."""
-        return None if self.classify is None else self._in_batches(self.classify, images, batch)
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise `ConfigError` when pictures of the shape ``(C, H, W)`` cannot be read."""
+        found = tuple(shape)
+        fits = found == self.shape if self.shape else len(found) == 3 and found[0] in (1, 3)
+        if not fits:
+            reads = f"pictures {self.shape}" if self.shape else "pictures of 1 or 3 channels"
+            raise ConfigError(
+                f"the extractor {self.name} reads {reads} (channels, height, width), these are {found}. Use the "
+                "extractor auto, random-conv, inception or your own module."
+            )
 
     @torch.no_grad()
-    def _in_batches(self, function: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
-        return torch.cat([function(part.to(self.device)).cpu() for part in torch.split(images, batch)])
+    def __call__(self, images: Tensor, batch: int = 256) -> Tensor:
+        """Features ``[N, dim]`` of pictures ``uint8 [N, C, H, W]``, or ``[N * F, dim]`` of videos
+        ``uint8 [N, F, C, H, W]`` frame by frame; on the CPU, in batches."""
+        if images.dtype != torch.uint8 or images.dim() not in (4, 5):
+            raise ConfigError(f"{self.name} takes uint8 images [N, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        frames = images.flatten(0, 1) if images.dim() == 5 else images
+        self.check(frames.shape[1:])
+        parts = [self.features(part.to(self.device)).cpu() for part in torch.split(frames, batch)]
+        return torch.cat(parts).float()
+
+
+def extractor_for(shape: Sequence[int], model: str) -> str:
+    """The extractor that ``auto`` stands for: by the pictures ``(C, H, W)`` and the name of the model."""
+    if tuple(shape) == (1, 28, 28):
+        return "fmnist-cnn"
+    return "fmnist-judge" if model in CAPTIONED and tuple(shape) == (3, SIZE, SIZE) else "random-conv"
 
 
 def load_extractor(name: str, *, weights: Path | None = None, device: str | torch.device = CPU) -> FeatureExtractor:
-    """An extractor by name: ``fmnist-cnn``, ``random-conv`` or ``inception`` (extra ``mpqsearch[fid]``; ``weights`` is
-    its file). ``device``: where it computes."""
+    """An extractor by name: ``fmnist-cnn``, ``fmnist-judge``, ``random-conv`` or ``inception`` (extra
+    ``mpqsearch[fid]``; ``weights`` is its file). ``device``: where it computes."""
     if name not in EXTRACTORS:
-        raise UnknownNameError("feature extractor", name, EXTRACTORS)
+        raise UnknownNameError("feature extractor", name, (AUTO, *EXTRACTORS))
     return EXTRACTORS[name](weights, torch.device(device))
 
 
@@ -80,35 +110,72 @@ def module_extractor(module: nn.Module, name: str, *, scale: float = 127.5, shif
 
 
 def _fashion(_weights: Path | None, device: torch.device) -> FeatureExtractor:
-    from safetensors.torch import load_file
+    network = _embedded(FashionClassifier(), "fmnist-cnn").to(device)
 
-    from mpqsearch.models.classifier import FEATURE_DIM, FashionClassifier
-
-    model = FashionClassifier()
-    model.load_state_dict(
-        {
-            k: v.float() if v.is_floating_point() else v
-            for k, v in load_file(REFERENCE / "fmnist-cnn/model.safetensors").items()
-        }
-    )
-    model.eval().requires_grad_(False).to(device)
-
-    def unit(images: Tensor) -> Tensor:
-        if images.shape[1:] != (1, 28, 28):
-            raise ConfigError(
-                f"fmnist-cnn reads grey 28x28 images, got {tuple(images.shape[1:])}. Use the extractor random-conv, "
-                "inception or your own module."
-            )
-        return images.float() / 127.5 - 1.0
+    @torch.no_grad()
+    def right(images: Tensor, labels: Sequence[Label], _reference: Tensor | None) -> Tensor:
+        asked = torch.tensor([label if isinstance(label, int) else -1 for label in labels])
+        hit: Tensor = (network(_unit(images, device)).argmax(1).cpu() == asked).double()
+        return hit.masked_fill(asked < 0, math.nan)
 
     return FeatureExtractor(
         name="fmnist-cnn",
         dim=FEATURE_DIM,
-        digest=weights_digest(model),
-        features=lambda images: model.features(unit(images)),
-        classify=lambda images: model(unit(images)).argmax(1),
+        digest=weights_digest(network),
+        features=lambda images: network.features(_unit(images, device)),
+        shape=(1, 28, 28),
+        scorers=(
+            Scorer(
+                key="class_accuracy",
+                name="asked class recognised",
+                against="labels",
+                score=right,
+                bounds=(0.0, 1.0),
+            ),
+        ),
         device=device,
     )
+
+
+def _judge(_weights: Path | None, device: torch.device) -> FeatureExtractor:
+    network = _embedded(Judge(), "fmnist-judge").to(device)
+
+    def share(images: Tensor, prompts: Sequence[Label], _reference: Tensor | None) -> Tensor:
+        return recognised(network, _unit(images, device), prompts)
+
+    return FeatureExtractor(
+        name="fmnist-judge",
+        dim=JUDGE_DIM,
+        digest=weights_digest(network),
+        features=lambda images: network.features(_unit(images, device)),
+        shape=(3, SIZE, SIZE),
+        scorers=(
+            Scorer(
+                key="attributes_recognised",
+                name="share of the attributes asked for that are recognised",
+                against="prompts",
+                score=share,
+                bounds=(0.0, 1.0),
+            ),
+        ),
+        device=device,
+    )
+
+
+def _unit(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device).float() / 127.5 - 1.0
+
+
+def _embedded(network: Network, name: str) -> Network:
+    """A network with the weights of that name that ship with the package, in half precision."""
+    from safetensors.torch import load_file
+
+    file = REFERENCE / name / "model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"this installation lacks the weights of the extractor {name} ({file}): install it again")
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
 
 
 class _RandomConv(nn.Module):
@@ -174,6 +241,7 @@ def _file_digest(path: Path) -> str:
 
 EXTRACTORS: dict[str, Callable[[Path | None, torch.device], FeatureExtractor]] = {
     "fmnist-cnn": _fashion,
+    "fmnist-judge": _judge,
     "random-conv": _random,
     "inception": _inception,
 }

@@ -3,7 +3,6 @@ have no float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +10,21 @@ from torch import Tensor
 
 from mpqsearch.errors import ConfigError, NumericsError
 
+BLOCK = 1024
+"""Rows of a kernel matrix in memory at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """Count, mean ``[d]`` and unbiased covariance ``[d, d]`` of a feature sample, float64."""
+    """Count, mean ``[d]`` and unbiased covariance of a feature sample, float64.
+
+    The covariance is kept as a ``factor`` ``[k, d]`` with ``factor.T @ factor`` equal to it; ``k`` is at most ``d``,
+    and at most the number of different samples.
+    """
 
     n: int
     mean: Tensor
-    covariance: Tensor
+    factor: Tensor
 
     @classmethod
     def of(cls, features: Tensor, weights: Tensor | None = None) -> FeatureStatistics:
@@ -31,12 +37,25 @@ class FeatureStatistics:
             raise ConfigError(f"feature statistics need at least two rows, got the shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             raise NumericsError("a feature is NaN or infinite: look at the samples")
-        w = _weights(weights, len(x))
+        w = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.cpu().double()
+        x, w = x[w > 0], w[w > 0]
         total = float(w.sum())
         mean = (w @ x) / total
-        centred = x - mean
-        covariance = (centred * w[:, None]).T @ centred / (total - 1)
-        return cls(n=int(total), mean=mean, covariance=covariance)
+        factor = (x - mean) * (w / (total - 1)).sqrt()[:, None]
+        if len(factor) > factor.shape[1]:
+            factor = torch.linalg.qr(factor, mode="r").R
+        return cls(n=int(total), mean=mean, factor=factor)
+
+    @classmethod
+    def from_covariance(cls, n: int, mean: Tensor, covariance: Tensor) -> FeatureStatistics:
+        """Statistics whose covariance ``[d, d]`` is known."""
+        values, vectors = torch.linalg.eigh(covariance)
+        return cls(n=n, mean=mean, factor=values.clamp_min(0).sqrt()[:, None] * vectors.T)
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[d, d]``."""
+        return self.factor.T @ self.factor
 
     def __repr__(self) -> str:
         return f"FeatureStatistics(n={self.n}, dim={len(self.mean)})"
@@ -45,80 +64,71 @@ class FeatureStatistics:
 def frechet_distance(reference: FeatureStatistics, sample: FeatureStatistics) -> float:
     """Fréchet distance ``|m1 - m2|**2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)`` (Dowson and Landau 1982).
 
-    Symmetric eigenproblems only, so the value is real by construction; it may be negative by rounding, of order 1e-12
-    times the trace. torchmetrics gives the same number from the eigenvalues of the non-symmetric product. Raises
-    `ConfigError` for features of different dimensions.
+    The last trace is the sum of the singular values of ``A B^T`` where ``S1 = A^T A`` and ``S2 = B^T B``: real by
+    construction, no larger than the smaller of the two samples, and without the rounding of eigenvalues that are 0;
+    torchmetrics takes the eigenvalues of the non-symmetric product. It may be negative by rounding, of order 1e-15
+    times the traces. Raises `ConfigError` for features of different dimensions.
     """
-    return frechet_from(reference)(sample)
+    if reference.mean.shape != sample.mean.shape:
+        raise ConfigError(f"features of {len(reference.mean)} and {len(sample.mean)} dimensions cannot be compared")
+    cross = torch.linalg.svdvals(reference.factor @ sample.factor.T).sum()
+    shift = (reference.mean - sample.mean).square().sum()
+    return float(shift + reference.factor.square().sum() + sample.factor.square().sum() - 2 * cross)
 
 
-def frechet_from(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
-    """`frechet_distance` from one reference to many samples: the root of its covariance is taken once."""
-    values, vectors = torch.linalg.eigh(reference.covariance)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-    def distance(sample: FeatureStatistics) -> float:
-        if reference.mean.shape != sample.mean.shape:
-            raise ConfigError(f"features of {len(reference.mean)} and {len(sample.mean)} dimensions cannot be compared")
-        cross = torch.linalg.eigvalsh(root @ sample.covariance @ root).clamp_min(0).sqrt().sum()
-        shift = (reference.mean - sample.mean).square().sum()
-        return float(shift + reference.covariance.trace() + sample.covariance.trace() - 2 * cross)
-
-    return distance
-
-
-class KernelDistance:
+def kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared maximum mean discrepancy with the cubic kernel ``(a.b / d + 1)**3`` (KID, arXiv 1801.01401), full
     U-statistic, between features ``x`` ``[n, d]`` and ``y`` ``[m, d]``.
 
-    Kernels are computed once; a bootstrap then weights the rows of ``y`` by how often they were drawn.
+    ``weights`` ``[r, m]``: how often each row of ``y`` counts in each of ``r`` values (default: one value, once each);
+    float64 ``[r]``. The kernel is computed once for all of them, some rows at a time.
     """
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        _require_two(x, y)
-        self._within_x = _mean_of_pairs(_kernel(x, x), _weights(None, len(x)))
-        self._yy = _kernel(y, y)
-        self._cross = _kernel(x, y).mean(0)
-
-    def __call__(self, weights: Tensor | None = None) -> float:
-        """The distance, with multiplicities ``[m]`` of the rows of ``y`` (default: once each)."""
-        w = _weights(weights, len(self._yy))
-        return float(self._within_x + _mean_of_pairs(self._yy, w) - 2 * (w @ self._cross) / w.sum())
+    x, y, w = _prepared(x, y, weights, len(y))
+    ones = torch.ones(1, len(x), dtype=torch.float64)
+    within_x = _mean_of_pairs(_quadratic(x, x, ones, ones), _diagonal(x), ones)
+    within_y = _mean_of_pairs(_quadratic(y, y, w, w), _diagonal(y), w)
+    return within_x + within_y - 2 * _quadratic(y, x, w, ones) / (w.sum(1) * len(x))
 
 
-class PairedKernelDistance:
-    """`KernelDistance` where row ``i`` of both has the same noise: the diagonal of the cross term is left out as
-    well."""
+def paired_kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`kernel_distance` where row ``i`` of both has the same noise: the diagonal of the cross term is left out as well.
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        _require_two(x, y)
-        cross = _kernel(x, y)
-        self._pairs = _kernel(x, x) + _kernel(y, y) - cross - cross.T
-
-    def __call__(self, weights: Tensor | None = None) -> float:
-        """The distance over the pairs whose weight ``[n]`` is not 0 (default: all).
-
-        Rows are in or out: duplicates would enter the U-statistic as pairs of themselves.
-        """
-        w = (_weights(weights, len(self._pairs)) > 0).double()
-        return float(_mean_of_pairs(self._pairs, w))
+    Values are over the pairs whose weight is not 0. Rows are in or out: duplicates would enter the U-statistic as pairs
+    of themselves.
+    """
+    x, y, w = _prepared(x, y, weights, len(y))
+    w = (w > 0).double()
+    sign = torch.cat([torch.ones(len(x)), -torch.ones(len(y))]).double()
+    both, doubled = torch.cat([x, y]), torch.cat([w, w], 1) * sign
+    diagonal = _diagonal(x) + _diagonal(y) - 2 * _cube((x * y).sum(1) / x.shape[1])
+    return _mean_of_pairs(_quadratic(both, both, doubled, doubled), diagonal, w)
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a.cpu().double() @ b.cpu().double().T / a.shape[1] + 1) ** 3
-
-
-def _weights(weights: Tensor | None, n: int) -> Tensor:
-    """Multiplicities ``[n]``: once each where none are given."""
-    return torch.ones(n, dtype=torch.float64) if weights is None else weights.cpu().double()
-
-
-def _mean_of_pairs(kernel: Tensor, weights: Tensor) -> Tensor:
-    """Mean over pairs of different rows, each row as often as its weight says."""
-    n = weights.sum()
-    return (weights @ kernel @ weights - weights @ kernel.diagonal()) / (n * (n - 1))
-
-
-def _require_two(x: Tensor, y: Tensor) -> None:
+def _prepared(x: Tensor, y: Tensor, weights: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
     if min(len(x), len(y)) < 2:
         raise ConfigError(f"the kernel distance needs at least two samples on each side, got {len(x)} and {len(y)}")
+    w = torch.ones(1, n, dtype=torch.float64) if weights is None else weights.cpu().double()
+    return x.cpu().double(), y.cpu().double(), w
+
+
+def _cube(similarity: Tensor) -> Tensor:
+    return (similarity + 1) ** 3
+
+
+def _diagonal(a: Tensor) -> Tensor:
+    return _cube(a.square().mean(1))
+
+
+def _quadratic(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``left @ kernel(a, b) @ right`` for each row of ``left`` and ``right``, ``[r]``."""
+    total = torch.zeros(len(left), dtype=torch.float64)
+    for rows, weights in zip(torch.split(a, BLOCK), torch.split(left, BLOCK, 1), strict=True):
+        total += ((weights @ _cube(rows @ b.T / b.shape[1])) * right).sum(1)
+    return total
+
+
+def _mean_of_pairs(total: Tensor, diagonal: Tensor, weights: Tensor) -> Tensor:
+    """Mean over pairs of different rows, each row as often as its weight says, of a kernel whose weighted sum is
+    ``total``."""
+    n = weights.sum(1)
+    return (total - weights @ diagonal) / (n * (n - 1))

@@ -68,7 +68,7 @@ def load_reference(path: Path | None, extractor: FeatureExtractor) -> DataRefere
         )
     return DataReference(
         name=metadata["name"],
-        statistics=FeatureStatistics(n=int(metadata["n"]), mean=mean, covariance=covariance),
+        statistics=FeatureStatistics.from_covariance(int(metadata["n"]), mean, covariance),
         features=features.float(),
         extractor=metadata["extractor"],
     )

@@ -4,7 +4,7 @@ from mpqsearch.models.calls import Call, Calls, capture, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser, weights_digest
 from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.discover import discover
-from mpqsearch.models.runner import Condition, Denoises, Drawn, Hooks, Label, Parts, Runner
+from mpqsearch.models.runner import Denoises, Drawn, Hooks, Label, Parts, Runner
 from mpqsearch.models.weights import StreamedModel, discover_streamed, open_streamed
 from mpqsearch.sources import EMBEDDED, REFERENCE
 
@@ -13,7 +13,6 @@ __all__ = [
     "REFERENCE",
     "Call",
     "Calls",
-    "Condition",
     "Denoiser",
     "Denoises",
     "Drawn",

@@ -1,8 +1,7 @@
 """Calls of a denoiser as a pipeline makes them: recorded by a hook, stored without pickle, replayed.
 
 A pipeline passes prompt embeddings, guidance, position ids and more, under names that differ from class to class. A
-hook on the denoiser sees all of it, so a recorded call can stand wherever a `Condition` stands and no code per class is
-needed:
+hook on the denoiser sees all of it, so a recorded call runs any denoiser again and no code per class is needed:
 
     with capture(pipe.transformer, limit=64) as calls:
         for prompt in ("a lighthouse", "two cats asleep", "a map of Rome", "snow at night"):
@@ -21,11 +20,12 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -68,19 +68,18 @@ class Call:
     def times(self, module: nn.Module) -> list[Tensor]:
         """Tensors among the arguments that say when: by the names in the signature of ``module``."""
         owner = module.get_submodule(self.part)
-        entry = getattr(owner, "denoise", owner.forward)
         try:
-            bound = inspect.signature(entry).bind_partial(*self.args, **self.kwargs).arguments
+            bound = inspect.signature(_entry(owner)).bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
 
-    def kept(self, pool: dict[str, Tensor] | None = None) -> Call:
+    def kept(self, pool: MutableMapping[str, Tensor] | None = None) -> Call:
         """A copy that holds nothing of the run: its tensors are detached, in main memory, and change no more.
 
         Calls that are kept with one ``pool`` share equal tensors, such as embedded prompts.
         """
-        copied: dict[str, Tensor] = {} if pool is None else pool
+        copied: MutableMapping[str, Tensor] = {} if pool is None else pool
         args, kwargs, sample = mapped((self.args, dict(self.kwargs), self.sample), lambda t: _pooled(t, copied))
         return replace(self, args=args, kwargs=kwargs, sample=sample)
 
@@ -100,19 +99,26 @@ class Call:
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.dtype == self.dtype else value.dtype)
 
-        with _Differentiable() if torch.is_grad_enabled() else nullcontext():
+        with gradients_everywhere():
             owner = module.get_submodule(self.part)
             return invoke(owner, mapped(self.args, move), mapped(dict(self.kwargs), move))
 
 
 def invoke(owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a denoiser: its method ``denoise(x, t, cond)`` where it has one."""
-    if not hasattr(owner, "denoise"):
+    denoise: Callable[..., Any] | None = getattr(owner, "denoise", None)
+    if denoise is None:
         return owner(*args, **kwargs)
-    clock = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
+    clock: Any = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
     if clock is not None:
         clock.set(args[1])
-    return owner.denoise(*args, **kwargs)
+    return denoise(*args, **kwargs)
+
+
+def _entry(owner: nn.Module) -> Callable[..., Any]:
+    """The method of a denoiser that computes."""
+    entry: Callable[..., Any] = getattr(owner, "denoise", owner.forward)
+    return entry
 
 
 def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
@@ -129,6 +135,11 @@ def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
     (result,) = found
     learned = result.dim() == sample.dim() > 1 and result.shape[1] == 2 * sample.shape[1]
     return result[:, : sample.shape[1]] if learned and result.shape[2:] == sample.shape[2:] else result
+
+
+def gradients_everywhere() -> AbstractContextManager[Any]:
+    """Where gradients are enabled they are so inside too, whatever a model says."""
+    return _Differentiable() if torch.is_grad_enabled() else nullcontext()
 
 
 class _Differentiable(TorchFunctionMode):
@@ -191,31 +202,22 @@ def capture(module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = ()
     `ModelError` naming the argument when a value is neither plain data nor a tensor, and when the block ends without a
     call.
     """
-    if limit < 1:
-        raise ConfigError(f"capture: limit must be at least 1, got {limit}")
-    calls = Calls(model=type(module).__name__)
-    reservoir = _Reservoir(limit, seed)
-    pool: dict[str, Tensor] = {}
+    calls, recorder = Calls(model=type(module).__name__), Recorder(limit, leave_out=leave_out, seed=seed)
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = {k: v for k, v in kwargs.items() if k not in leave_out}
-        _check(args, wanted, type(module).__name__)
-        copied_args, copied_kwargs = mapped((args, wanted), lambda t: _pooled(t, pool))
-        reservoir.add(call_of(module, copied_args, copied_kwargs, index=reservoir.seen))
+        recorder.add(module, args, kwargs)
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield calls
     finally:
         handle.remove()
-    if not reservoir.seen:
+    if not recorder.seen:
         raise ModelError(
             f"{type(module).__name__} was not called while its calls were recorded. Run the pipeline inside the "
-            "block, and give the module "
-            "that it calls (pipe.unet or pipe.transformer)."
+            "block, and give the module that it calls (pipe.unet or pipe.transformer)."
         )
-    calls._calls = reservoir.calls()
-    calls.seen = reservoir.seen
+    calls._calls, calls.seen = recorder.calls(), recorder.seen
 
 
 def save_calls(path: str | Path, calls: Calls) -> None:
@@ -295,17 +297,31 @@ def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]
     return body["data"], tensors
 
 
-class _Reservoir:
+class Recorder:
     """Keeps ``limit`` calls, as evenly over timesteps as it goes; within a timestep those with the smallest random
-    keys."""
+    keys. See `capture`."""
 
-    def __init__(self, limit: int, seed: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, leave_out: Sequence[str] = (), seed: int = 0) -> None:
+        if limit < 1:
+            raise ConfigError(f"at least 1 call must be recorded, got {limit}")
+        self._limit, self._leave_out = limit, leave_out
         self._random = random.Random(seed)  # noqa: S311  (which calls are kept is no secret)
         self._strata: dict[float, list[tuple[float, int, Call]]] = {}
+        self._pool: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        self._first = self._last = math.nan
+        self._index = -1
         self.seen = 0
 
-    def add(self, call: Call) -> None:
+    def add(
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, part: str = "", index: int = -1
+    ) -> None:
+        """Copy a call of ``owner``, unless its turn does not come. Where its ``index`` is not known, a new run begins
+        when the first timestep comes back."""
+        wanted = {k: v for k, v in kwargs.items() if k not in self._leave_out}
+        _check(args, wanted, type(owner).__name__)
+        call = call_of(owner, args, wanted, part=part, index=index).kept(self._pool)
+        if index < 0:
+            call = replace(call, index=self._counted(call.timestep))
         stratum = self._strata.setdefault(call.timestep if math.isfinite(call.timestep) else 0.0, [])
         stratum.append((self._random.random(), self.seen, call))
         self.seen += 1
@@ -313,7 +329,16 @@ class _Reservoir:
             fullest = max(self._strata.values(), key=lambda stratum: (len(stratum), max(stratum, default=(0.0,))[0]))
             fullest.remove(max(fullest, key=lambda entry: entry[0]))
 
+    def _counted(self, timestep: float) -> int:
+        """The position of a call in its run."""
+        if not self.seen:
+            self._first = timestep
+        begins = timestep == self._first != self._last
+        self._index, self._last = 0 if begins else self._index + 1, timestep
+        return self._index
+
     def calls(self) -> list[Call]:
+        """Those that were kept, in the order in which they were made."""
         entries = [entry for stratum in self._strata.values() for entry in stratum]
         return [call for _, _, call in sorted(entries, key=lambda entry: entry[1])]
 
@@ -323,9 +348,7 @@ def call_of(
 ) -> Call:
     """A call of ``owner`` from its arguments: which of them is the sample, and which the time."""
     try:
-        bound = dict(
-            inspect.signature(getattr(owner, "denoise", owner.forward)).bind_partial(*args, **kwargs).arguments
-        )
+        bound = dict(inspect.signature(_entry(owner)).bind_partial(*args, **kwargs).arguments)
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
@@ -349,7 +372,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _pooled(value: Tensor, pool: dict[str, Tensor]) -> Tensor:
+def _pooled(value: Tensor, pool: MutableMapping[str, Tensor]) -> Tensor:
     """A copy in main memory; the same object for equal content."""
     copy = in_memory(value)
     return pool.setdefault(_key(copy), copy)
@@ -401,7 +424,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
-    if is_dataclass(value) and isinstance(value, dict):  # a ModelOutput
+    if isinstance(value, dict) and is_dataclass(type(value)):  # a ModelOutput
         return type(value)(**{k: mapped(v, change) for k, v in value.items()})
     if isinstance(value, Mapping):
         return {k: mapped(v, change) for k, v in value.items()}

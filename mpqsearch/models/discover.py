@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from mpqsearch.models.calls import Call
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.hooks import PLAIN_LAYERS
 from mpqsearch.models.observe import TRANSPOSED, Seen, observe
+from mpqsearch.models.runner import parts_of
 
 log = logging.getLogger("mpqsearch")
 
@@ -48,58 +49,69 @@ _LAST = re.compile(
 """Layers that take the sample in and give the prediction out, as the classes of diffusers name them."""
 
 
-def discover(denoiser: Denoiser, *, examples: Sequence[Call] | None = None, run: bool = True) -> LayerTable:
+def discover(denoiser: Denoiser, *, examples: Sequence[Call] | None = None) -> LayerTable:
     """All weight layers in the order of one forward pass, with MACs for one sample; every other parameter with its
     reason.
 
-    The model runs once on each of ``examples`` (default: those of its runner). Layers that do not run get the role ``unused``, and layers whose weight is used without calling them
-    are kept, since their input cannot be seen. With ``run`` off nothing of that is seen: MACs are 0 and roles go by
-    names and shapes. Raises `ModelError` when the model has no weight layer.
+    The model runs once on each of ``examples`` (default: those of its runner; empty: it does not run). Layers that do
+    not run get the role ``unused``, and layers whose weight is used without calling them are kept, since their input
+    cannot be seen. Without a run MACs are 0 and roles go by names and shapes. Raises `ModelError` when the model has no
+    weight layer.
     """
-    modules, borrowers = _owners(denoiser.module)
+    calls = denoiser.runner.examples(denoiser.module) if examples is None else examples
+    return table_of(denoiser.module, calls, name=denoiser.name, digest=denoiser.digest)
+
+
+def table_of(module: nn.Module, calls: Sequence[Call], *, name: str, digest: str = "") -> LayerTable:
+    """What `discover` says, of a module that may be on the device ``meta``."""
+    modules, borrowers = _owners(module)
     if not modules:
-        raise ModelError(f"{denoiser.name} has no convolution and no linear layer: there is nothing to quantize")
-    calls = (denoiser.runner.examples(denoiser.module) if examples is None else examples) if run else ()
-    seen = observe(denoiser, modules, calls) if calls else Seen()
+        raise ModelError(f"{name} has no convolution and no linear layer: there is nothing to quantize")
+    seen = observe(module, modules, calls) if calls else Seen()
     apart = {n: m for n, m in modules.items() if n not in seen.macs and n in seen.used}
     layers = {n: modules[n] for n in [*seen.macs, *(n for n in modules if n not in seen.macs and n not in apart)]}
     if not layers:
-        raise ModelError(
-            f"{denoiser.name}: every weight is used without calling its layer, so no input can be measured"
-        )
-    first, last = _ends(list(layers), modules, seen, calls[0].sample.shape[1] if calls else 0)
+        raise ModelError(f"{name}: every weight is used without calling its layer, so no input can be measured")
+    channels = calls[0].sample.shape[1] if calls else 0
+    roles: dict[str, str] = {}
+    for part in parts_of(module):
+        inner = {n: n.removeprefix(f"{part}.") for n in layers if not part or n.startswith(f"{part}.")}
+        roles |= {n: _role_seen(n, _role(short, modules[n]), seen) for n, short in inner.items()}
+        roles |= _ends(inner, modules, seen, channels)
     unused = [n for n in layers if n not in seen.macs] if calls else []
     if unused:
         log.warning(
-            "%s: %d layers did not run on the examples and are held at 8 bits, such as %s",
-            denoiser.name,
-            len(unused),
-            unused[0],
+            "%s: %d layers did not run on the examples and are held at 8 bits, such as %s", name, len(unused), unused[0]
         )
-
-    def role(name: str) -> str:
-        if name in unused:
-            return "unused"
-        if name in (first, last):
-            return "first" if name == first else "last"
-        by_name = _role(name, modules[name])
-        if by_name in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
-            return "skip"
-        if by_name == "time" and _OWN_TIME.search(name):
-            return by_name
-        if by_name in ("time", "linear", "conv", "feed-forward") and name in seen.conditional:
-            return "norm" if by_name != "time" and _MODULATION.search(name) else seen.conditional[name]
-        return "linear" if by_name == "time" and name in seen.tokens else by_name
-
     return LayerTable(
-        digest=denoiser.digest,
-        layers=tuple(_spec(n, m, seen.macs.get(n, 0), role(n), seen.fuse.get(n, "")) for n, m in layers.items()),
-        kept=(*borrowers, *_kept(denoiser.module, layers, apart)),
-        model=denoiser.name,
+        digest=digest,
+        layers=tuple(
+            _spec(
+                n,
+                m,
+                seen.macs.get(n, 0),
+                "unused" if n in unused else roles[n],
+                seen.fuse.get(n, ""),
+            )
+            for n, m in layers.items()
+        ),
+        kept=(*borrowers, *_kept(module, layers, apart)),
+        model=name,
     )
 
 
-def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") -> LayerSpec:
+def _role_seen(name: str, by_name: str, seen: Seen) -> str:
+    """The role by name, corrected by what a run showed."""
+    if by_name in ("shortcut", "linear", "conv") and (name in seen.joined or _SKIP.search(name)):
+        return "skip"
+    if by_name == "time" and _OWN_TIME.search(name):
+        return by_name
+    if by_name in ("time", "linear", "conv", "feed-forward") and name in seen.conditional:
+        return "norm" if by_name != "time" and _MODULATION.search(name) else seen.conditional[name]
+    return "linear" if by_name == "time" and name in seen.tokens else by_name
+
+
+def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str) -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, TRANSPOSED)
     kind = next(base.__name__ for base in type(module).__mro__ if base in PLAIN_LAYERS)
@@ -123,20 +135,20 @@ def _role(name: str, module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else "conv"
 
 
-def _ends(order: list[str], modules: dict[str, nn.Module], seen: Seen, channels: int) -> tuple[str, str]:
-    """The layer that takes the sample in and the one that gives the prediction out: by name, else by what was seen,
-    else by shape and order."""
-    ran = seen.macs or order
-    first = next((n for n in order if n in ran and _FIRST.match(n)), None) or next(iter(seen.takes), None)
-    if first is None:
-        takes = [n for n in order if channels and _inputs(modules[n]) == channels]
-        first = (
-            takes[0] if takes else next((n for n in order if _role(n, modules[n]) not in ("time", "class")), order[0])
-        )
-    last = next((n for n in reversed(order) if n in ran and _LAST.match(n)), None)
-    if last is None:
-        last = next((n for n in reversed(order) if n in seen.gives), None) or [*seen.macs, *order][len(seen.macs) - 1]
-    return first, last if last != first else order[-1]
+def _ends(inner: Mapping[str, str], modules: Mapping[str, nn.Module], seen: Seen, channels: int) -> dict[str, str]:
+    """The layer of a part that takes the sample in (``first``) and the one that gives the prediction out (``last``): by
+    name, else by what was seen, else by shape and order. ``inner``: the part's layers, with their names in it."""
+    order = list(inner)
+    if not order:
+        return {}
+    ran = [n for n in seen.macs if n in inner] or order
+    first = next((n for n in order if n in ran and _FIRST.match(inner[n])), None)
+    first = first or next((n for n in seen.takes if n in inner), None)
+    first = first or next((n for n in order if channels and _inputs(modules[n]) == channels), None)
+    first = first or next((n for n in order if _role(inner[n], modules[n]) not in ("time", "class")), order[0])
+    last = next((n for n in reversed(order) if n in ran and _LAST.match(inner[n])), None)
+    last = last or next((n for n in reversed(order) if n in seen.gives), None) or ran[-1]
+    return {first: "first", last if last != first else order[-1]: "last"}
 
 
 def _inputs(module: nn.Module) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +17,13 @@ from torch import nn
 
 from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ModelError, UnknownNameError
+from mpqsearch.models.devices import float_dtype
 from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
 from mpqsearch.models.runner import Parts
 from mpqsearch.models.unwrap import plain_copy
-from mpqsearch.sources import denoiser_folder, denoisers_of, local_folder, read_config
+from mpqsearch.sources import components_of, denoisers_of, read_config
+
+log = logging.getLogger("mpqsearch")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "stored": None}
 
@@ -43,111 +49,120 @@ class _How:
 
     device: torch.device
     dtype: torch.dtype | None
-    revision: str | None = None
 
 
-def how(dtype: str, device: torch.device, revision: str | None = None) -> _How:
-    """Settings of a loader by their names. Raises `UnknownNameError` for an unknown type."""
+def _how(dtype: str, device: torch.device) -> _How:
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    return _How(device=device, dtype=DTYPES[dtype], revision=revision)
+    return _How(device=device, dtype=DTYPES[dtype])
 
 
-def load_part(folder: Path, source: str, *, dtype: str, device: torch.device, component: str = "") -> nn.Module:
-    """The module of a model folder with ``config.json``, or of one component of a pipeline folder."""
-    settings = how(dtype, device)
-    return _load(denoiser_folder(source, folder, component), settings).to(device)
+def load_part(folder: Path, *, dtype: str, device: torch.device) -> nn.Module:
+    """The module of a model folder with ``config.json``."""
+    return _load(folder, _how(dtype, device)).to(device)
 
 
 def load_pipeline(
-    source: str, *, dtype: str, device: torch.device, component: str = "", revision: str | None = None
+    source: str, folder: Path, *, dtype: str, device: torch.device, component: str = "", whole: bool = True
 ) -> LoadedPipeline:
-    """The denoisers of a pipeline folder or of ``owner/name`` of a hub.
+    """The denoisers of a pipeline folder. With ``whole`` it must be possible to open the rest, which is found out
+    before weights are read.
 
-    Raises `ModelError` for a class that the installed diffusers does not have, and what loading a denoiser raises.
+    Raises `ModelError` for a pipeline or a component that the installed libraries do not have, and what loading a
+    denoiser raises.
     """
-    settings, folder = how(dtype, device, revision), local_folder(source)
-    index = read_config(folder / "model_index.json") if folder is not None else _hub_index(source, settings)
+    settings, index = _how(dtype, device), read_config(folder / "model_index.json")
     components = denoisers_of(index, component, source)
-    loaded = {name: _component(source, folder, name, kind, settings) for name, kind in components.items()}
+    if whole:
+        _check_components(index, source)
+    loaded = {name: _load(folder / name, settings, kind) for name, kind in components.items()}
     parts = {name: plain_copy(part.to(device)) for name, part in loaded.items()}
     single = next(iter(parts.values()))
-    module = Parts(parts) if len(parts) > 1 else single
     return LoadedPipeline(
-        module=module,
+        module=Parts(parts) if len(parts) > 1 else single,
         components=tuple(components),
-        open=_opener(source, folder, index, next(iter(loaded.values())).dtype, settings),
+        open=_opener(source, folder, index, float_dtype(single)),
         n_classes=classes_of(dict(getattr(single, "config", {})))[0],
-        identity={
-            "pipeline": str(index.get("_class_name")),
-            "scheduler": _scheduler_digest(source, folder, index, settings),
-        },
+        identity=_identity(folder, index),
     )
 
 
+def downloaded(source: str, revision: str | None) -> Path:
+    """The folder into which diffusers puts a pipeline of a hub, as far as it has safetensors weights."""
+    import diffusers
+
+    try:
+        with _quiet():
+            return Path(diffusers.DiffusionPipeline.download(source, revision=revision, use_safetensors=True))
+    except Exception as error:  # huggingface_hub, requests and diffusers raise many kinds
+        raise ModelError(
+            f"cannot load the pipeline {source!r}: {_reason(error)}. It must be a folder or a hub identifier with "
+            "safetensors weights; without a network only folders work."
+        ) from error
+
+
+def _check_components(index: Mapping[str, Any], source: str) -> None:
+    """Raise `ModelError` when a pipeline is made of what is not installed, or of code of its own."""
+    import diffusers
+
+    diffusers_class(str(index.get("_class_name")), source)
+    for name, (library, kind) in components_of(index).items():
+        if library == "transformers" and importlib.util.find_spec("transformers") is None:
+            raise ModelError(
+                f"{source}: its {name} needs transformers, which is not installed: pip install 'mpqsearch[pipelines]'"
+            )
+        if library == "diffusers":
+            diffusers_class(kind, source)
+        elif library != "transformers" and not hasattr(diffusers.pipelines, library):
+            raise ModelError(
+                f"{source}: its {name} is a {kind} of {library!r}, which is neither diffusers nor transformers but "
+                "code that comes with the model; it is not run here. Run the pipeline where you trust it, record "
+                "its calls (mpqsearch.models.capture) and name the file in calibration.captured."
+            )
+
+
 def _opener(
-    source: str, folder: Path | None, index: Mapping[str, Any], dtype: torch.dtype, settings: _How
+    source: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 ) -> Callable[[Mapping[str, nn.Module]], Any]:
-    cls = _diffusers_class(str(index.get("_class_name")), source)
-    left_out = {n: None for n in ("safety_checker", "feature_extractor") if n in index and "safety_checker" in index}
-    variant = _variant(folder)
+    checked = "safety_checker" in components_of(index)
+    left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
+    variants = [v for name in components_of(index) for v in _only_variants(folder / name)]
 
     def open_pipeline(parts: Mapping[str, nn.Module]) -> Any:
+        if left_out:
+            log.warning("%s: its safety checker is switched off: it blacks out pictures", source)
         try:
             with _quiet():
-                return cls.from_pretrained(
-                    str(folder or source),
+                return diffusers_class(str(index.get("_class_name")), source).from_pretrained(
+                    str(folder),
                     torch_dtype=dtype,
                     use_safetensors=True,
-                    variant=variant,
-                    local_files_only=folder is not None,
-                    **({"revision": settings.revision} if folder is None else {}),
+                    variant=next(iter(variants), None),  # where a component has it
+                    local_files_only=True,
                     **left_out,
                     **parts,
                 )
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds
             raise ModelError(
-                f"cannot load the pipeline {source}: {type(error).__name__}: {error}. {_advice()}"
+                f"cannot load the pipeline {source}: {_reason(error)}. Its folder must hold every component that "
+                "model_index.json names, with safetensors weights."
             ) from error
 
     return open_pipeline
 
 
-def _advice() -> str:
-    """What is missing where a pipeline with a text encoder cannot be loaded."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return "Its text encoders need transformers, which is not installed: pip install 'mpqsearch[pipelines]'."
-    return "Folders must hold every component with safetensors weights; without a network only folders work."
+_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")
 
 
-def _variant(folder: Path | None) -> str | None:
-    """The variant (``fp16``) of a pipeline folder's files, where they all have one."""
-    if folder is None:
-        return None
-    names = {p.name for p in folder.glob("*/*.safetensors")}
-    variants = {n.split(".")[-2] for n in names if n.count(".") > 1 and not n.split(".")[-2].isdigit()}
-    return variants.pop() if len(variants) == 1 and all(n.count(".") > 1 for n in names) else None
+def _only_variants(folder: Path) -> list[str]:
+    """The variants of a component's weights, such as ``fp16``, where there are none without."""
+    found = [_VARIANT.search(p.name) for p in sorted(folder.glob("*.safetensors"))]
+    return [match[1] for match in found if match] if all(found) else []
 
 
-def _component(source: str, folder: Path | None, name: str, kind: str, settings: _How) -> nn.Module:
-    if folder is not None:
-        return _load(folder / name, settings, kind)
-    return _pretrained(kind, source, settings.dtype or torch.float32, subfolder=name, revision=settings.revision)
-
-
-def _hub_index(source: str, settings: _How) -> dict[str, Any]:
-    import diffusers
-
-    try:
-        return dict(diffusers.DiffusionPipeline.load_config(source, revision=settings.revision))
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(
-            f"cannot load the pipeline {source!r}: {type(error).__name__}: {reason}. It must be a folder or a hub "
-            "identifier with safetensors weights; without a network only folders work."
-        ) from error
+def _reason(error: Exception) -> str:
+    """An error of another library in one line, with its kind."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}".rstrip(".")
 
 
 def scheduler_config(folder: Path) -> dict[str, Any] | None:
@@ -158,60 +173,55 @@ def scheduler_config(folder: Path) -> dict[str, Any] | None:
 
 
 def hints_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Number of classes and the null label: from ``denoiser.json`` beside a model, else from its configuration."""
+    """Number of classes, the null label and the range of the data: from ``denoiser.json`` beside a model, else from its
+    configuration and the range of diffusers."""
     n_classes, null_class = classes_of(config)
     hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    return {"n_classes": hints.get("n_classes", n_classes), "null_class": hints.get("null_class", null_class)}
+    low_high = hints.get("data_range", (-1.0, 1.0))
+    return {
+        "n_classes": hints.get("n_classes", n_classes),
+        "null_class": hints.get("null_class", null_class),
+        "data_range": None if low_high is None else tuple(low_high),
+    }
 
 
 def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:
-    """The module of a folder, after its files were looked at: all there, and not quantized."""
+    """The module of a folder by diffusers' own loader, after its files were looked at: all there, and not quantized.
+
+    Raises `ModelError` when a key is missing: diffusers would leave it as it found the memory.
+    """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: it holds no diffusers model")
     config = read_config(folder / "config.json")
     refuse_quantized(folder, config)
-    _diffusers_class(config.get("_class_name") or class_name, str(folder))
-    files = weight_files(folder)
+    name = str(config.get("_class_name") or class_name)
+    cls, files = diffusers_class(name, str(folder)), weight_files(folder)
     stored = files.tensors()
-    return _pretrained(
-        config.get("_class_name") or class_name,
-        str(folder),
-        settings.dtype or _stored_dtype(stored),
-        stored=stored,
-        variant=files.variant,
-        local_files_only=True,
-    )
+    try:
+        with _quiet():
+            module, info = cls.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                torch_dtype=settings.dtype or _stored_dtype(stored),
+                output_loading_info=True,
+                variant=files.variant,
+                local_files_only=True,
+            )
+    except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
+        raise ModelError(f"cannot load {folder} as {name}: {_reason(error)}") from error
+    missing = {*info["missing_keys"], *(k for k, t in module.state_dict().items() if t.is_meta)}
+    check_keys(str(folder), missing, info["unexpected_keys"], stored)
+    return module  # type: ignore[no-any-return]
 
 
-def _diffusers_class(name: str, source: str) -> Any:
+def diffusers_class(name: str, source: str) -> Any:
+    """A model, pipeline or scheduler of the installed diffusers. Raises `ModelError` when it has none of this name."""
     import diffusers
 
     cls = getattr(diffusers, name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
-        raise ModelError(
-            f"{source}: its config names the class {name!r}, which diffusers {diffusers.__version__} does not have"
-        )
+        raise ModelError(f"{source}: its class {name!r} is not one of diffusers {diffusers.__version__}")
     return cls
-
-
-def _pretrained(
-    class_name: str, source: str, dtype: torch.dtype, *, stored: Mapping[str, Stored] | None = None, **where: Any
-) -> nn.Module:
-    """A module by diffusers' own loader, every value of which comes from the checkpoint.
-
-    Raises `ModelError` when a key is missing: diffusers would leave it as it found the memory.
-    """
-    cls = _diffusers_class(class_name, source)
-    try:
-        with _quiet():
-            module, info = cls.from_pretrained(
-                source, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, **where
-            )
-    except Exception as error:  # safetensors, diffusers and json raise many kinds; all of them mean a damaged folder
-        raise ModelError(f"cannot load {source} as {class_name}: {error}") from error
-    missing = {*info["missing_keys"], *(k for k, t in module.state_dict().items() if t.is_meta)}
-    check_keys(source, missing, info["unexpected_keys"], stored or info["unexpected_keys"])
-    return module  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -233,24 +243,12 @@ def _stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
-def _scheduler_digest(source: str, folder: Path | None, index: Mapping[str, Any], settings: _How) -> str:
-    """Digest of the class and the configuration of a pipeline's scheduler."""
-    import diffusers
-
-    entry = index.get("scheduler")
-    if not isinstance(entry, (list, tuple)) or not entry[1]:
-        return "none"
-    cls = getattr(diffusers, str(entry[1]), None)
-    if cls is None:
-        raise ModelError(
-            f"{source}: its scheduler is a {entry[1]}, which diffusers {diffusers.__version__} does not have"
-        )
-    try:
-        where = {} if folder is not None else {"revision": settings.revision}
-        config = dict(cls.load_config(str(folder or source), subfolder="scheduler", **where))
-    except Exception as error:
-        raise ModelError(f"cannot load the scheduler of {source!r}: {error}") from error
-    return digest_of([entry[1], {k: v for k, v in config.items() if not k.startswith("_")}])
+def _identity(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The pipeline's class, and a digest of its scheduler's class and configuration."""
+    file, (_, kind) = folder / "scheduler" / "scheduler_config.json", components_of(index).get("scheduler", ("", ""))
+    config = read_config(file) if file.is_file() else {}
+    known = digest_of([kind, {k: v for k, v in config.items() if not k.startswith("_")}])
+    return {"pipeline": str(index.get("_class_name")), "scheduler": known if kind else "none"}
 
 
 def sample_shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mpqsearch.models.calls import Call, tensors_in
-from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.hooks import layer_input
 
 SAMPLE, TIME = "<sample>", "<time>"
@@ -30,11 +30,11 @@ _QKV_GROUP = re.compile(r"(^|_)(q|k|v|query|key|value)(?=_|\d|$)")
 class Seen:
     """What a forward pass showed, by layer name.
 
-    ``macs`` of one sample, in the order in which layers run; ``used``: weights that any function took; ``joined``:
-    layers fed with a concatenation along their input channels; ``fuse``: group of projections of one input; ``takes``:
-    layers fed with the sample itself; ``gives``: layers whose output reaches the prediction through no other layer.
-    ``conditional``: layers that do not depend on the sample, but on the time (``time``) or on one vector of other
-    conditions (``class``); ``tokens``: those that depend on neither.
+    ``macs`` of one sample in one call, in the order in which layers run; ``used``: weights that any function took;
+    ``joined``: layers fed with a concatenation along their input channels; ``fuse``: group of projections of one input;
+    ``takes``: layers fed with the sample itself; ``gives``: layers whose output reaches the prediction through no other
+    layer. ``conditional``: layers that do not depend on the sample, but on the time (``time``) or on one vector of
+    other conditions (``class``); ``tokens``: those that depend on neither.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -48,18 +48,19 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(denoiser: Denoiser, modules: dict[str, nn.Module], examples: Sequence[Call]) -> Seen:
-    """Run the model on ``examples`` and say what was seen of ``modules``."""
-    observer = _Observer(modules)
-    handles = [m.register_forward_hook(observer.hook(n), with_kwargs=True) for n, m in modules.items()]
+def observe(module: nn.Module, layers: dict[str, nn.Module], examples: Sequence[Call]) -> Seen:
+    """Run a model on ``examples`` and say what was seen of its ``layers``."""
+    observer = _Observer(layers)
+    handles = [m.register_forward_hook(observer.hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
         for example in examples:
-            observer.run(denoiser, example)
+            observer.run(module, example)
     finally:
         for handle in handles:
             handle.remove()
     seen = observer.seen
-    seen.macs = {n: m // len(examples) for n, m in seen.macs.items()}
+    calls = Counter(example.part for example in examples)
+    seen.macs = {n: m // (calls[n.partition(".")[0]] or calls[""]) for n, m in seen.macs.items()}
     if "time" not in seen.conditional.values():
         # The time was given as a number, and nothing can be said of what depends on it.
         seen.conditional, seen.tokens = {}, set()
@@ -120,14 +121,14 @@ class _Observer:
         self._siblings: dict[str, list[tuple[Any, str]]] = {}
         self._batch = 1
 
-    def run(self, denoiser: Denoiser, call: Call) -> None:
-        """One call of the denoiser."""
+    def run(self, module: nn.Module, call: Call) -> None:
+        """One call of the model."""
         watch, self._batch = self._watch, call.batch
         watch.origin[call.sample] = watch.depends[call.sample] = frozenset({SAMPLE})
-        for time in call.times(denoiser.module):
+        for time in call.times(module):
             watch.depends[time] = frozenset({TIME})
         with watch:
-            out = call.replay(denoiser.module)
+            out = call.replay(module)
             self.seen.gives |= watch.origin.get(out, frozenset()) & set(self._modules)
         self._siblings.clear()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -16,9 +16,6 @@ from mpqsearch.models.calls import Call
 Label = int | str | None
 """What a sample was asked to show: a class, a prompt, or nothing."""
 
-Condition = Tensor | Mapping[str, Tensor] | None
-"""Class labels ``[N]``, keyword tensors with a leading sample axis, or nothing."""
-
 OnCall = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Stands in for a call of a part: gets the part's name, what really computes it, and its arguments."""
 
@@ -27,8 +24,9 @@ OnCall = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], An
 class Denoises(Protocol):
     """What a module of the user's needs beside its weights, when no pipeline of diffusers runs it."""
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Prediction ``[N, ...]`` for ``x`` ``[N, ...]`` at timesteps ``t`` ``[N]``."""
+    def denoise(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Prediction ``[N, ...]`` for ``x`` ``[N, ...]`` at timesteps ``t`` ``[N]`` of classes ``cond`` ``[N]``; None
+        for models without classes."""
         ...
 
 
@@ -107,6 +105,10 @@ class Runner(Protocol):
         other samples that cannot be looked at."""
         ...
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """JSON files by name that a model folder needs to be run this way; none for a pipeline, which has its own."""
+        ...
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of the denoiser in one run; for recorded calls their number."""
         ...
@@ -121,8 +123,9 @@ def parts_of(module: nn.Module) -> dict[str, nn.Module]:
 def intercepted(module: nn.Module, on_call: OnCall | None) -> Iterator[None]:
     """Let ``on_call`` stand in for every call of the denoisers in ``module``; hooks of the module still fire."""
     with ExitStack() as stack:
-        for name, owner in parts_of(module).items() if on_call is not None else ():
-            stack.enter_context(_replaced(owner, partial(on_call, name)))
+        if on_call is not None:
+            for name, owner in parts_of(module).items():
+                stack.enter_context(_replaced(owner, partial(on_call, name)))
         yield
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from mpqsearch.core import LayerTable
 from mpqsearch.errors import ModelError, NumericsError
-from mpqsearch.models.calls import Call
-from mpqsearch.models.denoiser import Denoiser
-from mpqsearch.models.discover import discover
+from mpqsearch.models.calls import Call, call_of
+from mpqsearch.models.discover import table_of
 from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
-from mpqsearch.models.loader import classes_of, sample_shape_of
-from mpqsearch.sources import denoiser_folder, local_folder, model_name, read_config
+from mpqsearch.models.loader import classes_of, diffusers_class, sample_shape_of
+from mpqsearch.models.runner import Parts
+from mpqsearch.sources import denoiser_folders, local_folder, model_name, read_config
 
 log = logging.getLogger("mpqsearch")
 
@@ -120,21 +120,23 @@ def open_streamed(source: str, *, component: str = "", calls: Sequence[Call] = (
         An embedded name, a folder with ``config.json`` and safetensors (one file, or shards with an index), or a
         pipeline folder.
     component
-        Part of a pipeline, as for `load_model`.
+        Part of a pipeline, as for `mpqsearch.sampling.load_model`.
 
-    Raises `ModelError` when the folder is no diffusers model, holds no safetensors, or its weights do not fit its
-    configuration.
+    Raises `ModelError` when the source is no folder or no diffusers model, holds no safetensors, or when its weights do
+    not fit its configuration.
     """
     folder = local_folder(source)
     if folder is None:
-        raise ModelError(f"{source!r} is no folder: weights are streamed from the disk. Download a hub model first.")
-    inner = denoiser_folder(source, folder, component)
-    config = read_config(inner / "config.json")
-    refuse_quantized(inner, config)
-    module = _structure(inner, config)
-    return StreamedModel(
-        name=model_name(source), module=module, stored=dict(_placed(inner, module)), source=source, calls=calls
-    )
+        raise ModelError(f"{source!r} is no folder: weights are streamed from the disk. Save the model in one first.")
+    parts: dict[str, nn.Module] = {}
+    stored: dict[str, Stored] = {}
+    for name, inner in denoiser_folders(source, folder, component).items():
+        config = read_config(inner / "config.json")
+        refuse_quantized(inner, config)
+        parts[name] = _structure(inner, config)
+        stored |= {f"{name}.{key}" if name else key: place for key, place in _placed(inner, parts[name])}
+    module = parts[""] if "" in parts else Parts(parts)
+    return StreamedModel(name=model_name(source), module=module, stored=stored, source=source, calls=calls)
 
 
 def discover_streamed(model: StreamedModel, *, progress: Progress | None = None) -> LayerTable:
@@ -149,56 +151,35 @@ def discover_streamed(model: StreamedModel, *, progress: Progress | None = None)
 
 def structure_table(model: StreamedModel) -> LayerTable:
     """The layers of a model on disk, without reading a weight and so without the digest of `discover_streamed`."""
-    denoiser = _denoiser(model)
-    for attempt in _attempts(denoiser):
+    for calls in [list(model.calls)] if len(model.calls) else _made_up(model.module):
         try:
-            return discover(*attempt)
+            return table_of(model.module, calls, name=model.name)
         except Exception as error:  # noqa: BLE001  (any model may fail on meta tensors or made-up inputs, in its own way)
-            log.info("%s: no run on meta tensors with %s: %s", model.name, type(attempt[1]).__name__, error)
+            log.info("%s: no run on meta tensors: %s", model.name, error)
     log.warning(
         "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded calls "
         "to have them.",
         model.name,
     )
-    return discover(denoiser, run=False)
+    return table_of(model.module, (), name=model.name)
 
 
-def _attempts(denoiser: Denoiser) -> Iterator[tuple[Denoiser, Any]]:
-    """Inputs that may run the structure."""
-    if len(denoiser.calls):
-        yield denoiser, None
+def _made_up(module: nn.Module) -> Iterator[list[Call]]:
+    """Inputs that may run a structure: a sample and a time, then with a class or with text."""
+    config = dict(getattr(module, "config", {}))
+    shape, width = sample_shape_of(config), config.get("cross_attention_dim")
+    more = {"class_labels": torch.zeros(1, dtype=torch.long)} if classes_of(config)[0] else {}
+    if not shape:
         return
-    if not denoiser.sample_shape:
-        return
-    yield denoiser, torch.zeros(1, dtype=torch.long, device="meta") if denoiser.n_classes else None
-    width = getattr(denoiser.module, "config", {}).get("cross_attention_dim")
-    if isinstance(width, int):
-        yield denoiser, {"encoder_hidden_states": torch.empty(1, 77, width, device="meta")}
-
-
-def _denoiser(model: StreamedModel) -> Denoiser:
-    """The structure as a denoiser; not through `adapt`, which looks at every weight."""
-    config = dict(getattr(model.module, "config", {}))
-    return Denoiser(
-        name=model.name,
-        module=model.module,
-        sample_shape=sample_shape_of(config),
-        n_classes=classes_of(config)[0],
-        source=model.source,
-        calls=model.calls,
-    )
+    for extra in (more, {"encoder_hidden_states": torch.zeros(1, 77, width)} if isinstance(width, int) else None):
+        if extra is not None:
+            yield [call_of(module, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)), extra)]
 
 
 def _structure(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     """The module of a folder on the device ``meta``."""
-    import diffusers
-
-    name = config.get("_class_name", "")
-    cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise ModelError(
-            f"{folder}/config.json names the class {name!r}, which diffusers {diffusers.__version__} does not have"
-        )
+    name = str(config.get("_class_name", ""))
+    cls = diffusers_class(name, str(folder))
     try:
         with torch.device("meta"):
             module: nn.Module = cls.from_config(config)

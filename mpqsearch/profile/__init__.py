@@ -1,8 +1,8 @@
 """Sensitivity of every output channel and layer: kurtosis, exact output errors, end-to-end effects. No Hessian."""
 
 from mpqsearch._verbs import make_callable
-from mpqsearch.profile.activations import calibrate_activations, collect_ranges
-from mpqsearch.profile.calibrate import ProbeInput, calibrate
+from mpqsearch.profile.activations import calibrate_activations, collect_ranges, scales_of
+from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import gptq_profile
 from mpqsearch.profile.inputs import InputCollector, columns_of
@@ -19,7 +19,6 @@ __all__ = [
     "InputCollector",
     "InputMoments",
     "Partial",
-    "ProbeInput",
     "WeightErrors",
     "beyond_limit",
     "calibrate",
@@ -33,6 +32,7 @@ __all__ = [
     "profile_model",
     "profile_weights",
     "projected_effects",
+    "scales_of",
 ]
 
 make_callable(__name__)

@@ -1,4 +1,4 @@
-"""Ranges of activations on the sampler's own trajectory."""
+"""Ranges of activations on what the runner calls the denoiser with."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from mpqsearch.quant import (
     width_errors,
 )
 from mpqsearch.quant.smoothing import input_factors, stored_factors
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.specs import CalibrationSpec
 
 
 def calibrate_activations(
     denoiser: Denoiser,
     table: LayerTable,
     bit_map: BitMap,
-    sampler: SamplerSpec,
     *,
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     input_max: Mapping[str, Tensor] | None = None,
@@ -44,42 +43,45 @@ def calibrate_activations(
     """Scales for the activation widths of ``bit_map``, searched on what the layers of the full-precision model see
     while it samples.
 
-    By timestep of the sampler (TALSQ) when the map counts more than one scale a layer (``activation_steps``), else
-    static.
+    By timestep (TALSQ) when the map counts more than one scale a layer (``activation_steps``), else static.
 
     seeds
-        Trajectories, of ``sampler.steps`` steps each, with its guidance.
+        Samples in whose making the inputs are seen; recorded calls are replayed, whatever the seeds.
     input_max
         Largest magnitude of each input channel, layer -> ``[inputs]``; needed where the format of the map smooths.
 
-    Memory: 8 kB a layer, times the steps. Raises `ConfigError` when the map has no activation widths, or counts other
-    steps than the sampler takes.
+    Memory: 8 kB a layer, times the timesteps. Raises `ConfigError` when the map has no activation widths, or counts
+    other timesteps than the denoiser is called with.
     """
     if not bit_map.activations:
         raise ConfigError("the bit map has no activation widths: there is nothing to calibrate")
-    if bit_map.activation_steps not in (1, sampler.steps):
-        raise ConfigError(
-            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes "
-            f"{sampler.steps} steps; give the map "
-            "one a step, or 1 for static scales"
-        )
-    collector = collect_ranges(
+    ranges = collect_ranges(
         denoiser,
         table,
-        sampler,
         seeds=seeds,
         per_timestep=bit_map.activation_steps > 1,
         layers=bit_map.activations,
         factors=smooth_inputs(denoiser.module, table, bit_map, input_max),
         progress=progress,
     )
-    return collector.table(bit_map.activations, search)
+    return scales_of(ranges, bit_map, search)
 
 
+def scales_of(ranges: RangeCollector, bit_map: BitMap, search: ActivationSearch | None = None) -> ActivationTable:
+    """The scales that a map asks for, from collected ranges. Raises `ConfigError` when it counts others."""
+    found = ranges.table(bit_map.activations, search)
+    if found.steps != bit_map.activation_steps:
+        raise ConfigError(
+            f"the bit map counts {bit_map.activation_steps} activation scales a layer, but the model is called with "
+            f"{found.steps} different timesteps: allocate again with a profile of this sampler, or use static scales"
+        )
+    return found
+
+
+@torch.no_grad()
 def collect_ranges(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     *,
     seeds: Sequence[int],
     per_timestep: bool = False,
@@ -88,20 +90,17 @@ def collect_ranges(
     progress: Progress = silent,
 ) -> RangeCollector:
     """Histograms of the inputs of layers over trajectories: one collection gives the scales of any widths
-    (`RangeCollector.table`).
-
-    A denoiser with recorded calls is run on those, and not with the sampler.
-    """
+    (`RangeCollector.table`)."""
     collector = RangeCollector(denoiser.module, table, layers=layers, per_timestep=per_timestep, factors=factors)
     with collector:
-        run_sampler(denoiser, sampler, seeds, "calibrate activations", progress)
+        run_sampler(denoiser, seeds, "calibrate activations", progress)
     return collector
 
 
+@torch.no_grad()
 def activation_arrays(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     widths: tuple[int, ...],
     smooth: QuantFormat | None,
@@ -114,19 +113,19 @@ def activation_arrays(
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     weights = {la.name: rows_of(modules[la.name].weight.float(), la) for la in table}
-    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, progress=progress)
+    ranges = collect_ranges(denoiser, table, seeds=seeds, progress=progress)
     arrays = {"layer_activation_error": _noise(ranges, table, widths, weights, sensitivity)}
     if smooth is None:
         return arrays
     factors = {
         la.name: input_factors(la, stored_factors(weights[la.name], statistics[la.name].input_max, la)) for la in table
     }
-    ranges = collect_ranges(denoiser, table, sampler, seeds=seeds, factors=factors, progress=progress)
+    ranges = collect_ranges(denoiser, table, seeds=seeds, factors=factors, progress=progress)
     for bits in spec.activation_bits:
         quantizers = _input_quantizers(ranges, table, bits, factors, weights)
         collector = QuantizedInputCollector(denoiser.module, table, quantizers)
         with collector:
-            run_sampler(denoiser, sampler, seeds, f"inputs at {bits} bits", progress)
+            run_sampler(denoiser, seeds, f"inputs at {bits} bits", progress)
         columns = []
         for la in table:
             errors = width_errors(modules[la.name].weight, la, widths, smooth, statistics[la.name])

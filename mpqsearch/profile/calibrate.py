@@ -1,9 +1,9 @@
-"""One calibration pass over the sampler's own trajectory, or over recorded calls."""
+"""One calibration pass over what the runner calls the denoiser with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.models import Denoiser
-from mpqsearch.models.denoiser import Given
+from mpqsearch.models.calls import Call
+from mpqsearch.models.runner import device_of
 from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.profile.weighing import Weighing
 from mpqsearch.quant import RowStatistics
-from mpqsearch.sampling import labels_of, noise_of, trajectory
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.sampling import each_call, n_calls
+from mpqsearch.specs import CalibrationSpec
 
 Progress = Callable[[str, int, int], None]
 """Called with a label, the number of finished units and their total."""
@@ -26,34 +28,16 @@ def silent(_label: str, _done: int, _total: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeInput:
-    """One input of the denoiser as the sampler gives it: ``x`` ``[N, ...]``, its timestep and condition."""
-
-    x: Tensor
-    timestep: int
-    cond: Given
-
-    def times(self) -> Tensor:
-        """The timestep of every sample ``[N]``."""
-        return torch.full((len(self.x),), self.timestep, dtype=torch.long, device=self.x.device)
-
-    def singles(self) -> list[ProbeInput]:
-        """Every sample by itself; a recorded call stays whole."""
-        if isinstance(self.cond, Tensor) or self.cond is None:
-            conditions = [self.cond if self.cond is None else self.cond[i : i + 1] for i in range(len(self.x))]
-            return [replace(self, x=self.x[i : i + 1].clone(), cond=c) for i, c in enumerate(conditions)]
-        return [self]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What one pass has seen: ``statistics`` of the inputs of every layer (zeros where it never ran), ``output_power``
-    ``[C]``, the ``inputs`` to measure sensitivities at, and the layers whose input was ``constant``."""
+    ``[C]``, the ``steps`` (their calls) to measure sensitivities at, the layers whose input was ``constant``, and how
+    many different ``timesteps`` the denoiser was called with."""
 
     statistics: Mapping[str, RowStatistics]
     output_power: Mapping[str, Tensor]
-    inputs: Sequence[ProbeInput]
+    steps: Sequence[Sequence[Call]]
     constant: tuple[str, ...]
+    timesteps: int
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -61,82 +45,86 @@ class Calibration:
         return {name: s.mean.float() for name, s in self.statistics.items()}
 
 
-def n_calls(denoiser: Denoiser, sampler: SamplerSpec, n_seeds: int) -> int:
-    """How many calls `calls_of` makes."""
-    return len(denoiser.calls) or -(-n_seeds // sampler.batch) * sampler.steps
-
-
-def calls_of(
-    denoiser: Denoiser, sampler: SamplerSpec, seeds: Sequence[int], *, batch: int = 0
-) -> Iterator[tuple[ProbeInput, Tensor]]:
-    """Call the denoiser on all calibration inputs, the same each time: yields the input of every call and its
-    prediction.
-
-    The trajectories of ``seeds``, ``batch`` (default: the sampler's) at a time; or the denoiser's recorded calls, if it
-    has any.
-    """
-    device = next(denoiser.module.parameters()).device
-    for call in denoiser.calls:
-        time = int(call.timestep) if np.isfinite(call.timestep) else 0
-        yield ProbeInput(x=call.sample.to(device), timestep=time, cond=call), call.replay(denoiser.module)
-    if len(denoiser.calls):
-        return
-    for start in range(0, len(seeds), batch or sampler.batch):
-        part = seeds[start : start + (batch or sampler.batch)]
-        cond = labels_of(denoiser, part)
-        cond = cond.to(device) if isinstance(cond, Tensor) else cond
-        for step in trajectory(denoiser, noise_of(part, denoiser.sample_shape).to(device), cond, sampler):
-            yield ProbeInput(x=step.x, timestep=step.timestep, cond=cond), step.prediction
-
-
-@torch.no_grad()
 def run_sampler(
-    denoiser: Denoiser, sampler: SamplerSpec, seeds: Sequence[int], label: str, progress: Progress = silent
+    denoiser: Denoiser,
+    seeds: Sequence[int],
+    label: str,
+    progress: Progress = silent,
+    *,
+    take: Callable[[Call, Tensor], None] | None = None,
+    batch: int = 0,
 ) -> None:
-    """Make the calls of `calls_of` for the sake of hooks on the layers."""
-    total = n_calls(denoiser, sampler, len(seeds))
-    for done, _ in enumerate(calls_of(denoiser, sampler, seeds), start=1):
+    """Make the calls of a run (`mpqsearch.sampling.each_call`), for the sake of hooks on the layers or of ``take``."""
+    total, done = n_calls(denoiser, len(seeds), batch=batch), 0
+
+    def took(call: Call, prediction: Tensor) -> None:
+        nonlocal done
+        if take is not None:
+            take(call, prediction)
+        done += 1
         progress(label, done, total)
+
+    each_call(denoiser, seeds, took, batch=batch)
 
 
 @torch.no_grad()
 def calibrate(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     progress: Progress = silent,
     *,
+    weighing: Weighing | None = None,
     second_moments: bool = True,
 ) -> Calibration:
-    """Run the sampler once, or the denoiser's recorded calls; keep input statistics of every layer and the inputs to
-    measure sensitivities at.
+    """Run the model for the calibration seeds, one at a time; keep input statistics of every layer and, with
+    ``weighing``, steps to measure sensitivities at, spread evenly over seeds and runs.
 
     Without ``second_moments`` these are left empty.
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
-    total, inputs = n_calls(denoiser, sampler, len(seeds)), []
+    weighs = weighing or Weighing()
+    total = len(seeds) * len(weighs.steps) or n_calls(denoiser, len(seeds), batch=1)
+    wanted = frozenset() if weighing is None else _spread(total, spec.probe_inputs)
+    steps: list[list[Call]] = []
+    times: list[float] = []
+    pool: dict[str, Tensor] = {}
+    done = 0
+
+    def take(calls: list[Call], _predictions: list[Tensor]) -> None:
+        nonlocal done
+        if done in wanted:
+            steps.append([call.kept(pool) for call in calls])
+        times.extend(call.timestep for call in calls)
+        done += 1
+
     with InputCollector(denoiser.module, table, second_moments=second_moments) as collector:
-        for done, (item, _) in enumerate(calls_of(denoiser, sampler, seeds), start=1):
-            inputs += item.singles()
-            progress("calibrate", done, total)
-    chosen = [inputs[i] for i in _spread(len(inputs), spec.probe_inputs)]
-    return collected(denoiser, table, collector, chosen)
+        run_sampler(denoiser, seeds, "calibrate", progress, take=weighs.by_step(take), batch=1)
+    return collected(denoiser, table, collector, times, steps)
 
 
 def collected(
-    denoiser: Denoiser, table: LayerTable, collector: InputCollector, inputs: Sequence[ProbeInput] = ()
+    denoiser: Denoiser,
+    table: LayerTable,
+    collector: InputCollector,
+    times: Sequence[float],
+    steps: Sequence[Sequence[Call]] = (),
 ) -> Calibration:
-    """What a collector has seen, with zeros for the layers that never ran."""
-    device = next(denoiser.module.parameters()).device
+    """What a collector has seen, with zeros for the layers that never ran; ``times`` are the timesteps of all calls."""
+    device = device_of(denoiser.module)
     statistics, power = collector.statistics(), collector.output_power()
     full = any(s.second_moment.numel() for s in statistics.values())
     for layer in table:
         if layer.name not in statistics:
             statistics[layer.name] = no_input(layer, device, second_moment=full)
             power[layer.name] = torch.zeros(layer.n_channels, device=device)
-    constant = collector.constant_inputs()
-    return Calibration(statistics=statistics, output_power=power, inputs=inputs, constant=constant)
+    return Calibration(
+        statistics=statistics,
+        output_power=power,
+        steps=steps,
+        constant=collector.constant_inputs(),
+        timesteps=len(np.unique(times)),
+    )
 
 
 def no_input(layer: LayerSpec, device: torch.device, *, second_moment: bool) -> RowStatistics:
@@ -150,6 +138,6 @@ def no_input(layer: LayerSpec, device: torch.device, *, second_moment: bool) -> 
     )
 
 
-def _spread(total: int, n: int) -> list[int]:
+def _spread(total: int, n: int) -> frozenset[int]:
     """``n`` of ``total`` positions (all, if there are fewer), spread evenly."""
-    return sorted({int(i) for i in np.linspace(0, total - 1, min(n, total)).round()})
+    return frozenset(int(i) for i in np.linspace(0, total - 1, min(n, total)).round())

@@ -1,4 +1,5 @@
-"""First-order effects on the *final sample*: what the error of a layer does after all steps of the sampler.
+"""First-order effects on the *final sample*: what the error of a layer does after all steps of the sampler, be it ours
+or a pipeline's.
 
 The gradient of a projection ``v . x_final`` with respect to a weight, taken through every step, holds what a projection
 of one prediction does not: the coefficient with which a step enters the sample, what the later steps make of an earlier
@@ -19,15 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import LayerTable
-from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import layer_arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, checkpointed
-from mpqsearch.sampling import Chain, chain_of
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.sampling import Chain, chain, gradients
+from mpqsearch.specs import CalibrationSpec
 
 Effects = dict[str, NDArray[np.float32]]
 """By format the effects ``[K, 2, L, W]`` on ``v . x_final`` of K directions of the error of each layer at each width:
@@ -37,30 +37,36 @@ first without, then with bias correction."""
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One call of the denoiser on the way back: ``objective`` is the scalar whose gradient with respect to the weights
-    is this call's part of that of ``v[direction] . x_final``; after its backward pass the walk goes on from ``x.grad``.
-    ``more`` says that the graph is needed again."""
+    is this call's part of that of ``v[direction] . x_final``; after its backward pass the walk goes on from the gradients
+    of ``inputs``, the arguments of the call that depend on earlier predictions. ``more`` says that the graph is needed
+    again."""
 
     direction: int
     objective: Tensor
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     more: bool
 
 
-def walk_back(denoiser: Denoiser, chain: Chain, directions: Tensor) -> Iterator[Segment]:
-    """From the last call of the sampler to the first, all directions ``[K, N, ...]`` at each, with the graph of one
+def walk_back(denoiser: Denoiser, made: Chain, directions: Tensor) -> Iterator[Segment]:
+    """From the last call of the denoiser to the first, all directions ``[K, N, ...]`` at each, with the graph of one
     call in memory."""
-    objectives = [(v * chain.final).sum() for v in directions]
-    for step in reversed(range(len(chain.predictions))):
-        x = chain.inputs[step].detach().requires_grad_(True)
-        with torch.enable_grad():
-            out = denoiser.guided(x, chain.times[step], chain.cond, chain.spec.guidance)
+    objectives = [(v * made.final).sum() for v in directions]
+    for index in reversed(range(len(made.calls))):
+        outputs, inputs = made.replay(index, denoiser.module)
         for k, objective in enumerate(objectives):
             # What the final sample owes to this prediction: through the scheduler, and through all later calls.
-            (along,) = torch.autograd.grad(objective, chain.predictions[step], retain_graph=True)
-            yield Segment(k, (along * out).sum(), x, k + 1 < len(objectives))
-            if step and x.grad is not None:
-                objectives[k] = objective + (x.grad * chain.inputs[step]).sum()
-            x.grad = None
+            along = gradients(objective, made.predictions[index])
+            yield Segment(k, _dot(along, outputs), inputs, k + 1 < len(objectives))
+            reached = [(x, seen) for x, seen in zip(inputs, made.seen[index], strict=True) if x.grad is not None]
+            if reached:
+                objectives[k] = objective + _dot([x.grad for x, _ in reached], [seen for _, seen in reached])
+            for x in inputs:
+                x.grad = None
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    with torch.enable_grad():
+        return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
 
 
 class EffectSums:
@@ -101,7 +107,6 @@ class EffectSums:
 def final_effects(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     seeds: Sequence[int],
     errors: WeightErrors,
     directions: Callable[[Tensor], Tensor],
@@ -110,21 +115,17 @@ def final_effects(
 ) -> Effects:
     """Effects of weight errors on the final samples of ``seeds``, which run as one batch.
 
-    Costs one trajectory, one more forward pass a step and one backward pass a step and direction. ``directions`` gives
+    Costs one run, one more forward pass a call and one backward pass a call and direction. ``directions`` gives
     the directions ``[K, N, ...]`` for the final samples ``[N, ...]``. Raises `NumericsError` for a sample that is not
     finite.
     """
-    chain = chain_of(denoiser, seeds, sampler)
-    finite = torch.isfinite(chain.final).flatten(1).all(1)
-    if not bool(finite.all()):
-        bad = seeds[int(finite.logical_not().nonzero()[0])]
-        raise NumericsError(f"{denoiser.name}: the sample of seed {bad} is not finite")
-    v = directions(chain.final.detach())
+    made = chain(denoiser, seeds)
+    v = directions(made.final.detach())
     sums = EffectSums(table, errors, len(v))
     with checkpointed(denoiser.module, checkpoint), GradientTap(denoiser.module, table) as tap:
-        for segment in walk_back(denoiser, chain, v):
-            segment.x.grad = tap.backward(
-                segment.objective, partial(sums.add, segment.direction), keep_graph=segment.more, x=segment.x
+        for segment in walk_back(denoiser, made, v):
+            tap.backward(
+                segment.objective, partial(sums.add, segment.direction), keep_graph=segment.more, inputs=segment.inputs
             )
     return sums.result()
 
@@ -132,7 +133,6 @@ def final_effects(
 def projected_effects(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     seeds: Sequence[int],
     errors: WeightErrors,
     *,
@@ -151,7 +151,7 @@ def projected_effects(
 
     effects = []
     for done, one in enumerate(seeds, start=1):
-        effects.append(final_effects(denoiser, table, sampler, [one], errors, random, checkpoint=checkpoint))
+        effects.append(final_effects(denoiser, table, [one], errors, random, checkpoint=checkpoint))
         progress("sensitivities of the final sample", done, len(seeds))
     return {fmt: np.concatenate([e[fmt] for e in effects]) for fmt in errors.formats}
 
@@ -159,7 +159,6 @@ def projected_effects(
 def sampler_totals(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     errors: WeightErrors,
     progress: Progress = silent,
@@ -169,7 +168,6 @@ def sampler_totals(
     effects = projected_effects(
         denoiser,
         table,
-        sampler,
         range(spec.first_seed, spec.first_seed + spec.sampler_seeds),
         errors,
         probes=spec.sampler_probes,

@@ -213,8 +213,9 @@ class InputCollector(Watcher):
                 return
             if layer.name not in self._sums and not uses_weight_as_it_is(module, args, kwargs, output):
                 self._scaled.add(layer.name)
-            by_channel = x.float().movedim(channel_axis(module), 0).flatten(1)
-            total, count = column_sums(x.float(), module, layer)
+            values = x.detach().float()
+            by_channel = values.movedim(channel_axis(module), 0).flatten(1)
+            total, count = column_sums(values, module, layer)
             outputs = output.detach().float().movedim(channel_axis(module), 0).flatten(1)
             sums = _Sums(
                 low=by_channel.amin(1),

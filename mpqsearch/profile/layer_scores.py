@@ -1,7 +1,8 @@
 """A cheap profile for those who choose widths of whole layers: one forward and one backward pass a calibration batch.
 
 The gradient of a random projection ``v . f`` over a batch has, for a weight error E, the expectation ``E <E, dW>**2 =
-sum_i ||J_i E||**2`` over the samples of the batch, whose projections are independent. So one backward pass prices every
+sum_i ||J_i E||**2`` over the samples of the batch, whose projections are independent (``f`` in the weights of
+`Weighing`). So one backward pass prices every
 layer at every width in every format. Nothing is measured of single channels.
 """
 
@@ -17,16 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import LayerTable, QuantFormat
-from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Calibration, Progress, calls_of, collected, silent
+from mpqsearch.models.calls import Call
+from mpqsearch.profile.calibrate import Calibration, Progress, collected, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import layer_arrays
 from mpqsearch.profile.tables import WeightErrors, shift_of
 from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.profile.weighing import weighing_of
 from mpqsearch.quant import width_errors
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.specs import CalibrationSpec
 
 BATCH = 4
 """Samples in one backward pass: more of them cost less each, fewer give more observations."""
@@ -67,7 +69,6 @@ def layer_scores(
     table: LayerTable,
     widths: tuple[int, ...],
     formats: Mapping[str, QuantFormat],
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     progress: Progress = silent,
 ) -> tuple[Arrays, Calibration]:
@@ -84,23 +85,25 @@ def layer_scores(
     }
     seen = _Observations(WeightErrors(table, held))
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
-    total = len(denoiser.calls) or -(-len(seeds) // BATCH) * sampler.steps
+    weighing, times = weighing_of(denoiser, seeds), list[float]()
     generator = torch.Generator().manual_seed(spec.seed)
+
+    def take(calls: list[Call], predictions: list[Tensor]) -> None:
+        output = weighing.checked(denoiser, calls, predictions)
+        v = torch.randn(output.shape, generator=generator).to(output)
+        times.extend(call.timestep for call in calls)
+        seen.effects.append({})
+        seen.bias.append({})
+        tap.backward((v * output).sum(), seen.add)
+
     with (
         checkpointed(denoiser.module, spec.checkpoint),
         InputCollector(denoiser.module, table, second_moments=False) as collector,
         GradientTap(denoiser.module, table) as tap,
         torch.enable_grad(),
     ):
-        for done, (item, output) in enumerate(calls_of(denoiser, sampler, seeds, batch=BATCH), start=1):
-            if not bool(torch.isfinite(output).all()):
-                raise NumericsError(f"{denoiser.name}: the output is not finite at timestep {item.timestep}")
-            v = torch.randn(output.shape, generator=generator).to(output).float() / len(output) ** 0.5
-            seen.effects.append({})
-            seen.bias.append({})
-            tap.backward((v * output.float()).sum(), seen.add)
-            progress("layer scores", done, total)
-    calibration = collected(denoiser, table, collector)
+        run_sampler(denoiser, seeds, "layer scores", progress, take=weighing.by_step(take), batch=BATCH)
+    calibration = collected(denoiser, table, collector, times)
     shifts = {
         fmt: {la.name: shift_of(e[la.name], la, calibration.means[la.name]) for la in table if la.has_bias}
         for fmt, e in held.items()

@@ -25,8 +25,10 @@ from mpqsearch.profile.probing import Probing
 from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
 from mpqsearch.profile.slopes import mixed_widths, slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
+from mpqsearch.profile.weighing import Weighing, weighing_of
 from mpqsearch.quant import RowStatistics
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.sampling import can_sample, n_calls
+from mpqsearch.specs import CalibrationSpec
 
 T = TypeVar("T")
 
@@ -46,7 +48,6 @@ class Measurement:
     denoiser: Denoiser
     table: LayerTable
     policy: Policy
-    sampler: SamplerSpec
     spec: CalibrationSpec
     base: QuantFormat
     formats: Mapping[str, QuantFormat]
@@ -55,6 +56,11 @@ class Measurement:
     progress: Progress = silent
     arrays: Arrays = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the calibration samples."""
+        return range(self.spec.first_seed, self.spec.first_seed + self.spec.samples)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -79,7 +85,6 @@ def profile_model(
     denoiser: Denoiser,
     table: LayerTable,
     policy: Policy,
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     fmt: QuantFormat,
     *,
@@ -102,7 +107,6 @@ def profile_model(
         denoiser=denoiser,
         table=table,
         policy=policy,
-        sampler=sampler,
         spec=spec,
         base=fmt,
         formats=_formats(spec, fmt),
@@ -121,11 +125,12 @@ def profile_model(
         input_max={n: s.input_max.float().cpu().numpy() for n, s in calibration.statistics.items()},
         calibration={
             "spec": spec.to_data(),
-            "sampler": sampler.to_data(),
+            "runner": denoiser.runner.identity,
+            "timesteps": calibration.timesteps,
             "format": fmt.to_data(),
             "constant_inputs": list(calibration.constant),
             "spent": {"seconds": m.seconds, **_memory()},
-            **({"recorded_calls": len(denoiser.calls)} if len(denoiser.calls) else {}),
+            **({} if can_sample(denoiser) else {"recorded_calls": n_calls(denoiser, 0)}),
         },
     )
 
@@ -133,11 +138,11 @@ def profile_model(
 def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
     """Raise `ConfigError` for what cannot be measured, before anything has run."""
     for name in ("final_widths", "prediction_only"):
-        if len(denoiser.calls) and getattr(spec, name):
+        if getattr(spec, name) and not can_sample(denoiser):
             raise ConfigError(
                 f"calibration.{name} compares final samples, but {denoiser.name} is measured with "
-                f"{len(denoiser.calls)} recorded calls, which bring no sampler. Leave {name} out: the loss 'probe' is "
-                "measured on the calls."
+                f"{denoiser.runner!r}, which bring no sampler. Leave {name} out: the loss 'probe' is measured on the "
+                "calls."
             )
     for bits in spec.final_widths:
         if bits not in policy.widths:
@@ -162,7 +167,7 @@ def _formats(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]
 def _by_layer(m: Measurement) -> Calibration:
     arrays, calibration = m.timed(
         "layer scores",
-        lambda: layer_scores(m.denoiser, m.table, m.widths, m.formats, m.sampler, m.spec, m.progress),
+        lambda: layer_scores(m.denoiser, m.table, m.widths, m.formats, m.spec, m.progress),
     )
     m.arrays |= arrays
     return calibration
@@ -174,9 +179,10 @@ def _by_channel(m: Measurement) -> Calibration:
     n_candidates = len(m.widths) * len(m.formats)
     blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=exact)
     at_once = exact and m.memory_limit is None
+    weighing = m.timed("gains", lambda: weighing_of(m.denoiser, m.seeds)) if exact else None
     calibration = m.timed(
         "calibration",
-        lambda: calibrate(m.denoiser, m.table, m.sampler, m.spec, m.progress, second_moments=at_once),
+        lambda: calibrate(m.denoiser, m.table, m.spec, m.progress, weighing=weighing, second_moments=at_once),
     )
     tables, errors = m.timed(
         "error tables",
@@ -193,7 +199,7 @@ def _by_channel(m: Measurement) -> Calibration:
         ),
     )
     m.arrays |= tables
-    m.take(_steps(m, calibration, errors))
+    m.take(_steps(m, calibration, errors, weighing or Weighing()))
     return calibration
 
 
@@ -204,8 +210,7 @@ def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec
     moments = InputMoments(
         denoiser=m.denoiser,
         table=m.table,
-        sampler=m.sampler,
-        seeds=range(m.spec.first_seed, m.spec.first_seed + m.spec.samples),
+        seeds=m.seeds,
         limit=m.memory_limit - m.memory_limit // SCRATCH,
         working=SUMMED,
         progress=m.progress,
@@ -214,29 +219,26 @@ def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec
     return lambda layer: moments.get(layer.name) or no_input(layer, device, second_moment=True)
 
 
-def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors) -> list[Step]:
+def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weighing: Weighing) -> list[Step]:
     """What is measured after the tables, in order."""
-    given = (m.denoiser, m.table, m.sampler)
-    slopes = Step(
-        name="slopes at contexts",
-        run=lambda _: slope_arrays(m.denoiser, m.table, m.policy, m.sampler, m.spec, errors, m.progress),
-    )
+    given = (m.denoiser, m.table)
+    slopes = Step(name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress))
     if m.spec.prediction_only:
         return [slopes]
     probing = Probing(
         denoiser=m.denoiser,
         table=m.table,
-        guidance=m.sampler.guidance,
         errors=errors,
         n_widths=len(m.widths),
+        weighing=weighing,
         probes=m.spec.probes,
         seed=m.spec.seed,
         checkpoint=m.spec.checkpoint,
     )
     power = torch.cat([calibration.output_power[la.name] for la in m.table]).float().cpu().numpy()
     m.arrays["output_power"] = power
-    steps = [Step(name="sensitivities", run=lambda _: probing.measure(calibration.inputs, m.progress))]
-    if m.spec.sampler_seeds and not len(m.denoiser.calls):  # recorded calls bring no sampler to differentiate
+    steps = [Step(name="sensitivities", run=lambda _: probing.measure(calibration.steps, m.progress))]
+    if m.spec.sampler_seeds and can_sample(m.denoiser):  # recorded calls bring no sampler to differentiate
         totals = Step(
             name="sensitivities of the final sample",
             run=lambda _: sampler_totals(*given, m.spec, errors, m.progress),
@@ -263,7 +265,6 @@ def _final(m: Measurement, calibration: Calibration) -> Arrays:
         m.table,
         m.widths,
         calibration.means,
-        m.sampler,
         m.spec,
         m.base,
         partial=m.partial,

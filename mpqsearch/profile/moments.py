@@ -13,14 +13,12 @@ from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RowStatistics
-from mpqsearch.specs import SamplerSpec
 
 
 @torch.no_grad()
 def input_statistics(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     seeds: Sequence[int],
     *,
     progress: Progress = silent,
@@ -32,7 +30,7 @@ def input_statistics(
     have few different inputs, and every one that is missing is one that codes are not chosen for.
     """
     with InputCollector(denoiser.module, table) as collector:
-        run_sampler(denoiser, sampler, seeds, "input moments", progress)
+        run_sampler(denoiser, seeds, "input moments", progress)
     return collector.statistics()
 
 
@@ -59,7 +57,6 @@ class InputMoments(Mapping[str, RowStatistics]):
 
     denoiser: Denoiser
     table: LayerTable
-    sampler: SamplerSpec
     seeds: Sequence[int]
     limit: int | None = None
     working: int = WORKING
@@ -91,7 +88,7 @@ class InputMoments(Mapping[str, RowStatistics]):
             part = replace(self.table, layers=tuple(la for la in self.table if self._group.get(la.name) == group))
             self._held = (
                 group,
-                input_statistics(self.denoiser, part, self.sampler, self.seeds, progress=self.progress),
+                input_statistics(self.denoiser, part, self.seeds, progress=self.progress),
             )
         return self._held[1][name]
 

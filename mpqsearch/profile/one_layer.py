@@ -15,8 +15,8 @@ from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import final_format, formats_of
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import sample
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.sampling import latents
+from mpqsearch.specs import CalibrationSpec
 
 
 def final_errors(
@@ -24,7 +24,6 @@ def final_errors(
     table: LayerTable,
     widths: tuple[int, ...],
     means: Mapping[str, Tensor],
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     base: QuantFormat,
     *,
@@ -32,7 +31,8 @@ def final_errors(
     progress: Progress = silent,
 ) -> Arrays:
     """``layer_final_error`` and ``layer_final_error_corrected`` ``[L, W]`` with their standard errors over seeds: the
-    squared error of the final samples, a mean over pixels, with one layer quantized at a time.
+    squared error of the final samples (latents, where a model makes those), a mean over their values, with one layer
+    quantized at a time.
 
     One run of the sampler for each layer and each of ``spec.final_widths``, in the format that `final_format` names;
     two for a layer with a bias, without and with its correction with ``means``. NaN at the other ``widths``.
@@ -40,14 +40,14 @@ def final_errors(
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
     name = final_format(spec)
-    fmt, reference = formats_of(spec, base)[name], sample(denoiser, seeds, sampler)
+    fmt, reference = formats_of(spec, base)[name], latents(denoiser, seeds)
 
     def measure(layer: LayerSpec) -> Arrays:
         out = np.full((2, 2, len(widths)), np.nan, dtype=np.float32)  # mean, standard error; without, with correction
         for bits in spec.final_widths:
             for corrected in (0, 1) if layer.has_bias else (0,):
                 quantized = _quantized(denoiser, table, layer, bits, fmt, means if corrected else None)
-                errors = (sample(quantized, seeds, sampler) - reference).square().flatten(1).mean(1)
+                errors = (latents(quantized, seeds) - reference).square().flatten(1).mean(1)
                 values = np.array([float(e) for e in errors])
                 out[:, corrected:, widths.index(bits)] = [[values.mean()], [std_error_of(values[:, None])[0]]]
         return {"final": out}

@@ -1,5 +1,5 @@
-"""Sensitivities from random projections of one prediction: what an error in a channel or layer does to the model's
-output, to first order.
+"""Sensitivities from random projections of one prediction: what an error in a channel or layer does to it, to first
+order, in the weights of `Weighing`.
 
 For an output ``f`` and a random ``v ~ N(0, I)``, ``E_v <d(v.f)/dy, dy>**2 = ||J dy||**2``: the squared change of the
 output that ``dy`` causes, with one backward pass a projection and no second derivatives (Gauss-Newton; no labels, no
@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpqsearch.core import LayerTable
-from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import ProbeInput, Progress, silent
+from mpqsearch.models.calls import Call
+from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
+from mpqsearch.profile.weighing import Weighing
 
 BUCKETS = 5
-"""Parts of equal width of the schedule's timesteps, for which sensitivities of output channels are kept apart."""
+"""Equal parts of a run, noise first, for which sensitivities of output channels are kept apart."""
 
 
 def std_error_of(observations: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -54,7 +55,7 @@ def layer_arrays(family: str, squares: dict[str, NDArray[np.float64]]) -> Arrays
 @dataclass
 class _Sums:
     """Sums over projections: squared effects ``[n, 2, L, W]`` by format, and squared gradients ``[C]`` by layer in
-    buckets of timesteps ``[B, C]``."""
+    parts of a run ``[B, C]``."""
 
     squares: dict[str, NDArray[np.float64]]
     by_bucket: dict[str, Tensor]
@@ -65,48 +66,47 @@ class _Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """Random projections of the denoiser's output.
+    """Random projections of the predictions of a step, in the weights of ``weighing``.
 
-    ``probes`` of them for each input, drawn from ``seed``; sensitivities are also kept in `BUCKETS` of equal width of
-    the schedule's timesteps. ``checkpoint`` recomputes activations in the backward pass where the model can:
-    memory of one block for twice the forward time.
+    ``probes`` of them for each step, drawn from ``seed``; sensitivities are also kept in `BUCKETS` of the run.
+    ``checkpoint`` recomputes activations in the backward pass where the model can: memory of one block for twice the
+    forward time.
     """
 
     denoiser: Denoiser
     table: LayerTable
-    guidance: float
     errors: WeightErrors
     n_widths: int
+    weighing: Weighing = Weighing()
     probes: int = 2
     seed: int = 0
     checkpoint: bool = False
 
-    def measure(self, inputs: Sequence[ProbeInput], progress: Progress = silent) -> Arrays:
-        """One forward pass an input and one backward pass a projection. Leaves the model as it was.
+    def measure(self, steps: Sequence[Sequence[Call]], progress: Progress = silent) -> Arrays:
+        """One forward pass a call of these steps and one backward pass a projection. Leaves the model as it was.
 
-        ``sensitivity`` ``[C]``, ``step_sensitivity`` ``[C, B]`` (0 in a bucket without inputs), and the layer totals of
-        `layer_arrays` ``layer_probe``. Standard errors are over inputs and projections. Raises `NumericsError` when the
+        ``sensitivity`` ``[C]``, ``step_sensitivity`` ``[C, B]`` (0 in a bucket without steps), and the layer totals of
+        `layer_arrays` ``layer_probe``. Standard errors are over steps and projections. Raises `NumericsError` when the
         output is not finite.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        sums = self._sums(len(inputs))
+        sums, run = self._sums(len(steps)), 1 + max(calls[-1].index for calls in steps)
         module = self.denoiser.module
         with checkpointed(module, self.checkpoint), GradientTap(module, self.table) as tap:
-            for done, item in enumerate(inputs, start=1):
+            for done, calls in enumerate(steps, start=1):
                 with torch.enable_grad():
-                    output = self.denoiser.guided(item.x, item.times(), item.cond, self.guidance).float()
-                if not bool(torch.isfinite(output).all()):
-                    raise NumericsError(f"{self.denoiser.name}: the output is not finite at timestep {item.timestep}")
+                    output = self.weighing.checked(self.denoiser, calls, [call.replay(module) for call in calls])
+                bucket = calls[-1].index * BUCKETS // run
                 for k in range(self.probes):
                     v = torch.randn(output.shape, generator=generator).to(output)
-                    tap.backward((v * output).sum(), self._sink(sums, item), keep_graph=k + 1 < self.probes)
+                    tap.backward((v * output).sum(), self._sink(sums, bucket), keep_graph=k + 1 < self.probes)
                     sums.observation += 1
-                    sums.counts[self._bucket(item)] += 1
-                progress("sensitivities", done, len(inputs))
+                    sums.counts[bucket] += 1
+                progress("sensitivities", done, len(steps))
         return self._arrays(sums)
 
-    def _sums(self, n_inputs: int) -> _Sums:
-        shape = (n_inputs * self.probes, 2, len(self.table), self.n_widths)
+    def _sums(self, n_steps: int) -> _Sums:
+        shape = (n_steps * self.probes, 2, len(self.table), self.n_widths)
         return _Sums(
             squares={fmt: np.zeros(shape) for fmt in self.errors.formats},
             by_bucket={la.name: torch.zeros(BUCKETS, la.n_channels, dtype=torch.float64) for la in self.table},
@@ -114,13 +114,9 @@ class Probing:
             index={la.name: i for i, la in enumerate(self.table)},
         )
 
-    def _bucket(self, item: ProbeInput) -> int:
-        timesteps = int(self.denoiser.scheduler.get("num_train_timesteps", 1000))
-        return min(item.timestep * BUCKETS // timesteps, BUCKETS - 1)
-
-    def _sink(self, sums: _Sums, item: ProbeInput) -> Sink:
+    def _sink(self, sums: _Sums, bucket: int) -> Sink:
         def take(name: str, rows: Tensor, bias: Tensor, square: Tensor) -> None:
-            sums.by_bucket[name][self._bucket(item)] += square.cpu().double()
+            sums.by_bucket[name][bucket] += square.cpu().double()
             for fmt, effect in self.errors.effects(name, rows, bias).items():
                 sums.squares[fmt][sums.observation, :, sums.index[name]] = effect.double().square().cpu().numpy()
 

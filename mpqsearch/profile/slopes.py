@@ -30,8 +30,8 @@ from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.recomputed import error_part, error_rows
 from mpqsearch.profile.tables import WeightErrors, final_format
 from mpqsearch.quant import weight_of
-from mpqsearch.sampling import sample
-from mpqsearch.specs import CalibrationSpec, SamplerSpec
+from mpqsearch.sampling import batch_of, latents
+from mpqsearch.specs import CalibrationSpec
 
 Floats = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ BATCH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slopes:
-    """``slope`` maps a format to ``[L, W]``: ``2 r'J e`` with bias correction, a mean over the pixels of the final
+    """``slope`` maps a format to ``[L, W]``: ``2 r'J e`` with bias correction, a mean over the values of the final
     sample and over contexts, of any sign.
 
     ``std_error`` is over batches of samples, of which each context has its own. ``mse``: measured error of each
@@ -74,7 +74,6 @@ def latin_contexts(table: LayerTable, policy: Policy, widths: Sequence[int], *, 
 def slopes_at(
     denoiser: Denoiser,
     table: LayerTable,
-    sampler: SamplerSpec,
     contexts: NDArray[np.int64],
     widths: Sequence[int],
     fmt: str,
@@ -94,20 +93,20 @@ def slopes_at(
         raise ConfigError(f"{len(contexts)} contexts need at least one seed each, got {len(seeds)}")
     slopes: dict[str, list[Floats]] = {f: [] for f in errors.formats}
     sizes: list[int] = []
-    mse, pixels, done = [], int(np.prod(denoiser.sample_shape)), 0
+    mse, done = [], 0
     for number, context in enumerate(contexts):
         quantized = denoiser.with_module(_quantized(denoiser.module, table, context, widths, fmt, errors))
         squares = 0.0
-        for part in _batches(seeds[number :: len(contexts)], batch):
-            residual = _Residual(sample(denoiser, part, sampler))
-            found = final_effects(quantized, table, sampler, part, errors, residual, checkpoint=checkpoint)
+        for part in _batches(seeds[number :: len(contexts)], batch_of(denoiser, batch)):
+            residual = _Residual(latents(denoiser, part))
+            found = final_effects(quantized, table, part, errors, residual, checkpoint=checkpoint)
             for name, effect in found.items():
-                slopes[name].append(2 * residual.length * effect[0, 1].astype(np.float64) / (len(part) * pixels))
+                slopes[name].append(2 * residual.length * effect[0, 1].astype(np.float64) / residual.n_values)
             sizes.append(len(part))
-            squares += residual.length**2
+            squares += residual.length**2 * len(part) / residual.n_values
             done += len(part)
             progress("slopes at contexts", done, len(seeds))
-        mse.append(squares / (len(seeds[number :: len(contexts)]) * pixels))
+        mse.append(squares / len(seeds[number :: len(contexts)]))
     return Slopes(
         slope={f: np.average(some, axis=0, weights=sizes) for f, some in slopes.items()},
         std_error={f: std_error_of(np.stack(some)) for f, some in slopes.items()},
@@ -119,7 +118,6 @@ def slope_arrays(
     denoiser: Denoiser,
     table: LayerTable,
     policy: Policy,
-    sampler: SamplerSpec,
     spec: CalibrationSpec,
     errors: WeightErrors,
     progress: Progress = silent,
@@ -133,7 +131,6 @@ def slope_arrays(
     found = slopes_at(
         denoiser,
         table,
-        sampler,
         contexts,
         widths,
         final_format(spec),
@@ -153,10 +150,10 @@ def mixed_widths(spec: CalibrationSpec, policy: Policy) -> list[int]:
 
 
 class _Residual:
-    """The direction of the difference to reference samples, and its length."""
+    """The direction of the difference to reference samples, its length, and of how many values."""
 
     def __init__(self, reference: Tensor) -> None:
-        self._reference, self.length = reference, 0.0
+        self._reference, self.length, self.n_values = reference, 0.0, reference.numel()
 
     def __call__(self, final: Tensor) -> Tensor:
         """One direction ``[1, N, ...]``."""

@@ -3,7 +3,7 @@ at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,21 +49,17 @@ class GradientTap(Watcher):
             weight.grad = None
 
     def backward(
-        self, objective: Tensor, sink: Sink, *, keep_graph: bool = False, x: Tensor | None = None
-    ) -> Tensor | None:
-        """Differentiate a scalar. ``x``: an input whose gradient is returned as well."""
+        self, objective: Tensor, sink: Sink, *, keep_graph: bool = False, inputs: Sequence[Tensor] = ()
+    ) -> None:
+        """Differentiate a scalar. ``inputs``: leaves that get their ``grad`` as well."""
         self._bias.clear()
         self._square.clear()
         self._sink = sink
         weights: list[Any] = [m.weight for m in self._modules.values()]
         try:
-            torch.autograd.backward(objective, retain_graph=keep_graph, inputs=weights if x is None else [x, *weights])
+            torch.autograd.backward(objective, retain_graph=keep_graph, inputs=[*inputs, *weights])
         finally:
             self._sink = None
-        if x is None:
-            return None
-        gradient, x.grad = x.grad, None
-        return gradient
 
     def _on_forward(self, name: str) -> Any:
         axis = channel_axis(self._modules[name])

@@ -93,6 +93,8 @@ class Prompts:
     def check(self, *, n_classes: int) -> None:
         """Raise `ConfigError` when a class-conditional model with classes 0 .. n_classes - 1 cannot show these."""
         labels = [*self.classes, *(prompt.label for prompt in self._all())]
+        if not n_classes:
+            raise ConfigError("the model takes neither prompts nor classes: leave [prompts] out")
         if None in labels:
             raise ConfigError(
                 "the model is asked for classes, and a prompt has none: give the file a column 'label', or set "
@@ -106,6 +108,11 @@ class Prompts:
     def has_text(self) -> bool:
         """Whether there are texts to show."""
         return any(prompt.text for prompt in self._all())
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether there are texts that should not be shown."""
+        return any(prompt.negative for prompt in self._all())
 
     @cached_property
     def digest(self) -> str:
@@ -142,12 +149,22 @@ def read_prompts(spec: PromptsSpec) -> Prompts | None:
     beside the report's.
     """
     if spec.file:
-        return Prompts(splits=_splits(spec), by_name=bool(spec.preset))
+        return Prompts(splits=_splits(_read(spec.file, spec), spec), by_name=bool(spec.preset))
     return Prompts(classes=spec.classes) if spec.classes else None
 
 
-def _splits(spec: PromptsSpec) -> dict[str, tuple[Prompt, ...]]:
-    entries = _read(spec.file, spec)
+def prompts_of(texts: Sequence[str]) -> Prompts:
+    """Prompts that are there already, divided as `read_prompts` divides those of a file.
+
+    Raises `ConfigError` when there are none, or when one is empty.
+    """
+    wrong = next((text for text in texts if not isinstance(text, str) or not text.strip()), None)
+    if wrong is not None or not len(texts):
+        raise ConfigError(f"prompts are texts, at least one and none of them empty, got {wrong if texts else texts!r}")
+    return Prompts(splits=_splits([Prompt(text=text) for text in texts], PromptsSpec()))
+
+
+def _splits(entries: list[Prompt], spec: PromptsSpec) -> dict[str, tuple[Prompt, ...]]:
     if spec.preset:
         _check_names(entries, spec)
     else:
@@ -170,9 +187,9 @@ def _splits(spec: PromptsSpec) -> dict[str, tuple[Prompt, ...]]:
             "captions of COCO) or fewer prompts.report."
         )
     log.warning(
-        "%s: its %d prompts are too few to keep apart (10 are needed), so all of them serve calibration and the report "
-        "alike. What is made fits these prompts, and the report says nothing of others.",
-        *(spec.file, len(entries)),
+        "%d prompts are too few to keep apart (10 are needed), so all of them serve calibration and the report alike. "
+        "What is made fits these prompts, and the report says nothing of others.",
+        len(entries),
     )
     return dict.fromkeys(BANDS, tuple(entries))
 

@@ -1,15 +1,13 @@
-"""Where the bytes of a map go. Bits are counted by `StorageModel` alone; here they are only sorted."""
+"""Where the bytes of a map go. Bits are counted in `mpqsearch.core.stored`; here they are only sorted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, Policy, StorageModel
-from mpqsearch.core.budget import DEFAULT_STORAGE
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy
+from mpqsearch.core.stored import TAG_BITS, mapped_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,39 +42,22 @@ TITLES = {
 }
 
 
-def size_breakdown(
-    table: LayerTable, bit_map: BitMap, policy: Policy | None = None, storage: StorageModel = DEFAULT_STORAGE
-) -> SizeBreakdown:
+def size_breakdown(table: LayerTable, bit_map: BitMap, policy: Policy | None = None) -> SizeBreakdown:
     """Sort the stored bits of ``bit_map``; without a policy no layer counts as fixed."""
     bit_map.validate(table)
-    parts = dict.fromkeys(TITLES, 0)
+    parts = dict.fromkeys(TITLES, 0) | {"kept": FULL_PRECISION * table.n_kept}
     for layer in table:
-        fixed = policy is not None and policy.fixed_width(layer) is not None
-        for part, bits in _layer_parts(layer, bit_map, fixed, storage).items():
-            parts[part] += bits
-    parts["kept"] = storage.kept_bits(table)
+        bits = mapped_bits(layer, bit_map)
+        if bits.unquantized:
+            parts["full_precision"] += bits.total
+        elif policy is not None and policy.fixed_width(layer) is not None:
+            parts["fixed"] += bits.total
+        else:
+            tags = TAG_BITS * layer.n_channels if bit_map.weights[layer.name].ndim else 0
+            parts["codes"] += bits.payload
+            parts["tags"] += tags
+            parts["scales"] += bits.metadata - tags
     return SizeBreakdown(**parts)
-
-
-def _layer_parts(layer: LayerSpec, bit_map: BitMap, fixed: bool, storage: StorageModel) -> dict[str, int]:
-    widths, fmt = bit_map.weights[layer.name], bit_map.format_of(layer.name)
-    total = storage.layer_total(layer, widths, fmt)
-    if (widths == FULL_PRECISION).all():
-        return {"full_precision": total}
-    if fixed:
-        return {"fixed": total}
-    # Counted twice, with tags and without: the difference is the cost of the tags.
-    untagged = replace(storage, tag_bits=0).layer_total(layer, widths, fmt)
-    values, counts = np.unique(np.broadcast_to(widths, layer.n_channels), return_counts=True)
-    codes = sum(int(n) * _codes(layer, bit_map, int(b), storage) for b, n in zip(values, counts, strict=True))
-    return {"codes": codes, "tags": total - untagged, "scales": untagged - codes}
-
-
-def _codes(layer: LayerSpec, bit_map: BitMap, bits: int, storage: StorageModel) -> int:
-    """Bits of the codes of one output channel."""
-    fmt = bit_map.format_of(layer.name)
-    stored = storage.channel_bits(layer, bits, fmt, mixed=False)
-    return stored if bits == FULL_PRECISION else stored - fmt.scale_bits - fmt.zero_point_bits(bits)
 
 
 def breakdown_rows(table: LayerTable, maps: Mapping[str, BitMap], policy: Policy | None = None) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ BRIGHTENED = 4
 LARGEST_TILE = 160
 """Pixels along the longer side of a sample on the page; larger ones are reduced, or the page would be too large."""
 
+CAPTION_WIDTH, CAPTION_LINES = 22, 5
+"""Characters and lines of a caption below its sample."""
+
 _GAP_VALUE = 128
 
 
@@ -35,11 +39,13 @@ class SampleGrid:
     """Rows of images, each ``[N, H, W, C]`` uint8 with C of 1 or 3; sample ``i`` of every row began from the same
     noise.
 
-    The first row is the reference, usually full precision. Build it with `sample_grid`.
+    The first row is the reference, usually full precision. ``captions`` say what each sample was asked to show; empty:
+    nothing is said. Build it with `sample_grid`.
     """
 
     title: str
     rows: Mapping[str, Images]
+    captions: tuple[str, ...] = ()
 
     @property
     def reference(self) -> Images:
@@ -47,15 +53,21 @@ class SampleGrid:
         return next(iter(self.rows.values()))
 
 
-def sample_grid(title: str, rows: Mapping[str, NDArray[Any]], *, columns: int = 8) -> SampleGrid:
-    """The first ``columns`` images of each row; ``[N, H, W]`` or ``[N, C, H, W]`` uint8, reference row first.
+def sample_grid(
+    title: str, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, captions: Sequence[str] = ()
+) -> SampleGrid:
+    """The first ``columns`` images of each row, reference row first: uint8 ``[N, H, W]``, ``[N, C, H, W]``, or video
+    ``[N, F, C, H, W]``, of which the first and the middle frame are shown one above the other.
 
-    Raises `ConfigError` when there is no row, or a row has another shape or dtype than the first.
+    Raises `ConfigError` when there is no row, a row has another shape or dtype than the first, or samples lack a
+    caption.
     """
     if not rows:
         raise ConfigError(f"sample grid {title!r}: at least one row of images is needed")
     images = {k: _channels_last(v, f"sample grid {title!r}, row {k!r}")[:columns] for k, v in rows.items()}
-    grid = SampleGrid(title=title, rows=images)
+    grid = SampleGrid(title=title, rows=images, captions=tuple(captions[:columns]))
+    if captions and len(grid.captions) != len(grid.reference):
+        raise ConfigError(f"sample grid {title!r}: {len(grid.captions)} captions for {len(grid.reference)} samples")
     for label, row in images.items():
         if row.shape != grid.reference.shape:
             raise ConfigError(
@@ -71,9 +83,12 @@ def _channels_last(images: NDArray[Any], where: str) -> Images:
         raise ConfigError(f"{where}: uint8 images are needed, got {array.dtype}")
     if array.ndim == 3:
         array = array[:, None]
+    if array.ndim == 5 and array.shape[1]:
+        array = np.concatenate([array[:, 0], array[:, array.shape[1] // 2]], axis=-2)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
         raise ConfigError(
-            f"{where}: images must be [N, H, W] or [N, 1 or 3, H, W] and not empty, got {np.shape(images)}"
+            f"{where}: images must be [N, H, W], [N, 1 or 3, H, W] or video [N, F, 1 or 3, H, W], and not empty, got "
+            f"{np.shape(images)}"
         )
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
 
@@ -109,7 +124,7 @@ def strip_png(images: Images) -> bytes:
 def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:
     """Draw the samples, a row per method, on ``ax`` (default: a new figure)."""
     n, height, width, _ = grid.reference.shape
-    tile = 0.55
+    tile = 1.1 if grid.captions else 0.55
     ax = axes_or_new(ax, (1.3 + tile * n, 0.5 + tile * height / width * len(grid.rows)))
     ax.grid(visible=False)
     for spine in ax.spines.values():
@@ -120,7 +135,9 @@ def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:
     ]
     ax.imshow(np.concatenate(strips)[:-GAP], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set_yticks([i * (height + GAP) + height / 2 for i in range(len(strips))], list(grid.rows))
-    ax.set_xticks([])
+    texts = [textwrap.fill(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" …") for text in grid.captions]
+    places = [i * (width + GAP) + width / 2 for i in range(len(texts))]
+    ax.set_xticks(places, texts, fontsize="xx-small", va="top")
     ax.tick_params(length=0)
     ax.set_title(grid.title, loc="left")
     return ax

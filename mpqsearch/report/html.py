@@ -238,7 +238,7 @@ def _grid(grid: SampleGrid) -> dict[str, Any]:
         }
         for label, images in grid.rows.items()
     ]
-    return {"title": grid.title, "rows": rows, "columns": len(grid.reference)}
+    return {"title": grid.title, "rows": rows, "columns": len(grid.reference), "captions": grid.captions}
 
 
 def _provenance(content: ReportContent) -> list[tuple[str, str]]:

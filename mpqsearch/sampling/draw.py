@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpqsearch.models.calls import Call, call_of, mapped, prediction_in
+from mpqsearch.models.calls import Call, Calls, Recorder, call_of, gradients_everywhere, mapped, prediction_in
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Drawn, Hooks, parts_of
+from mpqsearch.prompts import BANDS
 from mpqsearch.sampling.recorded import RecordedRunner
 
 Take = Callable[[Call, Tensor], None]
 """Gets a call and its raw prediction."""
+
+FEWEST = 4
+"""Samples, each of another prompt, whose calls are recorded."""
 
 
 def can_sample(denoiser: Denoiser) -> bool:
@@ -91,6 +95,36 @@ def each_call(
         )
 
 
+@torch.no_grad()
+def record(denoiser: Denoiser, *, limit: int = 64, progress: Callable[[int], Any] | None = None) -> Calls:
+    """Run a model for prompts or classes of calibration, one sample at a time, and keep ``limit`` of its calls, as
+    evenly over timesteps as it goes.
+
+    As many samples as it takes, and at least `FEWEST`: a map that is made on one prompt fits that one. ``progress``
+    gets 1 with every sample.
+    """
+    require_sampler(denoiser, "a record of calls")
+    module, runner, owners = denoiser.module, denoiser.runner, parts_of(denoiser.module)
+    recorder, n = Recorder(limit), 0
+
+    def on_call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal n
+        recorder.add(owners[part], args, kwargs, part=part, index=n)
+        n += 1
+        return real(*args, **kwargs)
+
+    first = BANDS["calibration"]
+    seeds = range(first, first + max(FEWEST, -(-limit // runner.calls_per_run(module))))
+    runner.encode(module, seeds, batch=1)
+    for seed in seeds:
+        n = 0
+        runner.run(module, [seed], hooks=Hooks(call=on_call), decode=False)
+        if progress is not None:
+            progress(1)
+    kinds = " + ".join(type(owner).__name__ for owner in owners.values())
+    return Calls(recorder.calls(), model=kinds, seen=recorder.seen)
+
+
 def _taker(denoiser: Denoiser, take: Take, progress: Callable[[int], Any] | None) -> Callable[..., Any]:
     """What stands in for each call of one run."""
     owners, grad, n = parts_of(denoiser.module), torch.is_grad_enabled(), 0
@@ -100,7 +134,8 @@ def _taker(denoiser: Denoiser, take: Take, progress: Callable[[int], Any] | None
         call = call_of(owners[part], args, kwargs, part=part, index=n)
         n += 1
         with torch.set_grad_enabled(grad):
-            out = real(*args, **kwargs)
+            with gradients_everywhere():
+                out = real(*args, **kwargs)
             take(call, prediction_in(out, call.sample, type(owners[part]).__name__))
         if progress is not None:
             progress(1)

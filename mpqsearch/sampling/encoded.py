@@ -61,8 +61,8 @@ class EncodedPrompts:
 
     @contextmanager
     def answering(self, pipe: Any, device: torch.device, load: Callable[[], None]) -> Iterator[None]:
-        """Inside, ``pipe.encode_prompt`` answers from here, after ``load`` where a prompt is new; pipelines without that
-        method encode as they do."""
+        """Inside, ``pipe.encode_prompt`` answers from here, after ``load`` where a prompt is new; pipelines without
+        that method encode as they do."""
         if not hasattr(pipe, "encode_prompt"):
             yield
             return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpqsearch.errors import ConfigError, ModelError
@@ -17,19 +19,20 @@ from mpqsearch.models.denoiser import Denoiser, check_finite, weights_digest
 from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.loader import (
     LoadedPipeline,
+    downloaded,
     hints_of,
     load_part,
     load_pipeline,
     sample_shape_of,
     scheduler_config,
 )
-from mpqsearch.models.runner import Denoises, Runner
+from mpqsearch.models.runner import Denoises, Runner, parts_of
 from mpqsearch.models.unwrap import plain_copy
 from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner
 from mpqsearch.sampling.recorded import RecordedRunner
-from mpqsearch.sources import local_folder, model_name, read_config
+from mpqsearch.sources import denoiser_folders, is_function, local_folder, model_name, read_config
 from mpqsearch.specs import PromptsSpec, SamplerSpec
 
 
@@ -51,8 +54,9 @@ def load_model(
         An embedded name (``fmnist-unet``, ``fmnist-dit``); a diffusers pipeline folder (with ``model_index.json``), of
         which the rest is loaded when something is first run; a diffusers model folder (with ``config.json`` and
         safetensors; a ``scheduler_config.json`` in it or in a sibling folder ``scheduler`` is used); ``owner/name`` of
-        a hub pipeline; or ``package.module:function``, which returns a `Denoiser` (`adapt`) or a module with
-        ``denoise(x, t, cond)`` and ``sample_shape``.
+        a hub pipeline; or ``package.module:function``, which returns a `Denoiser`, or a module with
+        ``denoise(x, t, cond)`` and, as attributes, what `adapt` takes: ``sample_shape``, ``scheduler``, ``data_range``,
+        ``n_classes``, ``null_class``.
     dtype
         ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
     component
@@ -68,12 +72,12 @@ def load_model(
     Raises `ModelError` when the source does not exist, is damaged or incomplete, is a pickle, is quantized already, or
     is no denoiser, and `ConfigError` when the device is not there.
     """
-    if (function := _function(source)) is not None:
-        return _from_function(function, source, sampler=sampler, calls=calls)
-    where = resolve_device(device)
-    folder = local_folder(source)
+    where, folder = resolve_device(device), local_folder(source)
+    if is_function(source):
+        return _from_function(source, where, sampler=sampler, prompts=prompts, calls=calls)
     if folder is not None and not (folder / "model_index.json").is_file():
-        module = load_part(folder, source, dtype=dtype, device=where, component=component)
+        folder = denoiser_folders(source, folder, component)[""]
+        module = load_part(folder, dtype=dtype, device=where)
         config = dict(getattr(module, "config", {}))
         return adapt(
             module,
@@ -82,13 +86,17 @@ def load_model(
             scheduler=scheduler_config(folder),
             source=source,
             sampler=sampler,
+            prompts=prompts,
             calls=calls,
             **hints_of(folder, config),
         )
-    if folder is not None:
-        sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
-    pipeline = load_pipeline(source, dtype=dtype, device=where, component=component, revision=revision)
-    runner = RecordedRunner(calls) if calls is not None else runner_of(pipeline, sampler, prompts, encoded)
+    folder = folder or downloaded(source, revision)
+    sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
+    pipeline = load_pipeline(source, folder, dtype=dtype, device=where, component=component, whole=calls is None)
+    if calls is not None:
+        runner: Runner = _recorded(calls, pipeline.module)
+    else:
+        runner = runner_of(pipeline, sampler, prompts, encoded)
     return _denoiser(pipeline.module, runner, name=model_name(source), source=source)
 
 
@@ -136,16 +144,20 @@ def adapt(
     sample_shape: tuple[int, ...] = (),
     name: str = "custom",
     scheduler: Mapping[str, Any] | None = None,
+    data_range: tuple[float, float] | None = None,
     n_classes: int = 0,
     null_class: int | None = None,
     source: str = "",
     sampler: SamplerSpec | None = None,
+    prompts: Prompts | None = None,
     calls: Calls | None = None,
 ) -> Denoiser:
     """Wrap a module as a `Denoiser`.
 
     Any ``torch.nn.Module`` with a ``denoise(x, t, cond)`` method, a diffusers denoiser that takes a sample, a timestep
-    and class labels (both need ``sample_shape``), or any module whatever with recorded ``calls``.
+    and class labels (both need ``sample_shape``, and to be sampled ``scheduler``), or any module whatever with recorded
+    ``calls``. The other arguments are those of `PlainRunner`. A module with a sampler of its own comes as
+    ``Denoiser(name=..., module=..., runner=...)``, whose runner does what `mpqsearch.models.Runner` says.
 
     The denoiser gets a copy of the structure (`plain_copy`) over the same memory of the weights: the module of the
     caller keeps its mode and its gradients. Raises `NumericsError` when a weight is not finite, `ModelError` when the
@@ -153,10 +165,30 @@ def adapt(
     """
     module = plain_copy(module)
     if calls is not None:
-        return _denoiser(module, RecordedRunner(calls), name=name, source=source)
+        return _denoiser(module, _recorded(calls, module), name=name, source=source)
     _require_plain_call(module, sample_shape)
-    runner = PlainRunner(sample_shape, spec=sampler, scheduler=scheduler, n_classes=n_classes, null_class=null_class)
+    runner = PlainRunner(
+        sample_shape,
+        spec=sampler,
+        prompts=prompts,
+        scheduler=scheduler,
+        data_range=data_range,
+        n_classes=n_classes,
+        null_class=null_class,
+    )
     return _denoiser(module, runner, name=name, source=source)
+
+
+def _recorded(calls: Calls, module: nn.Module) -> RecordedRunner:
+    """Raises `ModelError` when calls of one denoiser are to stand for several, or the other way round."""
+    recorded, needed = {call.part for call in calls}, set(parts_of(module))
+    if recorded and recorded != needed:
+        shown = [", ".join(sorted(names)) if any(names) else "a single denoiser" for names in (needed, recorded)]
+        raise ModelError(
+            f"calls of {shown[0]} are needed, and those of {shown[1]} were recorded. `mpqsearch record` records all "
+            "denoisers of a pipeline; model.component names one of them."
+        )
+    return RecordedRunner(calls)
 
 
 def _denoiser(module: nn.Module, runner: Runner, *, name: str, source: str) -> Denoiser:
@@ -167,62 +199,74 @@ def _denoiser(module: nn.Module, runner: Runner, *, name: str, source: str) -> D
 def _require_plain_call(module: nn.Module, sample_shape: tuple[int, ...]) -> None:
     """Raise `ModelError` when the plain sampler cannot call a module, or does not know the shape of its samples."""
     kind = type(module).__name__
+    way_out = "load the pipeline folder that it belongs to, or record calls of its pipeline"
     if not isinstance(module, Denoises) and "timestep" not in inspect.signature(module.forward).parameters:
         raise ModelError(
-            f"{kind} is no diffusers denoiser and has no method denoise(x, t, cond). Give it one, load the pipeline "
-            "folder that it belongs to, or record calls of its pipeline with mpqsearch.models.capture."
+            f"{kind} is no diffusers denoiser and has no method denoise(x, t, cond). Give it one, {way_out} "
+            "(mpqsearch.models.capture)"
         )
     if not sample_shape:
         raise ModelError(
-            f"{kind}: its config has no sample_size or in_channels. Give sample_shape, load the pipeline folder that it "
-            "belongs to, or record calls of its pipeline (mpqsearch record) and name the file in calibration.captured"
+            f"{kind}: its config has no sample_size or in_channels. Give sample_shape, {way_out} (mpqsearch record) "
+            "and name the file in calibration.captured"
         )
     out = getattr(module, "config", {}).get("out_channels")
     if not isinstance(module, Denoises) and isinstance(out, int) and out not in (sample_shape[0], 2 * sample_shape[0]):
         raise ModelError(
             f"{kind} takes {sample_shape[0]} channels and predicts {out}: it takes more than the sample (a picture, a "
-            "mask), which only its pipeline has. Record calls of the pipeline with mpqsearch.models.capture, or give it "
+            f"mask), which only its pipeline has. Record calls of the pipeline (mpqsearch.models.capture), or give it "
             "a method denoise(x, t, cond) that adds what is missing."
         )
 
 
-def _function(source: str) -> Callable[[], Any] | None:
-    """The function that ``package.module:function`` names; None when the source has another form."""
-    package, sign, name = source.partition(":")
-    if not sign or not all(part.isidentifier() for part in (*package.split("."), name)):
-        return None
+def _from_function(
+    source: str,
+    device: torch.device,
+    *,
+    sampler: SamplerSpec | None,
+    prompts: Prompts | None,
+    calls: Calls | None,
+) -> Denoiser:
+    """What ``package.module:function`` returns: a `Denoiser` with the runner that it has, or a module with ``denoise``,
+    whose attributes say the rest."""
+    made = _called(source)
+    if isinstance(made, nn.Module):
+        names = ("sample_shape", "scheduler", "data_range", "n_classes", "null_class")
+        given = {name: getattr(made, name) for name in names if hasattr(made, name)}
+        return adapt(
+            made.to(device),
+            name=model_name(source),
+            source=source,
+            sampler=sampler,
+            prompts=prompts,
+            calls=calls,
+            **given,
+        )
+    if not isinstance(made, Denoiser):
+        raise ModelError(
+            f"{source} returned a {type(made).__name__}; a Denoiser (mpqsearch.sampling.adapt) or a module is needed"
+        )
+    if sampler not in (None, SamplerSpec()) or prompts is not None:
+        raise ConfigError(
+            f"{source} returned a Denoiser, which has a sampler of its own: leave [sampler] and [prompts] out, or "
+            "return the module"
+        )
+    module = plain_copy(made.module).to(device)
+    runner = made.runner if calls is None else _recorded(calls, module)
+    return _denoiser(module, runner, name=model_name(source), source=source)
+
+
+def _called(source: str) -> Any:
+    """What the function of a source returns. Modules are looked for in the folder of work, too."""
+    package, _, name = source.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(package), name)
+        function = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"{source}: {error}. Give package.module:function of something that can be imported"
+            f"{source}: {error}. It must be package.module:function of something that can be imported here"
         ) from error
-    if not callable(found):
-        raise ModelError(f"{source} is a {type(found).__name__} and no function that returns the model")
-    return found  # type: ignore[no-any-return]
-
-
-def _from_function(
-    function: Callable[[], Any], source: str, *, sampler: SamplerSpec | None, calls: Calls | None
-) -> Denoiser:
-    """What a function of the user's returns: a `Denoiser` as it is, or a module with ``denoise`` and ``sample_shape``."""
-    made = function()
-    if isinstance(made, Denoiser):
-        if sampler not in (None, SamplerSpec()):
-            raise ConfigError(f"{source} returned a Denoiser, which has a sampler of its own: leave [sampler] out")
-        return made
-    if not isinstance(made, nn.Module):
-        raise ModelError(
-            f"{source} returned a {type(made).__name__}; a Denoiser (mpqsearch.adapt) or a module is needed"
-        )
-    return adapt(
-        made,
-        sample_shape=tuple(getattr(made, "sample_shape", ())),
-        name=source.partition(":")[2],
-        scheduler=getattr(made, "scheduler", None),
-        n_classes=int(getattr(made, "n_classes", 0)),
-        null_class=getattr(made, "null_class", None),
-        source=source,
-        sampler=sampler,
-        calls=calls,
-    )
+    if not callable(function):
+        raise ModelError(f"{source} is a {type(function).__name__} and no function that returns the model")
+    return function()

@@ -39,8 +39,8 @@ EXAMPLES = 4
 """Calls on which the layers of a model are looked for."""
 
 INVARIANT = 2e-6
-"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where predictions
-are made up: rounding of single values, and no more."""
+"""Largest difference, relative to the largest value, of a sample that is made alone and beside another, where
+predictions are made up: rounding of single values, and no more."""
 
 
 class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)
@@ -75,7 +75,7 @@ class PipelineRunner:
     components
         Names of the components that are the denoisers: those of the `Parts`, or of the single module.
     prompts
-        What the pipelines for text draw; needed by them and by no other.
+        What samples show; pipelines for text need them for everything but their layers.
     encoded
         Folder in which encoded prompts are kept; empty: in memory.
 
@@ -122,6 +122,7 @@ class PipelineRunner:
         grad: bool = False,
     ) -> Drawn:
         """See `Runner.run`."""
+        self._require_prompts(self.pipe(module))
         habits = self._habits(module)
         groups = [[s] for s in seeds] if habits.singly else [list(seeds)]
         drawn = [
@@ -141,6 +142,10 @@ class PipelineRunner:
         """Calls from the first to the last step of one sample, of every denoiser."""
         return self._habits(module).examples
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """None: the pipeline's folder has them."""
+        return {}
+
     def calls_per_run(self, module: nn.Module) -> int:
         """Calls of all denoisers for one batch."""
         return self._habits(module).calls
@@ -148,6 +153,7 @@ class PipelineRunner:
     def picture(self, module: nn.Module) -> tuple[int, ...] | None:
         """Shape of what the pipeline makes of a latent, from decoding a made-up one: see `Runner.picture`."""
         if not self._decoded:
+            self._require_prompts(self.pipe(module))
             self._rehearsed(module, [0], output_type="pt")
         return self._shape
 
@@ -163,6 +169,7 @@ class PipelineRunner:
         without a folder to keep them in, prompts are encoded when they are drawn."""
         if not hasattr(self.pipe(module), "encode_prompt") or self._encoded.folder is None:
             return
+        self._require_prompts(self.pipe(module))
         size = 1 if self._habits(module).singly else batch or self.batch
         for start in range(0, len(seeds), size):
             self._run(module, list(seeds[start : start + size]), Hooks(call=_stop), None, grad=False)
@@ -195,7 +202,7 @@ class PipelineRunner:
                 log.warning(
                     "the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__
                 )
-        vae = getattr(pipe, "vae", None)
+        vae: Any = getattr(pipe, "vae", None)
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # exact; tiling is not
         for name, component in pipe.components.items():
@@ -210,19 +217,31 @@ class PipelineRunner:
         return pipe
 
     def _check_call(self, pipe: Any) -> None:
-        """Raise `ConfigError` for arguments that ``__call__`` does not know, and for prompts or classes that are missing
-        or do not exist."""
+        """Raise `ConfigError` for what ``__call__`` does not take: arguments, prompts, classes."""
         known, kind = set(inspect.signature(type(pipe).__call__).parameters), type(pipe).__name__
         for name in self.spec.call:
             if name not in known:
                 raise UnknownNameError(f"argument of {kind}", name, sorted(known), "(sampler.call)")
+        for key, name in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
+            if getattr(self.spec, key) is not None and name not in known:
+                raise ConfigError(f"{kind} has no {name}: leave out sampler.{key}")
+        if self.prompts is None:
+            return
+        if not {"prompt", "class_labels"} & known:
+            raise ConfigError(f"{kind} takes neither prompts nor classes: leave [prompts] out")
+        if self.prompts.has_negative and "negative_prompt" not in known:
+            raise ConfigError(f'{kind} takes no negative prompts: set [prompts.columns] negative = ""')
+        if "class_labels" in known:
+            self.prompts.check(n_classes=self.n_classes)
+
+    def _require_prompts(self, pipe: Any) -> None:
+        """Raise `ConfigError` when a pipeline for text has no prompts; its layers are known without."""
+        known = set(inspect.signature(type(pipe).__call__).parameters)
         asked = self.prompts is not None and self.prompts.has_text
         if "prompt" in known and not asked and not {"prompt", "prompt_embeds"} & set(self.spec.call):
             raise ConfigError(
-                f"{kind} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
+                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
             )
-        if self.n_classes and self.prompts is not None and "class_labels" in known:
-            self.prompts.check(n_classes=self.n_classes)
 
     def _release(self) -> None:
         """Let the text encoders go, unless nothing else could bring them back."""
@@ -239,6 +258,8 @@ class PipelineRunner:
         if self.spec.guidance is not None:
             given["guidance_scale"] = self.spec.guidance
         noise = list(seeds)
+        if self.prompts is None and "prompt_embeds" not in self.spec.call:
+            given["prompt"] = ["a photograph"] * len(seeds)  # to find layers with
         if self.prompts is not None:
             asked = [self.prompts.of(s) for s in seeds]
             noise = [p.noise_seed for p in asked]
@@ -393,8 +414,8 @@ def _named(pipe: Any) -> Iterator[None]:
         scheduler = type(pipe.scheduler).__mro__[1].__name__
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(
-            f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself with "
-            "the same arguments (sampler.steps, sampler.guidance, sampler.call)"
+            f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself "
+            "with the same arguments (sampler.steps, sampler.guidance, sampler.call)"
         ) from error
 
 

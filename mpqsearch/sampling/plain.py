@@ -13,26 +13,17 @@ from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ConfigError, ModelError, NumericsError
 from mpqsearch.models.calls import Call, call_of, invoke, prediction_in
 from mpqsearch.models.devices import float_dtype
-from mpqsearch.models.runner import Denoises, Drawn, Hooks, Label, device_of, intercepted, watched_scheduler
+from mpqsearch.models.runner import Denoises, Drawn, Hooks, device_of, intercepted, watched_scheduler
+from mpqsearch.prompts import Prompts
 from mpqsearch.specs import SamplerSpec
-
-DEFAULT_SCHEDULER: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-    "clip_sample": True,
-}
-"""Used when a model folder names no scheduler: the one of DDPM."""
 
 DEFAULT_STEPS = 10
 
 _DISCRETE = (
-    "DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep",
-    "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete",
-    "SASolver", "DDIMParallel", "DDPMParallel",
-)  # fmt: skip
+    *("DDIM", "DDPM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep"),
+    *("UniPCMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"),
+    *("KDPM2AncestralDiscrete", "LMSDiscrete", "SASolver", "DDIMParallel", "DDPMParallel"),
+)
 """Schedulers of diffusion in discrete time with a table of betas: their configurations mean the same to DDIM."""
 
 
@@ -40,13 +31,17 @@ class PlainRunner:
     """DDIM or DPM-Solver++ over ``module(x, t, class_labels)`` or ``module.denoise(x, t, cond)``.
 
     sample_shape
-        Shape of one sample without the batch axis; values in [-1, 1].
+        Shape of one sample without the batch axis.
+    data_range
+        The smallest and the largest value of the data, of which pictures are made; None: samples are no pictures.
     n_classes, null_class
         0 for unconditional models; the label that means "no class" (None: the model cannot be guided). The class of a
-        sample is its seed modulo ``n_classes``.
+        sample is its seed modulo ``n_classes``, unless ``prompts`` say another.
     scheduler
-        Configuration of a diffusers scheduler. Raises `ModelError` for one of another kind (flow matching, EDM,
-        consistency), whose samples this loop would get wrong, and `ConfigError` for guidance without a null class.
+        Configuration of the diffusers scheduler that the model was trained for. None: it cannot be sampled.
+
+    Raises `ModelError` for a scheduler of another kind (flow matching, EDM, consistency), whose samples this loop would
+    get wrong, and `ConfigError` for guidance without a null class and for prompts of text.
     """
 
     def __init__(
@@ -54,29 +49,36 @@ class PlainRunner:
         sample_shape: tuple[int, ...],
         *,
         spec: SamplerSpec | None = None,
+        prompts: Prompts | None = None,
         scheduler: Mapping[str, Any] | None = None,
+        data_range: tuple[float, float] | None = None,
         n_classes: int = 0,
         null_class: int | None = None,
     ) -> None:
-        self.spec = spec or SamplerSpec()
+        self.spec, self.prompts = spec or SamplerSpec(), prompts
         self.sample_shape, self.n_classes, self.null_class = tuple(sample_shape), n_classes, null_class
-        self.scheduler = dict(DEFAULT_SCHEDULER if scheduler is None else scheduler)
-        self.batch = self.spec.batch
+        self.scheduler = None if scheduler is None else dict(scheduler)
+        self.data_range, self.batch = data_range, self.spec.batch
         self.steps = self.spec.steps or DEFAULT_STEPS
         self.guidance = 1.0 if self.spec.guidance is None else self.spec.guidance
         if self.spec.call:
             raise ConfigError(f"sampler.call = {dict(self.spec.call)} is for pipelines; this model has a plain sampler")
         if self.guidance != 1.0 and null_class is None:
             raise ConfigError(f"the model has no null class, so guidance must be 1, got {self.guidance:g}")
-        _refuse_other_schedulers(self.scheduler)
+        if prompts is not None:
+            prompts.check(n_classes=n_classes)
+        if data_range is not None and not data_range[0] < data_range[1]:
+            raise ConfigError(f"data_range is the smallest and the largest value of the data, got {data_range}")
+        _refuse_other_schedulers(self.scheduler or {})
 
     @property
     def identity(self) -> dict[str, str]:
         """Sampler, scheduler, classes and shape."""
-        settings = {"steps": self.steps, "guidance": self.guidance, "batch": self.batch, "classes": self.n_classes}
+        settings = {"steps": self.steps, "guidance": self.guidance, "classes": self.n_classes, "range": self.data_range}
         return {
             "runner": f"{self.spec.name} {'x'.join(map(str, self.sample_shape))}",
             "scheduler": digest_of(self.scheduler),
+            **({} if self.prompts is None else {"prompts": self.prompts.digest}),
             **{k: str(v) for k, v in settings.items()},
         }
 
@@ -106,33 +108,40 @@ class PlainRunner:
                         f"the sample is not finite at timestep {int(t)} (seeds {seeds[0]}..{seeds[-1]})"
                     )
         latents = x.detach().float().cpu()
-        return Drawn(
-            seeds=tuple(seeds), latents=latents, images=to_uint8(latents) if decode else None, labels=self.labels(seeds)
-        )
+        images = self._pictures(module, latents) if decode else None
+        return Drawn(seeds=tuple(seeds), latents=latents, images=images, labels=self.labels(seeds))
 
     def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
         """Nothing to do."""
 
-    def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
+    def labels(self, seeds: Sequence[int]) -> tuple[int | None, ...]:
         """The class of each seed, ``seed mod n_classes``: balanced over consecutive seeds."""
+        if self.prompts is not None:
+            return tuple(self.prompts.of(s).label for s in seeds)
         return tuple(int(s) % self.n_classes if self.n_classes else None for s in seeds)
 
     def picture(self, module: nn.Module) -> tuple[int, ...] | None:
-        """The sample's shape; what has neither one nor three channels is no picture."""
+        """The sample's shape; what has neither one nor three channels, or values of an unknown range, is no picture."""
         shape = self.sample_shape
-        return shape if len(shape) == 3 and shape[0] in (1, 3) else None
+        return shape if self.data_range is not None and len(shape) == 3 and shape[0] in (1, 3) else None
 
     def examples(self, module: nn.Module) -> list[Call]:
         """One call: noise of two samples, at the first and the last timestep."""
         device, seeds = device_of(module), [0, 1]
         x = noise_of(seeds, self.sample_shape).to(device, float_dtype(module))
-        times = self._scheduler()[0].timesteps[[0, -1]].long().to(device)
+        last = (self.scheduler or {}).get("num_train_timesteps", 1000) - 1
+        times = torch.tensor([last, 0], device=device)
         args, kwargs = self._arguments(module, x, times, self._condition(seeds, device))
         return [call_of(module, args, kwargs)]
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The scheduler, the classes and the range of the data."""
+        hints = {"n_classes": self.n_classes, "null_class": self.null_class, "data_range": self.data_range}
+        return {"denoiser.json": hints} | ({} if self.scheduler is None else {"scheduler_config.json": self.scheduler})
+
     def calls_per_run(self, module: nn.Module) -> int:
         """One a step."""
-        return len(self._scheduler()[0].timesteps)
+        return self.steps
 
     def __repr__(self) -> str:
         classes = f", {self.n_classes} classes" if self.n_classes else ""
@@ -141,7 +150,13 @@ class PlainRunner:
     def _condition(self, seeds: Sequence[int], device: torch.device) -> Tensor | None:
         if not self.n_classes:
             return None
-        return torch.tensor([int(s) % self.n_classes for s in seeds], dtype=torch.long, device=device)
+        return torch.tensor(self.labels(seeds), dtype=torch.long, device=device)
+
+    def _pictures(self, module: nn.Module, samples: Tensor) -> Tensor | None:
+        """Samples as ``uint8`` images ``[N, C, H, W]``; None where they are none."""
+        if self.data_range is None or self.picture(module) is None:
+            return None
+        return to_uint8(samples, *self.data_range)
 
     def _guided(self, module: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """Classifier-free guidance ``u + g (c - u)`` in one call whose rows are ``[u, c]``."""
@@ -165,9 +180,8 @@ class PlainRunner:
             ) from error
         prediction = prediction_in(out, x, type(module).__name__)
         if prediction.shape != x.shape:
-            raise ModelError(
-                f"{type(module).__name__} predicts {tuple(prediction.shape)} for samples {tuple(x.shape)}. {_NEEDS_MORE}"
-            )
+            kind, shape = type(module).__name__, tuple(prediction.shape)
+            raise ModelError(f"{kind} predicts {shape} for samples {tuple(x.shape)}. {_NEEDS_MORE}")
         return prediction.to(x.dtype)
 
     def _arguments(
@@ -182,6 +196,11 @@ class PlainRunner:
         DPM-Solver++ keeps state."""
         import diffusers
 
+        if self.scheduler is None:
+            raise ModelError(
+                "the model names no scheduler, and without the noise that it was trained on there are no samples. Put "
+                "scheduler_config.json in its folder, or give adapt(..., scheduler=...)"
+            )
         # Classes without the setting do not clip, but their configurations read as DDIM's default, which does.
         config = {"clip_sample": False, **self.scheduler}
         if self.spec.name == "ddim":
@@ -208,9 +227,9 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 
-def to_uint8(samples: Tensor) -> Tensor:
-    """Samples in ``[-1, 1]`` as ``uint8`` images."""
-    return ((samples.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_uint8(samples: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Samples with values from ``low`` to ``high`` as ``uint8`` images; what lies outside is cut."""
+    return ((samples.float().clamp(low, high) - low) * (255 / (high - low))).round().to(torch.uint8)
 
 
 _NEEDS_MORE = (

@@ -15,7 +15,7 @@ EXAMPLES = 4
 
 
 class RecordedRunner:
-    """Calls of a pipeline's own run (`mpqsearch.models.capture`, ``mpqsearch record``): it replays and cannot sample."""
+    """Calls of a pipeline's own run (`mpqsearch.models.capture`, ``mpqsearch record``): replayed, never sampled."""
 
     batch = 1
 
@@ -36,9 +36,9 @@ class RecordedRunner:
     def refuse(self, what: str, module: nn.Module) -> NoReturn:
         """Raise `ModelError`: ``what`` needs samples."""
         raise ModelError(
-            f"{what}: asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
-            "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, give "
-            "the pipeline's folder, or export the map and sample in the pipeline itself."
+            f"{what} was asked for, but {type(module).__name__} is known from {len(self.calls)} recorded calls of its "
+            "pipeline only. With these there are layers, profile, allocate, quantize, import and export. To sample, "
+            "give the pipeline's folder, or export the map and sample in the pipeline itself."
         )
 
     def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
@@ -54,6 +54,10 @@ class RecordedRunner:
 
     def picture(self, module: nn.Module) -> None:
         """There is none."""
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}
 
     def calls_per_run(self, module: nn.Module) -> int:
         """Their number."""

@@ -167,8 +167,8 @@ class ModelEvaluator:
     extractor: FeatureExtractor | None = None
     error: str = "latents"
     keep: int = 1
-    _modules: OrderedDict[str, nn.Module] = field(default_factory=OrderedDict, repr=False)
-    _full: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    _modules: OrderedDict[str, nn.Module] = field(default_factory=OrderedDict, init=False, repr=False)
+    _full: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.error == "features" and self.extractor is None:

@@ -17,7 +17,7 @@ from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.progress import bar_of, is_watched, say
 from mpqsearch.prompts import Prompts, read_prompts
-from mpqsearch.sources import REFERENCE, FileDigests, model_files
+from mpqsearch.sources import REFERENCE, FileDigests, model_files, model_name
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import DataReference, FeatureExtractor
@@ -116,13 +116,18 @@ class Run:
     def evaluation_inputs(self) -> dict[str, str]:
         """Digests of what measures samples: the settings, and the content of the extractor and of the reference."""
         c = self.config.evaluate
-        embedded = REFERENCE / c.extractor
-        weights = Path(c.extractor_weights) if c.extractor_weights else embedded / "model.safetensors"
-        reference = Path(c.reference) if c.reference else embedded / "reference.safetensors"
+        # What "auto" stands for follows from the model, which is among the inputs of all that is measured.
+        names = tuple(p.name for p in sorted(REFERENCE.iterdir())) if c.extractor == "auto" else (c.extractor,)
+
+        def digest(given: str, file: str) -> str:
+            if given:
+                return self.files.of(Path(given))
+            return self.files.of_all({name: REFERENCE / name / file for name in names})
+
         return {
             "evaluate": artifacts.digest_of([c.samples, c.first_seed, c.extractor]),
-            "extractor_weights": self.files.of(weights),
-            "reference": self.files.of(reference),
+            "extractor_weights": digest(c.extractor_weights, "model.safetensors"),
+            "reference": digest(c.reference, "reference.safetensors"),
         }
 
     @cached_property
@@ -140,12 +145,15 @@ class Run:
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """The features that samples are measured with, on the device of the run."""
-        from mpqsearch.metrics import load_extractor
+        from mpqsearch.metrics import AUTO, extractor_for, load_extractor
         from mpqsearch.models import resolve_device
 
-        c = self.config.evaluate
+        c, name = self.config.evaluate, self.config.evaluate.extractor
+        if name == AUTO:
+            model = model_name(self.config.model.source) if self.given is None else self.given.name
+            name = extractor_for((self.picture or ())[-3:], model)
         weights = Path(c.extractor_weights) if c.extractor_weights else None
-        return load_extractor(c.extractor, weights=weights, device=resolve_device(self.config.model.device))
+        return load_extractor(name, weights=weights, device=resolve_device(self.config.model.device))
 
     @cached_property
     def data_reference(self) -> DataReference | None:

@@ -70,7 +70,7 @@ def _read(path: Path) -> Saved:
                 table=table,
                 profile=profile,
                 policy=Policy(**_tuples(source["policy"])),
-                format=QuantFormat(**source["format"]),
+                format=QuantFormat.from_data(source["format"]),
                 costs=_costs(source["costs"]),
             ),
             method=MethodSpec(**_tuples(data["method"])),

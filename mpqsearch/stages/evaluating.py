@@ -13,7 +13,15 @@ from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import check_sampling
-from mpqsearch.stages.references import evaluation_key, metrics_file, quantized_module, record_of, reference
+from mpqsearch.stages.references import (
+    SHOWN,
+    evaluation_key,
+    key_frames,
+    metrics_file,
+    quantized_module,
+    record_of,
+    reference,
+)
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
 
 if TYPE_CHECKING:
@@ -33,15 +41,16 @@ def _measured(
 ) -> dict[str, Any]:
     """Quantize, sample and measure one map; its features and first images are kept beside the metrics."""
     from mpqsearch.metrics import evaluate
-    from mpqsearch.sampling import sample, to_uint8
+    from mpqsearch.sampling import samples
 
     same_model(run, table)
     began = time.perf_counter()
     module = quantized_module(run, table, measured, bit_map, bias_correction=bias_correction)
-    samples = sample(run.denoiser.with_module(module), base.seeds, run.config.sampler, progress=progress)
-    result = evaluate(samples, base, run.extractor)
-    kept = {"features": result.features.numpy(), "images": to_uint8(samples[:64]).numpy()}
-    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), kept)
+    drawn = samples(run.denoiser.with_module(module), base.seeds, progress=progress)
+    result = evaluate(drawn, base, keep=SHOWN)
+    kept = {"features": result.features, "images": None if result.images is None else key_frames(result.images)}
+    arrays = {name: tensor.numpy() for name, tensor in kept.items() if tensor is not None}
+    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), arrays)
     return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
 

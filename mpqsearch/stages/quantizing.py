@@ -33,22 +33,28 @@ def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_n
 
 
 def write_model_folder(run: Run, folder: Path, module: nn.Module, bit_map: BitMap) -> None:
-    """A diffusers folder with decoded weights, and the bit map beside it. Raises `ConfigError` for modules that are not
-    of diffusers."""
-    if not hasattr(module, "save_pretrained"):
-        raise ConfigError(f"{type(module).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
+    """A diffusers folder with decoded weights, and the bit map beside it; of several denoisers one folder each, under
+    its name in the pipeline. Raises `ConfigError` for modules that are not of diffusers."""
+    from mpqsearch.models.runner import parts_of
+
+    originals = parts_of(run.denoiser.module)
+    for name, part in parts_of(module).items():
+        if not hasattr(part, "save_pretrained"):
+            raise ConfigError(f"{type(part).__name__} has no save_pretrained; use mpqsearch.quant from Python instead")
+        _write_part(folder / name, part, originals[name])
+    for name, data in run.denoiser.runner.files().items():
+        _write_plain(folder / name, data)
+    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": bit_map.model_digest})
+
+
+def _write_part(folder: Path, module: nn.Module, original: nn.Module) -> None:
     from safetensors.torch import save
 
-    denoiser = run.denoiser
-    names = denoiser.module.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
+    names = original.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
     weights = {k: v.contiguous().clone() for k, v in module.state_dict().items() if k in names}
     with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
         handle.write(save(weights, metadata={"format": "pt"}))
     artifacts.write_text(folder / "config.json", module.to_json_string())  # type: ignore[operator]
-    hints = {"n_classes": denoiser.n_classes, "null_class": denoiser.null_class}
-    _write_plain(folder / "scheduler_config.json", dict(denoiser.scheduler))
-    _write_plain(folder / "denoiser.json", hints)
-    artifacts.save_bit_map(folder / "bitmap.json", bit_map, {"model": bit_map.model_digest})
 
 
 def _write_plain(path: Path, data: dict[str, Any]) -> None:

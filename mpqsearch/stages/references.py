@@ -21,7 +21,11 @@ from mpqsearch.stages.statistics import activation_table, correction_of, moment_
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mpqsearch.metrics import Reference
+    from mpqsearch.metrics import Reference, SampleStore
+
+
+SHOWN = 10
+"""Pictures of every map that are kept for the report."""
 
 
 def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
@@ -45,28 +49,16 @@ def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_
 
 def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     """Full-precision samples with their features, cached, and their record."""
-    import torch
+    from mpqsearch.metrics import Reference
 
-    from mpqsearch.metrics import Reference, evaluate
-    from mpqsearch.sampling import labels_of, to_uint8
-
-    c, extractor = run.config.evaluate, run.extractor
-    seeds = tuple(range(c.first_seed, c.first_seed + c.samples))
     key = evaluation_key(run, table, None, bias_correction=False)
     began = time.perf_counter()
-    samples = _full_precision_samples(run, table, seeds, key)
+    store = full_precision(run, table)
     seconds = time.perf_counter() - began
-    labels = labels_of(run.denoiser, seeds)
-    base = Reference(
-        samples=samples,
-        features=extractor(to_uint8(samples)),
-        seeds=seeds,
-        labels=labels if isinstance(labels, torch.Tensor) else None,
-        data=run.data_reference,
-    )
+    base = Reference.of(store, run.extractor, run.data_reference)
 
     def measure() -> dict[str, Any]:
-        metrics = evaluate(samples, base, extractor, is_reference=True).metrics
+        metrics = base.evaluation().metrics
         return {"seconds": seconds, "metrics": {k: v.to_data() for k, v in metrics.items()}}
 
     data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure)
@@ -77,19 +69,24 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     return base, record
 
 
-def _full_precision_samples(run: Run, table: LayerTable, seeds: tuple[int, ...], key: str) -> Tensor:
-    import torch
+def full_precision(run: Run, table: LayerTable) -> SampleStore:
+    """Full-precision samples of the report seeds; those that the run folder lacks are made."""
+    from mpqsearch.metrics import SampleStore
+    from mpqsearch.sampling import samples
 
-    from mpqsearch.sampling import sample
+    key, c = evaluation_key(run, table, None, bias_correction=False), run.config.evaluate
+    seeds, folder = range(c.first_seed, c.first_seed + c.samples), run.path("stats", f"full-precision-{key[:16]}")
+    store = SampleStore(folder, seeds, {"evaluation": key}, overwrite=run.overwrite)
+    if missing := store.missing:
+        same_model(run, table)
+        with run.timed("evaluate"), bar_of("full precision", len(missing)) as bar:
+            store.fill(samples(run.denoiser, missing, progress=bar.update))
+    return store
 
-    cache = run.path("stats", f"full-precision-{key[:16]}.npz")
-    if cache.exists() and not run.overwrite:
-        return torch.from_numpy(artifacts.read_arrays(cache)["samples"])
-    same_model(run, table)
-    with run.timed("evaluate"), bar_of("full precision", len(seeds)) as bar:
-        samples = sample(run.denoiser, seeds, run.config.sampler, progress=bar.update)
-    artifacts.write_arrays(cache, {"samples": samples.numpy()})
-    return samples
+
+def key_frames(images: Tensor) -> Tensor:
+    """Pictures as they are; of videos ``[N, F, C, H, W]`` the first and the middle frame."""
+    return images[:, [0, images.shape[1] // 2]] if images.dim() == 5 else images
 
 
 def metrics_file(run: Run, key: str) -> Path:

@@ -18,7 +18,7 @@ from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.references import evaluation_key
+from mpqsearch.stages.references import SHOWN, evaluation_key, full_precision, key_frames
 from mpqsearch.stages.searched import search_results
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Solved = Mapping[tuple[MethodSpec, Budget], tuple[BitMap, Mapping[str, Any]]]
 """Maps with what ``allocation.json`` holds, by method and budget."""
 
-GRID_COLUMNS = 10
-"""Samples of a method that the page shows."""
+CAPTIONED = 5
+"""Samples with captions that the page shows of a method; without captions `SHOWN`."""
 
 
 def report(
@@ -109,23 +109,21 @@ def report_content(
 
 def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
     """Samples of every method at every budget that were kept, below those of the full-precision model."""
-    import torch
-
     from mpqsearch.report import sample_grid
-    from mpqsearch.sampling import to_uint8
 
-    key = evaluation_key(run, table, None, bias_correction=False)
-    samples = artifacts.read_arrays(run.path("stats", f"full-precision-{key[:16]}.npz"))["samples"][:GRID_COLUMNS]
-    full = to_uint8(torch.from_numpy(samples)).numpy()
-    grids = []
+    full = full_precision(run, table).read(0, SHOWN)
+    if full.images is None:
+        return []
+    captions = [label for label in full.labels if isinstance(label, str)]  # prompts, and no classes
+    columns, grids = CAPTIONED if captions else SHOWN, []
     for budget in dict.fromkeys(b for _, b in solved):
-        rows = {"full precision": full}
+        rows = {"full precision": key_frames(full.images)[:columns].numpy()}
         for (method, b), (bit_map, data) in solved.items():
             corrected = data.get("bias_correction", method.bias_correction)
             file = run.path("stats", f"{evaluation_key(run, table, bit_map, bias_correction=corrected)[:16]}.npz")
             if b == budget and file.exists():
-                rows[method.name] = artifacts.read_arrays(file)["images"][:GRID_COLUMNS]
-        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=GRID_COLUMNS))
+                rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
+        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns, captions=captions))
     return grids
 
 

@@ -124,6 +124,9 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         final=tuple(range(first_final, first_final + c.final_samples)),
         cache=ValueCache(run.path("search", "cache")),
     )
+    runner, module = run.denoiser.runner, run.denoiser.module
+    runner.encode(module, measurements.seeds, batch=min(c.chunk, runner.batch))
+    runner.encode(module, measurements.final)
     objective = Objective(
         surrogate=surrogate, space=parse_space(c.space), measurements=measurements, budgets=budgets_of(run)
     )

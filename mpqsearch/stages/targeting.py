@@ -125,7 +125,6 @@ def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floa
         effects = projected_effects(
             run.denoiser,
             table,
-            c.sampler,
             range(first, first + c.allocate.target_probes),
             WeightErrors(table, {target.name: errors}),
             probes=PROBES,

@@ -36,7 +36,9 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.metrics import (
     FeatureExtractor,
+    FeatureStatistics,
     Reference,
+    SampleStore,
     distance_to_full_precision,
     evaluate,
     load_extractor,
@@ -60,7 +62,7 @@ from mpqsearch.quant import (
     param_groups,
     smooth_inputs,
 )
-from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
+from mpqsearch.sampling import SamplerSpec, samples
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("fmnist-unet", "fmnist-dit")
@@ -405,14 +407,14 @@ class Model:
         those of the schedule."""
         if seed not in self._references:
             seeds = tuple(range(10_000 * seed, 10_000 * seed + (n_samples or self.schedule.samples)))
-            samples = sample(self.denoiser, seeds, self.schedule.sampler)
-            self._references[seed] = Reference(
-                samples=samples,
-                features=self.extractor(to_uint8(samples)),
-                seeds=seeds,
-                labels=labels_of(self.denoiser, seeds),
-                data=load_reference(None, self.extractor),
-            )
+            made_from = {
+                "model": self.table.digest,
+                "sampler": artifacts.digest_of(self.schedule.sampler.to_data()),
+            }
+            store = SampleStore(self.work / "full-precision" / f"{seed}-{len(seeds)}", seeds, made_from)
+            store.fill(samples(self.denoiser, store.missing, self.schedule.sampler))
+            data = load_reference(None, self.extractor)
+            self._references[seed] = Reference.of(store, self.extractor, data)
         return self._references[seed]
 
     def teacher(self, seed: int) -> Trajectories:
@@ -523,8 +525,8 @@ def train(
 
     def check(student: torch.nn.Module) -> float:
         base = model.reference(CHECK_SEED, recipe.check_samples)
-        samples = sample(model.denoiser.with_module(convert(student).module), base.seeds, s.sampler)
-        return distance_to_full_precision(samples, base, model.extractor)
+        made = samples(model.denoiser.with_module(convert(student).module), base.seeds, s.sampler)
+        return distance_to_full_precision(made, FeatureStatistics.of(base.features), model.extractor)
 
     state = None
     for state in distill(
@@ -544,12 +546,11 @@ def train(
 def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str, float]:
     """Metrics of a quantized module, or of full precision itself (None), on the evaluation noise of ``seed``."""
     base = model.reference(seed)
-    samples = (
-        base.samples
-        if module is None
-        else sample(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
-    )
-    found = evaluate(samples, base, model.extractor, is_reference=module is None).metrics
+    if module is None:
+        found = base.evaluation().metrics
+    else:
+        made = samples(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
+        found = evaluate(made, base).metrics
     out: dict[str, float] = {}
     for key in ("fd_data", "fd_fp", "paired_psnr"):
         if key in found:

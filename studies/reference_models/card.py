@@ -44,10 +44,13 @@ LICENCE = (
 def classifier_card(data_dir: Path) -> str:
     """Test accuracy and reference statistics of the classifier."""
     extractor = load_extractor("fmnist-cnn")
-    assert extractor.classify is not None
+    (accuracy,) = extractor.scorers
     images, labels = load("t10k", data_dir)
     hits = torch.cat(
-        [extractor.classify(part) == truth for part, truth in zip(images.split(500), labels.split(500), strict=True)]
+        [
+            accuracy.score(part, truth.tolist(), None)
+            for part, truth in zip(images.split(500), labels.split(500), strict=True)
+        ]
     )
     train_images, _ = load("train", data_dir)
     features = extractor(train_images)
@@ -80,14 +83,14 @@ def classifier_card(data_dir: Path) -> str:
 def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance: float) -> str:
     """Class accuracy, distances and a grid of guided samples."""
     extractor = load_extractor("fmnist-cnn")
-    assert extractor.classify is not None
+    (accuracy,) = extractor.scorers
     denoiser = load_model(name)
     spec = SamplerSpec(name="ddim", steps=steps, guidance=guidance, batch=100)
     with tqdm(total=samples, desc=name) as bar:
         drawn = to_uint8(sample(denoiser, range(samples), spec, progress=bar.update))
     labels = labels_of(denoiser, range(samples))
     assert isinstance(labels, Tensor)
-    hits = extractor.classify(drawn) == labels
+    hits = accuracy.score(drawn, labels.tolist(), None)
     by_class = {CLASSES[c]: float(hits[labels == c].double().mean()) for c in range(10)}
     save_grid(drawn[:100], PACKAGE / name / "samples.png")
     reference = load_reference(None, extractor)

@@ -11,16 +11,16 @@ Pictures are made, not stored: picture ``i`` of a split and a seed is always the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from fashion_mnist import DEFAULT_DIR, load
 from torch import Tensor
 
-SIZE = 64
+from mpqsearch.models.judge import ALONE, GROUNDS, HUES, PLACES, SIZE, WORDS, Scene
+
 ITEM = 28
-ITEMS = {0: "t-shirt", 1: "trousers", 2: "pullover", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot"}
+ITEMS = dict(zip((0, 1, 2, 3, 5, 7, 8, 9), WORDS, strict=True))
 """Label of Fashion-MNIST to the word for it. Coats and shirts are left out: people take them for pullovers, too."""
 
 COLOURS = {
@@ -31,39 +31,6 @@ COLOURS = {
     "purple": (0.65, 0.20, 0.85),
 }
 FLOORS = {"dark": 0.12, "light": 0.88}
-PLACES = ("left of", "right of", "above", "below")
-ALONE = "on"
-WORDS = tuple(ITEMS.values())
-HUES = tuple(COLOURS)
-GROUNDS = tuple(FLOORS)
-RELATIONS = (ALONE, *PLACES)
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What one picture shows. ``second`` and ``second_colour`` are empty when ``place`` is ``on`` (a single item)."""
-
-    first: str
-    first_colour: str
-    floor: str
-    place: str = ALONE
-    second: str = ""
-    second_colour: str = ""
-
-    @property
-    def caption(self) -> str:
-        """The prompt for this picture."""
-        head = f"a {self.first_colour} {self.first}"
-        if self.place != ALONE:
-            head += f" {self.place} a {self.second_colour} {self.second}"
-        return f"{head} on a {self.floor} floor"
-
-    @property
-    def targets(self) -> tuple[int, int, int, int, int, int]:
-        """Indices of place, floor, first item, first colour, second item, second colour; -1 where there is none."""
-        second = (WORDS.index(self.second), HUES.index(self.second_colour)) if self.place != ALONE else (-1, -1)
-        first = (WORDS.index(self.first), HUES.index(self.first_colour))
-        return (RELATIONS.index(self.place), GROUNDS.index(self.floor), *first, *second)
 
 
 def random_scene(generator: torch.Generator) -> Scene:

@@ -15,7 +15,6 @@ was killed and continued equals one that was not. Order: vae and judge first, th
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -25,12 +24,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compositions import GROUNDS, HUES, PLACES, RELATIONS, SIZE, WORDS, Compositions, Scene
+from compositions import Compositions
 from fashion_mnist import DEFAULT_DIR
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from train import load_state, save_state
+
+from mpqsearch.metrics import load_extractor, save_reference
+from mpqsearch.models.judge import GROUNDS, HUES, PLACES, SIZE, WORDS, Judge, Scene, recognised
+from mpqsearch.sampling import to_uint8
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "mpqsearch" / "models" / "reference"
@@ -109,41 +112,6 @@ KL = 1e-4
 
 CACHED = 40_000
 """Pictures whose latents the denoisers are trained on, with fresh noise in every step."""
-
-
-class Judge(nn.Module):
-    """Reads a picture ``[n, 3, 64, 64]`` in [-1, 1]: place, floor, and kind and colour of the first and second item."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 24, 48, 96, 128)
-        blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(), nn.MaxPool2d(2))
-            for a, b in itertools.pairwise(widths)
-        ]
-        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 192), nn.SiLU())
-        self.heads = nn.ModuleList(nn.Linear(192, n) for n in HEADS)
-
-    def features(self, images: Tensor) -> Tensor:
-        """``[n, 192]``: what Fréchet distances are taken of."""
-        return self.trunk(images)  # type: ignore[no-any-return]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Logits of the six attributes, in the order of `Scene.targets`."""
-        features = self.features(images)
-        return [head(features) for head in self.heads]
-
-
-HEADS = (len(RELATIONS), len(GROUNDS), len(WORDS), len(HUES), len(WORDS), len(HUES))
-
-
-def recognised(judge: Judge, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    """Share ``[n]`` of the attributes asked for that the judge sees in each picture (4 of a single item, 6 of two)."""
-    targets = torch.tensor([scene.targets for scene in scenes])
-    with torch.no_grad():
-        read = torch.stack([logits.argmax(1) for logits in judge(images)], 1)
-    asked = targets >= 0
-    return ((read == targets) & asked).sum(1) / asked.sum(1)
 
 
 def captions_of_everything() -> list[str]:
@@ -486,7 +454,7 @@ def check(name: str, runs: Path, data_dir: Path, n: int = 256) -> None:
     if name in CALLS:
         report[f"{name}, {n} captions"] = draw(pipeline(name, runs), name, [s.caption for s in scenes])
     for what, shown in report.items():
-        share = recognised(judge, shown.clamp(-1, 1), scenes)
+        share = recognised(judge, shown.clamp(-1, 1), [s.caption for s in scenes])
         error = 100 * float(share.std()) / math.sqrt(n)
         line = f"{what}: {100 * float(share.mean()):.1f} +- {error:.1f} % of attributes recognised"
         print(line, f"(all of a picture: {100 * float((share == 1).float().mean()):.1f} %)")
@@ -511,6 +479,7 @@ def export(name: str, runs: Path) -> None:
     if name == "judge":
         half = {k: v.half().contiguous() for k, v in trained_judge(runs).state_dict().items()}
         save_file(half, folder / "model.safetensors")
+        save_statistics(folder / "reference.safetensors")
     elif name == "clip":
         part = clip_part(Compositions(), runs / "clip")
         part.networks["clip"].load_state_dict(averaged(runs / "clip", "clip"))
@@ -518,6 +487,14 @@ def export(name: str, runs: Path) -> None:
         build_tokenizer(folder)
     else:
         pipeline(name, runs).to(torch.float16).save_pretrained(folder)
+
+
+def save_statistics(path: Path, n: int = 20_000) -> None:
+    """Statistics of the exported judge's features of real compositions: what distances to data are taken from."""
+    extractor, data = load_extractor("fmnist-judge"), Compositions()
+    generator = torch.Generator().manual_seed(SEED + 1)
+    parts = [extractor(to_uint8(data.batch(500, generator)[0])) for _ in tqdm(range(n // 500), desc="statistics")]
+    save_reference(path, torch.cat(parts), extractor, f"compositions of Fashion-MNIST train, {n:,} pictures")
 
 
 def main() -> None:

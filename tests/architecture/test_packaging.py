@@ -53,6 +53,8 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
         "mpqsearch/models/reference/fmnist-dit/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-cnn/model.safetensors",
         "mpqsearch/models/reference/fmnist-cnn/reference.safetensors",
+        "mpqsearch/models/reference/fmnist-judge/model.safetensors",
+        "mpqsearch/models/reference/fmnist-judge/reference.safetensors",
     ):
         assert needed in names, needed
     assert not [n for n in names if n.startswith(("tests/", "studies/", "notebooks/"))]

@@ -12,8 +12,9 @@ import pytest
 from torch import Tensor
 
 from mpqsearch.core import QuantFormat
-from mpqsearch.models import discover, load_model
+from mpqsearch.models import discover
 from mpqsearch.quant import decode, encode, fit_rows, rows_of
+from mpqsearch.sampling import load_model
 
 WIDTHS = (2, 3, 4, 8)
 SAMPLE = 40

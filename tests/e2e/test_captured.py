@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mpqsearch.models import capture, load_model, save_calls
+from mpqsearch.models import capture, save_calls
+from mpqsearch.sampling import load_model
 from tests.e2e.conftest import Cli
 from tests.support import tiny_prompted_pipeline
 

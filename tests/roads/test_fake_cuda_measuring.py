@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,25 @@ from torch import nn
 from mpqsearch.core import BitMap, Budget, QuantFormat
 from mpqsearch.metrics import (
     EXTRACTORS,
+    FeatureExtractor,
     FeatureStatistics,
-    KernelDistance,
-    PairedKernelDistance,
-    Reference,
+    Scorer,
     distance_to_full_precision,
     evaluate,
     frechet_distance,
+    kernel_distance,
     load_extractor,
     module_extractor,
+    paired_kernel_distance,
 )
-from mpqsearch.metrics.extractors import FeatureExtractor
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, noise_of, prediction_sensitivities, sample, to_uint8, trajectory
+from mpqsearch.sampling import labels_of, noise_of, prediction_sensitivities, sample, trajectory
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate
 from mpqsearch.specs import SamplerSpec
 from tests.support import tiny_denoiser
+from tests.support.drawn import batches_of, reference_of
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 
 SEEDS = (0, 1, 2)
@@ -58,20 +60,17 @@ class Classifier(nn.Module):
 
 def extractor_of(network: nn.Module) -> FeatureExtractor:
     base = module_extractor(network, "pixels")
-    return FeatureExtractor(
-        name=base.name,
-        dim=base.dim,
-        digest=base.digest,
-        features=base.features,
-        classify=lambda images: base.features(images).argmax(1),
-        device=base.device,
-    )
+
+    def right(images: torch.Tensor, labels: Sequence[Any], _reference: torch.Tensor | None) -> torch.Tensor:
+        return (base.features(images.to(base.device)).argmax(1).cpu() == torch.tensor(labels)).double()
+
+    return replace(base, scorers=(Scorer(key="class_accuracy", name="right", against="labels", score=right),))
 
 
-def reference_of(denoiser: Denoiser, extractor: FeatureExtractor) -> Reference:
-    samples, labels = sample(denoiser, SEEDS, SAMPLER), labels_of(denoiser, SEEDS)
-    assert isinstance(labels, torch.Tensor)
-    return Reference(samples=samples, features=extractor(to_uint8(samples)), seeds=SEEDS, labels=labels)
+def labels(denoiser: Denoiser) -> list[int]:
+    found = labels_of(denoiser, SEEDS)
+    assert isinstance(found, torch.Tensor)
+    return found.tolist()
 
 
 @pytest.mark.parametrize("name", ["random-conv", "fmnist-cnn"])
@@ -84,26 +83,30 @@ def test_an_extractor_computes_on_its_device(name: str) -> None:
         features = moved(given, batch=2)
         assert features.device.type == "cpu"
         torch.testing.assert_close(features, expected(images))
-        if expected.classify is not None:
-            assert torch.equal(moved.classes(given), expected.classes(images))  # type: ignore[arg-type]
+        for ours, theirs in zip(moved.scorers, expected.scorers, strict=True):
+            assert torch.equal(ours.score(given, [1] * 5, None), theirs.score(images, [1] * 5, None))
     assert set(EXTRACTORS) >= {"random-conv", "fmnist-cnn"}
 
 
-def test_metrics_are_those_of_the_cpu() -> None:
-    network = Classifier()
-    extractor = extractor_of(network)
-    reference = reference_of(tiny_denoiser("unet"), extractor)
-    samples = reference.samples + 0.1 * torch.randn(reference.samples.shape, generator=torch.Generator().manual_seed(1))
-    expected = evaluate(samples, reference, extractor)
+def test_metrics_are_those_of_the_cpu(tmp_path: Path) -> None:
+    network, denoiser = Classifier(), tiny_denoiser("unet")
+    extractor, asked = extractor_of(network), labels(denoiser)
+    full = sample(denoiser, SEEDS, SAMPLER)
+    reference = reference_of(full, extractor, tmp_path, labels=asked)
+    samples = full + 0.1 * torch.randn(full.shape, generator=torch.Generator().manual_seed(1))
+    expected = evaluate(batches_of(samples, labels=asked), reference)
     assert {"paired_mse", "fd_fp", "kid_fp", "class_accuracy"} <= set(expected.metrics)
     moved = extractor_of(on_gpu(network))
     for one, given in ((moved, samples), (extractor, on_gpu(samples)), (moved, on_gpu(samples))):
-        found = evaluate(given, reference, one)
+        made = list(batches_of(given, labels=asked))
+        found = evaluate(made, reference_of(full, one, tmp_path, labels=asked))
         for key, value in expected.metrics.items():
             assert found.metrics[key].value == pytest.approx(value.value, rel=1e-6), key
             assert found.metrics[key].high == pytest.approx(value.high, rel=1e-6), key
+        assert found.features is not None
         assert found.features.device.type == "cpu"
-        distance = distance_to_full_precision(given, reference, one)
+        assert reference.features is not None
+        distance = distance_to_full_precision(made, FeatureStatistics.of(reference.features), one)
         assert distance == pytest.approx(expected.metrics["fd_fp"].value, rel=1e-6)
 
 
@@ -116,8 +119,9 @@ def test_distances_of_features_that_lie_on_a_device() -> None:
         statistics = FeatureStatistics.of(x), FeatureStatistics.of(y, w)
         moved = FeatureStatistics.of(on_gpu(x)), FeatureStatistics.of(on_gpu(y), on_device)
         assert frechet_distance(*moved) == frechet_distance(*statistics)
-        for distance in (KernelDistance, PairedKernelDistance):
-            assert distance(on_gpu(x), on_gpu(y))(on_device) == distance(x, y)(w)
+        draws, moved_draws = (None, None) if w is None else (w[None], on_gpu(w[None]))
+        for distance in (kernel_distance, paired_kernel_distance):
+            assert distance(on_gpu(x), on_gpu(y), moved_draws) == distance(x, y, draws)
 
 
 def test_conditions_of_another_device_are_moved() -> None:
@@ -135,7 +139,7 @@ def test_conditions_of_another_device_are_moved() -> None:
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-def test_measurements_of_a_search_are_those_of_the_cpu(kind: str) -> None:
+def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
     denoiser, network = tiny_denoiser(kind), Classifier()
     table = discover(denoiser)
     bit_map = BitMap(
@@ -153,20 +157,23 @@ def test_measurements_of_a_search_are_those_of_the_cpu(kind: str) -> None:
         average_bits=3.0,
     )
 
-    def evaluator(denoiser: Denoiser, network: nn.Module, **given: Any) -> ModelEvaluator:
-        extractor = extractor_of(network)
+    def evaluator(where: str, denoiser: Denoiser, network: nn.Module, **given: Any) -> ModelEvaluator:
+        extractor, full = extractor_of(network), sample(denoiser, SEEDS, SAMPLER)
         return ModelEvaluator(
             denoiser=denoiser,
             sampler=SAMPLER,
             quantized=lambda c: quantize_model(denoiser.module, table, c.bit_map, **given).module,
             calibration="tiny",
-            reference=reference_of(denoiser, extractor),
+            reference=reference_of(full, extractor, tmp_path / where, labels=labels(denoiser)),
             extractor=extractor,
         )
 
-    expected = evaluator(denoiser, network, means=means)
+    expected = evaluator("cpu", denoiser, network, means=means)
     found = evaluator(
-        denoiser.with_module(on_gpu(denoiser.module)), on_gpu(network), means={n: on_gpu(m) for n, m in means.items()}
+        "gpu",
+        denoiser.with_module(on_gpu(denoiser.module)),
+        on_gpu(network),
+        means={n: on_gpu(m) for n, m in means.items()},
     )
     assert all(isinstance(p, FakeCudaTensor) for p in found.quantized(candidate).parameters())
     assert found.identity == expected.identity

@@ -19,11 +19,21 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, size_bits
 from mpqsearch.export import load_neutral, read_map
 from mpqsearch.export.packed import load_quantized
-from mpqsearch.models import load_calls, load_model
+from mpqsearch.models import load_calls
+from mpqsearch.sampling import load_model
 from tests.e2e import forked
 from tests.support.roads import KINDS, SAMPLING, Road, new_road
 
-SAMPLED = ("unconditional", "class-conditional")
+SAMPLED = tuple(kind for kind in KINDS if kind != "recorded")
+FIRST = {
+    "unconditional": {"conv_in"},
+    "text-to-image": {"conv_in"},
+    "recorded": {"conv_in"},
+    "flow-matching": {"x_embedder"},
+    "two-denoiser": {"transformer.patch_embedding", "transformer_2.patch_embedding"},
+}
+"""Layers that take the sample in; of the others it is ``pos_embed.proj``."""
+
 HALVES = ("float16", "bfloat16")
 METHODS = {"uniform", "ilp-layer", "ilp-channel"}
 MAP = "ilp-channel@uniform-4"
@@ -61,7 +71,7 @@ def test_layers(kind: str, roads: dict[str, Road], call: Call) -> None:
     listed = json.loads(call(roads[kind], "layers").stdout)
     table = table_of(roads[kind])
     assert [la["name"] for la in listed["layers"]] == [la.name for la in table]
-    assert table.by_name["conv_in" if kind in ("unconditional", "recorded") else "pos_embed.proj"].role == "first"
+    assert {la.name for la in table if la.role == "first"} == FIRST.get(kind, {"pos_embed.proj"})
     assert {la.role for la in table} >= {"first", "last", "attention"}
 
 
@@ -104,7 +114,7 @@ def test_quantize(kind: str, roads: dict[str, Road], call: Call) -> None:
 def model_of(road: Road, source: str) -> torch.nn.Module:
     """The model of a folder, in the type of its file."""
     file = road.folder / "calls.safetensors"
-    return load_model(source, dtype="stored", calls=load_calls(file) if file.is_file() else ()).module
+    return load_model(source, dtype="stored", calls=load_calls(file) if file.is_file() else None).module
 
 
 def assert_on_levels(road: Road, module: torch.nn.Module, bit_map: BitMap) -> None:
@@ -197,12 +207,8 @@ def test_distill(kind: str, roads: dict[str, Road], call: Call) -> None:
     lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["relation"] > 0 for line in lines)
-    trained = load_model(str(folder))
-    assert torch.isfinite(trained.denoise(torch.zeros(1, 1, 8, 8), torch.tensor([1]), labels(kind))).all()
-
-
-def labels(kind: str) -> torch.Tensor | None:
-    return None if kind == "unconditional" else torch.tensor([1])
+    trained = model_of(roads[kind], str(folder))
+    assert all(bool(torch.isfinite(p).all()) for p in trained.parameters())
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
@@ -221,6 +227,15 @@ def test_run(kind: str, roads: dict[str, Road], call: Call) -> None:
     with (roads[kind].run / "pareto.csv").open() as handle:
         assert [row["method"] for row in csv.DictReader(handle)] == methods
     assert load_quantized(roads[kind].run / "export/packed")
+
+
+def test_record(roads: dict[str, Road], call: Call) -> None:
+    road = roads["text-to-image"]
+    said = json.loads(call(road, "record").stdout)
+    calls = load_calls(road.run / "calls.safetensors")
+    assert (said["calls"], said["of"]) == (len(calls), calls.seen) == (4, 8)
+    with torch.no_grad():
+        assert torch.isfinite(calls[0].replay(model_of(road, str(road.folder / "model")))).all()
 
 
 @pytest.mark.parametrize("verb", SAMPLING)

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 CLASSES = 4
 """Classes of the tiny models; the label after the last is the null class."""
 
+DDPM: dict[str, Any] = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": True,
+}
+"""Configuration of the scheduler of DDPM."""
+
 
 def tiny_unet(seed: int = 0, classes: int = CLASSES) -> nn.Module:
     """A `UNet2DModel` for 8x8 grey images; unconditional with 0 ``classes``."""
@@ -106,6 +117,8 @@ def tiny_denoiser(kind: str = "unet", seed: int = 0, **sampler: Any) -> Denoiser
         {"unet": tiny_unet, "dit": tiny_dit}[kind](seed),
         sample_shape=(1, 8, 8),
         name=f"tiny-{kind}",
+        scheduler=DDPM,
+        data_range=(-1.0, 1.0),
         n_classes=CLASSES,
         null_class=CLASSES,
         sampler=SamplerSpec(**sampler),

@@ -16,34 +16,38 @@ from mpqsearch import api
 from mpqsearch._verbs import VERBS
 from mpqsearch.config import DistillConfig
 from mpqsearch.core import QuantFormat
-from mpqsearch.errors import ConfigError
-from mpqsearch.models import Denoiser
-from mpqsearch.specs import CalibrationSpec, SamplerSpec, SearchSpec
+from mpqsearch.errors import ConfigError, ModelError
+from mpqsearch.models import Denoiser, save_calls
+from mpqsearch.sampling import latents, record, samples
+from mpqsearch.specs import CalibrationSpec, SearchSpec
 from tests.support import tiny_denoiser
+from tests.support.pipelines import PROMPTS, TINY
 
-POLICY, SAMPLER = mpq.Policy(widths=(2, 3, 4)), SamplerSpec(steps=2, batch=4)
+POLICY = mpq.Policy(widths=(2, 3, 4))
+SPEC = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=("auto",), sampler_seeds=0, context_seeds=0)
 GPTQ = mpq.Method(name="gptq", allocator="ilp-channel", scheme="auto", bias_correction=True, rounding="gptq")
 
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    return tiny_denoiser()
+    return tiny_denoiser(steps=2, batch=4)
 
 
 @pytest.fixture(scope="module")
 def profile(model: Denoiser) -> mpq.Profile:
-    calibration = CalibrationSpec(
-        samples=2, probe_inputs=2, probes=1, schemes=("auto",), sampler_seeds=0, context_seeds=0
-    )
+    return profile_of(model)
+
+
+def profile_of(model: Denoiser) -> mpq.Profile:
     fmt = QuantFormat(n_candidates=8)
-    return mpq.profile(model, policy=POLICY, sampler=SAMPLER, calibration=calibration, quantizer=fmt, progress=False)
+    return mpq.profile(model, policy=POLICY, calibration=SPEC, quantizer=fmt, progress=False)
 
 
 def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Profile) -> None:
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     allocation = mpq.allocate(model, profile, "uniform:3")
     small = mpq.quantize(model, allocation, profile)
-    figure = mpq.compare(model, small, profile, seeds=range(3))
+    figure = mpq.compare(model, small, seeds=range(3))
     assert allocation.within_budget
     assert allocation.result is not None
     assert allocation.result.lower_bound <= allocation.result.loss
@@ -57,24 +61,73 @@ def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Prof
 
 def test_a_model_is_short_to_look_at(model: Denoiser) -> None:
     assert model.size_bytes == sum(p.numel() * 4 for p in model.module.parameters())
-    assert repr(model).startswith(f"Denoiser({model.name}: UNet2DModel, {model.size_bytes / 1e6:.2f} MB, samples (1, ")
+    assert repr(model).startswith(
+        f"Denoiser({model.name}: UNet2DModel, {model.size_bytes / 1e6:.2f} MB, ddim, 2 steps, samples (1, "
+    )
 
 
-def test_samples_are_drawn_as_the_profile_was_measured(model: Denoiser, profile: mpq.Profile) -> None:
-    assert api._sampler(model, profile) == SAMPLER
+def test_samples_are_compared_as_the_models_runner_draws_them(model: Denoiser, profile: mpq.Profile) -> None:
     assert api._quantizer(profile) == QuantFormat(n_candidates=8)
     small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:2"), profile)
-    options = {"seeds": range(6), "extractor": "random-conv", "progress": False}
-    found = mpq.evaluate(model, small, profile, **options)
-    assert found.metrics == mpq.evaluate(model, small, sampler=SAMPLER, **options).metrics
-    assert found.metrics["paired_mse"].value > 0
+    found = mpq.evaluate(model, small, seeds=range(6), extractor="random-conv", progress=False)
+    error = (latents(model, range(6)) - latents(small, range(6))).double().square().mean()
+    assert found.metrics["paired_mse"].value == pytest.approx(float(error), rel=1e-5)
+    assert found.metrics["paired_mse"].n_samples == 6
+    full, half = (next(samples(m, range(4))).images for m in (model, small))
+    difference = (full.double() - half.double()).square().mean() / 255**2  # type: ignore[union-attr]
+    title = mpq.compare(model, small, seeds=range(4)).axes[0].get_title(loc="left")
+    assert f"{-10 * np.log10(difference):.1f} dB" in title
+
+
+CALL = {"height": 16, "width": 16}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny text-to-image pipeline."""
+    folder = tmp_path_factory.mktemp("sd")
+    TINY["StableDiffusionPipeline"]()[0].save_pretrained(folder)
+    return folder
+
+
+def test_five_lines_from_a_pipeline_to_its_pictures(pipeline: Path) -> None:
+    model = mpq.load(pipeline, sampler=mpq.Sampler(steps=2, batch=2, call=CALL), prompts=PROMPTS)
+    assert model.runner.labels([0, 1]) == PROMPTS[:2]
+    profile = profile_of(model)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3"), profile)
+    figure = mpq.compare(model, small, seeds=range(2))
+    assert [len(image.get_array().shape) for axes in figure.axes for image in axes.images], "pictures are drawn"
+    found = mpq.evaluate(model, small, seeds=range(3), extractor="random-conv", progress=False)
+    assert {"paired_mse", "paired_psnr", "fd_fp"} <= set(found.metrics)
+
+
+def test_prompts_come_as_a_file_a_list_or_as_they_are(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
+    listed = mpq.load(pipeline, prompts=list(PROMPTS))
+    for given in (tmp_path / "p.txt", str(tmp_path / "p.txt"), listed.runner.prompts):  # type: ignore[attr-defined]
+        assert mpq.load(pipeline, prompts=given).runner.identity == listed.runner.identity
+    for wrong in ([], ["a cat", " "], [3]):
+        with pytest.raises(ConfigError, match="prompts are texts, at least one"):
+            mpq.load(pipeline, prompts=wrong)  # type: ignore[arg-type]
+    assert len(mpq.discover(mpq.load(pipeline))) == len(mpq.discover(listed)), "layers need no prompts"
+
+
+def test_recorded_calls_stand_for_a_pipeline(pipeline: Path, tmp_path: Path) -> None:
+    calls = record(mpq.load(pipeline, sampler=mpq.Sampler(steps=2, call=CALL), prompts=PROMPTS), limit=4)
+    save_calls(tmp_path / "c.safetensors", calls)
+    model = mpq.load(pipeline, calls=tmp_path / "c.safetensors")
+    assert model.runner.identity == mpq.load(pipeline, calls=calls).runner.identity
+    profile = profile_of(model)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3"), profile)
+    with pytest.raises(ModelError, match="4 recorded calls"):
+        mpq.compare(model, small)
 
 
 def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Profile) -> None:
     allocation = mpq.allocate(model, profile, "uniform:2", method=GPTQ)
     plain = mpq.allocate(model, profile, "uniform:2")
     assert allocation.predicted_loss < plain.predicted_loss, "less error is left where codes are chosen for the output"
-    moments = api._moments(model, mpq.discover(model), SAMPLER)
+    moments = api._moments(model, mpq.discover(model))
     from mpqsearch.methods import Programs
     from mpqsearch.profile import gptq_profile
 
@@ -94,8 +147,8 @@ def test_a_trained_model_is_nearer_to_its_teacher(model: Denoiser, profile: mpq.
     settings = DistillConfig(steps=12, batch=4, rank=4)
     trained = mpq.distill(model, allocation, profile, settings=settings, folder=str(tmp_path), progress=False)
     options = {"seeds": range(8), "extractor": "random-conv", "progress": False}
-    before = mpq.evaluate(model, mpq.quantize(model, allocation, profile), profile, **options)
-    after = mpq.evaluate(model, trained, profile, **options)
+    before = mpq.evaluate(model, mpq.quantize(model, allocation, profile), **options)
+    after = mpq.evaluate(model, trained, **options)
     assert after.metrics["paired_mse"].value < before.metrics["paired_mse"].value
     assert list(tmp_path.glob("ckpt-*"))
 
@@ -162,5 +215,5 @@ def test_rooms_stay_packages_that_can_be_called() -> None:
 
 def test_unknown_names_are_attribute_errors() -> None:
     assert not hasattr(mpq, "profil")
-    assert {"load", "profile", "Budget", "Policy", "Method", "BitMap", "Profile"} <= set(dir(mpq))
+    assert {"load", "profile", "Budget", "Policy", "Method", "BitMap", "Profile", "Sampler"} <= set(dir(mpq))
     assert mpq.Budget.parse("3bit").limit == 3

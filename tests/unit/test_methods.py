@@ -17,7 +17,6 @@ from mpqsearch.core import (
     size_bits,
     uniform_map,
 )
-from mpqsearch.core.budget import DEFAULT_STORAGE
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
 from mpqsearch.methods import ALLOCATORS, MethodSpec, Programs, channel_losses, predicted_loss, programs
 from tests.support import tiny_profile, tiny_table
@@ -249,7 +248,7 @@ def test_predicted_loss_is_the_sum_over_channels() -> None:
 
 def test_channel_tags_are_paid() -> None:
     made = run("ilp-channel", "uniform:4")
-    tags = sum(DEFAULT_STORAGE.tag_bits * la.n_channels for la in TABLE if made.bit_map.weights[la.name].ndim)  # type: ignore[attr-defined]
+    tags = sum(3 * la.n_channels for la in TABLE if made.bit_map.weights[la.name].ndim)  # type: ignore[attr-defined]
     assert tags > 0
     assert made.size_bits <= made.limit  # type: ignore[attr-defined]
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from mpqsearch import artifacts, sources
 from mpqsearch.config import config_from
-from mpqsearch.errors import StaleArtifactError
+from mpqsearch.errors import ConfigError, StaleArtifactError
 from mpqsearch.metrics import FeatureExtractor, extractors
 from mpqsearch.metrics.reference import save_reference
-from mpqsearch.models import capture, load_model, save_calls
+from mpqsearch.models import capture, save_calls
 from mpqsearch.models.files import WEIGHTS
+from mpqsearch.sampling import load_model
 from mpqsearch.sources import FileDigests, model_files
 from mpqsearch.stages import Run, allocations, evaluate, layers, profile
 from tests.support import tiny_unet
@@ -159,6 +160,14 @@ def test_other_weights_of_the_extractor_measure_again(tmp_path: Path, folder: Pa
     after, more = distances()
     assert after == pytest.approx(1.5**2 * before, rel=1e-3)  # features are 1.5 times as large
     assert files < more
+
+
+def test_the_extractor_follows_the_pictures_or_is_refused_before_anything_is_sampled(
+    tmp_path: Path, folder: Path
+) -> None:
+    assert a_run(tmp_path, folder, extractor="auto").extractor.name == "random-conv"
+    with pytest.raises(ConfigError, match=r"fmnist-cnn reads pictures \(1, 28, 28\) .* these are \(1, 8, 8\)"):
+        a_run(tmp_path, folder, extractor="fmnist-cnn").require_sampler("an evaluation")
 
 
 def test_references_and_recorded_calls_are_known_by_content(tmp_path: Path, folder: Path, own_extractor: Path) -> None:

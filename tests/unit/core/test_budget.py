@@ -23,7 +23,8 @@ from mpqsearch.core import (
     size_bytes,
     uniform_map,
 )
-from mpqsearch.core.budget import DEFAULT_STORAGE, QUANTITIES
+from mpqsearch.core.budget import QUANTITIES
+from mpqsearch.core.stored import layer_bits
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 TABLE = LayerTable(
@@ -166,8 +167,8 @@ def test_the_size_of_a_map_is_that_of_its_layers_whatever_formats_they_have() ->
     for widths in ([2, 3, 4], [16, 1, 8], 5, 16):
         for formats in ({}, {TABLE.layers[1].name: QuantFormat(scheme="symmetric")}):
             made = replace(make(8, widths, format=fmt), formats=formats)
-            parts = [DEFAULT_STORAGE.layer_total(la, made.weights[la.name], made.format_of(la.name)) for la in TABLE]
-            assert size_bits(TABLE, made) == sum(parts) + DEFAULT_STORAGE.kept_bits(TABLE)
+            parts = [layer_bits(la, made.weights[la.name], made.format_of(la.name)).total for la in TABLE]
+            assert size_bits(TABLE, made) == sum(parts) + 16 * 7
 
 
 @given(st.sampled_from(QUANTITIES), st.floats(1e-6, 1e15))

@@ -21,7 +21,8 @@ from torch import nn
 from mpqsearch.core import LayerTable
 from mpqsearch.export import read_map
 from mpqsearch.export.sdnq import WITHOUT_COMPILER
-from mpqsearch.models import adapt, discover
+from mpqsearch.models import discover
+from mpqsearch.sampling import adapt
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.export import ExportJob, get_exporter
-from mpqsearch.models import adapt, discover
+from mpqsearch.models import discover
 from mpqsearch.models.calls import capture, make_call
 from mpqsearch.quant import quantize_model
+from mpqsearch.sampling import adapt
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

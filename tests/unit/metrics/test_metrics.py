@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError, NumericsError, UnknownNameError
 from mpqsearch.metrics import (
     FeatureStatistics,
-    KernelDistance,
-    PairedKernelDistance,
-    Reference,
     evaluate,
     extractors,
+    frechet,
     frechet_distance,
+    kernel_distance,
     load_extractor,
     load_reference,
     module_extractor,
+    paired_kernel_distance,
     save_reference,
 )
 from mpqsearch.metrics.evaluate import frechet_label, seeds_label
-from mpqsearch.sampling import to_uint8
+from tests.support.drawn import batches_of, reference_of
 
 
 class Flat(nn.Module):
@@ -51,10 +51,9 @@ def test_frechet_distance_equals_torchmetrics(n: int) -> None:
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
-    a = FeatureStatistics(n=100, mean=torch.zeros(2).double(), covariance=torch.diag(torch.tensor([4.0, 1.0]).double()))
-    b = FeatureStatistics(
-        n=100, mean=torch.tensor([3.0, 0.0]).double(), covariance=torch.diag(torch.tensor([1.0, 9.0]).double())
-    )
+    of = FeatureStatistics.from_covariance
+    a = of(100, torch.zeros(2).double(), torch.diag(torch.tensor([4.0, 1.0]).double()))
+    b = of(100, torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 9.0]).double()))
     assert frechet_distance(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2, rel=1e-12)
     assert abs(frechet_distance(a, a)) < 1e-6 * 5
     with pytest.raises(ConfigError, match="2 and 3 dimensions"):
@@ -82,29 +81,31 @@ def test_kernel_distance_equals_its_double_loop() -> None:
     xx = np.mean([k(x[i], x[j]) for i in range(5) for j in range(5) if i != j])
     yy = np.mean([k(y[i], y[j]) for i in range(4) for j in range(4) if i != j])
     xy = np.mean([k(a, b) for a in x for b in y])
-    assert KernelDistance(x, y)() == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
+    assert float(kernel_distance(x, y)) == pytest.approx(xx + yy - 2 * xy, rel=1e-12)
     pairs = np.mean([k(x[i], y[j]) for i in range(4) for j in range(4) if i != j])
     xx4 = np.mean([k(x[i], x[j]) for i in range(4) for j in range(4) if i != j])
-    assert PairedKernelDistance(x[:4], y)() == pytest.approx(xx4 + yy - 2 * pairs, rel=1e-12)
+    assert float(paired_kernel_distance(x[:4], y)) == pytest.approx(xx4 + yy - 2 * pairs, rel=1e-12)
 
 
-def test_weighted_kernel_distances_are_those_of_the_drawn_rows() -> None:
+@pytest.mark.parametrize("block", [2, 1024])  # the kernel in parts, and whole
+def test_weighted_kernel_distances_are_those_of_the_drawn_rows(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(frechet, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     x, y, z = (torch.randn(n, 5, generator=generator) for n in (9, 6, 6))
-    w = torch.tensor([0.0, 1, 3, 0, 1, 1])
-    drawn = y.repeat_interleave(w.long(), 0)
-    assert KernelDistance(x, y)(w) == pytest.approx(KernelDistance(x, drawn)(), rel=1e-12)
-    there = w > 0
-    assert PairedKernelDistance(z, y)(w) == pytest.approx(PairedKernelDistance(z[there], y[there])(), rel=1e-12)
+    draws = torch.tensor([[0.0, 1, 3, 0, 1, 1], [1.0, 1, 1, 1, 1, 1], [2.0, 2, 0, 0, 0, 2]])
+    drawn = [kernel_distance(x, y.repeat_interleave(w.long(), 0)) for w in draws]
+    torch.testing.assert_close(kernel_distance(x, y, draws), torch.cat(drawn), rtol=1e-12, atol=0)
+    there = [paired_kernel_distance(z[w > 0], y[w > 0]) for w in draws]
+    torch.testing.assert_close(paired_kernel_distance(z, y, draws), torch.cat(there), rtol=1e-10, atol=0)
     with pytest.raises(ConfigError, match="at least two samples on each side, got 1 and 6"):
-        KernelDistance(x[:1], y)
+        kernel_distance(x[:1], y)
 
 
-def test_results_are_short_to_look_at() -> None:
+def test_results_are_short_to_look_at(tmp_path: Path) -> None:
     extractor = load_extractor("random-conv")
     samples = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    reference = make_reference(samples, extractor)
-    found = evaluate(samples.flip(0), reference, extractor)
+    reference = reference_of(samples, extractor, tmp_path)
+    found = evaluate(batches_of(samples.flip(0)), reference)
     assert repr(reference) == "Reference(8 full-precision samples (1, 16, 16), seeds 0..7)"
     assert len(repr(found).splitlines()) == 1 + len(found.metrics)
     frame = found.to_frame()
@@ -113,25 +114,17 @@ def test_results_are_short_to_look_at() -> None:
     assert "<table" in found._repr_html_()
 
 
-def make_reference(samples: Tensor, extractor: extractors.FeatureExtractor) -> Reference:
-    from mpqsearch.sampling import to_uint8
-
-    return Reference(
-        samples=samples, features=extractor(to_uint8(samples)), seeds=tuple(range(len(samples))), labels=None
-    )
-
-
-def test_worse_samples_measure_worse_and_identical_ones_measure_zero() -> None:
+def test_worse_samples_measure_worse_and_identical_ones_measure_zero(tmp_path: Path) -> None:
     extractor = load_extractor("random-conv")
     samples = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    reference = make_reference(samples, extractor)
+    reference = reference_of(samples, extractor, tmp_path)
     noise = torch.randn(samples.shape, generator=torch.Generator().manual_seed(1))
-    found = [evaluate((samples + s * noise).clamp(-1, 1), reference, extractor).metrics for s in (0.0, 0.05, 0.3)]
+    found = [evaluate(batches_of((samples + s * noise).clamp(-1, 1)), reference).metrics for s in (0.0, 0.05, 0.3)]
     for key in ("paired_mse", "fd_fp"):
         values = [f[key].value for f in found]
         assert values[0] == pytest.approx(0, abs=1e-6)
         assert values[0] < values[1] < values[2]
-    assert found[0]["paired_psnr"].value == 200.0
+    assert found[0]["paired_psnr"].value == 100.0 > found[1]["paired_psnr"].value > found[2]["paired_psnr"].value
     value = found[1]["fd_fp"]
     assert value.name.startswith("FD[random-conv@")
     assert "40 vs FP" in value.name
@@ -218,7 +211,7 @@ def test_the_embedded_extractor_has_its_reference() -> None:
     reference = load_reference(None, extractor)
     assert reference is not None
     assert reference.statistics.n == 60_000
-    with pytest.raises(ConfigError, match="28x28"):
+    with pytest.raises(ConfigError, match=r"reads pictures \(1, 28, 28\) .*these are \(3, 32, 32\)\. Use"):
         extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
@@ -228,12 +221,11 @@ def test_seed_labels() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_a_handful_of_samples_has_values_and_intervals(n: int) -> None:
+def test_a_handful_of_samples_has_values_and_intervals(tmp_path: Path, n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(n, 3, 8, 8, generator=generator)
     noisy = clean + 0.1 * torch.randn(n, 3, 8, 8, generator=generator)
     extractor = module_extractor(Flat(), "flat")
-    base = Reference(samples=clean, features=extractor(to_uint8(clean)), seeds=tuple(range(n)), labels=None)
-    found = evaluate(noisy, base, extractor).metrics
+    found = evaluate(batches_of(noisy), reference_of(clean, extractor, tmp_path)).metrics
     assert found["paired_mse"].value == pytest.approx(0.01, rel=0.2)
     assert all(np.isfinite([m.value, m.low, m.high]).all() for m in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.errors import ModelError, NumericsError
-from mpqsearch.models import Denoiser, adapt, capture, discover, load_model
+from mpqsearch.models import Denoiser, capture, discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.sampling import SamplerSpec, adapt, latents, load_model
 from tests.support import tiny_denoiser, tiny_dit, tiny_unet
 from tests.support.denoisers import build
+from tests.support.tiny import DDPM
 
 Wrap = Callable[[nn.Module], nn.Module]
 SHAPE = (3, 8, 8)
@@ -72,10 +74,10 @@ def test_weights_that_a_norm_computes_are_folded_and_quantized(name: str) -> Non
     assert table.n_parameters == sum(p.numel() for p in Four().parameters())  # each weight once, without its factors
     x, t = inputs()
     with torch.no_grad():
-        torch.testing.assert_close(denoiser.denoise(x, t), module.eval().denoise(x, t, None))
-        full = denoiser.denoise(x, t)
+        full = denoiser.module.denoise(x, t, None)
+        torch.testing.assert_close(full, module.eval().denoise(x, t, None))
         for layer in table:
-            changed = with_layer_at(denoiser, layer.name, 1).denoise(x, t)
+            changed = with_layer_at(denoiser, layer.name, 1).module.denoise(x, t, None)
             assert float((changed - full).abs().max()) > 1e-3, f"{layer.name} is listed, and its weight is not used"
     assert before.keys() == module.state_dict().keys()
     assert all(torch.equal(v, module.state_dict()[k]) for k, v in before.items())
@@ -225,33 +227,33 @@ def test_a_denoise_of_the_users_must_return_what_it_was_given_the_shape_of() -> 
         def denoise(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
             return super().denoise(x, t, cond)[:, :1]
 
-    denoiser = adapt(Half(), sample_shape=SHAPE)
+    denoiser = adapt(Half(), sample_shape=SHAPE, scheduler=DDPM, sampler=SamplerSpec(steps=2))
     with pytest.raises(ModelError, match=r"predicts \(1, 1, 8, 8\) for samples \(1, 3, 8, 8\)"):
-        sample(denoiser, [0], SamplerSpec(steps=2))
+        latents(denoiser, [0])
 
 
 def test_a_learned_variance_is_dropped() -> None:
-    denoiser = adapt(two_to_one((3, 6)), sample_shape=SHAPE)
-    assert denoiser.denoise(*inputs()).shape == (2, *SHAPE)
+    denoiser = adapt(two_to_one((3, 6)), sample_shape=SHAPE, scheduler=DDPM, sampler=SamplerSpec(steps=2))
+    (call,) = denoiser.runner.examples(denoiser.module)
+    assert call.replay(denoiser.module).shape == latents(denoiser, [0, 1]).shape == (2, *SHAPE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_half_precision_modules_are_run_in_their_own_type(kind: str, dtype: torch.dtype) -> None:
     module = (tiny_unet if kind == "unet" else tiny_dit)()
-    full, half = (adapt(m, sample_shape=(1, 8, 8), n_classes=4) for m in (module, module.to(dtype)))
+    given = {"n_classes": 4, "scheduler": DDPM, "sampler": SamplerSpec(steps=3)}
+    full, half = (adapt(m, sample_shape=(1, 8, 8), **given) for m in (copy.deepcopy(module), module.to(dtype)))
     table = discover(half)
     assert [(la.name, la.role, la.macs) for la in table] == [
         (la.name, la.role, la.macs) for la in discover(tiny_denoiser(kind))
     ]
-    spec = SamplerSpec(steps=3)
-    samples = sample(half, [0, 1], spec)
+    samples, expected = latents(half, [0, 1]), latents(full, [0, 1])
     assert samples.dtype == torch.float32
-    expected = sample(full, [0, 1], spec)
-    assert float((samples - expected).norm() / expected.norm()) < 0.1  # the type keeps 8 or 11 bits
-    own = adapt(Four().to(dtype), sample_shape=SHAPE)
+    assert 0 < float((samples - expected).norm() / expected.norm()) < 0.1  # the type keeps 8 or 11 bits
+    own = adapt(Four().to(dtype), sample_shape=SHAPE, scheduler=DDPM)
     assert len(discover(own)) == 4
-    assert own.denoise(*inputs()).dtype == torch.float32
+    assert latents(own, [0]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "stored"])
@@ -261,9 +263,17 @@ def test_embedded_models_have_the_same_layers_in_any_precision(dtype: str) -> No
     assert len(half) == 65
 
 
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.four = Four()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.four.denoise(x, timestep, None) * timestep
+
+
 def test_expanded_inputs_are_recorded() -> None:
-    module = Four()
-    module.forward = lambda x, timestep: module.denoise(x, timestep, None)  # type: ignore[method-assign]
+    module = Called()
     x, _ = inputs(1)
     with torch.no_grad(), capture(module) as calls:
         for value in (9.0, 5.0):

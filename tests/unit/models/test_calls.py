@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError
-from mpqsearch.models import adapt, capture, discover, load_calls, make_call, save_calls
+from mpqsearch.models import capture, discover, load_calls, save_calls
+from mpqsearch.models.calls import Recorder, call_of
+from mpqsearch.sampling import adapt
 from tests.support import tiny_unet
 
 
@@ -98,14 +100,6 @@ def test_a_limit_keeps_every_timestep_and_draws_evenly_from_its_calls() -> None:
 
 
 @torch.no_grad()
-def test_guidance_joins_the_halves_of_a_call() -> None:
-    model = Odd()
-    with capture(model, guidance=3.0) as calls:
-        (out,) = run(model, 1)
-    torch.testing.assert_close(calls[0].replay(model), out[:1] + 3.0 * (out[1:] - out[:1]))
-
-
-@torch.no_grad()
 def test_several_outputs_are_joined_and_a_learned_variance_is_dropped() -> None:
     class Two(nn.Module):
         def __init__(self, joined: bool) -> None:
@@ -119,8 +113,8 @@ def test_several_outputs_are_joined_and_a_learned_variance_is_dropped() -> None:
 
     x = torch.randn(1, 2, 3, 3)
     one, many = Two(True), Two(False)
-    assert make_call(one, x).replay(one).shape == (1, 2, 3, 3)
-    assert make_call(many, x).replay(many).shape == (1, 4 * 9 + 9)
+    assert call_of(one, (x,), {}).replay(one).shape == (1, 2, 3, 3)
+    assert call_of(many, (x,), {}).replay(many).shape == (1, 4 * 9 + 9)
 
 
 def test_bad_calls_say_what_to_do(tmp_path: Path) -> None:
@@ -145,7 +139,7 @@ def test_bad_calls_say_what_to_do(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ArtifactError, match="written by save_calls"):
+    with pytest.raises(ArtifactError, match="holds None, but 'mpqsearch/calls' is needed"):
         load_calls(path)
 
 
@@ -172,3 +166,26 @@ def test_half_precision_calls_follow_the_module() -> None:
         model(torch.randn(1, 5, 4, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16), text)
     model.float()
     assert calls[0].replay(model).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_what_is_recorded_and_dropped_leaves_memory() -> None:
+    model = Odd()
+    with capture(model, limit=2) as calls:
+        run(model, 30)
+    recorder = Recorder(2)
+    for call in calls[:1]:
+        for step in range(30):
+            recorder.add(model, (call.sample + step, torch.tensor([1.0]), torch.ones(1, 2, 3)), {})
+    assert recorder.seen == 30
+    assert len(recorder._pool) <= 2 * 3
+
+
+def test_times_are_found_by_name_however_they_are_given() -> None:
+    model = Odd()
+    text, when = torch.ones(1, 7, 3), torch.tensor([0.83])
+    by_place = call_of(model, (torch.ones(1, 5, 4), when, text), {})
+    by_name = call_of(model, (torch.ones(1, 5, 4),), {"timestep": when, "encoder_hidden_states": text})
+    number = call_of(model, (torch.ones(1, 5, 4), 3, text), {})
+    assert [round(c.timestep, 2) for c in (by_place, by_name, number)] == [0.83, 0.83, 3.0]
+    assert [len(c.times(model)) for c in (by_place, by_name, number)] == [1, 1, 0]

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.models import load_model, resolve_device
+from mpqsearch.models import resolve_device
+from mpqsearch.sampling import load_model
 
 
 @pytest.fixture(params=[0, 2])

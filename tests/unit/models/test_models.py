@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import Policy
-from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
-from mpqsearch.models import EMBEDDED, adapt, capture, discover, load_model
-from tests.support import tiny_denoiser, tiny_unet
+from mpqsearch.errors import ModelError, NumericsError, UnknownNameError
+from mpqsearch.models import Calls, Parts, capture, discover
+from mpqsearch.sampling import SamplerSpec, adapt, load_model, samples
+from tests.support import tiny_denoiser, tiny_dit, tiny_unet
 from tests.support.denoisers import build
 
 
@@ -168,40 +171,28 @@ def test_own_modules_work_and_nothing_is_skipped_in_silence(caplog: pytest.LogCa
     assert table.n_parameters == sum(p.numel() for p in denoiser.module.parameters())
 
 
-def test_model_folders_load_and_guide(tmp_path: Path) -> None:
+def test_model_folders_load_with_their_scheduler(tmp_path: Path) -> None:
+    from diffusers import DDPMScheduler
+
     model = tiny_unet()
     model.save_pretrained(tmp_path / "m", safe_serialization=True)  # type: ignore[operator]
+    with pytest.raises(ModelError, match=r"names no scheduler.*scheduler_config\.json"):
+        list(samples(load_model(str(tmp_path / "m")), [0]))
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "m")
     denoiser = load_model(str(tmp_path / "m"))
     assert denoiser.digest == adapt(model, sample_shape=(1, 8, 8)).digest
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 5])
-    torch.testing.assert_close(
-        denoiser.denoise(x, t, torch.tensor([0, 1])), model(x, t, class_labels=torch.tensor([0, 1])).sample
+    assert denoiser.runner.scheduler["beta_schedule"] == "squaredcos_cap_v2"  # type: ignore[attr-defined, index]
+    (drawn,) = samples(denoiser, [6, 7])
+    assert drawn.labels == (1, 2)  # of 5, the null class included: the configuration does not say which it is
+    assert drawn.images is not None
+    assert drawn.images.shape == (2, 1, 8, 8)
+    (tmp_path / "m" / "denoiser.json").write_text(
+        json.dumps({"n_classes": 4, "null_class": 4, "data_range": [-2.0, 2.0]})
     )
-    with pytest.raises(ConfigError, match="no null class"):
-        denoiser.guided(x, t, torch.tensor([0, 1]), 2.0)
-
-
-def test_a_local_pipeline_loads(tmp_path: Path) -> None:
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    unet = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    )  # fmt: skip
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "p")
-    denoiser = load_model(str(tmp_path / "p"))
-    assert denoiser.sample_shape == (3, 8, 8)
-    assert denoiser.scheduler["beta_schedule"] == "squaredcos_cap_v2"
-    assert len(discover(denoiser)) > 5
-
-
-def test_guidance_is_two_calls_in_one() -> None:
-    denoiser = tiny_denoiser()
-    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([7, 7, 7]), torch.tensor([0, 1, 2])
-    conditional = denoiser.denoise(x, t, labels)
-    unconditional = denoiser.denoise(x, t, torch.full((3,), 4))
-    expected = unconditional + 2.5 * (conditional - unconditional)
-    torch.testing.assert_close(denoiser.guided(x, t, labels, 2.5), expected, rtol=1e-4, atol=1e-5)
+    named = load_model(str(tmp_path / "m"), sampler=SamplerSpec(guidance=2.0))
+    (wide,) = samples(named, [6, 7])
+    assert wide.labels == (2, 3)
+    assert torch.equal(wide.images, ((wide.latents + 2) * (255 / 4)).round().to(torch.uint8))  # type: ignore[arg-type]
 
 
 def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
@@ -245,8 +236,27 @@ def test_models_that_cannot_be_called_are_refused() -> None:
         adapt(nn.Linear(2, 2), sample_shape=(2,))
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_embedded_models_load_with_classes_and_a_card(name: str) -> None:
+@pytest.mark.parametrize("name", ["fmnist-unet", "fmnist-dit"])
+def test_embedded_models_load_with_classes_and_a_range(name: str) -> None:
     denoiser = load_model(name)
-    assert (denoiser.n_classes, denoiser.null_class, denoiser.sample_shape) == (10, 10, (1, 28, 28))
+    runner: Any = denoiser.runner
+    assert (runner.n_classes, runner.null_class, runner.sample_shape) == (10, 10, (1, 28, 28))
+    assert runner.picture(denoiser.module) == (1, 28, 28)
     assert 0.9e6 < sum(p.numel() for p in denoiser.module.parameters()) < 2.0e6
+
+
+def test_two_denoisers_are_one_model_with_two_parts() -> None:
+    parts = Parts({"transformer": tiny_dit(0), "transformer_2": tiny_dit(1)})
+    alone = tiny_denoiser("dit")
+    (example,) = alone.runner.examples(alone.module)
+    calls = Calls([replace(example, part="transformer"), replace(example, part="transformer_2")])
+    table, single = discover(adapt(parts, calls=calls)), discover(alone)
+    names = [la.name for la in single]
+    assert [la.name for la in table] == [f"{part}.{name}" for part in parts for name in names]
+    assert [la.role for la in table] == [la.role for la in single] * 2, "each part has its first and its last layer"
+    assert [la.macs for la in table] == [la.macs for la in single] * 2
+    by_names = discover(adapt(parts, calls=calls), examples=())
+    assert {la.name for la in by_names if la.role == "first"} == {
+        "transformer.pos_embed.proj",
+        "transformer_2.pos_embed.proj",
+    }

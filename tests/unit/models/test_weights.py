@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpqsearch.errors import ModelError, NumericsError, UnknownNameError
-from mpqsearch.models import EMBEDDED, adapt, discover, discover_streamed, load_model, open_streamed
+from mpqsearch.models import discover, discover_streamed, open_streamed
+from mpqsearch.sampling import adapt, load_model
 from tests.support.tiny import tiny_dit, tiny_unet
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -27,7 +28,7 @@ def write(folder: Path, kind: str = "unet", dtype: torch.dtype = torch.float32, 
     return folder
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", ["fmnist-unet", "fmnist-dit"])
 def test_streamed_discovery_is_that_of_the_loaded_model(name: str) -> None:
     assert discover_streamed(open_streamed(name)) == discover(load_model(name))
 
@@ -57,7 +58,8 @@ def test_layers_digest_and_weights_by_dtype_and_shard(
 def test_the_component_of_a_pipeline_is_streamed(tmp_path: Path) -> None:
     for seed, part in ((0, "unet"), (1, "unet_2")):
         tiny_unet(seed).save_pretrained(tmp_path / "pipe" / part)  # type: ignore[operator]
-    parts = {"unet": ["diffusers", "UNet2DModel"], "unet_2": ["diffusers", "UNet2DModel"], "vae": [None, None]}
+    unet, kind = ["diffusers", "UNet2DModel"], {"_class_name": "DDPMPipeline"}
+    parts = kind | {"unet": unet, "unet_2": unet, "vae": [None, None]}
     index = tmp_path / "pipe" / "model_index.json"
     index.write_text(json.dumps(parts))
     source = str(tmp_path / "pipe")
@@ -68,7 +70,7 @@ def test_the_component_of_a_pipeline_is_streamed(tmp_path: Path) -> None:
     assert open_streamed(source, component="unet_2").digest() == adapt(tiny_unet(1), sample_shape=(1, 8, 8)).digest
     with pytest.raises(UnknownNameError, match="did you mean 'unet_2'"):
         open_streamed(source, component="unet_3")
-    index.write_text(json.dumps({"prior": ["diffusers", "UNet2DModel"]}))  # as pipelines of Kandinsky and Würstchen
+    index.write_text(json.dumps(kind | {"prior": unet}))  # as pipelines of Kandinsky and Würstchen
     (tmp_path / "pipe" / "unet").rename(tmp_path / "pipe" / "prior")
     assert open_streamed(source).digest() == load_model(source).digest
     index.write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))

@@ -10,10 +10,9 @@ from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input_statistics, profile_model
 from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
-from mpqsearch.sampling import SamplerSpec
 from tests.support import tiny_denoiser
 
-SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
+SAMPLER = dict(steps=3, guidance=2.0, batch=4)
 SEEDS = range(1_000_000, 1_000_004)
 FORMAT = QuantFormat(scheme="auto", n_candidates=20)
 
@@ -28,7 +27,7 @@ def measured(denoiser: Denoiser) -> SensitivityProfile:
         context_seeds=3,
         context_widths=(2, 3, 4),
     )
-    return profile_model(denoiser, discover(denoiser), Policy(), SAMPLER, spec, QuantFormat(n_candidates=20))
+    return profile_model(denoiser, discover(denoiser), Policy(), spec, QuantFormat(n_candidates=20))
 
 
 def weighted(profile: SensitivityProfile, table: LayerTable) -> np.ndarray:
@@ -40,10 +39,10 @@ def weighted(profile: SensitivityProfile, table: LayerTable) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
-    denoiser = tiny_denoiser(kind)
+    denoiser = tiny_denoiser(kind, **SAMPLER)
     table = discover(denoiser)
     before = measured(denoiser)
-    stats = input_statistics(denoiser, table, SAMPLER, SEEDS)
+    stats = input_statistics(denoiser, table, SEEDS)
     after = gptq_profile(denoiser, table, before, stats, FORMAT)
     moments, means = ({n: getattr(s, k) for n, s in stats.items()} for k in ("second_moment", "mean"))
     for name in after.names:
@@ -71,10 +70,10 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
 
 
 def test_layer_totals_follow_their_rows_and_other_formats_stay() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(**SAMPLER)
     table = discover(denoiser)
     before = measured(denoiser)
-    after = gptq_profile(denoiser, table, before, input_statistics(denoiser, table, SAMPLER, SEEDS), FORMAT)
+    after = gptq_profile(denoiser, table, before, input_statistics(denoiser, table, SEEDS), FORMAT)
     sums = [p.layer_sum(weighted(p, table)) for p in (before, after)]
     plain = [
         p.layer_sum(p.arrays["sensitivity"].astype(float)[:, None] * p.arrays["output_error/auto"])
@@ -94,15 +93,14 @@ def test_layer_totals_follow_their_rows_and_other_formats_stay() -> None:
 
 
 def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(**SAMPLER)
     table = discover(denoiser)
-    whole = input_statistics(denoiser, table, SAMPLER, SEEDS)
+    whole = input_statistics(denoiser, table, SEEDS)
     sizes = sorted({la.groups * la.weights_per_channel**2 for la in table if la.name in whole})
     runs = []
     parts = InputMoments(
         denoiser=denoiser,
         table=table,
-        sampler=SAMPLER,
         seeds=SEEDS,
         limit=40 * sizes[-2],
         progress=lambda _label, done, total: runs.append(done == total),

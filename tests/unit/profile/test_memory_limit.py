@@ -14,7 +14,6 @@ from mpqsearch.models import discover
 from mpqsearch.profile import CalibrationSpec, calibrate, inputs, profile_model
 from mpqsearch.profile.recomputed import blocks_within, row_bytes, slices_of
 from mpqsearch.profile.tables import tables_of
-from mpqsearch.sampling import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.unit.quant.test_tables import LAYERS, collect
 
@@ -44,7 +43,7 @@ def test_rows_come_in_whole_groups_or_inside_one() -> None:
 
 @pytest.mark.parametrize(("kind", "limit"), [("unet", 3_000_000), ("dit", 1_800_000)])
 def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str, limit: int) -> None:
-    denoiser = tiny_denoiser(kind)
+    denoiser = tiny_denoiser(kind, steps=2, guidance=2.0, batch=2)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=3,
@@ -59,7 +58,6 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str, limit: i
         denoiser,
         table,
         Policy(widths=WIDTHS),
-        SamplerSpec(steps=2, guidance=2.0, batch=2),
         spec,
         QuantFormat(n_candidates=10),
     )
@@ -81,7 +79,7 @@ def test_a_profile_under_a_memory_limit_has_the_same_numbers(kind: str, limit: i
 
 
 def test_the_smallest_limit_that_the_message_names_works() -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=1)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=1,
@@ -94,7 +92,7 @@ def test_the_smallest_limit_that_the_message_names_works() -> None:
         schemes=("asymmetric",),
         smooth=False,
     )
-    given = (denoiser, table, Policy(widths=WIDTHS), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
+    given = (denoiser, table, Policy(widths=WIDTHS), spec, QuantFormat(n_candidates=4))
     with pytest.raises(ConfigError, match=r"come in one piece each. Raise the limit to [\d.]+ MB") as caught:
         profile_model(*given, memory_limit=100)
     least = math.ceil(float(str(caught.value).split("Raise the limit to ")[1].split(" MB")[0]) * 1e6)
@@ -107,7 +105,7 @@ def test_the_smallest_limit_that_the_message_names_works() -> None:
 
 
 def test_rows_one_by_one_have_the_same_errors() -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=1)
     table = discover(denoiser)
     largest = max(table, key=lambda la: la.n_weights)
     least = largest.n_weights * 4 + row_bytes(largest, len(WIDTHS))
@@ -115,7 +113,7 @@ def test_rows_one_by_one_have_the_same_errors() -> None:
     assert len(blocks[largest.name]) == largest.n_channels
     with pytest.raises(ConfigError, match="too small for the layer"):
         blocks_within(denoiser.module, table, len(WIDTHS), least - 1, moments=False)
-    seen = calibrate(denoiser, table, SamplerSpec(steps=1), CalibrationSpec(samples=1)).statistics
+    seen = calibrate(denoiser, table, CalibrationSpec(samples=1)).statistics
     formats = {"asymmetric": QuantFormat(n_candidates=4), "asymmetric+smooth": QuantFormat(n_candidates=4, smooth=True)}
     given = (denoiser, table, WIDTHS, formats, lambda la: seen[la.name])
     whole, _ = tables_of(*given)
@@ -126,21 +124,19 @@ def test_rows_one_by_one_have_the_same_errors() -> None:
 
 
 def test_a_layer_that_does_not_run_has_no_error() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=1)
     denoiser.module.register_module("unused", torch.nn.Linear(4, 3))
     table = discover(denoiser)
     spec = CalibrationSpec(samples=1, probe_inputs=1, probes=1, sampler_seeds=0, schemes=("asymmetric",))
     for limit in (None, 3_000_000):
-        measured = profile_model(
-            denoiser, table, Policy(widths=WIDTHS), SamplerSpec(steps=1), spec, QuantFormat(), memory_limit=limit
-        )
+        measured = profile_model(denoiser, table, Policy(widths=WIDTHS), spec, QuantFormat(), memory_limit=limit)
         assert not measured.arrays["output_error/asymmetric"][measured.rows("unused")].any()
 
 
 def test_errors_that_are_not_held_are_made_again_bit_for_bit() -> None:
-    denoiser = tiny_denoiser("unet")
+    denoiser = tiny_denoiser("unet", steps=2)
     table = discover(denoiser)
-    stats = calibrate(denoiser, table, SamplerSpec(steps=2, batch=2), CalibrationSpec(samples=2)).statistics
+    stats = calibrate(denoiser, table, CalibrationSpec(samples=2)).statistics
     formats = {c: QuantFormat(scheme=c, n_candidates=10) for c in ("asymmetric", "auto")}
     arrays, held = tables_of(denoiser, table, WIDTHS, formats, lambda la: stats[la.name])
     same, again = tables_of(denoiser, table, WIDTHS, formats, lambda la: stats[la.name], hold=False)

@@ -1,30 +1,33 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mpqsearch.core import BitMap, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.models import capture, discover
+from mpqsearch.models import Denoiser, capture, discover
+from mpqsearch.models.calls import Call
 from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
+from mpqsearch.sampling import RecordedRunner, each_call, latents, prediction_gains
 from tests.support import tiny_denoiser
 
-SAMPLER = SamplerSpec(steps=4, guidance=2.0, batch=4)
+SAMPLER = dict(steps=4, guidance=2.0, batch=4)
 WIDTHS = (2, 4, 8)
 
 
-def measure(kind: str, **kwargs: object) -> tuple[object, object, SensitivityProfile]:
-    denoiser = tiny_denoiser(kind)
+def measure(kind: str, **kwargs: object) -> tuple[Denoiser, LayerTable, SensitivityProfile]:
+    denoiser = tiny_denoiser(kind, **SAMPLER)
     table = discover(denoiser)
     settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "sampler_seeds": 0, "schemes": ("asymmetric",), **kwargs}
-    spec = CalibrationSpec(**settings)  # type: ignore[arg-type]
+    spec = CalibrationSpec(**settings)
     return (
         denoiser,
         table,
-        profile_model(denoiser, table, Policy(widths=WIDTHS), SAMPLER, spec, QuantFormat(n_candidates=20)),
+        profile_model(denoiser, table, Policy(widths=WIDTHS), spec, QuantFormat(n_candidates=20)),
     )
 
 
@@ -33,23 +36,27 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
     denoiser, table, profile = measure(kind, probe_inputs=16, probes=32)
     means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
     seeds = range(1_000_000, 1_000_004)
-    with torch.no_grad():
-        steps = list(trajectory(denoiser, noise_of(seeds, (1, 8, 8)), labels_of(denoiser, seeds), SAMPLER))  # type: ignore[arg-type]
+    calls: list[tuple[Call, torch.Tensor]] = []
+    each_call(denoiser, seeds, lambda call, prediction: calls.append((call.kept(), prediction)))
+    # Guidance 2 is 2 c - u: an error of the guided prediction has a fifth of the gain of both of its rows.
+    runs = [prediction_gains(denoiser, [seed], probe_seed=seed) for seed in seeds[:2]]
+    gains = [sum(float(rows.sum()) for rows in same) / 2 / 5 for same in zip(*runs, strict=True)]
     predicted, measured = [], []
-    for i, layer in enumerate(table):  # type: ignore[var-annotated, arg-type]
-        weights = {la.name: np.array(8 if la is layer else 16) for la in table}  # type: ignore[attr-defined]
+    for i, layer in enumerate(table):
+        weights = {la.name: np.array(8 if la is layer else 16) for la in table}
         one = quantize_model(
-            denoiser.module,  # type: ignore[attr-defined]
-            table,  # type: ignore[arg-type]
-            BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(n_candidates=20)),  # type: ignore[attr-defined]
+            denoiser.module,
+            table,
+            BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(n_candidates=20)),
             means=means,
         )
-        change = []
-        for step in steps:
-            t = torch.full((4,), step.timestep)
-            out = denoiser.with_module(one.module).guided(step.x, t, labels_of(denoiser, seeds), 2.0)  # type: ignore[attr-defined, arg-type]
-            change.append((out - step.prediction).square().flatten(1).sum(1).mean())
-        measured.append(float(torch.stack(change).mean()))
+        change = 0.0
+        for (call, prediction), gain in zip(calls, gains, strict=True):
+            with torch.no_grad():
+                unconditional, conditional = (call.replay(one.module) - prediction).chunk(2)
+            guided = unconditional + 2.0 * (conditional - unconditional)
+            change += gain * float(guided.square().mean())
+        measured.append(change)
         predicted.append(float(profile.arrays["layer_probe_error_corrected/asymmetric"][i, WIDTHS.index(8)]))
     ratio = np.log(np.array(predicted) / np.array(measured))
     # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each
@@ -70,13 +77,13 @@ def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
         assert bool((centred <= profile.arrays[f"output_error/{fmt}"] * (1 + 1e-5)).all())
     assert bool((profile.arrays["sensitivity"] > 0).all())
     assert bool((profile.arrays["kurtosis"] > 0.5).all())  # at least 1 for many weights; rows here have as few as 8
-    assert set(profile.means) == {la.name for la in table}  # type: ignore[attr-defined]
+    assert set(profile.means) == {la.name for la in table}
 
 
 def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> None:
     _, table, profile = measure("unet")
     share = profile.shift_share("asymmetric")
-    assert share.shape == (len(table), len(WIDTHS))  # type: ignore[arg-type]
+    assert share.shape == (len(table), len(WIDTHS))
     assert float(share.min()) >= 0
     assert float(share.max()) < 1
     i = profile.index["conv_in"]
@@ -94,7 +101,7 @@ def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> Non
 
 def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
     _, table, profile = measure("unet", final_widths=(2,), final_seeds=2)
-    has_bias = np.array([la.has_bias for la in table])  # type: ignore[attr-defined]
+    has_bias = np.array([la.has_bias for la in table])
     final = {s: profile.arrays[f"layer_final_error{s}/asymmetric"] for s in ("", "_corrected")}
     for values in final.values():
         assert np.isfinite(values[:, 0]).all()
@@ -109,32 +116,41 @@ def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
 def test_profiling_leaves_the_model_as_it_was() -> None:
     denoiser, _, _ = measure("dit")
     fresh = tiny_denoiser("dit")
-    for (name, a), b in zip(denoiser.module.named_parameters(), fresh.module.parameters(), strict=True):  # type: ignore[attr-defined]
+    for (name, a), b in zip(denoiser.module.named_parameters(), fresh.module.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert not a.requires_grad
         assert a.grad is None
-    assert not any(m._forward_hooks for m in denoiser.module.modules())  # type: ignore[attr-defined]
+    assert not any(m._forward_hooks for m in denoiser.module.modules())
 
 
 def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
-    denoiser = tiny_denoiser("unet")
+    """But for what errors do to the final sample: without a sampler all predictions weigh the same."""
+    denoiser = tiny_denoiser("unet", steps=4, batch=1)
     table = discover(denoiser)
     spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, sampler_seeds=0, schemes=("asymmetric",), smooth=False)
-    sampler = SamplerSpec(steps=4, guidance=1.0, batch=1)
-    settings = (table, Policy(widths=WIDTHS), sampler, spec, QuantFormat(n_candidates=20))
+    settings = (table, Policy(widths=WIDTHS), spec, QuantFormat(n_candidates=20))
     own = profile_model(denoiser, *settings)
-    with torch.no_grad(), capture(denoiser.module) as calls:
-        for seed in range(1_000_000, 1_000_004):
-            list(trajectory(denoiser, noise_of([seed], (1, 8, 8)), labels_of(denoiser, [seed]), sampler))
-    recorded = profile_model(denoiser.with_calls(calls), *settings)
-    # The same sixteen inputs in the same order and the same probes: not one number differs.
+    with capture(denoiser.module) as calls:
+        latents(denoiser, range(1_000_000, 1_000_004))
+    assert [c.index for c in calls] == [0, 1, 2, 3] * 4
+    replayed = replace(denoiser, runner=RecordedRunner(calls))
+    recorded = profile_model(replayed, *settings)
+    assert recorded.arrays.keys() == own.arrays.keys()
+    # The same sixteen inputs in the same order: not one number differs.
     for key, array in own.arrays.items():
-        np.testing.assert_array_equal(recorded.arrays[key], array, err_msg=key)
-    assert list(discover(denoiser.with_calls(calls))) == list(table)
+        if not key.startswith(("sensitivity", "step_sensitivity", "layer_probe")):
+            np.testing.assert_array_equal(recorded.arrays[key], array, err_msg=key)
+    assert recorded.calibration["recorded_calls"] == 16
+    assert recorded.calibration["timesteps"] == own.calibration["timesteps"] == 4
     with pytest.raises(ConfigError, match="final_widths compares .* which bring no sampler"):
-        profile_model(
-            denoiser.with_calls(calls), table, Policy(), sampler, CalibrationSpec(final_widths=(2,)), QuantFormat()
-        )
+        profile_model(replayed, table, Policy(), CalibrationSpec(final_widths=(2,)), QuantFormat())
+
+
+def test_a_profile_names_what_it_was_measured_with() -> None:
+    denoiser, _, profile = measure("dit")
+    assert profile.calibration["runner"] == denoiser.runner.identity
+    other = tiny_denoiser("dit", steps=4, guidance=3.0, batch=4)
+    assert other.runner.identity != profile.calibration["runner"]
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -144,34 +160,33 @@ def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> No
     fmt = QuantFormat(n_candidates=20, smooth=True)
     input_max = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
     seen: dict[str, list[torch.Tensor]] = {}
-    modules = dict(denoiser.module.named_modules())  # type: ignore[attr-defined]
+    modules = dict(denoiser.module.named_modules())
     handles = [
         modules[la.name].register_forward_pre_hook(lambda _m, args, n=la.name: seen.setdefault(n, []).append(args[0]))
-        for la in table  # type: ignore[attr-defined]
+        for la in table
     ]
-    with torch.no_grad():
-        list(trajectory(denoiser, noise_of(seeds, (1, 8, 8)), labels_of(denoiser, seeds), SAMPLER))  # type: ignore[arg-type]
+    latents(denoiser, seeds)
     for handle in handles:
         handle.remove()
     bit_map = BitMap(
-        model_digest=table.digest,  # type: ignore[attr-defined]
-        weights={la.name: np.array(2) for la in table},  # type: ignore[attr-defined]
-        activations={la.name: 4 for la in table},  # type: ignore[attr-defined]
+        model_digest=table.digest,
+        weights={la.name: np.array(2) for la in table},
+        activations={la.name: 4 for la in table},
         format=fmt,
     )
-    activations = calibrate_activations(denoiser, table, bit_map, SAMPLER, seeds=seeds, input_max=input_max)  # type: ignore[arg-type]
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=seeds, input_max=input_max)
     made = dict(
         quantize_model(
             denoiser.module, table, bit_map, input_max=input_max, activations=activations
         ).module.named_modules()
-    )  # type: ignore[attr-defined, arg-type]
+    )
     priced = profile.arrays["quantized_input_error/asymmetric+smooth@a4"]
-    for layer in table:  # type: ignore[attr-defined]
+    for layer in table:
         with torch.no_grad():
             errors = torch.cat([made[layer.name](x) - modules[layer.name](x) for x in seen[layer.name]])
         by_channel = errors.movedim(-1 if layer.kind == "Linear" else 1, 0).flatten(1).square().mean(1)
         np.testing.assert_allclose(
             priced[profile.rows(layer.name)][:, WIDTHS.index(2)], by_channel, rtol=2e-3, atol=1e-7
         )
-    assert profile.arrays["layer_activation_error"].shape == (len(table), 3)  # type: ignore[arg-type]
+    assert profile.arrays["layer_activation_error"].shape == (len(table), 3)
     assert bool((np.diff(profile.arrays["layer_activation_error"], axis=1) <= 0).all()), "more bits, less error"

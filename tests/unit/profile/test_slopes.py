@@ -15,8 +15,7 @@ from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
 from mpqsearch.profile.slopes import _quantized, latin_contexts, slopes_at
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import weight_of, width_errors
-from mpqsearch.sampling import SamplerSpec, noise_of, sample
-from mpqsearch.sampling import sampler as sampler_module
+from mpqsearch.sampling import chain, plain
 from tests.support import tiny_denoiser
 
 FMT = QuantFormat(n_candidates=10)
@@ -50,8 +49,8 @@ def test_contexts_are_a_latin_square() -> None:
 def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: central differences of the error of the final samples along the error of one layer, in float64, at both
     contexts."""
-    denoiser = tiny_denoiser("dit")
-    table = discover(denoiser)
+    denoiser = tiny_denoiser("dit", steps=2, guidance=2.0)
+    table, noise_of = discover(denoiser), plain.noise_of
     widths, policy = (3, 5), Policy(widths=(3, 5))
     errors = {
         la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, widths, FMT, None).double()  # type: ignore[arg-type]
@@ -59,12 +58,11 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
     }
     given = with_shifts(table, errors, 0.05)
     denoiser.module.double()
-    monkeypatch.setattr(sampler_module, "noise_of", lambda seeds, shape: noise_of(seeds, shape).double())
-    sampler = SamplerSpec(steps=2, guidance=2.0, batch=4)
+    monkeypatch.setattr(plain, "noise_of", lambda seeds, shape: noise_of(seeds, shape).double())
     contexts, seeds = latin_contexts(table, policy, widths, seed=3), [5, 6, 7, 8]
-    found = slopes_at(denoiser, table, sampler, contexts, widths, "a", seeds, given, batch=2)
+    found = slopes_at(denoiser, table, contexts, widths, "a", seeds, given, batch=2)
     assert len(found.mse) == 2
-    reference = sample(denoiser, seeds, sampler)
+    reference = chain(denoiser, seeds).final.detach()
     step = 1e-4
     for i, layer in list(enumerate(table))[:: len(table) // 4]:
         for j in range(2):
@@ -77,9 +75,8 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
                 shift = 0.05 * error.sum(1)
 
                 def mse(module: torch.nn.Module = module, part: list[int] = part, number: int = number) -> float:
-                    return float(
-                        (sample(denoiser.with_module(module), part, sampler) - reference[number::2]).square().mean()
-                    )
+                    final = chain(denoiser.with_module(module), part).final.detach()
+                    return float((final - reference[number::2]).square().mean())
 
                 seen.append(mse())
                 kept = [p.detach().clone() for p in target.parameters()]
@@ -92,11 +89,11 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
             assert found.slope["a"][i, j] == pytest.approx(np.mean(measured), rel=2e-3, abs=1e-7), layer.name
             assert found.mse == pytest.approx(seen, rel=1e-4)
     with pytest.raises(ConfigError, match="at least one seed"):
-        slopes_at(denoiser, table, sampler, contexts, widths, "a", [1], given)
+        slopes_at(denoiser, table, contexts, widths, "a", [1], given)
 
 
 def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=2, batch=2)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=2,
@@ -108,44 +105,40 @@ def test_a_profile_holds_slopes_where_widths_can_be_mixed() -> None:
         schemes=("asymmetric",),
         smooth=False,
     )
-    sampler = SamplerSpec(steps=2, batch=2)
-    whole = profile_model(denoiser, table, Policy(widths=(2, 3, 4, 8)), sampler, spec, FMT)
+    whole = profile_model(denoiser, table, Policy(widths=(2, 3, 4, 8)), spec, FMT)
     assert whole.arrays["layer_context_slope/asymmetric"].shape == (len(table), 4)
     assert whole.arrays["layer_context_std_error/asymmetric"].shape == (len(table), 4)
     for policy, changed in (
         (Policy(widths=(4, 8)), spec),
         (Policy(widths=(2, 3, 4, 8)), replace(spec, context_seeds=0)),
     ):
-        assert (
-            "layer_context_slope/asymmetric" not in profile_model(denoiser, table, policy, sampler, changed, FMT).arrays
-        )
+        assert "layer_context_slope/asymmetric" not in profile_model(denoiser, table, policy, changed, FMT).arrays
 
 
 def test_slopes_over_a_context_add_up_to_its_error() -> None:
     """Oracle: with errors so small that the sampler is linear in them, ``|r|^2 = sum r'J e``, the error that its
     samples measure."""
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=3)
     table = discover(denoiser)
     errors = {
         la.name: width_errors(denoiser.module.get_submodule(la.name).weight, la, (7, 8), FMT, None) / 8  # type: ignore[arg-type]
         for la in table
     }
     contexts = latin_contexts(table, Policy(widths=(7, 8), roles={}), (7, 8), seed=1)[:1]
-    sampler = SamplerSpec(steps=3, batch=4)
     given = WeightErrors(table, {"a": errors})
-    found = slopes_at(denoiser, table, sampler, contexts, (7, 8), "a", [1, 2, 3, 4], given)
+    found = slopes_at(denoiser, table, contexts, (7, 8), "a", [1, 2, 3, 4], given)
     chosen = (contexts[0] == 8).astype(int)
     assert found.slope["a"][np.arange(len(table)), chosen].sum() / 2 == pytest.approx(found.mse[0], rel=0.02)
 
 
 def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_other_pass() -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=2, batch=2)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=3, schemes=("asymmetric",)
     )
-    sampler, policy = SamplerSpec(steps=2, batch=2), Policy(widths=(2, 3, 4))
-    whole = profile_model(denoiser, table, policy, sampler, spec, FMT)
+    policy = Policy(widths=(2, 3, 4))
+    whole = profile_model(denoiser, table, policy, spec, FMT)
     passes = 0
 
     def count(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -153,7 +146,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
         passes += len(inputs[0])
 
     handle = denoiser.module.register_forward_pre_hook(count)
-    only = profile_model(denoiser, table, policy, sampler, replace(spec, prediction_only=True), FMT)
+    only = profile_model(denoiser, table, policy, replace(spec, prediction_only=True), FMT)
     handle.remove()
     # Two samples of two steps for the calibration; of each seed the reference, the trajectory of the quantized model,
     # and that with a graph.
@@ -177,8 +170,8 @@ def test_what_a_profile_for_predictions_needs_is_said() -> None:
     table = discover(denoiser)
     spec = CalibrationSpec(prediction_only=True, schemes=("asymmetric",))
     with pytest.raises(ConfigError, match=r"\[2, 3, 4\].*of \[4, 8\].*at least 2"):
-        profile_model(denoiser, table, Policy(widths=(4, 8)), SamplerSpec(), spec, FMT)
+        profile_model(denoiser, table, Policy(widths=(4, 8)), spec, FMT)
     with pytest.raises(ConfigError, match="context_seeds = 2"):
-        profile_model(denoiser, table, Policy(widths=(2, 3, 4)), SamplerSpec(), replace(spec, context_seeds=2), FMT)
+        profile_model(denoiser, table, Policy(widths=(2, 3, 4)), replace(spec, context_seeds=2), FMT)
     with pytest.raises(ConfigError, match="final_widths"):
         CalibrationSpec(prediction_only=True, final_widths=(3,))

@@ -13,10 +13,10 @@ import torch
 from mpqsearch.core import Budget, LayerSpec, Policy, QuantFormat
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.methods import MethodSpec, Programs, channel_losses, predicted_loss
-from mpqsearch.models import StreamedModel, discover, discover_streamed, load_model, open_streamed
+from mpqsearch.models import StreamedModel, discover, discover_streamed, open_streamed
 from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
-from mpqsearch.sampling import SamplerSpec
+from mpqsearch.sampling import load_model
 from tests.support import tiny_denoiser
 from tests.support.tiny import tiny_unet
 
@@ -36,7 +36,7 @@ def test_numbers_are_those_of_the_loaded_model(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
     found = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=SCHEMES, smooth=False)
-    whole = profile_model(load_model(streamed.source), table, POLICY, SamplerSpec(steps=2, batch=2), spec, FMT)
+    whole = profile_model(load_model(streamed.source, steps=2), table, POLICY, spec, FMT)
     assert set(found.arrays) == {"kurtosis", "weight_error/asymmetric", "weight_error/auto"}
     for key, array in found.arrays.items():
         np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-5, err_msg=key)  # float32 sums in another order
@@ -196,7 +196,7 @@ class _Killed(Partial):
 def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
     tmp_path: Path, memory_limit: int | None
 ) -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=2)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=2,
@@ -211,7 +211,6 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
         denoiser,
         table,
         Policy(widths=(2, 3, 4)),
-        SamplerSpec(steps=2, batch=2),
         spec,
         QuantFormat(n_candidates=10),
     )
@@ -237,7 +236,7 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
 
 
 def test_one_layer_at_a_time_continues_after_any_layer(tmp_path: Path) -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", steps=1)
     table = discover(denoiser)
     spec = CalibrationSpec(
         samples=1,
@@ -249,7 +248,7 @@ def test_one_layer_at_a_time_continues_after_any_layer(tmp_path: Path) -> None:
         final_widths=(2,),
         final_seeds=2,
     )
-    given = (denoiser, table, Policy(widths=(2, 4)), SamplerSpec(steps=1), spec, QuantFormat(n_candidates=4))
+    given = (denoiser, table, Policy(widths=(2, 4)), spec, QuantFormat(n_candidates=4))
     straight = profile_model(*given)
     error = straight.arrays["layer_final_error/asymmetric"]
     assert np.isfinite(error[:, 0]).all()

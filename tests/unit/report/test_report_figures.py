@@ -221,6 +221,25 @@ def test_grid_takes_grey_and_colour_and_first_columns() -> None:
     np.testing.assert_array_equal(strip[:, 7:12, 0], images(0)[1])
 
 
+def test_captions_stand_below_their_samples() -> None:
+    texts = [f"a bag number {i} beside a boot" for i in range(10)]
+    grid = sample_grid("c", {"fp": images(0), "q": images(1)}, columns=3, captions=texts)
+    assert grid.captions == tuple(texts[:3])
+    ax = plot_samples(grid)
+    assert [" ".join(label.get_text().split()) for label in ax.get_xticklabels()] == texts[:3]
+    assert list(ax.get_xticks()) == [2.5, 9.5, 16.5]  # the middles of tiles five pixels wide, two apart
+    with pytest.raises(ConfigError, match="2 captions for 10 samples"):
+        sample_grid("c", {"fp": images(0)}, columns=10, captions=texts[:2])
+
+
+def test_a_video_is_shown_by_its_first_and_its_middle_frame() -> None:
+    video = images(0, (2, 5, 3, 6, 4))
+    shown = sample_grid("v", {"fp": video}).reference
+    assert shown.shape == (2, 12, 4, 3)
+    np.testing.assert_array_equal(shown[1, :6], video[1, 0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(shown[1, 6:], video[1, 2].transpose(1, 2, 0))
+
+
 def test_difference_is_absolute_brightened_and_clipped() -> None:
     grid = sample_grid("g", {"fp": np.array([[[10, 200]]], np.uint8), "q": np.array([[[13, 100]]], np.uint8)})
     assert difference(grid, "q").ravel().tolist() == [12, 255]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mpqsearch.core import BitMap, LayerTable, MetricValue, Policy, StorageModel, StudyRecord, size_bits, uniform_map
+from mpqsearch.core import BitMap, LayerTable, MetricValue, Policy, StudyRecord, size_bits, uniform_map
 from mpqsearch.errors import ArtifactError, LayerMismatchError
 from mpqsearch.report import read_pareto_json, size_breakdown, standings, tied, write_pareto_csv, write_pareto_json
 
@@ -110,10 +110,10 @@ def test_breakdown_is_the_whole_size(table: LayerTable, policy: Policy, mixed: b
         la.name: np.asarray(rng.choice([1, 2, 5, 8, 16], size=la.n_channels if mixed else ()), dtype=np.uint8)
         for la in table
     }
-    bit_map = BitMap(model_digest=table.digest, weights=weights)
-    for storage in (StorageModel(), StorageModel(tag_bits=7, layer_bits=32, full_precision_bits=32)):
-        parts = size_breakdown(table, bit_map, policy, storage)
-        assert parts.total == size_bits(table, bit_map, storage)
+    for activations in ({}, dict.fromkeys(weights, 8)):
+        bit_map = BitMap(model_digest=table.digest, weights=weights, activations=activations)
+        parts = size_breakdown(table, bit_map, policy)
+        assert parts.total == size_bits(table, bit_map)
         assert (parts.tags > 0) == mixed
 
 

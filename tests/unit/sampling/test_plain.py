@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
-from mpqsearch.models import Hooks
+from mpqsearch.models import Denoiser, Hooks, discover
+from mpqsearch.prompts import Prompt, Prompts
 from mpqsearch.sampling import SAMPLERS, PlainRunner, SamplerSpec, adapt, latents, samples, to_uint8
 from mpqsearch.sampling.plain import noise_of
 from tests.support import tiny_denoiser
+from tests.support.tiny import DDPM
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -104,7 +108,7 @@ class Narrow(Shifted):
 
 
 def test_a_module_with_denoise_is_called_by_it() -> None:
-    denoiser = adapt(Shifted(), sample_shape=(2, 4), n_classes=3, sampler=SamplerSpec(steps=3))
+    denoiser = adapt(Shifted(), sample_shape=(2, 4), n_classes=3, scheduler=DDPM, sampler=SamplerSpec(steps=3))
     calls = []
 
     def call(_part: str, real: object, args: tuple, kwargs: dict) -> object:
@@ -126,9 +130,47 @@ def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"1\.\.1000 steps"):
         SamplerSpec(steps=0)
     with pytest.raises(ModelError, match=r"predicts \(1, 1, 4\) for samples \(1, 2, 4\)"):
-        latents(adapt(Narrow(), sample_shape=(2, 4)), [0])
+        latents(adapt(Narrow(), sample_shape=(2, 4), scheduler=DDPM), [0])
 
 
 def test_images_are_rounded_and_clipped() -> None:
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 7.0])
     assert to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(x, 0.0, 10.0).tolist() == [0, 0, 0, 26, 178]
+
+
+def test_the_range_of_the_data_is_part_of_the_model_and_never_assumed() -> None:
+    """Samples of a model that predicts its own input decay to known values, far outside [-1, 1]."""
+
+    def model(data_range: tuple[float, float] | None) -> Denoiser:
+        scheduler = DDPM | {"clip_sample": False}
+        torch.manual_seed(0)
+        given = {"sample_shape": (1, 2, 4), "scheduler": scheduler, "sampler": SamplerSpec(steps=2)}
+        return adapt(Shifted(), data_range=data_range, **given)
+
+    (plain,), (wide,) = samples(model(None), [3]), samples(model((-40.0, 40.0)), [3])
+    assert float(plain.latents.abs().max()) > 2
+    assert torch.equal(plain.latents, wide.latents)
+    assert plain.images is None
+    assert model(None).runner.picture(model(None).module) is None
+    assert torch.equal(wide.images, ((plain.latents + 40) * (255 / 80)).round().to(torch.uint8))
+    with pytest.raises(ConfigError, match="smallest and the largest value"):
+        model((1.0, 1.0))
+
+
+def test_a_model_without_a_scheduler_has_layers_and_no_samples() -> None:
+    denoiser = adapt(Shifted(), sample_shape=(2, 4))
+    assert [layer.name for layer in discover(denoiser)] == ["linear"]
+    with pytest.raises(ModelError, match=r"names no scheduler.*scheduler_config\.json"):
+        latents(denoiser, [0])
+
+
+def test_classes_may_be_named_and_prompts_have_none(tmp_path: Path) -> None:
+    runner = PlainRunner((1, 8, 8), n_classes=10, prompts=Prompts(classes=(3, 7)))
+    assert runner.labels(range(3)) == (3, 7, 3)
+    assert runner.identity != PlainRunner((1, 8, 8), n_classes=10).identity
+    with pytest.raises(ConfigError, match=r"the class 10 does not exist"):
+        PlainRunner((1, 8, 8), n_classes=10, prompts=Prompts(classes=(10,)))
+    text = Prompts(splits={"report": (Prompt(text="a cat"),)})
+    with pytest.raises(ConfigError, match="asked for classes"):
+        PlainRunner((1, 8, 8), n_classes=10, prompts=text)
