@@ -11,6 +11,7 @@ import diffusers as d
 import torch
 from torch import nn
 
+from mpqsearch.sampling.pipeline import TILED, WHOLE
 from tests.support.denoisers import disturb
 
 Built = tuple[d.DiffusionPipeline, dict[str, Any]]
@@ -91,9 +92,9 @@ def tiny(name: str, *, into: dict[str, Callable[[], Built]] = TINY, **call: Any)
 
 
 def sliced(pipe: d.DiffusionPipeline) -> d.DiffusionPipeline:
-    """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory."""
-    for part in modules(pipe):  # slices of this one see what it kept of the slice before
-        if hasattr(part, "enable_slicing") and type(part).__name__ != "AutoencoderKLMagvit":
+    """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory; see `PipelineRunner`."""
+    for part in modules(pipe):
+        if hasattr(part, "enable_slicing") and type(part).__name__ not in (*WHOLE, *TILED):
             part.enable_slicing()
     return pipe
 
