@@ -37,9 +37,9 @@ first without, then with bias correction."""
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One call of the denoiser on the way back: ``objective`` is the scalar whose gradient with respect to the weights
-    is this call's part of that of ``v[direction] . x_final``; after its backward pass the walk goes on from the gradients
-    of ``inputs``, the arguments of the call that depend on earlier predictions. ``more`` says that the graph is needed
-    again."""
+    is this call's part of that of ``v[direction] . x_final``; after its backward pass the walk goes on from the
+    gradients of ``inputs``, the arguments of the call that depend on earlier predictions. ``more`` says that the graph
+    is needed again."""
 
     direction: int
     objective: Tensor
@@ -57,9 +57,9 @@ def walk_back(denoiser: Denoiser, made: Chain, directions: Tensor) -> Iterator[S
             # What the final sample owes to this prediction: through the scheduler, and through all later calls.
             along = gradients(objective, made.predictions[index])
             yield Segment(k, _dot(along, outputs), inputs, k + 1 < len(objectives))
-            reached = [(x, seen) for x, seen in zip(inputs, made.seen[index], strict=True) if x.grad is not None]
+            reached = [(x.grad, s) for x, s in zip(inputs, made.seen[index], strict=True) if x.grad is not None]
             if reached:
-                objectives[k] = objective + _dot([x.grad for x, _ in reached], [seen for _, seen in reached])
+                objectives[k] = objective + _dot([grad for grad, _ in reached], [s for _, s in reached])
             for x in inputs:
                 x.grad = None
 
@@ -149,6 +149,7 @@ def projected_effects(
         v = torch.randn((probes, *final.shape), generator=generator).to(final)
         return v / math.sqrt(final.numel())
 
+    denoiser.runner.encode(denoiser.module, seeds, batch=1)
     effects = []
     for done, one in enumerate(seeds, start=1):
         effects.append(final_effects(denoiser, table, [one], errors, random, checkpoint=checkpoint))

@@ -77,7 +77,7 @@ class Probing:
     table: LayerTable
     errors: WeightErrors
     n_widths: int
-    weighing: Weighing = Weighing()
+    weighing: Weighing = field(default_factory=Weighing)
     probes: int = 2
     seed: int = 0
     checkpoint: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,10 +13,13 @@ from torch import Tensor
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
-from mpqsearch.sampling import SchedulerStep, can_sample, prediction_gains, scheduler_steps
+from mpqsearch.sampling import SchedulerStep, batch_of, can_sample, prediction_gains, scheduler_steps
 
 SEEDS = 2
 """Runs whose gains are averaged: they differ little between seeds, much between steps."""
+
+MIXED = 4
+"""Samples whose mixes are found together: in one, all values may be clipped, so that no prediction counts."""
 
 TakeStep = Callable[[list[Call], list[Tensor]], None]
 """Gets the calls that were made for one step of the scheduler, and their raw predictions."""
@@ -24,12 +28,13 @@ TakeStep = Callable[[list[Call], list[Tensor]], None]
 @dataclass(frozen=True, slots=True)
 class Weighing:
     """Mixes and scales the raw predictions of a step so that the squared norm of their error is the mean squared error
-    that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they are
-    independent.
+    that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they
+    are independent.
 
     ``steps`` are those of `scheduler_steps`: the halves of classifier-free guidance become the guided prediction, be
-    they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler (recorded
-    calls) there are neither: each call is by itself, and the squared norm is the mean squared error of its prediction.
+    they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler
+    (recorded calls) there are neither: each call is by itself, and the squared norm is the mean squared error of its
+    prediction.
     """
 
     steps: Sequence[SchedulerStep] = ()
@@ -39,7 +44,7 @@ class Weighing:
         """The predictions of one step, mixed and scaled, as one float32 tensor; of several samples the mean."""
         if not self.steps:
             (alone,) = predictions
-            return alone.float() / alone.numel() ** 0.5
+            return alone.float() * (1 / math.sqrt(alone.numel()))
         index = self._ends.index(calls[-1].index)
         mix, gain = self.steps[index].mix, self.gains[index] * len(self.steps)
         if mix is None:
@@ -47,7 +52,8 @@ class Weighing:
             return torch.cat(parts)
         samples = sum(map(len, predictions)) // mix.shape[1]
         rows = torch.cat([p.float().reshape(len(p) // samples, -1) for p in predictions])
-        return (mix.to(rows.device) @ rows) * (gain / rows.shape[1]) ** 0.5
+        mixed: Tensor = (mix.to(rows.device) @ rows) * (gain / rows.shape[1]) ** 0.5
+        return mixed
 
     @property
     def _ends(self) -> list[int]:
@@ -83,7 +89,10 @@ def weighing_of(denoiser: Denoiser, seeds: Sequence[int]) -> Weighing:
     """
     if not can_sample(denoiser):
         return Weighing()
-    steps = scheduler_steps(denoiser, seeds[:1])
+    mixed = seeds[: batch_of(denoiser, MIXED)]
+    denoiser.runner.encode(denoiser.module, mixed, batch=len(mixed))
+    denoiser.runner.encode(denoiser.module, seeds, batch=1)
+    steps = scheduler_steps(denoiser, mixed)
     gains = [0.0] * len(steps)
     for seed in seeds[:SEEDS]:
         by_call = iter(prediction_gains(denoiser, [seed], probe_seed=seed))

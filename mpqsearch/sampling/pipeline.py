@@ -161,7 +161,7 @@ class PipelineRunner:
         """Shape of what the pipeline makes of a latent, from decoding a made-up one: see `Runner.picture`."""
         if not self._decoded:
             self._require_prompts(self.pipe(module))
-            self._rehearsed(module, [0], output_type="pt")
+            self._rehearsed(module, [0], output_type="np")
         return self._shape
 
     def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
@@ -251,7 +251,7 @@ class PipelineRunner:
         asked = self.prompts is not None and self.prompts.has_text
         if "prompt" in known and not asked and not {"prompt", "prompt_embeds"} & set(self.spec.call):
             raise ConfigError(
-                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE, or prompts.file), one a line"
+                f"{type(pipe).__name__} draws prompts: name a file of them (--prompts FILE or prompts.file), one a line"
             )
 
     def _release(self) -> None:
@@ -294,7 +294,7 @@ class PipelineRunner:
         stop_after: int | None,
         *,
         grad: bool,
-        output_type: str = "pt",
+        output_type: str = "np",
     ) -> Drawn:
         """One call of the pipeline, ended after so many steps of its scheduler."""
         pipe, steps, latest = self.pipe(module), 0, None

@@ -65,8 +65,8 @@ class DistillSpec:
     ema
         Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
     timestep_weights
-        Of the squared errors of steps. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the final
-        sample for a unit of the mean squared error of that step's prediction, with mean 1 over the steps
+        Of the squared errors of steps. ``uniform``: 1. ``sampler``: proportional to the mean squared change of the
+        final sample for a unit of the mean squared error of that step's prediction, with mean 1 over the steps
         (`mpqsearch.sampling.prediction_gains`). Models that predict noise err most where there is little noise left,
         where it changes the sample least.
     clip_norm

@@ -113,7 +113,6 @@ def _measure(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
             run.denoiser,
             table,
             c.policy,
-            c.sampler,
             c.calibration,
             c.quantizer.format(),
             memory_limit=c.model.limit_bytes,

@@ -11,7 +11,6 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
@@ -53,7 +52,6 @@ def _new_moments(run: Run, table: LayerTable) -> InputMoments:
     moments = InputMoments(
         denoiser=run.denoiser,
         table=table,
-        sampler=run.config.sampler,
         seeds=range(first, first + run.config.quantizer.moment_samples),
         limit=run.config.model.limit_bytes,
     )
@@ -131,17 +129,13 @@ def activation_table(
     Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
     widths.
     """
+    from mpqsearch.profile import scales_of
+
     if not bit_map.activations:
         return None
-    steps = run.config.sampler.steps
-    if bit_map.activation_steps not in (1, steps):
-        raise ConfigError(
-            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {steps} "
-            "steps. Allocate again with this sampler."
-        )
     key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
     ranges = run.once(key, lambda: _ranges(run, table, bit_map, input_max))
-    return ranges.table(bit_map.activations, run.config.activations)
+    return scales_of(ranges, bit_map, run.config.activations)
 
 
 def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor]) -> RangeCollector:
@@ -153,7 +147,6 @@ def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str
         return collect_ranges(
             run.denoiser,
             table,
-            run.config.sampler,
             seeds=range(c.first_seed, c.first_seed + c.samples),
             per_timestep=bit_map.activation_steps > 1,
             layers=bit_map.activations,

@@ -28,8 +28,9 @@ from mpqsearch.export import (
 from mpqsearch.export.contract import REASONS
 from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, fresh_process
 from mpqsearch.models.calls import capture
-from mpqsearch.models.denoiser import Denoiser, adapt
+from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.discover import discover
+from mpqsearch.sampling import adapt
 
 NAMES = sorted(TARGETS)
 

@@ -74,7 +74,7 @@ def study(tmp_path: Path) -> Path:
 
 def test_one_command_gives_the_front_of_a_text_to_image_pipeline(cli: Cli, study: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = cli("run", "-c", study, "--run-dir", folder)
+    done = cli("run", study, "--run-dir", folder)
     assert done.returncode == 0, done.stderr
     records = artifacts.read_json(folder / "pareto.json", "mpqsearch/pareto").data["records"]
     assert [r["method"] for r in records] == ["full-precision", "uniform", "ilp", "ilp+trd"]
@@ -90,13 +90,13 @@ def test_one_command_gives_the_front_of_a_text_to_image_pipeline(cli: Cli, study
     assert pictures["images"].dtype == np.uint8
 
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.suffix in (".npz", ".html")}
-    again = cli("run", "-c", study, "--run-dir", folder)
+    again = cli("run", study, "--run-dir", folder)
     assert again.returncode == 0, again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in before}  # everything was there
 
 
 def test_what_cannot_be_finished_is_not_begun(cli: Cli, study: Path, tmp_path: Path) -> None:
-    refused = cli("run", "-c", study, "--run-dir", tmp_path / "run", "--set", "evaluate.extractor=fmnist-cnn")
+    refused = cli("run", study, "--run-dir", tmp_path / "run", "--set", "evaluate.extractor=fmnist-cnn")
     assert refused.returncode == 2
     assert "the extractor fmnist-cnn reads pictures (1, 28, 28)" in refused.stderr
     assert not (tmp_path / "run" / "profile.json").exists()

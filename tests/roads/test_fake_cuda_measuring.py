@@ -28,16 +28,15 @@ from mpqsearch.metrics import (
 )
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import quantize_model
-from mpqsearch.sampling import labels_of, noise_of, prediction_sensitivities, sample, trajectory
+from mpqsearch.sampling import latents
 from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate
-from mpqsearch.specs import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.support.drawn import batches_of, reference_of
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 
 SEEDS = (0, 1, 2)
-SAMPLER = SamplerSpec(steps=1, guidance=2.0, batch=2)
+SAMPLER: dict[str, Any] = {"steps": 1, "guidance": 2.0, "batch": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +67,7 @@ def extractor_of(network: nn.Module) -> FeatureExtractor:
 
 
 def labels(denoiser: Denoiser) -> list[int]:
-    found = labels_of(denoiser, SEEDS)
-    assert isinstance(found, torch.Tensor)
-    return found.tolist()
+    return [int(label) for label in denoiser.runner.labels(SEEDS) if label is not None]
 
 
 @pytest.mark.parametrize("name", ["random-conv", "fmnist-cnn"])
@@ -89,9 +86,9 @@ def test_an_extractor_computes_on_its_device(name: str) -> None:
 
 
 def test_metrics_are_those_of_the_cpu(tmp_path: Path) -> None:
-    network, denoiser = Classifier(), tiny_denoiser("unet")
+    network, denoiser = Classifier(), tiny_denoiser("unet", **SAMPLER)
     extractor, asked = extractor_of(network), labels(denoiser)
-    full = sample(denoiser, SEEDS, SAMPLER)
+    full = latents(denoiser, SEEDS)
     reference = reference_of(full, extractor, tmp_path, labels=asked)
     samples = full + 0.1 * torch.randn(full.shape, generator=torch.Generator().manual_seed(1))
     expected = evaluate(batches_of(samples, labels=asked), reference)
@@ -124,23 +121,9 @@ def test_distances_of_features_that_lie_on_a_device() -> None:
             assert distance(on_gpu(x), on_gpu(y), moved_draws) == distance(x, y, draws)
 
 
-def test_conditions_of_another_device_are_moved() -> None:
-    def by_name(_denoiser: Denoiser, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {"class_labels": torch.tensor([s % 4 for s in seeds])}
-
-    denoiser, spec = tiny_denoiser("unet"), SamplerSpec(steps=2)
-    moved = denoiser.with_module(on_gpu(denoiser.module))
-    expected = prediction_sensitivities(denoiser, SEEDS, spec, conditions=by_name)
-    assert prediction_sensitivities(moved, SEEDS, spec, conditions=by_name) == pytest.approx(expected, rel=1e-3)
-    x, cond = noise_of(SEEDS, denoiser.sample_shape), by_name(denoiser, SEEDS)
-    with torch.no_grad():
-        steps = [list(trajectory(d, where, cond, spec)) for d, where in ((denoiser, x), (moved, on_gpu(x)))]
-    torch.testing.assert_close(steps[1][-1].after.cpu(), steps[0][-1].after, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
-    denoiser, network = tiny_denoiser(kind), Classifier()
+    denoiser, network = tiny_denoiser(kind, **SAMPLER), Classifier()
     table = discover(denoiser)
     bit_map = BitMap(
         model_digest=table.digest,
@@ -158,10 +141,9 @@ def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, tmp_path: Path
     )
 
     def evaluator(where: str, denoiser: Denoiser, network: nn.Module, **given: Any) -> ModelEvaluator:
-        extractor, full = extractor_of(network), sample(denoiser, SEEDS, SAMPLER)
+        extractor, full = extractor_of(network), latents(denoiser, SEEDS)
         return ModelEvaluator(
             denoiser=denoiser,
-            sampler=SAMPLER,
             quantized=lambda c: quantize_model(denoiser.module, table, c.bit_map, **given).module,
             calibration="tiny",
             reference=reference_of(full, extractor, tmp_path / where, labels=labels(denoiser)),

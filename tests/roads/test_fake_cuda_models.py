@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mpqsearch.models import capture, discover
-from mpqsearch.sampling import SamplerSpec, prediction_sensitivities, sample
+from mpqsearch.prompts import prompts_of
+from mpqsearch.sampling import adapt, latents, load_model, prediction_gains, samples
+from mpqsearch.specs import SamplerSpec
 from tests.support import tiny_denoiser
 from tests.support.fake_cuda import fake_cuda, on_gpu
+from tests.support.pipelines import PROMPTS, TINY
 
 KINDS = ("unet", "dit")
 
@@ -17,25 +22,41 @@ KINDS = ("unet", "dit")
 def test_layers_and_recorded_calls_are_those_of_the_cpu(kind: str) -> None:
     denoiser = tiny_denoiser(kind)
     with torch.no_grad(), capture(denoiser.module) as calls:
-        denoiser.denoise(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1]))
+        denoiser.module(torch.randn(1, 1, 8, 8), torch.tensor([3]), class_labels=torch.tensor([1]))
+    recorded = adapt(denoiser.module, calls=calls)
     with torch.no_grad():
         expected = calls[0].replay(denoiser.module)
     with fake_cuda(), torch.no_grad():
         moved = denoiser.with_module(on_gpu(denoiser.module))
         assert discover(moved) == discover(denoiser)
-        assert discover(moved.with_calls(calls)).layers == discover(denoiser.with_calls(calls)).layers
+        assert discover(recorded.with_module(moved.module)).layers == discover(recorded).layers
         torch.testing.assert_close(calls[0].replay(moved.module).cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
 def test_samples_are_those_of_the_cpu(kind: str, name: str) -> None:
-    denoiser, spec = tiny_denoiser(kind), SamplerSpec(name=name, steps=2, guidance=2.0, batch=2)
+    denoiser = tiny_denoiser(kind, name=name, steps=2, guidance=2.0, batch=2)
     seeds = [0, 1, 2]
-    samples, values = sample(denoiser, seeds, spec), prediction_sensitivities(denoiser, seeds, spec)
+    expected, gains = latents(denoiser, seeds), prediction_gains(denoiser, seeds)
     with fake_cuda():
         moved = denoiser.with_module(on_gpu(denoiser.module))
-        torch.testing.assert_close(
-            sample(moved, seeds, spec), samples, rtol=1e-4, atol=1e-3
-        )  # dpm++ gives values of tens
-        assert prediction_sensitivities(moved, seeds, spec) == pytest.approx(values, rel=1e-3)
+        found = latents(moved, seeds)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # dpm++ gives values of tens
+        for ours, theirs in zip(prediction_gains(moved, seeds), gains, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=0)
+
+
+def test_pictures_and_prompts_of_a_pipeline_are_those_of_the_cpu(tmp_path: Path) -> None:
+    pipe, given = TINY["StableDiffusionPipeline"]()
+    pipe.save_pretrained(tmp_path)
+    spec = SamplerSpec(batch=2, call=given)
+    denoiser = load_model(str(tmp_path), sampler=spec, prompts=prompts_of(PROMPTS))
+    (expected,) = samples(denoiser, [0, 1])
+    with fake_cuda():
+        moved = load_model(str(tmp_path), sampler=spec, prompts=prompts_of(PROMPTS))
+        moved = moved.with_module(on_gpu(moved.module))
+        (found,) = samples(moved, [0, 1])
+    assert found.labels == expected.labels == PROMPTS[:2]
+    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
+    assert int((found.images.int() - expected.images.int()).abs().max()) <= 1  # type: ignore[union-attr]

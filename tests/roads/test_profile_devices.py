@@ -20,11 +20,10 @@ from mpqsearch.profile import (
     input_statistics,
     profile_model,
 )
-from mpqsearch.specs import SamplerSpec
 from tests.support.fake_cuda import fake_cuda, on_gpu
 from tests.support.tiny import tiny_denoiser
 
-SAMPLER = SamplerSpec(steps=2, guidance=2.0, batch=2)
+SAMPLER: dict[str, Any] = {"steps": 2, "guidance": 2.0, "batch": 2}
 POLICY = Policy(widths=(2, 4))
 FORMAT = QuantFormat(n_candidates=4)
 FULL = CalibrationSpec(
@@ -60,9 +59,9 @@ def same(found: SensitivityProfile, expected: SensitivityProfile) -> None:
 
 @pytest.mark.parametrize("spec", [FULL, LAYERS])
 def test_a_profile_on_a_gpu_has_the_numbers_of_the_cpu(spec: CalibrationSpec) -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", **SAMPLER)
     table = discover(denoiser)
-    given = (table, POLICY, SAMPLER, spec, FORMAT)
+    given = (table, POLICY, spec, FORMAT)
     expected = profile_model(denoiser, *given)
     with fake_cuda():
         found = profile_model(moved(denoiser), *given)
@@ -70,10 +69,10 @@ def test_a_profile_on_a_gpu_has_the_numbers_of_the_cpu(spec: CalibrationSpec) ->
 
 
 def test_what_follows_a_profile_runs_on_a_gpu() -> None:
-    denoiser = tiny_denoiser("dit")
+    denoiser = tiny_denoiser("dit", **SAMPLER)
     table = discover(denoiser)
     spec = replace(FULL, final_widths=(), context_seeds=0, activation_bits=())
-    profile = profile_model(denoiser, table, POLICY, SAMPLER, spec, FORMAT)
+    profile = profile_model(denoiser, table, POLICY, spec, FORMAT)
     bit_map = BitMap(
         model_digest=table.digest,
         weights={la.name: np.array(4) for la in table},
@@ -82,9 +81,9 @@ def test_what_follows_a_profile_runs_on_a_gpu() -> None:
     )
 
     def follow(model: Denoiser) -> tuple[Any, ...]:
-        statistics = input_statistics(model, table, SAMPLER, SEEDS)
+        statistics = input_statistics(model, table, SEEDS)
         peaks = {n: s.input_max for n, s in statistics.items()}
-        scales = calibrate_activations(model, table, bit_map, SAMPLER, seeds=SEEDS, input_max=peaks)
+        scales = calibrate_activations(model, table, bit_map, seeds=SEEDS, input_max=peaks)
         return gptq_profile(model, table, profile, statistics, replace(FORMAT, scheme="auto")), scales
 
     expected = follow(denoiser)
@@ -105,9 +104,9 @@ def half(denoiser: Denoiser, dtype: torch.dtype) -> tuple[Denoiser, LayerTable]:
 def test_models_in_half_precision_are_measured_in_float32(dtype: torch.dtype, spec: CalibrationSpec) -> None:
     """Oracle: the same rounded weights in float32. The model runs in its own precision, so the numbers differ by
     that."""
-    model, table = half(tiny_denoiser("dit"), dtype)
-    exact = profile_model(model.with_module(copy.deepcopy(model.module).float()), table, POLICY, SAMPLER, spec, FORMAT)
-    found = profile_model(model, table, POLICY, SAMPLER, spec, FORMAT)
+    model, table = half(tiny_denoiser("dit", **SAMPLER), dtype)
+    exact = profile_model(model.with_module(copy.deepcopy(model.module).float()), table, POLICY, spec, FORMAT)
+    found = profile_model(model, table, POLICY, spec, FORMAT)
     assert all(a.dtype == np.float32 for a in found.arrays.values())
     for key, array in exact.arrays.items():
         if "std_error" in key or "slope" in key:

@@ -93,9 +93,9 @@ def tiny(name: str, *, into: dict[str, Callable[[], Built]] = TINY, **call: Any)
 
 def sliced(pipe: d.DiffusionPipeline) -> d.DiffusionPipeline:
     """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory; see `PipelineRunner`."""
-    for part in modules(pipe):
-        if hasattr(part, "enable_slicing") and type(part).__name__ not in (*WHOLE, *TILED):
-            part.enable_slicing()
+    vae = getattr(pipe, "vae", None)
+    if hasattr(vae, "enable_slicing") and type(vae).__name__ not in (*WHOLE, *TILED):
+        vae.enable_slicing()
     return pipe
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.models import discover
-from mpqsearch.models.calls import capture, make_call
+from mpqsearch.models.calls import call_of, capture
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import adapt
 
@@ -87,7 +87,7 @@ def test_the_file_computes_what_the_quantized_model_does(tmp_path: Path, scheme:
         raw = runs(**given)[0]
         with torch.no_grad():
             torch.testing.assert_close(raw, expected(**given)[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(make_call(module, **given).replay(runs), raw[:, :2])
+            torch.testing.assert_close(call_of(module, (), given).replay(runs), raw[:, :2])
 
 
 def test_containers_that_do_not_hold_the_map_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mpqsearch.quant import quantize_weight, rows_of
 from mpqsearch.quant.apply import moment_of
 from tests.support import tiny_denoiser
 
-SAMPLER = dict(steps=3, guidance=2.0, batch=4)
+SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
 SEEDS = range(1_000_000, 1_000_004)
 FORMAT = QuantFormat(scheme="auto", n_candidates=20)
 

@@ -19,7 +19,7 @@ from tests.support import tiny_denoiser
 from tests.support.tiny import DDPM
 
 FMT = QuantFormat(n_candidates=10)
-SAMPLER = dict(steps=3, batch=8)
+SAMPLER = {"steps": 3, "batch": 8}
 TOTALS = [f"layer_probe_{kind}/asymmetric" for kind in ("error", "error_corrected", "std_error", "std_error_corrected")]
 
 

@@ -15,7 +15,7 @@ from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import RecordedRunner, each_call, latents, prediction_gains
 from tests.support import tiny_denoiser
 
-SAMPLER = dict(steps=4, guidance=2.0, batch=4)
+SAMPLER = {"steps": 4, "guidance": 2.0, "batch": 4}
 WIDTHS = (2, 4, 8)
 
 

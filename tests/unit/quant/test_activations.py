@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
-from mpqsearch.models import adapt, discover
+from mpqsearch.models import discover
+from mpqsearch.models.calls import call_of
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import (
     ActivationQuantizer,
@@ -22,8 +23,10 @@ from mpqsearch.quant import (
 )
 from mpqsearch.quant.activations import TimestepClock
 from mpqsearch.quant.ranges import BINS, _Histogram
-from mpqsearch.sampling import SamplerSpec, noise_of, sample
+from mpqsearch.sampling import SamplerSpec, adapt, latents
+from mpqsearch.sampling.plain import noise_of
 from tests.support import tiny_denoiser
+from tests.support.tiny import DDPM
 
 
 def uniform(table: LayerTable, weight: int, act: int, **kwargs: object) -> BitMap:
@@ -147,28 +150,26 @@ def test_histograms_keep_every_value_when_the_reach_doubles() -> None:
 
 
 def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=5, guidance=2.0, batch=4)
     table = discover(denoiser)
     bit_map = uniform(table, 16, 4, activation_steps=5)
-    activations = calibrate_activations(
-        denoiser, table, bit_map, SamplerSpec(steps=5, guidance=2.0, batch=4), seeds=range(4)
-    )
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
     assert activations.timesteps == (0, 200, 400, 600, 800)
     assert len(activations.scale["conv_in"]) == 5
     assert float(activations.scale["conv_in"].std()) > 0
     made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
     x, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     steps = torch.tensor([800, 200, 0, 600])
-    together = made.denoise(x, steps, labels)
-    # Alone, again, in another order, through the module itself with a plain number: always the scale of the timestep.
+    together = made.module(x, steps, class_labels=labels).sample
+    # Alone, again, in another order, with a plain number: always the scale of the timestep.
     for i in (2, 0, 3, 1, 1):
-        alone = made.denoise(x[i : i + 1], steps[i : i + 1], labels[i : i + 1])
+        alone = made.module(x[i : i + 1], steps[i : i + 1], class_labels=labels[i : i + 1]).sample
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-5)
     direct = made.module(x[:1], 800, class_labels=labels[:1]).sample
     torch.testing.assert_close(direct, together[:1], rtol=1e-4, atol=1e-5)
     # Timesteps in between take the nearest calibrated one.
     for given, nearest in ((290, 200), (310, 400), (999, 800)):
-        made.denoise(x, torch.full((4,), given), labels)
+        made.module(x, torch.full((4,), given), class_labels=labels)
         clock = made.module.timestep_clock
         assert isinstance(clock, TimestepClock)
         assert clock.index is not None
@@ -176,18 +177,18 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
 
 
 def test_guidance_in_one_call_equals_guidance_in_two() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=4, batch=4)
     table = discover(denoiser)
     bit_map = uniform(table, 3, 6, activation_steps=4)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4))
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
     made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([750, 250]), torch.tensor([1, 3])
     null = torch.full_like(labels, 4)
-    separate = [made.denoise(x, t, c) for c in (labels, null)]
-    torch.testing.assert_close(
-        made.guided(x, t, labels, 3.0), separate[1] + 3 * (separate[0] - separate[1]), rtol=1e-4, atol=1e-4
-    )
-    sample(made, range(4), SamplerSpec(steps=7, guidance=3.0))  # another number of steps than was calibrated
+    asked, free = (made.module(x, t, class_labels=c).sample for c in (labels, null))
+    both = made.module(torch.cat([x, x]), torch.cat([t, t]), class_labels=torch.cat([null, labels])).sample
+    torch.testing.assert_close(both, torch.cat([free, asked]), rtol=1e-4, atol=1e-4)
+    # Another number of steps than was calibrated.
+    assert latents(tiny_denoiser(steps=7, guidance=3.0).with_module(made.module), range(4)).isfinite().all()
 
 
 class Own(nn.Module):
@@ -203,15 +204,17 @@ class Own(nn.Module):
 
 def test_modules_with_a_method_denoise_are_timed_too() -> None:
     torch.manual_seed(0)
-    denoiser = adapt(Own(), sample_shape=(1, 8, 8))
+    spec = SamplerSpec(steps=4, batch=4)
+    denoiser = adapt(Own(), sample_shape=(1, 8, 8), scheduler=DDPM, sampler=spec)
     table = discover(denoiser)
     bit_map = uniform(table, 8, 4, activation_steps=4)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=4, batch=4), seeds=range(4))
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
     scales = activations.scale["b"]
     assert bool((scales[1:] > scales[:-1]).all()), "the input grows with the timestep by construction"
     assert not hasattr(denoiser.module, "timestep_clock"), "calibration leaves nothing behind"
     student = denoiser.with_module(build_student(denoiser.module, table, bit_map, activations=activations))
-    student.denoise(torch.randn(2, 1, 8, 8), torch.tensor([250, 750]), None).sum().backward()
+    given = (torch.randn(2, 1, 8, 8), torch.tensor([250, 750]), None)
+    call_of(student.module, given, {}).replay(student.module).sum().backward()
     grads = {n: layer.input_quantizer.scale.grad for n, layer in quant_layers(student.module)}  # type: ignore[union-attr]
     assert grads["b"].ne(0).tolist() == [False, True, False, True], (
         "only the scales of the timesteps that were given learn"
@@ -219,10 +222,10 @@ def test_modules_with_a_method_denoise_are_timed_too() -> None:
 
 
 def test_copies_keep_a_clock_of_their_own() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=3, batch=2)
     table = discover(denoiser)
     bit_map = uniform(table, 4, 4, activation_steps=3)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=3, batch=2), seeds=range(2))
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
     one = quantize_model(denoiser.module, table, bit_map, activations=activations).module
     two = copy.deepcopy(one)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
