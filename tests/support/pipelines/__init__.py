@@ -6,7 +6,6 @@ Nothing is downloaded: tokenizers hold single characters. Each builds in millise
 """
 
 from tests.support.pipelines import images, sounds, unets, videos  # noqa: F401  (each enters its own)
-<<<<<<< HEAD
 from tests.support.pipelines.registry import (
     ALONE,
     MISFITS,
@@ -20,6 +19,7 @@ from tests.support.pipelines.registry import (
     prompt_of,
     sliced,
 )
+from tests.support.pipelines.running import denoiser_of
 
 __all__ = [
     "ALONE",
@@ -30,13 +30,8 @@ __all__ = [
     "TINY",
     "Built",
     "arguments",
+    "denoiser_of",
     "modules",
     "prompt_of",
     "sliced",
 ]
-=======
-from tests.support.pipelines.registry import ALONE, MISFITS, PROMPTS, TINY, Built, arguments, modules, prompt_of, sliced
-from tests.support.pipelines.running import denoiser_of
-
-__all__ = ["ALONE", "MISFITS", "PROMPTS", "TINY", "Built", "arguments", "denoiser_of", "modules", "prompt_of", "sliced"]
->>>>>>> runner20
