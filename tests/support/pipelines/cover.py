@@ -24,14 +24,12 @@ from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.models import Denoiser, Hooks, Parts, discover
 from mpqsearch.models.runner import watched_scheduler
-from mpqsearch.prompts import Prompt, Prompts
-from mpqsearch.prompts.splits import BANDS
 from mpqsearch.quant import build_student, param_groups, quantize_model
 from mpqsearch.sampling import PipelineRunner, SamplerSpec, chain, each_call, gradients, latents, load_model, samples
-from tests.support.pipelines.registry import ALONE, PROMPTS, TINY, arguments
+from tests.support.pipelines.registry import ALONE, TINY, arguments
+from tests.support.pipelines.running import ASKED
 
 SEEDS = (1, 2)
-ASKED = Prompts(splits=dict.fromkeys(BANDS, tuple(Prompt(text=text) for text in PROMPTS)))
 
 
 @dataclass
