@@ -26,9 +26,9 @@ LINEAR_GAP = 1e-4
 def solve_pairwise(pairs: PairwiseTerms, tables: Tables) -> Answer:
     """A good choice within one budget."""
     couplings, cost, limit = Couplings(tables.loss, pairs, tables.row), tables.costs[0], tables.limits[0]
-    best = mckp.solve_table(couplings.loss, cost, limit)
+    best = mckp.solve_table(tables.loss, cost, limit)  # so the answer is no worse than without the pairs
     least, mean = couplings.total(best.choice), couplings.field(best.choice)
-    allowed = np.isfinite(couplings.loss)  # what is not allowed stays infinite: the mean of infinities is no number
+    allowed = np.isfinite(tables.loss)  # what is not allowed stays infinite: the mean of infinities is no number
     seen = {best.choice.tobytes()}
     for number in range(1, ROUNDS):
         solved = mckp.solve_table(mean, cost, limit, gap_tolerance=LINEAR_GAP)

@@ -126,7 +126,9 @@ class FeatureTap:
         self._kept: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in self._modules]
+        self._handles = [
+            m.register_forward_hook(partial(self._keep, name), with_kwargs=True) for name, m in self._modules
+        ]
         return self
 
     def __exit__(
@@ -149,8 +151,10 @@ class FeatureTap:
         calls, self._kept = self._kept, []
         return calls[0] if len(calls) == 1 else torch.cat(calls)
 
-    def _keep(self, name: str, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        self._kept.append(_wide(pool_positions(_tensor_of(output, name), self.pooled_size)))
+    def _keep(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        feature = _tensor_of(output, getattr(given, "shape", None), name)
+        self._kept.append(_wide(pool_positions(feature, self.pooled_size)))
 
 
 def _named_module(denoiser: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -161,9 +165,9 @@ def _named_module(denoiser: nn.Module, name: str) -> tuple[str, nn.Module]:
     return name, modules[name]
 
 
-def _tensor_of(output: Any, name: str) -> Tensor:
-    """The feature among what a block returns: joint blocks return text and image tokens, of which the image is the
-    larger."""
+def _tensor_of(output: Any, given: torch.Size | None, name: str) -> Tensor:
+    """The feature among what a block returns: joint blocks return text and image tokens, of which the image has the
+    shape that was ``given``; else the largest."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
@@ -173,7 +177,7 @@ def _tensor_of(output: Any, name: str) -> Tensor:
             f"the module {name!r} returns {type(output).__name__}, which holds no tensor; name another one "
             "(distill.relation.feature)"
         )
-    return max(tensors, key=Tensor.numel)
+    return next((t for t in tensors if t.shape == given), max(tensors, key=Tensor.numel))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -71,10 +71,10 @@ class Tally:
         self._scorers = tuple(scorers)
         self._all_scorers = (PSNR, *extractor.scorers, *scorers)
         self._keep = keep
-        self._errors: list[Tensor] = []
-        self._features: list[Tensor] = []
+        self._errors = _Rows()
+        self._features = _Rows()
         self._images: list[Tensor] = []
-        self._scores: dict[str, list[Tensor]] = {}
+        self._scores: dict[str, _Rows] = {}
 
     def empty(self, keep: int = 0) -> Tally:
         """Another one that measures the same and keeps the first pictures."""
@@ -91,7 +91,7 @@ class Tally:
                     f"samples of the seeds {seeds_label(batch.seeds)} cannot be compared with those of "
                     f"{seeds_label(full.seeds)}: their noise differs"
                 )
-            self._errors.append((batch.latents.cpu().double() - full.latents.double()).square().flatten(1).mean(1))
+            self._errors.add((batch.latents.cpu().double() - full.latents.double()).square().flatten(1).mean(1))
         if batch.images is not None:
             self._look(batch, batch.images.cpu(), None if full is None else full.images)
         self.seeds.extend(batch.seeds)
@@ -99,7 +99,7 @@ class Tally:
     def _look(self, batch: Drawn, images: Tensor, full: Tensor | None) -> None:
         features = self.extractor(images)
         _require_finite(features, batch)
-        self._features.append(features)
+        self._features.add(features)
         if len(self.seeds) < self._keep:
             self._images.append(images[: self._keep - len(self.seeds)].clone())
         n_frames = len(features) // len(images)
@@ -110,21 +110,21 @@ class Tally:
             if paired and expected is None:
                 continue
             scores = scorer.score(shown, labels, expected if paired else None).cpu().double()
-            self._scores.setdefault(scorer.key, []).append(scores.view(-1, n_frames).nanmean(1))
+            self._scores.setdefault(scorer.key, _Rows()).add(scores.view(-1, n_frames).nanmean(1))
 
     @property
     def features(self) -> Tensor | None:
         """``[rows, d]``; None when there were no pictures."""
-        return torch.cat(self._features) if self._features else None
+        return self._features.all()
 
     def evaluation(self, full: Tensor | None = None, data: DataReference | None = None) -> Evaluation:
         """The metrics, given the features of full precision and the statistics of data: see `evaluate`."""
         sheet, features = _Sheet(self), self.features
-        if self._errors:
-            sheet.put_mean("paired_mse", "MSE vs FP, same noise", FULL_PRECISION, self._errors, bounds=POSITIVE)
-        for s in (s for s in self._all_scorers if s.key in self._scores):
-            scores = self._scores[s.key]
-            sheet.put_mean(s.key, s.name, s.against, scores, bounds=s.bounds, higher=s.higher_is_better)
+        if (errors := self._errors.all()) is not None:
+            sheet.put_mean("paired_mse", "MSE vs FP, same noise", FULL_PRECISION, errors, bounds=POSITIVE)
+        for s in self._all_scorers:
+            if s.key in self._scores and (scores := self._scores[s.key].all()) is not None:
+                sheet.put_mean(s.key, s.name, s.against, scores, bounds=s.bounds, higher=s.higher_is_better)
         if features is not None:
             sheet.put_distances(features, full, data)
         images = torch.cat(self._images) if self._images else None
@@ -192,10 +192,14 @@ def evaluate(batches: Iterable[Drawn], reference: Reference, *, keep: int = 0) -
 
 def features_of(batches: Iterable[Drawn], extractor: FeatureExtractor) -> Tensor:
     """Features ``[rows, d]`` of all pictures and frames; `ConfigError` when there are none."""
-    features = [extractor(batch.images) for batch in batches if batch.images is not None]
-    if not features:
+    rows = _Rows()
+    for images in (batch.images for batch in batches):
+        if images is not None:
+            rows.add(extractor(images))
+    features = rows.all()
+    if features is None:
         raise ConfigError("these samples are no pictures, so they have no features: compare their paired error")
-    return torch.cat(features)
+    return features
 
 
 def distance_to_full_precision(batches: Iterable[Drawn], full: FeatureStatistics, extractor: FeatureExtractor) -> float:
@@ -205,6 +209,28 @@ def distance_to_full_precision(batches: Iterable[Drawn], full: FeatureStatistics
         return frechet_distance(full, FeatureStatistics.of(features_of(batches, extractor)))
     except NumericsError:
         return math.inf
+
+
+class _Rows:
+    """Rows that come a few at a time, in one tensor that doubles: small tensors that stay between large ones that go
+    would keep the memory of all from being used again."""
+
+    def __init__(self) -> None:
+        self._rows: Tensor | None = None
+        self._n = 0
+
+    def add(self, rows: Tensor) -> None:
+        n = self._n + len(rows)
+        if self._rows is None or n > len(self._rows):
+            grown = rows.new_empty((max(n, 2 * self._n), *rows.shape[1:]))
+            if self._rows is not None:
+                grown[: self._n] = self._rows[: self._n]
+            self._rows = grown
+        self._rows[self._n : n] = rows
+        self._n = n
+
+    def all(self) -> Tensor | None:
+        return None if self._rows is None else self._rows[: self._n].clone()
 
 
 class _Sheet:
@@ -220,14 +246,13 @@ class _Sheet:
         key: str,
         name: str,
         against: str,
-        parts: Sequence[Tensor],
+        each: Tensor,
         *,
         bounds: tuple[float, float],
         higher: bool = False,
     ) -> None:
         """Add the mean of one number a sample; samples whose number is NaN are left out, and so is a metric of fewer
         than two."""
-        each = torch.cat(list(parts))
         each = each[~each.isnan()]
         if len(each) > 1:
             weights = _bootstrap_weights(len(each))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +76,8 @@ def load_pipeline(
     settings, index = _how(dtype, device), read_config(folder / "model_index.json")
     components = denoisers_of(index, component, source)
     if whole:
-        _check_components(index, source)
+        with _quiet():
+            _check_components(index, source)
     loaded = {name: _load(folder / name, settings, kind) for name, kind in components.items()}
     parts = {name: plain_copy(part.to(device)) for name, part in loaded.items()}
     single = next(iter(parts.values()))
@@ -226,15 +229,22 @@ def diffusers_class(name: str, source: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of diffusers about keys: they are errors here, and named in one line."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """Without the progress bars of diffusers and transformers and without their warnings: what is wrong with keys is an
+    error here, named in one line."""
+    names = ("diffusers", "transformers") if importlib.util.find_spec("transformers") else ("diffusers",)
+    loggers = [importlib.import_module(f"{name}.utils.logging") for name in names]
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
     finally:
-        logging.set_verbosity(before)
+        for logger, (verbosity, shown) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if shown:
+                logger.enable_progress_bar()
 
 
 def _stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:

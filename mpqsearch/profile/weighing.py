@@ -13,10 +13,13 @@ from torch import Tensor
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
-from mpqsearch.sampling import SchedulerStep, can_sample, prediction_gains, scheduler_steps
+from mpqsearch.sampling import SchedulerStep, batch_of, can_sample, prediction_gains, scheduler_steps
 
 SEEDS = 2
 """Runs whose gains are averaged: they differ little between seeds, much between steps."""
+
+MIXED = 4
+"""Samples whose mixes are found together: in one, all values may be clipped, so that no prediction counts."""
 
 TakeStep = Callable[[list[Call], list[Tensor]], None]
 """Gets the calls that were made for one step of the scheduler, and their raw predictions."""
@@ -86,7 +89,10 @@ def weighing_of(denoiser: Denoiser, seeds: Sequence[int]) -> Weighing:
     """
     if not can_sample(denoiser):
         return Weighing()
-    steps = scheduler_steps(denoiser, seeds[:1])
+    mixed = seeds[: batch_of(denoiser, MIXED)]
+    denoiser.runner.encode(denoiser.module, mixed, batch=len(mixed))
+    denoiser.runner.encode(denoiser.module, seeds, batch=1)
+    steps = scheduler_steps(denoiser, mixed)
     gains = [0.0] * len(steps)
     for seed in seeds[:SEEDS]:
         by_call = iter(prediction_gains(denoiser, [seed], probe_seed=seed))

@@ -86,6 +86,7 @@ def each_call(
                 progress(1)
         return
     size = batch_of(denoiser, batch)
+    denoiser.runner.encode(denoiser.module, seeds, batch=size)
     for start in range(0, len(seeds), size):
         denoiser.runner.run(
             denoiser.module,

@@ -11,7 +11,6 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
@@ -130,17 +129,13 @@ def activation_table(
     Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
     widths.
     """
+    from mpqsearch.profile import scales_of
+
     if not bit_map.activations:
         return None
-    steps = 1 if bit_map.activation_steps == 1 else run.denoiser.runner.calls_per_run(run.denoiser.module)
-    if bit_map.activation_steps not in (1, steps):
-        raise ConfigError(
-            f"the bit map counts {bit_map.activation_steps} activation scales a layer, the sampler takes {steps} "
-            "steps. Allocate again with this sampler."
-        )
     key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
     ranges = run.once(key, lambda: _ranges(run, table, bit_map, input_max))
-    return ranges.table(bit_map.activations, run.config.activations)
+    return scales_of(ranges, bit_map, run.config.activations)
 
 
 def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor]) -> RangeCollector:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compositions import Compositions
+from compositions import Compositions, random_scene
 from fashion_mnist import DEFAULT_DIR
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -103,9 +103,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vae": {"steps": 2500, "batch": 16, "lr": 2e-3, "ema": 0.999, "warmup": 100},
     "judge": {"steps": 2000, "batch": 64, "lr": 2e-3, "ema": 0.995, "warmup": 100},
     "clip": {"steps": 2500, "batch": 96, "lr": 1.5e-3, "ema": 0.995, "warmup": 100},
-    "t2i": {"steps": 8000, "batch": 32, "lr": 1.5e-3, "ema": 0.999, "warmup": 200},
+    "t2i": {
+        "steps": 8000,
+        "batch": 32,
+        "lr": 1.5e-3,
+        "ema": 0.999,
+        "warmup": 200,
+        "again": {"steps": 5000, "lr": 1e-3},
+    },
     "flow": {"steps": 8000, "batch": 32, "lr": 1.0e-3, "ema": 0.999, "warmup": 200},
 }
+"""``again``: a second round with a rate of its own. In the first round of ``t2i`` the captions name two items in either
+order, and the model learns everything but which stands where; in the second they name them in reading order."""
+
 SEED = 0
 KL = 1e-4
 """Weight of the Kullback-Leibler term of the autoencoder, per latent value."""
@@ -146,12 +156,16 @@ def build_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-class Part:
-    """One thing to train: its networks, and the loss of a batch drawn from a generator."""
+Loss = Callable[[torch.Generator, int], Tensor]
+"""Of a batch of some size, drawn from a generator."""
 
-    def __init__(self, networks: dict[str, nn.Module], loss: Callable[[torch.Generator, int], Tensor]) -> None:
+
+class Part:
+    """One thing to train: its networks, the loss of a batch, and that of a second round."""
+
+    def __init__(self, networks: dict[str, nn.Module], loss: Loss, again: Loss | None = None) -> None:
         self.networks = nn.ModuleDict(networks)
-        self.loss = loss
+        self.loss, self.again = loss, again or loss
 
 
 def vae_part(data: Compositions, _: Path) -> Part:
@@ -231,19 +245,23 @@ def t2i_part(data: Compositions, out: Path) -> Part:
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     latents, tokens, empty = cached_latents(data, out)
+    ordered = in_reading_order(build_tokenizer(out.parent / "tokenizer"), tokens)
     unet, encoder = UNet2DConditionModel(**UNET), text_encoder()
     alpha_bar = DDIMScheduler(**DIFFUSION).alphas_cumprod
 
-    def loss(generator: torch.Generator, batch: int) -> Tensor:
+    def loss_with(captions: Tensor) -> Loss:
+        return lambda generator, batch: one_loss(captions, generator, batch)
+
+    def one_loss(captions: Tensor, generator: torch.Generator, batch: int) -> Tensor:
         index = torch.randint(0, len(latents), (batch,), generator=generator)
-        ids = dropped(tokens[index], empty, generator)
+        ids = dropped(captions[index], empty, generator)
         t = stratified(batch, generator).mul(1000).long().clamp(max=999)
         x, noise = latents[index].float(), torch.randn(batch, 4, LATENT, LATENT, generator=generator)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         states = encoder(input_ids=ids).last_hidden_state
         return F.mse_loss(unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, encoder_hidden_states=states).sample, noise)
 
-    return Part({"unet": unet, "text_encoder": encoder}, loss)
+    return Part({"unet": unet, "text_encoder": encoder}, loss_with(tokens), again=loss_with(ordered))
 
 
 def flow_part(data: Compositions, out: Path) -> Part:
@@ -252,6 +270,7 @@ def flow_part(data: Compositions, out: Path) -> Part:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     latents, tokens, empty = cached_latents(data, out)
+    tokens = in_reading_order(build_tokenizer(out.parent / "tokenizer"), tokens)
     encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)) for _ in range(2)]
     transformer = SD3Transformer2DModel(**FLOW)
 
@@ -306,6 +325,23 @@ def cached_latents(data: Compositions, out: Path) -> tuple[Tensor, Tensor, Tenso
     return stored["latents"], stored["tokens"], empty
 
 
+def reading_order(scene: Scene) -> Scene:
+    """The same picture, described from the left or from the top."""
+    turned = {"right of": "left of", "below": "above"}.get(scene.place)
+    if turned is None:
+        return scene
+    return Scene(scene.second, scene.second_colour, scene.floor, turned, scene.first, scene.first_colour)
+
+
+def in_reading_order(tokenizer: Any, tokens: Tensor) -> Tensor:
+    """Tokens ``[n, TOKENS]`` of the same captions in reading order."""
+    captions = [text.strip().replace(" - ", "-") for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    scenes = [Scene.parse(caption) for caption in captions]
+    if None in scenes:
+        raise SystemExit(f"the cached latents have a caption that is none: {captions[scenes.index(None)]!r}")
+    return tokens_of(tokenizer, [reading_order(scene).caption for scene in scenes if scene is not None])
+
+
 def trained_vae(runs: Path) -> tuple[Any, float]:
     """The averaged autoencoder, and the factor that gives its latents unit variance."""
     from diffusers import AutoencoderKL
@@ -349,7 +385,8 @@ def train(name: str, data_dir: Path, out: Path) -> None:
     start = load_state(out, networks, ema, optimizer)
     log = (out / "log.jsonl").open("a")
     began, recent = time.time(), 0.0
-    for step in tqdm(range(start, recipe["steps"]), initial=start, total=recipe["steps"], desc=name, mininterval=10):
+    total = recipe["steps"] + recipe.get("again", {}).get("steps", 0)
+    for step in tqdm(range(start, total), initial=start, total=total, desc=name, mininterval=10):
         value = one_step(part, optimizer, recipe, step)
         if not math.isfinite(value):
             raise SystemExit(f"{name}: the loss is {value} at step {step}; lower the learning rate and start again")
@@ -359,18 +396,20 @@ def train(name: str, data_dir: Path, out: Path) -> None:
             seconds = round(time.time() - began, 1)
             log.write(json.dumps({"step": step + 1, "loss": round(recent, 6), "seconds": seconds}) + "\n")
             log.flush()
-        if (step + 1) % 250 == 0 or step + 1 == recipe["steps"]:
+        if (step + 1) % 250 == 0 or step + 1 == total:
             save_state(out, step + 1, networks, ema, optimizer)
 
 
 def one_step(part: Part, optimizer: torch.optim.Optimizer, recipe: dict[str, Any], step: int) -> float:
     """One update at the rate of a cosine schedule with a linear start; returns the loss."""
-    rate = (
-        recipe["lr"] * min(1.0, (step + 1) / recipe["warmup"]) * 0.5 * (1 + math.cos(math.pi * step / recipe["steps"]))
-    )
+    again = step >= recipe["steps"]
+    current, done = (recipe["again"], step - recipe["steps"]) if again else (recipe, step)
+    cosine = 0.5 * (1 + math.cos(math.pi * done / current["steps"]))
+    rate = current["lr"] * min(1.0, (done + 1) / recipe["warmup"]) * cosine
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = part.loss(torch.Generator().manual_seed(SEED * 1_000_003 + step), recipe["batch"])
+    loss_of = part.again if again else part.loss
+    loss = loss_of(torch.Generator().manual_seed(SEED * 1_000_003 + step), recipe["batch"])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(part.networks.parameters(), 1.0)
@@ -446,6 +485,7 @@ def check(name: str, runs: Path, data_dir: Path, n: int = 256) -> None:
     judge = trained_judge(runs)
     generator = torch.Generator().manual_seed(SEED + 123_456)
     images, scenes = Compositions("t10k", data_dir).batch(n, generator)
+    scenes = [reading_order(scene) for scene in scenes]
     report = {"held-out pictures": images}
     if (runs / "vae" / "state.safetensors").is_file():
         vae, _ = trained_vae(runs)
@@ -487,6 +527,23 @@ def export(name: str, runs: Path) -> None:
         build_tokenizer(folder)
     else:
         pipeline(name, runs).to(torch.float16).save_pretrained(folder)
+        (folder / "sampler.json").write_text(json.dumps(meant(name), indent=1) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(prompts()) + "\n")
+
+
+def meant(name: str) -> dict[str, Any]:
+    """How the pictures of a pipeline are meant to be drawn, for its ``sampler.json``."""
+    call = dict(CALLS[name])
+    return {"steps": call.pop("num_inference_steps"), "guidance": call.pop("guidance_scale"), "call": call}
+
+
+def prompts(n: int = 1000) -> list[str]:
+    """Captions of random scenes, each once."""
+    generator = torch.Generator().manual_seed(SEED + 7)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found[reading_order(random_scene(generator)).caption] = None
+    return list(found)
 
 
 def save_statistics(path: Path, n: int = 20_000) -> None:

@@ -12,6 +12,12 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 from tests.support.problems import changed, problem_of
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """What is proven must not depend on how busy the machine is."""
+    monkeypatch.setattr(constrained, "PATIENCE_S", 900.0)
+
+
 def layers(n=60, seed=0):
     """Layers with losses over six decades, and a BOPs budget beside the bits; both bind."""
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,10 @@ import pytest
 import torch
 
 from mpqsearch.core import BitMap
-from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
-from mpqsearch.models import Denoiser, Parts, discover, weights_digest
-from mpqsearch.prompts import Prompt, Prompts
-from mpqsearch.prompts.splits import BANDS
+from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
+from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import build_student, param_groups
-from mpqsearch.sampling import PipelineRunner, SamplerSpec
-from tests.support.pipelines import PROMPTS, TINY
+from tests.support.pipelines import denoiser_of as opened
 
 KINDS = (
     "StableDiffusionPipeline",  # PNDM calls one timestep twice; both halves of guidance in one call
@@ -27,16 +25,6 @@ KINDS = (
     "WanPipeline:2.2",  # two denoisers, two calls a step, video
     "StableAudioPipeline",  # a continuous scheduler, sound
 )
-ASKED = dict.fromkeys(BANDS, tuple(Prompt(text=text) for text in PROMPTS))
-
-
-def opened(name: str, **call: Any) -> Denoiser:
-    pipe, given = TINY[name]()
-    parts = {n: pipe.components[n] for n in ("unet", "transformer", "transformer_2") if pipe.components.get(n)}
-    module = Parts(parts) if len(parts) > 1 else next(iter(parts.values()))
-    asked = Prompts(classes=(1, 7)) if name == "DiTPipeline" else Prompts(splits=ASKED)
-    runner = PipelineRunner(lambda _: pipe, tuple(parts), spec=SamplerSpec(batch=4, call=given | call), prompts=asked)
-    return Denoiser(name=name, module=module, runner=runner, digest=weights_digest(module))
 
 
 def student_of(denoiser: Denoiser) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
@@ -44,20 +32,28 @@ def student_of(denoiser: Denoiser) -> tuple[torch.nn.Module, list[dict[str, Any]
     table = discover(denoiser)
     bit_map = BitMap(model_digest=table.digest, weights={layer.name: np.array(3) for layer in table})
     student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=4)
-    return student, param_groups(student, lr_factor=4)
+    return student, param_groups(student, lr_factor=2)
 
 
 def spec(**settings: Any) -> DistillSpec:
     return DistillSpec(**{"steps": 16, "checkpoint_every": 3, "relation": TRDSpec(pooled_size=2)} | settings)
 
 
+class Repeated(Trajectories):
+    """One trajectory over and over, so that a few steps tell whether anything is learned."""
+
+    @functools.cache  # noqa: B019  (of a test)
+    def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:
+        return super().run(0, relation) if not index else self.run(0, relation)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_training_lowers_the_loss(name: str) -> None:
     denoiser = opened(name)
     student, groups = student_of(denoiser)
-    states = list(distill(student, groups, Trajectories(denoiser, batch=2), spec()))
+    states = list(distill(student, groups, Repeated(denoiser, batch=2), spec(steps=20)))
     assert all(s.relation > 0 for s in states)
-    first, last = (sum(s.loss for s in part) for part in (states[:4], states[-4:]))  # two trajectories each
+    first, last = (sum(s.loss for s in part) for part in (states[:2], states[-2:]))  # a trajectory each
     assert last < 0.8 * first, f"{first} -> {last}"
 
 

@@ -147,3 +147,17 @@ def test_bad_options_are_refused(bad: dict, message: str) -> None:
 def test_sides_of_different_shapes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"\(2, 6, 5\).*\(2, 4, 5\)"):
         window_relation_loss([positions(0)], [positions(1, p=4)], 0.1)
+
+
+def test_the_image_tokens_of_a_joint_block_are_read() -> None:
+    class Joint(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple:
+            return encoder_hidden_states, 2 * hidden_states
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Joint()])})
+    image, text = torch.randn(2, 4, 3), torch.randn(2, 9, 3)
+    with FeatureTap(model, "", 4) as tap:
+        model["blocks"][0](hidden_states=image, encoder_hidden_states=text)  # type: ignore[index]
+        assert torch.equal(tap.take(), 2 * image)
+        model["blocks"][0](image, text)  # type: ignore[index]
+        assert torch.equal(tap.take(), 2 * image)
