@@ -126,7 +126,7 @@ def ends(table: LayerTable) -> dict[str, str]:
 def check_ends_by_names(denoiser: Denoiser, table: LayerTable) -> None:
     """Where nothing can be run, names alone must tell the first and the last layer: not the shape of the recorded
     sample either, which a model on disk does not have."""
-    by_names = ends(discover(denoiser, run=False))
+    by_names = ends(discover(denoiser, examples=()))
     assert by_names == ends(table), f"by names {by_names}, seen in a run {ends(table)}"
 
 
