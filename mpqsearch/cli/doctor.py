@@ -127,11 +127,11 @@ def _extractors() -> Iterator[dict[str, str]]:
 
 
 def _targets() -> Iterator[dict[str, str]]:
-    from mpqsearch.export import TARGETS, get_exporter
+    from mpqsearch.export import SOURCES, TARGETS, get_exporter
 
     for name in TARGETS:
         target = get_exporter(name)
-        reads = "; imports" if target.reads else ""
+        reads = "; imports" if name in SOURCES else ""
         if not target.requires:
             yield _row("export", name, "works", f"needs nothing{reads}")
         elif not target.by_consumer:

@@ -24,12 +24,13 @@ from mpqsearch.export.neutral import (
     write_neutral,
 )
 from mpqsearch.export.plan import plan_layers
-from mpqsearch.export.reading import Imported, Reading, import_map, importable, read_map
+from mpqsearch.export.reading import Imported, Reading, import_map, read_map
 from mpqsearch.export.target import Target, get_exporter
-from mpqsearch.specs.targets import ROUNDINGS, TARGETS, register
+from mpqsearch.specs.targets import ROUNDINGS, SOURCES, TARGETS, register
 
 __all__ = [
     "ROUNDINGS",
+    "SOURCES",
     "TARGETS",
     "Choice",
     "ExportJob",
@@ -43,7 +44,6 @@ __all__ = [
     "bit_map_schema",
     "get_exporter",
     "import_map",
-    "importable",
     "load_neutral",
     "neutral_extra",
     "plan_layers",

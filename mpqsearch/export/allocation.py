@@ -24,7 +24,7 @@ from mpqsearch.core import (
     stored_total,
 )
 from mpqsearch.errors import InfeasibleBudgetError
-from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob
+from mpqsearch.export.contract import AS_PLANNED, ExportJob
 from mpqsearch.export.plan import least_cost
 from mpqsearch.export.target import Target
 from mpqsearch.methods import BEST_LOSS, channel_losses
@@ -214,14 +214,37 @@ def allocate_for(
         pairwise=pairs,
     )
     result = solve(problem)
-    return assemble(
-        target,
-        table,
-        [formats[j] for j in result.choice],
-        limit=limit,
-        losses=losses,
+    picked = {la.name: formats[j] for la, j in zip(table, result.choice, strict=True)}
+    separate = float(loss[np.arange(len(table)), result.choice].sum())
+    return allocation_of(target, table, picked, limit=limit, loss=separate, result=result, fmt=fmt)
+
+
+def allocation_of(
+    target: Target,
+    table: LayerTable,
+    picked: Mapping[str, str],
+    *,
+    limit: int | None = None,
+    loss: float = 0.0,
+    result: AllocationResult | None = None,
+    fmt: QuantFormat | None = None,
+) -> TargetAllocation:
+    """An allocation from the name of a format for every layer; it is costed from the names."""
+    choices = {la.name: target.choice_of(la, "" if picked[la.name] == FULL else picked[la.name]) for la in table}
+    widths = {n: FULL_PRECISION if c is None else c.width for n, c in choices.items()}
+    stored = stored_total(table, {la.name: target.cost(la, choices[la.name]) for la in table}, target.kept_bits)
+    return TargetAllocation(
+        target=target.name,
+        bit_map=BitMap(
+            model_digest=table.digest,
+            weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()},
+            format=fmt or QuantFormat(),
+        ),
+        choices={n: c.name for n, c in choices.items() if c is not None},
+        stored=stored,
+        limit=stored.total if limit is None else limit,
+        loss=loss,
         result=result,
-        fmt=fmt or QuantFormat(),
     )
 
 
@@ -256,44 +279,6 @@ def resolve_job(
         at_least_smallest=True,
     )
     return replace(job, choices={name: solved.choices.get(name, FULL) for name in job.table.by_name})
-
-
-def assemble(
-    target: Target,
-    table: LayerTable,
-    picked: Sequence[str],
-    *,
-    limit: int,
-    losses: Mapping[str, Sequence[float] | Floats] | None = None,
-    result: AllocationResult | None = None,
-    fmt: QuantFormat | None = None,
-) -> TargetAllocation:
-    """An allocation from the name of a format for every layer; it is costed again from the names."""
-    formats = formats_of(target, table)
-    choices: dict[str, Choice] = {}
-    total = 0.0
-    for layer, name in zip(table, picked, strict=True):
-        if name == FULL:
-            continue
-        choices[layer.name] = next(c for c in target.choices(layer) if c.name == name)
-        if losses is not None:
-            total += max(0.0, float(losses[layer.name][formats.index(name)]))
-    bits = {la.name: target.cost(la, choices.get(la.name)) for la in table}
-    widths = {la.name: choices[la.name].width if la.name in choices else FULL_PRECISION for la in table}
-    stored = stored_total(table, bits, target.kept_bits)
-    return TargetAllocation(
-        target=target.name,
-        bit_map=BitMap(
-            model_digest=table.digest,
-            weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()},
-            format=fmt or QuantFormat(),
-        ),
-        choices={n: c.name for n, c in choices.items()},
-        stored=stored,
-        limit=limit or stored.total,
-        loss=total,
-        result=result,
-    )
 
 
 def _layer_errors(target: Target, layer: LayerSpec, weight: Tensor, formats: Sequence[str], fmt: QuantFormat) -> Tensor:

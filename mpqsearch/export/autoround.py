@@ -55,19 +55,6 @@ class AutoRoundTarget(Target):
         """Dense codes, a half-precision scale and a packed zero point a row."""
         return coded_bits(layer, choice.width, scales=layer.n_channels, scale_bits=16, zero_bits=choice.width)
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """A ``quantization_config`` as AutoRound resolves it, see `layer_bits`."""
-        config = config_of(path, "auto-round")
-        if config is None:
-            return None
-        extra = config.get("extra_config") or {}
-        plain = tuple(n for n, v in extra.items() if re.fullmatch(r"[\w.]+", n) and v.get("bits") != FULL_PRECISION)
-        return Reading(
-            widths=layer_bits(config, table, str(path)),
-            names=tuple(n for n in plain if not any(re.search(n, layer.name) for layer in table)),
-            notes=float_note({n: v.get("data_type", "int") for n, v in extra.items()}),
-        )
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights as diffusers names them, ``config.json`` with the quantization, and the check."""
         from mpqsearch.export.check import decode_in_place, our_rows, save_tensors, write_check
@@ -101,6 +88,20 @@ class AutoRoundTarget(Target):
                 layer.bias = layer.bias.float()
         layers = ((n, m) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits"))
         return loaded(folder, module, {n: f"int{m.bits}" for n, m in layers}) | stored_size(folder / WEIGHTS)
+
+
+def read(path: Path, table: LayerTable) -> Reading | None:
+    """A ``quantization_config`` as AutoRound resolves it, see `layer_bits`."""
+    config = config_of(path, "auto-round")
+    if config is None:
+        return None
+    extra = config.get("extra_config") or {}
+    plain = tuple(n for n, v in extra.items() if re.fullmatch(r"[\w.]+", n) and v.get("bits") != FULL_PRECISION)
+    return Reading(
+        widths=layer_bits(config, table, str(path)),
+        names=tuple(n for n in plain if not any(re.search(n, layer.name) for layer in table)),
+        notes=float_note({n: v.get("data_type", "int") for n, v in extra.items()}),
+    )
 
 
 def layer_bits(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, int]:

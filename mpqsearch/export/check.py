@@ -197,12 +197,6 @@ def decode_in_place(job: ExportJob, rows: Mapping[str, QuantizedRows]) -> nn.Mod
     return job.model.module
 
 
-def most_levels(weight: Tensor) -> int:
-    """The largest number of distinct values that any output channel holds (axis 0)."""
-    rows = weight.detach().float().flatten(1).sort(1).values
-    return int((rows[:, 1:] != rows[:, :-1]).sum(1).max()) + 1
-
-
 def report(target: str, folder: Path) -> dict[str, Any]:
     """What the target's ``read_back`` says of a folder, and the versions of what read it; whatever a library raises is
     a problem of the report."""

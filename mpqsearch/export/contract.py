@@ -62,7 +62,7 @@ class VerifyEntry:
 
     ``asked``: the widths of the map in short form; ``planned``: what the plan made of them, for ``reason``; ``got``:
     what was read back (None: not found, or a width per channel); ``planned_choice``, ``got_choice``: the target's own
-    formats, where it has names for them; ``problem``: what is wrong, empty when nothing is.
+    formats, where it has names for them.
     """
 
     layer: str
@@ -70,20 +70,19 @@ class VerifyEntry:
     planned: int | None
     got: int | None
     reason: str = "exact"
-    problem: str = ""
     planned_choice: str = ""
     got_choice: str = ""
 
     @property
     def ok(self) -> bool:
         """True when the consumer has what the plan promised."""
-        return not self.problem and self.planned == self.got and self.planned_choice == self.got_choice
+        return self.planned == self.got and self.planned_choice == self.got_choice
 
     @property
     def got_text(self) -> str:
         """What was read back in short form."""
         if self.got is None:
-            return "per channel" if self.planned is None and not self.problem else "nothing"
+            return "per channel" if self.planned is None else "nothing"
         return self.got_choice or ("full" if self.got == FULL_PRECISION else str(self.got))
 
 
@@ -133,8 +132,7 @@ class Verification:
         for e in self.entries:
             if not e.ok:
                 planned = e.planned_choice or e.planned
-                text = f"  {e.layer}: asked {e.asked}, planned {planned} ({e.reason}), got {e.got_text}. {e.problem}"
-                lines.append(text.rstrip())
+                lines.append(f"  {e.layer}: asked {e.asked}, planned {planned} ({e.reason}), got {e.got_text}")
         return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
 
     def to_data(self) -> dict[str, Any]:

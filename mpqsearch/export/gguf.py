@@ -76,26 +76,6 @@ class GgufTarget(Target):
         blocks = layer.n_weights // block
         return coded_bits(layer, Fraction(width), other=blocks * (8 * size - width * block))
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its
-        codes."""
-        files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-        if len(files) != 1 or files[0].suffix != ".gguf":
-            return None
-        try:
-            import gguf
-        except ImportError as error:
-            raise ConfigError(
-                f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf"
-            ) from error
-        try:
-            tensors = gguf.GGUFReader(files[0]).tensors
-        except ValueError as error:
-            raise ArtifactError(f"{files[0]} is damaged or no GGUF file: {error}") from error
-        types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
-        widths = {n.removeprefix(PREFIX): _width(n, t) for n, t in types.items()}
-        return by_name(widths, ("a type's blocks and scales are not taken over, its width is",))
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
         import gguf
@@ -148,6 +128,27 @@ class GgufTarget(Target):
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the type makes of a weight."""
         return dequantize(quantize(weight, choice.name), choice.name)
+
+
+def read(path: Path, _table: LayerTable) -> Reading | None:
+    """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its
+    codes."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(files) != 1 or files[0].suffix != ".gguf":
+        return None
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError(
+            f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf"
+        ) from error
+    try:
+        tensors = gguf.GGUFReader(files[0]).tensors
+    except ValueError as error:
+        raise ArtifactError(f"{files[0]} is damaged or no GGUF file: {error}") from error
+    types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
+    widths = {n.removeprefix(PREFIX): _width(n, t) for n, t in types.items()}
+    return by_name(widths, ("a type's blocks and scales are not taken over, its width is",))
 
 
 def _width(name: str, kind: str) -> int:

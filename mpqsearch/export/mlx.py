@@ -51,22 +51,6 @@ class MlxTarget(Target):
         groups = scale_count(layer, group_size(layer.weights_per_channel))
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32)
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """``quantization`` of ``config.json`` as mlx-lm has it: settings or false by name, else ``bits`` for linear
-        layers whose rows the group size divides."""
-        data = json_at(path, CONFIG)
-        settings = data.get("quantization") if isinstance(data, Mapping) else None
-        if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= set(settings):
-            return None
-        base, group = number_of_bits(settings["bits"]), int(settings["group_size"])
-        named = {n: v for n, v in settings.items() if isinstance(v, Mapping) or v is False or v is True}
-        widths = {}
-        for layer in table:
-            setting = named.get(layer.name, layer.kind == "Linear" and layer.weights_per_channel % group == 0)
-            bits = number_of_bits(setting.get("bits", base)) if isinstance(setting, Mapping) else base
-            widths[layer.name] = bits if setting is not False else FULL_PRECISION
-        return Reading(widths=widths, names=tuple(n for n, v in named.items() if v is not False))
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Packed weights, ``config.json``, and inputs and outputs of every quantized layer for the check."""
         import torch
@@ -120,6 +104,23 @@ class MlxTarget(Target):
             seen = np.array(layer(mx.array(x)))
             worst = max(worst, float(np.abs(seen - y).max() / np.abs(y).max()))
         return {"widths": widths, "forward_error": worst, **stored_size(folder / FILE)}
+
+
+def read(path: Path, table: LayerTable) -> Reading | None:
+    """``quantization`` of ``config.json`` as mlx-lm has it: settings or false by name, else ``bits`` for linear
+    layers whose rows the group size divides."""
+    data = json_at(path, CONFIG)
+    settings = data.get("quantization") if isinstance(data, Mapping) else None
+    if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= set(settings):
+        return None
+    base, group = number_of_bits(settings["bits"]), int(settings["group_size"])
+    named = {n: v for n, v in settings.items() if isinstance(v, Mapping) or v is False or v is True}
+    widths = {}
+    for layer in table:
+        setting = named.get(layer.name, layer.kind == "Linear" and layer.weights_per_channel % group == 0)
+        bits = number_of_bits(setting.get("bits", base)) if isinstance(setting, Mapping) else base
+        widths[layer.name] = bits if setting is not False else FULL_PRECISION
+    return Reading(widths=widths, names=tuple(n for n, v in named.items() if v is not False))
 
 
 def group_size(fan_in: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -22,9 +22,9 @@ from mpqsearch.artifacts import VERSIONS, load_bit_map, read_json, save_bit_map
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StoredBits
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.stored import layer_bits, mapped_bits
-from mpqsearch.errors import ArtifactError, LayerMismatchError, MpqsearchError
+from mpqsearch.errors import ArtifactError, LayerMismatchError
 from mpqsearch.export.accounting import accounting, unquantized
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
 from mpqsearch.export.reading import Reading, json_at
 from mpqsearch.export.target import Target, int_choices
@@ -138,6 +138,7 @@ class NeutralTarget(Target):
     holds_any_map = True
     payload = False
     inputs = True
+    needs_config = False
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Every width, for every layer."""
@@ -148,42 +149,39 @@ class NeutralTarget(Target):
         width = np.array(FULL_PRECISION if choice is None else choice.width, dtype=np.uint8)
         return layer_bits(layer, width, QuantFormat())
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """Our own map, whole."""
-        path = path / FILE if path.is_dir() else path
-        data = json_at(path)
-        if not isinstance(data, Mapping) or data.get("schema") != "mpqsearch/bitmap":
-            return None
-        return Reading(bit_map=load_neutral(path).bit_map if "map_digest" in data["data"] else load_bit_map(path))
-
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""
-        return plan_channels(job, self.name)
+        return plan_channels(job, self)
 
-    def write(self, folder: Path, job: ExportJob) -> list[Path]:
-        """Write ``bitmap.json``, and ``bitmap.safetensors`` when there are many channel widths."""
-        path = folder / FILE
-        source = job.denoiser.source if job.denoiser is not None else ""
-        class_name = type(job.denoiser.module).__name__ if job.denoiser is not None else ""
-        write_neutral(
-            path, job.table, job.bit_map, job.inputs, provenance=job.provenance, source=source, class_name=class_name
-        )
-        sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
-        return [path] if sidecar is None else [path, folder / sidecar["file"]]
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
+        """Nothing beside the map, which every target writes."""
+        return []
 
-    def verify(self, folder: Path) -> Verification:
+    def read_back(self, folder: Path) -> dict[str, Any]:
         """Read the file again with every check of `load_neutral`."""
-        try:
-            neutral = load_neutral(folder / FILE)
-        except MpqsearchError as error:
-            return Verification(target=self.name, entries=(), problems=(str(error),))
+        neutral = load_neutral(folder / FILE)
         table = LayerTable(digest=neutral.bit_map.model_digest, layers=neutral.layers)
         plan = self.plan(ExportJob(table=table, bit_map=neutral.bit_map))
-        entries = [
-            VerifyEntry(layer=e.layer, asked=e.asked_text, planned=e.will_get, got=e.will_get, reason=e.reason)
-            for e in plan
-        ]
-        return Verification(target=self.name, entries=tuple(entries))
+        return {"widths": {e.layer: e.will_get for e in plan}}
+
+
+def write_map(folder: Path, job: ExportJob) -> list[Path]:
+    """Write ``bitmap.json``, and ``bitmap.safetensors`` when there are many channel widths."""
+    path, model = folder / FILE, job.denoiser
+    source, class_name = ("", "") if model is None else (model.source, type(model.module).__name__)
+    about: dict[str, Any] = {"provenance": job.provenance, "source": source, "class_name": class_name}
+    write_neutral(path, job.table, job.bit_map, job.inputs, **about)
+    sidecar = read_json(path, "mpqsearch/bitmap").data.get("sidecar")
+    return [path] if sidecar is None else [path, folder / sidecar["file"]]
+
+
+def read(path: Path, _table: LayerTable) -> Reading | None:
+    """Our own map, whole."""
+    path = path / FILE if path.is_dir() else path
+    data = json_at(path)
+    if not isinstance(data, Mapping) or data.get("schema") != "mpqsearch/bitmap":
+        return None
+    return Reading(bit_map=load_neutral(path).bit_map if "map_digest" in data["data"] else load_bit_map(path))
 
 
 def _layer_extra(layer: LayerSpec, bit_map: BitMap) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class OnnxTarget(Target):
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked, channel by channel; kinds that it does not have at full precision."""
-        return plan_channels(job, self.name, self.kinds)
+        return plan_channels(job, self)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Containers, scales, zero points and the order of the rows, layer by layer."""

@@ -60,7 +60,7 @@ class PackedTarget(Target):
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""
-        return plan_channels(job, self.name)
+        return plan_channels(job, self)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Layer by layer, with the widths of the channels and the smoothing factors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,39 +12,37 @@ from mpqsearch.errors import UnknownNameError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.specs.targets import FULL
 
+if TYPE_CHECKING:
+    from mpqsearch.export.target import Target
+
 _EXACT = 1e-9  # a mean of widths that is this close to a width is that width
 
-Choices = Callable[[LayerSpec], Sequence[Choice]]
 
-
-def plan_layers(
-    job: ExportJob, target: str, choices: Choices, kinds: Sequence[str], limits: str = ""
-) -> list[PlanEntry]:
-    """One entry per layer for a target with one format per layer, out of ``choices(layer)``, the preferred one of each
-    width first.
+def plan_layers(job: ExportJob, target: Target) -> list[PlanEntry]:
+    """One entry per layer for a target with one format per layer.
 
     A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another
     width; `mpqsearch.export.allocation.allocate_for` gives such choices. Any other gets the next width up that the
     target has, full precision above the widest; a layer whose channels differ stands for its mean width. A map that the
-    target can hold comes back unchanged. ``kinds`` and ``limits`` say in messages what the target is able to hold.
+    target can hold comes back unchanged.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
-        raise UnknownNameError("layer", unknown[0], job.table.by_name, f"(the choices for {target!r})")
-    return [_entry_of(layer, job, target, choices(layer), kinds, limits) for layer in job.table]
+        raise UnknownNameError("layer", unknown[0], job.table.by_name, f"(the choices for {target.name!r})")
+    return [_entry_of(layer, job, target) for layer in job.table]
 
 
-def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> list[PlanEntry]:
-    """Every layer as asked, channel by channel, for a target that holds all widths of the layers of ``kinds`` (empty:
-    any); others stay at full precision."""
+def plan_channels(job: ExportJob, target: Target) -> list[PlanEntry]:
+    """Every layer as asked, channel by channel, for a target that holds all widths of its kinds of layers; others stay
+    at full precision."""
     plan = []
     for layer in job.table:
         widths = job.bit_map.weights[layer.name]
         asked = (int(widths.min()), int(widths.max()))
         if asked[0] == FULL_PRECISION:
             plan.append(_entry(layer, job, None, "kept_full_precision", "the map asks for full precision."))
-        elif kinds and layer.kind not in kinds:
-            detail = f"{target} quantizes {', '.join(kinds)} only; the layer stays at full precision."
+        elif target.kinds and layer.kind not in target.kinds:
+            detail = f"{target.name} quantizes {', '.join(target.kinds)} only; the layer stays at full precision."
             plan.append(_entry(layer, job, None, "unsupported_kind", detail))
         elif asked[0] != asked[1]:
             plan.append(PlanEntry(layer=layer.name, asked=asked, will_get=None, reason="exact"))
@@ -52,24 +51,23 @@ def plan_channels(job: ExportJob, target: str, kinds: Sequence[str] = ()) -> lis
     return plan
 
 
-def _entry_of(
-    layer: LayerSpec, job: ExportJob, target: str, choices: Sequence[Choice], kinds: Sequence[str], limits: str
-) -> PlanEntry:
+def _entry_of(layer: LayerSpec, job: ExportJob, target: Target) -> PlanEntry:
+    choices, name = target.choices(layer), target.name
     asked = job.bit_map.channel_widths(layer.name, layer.n_channels)
     low, high, mean = int(asked.min()), int(asked.max()), float(asked.mean())
     picked = job.choices.get(layer.name)
     if low == FULL_PRECISION and picked in (None, FULL):
         return _entry(layer, job, None, "kept_full_precision", "the map asks for full precision.")
-    if layer.kind not in kinds and picked in (None, FULL):
-        detail = f"{target} quantizes {' and '.join(kinds)} only; the layer stays at full precision."
+    if layer.kind not in target.kinds and picked in (None, FULL):
+        detail = f"{name} quantizes {' and '.join(target.kinds)} only; the layer stays at full precision."
         return _entry(layer, job, None, "unsupported_kind", detail)
     if not choices and picked in (None, FULL):
         shape = "x".join(map(str, layer.weight_shape))
-        return _entry(layer, job, None, "unsupported_shape", f"{target} needs {limits}; the shape is {shape}.")
+        return _entry(layer, job, None, "unsupported_shape", f"{name} needs {target.limits}; the shape is {shape}.")
     if picked is not None:
         named = {c.name: c for c in choices}
         if picked not in (*named, FULL):
-            raise UnknownNameError(f"{target} format of {layer.name!r}", picked, (*named, FULL))
+            raise UnknownNameError(f"{name} format of {layer.name!r}", picked, (*named, FULL))
         choice = named.get(picked)
         if choice is not None and low == high == choice.width:
             return _entry(layer, job, choice, "exact", "")
@@ -79,7 +77,7 @@ def _entry_of(
     if mean > widths[-1]:
         return _entry(layer, job, None, "rounded_up", f"mean width {mean:.2f}, above the widest, {widths[-1]}.")
     got = next(w for w in widths if w >= mean - _EXACT)
-    why = f"widths that {target} has here: {', '.join(map(str, widths))}."
+    why = f"widths that {name} has here: {', '.join(map(str, widths))}."
     choice = next(c for c in choices if c.width == got)
     if low == high and got == low:
         return _entry(layer, job, choice, "exact", "")

@@ -60,17 +60,6 @@ class QuantoTarget(Target):
         groups = scale_count(layer, _group_size(layer.weights_per_channel))
         return coded_bits(layer, choice.width, scales=groups, scale_bits=32, zero_bits=32, other=64)
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
-        data = json_at(path, MAP)
-        entries = list(data.values()) if isinstance(data, Mapping) else []
-        if not entries or not all(isinstance(v, Mapping) and "weights" in v for v in entries):
-            return None
-        types = {n: v["weights"] or "none" for n, v in data.items()}
-        inputs = any((v.get("activations") or "none") != "none" for v in entries)
-        notes = ("quantized activations are not taken over",) if inputs else ()
-        return by_name({n: bits_of(t) for n, t in types.items()}, notes + float_note(types))
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Quantize a copy of the model with quanto and write it."""
         from optimum.quanto import quantization_map
@@ -97,6 +86,18 @@ class QuantoTarget(Target):
             requantize(module, state, json.loads((folder / MAP).read_text()))
             seen = loaded(folder, module.eval(), _types(module), stored)
         return seen | stored_size(folder / WEIGHTS)
+
+
+def read(path: Path, _table: LayerTable) -> Reading | None:
+    """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
+    data = json_at(path, MAP)
+    entries = list(data.values()) if isinstance(data, Mapping) else []
+    if not entries or not all(isinstance(v, Mapping) and "weights" in v for v in entries):
+        return None
+    types = {n: v["weights"] or "none" for n, v in data.items()}
+    inputs = any((v.get("activations") or "none") != "none" for v in entries)
+    notes = ("quantized activations are not taken over",) if inputs else ()
+    return by_name({n: bits_of(t) for n, t in types.items()}, notes + float_note(types))
 
 
 def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:

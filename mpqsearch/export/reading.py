@@ -1,7 +1,7 @@
 """What a file of another quantizer says of widths, and what that means for the layers of a model.
 
-A target that can be imported has ``read(path, table)``, which gives a `Reading`, or None when the file is none of its
-own. It follows the rules of its consumer: exact names, patterns, kinds, shapes. `read_map` asks them all, or the named
+Each of `SOURCES` is a function ``read(path, table)``, which gives a `Reading`, or None when the file is none of its
+own, and follows the rules of the consumer: exact names, patterns, kinds, shapes. `read_map` asks them all, or the named
 one, and makes a `BitMap` of the answer.
 """
 
@@ -11,8 +11,9 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export.target import get_exporter
-from mpqsearch.specs.targets import TARGETS
+from mpqsearch.specs.targets import SOURCES
 
 log = logging.getLogger("mpqsearch")
 
@@ -87,7 +87,7 @@ def read_map(
         raise ArtifactError(f"{path} does not exist; a file or folder with another quantizer's configuration is needed")
     readings = _readings(path, table, source)
     if not readings:
-        known = ", ".join(importable())
+        known = ", ".join(SOURCES)
         asked = f"of the format {source!r}" if source else f"that is known ({known})"
         hint = "Leave --from out to have it looked for." if source else "Say which with --from."
         raise ArtifactError(f"{path} holds no bit map {asked}. {hint}")
@@ -105,11 +105,6 @@ def read_map(
             bit_map = replace(bit_map, model_digest=table.digest)
     bit_map.validate(table)
     return Imported(bit_map=bit_map, source=name, notes=tuple(notes))
-
-
-def importable() -> list[str]:
-    """Targets whose files can be read."""
-    return [name for name in TARGETS if get_exporter(name).reads]
 
 
 def resolve(reading: Reading, table: LayerTable, where: str) -> dict[str, int]:
@@ -207,12 +202,12 @@ def float_note(names: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _readings(path: Path, table: LayerTable, source: str | None) -> dict[str, Reading]:
-    if source is not None and source not in importable():
-        raise UnknownNameError("source of a bit map", source, importable())
+    if source is not None and source not in SOURCES:
+        raise UnknownNameError("source of a bit map", source, SOURCES)
     if source is None and (path / "export.json").is_file():  # a folder of our own: it says what it is
         source = str(read_json(path / "export.json", "mpqsearch/export").data["target"])
     readings = {}
-    for name in importable() if source is None else [source]:
+    for name in SOURCES if source is None else [source]:
         reading = _read_as(name, path, table)
         if reading is not None:
             readings[name] = reading
@@ -220,9 +215,11 @@ def _readings(path: Path, table: LayerTable, source: str | None) -> dict[str, Re
 
 
 def _read_as(name: str, path: Path, table: LayerTable) -> Reading | None:
-    """One target's reading. Raises `ArtifactError` for a file whose parts are of other types than the target has."""
+    """The reading of one source. Raises `ArtifactError` for a file whose parts are of other types than it has."""
+    module, _, function = SOURCES[name].partition(":")
+    read: Callable[[Path, LayerTable], Reading | None] = getattr(import_module(module), function)
     try:
-        return get_exporter(name).read(path, table)
+        return read(path, table)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(
             f"{path} cannot be read as a map of {name}: {type(error).__name__}: {str(error)[:200]}. Is it damaged?"

@@ -19,14 +19,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mpqsearch.artifacts import write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits
 from mpqsearch.errors import ArtifactError, ConfigError
-from mpqsearch.export.contract import Choice, PlanEntry
+from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.gguf import TYPES, GgufTarget
+from mpqsearch.export.neutral import FILE as MAP
+from mpqsearch.export.neutral import load_neutral
 from mpqsearch.export.reading import Reading, pattern_of
-from mpqsearch.export.target import ConfigTarget
+from mpqsearch.export.target import Target
 
+FILE = "sdcpp_rules.txt"
 SKIPPED = (
     "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "x_embedder.", "t_embedder.",
     "y_embedder.", "pos_embed",
@@ -35,7 +40,7 @@ SKIPPED = (
 """Parts of names that ``tensor_should_be_converted`` refuses."""
 
 
-class SdcppTarget(ConfigTarget):
+class SdcppTarget(Target):
     """``sdcpp_rules.txt``: one line for ``--tensor-type-rules``, which also needs ``--type f16`` for the rest."""
 
     name = "sdcpp"
@@ -43,7 +48,7 @@ class SdcppTarget(ConfigTarget):
     by_consumer = False
     needs_config = False
     limits = "rows of a multiple of 32 weights (256 for K types), and a name that it does not skip"
-    file = "sdcpp_rules.txt"
+    payload = False
     full_bits = 16
     tested = "commit 97d2990"
     get = "build github.com/leejet/stable-diffusion.cpp"
@@ -56,39 +61,48 @@ class SdcppTarget(ConfigTarget):
         """As in a GGUF file."""
         return GgufTarget().coded(layer, choice)
 
-    def written(self, plan: Sequence[PlanEntry]) -> str:
+    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """One rule a layer. Raises `ConfigError` for a name that the syntax cannot hold."""
         bad = next((e.layer for e in plan if e.choice and set(e.layer) & set(",=")), None)
         if bad is not None:
             raise ConfigError(
                 f"the rules of stable-diffusion.cpp cannot name {bad!r}: it contains a comma or an equals sign"
             )
-        return ",".join(f"^{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice) + "\n"
+        rules = (f"^{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice)
+        write_text(folder / FILE, ",".join(rules) + "\n")
+        return [folder / FILE]
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """Rules in their order, each found anywhere in the name of a layer's weight; those that are one exact name must
-        be layers of the model. What the program refuses to quantize stays at full precision."""
-        file = path / self.file if path.is_dir() else path
-        if not file.is_file() or file.suffix != ".txt":
-            return None
-        rules = [r.partition("=") for r in file.read_text(errors="replace").strip().split(",") if r]
-        if not all(sign for _, sign, _ in rules):
-            return None
-        types = {spelled(t): t for t in TYPES} | dict.fromkeys(("f16", "f32", "bf16"), "")
-        unknown = next((f"{p}={t}" for p, _, t in rules if t not in types), None)
-        if unknown is not None:
-            raise ArtifactError(
-                f"{file}: the rule {unknown!r} has a type that is not known here. Known: {', '.join(types)}."
-            )
-        patterns = [(pattern_of(text, str(file)), types[t]) for text, _, t in rules]
-        widths, refused = {}, []
-        for layer in table:
-            kind = next((t for p, t in patterns if p.search(f"{layer.name}.weight")), "")
-            fits = kind in {c.name for c in self.choices(layer)}
-            widths[layer.name] = TYPES[kind][0] if fits else FULL_PRECISION
-            refused += [layer.name] if kind and not fits else []
-        said = f"{len(refused)} layers that the program leaves alone whatever a rule says, such as {refused[:1]}"
-        return Reading(widths=widths, names=_exact_names(rules), notes=(said,) if refused else ())
+    def read_back(self, folder: Path) -> dict[str, Any]:
+        """What our own reader finds in the file."""
+        table = LayerTable(digest="", layers=load_neutral(folder / MAP).layers)
+        reading = read(folder / FILE, table)
+        return {"widths": reading.widths if reading else None}
+
+
+def read(path: Path, table: LayerTable) -> Reading | None:
+    """Rules in their order, each found anywhere in the name of a layer's weight; those that are one exact name must
+    be layers of the model. What the program refuses to quantize stays at full precision."""
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".txt":
+        return None
+    rules = [r.partition("=") for r in file.read_text(errors="replace").strip().split(",") if r]
+    if not all(sign for _, sign, _ in rules):
+        return None
+    types = {spelled(t): t for t in TYPES} | dict.fromkeys(("f16", "f32", "bf16"), "")
+    unknown = next((f"{p}={t}" for p, _, t in rules if t not in types), None)
+    if unknown is not None:
+        raise ArtifactError(
+            f"{file}: the rule {unknown!r} has a type that is not known here. Known: {', '.join(types)}."
+        )
+    patterns = [(pattern_of(text, str(file)), types[t]) for text, _, t in rules]
+    widths, refused = {}, []
+    for layer in table:
+        kind = next((t for p, t in patterns if p.search(f"{layer.name}.weight")), "")
+        fits = kind in {c.name for c in SdcppTarget().choices(layer)}
+        widths[layer.name] = TYPES[kind][0] if fits else FULL_PRECISION
+        refused += [layer.name] if kind and not fits else []
+    said = f"{len(refused)} layers that the program leaves alone whatever a rule says, such as {refused[:1]}"
+    return Reading(widths=widths, names=_exact_names(rules), notes=(said,) if refused else ())
 
 
 def _exact_names(rules: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:

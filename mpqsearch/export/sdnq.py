@@ -54,17 +54,6 @@ class SdnqTarget(Target):
         code_bits = 8 if choice.width == 1 else choice.width
         return coded_bits(layer, code_bits, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=32)
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """A ``quantization_config`` as SDNQ resolves it, see `layer_types`."""
-        config = quantization_config(path, "sdnq")
-        if config is None:
-            return None
-        types = layer_types(config, table, str(path))
-        keys = [*_keys(config.get("modules_dtype_dict")), *(config.get("modules_quant_config") or ())]
-        spelled = (n for n in keys if n.endswith(".weight") and "*" not in n and not n.startswith("."))
-        names = tuple(n.removesuffix(".weight") for n in spelled)
-        return Reading(widths={n: bits_of(t) for n, t in types.items()}, names=names, notes=float_note(types))
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Let diffusers quantize the model with the configuration, and keep what it saves."""
         import diffusers
@@ -103,6 +92,18 @@ class SdnqTarget(Target):
         decoders = {n: getattr(m, "sdnq_dequantizer", None) for n, m in module.named_modules()}
         formats = {n: str(d.weights_dtype) for n, d in decoders.items() if d is not None}
         return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
+
+
+def read(path: Path, table: LayerTable) -> Reading | None:
+    """A ``quantization_config`` as SDNQ resolves it, see `layer_types`."""
+    config = quantization_config(path, "sdnq")
+    if config is None:
+        return None
+    types = layer_types(config, table, str(path))
+    keys = [*_keys(config.get("modules_dtype_dict")), *(config.get("modules_quant_config") or ())]
+    spelled = (n for n in keys if n.endswith(".weight") and "*" not in n and not n.startswith("."))
+    names = tuple(n.removesuffix(".weight") for n in spelled)
+    return Reading(widths={n: bits_of(t) for n, t in types.items()}, names=names, notes=float_note(types))
 
 
 def layer_types(config: Mapping[str, Any], table: LayerTable, where: str) -> dict[str, str]:

@@ -19,7 +19,6 @@ from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
     LayerSpec,
-    LayerTable,
     StoredBits,
     stored_total,
     unquantized_bits,
@@ -32,8 +31,6 @@ from mpqsearch.specs.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from mpqsearch.export.reading import Reading
 
 MANIFEST, CONFIG = "export.json", "config.json"
 CHECK, EXPECTED = "check.safetensors", "expected.safetensors"
@@ -107,16 +104,6 @@ class Target:
         """
         raise NotImplementedError
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """The widths that a file or folder of the consumer gives to the layers of ``table``; None when it is none of
-        this target's. Raises `ArtifactError` when it is damaged."""
-        return None
-
-    @property
-    def reads(self) -> bool:
-        """Whether maps of this target can be imported."""
-        return type(self).read is not Target.read
-
     @property
     def install(self) -> str:
         """How to get the consumer."""
@@ -151,7 +138,7 @@ class Target:
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """One entry per layer, in the order of the table; see `plan_layers`."""
-        return plan_layers(job, self.name, self.choices, self.kinds, self.limits)
+        return plan_layers(job, self)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Stored bits of the whole model under a plan."""
@@ -167,23 +154,22 @@ class Target:
         """Write the folder: the target's files, the neutral map, and last ``export.json``, which says that all is
         whole.
 
-        Raises `ConfigError` without the library or without a model.
+        Raises `ConfigError` without the library, or without a model where weights are written.
         """
-        from mpqsearch.export.neutral import NeutralTarget
+        from mpqsearch.export.neutral import write_map
 
         plan = self.plan(job)
-        if job.denoiser is None:
+        if job.denoiser is None and self.payload:
             raise ConfigError(f"the target {self.name!r} needs the model: give ExportJob a denoiser")
         self.require()
         for name in (MANIFEST, CHECK, EXPECTED):
             (folder / name).unlink(missing_ok=True)
+        own = job
         if self.payload:
             from mpqsearch.export.check import on_cpu
 
-            written = self.write_files(folder, replace(job, denoiser=on_cpu(job.denoiser)), plan)
-        else:
-            written = self.write_files(folder, job, plan)
-        paths = list(dict.fromkeys([*written, *NeutralTarget().write(folder, job)]))
+            own = replace(job, denoiser=on_cpu(job.model))
+        paths = [*self.write_files(folder, own, plan), *write_map(folder, job)]
         write_json(folder / MANIFEST, "mpqsearch/export", self._manifest(folder, job, plan, paths), job.inputs)
         return [*paths, folder / MANIFEST]
 
@@ -209,11 +195,11 @@ class Target:
         problems = damage(folder, self.name)
         if not problems and self.missing():
             problems = [self.install_line()]
-        if not problems and self.by_consumer and self.needs_config and not (folder / CONFIG).is_file():
+        if not problems and self.needs_config and not (folder / CONFIG).is_file():
             problems = [f"{folder} has no {CONFIG}: only models of diffusers can be built again and read back"]
         if problems:
             return Verification(target=self.name, entries=(), problems=tuple(problems))
-        seen = fresh_process([(self.name, folder)])[0] if self.by_consumer else self.read_back(folder)
+        seen = fresh_process([(self.name, folder)])[0] if self.imports else self.read_back(folder)
         return self.compare(read_json(folder / MANIFEST, "mpqsearch/export").data, seen)
 
     def compare(self, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> Verification:
@@ -280,68 +266,6 @@ class Target:
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """The weight as the target gives it back, in float32; only for targets that round by themselves."""
         raise ConfigError(f"the target {self.name!r} has no quantizer that can be called on one weight")
-
-
-class ConfigTarget(Target):
-    """Base of a target that writes a configuration only: the consumer derives scales from the weights by itself.
-
-    ``file`` is the name of the configuration. A subclass gives ``written`` and ``read``, and `read_back` where the
-    consumer can be run; without one our own reader is asked, and the consumer has no part in it.
-    """
-
-    file = ""
-    payload = False
-
-    def written(self, plan: Sequence[PlanEntry]) -> str:
-        """The text of the file."""
-        raise NotImplementedError
-
-    def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
-        """The file, and ``config.json`` of the model for the check."""
-        write_text(folder / self.file, self.written(plan))
-        return [folder / self.file, *(write_config(folder, job.model.module) if self.needs_config else [])]
-
-    def read_back(self, folder: Path) -> dict[str, Any]:
-        """What our own reader finds in the file."""
-        from mpqsearch.export.neutral import FILE, load_neutral
-        from mpqsearch.export.reading import resolve
-
-        table = LayerTable(digest="", layers=load_neutral(folder / FILE).layers)
-        reading = self.read(folder / self.file, table)
-        if reading is None:
-            raise ConfigError(f"{folder / self.file} is no file of the target {self.name!r}")
-        widths = resolve(reading, table, str(folder / self.file)) if reading.says_anything else {}
-        return {"widths": widths}
-
-
-class AppliedTarget(ConfigTarget):
-    """Base of a configuration that its consumer applies to a new model of the same class."""
-
-    def recipe(self, plan: Sequence[PlanEntry]) -> Any:
-        """The configuration as plain JSON data."""
-        raise NotImplementedError
-
-    def applied(self, module: nn.Module, recipe: Any) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        """Let the library quantize ``module``: width of every layer as it says, and the decoded weight of each where it
-        can be had."""
-        raise NotImplementedError
-
-    def written(self, plan: Sequence[PlanEntry]) -> str:
-        """The configuration as JSON."""
-        return json.dumps(self.recipe(plan), indent=1) + "\n"
-
-    def read_back(self, folder: Path) -> dict[str, Any]:
-        """Apply the configuration and read widths and the levels that each layer really holds."""
-        from mpqsearch.export.check import build_model, most_levels
-
-        recipe = json.loads((folder / self.file).read_text())
-        widths, weights = self.applied(build_model(folder), recipe)
-        problems = []
-        for name, weight in weights.items():
-            levels = most_levels(weight)
-            if levels > 2 ** widths[name] or (levels < 2 and weight.numel() > 2):
-                problems.append(f"{name} holds {levels} levels in a row; {widths[name]} bits have {2 ** widths[name]}")
-        return {"widths": widths, "problems": problems}
 
 
 def _is_installed(module: str) -> bool:

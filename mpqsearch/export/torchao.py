@@ -42,20 +42,6 @@ class TorchaoTarget(Target):
         """A byte a weight, a float32 scale and an int8 zero point a row."""
         return coded_bits(layer, 8, scales=layer.n_channels, scale_bits=32, zero_bits=8)
 
-    def read(self, path: Path, table: LayerTable) -> Reading | None:
-        """The ``quantization_config`` of a diffusers folder as diffusers applies it, or a JSON that torchao's
-        ``config_to_dict`` made, as ``quantize_`` does."""
-        config = quantization_config(path, "torchao")
-        if config is not None:
-            kind = config.get("quant_type")
-            data = kind.get("default", kind) if isinstance(kind, Mapping) else {"_type": str(kind)}
-            skipped = [str(n) for n in config.get("modules_to_not_convert") or ()]
-            return _reading(data, table, str(path), kinds=("Linear",), skipped=skipped)
-        data = json_at(path, "torchao_config.json")
-        if not isinstance(data, Mapping) or not {"_type", "_data"} <= set(data):
-            return None
-        return _reading(data, table, str(path), kinds=("Linear", "Conv1d", "Conv2d", "Conv3d"))
-
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Weights as diffusers names them, ``config.json`` with the quantization, and the check."""
         import copy
@@ -92,6 +78,21 @@ class TorchaoTarget(Target):
         types = {n: getattr(getattr(m, "weight", None), "target_dtype", None) for n, m in module.named_modules()}
         formats = {n: str(t).removeprefix("torch.") for n, t in types.items() if t is not None}
         return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
+
+
+def read(path: Path, table: LayerTable) -> Reading | None:
+    """The ``quantization_config`` of a diffusers folder as diffusers applies it, or a JSON that torchao's
+    ``config_to_dict`` made, as ``quantize_`` does."""
+    config = quantization_config(path, "torchao")
+    if config is not None:
+        kind = config.get("quant_type")
+        data = kind.get("default", kind) if isinstance(kind, Mapping) else {"_type": str(kind)}
+        skipped = [str(n) for n in config.get("modules_to_not_convert") or ()]
+        return _reading(data, table, str(path), kinds=("Linear",), skipped=skipped)
+    data = json_at(path, "torchao_config.json")
+    if not isinstance(data, Mapping) or not {"_type", "_data"} <= set(data):
+        return None
+    return _reading(data, table, str(path), kinds=("Linear", "Conv1d", "Conv2d", "Conv3d"))
 
 
 def _reading(

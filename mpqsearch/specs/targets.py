@@ -24,15 +24,20 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
     "torchao": "mpqsearch.export.torchao:TorchaoTarget",
     "gguf": "mpqsearch.export.gguf:GgufTarget",
     "sdcpp": "mpqsearch.export.sdcpp:SdcppTarget",
-    "comfyui": "mpqsearch.export.comfyui:ComfyuiTarget",
     "sdnq": "mpqsearch.export.sdnq:SdnqTarget",
     "autoround": "mpqsearch.export.autoround:AutoRoundTarget",
-    "modelopt": "mpqsearch.export.modelopt:ModelOptTarget",
     "onnx": "mpqsearch.export.onnx:OnnxTarget",
     "mlx": "mpqsearch.export.mlx:MlxTarget",
     "coreml": "mpqsearch.export.coreml:CoreMLTarget",
 }
 """Target name to its class, as ``module:class`` or a function that makes one; add to it with `register`."""
+
+
+SOURCES: dict[str, str] = {
+    name: f"mpqsearch.export.{name}:read"
+    for name in (*(n for n in TARGETS if n not in ("packed", "onnx")), "comfyui", "modelopt")
+}
+"""What maps can be imported from, to the function that reads it, as ``module:function``."""
 
 
 def register(name: str, make: str | Callable[[], Any]) -> None:

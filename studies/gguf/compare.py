@@ -33,7 +33,7 @@ from mpqsearch.core import LayerTable, Policy, QuantFormat
 from mpqsearch.export.allocation import (
     TargetAllocation,
     allocate_for,
-    assemble,
+    allocation_of,
     formats_of,
     probed_losses,
     target_errors,
@@ -76,8 +76,10 @@ def uniform_for(table: LayerTable, fmt: str, fallback: str) -> TargetAllocation:
     most tools do."""
     target = GgufTarget()
     has = [{c.name for c in target.choices(layer)} for layer in table]
-    picked = [next((f for f in (fmt, fallback) if f in names), FULL) for names in has]
-    return assemble(target, table, picked, limit=0)
+    picked = {
+        la.name: next((f for f in (fmt, fallback) if f in names), FULL) for la, names in zip(table, has, strict=True)
+    }
+    return allocation_of(target, table, picked)
 
 
 class Study:

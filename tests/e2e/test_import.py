@@ -38,11 +38,11 @@ def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, t
 
     named = ["--set", f"allocate.maps.theirs={data['file']}"]
     out = cli(
-        "export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "comfyui", "--verify"
+        "export", "-c", study, "--run-dir", "r", *named, *small, "--method", "theirs", "--target", "sdcpp", "--verify"
     )
     assert out.returncode == 0, out.stderr
     assert "NOT verified by its consumer" in out.stderr
-    plan = json.loads((tmp_path / "r/export/comfyui.json").read_text())["data"]["plan"]
+    plan = json.loads((tmp_path / "r/export/sdcpp.json").read_text())["data"]["plan"]
     asked = {row["layer"]: row["asked"] for row in plan}
     assert asked == {n: entry["weights"].removeprefix("qint") for n, entry in theirs.items()}
 

@@ -234,18 +234,18 @@ def test_a_target_that_fails_does_not_stop_the_others(folder: Path, monkeypatch:
         raise RuntimeError("no kernel for this")
 
     monkeypatch.setattr(GgufTarget, "write_files", broken)
-    targets = ("--target", "gguf", "--target", "comfyui", "-b", "7.2bit", "--round", "up")
+    targets = ("--target", "gguf", "--target", "sdcpp", "-b", "7.2bit", "--round", "up")
     done = call(folder, "export", *targets)
     assert done.exit_code != 0
     assert "gguf could not be written: RuntimeError: no kernel for this" in str(done.exception)
     assert "export: gguf FAILED" in done.stderr
-    assert (folder / "r/export/comfyui/comfyui_metadata.json").is_file()
-    assert "comfyui_metadata.json" in done.stdout
+    assert (folder / "r/export/sdcpp/sdcpp_rules.txt").is_file()
+    assert "sdcpp_rules.txt" in done.stdout
     assert not (folder / "r/export/gguf.json").is_file(), "nothing says that it is whole"
     monkeypatch.setattr(GgufTarget, "imports", ("no_such_library",))
     absent = call(folder, "export", *targets)
     assert "no_such_library is not installed" in str(absent.exception)
-    assert "comfyui" in absent.stdout
+    assert "sdcpp" in absent.stdout
 
 
 def test_a_file_that_is_larger_than_the_map_is_said(folder: Path) -> None:

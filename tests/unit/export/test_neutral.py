@@ -166,13 +166,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_verify_reports_instead_of_raising(tmp_path: Path) -> None:
     exporter = get_exporter("neutral")
     job = ExportJob(table=TABLE, bit_map=example())
-    assert exporter.write(tmp_path, job) == [tmp_path / "bitmap.json"]
+    assert exporter.write(tmp_path, job) == [tmp_path / "bitmap.json", tmp_path / "export.json"]
     assert exporter.verify(tmp_path).ok
     text = (tmp_path / "bitmap.json").read_text()
     (tmp_path / "bitmap.json").write_text(text.replace('"bits": 3', '"bits": 4', 1))
     broken = exporter.verify(tmp_path)
     assert not broken.ok
-    assert "map_digest" in broken.summary()
+    assert "bitmap.json is missing or was changed after the export" in broken.summary()
 
 
 def test_plan_keeps_every_width() -> None:

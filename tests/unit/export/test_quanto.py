@@ -12,13 +12,11 @@ from torch import nn
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
-from mpqsearch.export import ExportJob, Verification, plan_layers
+from mpqsearch.export import ExportJob, Verification
 from mpqsearch.export.quanto import MAP, QuantoTarget, quantized_copy
 from mpqsearch.export.target import MANIFEST
 from mpqsearch.models import Denoiser, adapt, discover
 from tests.support.tiny import tiny_denoiser
-
-WIDTHS, KINDS = (2, 4, 8), ("Linear", "Conv2d")
 
 
 def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> LayerTable:
@@ -29,7 +27,7 @@ def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> L
 def plan_of(table: LayerTable, widths: dict[str, Any]) -> list[tuple[int | None, str]]:
     weights = {n: np.array(w, dtype=np.uint8) for n, w in widths.items()}
     job = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights))
-    return [(e.will_get, e.reason) for e in plan_layers(job, "quanto", QuantoTarget().choices, KINDS)]
+    return [(e.will_get, e.reason) for e in QuantoTarget().plan(job)]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from mpqsearch.artifacts import save_bit_map
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export import import_map, importable, neutral_extra, read_map
+from mpqsearch.export import SOURCES, import_map, neutral_extra, read_map
 
 TABLE = LayerTable(
     digest="d" * 64,
@@ -152,7 +152,7 @@ def test_a_file_is_known_by_what_it_holds(source: str, tmp_path: Path) -> None:
 
 
 def test_every_target_but_the_graph_is_importable() -> None:
-    assert set(importable()) == {*FOREIGN, "gguf", "sdcpp", "neutral"}
+    assert set(SOURCES) == {*FOREIGN, "gguf", "sdcpp", "neutral"}
 
 
 def test_rules_of_sdcpp_in_their_order(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mpqsearch.core import BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError
 from mpqsearch.export import TARGETS, ExportJob, Reading, Target, get_exporter
 from mpqsearch.export.reading import resolve
-from mpqsearch.export.sdcpp import SKIPPED, spelled
+from mpqsearch.export.sdcpp import FILE, SKIPPED, read, spelled
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLE = LayerTable(
@@ -41,22 +41,28 @@ def job(**more: Any) -> ExportJob:
     return ExportJob(table=TABLE, bit_map=BitMap(model_digest="d", weights=weights), **more)
 
 
-@pytest.mark.parametrize("name", ["sdcpp", "comfyui"])
-def test_the_file_is_the_golden_one(name: str, tmp_path: Path) -> None:
-    target: Any = get_exporter(name)
-    plan = target.plan(job())
-    made = target.written(plan)
-    assert made == (GOLDEN / target.file).read_text()
-    reading = target.read(GOLDEN / target.file, TABLE)
-    assert resolve(reading, TABLE, "golden") == {e.layer: e.will_get for e in plan}
-    (tmp_path / "other.dat").write_text(made)
-    assert target.read(tmp_path, TABLE) is None
-    assert target.read(tmp_path / "other.dat", TABLE) is None
+def rules(folder: Path, given: ExportJob) -> str:
+    """What is written for stable-diffusion.cpp."""
+    target = get_exporter("sdcpp")
+    (path,) = target.write_files(folder, given, target.plan(given))
+    return path.read_text()
+
+
+def test_the_file_is_the_golden_one(tmp_path: Path) -> None:
+    target = get_exporter("sdcpp")
+    made = rules(tmp_path, job())
+    assert made == (GOLDEN / FILE).read_text()
+    reading = read(GOLDEN / FILE, TABLE)
+    assert reading is not None
+    assert resolve(reading, TABLE, "golden") == {e.layer: e.will_get for e in target.plan(job())}
+    (tmp_path / FILE).rename(tmp_path / "other.dat")
+    assert read(tmp_path, TABLE) is None
+    assert read(tmp_path / "other.dat", TABLE) is None
 
 
 def test_what_was_never_run_says_so() -> None:
     unverified = {n for n in TARGETS if not get_exporter(n).by_consumer}
-    assert unverified == {"sdcpp", "comfyui"}
+    assert unverified == {"sdcpp"}
     for name in unverified:
         assert "Not verified by its consumer" in (sys.modules[type(get_exporter(name)).__module__].__doc__ or "")
 
@@ -67,15 +73,14 @@ def test_every_consumer_has_a_tested_version_and_a_way_to_get_it() -> None:
         assert not can.requires or (can.tested and can.install), name
 
 
-def test_rules_of_sdcpp_are_found_as_the_program_finds_them() -> None:
+def test_rules_of_sdcpp_are_found_as_the_program_finds_them(tmp_path: Path) -> None:
     """The first rule whose expression is found in the tensor's name, as `std::regex_search` does."""
     target: Any = get_exporter("sdcpp")
-    plan = target.plan(job())
-    rules = [r.split("=") for r in target.written(plan).strip().split(",")]
-    for entry in plan:
-        hits = [t for p, t in rules if re.search(p, f"{entry.layer}.weight")]
+    written = [r.split("=") for r in rules(tmp_path, job()).strip().split(",")]
+    for entry in target.plan(job()):
+        hits = [t for p, t in written if re.search(p, f"{entry.layer}.weight")]
         assert hits == ([spelled(entry.choice)] if entry.choice else [])
-    assert not any(re.search(p, "blocks.0.attn.to_out.01weight") for p, _ in rules), "dots stand for themselves"
+    assert not any(re.search(p, "blocks.0.attn.to_out.01weight") for p, _ in written), "dots stand for themselves"
     assert not target.choices(LayerSpec(name="time_embedding.linear_1", kind="Linear", weight_shape=(64, 32)))
     assert all(
         not target.choices(LayerSpec(name=f"a.{part}b", kind="Linear", weight_shape=(64, 32))) for part in SKIPPED
@@ -83,15 +88,14 @@ def test_rules_of_sdcpp_are_found_as_the_program_finds_them() -> None:
     bad = LayerTable(digest="d", layers=(LayerSpec(name="a=b", kind="Linear", weight_shape=(64, 32)),))
     bit_map = BitMap(model_digest="d", weights={"a=b": np.array(8, dtype=np.uint8)})
     with pytest.raises(ConfigError, match="a=b"):
-        target.written(target.plan(ExportJob(table=bad, bit_map=bit_map)))
+        rules(tmp_path, ExportJob(table=bad, bit_map=bit_map))
 
 
 @pytest.mark.parametrize(
     ("name", "layer", "choice", "total"),
     [
         ("sdcpp", "blocks.0.attn.to_q", "Q2_K", 64 * 84 * 8),
-        ("comfyui", "blocks.0.attn.to_q", "nvfp4", 64 * 256 * 4 + 64 * 16 * 8 + 32),
-        ("comfyui", "blocks.0.attn.to_q", "int8_tensorwise", 64 * 256 * 8 + 64 * 32),
+        ("coreml", "blocks.0.attn.to_q", "lut3", 64 * 256 * 3 + 16 * 8),
     ],
 )
 def test_stored_bits(name: str, layer: str, choice: str, total: int) -> None:
