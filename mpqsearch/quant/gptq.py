@@ -21,20 +21,19 @@ from mpqsearch.quant.rows import RowQuantizer, decode, encode, stored_scale
 BLOCK = 64
 """Columns whose effect on the columns after them is applied at once."""
 
+DAMPING = 0.01
+"""Is added to the diagonal of a moment, in units of its mean: what columns never saw, and the noise of few samples,
+count for so much."""
+
+SWEEPS = 2
+"""Fits of the scales after the first pass, each with a new choice of all codes."""
+
 EDGE = 0.49
 """Distance from the centre of its cell, in steps, up to which a weight is moved so that it rounds to the code that was
 chosen."""
 
 
-def gptq_rows(
-    rows: Tensor,
-    quantizer: RowQuantizer,
-    moment: Tensor,
-    *,
-    damping: float = 0.01,
-    sweeps: int = 2,
-    block: int = BLOCK,
-) -> tuple[Tensor, RowQuantizer]:
+def gptq_rows(rows: Tensor, quantizer: RowQuantizer, moment: Tensor) -> tuple[Tensor, RowQuantizer]:
     """Rows ``[C, D]`` whose nearest codes are the compensated ones, and the quantizer with its scales fitted to them.
 
     rows
@@ -44,23 +43,16 @@ def gptq_rows(
     moment
         ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error;
         with smoothing, that of the inputs over their factors.
-    damping
-        Is added to the diagonal, in units of its mean: what columns never saw, and the noise of few samples, count for
-        so much.
-    sweeps
-        Fits of the scales, each with a new choice of all codes; 0 keeps the given scales and the codes of the first
-        pass.
 
     No row has more output error under ``moment`` than its nearest codes have: rows for which the method fails keep
     those. Takes ``C D**2`` multiplications a pass and ``G D**2`` numbers in float64. Raises `ConfigError` for a moment
     that does not fit the rows.
     """
     groups, width = moment.shape[0], rows.shape[1]
-    if tuple(moment.shape) != (groups, width, width) or len(rows) % groups or not damping > 0:
+    if tuple(moment.shape) != (groups, width, width) or len(rows) % groups:
         raise ConfigError(
             f"GPTQ rounding: {len(rows)} rows of {width} need second moments [groups, {width}, {width}] with groups "
-            "that divide the "
-            f"rows, and a positive damping; got {tuple(moment.shape)} and {damping:g}"
+            f"that divide the rows; got {tuple(moment.shape)}"
         )
     exact = rows.detach().float()
     truth = moment.to(exact.device, torch.float64)
@@ -69,15 +61,15 @@ def gptq_rows(
     if not bool(alive.any()):
         return exact.clone(), quantizer
     level = torch.where(alive, level, 1.0)
-    damped = truth + (damping * level)[:, None, None] * torch.eye(width, dtype=torch.float64, device=exact.device)
+    damped = truth + (DAMPING * level)[:, None, None] * torch.eye(width, dtype=torch.float64, device=exact.device)
     order = damped.diagonal(dim1=1, dim2=2).argsort(
         dim=1, descending=True
     )  # what costs most is rounded while most can make it good
     back = order.argsort(dim=1)
     ordered = _take(_take(damped, order, 2), order, 1)
-    work = _Rows(_take(exact.reshape(groups, -1, width), order, 2), quantizer, ordered.float(), block)
+    work = _Rows(_take(exact.reshape(groups, -1, width), order, 2), quantizer, ordered.float())
     work.first_pass(torch.linalg.cholesky(_inverse(ordered), upper=True).float())
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         work.fit_scales()
         work.sweep()
     wanted = _take(work.target, back, 2).reshape(rows.shape)
@@ -101,9 +93,9 @@ class _Rows:
     """Rows ``[G, c, D]`` in the order in which columns are rounded; ``target`` is what was rounded, ``now`` what it
     became."""
 
-    def __init__(self, rows: Tensor, quantizer: RowQuantizer, moment: Tensor, block: int) -> None:
+    def __init__(self, rows: Tensor, quantizer: RowQuantizer, moment: Tensor) -> None:
         shape = rows.shape[:2]
-        self.exact, self.moment, self.block = rows, moment, block
+        self.exact, self.moment = rows, moment
         self.scale, self.zero = quantizer.scale.reshape(shape).clone(), quantizer.zero.reshape(shape)
         self.top = torch.exp2(quantizer.bits.clamp(max=8).float()).reshape(shape) - 1
         self.full = (quantizer.bits > 8).reshape(shape)
@@ -116,7 +108,7 @@ class _Rows:
 
     def blocks(self) -> list[slice]:
         width = self.exact.shape[2]
-        return [slice(a, min(a + self.block, width)) for a in range(0, width, self.block)]
+        return [slice(a, min(a + BLOCK, width)) for a in range(0, width, BLOCK)]
 
     def first_pass(self, factor: Tensor) -> None:
         """Round columns in turn, each after the corrections for those before it; ``factor`` ``[G, D, D]`` is upper

@@ -16,6 +16,7 @@ from mpqsearch.quant import (
     decode,
     encode,
     fit_rows,
+    gptq,
     gptq_rows,
     quantize_model,
     quantize_weight,
@@ -71,13 +72,17 @@ def reference_codes(
 
 @pytest.mark.parametrize("block", [1, 3, 64])
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.scheme)
-def test_first_pass_is_the_column_by_column_reference(fmt: QuantFormat, block: int) -> None:
+def test_first_pass_is_the_column_by_column_reference(
+    fmt: QuantFormat, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "SWEEPS", 0)
+    monkeypatch.setattr(gptq, "BLOCK", block)
     g = torch.Generator().manual_seed(3)
     rows = torch.randn(8, 11, generator=g)
     bits = torch.tensor([1, 2, 3, 4, 1, 2, 3, 8], dtype=torch.uint8)
     quantizer = fit_rows(rows, bits, fmt)
     moment = moment_of_inputs(inputs_of(1, 400, 11))
-    found, kept = gptq_rows(rows, quantizer, moment, sweeps=0, block=block)
+    found, kept = gptq_rows(rows, quantizer, moment)
     assert torch.equal(kept.scale, quantizer.scale)
     expected = reference_codes(
         rows.numpy(), quantizer.scale.double().numpy(), quantizer.zero.double().numpy(), bits.numpy(), moment[0].numpy()
@@ -116,21 +121,23 @@ def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, grou
     assert torch.equal(fitted.bits, quantizer.bits)
 
 
-def test_sweeps_lower_the_error_of_the_first_pass() -> None:
+def test_sweeps_lower_the_error_of_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     quantizer = fit_rows(rows, 2, QuantFormat(scheme="auto"))
     x = inputs_of(1, 600, 32)
     errors = []
     for sweeps in (0, 1, 3):
-        found, fitted = gptq_rows(rows, quantizer, moment_of_inputs(x), sweeps=sweeps)
+        monkeypatch.setattr(gptq, "SWEEPS", sweeps)
+        found, fitted = gptq_rows(rows, quantizer, moment_of_inputs(x))
         errors.append(float(output_error(decode(encode(found, fitted), fitted) - rows, x).sum()))
     assert errors[2] < errors[1] < 0.95 * errors[0]
 
 
-def test_uncorrelated_inputs_and_no_inputs_leave_the_nearest_codes() -> None:
+def test_uncorrelated_inputs_and_no_inputs_leave_the_nearest_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "SWEEPS", 0)
     rows = torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     quantizer = fit_rows(rows, 3, QuantFormat())
-    found, kept = gptq_rows(rows, quantizer, torch.eye(9)[None], sweeps=0)
+    found, kept = gptq_rows(rows, quantizer, torch.eye(9)[None])
     assert torch.equal(encode(found, kept), encode(rows, quantizer))
     found, kept = gptq_rows(rows, quantizer, torch.zeros(1, 9, 9))
     assert torch.equal(found, rows)
@@ -146,8 +153,6 @@ def test_rows_at_full_precision_stay_and_bad_moments_are_refused() -> None:
     assert torch.equal(found[1], rows[1])
     with pytest.raises(ConfigError, match=r"4 rows of 6 need second moments \[groups, 6, 6\].*got \(1, 5, 5\)"):
         gptq_rows(rows, quantizer, torch.eye(5)[None])
-    with pytest.raises(ConfigError, match="positive damping"):
-        gptq_rows(rows, quantizer, torch.eye(6)[None], damping=0)
 
 
 @pytest.mark.parametrize(
