@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import re
 import warnings
@@ -127,7 +128,8 @@ def _check_components(index: Mapping[str, Any], source: str) -> None:
 def _opener(
     source: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 ) -> Callable[[Mapping[str, nn.Module]], Any]:
-    checked = "safety_checker" in components_of(index)
+    takes = inspect.signature(diffusers_class(str(index.get("_class_name")), source).__init__).parameters
+    checked = "requires_safety_checker" in takes and "safety_checker" in components_of(index)
     left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
     variants = [v for name in components_of(index) for v in _only_variants(folder / name)]
 

@@ -149,6 +149,7 @@ def projected_effects(
         v = torch.randn((probes, *final.shape), generator=generator).to(final)
         return v / math.sqrt(final.numel())
 
+    denoiser.runner.encode(denoiser.module, seeds, batch=1)
     effects = []
     for done, one in enumerate(seeds, start=1):
         effects.append(final_effects(denoiser, table, [one], errors, random, checkpoint=checkpoint))

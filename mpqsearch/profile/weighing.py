@@ -89,7 +89,10 @@ def weighing_of(denoiser: Denoiser, seeds: Sequence[int]) -> Weighing:
     """
     if not can_sample(denoiser):
         return Weighing()
-    steps = scheduler_steps(denoiser, seeds[: batch_of(denoiser, MIXED)])
+    mixed = seeds[: batch_of(denoiser, MIXED)]
+    denoiser.runner.encode(denoiser.module, mixed, batch=len(mixed))
+    denoiser.runner.encode(denoiser.module, seeds, batch=1)
+    steps = scheduler_steps(denoiser, mixed)
     gains = [0.0] * len(steps)
     for seed in seeds[:SEEDS]:
         by_call = iter(prediction_gains(denoiser, [seed], probe_seed=seed))

@@ -112,23 +112,22 @@ def plot_sensitivity(losses: LayerLosses, worst: int = 8, ax: Axes | None = None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeInfo:
-    """Mean sensitivity ``[L, B]`` of the channels of each layer in each of B buckets of timesteps; NaN where nothing
-    was probed. ``edges`` ``[B + 1]`` are the ends of the buckets."""
+    """Mean sensitivity ``[L, B]`` of the channels of each layer in each of B equal parts of a run, noise first; NaN
+    where nothing was probed. ``edges`` ``[B + 1]`` are the ends of the parts in percent."""
 
     layers: tuple[str, ...]
     sensitivity: Floats
     edges: tuple[int, ...]
 
 
-def sensitivity_over_time(profile: SensitivityProfile, timesteps: int = 1000) -> TimeInfo:
-    """Sensitivity over depth and time; ``timesteps`` is the length of the schedule. Raises `ConfigError` when the
-    profile holds none."""
+def sensitivity_over_time(profile: SensitivityProfile) -> TimeInfo:
+    """Sensitivity over depth and time. Raises `ConfigError` when the profile holds none."""
     steps = profile.need("step_sensitivity", "the picture of sensitivity over time").astype(np.float64)
     mean = profile.layer_sum(steps) / np.array(profile.channels, dtype=np.float64)[:, None]
     return TimeInfo(
         layers=profile.names,
         sensitivity=np.where(mean > 0, mean, np.nan),
-        edges=tuple(int(e) for e in np.linspace(0, timesteps, steps.shape[1] + 1).round()),
+        edges=tuple(int(e) for e in np.linspace(0, 100, steps.shape[1] + 1).round()),
     )
 
 
@@ -141,14 +140,14 @@ def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
     finite = info.sensitivity[np.isfinite(info.sensitivity)]
     spread = finite.size > 0 and finite.max() > finite.min()
     norm = LogNorm(vmin=finite.min(), vmax=finite.max()) if spread else None
-    image = ax.imshow(info.sensitivity.T, aspect="auto", origin="lower", interpolation="nearest", norm=norm)
+    image = ax.imshow(info.sensitivity.T, aspect="auto", origin="upper", interpolation="nearest", norm=norm)
     ax.grid(visible=False)
     ax.set_yticks(
-        range(len(info.edges) - 1), [f"{a}..{b - 1}" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
+        range(len(info.edges) - 1), [f"{a}..{b} %" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
     )
     shown = range(0, len(info.layers), -(-len(info.layers) // 70))  # as many names as fit side by side
     ax.set_xticks(shown, [info.layers[i] for i in shown], rotation=90, fontsize=5)
-    ax.set_ylabel("timestep")
+    ax.set_ylabel("part of the run")
     ax.set_xlabel("layers, in the order of a forward pass")
     ax.figure.colorbar(image, ax=ax, label="mean sensitivity of a channel")
     return ax
@@ -169,7 +168,7 @@ def profile_drawings(profile: SensitivityProfile, table: LayerTable, format_name
                 key="profile_over_time",
                 section="profile",
                 title="Sensitivity over depth and time",
-                caption="Cost at the end of a unit of output error of a channel, by the timestep in which it is made.",
+                caption="Cost at the end of a unit of output error of a channel, by the part of the run it is made in.",
                 alt=_time_words(info),
                 draw=lambda: plot_sensitivity_over_time(info),
                 dense=True,
@@ -194,6 +193,6 @@ def _time_words(info: TimeInfo) -> str:
     mean = np.nan_to_num(info.sensitivity).mean(axis=0)
     top = int(mean.argmax())
     return (
-        f"Heat map of sensitivity over {len(info.layers)} layers and {len(mean)} ranges of timesteps. "
-        f"Largest on average in timesteps {info.edges[top]} to {info.edges[top + 1] - 1}."
+        f"Heat map of sensitivity over {len(info.layers)} layers and {len(mean)} parts of a run. "
+        f"Largest on average from {info.edges[top]} to {info.edges[top + 1]} percent of it."
     )

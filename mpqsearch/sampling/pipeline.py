@@ -43,6 +43,13 @@ INVARIANT = 2e-6
 predictions are made up: rounding of single values, and no more."""
 
 
+TILED = ("AutoencoderKLAllegro",)
+"""Autoencoders that decode in tiles and in no other way."""
+
+WHOLE = ("AutoencoderKLMagvit",)
+"""Autoencoders whose slices of a batch see what is kept of the slice before."""
+
+
 class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)
     """Ends a run of a pipeline early."""
 
@@ -154,7 +161,7 @@ class PipelineRunner:
         """Shape of what the pipeline makes of a latent, from decoding a made-up one: see `Runner.picture`."""
         if not self._decoded:
             self._require_prompts(self.pipe(module))
-            self._rehearsed(module, [0], output_type="pt")
+            self._rehearsed(module, [0], output_type="np")
         return self._shape
 
     def labels(self, seeds: Sequence[int]) -> tuple[Label, ...]:
@@ -193,17 +200,21 @@ class PipelineRunner:
         return dict(parts) if isinstance(module, Parts) else {self._components[0]: parts[""]}
 
     def _prepared(self, pipe: Any, device: torch.device) -> Any:
-        """A pipeline made ready: on the device, silent, decoding one image at a time, without a safety checker."""
+        """A pipeline made ready: on the device, silent, decoding one image at a time, without a safety checker where
+        its authors let it go (that of Cosmos is a condition of its licence)."""
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
+        may_go = "requires_safety_checker" in inspect.signature(type(pipe).__init__).parameters
         for name in ("safety_checker", "watermark"):
-            if getattr(pipe, name, None) is not None:
+            if getattr(pipe, name, None) is not None and (may_go or name != "safety_checker"):
                 setattr(pipe, name, None)
                 log.warning(
                     "the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__
                 )
         vae: Any = getattr(pipe, "vae", None)
-        if hasattr(vae, "enable_slicing"):
+        if type(vae).__name__ in TILED:
+            vae.enable_tiling()
+        elif hasattr(vae, "enable_slicing") and type(vae).__name__ not in WHOLE:
             vae.enable_slicing()  # exact; tiling is not
         for name, component in pipe.components.items():
             if isinstance(component, nn.Module) and name not in self._components:
@@ -273,7 +284,7 @@ class PipelineRunner:
             given["batch_size"] = len(seeds)
         given["generator"] = [torch.Generator().manual_seed(int(s)) for s in noise]
         given |= self.spec.call
-        return {k: v for k, v in given.items() if k in known}
+        return {k: _as_many(v, len(seeds)) if k in _TEXTS else v for k, v in given.items() if k in known}
 
     def _run(
         self,
@@ -283,7 +294,7 @@ class PipelineRunner:
         stop_after: int | None,
         *,
         grad: bool,
-        output_type: str = "pt",
+        output_type: str = "np",
     ) -> Drawn:
         """One call of the pipeline, ended after so many steps of its scheduler."""
         pipe, steps, latest = self.pipe(module), 0, None
@@ -417,6 +428,15 @@ def _named(pipe: Any) -> Iterator[None]:
             f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself "
             "with the same arguments (sampler.steps, sampler.guidance, sampler.call)"
         ) from error
+
+
+_TEXTS = ("prompt", "negative_prompt")
+
+
+def _as_many(text: Any, n: int) -> Any:
+    """One text a sample; a single one as a string, since some pipelines take no list."""
+    texts = [text] * n if isinstance(text, str) else text
+    return texts[0] if n == 1 and isinstance(texts, list) and len(texts) == 1 else texts
 
 
 def _stop(*_: Any) -> Any:

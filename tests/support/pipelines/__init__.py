@@ -6,6 +6,32 @@ Nothing is downloaded: tokenizers hold single characters. Each builds in millise
 """
 
 from tests.support.pipelines import images, sounds, unets, videos  # noqa: F401  (each enters its own)
-from tests.support.pipelines.registry import ALONE, MISFITS, PROMPTS, TINY, Built, arguments, modules, prompt_of, sliced
+from tests.support.pipelines.registry import (
+    ALONE,
+    MISFITS,
+    NEEDS,
+    PROMPTS,
+    STOPS,
+    TINY,
+    Built,
+    arguments,
+    modules,
+    prompt_of,
+    sliced,
+)
+from tests.support.pipelines.running import denoiser_of
 
-__all__ = ["ALONE", "MISFITS", "PROMPTS", "TINY", "Built", "arguments", "modules", "prompt_of", "sliced"]
+__all__ = [
+    "ALONE",
+    "MISFITS",
+    "NEEDS",
+    "PROMPTS",
+    "STOPS",
+    "TINY",
+    "Built",
+    "arguments",
+    "denoiser_of",
+    "modules",
+    "prompt_of",
+    "sliced",
+]

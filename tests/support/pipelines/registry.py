@@ -11,6 +11,7 @@ import diffusers as d
 import torch
 from torch import nn
 
+from mpqsearch.sampling.pipeline import TILED, WHOLE
 from tests.support.denoisers import disturb
 
 Built = tuple[d.DiffusionPipeline, dict[str, Any]]
@@ -33,6 +34,12 @@ ALONE = {
     "PRXPixelPipeline": "with guidance, its timesteps are those of one sample",
 }
 """Pipelines whose samples are right only when made one at a time, and why."""
+
+NEEDS = {"OmniGenPipeline": "torchvision", "QwenImage21Pipeline": "torchvision"}
+"""Libraries beside those of the extra ``pipelines`` that some ask for."""
+
+STOPS: dict[str, tuple[str, str]] = {}
+"""Pipelines that do not go all the way: the stage of `cover` that does not hold, and why. Any other is a failure."""
 
 PROMPTS = ("a lighthouse", "two red cats", "a blue house by the sea", "rain on a tin roof")
 
@@ -85,10 +92,10 @@ def tiny(name: str, *, into: dict[str, Callable[[], Built]] = TINY, **call: Any)
 
 
 def sliced(pipe: d.DiffusionPipeline) -> d.DiffusionPipeline:
-    """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory."""
-    for part in modules(pipe):  # slices of this one see what it kept of the slice before
-        if hasattr(part, "enable_slicing") and type(part).__name__ != "AutoencoderKLMagvit":
-            part.enable_slicing()
+    """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory; see `PipelineRunner`."""
+    vae = getattr(pipe, "vae", None)
+    if hasattr(vae, "enable_slicing") and type(vae).__name__ not in (*WHOLE, *TILED):
+        vae.enable_slicing()
     return pipe
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -178,7 +179,7 @@ def _() -> Any:
 
 
 class NoChecker:
-    """Stands for the safety checker of Cosmos, which needs a package and weights of its own."""
+    """Stands for the safety checker of Cosmos, whose package and weights are not here; these weights are random."""
 
     def to(self, *_: Any) -> NoChecker:
         return self
@@ -200,8 +201,10 @@ def cosmos_transformer(channels: int = 16, *, inputs: int = 0, text: int = 32) -
 
 def cosmos(kind: str, transformer: Any, autoencoder: Any, scheduler: Any, **text: Any) -> Any:
     text = text or {"text_encoder": t5_text(), "tokenizer": t5_tokenizer()}
-    pipe = getattr(d, kind)(transformer=transformer, vae=autoencoder, scheduler=scheduler, safety_checker=NoChecker(), **text)
-    pipe.register_to_config(safety_checker=(None, None))  # in its folder, there is none
+    cls = getattr(d, kind)
+    importlib.import_module(cls.__module__).CosmosSafetyChecker = NoChecker  # it makes one when it is loaded, too
+    pipe = cls(transformer=transformer, vae=autoencoder, scheduler=scheduler, **text)
+    pipe.register_to_config(safety_checker=(None, None))
     return pipe
 
 

@@ -13,12 +13,9 @@ import torch
 
 from mpqsearch.core import BitMap
 from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
-from mpqsearch.models import Denoiser, Parts, discover, weights_digest
-from mpqsearch.prompts import Prompt, Prompts
-from mpqsearch.prompts.splits import BANDS
+from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import build_student, param_groups
-from mpqsearch.sampling import PipelineRunner, SamplerSpec
-from tests.support.pipelines import PROMPTS, TINY
+from tests.support.pipelines import denoiser_of as opened
 
 KINDS = (
     "StableDiffusionPipeline",  # PNDM calls one timestep twice; both halves of guidance in one call
@@ -28,16 +25,6 @@ KINDS = (
     "WanPipeline:2.2",  # two denoisers, two calls a step, video
     "StableAudioPipeline",  # a continuous scheduler, sound
 )
-ASKED = dict.fromkeys(BANDS, tuple(Prompt(text=text) for text in PROMPTS))
-
-
-def opened(name: str, **call: Any) -> Denoiser:
-    pipe, given = TINY[name]()
-    parts = {n: pipe.components[n] for n in ("unet", "transformer", "transformer_2") if pipe.components.get(n)}
-    module = Parts(parts) if len(parts) > 1 else next(iter(parts.values()))
-    asked = Prompts(classes=(1, 7)) if name == "DiTPipeline" else Prompts(splits=ASKED)
-    runner = PipelineRunner(lambda _: pipe, tuple(parts), spec=SamplerSpec(batch=4, call=given | call), prompts=asked)
-    return Denoiser(name=name, module=module, runner=runner, digest=weights_digest(module))
 
 
 def student_of(denoiser: Denoiser) -> tuple[torch.nn.Module, list[dict[str, Any]]]:

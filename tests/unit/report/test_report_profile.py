@@ -53,7 +53,7 @@ def test_sensitivity_over_time_is_the_mean_of_the_channels() -> None:
     steps = np.random.default_rng(0).lognormal(size=(TABLE.n_channels, 5)).astype(np.float32)
     steps[:, 2] = 0
     info = sensitivity_over_time(profile(step_sensitivity=steps))
-    assert info.edges == (0, 200, 400, 600, 800, 1000)
+    assert info.edges == (0, 20, 40, 60, 80, 100)
     assert np.isnan(info.sensitivity[:, 2]).all()
     assert info.sensitivity[1, 0] == pytest.approx(float(steps[6:12, 0].mean()), rel=1e-6)
     image = plot_sensitivity_over_time(info).images[0].get_array()
