@@ -220,11 +220,8 @@ class PipelineRunner:
             if isinstance(component, nn.Module) and name not in self._components:
                 component.eval().requires_grad_(False)
         self._check_call(pipe)
-        self._encoders = tuple(
-            n
-            for n, c in pipe.components.items()
-            if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
-        )
+        # Others, such as vocoders and the encoders of a prior, are called beside `encode_prompt`.
+        self._encoders = tuple(n for n, c in pipe.components.items() if n.startswith("text_encoder") and c is not None)
         return pipe
 
     def _check_call(self, pipe: Any) -> None:
