@@ -28,6 +28,12 @@ LOG_METRICS = ("fd_data", "fd_fp", "paired_mse")
 Floats = NDArray[np.float64]
 
 
+def main_metric(records: Iterable[StudyRecord]) -> str:
+    """What points are judged by: the distance to full precision, or the paired error where samples are no pictures."""
+    measured = {m for r in records for m in r.metrics}
+    return next((m for m in ("fd_fp", "paired_mse") if m in measured), "fd_fp")
+
+
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     """Which rows of ``points`` ``[N, D]`` are on the front when every column is minimised; ``[N]``.
 

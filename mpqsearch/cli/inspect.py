@@ -114,20 +114,22 @@ def _show_layers(file: Path, _schema: str) -> None:
 
 
 def _show_front(file: Path, _schema: str) -> None:
+    from mpqsearch.pareto import main_metric
     from mpqsearch.report.tables import read_pareto_json
 
     records = read_pareto_json(file)
     print_records(records, as_json=False)
-    shown = [r for r in records if "fd_fp" in r.metrics and r.metrics["fd_fp"].value > 0]
+    metric = main_metric(records)
+    shown = [r for r in records if metric in r.metrics and r.metrics[metric].value > 0]
     if len(shown) < 2:
         return
-    logs = [math.log10(r.metrics["fd_fp"].value) for r in shown]
+    logs = [math.log10(r.metrics[metric].value) for r in shown]
     low, span = min(logs), max(logs) - min(logs) or 1.0
     rows = []
     for r, log in zip(shown, logs, strict=True):
-        value = f"{r.metrics['fd_fp'].value:.3g}"
+        value = f"{r.metrics[metric].value:.3g}"
         rows.append({"method": r.method, "bits": f"{r.average_bits:.2f}", "value": value, "": bar((log - low) / span)})
-    print_table(f"{shown[0].metrics['fd_fp'].name}, logarithmic bars (shorter is better)", rows)
+    print_table(f"{shown[0].metrics[metric].name}, logarithmic bars (shorter is better)", rows)
 
 
 def _show_data(file: Path, schema: str) -> None:

@@ -123,7 +123,7 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
     if not records:
         return
     order = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
-    keys = [k for k in order if any(k in r.metrics for r in records)]
+    keys = [k for k in order if any(k in r.metrics for r in records)] or ["paired_mse"]
     rows = []
     for r in records:
         cells = {

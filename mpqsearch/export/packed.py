@@ -189,9 +189,7 @@ def write_packed(
 
     from mpqsearch.export.check import save_tensors
 
-    to_text = getattr(module, "to_json_string", None)
-    if to_text is None:
-        raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
+    config = _config_of(module)
     ours = tuple(f"{n}." for n, m in module.named_modules() if type(m).__module__.startswith("mpqsearch.quant"))
     packed: dict[str, Tensor] = {}
     names = set()
@@ -202,20 +200,43 @@ def write_packed(
     (folder / HEADER).unlink(missing_ok=True)
     save_tensors(folder / FILE, packed | plain, {"format": "mpqsearch.packed"})
     digest = digest_file(folder / FILE)
-    data = {"model": table.to_data(), "config": json.loads(to_text()), "map_digest": map_digest, "sha256": digest}
+    data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "sha256": digest}
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs))
     return [folder / FILE, folder / HEADER]
 
 
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    """What a model is built from again; of several denoisers under ``parts``."""
+    from mpqsearch.models.runner import Parts
+
+    if isinstance(module, Parts):
+        return {"parts": {name: _config_of(part) for name, part in module.items()}}
+    to_text = getattr(module, "to_json_string", None)
+    if to_text is None:
+        raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
+    config: dict[str, Any] = json.loads(to_text())
+    return config
+
+
+def _built(config: Mapping[str, Any]) -> nn.Module:
+    from mpqsearch.export.check import model_class
+    from mpqsearch.models.runner import Parts
+
+    if "parts" in config:
+        return Parts({name: _built(part) for name, part in config["parts"].items()})
+    module: nn.Module = model_class(config).from_config(config)
+    return module
+
+
 def load_quantized(path: str | Path) -> nn.Module:
-    """The diffusers model of a packed checkpoint, with the weights of the fake-quantized forward, bit for bit.
+    """The diffusers model of a packed checkpoint, with the weights of the fake-quantized forward, bit for bit; of
+    several denoisers a `Parts`.
 
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
-    from mpqsearch.export.check import model_class
     from mpqsearch.quant import weight_of
 
     folder = Path(path)
@@ -236,7 +257,7 @@ def load_quantized(path: str | Path) -> nn.Module:
     for name, arrays in packed.items():
         state[f"{name}.weight"] = weight_of(unpack_layer(arrays, table[name]), table[name])
     with init_empty_weights():  # random weights take longer than reading all of them
-        module: nn.Module = model_class(data["config"]).from_config(data["config"])
+        module = _built(data["config"])
     try:
         module.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from mpqsearch.core import BitMap, LayerTable
-from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS
+from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, main_metric
 from mpqsearch.report.bits import DepthInfo, bits_by_depth_info, plot_bits_by_depth
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import Drawing
@@ -18,9 +18,6 @@ from mpqsearch.report.labels import metric_text, slug
 from mpqsearch.report.prediction import prediction_drawings
 from mpqsearch.report.search import search_drawings
 from mpqsearch.report.sensitivity import profile_drawings
-
-MAIN_METRIC = "fd_fp"
-"""The metric of the front on the first screen, if any point has it."""
 
 
 def all_drawings(content: ReportContent) -> list[Drawing]:
@@ -38,7 +35,7 @@ def all_drawings(content: ReportContent) -> list[Drawing]:
 
 def _fronts(content: ReportContent) -> Iterator[Drawing]:
     measured = {m for r in content.records if r.method != FULL_PRECISION_METHOD for m in r.metrics}
-    order = [m for m in dict.fromkeys((MAIN_METRIC, *METRICS, *sorted(measured))) if m in measured]
+    order = [m for m in dict.fromkeys((main_metric(content.records), *METRICS, *sorted(measured))) if m in measured]
     for metric in order:
         info = front_info(content.records, metric, chosen=content.chosen)
         yield Drawing(

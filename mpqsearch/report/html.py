@@ -12,10 +12,10 @@ import jinja2
 from mpqsearch._version import __version__
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import MetricValue, StudyRecord
-from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront
+from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront, main_metric
 from mpqsearch.report.breakdown import breakdown_rows, export_rows
 from mpqsearch.report.content import ReportContent
-from mpqsearch.report.drawings import MAIN_METRIC, all_drawings
+from mpqsearch.report.drawings import all_drawings
 from mpqsearch.report.figures import Drawing, data_uri, render, save_figure
 from mpqsearch.report.grids import SampleGrid, difference, strip_png
 from mpqsearch.report.hover import Spot, spots
@@ -182,7 +182,7 @@ def _points_table(records: Sequence[StudyRecord]) -> Table:
     """Every point, budget by budget. A column that says the same in every row, once in the facts, is left out."""
     budgets = list(dict.fromkeys(r.budget for r in records))
     records = sorted(records, key=lambda r: budgets.index(r.budget))
-    front = {id(r) for r in ParetoFront.from_records(records, MAIN_METRIC).front}
+    front = {id(r) for r in ParetoFront.from_records(records, main_metric(records)).front}
     columns: dict[tuple[str, str], list[Cell]] = {
         ("Method", "text"): [Cell(r.method, r.method, "front" if id(r) in front else "") for r in records],
         ("Budget", "text"): [Cell(r.budget, i) for i, r in enumerate(records)],

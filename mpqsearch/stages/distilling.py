@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpqsearch.distill import Processes
     from mpqsearch.metrics import Reference
 
-KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
+KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised", "paired_mse")
 """Metrics that the stage prints."""
 
 
@@ -240,9 +240,10 @@ def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
     """The trained student: a diffusers folder where the model is of diffusers, and always the integer codes."""
     from safetensors.torch import save
 
+    from mpqsearch.models.runner import parts_of
     from mpqsearch.quant import activation_table_of
 
-    if hasattr(run.denoiser.module, "save_pretrained"):
+    if all(hasattr(part, "save_pretrained") for part in parts_of(run.denoiser.module).values()):
         write_model_folder(run, folder, trained.module, trained.bit_map)
     else:
         artifacts.save_bit_map(folder / "bitmap.json", trained.bit_map, {"model": table.digest})

@@ -13,6 +13,7 @@ import numpy as np
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, StudyRecord
 from mpqsearch.methods import MethodSpec, available_losses, channel_losses
+from mpqsearch.pareto import main_metric
 from mpqsearch.ranks import spearman
 from mpqsearch.search.storage import redact
 from mpqsearch.stages.allocating import allocation, study_methods
@@ -220,15 +221,16 @@ def export_budget(run: Run) -> Budget:
 
 
 def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:
-    """The method that is drawn and exported: the configured one, else the one with the least mean log distance to full
-    precision."""
+    """The method that is drawn and exported: the configured one, else the one with the least mean log of what points
+    are judged by (`mpqsearch.pareto.main_metric`)."""
     by_name = {m.name: m for m in run.config.methods}
     if run.config.report.chosen:
         return by_name[run.config.report.chosen]
     scores: dict[str, list[float]] = {}
+    metric = main_metric(records)
     for r in records:
-        if r.method in by_name and "fd_fp" in r.metrics:
-            scores.setdefault(r.method, []).append(float(np.log(max(r.metrics["fd_fp"].value, 1e-12))))
+        if r.method in by_name and metric in r.metrics:
+            scores.setdefault(r.method, []).append(float(np.log(max(r.metrics[metric].value, 1e-12))))
     if not scores:
         return run.config.methods[-1]
     return by_name[min(scores, key=lambda name: float(np.mean(scores[name])))]

@@ -19,7 +19,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, size_bits
 from mpqsearch.export import load_neutral, read_map
 from mpqsearch.export.packed import load_quantized
-from mpqsearch.models import load_calls
+from mpqsearch.models import Parts, load_calls
 from mpqsearch.sampling import load_model
 from tests.e2e import forked
 from tests.support.roads import KINDS, SAMPLING, Road, new_road
@@ -112,7 +112,10 @@ def test_quantize(kind: str, roads: dict[str, Road], call: Call) -> None:
 
 
 def model_of(road: Road, source: str) -> torch.nn.Module:
-    """The model of a folder, in the type of its file."""
+    """The model of a folder, in the type of its file; of several denoisers a folder each."""
+    parts = sorted(Path(source).glob("transformer*"))
+    if len(parts) > 1 and not (Path(source) / "model_index.json").is_file():
+        return Parts({part.name: model_of(road, str(part)) for part in parts})
     file = road.folder / "calls.safetensors"
     return load_model(source, dtype="stored", calls=load_calls(file) if file.is_file() else None).module
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.errors import ConfigError, NumericsError
-from mpqsearch.pareto import ParetoFront, hypervolume_2d, non_dominated, records_table
+from mpqsearch.pareto import ParetoFront, hypervolume_2d, main_metric, non_dominated, records_table
 
 # few distinct values, so that ties and equal rows are common
 coordinate = st.one_of(st.integers(-3, 3).map(float), st.just(float("nan")), st.just(float("inf")))
@@ -53,6 +53,13 @@ def record(
         "metrics": metrics,
     }
     return StudyRecord(**(values | more))
+
+
+def test_points_are_judged_by_their_distance_and_without_pictures_by_their_error() -> None:
+    sound = [record("uniform", 3, 0.2, metric="paired_mse"), record("ilp", 3, 0.1, metric="paired_mse")]
+    assert main_metric(sound) == "paired_mse"
+    assert main_metric([*sound, record("ilp", 4, 1.0)]) == "fd_fp"
+    assert [r.method for r in ParetoFront.from_records(sound, main_metric(sound)).front] == ["ilp"]
 
 
 def dominated_by_definition(points: np.ndarray, i: int) -> bool:

@@ -54,7 +54,8 @@ def test_a_text_pipeline_is_recorded_and_profiled(name: str, tmp_path: Path) -> 
     module, denoiser = recorded(name, tmp_path, "unet" if name == "StableDiffusionPipeline" else "transformer")
     calls: Any = denoiser.runner.calls  # type: ignore[attr-defined]
     with torch.no_grad():
-        assert torch.equal(calls[0].replay(module), calls[0].replay(denoiser.module))
+        # Weights that were read from a file lie elsewhere in memory, and vectorised sums round otherwise.
+        torch.testing.assert_close(calls[0].replay(denoiser.module), calls[0].replay(module), rtol=1e-5, atol=1e-6)
     table = discover(denoiser)
     assert not any(la.role == "unused" for la in table)
     sensitivity = profile_of(denoiser).arrays["sensitivity"]
