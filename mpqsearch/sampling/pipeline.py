@@ -43,11 +43,14 @@ INVARIANT = 2e-6
 predictions are made up: rounding of single values, and no more."""
 
 
-TILED = ("AutoencoderKLAllegro",)
-"""Autoencoders that decode in tiles and in no other way."""
-
-WHOLE = ("AutoencoderKLMagvit",)
-"""Autoencoders whose slices of a batch see what is kept of the slice before."""
+def decode_singly(vae: Any) -> None:
+    """Let an autoencoder decode sample by sample, which is exact; tiling is not, and one knows nothing else."""
+    kind = type(vae).__name__
+    if kind == "AutoencoderKLAllegro":
+        vae.enable_tiling()
+    elif hasattr(vae, "enable_slicing") and kind != "AutoencoderKLMagvit":  # it mixes a slice with the one before
+        with suppress(NotImplementedError):
+            vae.enable_slicing()
 
 
 class _Enough(Exception):  # noqa: N818  (no error: what was wanted from a run is there)
@@ -211,20 +214,13 @@ class PipelineRunner:
                 log.warning(
                     "the %s of %s is switched off: it changes pictures", name.replace("_", " "), type(pipe).__name__
                 )
-        vae: Any = getattr(pipe, "vae", None)
-        if type(vae).__name__ in TILED:
-            vae.enable_tiling()
-        elif hasattr(vae, "enable_slicing") and type(vae).__name__ not in WHOLE:
-            vae.enable_slicing()  # exact; tiling is not
+        decode_singly(getattr(pipe, "vae", None))
         for name, component in pipe.components.items():
             if isinstance(component, nn.Module) and name not in self._components:
                 component.eval().requires_grad_(False)
         self._check_call(pipe)
-        self._encoders = tuple(
-            n
-            for n, c in pipe.components.items()
-            if isinstance(c, nn.Module) and type(c).__module__.startswith("transformers.")
-        )
+        # Others, such as vocoders and the encoders of a prior, are called beside `encode_prompt`.
+        self._encoders = tuple(n for n, c in pipe.components.items() if n.startswith("text_encoder") and c is not None)
         return pipe
 
     def _check_call(self, pipe: Any) -> None:

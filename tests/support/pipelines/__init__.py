@@ -17,7 +17,6 @@ from tests.support.pipelines.registry import (
     arguments,
     modules,
     prompt_of,
-    sliced,
 )
 from tests.support.pipelines.running import denoiser_of
 
@@ -33,5 +32,4 @@ __all__ = [
     "denoiser_of",
     "modules",
     "prompt_of",
-    "sliced",
 ]

@@ -11,7 +11,7 @@ import diffusers as d
 import torch
 from torch import nn
 
-from mpqsearch.sampling.pipeline import TILED, WHOLE
+from mpqsearch.sampling.pipeline import decode_singly
 from tests.support.denoisers import disturb
 
 Built = tuple[d.DiffusionPipeline, dict[str, Any]]
@@ -81,7 +81,7 @@ def tiny(name: str, *, into: dict[str, Callable[[], Built]] = TINY, **call: Any)
                     if type(part).__module__.startswith("diffusers.") and "autoencoder" not in type(part).__module__:
                         disturb(part)
                     part.eval().requires_grad_(False)
-            sliced(pipe)
+            decode_singly(getattr(pipe, "vae", None))
             pipe.set_progress_bar_config(disable=True)
             return pipe, dict(call)
 
@@ -89,14 +89,6 @@ def tiny(name: str, *, into: dict[str, Callable[[], Built]] = TINY, **call: Any)
         return make
 
     return enter
-
-
-def sliced(pipe: d.DiffusionPipeline) -> d.DiffusionPipeline:
-    """Its autoencoder decodes sample by sample, as it does for anyone who is short of memory; see `PipelineRunner`."""
-    vae = getattr(pipe, "vae", None)
-    if hasattr(vae, "enable_slicing") and type(vae).__name__ not in (*WHOLE, *TILED):
-        vae.enable_slicing()
-    return pipe
 
 
 def modules(pipe: d.DiffusionPipeline) -> list[nn.Module]:
