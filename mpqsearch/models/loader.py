@@ -128,12 +128,12 @@ def _check_components(index: Mapping[str, Any], source: str) -> None:
 def _opener(
     source: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 ) -> Callable[[Mapping[str, nn.Module]], Any]:
-    takes = inspect.signature(diffusers_class(str(index.get("_class_name")), source).__init__).parameters
-    checked = "requires_safety_checker" in takes and "safety_checker" in components_of(index)
-    left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
     variants = [v for name in components_of(index) for v in _only_variants(folder / name)]
 
     def open_pipeline(parts: Mapping[str, nn.Module]) -> Any:
+        takes = inspect.signature(diffusers_class(str(index.get("_class_name")), source).__init__).parameters
+        checked = "requires_safety_checker" in takes and "safety_checker" in components_of(index)
+        left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
         if left_out:
             log.warning("%s: its safety checker is switched off: it blacks out pictures", source)
         try:
