@@ -19,7 +19,9 @@ from mpqsearch.sampling import SamplerSpec, latents, load_model, record, samples
 from mpqsearch.sources import model_files
 from tests.support.pipelines import PROMPTS, TINY
 
-ASKED = prompts_of([*PROMPTS, *(f"{text} at night" for text in PROMPTS), *(f"{text} in snow" for text in PROMPTS)])
+ASKED = prompts_of(
+    [f"{text} in {month}" for text in PROMPTS for month in ("May", "June", "July", "March", "April", "the fall")]
+)
 
 
 @pytest.fixture(scope="module")

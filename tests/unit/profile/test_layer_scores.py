@@ -51,7 +51,8 @@ def test_layer_scores_take_one_pass_a_batch_and_leave_no_trace() -> None:
     handle = denoiser.module.register_forward_pre_hook(lambda _m, args: passes.append(len(args[0])))
     profile_model(denoiser, discover(denoiser), Policy(widths=(4,)), spec(granularity="layer"), FMT)
     handle.remove()
-    discovered, weighed = 1, 1 + 2 * SEEDS  # of one sample each: a run for the mixes; for gains a run and its way back
+    # Of four samples each: the scores, and a run for the mixes; of one: for gains a run and its way back.
+    discovered, weighed = 2, 4 + 2 * SEEDS
     assert sum(passes) <= (4 + weighed) * 3 + discovered
     assert not any(p.requires_grad or p.grad is not None for p in denoiser.module.parameters())
     assert not any(m._forward_hooks for m in denoiser.module.modules())
