@@ -111,7 +111,7 @@ def _role_seen(name: str, by_name: str, seen: Seen) -> str:
     return "linear" if by_name == "time" and name in seen.tokens else by_name
 
 
-def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str) -> LayerSpec:
+def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") -> LayerSpec:
     weight: Tensor = module.weight  # type: ignore[assignment]
     transposed = isinstance(module, TRANSPOSED)
     kind = next(base.__name__ for base in type(module).__mro__ if base in PLAIN_LAYERS)

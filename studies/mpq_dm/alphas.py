@@ -20,7 +20,6 @@ from mpqsearch.models.hooks import layer_input
 from mpqsearch.profile import columns_of
 from mpqsearch.profile.calibrate import run_sampler
 from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
-from mpqsearch.sampling import SamplerSpec
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Alphas of smoothing that `choose_alphas` tries."""
@@ -34,7 +33,6 @@ def choose_alphas(
     denoiser: Denoiser,
     table: LayerTable,
     bit_map: BitMap,
-    sampler: SamplerSpec,
     *,
     input_max: Mapping[str, Tensor],
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
@@ -76,7 +74,7 @@ def choose_alphas(
             modules[name].register_forward_pre_hook(trial.see, with_kwargs=True) for name, trial in trials.items()
         ]
         try:
-            run_sampler(denoiser, sampler, seeds, f"smoothing at {alpha:g}")
+            run_sampler(denoiser, seeds, f"smoothing at {alpha:g}")
         finally:
             for handle in handles:
                 handle.remove()

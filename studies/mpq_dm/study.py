@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
-from mpqsearch.distill import DistillSpec, TeacherStep, Trajectories, TRDSpec, distill, find_feature_module
+from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.metrics import (
@@ -44,7 +44,7 @@ from mpqsearch.metrics import (
     load_extractor,
     load_reference,
 )
-from mpqsearch.models import Denoiser, discover, load_model
+from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import (
     CalibrationSpec,
     collect_ranges,
@@ -62,7 +62,7 @@ from mpqsearch.quant import (
     param_groups,
     smooth_inputs,
 )
-from mpqsearch.sampling import SamplerSpec, samples
+from mpqsearch.sampling import SamplerSpec, load_model, samples
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("fmnist-unet", "fmnist-dit")
@@ -284,7 +284,7 @@ class Model:
     def __init__(self, name: str, schedule: Schedule, work: Path) -> None:
         self.name, self.schedule, self.work = name, schedule, work / name
         self.policy, self.format = Policy(), QuantFormat()
-        self.denoiser: Denoiser = load_model(name)
+        self.denoiser: Denoiser = load_model(name, sampler=schedule.sampler)
         self.table: LayerTable = discover(self.denoiser)
         self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
         self._ranges: dict[tuple[tuple[str, float], ...], RangeCollector] = {}
@@ -298,7 +298,7 @@ class Model:
         asked = [spec.to_data(), self.schedule.sampler.to_data(), sorted(formats_of(spec, self.format))]
         inputs = {"model": self.table.digest, "calibration": artifacts.digest_of(asked)}
         if not artifacts.is_current(path, "mpqsearch/profile", inputs):
-            made = profile_model(self.denoiser, self.table, self.policy, self.schedule.sampler, spec, self.format)
+            made = profile_model(self.denoiser, self.table, self.policy, spec, self.format)
             artifacts.save_profile(path, made, inputs)
         return artifacts.load_profile(path)
 
@@ -306,7 +306,7 @@ class Model:
     def statistics(self) -> Mapping[str, RowStatistics]:
         """Second moments and means of the inputs of all layers."""
         first = self.schedule.calibration.first_seed
-        return input_statistics(self.denoiser, self.table, self.schedule.sampler, range(first, first + MOMENT_SAMPLES))
+        return input_statistics(self.denoiser, self.table, range(first, first + MOMENT_SAMPLES))
 
     def rounds_by_gptq(self, spec: MethodSpec) -> SensitivityProfile:
         """The profile with the output errors of a method's format under GPTQ, kept in a file of its own."""
@@ -343,7 +343,7 @@ class Model:
             maxima = self.tensors(self.profile.input_max)
             factors = smooth_inputs(self.denoiser.module, self.table, bit_map, maxima)
             self._ranges[key] = collect_ranges(
-                self.denoiser, self.table, self.schedule.sampler, seeds=self.seeds, per_timestep=True, factors=factors
+                self.denoiser, self.table, seeds=self.seeds, per_timestep=True, factors=factors
             )
         return self._ranges[key]
 
@@ -382,7 +382,6 @@ class Model:
             self.denoiser,
             self.table,
             made,
-            self.schedule.sampler,
             input_max=self.tensors(self.profile.input_max),
             seeds=self.seeds,
             search=OWN_SEARCH,
@@ -412,7 +411,7 @@ class Model:
                 "sampler": artifacts.digest_of(self.schedule.sampler.to_data()),
             }
             store = SampleStore(self.work / "full-precision" / f"{seed}-{len(seeds)}", seeds, made_from)
-            store.fill(samples(self.denoiser, store.missing, self.schedule.sampler))
+            store.fill(samples(self.denoiser, store.missing))
             data = load_reference(None, self.extractor)
             self._references[seed] = Reference.of(store, self.extractor, data)
         return self._references[seed]
@@ -420,15 +419,7 @@ class Model:
     def teacher(self, seed: int) -> Trajectories:
         """Trajectories that all rows of a seed are trained on, in the same order."""
         s = self.schedule
-        return Repeated(
-            self.denoiser,
-            s.sampler,
-            batch=s.batch,
-            seed=seed,
-            feature=find_feature_module(self.denoiser.module),
-            pooled_size=s.relation.pooled_size,
-            count=s.trajectories,
-        )
+        return Repeated(self.denoiser, batch=s.batch, seed=seed, count=s.trajectories)
 
 
 class Repeated(Trajectories):
@@ -438,9 +429,9 @@ class Repeated(Trajectories):
         super().__init__(*args, **options)
         self.count = count
 
-    def steps(self, index: int) -> Iterator[TeacherStep]:
-        """The steps of trajectory ``index`` modulo ``count``."""
-        return super().steps(index % self.count)
+    def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:
+        """The calls of trajectory ``index`` modulo ``count``."""
+        return super().run(index % self.count, relation)
 
 
 def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any]:
@@ -525,13 +516,11 @@ def train(
 
     def check(student: torch.nn.Module) -> float:
         base = model.reference(CHECK_SEED, recipe.check_samples)
-        made = samples(model.denoiser.with_module(convert(student).module), base.seeds, s.sampler)
+        made = samples(model.denoiser.with_module(convert(student).module), base.seeds)
         return distance_to_full_precision(made, FeatureStatistics.of(base.features), model.extractor)
 
     state = None
-    for state in distill(
-        model.denoiser, student, groups, model.teacher(seed), training, folder=folder, inputs=inputs, measure=check
-    ):
+    for state in distill(student, groups, model.teacher(seed), training, folder=folder, inputs=inputs, measure=check):
         if state.interrupted:
             raise SystemExit("interrupted: the running row is saved; the same command continues")
     if not recipe.check_every:
@@ -549,7 +538,7 @@ def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str
     if module is None:
         found = base.evaluation().metrics
     else:
-        made = samples(model.denoiser.with_module(module), base.seeds, model.schedule.sampler)
+        made = samples(model.denoiser.with_module(module), base.seeds)
         found = evaluate(made, base).metrics
     out: dict[str, float] = {}
     for key in ("fd_data", "fd_fp", "paired_psnr"):

@@ -11,7 +11,7 @@ from mpqsearch.methods import (
     CHOOSING,
     LOSSES,
     MethodSpec,
-    allocate,
+    Programs,
     available_losses,
     best_loss,
     channel_losses,
@@ -23,6 +23,10 @@ TABLE = tiny_table()
 TOTALS = np.outer([4.0, 3.0, 2.0, 1.0, 0.5], 4.0 ** -np.arange(8)).astype(np.float32)
 SLOPE = np.outer([1.0, -1.0, 0.1, 3.0, 0.0], 2.0 ** -np.arange(8)).astype(np.float32)
 FORMATS = ("asymmetric", "auto", "asymmetric+smooth")
+
+
+def programs(profile: SensitivityProfile) -> Programs:
+    return Programs(table=TABLE, profile=profile, policy=Policy(), format=QuantFormat())
 
 
 def holding(*families: str, formats: tuple[str, ...] = FORMATS) -> SensitivityProfile:
@@ -109,7 +113,7 @@ def test_a_layer_with_a_constant_input_is_not_free_for_a_method_that_corrects_no
     assert np.all(errors[False][others] > errors[True][others])
     assert np.all(priced[others] > free[others]), "without correction the shift of the mean costs too"
     method = MethodSpec(name="m", allocator="ilp-layer", scheme="auto", loss="probe")
-    made = allocate(method, Budget.parse("uniform:3"), TABLE, profile, Policy(), QuantFormat())
+    made = programs(profile).allocate(method, Budget.parse("uniform:3"))
     assert int(made.bit_map.weights[name]) > 1
 
 
@@ -196,7 +200,7 @@ def test_a_prediction_is_a_loss_or_absent() -> None:
     alone = only_slopes(with_slopes(holding(), slope=-np.abs(SLOPE) - 1))
     assert np.isnan(predicted_loss(TABLE, alone, uniform(3), bias_correction=True))
     method = MethodSpec(name="u", allocator="uniform", scheme="auto")
-    made = allocate(method, Budget.parse("uniform:3"), TABLE, alone, Policy(), QuantFormat())
+    made = programs(alone).allocate(method, Budget.parse("uniform:3"))
     assert made.to_data()["predicted_loss"] is None
 
 
@@ -249,14 +253,14 @@ def test_a_profile_of_layers_alone_chooses_widths_of_layers() -> None:
     assert not alone.prediction_only
     assert available_losses(alone) == ("probe",)
     np.testing.assert_allclose(totals(alone, "auto"), TOTALS, rtol=1e-6)
-    given = (Budget.parse("uniform:3"), TABLE)
+    budget = Budget.parse("uniform:3")
     method = MethodSpec(name="m", allocator="ilp-layer", scheme="auto", bias_correction=True)
-    made, same = (allocate(method, *given, p, Policy(), QuantFormat()) for p in (alone, full))
+    made, same = (programs(p).allocate(method, budget) for p in (alone, full))
     assert made.bit_map.digest == same.bit_map.digest
     assert made.predicted_loss == pytest.approx(same.predicted_loss)
     for allocator in ("ilp-channel", "omq"):
         with pytest.raises(ConfigError, match="chooses for output channels.*ilp-layer, or profile by channel"):
-            allocate(MethodSpec(name="m", allocator=allocator), *given, alone, Policy(), QuantFormat())
+            programs(alone).allocate(MethodSpec(name="m", allocator=allocator), budget)
     with pytest.raises(ConfigError, match="made for layers alone.*'probe' works"):
         channel_losses(alone, TABLE, "auto", "output", bias_correction=True)
     mixed = replace(uniform(3), weights={**uniform(3).weights, TABLE.layers[0].name: np.array([2, 3, 3, 3, 3, 3])})

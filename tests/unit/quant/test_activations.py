@@ -239,36 +239,35 @@ def test_copies_keep_a_clock_of_their_own() -> None:
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_error_of_the_prediction_falls_with_the_width(kind: str) -> None:
-    denoiser = tiny_denoiser(kind)
+    denoiser = tiny_denoiser(kind, steps=4, batch=8)
     table = discover(denoiser)
-    spec = SamplerSpec(steps=4, batch=8)
     # The first step of the calibrated trajectories: inputs that were seen, so that nothing is clipped that was not
     # meant to be.
     x, t = noise_of(range(1_000_000, 1_000_008), (1, 8, 8)), torch.full((8,), 750)
     labels = torch.arange(1_000_000, 1_000_008) % 4
-    truth = denoiser.denoise(x, t, labels)
+    truth = denoiser.module(x, t, class_labels=labels).sample
     errors = []
     for bits in (4, 6, 8):
         bit_map = uniform(table, 16, bits, activation_steps=4)
-        activations = calibrate_activations(denoiser, table, bit_map, spec)
+        activations = calibrate_activations(denoiser, table, bit_map)
         made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
-        errors.append(float((made.denoise(x, t, labels) - truth).square().mean()))
+        errors.append(float((made.module(x, t, class_labels=labels).sample - truth).square().mean()))
     # A factor of 4 a bit where rounding dominates; less at low widths, where clipping takes its part.
     assert errors[0] > 6 * errors[1] > 24 * errors[2] > 0
 
 
 def test_tables_survive_json_and_refuse_what_does_not_fit() -> None:
-    denoiser = tiny_denoiser()
+    denoiser = tiny_denoiser(steps=2, batch=2)
     table = discover(denoiser)
     bit_map = uniform(table, 4, 4)
-    activations = calibrate_activations(denoiser, table, bit_map, SamplerSpec(steps=2, batch=2), seeds=range(2))
+    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
     assert activations.timesteps == ()
     again = ActivationTable.from_data(activations.to_data())
     assert all(torch.equal(again.scale[n], s) for n, s in activations.scale.items())
     with pytest.raises(LayerMismatchError, match="counts 2 activation scales a layer, the table has 1"):
         quantize_model(denoiser.module, table, uniform(table, 4, 4, activation_steps=2), activations=activations)
-    with pytest.raises(ConfigError, match="counts 3 activation scales a layer, the sampler takes 2 steps"):
-        calibrate_activations(denoiser, table, uniform(table, 4, 4, activation_steps=3), SamplerSpec(steps=2))
+    with pytest.raises(ConfigError, match="counts 3 activation scales a layer, .* called with 2 different timesteps"):
+        calibrate_activations(denoiser, table, uniform(table, 4, 4, activation_steps=3), seeds=range(2))
     with pytest.raises(LayerMismatchError, match="4 bits calibrated, 6 asked"):
         quantize_model(denoiser.module, table, uniform(table, 4, 6), activations=activations)
     other = ActivationTable.from_data({**activations.to_data(), "model_digest": "1" * 64})

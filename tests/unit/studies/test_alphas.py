@@ -15,10 +15,10 @@ from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import calibrate_activations
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import ActivationSearch, quantize_model
-from mpqsearch.sampling import SamplerSpec, labels_of, noise_of, trajectory
+from mpqsearch.sampling import latents
 from tests.support import tiny_denoiser
 
-SAMPLER = SamplerSpec(steps=3, guidance=2.0, batch=4)
+SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
 SEEDS = range(1_000_000, 1_000_004)
 SEARCH = ActivationSearch(n_candidates=20, zero_points=True)
 
@@ -32,18 +32,17 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def run(denoiser: Denoiser) -> None:
-    with torch.no_grad():
-        list(trajectory(denoiser, noise_of(SEEDS, denoiser.sample_shape), labels_of(denoiser, SEEDS), SAMPLER))
+    latents(denoiser, SEEDS)
 
 
 def setting(kind: str) -> tuple[Denoiser, LayerTable, BitMap, dict[str, Tensor]]:
-    denoiser = tiny_denoiser(kind)
+    denoiser = tiny_denoiser(kind, **SAMPLER)
     table = discover(denoiser)
     bit_map = BitMap(
         model_digest=table.digest,
         weights={la.name: np.array(3) for la in table},
         activations={la.name: 3 for la in table},
-        activation_steps=SAMPLER.steps,
+        activation_steps=3,
         format=QuantFormat(n_candidates=20, smooth=True),
     )
     with InputCollector(denoiser.module, table) as collector:
@@ -87,7 +86,7 @@ def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
     monkeypatch.setattr(study, "POSITIONS", 10**9)
     alphas = (0.0, 0.3, 0.5, 0.8, 1.0)
     chosen = study.choose_alphas(
-        denoiser, table, bit_map, SAMPLER, input_max=input_max, seeds=SEEDS, alphas=alphas, search=SEARCH
+        denoiser, table, bit_map, input_max=input_max, seeds=SEEDS, alphas=alphas, search=SEARCH
     )
     assert dict(chosen.weights) == dict(bit_map.weights)
     assert {f.scheme for f in chosen.formats.values()} <= {"asymmetric"}
@@ -100,9 +99,7 @@ def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
             activation_steps=bit_map.activation_steps,
             format=QuantFormat(n_candidates=20, smooth=True, alpha=a),
         )
-        activations = calibrate_activations(
-            denoiser, table, one, SAMPLER, seeds=SEEDS, input_max=input_max, search=SEARCH
-        )
+        activations = calibrate_activations(denoiser, table, one, seeds=SEEDS, input_max=input_max, search=SEARCH)
         made = quantize_model(denoiser.module, table, one, input_max=input_max, activations=activations)
         for name, error in layer_errors(denoiser, made.module, table).items():
             errors.setdefault(name, []).append(float(error.square().sum()))
@@ -121,4 +118,4 @@ def test_alphas_need_a_layer_with_both(study: ModuleType) -> None:
         model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(smooth=True)
     )
     with pytest.raises(ConfigError, match="both smoothing and a quantized input"):
-        study.choose_alphas(denoiser, table, plain, SAMPLER, input_max={})
+        study.choose_alphas(denoiser, table, plain, input_max={})
