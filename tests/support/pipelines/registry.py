@@ -24,6 +24,7 @@ MISFITS: dict[str, Callable[[], Built]] = {}
 
 ALONE = {
     "AceStepPipeline": "its lyrics are those of one sample",
+    "CogView4Pipeline": "pads prompts to the longest of the batch, and attends to the padding",
     "Cosmos3OmniPipeline": "makes one video a call",
     "DreamLitePipeline": "takes one prompt a call",
     "DreamLiteMobilePipeline": "takes one prompt a call",
