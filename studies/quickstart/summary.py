@@ -19,7 +19,8 @@ def main() -> None:
     table = pd.read_csv(run / "pareto.csv")
     full = table[table["method"] == "full-precision"].iloc[0]
     rows = table[table["method"] != "full-precision"]
-    print(f"{full['n_samples']} samples, seeds {full['seeds']}; full precision: FD to data {_with(full, 'fd_data')}.\n")
+    asked = f"{100 * full['attributes_recognised']:.1f} % of the attributes recognised"
+    print(f"{full['n_samples']} samples, seeds {full['seeds']}; full precision: {asked}.\n")
     print(
         "FD to the full-precision samples of the same noise (95 % bootstrap interval), and in brackets the ratio to "
         "`uniform`:\n"
@@ -34,13 +35,16 @@ def main() -> None:
             f"{_with(by.loc[m], 'fd_fp')} ({by.loc[m, 'fd_fp'] / base:.2f})" if m in by.index else "" for m in methods
         ]
         print(f"| {budget} | {by.loc['uniform', 'size_bytes'] / 1000:.0f} | " + " | ".join(cells) + " |")
-    print("\nPaired PSNR in dB, and FD to data:\n")
+    print("\nPaired PSNR in dB of the 8-bit pictures, and the share of attributes recognised:\n")
     print("| budget | " + " | ".join(methods) + " |")
     print("|---|" + "---|" * len(methods))
     for budget, group in rows.groupby("budget", sort=False):
         by = group.set_index("method")
         cells = [
-            f"{by.loc[m, 'paired_psnr']:.1f} dB, {by.loc[m, 'fd_data']:.2f}" if m in by.index else "" for m in methods
+            f"{by.loc[m, 'paired_psnr']:.1f} dB, {100 * by.loc[m, 'attributes_recognised']:.1f} %"
+            if m in by.index
+            else ""
+            for m in methods
         ]
         print(f"| {budget} | " + " | ".join(cells) + " |")
     shutil.copy(run / "figures" / "front_fd_fp.png", HERE / "front.png")
