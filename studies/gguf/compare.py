@@ -40,10 +40,10 @@ from mpqsearch.export.allocation import (
     target_losses,
 )
 from mpqsearch.export.gguf import GgufTarget
-from mpqsearch.models import Denoiser, discover, load_model
+from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model, projected_effects
 from mpqsearch.quant import rows_of, weight_of
-from mpqsearch.sampling import SamplerSpec, sample
+from mpqsearch.sampling import SamplerSpec, latents, load_model
 from mpqsearch.specs.targets import FULL
 
 FIRST_SEED = 1_000_000
@@ -86,21 +86,19 @@ class Study:
     """One model, its sampler, the reference samples, and how maps are made and measured."""
 
     def __init__(self, name: str, samples: int, calibration: int, probes: int, coupling: float) -> None:
-        self.denoiser = load_model(name)
+        self.denoiser = load_model(name, sampler=SamplerSpec(steps=10, guidance=2.0))
         self.table, self.target = discover(self.denoiser), GgufTarget()
         self.formats = formats_of(self.target, self.table)
-        self.sampler = SamplerSpec(steps=10, guidance=2.0 if self.denoiser.null_class is not None else 1.0)
         self.seeds = range(samples)
         self.errors = target_errors(self.target, self.table, self.denoiser.module)
-        self.reference = sample(self.denoiser, self.seeds, self.sampler)
+        self.reference = latents(self.denoiser, self.seeds)
         modules: dict[str, Any] = dict(self.denoiser.module.named_modules())
         fmt, spec = QuantFormat(), CalibrationSpec(first_seed=FIRST_SEED, schemes=("asymmetric",), smooth=False)
-        profile = profile_model(self.denoiser, self.table, Policy(roles={}), self.sampler, spec, fmt)
+        profile = profile_model(self.denoiser, self.table, Policy(roles={}), spec, fmt)
         self.from_profile = target_losses(self.target, self.table, lambda n: modules[n].weight, profile, fmt)
         effects = projected_effects(
             self.denoiser,
             self.table,
-            self.sampler,
             range(FIRST_SEED, FIRST_SEED + calibration),
             WeightErrors(self.table, {"gguf": self.errors}),
             probes=probes,
@@ -116,7 +114,7 @@ class Study:
     def squared(self, made: TargetAllocation) -> Tensor:
         """Squared error (mean over pixels) of every final sample."""
         model = decoded(self.denoiser, self.table, self.errors, made, self.formats)
-        return (sample(model, self.seeds, self.sampler) - self.reference).square().flatten(1).mean(1)
+        return (latents(model, self.seeds) - self.reference).square().flatten(1).mean(1)
 
     def uniform(self) -> dict[str, TargetAllocation]:
         """One type everywhere, by the name of the type and of its fallback."""

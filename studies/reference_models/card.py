@@ -31,8 +31,7 @@ from mpqsearch.metrics import (
     load_reference,
     save_reference,
 )
-from mpqsearch.models import load_model
-from mpqsearch.sampling import SamplerSpec, labels_of, sample, to_uint8
+from mpqsearch.sampling import SamplerSpec, latents, load_model, to_uint8
 
 CLASSES = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 LICENCE = (
@@ -84,12 +83,10 @@ def denoiser_card(name: str, data_dir: Path, samples: int, steps: int, guidance:
     """Class accuracy, distances and a grid of guided samples."""
     extractor = load_extractor("fmnist-cnn")
     (accuracy,) = extractor.scorers
-    denoiser = load_model(name)
-    spec = SamplerSpec(name="ddim", steps=steps, guidance=guidance, batch=100)
+    denoiser = load_model(name, sampler=SamplerSpec(name="ddim", steps=steps, guidance=guidance, batch=100))
     with tqdm(total=samples, desc=name) as bar:
-        drawn = to_uint8(sample(denoiser, range(samples), spec, progress=bar.update))
-    labels = labels_of(denoiser, range(samples))
-    assert isinstance(labels, Tensor)
+        drawn = to_uint8(latents(denoiser, range(samples), progress=bar.update))
+    labels = torch.tensor(denoiser.runner.labels(range(samples)))
     hits = accuracy.score(drawn, labels.tolist(), None)
     by_class = {CLASSES[c]: float(hits[labels == c].double().mean()) for c in range(10)}
     save_grid(drawn[:100], PACKAGE / name / "samples.png")
