@@ -403,7 +403,8 @@ class PipelineRunner:
         same = a.shape == b.shape and float((a - b).abs().max()) <= INVARIANT * float(a.abs().max())
         apart = _apart(alone.first, both.first)
         if apart > 1e-5:  # rounding of half precision, or padding: beside a twin there is no padding
-            same &= apart <= 10 * _apart(alone.first, self._rehearsed(module, [pair[0]] * 2).first)
+            twin = _apart(alone.first, self._rehearsed(module, [pair[0]] * 2).first)
+            same &= apart <= min(10 * twin, 1e-2)  # some treat their text otherwise in any batch, beside a twin too
         if same:
             return True
         log.warning("%s: a sample depends on the others of its batch, so samples are made one at a time", kind)

@@ -69,9 +69,9 @@ def _check_budgets(run: Run, table: LayerTable) -> None:
         limit, full = budget.limit_bits(table, policy), FULL_PRECISION * table.n_parameters
         if limit < min(smallest):
             raise InfeasibleBudgetError(
-                f"the budget {budget.label()} allows {limit} bits; with every searched layer at {min(policy.widths)} "
-                f"bits the model takes {min(smallest)} ({min(smallest) / table.n_parameters:.4f} bits a parameter, "
-                f"{-(-min(smallest) // 8)} bytes). Raise the budget, or allow smaller widths (policy.widths)."
+                f"the budget {budget.label()} allows {limit} bits; the smallest attainable is {min(smallest)} "
+                f"({min(smallest) / table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): every "
+                f"searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths (policy.widths)."
             )
         if limit > full:
             raise ConfigError(

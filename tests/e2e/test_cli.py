@@ -72,7 +72,7 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     assert made.returncode == 0, made.stderr
     from mpqsearch.sampling import load_model
 
-    assert load_model(str(tmp_path / made.stdout.strip())).n_classes == 5
+    assert load_model(str(tmp_path / made.stdout.strip())).runner.n_classes == 5
 
 
 def test_separate_verbs_agree_with_the_whole(cli: Cli, study: Path) -> None:

@@ -38,7 +38,7 @@ def sample_with(denoiser: Denoiser, seed: int, errors: Mapping[int, Tensor]) -> 
     return denoiser.runner.run(denoiser.module, [seed], hooks=Hooks(call=on_call), decode=False).latents
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "Lumina2Pipeline"])  # guidance in one call, and in two
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline"])  # guidance in one call, and in two
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_error_weighs_what_it_does_to_the_final_sample(name: str, shared: bool) -> None:
     """Errors that both halves of guidance share count once, others by the weight of their half."""

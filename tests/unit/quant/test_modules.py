@@ -145,9 +145,7 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
         half = stored.quantizer.scale / torch.exp2(stored.quantizer.scale.amax().log2().floor() - 15)
         assert torch.equal(half, half.half().float()), "scales must be what half precision holds"
     with torch.no_grad():
-        assert torch.equal(
-            predicted(made.module, x, t, labels), predicted(student, x, t, labels)
-        )
+        assert torch.equal(predicted(made.module, x, t, labels), predicted(student, x, t, labels))
     assert not any("lora" in k for k in made.module.state_dict())
 
 
