@@ -71,7 +71,8 @@ def _check_budgets(run: Run, table: LayerTable) -> None:
             raise InfeasibleBudgetError(
                 f"the budget {budget.label()} allows {limit} bits; the smallest attainable is {min(smallest)} "
                 f"({min(smallest) / table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): every "
-                f"searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths (policy.widths)."
+                f"searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
+                "(policy.widths)."
             )
         if limit > full:
             raise ConfigError(

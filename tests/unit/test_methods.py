@@ -414,7 +414,7 @@ def test_activation_widths_leave_the_weights_their_uniform_budget() -> None:
 
 
 def test_activation_scales_are_one_for_each_step_of_the_profile() -> None:
-    profile = replace(PROFILE, calibration={"sampler": {"steps": 7}})
+    profile = replace(PROFILE, calibration={"timesteps": 7})
     method = MethodSpec(name="u", allocator="uniform", act_bits=4, act_timesteps=True)
     made = Programs(table=TABLE, profile=profile, policy=POLICY, format=FORMAT).allocate(
         method, Budget.parse("uniform:3")

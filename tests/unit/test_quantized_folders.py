@@ -24,7 +24,7 @@ def test_every_denoiser_of_a_pipeline_has_a_folder(tmp_path: Path, name: str) ->
     pipe, _ = TINY[name]()
     pipe.save_pretrained(tmp_path / "pipeline")
     denoiser = load_model(str(tmp_path / "pipeline"))
-    table = discover(denoiser, run=False)
+    table = discover(denoiser, examples=())
     bit_map = uniform_map(table, Policy(roles={}), 3)
     module = quantize_model(denoiser.module, table, bit_map).module
     run = Run(config=Config(), folder=tmp_path / "run", given=denoiser)
