@@ -58,10 +58,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.support import tiny_unet
+    from tests.support.tiny import DDPM, tiny_unet
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_unet().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    (folder / "scheduler_config.json").write_text(json.dumps(DDPM))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mpqsearch.config import config_from
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.profile import Arrays, Partial
 from mpqsearch.stages import Run, layers, profile
-from tests.support.tiny import tiny_unet
+from tests.support.tiny import DDPM, tiny_unet
 
 
 class _Stops(Exception):  # noqa: N818
@@ -20,6 +21,7 @@ class _Stops(Exception):  # noqa: N818
 
 def test_layers_kept_under_a_memory_limit_serve_a_run_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_unet().save_pretrained(tmp_path / "model", safe_serialization=True)  # type: ignore[operator]
+    (tmp_path / "model" / "scheduler_config.json").write_text(json.dumps(DDPM))
 
     def measured(folder: str, limit: str) -> SensitivityProfile:
         config = config_from(

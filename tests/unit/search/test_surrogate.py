@@ -100,7 +100,7 @@ def test_no_choice_changes_the_size_that_a_budget_allows(
     make_surrogate: Make, theta: dict[str, object], act_bits: int
 ) -> None:
     s = make_surrogate("ilp-channel")
-    profile = replace(s.profile, calibration={**s.profile.calibration, "sampler": {"steps": 10}})
+    profile = replace(s.profile, calibration={**s.profile.calibration, "timesteps": 10})
     s = replace(s, profile=profile, method=replace(s.method, act_bits=act_bits))
     for budget in BUDGETS[1:3]:
         plain, other = s.candidate({}, budget).bit_map, s.candidate(theta, budget).bit_map
