@@ -2,7 +2,7 @@
 
     import mpqsearch as mpq
 
-    model = mpq.load("stable-diffusion-v1-5", sampler=mpq.Sampler(steps=20), prompts="prompts.txt")
+    model = mpq.load("my-pipeline", sampler=mpq.Sampler(steps=20), prompts="prompts.txt")
     profile = mpq.profile(model)
     allocation = mpq.allocate(model, profile, "3bit")
     small = mpq.quantize(model, allocation, profile)

@@ -15,6 +15,7 @@ import typer
 from mpqsearch._version import __version__
 from mpqsearch.errors import MpqsearchError
 from mpqsearch.progress import keep_interrupts
+from mpqsearch.sources import model_name
 
 if TYPE_CHECKING:
     from mpqsearch.stages import Run
@@ -58,7 +59,7 @@ def open_run(
     quiet(verbose)
     given = {key: value for key, value in settings.items() if value is not None and value != []}
     study = load_config(config, overrides or (), given)
-    folder = run_dir or Path("runs") / (config.stem if config else Path(study.model.source).name)
+    folder = run_dir or Path("runs") / (config.stem if config else model_name(study.model.source))
     return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run)
 
 

@@ -43,6 +43,8 @@ def evaluate(
     """Sample from every allocated map and measure it against full precision and data.
 
     Example: `mpqsearch evaluate -c studies/quickstart.toml --set evaluate.samples=64`
+
+    Example: `mpqsearch evaluate --model ./my-pipeline --prompts prompts.txt --budget 4bit`
     """
     from mpqsearch import stages
 

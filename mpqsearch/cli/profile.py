@@ -70,6 +70,8 @@ def profile(
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
 
     Example: `mpqsearch profile --model fmnist-unet --granularity layer`
+
+    Example: `mpqsearch profile --model ./my-pipeline --prompts prompts.txt --steps 20 --call height=512`
     """
     from mpqsearch import stages
 

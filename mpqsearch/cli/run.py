@@ -31,6 +31,8 @@ def run_study(
     """Run a whole study: layers, profile, allocate, evaluate, report, export. Run it again to continue or to reuse.
 
     Example: `mpqsearch run studies/quickstart.toml`
+
+    Example: `mpqsearch run study.toml --prompts prompts.txt --steps 20 --guidance 5 --batch 2`
     """
     from mpqsearch import stages
 

@@ -19,7 +19,7 @@ from mpqsearch.sampling import SamplerSpec, latents, load_model, record, samples
 from mpqsearch.sources import model_files
 from tests.support.pipelines import PROMPTS, TINY
 
-ASKED = prompts_of([*PROMPTS, *(f"{text} at night" for text in PROMPTS), *(f"{text} in snow" for text in PROMPTS)])
+ASKED = prompts_of([f"{text} {n}" for text in PROMPTS for n in range(10)])
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,9 @@ def test_a_safety_checker_is_switched_off_and_said(
     assert "its safety checker is switched off" in caplog.text
 
 
-def test_what_a_pipeline_was_called_with_is_recorded(saved: Path, tmp_path: Path) -> None:
+def test_what_a_pipeline_was_called_with_is_recorded(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     denoiser = loaded(saved / "sd")
     calls = record(denoiser, limit=6)
     per_run = denoiser.runner.calls_per_run(denoiser.module)
@@ -174,6 +176,9 @@ def test_what_a_pipeline_was_called_with_is_recorded(saved: Path, tmp_path: Path
         record(again)
     with pytest.raises(ConfigError, match="at least 1 call"):
         record(denoiser, limit=0)
+    assert "fits" not in caplog.text
+    record(loaded(saved / "sd", prompts_of(PROMPTS[:2])), limit=1)
+    assert "the calls are of 2 prompts alone" in caplog.text
 
 
 def test_calls_of_one_denoiser_do_not_stand_for_two(saved: Path) -> None:
