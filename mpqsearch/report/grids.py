@@ -125,7 +125,8 @@ def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:
     """Draw the samples, a row per method, on ``ax`` (default: a new figure)."""
     n, height, width, _ = grid.reference.shape
     tile = 1.1 if grid.captions else 0.55
-    ax = axes_or_new(ax, (1.3 + tile * n, 0.5 + tile * height / width * len(grid.rows)))
+    below = 0.5 if grid.captions else 0.0
+    ax = axes_or_new(ax, (1.3 + tile * n, 0.5 + below + tile * height / width * len(grid.rows)))
     ax.grid(visible=False)
     for spine in ax.spines.values():
         spine.set_visible(False)

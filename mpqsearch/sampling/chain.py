@@ -170,10 +170,8 @@ def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]
 def _by_row(along: Sequence[Tensor], n_values: float) -> Tensor:
     """Squared gradient ``[rows]`` over all outputs of a call, by values of one final sample."""
     rows = len(along[0])
-    return (
-        sum((a.float().square().reshape(rows, -1).sum(1) for a in along if a.numel() % rows == 0), torch.zeros(rows))
-        / n_values
-    )
+    squares = [a.float().square().reshape(rows, -1).sum(1) for a in along if a.numel() % rows == 0]
+    return torch.stack(squares).sum(0) / n_values
 
 
 def _mix(along: Sequence[Tensor | None], n_samples: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Drawn, Hooks, parts_of
 from mpqsearch.prompts import BANDS
 from mpqsearch.sampling.recorded import RecordedRunner
+
+log = logging.getLogger("mpqsearch")
 
 Take = Callable[[Call, Tensor], None]
 """Gets a call and its raw prediction."""
@@ -116,6 +119,9 @@ def record(denoiser: Denoiser, *, limit: int = 64, progress: Callable[[int], Any
 
     first = BANDS["calibration"]
     seeds = range(first, first + max(FEWEST, -(-limit // runner.calls_per_run(module))))
+    texts = {label for label in runner.labels(seeds) if isinstance(label, str)}
+    if 0 < len(texts) < FEWEST:
+        log.warning("the calls are of %d prompts alone, and what is made with them fits those: give more", len(texts))
     runner.encode(module, seeds, batch=1)
     for seed in seeds:
         n = 0

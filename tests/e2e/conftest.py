@@ -58,14 +58,10 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def save_tiny(folder: Path, seed: int = 0) -> Path:
-    """A tiny U-Net with its scheduler, as a model folder."""
     from tests.support.tiny import DDPM, tiny_unet
 
-    tiny_unet(seed=seed).save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_unet().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     (folder / "scheduler_config.json").write_text(json.dumps(DDPM))
     return folder
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from mpqsearch.models import capture, discover
-from mpqsearch.prompts import prompts_of
-from mpqsearch.sampling import adapt, latents, load_model, prediction_gains, samples
-from mpqsearch.specs import SamplerSpec
+from mpqsearch.sampling import adapt, latents, prediction_gains
 from tests.support import tiny_denoiser
 from tests.support.fake_cuda import fake_cuda, on_gpu
-from tests.support.pipelines import PROMPTS, TINY
 
 KINDS = ("unet", "dit")
 
@@ -45,18 +40,3 @@ def test_samples_are_those_of_the_cpu(kind: str, name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # dpm++ gives values of tens
         for ours, theirs in zip(prediction_gains(moved, seeds), gains, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=0)
-
-
-def test_pictures_and_prompts_of_a_pipeline_are_those_of_the_cpu(tmp_path: Path) -> None:
-    pipe, given = TINY["StableDiffusionPipeline"]()
-    pipe.save_pretrained(tmp_path)
-    spec = SamplerSpec(batch=2, call=given)
-    denoiser = load_model(str(tmp_path), sampler=spec, prompts=prompts_of(PROMPTS))
-    (expected,) = samples(denoiser, [0, 1])
-    with fake_cuda():
-        moved = load_model(str(tmp_path), sampler=spec, prompts=prompts_of(PROMPTS))
-        moved = moved.with_module(on_gpu(moved.module))
-        (found,) = samples(moved, [0, 1])
-    assert found.labels == expected.labels == PROMPTS[:2]
-    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-4, atol=1e-4)
-    assert int((found.images.int() - expected.images.int()).abs().max()) <= 1  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,8 +42,6 @@ def retrain(file: Path, key: str = "conv_in.weight") -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model folder with a scheduler."""
-    from diffusers import DDPMScheduler
-
     tiny_unet().save_pretrained(tmp_path / "model", safe_serialization=True)  # type: ignore[operator]
     DDPMScheduler().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -241,26 +240,27 @@ def test_files_of_a_model_are_those_that_are_loaded(tmp_path: Path, folder: Path
     for part in ("unet", "other", "text_encoder"):
         tiny_unet().save_pretrained(pipe / part, safe_serialization=True)  # type: ignore[operator]
     parts = {p: ["diffusers", "UNet2DModel"] for p in ("unet", "other", "text_encoder")}
-    parts["scheduler"] = ["diffusers", "DDIMScheduler"]
+    parts |= {"scheduler": ["diffusers", "DDPMScheduler"], "safety_checker": [None, None]}
     (pipe / "model_index.json").write_text(json.dumps(parts))
     (pipe / "scheduler").mkdir()
     (pipe / "scheduler" / "scheduler_config.json").write_text("{}")
-    made_from = [
-        f"{part}/{name}" for part in ("unet", "other", "text_encoder") for name in ("config.json", WEIGHT_FILE)
-    ]
-    expected = {"model_index.json", "scheduler/scheduler_config.json", *made_from}
-    for component in ("", "other"):  # samples depend on all of them
+    (pipe / "unet" / "old.bin").write_bytes(b"never loaded")
+    (pipe / "sampler.json").write_text("{}")
+    whole = {f"{part}/{file}" for part in ("unet", "other", "text_encoder") for file in ("config.json", WEIGHT_FILE)}
+    for component in ("", "other"):
         files = model_files(str(pipe), component)
         assert files is not None
-        assert files.keys() == expected
+        assert files.keys() == {"model_index.json", "sampler.json", "scheduler/scheduler_config.json", *whole}
 
 
 @pytest.mark.parametrize("component", ["", "unet_2"])
 def test_weights_only_reads_the_component_that_is_named(tmp_path: Path, component: str) -> None:
     for seed, part in ((0, "unet"), (1, "unet_2")):
         tiny_unet(seed).save_pretrained(tmp_path / "pipe" / part)  # type: ignore[operator]
-    parts: dict[str, object] = {part: ["diffusers", "UNet2DModel"] for part in ("unet", "unet_2")}
-    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", **parts}))
+    DDPMScheduler().save_pretrained(tmp_path / "pipe" / "scheduler")
+    index: dict[str, object] = {part: ["diffusers", "UNet2DModel"] for part in ("unet", "unet_2")}
+    index |= {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
     source = str(tmp_path / "pipe")
     settings = {"model": {"source": source, "component": component}, "calibration": {"weights_only": True}}
     run = Run(config=config_from(settings), folder=tmp_path / "run", say=lambda _text: None)

@@ -19,9 +19,7 @@ from mpqsearch.sampling import SamplerSpec, latents, load_model, record, samples
 from mpqsearch.sources import model_files
 from tests.support.pipelines import PROMPTS, TINY
 
-ASKED = prompts_of(
-    [f"{text} in {month}" for text in PROMPTS for month in ("May", "June", "July", "March", "April", "the fall")]
-)
+ASKED = prompts_of([f"{text} {n}" for text in PROMPTS for n in range(10)])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +154,9 @@ def test_a_safety_checker_is_switched_off_and_said(
     assert "its safety checker is switched off" in caplog.text
 
 
-def test_what_a_pipeline_was_called_with_is_recorded(saved: Path, tmp_path: Path) -> None:
+def test_what_a_pipeline_was_called_with_is_recorded(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     denoiser = loaded(saved / "sd")
     calls = record(denoiser, limit=6)
     per_run = denoiser.runner.calls_per_run(denoiser.module)
@@ -176,6 +176,9 @@ def test_what_a_pipeline_was_called_with_is_recorded(saved: Path, tmp_path: Path
         record(again)
     with pytest.raises(ConfigError, match="at least 1 call"):
         record(denoiser, limit=0)
+    assert "fits" not in caplog.text
+    record(loaded(saved / "sd", prompts_of(PROMPTS[:2])), limit=1)
+    assert "the calls are of 2 prompts alone" in caplog.text
 
 
 def test_calls_of_one_denoiser_do_not_stand_for_two(saved: Path) -> None:
@@ -282,5 +285,5 @@ def test_prompts_that_a_model_does_not_take_are_refused(saved: Path) -> None:
 def test_text_is_encoded_once_for_all_seeds(saved: Path, tmp_path: Path) -> None:
     denoiser = loaded(saved / "sd", encoded=tmp_path / "encoded")
     first: Tensor = latents(denoiser, range(3))
-    assert not isinstance(denoiser.runner._pipe.text_encoder, torch.nn.Module), "the text encoder is let go"
+    assert denoiser.runner._pipe.text_encoder is None, "the text encoder is let go"
     assert torch.equal(latents(loaded(saved / "sd", encoded=tmp_path / "encoded"), range(3)), first)
