@@ -20,6 +20,7 @@ from mpqsearch.core import BitMap, LayerTable, size_bits
 from mpqsearch.export import load_neutral, read_map
 from mpqsearch.export.packed import load_quantized
 from mpqsearch.models import Parts, load_calls
+from mpqsearch.models.loader import load_part
 from mpqsearch.sampling import load_model
 from tests.e2e import forked
 from tests.support.roads import KINDS, SAMPLING, Road, new_road
@@ -116,6 +117,8 @@ def model_of(road: Road, source: str) -> torch.nn.Module:
     parts = sorted(Path(source).glob("transformer*"))
     if len(parts) > 1 and not (Path(source) / "model_index.json").is_file():
         return Parts({part.name: model_of(road, str(part)) for part in parts})
+    if (Path(source) / "config.json").is_file():  # a denoiser by itself, which its pipeline would run
+        return load_part(Path(source), dtype="stored", device=torch.device("cpu"))
     file = road.folder / "calls.safetensors"
     return load_model(source, dtype="stored", calls=load_calls(file) if file.is_file() else None).module
 

@@ -57,4 +57,6 @@ def test_layers_kept_under_a_memory_limit_serve_a_run_without(tmp_path: Path, mo
     continued, straight = measured("run", ""), measured("other", "")
     assert continued.arrays.keys() == straight.arrays.keys()
     for key, array in straight.arrays.items():
-        np.testing.assert_allclose(continued.arrays[key], array, err_msg=key, rtol=1e-4, atol=1e-5 * np.abs(array).max())
+        np.testing.assert_allclose(
+            continued.arrays[key], array, err_msg=key, rtol=1e-4, atol=1e-5 * np.abs(array).max()
+        )
