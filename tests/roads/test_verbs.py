@@ -239,7 +239,7 @@ def test_record(roads: dict[str, Road], call: Call) -> None:
     road = roads["text-to-image"]
     said = json.loads(call(road, "record").stdout)
     calls = load_calls(road.run / "calls.safetensors")
-    assert (said["calls"], said["of"]) == (len(calls), calls.seen) == (4, 8)
+    assert (said["calls"], said["of"]) == (len(calls), calls.seen) == (4, 12)  # four prompts of three steps
     with torch.no_grad():
         assert torch.isfinite(calls[0].replay(model_of(road, str(road.folder / "model")))).all()
 
@@ -252,7 +252,7 @@ def test_a_verb_that_samples_refuses_recorded_calls_before_anything_long_begins(
     lines = [line for line in refused.stderr.splitlines() if line.startswith("mpqsearch: ")]
     assert len(lines) == 1
     assert f"({verb}) was asked for" in lines[0]
-    assert "2 recorded calls" in lines[0]
+    assert "4 recorded calls" in lines[0]
     assert not (tmp_path / "new" / "profile.json").exists()
 
 
