@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from mpqsearch.core import LayerTable, Policy, QuantFormat
-from mpqsearch.models import Denoiser, discover, load_model
+from mpqsearch.models import Call, Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, formats_of, profile_model
-from mpqsearch.profile.calibrate import ProbeInput, calls_of
 from mpqsearch.quant import rows_of, width_errors
+from mpqsearch.sampling import each_call, load_model
 from mpqsearch.specs import SamplerSpec
 
 REPEATS = 3
@@ -30,7 +30,7 @@ SAMPLER = SamplerSpec(steps=10, guidance=1.0)
 
 
 def gradient_scores(
-    denoiser: Denoiser, table: LayerTable, widths: tuple[int, ...], states: list[ProbeInput]
+    denoiser: Denoiser, table: LayerTable, widths: tuple[int, ...], states: list[Call]
 ) -> dict[str, np.ndarray]:
     """``sum (dL/dw)**2 (w_q - w)**2`` ``[L, W]`` by format; the loss is the mean square of the prediction."""
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
@@ -39,7 +39,7 @@ def gradient_scores(
     for weight in weights.values():
         weight.requires_grad_(True)
     for state in states:
-        output = denoiser.denoise(state.x, state.times(), state.cond)
+        output = state.replay(denoiser.module)
         for (name, weight), grad in zip(
             weights.items(), torch.autograd.grad(output.square().mean(), list(weights.values())), strict=True
         ):
@@ -70,15 +70,16 @@ def seconds(run: Any) -> float:
 def main() -> None:
     """Print both times and their ratio."""
     torch.set_num_threads(1)
-    denoiser = load_model(sys.argv[1] if len(sys.argv) > 1 else "fmnist-unet")
+    denoiser = load_model(sys.argv[1] if len(sys.argv) > 1 else "fmnist-unet", sampler=SAMPLER)
     table, policy = discover(denoiser), Policy()
     seeds = range(SPEC.first_seed, SPEC.first_seed + SPEC.samples)
+    states: list[Call] = []
     with torch.no_grad():
-        states = [item for item, _ in calls_of(denoiser, SAMPLER, seeds)]
+        each_call(denoiser, seeds, lambda call, _: states.append(call))
     widths = tuple(sorted(policy.widths))
     plain = seconds(lambda: gradient_scores(denoiser, table, widths, states))
-    ours = seconds(lambda: profile_model(denoiser, table, policy, SAMPLER, SPEC, QuantFormat()))
-    n = sum(len(s.x) for s in states)
+    ours = seconds(lambda: profile_model(denoiser, table, policy, SPEC, QuantFormat()))
+    n = sum(s.batch for s in states)
     sys.stdout.write(
         f"{n} states, {len(widths)} widths, {len(SPEC.schemes)} formats: gradient scores {plain:.2f} s, profile of "
         "layers "
