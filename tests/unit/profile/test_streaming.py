@@ -3,6 +3,7 @@ finished."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from mpqsearch.methods import MethodSpec, Programs, channel_losses, predicted_lo
 from mpqsearch.models import StreamedModel, discover, discover_streamed, open_streamed
 from mpqsearch.profile import Arrays, CalibrationSpec, Partial, profile_model, profile_weights
 from mpqsearch.profile import streaming as module
-from mpqsearch.sampling import load_model
+from mpqsearch.sampling import SamplerSpec, load_model
 from tests.support import tiny_denoiser
-from tests.support.tiny import tiny_unet
+from tests.support.tiny import DDPM, tiny_unet
 
 FMT = QuantFormat(n_candidates=20)
 POLICY = Policy(widths=(2, 4, 8))
@@ -29,6 +30,7 @@ SCHEMES = ("asymmetric", "auto")
 def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_unet().to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    (folder / "scheduler_config.json").write_text(json.dumps(DDPM))
     return open_streamed(str(folder))
 
 
@@ -36,7 +38,7 @@ def test_numbers_are_those_of_the_loaded_model(streamed: StreamedModel) -> None:
     table = discover_streamed(streamed)
     found = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=SCHEMES, smooth=False)
-    whole = profile_model(load_model(streamed.source, steps=2), table, POLICY, spec, FMT)
+    whole = profile_model(load_model(streamed.source, sampler=SamplerSpec(steps=2)), table, POLICY, spec, FMT)
     assert set(found.arrays) == {"kurtosis", "weight_error/asymmetric", "weight_error/auto"}
     for key, array in found.arrays.items():
         np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-5, err_msg=key)  # float32 sums in another order

@@ -38,11 +38,17 @@ def sample_with(denoiser: Denoiser, seed: int, errors: Mapping[int, Tensor]) -> 
     return denoiser.runner.run(denoiser.module, [seed], hooks=Hooks(call=on_call), decode=False).latents
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "WanPipeline"])  # guidance in one call, and in two
+GUIDED: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"guidance_scale": 5.0},  # in one call
+    "Lumina2Pipeline": {"guidance_scale": 5.0, "cfg_normalization": False},  # in two
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_error_weighs_what_it_does_to_the_final_sample(name: str, shared: bool) -> None:
     """Errors that both halves of guidance share count once, others by the weight of their half."""
-    denoiser = denoiser_of(name, guidance_scale=5.0)
+    denoiser = denoiser_of(name, **GUIDED[name])
     weighing = weighing_of(denoiser, SEEDS)
     generator = torch.Generator().manual_seed(0)
     ratios = []
@@ -59,10 +65,11 @@ def test_an_error_weighs_what_it_does_to_the_final_sample(name: str, shared: boo
                 weighed += float(weighing(calls, errors).square().sum()) / len(weighing.steps)
                 done += float(change.square().mean())
             ratios.append(done / weighed)
-    # Gains are means over the seeds, and estimated along one direction each.
-    logs = torch.tensor(ratios).log()
-    assert abs(float(logs.mean())) < 0.2
-    assert float(logs.abs().max()) < 0.7
+    logs = torch.tensor(ratios).log().reshape(len(SEEDS), -1)
+    # After the last step there is the scheduler's arithmetic alone. Gains of the others go through later predictions,
+    # and are means over seeds, estimated along one direction each.
+    assert float(logs[:, -1].abs().max()) < 1e-2
+    assert float(logs.abs().max()) < 1.0
 
 
 def test_without_a_sampler_a_prediction_weighs_its_mean_square() -> None:
