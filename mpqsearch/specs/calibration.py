@@ -20,14 +20,14 @@ class CalibrationSpec:
         forward and one backward pass a calibration batch: for programs over layers (``ilp-layer``), at a fraction of
         the time.
     samples, first_seed
-        Trajectories of the sampler, with seeds ``first_seed .. first_seed + samples - 1``, that give input statistics.
+        Runs, with seeds ``first_seed .. first_seed + samples - 1``, that give input statistics.
     probe_inputs, probes
-        So many of their inputs, spread evenly over samples and steps, give sensitivities of one prediction, from
-        ``probes`` random projections each.
+        So many of their steps, spread evenly over samples, give sensitivities of one prediction, weighted by what it
+        does to the final sample, from ``probes`` random projections each.
     sampler_seeds, sampler_probes
-        Trajectories (0: none) that give sensitivities of the final sample, from ``sampler_probes`` projections each.
+        Runs (0: none) that give sensitivities of the final sample, from ``sampler_probes`` projections each.
     context_seeds, context_widths
-        Trajectories (0: none) that give slopes at maps that mix those of these widths that are searched.
+        Runs (0: none) that give slopes at maps that mix those of these widths that are searched.
     schemes, smooth
         The formats to measure. ``smooth`` measures each with smoothing too, and the asymmetric one with smoothing and
         min-max ranges (the search of MPQ-DM's code).

@@ -1,11 +1,7 @@
-"""Gradients of final samples, put together call by call, against autograd through the whole pipeline at once.
-
-A normal run takes the pipelines of `SAMPLE`; with ``MPQSEARCH_TEST_ALL=1`` (``make test-all``) those of `ALL`.
-"""
+"""Gradients of final samples, put together call by call, against autograd through the whole pipeline at once."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -20,14 +16,11 @@ from mpqsearch.quant import rows_of
 from mpqsearch.sampling import chain
 from tests.support.pipelines import denoiser_of
 
-SAMPLE = (
+PIPELINES = (
     "StableDiffusionPipeline",  # a multi-step scheduler, guidance in one call
     "StableDiffusionXLPipeline:turbo",  # draws noise at every step
     "Lumina2Pipeline",  # guidance in two calls a step
     "WanPipeline:2.2",  # two denoisers
-)
-ALL = (
-    *SAMPLE,
     "LatentConsistencyModelPipeline",
     "PixArtAlphaPipeline",
     "StableDiffusion3Pipeline",
@@ -39,7 +32,6 @@ ALL = (
     "LDMPipeline",
     "ConsistencyModelPipeline",
 )
-CHOSEN = ALL if os.environ.get("MPQSEARCH_TEST_ALL", "") not in ("", "0") else SAMPLE
 SEEDS = (1, 2)
 
 Gradients = dict[str, Tensor]
@@ -79,7 +71,7 @@ def at_once(denoiser: Denoiser, table: LayerTable, v: Tensor) -> list[Gradients]
     return found
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_gradients_by_call_are_those_of_the_whole_graph(name: str) -> None:
     denoiser = denoiser_of(name)
     table = discover(denoiser)

@@ -21,7 +21,7 @@ def denoiser_of(name: str, *, batch: int = 4, **call: Any) -> Denoiser:
     parts = {n: pipe.components[n] for n in ("unet", "transformer", "transformer_2") if pipe.components.get(n)}
     module = Parts(parts) if len(parts) > 1 else next(iter(parts.values()))
     takes = inspect.signature(type(pipe).__call__).parameters
-    asked = ASKED if "prompt" in takes else Prompts(classes=(1, 7)) if "class_labels" in takes else None
+    asked, n_classes = ASKED if "prompt" in takes else None, 10 if "class_labels" in takes else 0
     spec = SamplerSpec(batch=batch, call=given | call)
-    runner = PipelineRunner(lambda _: pipe, tuple(parts), spec=spec, prompts=asked)
+    runner = PipelineRunner(lambda _: pipe, tuple(parts), spec=spec, prompts=asked, n_classes=n_classes)
     return Denoiser(name=name, module=module, runner=runner, digest=weights_digest(module))

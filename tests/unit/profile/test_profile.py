@@ -8,12 +8,14 @@ import torch
 
 from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
+from mpqsearch.methods import Programs
 from mpqsearch.models import Denoiser, capture, discover
 from mpqsearch.models.calls import Call
 from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import RecordedRunner, each_call, latents, prediction_gains
 from tests.support import tiny_denoiser
+from tests.support.pipelines import denoiser_of
 
 SAMPLER = {"steps": 4, "guidance": 2.0, "batch": 4}
 WIDTHS = (2, 4, 8)
@@ -190,3 +192,31 @@ def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> No
         )
     assert profile.arrays["layer_activation_error"].shape == (len(table), 3)
     assert bool((np.diff(profile.arrays["layer_activation_error"], axis=1) <= 0).all()), "more bits, less error"
+
+
+def test_a_layer_that_sees_one_timestep_is_held_at_eight_bits() -> None:
+    """SDXL turbo at one step: nothing tells what an error of its time embedding would do at another."""
+    denoiser = denoiser_of("StableDiffusionXLPipeline:turbo", num_inference_steps=1)
+    table, policy = discover(denoiser), Policy(widths=(2, 4))
+    spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, sampler_seeds=1, context_seeds=0, schemes=("auto",))
+    profile = profile_model(denoiser, table, policy, spec, QuantFormat(n_candidates=4))
+    time = {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert time <= set(profile.constant_inputs)
+    assert not any(name.startswith("add_embedding") for name in profile.constant_inputs), "prompts differ"
+    programs = Programs(table=table, profile=profile, policy=policy, format=QuantFormat(scheme="auto"))
+    assert {programs.rules.fixed[name] for name in time} == {8}
+
+
+def test_two_denoisers_are_profiled_as_one_model() -> None:
+    denoiser = denoiser_of("WanPipeline:2.2")
+    table = discover(denoiser)
+    spec = CalibrationSpec(
+        samples=2, probe_inputs=6, probes=1, sampler_seeds=2, sampler_probes=1, context_seeds=2, schemes=("auto",)
+    )
+    profile = profile_model(denoiser, table, Policy(widths=(3, 4)), spec, QuantFormat(n_candidates=4))
+    for part in ("transformer.", "transformer_2."):
+        mine = [i for i, name in enumerate(profile.names) if name.startswith(part)]
+        assert mine
+        for family in ("probe", "sampler"):
+            assert (profile.arrays[f"layer_{family}_error/auto"][mine] > 0).all(), (part, family)
+    assert np.isfinite(profile.arrays["layer_context_slope/auto"]).all()
