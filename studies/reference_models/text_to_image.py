@@ -9,7 +9,8 @@
     python studies/reference_models/text_to_image.py t2i --check  # attributes recognised on held-out captions
 
 Every part is seeded and resumable: the draws of step ``k`` come from a generator seeded by ``(seed, k)``, so a run that
-was killed and continued equals one that was not. Order: vae and judge first, then the rest in any order.
+was killed and continued equals one that was not. Order: vae and judge first, then the rest in any order;
+without their states in ``--runs`` the embedded ones serve.
 """
 
 from __future__ import annotations
@@ -354,9 +355,17 @@ def in_reading_order(tokenizer: Any, tokens: Tensor) -> Tensor:
 
 
 def trained_vae(runs: Path) -> tuple[Any, float]:
-    """The averaged autoencoder, and the factor that gives its latents unit variance."""
+    """The averaged autoencoder, and the factor that gives its latents unit variance.
+
+    Without a training state in ``runs`` it is the one of the embedded `fmnist-t2i`, in half precision, so that another
+    denoiser can be trained on the same latents without training the autoencoder again.
+    """
     from diffusers import AutoencoderKL
 
+    embedded = PACKAGE / "fmnist-t2i" / "vae"
+    if not (runs / "vae" / "state.safetensors").is_file() and embedded.is_dir():
+        vae = AutoencoderKL.from_pretrained(embedded, torch_dtype=torch.float32).eval()
+        return vae, float(vae.config.scaling_factor)
     vae = AutoencoderKL(**VAE)
     vae.load_state_dict(averaged(runs / "vae", "vae"))
     vae.eval()
@@ -485,9 +494,13 @@ def draw(pipe: Any, name: str, captions: Sequence[str], first_seed: int = 0, bat
 
 
 def trained_judge(runs: Path) -> Judge:
-    """The averaged recogniser."""
+    """The averaged recogniser, or the embedded one where none was trained in ``runs``."""
     judge = Judge()
-    judge.load_state_dict(averaged(runs / "judge", "judge"))
+    embedded = PACKAGE / "fmnist-judge" / "model.safetensors"
+    if not (runs / "judge" / "state.safetensors").is_file() and embedded.is_file():
+        judge.load_state_dict({k: v.float() for k, v in load_file(embedded).items()})
+    else:
+        judge.load_state_dict(averaged(runs / "judge", "judge"))
     return judge.eval()
 
 
@@ -498,7 +511,7 @@ def check(name: str, runs: Path, data_dir: Path, n: int = 256) -> None:
     images, scenes = Compositions("t10k", data_dir).batch(n, generator)
     scenes = [reading_order(scene) for scene in scenes]
     report = {"held-out pictures": images}
-    if (runs / "vae" / "state.safetensors").is_file():
+    if name != "judge":
         vae, _ = trained_vae(runs)
         with torch.no_grad():
             report["through the autoencoder"] = torch.cat([vae(x).sample for x in images.split(64)])

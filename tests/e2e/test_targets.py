@@ -53,7 +53,7 @@ extractor = "random-conv"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with the profile of a small transformer, whose rows of 64 take GGUF blocks of 32."""
     import torch
-    from diffusers import DiTTransformer2DModel
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     where = tmp_path_factory.mktemp("targets")
     model.save_pretrained(where / "dit", safe_serialization=True)
+    DDIMScheduler().save_pretrained(where / "dit")
     (where / "study.toml").write_text(STUDY.format(source=json.dumps(str(where / "dit"))))
     assert call(where, "profile").exit_code == 0
     return where
