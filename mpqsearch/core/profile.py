@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
+CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "sensitivity", "context_sensitivity", "output_power")
 STEP_ARRAYS = ("step_sensitivity",)
 WIDTH_ARRAYS = ("weight_error", "output_error", "output_error_corrected", "quantized_input_error")
 
@@ -44,6 +44,9 @@ class SensitivityProfile(Shown):
         Mean square of the gradient of a random projection of one prediction with respect to that channel (summed over
         positions), in the weights that the rows of predictions have in the final sample: what a unit of output error
         costs at the end, if errors of different calls are independent. On recorded calls: in the prediction itself.
+    ``context_sensitivity`` ``[C]``
+        The sensitivity in models of which all layers are quantized, at widths that differ from layer to layer: a
+        channel that is dead at full precision need not be dead there.
     ``step_sensitivity`` ``[C, B]``
         The sensitivity inside each of B equal parts of a run, noise first; 0 where none was probed.
     ``output_power`` ``[C]``

@@ -7,13 +7,14 @@ not measured in a format is carried over from another one, by one rule (`carried
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.methods.shrinkage import posterior_effects, posterior_sensitivity
 
 Floats = NDArray[np.float64]
 
@@ -32,12 +33,11 @@ class Measured:
     table: LayerTable
     format_name: str
     bias_correction: bool
+    shrinkage: float | None = None
 
     def as_format(self, format_name: str, *, bias_correction: bool) -> Measured:
         """The same profile in another format."""
-        return Measured(
-            profile=self.profile, table=self.table, format_name=format_name, bias_correction=bias_correction
-        )
+        return replace(self, format_name=format_name, bias_correction=bias_correction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,8 @@ def sensitivity_rows(measured: Measured, what: str) -> Floats:
     if profile.layers_only:  # nothing splits a layer, so its channels share alike
         shares = np.repeat(1 / np.array(profile.channels), profile.channels)
         return np.repeat(shares[:, None], len(profile.widths), axis=1)
-    error = output_rows(measured, what)
-    return measured.profile.need("sensitivity", what).astype(np.float64)[:, None] * error
+    profile.need("sensitivity", what)
+    return posterior_sensitivity(profile, measured.shrinkage)[:, None] * output_rows(measured, what)
 
 
 def slope_rows(measured: Measured, what: str) -> Floats:
@@ -134,23 +134,39 @@ LOSSES = {
 """``weight``, ``output``, ``probe``, ``sampler`` and ``final`` choose widths; ``slope`` only predicts a given map, at
 the widths that were mixed when it was measured (`mpqsearch.profile.contexts`)."""
 
+PROBED = ("probe", "sampler")
+"""Losses whose layer totals are estimates from random projections."""
+
 CHOOSING = ("weight", "output", "probe", "sampler", "final")
 """Losses by which widths may be chosen."""
 
 
 def channel_losses(
-    profile: SensitivityProfile, table: LayerTable, format_name: str, loss: str, *, bias_correction: bool
+    profile: SensitivityProfile,
+    table: LayerTable,
+    format_name: str,
+    loss: str,
+    *,
+    bias_correction: bool,
+    shrinkage: float | None = None,
 ) -> Floats:
     """Loss ``[C, W]`` of every output channel at every width of the profile, in a format such as ``auto+smooth``.
 
-    Sums over the channels of a layer are its totals where those were measured. Raises `ConfigError` when the profile
-    lacks what the loss needs, `UnknownNameError` for an unknown loss.
+    Sums over the channels of a layer are its totals where those were measured; what was estimated from probes is shrunk
+    (`mpqsearch.methods.shrinkage`; ``shrinkage`` is that of channels, None as the data say). Raises `ConfigError` when
+    the profile lacks what the loss needs, `UnknownNameError` for an unknown loss.
     """
     loss = best_loss(profile) if loss == BEST_LOSS else loss
     if loss not in LOSSES:
         raise UnknownNameError("loss", loss, LOSSES)
     spec, what = LOSSES[loss], f"the loss {loss!r}"
-    measured = Measured(profile=profile, table=table, format_name=format_name, bias_correction=bias_correction)
+    measured = Measured(
+        profile=profile,
+        table=table,
+        format_name=format_name,
+        bias_correction=bias_correction,
+        shrinkage=shrinkage,
+    )
     if spec.family in spec.needs and spec.family not in _plain_families(profile):
         raise _not_measured(profile, loss)
     rows = spec.rows(measured, what)
@@ -158,9 +174,25 @@ def channel_losses(
     if totals is None:
         return rows
     sums = profile.layer_sum(rows)
+    if loss in PROBED:
+        totals = posterior_effects(totals, sums, _relative_error(measured, spec), [la.role for la in table])
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
     scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
     return scaled
+
+
+def _relative_error(measured: Measured, spec: Loss) -> Floats:
+    """Standard error ``[L]`` of a layer's total by the total itself, NaN where none was measured: the mean over widths
+    of what is known."""
+    unknown = np.full(len(measured.profile.names), np.nan)
+    source = _source(measured, spec.family)
+    key = "" if source is None else _key(source, spec.family).replace("_error", "_std_error", 1)
+    if source is None or key not in measured.profile.arrays:
+        return unknown
+    totals, error = _totals(source, spec.family), measured.profile.arrays[key].astype(np.float64)
+    share = np.divide(error, totals, out=np.full_like(totals, np.nan), where=totals > 0)
+    finite = np.isfinite(share)
+    return np.where(finite.any(1), np.where(finite, share, 0.0).sum(1) / np.maximum(finite.sum(1), 1), np.nan)
 
 
 def carried_totals(measured: Measured, spec: Loss) -> Floats | None:

@@ -16,6 +16,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import activation_arrays
 from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, no_input, silent
+from mpqsearch.profile.contexts import context_sensitivity, mixed_widths
 from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.layer_scores import layer_scores
 from mpqsearch.profile.moments import InputMoments
@@ -23,7 +24,7 @@ from mpqsearch.profile.one_layer import final_errors
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import Probing
 from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
-from mpqsearch.profile.slopes import mixed_widths, slope_arrays
+from mpqsearch.profile.slopes import slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
 from mpqsearch.profile.weighing import Weighing, weighing_of
 from mpqsearch.quant import RowStatistics
@@ -237,7 +238,14 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weigh
     )
     power = torch.cat([calibration.output_power[la.name] for la in m.table]).float().cpu().numpy()
     m.arrays["output_power"] = power
-    steps = [Step(name="sensitivities", run=lambda _: probing.measure(calibration.steps, m.progress))]
+    looked_at = calibration.steps
+    steps = [
+        Step(name="sensitivities", run=lambda _: probing.measure(looked_at, m.progress)),
+        Step(
+            name="sensitivities at contexts",
+            run=lambda _: context_sensitivity(probing, m.policy, m.spec, looked_at, m.progress),
+        ),
+    ]
     if m.spec.sampler_seeds and can_sample(m.denoiser):  # recorded calls bring no sampler to differentiate
         totals = Step(
             name="sensitivities of the final sample",

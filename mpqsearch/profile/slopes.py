@@ -10,26 +10,22 @@ looks worse than another because it happened to be narrow, and all contexts have
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpqsearch.core import LayerTable, Policy
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, silent
+from mpqsearch.profile.contexts import latin_contexts, mixed_widths, quantized_at
 from mpqsearch.profile.final_probes import final_effects
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import std_error_of
-from mpqsearch.profile.recomputed import error_part, error_rows
 from mpqsearch.profile.tables import WeightErrors, final_format
-from mpqsearch.quant import weight_of
 from mpqsearch.sampling import batch_of, latents
 from mpqsearch.specs import CalibrationSpec
 
@@ -51,24 +47,6 @@ class Slopes:
     slope: Mapping[str, Floats]
     std_error: Mapping[str, Floats]
     mse: tuple[float, ...]
-
-
-def latin_contexts(table: LayerTable, policy: Policy, widths: Sequence[int], *, seed: int = 0) -> NDArray[np.int64]:
-    """As many maps ``[len(widths), L]`` as there are widths: each searched layer has each width once, in a random
-    order, tied layers the same."""
-    rng = np.random.default_rng(seed)
-    order: dict[str, NDArray[np.int64]] = {}
-    columns = []
-    rules = policy.resolve(table)
-    first_of = {name: group[0] for group in rules.groups for name in group}
-    for layer in table:
-        fixed = rules.fixed.get(layer.name)
-        drawn = rng.permutation(np.asarray(widths, dtype=np.int64))
-        if fixed is not None:
-            columns.append(np.full(len(widths), fixed, dtype=np.int64))
-        else:
-            columns.append(order.setdefault(first_of.get(layer.name, layer.name), drawn))
-    return np.stack(columns, 1)
 
 
 def slopes_at(
@@ -95,7 +73,7 @@ def slopes_at(
     sizes: list[int] = []
     mse, done = [], 0
     for number, context in enumerate(contexts):
-        quantized = denoiser.with_module(_quantized(denoiser.module, table, context, widths, fmt, errors))
+        quantized = denoiser.with_module(quantized_at(denoiser.module, table, context, widths, fmt, errors))
         squares = 0.0
         for part in _batches(seeds[number :: len(contexts)], batch_of(denoiser, batch)):
             residual = _Residual(latents(denoiser, part))
@@ -144,11 +122,6 @@ def slope_arrays(
     }
 
 
-def mixed_widths(spec: CalibrationSpec, policy: Policy) -> list[int]:
-    """The searched ones among the widths that contexts mix."""
-    return [b for b in spec.context_widths if b in policy.widths]
-
-
 class _Residual:
     """The direction of the difference to reference samples, its length, and of how many values."""
 
@@ -164,27 +137,3 @@ class _Residual:
 
 def _batches(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
     return [seeds[i : i + size] for i in range(0, len(seeds), size)]
-
-
-@torch.no_grad()
-def _quantized(
-    module: nn.Module,
-    table: LayerTable,
-    context: NDArray[np.int64],
-    widths: Sequence[int],
-    fmt: str,
-    errors: WeightErrors,
-) -> nn.Module:
-    """A copy with the errors of a context in its weights and their mean shift taken off its biases."""
-    quantized = copy.deepcopy(module)
-    column, by_layer = {b: j for j, b in enumerate(widths)}, errors.errors[fmt]
-    for layer, bits in zip(table, context.tolist(), strict=True):
-        if bits not in column:
-            continue
-        target: Any = quantized.get_submodule(layer.name)
-        error = torch.cat([error_part(by_layer, layer.name, p)[column[bits]] for p in error_rows(by_layer, layer)])
-        target.weight.add_(weight_of(error, layer).to(target.weight))
-        shift = errors.shift.get(fmt, {}).get(layer.name)
-        if shift is not None:
-            target.bias.sub_(shift[column[bits]].to(target.bias))
-    return quantized

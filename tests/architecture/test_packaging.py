@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 15_000_000
+LIMIT = 25_000_000
 """Bytes of the wheel."""
 
 

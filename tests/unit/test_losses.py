@@ -17,6 +17,7 @@ from mpqsearch.methods import (
     channel_losses,
     predicted_loss,
 )
+from mpqsearch.methods.shrinkage import posterior_sensitivity
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
@@ -122,7 +123,7 @@ def test_what_was_not_measured_in_a_format_is_carried_over_by_its_own_errors() -
     own, other = (
         some.layer_sum(
             channel_losses(some, TABLE, fmt, "output", bias_correction=False)
-            * some.arrays["sensitivity"].astype(np.float64)[:, None]
+            * posterior_sensitivity(some)[:, None]
         )
         for fmt in ("asymmetric+smooth", "asymmetric")
     )

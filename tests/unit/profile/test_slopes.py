@@ -12,7 +12,8 @@ from mpqsearch.core import LayerTable, Policy, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
 from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
-from mpqsearch.profile.slopes import _quantized, latin_contexts, slopes_at
+from mpqsearch.profile.contexts import latin_contexts, quantized_at
+from mpqsearch.profile.slopes import slopes_at
 from mpqsearch.profile.tables import shift_of
 from mpqsearch.quant import weight_of, width_errors
 from mpqsearch.sampling import chain, plain
@@ -69,7 +70,7 @@ def test_slopes_are_the_derivative_of_the_measured_error(monkeypatch: pytest.Mon
             measured, seen = [], []
             for number, context in enumerate(contexts):
                 part = seeds[number::2]
-                module = _quantized(denoiser.module, table, context, widths, "a", given)
+                module = quantized_at(denoiser.module, table, context, widths, "a", given)
                 target = module.get_submodule(layer.name)
                 error, ends = errors[layer.name][j], []
                 shift = 0.05 * error.sum(1)
