@@ -122,8 +122,7 @@ def test_what_was_not_measured_in_a_format_is_carried_over_by_its_own_errors() -
     some = holding("layer_sampler_error", formats=("asymmetric", "auto"))
     own, other = (
         some.layer_sum(
-            channel_losses(some, TABLE, fmt, "output", bias_correction=False)
-            * posterior_sensitivity(some)[:, None]
+            channel_losses(some, TABLE, fmt, "output", bias_correction=False) * posterior_sensitivity(some)[:, None]
         )
         for fmt in ("asymmetric+smooth", "asymmetric")
     )
