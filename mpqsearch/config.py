@@ -107,9 +107,15 @@ class ActivationsConfig(ActivationSearch):
             raise ConfigError(f"activations.samples must be at least 1, got {self.samples}")
 
 
+SELECTIONS = ("measured", "none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AllocateConfig:
     """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
+
+    ``select``: how a method of the allocator ``measured`` chooses among maps that differ in kind: ``measured``, by up
+    to ``select_samples`` samples of each, or ``none``: its plain integer program, unmeasured.
 
     ``within``: further budgets that hold at the same time as each of these, such as ``["2e9bops", "12ms"]``. ``costs``:
     CSV of latencies that the user measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`).
@@ -122,6 +128,8 @@ class AllocateConfig:
 
     budgets: tuple[str, ...] = ("uniform:3",)
     within: tuple[str, ...] = ()
+    select: str = "measured"
+    select_samples: int = 16
     costs: str = ""
     targets: tuple[str, ...] = ()
     target_probes: int = 0
@@ -129,6 +137,10 @@ class AllocateConfig:
 
     def __post_init__(self) -> None:
         check_targets(self.targets, "allocate.targets")
+        if self.select not in SELECTIONS:
+            raise UnknownNameError("selection", self.select, SELECTIONS, "(allocate.select)")
+        if self.select_samples < 2:
+            raise ConfigError(f"allocate.select_samples must be at least 2, got {self.select_samples}")
         if self.target_probes < 0:
             raise ConfigError(f"allocate.target_probes must be at least 0, got {self.target_probes}")
         if self.within and self.targets:
@@ -255,7 +267,7 @@ class ExportConfig:
 
 DEFAULT_METHODS = (
     MethodSpec(name="uniform", allocator="uniform"),
-    MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True),
+    MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True),
 )
 
 

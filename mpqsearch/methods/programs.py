@@ -196,6 +196,11 @@ def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:
         raise ConfigError(
             f"the maps of {method.name!r} come out of the outer search, not of one solve; run the stage 'search'"
         )
+    if method.allocator == "measured":
+        raise ConfigError(
+            f"the map of {method.name!r} is the best of several that are measured, not what one solve gives; run the "
+            "stage 'allocate', or use ilp-channel"
+        )
     if method.allocator == "map":
         raise ConfigError(f"the map of {method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
     return {

@@ -26,13 +26,15 @@ ALLOCATORS = (
     "omq-plus",
     "ilp-layer",
     "ilp-channel",
+    "measured",
     "search",
     "map",
 )
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
 promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
-own quantizer and full-precision inputs. ``search`` and ``map`` solve nothing: the map is that of an outer search, or
-one from elsewhere."""
+own quantizer and full-precision inputs. ``measured``: the best of maps that differ in kind (uniform, by layer, by
+channel, nearest and GPTQ), by what their samples show. ``search`` and ``map`` solve nothing: the map is that of an
+outer search, or one from elsewhere."""
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""
@@ -55,7 +57,8 @@ class MethodSpec(Shown):
     layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the sampler with
     ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a budget in BOPs or of a latency) lets the integer program
     choose the width of each searched layer's input among these instead. ``solver``: ``auto``, or a solver of PuLP by
-    name.
+    name. ``shrinkage``: of the sensitivities of channels towards the mean of their layer, 0 (as measured) to 1 (all
+    alike); None: as the data say (`mpqsearch.methods.shrinkage`).
 
     Raises `ConfigError` for what contradicts and `UnknownNameError` for an unknown name.
     """
@@ -73,12 +76,15 @@ class MethodSpec(Shown):
     act_timesteps: bool = False
     act_choices: tuple[int, ...] = ()
     rounding: str = "nearest"
+    shrinkage: float | None = None
 
     def __post_init__(self) -> None:
         if self.allocator in OMQ[1:]:
             object.__setattr__(self, "smooth", True)
         self._check_names()
         check_width(self.act_bits, f"method {self.name!r}, act_bits")
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise ConfigError(f"method {self.name!r}: shrinkage must lie in 0..1, got {self.shrinkage}")
         for bits in self.act_choices:
             check_width(bits, f"method {self.name!r}, act_choices")
         if self.act_choices and self.allocator != "ilp-layer":
@@ -105,7 +111,7 @@ class MethodSpec(Shown):
     @property
     def granularity(self) -> str:
         """``channel`` when the method may mix widths inside a layer, whatever one map of it does."""
-        return "channel" if self.allocator in (*OMQ, "ilp-channel", "search", "map") else "layer"
+        return "channel" if self.allocator in (*OMQ, "ilp-channel", "measured", "search", "map") else "layer"
 
     @property
     def format_name(self) -> str:

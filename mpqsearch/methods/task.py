@@ -137,7 +137,14 @@ class Task:
         loss = "probe" if m.act_choices and m.loss == BEST_LOSS else m.loss
         if m.act_choices and loss != "probe":
             raise ConfigError(f"method {m.name!r}: act_choices go with the loss 'probe', got {loss!r}")
-        return channel_losses(programs.profile, programs.table, m.format_name, loss, bias_correction=m.bias_correction)
+        return channel_losses(
+            programs.profile,
+            programs.table,
+            m.format_name,
+            loss,
+            bias_correction=m.bias_correction,
+            shrinkage=m.shrinkage,
+        )
 
 
 def whole_layers_only(method: MethodSpec, budget: Budget) -> ConfigError:

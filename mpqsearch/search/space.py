@@ -87,7 +87,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _choice("loss", ("weight", "output", "probe", "sampler", "final"), "Sensitivity that prices the widths."),
         _number("mix", 0, 0, 1, "Weight w of output errors in the layer totals: T becomes T**(1 - w) * T_output**w."),
         _number("exponent", 1, 0.25, 3, "Exponent of the layer totals: above 1 large losses count more."),
-        _number("channel_exponent", 1, 0, 3, "Exponent of a channel's share in its layer: 0 spreads a loss evenly."),
+        _choice("shrinkage", (0.0, 0.1, 0.3, 1.0), "Of the sensitivities of channels towards the mean of their layer."),
         _number("low_bits", 0, -3, 3, "Losses at b bits times 2**(low_bits * (4 - b)): above 0 few bits cost more."),
         _number("kurtosis", 0, -2, 2, "Losses of a channel times (kurtosis / 3)**kurtosis: above 0 heavy tails count."),
         _number("depth", 0, -3, 3, "Losses times 2**(depth * (position - 1/2)), position 0..1 in forward order."),

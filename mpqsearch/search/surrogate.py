@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 Priced = Callable[[MethodSpec], SensitivityProfile]
 """The profile with the errors that a method's rounding leaves."""
 
-SHAPING = ("mix", "exponent", "channel_exponent", "low_bits", "kurtosis", "depth")
+SHAPING = ("mix", "exponent", "low_bits", "kurtosis", "depth")
 """Parameters that change the loss table, with those of roles."""
 
 _TINY = np.finfo(np.float64).tiny
@@ -100,7 +100,7 @@ class Surrogate:
 
     def method_of(self, theta: Theta) -> MethodSpec:
         """The method with granularity, loss, quantizer and scales as the point says."""
-        chosen = {n: value_of(theta, n) for n in ("granularity", "loss", "scheme", "rounding")}
+        chosen = {n: value_of(theta, n) for n in ("granularity", "loss", "scheme", "rounding", "shrinkage")}
         switches = {n: value_of(theta, n) for n in ("bias_correction", "smooth", "act_timesteps")}
         changes: dict[str, Any] = {n: v for n, v in chosen.items() if v != BASE}
         changes |= {n: v == "on" for n, v in switches.items() if v != BASE}
@@ -146,7 +146,14 @@ class Surrogate:
         return shaped
 
     def _table(self, profile: SensitivityProfile, method: MethodSpec, loss: str) -> Floats:
-        return channel_losses(profile, self.table, method.format_name, loss, bias_correction=method.bias_correction)
+        return channel_losses(
+            profile,
+            self.table,
+            method.format_name,
+            loss,
+            bias_correction=method.bias_correction,
+            shrinkage=method.shrinkage,
+        )
 
     def _mixed(self, theta: Theta, profile: SensitivityProfile, method: MethodSpec, totals: Floats) -> Floats:
         """Geometric mean of the layer totals ``[L, W]`` with those of output errors, in the units of the former."""
@@ -170,11 +177,8 @@ class Surrogate:
         return factors
 
     def _shares(self, theta: Theta, profile: SensitivityProfile, shares: Floats) -> Floats:
-        """Shares ``[C, W]`` of the channels in their layer, raised to a power and normalized, then times kurtosis."""
-        exponent, power = float(value_of(theta, "channel_exponent")), float(value_of(theta, "kurtosis"))
-        if exponent != 1.0:
-            raised = np.where(shares > 0, shares, 0.0) ** exponent
-            shares = _divided(raised, np.repeat(profile.layer_sum(raised), profile.channels, axis=0))
+        """Shares ``[C, W]`` of the channels in their layer, times a power of their kurtosis."""
+        power = float(value_of(theta, "kurtosis"))
         if power:
             kurtosis = profile.need("kurtosis_smoothed", "the search by kurtosis").astype(np.float64)
             shares = shares * (np.maximum(kurtosis, 0.1) / 3.0)[:, None] ** power

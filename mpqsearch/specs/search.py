@@ -20,7 +20,7 @@ distributions, of which the Fréchet distance is the Gaussian form."""
 
 DEFAULT_SPACE: Mapping[str, Any] = {
     "exponent": [0.5, 2.0],
-    "channel_exponent": [0.5, 2.0],
+    "shrinkage": ["base", 0.3, 1.0],
     "low_bits": [-1.0, 2.0],
     "kurtosis": [-1.0, 1.0],
     "depth": [-3.0, 3.0],

@@ -8,12 +8,13 @@ from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.methods import CostTable, MethodSpec, Programs
+from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.searched import searched_map
+from mpqsearch.stages.selecting import can_select, plain_method, say_selection, selected, selection_inputs
 from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
 
 
@@ -56,10 +57,17 @@ def _solve(
 ) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
 
-    with run.timed("allocate"):
-        programs = programs_of(run, table, measured, method)
-        solved = programs.allocate(method, budget, run.config.allocate.parsed_within())
-    data = solved.to_data() | {"made_from": _made_from(run, method, measured)}
+    def solve(one: MethodSpec) -> Allocation:
+        with run.timed("allocate"):
+            return programs_of(run, table, measured, one).allocate(one, budget, run.config.allocate.parsed_within())
+
+    if method.allocator == "measured" and can_select(run, measured):
+        solved, found = selected(run, table, measured, method, budget, solve)
+        say_selection(run, budget, found)
+        more = {"selection": found.to_data(), "bias_correction": solved.method.bias_correction}
+    else:
+        solved, more = solve(plain_method(method, measured) if method.allocator == "measured" else method), {}
+    data = solved.to_data() | {"made_from": _made_from(run, solved.method, measured)} | more
     provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
     extra = neutral_extra(table, solved.bit_map, provenance=provenance)
     return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
@@ -77,7 +85,9 @@ def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: B
         inputs["within"] = artifacts.digest_of([b.label() for b in c.parsed_within()])
     if c.costs:
         inputs["costs"] = artifacts.digest_file(Path(c.costs))
-    if method.rounding != "nearest":
+    if method.allocator == "measured":
+        inputs |= selection_inputs(run, table)
+    elif method.rounding != "nearest":
         inputs |= moment_inputs(run, table)
     return inputs
 

@@ -26,7 +26,7 @@ PROFILE = tiny_profile(TABLE)
 POLICY = Policy()
 FORMAT = QuantFormat()
 PROGRAMS = Programs(table=TABLE, profile=PROFILE, policy=POLICY, format=FORMAT)
-SOLVED = [a for a in ALLOCATORS if a not in ("search", "map")]  # whose maps come out of a study, not of one call
+SOLVED = [a for a in ALLOCATORS if a not in ("measured", "search", "map")]  # whose maps are no answer of one call
 
 
 def run(allocator: str, budget: str, policy: Policy = POLICY, **kwargs: object) -> object:

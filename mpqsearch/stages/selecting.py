@@ -1,0 +1,163 @@
+"""Measured selection as a stage: maps that differ in kind, measured on a few samples; the best is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mpqsearch import artifacts
+from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
+from mpqsearch.errors import InfeasibleBudgetError
+from mpqsearch.methods import Allocation, MethodSpec
+from mpqsearch.prompts import band_of
+from mpqsearch.stages.base import Run
+from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import quantized_module
+from mpqsearch.stages.statistics import moment_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpqsearch.search.measure import ModelEvaluator
+    from mpqsearch.search.selection import Selection
+    from mpqsearch.search.surrogate import Candidate
+
+HELD = 2 * 10**9
+"""Bytes of quantized models that are kept between the rounds; what does not fit is quantized again."""
+
+EVEN = 1.0
+"""Shrinkage of the candidate that trusts no sensitivity of a single channel, only their errors."""
+
+DOUBTFUL = 0.5
+"""Rank correlation of predicted and measured losses below which predictions are said not to be believed."""
+
+
+def plain_method(method: MethodSpec, measured: SensitivityProfile) -> MethodSpec:
+    """The integer program behind a method of the allocator ``measured``: over channels where these were measured."""
+    return replace(method, allocator="ilp-layer" if measured.layers_only else "ilp-channel")
+
+
+def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence[Budget]) -> Mapping[str, MethodSpec]:
+    """What is tried, by a label, safest first: the less a map rests on estimates, the safer it is."""
+    by_channel = not measured.layers_only and all(b.quantity != "latency" for b in budgets)
+    plain = {"uniform, plain": replace(method, allocator="uniform", scheme="asymmetric", bias_correction=False)}
+    kinds = {"uniform": replace(method, allocator="uniform"), "by layer": replace(method, allocator="ilp-layer")}
+    if by_channel:
+        kinds["by channel, evenly"] = replace(method, allocator="ilp-channel", shrinkage=EVEN)
+        kinds["by channel"] = replace(method, allocator="ilp-channel")
+    found = plain if "asymmetric" in measured.formats else {}
+    for label, variant in kinds.items():
+        found[label] = replace(variant, rounding="nearest")
+        if not measured.layers_only:
+            found[f"{label}, gptq"] = replace(variant, rounding="gptq")
+    return found
+
+
+def selection_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+    """Digests of what a measured selection depends on besides the allocation."""
+    c = run.config
+    settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples])}
+    return settings if c.allocate.select == "none" else settings | moment_inputs(run, table)
+
+
+def can_select(run: Run, measured: SensitivityProfile) -> bool:
+    """Whether maps can be measured here: asked for, and the model brings a sampler."""
+    if run.config.allocate.select == "none" or run.dry_run or measured.weights_only:
+        return False
+    from mpqsearch.sampling import can_sample
+
+    return can_sample(run.denoiser)
+
+
+def selected(
+    run: Run,
+    table: LayerTable,
+    measured: SensitivityProfile,
+    method: MethodSpec,
+    budget: Budget,
+    solve: Callable[[MethodSpec], Allocation],
+) -> tuple[Allocation, Selection]:
+    """Solve every variant of a method at a budget, measure the maps, and choose.
+
+    Raises `InfeasibleBudgetError` when none fits.
+    """
+    from mpqsearch.progress import bar_of
+    from mpqsearch.search.selection import Rival, select
+
+    solved: dict[str, Allocation] = {}
+    refused: InfeasibleBudgetError | None = None
+    for label, variant in variants(method, measured, (budget, *run.config.allocate.parsed_within())).items():
+        try:
+            allocation = solve(variant)
+        except InfeasibleBudgetError as error:
+            refused = error
+            continue
+        if allocation.within_budget and all(_differ(allocation, other) for other in solved.values()):
+            solved[label] = allocation
+    if not solved:
+        assert refused is not None
+        raise refused
+    rivals = [Rival(label=label, candidate=_candidate(table, s, budget)) for label, s in solved.items()]
+    first, n = band_of("development")[0], run.config.allocate.select_samples
+    seeds = range(first, first + n)
+    evaluator = run.once("selection", lambda: _evaluator(run, table, measured, len(rivals)))
+    with run.timed("select"), bar_of(f"select at {budget.label()}", 0) as bar:
+
+        def measure(candidate: Candidate, some: Sequence[int]) -> list[float]:
+            errors = evaluator.errors(candidate, some)
+            bar.update(len(some))
+            return errors
+
+        found = select(rivals, measure, seeds)
+    return solved[found.chosen.label], found
+
+
+def say_selection(run: Run, budget: Budget, found: Selection) -> None:
+    """One line on what was chosen, and one where predictions should not be believed."""
+    from mpqsearch.search.selection import APART
+
+    rivals = ", ".join(r.label for r in found.close)
+    doubt = f"; it {APART} from {rivals}" if rivals else ""
+    n = len(found.chosen.errors)
+    run.say(f"select: at {budget.label()} {found.chosen.label!r} of {len(found.rivals)} maps, by {n} samples{doubt}")
+    if found.spearman < DOUBTFUL:
+        run.say(
+            f"select: predicted losses rank these maps poorly at {budget.label()} (Spearman {found.spearman:.2f}): "
+            "do not believe predictions on this model"
+        )
+
+
+def _differ(a: Allocation, b: Allocation) -> bool:
+    return (a.bit_map.digest, a.method.bias_correction) != (b.bit_map.digest, b.method.bias_correction)
+
+
+def _candidate(table: LayerTable, solved: Allocation, budget: Budget) -> Candidate:
+    from mpqsearch.search.surrogate import Candidate
+
+    return Candidate(
+        bit_map=solved.bit_map,
+        budget=budget,
+        bias_correction=solved.method.bias_correction,
+        predicted=solved.predicted_loss,
+        size_bytes=solved.size_bytes,
+        average_bits=average_bits(table, solved.bit_map),
+    )
+
+
+def _evaluator(run: Run, table: LayerTable, measured: SensitivityProfile, n: int) -> ModelEvaluator:
+    from mpqsearch.search.measure import ModelEvaluator
+
+    size = sum(p.numel() * p.element_size() for p in run.denoiser.module.parameters())
+
+    def quantized(candidate: Candidate) -> object:
+        bit_map: BitMap = candidate.bit_map
+        return quantized_module(run, table, measured, bit_map, bias_correction=candidate.bias_correction)
+
+    return ModelEvaluator(
+        denoiser=run.denoiser,
+        quantized=quantized,  # type: ignore[arg-type]
+        calibration=artifacts.digest_of(profile_inputs(run, table)),
+        error="latents",
+        keep=max(1, min(n, HELD // max(size, 1))),
+    )
