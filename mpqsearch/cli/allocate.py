@@ -75,6 +75,7 @@ def allocate(
     group: GroupOption = None,
     max_formats: MaxFormatsOption = None,
     max_formats_per_layer: MaxFormatsPerLayerOption = None,
+    select: options.Select = None,
     target: TargetsOption = None,
     path: PathOption = False,
     explain: ExplainOption = False,
@@ -94,6 +95,9 @@ def allocate(
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
+    By default maps that differ in kind (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and
+    measured on a few samples from the same noise; the best is handed out, with the table of what was measured.
+
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
     formats, and a budget is the size of the target's file, headers apart. Options about widths take the place of what
     `[policy]` of the study says. Where no map fits, the exit code is 3 and the smallest attainable value is named.
@@ -101,6 +105,7 @@ def allocate(
     Examples:
 
     - `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`: two maps a method
+    - `mpqsearch allocate -b 3bit --select none`: the plain integer program, nothing is sampled
     - `mpqsearch allocate -b 3bit --within 7e9bops`: two budgets at once
     - `mpqsearch allocate -c by-layer.toml -b uniform:4 --latency phone.csv --within 12ms`: no slower, as measured
     - `mpqsearch allocate -b 3bit --min-bits "up_blocks.*=3" --max-bits "mid_block.*=4" --fix "conv_in=16"`
@@ -115,6 +120,7 @@ def allocate(
         "allocate.budgets": budget,
         "allocate.targets": target,
         "allocate.within": within,
+        "allocate.select": select,
         "allocate.costs": str(latency) if latency else None,
         **_policy(min_bits, max_bits, fix, group),
         "policy.max_formats": max_formats,
@@ -182,6 +188,28 @@ def _show_allocations(table: LayerTable, maps: Maps) -> None:
         row |= {"status": solved.get("status", "-"), "gap": number(solved.get("gap"), ".1e")}
         rows.append(row | {"in budget": _in_budget(data)})
     print_table("allocations", rows)
+    for method, budget, _, data in maps:
+        if "selection" in data:
+            _show_selection(f"{method.name} at {budget.label()}", data["selection"])
+
+
+def _show_selection(name: str, selection: Mapping[str, Any]) -> None:
+    rows = [
+        {
+            "candidate": row["candidate"],
+            "bytes": row["size_bytes"],
+            "predicted loss": number(row["predicted"], ".3g"),
+            "measured error": number(row["error"], ".3g"),
+            "by the chosen": number(row["ratio"], ".3g"),
+            "samples": row["samples"],
+            "": row["verdict"],
+        }
+        for row in selection["rows"]
+    ]
+    rank = number(selection["spearman"], ".2f")
+    print_table(
+        f"what was tried for {name}, by the squared error of samples; rank correlation with predictions {rank}", rows
+    )
 
 
 def _size(table: LayerTable, data: Mapping[str, Any]) -> dict[str, Any]:

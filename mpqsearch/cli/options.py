@@ -67,6 +67,13 @@ Budgets = Annotated[
     list[str] | None,
     typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated."),
 ]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        help="How a map is chosen among maps that differ in kind: measured, by a few samples of each, or none "
+        "(allocate.select; default: measured)."
+    ),
+]
 Budget = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")]
 Method = Annotated[str, typer.Option("--method", help="Method of the study.")]
 

@@ -15,6 +15,7 @@ from mpqsearch.cli.printing import print_lines, print_records
 @app.command("run")
 def run_study(
     study: Annotated[Path, typer.Argument(help="A study in TOML, such as studies/quickstart.toml.")],
+    select: options.Select = None,
     prompts: options.Prompts = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -36,7 +37,9 @@ def run_study(
     """
     from mpqsearch import stages
 
-    settings = {"model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
+    settings = {"model.device": device, "allocate.select": select} | options.drawing(
+        prompts, steps, guidance, batch, call
+    )
     run = open_run(study, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     print_records(stages.everything(run), as_json=as_json)
     if not (run.dry_run or as_json):

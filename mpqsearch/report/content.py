@@ -25,6 +25,7 @@ class ReportContent:
         format_name: Format whose sensitivity is drawn (default: `mpqsearch.report.layer_losses`).
         grids: Samples of several methods at one budget.
         correlations: Rows of a table of rank correlations, all with the same columns.
+        selections: Rows of what measured selections tried, all with the same columns.
         exports: Rows of ideal and stored sizes, one a target.
         environment: What `mpqsearch.artifacts.environment` returns.
         config: Text of the resolved configuration.
@@ -46,6 +47,7 @@ class ReportContent:
     format_name: str = ""
     grids: Sequence[SampleGrid] = ()
     correlations: Sequence[Mapping[str, Any]] = ()
+    selections: Sequence[Mapping[str, Any]] = ()
     exports: Sequence[Mapping[str, Any]] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""

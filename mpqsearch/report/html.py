@@ -110,6 +110,7 @@ def render_page(content: ReportContent, pictures: Sequence[Picture]) -> str:
         grids=[_grid(g) for g in content.grids],
         breakdown=_plain_table(breakdown_rows(content.table, content.maps, content.policy) if sized else ()),  # type: ignore[arg-type]
         correlations=_plain_table(content.correlations),
+        selections=_plain_table(content.selections),
         exports=_plain_table(export_rows(content.exports)),
         searched=None if search is None else _plain_table(arms_table(search)),
         search_error="" if search is None else search["error"],

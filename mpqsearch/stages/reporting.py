@@ -21,6 +21,7 @@ from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import SHOWN, evaluation_key, full_precision, key_frames
 from mpqsearch.stages.searched import search_results
+from mpqsearch.stages.selecting import DOUBTFUL
 
 if TYPE_CHECKING:
     from mpqsearch.report import ReportContent, SampleGrid
@@ -96,6 +97,7 @@ def report_content(
         format_name=chosen.format_name,
         grids=_grids(run, table, solved),
         correlations=rank_correlations(table, measured),
+        selections=_selections(solved),
         exports=size_rows(run),
         environment=artifacts.environment(),
         config=run.config.to_toml(),
@@ -128,14 +130,47 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
     return grids
 
 
+def _selections(solved: Solved) -> list[dict[str, Any]]:
+    """What measured selections tried, a row a candidate."""
+    return [
+        {
+            "budget": budget.label(),
+            "candidate": row["candidate"],
+            "kB": f"{row['size_bytes'] / 1000:.1f}",
+            "predicted": _short(row["predicted"]),
+            "error": _short(row["error"]),
+            "by the chosen": _short(row["ratio"]),
+            "samples": row["samples"],
+            "verdict": row["verdict"],
+        }
+        for (_, budget), (_, data) in solved.items()
+        for row in data.get("selection", {}).get("rows", ())
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
 def _notes(solved: Solved) -> list[str]:
     over = [
         f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8000:.2f} kB"
         for (method, budget), (_, data) in solved.items()
         if not data["within_budget"]
     ]
-    text = f"Over the budget, because the method has no means to pay for its channel tags: {'; '.join(over)}."
-    return [text] if over else []
+    notes = [f"Over the budget, because the method has no means to pay for its channel tags: {'; '.join(over)}."]
+    doubted = [
+        f"{budget.label()} ({data['selection']['spearman']:.2f})"
+        for (_, budget), (_, data) in solved.items()
+        if (data.get("selection", {}).get("spearman") or 1.0) < DOUBTFUL
+    ]
+    notes = notes if over else []
+    if doubted:
+        notes.append(
+            "Do not believe predicted losses here: over the maps that were measured their rank correlation with the "
+            f"measured errors is low at {', '.join(doubted)}."
+        )
+    return notes
 
 
 SIZE_COLUMNS = (
