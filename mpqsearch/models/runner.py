@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -160,14 +161,14 @@ def _replaced(owner: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
 def watched_scheduler(scheduler: Any, on_step: Callable[[Tensor], None] | None) -> Iterator[None]:
     """Let ``on_step`` see the sample that every step of ``scheduler`` returns.
 
-    By a subclass and not by an attribute: pipelines that copy their scheduler would step the original through it.
+    By a method that is bound to the scheduler: a copy that a pipeline makes steps itself, and its class stays what it
+    is, which some pipelines ask for.
     """
-    kind = type(scheduler)
-    name = next((n for n in ("step", "step_pred") if hasattr(kind, n)), None)
+    name = next((n for n in ("step", "step_pred") if hasattr(scheduler, n)), None)
     if on_step is None or name is None:
         yield
         return
-    real = getattr(kind, name)
+    real = getattr(type(scheduler), name)
 
     @wraps(real)  # pipelines read its signature to know whether it takes a generator
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,11 +177,11 @@ def watched_scheduler(scheduler: Any, on_step: Callable[[Tensor], None] | None) 
             on_step(out[0] if isinstance(out, tuple) else out.prev_sample)
         return out
 
-    scheduler.__class__ = type(kind.__name__, (kind,), {name: step, "__module__": kind.__module__})
+    setattr(scheduler, name, MethodType(step, scheduler))
     try:
         yield
     finally:
-        scheduler.__class__ = kind
+        delattr(scheduler, name)
 
 
 def device_of(module: nn.Module) -> torch.device:

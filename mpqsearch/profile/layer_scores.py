@@ -8,7 +8,7 @@ layer at every width in every format. Nothing is measured of single channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpqsearch.core import LayerTable, QuantFormat
+from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
 from mpqsearch.profile.calibrate import Calibration, Progress, collected, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import layer_arrays
-from mpqsearch.profile.tables import WeightErrors, shift_of
+from mpqsearch.profile.recomputed import error_part, error_rows
+from mpqsearch.profile.tables import WeightErrors, errors_within, shift_of
 from mpqsearch.profile.taps import GradientTap, checkpointed
 from mpqsearch.profile.weighing import weighing_of
 from mpqsearch.quant import width_errors
@@ -39,6 +40,7 @@ class _Observations:
     """What every backward pass gave: uncorrected effects ``[W]`` by (layer, format), bias gradients ``[C]``."""
 
     errors: WeightErrors
+    n_widths: int
     effects: list[dict[tuple[str, str], Tensor]] = field(default_factory=list)
     bias: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -53,8 +55,7 @@ class _Observations:
         table = self.errors.table
         out = {}
         for fmt in self.errors.formats:
-            n_widths = len(self.errors.errors[fmt][table.layers[0].name])
-            out[fmt] = np.zeros((len(self.effects), 2, len(table), n_widths))
+            out[fmt] = np.zeros((len(self.effects), 2, len(table), self.n_widths))
             for n, (effects, biases) in enumerate(zip(self.effects, self.bias, strict=True)):
                 for i, layer in enumerate(table):
                     if (layer.name, fmt) in effects:
@@ -71,19 +72,20 @@ def layer_scores(
     formats: Mapping[str, QuantFormat],
     spec: CalibrationSpec,
     progress: Progress = silent,
+    *,
+    blocks: Mapping[str, Sequence[slice]] | None = None,
 ) -> tuple[Arrays, Calibration]:
     """``layer_probe_error`` and its kin of `layer_arrays`, with the means and ranges of inputs. Standard errors are
     over backward passes. Formats with smoothing are left out: their errors depend on inputs that are not known yet.
 
+    With ``blocks``, slices of the rows of each layer, weight errors are made again in every backward pass, those of one
+    slice at a time; without, all are held, which takes the memory of the model for every width of every format.
+
     Raises `NumericsError` when the output is not finite.
     """
-    modules: dict[str, Any] = dict(denoiser.module.named_modules())
     plain = {name: fmt for name, fmt in formats.items() if not fmt.smooth}
-    held = {
-        name: {la.name: width_errors(modules[la.name].weight, la, widths, fmt, None) for la in table}
-        for name, fmt in plain.items()
-    }
-    seen = _Observations(WeightErrors(table, held))
+    errors = {name: _errors(denoiser, table, widths, fmt, blocks) for name, fmt in plain.items()}
+    seen = _Observations(WeightErrors(table, errors), len(widths))
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     weighing, times = weighing_of(denoiser, seeds), list[float]()
     generator = torch.Generator().manual_seed(spec.seed)
@@ -104,8 +106,26 @@ def layer_scores(
     ):
         run_sampler(denoiser, seeds, "layer scores", progress, take=weighing.by_step(take), batch=BATCH)
     calibration = collected(denoiser, table, collector, times)
-    shifts = {
-        fmt: {la.name: shift_of(e[la.name], la, calibration.means[la.name]) for la in table if la.has_bias}
-        for fmt, e in held.items()
-    }
+    biased = [la for la in table if la.has_bias]
+    shifts = {fmt: {la.name: _shift(e, la, calibration.means[la.name]) for la in biased} for fmt, e in errors.items()}
     return layer_arrays("layer_probe", seen.squares(shifts)), calibration
+
+
+def _errors(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    fmt: QuantFormat,
+    blocks: Mapping[str, Sequence[slice]] | None,
+) -> Mapping[str, Tensor]:
+    """Weight errors ``[W, C, D]`` by layer, held or made again at every look."""
+    if blocks is not None:
+        return errors_within(denoiser, table, widths, fmt, blocks)
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    return {la.name: width_errors(modules[la.name].weight, la, widths, fmt, None) for la in table}
+
+
+def _shift(errors: Mapping[str, Tensor], layer: LayerSpec, mean: Tensor) -> Tensor:
+    """`shift_of` ``[W, C]`` of all rows of a layer, in the slices in which its errors are looked at."""
+    parts = error_rows(errors, layer)
+    return torch.cat([shift_of(error_part(errors, layer.name, part), layer, mean, part) for part in parts], 1)

@@ -166,9 +166,19 @@ def _formats(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]
 
 
 def _by_layer(m: Measurement) -> Calibration:
+    n_candidates = len(m.widths) * len(m.formats)
+    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=False)
     arrays, calibration = m.timed(
         "layer scores",
-        lambda: layer_scores(m.denoiser, m.table, m.widths, m.formats, m.spec, m.progress),
+        lambda: layer_scores(
+            m.denoiser,
+            m.table,
+            m.widths,
+            m.formats,
+            m.spec,
+            m.progress,
+            blocks=None if m.memory_limit is None else blocks,
+        ),
     )
     m.arrays |= arrays
     return calibration

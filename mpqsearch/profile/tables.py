@@ -139,14 +139,46 @@ def tables_of(
         tables.append({key: values for key, values in arrays.items() if not key.startswith(_SCRATCH)})
         progress("error tables", position + 1, len(table))
 
-    def again(fmt: str) -> Mapping[str, Tensor]:
-        def make(name: str, part: slice) -> Tensor:
-            return errors_again(modules[name].weight, table[name], scales[fmt][name], formats[fmt], part=part)
-
-        return RecomputedErrors(list(table.by_name), make, slices.__getitem__)
-
     joined = {key: np.concatenate([t[key] for t in tables]) for key in tables[0]}
-    return joined, WeightErrors(table, held if hold else {name: again(name) for name in plain}, shifts)
+    if hold:
+        return joined, WeightErrors(table, held, shifts)
+    again = {name: _again(denoiser, table, scales[name], formats[name], slices) for name in plain}
+    return joined, WeightErrors(table, again, shifts)
+
+
+@torch.no_grad()
+def errors_within(
+    denoiser: Denoiser,
+    table: LayerTable,
+    widths: tuple[int, ...],
+    fmt: QuantFormat,
+    blocks: Mapping[str, Sequence[slice]],
+) -> RecomputedErrors:
+    """Weight errors of a format without smoothing of which no more than those of a slice of ``blocks`` are in memory.
+
+    The range search is done now, and its scales are kept."""
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+    scales = {}
+    for layer in table:
+        weight = modules[layer.name].weight
+        parts = [width_quantizers(weight, layer, widths, fmt, part=part)[0] for part in blocks[layer.name]]
+        scales[layer.name] = joined_quantizers(parts)
+    return _again(denoiser, table, scales, fmt, blocks)
+
+
+def _again(
+    denoiser: Denoiser,
+    table: LayerTable,
+    scales: Mapping[str, tuple[RowQuantizer, ...]],
+    fmt: QuantFormat,
+    blocks: Mapping[str, Sequence[slice]],
+) -> RecomputedErrors:
+    modules: dict[str, Any] = dict(denoiser.module.named_modules())
+
+    def make(name: str, part: slice) -> Tensor:
+        return errors_again(modules[name].weight, table[name], scales[name], fmt, part=part)
+
+    return RecomputedErrors(list(table.by_name), make, blocks.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def decode_singly(vae: Any) -> None:
     kind = type(vae).__name__
     if kind == "AutoencoderKLAllegro":
         vae.enable_tiling()
-    elif hasattr(vae, "enable_slicing") and kind != "AutoencoderKLMagvit":  # it mixes a slice with the one before
+    if hasattr(vae, "enable_slicing") and kind != "AutoencoderKLMagvit":  # it mixes a slice with the one before
         with suppress(NotImplementedError):
             vae.enable_slicing()
 
@@ -399,6 +399,9 @@ class PipelineRunner:
             log.warning("%s takes one sample at a time: %s", kind, error)
             return False
         a, b = alone.steps[-1].double(), both.steps[-1].double()
+        if len(b) <= len(a):
+            log.warning("%s makes one sample a call: samples are made one at a time", kind)
+            return False
         b = b[: len(a)]
         same = a.shape == b.shape and float((a - b).abs().max()) <= INVARIANT * float(a.abs().max())
         apart = _apart(alone.first, both.first)
@@ -445,7 +448,7 @@ def _named(pipe: Any) -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-        scheduler = type(pipe.scheduler).__mro__[1].__name__
+        scheduler = type(pipe.scheduler).__name__
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(
             f"{type(pipe).__name__} with {scheduler} cannot be run: {type(error).__name__}: {reason}. Try it by itself "

@@ -1,8 +1,9 @@
 """Takes every pipeline of the installed diffusers that generates from text, a class or noise alone all the way, and
 writes how far each came.
 
-Run from the repository root, whose tests it uses: ``python -m studies.coverage.pipelines [NAME ...]``; with names, only
-those rows of `pipelines.csv` are written again.
+Run from the repository root, whose tests it uses: ``python -m studies.coverage.pipelines [NAME ...]``. A row is written
+when its pipeline is done, and what `pipelines.csv` has is kept, so that an interrupted run goes on; delete the file to
+measure all of it again, or name the pipelines to measure again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.support.pipelines.classes import generators, kind_of
 from tests.support.pipelines.cover import STAGES, Covered, cover
 
 HERE = Path(__file__).parent
+TABLE = HERE / "pipelines.csv"
 COLUMNS = ("pipeline", "kind", "goes_all_the_way", "stage", "reason")
 START, END = "<!-- pipelines: made by pipelines.py -->", "<!-- end of pipelines -->"
 
@@ -37,16 +39,31 @@ def go(name: str) -> Covered:
     return covered
 
 
-def rows_of(names: list[str]) -> dict[str, dict[str, str]]:
-    """What is in the table, with the rows of ``names`` measured again."""
-    path, kinds = HERE / "pipelines.csv", {name: kind_of(cls) for name, cls in generators().items()}
-    with path.open(newline="") if path.is_file() else tempfile.TemporaryFile("w+") as handle:
-        rows = {row["pipeline"]: row for row in csv.DictReader(handle)}
-    for name in names:
+def read() -> dict[str, dict[str, str]]:
+    """The rows of the table, by pipeline."""
+    if not TABLE.is_file():
+        return {}
+    with TABLE.open(newline="") as handle:
+        return {row["pipeline"]: row for row in csv.DictReader(handle)}
+
+
+def write(rows: dict[str, dict[str, str]]) -> None:
+    with TABLE.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in sorted(rows))
+
+
+def measure(asked: list[str]) -> dict[str, dict[str, str]]:
+    """The table with the rows ``asked`` for, or else those that it lacks; pipelines that are no more leave it."""
+    kinds = {name: kind_of(cls) for name, cls in generators().items()}
+    rows = {name: row for name, row in read().items() if name in kinds}
+    for name in asked or sorted(kinds.keys() - rows):
         covered = go(name)
         values = (name, kinds[name], "no" if covered.stage else "yes", covered.stage, covered.reason)
         rows[name] = dict(zip(COLUMNS, values, strict=True))
-    return {name: rows[name] for name in sorted(kinds) if name in rows}
+        write(rows)
+    return {name: rows[name] for name in sorted(rows)}
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
@@ -72,11 +89,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    rows = rows_of(sys.argv[1:] or list(generators()))
-    with (HERE / "pipelines.csv").open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
+    rows = measure(sys.argv[1:])
     page = (HERE / "README.md").read_text()
     before, after = page.split(START)[0], page.split(END)[1]
     (HERE / "README.md").write_text(f"{before}{START}\n{table(rows)}\n{END}{after}")

@@ -23,6 +23,7 @@ from mpqsearch.core import BitMap, LayerTable
 from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.models import Denoiser, Hooks, Parts, discover
+from mpqsearch.models.calls import gradients_everywhere
 from mpqsearch.models.runner import watched_scheduler
 from mpqsearch.quant import build_student, param_groups, quantize_model
 from mpqsearch.sampling import PipelineRunner, SamplerSpec, chain, each_call, gradients, latents, load_model, samples
@@ -200,10 +201,11 @@ def chained(case: Case) -> None:
     weights = [p for p in module.parameters() if p.is_floating_point()]
     by_call = _gradient_by_call(case.denoiser, weights)
     steps: list[Tensor] = []
+    hooks = Hooks(call=_differentiable, step=steps.append)
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        case.denoiser.runner.run(module, SEEDS, hooks=Hooks(step=steps.append), decode=False, grad=True)
+        case.denoiser.runner.run(module, SEEDS, hooks=hooks, decode=False, grad=True)
         apart = len(SEEDS) if len(steps[-1]) == 1 else 1
         final = torch.cat(steps[len(steps) // apart - 1 :: len(steps) // apart])
         whole = gradients((_signs(final) * final).sum(), weights)
@@ -214,6 +216,12 @@ def chained(case: Case) -> None:
     apart = sum(float((a - b).double().square().sum()) for a, b in zip(by_call, whole, strict=True)) ** 0.5
     assert length > 0, "no gradient reaches the weights"
     assert apart <= 1e-5 * length, f"relative difference {apart / length:.1e}"
+
+
+def _differentiable(_part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call with gradients throughout: some models route to their experts under ``no_grad``."""
+    with gradients_everywhere():
+        return real(*args, **kwargs)
 
 
 def _gradient_by_call(denoiser: Denoiser, weights: list[Tensor]) -> list[Tensor]:

@@ -24,6 +24,7 @@ MISFITS: dict[str, Callable[[], Built]] = {}
 
 ALONE = {
     "AceStepPipeline": "its lyrics are those of one sample",
+    "AudioLDM2Pipeline": "its language model reads on after the padding of prompts, which goes to the longest of the batch",
     "CogView4Pipeline": "pads prompts to the longest of the batch, and attends to the padding",
     "Cosmos3OmniPipeline": "makes one video a call",
     "DreamLitePipeline": "takes one prompt a call",
@@ -42,7 +43,11 @@ ALONE = {
 NEEDS = {"OmniGenPipeline": "torchvision", "QwenImage21Pipeline": "torchvision"}
 """Libraries beside those of the extra ``pipelines`` that some ask for."""
 
-STOPS: dict[str, tuple[str, str]] = {}
+STOPS: dict[str, tuple[str, str]] = {
+    "AnyFlowFARPipeline": ("chained", "flexible attention has no backward pass on the CPU"),
+    "Cosmos3OmniPipeline": ("trained", "its blocks give the tokens of one sample without a batch axis"),
+    "SkyReelsV2DiffusionForcingPipeline": ("drawn", "each frame is stepped by a copy of the scheduler of its own"),
+}
 """Pipelines that do not go all the way: the stage of `cover` that does not hold, and why. Any other is a failure."""
 
 PROMPTS = ("a lighthouse", "two red cats", "a blue house by the sea", "rain on a tin roof")

@@ -58,6 +58,17 @@ def test_layer_scores_take_one_pass_a_batch_and_leave_no_trace() -> None:
     assert not any(m._forward_hooks for m in denoiser.module.modules())
 
 
+def test_layer_scores_under_a_memory_limit_are_the_same() -> None:
+    denoiser = tiny_denoiser("unet", **SAMPLER)
+    given = (denoiser, discover(denoiser), Policy(widths=(3, 6)), spec(granularity="layer"), FMT)
+    held = profile_model(*given)
+    again = profile_model(*given, memory_limit=400_000)  # some rows of a layer at a time
+    for key in TOTALS[:2]:
+        np.testing.assert_allclose(again.arrays[key], held.arrays[key], rtol=1e-4, atol=1e-4 * held.arrays[key].max())
+    with pytest.raises(ConfigError, match="Raise the limit"):
+        profile_model(*given, memory_limit=1000)
+
+
 def test_layer_scores_go_with_nothing_of_channels() -> None:
     for asked in ({"smooth": True}, {"final_widths": (3,)}, {"activation_bits": (4,)}, {"prediction_only": True}):
         with pytest.raises(ConfigError, match="leave out"):

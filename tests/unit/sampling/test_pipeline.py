@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
 from mpqsearch.models import Denoiser, Hooks, Parts
+from mpqsearch.models.runner import watched_scheduler
 from mpqsearch.prompts import Prompt, Prompts
 from mpqsearch.sampling import PipelineRunner, SamplerSpec, each_call, latents, load_model, prediction_gains, samples
-from tests.support.pipelines import MISFITS, PROMPTS, TINY, arguments, modules
+from tests.support.pipelines import MISFITS, PROMPTS, TINY, arguments, denoiser_of, modules
 
 ASKED = Prompts(splits={"report": tuple(Prompt(text=text) for text in PROMPTS)})
 KINDS = (
@@ -215,3 +219,27 @@ def test_a_folder_says_how_it_is_meant_to_be_drawn(tmp_path: Path) -> None:
     (tmp_path / "sampler.json").write_text('{"step": 3}')
     with pytest.raises(ModelError, match="unknown key 'step'"):
         load_model(str(tmp_path))
+
+
+def test_a_watched_scheduler_keeps_its_class_and_its_copies_step_themselves() -> None:
+    scheduler, seen = FlowMatchEulerDiscreteScheduler(), list[Tensor]()
+    scheduler.set_timesteps(4)
+    before = inspect.signature(scheduler.step)
+    with watched_scheduler(scheduler, seen.append):
+        assert type(scheduler) is FlowMatchEulerDiscreteScheduler  # some pipelines ask for it
+        assert inspect.signature(scheduler.step) == before  # and whether a step takes a generator
+        other = copy.deepcopy(scheduler)
+        for _ in range(2):
+            other.step(torch.ones(1, 2), other.timesteps[other.step_index or 0], torch.ones(1, 2))
+        assert (other.step_index, scheduler.step_index, seen) == (2, None, [])
+        stepped = scheduler.step(torch.ones(1, 2), scheduler.timesteps[0], torch.ones(1, 2), return_dict=False)[0]
+    assert len(seen) == 1
+    assert torch.equal(seen[0], stepped)
+    assert "step" not in vars(scheduler)
+
+
+def test_a_pipeline_that_makes_one_sample_whatever_it_is_asked_for_is_called_for_each() -> None:
+    denoiser = denoiser_of("Cosmos3OmniPipeline")
+    first, second = latents(denoiser, [0, 1])
+    assert not torch.equal(first, second)
+    assert torch.equal(second, latents(denoiser, [1])[0])
