@@ -116,6 +116,7 @@ class AllocateConfig:
 
     ``select``: how a method of the allocator ``measured`` chooses among maps that differ in kind: ``measured``, by up
     to ``select_samples`` samples of each, or ``none``: its plain integer program, unmeasured.
+    ``select_moves``: moves at equal bytes that are tried from the chosen map on (`mpqsearch.stages.selecting.Walk`).
 
     ``within``: further budgets that hold at the same time as each of these, such as ``["2e9bops", "12ms"]``. ``costs``:
     CSV of latencies that the user measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`).
@@ -130,6 +131,7 @@ class AllocateConfig:
     within: tuple[str, ...] = ()
     select: str = "measured"
     select_samples: int = 16
+    select_moves: int = 0
     costs: str = ""
     targets: tuple[str, ...] = ()
     target_probes: int = 0
@@ -267,7 +269,7 @@ class ExportConfig:
 
 DEFAULT_METHODS = (
     MethodSpec(name="uniform", allocator="uniform"),
-    MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True),
+    MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="gptq"),
 )
 
 

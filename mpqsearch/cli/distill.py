@@ -11,7 +11,7 @@ from mpqsearch.cli.printing import print_json, print_table
 def distill(
     config: options.Config = None,
     budget: options.Budget = "uniform:3",
-    method: options.Method = "ilp-channel",
+    method: options.Method = "measured",
     model: options.Model = None,
     prompts: options.Prompts = None,
     steps: options.Steps = None,
@@ -31,7 +31,7 @@ def distill(
     Settings are in the section [distill] of the study. Stop it at any time: the same command continues, to the same
     result.
 
-    Example: `mpqsearch distill --model fmnist-unet --method ilp-channel --budget uniform:2 --set distill.steps=200`
+    Example: `mpqsearch distill --model fmnist-unet --budget uniform:2 --set distill.steps=200`
     """
     from mpqsearch import stages
     from mpqsearch.core import Budget

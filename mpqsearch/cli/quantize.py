@@ -11,7 +11,7 @@ from mpqsearch.cli.printing import print_lines
 def quantize(
     config: options.Config = None,
     budget: options.Budget = "uniform:3",
-    method: options.Method = "ilp-channel",
+    method: options.Method = "measured",
     model: options.Model = None,
     prompts: options.Prompts = None,
     steps: options.Steps = None,
@@ -28,7 +28,7 @@ def quantize(
 ) -> None:
     """Write the fake-quantized model of one map as a diffusers folder (safetensors) with its bit map.
 
-    Example: `mpqsearch quantize --model fmnist-unet --method ilp-channel --budget uniform:3`
+    Example: `mpqsearch quantize --model fmnist-unet --budget uniform:3`
     """
     from mpqsearch import stages
     from mpqsearch.core import Budget

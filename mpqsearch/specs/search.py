@@ -20,7 +20,7 @@ distributions, of which the Fréchet distance is the Gaussian form."""
 
 DEFAULT_SPACE: Mapping[str, Any] = {
     "exponent": [0.5, 2.0],
-    "shrinkage": ["base", 0.3, 1.0],
+    "shrinkage": ["base", 0.0, 0.3],
     "low_bits": [-1.0, 2.0],
     "kurtosis": [-1.0, 1.0],
     "depth": [-3.0, 3.0],
@@ -30,8 +30,12 @@ DEFAULT_SPACE: Mapping[str, Any] = {
     "role_time": [0.2, 5.0],
     "role_resample": [0.2, 5.0],
     "granularity": ["channel", "layer"],
+    "scheme": ["base", "asymmetric"],
+    "rounding": ["base", "nearest"],
+    "bias_correction": ["base", "off"],
 }
-"""The space of a search that declares none."""
+"""The space of a search that declares none: how losses are built, and the quantizer, which on a model that nobody has
+seen before can matter more than all widths."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
-from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
+from mpqsearch.methods import CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
@@ -57,16 +58,15 @@ def _solve(
 ) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
 
-    def solve(one: MethodSpec) -> Allocation:
-        with run.timed("allocate"):
-            return programs_of(run, table, measured, one).allocate(one, budget, run.config.allocate.parsed_within())
-
+    programs, more = partial(programs_of, run, table, measured), {}
     if method.allocator == "measured" and can_select(run, measured):
-        solved, found = selected(run, table, measured, method, budget, solve)
+        solved, found = selected(run, table, measured, method, budget, programs)
         say_selection(run, budget, found)
         more = {"selection": found.to_data(), "bias_correction": solved.method.bias_correction}
     else:
-        solved, more = solve(plain_method(method, measured) if method.allocator == "measured" else method), {}
+        plain = plain_method(method, measured) if method.allocator == "measured" else method
+        with run.timed("allocate"):
+            solved = programs(plain).allocate(plain, budget, run.config.allocate.parsed_within())
     data = solved.to_data() | {"made_from": _made_from(run, solved.method, measured)} | more
     provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
     extra = neutral_extra(table, solved.bit_map, provenance=provenance)

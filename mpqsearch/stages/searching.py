@@ -14,12 +14,14 @@ from mpqsearch._version import __version__
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, SolverError
 from mpqsearch.methods import MethodSpec
+from mpqsearch.methods.spec import PROGRAMS
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import quantized_module, reference
 from mpqsearch.stages.reuse import SEARCH, current
 from mpqsearch.stages.searched import budgets_of, map_file, results_file, search_inputs
+from mpqsearch.stages.selecting import plain_method
 from mpqsearch.stages.statistics import moment_inputs, priced
 
 if TYPE_CHECKING:
@@ -87,11 +89,14 @@ def check_search(run: Run, *, storage: str | None = None, workers: int = 1) -> N
         open_storage(where, workers=workers)  # a server that does not answer
 
 
-def searched_method(run: Run) -> MethodSpec:
+def searched_method(run: Run, measured: SensitivityProfile) -> MethodSpec:
     """The method that is searched around."""
-    if run.config.search.method:
-        return run.config.method(run.config.search.method)
-    programs = [m for m in run.config.methods if m.allocator in ("ilp-layer", "ilp-channel")]
+    named = run.config.search.method
+    known = [plain_method(m, measured) if m.allocator == "measured" else m for m in run.config.methods]
+    if named:
+        _ = run.config.method(named)
+        return next(m for m in known if m.name == named)
+    programs = [m for m in known if m.allocator in PROGRAMS]
     if not programs:
         raise ConfigError(
             "a search needs a method with an integer program (ilp-layer or ilp-channel) to search around; add one"
@@ -113,7 +118,7 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
         profile=measured,
         policy=run.config.policy,
         format=run.config.quantizer.format(),
-        method=searched_method(run),
+        method=searched_method(run, measured),
         priced=lambda method: priced(run, table, measured, method),
     )
     first_final = c.first_seed + c.samples

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
 from mpqsearch.errors import InfeasibleBudgetError
-from mpqsearch.methods import Allocation, MethodSpec
+from mpqsearch.methods import Allocation, MethodSpec, Programs
 from mpqsearch.prompts import band_of
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpqsearch.search.measure import ModelEvaluator
-    from mpqsearch.search.selection import Selection
+    from mpqsearch.search.selection import Rival, Selection
     from mpqsearch.search.surrogate import Candidate
 
 HELD = 2 * 10**9
@@ -35,6 +38,8 @@ DOUBTFUL = 0.5
 
 def plain_method(method: MethodSpec, measured: SensitivityProfile) -> MethodSpec:
     """The integer program behind a method of the allocator ``measured``: over channels where these were measured."""
+    if measured.layers_only or measured.weights_only:  # GPTQ rounds by the inputs of layers, which were not looked at
+        method = replace(method, rounding="nearest")
     return replace(method, allocator="ilp-layer" if measured.layers_only else "ilp-channel")
 
 
@@ -57,7 +62,7 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
 def selection_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     """Digests of what a measured selection depends on besides the allocation."""
     c = run.config
-    settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples])}
+    settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples, c.allocate.select_moves])}
     return settings if c.allocate.select == "none" else settings | moment_inputs(run, table)
 
 
@@ -76,31 +81,20 @@ def selected(
     measured: SensitivityProfile,
     method: MethodSpec,
     budget: Budget,
-    solve: Callable[[MethodSpec], Allocation],
+    programs: Callable[[MethodSpec], Programs],
 ) -> tuple[Allocation, Selection]:
-    """Solve every variant of a method at a budget, measure the maps, and choose.
+    """Solve every variant of a method at a budget, measure the maps, and choose; then walk on from the chosen one.
 
     Raises `InfeasibleBudgetError` when none fits.
     """
     from mpqsearch.progress import bar_of
-    from mpqsearch.search.selection import Rival, select
+    from mpqsearch.search.selection import Rival, moved, select
 
-    solved: dict[str, Allocation] = {}
-    refused: InfeasibleBudgetError | None = None
-    for label, variant in variants(method, measured, (budget, *run.config.allocate.parsed_within())).items():
-        try:
-            allocation = solve(variant)
-        except InfeasibleBudgetError as error:
-            refused = error
-            continue
-        if allocation.within_budget and all(_differ(allocation, other) for other in solved.values()):
-            solved[label] = allocation
-    if not solved:
-        assert refused is not None
-        raise refused
+    c = run.config.allocate
+    solved = _solved(variants(method, measured, (budget, *c.parsed_within())), budget, c.parsed_within(), programs)
     rivals = [Rival(label=label, candidate=_candidate(table, s, budget)) for label, s in solved.items()]
-    first, n = band_of("development")[0], run.config.allocate.select_samples
-    seeds = range(first, first + n)
+    first = band_of("development")[0]
+    seeds = range(first, first + c.select_samples)
     evaluator = run.once("selection", lambda: _evaluator(run, table, measured, len(rivals)))
     with run.timed("select"), bar_of(f"select at {budget.label()}", 0) as bar:
 
@@ -110,7 +104,73 @@ def selected(
             return errors
 
         found = select(rivals, measure, seeds)
-    return solved[found.chosen.label], found
+        chosen = solved[found.chosen.label]
+        if not c.select_moves or chosen.result is None:
+            return chosen, found
+        walk = Walk(programs=programs(chosen.method), start=chosen, budget=budget, within=c.parsed_within())
+        best = moved(found.chosen, walk, measure, seeds, c.select_moves)
+    return walk.solved.get(best.label, chosen), found.with_best(best)
+
+
+def _solved(
+    wanted: Mapping[str, MethodSpec],
+    budget: Budget,
+    within: Sequence[Budget],
+    programs: Callable[[MethodSpec], Programs],
+) -> dict[str, Allocation]:
+    """The different maps of some methods that keep to the budgets. Raises `InfeasibleBudgetError` when there is
+    none."""
+    solved: dict[str, Allocation] = {}
+    refused: InfeasibleBudgetError | None = None
+    for label, variant in wanted.items():
+        try:
+            allocation = programs(variant).allocate(variant, budget, within)
+        except InfeasibleBudgetError as error:
+            refused = error
+            continue
+        if allocation.within_budget and all(_differ(allocation, other) for other in solved.values()):
+            solved[label] = allocation
+    if not solved:
+        assert refused is not None
+        raise refused
+    return solved
+
+
+STEP = 4.0
+"""Factor of the losses of the layer that a move makes more or less important."""
+
+
+@dataclass(kw_only=True)
+class Walk:
+    """Small moves from a map at equal bytes: the losses of one layer are multiplied or divided by `STEP`, and the
+    program is solved again, so that bits move between that layer and those that need them most, or least."""
+
+    programs: Programs
+    start: Allocation
+    budget: Budget
+    within: Sequence[Budget]
+    solved: dict[str, Allocation] = field(default_factory=dict)
+    _factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __call__(self, parent: Rival, move: int) -> Rival | None:
+        """The child of a map by move number ``move``; None when nothing fits."""
+        from mpqsearch.search.selection import Rival
+
+        profile, rng = self.programs.profile, np.random.default_rng([0, move])
+        factors = self._factors.get(parent.label, np.ones(len(profile.names))).copy()
+        layer = rng.choice([profile.index[n] for n in self.programs.rules.searched])
+        factors[layer] *= STEP if rng.random() < 0.5 else 1 / STEP
+        task = self.programs.task(self.start.method, self.budget, self.within)
+        losses = task.channel_losses() * np.repeat(factors, profile.channels)[:, None]
+        try:
+            made = self.programs.allocate(self.start.method, self.budget, self.within, losses=losses)
+        except InfeasibleBudgetError:
+            return None
+        label = f"move {move + 1}"
+        # The certificate is one of these losses, which no profile holds.
+        self.solved[label] = replace(made, result=None, by_layer=None, certificate=None)
+        self._factors[label] = factors
+        return Rival(label=label, candidate=_candidate(self.programs.table, made, self.budget))
 
 
 def say_selection(run: Run, budget: Budget, found: Selection) -> None:
