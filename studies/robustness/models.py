@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
-SAMPLE_SHAPES = {"colour-unet": (3, 16, 16), "texture-mixer": (3, 16, 16), "sound-net": (1, 256)}
+SAMPLE_SHAPES = {"colour-unet": (3, 16, 16), "cloud-mixer": (3, 16, 16), "sound-net": (1, 256)}
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "colour-unet": {"beta_schedule": "linear", "prediction_type": "epsilon", "clip_sample": True},
-    "texture-mixer": {
+    "cloud-mixer": {
         "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
@@ -89,7 +89,7 @@ class MixerBlock(nn.Module):
         return h + self.within(self.norms[1](h))
 
 
-class TextureMixer(nn.Module):
+class CloudMixer(nn.Module):
     """MLP-Mixer over 2x2 patches of ``[N, 3, 16, 16]`` that predicts v (Salimans and Ho, 2022) with zero terminal SNR:
     linear layers along tokens, no convolution, no attention."""
 
@@ -164,7 +164,7 @@ class SoundNet(nn.Module):
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "colour-unet": ColourUNet,
-    "texture-mixer": TextureMixer,
+    "cloud-mixer": CloudMixer,
     "sound-net": SoundNet,
 }
 
@@ -179,9 +179,9 @@ def colour_unet() -> nn.Module:
     return _trained("colour-unet")
 
 
-def texture_mixer() -> nn.Module:
+def cloud_mixer() -> nn.Module:
     """MLP-Mixer with v-prediction and zero terminal SNR."""
-    return _trained("texture-mixer")
+    return _trained("cloud-mixer")
 
 
 def sound_net() -> nn.Module:

@@ -1,6 +1,6 @@
 """Train the networks of the robustness study on data that are made, not stored.
 
-    python -m studies.robustness.train colour-unet    # or texture-mixer, sound-net; continues where it stopped
+    python -m studies.robustness.train colour-unet    # or cloud-mixer, sound-net; continues where it stopped
 
 Each takes a few minutes of one core. Data, noise and timesteps of step ``k`` come from a generator seeded by
 ``(seed, k)``, so a run that was killed and continued equals one that was not. The averaged weights go to ``weights/``
@@ -52,17 +52,13 @@ def shapes(n: int, generator: torch.Generator) -> Tensor:
     return canvas.clamp(-1, 1)
 
 
-def textures(n: int, generator: torch.Generator) -> Tensor:
-    """``[n, 3, 16, 16]`` in [-1, 1]: two plane waves, each in a colour of its own."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, 16), torch.linspace(0, 1, 16), indexing="ij")
-    total = torch.zeros(n, 3, 16, 16)
-    for _ in range(2):
-        angle = torch.rand(n, 1, 1, generator=generator) * math.pi
-        frequency = 1 + 3 * torch.rand(n, 1, 1, generator=generator)
-        phase = torch.rand(n, 1, 1, generator=generator) * 2 * math.pi
-        wave = torch.sin(2 * math.pi * frequency * (angle.cos() * x + angle.sin() * y) + phase)
-        total += wave[:, None] * (torch.rand(n, 3, 1, 1, generator=generator) * 2 - 1) * 0.6
-    return total.clamp(-1, 1)
+def clouds(n: int, generator: torch.Generator) -> Tensor:
+    """``[n, 3, 16, 16]`` in [-1, 1]: smooth fields of each colour, nine cosines wide, through a tanh."""
+    waves = torch.arange(3)
+    cosines = torch.cos(math.pi * waves[:, None] * (torch.arange(16) + 0.5) / 16)  # [3, 16]
+    sizes = 1.2 / (1 + waves[:, None] + waves)
+    field = torch.randn(n, 3, 3, 3, generator=generator) * sizes
+    return torch.einsum("ncij,iy,jx->ncyx", field, cosines, cosines).tanh()
 
 
 def sounds(n: int, generator: torch.Generator) -> Tensor:
@@ -78,7 +74,7 @@ def sounds(n: int, generator: torch.Generator) -> Tensor:
     return total[:, None] * 0.7
 
 
-DATA = {"colour-unet": shapes, "texture-mixer": textures, "sound-net": sounds}
+DATA = {"colour-unet": shapes, "cloud-mixer": clouds, "sound-net": sounds}
 
 
 def loss_of(name: str, model: nn.Module, n: int, alpha_bar: Tensor, generator: torch.Generator) -> Tensor:
