@@ -26,11 +26,11 @@ from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.metrics import Evaluation, FeatureExtractor
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
-from mpqsearch.profile import InputMoments, gptq_profile
+from mpqsearch.profile import InputMoments, gptq_profile, statistics_of
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
-from mpqsearch.quant import quantize_model
+from mpqsearch.quant import Statistics, quantize_model
 from mpqsearch.sampling import load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
 
@@ -177,8 +177,8 @@ def quantize(
     model.
     """
     table = discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile)
-    return model.with_module(quantize_model(model.module, table, bit_map, **statistics).module)
+    bit_map, known = _statistics(model, table, allocation, profile)
+    return model.with_module(quantize_model(model.module, table, bit_map, **known).module)
 
 
 def evaluate(
@@ -234,7 +234,7 @@ def distill(
     from mpqsearch.quant import build_student, convert, param_groups
 
     c, table = settings or DistillConfig(), discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile)
+    bit_map, known = _statistics(model, table, allocation, profile)
     if bit_map.activations:
         raise ConfigError(
             "this map quantizes activations, whose scales belong to a run: train it with mpqsearch distill"
@@ -246,7 +246,7 @@ def distill(
         trainable=c.trainable,  # type: ignore[arg-type]
         rank=c.rank,
         seed=c.seed,
-        **statistics,
+        **known,
     )
     source = Trajectories(model, batch=c.batch, seed=c.seed)
     groups = param_groups(student, **c.rates)
@@ -376,13 +376,12 @@ def export(
     from mpqsearch.export.allocation import resolve_job, target_losses
 
     table, exporter, where = discover(model), get_exporter(target), Path(folder)
-    bit_map, statistics = _statistics(model, table, allocation, profile)
+    bit_map, known = _statistics(model, table, allocation, profile)
     job = ExportJob(
         table=table,
         bit_map=bit_map,
         denoiser=model,
-        input_max=statistics["input_max"] or {},
-        moments=statistics["moments"],
+        statistics=known["statistics"],
         inputs={"model": table.digest},
     )
     if profile is not None:
@@ -419,8 +418,8 @@ def save(
     Raises `ConfigError` for a module without a diffusers configuration from which it could be built again.
     """
     table = discover(model)
-    bit_map, statistics = _statistics(model, table, allocation, profile)
-    quantized = quantize_model(model.module, table, bit_map, **statistics)
+    bit_map, known = _statistics(model, table, allocation, profile)
+    quantized = quantize_model(model.module, table, bit_map, **known)
     save_quantized(folder, quantized, table, {"model": table.digest})
     return Path(folder)
 
@@ -474,10 +473,6 @@ def _quantizer(profile: SensitivityProfile) -> QuantFormat:
     return QuantFormat(**{key: found[key] for key in ("criterion", "p", "n_candidates") if key in found})
 
 
-def _moments(model: Denoiser, table: LayerTable) -> InputMoments:
-    return InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS)
-
-
 def _priced(
     model: Denoiser, table: LayerTable, profile: SensitivityProfile, method: MethodSpec, fmt: QuantFormat
 ) -> SensitivityProfile:
@@ -487,7 +482,9 @@ def _priced(
     if method.loss in NOT_PRICED or profile.weights_only:
         return profile
     own = replace(fmt, scheme=method.scheme, smooth=method.smooth)
-    return gptq_profile(model, table, profile, _moments(model, table), own)
+    known = statistics_of(profile)
+    moments = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=known)
+    return gptq_profile(model, table, profile, moments, own)
 
 
 def _statistics(
@@ -496,20 +493,10 @@ def _statistics(
     allocation: Allocation | BitMap,
     profile: SensitivityProfile | None,
 ) -> tuple[BitMap, dict[str, Any]]:
-    """The map, and what quantizing by it needs of the layers' inputs: means, largest values, second moments."""
+    """The map, and what quantizing by it takes: ``statistics`` of the layers' inputs, and ``bias_correction``."""
     bit_map = allocation.bit_map if isinstance(allocation, Allocation) else allocation
     corrected = isinstance(allocation, BitMap) or allocation.method.bias_correction
-    found: dict[str, Any] = {"means": None, "input_max": None, "moments": None}
-    if profile is not None:
-        found["input_max"] = _tensors(profile.input_max)
-        found["means"] = _tensors(profile.means) if corrected else None
-    if any(f.rounding != "nearest" for f in (bit_map.format, *bit_map.formats.values())):
-        moments = _moments(model, table)
-        found["moments"] = moments.moments()
-        if found["means"] is not None:  # a second moment and a mean of other samples give no covariance
-            found["means"] = {**found["means"], **moments.means()}
-    return bit_map, found
-
-
-def _tensors(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
+    known: Statistics = {} if profile is None else statistics_of(profile)
+    if not bit_map.rounds_to_nearest:
+        known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=known)
+    return bit_map, {"statistics": known, "bias_correction": corrected and profile is not None}

@@ -71,6 +71,11 @@ class BitMap(Shown):
         return tuple((n, f.alpha) for n, f in formats if f.smooth)
 
     @property
+    def rounds_to_nearest(self) -> bool:
+        """False when some layer is rounded by GPTQ."""
+        return all(f.rounding == "nearest" for f in (self.format, *self.formats.values()))
+
+    @property
     def granularity(self) -> str:
         """``channel`` when any layer is mixed inside, else ``layer``."""
         return "channel" if any(w.ndim for w in self.weights.values()) else "layer"

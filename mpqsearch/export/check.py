@@ -30,7 +30,7 @@ from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporte
 from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
-from mpqsearch.quant.apply import check_moments, moment_of
+from mpqsearch.quant.apply import check_moments
 
 
 def on_cpu(denoiser: Denoiser) -> Denoiser:
@@ -141,7 +141,7 @@ def each_quantized(
     `ConfigError` when the model lacks a planned layer.
     """
     modules = dict(job.model.module.named_modules())
-    check_moments(job.bit_map, job.moments)
+    check_moments(job.bit_map, job.statistics)
     for entry in plan:
         if entry.will_get == FULL_PRECISION:
             continue
@@ -155,14 +155,9 @@ def each_quantized(
             widths = torch.from_numpy(job.bit_map.channel_widths(layer.name, layer.n_channels).copy())
         else:
             widths = torch.full((layer.n_channels,), entry.will_get, dtype=torch.uint8)
-        maxima, moment = job.input_max.get(layer.name), moment_of(layer.name, job.moments, None)
-        input_max = None if maxima is None else torch.as_tensor(maxima).cpu()
         weight: Tensor = modules[layer.name].weight
         with torch.no_grad():
-            yield (
-                layer,
-                quantize_weight(weight, layer, widths, fmt, input_max, None if moment is None else moment.cpu()),
-            )
+            yield layer, quantize_weight(weight, layer, widths, fmt, job.statistics.get(layer.name))
 
 
 def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, asymmetric: bool = True) -> dict[str, QuantizedRows]:

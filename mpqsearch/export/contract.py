@@ -10,6 +10,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 
 if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Denoiser
+    from mpqsearch.quant import Statistics
 
 AS_PLANNED = ("exact", "kept_full_precision")
 """Reasons of layers that get what the map asks for."""
@@ -147,17 +148,16 @@ class ExportJob:
 
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``choices``
     names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
-    taken as they are, and are planned as ``resolved`` where the map asks for another width. ``input_max`` holds the
-    largest input of each channel, for maps with a smoothed format, ``moments`` the second moments of inputs for maps
-    with GPTQ rounding. ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
+    taken as they are, and are planned as ``resolved`` where the map asks for another width. ``statistics`` say what is
+    known of the inputs of layers, for maps that smooth or round by GPTQ. ``inputs`` are the digests for the envelope,
+    ``provenance`` is free (command, seed, search).
     """
 
     table: LayerTable
     bit_map: BitMap
     denoiser: Denoiser | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
-    input_max: Mapping[str, Any] = field(default_factory=dict)
-    moments: Mapping[str, Any] | None = None
+    statistics: Statistics = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

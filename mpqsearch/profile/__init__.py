@@ -1,13 +1,13 @@
 """Sensitivity of every output channel and layer: kurtosis, exact output errors, end-to-end effects. No Hessian."""
 
 from mpqsearch._verbs import make_callable
-from mpqsearch.profile.activations import calibrate_activations, collect_ranges, scales_of
+from mpqsearch.profile.activations import collect_ranges, scales_of
 from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import gptq_profile
 from mpqsearch.profile.inputs import InputCollector, columns_of
 from mpqsearch.profile.measure import profile_model
-from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics
+from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
@@ -22,7 +22,6 @@ __all__ = [
     "WeightErrors",
     "beyond_limit",
     "calibrate",
-    "calibrate_activations",
     "collect_ranges",
     "columns_of",
     "final_effects",
@@ -33,6 +32,7 @@ __all__ = [
     "profile_weights",
     "projected_effects",
     "scales_of",
+    "statistics_of",
 ]
 
 make_callable(__name__)

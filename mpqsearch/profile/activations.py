@@ -23,48 +23,10 @@ from mpqsearch.quant import (
     RangeCollector,
     RowStatistics,
     rows_of,
-    smooth_inputs,
     width_errors,
 )
 from mpqsearch.quant.smoothing import input_factors, stored_factors
 from mpqsearch.specs import CalibrationSpec
-
-
-def calibrate_activations(
-    denoiser: Denoiser,
-    table: LayerTable,
-    bit_map: BitMap,
-    *,
-    seeds: Sequence[int] = range(1_000_000, 1_000_008),
-    input_max: Mapping[str, Tensor] | None = None,
-    search: ActivationSearch | None = None,
-    progress: Progress = silent,
-) -> ActivationTable:
-    """Scales for the activation widths of ``bit_map``, searched on what the layers of the full-precision model see
-    while it samples.
-
-    By timestep (TALSQ) when the map counts more than one scale a layer (``activation_steps``), else static.
-
-    seeds
-        Samples in whose making the inputs are seen; recorded calls are replayed, whatever the seeds.
-    input_max
-        Largest magnitude of each input channel, layer -> ``[inputs]``; needed where the format of the map smooths.
-
-    Memory: 8 kB a layer, times the timesteps. Raises `ConfigError` when the map has no activation widths, or counts
-    other timesteps than the denoiser is called with.
-    """
-    if not bit_map.activations:
-        raise ConfigError("the bit map has no activation widths: there is nothing to calibrate")
-    ranges = collect_ranges(
-        denoiser,
-        table,
-        seeds=seeds,
-        per_timestep=bit_map.activation_steps > 1,
-        layers=bit_map.activations,
-        factors=smooth_inputs(denoiser.module, table, bit_map, input_max),
-        progress=progress,
-    )
-    return scales_of(ranges, bit_map, search)
 
 
 def scales_of(ranges: RangeCollector, bit_map: BitMap, search: ActivationSearch | None = None) -> ActivationTable:

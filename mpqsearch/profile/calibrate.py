@@ -134,7 +134,6 @@ def no_input(layer: LayerSpec, device: torch.device, *, second_moment: bool) -> 
         second_moment=torch.zeros((g, d, d) if second_moment else 0, device=device),
         mean=torch.zeros(g, d, device=device),
         input_max=torch.zeros(layer.n_inputs, device=device),
-        n_positions=0,
     )
 
 

@@ -28,7 +28,7 @@ def gptq_profile(
     """``profile`` with the output errors of the format ``fmt`` as GPTQ leaves them, for integer programs.
 
     stats
-        From `mpqsearch.profile.input_statistics`; layers that are not named keep what the profile has.
+        From `mpqsearch.profile.input_statistics`; layers without a second moment keep what the profile has.
     fmt
         The format that is priced anew, with its own range search and alpha of smoothing.
 
@@ -41,7 +41,7 @@ def gptq_profile(
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != name or not k.startswith(_MEASURED)}
     errors = {s: profile.arrays[f"output_error{s}/{name}"].copy() for s in ("", "_corrected")}
-    for layer in (table[n] for n in profile.names if n in stats):
+    for layer in (table[n] for n in profile.names if n in stats and stats[n].second_moment.numel()):
         at, weight = profile.rows(layer.name), modules[layer.name].weight.detach().float()
         found = _errors(rows_of(weight, layer), layer, profile.widths, fmt, stats[layer.name])
         errors[""][at], errors["_corrected"][at] = found

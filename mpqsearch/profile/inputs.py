@@ -244,7 +244,6 @@ class InputCollector(Watcher):
                 second_moment=torch.empty(0) if s.product is None else s.product / s.count,
                 mean=torch.zeros_like(s.total) if name in self._scaled else s.total / s.count,
                 input_max=torch.maximum(s.low.abs(), s.high.abs()),
-                n_positions=s.count,
             )
             for name, s in self._sums.items()
         }

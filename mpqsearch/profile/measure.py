@@ -282,7 +282,7 @@ def _final(m: Measurement, calibration: Calibration) -> Arrays:
         m.denoiser,
         m.table,
         m.widths,
-        calibration.means,
+        calibration.statistics,
         m.spec,
         m.base,
         partial=m.partial,

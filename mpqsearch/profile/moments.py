@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from mpqsearch.core import LayerTable
+from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.calibrate import Progress, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.quant import RowStatistics
+from mpqsearch.quant import RowStatistics, Statistics
+
+
+def statistics_of(profile: SensitivityProfile) -> dict[str, RowStatistics]:
+    """What a profile knows of the inputs of layers: means and largest magnitudes, no second moments."""
+    return {
+        name: RowStatistics(
+            second_moment=torch.empty(0),
+            mean=torch.from_numpy(np.array(mean)),
+            input_max=torch.from_numpy(np.array(profile.input_max[name])),
+        )
+        for name, mean in profile.means.items()
+    }
 
 
 @torch.no_grad()
@@ -50,9 +62,10 @@ class InputMoments(Mapping[str, RowStatistics]):
     """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of
     consecutive layers.
 
-    Read in the order of the table, each group is measured once. Layers of which a single second moment is beyond the
-    limit are not among the keys (``left_out``): GPTQ rounds them to nearest. Without a limit all layers are one group.
-    Layers that never run are not there either. ``working``: bytes for each number of a second moment that is worked on.
+    Read in the order of the table, each group is measured once. Of layers whose second moment alone is beyond the limit
+    (``left_out``) and of those that never run there is what ``known`` says, or nothing: GPTQ rounds them to nearest.
+    Without a limit all layers are one group. ``working``: bytes for each number of a second moment that is worked on.
+    ``known`` are the statistics of a profile: smoothing follows the largest magnitudes that it has seen.
     """
 
     denoiser: Denoiser
@@ -60,6 +73,7 @@ class InputMoments(Mapping[str, RowStatistics]):
     seeds: Sequence[int]
     limit: int | None = None
     working: int = WORKING
+    known: Statistics = field(default_factory=dict)
     progress: Progress = silent
     _held: tuple[int, Mapping[str, RowStatistics]] = field(default=(-1, {}), init=False, repr=False)
 
@@ -82,6 +96,12 @@ class InputMoments(Mapping[str, RowStatistics]):
         return beyond_limit(self.table, self.limit, self.working)
 
     def __getitem__(self, name: str) -> RowStatistics:
+        measured = self._measured(name) if name in self._group else None
+        if measured is None:
+            return self.known[name]
+        return replace(measured, input_max=self.known[name].input_max) if name in self.known else measured
+
+    def _measured(self, name: str) -> RowStatistics | None:
         group = self._group[name]
         if self._held[0] != group:
             self._held = (-1, {})  # the old group goes before the new one comes
@@ -90,37 +110,10 @@ class InputMoments(Mapping[str, RowStatistics]):
                 group,
                 input_statistics(self.denoiser, part, self.seeds, progress=self.progress),
             )
-        return self._held[1][name]
+        return self._held[1].get(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._group if name in self)
+        return (la.name for la in self.table if la.name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def moments(self) -> Mapping[str, Tensor]:
-        """Second moments ``[G, D, D]`` by layer, measured when they are read: what `quantize_model` takes."""
-        return _Field(self, "second_moment")
-
-    def means(self) -> Mapping[str, Tensor]:
-        """Mean inputs ``[G, D]``, from the same samples: with these, what the bias makes good is taken off the second
-        moment exactly."""
-        return _Field(self, "mean")
-
-
-@dataclass(frozen=True)
-class _Field(Mapping[str, Tensor]):
-    """One number of the statistics of every layer."""
-
-    source: InputMoments
-    name: str
-
-    def __getitem__(self, layer: str) -> Tensor:
-        value: Tensor = getattr(self.source[layer], self.name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
@@ -14,7 +12,7 @@ from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import final_format, formats_of
-from mpqsearch.quant import quantize_model
+from mpqsearch.quant import Statistics, quantize_model
 from mpqsearch.sampling import latents
 from mpqsearch.specs import CalibrationSpec
 
@@ -23,7 +21,7 @@ def final_errors(
     denoiser: Denoiser,
     table: LayerTable,
     widths: tuple[int, ...],
-    means: Mapping[str, Tensor],
+    statistics: Statistics,
     spec: CalibrationSpec,
     base: QuantFormat,
     *,
@@ -35,7 +33,7 @@ def final_errors(
     quantized at a time.
 
     One run of the sampler for each layer and each of ``spec.final_widths``, in the format that `final_format` names;
-    two for a layer with a bias, without and with its correction with ``means``. NaN at the other ``widths``.
+    two for a layer with a bias, without and with its correction. NaN at the other ``widths``.
     ``partial`` keeps each finished layer.
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.final_seeds)
@@ -46,7 +44,7 @@ def final_errors(
         out = np.full((2, 2, len(widths)), np.nan, dtype=np.float32)  # mean, standard error; without, with correction
         for bits in spec.final_widths:
             for corrected in (0, 1) if layer.has_bias else (0,):
-                quantized = _quantized(denoiser, table, layer, bits, fmt, means if corrected else None)
+                quantized = _quantized(denoiser, table, layer, bits, fmt, statistics if corrected else None)
                 errors = (latents(quantized, seeds) - reference).square().flatten(1).mean(1)
                 values = np.array([float(e) for e in errors])
                 out[:, corrected:, widths.index(bits)] = [[values.mean()], [std_error_of(values[:, None])[0]]]
@@ -70,8 +68,9 @@ def _quantized(
     layer: LayerSpec,
     bits: int,
     fmt: QuantFormat,
-    means: Mapping[str, Tensor] | None,
+    correction: Statistics | None,
 ) -> Denoiser:
     weights = {la.name: np.array(bits if la == layer else FULL_PRECISION, dtype=np.uint8) for la in table}
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
-    return denoiser.with_module(quantize_model(denoiser.module, table, bit_map, means=means).module)
+    quantized = quantize_model(denoiser.module, table, bit_map, statistics=correction, bias_correction=True)
+    return denoiser.with_module(quantized.module)

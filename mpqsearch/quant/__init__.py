@@ -19,8 +19,8 @@ from mpqsearch.quant.modules import (
 from mpqsearch.quant.ranges import RangeCollector, search_range
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.smoothing import smooth_inputs, smoothing_factors
+from mpqsearch.quant.statistics import RowStatistics, Statistics
 from mpqsearch.quant.tables import (
-    RowStatistics,
     error_tables,
     kurtosis,
     weight_error_tables,
@@ -38,6 +38,7 @@ __all__ = [
     "RangeCollector",
     "RowQuantizer",
     "RowStatistics",
+    "Statistics",
     "Trainable",
     "WeightQuantizer",
     "activation_table_of",

@@ -25,6 +25,7 @@ from mpqsearch.models.runner import parts_of
 from mpqsearch.quant.fake import as_stored, fake_quantize
 from mpqsearch.quant.rows import stored_scale
 from mpqsearch.quant.smoothing import along_input, smooth_inputs
+from mpqsearch.quant.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +250,7 @@ def input_quantizers(
     table: LayerTable,
     bit_map: BitMap,
     activations: ActivationTable | None,
-    input_max: Mapping[str, Tensor] | None,
+    statistics: Statistics,
 ) -> dict[str, ActivationQuantizer]:
     """The quantizer of each layer's input that a map asks for, without a clock yet, on the device of the layer.
 
@@ -263,7 +264,7 @@ def input_quantizers(
             )
         return {}
     activations.check(table, bit_map)
-    factors = smooth_inputs(module, table, bit_map, input_max)
+    factors = smooth_inputs(module, table, bit_map, statistics)
     modules: dict[str, Any] = dict(module.named_modules())
     return {
         name: ActivationQuantizer(

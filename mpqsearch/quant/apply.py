@@ -15,7 +15,8 @@ from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.gptq import gptq_rows
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
-from mpqsearch.quant.smoothing import by_row, scaled_moment, stored_factors
+from mpqsearch.quant.smoothing import by_row, known_factors, scaled_moment
+from mpqsearch.quant.statistics import RowStatistics, Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +59,30 @@ def quantize_weight(
     layer: LayerSpec,
     widths: Tensor,
     fmt: QuantFormat,
-    input_max: Tensor | None = None,
-    moment: Tensor | None = None,
+    statistics: RowStatistics | None = None,
+    *,
+    bias_correction: bool = False,
 ) -> QuantizedRows:
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
-    With ``moment`` ``[G, D, D]``, the second moment (or covariance) of the layer's input, rounding is GPTQ; see
-    `gptq_rows`. Weights of any floating type are computed with in float32. Raises `ConfigError` when the format smooths
-    and ``input_max`` (largest magnitude of each input channel) is not given, `NumericsError` for NaN or infinity.
+    GPTQ (see `gptq_rows`) goes by the second moment in ``statistics``, or by the covariance where ``bias_correction``
+    takes the error of the mean; without one, rounding is to nearest. Weights of any floating type are computed with in
+    float32. Raises `ConfigError` when the format smooths and there are no statistics, `NumericsError` for NaN or
+    infinity.
     """
     exact = rows_of(weight.detach().float(), layer)
     widths = widths.to(exact.device, torch.uint8)
     full = widths == FULL_PRECISION
     rows, factor, start = exact, None, None
     if fmt.smooth:
-        if input_max is None:
-            raise ConfigError(f"{layer.name}: a smoothed format needs the input maxima of a profile")
-        factor = stored_factors(exact, input_max, layer, fmt.alpha)
+        factor = known_factors(exact, statistics, layer, fmt.alpha)
         rows = exact * by_row(factor, len(exact))
     try:
         quantizer = fit_rows(rows, torch.where(full, 8, widths), fmt)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
-    if moment is not None:
+    if fmt.rounding == "gptq" and statistics is not None and statistics.second_moment.numel():
+        moment = statistics.covariance if bias_correction else statistics.second_moment
         rows, quantizer = gptq_rows(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
         start = rows if factor is None else rows / by_row(factor, len(rows))
     return QuantizedRows(
@@ -98,22 +100,27 @@ def quantize_model(
     table: LayerTable,
     bit_map: BitMap,
     *,
-    means: Mapping[str, Tensor] | None = None,
-    input_max: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
+    bias_correction: bool = False,
     activations: ActivationTable | None = None,
-    moments: Mapping[str, Tensor] | None = None,
 ) -> QuantizedModel:
     """A copy of ``module`` with every weight replaced by what its codes decode to, and quantizers in front of the
     layers that ask for them.
 
-    With ``means`` (mean unfolded input ``[G, D]`` of each layer) the shift that the weight error gives to the mean
-    output is taken off the bias, in layers that have one: it costs no storage. With ``moments`` (second moment ``[G, D,
-    D]`` of that input) the layers that it names are rounded by GPTQ. ``activations`` holds the scales of the activation
-    widths of the map. Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError`
-    when the map has activation widths or GPTQ rounding without what these need.
+    statistics
+        What is known of the inputs of layers: smoothed formats and GPTQ need it. Layers without a second moment are
+        rounded to nearest.
+    bias_correction
+        Take the shift that the weight error gives to the mean output off the bias, in layers that have one and whose
+        statistics are known: it costs no storage.
+    activations
+        The scales of the activation widths of the map.
+
+    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has
+    activation widths, smoothing or GPTQ rounding without what these need.
     """
     bit_map.validate(table)
-    quantizers = input_quantizers(module, table, bit_map, activations, input_max)
+    quantizers = input_quantizers(module, table, bit_map, activations, statistics or {})
     clone = copy.deepcopy(module)
     clock = attach_clock(clone, () if activations is None else activations.timesteps)
     owned = owners_of(clone, table)
@@ -121,7 +128,7 @@ def quantize_model(
         quantizer.clock = clock
         attach_quantizer(owned[name][0], quantizer)  # what borrows the weight has inputs of its own
     stored = {}
-    for layer, rows in quantized_layers(owned, table, bit_map, means, input_max, moments):
+    for layer, rows in quantized_layers(owned, table, bit_map, statistics or {}, bias_correction=bias_correction):
         weight: Any = weight_parameter(owned[layer.name][0])
         weight.copy_(weight_of(rows.rows(), layer))
         stored[layer.name] = rows
@@ -132,42 +139,35 @@ def quantized_layers(
     owned: Mapping[str, list[nn.Module]],
     table: LayerTable,
     bit_map: BitMap,
-    means: Mapping[str, Tensor] | None,
-    input_max: Mapping[str, Tensor] | None,
-    moments: Mapping[str, Tensor] | None,
+    statistics: Statistics,
+    *,
+    bias_correction: bool,
 ) -> Iterator[tuple[LayerSpec, QuantizedRows]]:
     """Quantize one layer after the other, and correct the bias of its owner (see `owners_of`) in place. Layers that are
     wholly at full precision are left out."""
-    check_moments(bit_map, moments)
+    check_moments(bit_map, statistics)
     for layer in table:
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
         if bool((widths == FULL_PRECISION).all()):
             continue
         owner: Any = owned[layer.name][0]
         weight: Any = weight_parameter(owner)
-        corrected = means if owner.bias is not None else None
-        rows = quantize_weight(
-            weight,
-            layer,
-            widths,
-            bit_map.format_of(layer.name),
-            (input_max or {}).get(layer.name),
-            moment_of(layer.name, moments, corrected),
-        )
-        if corrected is not None and layer.name in corrected:
+        known, corrected = statistics.get(layer.name), bias_correction and owner.bias is not None
+        rows = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), known, bias_correction=corrected)
+        if corrected and known is not None:
             error = rows.rows() - rows_of(weight.float(), layer)
-            owner.bias.sub_(bias_shift(error, corrected[layer.name]))
+            owner.bias.sub_(bias_shift(error, known.mean))
         yield layer, rows
 
 
-def check_moments(bit_map: BitMap, moments: Mapping[str, Tensor] | None) -> None:
+def check_moments(bit_map: BitMap, statistics: Statistics) -> None:
     """Raise `ConfigError` when the map asks for GPTQ rounding and there is nothing to compensate with."""
-    if moments is None and any(f.rounding == "gptq" for f in (bit_map.format, *bit_map.formats.values())):
-        raise ConfigError(
-            "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them "
-            "with mpqsearch.profile.input_statistics (or InputMoments) and give them as moments, or use rounding = "
-            "'nearest'."
-        )
+    if bit_map.rounds_to_nearest or any(s.second_moment.numel() for s in statistics.values()):
+        return
+    raise ConfigError(
+        "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them with "
+        "mpqsearch.profile.input_statistics (or InputMoments) and give them as statistics, or use rounding = 'nearest'."
+    )
 
 
 def weight_parameter(module: nn.Module) -> nn.Parameter | None:
@@ -195,17 +195,6 @@ def owners_of(module: nn.Module, table: LayerTable) -> dict[str, list[nn.Module]
         if borrowed is not None and other is not modules[borrowed]:
             owners[borrowed].append(other)
     return owners
-
-
-def moment_of(name: str, moments: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None) -> Tensor | None:
-    """The second moment ``[G, D, D]`` that rounds a layer by GPTQ: of its input, less what the bias takes of the
-    error, which is that of the mean."""
-    if moments is None or name not in moments:
-        return None
-    if means is None or name not in means:
-        return moments[name]
-    mean = means[name].to(moments[name])
-    return moments[name] - mean[:, :, None] * mean[:, None, :]
 
 
 def bias_shift(error: Tensor, mean: Tensor) -> Tensor:

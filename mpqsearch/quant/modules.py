@@ -29,6 +29,7 @@ from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, owners_of, quan
 from mpqsearch.quant.fake import as_stored, fake_quantize
 from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, top_code, weight_of
 from mpqsearch.quant.smoothing import by_row
+from mpqsearch.quant.statistics import Statistics
 
 Trainable = Literal["none", "scales", "lora", "all"]
 """``none``: nothing. ``scales``: scales and zero points of weights and activations. ``lora``: these and low-rank
@@ -200,10 +201,9 @@ def build_student(
     table: LayerTable,
     bit_map: BitMap,
     *,
-    means: Mapping[str, Tensor] | None = None,
-    input_max: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
+    bias_correction: bool = False,
     activations: ActivationTable | None = None,
-    moments: Mapping[str, Tensor] | None = None,
     trainable: Trainable = "lora",
     rank: int = 32,
     seed: int = 0,
@@ -211,9 +211,8 @@ def build_student(
     """A deep copy of ``module`` whose quantized layers are `QuantLayer` s, ready to train. Its first forward equals
     `quantize_model`'s. The student of a module in half precision is in float32, as its optimiser's state is.
 
-    means, input_max, moments
-        As in `quantize_model`: bias correction, smoothing factors, and GPTQ. With the last, weights start where the
-        codes that it chose are their nearest ones.
+    statistics, bias_correction
+        As in `quantize_model`. With GPTQ, weights start where the codes that it chose are their nearest ones.
     activations
         Needed when the bit map has activation widths; made by `RangeCollector` for the same widths.
     trainable
@@ -221,15 +220,15 @@ def build_student(
     rank, seed
         Rank of the low-rank updates, and what their random factor is drawn from.
 
-    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` for missing input
-    maxima.
+    Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` for missing
+    statistics.
     """
     if trainable not in get_args(Trainable):
         raise UnknownNameError("choice of what is trainable", trainable, get_args(Trainable))
     if rank < 1:
         raise ConfigError(f"the rank must be at least 1, got {rank}")
     bit_map.validate(table)
-    quantizers = input_quantizers(module, table, bit_map, activations, input_max)
+    quantizers = input_quantizers(module, table, bit_map, activations, statistics or {})
     student = copy.deepcopy(module).requires_grad_(False)
     if float_dtype(module).itemsize < torch.float32.itemsize:
         student = student.float()
@@ -240,7 +239,7 @@ def build_student(
     owned = owners_of(student, table)
     generator = torch.Generator().manual_seed(seed)
     swaps: dict[int, nn.Module] = {}
-    for layer, rows in quantized_layers(owned, table, bit_map, means, input_max, moments):
+    for layer, rows in quantized_layers(owned, table, bit_map, statistics or {}, bias_correction=bias_correction):
         weight: Any = weight_parameter(owned[layer.name][0])
         shared = WeightQuantizer(layer, weight, rows, trainable=trainable, rank=rank, generator=generator)
         for target in owned[layer.name]:  # the first owns the weight, others borrow it and have inputs of their own

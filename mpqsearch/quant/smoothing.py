@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.quant.rows import rows_of
+from mpqsearch.quant.statistics import RowStatistics, Statistics
 
 
 def smoothing_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: float = 0.5) -> Tensor:
@@ -36,6 +36,13 @@ def stored_factors(rows: Tensor, input_max: Tensor, layer: LayerSpec, alpha: flo
     return smoothing_factors(rows, input_max, layer, alpha).half().float().clamp(2.0**-14, 2.0**14)
 
 
+def known_factors(rows: Tensor, statistics: RowStatistics | None, layer: LayerSpec, alpha: float) -> Tensor:
+    """`stored_factors` for a format that asks for them. Raises `ConfigError` when nothing is known of the input."""
+    if statistics is None:
+        raise ConfigError(f"{layer.name}: a smoothed format needs the input maxima of a profile")
+    return stored_factors(rows, statistics.input_max, layer, alpha)
+
+
 def by_row(factor: Tensor, rows: int) -> Tensor:
     """Factors ``[C, D]`` of every row from those of its group ``[G, D]``."""
     return factor.repeat_interleave(rows // len(factor), dim=0)
@@ -57,19 +64,15 @@ def along_input(layer: LayerSpec, factor: Tensor, x: Tensor) -> Tensor:
     return factor if layer.kind == "Linear" else factor.view(-1, *(1,) * (x.dim() - 2))
 
 
-def smooth_inputs(
-    module: nn.Module, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def smooth_inputs(module: nn.Module, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> dict[str, Tensor]:
     """Factors ``[inputs]`` of the layers whose activations are quantized and whose format smooths: what
-    `RangeCollector` divides by. Raises `ConfigError` without the input maxima of such a layer."""
+    `RangeCollector` divides by. Raises `ConfigError` without the statistics of such a layer."""
     modules: dict[str, Any] = dict(module.named_modules())
     out = {}
     for name, bits in bit_map.activations.items():
         fmt = bit_map.format_of(name)
         if bits == FULL_PRECISION or not fmt.smooth:
             continue
-        if input_max is None or name not in input_max:
-            raise ConfigError(f"{name}: a smoothed format needs the input maxima of a profile")
         rows = rows_of(modules[name].weight.detach().float(), table[name])
-        out[name] = input_factors(table[name], stored_factors(rows, input_max[name], table[name], fmt.alpha))
+        out[name] = input_factors(table[name], known_factors(rows, statistics.get(name), table[name], fmt.alpha))
     return out

@@ -4,7 +4,6 @@ input."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,23 +22,10 @@ from mpqsearch.quant.rows import (
 )
 from mpqsearch.quant.search import square_errors
 from mpqsearch.quant.smoothing import stored_factors
+from mpqsearch.quant.statistics import RowStatistics
 
 EVERY = slice(None)
 """All rows of a layer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowStatistics:
-    """Input statistics of one layer over the calibration set, for each of its ``G`` groups.
-
-    ``second_moment`` ``[G, D, D]`` is ``E[x x']`` of the unfolded input, ``mean`` ``[G, D]`` its mean, ``input_max``
-    ``[inputs]`` the largest magnitude of each input channel.
-    """
-
-    second_moment: Tensor
-    mean: Tensor
-    input_max: Tensor
-    n_positions: int
 
 
 def kurtosis(rows: Tensor) -> Tensor:

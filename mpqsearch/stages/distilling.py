@@ -21,7 +21,7 @@ from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.quantizing import write_model_folder
 from mpqsearch.stages.references import reference
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
-from mpqsearch.stages.statistics import activation_table, correction_of, moment_inputs, tensors
+from mpqsearch.stages.statistics import activation_table, moment_inputs, statistics_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,18 +109,17 @@ def _student(task: _Training) -> nn.Module:
     from mpqsearch.quant import build_student
 
     run, c = task.run, task.run.config.distill
-    input_max = tensors(task.measured.input_max)
-    corrected = task.bias_correction
+    statistics = statistics_for(run, task.table, task.measured, task.bit_map)
     return build_student(
         run.denoiser.module,
         task.table,
         task.bit_map,
-        input_max=input_max,
-        activations=activation_table(run, task.table, task.bit_map, input_max),
+        statistics=statistics,
+        bias_correction=task.bias_correction,
+        activations=activation_table(run, task.table, task.bit_map, statistics),
         trainable=c.trainable,  # type: ignore[arg-type]
         rank=c.rank,
         seed=c.seed,
-        **correction_of(run, task.table, task.measured, task.bit_map, bias_correction=corrected),
     )
 
 

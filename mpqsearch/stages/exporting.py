@@ -15,7 +15,7 @@ from mpqsearch.stages.base import Run, log
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
 from mpqsearch.stages.reuse import EXPORT, current
-from mpqsearch.stages.statistics import input_moments
+from mpqsearch.stages.statistics import statistics_for
 from mpqsearch.stages.targeting import losses_for, target_allocation
 
 if TYPE_CHECKING:
@@ -227,14 +227,12 @@ def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task)
     from mpqsearch.export import ExportJob
     from mpqsearch.export.allocation import resolve_job
 
-    statistics = input_moments(run, table, task.bit_map)
     job = ExportJob(
         table=table,
         bit_map=task.bit_map,
         denoiser=run.denoiser,
         choices=task.choices,
-        input_max=measured.input_max,
-        moments=None if statistics is None else statistics.moments(),
+        statistics=statistics_for(run, table, measured, task.bit_map),
         inputs={"model": table.digest},
         provenance=task.provenance,
     )

@@ -16,7 +16,7 @@ from mpqsearch.progress import bar_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
-from mpqsearch.stages.statistics import activation_table, correction_of, moment_inputs, tensors
+from mpqsearch.stages.statistics import activation_table, moment_inputs, statistics_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,14 +132,14 @@ def quantized_module(
     """The fake-quantized copy of the run's model; scales of activations are calibrated where the map asks for them."""
     from mpqsearch.quant import quantize_model
 
-    input_max = tensors(measured.input_max)
+    statistics = statistics_for(run, table, measured, bit_map)
     return quantize_model(
         run.denoiser.module,
         table,
         bit_map,
-        input_max=input_max,
-        activations=activation_table(run, table, bit_map, input_max),
-        **correction_of(run, table, measured, bit_map, bias_correction=bias_correction),
+        statistics=statistics,
+        bias_correction=bias_correction,
+        activations=activation_table(run, table, bit_map, statistics),
     ).module
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
@@ -18,35 +14,27 @@ from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import PROFILE, reuse_or_make
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mpqsearch.profile import InputMoments
-    from mpqsearch.quant import ActivationTable, RangeCollector
+    from mpqsearch.quant import ActivationTable, RangeCollector, Statistics
 
 NOT_PRICED = ("weight", "slope", "final")
 """Losses that are measured with the errors of nearest rounding themselves, and stay those of nearest rounding."""
 
 
-def tensors(values: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
-    """Arrays of a profile as tensors of their own."""
-    import torch
+def statistics_for(run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap) -> Statistics:
+    """What quantizing by a map needs to know of the layers' inputs: what the profile says and, where the map rounds by
+    GPTQ, second moments, measured when they are read."""
+    from mpqsearch.profile import statistics_of
 
-    return {name: torch.from_numpy(np.array(value)) for name, value in values.items()}
-
-
-def input_moments(run: Run, table: LayerTable, bit_map: BitMap) -> InputMoments | None:
-    """What GPTQ rounding needs to know of the layers' inputs, measured when it is read; None for a map that rounds to
-    nearest."""
-    rounds_to_nearest = all(f.rounding == "nearest" for f in (bit_map.format, *bit_map.formats.values()))
-    return None if rounds_to_nearest else _moments(run, table)
+    return statistics_of(measured) if bit_map.rounds_to_nearest else _moments(run, table, measured)
 
 
-def _moments(run: Run, table: LayerTable) -> InputMoments:
-    return run.once("input moments", lambda: _new_moments(run, table))
+def _moments(run: Run, table: LayerTable, measured: SensitivityProfile) -> InputMoments:
+    return run.once("input moments", lambda: _new_moments(run, table, measured))
 
 
-def _new_moments(run: Run, table: LayerTable) -> InputMoments:
-    from mpqsearch.profile import InputMoments
+def _new_moments(run: Run, table: LayerTable, measured: SensitivityProfile) -> InputMoments:
+    from mpqsearch.profile import InputMoments, statistics_of
 
     first = run.config.calibration.first_seed
     moments = InputMoments(
@@ -54,6 +42,7 @@ def _new_moments(run: Run, table: LayerTable) -> InputMoments:
         table=table,
         seeds=range(first, first + run.config.quantizer.moment_samples),
         limit=run.config.model.limit_bytes,
+        known=statistics_of(measured),
     )
     if names := moments.left_out:
         run.say(
@@ -104,26 +93,10 @@ def _price(run: Run, table: LayerTable, measured: SensitivityProfile, method: Me
     fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth)
     run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
     with run.timed("price"):
-        return gptq_profile(run.denoiser, table, measured, _moments(run, table), fmt)
+        return gptq_profile(run.denoiser, table, measured, _moments(run, table, measured), fmt)
 
 
-def correction_of(
-    run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
-) -> dict[str, Any]:
-    """``means`` and ``moments`` for `quantize_model` and `build_student`: what bias correction and GPTQ rounding
-    need."""
-    means: Mapping[str, Tensor] | None = tensors(measured.means) if bias_correction else None
-    moments = input_moments(run, table, bit_map)
-    if moments is None:
-        return {"means": means, "moments": None}
-    if means is not None:  # a second moment and a mean of other samples would give a covariance that is none
-        means = ChainMap(moments.means(), means)  # type: ignore[arg-type]
-    return {"means": means, "moments": moments.moments()}
-
-
-def activation_table(
-    run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor]
-) -> ActivationTable | None:
+def activation_table(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> ActivationTable | None:
     """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
 
     Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
@@ -134,11 +107,11 @@ def activation_table(
     if not bit_map.activations:
         return None
     key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
-    ranges = run.once(key, lambda: _ranges(run, table, bit_map, input_max))
+    ranges = run.once(key, lambda: _ranges(run, table, bit_map, statistics))
     return scales_of(ranges, bit_map, run.config.activations)
 
 
-def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str, Tensor]) -> RangeCollector:
+def _ranges(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> RangeCollector:
     from mpqsearch.profile import collect_ranges
     from mpqsearch.quant import smooth_inputs
 
@@ -150,6 +123,6 @@ def _ranges(run: Run, table: LayerTable, bit_map: BitMap, input_max: Mapping[str
             seeds=range(c.first_seed, c.first_seed + c.samples),
             per_timestep=bit_map.activation_steps > 1,
             layers=bit_map.activations,
-            factors=smooth_inputs(run.denoiser.module, table, bit_map, input_max),
+            factors=smooth_inputs(run.denoiser.module, table, bit_map, statistics),
             progress=progress,
         )

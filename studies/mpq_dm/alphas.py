@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
@@ -19,7 +19,7 @@ from mpqsearch.models import Denoiser
 from mpqsearch.models.hooks import layer_input
 from mpqsearch.profile import columns_of
 from mpqsearch.profile.calibrate import run_sampler
-from mpqsearch.quant import ActivationSearch, quantize_weight, rows_of, search_range
+from mpqsearch.quant import ActivationSearch, RowStatistics, Statistics, quantize_weight, rows_of, search_range
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Alphas of smoothing that `choose_alphas` tries."""
@@ -34,7 +34,7 @@ def choose_alphas(
     table: LayerTable,
     bit_map: BitMap,
     *,
-    input_max: Mapping[str, Tensor],
+    statistics: Statistics,
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     alphas: Sequence[float] = ALPHAS,
     search: ActivationSearch | None = None,
@@ -65,7 +65,7 @@ def choose_alphas(
                 table[name],
                 modules[name],
                 replace(bit_map, formats={name: replace(bit_map.format_of(name), alpha=alpha)}),
-                input_max[name],
+                statistics[name],
                 search or ActivationSearch(),
             )
             for name in wanted
@@ -89,13 +89,13 @@ class _Trial:
     """One layer at one alpha: ``error`` is the sum of its squared output error over what it has seen."""
 
     def __init__(
-        self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, input_max: Tensor, search: ActivationSearch
+        self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, known: RowStatistics, search: ActivationSearch
     ) -> None:
         self._layer, self._search = layer, search
         self._bits = bit_map.activations[layer.name]
         weight: Any = module.weight
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
-        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), input_max)
+        stored = quantize_weight(weight, layer, widths, bit_map.format_of(layer.name), known)
         assert stored.factor is not None
         self._factor = stored.factor[:, None, :]
         shape = (layer.groups, layer.n_channels // layer.groups, -1)

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from alphas import choose_alphas
 from report import write_report
-from torch import Tensor
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
@@ -52,6 +51,7 @@ from mpqsearch.profile import (
     gptq_profile,
     input_statistics,
     profile_model,
+    statistics_of,
 )
 from mpqsearch.quant import (
     ActivationSearch,
@@ -324,24 +324,25 @@ class Model:
             artifacts.save_profile(path, made, inputs)
         return artifacts.load_profile(path)
 
-    def moments(self, recipe: Recipe) -> dict[str, Mapping[str, Tensor] | None]:
-        """What a recipe's quantizers know of the inputs: means where biases are corrected, second moments where
-        rounding is GPTQ."""
-        if recipe.gptq:
-            stats = self.statistics
-            means = {n: s.mean for n, s in stats.items()} if recipe.spec.bias_correction else None
-            return {"means": means, "moments": {n: s.second_moment for n, s in stats.items()}}
-        return {"means": self.tensors(self.profile.means) if recipe.spec.bias_correction else None, "moments": None}
+    @cached_property
+    def known(self) -> dict[str, RowStatistics]:
+        """What the profile knows of the inputs of layers."""
+        return statistics_of(self.profile)
 
-    def tensors(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(np.array(v)) for k, v in values.items()}
+    def rounded(self, recipe: Recipe, bit_map: BitMap) -> tuple[BitMap, Mapping[str, RowStatistics]]:
+        """A map with the rounding of a recipe, and what its quantizers know of the inputs. Smoothing follows the
+        largest magnitudes of the profile."""
+        if not recipe.gptq:
+            return bit_map, self.known
+        formats = {n: replace(f, rounding="gptq") for n, f in bit_map.formats.items()}
+        known = {n: replace(s, input_max=self.known[n].input_max) for n, s in self.statistics.items()}
+        return replace(bit_map, format=replace(bit_map.format, rounding="gptq"), formats=formats), known
 
     def ranges(self, bit_map: BitMap) -> RangeCollector:
         """Histograms of layer inputs by timestep, smoothed as the map has it; any width is searched on them."""
         key = bit_map.scaled_inputs
         if key not in self._ranges:
-            maxima = self.tensors(self.profile.input_max)
-            factors = smooth_inputs(self.denoiser.module, self.table, bit_map, maxima)
+            factors = smooth_inputs(self.denoiser.module, self.table, bit_map, self.known)
             self._ranges[key] = collect_ranges(
                 self.denoiser, self.table, seeds=self.seeds, per_timestep=True, factors=factors
             )
@@ -382,19 +383,20 @@ class Model:
             self.denoiser,
             self.table,
             made,
-            input_max=self.tensors(self.profile.input_max),
+            statistics=self.known,
             seeds=self.seeds,
             search=OWN_SEARCH,
         )
 
     def student(self, recipe: Recipe, bit_map: BitMap, seed: int) -> torch.nn.Module:
         """The quantized model of a method, ready to train."""
+        rounded, known = self.rounded(recipe, bit_map)
         return build_student(
             self.denoiser.module,
             self.table,
-            bit_map,
-            **self.moments(recipe),
-            input_max=self.tensors(self.profile.input_max),
+            rounded,
+            statistics=known,
+            bias_correction=recipe.spec.bias_correction,
             activations=self.ranges(bit_map).table(bit_map.activations, OWN_SEARCH if recipe.own_inputs else None),
             trainable=recipe.trainable or "none",  # type: ignore[arg-type]
             rank=self.schedule.rank,

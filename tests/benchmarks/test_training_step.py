@@ -12,9 +12,9 @@ import torch
 from mpqsearch.core import BitMap
 from mpqsearch.distill import FeatureTap, Trajectories, TRDSpec, find_feature_module, window_relation_loss
 from mpqsearch.models import discover
-from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import build_student
 from mpqsearch.sampling import SamplerSpec, load_model
+from tests.support.inputs import calibrated
 
 REPEATS = 5
 
@@ -33,7 +33,7 @@ def test_training_step_of_a_mixed_width_student(benchmark, name: str) -> None:  
     bit_map = BitMap(
         model_digest=table.digest, weights=weights, activations={la.name: 4 for la in table}, activation_steps=10
     )
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(2))
     student = build_student(denoiser.module, table, bit_map, activations=activations, trainable="lora")
     full = copy.deepcopy(denoiser.module).requires_grad_(True)
     feature = find_feature_module(denoiser.module)

@@ -16,6 +16,7 @@ from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.export import TARGETS, ExportJob, get_exporter
 from mpqsearch.models import discover
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
+from tests.support.inputs import known
 from tests.support.tiny import tiny_denoiser
 
 PAYLOADS = [name for name in TARGETS if get_exporter(name).payload and name not in ("onnx", "sdnq")]
@@ -69,12 +70,12 @@ def test_an_export_from_a_gpu_is_that_from_the_cpu(name: str, kind: str, tmp_pat
     weights = {la.name: np.array(4, dtype=np.uint8) for la in table}
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(rounding="gptq"))
     moments = {la.name: torch.eye(la.weights_per_channel).repeat(la.groups, 1, 1) for la in table}
-    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, moments=moments)
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, statistics=known(moments=moments))
     target.write(tmp_path / "cpu", job)
     with fake_cuda():
         on_device = denoiser.with_module(on_gpu(denoiser.module))
         moved = {n: m.to("cuda") for n, m in moments.items()}
-        files = target.write(tmp_path / "gpu", replace(job, denoiser=on_device, moments=moved))
+        files = target.write(tmp_path / "gpu", replace(job, denoiser=on_device, statistics=known(moments=moved)))
     assert all(isinstance(p, FakeCudaTensor) for p in on_device.module.parameters()), "the model stays where it is"
     names = {p.name for p in files} - {"export.json", "bitmap.json"}
     assert names

@@ -34,6 +34,7 @@ from mpqsearch.search.surrogate import Candidate
 from tests.support import tiny_denoiser
 from tests.support.drawn import batches_of, reference_of
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
+from tests.support.inputs import known
 
 SEEDS = (0, 1, 2)
 SAMPLER: dict[str, Any] = {"steps": 1, "guidance": 2.0, "batch": 2}
@@ -150,12 +151,13 @@ def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, tmp_path: Path
             extractor=extractor,
         )
 
-    expected = evaluator("cpu", denoiser, network, means=means)
+    expected = evaluator("cpu", denoiser, network, statistics=known(means=means), bias_correction=True)
     found = evaluator(
         "gpu",
         denoiser.with_module(on_gpu(denoiser.module)),
         on_gpu(network),
-        means={n: on_gpu(m) for n, m in means.items()},
+        statistics=known(means={n: on_gpu(m) for n, m in means.items()}),
+        bias_correction=True,
     )
     assert all(isinstance(p, FakeCudaTensor) for p in found.quantized(candidate).parameters())
     assert found.identity == expected.identity

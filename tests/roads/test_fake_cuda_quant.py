@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,6 @@ def statistics(table: LayerTable, seed: int = 0) -> dict[str, RowStatistics]:
             second_moment=torch.bmm(x.transpose(1, 2), x).double() / 50,
             mean=x.mean(1).double(),
             input_max=torch.rand(la.n_inputs, generator=g) + 0.5,
-            n_positions=50,
         )
     return out
 
@@ -70,16 +70,13 @@ def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None
     table = discover(denoiser)
     stats = statistics(table)
     bit_map = bit_map_of(table, format=QuantFormat(scheme="auto", smooth=True, rounding="gptq", n_candidates=4))
-    given = {
-        "means": {n: s.mean for n, s in stats.items()},
-        "input_max": {n: s.input_max for n, s in stats.items()},
-        "moments": {la.name: stats[la.name].second_moment for la in list(table)[:4]},  # GPTQ goes by column: slow here
-    }
-    expected = quantize_model(denoiser.module, table, bit_map, **given)  # type: ignore[arg-type]
+    for la in list(table)[4:]:  # GPTQ goes by column: slow here
+        stats[la.name] = replace(stats[la.name], second_moment=torch.empty(0))
+    expected = quantize_model(denoiser.module, table, bit_map, statistics=stats, bias_correction=True)
     module = on_gpu(denoiser.module)
     if corrected == "on the device":
-        given = {key: {n: on_gpu(v) for n, v in values.items()} for key, values in given.items()}
-    found = quantize_model(module, table, bit_map, **given)  # type: ignore[arg-type]
+        stats = {n: RowStatistics(**{k: on_gpu(getattr(s, k)) for k in s.__slots__}) for n, s in stats.items()}
+    found = quantize_model(module, table, bit_map, statistics=stats, bias_correction=True)
     for name, rows in expected.rows.items():
         assert torch.equal(found.rows[name].codes.cpu(), rows.codes)
     torch.testing.assert_close(call(found.module, device).cpu(), call(expected.module), rtol=1e-4, atol=1e-5)
@@ -89,7 +86,7 @@ def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None
 def test_students_and_activation_widths(trainable: Any, device: torch.device) -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)
-    input_max = {n: s.input_max for n, s in statistics(table).items()}
+    stats = statistics(table)
     bit_map = bit_map_of(
         table,
         format=QuantFormat(scheme="symmetric", smooth=True, n_candidates=4),
@@ -98,12 +95,12 @@ def test_students_and_activation_widths(trainable: Any, device: torch.device) ->
     )
 
     def student_of(module: nn.Module, device: str | torch.device) -> nn.Module:
-        factors = smooth_inputs(module, table, bit_map, input_max)
+        factors = smooth_inputs(module, table, bit_map, stats)
         with RangeCollector(module, table, factors=factors, per_timestep=True) as collector:
             call(module, device)
         scales = collector.table(bit_map.activations)
         student = build_student(
-            module, table, bit_map, input_max=input_max, activations=scales, trainable=trainable, rank=2
+            module, table, bit_map, statistics=stats, activations=scales, trainable=trainable, rank=2
         )
         optimizer = torch.optim.AdamW(param_groups(student))
         for _ in range(2):

@@ -15,12 +15,12 @@ from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat, SensitivityP
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import (
     CalibrationSpec,
-    calibrate_activations,
     gptq_profile,
     input_statistics,
     profile_model,
 )
 from tests.support.fake_cuda import fake_cuda, on_gpu
+from tests.support.inputs import calibrated
 from tests.support.tiny import tiny_denoiser
 
 SAMPLER: dict[str, Any] = {"steps": 2, "guidance": 2.0, "batch": 2}
@@ -82,8 +82,7 @@ def test_what_follows_a_profile_runs_on_a_gpu() -> None:
 
     def follow(model: Denoiser) -> tuple[Any, ...]:
         statistics = input_statistics(model, table, SEEDS)
-        peaks = {n: s.input_max for n, s in statistics.items()}
-        scales = calibrate_activations(model, table, bit_map, seeds=SEEDS, input_max=peaks)
+        scales = calibrated(model, table, bit_map, seeds=SEEDS, statistics=statistics)
         return gptq_profile(model, table, profile, statistics, replace(FORMAT, scheme="auto")), scales
 
     expected = follow(denoiser)

@@ -127,9 +127,10 @@ def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Pro
     allocation = mpq.allocate(model, profile, "uniform:2", method=GPTQ)
     plain = mpq.allocate(model, profile, "uniform:2")
     assert allocation.predicted_loss < plain.predicted_loss, "less error is left where codes are chosen for the output"
-    moments = api._moments(model, mpq.discover(model))
     from mpqsearch.methods import Programs
-    from mpqsearch.profile import gptq_profile
+    from mpqsearch.profile import gptq_profile, input_statistics
+
+    moments = input_statistics(model, mpq.discover(model), api.CALIBRATION_SEEDS)
 
     fmt = QuantFormat(n_candidates=8)
     table = mpq.discover(model)

@@ -13,6 +13,7 @@ from mpqsearch.errors import ArtifactError
 from mpqsearch.export.packed import FILE, MAP, load_quantized, save_quantized
 from mpqsearch.models import discover
 from mpqsearch.quant import quantize_model
+from tests.support.inputs import known
 from tests.support.tiny import tiny_denoiser
 
 
@@ -29,9 +30,11 @@ def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, t
     table = discover(denoiser)
     weights = expected_map(kind)
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=fmt)
-    peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.smooth else None
+    peaks = {la.name: torch.ones(la.n_inputs) for la in table} if fmt.smooth else {}
     means = {la.name: torch.ones(la.groups, la.weights_per_channel) for la in table}
-    quantized = quantize_model(denoiser.module, table, bit_map, input_max=peaks, means=means)
+    quantized = quantize_model(
+        denoiser.module, table, bit_map, statistics=known(input_max=peaks, means=means), bias_correction=True
+    )
     save_quantized(str(folder), quantized, table)
     return quantized.module, denoiser.module
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input_statistics, profile_model
 from mpqsearch.quant import quantize_weight, rows_of
-from mpqsearch.quant.apply import moment_of
 from tests.support import tiny_denoiser
 
 SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
@@ -43,16 +44,14 @@ def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
     table = discover(denoiser)
     before = measured(denoiser)
     stats = input_statistics(denoiser, table, SEEDS)
-    after = gptq_profile(denoiser, table, before, stats, FORMAT)
-    moments, means = ({n: getattr(s, k) for n, s in stats.items()} for k in ("second_moment", "mean"))
+    after, rounded = gptq_profile(denoiser, table, before, stats, FORMAT), replace(FORMAT, rounding="gptq")
     for name in after.names:
         layer = table[name]
         weight = denoiser.module.get_submodule(name).weight
-        moment = moment_of(name, moments, means if layer.has_bias else None)
-        assert moment is not None
+        moment = stats[name].covariance if layer.has_bias else stats[name].second_moment
         for j, bits in enumerate(after.widths):
             widths = torch.full((layer.n_channels,), bits, dtype=torch.uint8)
-            stored = quantize_weight(weight, layer, widths, FORMAT, None, moment)
+            stored = quantize_weight(weight, layer, widths, rounded, stats[name], bias_correction=layer.has_bias)
             error = (
                 (stored.rows() - rows_of(weight.detach(), layer))
                 .double()
@@ -107,10 +106,9 @@ def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
     )
     large = tuple(la.name for la in table if la.groups * la.weights_per_channel**2 == sizes[-1])
     assert parts.left_out == large
-    moments, means = parts.moments(), parts.means()
     for layer in table:
-        assert (layer.name in moments) == (layer.name in whole and layer.name not in large)
-        if layer.name in moments:
-            assert torch.equal(moments[layer.name], whole[layer.name].second_moment)
-            assert torch.equal(means[layer.name], whole[layer.name].mean)
+        assert (layer.name in parts) == (layer.name in whole and layer.name not in large)
+        if layer.name in parts:
+            assert torch.equal(parts[layer.name].second_moment, whole[layer.name].second_moment)
+            assert torch.equal(parts[layer.name].mean, whole[layer.name].mean)
     assert 1 < sum(runs) < len(table), "some layers at a time, each group once"

@@ -84,16 +84,17 @@ def test_predicted_errors_are_those_of_the_layer(name: str) -> None:
     torch.testing.assert_close(collector.output_power()["layer"].double(), power, rtol=1e-5, atol=0)
     for j, bits in enumerate(BITS):
         bit_map = BitMap(model_digest="d", weights={"layer": np.array(bits)})
-        for means in (None, {"layer": stats.mean.float()}):
-            quantized = quantize_model(model, table, bit_map, means=means).module
+        for corrected in (False, True):
+            given = {"layer": stats}
+            quantized = quantize_model(model, table, bit_map, statistics=given, bias_correction=corrected).module
             change = by_channel(quantized.double()(x.double()) - exact, layer)
             # The weights are the same to the last bit; what is left is the rounding of float32 sums over positions and
             # taps.
-            predicted = tables["output_error" if means is None else "output_error_corrected"][:, j].double()
+            predicted = tables["output_error_corrected" if corrected else "output_error"][:, j].double()
             measured = change.square().mean(1)
             scale = tables["output_error"][:, j].double()  # of a centred error: what the mean shift was subtracted from
-            assert float(((predicted - measured).abs() / scale).max()) < 1e-5, (bits, means is None)
-            if means is None:
+            assert float(((predicted - measured).abs() / scale).max()) < 1e-5, (bits, corrected)
+            if not corrected:
                 shift = change.mean(1)
                 share = (tables["output_error"] - tables["output_error_corrected"])[:, j].double()
                 assert float(((shift.square() - share).abs() / scale).max()) < 1e-5

@@ -117,7 +117,7 @@ def test_a_layer_of_constant_input_costs_what_it_costs(guided: tuple[Denoiser, L
         assert profile.arrays["output_error/asymmetric"][rows, 0].sum() > 0
         weights = {la.name: np.array(2 if la.name == "guidance" else 16) for la in table}
         one = quantize_model(
-            denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=FMT), means=None
+            denoiser.module, table, BitMap(model_digest=table.digest, weights=weights, format=FMT)
         ).module
         seeds = range(1_000_000, 1_000_008)
         change = latents(denoiser.with_module(one), seeds) - latents(denoiser, seeds)

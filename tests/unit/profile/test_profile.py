@@ -11,10 +11,11 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.methods import Programs
 from mpqsearch.models import Denoiser, capture, discover
 from mpqsearch.models.calls import Call
-from mpqsearch.profile import CalibrationSpec, calibrate_activations, profile_model
+from mpqsearch.profile import CalibrationSpec, profile_model, statistics_of
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import RecordedRunner, each_call, latents, prediction_gains
 from tests.support import tiny_denoiser
+from tests.support.inputs import calibrated
 from tests.support.pipelines import denoiser_of
 
 SAMPLER = {"steps": 4, "guidance": 2.0, "batch": 4}
@@ -36,7 +37,6 @@ def measure(kind: str, **kwargs: object) -> tuple[Denoiser, LayerTable, Sensitiv
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
     denoiser, table, profile = measure(kind, probe_inputs=16, probes=32)
-    means = {k: torch.from_numpy(np.array(v)) for k, v in profile.means.items()}
     seeds = range(1_000_000, 1_000_004)
     calls: list[tuple[Call, torch.Tensor]] = []
     each_call(denoiser, seeds, lambda call, prediction: calls.append((call.kept(), prediction)))
@@ -50,7 +50,8 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
             denoiser.module,
             table,
             BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(n_candidates=20)),
-            means=means,
+            statistics=statistics_of(profile),
+            bias_correction=True,
         )
         change = 0.0
         for (call, prediction), gain in zip(calls, gains, strict=True):
@@ -160,7 +161,7 @@ def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> No
     denoiser, table, profile = measure(kind, smooth=True, activation_bits=(4,), probe_inputs=2, probes=1)
     seeds = range(1_000_000, 1_000_004)
     fmt = QuantFormat(n_candidates=20, smooth=True)
-    input_max = {k: torch.from_numpy(np.array(v)) for k, v in profile.input_max.items()}
+    statistics = statistics_of(profile)
     seen: dict[str, list[torch.Tensor]] = {}
     modules = dict(denoiser.module.named_modules())
     handles = [
@@ -176,10 +177,10 @@ def test_quantized_inputs_are_priced_as_the_layer_computes_them(kind: str) -> No
         activations={la.name: 4 for la in table},
         format=fmt,
     )
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=seeds, input_max=input_max)
+    activations = calibrated(denoiser, table, bit_map, seeds=seeds, statistics=statistics)
     made = dict(
         quantize_model(
-            denoiser.module, table, bit_map, input_max=input_max, activations=activations
+            denoiser.module, table, bit_map, statistics=statistics, activations=activations
         ).module.named_modules()
     )
     priced = profile.arrays["quantized_input_error/asymmetric+smooth@a4"]

@@ -11,7 +11,6 @@ from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models import discover
 from mpqsearch.models.calls import call_of
-from mpqsearch.profile import calibrate_activations
 from mpqsearch.quant import (
     ActivationQuantizer,
     ActivationSearch,
@@ -26,6 +25,7 @@ from mpqsearch.quant.ranges import BINS, _Histogram
 from mpqsearch.sampling import SamplerSpec, adapt, latents
 from mpqsearch.sampling.plain import noise_of
 from tests.support import tiny_denoiser
+from tests.support.inputs import calibrated, known
 from tests.support.tiny import DDPM
 
 
@@ -44,12 +44,12 @@ def test_smoothd_activations_equal_the_direct_formula() -> None:
     root.layer = layer
     x = torch.randn(2, 3, 6, 6) * torch.tensor([0.1, 1, 20]).view(1, 3, 1, 1)
     x[:, 1] = 0  # a dead channel
-    input_max = {"layer": x.abs().amax((0, 2, 3))}
+    statistics = known(input_max={"layer": x.abs().amax((0, 2, 3))})
     bit_map = uniform(table, 4, 4, format=QuantFormat(smooth=True))
-    with RangeCollector(root, table, factors=smooth(root, table, bit_map, input_max)) as collector:
+    with RangeCollector(root, table, factors=smooth(root, table, bit_map, statistics)) as collector:
         layer(x)
     activations = collector.table(bit_map.activations)
-    made = quantize_model(root, table, bit_map, input_max=input_max, activations=activations)
+    made = quantize_model(root, table, bit_map, statistics=statistics, activations=activations)
     rows = made.rows["layer"]
     f = rows.factor.view(3, 9)[:, 0]  # type: ignore[union-attr]
     assert float(f[1]) == 1.0
@@ -60,7 +60,7 @@ def test_smoothd_activations_equal_the_direct_formula() -> None:
     expected = nn.functional.conv2d(scaled_x, scaled_w.view(4, 3, 3, 3), layer.bias, padding=1)
     # The same numbers with the factors multiplied out differ in the last digits of float32.
     torch.testing.assert_close(made.module.layer(x), expected, rtol=1e-5, atol=1e-5)  # type: ignore[operator]
-    student = build_student(root, table, bit_map, input_max=input_max, activations=activations)
+    student = build_student(root, table, bit_map, statistics=statistics, activations=activations)
     assert torch.equal(student.layer(x), made.module.layer(x))  # type: ignore[operator]
 
 
@@ -153,7 +153,7 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
     denoiser = tiny_denoiser(steps=5, guidance=2.0, batch=4)
     table = discover(denoiser)
     bit_map = uniform(table, 16, 4, activation_steps=5)
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(4))
     assert activations.timesteps == (0, 200, 400, 600, 800)
     assert len(activations.scale["conv_in"]) == 5
     assert float(activations.scale["conv_in"].std()) > 0
@@ -180,7 +180,7 @@ def test_guidance_in_one_call_equals_guidance_in_two() -> None:
     denoiser = tiny_denoiser(steps=4, batch=4)
     table = discover(denoiser)
     bit_map = uniform(table, 3, 6, activation_steps=4)
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(4))
     made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([750, 250]), torch.tensor([1, 3])
     null = torch.full_like(labels, 4)
@@ -208,7 +208,7 @@ def test_modules_with_a_method_denoise_are_timed_too() -> None:
     denoiser = adapt(Own(), sample_shape=(1, 8, 8), scheduler=DDPM, sampler=spec)
     table = discover(denoiser)
     bit_map = uniform(table, 8, 4, activation_steps=4)
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(4))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(4))
     scales = activations.scale["b"]
     assert bool((scales[1:] > scales[:-1]).all()), "the input grows with the timestep by construction"
     assert not hasattr(denoiser.module, "timestep_clock"), "calibration leaves nothing behind"
@@ -225,7 +225,7 @@ def test_copies_keep_a_clock_of_their_own() -> None:
     denoiser = tiny_denoiser(steps=3, batch=2)
     table = discover(denoiser)
     bit_map = uniform(table, 4, 4, activation_steps=3)
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(2))
     one = quantize_model(denoiser.module, table, bit_map, activations=activations).module
     two = copy.deepcopy(one)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
@@ -249,7 +249,7 @@ def test_error_of_the_prediction_falls_with_the_width(kind: str) -> None:
     errors = []
     for bits in (4, 6, 8):
         bit_map = uniform(table, 16, bits, activation_steps=4)
-        activations = calibrate_activations(denoiser, table, bit_map)
+        activations = calibrated(denoiser, table, bit_map)
         made = denoiser.with_module(quantize_model(denoiser.module, table, bit_map, activations=activations).module)
         errors.append(float((made.module(x, t, class_labels=labels).sample - truth).square().mean()))
     # A factor of 4 a bit where rounding dominates; less at low widths, where clipping takes its part.
@@ -260,14 +260,14 @@ def test_tables_survive_json_and_refuse_what_does_not_fit() -> None:
     denoiser = tiny_denoiser(steps=2, batch=2)
     table = discover(denoiser)
     bit_map = uniform(table, 4, 4)
-    activations = calibrate_activations(denoiser, table, bit_map, seeds=range(2))
+    activations = calibrated(denoiser, table, bit_map, seeds=range(2))
     assert activations.timesteps == ()
     again = ActivationTable.from_data(activations.to_data())
     assert all(torch.equal(again.scale[n], s) for n, s in activations.scale.items())
     with pytest.raises(LayerMismatchError, match="counts 2 activation scales a layer, the table has 1"):
         quantize_model(denoiser.module, table, uniform(table, 4, 4, activation_steps=2), activations=activations)
     with pytest.raises(ConfigError, match="counts 3 activation scales a layer, .* called with 2 different timesteps"):
-        calibrate_activations(denoiser, table, uniform(table, 4, 4, activation_steps=3), seeds=range(2))
+        calibrated(denoiser, table, uniform(table, 4, 4, activation_steps=3), seeds=range(2))
     with pytest.raises(LayerMismatchError, match="4 bits calibrated, 6 asked"):
         quantize_model(denoiser.module, table, uniform(table, 4, 6), activations=activations)
     other = ActivationTable.from_data({**activations.to_data(), "model_digest": "1" * 64})

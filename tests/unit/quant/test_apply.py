@@ -9,6 +9,7 @@ from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models import discover
 from mpqsearch.quant import quantize_model, rows_of
 from tests.support import tiny_denoiser
+from tests.support.inputs import known
 
 
 def random_map(table: object, seed: int = 0, **kwargs: object) -> BitMap:
@@ -52,8 +53,9 @@ def test_bias_correction_takes_the_mean_shift_off_the_output() -> None:
     columns = columns_of(x, conv, table[name])
     means = {name: columns.mean(1)}
     outputs = {}
-    for label, given in (("plain", None), ("corrected", means)):
-        made = quantize_model(denoiser.module, table, bit_map, means=given)
+    for label in ("plain", "corrected"):
+        given, corrected = known(means=means), label == "corrected"
+        made = quantize_model(denoiser.module, table, bit_map, statistics=given, bias_correction=corrected)
         outputs[label] = dict(made.module.named_modules())[name](x) - conv(x)
     assert float(outputs["corrected"].mean((0, 2, 3)).abs().max()) < 1e-5
     assert float(outputs["plain"].mean((0, 2, 3)).abs().max()) > 1e-2

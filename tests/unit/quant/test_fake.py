@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.quant import build_student
 from mpqsearch.quant.fake import as_stored, fake_quantize
+from tests.support.inputs import known
 
 
 def frozen(x: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +78,9 @@ def test_gradients_of_a_layer_with_smoothing_and_a_row_at_full_precision(scheme:
         weights={"layer": [1, 2, 3, 4, 16]},  # type: ignore[dict-item]
         format=QuantFormat(scheme=scheme, smooth=True),
     )
-    student = build_student(root, table, bit_map, input_max={"layer": torch.rand(9) * 5 + 0.5}, trainable="all")
+    student = build_student(
+        root, table, bit_map, statistics=known(input_max={"layer": torch.rand(9) * 5 + 0.5}), trainable="all"
+    )
     q, weight = student.layer.weight_quantizer, torch.randn(5, 9)  # type: ignore[union-attr]
     (q() * weight).sum().backward()  # type: ignore[operator]
     start = [p.detach().double() for p in (q.base, q.scale, q.zero)]  # type: ignore[union-attr, arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from mpqsearch.quant import (
 )
 from mpqsearch.quant.rows import RowQuantizer
 from tests.support import tiny_denoiser
+from tests.support.inputs import known
 
 FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
 
@@ -178,8 +181,10 @@ def test_pre_scaled_layers_compensate_what_their_inputs_see(make: object) -> Non
     peak = torch.rand(layer.n_inputs) * 5 + 0.2
     widths = torch.tensor([1, 2, 2, 3, 1, 2, FULL_PRECISION, 3], dtype=torch.uint8)
     fmt = QuantFormat(scheme="auto", smooth=True, alpha=0.6)
-    plain = quantize_weight(weight, layer, widths, fmt, peak)
-    better = quantize_weight(weight, layer, widths, fmt, peak, moment_of_inputs(x))
+    peaks = {"0": peak}
+    plain = quantize_weight(weight, layer, widths, fmt, known(input_max=peaks)["0"])
+    given = known(input_max=peaks, moments={"0": moment_of_inputs(x)})["0"]
+    better = quantize_weight(weight, layer, widths, replace(fmt, rounding="gptq"), given)
     before, after = (output_error(q.rows() - rows, x) for q in (plain, better))
     assert bool((after <= before * (1 + 2e-3)).all())
     assert float(after.sum()) < 0.8 * float(before.sum())
@@ -200,15 +205,17 @@ def test_training_starts_from_the_compensated_model(trainable: str) -> None:
     bit_map = BitMap(
         model_digest=table.digest,
         weights={la.name: np.array(2, np.uint8) for la in table},
-        format=QuantFormat(scheme="auto"),
+        format=QuantFormat(scheme="auto", rounding="gptq"),
     )
     moments, means = {}, {}
     for k, la in enumerate(table):
         x = inputs_of(la.groups, 300, la.weights_per_channel, seed=k) + 0.3
         moments[la.name], means[la.name] = moment_of_inputs(x), x.mean(1).double()
-    made = quantize_model(denoiser.module, table, bit_map, means=means, moments=moments)
-    nearest = quantize_model(denoiser.module, table, bit_map, means=means)
-    student = build_student(denoiser.module, table, bit_map, means=means, moments=moments, trainable=trainable)  # type: ignore[arg-type]
+    given = {"statistics": known(means=means, moments=moments), "bias_correction": True}
+    made = quantize_model(denoiser.module, table, bit_map, **given)  # type: ignore[arg-type]
+    plain = replace(bit_map, format=QuantFormat(scheme="auto"))
+    nearest = quantize_model(denoiser.module, table, plain, **given)  # type: ignore[arg-type]
+    student = build_student(denoiser.module, table, bit_map, **given, trainable=trainable)  # type: ignore[arg-type]
     ended = convert(student)
     for la in table:
         assert torch.equal(ended.rows[la.name].codes, made.rows[la.name].codes)

@@ -25,6 +25,7 @@ from mpqsearch.quant import (
     weight_of,
 )
 from tests.support import tiny_denoiser
+from tests.support.inputs import known
 
 GEOMETRIES = [
     nn.Linear(6, 5),
@@ -121,7 +122,12 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
     table = discover(denoiser)
     input_max = {la.name: torch.rand(la.n_inputs) * 3 for la in table}
     student = build_student(
-        denoiser.module, table, mixed(table, format=fmt), input_max=input_max, trainable="lora", rank=4
+        denoiser.module,
+        table,
+        mixed(table, format=fmt),
+        statistics=known(input_max=input_max),
+        trainable="lora",
+        rank=4,
     )
     optimizer = torch.optim.AdamW(param_groups(student))
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 700]), torch.tensor([0, 1])

@@ -18,6 +18,7 @@ from mpqsearch.models.hooks import uses_weight_as_it_is
 from mpqsearch.profile import InputCollector
 from mpqsearch.quant import RangeCollector, build_student, convert, quantize_model
 from tests.support import tiny_denoiser
+from tests.support.inputs import known
 
 TABLE = LayerTable(
     digest="0" * 64, layers=(LayerSpec(name="layer", kind="Conv2d", weight_shape=(4, 3, 3, 3), has_bias=True),)
@@ -63,8 +64,9 @@ def test_bias_correction_is_never_worse_than_none(kind: type[nn.Conv2d]) -> None
     nn.init.normal_(root.layer.weight)  # type: ignore[union-attr, arg-type]
     x, bit_map = inputs_of(), BitMap(model_digest=TABLE.digest, weights={"layer": np.array(2)})
     errors = []
-    for means in (None, means_of(root, x)):
-        module = quantize_model(root, TABLE, bit_map, means=means).module
+    for corrected in (False, True):
+        given = known(means=means_of(root, x))
+        module = quantize_model(root, TABLE, bit_map, statistics=given, bias_correction=corrected).module
         errors.append(float((module.layer(x) - root.layer(x)).norm()))  # type: ignore[operator]
     if kind is Equalised:
         assert errors[1] == errors[0], "its output does not follow from its input and weight: left alone"
@@ -111,9 +113,10 @@ def test_half_precision_models_are_computed_with_in_float32_and_stay_as_they_are
     weights = {la.name: rng.choice([2, 4, 8, 16], la.n_channels) for la in table}
     bit_map = BitMap(model_digest=table.digest, weights=weights, format=QuantFormat(n_candidates=10))
     means = {la.name: torch.ones(la.groups, la.weights_per_channel) for la in table}
-    expected = quantize_model(module.float(), table, bit_map, means=means)
-    found = quantize_model(module.to(dtype), table, bit_map, means=means)
-    student = build_student(module, table, bit_map, means=means, rank=2)
+    given: dict[str, Any] = {"statistics": known(means=means), "bias_correction": True}
+    expected = quantize_model(module.float(), table, bit_map, **given)
+    found = quantize_model(module.to(dtype), table, bit_map, **given)
+    student = build_student(module, table, bit_map, **given, rank=2)
     for name, parameter in found.module.named_parameters():
         assert parameter.dtype == dtype
         torch.testing.assert_close(parameter, expected.module.get_parameter(name).to(dtype))

@@ -21,6 +21,7 @@ from mpqsearch.metrics import (
     load_extractor,
 )
 from mpqsearch.models import Denoiser, discover
+from mpqsearch.profile import statistics_of
 from mpqsearch.prompts import Prompts
 from mpqsearch.prompts.reading import Prompt
 from mpqsearch.quant import quantize_model
@@ -44,13 +45,14 @@ def evaluator_of(denoiser: Denoiser, folder: Path) -> Parts:
     method = MethodSpec(name="ilp", allocator="ilp-channel", loss="probe", scheme="auto", bias_correction=True)
     surrogate = Surrogate(table=table, profile=profile, policy=POLICY, format=FORMAT, method=method)
     extractor = load_extractor("random-conv")
-    means = {n: torch.from_numpy(np.array(v)).float() for n, v in profile.means.items()}
+    statistics = statistics_of(profile)
     store = SampleStore(folder, range(6), {})
     store.fill(samples(denoiser, range(6)))
 
     def quantized(candidate: Candidate) -> torch.nn.Module:
-        corrected = means if candidate.bias_correction else None
-        return quantize_model(denoiser.module, table, candidate.bit_map, means=corrected).module
+        corrected = candidate.bias_correction
+        given = {"statistics": statistics, "bias_correction": corrected}
+        return quantize_model(denoiser.module, table, candidate.bit_map, **given).module  # type: ignore[arg-type]
 
     evaluator = ModelEvaluator(
         denoiser=denoiser,

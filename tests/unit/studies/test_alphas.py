@@ -12,11 +12,11 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import calibrate_activations
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import ActivationSearch, quantize_model
 from mpqsearch.sampling import latents
 from tests.support import tiny_denoiser
+from tests.support.inputs import calibrated
 
 SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
 SEEDS = range(1_000_000, 1_000_004)
@@ -47,7 +47,7 @@ def setting(kind: str) -> tuple[Denoiser, LayerTable, BitMap, dict[str, Tensor]]
     )
     with InputCollector(denoiser.module, table) as collector:
         run(denoiser)
-    return denoiser, table, bit_map, {n: s.input_max for n, s in collector.statistics().items()}
+    return denoiser, table, bit_map, collector.statistics()
 
 
 def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[str, Tensor]:
@@ -82,11 +82,11 @@ def layer_errors(denoiser: Denoiser, quantized: Any, table: LayerTable) -> dict[
 def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
     study: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denoiser, table, bit_map, input_max = setting("dit")
+    denoiser, table, bit_map, statistics = setting("dit")
     monkeypatch.setattr(study, "POSITIONS", 10**9)
     alphas = (0.0, 0.3, 0.5, 0.8, 1.0)
     chosen = study.choose_alphas(
-        denoiser, table, bit_map, input_max=input_max, seeds=SEEDS, alphas=alphas, search=SEARCH
+        denoiser, table, bit_map, statistics=statistics, seeds=SEEDS, alphas=alphas, search=SEARCH
     )
     assert dict(chosen.weights) == dict(bit_map.weights)
     assert {f.scheme for f in chosen.formats.values()} <= {"asymmetric"}
@@ -99,8 +99,8 @@ def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
             activation_steps=bit_map.activation_steps,
             format=QuantFormat(n_candidates=20, smooth=True, alpha=a),
         )
-        activations = calibrate_activations(denoiser, table, one, seeds=SEEDS, input_max=input_max, search=SEARCH)
-        made = quantize_model(denoiser.module, table, one, input_max=input_max, activations=activations)
+        activations = calibrated(denoiser, table, one, seeds=SEEDS, statistics=statistics, search=SEARCH)
+        made = quantize_model(denoiser.module, table, one, statistics=statistics, activations=activations)
         for name, error in layer_errors(denoiser, made.module, table).items():
             errors.setdefault(name, []).append(float(error.square().sum()))
     linear = [la.name for la in table if la.kind == "Linear"]
@@ -118,4 +118,4 @@ def test_alphas_need_a_layer_with_both(study: ModuleType) -> None:
         model_digest=table.digest, weights={la.name: np.array(4) for la in table}, format=QuantFormat(smooth=True)
     )
     with pytest.raises(ConfigError, match="both smoothing and a quantized input"):
-        study.choose_alphas(denoiser, table, plain, input_max={})
+        study.choose_alphas(denoiser, table, plain, statistics={})
