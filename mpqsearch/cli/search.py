@@ -8,7 +8,7 @@ import typer
 
 from mpqsearch.cli import options
 from mpqsearch.cli.app import app, open_run
-from mpqsearch.cli.printing import number, print_fields, print_json, print_table
+from mpqsearch.cli.printing import print_fields, print_json, print_table
 
 TrialsOption = Annotated[
     int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
@@ -83,32 +83,11 @@ def search(
         print_search(data)
 
 
-def _row(entry: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """One arm at one budget, its error beside that of the uniform map."""
-    uniform = next(r["error"] for r in entry["rows"] if r["arm"] == "uniform")
-    return {
-        "budget": entry["budget"],
-        "arm": row["arm"],
-        "bits": f"{row['average_bits']:.3f}",
-        "kB": f"{row['size_bytes'] / 1000:.1f}",
-        "error": f"{row['error']:.4g}",
-        "to uniform": f"{row['error'] / uniform:.3f}",
-        "fd_fp": number(row.get("fd_fp"), ".3f"),
-        "fd_data": number(row.get("fd_data"), ".3f"),
-        "PSNR": number(row.get("paired_psnr"), ".2f"),
-        "": "worse than uniform" if row["arm"] == "search" and entry["worse_than_uniform"] else "",
-    }
-
-
 def print_search(data: dict[str, Any]) -> None:
     """The chosen maps beside their control arms."""
-    rows = [_row(entry, row) for entry in data["budgets"] for row in entry["rows"]]
-    print_table(
-        f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['forwards']} forward passes; FD and "
-        "PSNR on fresh seeds",
-        rows,
-    )
-    volumes = sorted(data["hypervolume"].items(), key=lambda kv: -kv[1])
-    print_fields("hypervolume of the measured fronts", {arm: f"{share:.4f}" for arm, share in volumes})
+    from mpqsearch.report.search import arms_table
+
+    title = f"search: {data['trials']} trials, {data['distinct_maps']} maps, {data['forwards']} forward passes"
+    print_table(title, [{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in r.items()} for r in arms_table(data)])
     if data["importances"]:
         print_fields("which parameters matter", {name: f"{share:.2f}" for name, share in data["importances"].items()})

@@ -1,11 +1,11 @@
-"""An outer search in figures and tables: progress against cost, control arms, importances, the winner's curse.
+"""An outer search in figures and tables: control arms, importances, the winner's curse.
 
 All from the plain data that ``search.json`` holds (`mpqsearch.search.results.summarize`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,26 +19,6 @@ from mpqsearch.report.style import COLOURS, INK, MUTED, axes_or_new, legend_belo
 Data = Mapping[str, Any]
 
 ARM_ORDER = ("uniform", "random", "shuffled", "plain", "search")
-
-
-def plot_search_history(data: Data, ax: Axes | None = None) -> Axes:
-    """Hypervolume of the measured front so far against forward passes of the denoiser; arms as level lines."""
-    ax = axes_or_new(ax, (5.4, 3.6))
-    passes = np.array([r["forwards"] for r in data["history"]], dtype=float)
-    volume = np.array([r["hypervolume"] for r in data["history"]])
-    pruned = np.array([r["pruned"] for r in data["history"]], dtype=bool)
-    styles = series_styles(ARM_ORDER)  # the colours of the front
-    ax.step(passes, volume, where="post", color=styles["search"].colour, linewidth=1.8, label="search")
-    if pruned.any():
-        ax.plot(passes[pruned], volume[pruned], "|", color=MUTED, label="pruned trial")
-    for arm in ARM_ORDER[:-1]:
-        if arm in data["hypervolume"]:
-            line = ":" if arm == "random" else "--"  # its colour is that of uniform, and here are no markers
-            ax.axhline(data["hypervolume"][arm], color=styles[arm].colour, linestyle=line, linewidth=1.1, label=arm)
-    ax.set_xlabel("forward passes of the denoiser on one sample")
-    ax.set_ylabel("hypervolume (share of the box)")
-    legend_below(ax, columns=4)
-    return ax
 
 
 def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
@@ -91,9 +71,7 @@ def fresh_entries(data: Data) -> list[Data]:
 
 def search_drawings(data: Data) -> list[Drawing]:
     """Every figure that the data allow."""
-    drawings = [_history_drawing(data)]
-    if len(data["budgets"]) > 1:  # at one budget all points stand in a column
-        drawings.insert(0, _front_drawing(data))
+    drawings = [_front_drawing(data)] if len(data["budgets"]) > 1 else []  # at one all points stand in a column
     if data["importances"]:
         drawings.append(_importance_drawing(data))
     if fresh_entries(data):
@@ -110,19 +88,6 @@ def _front_drawing(data: Data) -> Drawing:
         "line of the search was better on these seeds, and was not chosen on the final ones.",
         alt=f"Scatter plot of {data['error']} against stored bits for {len(data['points'])} maps and the control arms.",
         draw=partial(plot_search_front, data),
-    )
-
-
-def _history_drawing(data: Data) -> Drawing:
-    volumes = sorted(data["hypervolume"].items(), key=lambda kv: -kv[1])
-    words = ", ".join(f"{arm} {volume:.3f}" for arm, volume in volumes)
-    return Drawing(
-        key="search_history",
-        section="search",
-        title="Progress against evaluation cost",
-        caption="Forward passes of the trials; equal maps are counted each time. Dashed: control arms.",
-        alt=f"Line chart of hypervolume against forward passes. At the end: {words}.",
-        draw=partial(plot_search_history, data),
     )
 
 
@@ -164,23 +129,6 @@ def search_notes(data: Data) -> list[str]:
         + ("; below 0.7 the prediction alone should not be trusted." if r["weak"] else ".")
         for r in data["predicted_vs_measured"]
     ]
-
-
-def search_tables(data: Data) -> dict[str, str]:
-    """CSV texts by name: ``arms`` (chosen maps beside control arms), ``points`` (every measured map), ``history``."""
-    arms = [
-        {"budget": b["budget"], **{k: v for k, v in r.items() if k != "params"}}
-        for b in data["budgets"]
-        for r in b["rows"]
-    ]
-    return {"arms": _csv(arms), "points": _csv(data["points"]), "history": _csv(data["history"])}
-
-
-def _csv(rows: Sequence[Data]) -> str:
-    import pandas as pd  # half a second that figures do not need
-
-    text: str = pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n") if rows else ""
-    return text
 
 
 def arms_table(data: Data) -> list[dict[str, Any]]:

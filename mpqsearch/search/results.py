@@ -7,16 +7,15 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
-from mpqsearch.pareto import hypervolume_2d
 from mpqsearch.ranks import spearman, spearman_interval
-from mpqsearch.search.arms import ARMS, control_candidates
+from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import SAMPLES, Objective, Point, points_of
 from mpqsearch.search.study import WORKER, finished_trials
 from mpqsearch.search.surrogate import Candidate
@@ -25,40 +24,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-FLOOR = 1e-4
-"""The box of the hypervolume ends at this share of the error of the uniform map of the smallest budget."""
-
 TINY = 1e-30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Box:
-    """The box in which hypervolumes are shares: bits from the smallest budget to the uniform map of the widest width,
-    log errors from that of the uniform map of the smallest budget down to `FLOOR` of it. It depends on no search, so
-    that arms and studies can be compared."""
-
-    bits: tuple[float, float]
-    log_error: tuple[float, float]
-
-    @classmethod
-    def of(cls, objective: Objective) -> Box:
-        """The box of an objective's budgets."""
-        from mpqsearch.search.arms import uniform_candidate
-
-        s = objective.surrogate
-        widest = uniform_candidate(s, Budget(quantity="uniform_bits", limit=float(max(s.policy.widths))))
-        lowest = min((uniform_candidate(s, b) for b in objective.budgets), key=lambda c: c.average_bits)
-        top = math.log(max(objective.measurements.error(lowest), TINY))
-        return cls(bits=(lowest.average_bits, widest.average_bits), log_error=(top + math.log(FLOOR), top))
-
-    def hypervolume(self, points: Sequence[tuple[float, float]]) -> float:
-        """Share of the box that points (average bits, error) dominate, 0..1."""
-        (left, right), (bottom, top) = self.bits, self.log_error
-        scaled = [
-            (max((bits - left) / (right - left), 0.0), (max(math.log(max(e, TINY)), bottom) - bottom) / (top - bottom))
-            for bits, e in points
-        ]
-        return hypervolume_2d(scaled, (1.0, 1.0)) if scaled else 0.0
 
 
 def measured_points(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
@@ -124,7 +90,7 @@ def summarize(
     uniform map on the report seeds, which only say what they are worth (the winner's curse).
     """
     trials = finished_trials(study)
-    points, box = measured_points(trials), Box.of(objective)
+    points = measured_points(trials)
     chosen: dict[str, Candidate] = {}
     budgets = []
     for budget in objective.budgets:
@@ -139,7 +105,6 @@ def summarize(
             | {key: best[key] for key in ("trial", "params", "final", "lead", "distance") if key in best},
         ]
         budgets.append({"budget": budget.label(), "rows": rows, **_verdict(rows)})
-    fronts = {arm: [r for b in budgets for r in b["rows"] if r["arm"] == arm] for arm in ARMS}
     return {
         "error": objective.measurements.evaluator.error_name,
         "trials": len(trials),
@@ -147,39 +112,11 @@ def summarize(
         "forwards": sum(_forwards(objective, t) for t in trials),
         "distinct_maps": len({p["digest"] for p in points}),
         "budgets": budgets,
-        "hypervolume": {
-            arm: box.hypervolume([(p["average_bits"], p["error"]) for p in front])
-            for arm, front in {"search": points, **fronts}.items()
-        },
-        "history": history(objective, trials, box),
         "predicted_vs_measured": prediction_quality(points),
         "importances": importances(study),
         "trials_table": [{"number": t.number, "value": t.value, "params": dict(t.params)} for t in trials],
         "points": [{key: v for key, v in p.items() if key != "params"} for p in points],
     }, chosen
-
-
-def history(objective: Objective, trials: Sequence[FrozenTrial], box: Box) -> list[dict[str, Any]]:
-    """One row a trial: forward passes so far (equal maps counted each time), best value and hypervolume so far."""
-    rows: list[dict[str, Any]] = []
-    front: list[tuple[float, float]] = []
-    forwards, best = 0, math.inf
-    for trial in trials:
-        pruned = trial.state.name == "PRUNED"
-        forwards += _forwards(objective, trial)
-        front += [(p["average_bits"], p["error"]) for p in points_of(trial) if p["error"] is not None]
-        best = best if pruned or trial.value is None else min(best, trial.value)
-        rows.append(
-            {
-                "trial": trial.number,
-                "forwards": forwards,
-                "value": None if pruned else trial.value,
-                "best": best if math.isfinite(best) else None,
-                "hypervolume": box.hypervolume(front),
-                "pruned": pruned,
-            }
-        )
-    return rows
 
 
 def importances(study: Study) -> dict[str, float]:

@@ -85,7 +85,6 @@ PARAMETERS: Mapping[str, Parameter] = {
     for p in (
         # How the losses are built.
         _choice("loss", ("weight", "output", "probe", "sampler", "final"), "Sensitivity that prices the widths."),
-        _number("mix", 0, 0, 1, "Weight w of output errors in the layer totals: T becomes T**(1 - w) * T_output**w."),
         _number("exponent", 1, 0.25, 3, "Exponent of the layer totals: above 1 large losses count more."),
         _choice("shrinkage", (0.0, 0.1, 0.3, 1.0), "Of the sensitivities of channels towards the mean of their layer."),
         _number("low_bits", 0, -3, 3, "Losses at b bits times 2**(low_bits * (4 - b)): above 0 few bits cost more."),

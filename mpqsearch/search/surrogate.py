@@ -29,10 +29,8 @@ Floats = NDArray[np.float64]
 Priced = Callable[[MethodSpec], SensitivityProfile]
 """The profile with the errors that a method's rounding leaves."""
 
-SHAPING = ("mix", "exponent", "low_bits", "kurtosis", "depth")
+SHAPING = ("exponent", "low_bits", "kurtosis", "depth")
 """Parameters that change the loss table, with those of roles."""
-
-_TINY = np.finfo(np.float64).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,38 +132,22 @@ class Surrogate:
     def losses_of(self, theta: Theta, method: MethodSpec) -> Floats:
         """Losses ``[C, W]`` of every channel at every width; the method's own where the point changes nothing."""
         profile = self.profile_for(method)
-        losses = self._table(profile, method, method.loss)
+        losses = channel_losses(
+            profile,
+            self.table,
+            method.format_name,
+            method.loss,
+            bias_correction=method.bias_correction,
+            shrinkage=method.shrinkage,
+        )
         if not _is_shaped(theta):
             return losses
         totals = profile.layer_sum(losses)  # [L, W]
         shares = _divided(losses, np.repeat(totals, profile.channels, axis=0))
-        totals = self._mixed(theta, profile, method, totals)
         middle = _geometric_mean(totals)
         totals = middle * (totals / middle) ** float(value_of(theta, "exponent")) * self._factors(theta, profile)
         shaped: Floats = self._shares(theta, profile, shares) * np.repeat(totals, profile.channels, axis=0)
         return shaped
-
-    def _table(self, profile: SensitivityProfile, method: MethodSpec, loss: str) -> Floats:
-        return channel_losses(
-            profile,
-            self.table,
-            method.format_name,
-            loss,
-            bias_correction=method.bias_correction,
-            shrinkage=method.shrinkage,
-        )
-
-    def _mixed(self, theta: Theta, profile: SensitivityProfile, method: MethodSpec, totals: Floats) -> Floats:
-        """Geometric mean of the layer totals ``[L, W]`` with those of output errors, in the units of the former."""
-        weight = float(value_of(theta, "mix"))
-        if not weight:
-            return totals
-        output = profile.layer_sum(self._table(profile, method, "output"))
-        both = (totals > 0) & (output > 0)
-        logs, other = (np.log(np.maximum(t, _TINY)) for t in (totals, output))
-        other = other + (logs[both] - other[both]).mean() if both.any() else other
-        mixed: Floats = np.where(both, np.exp((1 - weight) * logs + weight * other), totals)
-        return mixed
 
     def _factors(self, theta: Theta, profile: SensitivityProfile) -> Floats:
         """Factors ``[L, W]`` of roles, depth and few bits."""

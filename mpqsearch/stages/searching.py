@@ -225,7 +225,7 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
     """Measure what is missing, and write the maps, tables, figures and ``search.json``."""
     from mpqsearch.export import neutral_extra
     from mpqsearch.report import save_drawings
-    from mpqsearch.report.search import search_drawings, search_tables
+    from mpqsearch.report.search import search_drawings
     from mpqsearch.search.results import summarize, trials_csv
 
     c = run.config.search
@@ -244,8 +244,7 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
                 f"search: the predicted loss ranks measured maps poorly at {row['budget']}: Spearman "
                 f"{row['spearman']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
             )
-    for name, text in {"trials": trials_csv(study), **search_tables(data)}.items():
-        artifacts.write_text(run.path("search", f"{name}.csv"), text)
+    artifacts.write_text(run.path("search", "trials.csv"), trials_csv(study))
     save_drawings(run.path("search", "figures"), search_drawings(data))
     SEARCH.save(results_file(run), data, inputs)
     return data

@@ -14,12 +14,11 @@ import pytest
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.report import save_drawings
-from mpqsearch.report.search import arms_table, search_drawings, search_notes, search_tables
+from mpqsearch.report.search import arms_table, search_drawings, search_notes
 from mpqsearch.search.arms import uniform_candidate
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.results import (
-    Box,
     measured_points,
     rebuilt,
     summarize,
@@ -59,12 +58,7 @@ def test_chosen_maps_stand_beside_their_arms_at_the_same_size(finished: Finished
         candidate = chosen[entry["budget"]]
         assert candidate.bit_map.digest == rows["search"]["bit_map"]
         assert o.measurements.error(candidate) == pytest.approx(best)
-    assert data["hypervolume"]["search"] >= data["hypervolume"]["plain"]
-    volumes = [r["hypervolume"] for r in data["history"]]
-    assert np.diff(volumes).min() > -1e-12  # sums in another order differ by rounding
-    assert volumes[-1] == pytest.approx(data["hypervolume"]["search"])
-    assert [r["forwards"] for r in data["history"]] == sorted(r["forwards"] for r in data["history"])
-    assert data["forwards"] == data["history"][-1]["forwards"] <= 16 * 16 * 10
+    assert 0 < data["forwards"] <= 16 * 16 * 10
 
 
 def test_a_map_that_measures_worse_than_uniform_is_named(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,19 +73,6 @@ def test_a_map_that_measures_worse_than_uniform_is_named(finished: Finished, mon
     data, _ = summarize(o, study, repeats=1)
     assert all(b["worse_than_uniform"] for b in data["budgets"])
     assert all("(worse than uniform)" in r["arm"] for r in arms_table(data) if r["arm"].startswith("search"))
-
-
-def test_the_box_depends_on_no_search(finished: Finished) -> None:
-    o, _ = finished
-    box, low = Box.of(o), uniform_candidate(o.surrogate, o.budgets[0])
-    top = o.measurements.error(low)
-    assert box.hypervolume([]) == 0.0
-    assert box.hypervolume([(low.average_bits, top)]) == 0.0  # the corner itself
-    half = box.hypervolume([(low.average_bits, top * 1e-2)])
-    assert half == pytest.approx(0.5)  # half of the four decades, over the whole breadth
-    middle = (box.bits[0] + box.bits[1]) / 2
-    assert box.hypervolume([(middle, top * 1e-4)]) == pytest.approx(0.5)
-    assert box.hypervolume([(low.average_bits, top * 1e-9)]) == pytest.approx(1.0)
 
 
 def test_maps_are_rebuilt_from_their_points(finished: Finished) -> None:
@@ -117,17 +98,13 @@ def test_figures_and_tables_show_the_data(finished: Finished, tmp_path: Path) ->
     o, study = finished
     data, _ = summarize(o, study, repeats=1)
     drawings = search_drawings(data)
-    assert {d.key for d in drawings} >= {"search_front", "search_history", "search_fresh_seeds"}
+    assert {d.key for d in drawings} >= {"search_front", "search_fresh_seeds"}
     assert len(search_notes(data)) == len(data["predicted_vs_measured"])
     one_budget = search_drawings(data | {"budgets": data["budgets"][:1]})
     assert "search_front" not in {d.key for d in one_budget}, "one budget is a column of points"
     paths = save_drawings(tmp_path, drawings)
     assert len(paths) == 2 * len(drawings)
     assert all(p.stat().st_size > 2000 for p in paths)
-    tables = {k: list(csv.DictReader(io.StringIO(text))) for k, text in search_tables(data).items()}
-    assert len(tables["history"]) == 16
-    assert {r["arm"] for r in tables["arms"]} >= {"uniform", "plain", "search"}
-    np.testing.assert_allclose([float(r["error"]) for r in tables["points"]], [p["error"] for p in data["points"]])
 
 
 def test_final_seeds_choose_among_the_top_k_and_the_plain_program(

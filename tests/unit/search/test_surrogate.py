@@ -8,14 +8,14 @@ import pytest
 
 from mpqsearch.core import Budget, bops, size_bits
 from mpqsearch.errors import ConfigError
-from mpqsearch.methods import MethodSpec, Programs, channel_losses
+from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.search.space import PARAMETERS, parse_space
 from mpqsearch.search.surrogate import Surrogate
 
 Make = Callable[..., Surrogate]
 BUDGETS = [Budget.parse(t) for t in ("uniform:2", "uniform:3", "uniform:4", "4.5bit")]
 ALL_DEFAULTS = {name: p.default for name, p in PARAMETERS.items()}
-SHAPING = ("exponent", "low_bits", "kurtosis", "depth", "role_linear", "mix")
+SHAPING = ("exponent", "low_bits", "kurtosis", "depth", "role_linear")
 
 
 @pytest.mark.parametrize("allocator", ["ilp-layer", "ilp-channel"])
@@ -69,16 +69,6 @@ def test_parameters_do_what_their_meaning_says(make_surrogate: Make) -> None:
 
     deep = p.layer_sum(s.losses_of({"depth": 2.0}, s.method)) / totals
     np.testing.assert_allclose(deep[[0, -1], 0], [0.5, 2.0], rtol=1e-9)
-
-
-def test_mixing_takes_a_geometric_mean_with_output_errors(make_surrogate: Make) -> None:
-    s = make_surrogate()
-    p = s.profile
-    totals = p.layer_sum(s.losses_of({}, s.method))
-    output = p.layer_sum(channel_losses(p, s.table, "auto", "output", bias_correction=True))
-    for w in (0.25, 1.0):
-        ratio = p.layer_sum(s.losses_of({"mix": w}, s.method)) / (totals ** (1 - w) * output**w)
-        np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-6)
 
 
 def test_choices_reach_the_map(make_surrogate: Make) -> None:
