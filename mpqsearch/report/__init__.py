@@ -14,7 +14,7 @@ from mpqsearch.report.figures import render, save_drawings, save_figure
 from mpqsearch.report.front import front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
-from mpqsearch.report.paths import PathSeries, plot_path
+from mpqsearch.report.paths import plot_path
 from mpqsearch.report.prediction import plot_predicted_vs_measured, prediction_info
 from mpqsearch.report.profile import profile_summary
 from mpqsearch.report.sensitivity import (
@@ -28,7 +28,6 @@ from mpqsearch.report.sensitivity import (
 from mpqsearch.report.tables import read_pareto_json, standings, tied, write_pareto_csv, write_pareto_json
 
 __all__ = [
-    "PathSeries",
     "ReportContent",
     "SampleGrid",
     "SizeBreakdown",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +16,10 @@ from mpqsearch.methods import PROGRAMS, MethodSpec, Program
 from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_of, study_methods
 from mpqsearch.stages.base import Run, slug
 
-if TYPE_CHECKING:
-    from mpqsearch.report import PathSeries
+LISTED_VERTICES = 600
+"""Vertices of a path that are listed and drawn, evenly over its cost: more cannot be told apart."""
 
-LISTED_VERTICES = 5_000
-"""Vertices of a path that its files list; a longer path is listed in part, evenly over its cost."""
-
-COLUMNS = ("cost", "bits_a_parameter", "bytes", "loss", "rate", "layers", "bits", "input_bits")
+COLUMNS = ("cost", "loss", "rate")
 """Columns of a path's CSV."""
 
 
@@ -45,52 +42,37 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
     """
     first = run.config.allocate.parsed()[0]
     budgets = [b for b in run.config.allocate.parsed() if b.unit == first.unit]
-    answers, series = [], []
+    answers = []
     for method in program_methods(run):
         with run.timed("allocate"):
             programs = programs_of(run, table, measured, method)
             program = programs.program(method, first)
             path = solve_path(program.problem)
-        limits = {budget: programs.limit(budget, method) for budget in budgets}
-        data = _path_data(table, method, limits, program, path)
+        data: dict[str, Any] = {
+            "method": asdict(method),
+            "unit": first.unit,
+            "fixed_cost": program.fixed_cost,
+            "n_parameters": table.n_parameters,
+            "items": program.problem.n_items,
+            "vertices": len(path.budgets),
+            "points": [_point(program, path, vertex) for vertex in _listed(path)],
+            "budgets": [_answer(budget, programs.limit(budget, method), program, path) for budget in budgets],
+        }
         answers.append(data)
-        series.append(_series(data, program, path))
         if not run.dry_run:
             file = run.path("paths", f"{method.name}.json")
-            rows = [{**point, "layers": " ".join(point.get("layers", ()))} for point in data["points"]]
-            artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(COLUMNS, rows))
+            artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(COLUMNS, data["points"]))
             artifacts.write_json(file, "mpqsearch/path", data, allocation_inputs(run, table, method, first))
     if not run.dry_run:
-        _draw(run, first, series)
+        _draw(run, answers)
     return answers
 
 
-def _draw(run: Run, budget: Budget, series: Sequence[PathSeries]) -> None:
+def _draw(run: Run, answers: Sequence[Mapping[str, Any]]) -> None:
     from mpqsearch.report import plot_path, render, save_figure
 
-    size = budget.unit == "bits stored"
-    label = "stored bits per parameter, everything counted" if size else f"{budget.unit} of one forward pass"
-    drawn = save_figure(render(lambda: plot_path(series, label)), run.path("paths", "path"))
-    run.say(f"allocate: {len(series)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
-
-
-def _path_data(
-    table: LayerTable, method: MethodSpec, limits: Mapping[Budget, int], program: Program, path: ParetoPath
-) -> dict[str, Any]:
-    unit = next(iter(limits)).unit
-    first_map = program.weights(path.choice(0)) if program.by_layer else {}
-    return {
-        "method": asdict(method),
-        "unit": unit,
-        "fixed_cost": program.fixed_cost,
-        "n_parameters": table.n_parameters,
-        "items": program.problem.n_items,
-        "vertices": len(path.budgets),
-        "first_map": {name: int(bits) for name, bits in first_map.items()},
-        "first_inputs": program.activations(path.choice(0)),
-        "points": [_point(table, unit, program, path, vertex) for vertex in _listed(path)],
-        "budgets": [_answer(budget, limit, program, path) for budget, limit in limits.items()],
-    }
+    drawn = save_figure(render(lambda: plot_path(answers)), run.path("paths", "path"))
+    run.say(f"allocate: {len(answers)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
 
 
 def _listed(path: ParetoPath) -> list[int]:
@@ -102,18 +84,9 @@ def _listed(path: ParetoPath) -> list[int]:
     return [int(vertex) for vertex in vertices]
 
 
-def _point(table: LayerTable, unit: str, program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
-    """One vertex of a path, with the step that led to it where the items are layers."""
-    cost, loss = int(path.budgets[vertex]) + program.fixed_cost, float(path.losses[vertex])
-    point: dict[str, Any] = {"cost": cost, "loss": loss, "rate": float(path.rates[vertex])}
-    if unit == "bits stored":
-        point |= {"bits_a_parameter": cost / table.n_parameters, "bytes": -(-cost // 8)}
-    if program.by_layer and vertex > 0:
-        row, to = int(path.steps.item[vertex - 1]), int(path.steps.to[vertex - 1])
-        moved = np.flatnonzero(path.tables.row == row)
-        point |= {"layers": [program.layers[i] for i in moved], "bits": program.widths[to]}
-        point |= {"input_bits": program.inputs[to]} if program.inputs else {}
-    return point
+def _point(program: Program, path: ParetoPath, vertex: int) -> dict[str, Any]:
+    cost = int(path.budgets[vertex]) + program.fixed_cost
+    return {"cost": cost, "loss": float(path.losses[vertex]), "rate": float(path.rates[vertex])}
 
 
 def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> dict[str, Any]:
@@ -122,26 +95,7 @@ def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> d
     answer, vertex = {"budget": budget.label(), "limit": limit}, path.vertex(left)
     if vertex < 0:
         return answer | {"smallest": int(path.budgets[0]) + program.fixed_cost}
-    return answer | {
-        "cost": int(path.budgets[vertex]) + program.fixed_cost,
-        "loss": float(path.losses[vertex]),
-        "lower_bound": path.lower_bound(left),
-        "rate": float(path.rates[vertex]),
-    }
-
-
-def _series(data: Mapping[str, Any], program: Program, path: ParetoPath) -> PathSeries:
-    from mpqsearch.report import PathSeries
-
-    unit = data["n_parameters"] if data["unit"] == "bits stored" else 1
-    asked = [answer for answer in data["budgets"] if "loss" in answer]
-    return PathSeries(
-        name=data["method"]["name"],
-        cost=(path.budgets + program.fixed_cost) / unit,
-        loss=path.losses,
-        asked_cost=np.array([answer["cost"] / unit for answer in asked]),
-        asked_loss=np.array([answer["loss"] for answer in asked]),
-    )
+    return answer | _point(program, path, vertex) | {"lower_bound": path.lower_bound(left)}
 
 
 def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
