@@ -17,7 +17,7 @@ from mpqsearch.errors import ConfigError, UnknownNameError, nearest
 from mpqsearch.methods import MethodSpec
 from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
-from mpqsearch.specs import ActivationSearch, CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
+from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
 from mpqsearch.toml_text import dump_toml, toml_value
 
@@ -94,15 +94,16 @@ class CalibrationConfig(CalibrationSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationsConfig(ActivationSearch):
-    """The range search of quantized activations, for methods with ``act_bits``, and what it looks at: trajectories of
-    the sampler with seeds ``first_seed .. first_seed + samples - 1``."""
+class ActivationsConfig:
+    """The range search of quantized activations, for methods with ``act_bits``: trajectories of the sampler with seeds
+    ``first_seed .. first_seed + samples - 1``, and whether ``zero_points`` are searched too
+    (`mpqsearch.quant.RangeCollector.table`)."""
 
     samples: int = 8
     first_seed: int = 1_000_000
+    zero_points: bool = False
 
     def __post_init__(self) -> None:
-        ActivationSearch.__post_init__(self)
         if self.samples < 1:
             raise ConfigError(f"activations.samples must be at least 1, got {self.samples}")
 

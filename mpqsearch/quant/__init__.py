@@ -26,11 +26,9 @@ from mpqsearch.quant.tables import (
     weight_error_tables,
     width_errors,
 )
-from mpqsearch.specs import ActivationSearch
 
 __all__ = [
     "ActivationQuantizer",
-    "ActivationSearch",
     "ActivationTable",
     "QuantLayer",
     "QuantizedModel",

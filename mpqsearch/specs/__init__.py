@@ -4,11 +4,10 @@ A room's functions take its spec as an argument; `mpqsearch.config` reads the sa
 copy of any of them.
 """
 
-from mpqsearch.specs.activations import ActivationSearch
 from mpqsearch.specs.calibration import CalibrationSpec
 from mpqsearch.specs.distill import DistillSpec, TRDSpec
 from mpqsearch.specs.prompts import PromptsSpec
 from mpqsearch.specs.sampler import SamplerSpec
 from mpqsearch.specs.search import SearchSpec
 
-__all__ = ["ActivationSearch", "CalibrationSpec", "DistillSpec", "PromptsSpec", "SamplerSpec", "SearchSpec", "TRDSpec"]
+__all__ = ["CalibrationSpec", "DistillSpec", "PromptsSpec", "SamplerSpec", "SearchSpec", "TRDSpec"]

@@ -108,7 +108,7 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, statistics: S
         return None
     key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
     ranges = run.once(key, lambda: _ranges(run, table, bit_map, statistics))
-    return scales_of(ranges, bit_map, run.config.activations)
+    return scales_of(ranges, bit_map, zero_points=run.config.activations.zero_points)
 
 
 def _ranges(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> RangeCollector:

@@ -19,7 +19,7 @@ from mpqsearch.models import Denoiser
 from mpqsearch.models.hooks import layer_input
 from mpqsearch.profile import columns_of
 from mpqsearch.profile.calibrate import run_sampler
-from mpqsearch.quant import ActivationSearch, RowStatistics, Statistics, quantize_weight, rows_of, search_range
+from mpqsearch.quant import RowStatistics, Statistics, quantize_weight, rows_of, search_range
 
 ALPHAS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Alphas of smoothing that `choose_alphas` tries."""
@@ -37,7 +37,7 @@ def choose_alphas(
     statistics: Statistics,
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     alphas: Sequence[float] = ALPHAS,
-    search: ActivationSearch | None = None,
+    zero_points: bool = False,
 ) -> BitMap:
     """``bit_map`` with the alpha of smoothing that suits each layer: the least output error of weights and inputs
     quantized together.
@@ -66,7 +66,7 @@ def choose_alphas(
                 modules[name],
                 replace(bit_map, formats={name: replace(bit_map.format_of(name), alpha=alpha)}),
                 statistics[name],
-                search or ActivationSearch(),
+                zero_points,
             )
             for name in wanted
         }
@@ -89,9 +89,9 @@ class _Trial:
     """One layer at one alpha: ``error`` is the sum of its squared output error over what it has seen."""
 
     def __init__(
-        self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, known: RowStatistics, search: ActivationSearch
+        self, layer: LayerSpec, module: nn.Module, bit_map: BitMap, known: RowStatistics, zero_points: bool
     ) -> None:
-        self._layer, self._search = layer, search
+        self._layer, self._zero_points = layer, zero_points
         self._bits = bit_map.activations[layer.name]
         weight: Any = module.weight
         widths = torch.from_numpy(bit_map.channel_widths(layer.name, layer.n_channels).copy())
@@ -110,7 +110,7 @@ class _Trial:
         # Evenly over samples and places; an odd stride so that it does not follow the rows of an image.
         columns = columns[:, :: max(1, columns.shape[1] // POSITIONS) | 1]
         scaled = columns / self._factor
-        scale, zero = search_range(scaled, self._bits, self._search)
+        scale, zero = search_range(scaled, self._bits, zero_points=self._zero_points)
         top = 2**self._bits - 1
         seen = (scaled / scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale).mul_(self._factor)
         error = torch.bmm(seen, self._quantized).sub_(torch.bmm(columns, self._exact))

@@ -54,7 +54,6 @@ from mpqsearch.profile import (
     statistics_of,
 )
 from mpqsearch.quant import (
-    ActivationSearch,
     RangeCollector,
     RowStatistics,
     build_student,
@@ -67,7 +66,6 @@ from mpqsearch.sampling import SamplerSpec, load_model, samples
 HERE = Path(__file__).resolve().parent
 MODELS = ("fmnist-unet", "fmnist-dit")
 SETTINGS = {"W2A4": (2, 4), "W2A6": (2, 6), "W3A4": (3, 4), "W3A6": (3, 6), "W4A4": (4, 4)}
-OWN_SEARCH = ActivationSearch(zero_points=True)
 MOMENT_SAMPLES = 20
 """Trajectories, from the first calibration seed, that GPTQ sees: each of the ten classes twice."""
 
@@ -385,7 +383,7 @@ class Model:
             made,
             statistics=self.known,
             seeds=self.seeds,
-            search=OWN_SEARCH,
+            zero_points=True,
         )
 
     def student(self, recipe: Recipe, bit_map: BitMap, seed: int) -> torch.nn.Module:
@@ -397,7 +395,7 @@ class Model:
             rounded,
             statistics=known,
             bias_correction=recipe.spec.bias_correction,
-            activations=self.ranges(bit_map).table(bit_map.activations, OWN_SEARCH if recipe.own_inputs else None),
+            activations=self.ranges(bit_map).table(bit_map.activations, zero_points=recipe.own_inputs),
             trainable=recipe.trainable or "none",  # type: ignore[arg-type]
             rank=self.schedule.rank,
             seed=seed,

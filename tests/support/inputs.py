@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpqsearch.profile import collect_ranges, scales_of
-from mpqsearch.quant import ActivationSearch, ActivationTable, RowStatistics, Statistics, smooth_inputs
+from mpqsearch.quant import ActivationTable, RowStatistics, Statistics, smooth_inputs
 
 if TYPE_CHECKING:
     from mpqsearch.core import BitMap, LayerTable
@@ -39,7 +39,7 @@ def calibrated(
     *,
     seeds: Sequence[int] = range(1_000_000, 1_000_008),
     statistics: Statistics | None = None,
-    search: ActivationSearch | None = None,
+    zero_points: bool = False,
 ) -> ActivationTable:
     """Scales for the activation widths of a map, from samples of the model."""
     ranges = collect_ranges(
@@ -50,4 +50,4 @@ def calibrated(
         layers=bit_map.activations,
         factors=smooth_inputs(denoiser.module, table, bit_map, statistics or {}),
     )
-    return scales_of(ranges, bit_map, search)
+    return scales_of(ranges, bit_map, zero_points=zero_points)

@@ -13,7 +13,6 @@ from mpqsearch.models import discover
 from mpqsearch.models.calls import call_of
 from mpqsearch.quant import (
     ActivationQuantizer,
-    ActivationSearch,
     ActivationTable,
     RangeCollector,
     build_student,
@@ -119,7 +118,7 @@ def test_searched_zero_points_come_close_to_all_pairs_and_never_lose(bits: int, 
     def error(s: float, z: float) -> float:
         return float((((x / s + z).round().clamp(0, top) - z) * s - x).abs().pow(2.4).sum())
 
-    plain, searched = (collector.table({"layer": bits}, ActivationSearch(zero_points=on)) for on in (False, True))
+    plain, searched = (collector.table({"layer": bits}, zero_points=on) for on in (False, True))
     found, joint = (error(float(t.scale["layer"]), float(t.zero["layer"])) for t in (searched, plain))
     every = min(error((high - low) * (1 - 0.01 * i) / top, z) for i in range(80) for z in range(top + 1))
     assert found <= 1.05 * every

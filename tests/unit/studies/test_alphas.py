@@ -13,14 +13,13 @@ from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.quant import ActivationSearch, quantize_model
+from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import latents
 from tests.support import tiny_denoiser
 from tests.support.inputs import calibrated
 
 SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
 SEEDS = range(1_000_000, 1_000_004)
-SEARCH = ActivationSearch(n_candidates=20, zero_points=True)
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
     monkeypatch.setattr(study, "POSITIONS", 10**9)
     alphas = (0.0, 0.3, 0.5, 0.8, 1.0)
     chosen = study.choose_alphas(
-        denoiser, table, bit_map, statistics=statistics, seeds=SEEDS, alphas=alphas, search=SEARCH
+        denoiser, table, bit_map, statistics=statistics, seeds=SEEDS, alphas=alphas, zero_points=True
     )
     assert dict(chosen.weights) == dict(bit_map.weights)
     assert {f.scheme for f in chosen.formats.values()} <= {"asymmetric"}
@@ -99,7 +98,7 @@ def test_alphas_are_those_of_the_least_error_of_weights_and_inputs_together(
             activation_steps=bit_map.activation_steps,
             format=QuantFormat(n_candidates=20, smooth=True, alpha=a),
         )
-        activations = calibrated(denoiser, table, one, seeds=SEEDS, statistics=statistics, search=SEARCH)
+        activations = calibrated(denoiser, table, one, seeds=SEEDS, statistics=statistics, zero_points=True)
         made = quantize_model(denoiser.module, table, one, statistics=statistics, activations=activations)
         for name, error in layer_errors(denoiser, made.module, table).items():
             errors.setdefault(name, []).append(float(error.square().sum()))
