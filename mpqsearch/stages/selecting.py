@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 HELD = 2 * 10**9
 """Bytes of quantized models that are kept between the rounds; what does not fit is quantized again."""
 
-EVEN = 1.0
-"""Shrinkage of the candidate that trusts no sensitivity of a single channel, only their errors."""
-
 DOUBTFUL = 0.5
 """Rank correlation of predicted and measured losses below which predictions are said not to be believed."""
 
@@ -44,18 +41,27 @@ def plain_method(method: MethodSpec, measured: SensitivityProfile) -> MethodSpec
 
 
 def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence[Budget]) -> Mapping[str, MethodSpec]:
-    """What is tried, by a label, safest first: the less a map rests on estimates, the safer it is."""
-    by_channel = not measured.layers_only and all(b.quantity != "latency" for b in budgets)
-    plain = {"uniform, plain": replace(method, allocator="uniform", scheme="asymmetric", bias_correction=False)}
-    kinds = {"uniform": replace(method, allocator="uniform"), "by layer": replace(method, allocator="ilp-layer")}
-    if by_channel:
-        kinds["by channel, evenly"] = replace(method, allocator="ilp-channel", shrinkage=EVEN)
-        kinds["by channel"] = replace(method, allocator="ilp-channel")
-    found = plain if "asymmetric" in measured.formats else {}
-    for label, variant in kinds.items():
-        found[label] = replace(variant, rounding="nearest")
-        if not measured.layers_only:
-            found[f"{label}, gptq"] = replace(variant, rounding="gptq")
+    """What is tried, by a label, safest first: the less a map rests on estimates, the safer it is.
+
+    ``levelled`` trusts no sensitivity of a single channel, ``as measured`` all of them; between these the shrinkage is
+    as the data say.
+    """
+    rounded = {} if measured.layers_only else {", gptq": "gptq"}
+    found = {}
+    if "asymmetric" in measured.formats:
+        bare = replace(method, allocator="uniform", scheme="asymmetric", bias_correction=False, rounding="nearest")
+        found["uniform, plain"] = bare
+    kinds = {"uniform": "uniform", "by layer": "ilp-layer", "by channel": "ilp-channel"}
+    if measured.layers_only or any(b.quantity == "latency" for b in budgets):
+        del kinds["by channel"]
+    for label, allocator in kinds.items():
+        for suffix, rounding in ({"": "nearest"} | rounded).items():
+            found[label + suffix] = replace(method, allocator=allocator, rounding=rounding)
+    if "by channel, gptq" in found:
+        best = found.pop("by channel, gptq")
+        found["by channel, gptq, levelled"] = replace(best, shrinkage=1.0)
+        found["by channel, gptq"] = best
+        found["by channel, gptq, as measured"] = replace(best, shrinkage=0.0)
     return found
 
 
