@@ -16,6 +16,10 @@ from mpqsearch.distill.processes import Processes
 from mpqsearch.errors import ConfigError
 from mpqsearch.specs import DistillSpec
 
+ADAM_EPSILON = 1e-15
+"""Added to root mean square gradients. A gradient is that of the loss for a step of a row, which is small for a row of
+8 bits and a loss that is nearly gone: the usual 1e-8 would hold such rows still."""
+
 
 class Training:
     """The trained parameters of a student by name, and what moves them. ``seconds`` were spent on optimiser steps."""
@@ -33,6 +37,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g["params"]), "lr": float(g["lr"]), "initial_lr": float(g["lr"])} for g in groups],
             weight_decay=spec.weight_decay,
+            eps=ADAM_EPSILON,
         )
         self.trained = nn.ParameterList(self.parameters.values())
         self.average: AveragedModel | None = None

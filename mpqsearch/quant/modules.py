@@ -42,6 +42,11 @@ class WeightQuantizer(nn.Module):
     ``scale``, ``zero`` ``[C]`` start from the range search. ``base`` ``[C, D]`` is the full-precision weight: a
     parameter when all is trained, else a buffer that no checkpoint holds. ``lora_a`` ``[r, D]`` and ``lora_b`` ``[C,
     r]`` (zero at the start) are its low-rank update; the rank is at most the smaller side.
+
+    ``scale`` is in units of ``scale_unit`` ``[C]``, the power of two next to the row's own step, ``base`` and its
+    update in units of ``weight_unit`` ``[C]``, which is the same but for smoothing. So one learning rate moves rows of
+    all widths by the same part of their step, and no bit is lost: a row of 8 bits has a step of a hundredth of that of
+    a row of 1 bit in the same layer, and is there because it matters most.
     """
 
     scale: nn.Parameter
@@ -51,6 +56,8 @@ class WeightQuantizer(nn.Module):
     full: Tensor
     fixed_zero: Tensor
     group_factor: Tensor | None
+    scale_unit: Tensor
+    weight_unit: Tensor
 
     def __init__(
         self,
@@ -67,10 +74,13 @@ class WeightQuantizer(nn.Module):
         full = bits == FULL_PRECISION
         self.layer, self.dtype, self.any_full = layer, weight.dtype, bool(full.any())
         fixed_zero = (zero != zero.round()) | full  # a symmetric scheme has its zero between two codes
-        learned = trainable != "none"
-        self.scale = nn.Parameter(stored.quantizer.scale.clone(), requires_grad=learned)
+        learned, scale, factor = trainable != "none", stored.quantizer.scale, stored.factor
+        scale_unit = _power_of_two(scale)
+        weight_unit = scale_unit if factor is None else _power_of_two(scale / by_row(factor, len(scale)).mean(1))
+        self.scale = nn.Parameter(scale / scale_unit, requires_grad=learned)
         self.zero = nn.Parameter(zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
-        rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer).clone()
+        rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer)
+        rows = rows / weight_unit[:, None]
         if trainable == "all":
             self.base: Tensor = nn.Parameter(rows)
         else:
@@ -78,24 +88,28 @@ class WeightQuantizer(nn.Module):
         if trainable == "lora":
             self._add_lora(rows, rank, generator)
         top = top_code(torch.where(full, 8, bits))
-        constants = {"bits": bits, "top": top, "full": full, "fixed_zero": fixed_zero, "group_factor": stored.factor}
+        constants = {"bits": bits, "top": top, "full": full, "fixed_zero": fixed_zero, "group_factor": factor}
+        constants |= {"scale_unit": scale_unit, "weight_unit": weight_unit}
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
     def _add_lora(self, rows: Tensor, rank: int, generator: torch.Generator) -> None:
         rank = min(rank, *rows.shape)
-        # As in LoRA: uniform within 1/sqrt(fan-in) (Kaiming with a = sqrt(5)) for one factor, zero for the other.
-        start = (torch.rand(rank, rows.shape[1], generator=generator) * 2 - 1) * rows.shape[1] ** -0.5
+        # As in LoRA: one factor uniform within 1/sqrt(fan-in) (which `rows` multiplies with), the other zero.
+        start = torch.rand(rank, rows.shape[1], generator=generator) * 2 - 1
         self.lora_a = nn.Parameter(start.to(rows))
         self.lora_b = nn.Parameter(rows.new_zeros(len(rows), rank))
 
     def rows(self) -> Tensor:
         """The weight before quantization ``[C, D]``, low-rank update merged."""
-        return torch.addmm(self.base, self.lora_b, self.lora_a) if hasattr(self, "lora_a") else self.base
+        rows = self.base
+        if hasattr(self, "lora_a"):
+            rows = torch.addmm(rows, self.lora_b, self.lora_a, alpha=rows.shape[1] ** -0.5)
+        return rows * self.weight_unit[:, None]
 
     def _quantizer(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points as they are stored; the zero points of symmetric rows stay as they are."""
-        scale, zero = as_stored(self.scale, self.zero, self.top)
+        scale, zero = as_stored(self.scale * self.scale_unit, self.zero, self.top)
         return scale, torch.where(self.fixed_zero, self.zero.detach(), zero)
 
     def forward(self) -> Tensor:
@@ -126,7 +140,7 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def mean_step(self) -> float:
         """Mean distance of neighbouring levels over quantized rows, in the units of the weight."""
-        steps = self.scale.detach()[:, None]
+        steps = (self.scale.detach() * self.scale_unit)[:, None]
         if self.group_factor is not None:
             steps = steps / by_row(self.group_factor, len(steps))
         return float(steps[~self.full].mean())
@@ -135,6 +149,11 @@ class WeightQuantizer(nn.Module):
         """Rows by width."""
         values, counts = torch.unique(self.bits, return_counts=True)
         return ", ".join(f"{b}b x{c}" for b, c in zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The power of two next to each positive number."""
+    return torch.exp2(x.log2().round())
 
 
 class QuantLayer(nn.Module):
@@ -280,10 +299,12 @@ def param_groups(
     lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW, ``{"name", "params", "lr"}``, one for each kind and layer: ``lora:<layer>``,
-    ``weights:<layer>``, ``weight-scales:<layer>`` and ``activation-scales:<layer>`` (with zero points).
+    ``weights:<layer>``, ``biases:<layer>``, ``weight-scales:<layer>`` and ``activation-scales:<layer>`` (with zero
+    points).
 
-    Rates are in units of the mean quantization step of a layer, so that Adam changes scales of any magnitude by the
-    same fraction, and times ``lr_factor``. The defaults are for a few hundred steps; the released codes of EfficientDM
+    Rates are in quantization steps, times ``lr_factor``: of weights, their updates and their scales in the step of each
+    row (which is the unit of these parameters), of biases in the mean step of the layer's weight, of activation scales
+    in that of its input. The defaults are for a few hundred steps; the released codes of EfficientDM
     and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. Groups without parameters are left out.
     """
     groups: list[dict[str, Any]] = []
@@ -300,14 +321,13 @@ def param_groups(
             add("activation-scales", part.layer.name, [part.scale, part.zero], step * activation_scale_lr)
         if not isinstance(part, QuantLayer):
             continue
-        q, step = part.weight_quantizer, part.weight_quantizer.mean_step()
-        base = [] if q in seen else [q.base]  # a weight that several layers use is trained once
-        if q not in seen:
-            add("weight-scales", name, [q.scale, q.zero], step * weight_scale_lr)
-            add("lora", name, [q.lora_a, q.lora_b] if hasattr(q, "lora_a") else [], step * lora_lr)
+        q = part.weight_quantizer
+        if q not in seen:  # a weight that several layers use is trained once
+            add("weight-scales", name, [q.scale, q.zero], weight_scale_lr)
+            add("lora", name, [q.lora_a, q.lora_b] if hasattr(q, "lora_a") else [], lora_lr)
+            add("weights", name, [q.base] if isinstance(q.base, nn.Parameter) else [], weight_lr)
         seen.add(q)
-        weights = [p for p in (*base, part.bias) if isinstance(p, nn.Parameter)]
-        add("weights", name, weights, step * weight_lr)
+        add("biases", name, [] if part.bias is None else [part.bias], weight_lr * q.mean_step())
     return groups
 
 

@@ -83,7 +83,9 @@ def test_gradients_of_a_layer_with_smoothing_and_a_row_at_full_precision(scheme:
     )
     q, weight = student.layer.weight_quantizer, torch.randn(5, 9)  # type: ignore[union-attr]
     (q() * weight).sum().backward()  # type: ignore[operator]
-    start = [p.detach().double() for p in (q.base, q.scale, q.zero)]  # type: ignore[union-attr, arg-type]
+    units = [q.weight_unit[:, None], q.scale_unit, torch.ones(5)]  # type: ignore[union-attr, index]
+    parameters = [q.base, q.scale, q.zero]  # type: ignore[union-attr]
+    start = [(p.detach() * u).double() for p, u in zip(parameters, units, strict=True)]  # type: ignore[union-attr, operator]
     f, top = q.group_factor.double(), q.top.double()  # type: ignore[union-attr, operator]
     code, inside, error = frozen(start[0] * f, start[1], start[2], top)
 
@@ -92,9 +94,9 @@ def test_gradients_of_a_layer_with_smoothing_and_a_row_at_full_precision(scheme:
         return (torch.cat([y[:4], w[4:]]) * weight).sum()
 
     lsq = (9 * top).rsqrt()
-    gradients = [q.base.grad, q.scale.grad, q.zero.grad]  # type: ignore[union-attr]
+    gradients = [p.grad for p in parameters]  # type: ignore[union-attr]
     for k, gradient in enumerate(gradients):
-        expected = central_differences(smooth, k, start) * (1 if k == 0 else lsq)
+        expected = central_differences(smooth, k, start) * (1 if k == 0 else lsq) * units[k]
         if k == 2 and scheme == "symmetric":
             assert gradient is None, "the zero of a symmetric scheme is no parameter"
             continue

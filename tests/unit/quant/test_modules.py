@@ -105,13 +105,14 @@ def test_straight_through_is_the_gradient_of_the_layer_at_the_quantized_weight()
     with torch.no_grad():
         grad = 2 * (x @ layer.weight.T + layer.bias - target)  # type: ignore[operator, union-attr]
     inside = encode_inside(layer)  # type: ignore[arg-type]
-    torch.testing.assert_close(layer.weight_quantizer.base.grad, (grad.T @ x) * inside)  # type: ignore[union-attr]
+    q = layer.weight_quantizer  # type: ignore[union-attr]
+    torch.testing.assert_close(q.base.grad, (grad.T @ x) * inside * q.weight_unit[:, None])  # type: ignore[union-attr, operator, index]
     torch.testing.assert_close(layer.bias.grad, grad.sum(0))  # type: ignore[union-attr]
 
 
 def encode_inside(layer: QuantLayer) -> torch.Tensor:
     q = layer.weight_quantizer
-    codes = (q.base / q.scale[:, None] + q.zero[:, None]).round()
+    codes = (q.rows() / (q.scale * q.scale_unit)[:, None] + q.zero[:, None]).round()
     return (codes.clamp(0).minimum(q.top[:, None]) == codes) | (q.bits == 16)[:, None]
 
 
@@ -163,7 +164,8 @@ def test_low_rank_update_merges_before_quantization() -> None:
     with torch.no_grad():
         q.lora_b.normal_()  # type: ignore[union-attr]
     layer = table["layer"]
-    merged = q.base + q.lora_b @ q.lora_a  # type: ignore[operator, union-attr]
+    update = q.lora_b @ q.lora_a * q.weight_unit[:, None] / 6  # type: ignore[operator, union-attr, index]
+    merged = rows_of(root.layer.weight, layer) + update  # type: ignore[arg-type, union-attr]
     quantizer = quantize_weight(root.layer.weight, layer, q.bits, bit_map.format).quantizer  # type: ignore[arg-type, union-attr]
     expected = decode(
         encode(merged, type(quantizer)(scale=quantizer.scale, zero=quantizer.zero, bits=q.bits.clamp(max=8))), quantizer
@@ -188,11 +190,36 @@ def test_groups_have_rates_in_steps_and_every_trainable_once() -> None:
             assert not groups
             continue
         q = dict(quant_layers(student))["conv_out"].weight_quantizer
-        step = float(q.scale.detach()[q.bits != 16].mean())
-        assert rates["weight-scales:conv_out"] == pytest.approx(2e-3 * step)
+        step = float((q.scale * q.scale_unit).detach()[q.bits != 16].mean())
+        assert rates["weight-scales:conv_out"] == pytest.approx(2e-3)
         assert rates["activation-scales:conv_in"] == pytest.approx(0.02 * 0.1)
-        assert rates.get("lora:conv_out") == (pytest.approx(step) if trainable == "lora" else None)
-        assert rates.get("weights:conv_out") == (pytest.approx(0.5 * step) if trainable == "all" else None)
+        assert rates.get("lora:conv_out") == (pytest.approx(1.0) if trainable == "lora" else None)
+        assert rates.get("weights:conv_out") == (pytest.approx(0.5) if trainable == "all" else None)
+        assert rates.get("biases:conv_out") == (pytest.approx(0.5 * step) if trainable == "all" else None)
+
+
+@pytest.mark.parametrize("fmt", [QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
+def test_a_step_of_the_optimiser_is_the_same_part_of_the_step_of_every_row(fmt: QuantFormat) -> None:
+    """Rows of one layer whose steps differ by a factor of hundreds, for their widths and for their magnitudes."""
+    torch.manual_seed(0)
+    module = nn.Linear(64, 6)
+    with torch.no_grad():
+        module.weight.mul_(torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])[:, None])
+    root, table, bit_map = one_layer(module, [1, 4, 8], format=fmt)
+    input_max = {"layer": torch.rand(64) * 3 + 0.1}
+    student = build_student(root, table, bit_map, input_max=input_max, trainable="all")
+    q = student.layer.weight_quantizer  # type: ignore[union-attr]
+    steps = (q.scale * q.scale_unit).detach().clone()  # type: ignore[operator]
+    assert float(steps.max() / steps.min()) > 500
+    before = q.rows().detach().clone()  # type: ignore[operator, union-attr]
+    optimizer = torch.optim.AdamW(param_groups(student, weight_lr=0.1, weight_scale_lr=0.01), weight_decay=0, eps=1e-15)
+    student.layer(torch.randn(32, 64)).square().sum().backward()  # type: ignore[operator]
+    optimizer.step()
+    moved = (q.rows() - before).abs().amax(1)  # type: ignore[operator, union-attr]
+    factor = 1.0 if q.group_factor is None else q.group_factor.mean()  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(moved * factor / steps / 0.1, torch.ones(6), rtol=0, atol=0.5)
+    changed = (q.scale * q.scale_unit / steps - 1).abs()  # type: ignore[operator]
+    torch.testing.assert_close(changed / 0.01, torch.ones(6), rtol=0, atol=0.5)
 
 
 def flat_activations(table: LayerTable, bits: int, timesteps: tuple[int, ...] = ()) -> ActivationTable:
