@@ -23,7 +23,7 @@ from mpqsearch.export import Verification
 from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
 from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
-from mpqsearch.metrics import Evaluation, FeatureExtractor
+from mpqsearch.metrics import Evaluation, FeatureExtractor, Scorer
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
 from mpqsearch.profile import InputMoments, gptq_profile, statistics_of
@@ -188,6 +188,7 @@ def evaluate(
     seeds: Sequence[int] = range(128),
     extractor: str | FeatureExtractor = "auto",
     data: str | Path | None = None,
+    scorers: Sequence[Scorer] = (),
     progress: bool = True,
 ) -> Evaluation:
     """Samples of ``quantized`` against those of ``model`` from the same noise and prompts: distances, PSNR, each with
@@ -195,7 +196,8 @@ def evaluate(
 
     ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``, ``random-conv``, ``inception``, or one of
     `mpqsearch.metrics.module_extractor`. ``data``: statistics of real data (`mpqsearch.metrics.save_reference`); the
-    embedded ones of the extractor, if it has any, otherwise. Samples are measured batch by batch; those of full
+    embedded ones of the extractor, if it has any, otherwise. ``scorers``: further scores of single pictures, such as
+    `mpqsearch.metrics.clip_scorer`. Samples are measured batch by batch; those of full
     precision lie in a temporary folder.
     """
     from mpqsearch.metrics import AUTO, Reference, SampleStore, extractor_for, load_extractor, load_reference
@@ -211,7 +213,7 @@ def evaluate(
     with TemporaryDirectory() as folder, bar_of("evaluate", 2 * len(seeds), enabled=progress) as bar:
         store = SampleStore(Path(folder), seeds, {})
         store.fill(samples(model, seeds, progress=bar.update))
-        reference = Reference.of(store, extractor, statistics)
+        reference = Reference.of(store, extractor, statistics, scorers)
         return measure(samples(quantized, seeds, progress=bar.update), reference)
 
 

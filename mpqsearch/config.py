@@ -176,7 +176,8 @@ class EvaluateConfig:
 
     Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``,
     ``fmnist-judge``, ``random-conv`` or ``inception``; the last may read ``extractor_weights``. ``reference``: file of
-    data statistics; empty: the embedded ones of the extractor, if it has any.
+    data statistics; empty: the embedded ones of the extractor, if it has any. ``text_score``: a CLIP whose score of
+    pictures and prompts is measured too, a local folder of transformers or ``fmnist-clip``; empty: none.
     """
 
     samples: int = 128
@@ -184,6 +185,7 @@ class EvaluateConfig:
     extractor: str = "auto"
     extractor_weights: str = ""
     reference: str = ""
+    text_score: str = ""
 
     def __post_init__(self) -> None:
         if self.samples < 2:

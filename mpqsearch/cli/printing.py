@@ -122,7 +122,7 @@ def print_records(records: list[StudyRecord], *, as_json: bool) -> None:
         return
     if not records:
         return
-    order = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised")
+    order = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised", "clip_score")
     keys = [k for k in order if any(k in r.metrics for r in records)] or ["paired_mse"]
     rows = []
     for r in records:

@@ -20,6 +20,7 @@ from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kerne
 from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
 from mpqsearch.metrics.scorers import PSNR, Scorer
 from mpqsearch.metrics.store import SampleStore
+from mpqsearch.metrics.text import clip_scorer
 
 __all__ = [
     "AUTO",
@@ -33,6 +34,7 @@ __all__ = [
     "SampleStore",
     "Scorer",
     "Tally",
+    "clip_scorer",
     "distance_to_full_precision",
     "evaluate",
     "extractor_for",

@@ -24,6 +24,7 @@ _TEXTS = {
     "paired_psnr": MetricText("PSNR to full precision, same noise (dB)", "PSNR, dB", 2, " dB"),
     "paired_mse": MetricText("Squared error to full precision, same noise", "Squared error", 4),
     "class_accuracy": MetricText("Samples in the class that was asked for", "Right class", 3),
+    "clip_score": MetricText("CLIP score of picture and prompt", "CLIP score", 2),
     "attributes_recognised": MetricText("Attributes asked for that are recognised", "Attributes", 3),
 }
 

@@ -20,7 +20,7 @@ from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sources import REFERENCE, FileDigests, model_files, model_name
 
 if TYPE_CHECKING:
-    from mpqsearch.metrics import DataReference, FeatureExtractor
+    from mpqsearch.metrics import DataReference, FeatureExtractor, Scorer
     from mpqsearch.models import Denoiser, StreamedModel
 
 log = logging.getLogger("mpqsearch")
@@ -124,11 +124,16 @@ class Run:
                 return self.files.of(Path(given))
             return self.files.of_all({name: REFERENCE / name / file for name in names})
 
-        return {
+        inputs = {
             "evaluate": artifacts.digest_of([c.samples, c.first_seed, c.extractor]),
             "extractor_weights": digest(c.extractor_weights, "model.safetensors"),
             "reference": digest(c.reference, "reference.safetensors"),
         }
+        if c.text_score:
+            from mpqsearch.metrics.text import clip_files
+
+            inputs["text_score"] = self.files.of_all(clip_files(c.text_score))
+        return inputs
 
     @cached_property
     def picture(self) -> tuple[int, ...] | None:
@@ -162,6 +167,15 @@ class Run:
 
         c = self.config.evaluate
         return load_reference(Path(c.reference) if c.reference else None, self.extractor)
+
+    @cached_property
+    def scorers(self) -> tuple[Scorer, ...]:
+        """Scores of single pictures beside those of the extractor."""
+        from mpqsearch.metrics import clip_scorer
+        from mpqsearch.models import resolve_device
+
+        name = self.config.evaluate.text_score
+        return (clip_scorer(name, device=resolve_device(self.config.model.device)),) if name else ()
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returns, made once in this process: what takes the model to measure and several maps share."""

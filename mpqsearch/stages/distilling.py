@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpqsearch.distill import Processes
     from mpqsearch.metrics import Reference
 
-KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised", "paired_mse")
+KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised", "clip_score", "paired_mse")
 """Metrics that the stage prints."""
 
 

@@ -17,9 +17,9 @@ def preflight(run: Run, table: LayerTable, sampling: str = "") -> None:
     """Raise what a later stage would raise: for budgets that no map meets, and targets whose quantizer is not
     installed.
 
-    With ``sampling``, which says what samples are for: a model that cannot be sampled, an extractor or statistics of
-    data that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one decoded
-    picture show (prompts, classes, arguments of the call, the scheduler).
+    With ``sampling``, which says what samples are for: a model that cannot be sampled, an extractor, statistics of data
+    or a text score that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
+    decoded picture show (prompts, classes, arguments of the call, the scheduler).
     """
     _check_budgets(run, table)
     _check_targets(run)
@@ -39,7 +39,13 @@ def check_sampling(run: Run, sampling: str) -> None:
         _refuse_without_pictures(run)
         return
     run.extractor.check(run.picture[-3:])
-    _ = run.data_reference
+    _ = run.data_reference, run.scorers
+    c = run.config.evaluate
+    if c.text_score and not isinstance(run.denoiser.runner.labels([c.first_seed])[0], str):
+        raise ConfigError(
+            f"evaluate.text_score compares pictures with their prompts, and {run.config.model.source} is given none: "
+            "leave it out, or name a file of prompts (prompts.file)"
+        )
 
 
 def _refuse_without_pictures(run: Run) -> None:
@@ -49,6 +55,7 @@ def _refuse_without_pictures(run: Run) -> None:
         'search.error = "features" (use "latents")': c.search.trials > 0 and c.search.error == "features",
         "distill.check_every": c.distill.check_every > 0 and bool(c.distill.methods),
         "evaluate.reference": bool(c.evaluate.reference),
+        "evaluate.text_score": bool(c.evaluate.text_score),
     }
     for key, asked in keys.items():
         if asked:

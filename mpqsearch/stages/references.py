@@ -55,7 +55,7 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
     began = time.perf_counter()
     store = full_precision(run, table)
     seconds = time.perf_counter() - began
-    base = Reference.of(store, run.extractor, run.data_reference)
+    base = Reference.of(store, run.extractor, run.data_reference, run.scorers)
 
     def measure() -> dict[str, Any]:
         metrics = base.evaluation().metrics

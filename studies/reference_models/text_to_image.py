@@ -7,6 +7,7 @@
     python studies/reference_models/text_to_image.py flow         # SD3 transformer, flow matching
     python studies/reference_models/text_to_image.py t2i --export # write the pipeline folder into the package
     python studies/reference_models/text_to_image.py t2i --check  # attributes recognised on held-out captions
+    python studies/reference_models/text_to_image.py clip --check # text scores of held-out pictures and captions
 
 Every part is seeded and resumable: the draws of step ``k`` come from a generator seeded by ``(seed, k)``, so a run that
 was killed and continued equals one that was not. Order: vae and judge first, then the rest in any order;
@@ -20,6 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train import load_state, save_state
 
-from mpqsearch.metrics import load_extractor, save_reference
+from mpqsearch.metrics import clip_scorer, load_extractor, save_reference
 from mpqsearch.models.judge import GROUNDS, HUES, PLACES, SIZE, WORDS, Judge, Scene, recognised
 from mpqsearch.sampling import to_uint8
 
@@ -506,10 +508,13 @@ def trained_judge(runs: Path) -> Judge:
 
 def check(name: str, runs: Path, data_dir: Path, n: int = 256) -> None:
     """Print the share of attributes recognised: on held-out pictures, through the autoencoder, and of a pipeline."""
-    judge = trained_judge(runs)
     generator = torch.Generator().manual_seed(SEED + 123_456)
     images, scenes = Compositions("t10k", data_dir).batch(n, generator)
     scenes = [reading_order(scene) for scene in scenes]
+    if name == "clip":
+        check_clip(images, scenes)
+        return
+    judge = trained_judge(runs)
     report = {"held-out pictures": images}
     if name != "judge":
         vae, _ = trained_vae(runs)
@@ -523,6 +528,23 @@ def check(name: str, runs: Path, data_dir: Path, n: int = 256) -> None:
         line = f"{what}: {100 * float(share.mean()):.1f} +- {error:.1f} % of attributes recognised"
         print(line, f"(all of a picture: {100 * float((share == 1).float().mean()):.1f} %)")
         save_grid(shown[:32], runs / f"{name}-{what.split(',')[0].replace(' ', '-')}.png")
+
+
+def check_clip(images: Tensor, scenes: Sequence[Scene]) -> None:
+    """Print the exported CLIP's scores of pictures with their own captions and with others, and how often the own one
+    scores above one with a single word changed."""
+    scorer, pictures = clip_scorer("fmnist-clip"), to_uint8(images)
+    captions = {"their own": [s.caption for s in scenes], "those of the next picture": [s.caption for s in scenes]}
+    captions["those of the next picture"].append(captions["those of the next picture"].pop(0))
+    for part, options in (("floor", GROUNDS), ("first_colour", HUES), ("first", WORDS)):
+        captions[f"another {part.replace('_', ' ')}"] = [
+            replace(s, **{part: options[(options.index(getattr(s, part)) + 1) % len(options)]}).caption for s in scenes
+        ]
+    scores = {what: scorer.score(pictures, texts, None) for what, texts in captions.items()}
+    for what, score in scores.items():
+        above = 100 * float((scores["their own"] > score).float().mean())
+        line = f"captions: {what}: {float(score.mean()):.1f} +- {float(score.std()) / math.sqrt(len(score)):.1f}"
+        print(line, f"(the own caption scores above it in {above:.1f} % of the pictures)")
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -545,10 +567,15 @@ def export(name: str, runs: Path) -> None:
         save_file(half, folder / "model.safetensors")
         save_statistics(folder / "reference.safetensors")
     elif name == "clip":
+        from transformers import CLIPImageProcessor
+
         part = clip_part(Compositions(), runs / "clip")
         part.networks["clip"].load_state_dict(averaged(runs / "clip", "clip"))
         part.networks["clip"].half().save_pretrained(folder)
         build_tokenizer(folder)
+        square = {"height": SIZE, "width": SIZE}
+        half = [0.5] * 3  # pictures in [-1, 1], as in training
+        CLIPImageProcessor(size=square, crop_size=square, image_mean=half, image_std=half).save_pretrained(folder)
     else:
         pipeline(name, runs).to(torch.float16).save_pretrained(folder)
         (folder / "sampler.json").write_text(json.dumps(meant(name), indent=1) + "\n")

@@ -10,7 +10,7 @@ import pytest
 
 from mpqsearch.config import config_from
 from mpqsearch.core import LayerTable
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError, MpqsearchError, UnknownNameError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, MpqsearchError, UnknownNameError
 from mpqsearch.stages import Run, layers, layers_and_profile, profiling
 from mpqsearch.stages.preflight import check_sampling, preflight, require_targets
 from tests.support.pipelines import TINY
@@ -50,6 +50,18 @@ def run_of(folders: Path, where: Path, name: str, **tables: Mapping[str, Any]) -
         ("StableDiffusionPipeline", {"allocate": {"budgets": ["0.5bit"]}}, InfeasibleBudgetError, "0.5bit allows"),
         ("StableDiffusionPipeline", {"allocate": {"budgets": ["17bit"]}}, ConfigError, "above full precision"),
         ("StableDiffusionPipeline", {"allocate": {"budgets": ["uniform:9"]}}, ConfigError, "must lie in 1..8 bits"),
+        (
+            "StableDiffusionPipeline",
+            {"evaluate": {"text_score": "no/clip"}},
+            ModelError,
+            r"no/clip.* has no config\.json",
+        ),
+        (
+            "DiTPipeline",
+            {"sampler": {}, "prompts": {}, "evaluate": {"text_score": "fmnist-clip"}},
+            ConfigError,
+            "none:",
+        ),
         ("DiTPipeline", {"sampler": {}, "prompts": {"classes": [3, 1000]}}, ConfigError, "class 1000 does not exist"),
         (
             "StableAudioPipeline",
