@@ -39,13 +39,13 @@ def check_sampling(run: Run, sampling: str) -> None:
         _refuse_without_pictures(run)
         return
     run.extractor.check(run.picture[-3:])
-    _ = run.data_reference, run.scorers
     c = run.config.evaluate
     if c.text_score and not isinstance(run.denoiser.runner.labels([c.first_seed])[0], str):
         raise ConfigError(
             f"evaluate.text_score compares pictures with their prompts, and {run.config.model.source} is given none: "
             "leave it out, or name a file of prompts (prompts.file)"
         )
+    _ = run.data_reference, run.scorers
 
 
 def _refuse_without_pictures(run: Run) -> None:
