@@ -196,8 +196,8 @@ class EvaluateConfig:
 class DistillConfig(DistillSpec):
     """`DistillSpec`, the student (`mpqsearch.quant.build_student` and `param_groups`), its data and its checks.
 
-    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr`` and ``weight_lr`` are learning rates in units of the
-    mean quantization step of a layer; ``lr_factor`` multiplies them and those of the scales. The defaults are for a few
+    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr`` and ``weight_lr`` are learning rates in
+    quantization steps of each row; ``lr_factor`` multiplies them and those of the scales. The defaults are for a few
     hundred steps; the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``seed`` chooses
     the training noise. With ``check_every`` the student's Fréchet distance to full precision is measured on
     ``check_samples`` samples of the seeds from ``check_seed`` on, and the student of the least is the result.

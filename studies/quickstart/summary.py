@@ -1,6 +1,6 @@
-"""Print the results of a quickstart run as Markdown, and copy its front beside this file.
+"""Print the results of a run as Markdown, and copy its front and its samples to where they are shown.
 
-python studies/quickstart/summary.py runs/quickstart
+python studies/quickstart/summary.py runs/quickstart studies/quickstart
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-HERE = Path(__file__).resolve().parent
-
 
 def main() -> None:
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
+    run, shown = (Path(argument) for argument in sys.argv[1:])
     table = pd.read_csv(run / "pareto.csv")
     full = table[table["method"] == "full-precision"].iloc[0]
     rows = table[table["method"] != "full-precision"]
@@ -47,7 +45,9 @@ def main() -> None:
             for m in methods
         ]
         print(f"| {budget} | " + " | ".join(cells) + " |")
-    shutil.copy(run / "figures" / "front_fd_fp.png", HERE / "front.png")
+    shutil.copy(run / "figures" / "front_fd_fp.png", shown / "front.png")
+    samples = next(iter(sorted((run / "figures").glob("samples_*.png"))))  # the smallest budget
+    shutil.copy(samples, shown / "samples.png")
 
 
 def _with(row: pd.Series, key: str) -> str:
