@@ -29,7 +29,16 @@ from mpqsearch.models.runner import parts_of
 EPSILON = 1e-8
 """Added to squared norms, so that an all-zero feature has cosine 0 and a finite gradient."""
 
-_BLOCK_LISTS = ("up_blocks", "output_blocks", "single_transformer_blocks", "transformer_blocks", "blocks", "layers")
+_BLOCK_LISTS = (
+    "up_blocks",
+    "output_blocks",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+    "visual_transformer_blocks",
+    "transformer_blocks",
+    "blocks",
+    "layers",
+)
 """Attributes that hold a denoiser's blocks in the order of the forward pass; the last block of the first that exists is
 taken."""
 
