@@ -164,6 +164,7 @@ class SoundNet(nn.Module):
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "colour-unet": ColourUNet,
+    "cloud-mixer": CloudMixer,
     "sound-net": SoundNet,
 }
 

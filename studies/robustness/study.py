@@ -40,6 +40,7 @@ GUIDED = SamplerSpec(steps=10, guidance=2.0)
 OWN = "studies.robustness.models"
 MODELS: dict[str, tuple[str, SamplerSpec]] = {
     "colour-unet": (f"{OWN}:colour_unet", SamplerSpec(steps=10)),
+    "cloud-mixer": (f"{OWN}:cloud_mixer", SamplerSpec(steps=10)),
     "sound-net": (f"{OWN}:sound_net", SamplerSpec(steps=10)),
     "heavy-dit": (f"{OWN}:heavy_dit", GUIDED),
     "fmnist-unet": ("fmnist-unet", GUIDED),
