@@ -143,17 +143,22 @@ def gradients_everywhere() -> AbstractContextManager[Any]:
 
 
 class _Differentiable(TorchFunctionMode):
-    """Inside, ``no_grad`` of a model has no effect."""
+    """Inside, ``no_grad`` of a model has no effect.
+
+    Only the switch itself is turned: operations of an `torch.autograd.Function` stay without a graph, which nothing
+    would ever free.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` with gradients."""
+        """Run ``func``; what would turn gradients off turns them on."""
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         if func is Tensor.scatter_reduce_ and len(args) == 4 and kwargs == {"reduce": "sum"}:
             # The same sum, and repeatable in place: it keeps nothing for its gradient.
             func, kwargs = Tensor.scatter_add_, {}
-        with torch.enable_grad():
-            return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_set_grad_enabled":  # what `torch.no_grad` and its like call
+            args = (True,)
+        return func(*args, **(kwargs or {}))
 
 
 class Calls(Sequence[Call]):

@@ -1,6 +1,7 @@
 """The loop on tiny models: it learns, resumes bit for bit, saves on a signal and stops when it diverges."""
 
 import copy
+import gc
 import itertools
 import json
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpqsearch.core import Policy, QuantFormat, uniform_map
 from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
 from mpqsearch.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpqsearch.errors import ArtifactError, ConfigError, NumericsError, StaleArtifactError, UnknownNameError
-from mpqsearch.models import Denoiser
+from mpqsearch.models import Denoiser, discover
+from mpqsearch.quant import build_student, param_groups
 from mpqsearch.sampling import prediction_gains
 from tests.support import tiny_denoiser
 
@@ -72,6 +75,20 @@ def test_equal_student_has_no_loss_and_no_gradient() -> None:
     assert state.loss == 0.0
     # Rounding of the softmax; gradients of the student with weights off by a fifth are of order 1.
     assert state.gradient_norm < 1e-7
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """Whatever the functions of a student keep for their gradients is let go after each step."""
+    denoiser = teacher()
+    table = discover(denoiser)
+    bit_map = uniform_map(table, Policy(), 3, QuantFormat())
+    student = build_student(denoiser.module, table, bit_map, rank=2)
+    groups = param_groups(student)
+    held = []
+    for _ in distill(student, groups, trajectories(denoiser), spec(steps=6)):
+        gc.collect()
+        held.append(sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()))
+    assert max(held[1:]) <= held[0] + 5
 
 
 def first_gradient(relation: dict) -> tuple[torch.Tensor, float]:
