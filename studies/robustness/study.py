@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, SamplerSpec]] = {
     "fmnist-unet": ("fmnist-unet", GUIDED),
     "fmnist-dit": ("fmnist-dit", GUIDED),
     "fmnist-t2i": ("fmnist-t2i", SamplerSpec(steps=10)),
+    "fmnist-flow": ("fmnist-flow", SamplerSpec(steps=10)),
 }
 """Source and sampler of each model."""
 
@@ -65,14 +66,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "ilp-layer-gptq": {"allocator": "ilp-layer", **_GPTQ},
     "ilp-channel": {"allocator": "ilp-channel", **_AUTO},
     "ilp-channel-gptq": {"allocator": "ilp-channel", **_GPTQ},
-    "ours": {"allocator": "measured", **_AUTO},
+    "ours": {"allocator": "measured", **_GPTQ},
+    "ours-moved": {"allocator": "measured", **_GPTQ},
     "outer-search": {"allocator": "search", **_AUTO},
 }
 """Fields of `MethodSpec` by arm: what is asked for, in the words of a study's ``[[methods]]``."""
 
-SEARCHED = {**ARMS["ilp-channel"], "name": "ilp-channel"}
-SPACE = {"rounding": ["nearest", "gptq"], "granularity": ["channel", "layer"]}
-"""What the outer search may change beside its default space: the quantizer is in it."""
+SEARCHED = {**ARMS["ilp-channel-gptq"], "name": "ilp-channel"}
+"""What the outer search begins with; its space is the default one, with the quantizer in it."""
+
+MOVES = 24
+"""Moves at equal bytes of the arm ``ours-moved``."""
 
 FIELDS = (
     *("model", "target_bits", "arm", "rounding", "seed", "size_bytes", "paired_error", "n_samples", "seconds"),
@@ -121,6 +125,12 @@ class Bench:
         return table, profile
 
     @cached_property
+    def moving(self) -> stages.Run:
+        """The run whose selection tries moves from the chosen map on."""
+        c = self.config(allocate=AllocateConfig(select_moves=MOVES))
+        return stages.Run(config=c, folder=self.folder, given=self.run.denoiser)
+
+    @cached_property
     def reference(self) -> Tensor:
         """Final samples at full precision."""
         return latents(self.run.denoiser, self.seeds)
@@ -141,7 +151,8 @@ class Bench:
             bit_map, data = self._searched(budget)
         else:
             method = MethodSpec(name=arm, **ARMS[arm])
-            bit_map, data = stages.allocation(self.run, *self.measured, method, budget)
+            run = self.moving if arm == "ours-moved" else self.run
+            bit_map, data = stages.allocation(run, *self.measured, method, budget)
         return bit_map, bool(data.get("bias_correction", ARMS[arm].get("bias_correction", False)))
 
     def _searched(self, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
@@ -155,7 +166,6 @@ class Bench:
             first_seed=4_000_000 + 1000 * self.seed,
             error="latents",
             repeats=1,
-            space={**SearchSpec().space, **SPACE},
         )
         config = self.config(methods=(MethodSpec(**SEARCHED),), allocate=AllocateConfig(budgets=(text,)), search=spec)
         folder = self.folder / f"search-{text.replace(':', '-')}"
