@@ -208,8 +208,8 @@ class DistillConfig(DistillSpec):
     rank: int = 32
     batch: int = 8
     seed: int = 0
-    lora_lr: float = 0.04
-    weight_lr: float = 0.04
+    lora_lr: float = 0.02
+    weight_lr: float = 0.004
     lr_factor: float = 1.0
     check_samples: int = 128
     check_seed: int = 3_000_000

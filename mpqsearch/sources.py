@@ -18,7 +18,7 @@ from mpqsearch import artifacts
 from mpqsearch.errors import ArtifactError, ModelError, UnknownNameError
 
 REFERENCE = Path(__file__).parent / "models" / "reference"
-EMBEDDED = ("fmnist-t2i", "fmnist-unet", "fmnist-dit")
+EMBEDDED = ("fmnist-t2i", "fmnist-flow", "fmnist-unet", "fmnist-dit")
 """Denoisers that ship with the package; see the model cards beside their weights."""
 
 COMPONENTS = ("unet", "transformer", "prior", "decoder")

@@ -136,6 +136,8 @@ def _opener(
         left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
         if left_out:
             log.warning("%s: its safety checker is switched off: it blacks out pictures", source)
+        # Saved as none, such as the T5 of a Stable Diffusion 3: diffusers wants to hear it again.
+        left_out |= {n: None for n, pair in index.items() if pair == [None, None]}
         try:
             with _quiet():
                 return diffusers_class(str(index.get("_class_name")), source).from_pretrained(

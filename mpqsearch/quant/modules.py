@@ -292,8 +292,8 @@ def quant_layers(student: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 def param_groups(
     student: nn.Module,
     *,
-    lora_lr: float = 0.04,
-    weight_lr: float = 0.04,
+    lora_lr: float = 0.02,
+    weight_lr: float = 0.004,
     weight_scale_lr: float = 1e-3,
     activation_scale_lr: float = 5e-3,
     lr_factor: float = 1.0,

@@ -51,6 +51,8 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
         "mpqsearch/report/templates/report.html.j2",
         "mpqsearch/models/reference/fmnist-unet/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-dit/diffusion_pytorch_model.safetensors",
+        "mpqsearch/models/reference/fmnist-t2i/unet/diffusion_pytorch_model.safetensors",
+        "mpqsearch/models/reference/fmnist-flow/transformer/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-cnn/model.safetensors",
         "mpqsearch/models/reference/fmnist-cnn/reference.safetensors",
         "mpqsearch/models/reference/fmnist-judge/model.safetensors",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mpqsearch.core import Policy
 from mpqsearch.errors import ModelError, NumericsError, UnknownNameError
-from mpqsearch.models import Calls, Parts, capture, discover
+from mpqsearch.models import REFERENCE, Calls, Parts, capture, discover
+from mpqsearch.models.judge import Scene
 from mpqsearch.sampling import SamplerSpec, adapt, load_model, samples
 from tests.support import tiny_denoiser, tiny_dit, tiny_unet
 from tests.support.denoisers import build
@@ -243,6 +244,27 @@ def test_embedded_models_load_with_classes_and_a_range(name: str) -> None:
     assert (runner.n_classes, runner.null_class, runner.sample_shape) == (10, 10, (1, 28, 28))
     assert runner.picture(denoiser.module) == (1, 28, 28)
     assert 0.9e6 < sum(p.numel() for p in denoiser.module.parameters()) < 2.0e6
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "scheduler"),
+    [
+        ("fmnist-t2i", "StableDiffusionPipeline", "DDIMScheduler"),
+        ("fmnist-flow", "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    ],
+)
+def test_embedded_pipelines_load_with_prompts_and_how_they_are_meant_to_be_drawn(
+    name: str, pipeline: str, scheduler: str
+) -> None:
+    denoiser = load_model(name)
+    runner = denoiser.runner
+    assert runner.picture(denoiser.module) == (3, 64, 64)
+    assert runner.identity["pipeline"] == pipeline
+    assert json.loads((REFERENCE / name / "model_index.json").read_text())["scheduler"][1] == scheduler
+    assert all(Scene.parse(str(label)) for label in runner.labels(range(50)))
+    assert 2.5e6 < sum(p.numel() for p in denoiser.module.parameters()) < 3.5e6
+    files = sum(p.stat().st_size for p in (REFERENCE / name).rglob("*") if p.is_file())
+    assert files < 8e6
 
 
 def test_two_denoisers_are_one_model_with_two_parts() -> None:
