@@ -321,11 +321,10 @@ def search(
         evaluate=EvaluateConfig(extractor=extractor),
     )
     run = stages.Run(config=config, folder=Path(folder) if folder else Path("runs") / model.name, given=model)
-    table = stages.layers(run)
-    data = stages.search(run, table, profile)
-    maps = {
-        text: stages.searched_map(run, table, Budget.parse(text))[0] for text in (b["budget"] for b in data["budgets"])
-    }
+    run.profile = profile
+    stages.layers(run)
+    data = stages.search(run)
+    maps = {text: stages.searched_map(run, Budget.parse(text))[0] for text in (b["budget"] for b in data["budgets"])}
     return SearchResult(maps=maps, data=data, folder=run.path("search"))
 
 

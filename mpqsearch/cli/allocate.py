@@ -127,21 +127,20 @@ def allocate(
         "policy.max_formats_per_layer": max_formats_per_layer,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    table, measured = stages.layers_and_profile(run)
-    if measured is None:
+    if not stages.prepare(run):
         return
-    for_targets = stages.target_allocations(run, table, measured)
-    maps = [] if target else stages.allocations(run, table, measured)
+    for_targets = stages.target_allocations(run)
+    maps = [] if target else stages.allocations(run)
     more = {}
     if path and not target:
-        more["paths"] = stages.paths(run, table, measured)
+        more["paths"] = stages.paths(run)
     if explain and not target:
-        more["explanations"] = stages.explanations(run, table, measured)
+        more["explanations"] = stages.explanations(run)
     if as_json:
         allocations = [data for *_, data in (*maps, *for_targets)]
         print_json({"allocations": allocations, **more} if more else allocations)
     else:
-        _show(table, maps, for_targets, more)
+        _show(run.table, maps, for_targets, more)
 
 
 def _show(

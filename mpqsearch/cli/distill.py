@@ -42,10 +42,9 @@ def distill(
     limit = Budget.parse(budget)
     run.config.method(method)
     stages.start(run)
-    table, measured = stages.layers_and_profile(run, "training on trajectories of the sampler (distill)")
-    if measured is None:
+    if not stages.prepare(run, "training on trajectories of the sampler (distill)"):
         return
-    data = stages.distill(run, table, measured, method, limit)
+    data = stages.distill(run, method, limit)
     if as_json:
         print_json(data)
     elif data:

@@ -57,6 +57,5 @@ def evaluate(
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)
-    table, measured = stages.layers_and_profile(run, "an evaluation of samples (evaluate)")
-    if measured is not None:
-        print_records(stages.evaluate(run, table, measured), as_json=as_json)
+    if stages.prepare(run, "an evaluation of samples (evaluate)"):
+        print_records(stages.evaluate(run), as_json=as_json)

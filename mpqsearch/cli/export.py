@@ -77,10 +77,9 @@ def export(
         "allocate.targets": target if allocated else None,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    table, measured = stages.layers_and_profile(run)
-    if measured is None:
+    if not stages.prepare(run):
         return
-    exports = stages.export(run, table, measured, [], verify="now" if verify else "no")
+    exports = stages.export(run, [], verify="now" if verify else "no")
     good = [one for one in exports if one.error is None]
     if not verify:
         print_lines([path for one in good for path in one.paths], as_json=as_json)

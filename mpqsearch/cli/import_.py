@@ -57,7 +57,6 @@ def import_(
     table = stages.layers(run)
     written, imported = stages.import_map(
         run,
-        table,
         file,
         source=source,
         name=name or (file.parent.name if file.name == "bitmap.json" else file.stem),

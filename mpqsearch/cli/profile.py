@@ -86,11 +86,11 @@ def profile(
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)
-    table = stages.layers(run)
-    measured = stages.profile(run, table)
+    stages.layers(run)
+    measured = stages.profile(run)
     if measured is None:
         return
     if as_json:
         print_json(measured.header())
     else:
-        print_profile(table, measured)
+        print_profile(run.table, measured)

@@ -37,6 +37,5 @@ def quantize(
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
     run.config.method(method)
-    table, measured = stages.layers_and_profile(run)
-    if measured is not None:
-        print_lines([stages.quantize(run, table, measured, method, limit)], as_json=as_json)
+    if stages.prepare(run):
+        print_lines([stages.quantize(run, method, limit)], as_json=as_json)

@@ -32,9 +32,8 @@ def report(
 
     settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    table, measured = stages.layers_and_profile(run, "a report of samples (report)")
-    if measured is None:
+    if not stages.prepare(run, "a report of samples (report)"):
         return
-    records = stages.evaluate(run, table, measured)
-    records += stages.trained(run, table, measured, records)
-    print_lines([stages.report(run, table, measured, records)], as_json=as_json)
+    records = stages.evaluate(run)
+    records += stages.trained(run, records)
+    print_lines([stages.report(run, records)], as_json=as_json)

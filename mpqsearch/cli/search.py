@@ -73,10 +73,9 @@ def search(
     stages.check_search(run, storage=storage, workers=workers)
     if worker is None:
         stages.start(run)
-    table, measured = stages.layers_and_profile(run, "a search that is scored by samples (search)")
-    if measured is None:
+    if not stages.prepare(run, "a search that is scored by samples (search)"):
         return
-    data = stages.search(run, table, measured, storage=storage, workers=workers, worker=worker)
+    data = stages.search(run, storage=storage, workers=workers, worker=worker)
     if as_json:
         print_json(data)
     elif data:

@@ -13,7 +13,7 @@ from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths
 from mpqsearch.stages.exporting import Exported, export, require_good
 from mpqsearch.stages.importing import import_map
-from mpqsearch.stages.profiling import layers_and_profile, profile, profile_inputs
+from mpqsearch.stages.profiling import prepare, profile, profile_inputs
 from mpqsearch.stages.quantizing import quantize
 from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searched import searched_map
@@ -36,8 +36,8 @@ __all__ = [
     "export",
     "import_map",
     "layers",
-    "layers_and_profile",
     "paths",
+    "prepare",
     "profile",
     "profile_inputs",
     "quantize",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget
 from mpqsearch.methods import CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
@@ -19,12 +19,12 @@ from mpqsearch.stages.selecting import can_select, plain_method, say_selection, 
 from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
 
 
-def programs_of(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> Programs:
+def programs_of(run: Run, method: MethodSpec) -> Programs:
     """The study's table and policy with the profile that prices a method."""
     costs = run.config.allocate.costs
     return Programs(
-        table=table,
-        profile=priced(run, table, measured, method),
+        table=run.table,
+        profile=priced(run, method),
         policy=run.config.policy,
         format=run.config.quantizer.format(),
         costs=CostTable.read(costs) if costs else None,
@@ -39,44 +39,40 @@ def study_methods(run: Run) -> list[MethodSpec]:
     return [m for m in run.config.methods if not (timed and m.granularity == "channel")]
 
 
-def allocation(
-    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
-) -> tuple[BitMap, dict[str, Any]]:
+def allocation(run: Run, method: MethodSpec, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
     """Solve one method at one budget, or reuse its folder. Returns the map and what ``allocation.json`` holds."""
     if method.allocator == "search":
-        return searched_map(run, table, budget)
+        return searched_map(run, budget)
     if method.allocator == "map":
-        return given_map(run, table, measured, method)
+        return given_map(run, method)
     path = run.path("allocations", slug(method.name, budget), "allocation.json")
-    inputs = allocation_inputs(run, table, method, budget)
-    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, table, measured, method, budget))
+    inputs = allocation_inputs(run, method, budget)
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, method, budget))
     return solved.bit_map, solved.data
 
 
-def _solve(
-    run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec, budget: Budget
-) -> SavedAllocation:
+def _solve(run: Run, method: MethodSpec, budget: Budget) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
 
-    programs, more = partial(programs_of, run, table, measured), {}
-    if method.allocator == "measured" and can_select(run, measured):
-        solved, found = selected(run, table, measured, method, budget, programs)
+    programs, more = partial(programs_of, run), {}
+    if method.allocator == "measured" and can_select(run):
+        solved, found = selected(run, method, budget, programs)
         say_selection(run, budget, found)
         more = {"selection": found.to_data(), "bias_correction": solved.method.bias_correction}
     else:
-        plain = plain_method(method, measured) if method.allocator == "measured" else method
+        plain = plain_method(method, run.profile) if method.allocator == "measured" else method
         with run.timed("allocate"):
             solved = programs(plain).allocate(plain, budget, run.config.allocate.parsed_within())
-    data = solved.to_data() | {"made_from": _made_from(run, solved.method, measured)} | more
+    data = solved.to_data() | {"made_from": _made_from(run, solved.method)} | more
     provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
-    extra = neutral_extra(table, solved.bit_map, provenance=provenance)
+    extra = neutral_extra(run.table, solved.bit_map, provenance=provenance)
     return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
 
 
-def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: Budget) -> dict[str, str]:
+def allocation_inputs(run: Run, method: MethodSpec, budget: Budget) -> dict[str, str]:
     """Digests of all that one allocation depends on."""
     c = run.config.allocate
-    inputs = profile_inputs(run, table) | {
+    inputs = profile_inputs(run) | {
         "method": artifacts.digest_of([asdict(method)]),
         "budget": artifacts.digest_of(budget.label()),
     }
@@ -86,26 +82,24 @@ def allocation_inputs(run: Run, table: LayerTable, method: MethodSpec, budget: B
     if c.costs:
         inputs["costs"] = artifacts.digest_file(Path(c.costs))
     if method.allocator == "measured":
-        inputs |= selection_inputs(run, table)
+        inputs |= selection_inputs(run)
     elif method.rounding != "nearest":
-        inputs |= moment_inputs(run, table)
+        inputs |= moment_inputs(run)
     return inputs
 
 
-def _made_from(run: Run, method: MethodSpec, measured: SensitivityProfile) -> dict[str, Any]:
+def _made_from(run: Run, method: MethodSpec) -> dict[str, Any]:
     """What `mpqsearch.stages.checking` needs to build the same tables again."""
     costs = run.config.allocate.costs
     return {
-        "profile": priced_file(method, measured),
+        "profile": priced_file(method, run.profile),
         "policy": run.config.policy.to_data(),
         "format": run.config.quantizer.format().to_data(),
         "costs": {"file": costs, "sha256": artifacts.digest_file(Path(costs))} if costs else None,
     }
 
 
-def allocations(
-    run: Run, table: LayerTable, measured: SensitivityProfile
-) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, Any]]]:
+def allocations(run: Run) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, Any]]]:
     """All methods at all budgets of the configuration; maps from elsewhere once, at their own size."""
     out = []
     methods = study_methods(run)
@@ -113,7 +107,7 @@ def allocations(
         for method in methods:
             if method.allocator == "map" and place:
                 continue
-            bit_map, data = allocation(run, table, measured, method, given)
+            bit_map, data = allocation(run, method, given)
             budget = Budget.parse(data["budget"]) if method.allocator == "map" else given
             corrected = replace(method, bias_correction=data.get("bias_correction", method.bias_correction))
             out.append((corrected, budget, bit_map, data))

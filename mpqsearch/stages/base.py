@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpqsearch import artifacts
 from mpqsearch.config import Config
-from mpqsearch.core import Budget, LayerTable
+from mpqsearch.core import Budget, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.progress import bar_of, is_watched, say
 from mpqsearch.prompts import Prompts, read_prompts
@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 @dataclass
 class Run:
-    """One run folder with its configuration: what the stages read and write."""
+    """One run folder with its configuration: what the stages read and write. ``table`` and ``profile`` are there once
+    the stages of these names have run."""
 
     config: Config
     folder: Path
@@ -39,6 +40,8 @@ class Run:
     dry_run: bool = False
     given: Denoiser | None = None
     say: Say = say
+    table: LayerTable = field(init=False, repr=False)
+    profile: SensitivityProfile = field(init=False, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -224,11 +227,11 @@ def start(run: Run) -> None:
     artifacts.write_json(run.path("environment.json"), "mpqsearch/environment", artifacts.environment(), {})
 
 
-def same_model(run: Run, table: LayerTable) -> None:
+def same_model(run: Run) -> None:
     """Raise `StaleArtifactError` when the weights are not those of ``layers.json``."""
-    if run.denoiser.digest != table.digest:
+    if run.denoiser.digest != run.table.digest:
         raise StaleArtifactError(
             f"the weights of {run.config.model.source} ({run.denoiser.digest[:10]}) are not those that "
             f"{run.path('layers.json')} was made "
-            f"from ({table.digest[:10]}). Use another --run-dir, or --overwrite to make everything again."
+            f"from ({run.table.digest[:10]}). Use another --run-dir, or --overwrite to make everything again."
         )

@@ -9,9 +9,10 @@ from mpqsearch.stages.reuse import LAYERS, reuse_or_make
 
 
 def layers(run: Run) -> LayerTable:
-    """Discover the layers of the model, or reuse ``layers.json``."""
+    """``run.table``: discover the layers of the model, or reuse ``layers.json``."""
     path = run.path("layers.json")
-    return reuse_or_make(run, LAYERS, path, run.source_inputs, lambda: _discover(run), stage="layers")
+    run.table = reuse_or_make(run, LAYERS, path, run.source_inputs, lambda: _discover(run), stage="layers")
+    return run.table
 
 
 def _discover(run: Run) -> LayerTable:

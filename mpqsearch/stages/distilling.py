@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget
 from mpqsearch.errors import NumericsError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
@@ -33,9 +33,7 @@ KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recogni
 """Metrics that the stage prints."""
 
 
-def distill(
-    run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget
-) -> dict[str, Any]:
+def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
     """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
 
     Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors``
@@ -46,16 +44,14 @@ def distill(
     """
     check_sampling(run, "training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
-    bit_map, _ = allocation(run, table, measured, method, budget)
+    bit_map, _ = allocation(run, method, budget)
     folder = run.path("distilled", slug(method_name, budget))
     task = _Training(
         run=run,
-        table=table,
-        measured=measured,
         bit_map=bit_map,
         bias_correction=method.bias_correction,
         folder=folder,
-        inputs=_inputs(run, table, bit_map, bias_correction=method.bias_correction),
+        inputs=_inputs(run, bit_map, bias_correction=method.bias_correction),
     )
     path = folder / "metrics.json"
     if run.dry_run and not artifacts.is_current(path, METRICS.schema, task.inputs, overwrite=run.overwrite):
@@ -70,8 +66,6 @@ class _Training:
     """One map whose student is trained, and where its files go."""
 
     run: Run
-    table: LayerTable
-    measured: SensitivityProfile
     bit_map: BitMap
     bias_correction: bool
     folder: Path
@@ -83,13 +77,13 @@ def _trained(task: _Training) -> dict[str, Any]:
     from mpqsearch.distill import processes
     from mpqsearch.quant import convert
 
-    run, table = task.run, task.table
+    run = task.run
     team = processes()  # before the model is loaded: each process gets a GPU of its own
-    same_model(run, table)
+    same_model(run)
     student = _student(task)
     base = before = None
     if team.main:
-        base, _ = reference(run, table)
+        base, _ = reference(run)
         before = _measure(run, convert(student).module, base, "before training")
     team.wait()
     with run.timed("distill"):
@@ -97,7 +91,7 @@ def _trained(task: _Training) -> dict[str, Any]:
     if base is None:  # files are written by the main process
         raise SystemExit(0)
     trained = convert(student)
-    _write(run, task.folder, trained, table)
+    _write(run, task.folder, trained)
     data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, "after training")}
     if run.config.distill.check_every:
         data["checks"] = _checks(run, task.folder / "train.jsonl")
@@ -109,26 +103,26 @@ def _student(task: _Training) -> nn.Module:
     from mpqsearch.quant import build_student
 
     run, c = task.run, task.run.config.distill
-    statistics = statistics_for(run, task.table, task.measured, task.bit_map)
+    statistics = statistics_for(run, task.bit_map)
     return build_student(
         run.denoiser.module,
-        task.table,
+        run.table,
         task.bit_map,
         statistics=statistics,
         bias_correction=task.bias_correction,
-        activations=activation_table(run, task.table, task.bit_map, statistics),
+        activations=activation_table(run, task.bit_map, statistics),
         trainable=c.trainable,  # type: ignore[arg-type]
         rank=c.rank,
         seed=c.seed,
     )
 
 
-def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bool) -> dict[str, str]:
+def _inputs(run: Run, bit_map: BitMap, *, bias_correction: bool) -> dict[str, str]:
     """Digests of all that a trained student depends on."""
     training = run.config.to_data()["distill"]
     for key in ("checkpoint_every", "methods", "budgets"):  # what changes no number
         del training[key]
-    inputs = profile_inputs(run, table) | {
+    inputs = profile_inputs(run) | {
         "bit_map": bit_map.digest,
         "bias_correction": str(bias_correction),
         "activations": "none",
@@ -137,7 +131,7 @@ def _inputs(run: Run, table: LayerTable, bit_map: BitMap, *, bias_correction: bo
     }
     if bit_map.activations:
         inputs |= run.digests("activations")
-    return inputs | (moment_inputs(run, table) if bit_map.format.rounding != "nearest" else {})
+    return inputs | (moment_inputs(run) if bit_map.format.rounding != "nearest" else {})
 
 
 def _train(task: _Training, student: nn.Module, team: Processes) -> None:
@@ -235,7 +229,7 @@ def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[s
         return {k: v.to_data() for k, v in evaluate(made, base).metrics.items()}
 
 
-def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
+def _write(run: Run, folder: Path, trained: Any) -> None:
     """The trained student: a diffusers folder where the model is of diffusers, and always the integer codes."""
     from safetensors.torch import save
 
@@ -245,7 +239,7 @@ def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
     if all(hasattr(part, "save_pretrained") for part in parts_of(run.denoiser.module).values()):
         write_model_folder(run, folder, trained.module, trained.bit_map)
     else:
-        artifacts.save_bit_map(folder / "bitmap.json", trained.bit_map, {"model": table.digest})
+        artifacts.save_bit_map(folder / "bitmap.json", trained.bit_map, {"model": run.table.digest})
     tensors: dict[str, Any] = {}
     for name, rows in trained.rows.items():
         parts = {
@@ -259,8 +253,8 @@ def _write(run: Run, folder: Path, trained: Any, table: LayerTable) -> None:
         tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
     with artifacts.atomic_write(folder / "codes.safetensors") as handle:
         handle.write(save(tensors))
-    learned = activation_table_of(trained.module, table)
+    learned = activation_table_of(trained.module, run.table)
     if learned is not None:
         artifacts.write_json(
-            folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": table.digest}
+            folder / "activations.json", "mpqsearch/activations", learned.to_data(), {"model": run.table.digest}
         )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, SensitivityProfile, StudyRecord
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, StudyRecord
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, same_model, slug
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 def _measured(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     base: Reference,
     bit_map: BitMap,
     key: str,
@@ -43,9 +41,9 @@ def _measured(
     from mpqsearch.metrics import evaluate
     from mpqsearch.sampling import samples
 
-    same_model(run, table)
+    same_model(run)
     began = time.perf_counter()
-    module = quantized_module(run, table, measured, bit_map, bias_correction=bias_correction)
+    module = quantized_module(run, bit_map, bias_correction=bias_correction)
     drawn = samples(run.denoiser.with_module(module), base.seeds, progress=progress)
     result = evaluate(drawn, base, keep=SHOWN)
     kept = {"features": result.features, "images": None if result.images is None else key_frames(result.images)}
@@ -64,39 +62,37 @@ def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
     )
 
 
-def evaluate(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[StudyRecord]:
+def evaluate(run: Run) -> list[StudyRecord]:
     """Measure every map of the configuration, and the full-precision model."""
     check_sampling(run, "an evaluation of samples (evaluate)")
-    maps = allocations(run, table, measured)
+    maps = allocations(run)
     if run.dry_run:
-        keys = {evaluation_key(run, table, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}
+        keys = {evaluation_key(run, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}
         done = sum(run.path("metrics", f"{k[:16]}.json").exists() for k in keys)
         run.say(
             f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, "
             f"{len(keys) - done} to do"
         )
         return []
-    base, full = reference(run, table)
+    base, full = reference(run)
     records = [full]
     with bar_of("evaluate", len(maps) * len(base.seeds)) as bar:
         for method, budget, bit_map, solved in maps:
             bar.set_postfix_str(slug(method.name, budget))
             corrected = method.bias_correction
-            key = evaluation_key(run, table, bit_map, bias_correction=corrected)
-            measure = partial(
-                _measured, run, table, measured, base, bit_map, key, bias_correction=corrected, progress=bar.update
-            )
+            key = evaluation_key(run, bit_map, bias_correction=corrected)
+            measure = partial(_measured, run, base, bit_map, key, bias_correction=corrected, progress=bar.update)
             with run.timed("evaluate"):
                 data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure)
             records.append(
                 record_of(
-                    table,
+                    run.table,
                     bit_map,
                     base.seeds,
                     data,
                     method=method.name,
                     granularity=method.granularity,
-                    act_bits=mean_activation_bits(table, bit_map) if method.act_choices else method.act_bits,
+                    act_bits=mean_activation_bits(run.table, bit_map) if method.act_choices else method.act_bits,
                     predicted_loss=solved["predicted_loss"],
                     budget=budget.label(),
                     quantity=budget.quantity,

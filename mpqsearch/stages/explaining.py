@@ -10,7 +10,7 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch.allocate import NextStep, ParetoPath, explain, solve_path
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import PROGRAMS, MethodSpec, Program
 from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_of, study_methods
@@ -33,7 +33,7 @@ def program_methods(run: Run) -> list[MethodSpec]:
     return methods
 
 
-def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
+def paths(run: Run) -> list[dict[str, Any]]:
     """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json`` and ``.csv``, and a figure.
 
     A path is over the quantity of the study's first budget; budgets of ``allocate.within`` play no part. A method's own
@@ -45,14 +45,14 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
     answers = []
     for method in program_methods(run):
         with run.timed("allocate"):
-            programs = programs_of(run, table, measured, method)
+            programs = programs_of(run, method)
             program = programs.program(method, first)
             path = solve_path(program.problem)
         data: dict[str, Any] = {
             "method": asdict(method),
             "unit": first.unit,
             "fixed_cost": program.fixed_cost,
-            "n_parameters": table.n_parameters,
+            "n_parameters": run.table.n_parameters,
             "items": program.problem.n_items,
             "vertices": len(path.budgets),
             "points": [_point(program, path, vertex) for vertex in _listed(path)],
@@ -62,7 +62,7 @@ def paths(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dic
         if not run.dry_run:
             file = run.path("paths", f"{method.name}.json")
             artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(COLUMNS, data["points"]))
-            artifacts.write_json(file, "mpqsearch/path", data, allocation_inputs(run, table, method, first))
+            artifacts.write_json(file, "mpqsearch/path", data, allocation_inputs(run, method, first))
     if not run.dry_run:
         _draw(run, answers)
     return answers
@@ -98,7 +98,7 @@ def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> d
     return answer | _point(program, path, vertex) | {"lower_bound": path.lower_bound(left)}
 
 
-def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> list[dict[str, Any]]:
+def explanations(run: Run) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
     The best next step of every layer, the shadow prices of the budgets, and the layers at an end of what is allowed.
@@ -106,13 +106,13 @@ def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> l
     answers = []
     for budget in run.config.allocate.parsed():
         for method in program_methods(run):
-            bit_map, saved = allocation(run, table, measured, method, budget)
+            bit_map, saved = allocation(run, method, budget)
             with run.timed("allocate"):
-                data = _explanation(run, table, measured, method, budget, bit_map, saved)
+                data = _explanation(run, method, budget, bit_map, saved)
             answers.append(data)
             if not run.dry_run:
                 file = run.path("allocations", slug(method.name, budget), "explanation.json")
-                inputs = {**allocation_inputs(run, table, method, budget), "bit_map": bit_map.digest}
+                inputs = {**allocation_inputs(run, method, budget), "bit_map": bit_map.digest}
                 rows = data["layers"]
                 artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(list(rows[0]), rows))
                 artifacts.write_json(file, "mpqsearch/explanation", data, inputs)
@@ -122,8 +122,6 @@ def explanations(run: Run, table: LayerTable, measured: SensitivityProfile) -> l
 
 def _explanation(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     method: MethodSpec,
     budget: Budget,
     bit_map: BitMap,
@@ -133,7 +131,7 @@ def _explanation(
     had to reserve."""
     result, prices, main = saved["result"], saved["certificate"]["multipliers"], saved["totals"][0]
     by_layer, within = result["program"] == "layers", run.config.allocate.parsed_within()
-    program = programs_of(run, table, measured, method).program(method, budget, within, by_layer=by_layer)
+    program = programs_of(run, method).program(method, budget, within, by_layer=by_layer)
     sets, names = (None, None) if by_layer else (program.item_layer, program.layers)
     steps = explain(program.problem, program.choice(bit_map), sets, names)
     return {
@@ -143,7 +141,7 @@ def _explanation(
         **{key: result[key] for key in ("status", "loss", "lower_bound", "gap")},
         "shadow_price": next(iter(prices.values())),
         "shadow_prices": prices,
-        "layers": [_layer_row(step, table, bit_map) for step in steps],
+        "layers": [_layer_row(step, run.table, bit_map) for step in steps],
         "limit": main["limit"],
         "slack": main["limit"] - main["cost"],
     }

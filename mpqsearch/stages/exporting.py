@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, LayerTable, SensitivityProfile, StudyRecord, size_bits
+from mpqsearch.core import BitMap, StudyRecord, size_bits
 from mpqsearch.errors import ArtifactError, MpqsearchError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, log
@@ -58,8 +58,6 @@ class _Task:
 
 def export(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     records: list[StudyRecord],
     *,
     verify: Verify = "once",
@@ -71,7 +69,7 @@ def export(
     sizes of all targets. A target that fails does not stop the others, and a difference does not raise: see
     `require_good`.
     """
-    attempts = [_attempt(run, table, measured, records, name, verify) for name in run.config.export.targets]
+    attempts = [_attempt(run, records, name, verify) for name in run.config.export.targets]
     exports = [one for one in attempts if one is not None]
     for one in exports:
         if one.error is not None:
@@ -82,12 +80,10 @@ def export(
     return exports
 
 
-def _attempt(
-    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str, verify: Verify
-) -> Exported | None:
+def _attempt(run: Run, records: list[StudyRecord], name: str, verify: Verify) -> Exported | None:
     """One target's export, or the error that ended it; None for a target that a dry run would write."""
     try:
-        return _export_one(run, table, measured, _task(run, table, measured, records, name), verify)
+        return _export_one(run, _task(run, records, name), verify)
     except MpqsearchError as error:
         return Exported(target=name, error=error)
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
@@ -110,25 +106,25 @@ def require_good(exports: Sequence[Exported]) -> None:
         )
 
 
-def _task(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], name: str) -> _Task:
+def _task(run: Run, records: list[StudyRecord], name: str) -> _Task:
     from mpqsearch.export import get_exporter
 
     budget = export_budget(run)
     choices: Mapping[str, str] = {}
     if name in run.config.allocate.targets:
-        bit_map, solved = target_allocation(run, table, measured, name, budget)
+        bit_map, solved = target_allocation(run, name, budget)
         label, choices = f"allocated for {name} at {budget.label()}", solved["choices"]
     else:
         method = chosen_method(run, records)
-        bit_map, solved = allocation(run, table, measured, method, budget)
+        bit_map, solved = allocation(run, method, budget)
         label = f"{method.name} at {budget.label()}"
     inputs = {
         "bit_map": bit_map.digest,
-        "model": table.digest,
+        "model": run.table.digest,
         "rounding": run.config.export.rounding,
         "target": name,
         "choices": artifacts.digest_of(dict(choices)),
-        "profile": artifacts.digest_of(profile_inputs(run, table)),
+        "profile": artifacts.digest_of(profile_inputs(run)),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
     return _Task(
@@ -143,9 +139,7 @@ def _task(run: Run, table: LayerTable, measured: SensitivityProfile, records: li
     )
 
 
-def _export_one(
-    run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task, verify: Verify
-) -> Exported | None:
+def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
     """Plan and write, unless that was done from the same inputs; then let the consumer read, as ``verify`` says."""
     target, data = task.target, current(EXPORT, task.stamp, task.inputs)
     verified = None if data is None else data["verification"]
@@ -158,7 +152,7 @@ def _export_one(
                 f"export: WARNING: {target.requires} {other} was never tried with {target.name}, only {target.tested}; "
                 "go by what --verify finds"
             )
-        data, verified = _write(run, table, measured, task), None
+        data, verified = _write(run, task), None
         run.say(f"export: {task.folder} is written" + ("; not read back by its consumer" if verify == "no" else ""))
     elif verify == "no" or (verify == "once" and verified is not None):
         run.say(f"export: reused {task.folder}")
@@ -172,25 +166,25 @@ def _export_one(
     return Exported(target=target.name, paths=tuple(task.folder / name for name in data["files"]), data=data)
 
 
-def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> dict[str, Any]:
+def _write(run: Run, task: _Task) -> dict[str, Any]:
     """Write the export and ``export/<target>.json``, before any consumer has looked."""
     from mpqsearch.export import plan_table
     from mpqsearch.export.contract import AS_PLANNED
 
-    target, job = task.target, _job(run, table, measured, task)
+    target, job = task.target, _job(run, task)
     task.stamp.unlink(missing_ok=True)
     with run.timed("export"):
         paths = target.write(task.folder, job)
     plan, lost = target.plan(job), target.lost_inputs(job.bit_map)
     promised = target.promise(job, plan).total if target.name != "neutral" else None
-    ideal = size_bits(table, job.bit_map)
+    ideal = size_bits(run.table, job.bit_map)
     data = {
         "target": target.name,
         "map": task.label,
         "rounding": run.config.export.rounding,
         "rounded_layers": sum(e.reason not in AS_PLANNED for e in plan),
         "payload": target.payload,
-        "n_parameters": table.n_parameters,
+        "n_parameters": run.table.n_parameters,
         "ideal_bits": ideal,
         "accounted_bits": promised,
         "lost_inputs": len(lost),
@@ -205,7 +199,7 @@ def _write(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Tas
             "written none"
         )
     if promised is not None and promised > ideal:
-        run.say(size_note(target.name, promised, ideal, 16 * table.n_parameters))
+        run.say(size_note(target.name, promised, ideal, 16 * run.table.n_parameters))
     return data
 
 
@@ -222,21 +216,21 @@ def size_note(target: str, promised: int, ideal: int, half: int) -> str:
     return text
 
 
-def _job(run: Run, table: LayerTable, measured: SensitivityProfile, task: _Task) -> ExportJob:
+def _job(run: Run, task: _Task) -> ExportJob:
     """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
     from mpqsearch.export import ExportJob
     from mpqsearch.export.allocation import resolve_job
 
     job = ExportJob(
-        table=table,
+        table=run.table,
         bit_map=task.bit_map,
         denoiser=run.denoiser,
         choices=task.choices,
-        statistics=statistics_for(run, table, measured, task.bit_map),
-        inputs={"model": table.digest},
+        statistics=statistics_for(run, task.bit_map),
+        inputs={"model": run.table.digest},
         provenance=task.provenance,
     )
     if run.config.export.rounding != "resolve":
         return job
     fmt = run.config.quantizer.format()
-    return resolve_job(task.target, job, lambda: losses_for(run, table, measured, task.target), run.config.policy, fmt)
+    return resolve_job(task.target, job, lambda: losses_for(run, task.target), run.config.policy, fmt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mpqsearch.core import FULL_PRECISION, Budget, LayerTable, size_bits, uniform_map
+from mpqsearch.core import FULL_PRECISION, Budget, size_bits, uniform_map
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError
 from mpqsearch.stages.base import Run
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpqsearch.export import Target
 
 
-def preflight(run: Run, table: LayerTable, sampling: str = "") -> None:
+def preflight(run: Run, sampling: str = "") -> None:
     """Raise what a later stage would raise: for budgets that no map meets, and targets whose quantizer is not
     installed.
 
@@ -21,7 +21,7 @@ def preflight(run: Run, table: LayerTable, sampling: str = "") -> None:
     or a text score that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
     decoded picture show (prompts, classes, arguments of the call, the scheduler).
     """
-    _check_budgets(run, table)
+    _check_budgets(run)
     _check_targets(run)
     if sampling:
         check_sampling(run, sampling)
@@ -62,23 +62,25 @@ def _refuse_without_pictures(run: Run) -> None:
             raise ConfigError(f"{run.config.model.source} makes no pictures, so there are no features for {key}")
 
 
-def _check_budgets(run: Run, table: LayerTable) -> None:
+def _check_budgets(run: Run) -> None:
     """Raise `InfeasibleBudgetError` for a size that is below that of all searched layers at their smallest width, and
     `ConfigError` for one above full precision."""
     c, policy = run.config, run.config.policy
     budgets = [*c.allocate.parsed(), *c.allocate.parsed_within(), *map(Budget.parse, c.search.budgets)]
     schemes = {m.scheme for m in c.methods if m.allocator != "map"}
     smallest = [
-        size_bits(table, uniform_map(table, policy, min(policy.widths), replace(c.quantizer.format(), scheme=scheme)))
+        size_bits(
+            run.table, uniform_map(run.table, policy, min(policy.widths), replace(c.quantizer.format(), scheme=scheme))
+        )
         for scheme in schemes
     ]
     for budget in (b for b in budgets if smallest and b.unit == "bits stored"):
-        limit, full = budget.limit_bits(table, policy), FULL_PRECISION * table.n_parameters
+        limit, full = budget.limit_bits(run.table, policy), FULL_PRECISION * run.table.n_parameters
         if limit < min(smallest):
             raise InfeasibleBudgetError(
                 f"the budget {budget.label()} allows {limit} bits; the smallest attainable is {min(smallest)} "
-                f"({min(smallest) / table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): every "
-                f"searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
+                f"({min(smallest) / run.table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): "
+                f"every searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
                 "(policy.widths)."
             )
         if limit > full:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 
 from mpqsearch import artifacts
-from mpqsearch.core import LayerTable, SensitivityProfile
+from mpqsearch.core import SensitivityProfile
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.discovering import layers
@@ -17,21 +17,22 @@ Inputs = Mapping[str, str]
 """Digests by name."""
 
 
-def layers_and_profile(run: Run, sampling: str = "") -> tuple[LayerTable, SensitivityProfile | None]:
-    """What every later stage begins with; the profile is None in a dry run that would have to measure.
+def prepare(run: Run, sampling: str = "") -> bool:
+    """What every later stage begins with: ``run.table`` and ``run.profile``; False in a dry run that would have to
+    measure.
 
     ``sampling`` names what the later stages do with samples. What they would raise is raised before anything is
     measured: see `preflight`.
     """
-    table = layers(run)
-    preflight(run, table, sampling)
-    return table, profile(run, table)
+    layers(run)
+    preflight(run, sampling)
+    return profile(run) is not None
 
 
-def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+def profile_inputs(run: Run) -> dict[str, str]:
     """Digests of all that a profile depends on."""
     calibration = run.config.to_data()["calibration"]
-    inputs = {"model": table.digest, "widths": artifacts.digest_of(sorted(run.config.policy.widths))}
+    inputs = {"model": run.table.digest, "widths": artifacts.digest_of(sorted(run.config.policy.widths))}
     inputs |= run.digests("quantizer")
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
         return inputs | {"calibration": artifacts.digest_of(["weights only", calibration["schemes"]])}
@@ -40,30 +41,30 @@ def profile_inputs(run: Run, table: LayerTable) -> dict[str, str]:
     return inputs | run.source_inputs
 
 
-def profile(run: Run, table: LayerTable) -> SensitivityProfile | None:
-    """Measure the model, or reuse ``profile.json``; None in a dry run that would have to measure."""
-    path, inputs = run.path("profile.json"), profile_inputs(run, table)
+def profile(run: Run) -> SensitivityProfile | None:
+    """``run.profile``: measure the model, or reuse ``profile.json``; None in a dry run that would have to measure."""
+    path, inputs = run.path("profile.json"), profile_inputs(run)
     reused = artifacts.is_current(path, PROFILE.schema, inputs, overwrite=run.overwrite)
     if run.dry_run and not reused:
-        run.say(f"profile: would measure {len(table)} layers at {len(run.config.policy.widths)} widths")
+        run.say(f"profile: would measure {len(run.table)} layers at {len(run.config.policy.widths)} widths")
         return None
     measure = _measure_weights if run.config.calibration.weights_only else _measure
-    measured = reuse_or_make(run, PROFILE, path, inputs, lambda: measure(run, table, inputs), stage="profile")
+    run.profile = reuse_or_make(run, PROFILE, path, inputs, lambda: measure(run, inputs), stage="profile")
     if not reused:
-        _finish(run, table, measured)
-    return measured
+        _finish(run)
+    return run.profile
 
 
-def _finish(run: Run, table: LayerTable, measured: SensitivityProfile) -> None:
+def _finish(run: Run) -> None:
     """Draw a profile that was just measured, and say what is to be known of it."""
     from mpqsearch.report import profile_drawings, save_drawings
 
     shutil.rmtree(run.path("partial"), ignore_errors=True)
     figures = run.path("figures")
-    save_drawings(figures, profile_drawings(measured, table))
+    save_drawings(figures, profile_drawings(run.profile, run.table))
     path, seconds = run.path("profile.json"), run.seconds["profile"]
     run.say(f"profile: written to {path} in {seconds:.0f} s; pictures in {figures}")
-    names = measured.calibration.get("constant_inputs", [])
+    names = run.profile.calibration.get("constant_inputs", [])
     if names:
         run.say(
             f"profile: the input of {len(names)} layers never changed during calibration, so their errors are known "
@@ -71,7 +72,7 @@ def _finish(run: Run, table: LayerTable, measured: SensitivityProfile) -> None:
         )
 
 
-def _measure_weights(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
+def _measure_weights(run: Run, inputs: Inputs) -> SensitivityProfile:
     """Profile the weights on disk; each layer is kept as it is finished."""
     from mpqsearch.models import resolve_device
     from mpqsearch.profile import Partial, profile_weights
@@ -79,11 +80,11 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Inputs) -> Sensitivity
     c = run.config
     partial = Partial(folder=run.path("partial", "weights"), inputs=inputs)
     if partial.finished():
-        run.say(f"profile: continuing after {partial.finished()} of {len(table)} layers")
+        run.say(f"profile: continuing after {partial.finished()} of {len(run.table)} layers")
     with run.timed("profile"), bars_of(unit="B") as progress:
         return profile_weights(
             run.streamed,
-            table,
+            run.table,
             c.policy,
             c.calibration.schemes,
             c.quantizer.format(),
@@ -94,7 +95,7 @@ def _measure_weights(run: Run, table: LayerTable, inputs: Inputs) -> Sensitivity
         )
 
 
-def _measure(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
+def _measure(run: Run, inputs: Inputs) -> SensitivityProfile:
     """Profile in parts, each kept in ``partial/`` as it is finished, so that an interrupted run continues."""
     from mpqsearch.profile import Partial, profile_model
 
@@ -104,14 +105,14 @@ def _measure(run: Run, table: LayerTable, inputs: Inputs) -> SensitivityProfile:
             "profile: recorded calls bring no sampler: sensitivities of the final sample are left out, the loss "
             "'probe' is measured"
         )
-    same_model(run, table)
+    same_model(run)
     partial = Partial(folder=run.path("partial", "base"), inputs=inputs)
     if partial.finished():
-        run.say(f"profile: continuing after the tables of {partial.finished()} of {len(table)} layers")
+        run.say(f"profile: continuing after the tables of {partial.finished()} of {len(run.table)} layers")
     with run.timed("profile"), bars_of() as progress:
         return profile_model(
             run.denoiser,
-            table,
+            run.table,
             c.policy,
             c.calibration,
             c.quantizer.format(),

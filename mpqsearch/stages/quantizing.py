@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def quantize(run: Run, table: LayerTable, measured: SensitivityProfile, method_name: str, budget: Budget) -> Path:
+def quantize(run: Run, method_name: str, budget: Budget) -> Path:
     """Write the fake-quantized model as a diffusers folder with its bit map."""
     method = run.config.method(method_name)
-    bit_map, _ = allocation(run, table, measured, method, budget)
+    bit_map, _ = allocation(run, method, budget)
     folder = run.path("quantized", slug(method_name, budget))
     if run.dry_run:
         run.say(f"quantize: would write {folder}")
         return folder
-    same_model(run, table)
-    module = quantized_module(run, table, measured, bit_map, bias_correction=method.bias_correction)
+    same_model(run)
+    module = quantized_module(run, bit_map, bias_correction=method.bias_correction)
     write_model_folder(run, folder, module, bit_map)
     run.say(f"quantize: {folder}")
     return folder

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
-from mpqsearch.core import BitMap, LayerTable, MetricValue, SensitivityProfile, StudyRecord, average_bits, size_bytes
+from mpqsearch.core import BitMap, LayerTable, MetricValue, StudyRecord, average_bits, size_bytes
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.profiling import profile_inputs
@@ -28,32 +28,32 @@ SHOWN = 10
 """Pictures of every map that are kept for the report."""
 
 
-def evaluation_key(run: Run, table: LayerTable, bit_map: BitMap | None, *, bias_correction: bool) -> str:
+def evaluation_key(run: Run, bit_map: BitMap | None, *, bias_correction: bool) -> str:
     """Digest of everything that the samples of a map depend on: the same point is never evaluated twice."""
     c = run.config.to_data()
     parts: list[Any] = [
         __version__,
-        table.digest,
+        run.table.digest,
         c["sampler"],
         run.evaluation_inputs,
         run.source_inputs,
         bit_map.digest if bit_map is not None else "full precision",
     ]
     if bit_map is not None and (bias_correction or bit_map.format.smooth or bit_map.format.rounding != "nearest"):
-        parts += [bias_correction, profile_inputs(run, table)]  # input statistics come from the profile or its settings
-        parts += [moment_inputs(run, table)] if bit_map.format.rounding != "nearest" else []
+        parts += [bias_correction, profile_inputs(run)]  # input statistics come from the profile or its settings
+        parts += [moment_inputs(run)] if bit_map.format.rounding != "nearest" else []
     if bit_map is not None and bit_map.activations:
         parts += [c["activations"]]
     return artifacts.digest_of(parts)
 
 
-def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
+def reference(run: Run) -> tuple[Reference, StudyRecord]:
     """Full-precision samples with their features, cached, and their record."""
     from mpqsearch.metrics import Reference
 
-    key = evaluation_key(run, table, None, bias_correction=False)
+    key = evaluation_key(run, None, bias_correction=False)
     began = time.perf_counter()
-    store = full_precision(run, table)
+    store = full_precision(run)
     seconds = time.perf_counter() - began
     base = Reference.of(store, run.extractor, run.data_reference, run.scorers)
 
@@ -62,23 +62,30 @@ def reference(run: Run, table: LayerTable) -> tuple[Reference, StudyRecord]:
         return {"seconds": seconds, "metrics": {k: v.to_data() for k, v in metrics.items()}}
 
     data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure)
-    full = uniform_full_precision(table)
+    full = uniform_full_precision(run.table)
     record = record_of(
-        table, full, base.seeds, data, method="full-precision", granularity="model", act_bits=16.0, predicted_loss=0.0
+        run.table,
+        full,
+        base.seeds,
+        data,
+        method="full-precision",
+        granularity="model",
+        act_bits=16.0,
+        predicted_loss=0.0,
     )
     return base, record
 
 
-def full_precision(run: Run, table: LayerTable) -> SampleStore:
+def full_precision(run: Run) -> SampleStore:
     """Full-precision samples of the report seeds; those that the run folder lacks are made."""
     from mpqsearch.metrics import SampleStore
     from mpqsearch.sampling import samples
 
-    key, c = evaluation_key(run, table, None, bias_correction=False), run.config.evaluate
+    key, c = evaluation_key(run, None, bias_correction=False), run.config.evaluate
     seeds, folder = range(c.first_seed, c.first_seed + c.samples), run.path("stats", f"full-precision-{key[:16]}")
     store = SampleStore(folder, seeds, {"evaluation": key}, overwrite=run.overwrite)
     if missing := store.missing:
-        same_model(run, table)
+        same_model(run)
         with run.timed("evaluate"), bar_of("full precision", len(missing)) as bar:
             store.fill(samples(run.denoiser, missing, progress=bar.update))
     return store
@@ -126,20 +133,18 @@ def record_of(
     )
 
 
-def quantized_module(
-    run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap, *, bias_correction: bool
-) -> nn.Module:
+def quantized_module(run: Run, bit_map: BitMap, *, bias_correction: bool) -> nn.Module:
     """The fake-quantized copy of the run's model; scales of activations are calibrated where the map asks for them."""
     from mpqsearch.quant import quantize_model
 
-    statistics = statistics_for(run, table, measured, bit_map)
+    statistics = statistics_for(run, bit_map)
     return quantize_model(
         run.denoiser.module,
-        table,
+        run.table,
         bit_map,
         statistics=statistics,
         bias_correction=bias_correction,
-        activations=activation_table(run, table, bit_map, statistics),
+        activations=activation_table(run, bit_map, statistics),
     ).module
 
 

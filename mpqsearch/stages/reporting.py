@@ -33,11 +33,9 @@ CAPTIONED = 5
 """Samples with captions that the page shows of a method; without captions `SHOWN`."""
 
 
-def report(
-    run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord], command: str = ""
-) -> Path:
+def report(run: Run, records: list[StudyRecord], command: str = "") -> Path:
     """Write tables, figures and ``report.html``, or reuse them when nothing changed."""
-    page, inputs = run.path("report.html"), report_inputs(run, table, records)
+    page, inputs = run.path("report.html"), report_inputs(run, records)
     # A report is cheap and made of other artifacts only: a stale one is drawn again.
     if page.exists() and artifacts.is_current(run.path("pareto.json"), "mpqsearch/pareto", inputs, overwrite=True):
         run.say(f"report: reused {page}")
@@ -48,19 +46,19 @@ def report(
     from mpqsearch.report import build_report
 
     command = redact(command or shlex.join(["mpqsearch", *sys.argv[1:]]))
-    content = report_content(run, table, measured, records, command, inputs)
+    content = report_content(run, records, command, inputs)
     with run.timed("report"):
         build_report(run.folder, content, inputs)
     run.say(f"report: {page}")
     return page
 
 
-def report_inputs(run: Run, table: LayerTable, records: list[StudyRecord]) -> dict[str, str]:
+def report_inputs(run: Run, records: list[StudyRecord]) -> dict[str, str]:
     """Digests of all that a report shows."""
     inputs = {
         "records": artifacts.digest_of([r.to_data() for r in records]),
         "config": artifacts.digest_of(run.config.to_data()),
-        "profile": artifacts.digest_of(profile_inputs(run, table)),
+        "profile": artifacts.digest_of(profile_inputs(run)),
     }
     exports = {p.stem: artifacts.digest_file(p) for p in sorted(run.path("export").glob("*.json"))}
     if exports:
@@ -73,8 +71,6 @@ def report_inputs(run: Run, table: LayerTable, records: list[StudyRecord]) -> di
 
 def report_content(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     records: list[StudyRecord],
     command: str,
     inputs: Mapping[str, str],
@@ -83,38 +79,38 @@ def report_content(
     from mpqsearch.report import ReportContent
 
     budgets, methods = run.config.allocate.parsed(), study_methods(run)
-    solved = {(m, b): allocation(run, table, measured, m, b) for b in budgets for m in methods}
+    solved = {(m, b): allocation(run, m, b) for b in budgets for m in methods}
     chosen = chosen_method(run, records)
-    exported, _ = allocation(run, table, measured, chosen, export_budget(run))
+    exported, _ = allocation(run, chosen, export_budget(run))
     return ReportContent(
-        title=run.config.report.title or f"Bit allocation of {table.model}",
+        title=run.config.report.title or f"Bit allocation of {run.table.model}",
         records=records,
-        table=table,
+        table=run.table,
         policy=run.config.policy,
         maps={f"{chosen.name} at {b.label()}": bit_map for (m, b), (bit_map, _) in solved.items() if m == chosen},
         point_maps={bit_map.digest: bit_map for bit_map, _ in solved.values()},
-        profile=measured,
+        profile=run.profile,
         format_name=chosen.format_name,
-        grids=_grids(run, table, solved),
-        correlations=rank_correlations(table, measured),
+        grids=_grids(run, solved),
+        correlations=rank_correlations(run.table, run.profile),
         selections=_selections(solved),
         exports=size_rows(run),
         environment=artifacts.environment(),
         config=run.config.to_toml(),
         command=command,
-        digests={"model": table.digest, **inputs},
+        digests={"model": run.table.digest, **inputs},
         seconds=run.seconds,
         notes=_notes(solved),
-        search=search_results(run, table),
+        search=search_results(run),
         chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
     )
 
 
-def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
+def _grids(run: Run, solved: Solved) -> list[SampleGrid]:
     """Samples of every method at every budget that were kept, below those of the full-precision model."""
     from mpqsearch.report import sample_grid
 
-    full = full_precision(run, table).read(0, SHOWN)
+    full = full_precision(run).read(0, SHOWN)
     if full.images is None:
         return []
     captions = [label for label in full.labels if isinstance(label, str)]  # prompts, and no classes
@@ -123,7 +119,7 @@ def _grids(run: Run, table: LayerTable, solved: Solved) -> list[SampleGrid]:
         rows = {"full precision": key_frames(full.images)[:columns].numpy()}
         for (method, b), (bit_map, data) in solved.items():
             corrected = data.get("bias_correction", method.bias_correction)
-            file = run.path("stats", f"{evaluation_key(run, table, bit_map, bias_correction=corrected)[:16]}.npz")
+            file = run.path("stats", f"{evaluation_key(run, bit_map, bias_correction=corrected)[:16]}.npz")
             if b == budget and file.exists():
                 rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
         grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns, captions=captions))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, bops, size_bits
+from mpqsearch.core import BitMap, Budget, bops, size_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
@@ -23,7 +23,7 @@ def map_file(run: Run, budget: Budget) -> Path:
     return run.path("search", "maps", f"{budget.label().replace(':', '-')}.json")
 
 
-def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+def search_inputs(run: Run) -> dict[str, str]:
     """Digests of all that the result of a search depends on."""
     c = run.config.to_data()
     c["search"]["budgets"] = [b.label() for b in budgets_of(run)]
@@ -32,7 +32,7 @@ def search_inputs(run: Run, table: LayerTable) -> dict[str, str]:
         "evaluate": run.evaluation_inputs,
         "search": c["search"],
     }
-    inputs = profile_inputs(run, table) | run.digests("policy", "quantizer")
+    inputs = profile_inputs(run) | run.digests("policy", "quantizer")
     return inputs | {name: artifacts.digest_of(part) for name, part in parts.items()}
 
 
@@ -42,17 +42,17 @@ def budgets_of(run: Run) -> tuple[Budget, ...]:
     return tuple(Budget.parse(t) for t in texts)
 
 
-def search_results(run: Run, table: LayerTable) -> dict[str, Any] | None:
+def search_results(run: Run) -> dict[str, Any] | None:
     """What ``search.json`` holds, when this run has a search and it is finished."""
     if not run.config.search.trials or not results_file(run).exists():
         return None
-    return current(SEARCH, results_file(run), search_inputs(run, table))
+    return current(SEARCH, results_file(run), search_inputs(run))
 
 
-def searched_map(run: Run, table: LayerTable, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
+def searched_map(run: Run, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
     """The map that a finished search hands out at a budget, with what ``allocation.json`` would hold."""
     path = results_file(run)
-    if not artifacts.is_current(path, SEARCH.schema, search_inputs(run, table)):
+    if not artifacts.is_current(path, SEARCH.schema, search_inputs(run)):
         raise ArtifactError(f"{path} does not exist: run `mpqsearch search` first (or `mpqsearch run`, which does)")
     entries = {b["budget"]: b for b in SEARCH.load(path)["budgets"]}
     if budget.label() not in entries:
@@ -67,9 +67,9 @@ def searched_map(run: Run, table: LayerTable, budget: Budget) -> tuple[BitMap, d
         raise ArtifactError(
             f"the map of the search at {budget.label()} is not the one that search.json names; search again"
         )
-    stored, operations = size_bits(table, bit_map), bops(table, bit_map)
+    stored, operations = size_bits(run.table, bit_map), bops(run.table, bit_map)
     in_bops = budget.quantity == "bops"
-    limit = int(budget.limit) if in_bops else budget.limit_bits(table, run.config.policy)
+    limit = int(budget.limit) if in_bops else budget.limit_bits(run.table, run.config.policy)
     return bit_map, {
         "budget": budget.label(),
         "limit": limit,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
-from mpqsearch.core import Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError, SolverError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.methods.spec import PROGRAMS
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 def search(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     *,
     storage: str | None = None,
     workers: int = 1,
@@ -51,7 +49,7 @@ def search(
     """
     check_search(run, storage=storage, workers=workers)
     check_sampling(run, "a search that is scored by samples (search)")
-    inputs = search_inputs(run, table)
+    inputs = search_inputs(run)
     # What a study depends on is checked when it is opened; with more trials it goes on, and its results are drawn up
     # again.
     if worker is None and not run.overwrite and (results := current(SEARCH, results_file(run), inputs)) is not None:
@@ -61,7 +59,7 @@ def search(
         c, budgets = run.config.search, ", ".join(b.label() for b in budgets_of(run))
         run.say(f"search: would run {c.trials} trials of {c.samples} samples at the budgets {budgets}")
         return {}
-    objective, plan = study_of(run, table, measured)
+    objective, plan = study_of(run)
     where = _where(run, storage)
     study = _opened(run, plan, where, workers, fresh=run.overwrite and worker is None)
     with run.timed("search"), _progress(study, plan) as progress:
@@ -89,10 +87,10 @@ def check_search(run: Run, *, storage: str | None = None, workers: int = 1) -> N
         open_storage(where, workers=workers)  # a server that does not answer
 
 
-def searched_method(run: Run, measured: SensitivityProfile) -> MethodSpec:
+def searched_method(run: Run) -> MethodSpec:
     """The method that is searched around."""
     named = run.config.search.method
-    known = [plain_method(m, measured) if m.allocator == "measured" else m for m in run.config.methods]
+    known = [plain_method(m, run.profile) if m.allocator == "measured" else m for m in run.config.methods]
     if named:
         _ = run.config.method(named)
         return next(m for m in known if m.name == named)
@@ -104,7 +102,7 @@ def searched_method(run: Run, measured: SensitivityProfile) -> MethodSpec:
     return programs[-1]
 
 
-def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple[Objective, Plan]:
+def study_of(run: Run) -> tuple[Objective, Plan]:
     """The objective and the plan of a run's search."""
     from mpqsearch.search.measure import Measurements, ValueCache
     from mpqsearch.search.objective import Objective
@@ -114,16 +112,16 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
 
     c = run.config.search
     surrogate = Surrogate(
-        table=table,
-        profile=measured,
+        table=run.table,
+        profile=run.profile,
         policy=run.config.policy,
         format=run.config.quantizer.format(),
-        method=searched_method(run, measured),
-        priced=lambda method: priced(run, table, measured, method),
+        method=searched_method(run),
+        priced=lambda method: priced(run, method),
     )
     first_final = c.first_seed + c.samples
     measurements = Measurements(
-        evaluator=_evaluator(run, table, measured),
+        evaluator=_evaluator(run),
         seeds=tuple(range(c.first_seed, first_final)),
         chunk=c.chunk,
         final=tuple(range(first_final, first_final + c.final_samples)),
@@ -147,18 +145,16 @@ def study_of(run: Run, table: LayerTable, measured: SensitivityProfile) -> tuple
     return objective, plan
 
 
-def _evaluator(run: Run, table: LayerTable, measured: SensitivityProfile) -> ModelEvaluator:
+def _evaluator(run: Run) -> ModelEvaluator:
     from mpqsearch.search.measure import ModelEvaluator
 
-    calibration = [__version__, profile_inputs(run, table), moment_inputs(run, table), run.evaluation_inputs]
+    calibration = [__version__, profile_inputs(run), moment_inputs(run), run.evaluation_inputs]
     calibration += [run.config.to_data()[k] for k in ("activations", "quantizer")]
     return ModelEvaluator(
         denoiser=run.denoiser,
-        quantized=lambda candidate: quantized_module(
-            run, table, measured, candidate.bit_map, bias_correction=candidate.bias_correction
-        ),
+        quantized=lambda candidate: quantized_module(run, candidate.bit_map, bias_correction=candidate.bias_correction),
         calibration=artifacts.digest_of(calibration),
-        reference=reference(run, table)[0],
+        reference=reference(run)[0],
         extractor=run.extractor,
         error=run.config.search.error,
         keep=len(budgets_of(run)),

@@ -65,16 +65,16 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
     return found
 
 
-def selection_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+def selection_inputs(run: Run) -> dict[str, str]:
     """Digests of what a measured selection depends on besides the allocation."""
     c = run.config
     settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples, c.allocate.select_moves])}
-    return settings if c.allocate.select == "none" else settings | moment_inputs(run, table)
+    return settings if c.allocate.select == "none" else settings | moment_inputs(run)
 
 
-def can_select(run: Run, measured: SensitivityProfile) -> bool:
+def can_select(run: Run) -> bool:
     """Whether maps can be measured here: asked for, and the model brings a sampler."""
-    if run.config.allocate.select == "none" or run.dry_run or measured.weights_only:
+    if run.config.allocate.select == "none" or run.dry_run or run.profile.weights_only:
         return False
     from mpqsearch.sampling import can_sample
 
@@ -83,8 +83,6 @@ def can_select(run: Run, measured: SensitivityProfile) -> bool:
 
 def selected(
     run: Run,
-    table: LayerTable,
-    measured: SensitivityProfile,
     method: MethodSpec,
     budget: Budget,
     programs: Callable[[MethodSpec], Programs],
@@ -97,11 +95,11 @@ def selected(
     from mpqsearch.search.selection import Rival, moved, select
 
     c = run.config.allocate
-    solved = _solved(variants(method, measured, (budget, *c.parsed_within())), budget, c.parsed_within(), programs)
-    rivals = [Rival(label=label, candidate=_candidate(table, s, budget)) for label, s in solved.items()]
+    solved = _solved(variants(method, run.profile, (budget, *c.parsed_within())), budget, c.parsed_within(), programs)
+    rivals = [Rival(label=label, candidate=_candidate(run.table, s, budget)) for label, s in solved.items()]
     first = band_of("development")[0]
     seeds = range(first, first + c.select_samples)
-    evaluator = run.once("selection", lambda: _evaluator(run, table, measured, len(rivals)))
+    evaluator = run.once("selection", lambda: _evaluator(run, len(rivals)))
     with run.timed("select"), bar_of(f"select at {budget.label()}", 0) as bar:
 
         def measure(candidate: Candidate, some: Sequence[int]) -> list[float]:
@@ -211,19 +209,19 @@ def _candidate(table: LayerTable, solved: Allocation, budget: Budget) -> Candida
     )
 
 
-def _evaluator(run: Run, table: LayerTable, measured: SensitivityProfile, n: int) -> ModelEvaluator:
+def _evaluator(run: Run, n: int) -> ModelEvaluator:
     from mpqsearch.search.measure import ModelEvaluator
 
     size = sum(p.numel() * p.element_size() for p in run.denoiser.module.parameters())
 
     def quantized(candidate: Candidate) -> object:
         bit_map: BitMap = candidate.bit_map
-        return quantized_module(run, table, measured, bit_map, bias_correction=candidate.bias_correction)
+        return quantized_module(run, bit_map, bias_correction=candidate.bias_correction)
 
     return ModelEvaluator(
         denoiser=run.denoiser,
         quantized=quantized,  # type: ignore[arg-type]
-        calibration=artifacts.digest_of(profile_inputs(run, table)),
+        calibration=artifacts.digest_of(profile_inputs(run)),
         error="latents",
         keep=max(1, min(n, HELD // max(size, 1))),
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, SensitivityProfile
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
@@ -21,28 +21,28 @@ NOT_PRICED = ("weight", "slope", "final")
 """Losses that are measured with the errors of nearest rounding themselves, and stay those of nearest rounding."""
 
 
-def statistics_for(run: Run, table: LayerTable, measured: SensitivityProfile, bit_map: BitMap) -> Statistics:
+def statistics_for(run: Run, bit_map: BitMap) -> Statistics:
     """What quantizing by a map needs to know of the layers' inputs: what the profile says and, where the map rounds by
     GPTQ, second moments, measured when they are read."""
     from mpqsearch.profile import statistics_of
 
-    return statistics_of(measured) if bit_map.rounds_to_nearest else _moments(run, table, measured)
+    return statistics_of(run.profile) if bit_map.rounds_to_nearest else _moments(run)
 
 
-def _moments(run: Run, table: LayerTable, measured: SensitivityProfile) -> InputMoments:
-    return run.once("input moments", lambda: _new_moments(run, table, measured))
+def _moments(run: Run) -> InputMoments:
+    return run.once("input moments", lambda: _new_moments(run))
 
 
-def _new_moments(run: Run, table: LayerTable, measured: SensitivityProfile) -> InputMoments:
+def _new_moments(run: Run) -> InputMoments:
     from mpqsearch.profile import InputMoments, statistics_of
 
     first = run.config.calibration.first_seed
     moments = InputMoments(
         denoiser=run.denoiser,
-        table=table,
+        table=run.table,
         seeds=range(first, first + run.config.quantizer.moment_samples),
         limit=run.config.model.limit_bytes,
-        known=statistics_of(measured),
+        known=statistics_of(run.profile),
     )
     if names := moments.left_out:
         run.say(
@@ -52,12 +52,12 @@ def _new_moments(run: Run, table: LayerTable, measured: SensitivityProfile) -> I
     return moments
 
 
-def moment_inputs(run: Run, table: LayerTable) -> dict[str, str]:
+def moment_inputs(run: Run) -> dict[str, str]:
     """What GPTQ rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest
     rounding, if any."""
     from mpqsearch.profile import beyond_limit
 
-    left_out = beyond_limit(table, run.config.model.limit_bytes)
+    left_out = beyond_limit(run.table, run.config.model.limit_bytes)
     return {"left_out": artifacts.digest_of(list(left_out))} if left_out else {}
 
 
@@ -67,36 +67,34 @@ def priced_file(method: MethodSpec, measured: SensitivityProfile) -> str:
     return "profile.json" if plain else f"profiles/gptq-{method.format_name}.json"
 
 
-def priced(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
+def priced(run: Run, method: MethodSpec) -> SensitivityProfile:
     """The profile with the errors that the method's rounding leaves, measured or from ``profiles/gptq-<format>.json``.
 
     It is ``measured`` itself for nearest rounding, for losses that know no other, and where nothing may run (weights
     only, a dry run that would have to measure).
     """
-    file = priced_file(method, measured)
+    file = priced_file(method, run.profile)
     if file == "profile.json":
-        return measured
-    inputs = profile_inputs(run, table) | moment_inputs(run, table)
+        return run.profile
+    inputs = profile_inputs(run) | moment_inputs(run)
     return run.once(
         file,
-        lambda: reuse_or_make(
-            run, PROFILE, run.path(*file.split("/")), inputs, lambda: _price(run, table, measured, method)
-        ),
+        lambda: reuse_or_make(run, PROFILE, run.path(*file.split("/")), inputs, lambda: _price(run, method)),
     )
 
 
-def _price(run: Run, table: LayerTable, measured: SensitivityProfile, method: MethodSpec) -> SensitivityProfile:
+def _price(run: Run, method: MethodSpec) -> SensitivityProfile:
     from mpqsearch.profile import gptq_profile
 
     if run.dry_run:
-        return measured
+        return run.profile
     fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth)
     run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
     with run.timed("price"):
-        return gptq_profile(run.denoiser, table, measured, _moments(run, table, measured), fmt)
+        return gptq_profile(run.denoiser, run.table, run.profile, _moments(run), fmt)
 
 
-def activation_table(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> ActivationTable | None:
+def activation_table(run: Run, bit_map: BitMap, statistics: Statistics) -> ActivationTable | None:
     """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
 
     Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
@@ -107,11 +105,11 @@ def activation_table(run: Run, table: LayerTable, bit_map: BitMap, statistics: S
     if not bit_map.activations:
         return None
     key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
-    ranges = run.once(key, lambda: _ranges(run, table, bit_map, statistics))
+    ranges = run.once(key, lambda: _ranges(run, bit_map, statistics))
     return scales_of(ranges, bit_map, zero_points=run.config.activations.zero_points)
 
 
-def _ranges(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics) -> RangeCollector:
+def _ranges(run: Run, bit_map: BitMap, statistics: Statistics) -> RangeCollector:
     from mpqsearch.profile import collect_ranges
     from mpqsearch.quant import smooth_inputs
 
@@ -119,10 +117,10 @@ def _ranges(run: Run, table: LayerTable, bit_map: BitMap, statistics: Statistics
     with run.timed("calibrate activations"), bars_of() as progress:
         return collect_ranges(
             run.denoiser,
-            table,
+            run.table,
             seeds=range(c.first_seed, c.first_seed + c.samples),
             per_timestep=bit_map.activation_steps > 1,
             layers=bit_map.activations,
-            factors=smooth_inputs(run.denoiser.module, table, bit_map, statistics),
+            factors=smooth_inputs(run.denoiser.module, run.table, bit_map, statistics),
             progress=progress,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile
+from mpqsearch.core import BitMap, Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import target_of
@@ -23,9 +23,7 @@ PROBES = 2
 """Random projections of each probed trajectory."""
 
 
-def target_allocation(
-    run: Run, table: LayerTable, measured: SensitivityProfile, name: str, budget: Budget
-) -> tuple[BitMap, dict[str, Any]]:
+def target_allocation(run: Run, name: str, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
     """Solve over the formats of a target at one budget, or reuse its folder. Returns the map and what
     ``allocation.json`` holds.
 
@@ -33,79 +31,71 @@ def target_allocation(
     its provenance. Raises `InfeasibleBudgetError`, with the size of the target's smallest file, when nothing fits.
     """
     target = target_of(name)
-    inputs = profile_inputs(run, table) | {
+    inputs = profile_inputs(run) | {
         "target": artifacts.digest_of([name, [c.name for c in target.all_choices()]]),
         "budget": artifacts.digest_of(budget.label()),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
     inputs |= run.digests("policy")
     path = run.path("allocations", slug(f"target-{name}", budget), "allocation.json")
-    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, table, measured, target, budget))
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, target, budget))
     return solved.bit_map, solved.data
 
 
-def _solve(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target, budget: Budget
-) -> SavedAllocation:
+def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
     from mpqsearch.export.allocation import allocate_for
 
     policy, fmt = run.config.policy, run.config.quantizer.format()
-    limit = budget.limit_bits(table, policy)
-    losses, pairs = losses_for(run, table, measured, target)
+    limit = budget.limit_bits(run.table, policy)
+    losses, pairs = losses_for(run, target)
     with run.timed("allocate"):
-        solved = allocate_for(target, table, losses, limit, policy, fmt=fmt, pairs=pairs)
+        solved = allocate_for(target, run.table, losses, limit, policy, fmt=fmt, pairs=pairs)
     data = solved.to_data() | {"budget": budget.label()}
     provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
-    extra = neutral_extra(table, solved.bit_map, provenance=provenance)
+    extra = neutral_extra(run.table, solved.bit_map, provenance=provenance)
     return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
 
 
-def target_allocations(
-    run: Run, table: LayerTable, measured: SensitivityProfile
-) -> list[tuple[str, Budget, BitMap, dict[str, Any]]]:
+def target_allocations(run: Run) -> list[tuple[str, Budget, BitMap, dict[str, Any]]]:
     """All targets of ``[allocate]`` at all its budgets."""
     c = run.config.allocate
-    out = [(name, b, *target_allocation(run, table, measured, name, b)) for b in c.parsed() for name in c.targets]
+    out = [(name, b, *target_allocation(run, name, b)) for b in c.parsed() for name in c.targets]
     if out:
         run.say(f"allocate: {len(out)} maps for {', '.join(c.targets)} in {run.path('allocations')}")
     return out
 
 
-def losses_for(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target
-) -> tuple[dict[str, Floats], PairwiseTerms | None]:
+def losses_for(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms | None]:
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
     target."""
-    return run.once(("losses", target.name), lambda: _losses(run, table, measured, target))
+    return run.once(("losses", target.name), lambda: _losses(run, target))
 
 
-def _losses(
-    run: Run, table: LayerTable, measured: SensitivityProfile, target: Target
-) -> tuple[dict[str, Floats], PairwiseTerms | None]:
+def _losses(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms | None]:
     if target.asks_itself:
         target.require()
     with run.timed("allocate"):
         if run.config.allocate.target_probes:
-            return _probed(run, table, target)
-        return _priced(run, table, measured, target), None
+            return _probed(run, target)
+        return _priced(run, target), None
 
 
-def _priced(run: Run, table: LayerTable, measured: SensitivityProfile, target: Target) -> dict[str, Floats]:
+def _priced(run: Run, target: Target) -> dict[str, Floats]:
     from mpqsearch.export.allocation import target_losses
 
-    if not measured.weights_only:
-        same_model(run, table)
+    if not run.profile.weights_only:
+        same_model(run)
         modules: dict[str, Any] = dict(run.denoiser.module.named_modules())
 
     def weight_of(name: str) -> Tensor:
-        weight: Tensor = run.streamed.read(f"{name}.weight") if measured.weights_only else modules[name].weight
+        weight: Tensor = run.streamed.read(f"{name}.weight") if run.profile.weights_only else modules[name].weight
         return weight
 
-    return target_losses(target, table, weight_of, measured, run.config.quantizer.format())
+    return target_losses(target, run.table, weight_of, run.profile, run.config.quantizer.format())
 
 
-def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
+def _probed(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
     import numpy as np
 
     from mpqsearch.export.allocation import probed_losses, target_errors
@@ -118,19 +108,19 @@ def _probed(run: Run, table: LayerTable, target: Target) -> tuple[dict[str, Floa
             "allocate.target_probes needs our own sampler on a loaded model; leave it out to price errors with the "
             "profile"
         )
-    same_model(run, table)
-    errors = target_errors(target, table, run.denoiser.module, c.quantizer.format())
+    same_model(run)
+    errors = target_errors(target, run.table, run.denoiser.module, c.quantizer.format())
     first = c.calibration.first_seed
     with bars_of() as progress:
         effects = projected_effects(
             run.denoiser,
-            table,
+            run.table,
             range(first, first + c.allocate.target_probes),
-            WeightErrors(table, {target.name: errors}),
+            WeightErrors(run.table, {target.name: errors}),
             probes=PROBES,
             seed=c.calibration.seed,
             checkpoint=c.calibration.checkpoint,
             progress=progress,
         )
     uncorrected = effects[target.name][:, 0].astype(np.float64)  # no export corrects a bias
-    return probed_losses(uncorrected, table)
+    return probed_losses(uncorrected, run.table)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from mpqsearch.core import Budget, LayerTable, MetricValue, SensitivityProfile, StudyRecord
+from mpqsearch.core import Budget, MetricValue, StudyRecord
 from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export, require_good
 from mpqsearch.stages.preflight import require_targets
-from mpqsearch.stages.profiling import layers_and_profile
+from mpqsearch.stages.profiling import prepare
 from mpqsearch.stages.reporting import rank_correlations, report
 from mpqsearch.stages.searching import check_search, search
 
@@ -22,35 +22,34 @@ def everything(run: Run) -> list[StudyRecord]:
         check_search(run)
     require_targets(run)
     start(run)
-    table, measured = layers_and_profile(run, "a whole study, with samples of every map (run)")
-    if measured is None:
+    if not prepare(run, "a whole study, with samples of every map (run)"):
         run.say("allocate, evaluate, report, export: would follow")
         return []
     if run.config.search.trials:
-        search(run, table, measured)
-    records = evaluate(run, table, measured)
+        search(run)
+    records = evaluate(run)
     if not run.dry_run:
-        for row in rank_correlations(table, measured):
+        for row in rank_correlations(run.table, run.profile):
             run.say(
                 f"profile: rank correlation of {row['predictor']!r} with one layer at a time, {row['bits']} bits: "
                 f"{row['spearman']:.2f}"
             )
-    records += trained(run, table, measured, records)
+    records += trained(run, records)
     try:
-        exports = export(run, table, measured, records)
+        exports = export(run, records)
     finally:  # the report shows what was stored; whatever an export runs into, the results are drawn
-        report(run, table, measured, records)
+        report(run, records)
     require_good(exports)
     return records
 
 
-def trained(run: Run, table: LayerTable, measured: SensitivityProfile, records: list[StudyRecord]) -> list[StudyRecord]:
+def trained(run: Run, records: list[StudyRecord]) -> list[StudyRecord]:
     """Train the maps that the study names; a record ``<method>+trd`` for each, beside that of the untrained map."""
     c = run.config.distill
     found = []
     budgets = [Budget.parse(text) for text in c.budgets] or list(run.config.allocate.parsed())
     for name, budget in itertools.product(c.methods, budgets):
-        data = distill(run, table, measured, name, budget)
+        data = distill(run, name, budget)
         before = next((r for r in records if r.method == name and r.budget == budget.label()), None)
         if data and before is not None:
             metrics = {k: MetricValue(**v) for k, v in data["after"].items()}

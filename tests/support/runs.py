@@ -18,5 +18,6 @@ def saved_profile(
     from mpqsearch.stages import Run, profile_inputs
 
     run = Run(config=load_config(study, list(overrides)), folder=folder)
+    run.table = table
     artifacts.save_layers(run.path("layers.json"), table, run.source_inputs)
-    artifacts.save_profile(run.path("profile.json"), profile, profile_inputs(run, table))
+    artifacts.save_profile(run.path("profile.json"), profile, profile_inputs(run))

@@ -11,7 +11,7 @@ import pytest
 from mpqsearch.config import config_from
 from mpqsearch.core import LayerTable
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, MpqsearchError, UnknownNameError
-from mpqsearch.stages import Run, layers, layers_and_profile, profiling
+from mpqsearch.stages import Run, layers, prepare, profiling
 from mpqsearch.stages.preflight import check_sampling, preflight, require_targets
 from tests.support.pipelines import TINY
 
@@ -85,7 +85,7 @@ def test_nothing_is_measured_of_a_study_that_cannot_be_finished(
 
     monkeypatch.setattr(profiling, "profile", measured)
     with pytest.raises(error, match=message):
-        layers_and_profile(run_of(folders, tmp_path, name, **tables), "a study")
+        prepare(run_of(folders, tmp_path, name, **tables), "a study")
     assert {p.name for p in tmp_path.iterdir()} <= {"layers.json", "stats"}
 
 
@@ -103,7 +103,7 @@ def test_the_shape_of_pictures_is_known_before_there_are_any_and_then_without_th
             found = layers(run)
             assert table in (None, found)
             table = found
-            preflight(run, table, "a study")
+            preflight(run, "a study")
             assert run.picture == shape
             assert ("denoiser" in run.__dict__) is not again
 

@@ -37,7 +37,8 @@ def test_layers_kept_under_a_memory_limit_serve_a_run_without(tmp_path: Path, mo
             }
         )  # fmt: skip
         run = Run(config=config, folder=tmp_path / folder)
-        found = profile(run, layers(run))
+        layers(run)
+        found = profile(run)
         assert found is not None
         return found
 

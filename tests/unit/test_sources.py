@@ -93,11 +93,11 @@ def own_extractor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def everything(run: Run) -> tuple[str, list[Path]]:
     """Digest of the layers' model, and the files of metrics after all stages."""
     table = layers(run)
-    measured = profile(run, table)
+    measured = profile(run)
     assert measured is not None
     assert measured.model_digest == table.digest
-    assert all(bit_map.model_digest == table.digest for _, _, bit_map, _ in allocations(run, table, measured))
-    evaluate(run, table, measured)
+    assert all(bit_map.model_digest == table.digest for _, _, bit_map, _ in allocations(run))
+    evaluate(run)
     return table.digest, sorted(run.path("metrics").glob("*.json"))
 
 
@@ -114,12 +114,16 @@ def test_a_model_that_was_retrained_in_place_is_stale_and_made_again(tmp_path: P
         layers(again)
     table = layers(a_run(tmp_path, folder, overwrite=True, **settings))
     assert table.digest == load_model(str(folder)).digest != first
+    again.table = table
     with pytest.raises(StaleArtifactError, match=r"profile\.json was made from other inputs: model .*model_files"):
-        profile(again, table)
-    measured = profile(a_run(tmp_path, folder, overwrite=True, **settings), table)
+        profile(again)
+    forced = a_run(tmp_path, folder, overwrite=True, **settings)
+    layers(forced)
+    measured = profile(forced)
     assert measured is not None
+    again.profile = measured
     with pytest.raises(StaleArtifactError, match=r"allocation\.json was made from other inputs"):
-        allocations(again, table, measured)
+        allocations(again)
     second, after = everything(a_run(tmp_path, folder, overwrite=True, **settings))
     assert second == table.digest
     assert len(after) == 2 * len(metrics)  # of other models, beside the old ones
@@ -145,12 +149,13 @@ def test_other_weights_of_the_extractor_measure_again(tmp_path: Path, folder: Pa
     settings = {"extractor_weights": str(own_extractor)}
     run = a_run(tmp_path, folder, **settings)
     table = layers(run)
-    measured = profile(run, table)
+    measured = profile(run)
     assert measured is not None
 
     def distances() -> tuple[float, set[str]]:
         again = a_run(tmp_path, folder, **settings)
-        records = evaluate(again, table, measured)
+        again.table, again.profile = table, measured
+        records = evaluate(again)
         (found,) = (r.metrics["fd_fp"].value for r in records if r.method == "ilp")
         return found, {p.name for p in run.path("metrics").iterdir()}
 

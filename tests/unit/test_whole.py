@@ -53,7 +53,7 @@ def test_trained_maps_stand_beside_the_untrained_ones(
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    def train(_run: Run, _table: Any, _profile: Any, method: str, budget: Budget) -> dict[str, Any]:
+    def train(_run: Run, method: str, budget: Budget) -> dict[str, Any]:
         asked.append((method, budget.label()))
         return {"before": {"fd_fp": value(2.0).to_data()}, "after": {"fd_fp": value(0.5).to_data()}}
 
@@ -67,7 +67,9 @@ def test_trained_maps_stand_beside_the_untrained_ones(
     )
     table = tiny_table()
     records = [record(m, b) for b in (2, 3) for m in ("uniform", "ilp")]
-    made = whole.trained(Run(config=config, folder=tmp_path), table, tiny_profile(table), records)
+    run = Run(config=config, folder=tmp_path)
+    run.table, run.profile = table, tiny_profile(table)
+    made = whole.trained(run, records)
     assert [(r.method, r.budget) for r in made] == [("ilp+trd", f"uniform:{b}") for b in expected]
     assert asked == [("ilp", f"uniform:{b}") for b in expected]
     for r in made:
@@ -76,8 +78,7 @@ def test_trained_maps_stand_beside_the_untrained_ones(
 
 
 def test_nothing_is_trained_unless_it_is_named(tmp_path: Path) -> None:
-    table = tiny_table()
     run = Run(config=config_from({"methods": METHODS}), folder=tmp_path)
-    assert whole.trained(run, table, tiny_profile(table), [record("ilp", 3)]) == []
+    assert whole.trained(run, [record("ilp", 3)]) == []
     with pytest.raises(UnknownNameError, match="distill.methods"):
         config_from({"methods": METHODS, "distill": {"methods": ["ilpp"]}})
