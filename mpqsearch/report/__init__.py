@@ -8,7 +8,7 @@ plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing ha
 """
 
 from mpqsearch.report.bits import bits_by_depth_info, plot_bits_by_depth
-from mpqsearch.report.breakdown import SizeBreakdown, size_breakdown
+from mpqsearch.report.breakdown import size_breakdown
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import render, save_drawings, save_figure
 from mpqsearch.report.front import front_info, plot_front
@@ -30,7 +30,6 @@ from mpqsearch.report.tables import read_pareto_json, standings, tied, write_par
 __all__ = [
     "ReportContent",
     "SampleGrid",
-    "SizeBreakdown",
     "bits_by_depth_info",
     "build_report",
     "front_info",

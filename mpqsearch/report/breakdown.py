@@ -3,34 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, Policy
 from mpqsearch.core.stored import TAG_BITS, mapped_bits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizeBreakdown:
-    """Stored bits of a model by what they are for; together they are `mpqsearch.core.size_bits`.
-
-    ``codes``: of searched layers. ``scales``: scales, zero points, shared exponents and smoothing factors of searched
-    layers. ``tags``: which channel has which width. ``fixed``: everything of the layers that the policy holds at a
-    quantized width. ``full_precision``: weight layers at 16 bits. ``kept``: norms, biases, embeddings.
-    """
-
-    codes: int
-    scales: int
-    tags: int
-    fixed: int
-    full_precision: int
-    kept: int
-
-    @property
-    def total(self) -> int:
-        """All stored bits."""
-        return sum(getattr(self, f.name) for f in fields(self))
-
 
 TITLES = {
     "codes": "codes of searched layers",
@@ -42,8 +18,12 @@ TITLES = {
 }
 
 
-def size_breakdown(table: LayerTable, bit_map: BitMap, policy: Policy | None = None) -> SizeBreakdown:
-    """Sort the stored bits of ``bit_map``; without a policy no layer counts as fixed."""
+def size_breakdown(table: LayerTable, bit_map: BitMap, policy: Policy | None = None) -> dict[str, int]:
+    """Stored bits of a model by what they are for (`TITLES`); together they are `mpqsearch.core.size_bits`.
+
+    ``scales`` hold zero points, shared exponents and smoothing factors too. ``fixed`` is everything of the layers that
+    the policy holds at a quantized width; without a policy there are none.
+    """
     bit_map.validate(table)
     parts = dict.fromkeys(TITLES, 0) | {"kept": FULL_PRECISION * table.n_kept}
     for layer in table:
@@ -57,7 +37,7 @@ def size_breakdown(table: LayerTable, bit_map: BitMap, policy: Policy | None = N
             parts["codes"] += bits.payload
             parts["tags"] += tags
             parts["scales"] += bits.metadata - tags
-    return SizeBreakdown(**parts)
+    return parts
 
 
 def breakdown_rows(table: LayerTable, maps: Mapping[str, BitMap], policy: Policy | None = None) -> list[dict[str, str]]:
@@ -65,9 +45,10 @@ def breakdown_rows(table: LayerTable, maps: Mapping[str, BitMap], policy: Policy
     rows = []
     for label, bit_map in maps.items():
         parts = size_breakdown(table, bit_map, policy)
-        sizes = {title: f"{getattr(parts, key) / 8000:,.2f}" for key, title in TITLES.items()}
-        total = {"total": f"{parts.total / 8000:,.2f}", "bits per parameter": f"{parts.total / table.n_parameters:.3f}"}
-        rows.append({"map": label, **sizes, **total})
+        total = sum(parts.values())
+        sizes = {title: f"{parts[key] / 8000:,.2f}" for key, title in TITLES.items()}
+        sizes |= {"total": f"{total / 8000:,.2f}", "bits per parameter": f"{total / table.n_parameters:.3f}"}
+        rows.append({"map": label, **sizes})
     return rows
 
 
