@@ -127,6 +127,8 @@ def allocate(
         "policy.max_formats_per_layer": max_formats_per_layer,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
+    if (path or explain) and not target:
+        stages.program_methods(run)  # there must be one, which is known before anything is measured
     if not stages.prepare(run):
         return
     for_targets = stages.target_allocations(run)

@@ -10,7 +10,7 @@ from mpqsearch.stages.checking import check_allocation
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
-from mpqsearch.stages.explaining import explanations, paths
+from mpqsearch.stages.explaining import explanations, paths, program_methods
 from mpqsearch.stages.exporting import Exported, export, require_good
 from mpqsearch.stages.importing import import_map
 from mpqsearch.stages.profiling import prepare, profile, profile_inputs
@@ -40,6 +40,7 @@ __all__ = [
     "prepare",
     "profile",
     "profile_inputs",
+    "program_methods",
     "quantize",
     "rank_correlations",
     "report",

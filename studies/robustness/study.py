@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mpqsearch import stages
 from mpqsearch.config import AllocateConfig, CalibrationConfig, Config, ModelConfig
-from mpqsearch.core import BitMap, Budget, LayerTable, Policy, SensitivityProfile, size_bytes
+from mpqsearch.core import BitMap, Budget, Policy, size_bytes
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.sampling import latents
@@ -118,17 +118,18 @@ class Bench:
         )
 
     @cached_property
-    def measured(self) -> tuple[LayerTable, SensitivityProfile]:
-        """Layers and profile; both are reused from the run folder."""
-        table, profile = stages.layers_and_profile(self.run)
-        assert profile is not None
-        return table, profile
+    def prepared(self) -> stages.Run:
+        """The run with its layers and profile; both are reused from the folder."""
+        assert stages.prepare(self.run)
+        return self.run
 
     @cached_property
     def moving(self) -> stages.Run:
         """The run whose selection tries moves from the chosen map on."""
         c = self.config(allocate=AllocateConfig(select_moves=MOVES))
-        return stages.Run(config=c, folder=self.folder, given=self.run.denoiser)
+        run = stages.Run(config=c, folder=self.folder, given=self.run.denoiser)
+        run.table, run.profile = self.prepared.table, self.prepared.profile
+        return run
 
     @cached_property
     def reference(self) -> Tensor:
@@ -137,7 +138,7 @@ class Bench:
 
     def paired_error(self, bit_map: BitMap, *, bias_correction: bool) -> float:
         """Relative root mean square error of the final samples of a map."""
-        module = quantized_module(self.run, *self.measured, bit_map, bias_correction=bias_correction)
+        module = quantized_module(self.prepared, bit_map, bias_correction=bias_correction)
         try:
             made = latents(self.run.denoiser.with_module(module), self.seeds)
         except NumericsError:
@@ -151,8 +152,8 @@ class Bench:
             bit_map, data = self._searched(budget)
         else:
             method = MethodSpec(name=arm, **ARMS[arm])
-            run = self.moving if arm == "ours-moved" else self.run
-            bit_map, data = stages.allocation(run, *self.measured, method, budget)
+            run = self.moving if arm == "ours-moved" else self.prepared
+            bit_map, data = stages.allocation(run, method, budget)
         return bit_map, bool(data.get("bias_correction", ARMS[arm].get("bias_correction", False)))
 
     def _searched(self, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
@@ -170,13 +171,14 @@ class Bench:
         config = self.config(methods=(MethodSpec(**SEARCHED),), allocate=AllocateConfig(budgets=(text,)), search=spec)
         folder = self.folder / f"search-{text.replace(':', '-')}"
         run = stages.Run(config=config, folder=folder, given=self.run.denoiser)
-        stages.search(run, *self.measured)
-        return stages.searched_map(run, self.measured[0], budget)
+        run.table, run.profile = self.prepared.table, self.prepared.profile
+        stages.search(run)
+        return stages.searched_map(run, budget)
 
     def profile_row(self) -> dict[str, Any] | None:
         """What the profile took; None when it was there before."""
         began, there = time.process_time(), (self.folder / "profile.json").exists()
-        _ = self.measured
+        _ = self.prepared
         return None if there else self._row("", "profile", "", 0, "", time.process_time() - began)
 
     def row(self, arm: str, bits: int) -> dict[str, Any]:
@@ -186,7 +188,7 @@ class Bench:
         seconds = time.process_time() - began
         roundings = {f.rounding for f in (bit_map.format, *bit_map.formats.values())}
         error = self.paired_error(bit_map, bias_correction=corrected)
-        size = size_bytes(self.measured[0], bit_map)
+        size = size_bytes(self.prepared.table, bit_map)
         return self._row(str(bits), arm, "+".join(sorted(roundings)), size, f"{error:.6g}", seconds)
 
     def _row(self, bits: str, arm: str, rounding: str, size: int, error: str, seconds: float) -> dict[str, Any]:
