@@ -1,8 +1,10 @@
 """Files: versioned envelopes, digests, atomic writes, and the rule for reuse.
 
-Every JSON has the envelope ``{schema, version, created_by, inputs: {name: digest}, data}``. A file is written to a
-temporary name in the same folder, flushed to disk and then renamed, so a reader sees the old file or the new one and
-never half of one. Nothing is unpickled: JSON, CSV, safetensors and npz without pickle only.
+Every JSON has the envelope ``{schema, version, created_by, inputs: {name: digest}, files: {name: digest}, digest,
+data}``: ``files`` are those that were written with it, ``digest`` is of all the rest, so that nothing that was edited
+or lost is taken for whole. A file is written to a temporary name in the same folder, flushed to disk and then renamed,
+so a reader sees the old file or the new one and never half of one. Nothing is unpickled: JSON, CSV, safetensors and npz
+without pickle only.
 """
 
 from __future__ import annotations
@@ -13,24 +15,31 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
-import tempfile
+import platform
+import secrets
+import shutil
+import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpqsearch import untrusted
 from mpqsearch._version import __version__
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, StaleArtifactError
+from mpqsearch.untrusted import file_name, quoted
 
 VERSIONS = {
     "mpqsearch/calls": 1,
     "mpqsearch/digests": 1,
+    "mpqsearch/identity": 1,
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/partial-profile": 1,
@@ -39,6 +48,7 @@ VERSIONS = {
     "mpqsearch/path": 1,
     "mpqsearch/explanation": 1,
     "mpqsearch/bitmap": 1,
+    "mpqsearch/measured": 1,
     "mpqsearch/metrics": 1,
     "mpqsearch/pareto": 1,
     "mpqsearch/environment": 1,
@@ -59,14 +69,50 @@ SIDECAR_CHANNELS = 4096
 all."""
 
 
+MADE_BY = {
+    "mpqsearch/calls": "record",
+    "mpqsearch/layers": "layers",
+    "mpqsearch/profile": "profile",
+    "mpqsearch/allocation": "allocate",
+    "mpqsearch/path": "allocate --path",
+    "mpqsearch/explanation": "allocate --explain",
+    "mpqsearch/bitmap": "allocate",
+    "mpqsearch/metrics": "evaluate",
+    "mpqsearch/pareto": "report",
+    "mpqsearch/export": "export",
+    "mpqsearch/checkpoint": "distill",
+    "mpqsearch/search": "search",
+}
+"""The verb that makes a kind of artifact."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An envelope read from disk."""
+    """An envelope read from disk; ``files`` are the digests of those beside it, by their paths from its folder."""
 
     schema: str
     version: int
+    created_by: str = ""
     inputs: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
     data: Any
+
+    def check_files(self, path: Path) -> None:
+        """Raise `ArtifactError` that names a file of ``path``'s that is missing or is not the one it was written
+        with."""
+        for name, digest in self.files.items():
+            file = path.parent / name
+            if not file.is_file():
+                raise ArtifactError(f"{file} does not exist, although {path.name} does. {again(self.schema)}")
+            if digest_file(file) != digest:
+                raise ArtifactError(f"{file} is not the file that {path.name} was written with. {again(self.schema)}")
+
+
+def again(schema: str) -> str:
+    """How an artifact is made again."""
+    verb = MADE_BY.get(schema)
+    return f"Make it again: mpqsearch {verb} --overwrite" if verb else "Delete it and run the same command again."
 
 
 def digest_of(value: Any) -> str:
@@ -81,54 +127,67 @@ def digest_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes ``path`` when the block ends well, and vanishes when it does not.
 
     Raises `ArtifactError` when the disk is full or the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
-    except OSError as error:
-        raise disk_error(path, error) from error
-    temporary = Path(handle.name)
-    try:
-        with handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        yield handle
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Like `atomic_write` for libraries that want a path: yields a temporary one with the same suffix."""
+    temporary = path.with_name(f"{temporary_prefix()}{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
         yield temporary
         with temporary.open("r+b") as handle:  # Windows flushes what is open for writing only
             os.fsync(handle.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise disk_error(path, error) from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+_TEMPORARY = ".mpqsearch-"
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_OLD_S = 86_400
+
+
+def temporary_prefix() -> str:
+    """How the names of this process's temporary files and folders begin."""
+    return f"{_TEMPORARY}{_HERE}-{os.getpid()}-"
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete what killed processes left half written in ``folder``, and return it: temporary files of processes of this
+    machine that are gone, and those of other machines after a day."""
+    left = [file for file in folder.rglob(f"{_TEMPORARY}*") if _is_left(file)]
+    for file in left:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
+    return left
+
+
+def _is_left(file: Path) -> bool:
+    machine, _, rest = file.name.removeprefix(_TEMPORARY).partition("-")
+    process = rest.partition("-")[0]
+    if machine != _HERE or not process.isdecimal() or os.name == "nt":  # where asking for a process would end it
+        with contextlib.suppress(OSError):
+            return time.time() - file.stat().st_mtime > _OLD_S
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,47 +201,47 @@ def csv_text(header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(map(untrusted.cells, rows))
     return text.getvalue()
 
 
-def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str]) -> None:
-    """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest). NaN and infinity are
-    refused."""
+def write_json(path: Path, schema: str, data: Any, inputs: Mapping[str, str], files: Iterable[Path] = ()) -> None:
+    """Write ``data`` in the envelope of ``schema``, made from ``inputs`` (name to digest), with the digests of
+    ``files``, which belong to it. NaN and infinity are refused."""
     body = {
         "schema": schema,
         "version": VERSIONS[schema],
         "created_by": f"mpqsearch {__version__}",
         "inputs": dict(inputs),
-        "data": data,
     }
+    if names := {Path(os.path.relpath(f, path.parent)).as_posix(): digest_file(f) for f in files}:
+        body["files"] = names
     try:
-        text = json.dumps(body, indent=1, allow_nan=False)
+        body["digest"] = _digest(body, data)
+        text = json.dumps(body | {"data": data}, indent=1, allow_nan=False)
     except ValueError as error:
         raise ArtifactError(f"{path.name} would hold a NaN or an infinity, which no artifact may: {error}") from error
     write_text(path, text + "\n")
 
 
+def _digest(body: Mapping[str, Any], data: Any) -> str:
+    """SHA-256 of an envelope without its digest and without the version of the program that wrote it."""
+    told = [body[key] for key in ("schema", "version", "inputs")] + [body.get("files", {}), data]
+    return hashlib.sha256(json.dumps(told, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
 def read_json(path: Path, schema: str) -> Artifact:
-    """Read an envelope; `ArtifactError` when it is missing, damaged, of another kind or newer than this version
-    knows."""
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path} does not exist; it should be an artifact of the kind {schema!r}. Run the stage that writes it "
-            "first."
-        )
-    try:
-        body = json.loads(path.read_bytes())
-        found, version = body["schema"], int(body["version"])
-        artifact = Artifact(schema=found, version=version, inputs=dict(body["inputs"]), data=body["data"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or no artifact of mpqsearch ({type(error).__name__}: {error}). Delete it and run the "
-            "stage again."
-        ) from error
-    if found != schema:
-        raise ArtifactError(f"{path} holds {found!r}, but {schema!r} is needed")
-    newest = VERSIONS[schema]
+    """Read an envelope; `ArtifactError` when it is missing, damaged, edited, of another kind or newer than this version
+    knows. Its files are not looked at, see `Artifact.check_files`."""
+    if not path.exists():
+        verb = MADE_BY.get(schema)
+        how = f"`mpqsearch {verb}` writes it." if verb else "Run the stage that writes it first."
+        raise ArtifactError(f"{path} does not exist; it should be an artifact of the kind {schema!r}. {how}")
+    body = untrusted.read_json(path)
+    artifact = untrusted.build(Artifact, body, f"{path} is damaged or no artifact of mpqsearch")
+    if artifact.schema != schema:
+        raise ArtifactError(f"{path} holds {quoted(artifact.schema)}, but {schema!r} is needed")
+    newest, version = VERSIONS[schema], artifact.version
     if version > newest:
         raise ArtifactError(
             f"{path} has version {version} of {schema!r}; this mpqsearch ({__version__}) reads up to {newest}. "
@@ -190,10 +249,17 @@ def read_json(path: Path, schema: str) -> Artifact:
         )
     if version < newest - 1:
         raise ArtifactError(
-            f"{path} has version {version} of {schema!r}; this mpqsearch reads {newest - 1} and {newest}. Make it "
-            "again."
+            f"{path} has version {version} of {schema!r}; this mpqsearch reads {newest - 1} and {newest}. "
+            + again(schema)
         )
+    unsigned = not artifact.digest and schema in _FOREIGN
+    if not unsigned and artifact.digest != _digest(body, artifact.data):
+        raise ArtifactError(f"{path} was changed after it was written, or is damaged. {again(schema)}")
     return artifact
+
+
+_FOREIGN = ("mpqsearch/bitmap",)
+"""Kinds that other programs may write, which need not give a digest."""
 
 
 def is_current(path: Path, schema: str, inputs: Mapping[str, str], *, overwrite: bool = False) -> bool:
@@ -218,8 +284,8 @@ def is_current(path: Path, schema: str, inputs: Mapping[str, str], *, overwrite:
     )
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write an npz (no pickle) atomically.
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], belongs: str = "") -> None:
+    """Write an npz (no pickle) atomically; ``belongs`` is a digest of what it is a part of, kept in its comment.
 
     `numpy.savez` takes the names as keywords, so that some cannot be used, and cannot refuse pickles before numpy 2.2.
     """
@@ -227,23 +293,42 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, np.asanyarray(array), allow_pickle=False)
+        archive.comment = belongs.encode()
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read an npz (no pickle); `ArtifactError` when it is missing or damaged."""
+def read_arrays(path: Path, belongs: str = "") -> dict[str, NDArray[Any]]:
+    """Read an npz (no pickle); `ArtifactError` when it is missing or damaged, would take more memory than its file
+    says, or was not written as a part of what ``belongs`` is the digest of."""
     if not path.is_file():
         raise ArtifactError(
             f"{path} does not exist, although the JSON beside it does. Delete both and run the stage again."
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}). Delete it and run the stage again.") from error
+        with zipfile.ZipFile(path) as archive:
+            whose = archive.comment.decode(errors="replace")
+            arrays = {part.filename.removesuffix(".npy"): _array(archive, part) for part in archive.infolist()}
     except Exception as error:  # zipfile.BadZipFile and zlib.error have no common base
         raise ArtifactError(
             f"{path} is damaged ({type(error).__name__}: {error}). Delete it and run the stage again."
         ) from error
+    if belongs and whose != belongs:
+        raise ArtifactError(f"{path} was written as a part of something else. Delete it and run the stage again.")
+    return arrays
+
+
+def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
+    """One array of an npz, whose header may not claim more bytes than there are."""
+    if part.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{part.filename} is compressed, which no file of ours is")
+    with archive.open(part) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(file)
+        if math.prod(shape) * dtype.itemsize > part.file_size:
+            raise ValueError(f"{part.filename} claims the shape {shape} in {part.file_size} bytes")
+    with archive.open(part) as file:
+        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> None:
@@ -253,9 +338,7 @@ def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> Non
 
 def load_layers(path: Path) -> LayerTable:
     """Read ``layers.json``."""
-    data = read_json(path, "mpqsearch/layers").data
-    with _whole(path):
-        return LayerTable.from_data(data)
+    return untrusted.build(LayerTable, read_json(path, "mpqsearch/layers").data, str(path))
 
 
 def save_profile(path: Path, profile: SensitivityProfile, inputs: Mapping[str, str]) -> None:
@@ -265,31 +348,19 @@ def save_profile(path: Path, profile: SensitivityProfile, inputs: Mapping[str, s
     arrays |= {f"input_max:{k}": v for k, v in profile.input_max.items()}
     side = path.with_suffix(".npz")
     write_arrays(side, arrays)
-    write_json(path, "mpqsearch/profile", {**profile.header(), "arrays_sha256": digest_file(side)}, inputs)
+    write_json(path, "mpqsearch/profile", profile.header(), inputs, [side])
 
 
 def load_profile(path: Path) -> SensitivityProfile:
     """Read ``profile.json`` and ``profile.npz``; the digest of the arrays is checked."""
-    data = read_json(path, "mpqsearch/profile").data
-    side = path.with_suffix(".npz")
-    with _whole(path):
-        expected = data["arrays_sha256"]
-    arrays = read_arrays(side)
-    if digest_file(side) != expected:
-        raise ArtifactError(f"{side} is not the file that {path.name} was written with. Delete both and profile again.")
+    artifact = read_json(path, "mpqsearch/profile")
+    artifact.check_files(path)
     parts: dict[str, dict[str, NDArray[Any]]] = {"arrays": {}, "means": {}, "input_max": {}}
-    for key, array in arrays.items():
-        part, name = key.split(":", 1)
-        parts[part][name] = array
-    with _whole(path):
-        return SensitivityProfile(
-            model_digest=data["model_digest"],
-            names=tuple(data["names"]),
-            channels=tuple(data["channels"]),
-            widths=tuple(data["widths"]),
-            calibration=data["calibration"],
-            **parts,
-        )
+    for key, array in read_arrays(path.with_suffix(".npz")).items():
+        part, _, name = key.partition(":")
+        parts.setdefault(part, {})[name] = array
+    header = untrusted.build(dict, artifact.data, str(path))
+    return untrusted.build(SensitivityProfile, {**header, **parts}, str(path))
 
 
 def save_bit_map(
@@ -313,20 +384,29 @@ def save_bit_map(
 def load_bit_map(path: Path) -> BitMap:
     """Read a bit map and its sidecar; the sidecar's digest is checked and it must lie in the same folder."""
     data = read_json(path, "mpqsearch/bitmap").data
-    with _whole(path):
-        vectors = _sidecar(path, data["sidecar"]) if "sidecar" in data else None
+    sidecar = untrusted.build(_WithSidecar, data, str(path)).get("sidecar")
+    vectors = {} if sidecar is None else _sidecar(path, sidecar)
+    with untrusted.said_of(path):
         return BitMap.from_data(data, vectors)
 
 
-def _sidecar(path: Path, entry: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+class _Sidecar(TypedDict):
+    """The file with the channel widths of a map, in its folder."""
+
+    file: str
+    sha256: str
+
+
+class _WithSidecar(TypedDict):
+    sidecar: NotRequired[_Sidecar]
+
+
+def _sidecar(path: Path, entry: _Sidecar) -> dict[str, NDArray[Any]]:
     """The channel vectors beside a bit map."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    name = entry["file"]
-    side = path.parent / name
-    if Path(name).name != name:
-        raise ArtifactError(f"{path}: the sidecar {name!r} must lie in the same folder")
+    side = path.parent / file_name(entry["file"], f"{path}: the sidecar, which lies in the same folder,", ArtifactError)
     if not side.is_file() or digest_file(side) != entry["sha256"]:
         raise ArtifactError(f"{side} is missing or is not the file that {path.name} was written with")
     try:
@@ -335,22 +415,10 @@ def _sidecar(path: Path, entry: Mapping[str, str]) -> dict[str, NDArray[Any]]:
         raise ArtifactError(f"{side} is damaged: {error}") from error
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Anything that goes wrong while the content of a file is taken apart is said of the file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or was changed by hand ({type(error).__name__}: {error}). Make it again."
-        ) from error
-
-
 def environment(
     libraries: tuple[str, ...] = ("torch", "diffusers", "optuna", "pulp", "highspy", "numpy"),
 ) -> dict[str, Any]:
     """Versions and machine, for the record that every run keeps."""
-    import platform
     from importlib import metadata
 
     def version(name: str) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any
 
 from mpqsearch.core import Budget, Policy, QuantFormat
 from mpqsearch.core.budget import parse_size
-from mpqsearch.errors import ConfigError, UnknownNameError, nearest
+from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
 from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
 from mpqsearch.toml_text import dump_toml, toml_value
+from mpqsearch.untrusted import build, read_toml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,31 +378,19 @@ def load_config(
     Raises `ConfigError` for a missing or malformed file, an unknown key (naming the nearest) or a value of the wrong
     type.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        if not path.is_file():
-            raise ConfigError(f"the configuration {path} does not exist. Presets are in the folder studies/.")
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{path} is not text in UTF-8, which TOML is: {error.reason}. Save it as UTF-8."
-            ) from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is no valid TOML: {error}") from error
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if path is not None and not path.exists():
+        raise ConfigError(f"the configuration {path} does not exist. Presets are in the folder studies/.")
+    data = read_toml(path) if path is not None else {}
     for text in overrides:
         _override(data, text)
     for key, value in settings.items():
         _put(data, key.split("."), value, key)
-    return config_from(data)
+    return config_from(data, "" if path is None else str(path))
 
 
-def config_from(data: Mapping[str, Any]) -> Config:
-    """A configuration from nested plain data."""
-    config: Config = _build(Config, data, "")
-    return config
+def config_from(data: Mapping[str, Any], where: str = "") -> Config:
+    """A configuration from nested plain data, which ``where`` holds."""
+    return build(Config, data, where, ConfigError)
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -421,48 +408,6 @@ def _put(data: dict[str, Any], path: Sequence[str], value: Any, what: str) -> No
         if not isinstance(table, dict):
             raise ConfigError(f"{what}: {part!r} is no table; edit the TOML file instead")
     table[path[-1]] = value
-
-
-def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"[{where}] should be a table, got {data!r}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in data:
-        if key not in known:
-            near = nearest(key, known)
-            raise ConfigError(
-                f"unknown key {(where + '.' if where else '') + key!r}"
-                + (f" (did you mean {near!r}?)" if near else "")
-                + f". Known here: {', '.join(sorted(known))}."
-            )
-    try:
-        return cls(**{k: _convert(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in data.items()})
-    except TypeError as error:
-        raise ConfigError(f"[{where}]: {str(error).split('__init__() ')[-1]}") from error
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if hint is Any:
-        return value
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where} should be a list, got {value!r}")
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is not None:  # a mapping from names to values
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} should be a table, got {value!r}")
-        return {str(k): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} should be {hint.__name__}, got {value!r}")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -26,14 +26,30 @@ def silent(_label: str, _done: int, _total: int) -> None:
 
 
 def keep_interrupts() -> None:
-    """From now on, the next step of any bar raises `KeyboardInterrupt` again after a Ctrl-C.
+    """From now on SIGTERM ends the work as a Ctrl-C does, and the next step of any bar raises `KeyboardInterrupt` again
+    after either.
 
     The exception surfaces wherever the main thread is just then, which may be inside a library that swallows every
     exception, such as one that tries an optional import: the work would go on as if nothing had been asked. Does
     nothing where Ctrl-C has another meaning already.
     """
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def check_interrupt() -> None:
+    """Raise `KeyboardInterrupt` after a signal that something swallowed."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+def interrupt_code() -> int:
+    """What a process ends with that was interrupted: 128 and the number of the last signal, 130 after Ctrl-C."""
+    return 128 + (_interrupted[-1] if _interrupted else signal.SIGINT)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -56,8 +72,7 @@ class Bar:
 
     def update(self, n: int = 1) -> None:
         """``n`` more units are finished. Raises `KeyboardInterrupt` after a Ctrl-C that something swallowed."""
-        if _interrupted:
-            raise KeyboardInterrupt
+        check_interrupt()
         self.n += n
         if self._drawn is not None:
             self._drawn.update(n)

@@ -7,7 +7,6 @@ file is therefore known by the file's bytes and never by its path.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.errors import ArtifactError, ModelError, UnknownNameError
+from mpqsearch.untrusted import build, file_name, read_json
 
 REFERENCE = Path(__file__).parent / "models" / "reference"
 EMBEDDED = ("fmnist-t2i", "fmnist-flow", "fmnist-unet", "fmnist-dit")
@@ -79,19 +79,17 @@ def model_name(source: str) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `ModelError` when it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} should hold a JSON object")
-    return data
+    return dict(build(dict, read_json(path, ModelError), str(path), ModelError))
 
 
 def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Library and class of the components that a pipeline has, from its ``model_index.json``."""
     pairs = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
-    return {name: (str(library), str(kind)) for name, (library, kind) in pairs.items() if kind}
+    return {
+        file_name(name, "a component of a pipeline", ModelError): (str(library), str(kind))
+        for name, (library, kind) in pairs.items()
+        if kind
+    }
 
 
 def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[str, str]:

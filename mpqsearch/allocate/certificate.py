@@ -50,11 +50,6 @@ class Certificate:
         """As plain JSON data."""
         return asdict(self)
 
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Certificate:
-        """The inverse of ``to_data``; raises ``KeyError`` or ``TypeError`` for other data."""
-        return cls(**{name: data[name] for name in cls.__slots__})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:

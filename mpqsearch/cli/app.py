@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,7 +17,8 @@ import typer
 
 from mpqsearch._version import __version__
 from mpqsearch.errors import MpqsearchError
-from mpqsearch.progress import keep_interrupts
+from mpqsearch.progress import interrupt_code, keep_interrupts, say
+from mpqsearch.secrets import redact
 from mpqsearch.sources import model_name
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ def open_run(
     ``overrides`` are those of ``--set``; ``settings`` what other options say, by ``table.key``, where None or an empty
     list means that the option was not given.
     """
+    from mpqsearch.artifacts import sweep
     from mpqsearch.config import load_config
     from mpqsearch.stages import Run
 
@@ -60,6 +65,8 @@ def open_run(
     given = {key: value for key, value in settings.items() if value is not None and value != []}
     study = load_config(config, overrides or (), given)
     folder = run_dir or Path("runs") / (config.stem if config else model_name(study.model.source))
+    if not dry_run and (left := sweep(folder)):
+        say(f"{folder}: deleted {len(left)} temporary files that a killed run left behind")
     return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run)
 
 
@@ -85,34 +92,71 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT."""
+"""What typer returns for an interrupt inside a command."""
+
+CRASHED = 70
+"""Exit code of a mistake of ours: EX_SOFTWARE of sysexits.h."""
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """A wrong command line. Some versions of typer bring it along and some take it from click: this finds it in both."""
 
 
 def main() -> None:
-    """Entry point: exit codes 0 done, 2 usage or configuration, 3 infeasible budget, 4 stale artifact, 130
-    interrupted. A mistake is one line on stderr."""
+    """Entry point: exit codes 0 done, 1 an export that differs (``export --verify``), 2 usage, configuration or a file
+    that is not as it should be, 3 infeasible budget, 4 stale artifact, 70 a mistake of mpqsearch, 130 interrupted, 143
+    terminated. A mistake is one line on stderr."""
     keep_interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a pipe on Windows may know no block characters
+            stream.reconfigure(errors="backslashreplace")  # a pipe on Windows may know no block characters
+    code: object = CRASHED
     try:
         code = app(prog_name="mpqsearch", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except MpqsearchError as error:
         if State.verbose >= 2:
-            raise
+            traceback.print_exc(file=_Redacted())
         _fail(str(error), error.exit_code)
     except UsageError as error:
         _fail(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
+        _drop_output()
         raise SystemExit(0) from None
-    if code == INTERRUPTED:  # which some versions of typer return for an interrupt inside a command
-        _fail("interrupted. What was finished is kept; the same command continues from there.", INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the last place where anything can be said of it
+        _crash(error)
+    if code == INTERRUPTED:
+        _fail("interrupted. What was finished is kept; the same command continues from there.", interrupt_code())
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _crash(error: Exception) -> NoReturn:
+    """What nobody foresaw: a full disk behind stdout, or a mistake of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
+        _drop_output()
+        _fail(f"the output cannot be written: {error.strerror}", 2)
+    if State.verbose:
+        traceback.print_exc(file=_Redacted())
+    _fail(
+        f"this is a mistake of mpqsearch: {type(error).__name__}: {error}. What was finished is kept. The same command "
+        "with -v shows where it is; please report that.",
+        CRASHED,
+    )
+
+
+def _drop_output() -> None:
+    """Nobody reads stdout: without this, Python would try again as it ends, and end with an error."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Redacted(io.StringIO):
+    """stderr without secrets."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(redact(text))
 
 
 def _usage(error: Any) -> str:
@@ -125,5 +169,5 @@ def _usage(error: Any) -> str:
 
 def _fail(text: str, code: int) -> NoReturn:
     if text:
-        print(f"mpqsearch: {text}", file=sys.stderr)
+        print(f"mpqsearch: {redact(text)}", file=sys.stderr)
     raise SystemExit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ import typer
 from mpqsearch.cli.app import app, quiet
 from mpqsearch.cli.printing import bar, print_fields, print_json, print_profile, print_records, print_table, spark
 from mpqsearch.errors import ConfigError
+from mpqsearch.untrusted import read_json
 
 
 @app.command()
@@ -41,12 +41,10 @@ def inspect(
     from mpqsearch import artifacts
 
     quiet(verbose)
-    try:
-        schema = json.loads(file.read_bytes())["schema"]
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file} does not exist") from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ConfigError(f"{file} is no artifact of mpqsearch: it should be a JSON file with a schema") from error
+    body = read_json(file, ConfigError)
+    schema = body.get("schema") if isinstance(body, dict) else None
+    if not isinstance(schema, str):
+        raise ConfigError(f"{file} is no artifact of mpqsearch: it should be a JSON file with a schema")
     if schema not in artifacts.VERSIONS:
         raise ConfigError(f"{file} has the unknown schema {schema!r}. Known: {', '.join(sorted(artifacts.VERSIONS))}.")
     if check:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mpqsearch.untrusted import shown
+
 if TYPE_CHECKING:
     from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord
 
@@ -27,7 +29,7 @@ def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
         print_json([str(line) for line in lines])
         return
     for line in lines:
-        print(line)
+        print(shown(str(line)))
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -42,7 +44,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         numbers = i > 0 and all(_NUMBER.match(str(row[name])) for row in rows if str(row[name]) not in ("", "-"))
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row.values()))  # names may hold brackets, which rich reads
+        table.add_row(*(escape(shown(str(cell))) for cell in row.values()))  # names may hold brackets, which rich reads
     console = Console()
     # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
     (console if console.is_terminal else Console(width=200)).print(table)

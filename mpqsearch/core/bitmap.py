@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from mpqsearch.core.formats import FULL_PRECISION, QuantFormat, check_width
 from mpqsearch.core.layers import LayerTable
 from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
+from mpqsearch.untrusted import build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,48 +175,74 @@ class BitMap(Shown):
         return data
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any], vectors: Mapping[str, NDArray[Any]] | None = None) -> BitMap:
-        """Back from `to_data`; ``vectors`` holds channel widths that were stored beside the JSON.
+    def from_data(cls, data: Any, vectors: Mapping[str, NDArray[Any]] | None = None) -> BitMap:
+        """Back from `to_data`; ``vectors`` holds channel widths that were stored beside the JSON. Keys that it does not
+        know may say more.
 
         Raises `ConfigError` for what is no supported width.
         """
-        layers = data["layers"]
+        stored = build(_StoredMap, data, "bit map", ConfigError)
+        layers = stored["layers"]
+        runs: Iterator[Any] = (e["channel_bits"].get("data", ()) for e in layers.values() if "channel_bits" in e)
+        if sum(max(count, 0) for data in runs for _, count in data) > MAX_CHANNELS:
+            raise ConfigError(f"bit map: its run lengths are of more than {MAX_CHANNELS} channels")
         return cls(
-            model_digest=data["model_digest"],
+            model_digest=stored["model_digest"],
             weights={name: _decoded(name, entry, vectors or {}) for name, entry in layers.items()},
             activations={n: e["activation_bits"] for n, e in layers.items() if "activation_bits" in e},
-            activation_steps=data.get("activation_steps", 1),
-            format=QuantFormat.from_data(data["defaults"]),
+            activation_steps=stored.get("activation_steps", 1),
+            format=QuantFormat.from_data(stored["defaults"]),
             formats={n: QuantFormat.from_data(e["quantizer"]) for n, e in layers.items() if "quantizer" in e},
         )
 
 
-def _decoded(name: str, entry: Mapping[str, Any], vectors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+class _Coded(TypedDict):
+    """Widths of the channels of one layer: run lengths in ``data``, or the name of a ``tensor`` beside the JSON."""
+
+    encoding: Literal["rle", "safetensors"]
+    data: NotRequired[tuple[tuple[int, int], ...]]
+    tensor: NotRequired[str]
+
+
+class _StoredLayer(TypedDict, total=False):
+    """One layer of `BitMap.to_data`: ``bits``, or ``channel_bits``."""
+
+    bits: int
+    channel_bits: _Coded
+    activation_bits: int
+    quantizer: Mapping[str, Any]
+
+
+class _StoredMap(TypedDict):
+    model_digest: str
+    defaults: Mapping[str, Any]
+    layers: Mapping[str, _StoredLayer]
+    activation_steps: NotRequired[int]
+
+
+def _decoded(name: str, entry: _StoredLayer, vectors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """The width or widths of one entry, as they are written: what is no whole width is refused, never rounded."""
     if "bits" in entry:
-        check_width(entry["bits"], f"bit map, layer {name!r}")
         return np.array(entry["bits"])
-    coded = entry["channel_bits"]
-    if coded["encoding"] != "rle":
-        if coded["tensor"] not in vectors:
+    coded = entry.get("channel_bits", _Coded(encoding="rle"))
+    if coded["encoding"] == "safetensors":
+        if coded.get("tensor") not in vectors:
             raise ArtifactError(
-                f"bit map: the channel widths of {name!r} should be in the sidecar as {coded['tensor']!r}, and are not"
+                f"bit map: the channel widths of {name!r} should be in the sidecar as {coded.get('tensor')!r}, and are "
+                "not"
             )
         return vectors[coded["tensor"]]
-    total = 0
-    for bits, count in coded["data"]:
+    pairs = np.array(coded.get("data", ()), dtype=np.int64).reshape(-1, 2)
+    widths, counts = pairs.T
+    if not len(pairs) or counts.min() < 1:
+        raise ConfigError(f"bit map, layer {name!r}: runs of at least 1 channel are needed")
+    for bits in np.unique(widths).tolist():
         check_width(bits, f"bit map, layer {name!r}")
-        if type(count) is not int or not 0 < count <= MAX_CHANNELS:
-            raise ConfigError(f"bit map, layer {name!r}: a run of {count!r} channels is none")
-        total += count
-    if total > MAX_CHANNELS:
-        raise ConfigError(f"bit map, layer {name!r}: {total} channels are more than any layer has")
-    pairs = np.array(coded["data"], dtype=np.int64).reshape(-1, 2)
-    return np.repeat(pairs[:, 0], pairs[:, 1])
+    return np.repeat(widths.astype(np.uint8), counts)
 
 
 MAX_CHANNELS = 2**24
-"""Channels that a layer of a file may have; more is a damaged file, and would take all memory."""
+"""Channels that the run lengths of a file may have in all; more is a damaged file, and would take all memory."""
 
 
 def _checked(name: str, widths: Any) -> Widths:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.untrusted import build
 
 WIDTHS = tuple(range(1, 9))
 """Widths that the quantizers support."""
@@ -96,9 +97,9 @@ class QuantFormat:
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> QuantFormat:
         """Back from `to_data`. Raises `ConfigError` for scales of another width than ours."""
-        if data["scale_bits"] != SCALE_BITS:
-            raise ConfigError(f"scale_bits must be {SCALE_BITS} (half-precision scales), got {data['scale_bits']}")
-        return cls(**{name: value for name, value in data.items() if name != "scale_bits"})
+        if data.get("scale_bits") != SCALE_BITS:
+            raise ConfigError(f"scale_bits must be {SCALE_BITS} (half-precision scales), got {data.get('scale_bits')}")
+        return build(cls, {k: v for k, v in data.items() if k != "scale_bits"}, "quantizer", ConfigError)
 
 
 def check_width(bits: object, where: str) -> None:

@@ -187,20 +187,10 @@ class LayerTable(Shown):
         return pd.DataFrame(rows)
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """As plain JSON data, from which `mpqsearch.untrusted.build` makes it again."""
         return {
             "digest": self.digest,
             "model": self.model,
             "layers": [{**asdict(la), "weight_shape": list(la.weight_shape)} for la in self.layers],
             "kept": [{"name": k.name, "n_values": k.n_values, "reason": k.reason} for k in self.kept],
         }
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> LayerTable:
-        """Back from `to_data`."""
-        return cls(
-            digest=data["digest"],
-            model=data["model"],
-            layers=tuple(LayerSpec(**{**la, "weight_shape": tuple(la["weight_shape"])}) for la in data["layers"]),
-            kept=tuple(KeptParameter(**k) for k in data["kept"]),
-        )

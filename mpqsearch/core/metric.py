@@ -71,8 +71,3 @@ class StudyRecord:
             **{k: getattr(self, k) for k in self.__slots__ if k != "metrics"},
             "metrics": {k: m.to_data() for k, m in self.metrics.items()},
         }
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> StudyRecord:
-        """Back from `to_data`."""
-        return cls(**{**data, "metrics": {k: MetricValue(**m) for k, m in data["metrics"].items()}})

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ from mpqsearch.distill.objective import Guard, Objective
 from mpqsearch.distill.processes import Processes
 from mpqsearch.distill.teacher import Trajectories
 from mpqsearch.distill.training import Training
+from mpqsearch.errors import ArtifactError
 from mpqsearch.specs import DistillSpec
+from mpqsearch.untrusted import build, parse_json, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +126,7 @@ def distill(
             numbers = run.step(done)
             done += 1
             stop = team.any(stopping.number > 0, run.training.device)
-            check = None if stop and done < spec.steps else run.checks.check(done)
+            check = None if stop else run.checks.check(done)
             path = None
             if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
                 if team.main:
@@ -135,7 +138,7 @@ def distill(
                 check=check,
                 best=run.checks.best,
                 checkpoint=path,
-                interrupted=stop and done < spec.steps,
+                interrupted=stop,
                 signal=stopping.number,
                 **numbers,
             )
@@ -244,16 +247,28 @@ def _append(path: Path | None, data: Mapping[str, float]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
-        handle.write(json.dumps(dict(data)) + "\n")
+        numbers = {key: value if math.isfinite(value) else None for key, value in data.items()}
+        handle.write(json.dumps(numbers) + "\n")
 
 
 def _cut_log(path: Path | None, done: int) -> None:
     """Drop lines after step ``done``, all of them where nothing is done, and a torn last line."""
     if path is None or not path.is_file():
         return
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            if done and json.loads(line)["step"] <= done:
-                lines.append(line + "\n")
-    artifacts.write_text(path, "".join(lines))
+    kept = (json.dumps(line) + "\n" for line in read_log(path) if done and line["step"] <= done)
+    artifacts.write_text(path, "".join(kept))
+
+
+class LogLine(TypedDict):
+    """A line of ``train.jsonl``: the step, and the numbers of `DistillState` or of a check; null for what is not
+    finite."""
+
+    step: int
+    check: NotRequired[float | None]
+
+
+def read_log(path: Path) -> Iterator[LogLine]:
+    """The lines of a training's log; those that a crash left torn are left out."""
+    for line in read_bytes(path).splitlines():
+        with contextlib.suppress(ArtifactError):
+            yield build(LogLine, parse_json(line, str(path)))

@@ -9,7 +9,6 @@ renaming. Nothing is written here: metadata without weights in these formats can
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from mpqsearch.core import LayerTable
 from mpqsearch.errors import ArtifactError
 from mpqsearch.export.reading import PREFIX, Reading, by_name, float_note, json_at
+from mpqsearch.untrusted import parse_json
 
 KEY = "_quantization_metadata"
 FORMATS = {
@@ -48,6 +48,6 @@ def _header(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, "np") as file:
             text = (file.metadata() or {}).get(KEY)
-        return None if text is None else {KEY: json.loads(text)}
+        return None if text is None else {KEY: parse_json(text, str(path))}
     except (SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error

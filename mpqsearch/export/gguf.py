@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
@@ -142,13 +142,90 @@ def read(path: Path, _table: LayerTable) -> Reading | None:
         raise ConfigError(
             f"{files[0]} is read with the package gguf, which is not installed. Run: pip install gguf"
         ) from error
-    try:
-        tensors = gguf.GGUFReader(files[0]).tensors
-    except ValueError as error:
-        raise ArtifactError(f"{files[0]} is damaged or no GGUF file: {error}") from error
-    types = {t.name.removesuffix(".weight"): t.tensor_type.name for t in tensors if t.name.endswith(".weight")}
+    names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    stored = {n.removesuffix(".weight"): kind for n, kind in tensor_types(files[0]).items() if n.endswith(".weight")}
+    types = {n: names.get(kind, f"number {kind}") for n, kind in stored.items()}
     widths = {n.removeprefix(PREFIX): _width(n, t) for n, t in types.items()}
     return by_name(widths, ("a type's blocks and scales are not taken over, its width is",))
+
+
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the values of the metadata, by the number of their type; 8 is a text, 9 an array."""
+
+_TEXT, _ARRAY = 8, 9
+_MOST = 1 << 22
+"""Values and tensors that a header may have; vocabularies have 2**18."""
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """Number of the type of every tensor of a GGUF file, from its header: what the header claims is held against the
+    file's size, so that none takes more time or memory than its own bytes. Raises `ArtifactError` for a damaged one."""
+    with path.open("rb") as file:
+        header = _Header(file, path)
+        if file.read(4) != b"GGUF" or header.number(4) not in (2, 3):
+            raise ArtifactError(f"{path} is damaged or no GGUF file of version 2 or 3")
+        n_tensors, n_values = header.count(8), header.count(8)
+        for _ in range(n_values):
+            header.text()
+            header.skip_value(header.number(4))
+        types = {}
+        for _ in range(n_tensors):
+            name = header.text()
+            header.skip(8 * header.number(4))
+            types[name] = header.number(4)
+            header.skip(8)
+    return types
+
+
+class _Header:
+    """The numbers and texts of a GGUF header, one after another."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path, self.left = file, path, _MOST
+        self.size = path.stat().st_size
+
+    def number(self, n_bytes: int) -> int:
+        data = self.file.read(n_bytes)
+        if len(data) < n_bytes:
+            raise ArtifactError(f"{self.path} is cut off or damaged: its header ends at byte {self.size}")
+        return int.from_bytes(data, "little")
+
+    def count(self, n_bytes: int) -> int:
+        """A number of things that are read one by one, of which there may be so many in all."""
+        n = self.number(n_bytes)
+        self.left -= n
+        if self.left < 0:
+            raise ArtifactError(f"{self.path} is damaged: its header claims {n:,} values, more than {_MOST:,}")
+        return n
+
+    def skip(self, n_bytes: int) -> None:
+        if self.file.tell() + n_bytes > self.size:
+            raise ArtifactError(f"{self.path} is cut off or damaged: its header claims {n_bytes:,} more bytes")
+        self.file.seek(n_bytes, 1)
+
+    def text(self) -> str:
+        n = self.number(8)
+        start = self.file.tell()
+        self.skip(n)
+        self.file.seek(start)
+        return self.file.read(n).decode(errors="replace")
+
+    def skip_value(self, kind: int) -> None:
+        if kind in _SCALARS:
+            self.skip(_SCALARS[kind])
+        elif kind == _TEXT:
+            self.skip(self.number(8))
+        elif kind == _ARRAY:
+            inner = self.number(4)
+            if inner in _SCALARS:
+                self.skip(_SCALARS[inner] * self.number(8))
+            elif inner == _TEXT:
+                for _ in range(self.count(8)):
+                    self.skip(self.number(8))
+            else:
+                raise ArtifactError(f"{self.path} is damaged: its header has an array of the unknown type {inner}")
+        else:
+            raise ArtifactError(f"{self.path} is damaged: its header has a value of the unknown type {kind}")
 
 
 def _width(name: str, kind: str) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mpqsearch import untrusted
 from mpqsearch.artifacts import VERSIONS, load_bit_map, read_json, save_bit_map
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat, StoredBits
 from mpqsearch.core.formats import WIDTHS
@@ -113,7 +114,7 @@ def load_neutral(path: Path, table: LayerTable | None = None) -> NeutralMap:
     ``table`` is another model's.
     """
     artifact = read_json(path, "mpqsearch/bitmap")
-    check_schema(json.loads(path.read_bytes()), str(path))
+    check_schema(untrusted.read_json(path), str(path))
     data = artifact.data
     bit_map = load_bit_map(path)
     layers = tuple(_layer_spec(name, entry) for name, entry in data["layers"].items())

@@ -26,6 +26,7 @@ from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
 from mpqsearch.export.target import Target, int_choices
+from mpqsearch.untrusted import build
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -253,7 +254,7 @@ def load_quantized(path: str | Path) -> nn.Module:
             packed.setdefault(name, {})[part] = tensor.numpy()
         else:
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
-    table = LayerTable.from_data(data["model"])
+    table = build(LayerTable, data["model"], str(folder / HEADER))
     for name, arrays in packed.items():
         state[f"{name}.weight"] = weight_of(unpack_layer(arrays, table[name]), table[name])
     with init_empty_weights():  # random weights take longer than reading all of them

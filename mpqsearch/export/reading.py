@@ -8,22 +8,25 @@ one, and makes a `BitMap` of the answer.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from mpqsearch import untrusted
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, QuantFormat
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
 from mpqsearch.specs.targets import SOURCES
+from mpqsearch.untrusted import build
 
 log = logging.getLogger("mpqsearch")
 
@@ -143,12 +146,7 @@ def json_at(path: Path, *names: str) -> Any:
     """
     if path.is_dir():
         path = next((path / n for n in names if (path / n).is_file()), path)
-    if not path.is_file() or path.suffix != ".json":
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is no valid JSON: {error}") from error
+    return untrusted.read_json(path) if path.exists() and path.suffix == ".json" else None
 
 
 def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
@@ -160,15 +158,65 @@ def quantization_config(path: Path, method: str) -> Mapping[str, Any] | None:
     return config
 
 
-def pattern_of(text: str, where: str) -> re.Pattern[str]:
-    """A regular expression of an imported file. Raises `ArtifactError` when it is none, and when it repeats what is
-    repeated, as ``(a+)+`` does: matching that may take for ever."""
-    if re.search(r"[+*}]\)[+*{]", str(text)):
-        raise ArtifactError(f"{where}: {text!r} repeats a repetition, which may take for ever to match. Simplify it.")
+MATCHING_S = 5.0
+"""Processor time that matching the expressions of one file may take."""
+
+_PLAIN = re.compile(r"\^?(?:\.\*)?(?:[\w :/-]|\\\W|\.(?!\*))*(?:\.\*)?\$?")
+"""Expressions that match in a time that grows with the length of a name, or its square."""
+
+_spent = [0.0]
+
+
+class Pattern:
+    """A regular expression of an imported file: one that takes too long ends in an `ArtifactError` and never hangs."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.text, self.where = text, where
+        self._plain = re.compile(text) if _PLAIN.fullmatch(text) else None
+        self._limited = None if self._plain else _limited(text)
+
+    def search(self, name: str) -> bool:
+        """Whether it is found in ``name``."""
+        return self._found("search", name)
+
+    def match(self, name: str) -> bool:
+        """Whether ``name`` begins with it."""
+        return self._found("match", name)
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether it is all of ``name``."""
+        return self._found("fullmatch", name)
+
+    def _found(self, how: str, name: str) -> bool:
+        if self._limited is None:
+            return getattr(self._plain, how)(name) is not None
+        began = time.process_time()
+        try:
+            found = getattr(self._limited, how)(name, timeout=max(MATCHING_S - _spent[0], 1e-3))
+        except TimeoutError:
+            raise ArtifactError(
+                f"{self.where}: matching its expressions takes more than {MATCHING_S:g} s, of which "
+                f"{untrusted.quoted(self.text)} is one. Simplify it."
+            ) from None
+        _spent[0] += time.process_time() - began
+        return found is not None
+
+
+def _limited(text: str) -> Any:
+    import regex
+
+    return regex.compile(text, regex.VERSION0)
+
+
+@cache
+def pattern_of(text: str, where: str) -> Pattern:
+    """A regular expression of an imported file. Raises `ArtifactError` when it is none."""
+    import regex
+
     try:
-        return re.compile(str(text))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ArtifactError(f"{where}: {text!r} is no regular expression ({error})") from error
+        return Pattern(str(text), where)
+    except (re.error, regex.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{where}: {untrusted.quoted(text)} is no regular expression ({error})") from error
 
 
 def bits_of(name: str) -> int:
@@ -201,11 +249,15 @@ def float_note(names: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{len(floats)} layers are in floats there, such as {floats[0]!r}: here the same width in integers",)
 
 
+class _Manifest(TypedDict):
+    target: str
+
+
 def _readings(path: Path, table: LayerTable, source: str | None) -> dict[str, Reading]:
     if source is not None and source not in SOURCES:
         raise UnknownNameError("source of a bit map", source, SOURCES)
     if source is None and (path / "export.json").is_file():  # a folder of our own: it says what it is
-        source = str(read_json(path / "export.json", "mpqsearch/export").data["target"])
+        source = build(_Manifest, read_json(path / "export.json", "mpqsearch/export").data, str(path))["target"]
     readings = {}
     for name in SOURCES if source is None else [source]:
         reading = _read_as(name, path, table)
@@ -218,6 +270,7 @@ def _read_as(name: str, path: Path, table: LayerTable) -> Reading | None:
     """The reading of one source. Raises `ArtifactError` for a file whose parts are of other types than it has."""
     module, _, function = SOURCES[name].partition(":")
     read: Callable[[Path, LayerTable], Reading | None] = getattr(import_module(module), function)
+    _spent[0] = 0.0
     try:
         return read(path, table)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:

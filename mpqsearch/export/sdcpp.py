@@ -30,6 +30,7 @@ from mpqsearch.export.neutral import FILE as MAP
 from mpqsearch.export.neutral import load_neutral
 from mpqsearch.export.reading import Reading, pattern_of
 from mpqsearch.export.target import Target
+from mpqsearch.untrusted import read_bytes
 
 FILE = "sdcpp_rules.txt"
 SKIPPED = (
@@ -83,9 +84,9 @@ def read(path: Path, table: LayerTable) -> Reading | None:
     """Rules in their order, each found anywhere in the name of a layer's weight; those that are one exact name must
     be layers of the model. What the program refuses to quantize stays at full precision."""
     file = path / FILE if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".txt":
+    if not file.exists() or file.suffix != ".txt":
         return None
-    rules = [r.partition("=") for r in file.read_text(errors="replace").strip().split(",") if r]
+    rules = [r.partition("=") for r in read_bytes(file).decode(errors="replace").strip().split(",") if r]
     if not all(sign for _, sign, _ in rules):
         return None
     types = {spelled(t): t for t in TYPES} | dict.fromkeys(("f16", "f32", "bf16"), "")

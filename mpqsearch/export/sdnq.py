@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpqsearch.artifacts import atomic_path, write_text
+from mpqsearch.artifacts import atomic_path, temporary_prefix, write_text
 from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
@@ -68,7 +68,7 @@ class SdnqTarget(Target):
                 f"the target 'sdnq' goes through diffusers; {type(module).__name__} is no diffusers model"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".sdnq.") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=temporary_prefix()) as scratch:
             plain, packed = Path(scratch, "plain"), Path(scratch, "packed")
             module.save_pretrained(plain, safe_serialization=True)
             config = diffusers.SDNQConfig(**sdnq_config(plan)) if planned_widths(plan) else None

@@ -27,6 +27,7 @@ class SampleStore:
         self.folder, self.seeds = folder, tuple(int(s) for s in seeds)
         self._last: tuple[str, Drawn] | None = None
         inputs = {**inputs, "seeds": artifacts.digest_of(self.seeds)}
+        self._belongs = artifacts.digest_of(inputs)
         about = folder / "samples.json"
         if not artifacts.is_current(about, "mpqsearch/samples", inputs, overwrite=overwrite):
             for file in folder.glob("*-*.npz"):
@@ -57,7 +58,8 @@ class SampleStore:
         if None not in batch.labels:
             arrays["labels"] = np.array(batch.labels)
         start = len(self.seeds) - len(missing)
-        artifacts.write_arrays(self.folder / _name(start, start + len(batch.seeds)), arrays)
+        name = _name(start, start + len(batch.seeds))
+        artifacts.write_arrays(self.folder / name, arrays, self._belongs + name)
 
     def batches(self) -> Iterator[Drawn]:
         """The samples as they were written."""
@@ -92,7 +94,7 @@ class SampleStore:
     def _file(self, start: int, stop: int) -> Drawn:
         name = _name(start, stop)
         if self._last is None or self._last[0] != name:  # batches smaller than those written read one file in turn
-            arrays = artifacts.read_arrays(self.folder / name)
+            arrays = artifacts.read_arrays(self.folder / name, self._belongs + name)
             labels: Sequence[Label] = arrays["labels"].tolist() if "labels" in arrays else [None] * (stop - start)
             drawn = Drawn(
                 seeds=self.seeds[start:stop],

@@ -5,19 +5,19 @@ Everything here reads headers and names only, so that a folder which cannot be u
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from mpqsearch.errors import ModelError
 from mpqsearch.sources import PICKLES, WEIGHTS
+from mpqsearch.untrusted import build, file_name, parse_json, read_json
 
 _INDEX = re.compile(rf"{WEIGHTS}\.safetensors\.index(?:\.(\w+))?\.json")
 _WHOLE = re.compile(rf"{WEIGHTS}(?:\.(\w+))?\.safetensors")
@@ -132,6 +132,16 @@ def check_keys(source: str, missing: Collection[str], unexpected: Collection[str
     )
 
 
+def check_shapes(source: str, meta: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]) -> None:
+    """Raise `ModelError` for a stored tensor of another shape than the configured model's, before memory is taken."""
+    for key, tensor in meta.items():
+        if key in stored and stored[key].shape != tuple(tensor.shape):
+            raise ModelError(
+                f"{source}: {key!r} is stored with the shape {stored[key].shape}, the configuration says "
+                f"{tuple(tensor.shape)}"
+            )
+
+
 def _likely_prefix(lacking: Sequence[str], stored: Collection[str]) -> str:
     """What stands before most of the lacking keys in the file, such as ``module.``; empty when nothing does."""
     prefixes: Counter[str] = Counter()
@@ -141,13 +151,16 @@ def _likely_prefix(lacking: Sequence[str], stored: Collection[str]) -> str:
     return most[0][0] if most and most[0][1] > min(len(lacking), 20) / 2 else ""
 
 
+class _Index(TypedDict):
+    weight_map: Mapping[str, str]
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     """The files that an index names, which must all be in its folder."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index} is damaged: {error}") from error
-    missing = [n for n in names if Path(n).name != n or not (index.parent / n).is_file()]
+    names = sorted(set(build(_Index, read_json(index, ModelError), str(index), ModelError)["weight_map"].values()))
+    for name in names:
+        file_name(name, f"{index}: each shard", ModelError)
+    missing = [n for n in names if not (index.parent / n).is_file()]
     if missing:
         raise ModelError(
             f"{index} names {len(names)} shards, of which {len(missing)} are not in its folder: "
@@ -164,11 +177,13 @@ def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # a pipe would be waited for
+        raise ModelError(f"{path} is no file")
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+            header = parse_json(file.read(length), str(path), ModelError)
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
     for key, entry in header.items():
         if key == "__metadata__":

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ModelError, UnknownNameError
 from mpqsearch.models.devices import float_dtype
-from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
+from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
 from mpqsearch.models.runner import Parts
 from mpqsearch.models.unwrap import plain_copy
 from mpqsearch.sources import components_of, denoisers_of, read_config
+from mpqsearch.untrusted import build, quoted
 
 log = logging.getLogger("mpqsearch")
 
@@ -109,14 +111,14 @@ def _check_components(index: Mapping[str, Any], source: str) -> None:
     """Raise `ModelError` when a pipeline is made of what is not installed, or of code of its own."""
     import diffusers
 
-    diffusers_class(str(index.get("_class_name")), source)
+    diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline")
     for name, (library, kind) in components_of(index).items():
         if library == "transformers" and importlib.util.find_spec("transformers") is None:
             raise ModelError(
                 f"{source}: its {name} needs transformers, which is not installed: pip install 'mpqsearch[pipelines]'"
             )
         if library == "diffusers":
-            diffusers_class(kind, source)
+            diffusers_class(kind, source, "Part")
         elif library != "transformers" and not hasattr(diffusers.pipelines, library):
             raise ModelError(
                 f"{source}: its {name} is a {kind} of {library!r}, which is neither diffusers nor transformers but "
@@ -131,7 +133,8 @@ def _opener(
     variants = [v for name in components_of(index) for v in _only_variants(folder / name)]
 
     def open_pipeline(parts: Mapping[str, nn.Module]) -> Any:
-        takes = inspect.signature(diffusers_class(str(index.get("_class_name")), source).__init__).parameters
+        pipeline = diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline")
+        takes = inspect.signature(pipeline.__init__).parameters
         checked = "requires_safety_checker" in takes and "safety_checker" in components_of(index)
         left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
         if left_out:
@@ -140,7 +143,7 @@ def _opener(
         left_out |= {n: None for n, pair in index.items() if pair == [None, None]}
         try:
             with _quiet():
-                return diffusers_class(str(index.get("_class_name")), source).from_pretrained(
+                return pipeline.from_pretrained(
                     str(folder),
                     torch_dtype=dtype,
                     use_safetensors=True,
@@ -183,13 +186,21 @@ def hints_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Number of classes, the null label and the range of the data: from ``denoiser.json`` beside a model, else from its
     configuration and the range of diffusers."""
     n_classes, null_class = classes_of(config)
-    hints = read_config(folder / "denoiser.json") if (folder / "denoiser.json").is_file() else {}
-    low_high = hints.get("data_range", (-1.0, 1.0))
+    file = folder / "denoiser.json"
+    hints = build(_Hints, read_config(file), str(file), ModelError) if file.is_file() else _Hints()
     return {
         "n_classes": hints.get("n_classes", n_classes),
         "null_class": hints.get("null_class", null_class),
-        "data_range": None if low_high is None else tuple(low_high),
+        "data_range": hints.get("data_range", (-1.0, 1.0)),
     }
+
+
+class _Hints(TypedDict, total=False):
+    """What ``denoiser.json`` may say."""
+
+    n_classes: int
+    null_class: int | None
+    data_range: tuple[float, float] | None
 
 
 def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:
@@ -204,6 +215,7 @@ def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:
     name = str(config.get("_class_name") or class_name)
     cls, files = diffusers_class(name, str(folder)), weight_files(folder)
     stored = files.tensors()
+    check_shapes(str(folder), structure(folder, config, len(stored), class_name).state_dict(), stored)
     try:
         with _quiet():
             module, info = cls.from_pretrained(
@@ -221,14 +233,82 @@ def _load(folder: Path, settings: _How, class_name: str = "") -> nn.Module:
     return module  # type: ignore[no-any-return]
 
 
-def diffusers_class(name: str, source: str) -> Any:
-    """A model, pipeline or scheduler of the installed diffusers. Raises `ModelError` when it has none of this name."""
+def diffusers_class(name: str, source: str, kind: str = "ModelMixin") -> Any:
+    """A class of the installed diffusers that is a ``kind``: ``ModelMixin``, ``DiffusionPipeline``, or a ``Part`` that
+    pipelines are made of. Raises `ModelError` for any other name: a folder may name what runs code of its own."""
     import diffusers
 
-    cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
-        raise ModelError(f"{source}: its class {name!r} is not one of diffusers {diffusers.__version__}")
+    cls: Any = getattr(diffusers, name, None) if name.isidentifier() else None
+    kinds = (diffusers.ModelMixin, diffusers.SchedulerMixin, diffusers.ConfigMixin)
+    bases = kinds if kind == "Part" else (getattr(diffusers, kind),)
+    known = isinstance(cls, type) and issubclass(cls, bases) and cls not in (*kinds, diffusers.DiffusionPipeline)
+    if not known or (kind != "DiffusionPipeline" and issubclass(cls, diffusers.DiffusionPipeline)):
+        what = {"ModelMixin": "model", "DiffusionPipeline": "pipeline"}.get(kind, "model or scheduler")
+        raise ModelError(f"{source}: its class {quoted(name)} is no {what} of diffusers {diffusers.__version__}")
     return cls
+
+
+SPARE_MODULES = 2_000
+"""Modules that a model may have beyond those that its stored tensors account for."""
+
+SPARE_BYTES = 1 << 30
+"""Memory that building the structure of a model may take, beside its weights."""
+
+
+def structure(folder: Path, config: Mapping[str, Any], n_tensors: int, class_name: str = "") -> nn.Module:
+    """The module of a folder on the device ``meta``, within bounds: a configuration that asks for many more modules
+    than there are ``n_tensors`` stored, or for much memory, raises `ModelError` in seconds."""
+    name = str(config.get("_class_name") or class_name)
+    cls = diffusers_class(name, str(folder))
+    try:
+        with (
+            _quiet(),
+            torch.device("meta"),
+            _bounded_modules(SPARE_MODULES + 20 * n_tensors),
+            bounded_memory(SPARE_BYTES),
+        ):
+            module: nn.Module = cls.from_config(dict(config))
+    except Exception as error:
+        raise ModelError(f"cannot build {name} from {folder}/config.json: {_reason(error)}") from error
+    return module
+
+
+@contextmanager
+def _bounded_modules(most: int) -> Iterator[None]:
+    count = 0
+
+    def registered(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ModelError(f"it asks for more than {most:,} modules, far more than its weights are for")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bounded_memory(more: int) -> Iterator[None]:
+    """At most ``more`` bytes beyond those that the process has now; a request for others raises `MemoryError`. Where
+    the system has no such limit, nothing is limited."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + more
+    bounds = [limit] + [b for b in (soft, hard) if b != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager
@@ -278,6 +358,11 @@ def classes_of(config: Mapping[str, Any]) -> tuple[int, int | None]:
     if config.get("_class_name") == "DiTTransformer2DModel" or (
         "num_embeds_ada_norm" in config and config.get("norm_type") == "ada_norm_zero"
     ):
-        n = int(config.get("num_embeds_ada_norm") or 0)
+        n = _count(config, "num_embeds_ada_norm")
         return n, n  # the embedding table of DiT has one more row for the null class
-    return int(config.get("num_class_embeds") or 0), None
+    return _count(config, "num_class_embeds"), None
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else 0

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from mpqsearch.core import LayerTable
 from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models.calls import Call, call_of
 from mpqsearch.models.discover import table_of
-from mpqsearch.models.files import Stored, check_keys, refuse_quantized, weight_files
-from mpqsearch.models.loader import classes_of, diffusers_class, sample_shape_of
+from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
+from mpqsearch.models.loader import classes_of, sample_shape_of, structure
 from mpqsearch.models.runner import Parts
 from mpqsearch.sources import denoiser_folders, local_folder, model_name, read_config
 
@@ -133,8 +132,9 @@ def open_streamed(source: str, *, component: str = "", calls: Sequence[Call] = (
     for name, inner in denoiser_folders(source, folder, component).items():
         config = read_config(inner / "config.json")
         refuse_quantized(inner, config)
-        parts[name] = _structure(inner, config)
-        stored |= {f"{name}.{key}" if name else key: place for key, place in _placed(inner, parts[name])}
+        found = weight_files(inner).tensors()
+        parts[name] = structure(inner, config, len(found)).eval().requires_grad_(False)
+        stored |= {f"{name}.{key}" if name else key: place for key, place in _placed(inner, parts[name], found)}
     module = parts[""] if "" in parts else Parts(parts)
     return StreamedModel(name=model_name(source), module=module, stored=stored, source=source, calls=calls)
 
@@ -176,21 +176,8 @@ def _made_up(module: nn.Module) -> Iterator[list[Call]]:
             yield [call_of(module, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)), extra)]
 
 
-def _structure(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The module of a folder on the device ``meta``."""
-    name = str(config.get("_class_name", ""))
-    cls = diffusers_class(name, str(folder))
-    try:
-        with torch.device("meta"):
-            module: nn.Module = cls.from_config(config)
-    except Exception as error:
-        raise ModelError(f"cannot build {name} from {folder}/config.json: {type(error).__name__}: {error}") from error
-    return module.eval().requires_grad_(False)
-
-
-def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
+def _placed(folder: Path, module: nn.Module, stored: Mapping[str, Stored]) -> Iterator[tuple[str, Stored]]:
     """Every key of the state dict with its place; raises `ModelError` where shape or presence differ."""
-    stored = weight_files(folder).tensors()
     meta = module.state_dict(keep_vars=True)
     same: dict[int, str] = {}  # parameters under several names are stored under one
     for key, tensor in meta.items():
@@ -198,11 +185,6 @@ def _placed(folder: Path, module: nn.Module) -> Iterator[tuple[str, Stored]]:
             same.setdefault(id(tensor), key)
     missing = [k for k, t in meta.items() if k not in stored and id(t) not in same]
     check_keys(str(folder), missing, stored.keys() - meta.keys(), stored)
+    check_shapes(str(folder), meta, stored)
     for key, tensor in meta.items():
-        place = stored[key if key in stored else same[id(tensor)]]
-        if place.shape != tuple(tensor.shape):
-            raise ModelError(
-                f"{folder}: {key!r} is stored with the shape {place.shape}, the configuration says "
-                f"{tuple(tensor.shape)}"
-            )
-        yield key, place
+        yield key, stored[key if key in stored else same[id(tensor)]]

@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mpqsearch import artifacts
+from mpqsearch.errors import ArtifactError
 
 Arrays = dict[str, NDArray[Any]]
 """Measurements by name, as `SensitivityProfile` has them."""
@@ -37,15 +38,20 @@ class Partial:
 
     def load(self, part: int | str) -> Arrays | None:
         """The arrays of a part, or None when it is still to do: the layer at a position of the table, or a step by
-        name."""
+        name. A file that is damaged or of another part is none."""
         self._open()
-        path = self._path(part)
-        return artifacts.read_arrays(path) if path.is_file() else None
+        try:
+            return artifacts.read_arrays(self._path(part), self._belongs(part))
+        except ArtifactError:
+            return None
 
     def save(self, part: int | str, arrays: Arrays) -> None:
         """Keep a finished part."""
         self._open()
-        artifacts.write_arrays(self._path(part), arrays)
+        artifacts.write_arrays(self._path(part), arrays, self._belongs(part))
+
+    def _belongs(self, part: int | str) -> str:
+        return artifacts.digest_of([dict(self.inputs), part])
 
     def _path(self, part: int | str) -> Path:
         return self.folder / (f"{part:05d}.npz" if isinstance(part, int) else f"{part.replace(' ', '-')}.npz")

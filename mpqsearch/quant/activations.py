@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from mpqsearch.quant.fake import as_stored, fake_quantize
 from mpqsearch.quant.rows import stored_scale
 from mpqsearch.quant.smoothing import along_input, smooth_inputs
 from mpqsearch.quant.statistics import Statistics
+from mpqsearch.untrusted import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +105,30 @@ class ActivationTable:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> ActivationTable:
-        """Back from `to_data`."""
-        layers = data["layers"]
+        """Back from `to_data`. Raises `ArtifactError` for other data."""
+        table = build(_StoredTable, data, "activation table")
+        layers = table["layers"]
         return cls(
-            model_digest=data["model_digest"],
-            timesteps=tuple(data["timesteps"]),
+            model_digest=table["model_digest"],
+            timesteps=table["timesteps"],
             bits={n: e["bits"] for n, e in layers.items()},
             scale={n: torch.tensor(e["scale"], dtype=torch.float32) for n, e in layers.items()},
             zero={n: torch.tensor(e["zero"], dtype=torch.float32) for n, e in layers.items()},
             error={n: torch.tensor(e["error"], dtype=torch.float32) for n, e in layers.items() if "error" in e},
         )
+
+
+class _StoredRanges(TypedDict):
+    bits: int
+    scale: tuple[float, ...]
+    zero: tuple[float, ...]
+    error: NotRequired[tuple[float, ...]]
+
+
+class _StoredTable(TypedDict):
+    model_digest: str
+    timesteps: tuple[float, ...]
+    layers: Mapping[str, _StoredRanges]
 
 
 class TimestepClock:

@@ -8,11 +8,16 @@ length of the row, as the noise does; short rows are searched whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("mpqsearch")
 
 BLOCK = 1 << 18
 """Weights handled at a time: large enough to amortise the calls, small enough to stay in cache."""
@@ -115,7 +120,19 @@ def _compiled_square_errors(rows: Tensor, scale: Tensor, zero: Tensor, top: Tens
 
 
 def _takes_kernel(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and rows.numel() >= COMPILED_WEIGHTS
+    return rows.device.type == "cpu" and rows.numel() >= COMPILED_WEIGHTS and kernel_problem() == ""
+
+
+@cache
+def kernel_problem() -> str:
+    """Why the compiled kernel cannot be used, such as a numba that does not know a newer numpy; empty when it can. Then
+    torch searches, which takes many times as long; that is said once."""
+    try:
+        import_module("mpqsearch.quant.kernel")
+    except (ImportError, AttributeError, OSError, SystemError) as error:
+        log.warning("numba cannot be used (%s): weights are searched by torch, many times slower", error)
+        return str(error)
+    return ""
 
 
 def _in_threads(work: Callable[[slice], None], rows: Tensor) -> None:

@@ -58,16 +58,15 @@ class Table:
 
 
 def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str] | None = None) -> list[Path]:
-    """Write ``pareto.csv``, ``pareto.json``, ``figures/*.png|svg`` and last ``report.html`` into ``folder``; returns
-    the paths.
+    """Write ``pareto.csv``, ``figures/*.png|svg``, ``report.html`` and last ``pareto.json``, which says that all are
+    whole, into ``folder``; returns the paths.
 
     Each file is written atomically, so an interrupted report leaves whole files. ``inputs`` are digests for the
     envelope of the JSON. Works with any part of the content missing but the records.
     """
     csv, json_path, page = folder / "pareto.csv", folder / "pareto.json", folder / "report.html"
     write_pareto_csv(csv, content.records)
-    write_pareto_json(json_path, content.records, inputs)
-    paths, pictures = [csv, json_path], []
+    paths, pictures = [csv], []
     for drawing in all_drawings(content):
         figure = render(drawing.draw)
         png, svg = save_figure(figure, folder / "figures" / drawing.key)
@@ -82,7 +81,9 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
         dark = data_uri(darkened(light), "svg+xml")
         pictures.append(Picture(drawing=drawing, light=data_uri(light, "svg+xml"), dark=dark, spots=points))
     write_text(page, render_page(content, pictures))
-    return [*paths, page]
+    paths.append(page)
+    write_pareto_json(json_path, content.records, inputs, paths)
+    return [*paths, json_path]
 
 
 def render_page(content: ReportContent, pictures: Sequence[Picture]) -> str:

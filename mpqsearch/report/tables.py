@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpqsearch.artifacts import read_json, write_json, write_text
 from mpqsearch.core import MetricValue, StudyRecord
-from mpqsearch.errors import ArtifactError, NumericsError
 from mpqsearch.pareto import FULL_PRECISION_METHOD, records_table
+from mpqsearch.untrusted import build, cells
 
 
 def write_pareto_csv(path: Path, records: Iterable[StudyRecord]) -> None:
@@ -17,21 +17,26 @@ def write_pareto_csv(path: Path, records: Iterable[StudyRecord]) -> None:
     measured."""
     import pandas as pd  # half a second that figures do not need
 
-    write_text(path, pd.DataFrame(records_table(records)).to_csv(index=False, lineterminator="\n"))
+    write_text(path, pd.DataFrame(map(cells, records_table(records))).to_csv(index=False, lineterminator="\n"))
 
 
-def write_pareto_json(path: Path, records: Iterable[StudyRecord], inputs: Mapping[str, str] | None = None) -> None:
-    """Write ``pareto.json`` atomically: the whole records, with the labels of all values."""
-    write_json(path, "mpqsearch/pareto", _without_nan({"records": [r.to_data() for r in records]}), inputs or {})
+def write_pareto_json(
+    path: Path, records: Iterable[StudyRecord], inputs: Mapping[str, str] | None = None, files: Iterable[Path] = ()
+) -> None:
+    """Write ``pareto.json`` atomically: the whole records, with the labels of all values, and the digests of
+    ``files``."""
+    data = _without_nan({"records": [r.to_data() for r in records]})
+    write_json(path, "mpqsearch/pareto", data, inputs or {}, files)
 
 
 def read_pareto_json(path: Path) -> list[StudyRecord]:
     """The records of a ``pareto.json``. Raises `ArtifactError` when it is damaged."""
     data = read_json(path, "mpqsearch/pareto").data
-    try:
-        return [StudyRecord.from_data(_with_nan(r)) for r in data["records"]]
-    except (KeyError, TypeError, AttributeError, NumericsError) as error:
-        raise ArtifactError(f"{path} holds no whole records: {type(error).__name__} {error}. Make it again.") from error
+    return list(build(_Records, _with_nan(data), str(path))["records"])
+
+
+class _Records(TypedDict):
+    records: tuple[StudyRecord, ...]
 
 
 def _without_nan(value: Any) -> Any:

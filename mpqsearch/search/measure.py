@@ -6,7 +6,6 @@ choose among the best maps of a study; the *report* seeds, which only say what t
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -77,13 +76,16 @@ class ValueCache:
         """The value of ``key``, a digest; measured when it is not there. ``measure`` returns plain JSON data."""
         if key not in self._memory:
             path = None if self.folder is None else self.folder / f"{key}.json"
-            if path is not None and path.exists():
-                self._memory[key] = json.loads(path.read_text())
+            if path is not None and artifacts.is_current(path, _MEASURED, {"key": key}, overwrite=True):
+                self._memory[key] = artifacts.read_json(path, _MEASURED).data
             else:
                 self._memory[key] = measure()
                 if path is not None:
-                    artifacts.write_text(path, json.dumps(self._memory[key], allow_nan=False))
+                    artifacts.write_json(path, _MEASURED, self._memory[key], {"key": key})
         return self._memory[key]
+
+
+_MEASURED = "mpqsearch/measured"
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import SAMPLES, Objective, Point, points_of
 from mpqsearch.search.study import WORKER, finished_trials
 from mpqsearch.search.surrogate import Candidate
+from mpqsearch.untrusted import cells
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -159,7 +160,7 @@ def trials_csv(study: Study) -> str:
     writer.writerow(["number", "state", "value", "worker", "started", "ended", *names])
     for t in trials:
         times = (x.isoformat() if x is not None else "" for x in (t.datetime_start, t.datetime_complete))
-        params = (t.params.get(n, "") for n in names)
+        params = cells({n: t.params.get(n, "") for n in names}).values()
         writer.writerow([t.number, t.state.name, t.value, t.user_attrs.get(WORKER, ""), *times, *params])
     return buffer.getvalue()
 

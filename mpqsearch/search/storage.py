@@ -1,20 +1,20 @@
-"""Where a study lives: Optuna's journal file by default, a database for many machines. Passwords never leave this
-module."""
+"""Where a study lives: Optuna's journal file by default, a database for many machines."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from typing import IO, TYPE_CHECKING, Any
 
 from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.progress import say
+from mpqsearch.secrets import keep_secret, redact
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -34,8 +34,14 @@ RETRIES = 3
 CREATION_ATTEMPTS = 6
 """Workers that start together on an empty database all try to make its tables; those that come second try again."""
 
-_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.\-]*://[^\s:/@]*:)(?P<password>[^\s]*)(?=@)", re.IGNORECASE)
-_QUERY = re.compile(r"(?P<head>[?&](?:password|passwd|pwd|sslpassword)=)[^&\s]*", re.IGNORECASE)
+CONNECT_S = 10
+"""Seconds in which a server must answer."""
+
+OUTAGE_S = 600
+"""Seconds that a server which answered before may be away, as in a restart, before a search gives up."""
+
+LOCK_S = 10
+"""Seconds after which it is said that another process keeps the journal."""
 
 
 @contextmanager
@@ -46,11 +52,6 @@ def unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
-
-
-def redact(text: str) -> str:
-    """Text with the passwords of all URLs in it replaced by ``***``."""
-    return _QUERY.sub(r"\g<head>***", _PASSWORD.sub(r"\g<head>***", text))
 
 
 def check_storage(where: str | Path, *, workers: int = 1) -> None:
@@ -85,6 +86,7 @@ def open_storage(where: str | Path, *, workers: int = 1, heartbeat_s: int = HEAR
     url = str(where)
     if "://" not in url:
         return _journal(Path(url))
+    keep_secret(url)
     for attempt in range(CREATION_ATTEMPTS):
         try:
             with unwarned():
@@ -98,29 +100,83 @@ def open_storage(where: str | Path, *, workers: int = 1, heartbeat_s: int = HEAR
             text = str(error).lower()
             race = any(words in text for words in ("already exists", "duplicate key", "duplicate entry"))
             if not race or attempt + 1 == CREATION_ATTEMPTS:
-                raise ConfigError(f"the storage {redact(url)} cannot be opened: {_first_line(error, url)}") from None
+                raise ConfigError(f"the storage {redact(url)} cannot be opened: {first_line(error)}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError  # the last attempt has returned or raised
 
 
 def _journal(path: Path) -> BaseStorage:
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
+    from optuna.storages.journal import JournalFileBackend
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Windows has no symbolic links for everyone.
-    lock = JournalFileOpenLock(str(path)) if os.name == "nt" else JournalFileSymlinkLock(str(path))
+    lock = JournalLock(path)
     _cut_torn_line(path, lock)
     try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type] # as it is called
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is no journal of a study, or damaged: {error}. Cut the damaged line out, choose another "
             "--storage, or delete the file."
         ) from error
 
 
-def _cut_torn_line(path: Path, lock: Any) -> None:
+class JournalLock:
+    """A lock that the system keeps for a process on the journal itself and takes back when the process ends, however it
+    ends: there is no file to be left behind, and no lock of a dead process to be waited for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock; after `LOCK_S` it is said what is waited for."""
+        file = self._path.open("ab")
+        began, told, pause = time.monotonic(), False, 0.001
+        try:
+            while not _locked(file):
+                if not told and time.monotonic() - began > LOCK_S:
+                    say(f"search: waiting for another process that is writing {self._path}")
+                    told = True
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _locked(file: IO[bytes]) -> bool:
+        """Whether the lock was taken: of a byte far behind the end, since nobody can read one that is locked."""
+        file.seek(1 << 40)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _locked(file: IO[bytes]) -> bool:
+        """Whether the lock was taken."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _cut_torn_line(path: Path, lock: JournalLock) -> None:
     """Cut off a last line that a crash left half written: Optuna would append to it, and could never read it again."""
     if not path.exists():
         return
@@ -133,15 +189,55 @@ def _cut_torn_line(path: Path, lock: Any) -> None:
         lock.release()
 
 
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error comes from a server that did not answer: an error of a driver, or one that followed on it."""
+    from optuna.exceptions import StorageInternalError
+
+    while error is not None:
+        if isinstance(error, StorageInternalError) or type(error).__module__.partition(".")[0] in _DRIVERS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_DRIVERS = ("sqlalchemy", "psycopg", "psycopg2", "pymysql", "MySQLdb", "redis")
+
+
+def wait_for(storage: BaseStorage, error: Exception) -> None:
+    """Wait until a storage that failed with ``error`` answers again. Raises `ConfigError` after `OUTAGE_S`."""
+    import optuna
+
+    say(f"search: the storage does not answer ({first_line(error)}); waiting up to {OUTAGE_S // 60} minutes for it")
+    began = time.monotonic()
+    while True:
+        time.sleep(1)
+        try:
+            optuna.get_all_study_names(storage)
+        except Exception as again:
+            if not is_outage(again):
+                raise
+            if time.monotonic() - began > OUTAGE_S:
+                raise ConfigError(
+                    f"the storage did not answer for {OUTAGE_S // 60} minutes: {first_line(again)}. The same command "
+                    "continues when it does."
+                ) from None
+        else:
+            say(f"search: the storage answers again after {time.monotonic() - began:.0f} s")
+            return
+
+
 def _served(url: str, heartbeat_s: int) -> BaseStorage:
     from optuna import storages
 
     if url.startswith("redis"):
         from optuna.storages.journal import JournalRedisBackend
 
-        return storages.JournalStorage(JournalRedisBackend(url))
+        sign = "&" if "?" in url else "?"
+        return storages.JournalStorage(JournalRedisBackend(f"{url}{sign}socket_connect_timeout={CONNECT_S}"))
     # A server closes connections that rest while a trial measures for minutes; a ping finds that out.
     options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    if url.startswith(("postgresql", "mysql", "mariadb")):
+        options["connect_args"] = {"connect_timeout": CONNECT_S}
     return storages.RDBStorage(
         url,
         engine_kwargs=options,
@@ -162,10 +258,6 @@ def _with_driver(url: str) -> str:
     return url
 
 
-def _first_line(error: Exception, url: str) -> str:
-    """The first line of an error's message, without the passwords of the URL."""
-    message = redact(str(error)).splitlines()[0]
-    secrets = [m.group("password") for m in _PASSWORD.finditer(url)]
-    for secret in (s for raw in secrets for s in (raw, unquote(raw)) if s):
-        message = message.replace(secret, "***")
-    return message
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without secrets."""
+    return redact(next(iter(str(error).splitlines()), type(error).__name__))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.errors import ConfigError, StaleArtifactError, UnknownNameError
-from mpqsearch.search.storage import unwarned
+from mpqsearch.search.storage import is_outage, unwarned, wait_for
 from mpqsearch.specs.search import PRUNERS, SAMPLERS
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ STARTUP = 4
 study."""
 
 CONTEXT = "mpqsearch context"
+FOLDER = "mpqsearch folder"
+"""User attribute of a study: the run folder that made it, which alone may delete it."""
+
 START = "start"
 """User attribute of a trial: which of the plan's starting points it is."""
 
@@ -43,7 +46,7 @@ class Plan:
     """One study: how many trials, by which sampler and pruner, under which name.
 
     ``starts`` are points that are tried first. ``context`` are digests of what values depend on: a study of the same
-    name under another one is refused.
+    name under another one is refused. ``folder``: who makes it; nobody else may delete it.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Plan:
     seed: int = 0
     starts: Sequence[Mapping[str, Any]] = ()
     context: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -116,6 +120,7 @@ def open_study(plan: Plan, storage: BaseStorage) -> Study:
     )
     before = study.user_attrs.get(CONTEXT)
     if before is None:
+        study.set_user_attr(FOLDER, plan.folder)
         study.set_user_attr(CONTEXT, dict(plan.context))
     elif dict(before) != dict(plan.context):
         changed = sorted(k for k in {*before, *plan.context} if before.get(k) != plan.context.get(k))
@@ -131,12 +136,21 @@ def open_study(plan: Plan, storage: BaseStorage) -> Study:
     return study
 
 
-def delete_study(name: str, storage: BaseStorage) -> None:
-    """Remove a study with all its trials, if it exists."""
+def delete_study(plan: Plan, storage: BaseStorage) -> None:
+    """Remove the study of that name with all its trials, if it exists. Raises `StaleArtifactError` when it belongs to
+    another run folder."""
     import optuna
 
-    if name in optuna.get_all_study_names(storage):
-        optuna.delete_study(study_name=name, storage=storage)
+    if plan.name not in optuna.get_all_study_names(storage):
+        return
+    study = optuna.load_study(study_name=plan.name, storage=storage)
+    owner = study.user_attrs.get(FOLDER, "")
+    if owner != plan.folder:
+        raise StaleArtifactError(
+            f"the study {plan.name!r} in this storage belongs to another run folder ({owner or 'unknown'}), and "
+            "--overwrite deletes only this one's. Give another name: --set search.study=NAME"
+        )
+    optuna.delete_study(study_name=plan.name, storage=storage)
 
 
 def finished_trials(study: Study) -> list[FrozenTrial]:
@@ -152,10 +166,12 @@ def work(
     plan: Plan,
     objective: Callable[[Any], float],
     *,
+    storage: BaseStorage | None = None,
     worker: int = 0,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Run trials until the study has ``plan.trials`` finished ones, by whatever worker.
+    """Run trials until the study has ``plan.trials`` finished ones, by whatever worker. A ``storage`` that is given is
+    waited for when it goes away for a while.
 
     The same call continues an interrupted study. With one worker and one session, equal seeds give equal trials; each
     worker and each session draws from a seed of its own.
@@ -173,13 +189,17 @@ def work(
         return objective(trial)
 
     enough = MaxTrialsCallback(plan.trials, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    try:
-        with unwarned():
-            study.optimize(numbered, callbacks=[*callbacks, enough])
-    except OSError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # it came while Optuna released the lock of its journal
-            raise KeyboardInterrupt from error
-        raise
+    while True:
+        try:
+            with unwarned():
+                study.optimize(numbered, callbacks=[*callbacks, enough])
+        except Exception as error:
+            if storage is None or not is_outage(error):
+                raise
+            wait_for(storage, error)
+            if len(finished_trials(study)) < plan.trials:
+                continue
+        return
 
 
 def seed_of(base: int, *parts: object) -> int:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
-from mpqsearch.progress import bar_of, is_watched, say
+from mpqsearch.errors import ArtifactError, StaleArtifactError
+from mpqsearch.progress import bar_of, check_interrupt, is_watched, say
 from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sources import REFERENCE, FileDigests, model_files, model_name
+from mpqsearch.untrusted import file_name
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import DataReference, FeatureExtractor, Scorer
@@ -190,6 +191,7 @@ class Run:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the wall time of a block to the record of its stage."""
+        check_interrupt()
         began = time.perf_counter()
         try:
             with bar_of(stage, 0, enabled=not is_watched()):
@@ -199,10 +201,7 @@ class Run:
 
     def path(self, *parts: str) -> Path:
         """A path in the run folder. Raises `ConfigError` when a part, such as a method's name, would lead out of it."""
-        for part in parts:
-            if part in ("", ".", "..") or "\0" in part or Path(part).name != part or "\\" in part:
-                raise ConfigError(f"{part!r} names a file or folder of the run and may hold no separator: rename it")
-        return self.folder.joinpath(*parts)
+        return self.folder.joinpath(*(file_name(part, "a method, budget, target or import") for part in parts))
 
 
 def slug(method: str, budget: Budget) -> str:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpqsearch import artifacts
 from mpqsearch.allocate import Certificate, check_certificate, table_digests
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, bops, size_bits
 from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.methods import CostTable, MethodSpec, Programs, predicted_loss
+from mpqsearch.untrusted import build, file_name
 
 SAME = 1e-9
 """Relative difference of two sums of the same losses."""
@@ -58,30 +59,53 @@ def _read(path: Path) -> Saved:
             "target, from a search or from elsewhere)"
         )
     run = path.resolve().parent.parent.parent
-    try:
-        source = data["made_from"]
-        table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / source["profile"])
-        return Saved(
-            path=path,
-            data=data,
-            bit_map=artifacts.load_bit_map(path.with_name("bitmap.json")),
+    claims = build(_Claims, data, str(path))
+    source = claims["made_from"]
+    name = file_name(source["profile"], f"{path}: made_from.profile", ArtifactError)
+    table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / name)
+    return Saved(
+        path=path,
+        data=data,
+        bit_map=artifacts.load_bit_map(path.with_name("bitmap.json")),
+        table=table,
+        programs=Programs(
             table=table,
-            programs=Programs(
-                table=table,
-                profile=profile,
-                policy=Policy(**_tuples(source["policy"])),
-                format=QuantFormat.from_data(source["format"]),
-                costs=_costs(source["costs"]),
-            ),
-            method=MethodSpec(**_tuples(data["method"])),
-            budgets=tuple(Budget.parse(t["budget"]) for t in data["totals"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged or was changed by hand ({type(error).__name__}: {error}).") from error
+            profile=profile,
+            policy=source["policy"],
+            format=QuantFormat.from_data(source["format"]),
+            costs=_costs(source["costs"]),
+        ),
+        method=claims["method"],
+        budgets=tuple(Budget.parse(t["budget"]) for t in claims["totals"]),
+    )
 
 
-def _tuples(written: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
+class _Total(TypedDict):
+    budget: str
+    cost: float
+    limit: float
+
+
+class _Source(TypedDict):
+    profile: str
+    policy: Policy
+    format: Mapping[str, Any]
+    costs: Mapping[str, str] | None
+
+
+class _Claims(TypedDict):
+    """What ``allocation.json`` says that is checked here."""
+
+    made_from: _Source
+    method: MethodSpec
+    totals: tuple[_Total, ...]
+    bit_map_digest: str
+    size_bits: int
+    bops: int
+    predicted_loss: float | None
+    within_budget: bool
+    certificate: Certificate | None
+    result: Mapping[str, Any] | None
 
 
 def _costs(source: Mapping[str, str] | None) -> CostTable | None:
@@ -139,10 +163,7 @@ def _budgets(saved: Saved) -> Iterator[tuple[str, str]]:
 
 def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
     data, result = saved.data["certificate"], saved.data["result"]
-    try:
-        certificate = Certificate.from_data(data)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{saved.path}: the certificate is not whole ({error})") from error
+    certificate = build(Certificate, data, str(saved.path))
     program = saved.programs.program(
         saved.method, saved.budgets[0], saved.budgets[1:], by_layer=result["program"] == "layers"
     )

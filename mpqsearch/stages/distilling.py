@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -209,8 +208,10 @@ def _checking(run: Run) -> Callable[[nn.Module], float]:
 
 def _checks(run: Run, log: Path) -> list[list[float | None]]:
     """Step and distance of every check of a training, in order; says which student was kept."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    checks = [(int(line["step"]), float(line["check"])) for line in lines if "check" in line]
+    from mpqsearch.distill.loop import read_log
+
+    found = [(line["step"], line["check"]) for line in read_log(log) if "check" in line]
+    checks = [(step, math.inf if value is None else value) for step, value in found]
     best, last, c = min(checks, key=lambda check: (check[1], check[0])), checks[-1], run.config.distill
     what = "squared error" if run.picture is None else f"FD[{run.extractor.label}]-{c.check_samples}"
     run.say(

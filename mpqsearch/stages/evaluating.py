@@ -66,13 +66,14 @@ def evaluate(run: Run) -> list[StudyRecord]:
     """Measure every map of the configuration, and the full-precision model."""
     check_sampling(run, "an evaluation of samples (evaluate)")
     maps = allocations(run)
-    if run.dry_run:
-        keys = {evaluation_key(run, m, bias_correction=s.bias_correction): s for s, _, m, _ in maps}
-        done = sum(run.path("metrics", f"{k[:16]}.json").exists() for k in keys)
+    keys = {evaluation_key(run, m, bias_correction=s.bias_correction) for s, _, m, _ in maps}
+    done = sum(metrics_file(run, k).exists() for k in keys)
+    if run.dry_run or done < len(keys):
         run.say(
             f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, "
             f"{len(keys) - done} to do"
         )
+    if run.dry_run:
         return []
     base, full = reference(run)
     records = [full]

@@ -15,11 +15,12 @@ from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, Study
 from mpqsearch.methods import MethodSpec, available_losses, channel_losses
 from mpqsearch.pareto import main_metric
 from mpqsearch.ranks import spearman
-from mpqsearch.search.storage import redact
+from mpqsearch.secrets import redact
 from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import SHOWN, evaluation_key, full_precision, key_frames
+from mpqsearch.stages.reuse import PARETO, current
 from mpqsearch.stages.searched import search_results
 from mpqsearch.stages.selecting import DOUBTFUL
 
@@ -37,7 +38,7 @@ def report(run: Run, records: list[StudyRecord], command: str = "") -> Path:
     """Write tables, figures and ``report.html``, or reuse them when nothing changed."""
     page, inputs = run.path("report.html"), report_inputs(run, records)
     # A report is cheap and made of other artifacts only: a stale one is drawn again.
-    if page.exists() and artifacts.is_current(run.path("pareto.json"), "mpqsearch/pareto", inputs, overwrite=True):
+    if current(PARETO, run.path("pareto.json"), inputs) is not None:
         run.say(f"report: reused {page}")
         return page
     if run.dry_run:

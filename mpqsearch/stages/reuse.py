@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
-from mpqsearch.stages.base import Run
+from mpqsearch.errors import ArtifactError
+from mpqsearch.stages.base import Run, log
 
 T = TypeVar("T")
 
@@ -23,12 +25,19 @@ class Kind(Generic[T]):
     save: Callable[[Path, T, Mapping[str, str]], None]
 
 
-def plain(schema: str) -> Kind[Any]:
-    """A kind of artifact that is plain data in an envelope."""
+def plain(schema: str, files: Callable[[Path, Any], Iterable[Path]] = lambda _path, _data: ()) -> Kind[Any]:
+    """A kind of artifact that is plain data in an envelope; ``files`` of (path, data) are those that belong to it, and
+    without which it counts for nothing."""
+
+    def load(path: Path) -> Any:
+        artifact = artifacts.read_json(path, schema)
+        artifact.check_files(path)
+        return artifact.data
+
     return Kind(
         schema,
-        lambda path: artifacts.read_json(path, schema).data,
-        lambda path, data, inputs: artifacts.write_json(path, schema, data, inputs),
+        load,
+        lambda path, data, inputs: artifacts.write_json(path, schema, data, inputs, files(path, data)),
     )
 
 
@@ -42,22 +51,33 @@ class SavedAllocation:
 
 
 def _load_allocation(path: Path) -> SavedAllocation:
-    data = artifacts.read_json(path, ALLOCATION.schema).data
-    return SavedAllocation(bit_map=artifacts.load_bit_map(path.with_name("bitmap.json")), data=data)
+    artifact = artifacts.read_json(path, ALLOCATION.schema)
+    artifact.check_files(path)
+    return SavedAllocation(bit_map=artifacts.load_bit_map(path.with_name("bitmap.json")), data=artifact.data)
 
 
 def _save_allocation(path: Path, solved: SavedAllocation, inputs: Mapping[str, str]) -> None:
     """The map first: ``allocation.json`` says that both are whole."""
-    artifacts.save_bit_map(path.with_name("bitmap.json"), solved.bit_map, inputs, solved.extra)
-    artifacts.write_json(path, ALLOCATION.schema, solved.data, inputs)
+    file = path.with_name("bitmap.json")
+    artifacts.save_bit_map(file, solved.bit_map, inputs, solved.extra)
+    artifacts.write_json(path, ALLOCATION.schema, solved.data, inputs, [file])
 
 
 LAYERS: Kind[LayerTable] = Kind("mpqsearch/layers", artifacts.load_layers, artifacts.save_layers)
 PROFILE: Kind[SensitivityProfile] = Kind("mpqsearch/profile", artifacts.load_profile, artifacts.save_profile)
 ALLOCATION: Kind[SavedAllocation] = Kind("mpqsearch/allocation", _load_allocation, _save_allocation)
-METRICS = plain("mpqsearch/metrics")
-SEARCH = plain("mpqsearch/search")
-EXPORT = plain("mpqsearch/export")
+
+
+def _kept_features(path: Path, _data: Any) -> Iterable[Path]:
+    """Features and pictures of a map, beside its metrics."""
+    file = path.parent.parent / "stats" / f"{path.stem}.npz"
+    return [file] if path.parent.name == "metrics" and file.is_file() else []
+
+
+METRICS = plain("mpqsearch/metrics", _kept_features)
+SEARCH = plain("mpqsearch/search", lambda path, _: sorted([*path.parent.glob("*.csv"), *path.parent.glob("maps/*")]))
+EXPORT = plain("mpqsearch/export", lambda path, data: [path.with_suffix("") / name for name in data["files"]])
+PARETO = plain("mpqsearch/pareto")
 
 
 def reuse_or_make(
@@ -69,9 +89,11 @@ def reuse_or_make(
     `StaleArtifactError` when the file was made from other inputs, unless the run may overwrite.
     """
     if artifacts.is_current(path, kind.schema, inputs, overwrite=run.overwrite):
-        if stage:
-            run.say(f"{stage}: reused {path}")
-        return kind.load(path)
+        with suppress(ArtifactError) if run.overwrite else nullcontext():
+            found = kind.load(path)
+            if stage:
+                run.say(f"{stage}: reused {path}")
+            return found
     made = make()
     if not run.dry_run:
         kind.save(path, made, inputs)
@@ -79,6 +101,12 @@ def reuse_or_make(
 
 
 def current(kind: Kind[T], path: Path, inputs: Mapping[str, str]) -> T | None:
-    """What ``path`` holds when it was made from exactly ``inputs``; None for a missing file and one from other inputs,
-    which the caller makes again."""
-    return kind.load(path) if artifacts.is_current(path, kind.schema, inputs, overwrite=True) else None
+    """What ``path`` holds when it was made from exactly ``inputs``; None for a missing file, one from other inputs, and
+    one that is not whole, which the caller makes again."""
+    if not artifacts.is_current(path, kind.schema, inputs, overwrite=True):
+        return None
+    try:
+        return kind.load(path)
+    except ArtifactError as error:
+        log.warning("%s", error)
+        return None

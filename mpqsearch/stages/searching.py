@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from mpqsearch import artifacts
+from mpqsearch import artifacts, untrusted
 from mpqsearch._version import __version__
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError, SolverError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.methods.spec import PROGRAMS
+from mpqsearch.secrets import redact
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from optuna import Study
+    from optuna.storages import BaseStorage
 
     from mpqsearch.search.measure import ModelEvaluator
     from mpqsearch.search.objective import Objective
@@ -59,14 +62,17 @@ def search(
         c, budgets = run.config.search, ", ".join(b.label() for b in budgets_of(run))
         run.say(f"search: would run {c.trials} trials of {c.samples} samples at the budgets {budgets}")
         return {}
+    from mpqsearch.search.storage import open_storage
+
     objective, plan = study_of(run)
     where = _where(run, storage)
-    study = _opened(run, plan, where, workers, fresh=run.overwrite and worker is None)
+    opened = open_storage(where, workers=workers)
+    study = _opened(run, plan, opened, fresh=run.overwrite and worker is None)
     with run.timed("search"), _progress(study, plan) as progress:
         if workers > 1 and worker is None:
             _run_workers(run, study, plan, where, workers, progress)
         else:
-            _work(study, plan, objective, worker or 0, progress)
+            _work(study, plan, objective, opened, worker or 0, progress)
     if worker is not None:
         return {}
     with run.timed("search"):
@@ -134,7 +140,8 @@ def study_of(run: Run) -> tuple[Objective, Plan]:
         surrogate=surrogate, space=parse_space(c.space), measurements=measurements, budgets=budgets_of(run)
     )
     plan = Plan(
-        name=c.study or run.folder.resolve().name,
+        name=c.study or f"{run.folder.resolve().name}-{_identity(run)}",
+        folder=_identity(run),
         trials=c.trials,
         sampler=c.sampler,
         pruner=c.pruner,
@@ -143,6 +150,18 @@ def study_of(run: Run) -> tuple[Objective, Plan]:
         context=objective.context | {"sampler": artifacts.digest_of([c.sampler, c.pruner, c.seed])},
     )
     return objective, plan
+
+
+def _identity(run: Run) -> str:
+    """What tells this run folder from all others, on whatever machine: drawn once, and kept in it."""
+    path = run.path("search", "identity.json")
+    if not path.exists():
+        artifacts.write_json(path, "mpqsearch/identity", {"identity": secrets.token_hex(6)}, {})
+    return untrusted.build(_Identity, artifacts.read_json(path, "mpqsearch/identity").data, str(path))["identity"]
+
+
+class _Identity(TypedDict):
+    identity: str
 
 
 def _evaluator(run: Run) -> ModelEvaluator:
@@ -164,32 +183,33 @@ def _evaluator(run: Run) -> ModelEvaluator:
 def _where(run: Run, storage: str | None) -> str | Path:
     from mpqsearch.search.storage import STORAGE_VARIABLE
 
-    return storage or os.environ.get(STORAGE_VARIABLE) or run.path("search", "study.journal")
+    return storage or os.environ.get(STORAGE_VARIABLE) or run.path("search", "study.journal").resolve()
 
 
-def _opened(run: Run, plan: Plan, where: str | Path, workers: int, *, fresh: bool) -> Study:
-    from mpqsearch.search.storage import open_storage
+def _opened(run: Run, plan: Plan, storage: BaseStorage, *, fresh: bool) -> Study:
     from mpqsearch.search.study import delete_study, finished_trials, open_study
 
-    storage = open_storage(where, workers=workers)
     if fresh:
-        delete_study(plan.name, storage)
+        delete_study(plan, storage)
     study = open_study(plan, storage)
     if finished := len(finished_trials(study)):
         run.say(f"search: continuing at {finished} of {plan.trials} trials")
     return study
 
 
-def _work(study: Study, plan: Plan, objective: Objective, worker: int, progress: Callable[[], None]) -> None:
+def _work(
+    study: Study,
+    plan: Plan,
+    objective: Objective,
+    storage: BaseStorage,
+    worker: int,
+    progress: Callable[[], None],
+) -> None:
     from mpqsearch.search.study import work
-    from mpqsearch.search.workers import is_orphan
+    from mpqsearch.search.workers import end_with_parent
 
-    def after_trial(study: Study, _trial: Any) -> None:
-        progress()
-        if is_orphan():
-            study.stop()
-
-    work(study, plan, objective, worker=worker, callbacks=[after_trial])
+    end_with_parent()
+    work(study, plan, objective, storage=storage, worker=worker, callbacks=[lambda _study, _trial: progress()])
 
 
 def _run_workers(
@@ -197,7 +217,7 @@ def _run_workers(
 ) -> None:
     """Local worker processes: this command again, as a worker. The storage goes through the environment, where no
     list of processes shows it."""
-    from mpqsearch.search.storage import STORAGE_VARIABLE, redact
+    from mpqsearch.search.storage import STORAGE_VARIABLE
     from mpqsearch.search.study import finished_trials
     from mpqsearch.search.workers import run_workers, tail
 

@@ -17,6 +17,7 @@ from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
 from mpqsearch.stages.exporting import size_note
+from mpqsearch.untrusted import build
 
 pytest.importorskip("gguf")
 pytest.importorskip("libgguf")
@@ -95,7 +96,7 @@ def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path)
         table = read_json(folder / "r/layers.json", "mpqsearch/layers")
         from mpqsearch.core import LayerTable
 
-        job = ExportJob(table=LayerTable.from_data(table.data), bit_map=neutral.bit_map, choices=choices)
+        job = ExportJob(table=build(LayerTable, table.data), bit_map=neutral.bit_map, choices=choices)
         plan = GgufTarget().plan(job)
         assert {e.reason for e in plan} <= {"exact", "kept_full_precision"}
         assert GgufTarget().promise(job, plan).total == data["size_bits"]

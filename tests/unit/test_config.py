@@ -29,7 +29,7 @@ def test_defaults_write_back(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"modell": {}}, r"unknown key 'modell' \(did you mean 'model'\?\)"),
-        ({"model": {"sorce": "x"}}, r"unknown key 'model\.sorce' \(did you mean 'source'\?\)"),
+        ({"model": {"sorce": "x"}}, r"model holds the unknown key 'sorce' \(did you mean 'source'\?\)"),
         ({"evaluate": {"samples": "many"}}, r"evaluate\.samples should be int, got 'many'"),
         ({"evaluate": {"samples": True}}, r"evaluate\.samples should be int"),
         ({"evaluate": {"samples": 1}}, "at least 2"),
@@ -39,7 +39,7 @@ def test_defaults_write_back(tmp_path: Path) -> None:
         ({"policy": {"roles": {"conv": "8"}}}, r"policy\.roles\.conv should be int"),
         ({"allocate": {"budgets": ["3 pounds"]}}, "cannot read the budget"),
         ({"methods": [{"name": "a", "allocator": "ilp"}]}, "unknown allocator 'ilp'"),
-        ({"methods": [{"allocator": "uniform"}]}, r"\[methods\[0\]\].*'name'"),
+        ({"methods": [{"allocator": "uniform"}]}, r"methods\[0\] lacks the key 'name'"),
         ({"methods": []}, "at least one"),
         ({"methods": [{"name": "a", "allocator": "uniform"}] * 2}, "distinct names"),
         ({"report": {"chosen": "nothing"}}, "unknown method 'nothing'"),

@@ -144,12 +144,12 @@ def test_a_width_of_a_file_is_checked_before_it_is_cast(bits: object) -> None:
     inputs = json.loads(json.dumps(data))
     inputs["layers"]["a"]["activation_bits"] = bits
     for broken in (one, run, inputs):
-        with pytest.raises(ConfigError, match="is not supported"):
+        with pytest.raises(ConfigError, match="should be int|is not supported"):
             BitMap.from_data(broken)
     if bits is not None:
         with pytest.raises(ConfigError, match="integer width|not supported"):
             BitMap(model_digest="d", weights={"a": [bits, 3]})  # type: ignore[dict-item]
-    with pytest.raises(ConfigError, match="run of"):
+    with pytest.raises(ConfigError, match="more than 16777216 channels"):
         BitMap.from_data({**data, "layers": {"b": {"channel_bits": {"encoding": "rle", "data": [[3, 2**40]]}}}})
     with pytest.raises(ConfigError, match="activation_steps"):
         BitMap.from_data({**data, "activation_steps": True})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from mpqsearch.artifacts import save_bit_map
 from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError, UnknownNameError
-from mpqsearch.export import SOURCES, import_map, neutral_extra, read_map
+from mpqsearch.export import SOURCES, import_map, neutral_extra, read_map, reading
 
 TABLE = LayerTable(
     digest="d" * 64,
@@ -283,7 +285,6 @@ DAMAGED = [
     ("quanto_qmap.json", {"conv_in": {"weights": ["qint8"]}}),
     ("bitmap.json", {"schema": "mpqsearch/bitmap", "data": 5}),
     ("rules.txt", "to_q(=q8_0"),
-    ("rules.txt", "(\\w+)+$=q8_0"),
 ]
 
 
@@ -292,3 +293,48 @@ def test_damaged_files_and_expressions_are_one_line_errors(name: str, data: Any,
     with pytest.raises(ArtifactError) as caught:
         read_map(written(tmp_path, name, data), TABLE)
     assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("text", [r"(.|..|\w)*\.\d\d\d$", r"^(?:(?:\w|\.)|[a-z_]|.\w)*\.\d\d\d$"])
+def test_an_expression_that_would_hang_is_given_up(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reading, "MATCHING_S", 0.5)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    table = LayerTable(digest="d", layers=(LayerSpec(name=name, kind="Linear", weight_shape=(32, 32)),))
+    began = time.process_time()
+    with pytest.raises(ArtifactError, match=r"takes more than 0\.5 s"):
+        read_map(written(tmp_path, "rules.txt", f"{text}=q8_0"), table)
+    assert time.process_time() - began < 5
+
+
+def gguf_header(values: bytes = b"", n_values: int = 0, n_tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_values) + values
+
+
+def key(name: bytes = b"k") -> bytes:
+    return struct.pack("<Q", len(name)) + name
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"GG", "no GGUF file"),
+        (b"GGUF", "cut off or damaged"),
+        (gguf_header(n_values=10**11), "claims 100,000,000,000 values"),
+        (gguf_header(n_tensors=2**63), "values, more than"),
+        (gguf_header(key() + struct.pack("<IIQ", 9, 4, 10**11), 1), "more bytes"),
+        (gguf_header(key() + struct.pack("<IIQ", 9, 8, 10**11), 1), "claims 100,000,000,000 values"),
+        (gguf_header(key() + struct.pack("<IIQ", 9, 9, 1), 1), "array of the unknown type 9"),
+        (gguf_header(key() + struct.pack("<I", 77), 1), "value of the unknown type 77"),
+        (gguf_header(key() + struct.pack("<IQ", 8, 2**62), 1), "more bytes"),
+        (gguf_header(struct.pack("<Q", 2**62), 1), "more bytes"),
+        (gguf_header(key() + struct.pack("<I", 2**31), 0, 1), "more bytes"),
+        (gguf_header(key() + struct.pack("<IQI", 1, 32, 8), 0, 1), "more bytes"),
+    ],
+)
+def test_a_header_of_gguf_is_held_against_the_size_of_its_file(header: bytes, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(header)
+    began = time.process_time()
+    with pytest.raises(ArtifactError, match=message):
+        read_map(tmp_path / "m.gguf", TABLE)
+    assert time.process_time() - began < 5

@@ -17,10 +17,11 @@ if __name__ == "__main__":
     where, folder, index, trials, pause_s, heartbeat_s = sys.argv[1:]
     o = objective(SPACE, Path(folder) / "cache", float(pause_s))
     plan = Plan(name=STUDY, trials=int(trials), sampler="random", pruner="none", context=o.context)
-    study = open_study(plan, open_storage(where, workers=4, heartbeat_s=int(heartbeat_s)))
+    storage = open_storage(where, workers=4, heartbeat_s=int(heartbeat_s))
+    study = open_study(plan, storage)
 
     def ended(_study: Any, trial: Any) -> None:
         with (Path(folder) / f"ended-{index}.txt").open("a") as log:
             log.write(f"{trial.number}\n")
 
-    work(study, plan, o, worker=int(index), callbacks=[ended])
+    work(study, plan, o, storage=storage, worker=int(index), callbacks=[ended])

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import optuna
 import pytest
 
-from mpqsearch.errors import ArtifactError, ConfigError
-from mpqsearch.search.storage import open_storage, redact
+from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
+from mpqsearch.search.storage import JournalLock, is_outage, open_storage
+from mpqsearch.search.study import Plan, delete_study, open_study, work
+from mpqsearch.secrets import redact
 
 
 def test_a_journal_file_is_opened_again(tmp_path: Path) -> None:
@@ -67,6 +72,11 @@ def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
         "postgresql://me:hunter2/%40@@db/x",
         "postgresql://db/x?user=me&password=hunter2&sslmode=require",
         "redis://:hunter2@cache:6379/0",
+        "redis://hunter2@cache:6379/0",
+        "postgresql://me:hunter2 and more@db/x",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dhunter2",
+        "grpc://h?token=hunter2",
+        "mysql://h/x?ssl_key_secret=hunter2;a=b",
     ],
 )
 def test_passwords_are_never_shown(url: str) -> None:
@@ -119,3 +129,96 @@ def test_a_connection_that_the_server_closed_is_replaced(postgres: str) -> None:
         assert study.user_attrs == {"a": 1}
     finally:
         optuna.delete_study(study_name="rested", storage=open_storage(postgres))
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from mpqsearch.search.storage import JournalLock
+JournalLock(Path(sys.argv[1])).acquire()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_process_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    with subprocess.Popen([sys.executable, "-c", LOCKED, str(path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == b"locked"
+        threading.Timer(0.3, other.kill).start()
+        lock = JournalLock(path)
+        lock.acquire()  # when the other is dead
+        assert other.wait() != 0
+        lock.release()
+    assert [p.name for p in tmp_path.iterdir()] == ["study.journal"]
+
+
+def test_a_lock_file_that_an_older_version_left_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("q").mkdir()
+    Path("q/study.journal.lock").symlink_to("q/study.journal")  # which leads nowhere from there
+    optuna.create_study(study_name="a", storage=open_storage("q/study.journal"))
+    assert optuna.load_study(study_name="a", storage=open_storage("q/study.journal")).trials == []
+
+
+class Away(Exception):  # noqa: N818
+    """Stands for an error of a driver."""
+
+    __module__ = "psycopg.errors"
+
+
+def test_a_storage_that_goes_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = open_storage(tmp_path / "study.journal")
+    failing = iter([Away("no route to postgresql://me:hunter2@db/x"), Away("still none"), None])
+
+    def names(_storage: object) -> list[str]:
+        error = next(failing)
+        if error is not None:
+            raise error
+        return []
+
+    monkeypatch.setattr(optuna, "get_all_study_names", names)
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    calls = []
+
+    def objective(trial: optuna.Trial) -> float:
+        calls.append(trial.number)
+        if len(calls) == 2:
+            raise AssertionError("Should not reach.") from Away("server closed the connection")
+        return float(trial.number)
+
+    plan = Plan(name="a", trials=3, sampler="random", pruner="none")
+    study = open_study(plan, storage)
+    work(study, plan, objective, storage=storage)
+    assert len(calls) == 4
+    said = capsys.readouterr().err
+    assert "does not answer (Should not reach.); waiting" in said
+    assert "answers again" in said
+    assert "hunter2" not in said
+
+
+def test_an_error_of_an_objective_is_no_outage(tmp_path: Path) -> None:
+    assert not is_outage(ValueError("x"))
+    assert is_outage(Away())
+    plan = Plan(name="a", trials=3, sampler="random", pruner="none")
+    storage = open_storage(tmp_path / "study.journal")
+
+    def objective(_trial: optuna.Trial) -> float:
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        work(open_study(plan, storage), plan, objective, storage=storage)
+
+
+def test_overwriting_deletes_no_study_of_another_folder(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "study.journal")
+    mine, theirs = (Plan(name="a", trials=1, folder=folder) for folder in ("mine", "theirs"))
+    open_study(theirs, storage)
+    with pytest.raises(StaleArtifactError, match=r"belongs to another run folder \(theirs\).*search\.study=NAME"):
+        delete_study(mine, storage)
+    delete_study(theirs, storage)
+    assert optuna.get_all_study_names(storage) == []
+    delete_study(mine, storage)

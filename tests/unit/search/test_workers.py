@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -16,7 +17,7 @@ from optuna.trial import TrialState
 
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import WORKER, finished_trials
-from mpqsearch.search.workers import PARENT_VARIABLE, is_orphan, run_workers
+from mpqsearch.search.workers import PARENT_VARIABLE, end_with_parent, run_workers
 from tests.unit.search.a_worker import STUDY
 
 ROOT = Path(__file__).parents[3]
@@ -142,10 +143,50 @@ def test_what_ends_the_parent_ends_its_workers(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_local_worker_knows_when_its_parent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+PARENT = """
+import sys
+from pathlib import Path
+from mpqsearch.search.workers import run_workers
+run_workers([[sys.executable, "-c", sys.argv[2]]], logs=Path(sys.argv[1]), environment={}, progress=lambda: None)
+"""
+
+WORKER_SCRIPT = """
+import os, sys, time
+from mpqsearch.progress import interrupt_code, keep_interrupts
+from mpqsearch.search.workers import end_with_parent
+keep_interrupts()
+end_with_parent()
+print("pid", os.getpid(), flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("ended", interrupt_code(), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows kills a tree of processes by other means")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM] if os.name != "nt" else [])
+def test_a_local_worker_ends_with_its_parent(tmp_path: Path, number: int) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), WORKER_SCRIPT], cwd=ROOT)
+    log = tmp_path / "worker-0.log"
+    wait_until(lambda: log.exists() and "pid" in log.read_text())
+    parent.send_signal(number)
+    parent.wait()
+    wait_until(lambda: "ended 143" in log.read_text())
+    pid = int(log.read_text().split()[1])
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_nobodys_worker_reads_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PARENT_VARIABLE, raising=False)
-    assert not is_orphan()  # nobody's worker
-    monkeypatch.setenv(PARENT_VARIABLE, str(os.getppid()))
-    assert not is_orphan()
-    monkeypatch.setenv(PARENT_VARIABLE, str(os.getpid()))
-    assert is_orphan()
+    before = threading.active_count()
+    end_with_parent()
+    assert threading.active_count() == before
