@@ -54,6 +54,8 @@ def _with_nan(value: Any) -> Any:
     """The reverse of `_without_nan`: no field of a record may be null."""
     if isinstance(value, Mapping):
         return {k: _with_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(v) for v in value]
     return float("nan") if value is None else value
 
 
