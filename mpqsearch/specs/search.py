@@ -49,8 +49,8 @@ class SearchSpec:
     the extractor's features of a sample to those of the full-precision one) or ``latents``. ``top_k``: maps a budget
     that run again on ``final_samples`` further seeds, which choose the one handed out (0 samples: the search seeds
     choose); only what beats the plain program's map there by more than a standard error takes its place. ``repeats``:
-    draws of the random arms. ``study``: its name in the storage (empty: that of the run folder). ``space``: what may
-    change, see `mpqsearch.search.space`.
+    draws of the random arms. ``study``: its name in the storage (empty: that of the run folder, with the folder's
+    identity). ``space``: what may change, see `mpqsearch.search.space`.
     """
 
     method: str = ""

@@ -153,10 +153,19 @@ def study_of(run: Run) -> tuple[Objective, Plan]:
 
 
 def _identity(run: Run) -> str:
-    """What tells this run folder from all others, on whatever machine: drawn once, and kept in it."""
-    path = run.path("search", "identity.json")
+    """What tells this run folder from all others, on whatever machine: drawn once, and kept in it. Of workers that draw
+    one at the same time the first is kept."""
+    path, drawn = run.path("search", "identity.json"), secrets.token_hex(6)
     if not path.exists():
-        artifacts.write_json(path, "mpqsearch/identity", {"identity": secrets.token_hex(6)}, {})
+        own = path.with_name(f"{artifacts.temporary_prefix()}{drawn}.json")
+        artifacts.write_json(own, "mpqsearch/identity", {"identity": drawn}, {})
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            own.replace(path)
+        own.unlink(missing_ok=True)
     return untrusted.build(_Identity, artifacts.read_json(path, "mpqsearch/identity").data, str(path))["identity"]
 
 
