@@ -31,8 +31,9 @@ from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
 from mpqsearch.quant import Statistics, quantize_model
-from mpqsearch.sampling import load_model, samples
+from mpqsearch.sampling import can_sample, load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
+from mpqsearch.stages.selecting import plain_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,8 +57,10 @@ __all__ = [
 ]
 
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True)
-"""What `allocate` does unless told otherwise: exact over all channels, the better scheme of each row, biases
-corrected."""
+"""The plain integer program: exact over all channels, the better scheme of each row, biases corrected."""
+
+MEASURED = MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="gptq")
+"""What `allocate` does unless told otherwise: the best of several maps by what their samples show."""
 
 CALIBRATION_SEEDS = range(1_000_000, 1_000_040)
 """Samples from whose trajectories GPTQ learns what the layers' inputs are like."""
@@ -134,11 +137,16 @@ def allocate(
     *,
     within: Sequence[str | Budget] = (),
     costs: str | Path | None = None,
-    method: MethodSpec = OURS,
+    method: MethodSpec = MEASURED,
     policy: Policy | None = None,
     quantizer: QuantFormat | None = None,
 ) -> Allocation:
-    """The bit map of least predicted loss under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
+    """The bit map that loses least under ``budget`` (``"3bit"``, ``"uniform:3"``, ``"450kB"``, ``"2e9bops"``).
+
+    By default maps that differ in kind are solved and measured on a few samples from the same noise; the best is
+    returned, and ``.notes`` say of how many. Where nothing can be sampled (a `LayerTable` in the place of the model,
+    recorded calls, a profile of the weights alone), or with ``method=mpq.api.OURS``, it is the map of least predicted
+    loss.
 
     ``within`` are further budgets that hold at the same time; those in milliseconds (``"12ms"``) need ``costs``, a CSV
     of latencies (`mpqsearch.methods.CostTable`). Bounds, groups and fixed widths are in `Policy`.
@@ -149,6 +157,11 @@ def allocate(
     """
     table = model if isinstance(model, LayerTable) else discover(model)
     fmt = quantizer or _quantizer(profile)
+    policy = policy or Policy(widths=profile.widths)
+    if method.allocator == "measured":
+        if not isinstance(model, LayerTable) and can_sample(model) and not profile.weights_only:
+            return _selected(model, table, profile, method, _budget(budget), within, costs, policy, fmt)
+        method = replace(plain_method(method, profile), rounding="nearest")
     priced = profile
     if method.rounding == "gptq":
         if isinstance(model, LayerTable):
@@ -159,10 +172,41 @@ def allocate(
     return Programs(
         table=table,
         profile=priced,
-        policy=policy or Policy(widths=profile.widths),
+        policy=policy,
         format=fmt,
         costs=None if costs is None else CostTable.read(costs),
     ).allocate(method, _budget(budget), [_budget(b) for b in within])
+
+
+def _selected(
+    model: Denoiser,
+    table: LayerTable,
+    profile: SensitivityProfile,
+    method: MethodSpec,
+    budget: Budget,
+    within: Sequence[str | Budget],
+    costs: str | Path | None,
+    policy: Policy,
+    fmt: QuantFormat,
+) -> Allocation:
+    """What the stage of a run selects, in a folder that goes away."""
+    from mpqsearch import stages
+    from mpqsearch.stages.allocating import programs_of
+    from mpqsearch.stages.selecting import selected
+
+    labels = tuple(_budget(b).label() for b in within)
+    config = Config(
+        model=ModelConfig(source=model.source or model.name),
+        policy=policy,
+        quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
+        allocate=AllocateConfig(budgets=(budget.label(),), within=labels, costs="" if costs is None else str(costs)),
+        methods=(method,),
+    )
+    with TemporaryDirectory() as folder:
+        run = stages.Run(config=config, folder=Path(folder), given=model)
+        solved, found = selected(run, table, profile, method, budget, partial(programs_of, run, table, profile))
+    tried = f"{found.chosen.label}, by {len(found.chosen.errors)} samples of {len(found.rivals)} maps"
+    return replace(solved, notes=(*solved.notes, tried))
 
 
 def quantize(

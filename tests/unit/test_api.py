@@ -28,6 +28,9 @@ SPEC = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=("auto",), s
 GPTQ = mpq.Method(name="gptq", allocator="ilp-channel", scheme="auto", bias_correction=True, rounding="gptq")
 
 
+PLAIN = mpq.Method(name="plain", allocator="ilp-channel", scheme="auto", bias_correction=True)
+
+
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
     return tiny_denoiser(steps=2, batch=4)
@@ -49,8 +52,7 @@ def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Prof
     small = mpq.quantize(model, allocation, profile)
     figure = mpq.compare(model, small, seeds=range(3))
     assert allocation.within_budget
-    assert allocation.result is not None
-    assert allocation.result.lower_bound <= allocation.result.loss
+    assert any("samples of" in note for note in allocation.notes), "what was tried is said"
     assert set(np.concatenate([w.reshape(-1) for w in allocation.bit_map.weights.values()])) <= {2, 3, 4, 8, 16}
     assert "PSNR" in figure.axes[0].get_title(loc="left")
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items()), "the original is left as it is"
@@ -68,7 +70,7 @@ def test_a_model_is_short_to_look_at(model: Denoiser) -> None:
 
 def test_samples_are_compared_as_the_models_runner_draws_them(model: Denoiser, profile: mpq.Profile) -> None:
     assert api._quantizer(profile) == QuantFormat(n_candidates=8)
-    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:2"), profile)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:2", method=PLAIN), profile)
     found = mpq.evaluate(model, small, seeds=range(6), extractor="random-conv", progress=False)
     error = (latents(model, range(6)) - latents(small, range(6))).double().square().mean()
     assert found.metrics["paired_mse"].value == pytest.approx(float(error), rel=1e-5)
@@ -94,7 +96,7 @@ def test_five_lines_from_a_pipeline_to_its_pictures(pipeline: Path) -> None:
     model = mpq.load(pipeline, sampler=mpq.Sampler(steps=2, batch=2, call=CALL), prompts=PROMPTS)
     assert model.runner.labels([0, 1]) == PROMPTS[:2]
     profile = profile_of(model)
-    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3"), profile)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3", method=PLAIN), profile)
     figure = mpq.compare(model, small, seeds=range(2))
     assert [len(image.get_array().shape) for axes in figure.axes for image in axes.images], "pictures are drawn"
     found = mpq.evaluate(model, small, seeds=range(3), extractor="random-conv", progress=False)
@@ -118,14 +120,14 @@ def test_recorded_calls_stand_for_a_pipeline(pipeline: Path, tmp_path: Path) -> 
     model = mpq.load(pipeline, calls=tmp_path / "c.safetensors")
     assert model.runner.identity == mpq.load(pipeline, calls=calls).runner.identity
     profile = profile_of(model)
-    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3"), profile)
+    small = mpq.quantize(model, mpq.allocate(model, profile, "uniform:3", method=PLAIN), profile)
     with pytest.raises(ModelError, match="4 recorded calls"):
         mpq.compare(model, small)
 
 
 def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Profile) -> None:
     allocation = mpq.allocate(model, profile, "uniform:2", method=GPTQ)
-    plain = mpq.allocate(model, profile, "uniform:2")
+    plain = mpq.allocate(model, profile, "uniform:2", method=PLAIN)
     assert allocation.predicted_loss < plain.predicted_loss, "less error is left where codes are chosen for the output"
     from mpqsearch.methods import Programs
     from mpqsearch.profile import gptq_profile, input_statistics
@@ -144,7 +146,7 @@ def test_gptq_is_priced_as_the_stages_price_it(model: Denoiser, profile: mpq.Pro
 
 
 def test_a_trained_model_is_nearer_to_its_teacher(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
-    allocation = mpq.allocate(model, profile, "uniform:2")
+    allocation = mpq.allocate(model, profile, "uniform:2", method=PLAIN)
     settings = DistillConfig(steps=12, batch=4, rank=4)
     trained = mpq.distill(model, allocation, profile, settings=settings, folder=str(tmp_path), progress=False)
     options = {"seeds": range(8), "extractor": "random-conv", "progress": False}
@@ -155,7 +157,7 @@ def test_a_trained_model_is_nearer_to_its_teacher(model: Denoiser, profile: mpq.
 
 
 def test_packed_and_read_back(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
-    allocation = mpq.allocate(model, profile, "uniform:3")
+    allocation = mpq.allocate(model, profile, "uniform:3", method=PLAIN)
     folder = mpq.save(str(tmp_path / "packed"), model, allocation, profile)
     again = mpq.load_quantized(str(folder))
     expected = mpq.quantize(model, allocation, profile).module.state_dict()
@@ -164,7 +166,7 @@ def test_packed_and_read_back(model: Denoiser, profile: mpq.Profile, tmp_path: P
 
 
 def test_exported_and_imported(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
-    allocation = mpq.allocate(model, profile, "uniform:3")
+    allocation = mpq.allocate(model, profile, "uniform:3", method=PLAIN)
     exported = mpq.export(model, allocation, "neutral", str(tmp_path / "out"), profile, verify=True)
     assert exported.verification is not None
     assert exported.verification.ok
