@@ -204,7 +204,8 @@ def _selected(
     )
     with TemporaryDirectory() as folder:
         run = stages.Run(config=config, folder=Path(folder), given=model)
-        solved, found = selected(run, table, profile, method, budget, partial(programs_of, run, table, profile))
+        run.table, run.profile = table, profile
+        solved, found = selected(run, method, budget, partial(programs_of, run))
     tried = f"{found.chosen.label}, by {len(found.chosen.errors)} samples of {len(found.rivals)} maps"
     return replace(solved, notes=(*solved.notes, tried))
 
