@@ -18,7 +18,7 @@ from mpqsearch.report.style import COLOURS, INK, MUTED, axes_or_new, legend_belo
 
 Data = Mapping[str, Any]
 
-ARM_ORDER = ("uniform", "random", "shuffled", "plain", "search")
+ARM_ORDER = ("uniform", "plain", "search")
 
 
 def plot_search_front(data: Data, ax: Axes | None = None) -> Axes:
@@ -84,7 +84,7 @@ def _front_drawing(data: Data) -> Drawing:
         key="search_front",
         section="search",
         title="Measured maps and control arms",
-        caption="Error on the search seeds. Random and shuffled arms: geometric mean of their draws. A map below the "
+        caption="Error on the search seeds. A map below the "
         "line of the search was better on these seeds, and was not chosen on the final ones.",
         alt=f"Scatter plot of {data['error']} against stored bits for {len(data['points'])} maps and the control arms.",
         draw=partial(plot_search_front, data),

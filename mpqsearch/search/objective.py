@@ -13,7 +13,6 @@ import numpy as np
 from mpqsearch.artifacts import digest_of
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, NumericsError
-from mpqsearch.search.arms import uniform_candidate
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.space import Space
 from mpqsearch.search.surrogate import Candidate, Surrogate
@@ -81,7 +80,7 @@ class Objective:
 
         theta = self.space.suggest(trial)
         if not self._baselines:  # errors of the uniform maps, without which there is no trial
-            self._baselines = [self.measurements.errors(uniform_candidate(self.surrogate, b)) for b in self.budgets]
+            self._baselines = [self.measurements.errors(self.surrogate.uniform(b)) for b in self.budgets]
         try:
             return self._measured(trial, [self.surrogate.candidate(theta, b) for b in self.budgets])
         except (InfeasibleBudgetError, NumericsError) as error:

@@ -15,7 +15,6 @@ import numpy as np
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.ranks import spearman, spearman_interval
-from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.objective import SAMPLES, Objective, Point, points_of
 from mpqsearch.search.study import WORKER, finished_trials
 from mpqsearch.search.surrogate import Candidate
@@ -82,13 +81,11 @@ def rebuilt(objective: Objective, point: Mapping[str, Any], budget: Budget) -> C
     return candidate
 
 
-def summarize(
-    objective: Objective, study: Study, *, k: int = 4, repeats: int = 3
-) -> tuple[dict[str, Any], dict[str, Candidate]]:
+def summarize(objective: Objective, study: Study, *, k: int = 4) -> tuple[dict[str, Any], dict[str, Candidate]]:
     """All results of a study as plain data, and the chosen map of every budget by its label.
 
-    Measures what is still missing: arms, the top ``k`` maps on the final seeds, and the chosen, the plain and the
-    uniform map on the report seeds, which only say what they are worth (the winner's curse).
+    Measures what is still missing: the top ``k`` maps on the final seeds, and the chosen, the plain and the uniform map
+    on the report seeds, which only say what they are worth (the winner's curse).
     """
     trials = finished_trials(study)
     points = measured_points(trials)
@@ -98,11 +95,9 @@ def summarize(
         best = top_k(objective, points, budget, k)[0]
         chosen[budget.label()] = best["candidate"]
         rows = [
-            *(
-                _row(objective, arm, maps, fresh=arm in ("uniform", "plain"))
-                for arm, maps in control_candidates(objective.surrogate, budget, repeats=repeats).items()
-            ),
-            _row(objective, "search", [best["candidate"]], fresh=True)
+            _row(objective, "uniform", objective.surrogate.uniform(budget)),
+            _row(objective, "plain", objective.surrogate.candidate({}, budget)),
+            _row(objective, "search", best["candidate"])
             | {key: best[key] for key in ("trial", "params", "final", "lead", "distance") if key in best},
         ]
         budgets.append({"budget": budget.label(), "rows": rows, **_verdict(rows)})
@@ -169,20 +164,17 @@ def _forwards(objective: Objective, trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(SAMPLES, 0)) * objective.measurements.evaluator.forwards_per_sample
 
 
-def _row(objective: Objective, arm: str, candidates: Sequence[Candidate], *, fresh: bool) -> dict[str, Any]:
-    """An arm at a budget: sizes of its first map, geometric mean of the errors of all, and with ``fresh`` what the
-    first one is worth on the report seeds."""
-    errors = [objective.measurements.error(c) for c in candidates]
-    first = candidates[0]
-    report = objective.measurements.report(first) if fresh else {}
+def _row(objective: Objective, arm: str, candidate: Candidate) -> dict[str, Any]:
+    """A map at a budget: its sizes, its error, and what it is worth on the report seeds."""
+    report = objective.measurements.report(candidate)
     return {
         "arm": arm,
-        "average_bits": first.average_bits,
-        "size_bytes": first.size_bytes,
-        "bit_map": first.bit_map.digest,
-        "bias_correction": first.bias_correction,
-        "predicted": first.predicted,
-        "error": float(np.exp(np.mean(np.log(np.maximum(errors, TINY))))),
+        "average_bits": candidate.average_bits,
+        "size_bytes": candidate.size_bytes,
+        "bit_map": candidate.bit_map.digest,
+        "bias_correction": candidate.bias_correction,
+        "predicted": candidate.predicted,
+        "error": max(objective.measurements.error(candidate), TINY),
         **{("fresh_error" if key == "error" else key): v for key, v in report.items()},
     }
 

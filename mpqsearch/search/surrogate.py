@@ -78,6 +78,11 @@ class Surrogate:
         solved = self.programs(method, policy).allocate(method, self.room(budget, method, policy), losses=losses)
         return self.finished(solved, budget)
 
+    def uniform(self, budget: Budget) -> Candidate:
+        """The widest uniform map that fits the budget: what the maps of a search are held against."""
+        method = replace(self.method, name="uniform", allocator="uniform", act_choices=())
+        return self.finished(self.programs(method).allocate(method, budget), budget)
+
     def programs(self, method: MethodSpec, policy: Policy | None = None) -> Programs:
         """The programs with the profile that prices a method, under a policy (None: the search's own)."""
         return Programs(

@@ -48,9 +48,9 @@ class SearchSpec:
     ``[evaluate]``, on which the chosen maps are judged. ``error``: what is minimized, ``features`` (squared distance of
     the extractor's features of a sample to those of the full-precision one) or ``latents``. ``top_k``: maps a budget
     that run again on ``final_samples`` further seeds, which choose the one handed out (0 samples: the search seeds
-    choose); only what beats the plain program's map there by more than a standard error takes its place. ``repeats``:
-    draws of the random arms. ``study``: its name in the storage (empty: that of the run folder, with the folder's
-    identity). ``space``: what may change, see `mpqsearch.search.space`.
+    choose); only what beats the plain program's map there by more than a standard error takes its place. ``study``:
+    its name in the storage (empty: that of the run folder, with the folder's identity). ``space``: what may change, see
+    `mpqsearch.search.space`.
     """
 
     method: str = ""
@@ -65,7 +65,6 @@ class SearchSpec:
     error: str = "features"
     top_k: int = 4
     final_samples: int = 48
-    repeats: int = 3
     study: str = ""
     space: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_SPACE))
 
@@ -75,7 +74,7 @@ class SearchSpec:
         return self.samples + self.final_samples
 
     def __post_init__(self) -> None:
-        least = {"trials": 0, "repeats": 1, "samples": 2, "top_k": 1, "final_samples": 0}
+        least = {"trials": 0, "samples": 2, "top_k": 1, "final_samples": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"search.{name} must be at least {low}, got {getattr(self, name)}")

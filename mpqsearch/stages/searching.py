@@ -254,7 +254,7 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
     from mpqsearch.search.results import summarize, trials_csv
 
     c = run.config.search
-    data, chosen = summarize(objective, study, k=c.top_k, repeats=c.repeats)
+    data, chosen = summarize(objective, study, k=c.top_k)
     for entry in data["budgets"]:
         bit_map = chosen[entry["budget"]].bit_map
         provenance = {"method": "search", "budget": entry["budget"], "trial": entry["rows"][-1]["trial"]}

@@ -166,7 +166,6 @@ class Bench:
             budgets=(text,),
             first_seed=4_000_000 + 1000 * self.seed,
             error="latents",
-            repeats=1,
         )
         config = self.config(methods=(MethodSpec(**SEARCHED),), allocate=AllocateConfig(budgets=(text,)), search=spec)
         folder = self.folder / f"search-{text.replace(':', '-')}"

@@ -69,7 +69,6 @@ trials = 2
 samples = 2
 chunk = 2
 final_samples = 2
-repeats = 1
 [search.space]
 exponent = [0.5, 2.0]
 [evaluate]

@@ -180,7 +180,7 @@ def test_exported_and_imported(model: Denoiser, profile: mpq.Profile, tmp_path: 
 
 
 def test_a_search_hands_out_a_map(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
-    settings = SearchSpec(samples=4, chunk=2, final_samples=4, repeats=1)
+    settings = SearchSpec(samples=4, chunk=2, final_samples=4)
     found = mpq.search(
         model, profile, "uniform:3", trials=2, settings=settings, extractor="random-conv", folder=str(tmp_path)
     )

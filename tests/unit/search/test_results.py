@@ -15,7 +15,6 @@ from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.report import save_drawings
 from mpqsearch.report.search import arms_table, search_drawings, search_notes
-from mpqsearch.search.arms import uniform_candidate
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.results import (
@@ -43,12 +42,12 @@ def finished() -> Finished:
 
 def test_chosen_maps_stand_beside_their_arms_at_the_same_size(finished: Finished) -> None:
     o, study = finished
-    data, chosen = summarize(o, study, repeats=2)
+    data, chosen = summarize(o, study)
     json.dumps(data, allow_nan=False)
     assert data["trials"] == 16
     for entry in data["budgets"]:
         rows, budget = {r["arm"]: r for r in entry["rows"]}, Budget.parse(entry["budget"])
-        assert list(rows) == ["uniform", "random", "shuffled", "plain", "search"]
+        assert list(rows) == ["uniform", "plain", "search"]
         limit = budget.limit_bits(o.surrogate.table, o.surrogate.policy)
         assert all(r["size_bytes"] * 8 <= limit + 8 for r in rows.values())
         best = min(p["error"] for p in data["points"] if p["budget"] == entry["budget"])
@@ -64,13 +63,13 @@ def test_chosen_maps_stand_beside_their_arms_at_the_same_size(finished: Finished
 def test_a_map_that_measures_worse_than_uniform_is_named(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     o, study = finished
     honest = Measurements.report
-    uniform = {uniform_candidate(o.surrogate, b).digest for b in o.budgets}
+    uniform = {o.surrogate.uniform(b).digest for b in o.budgets}
 
     def fresh(self: Measurements, candidate: Candidate) -> dict[str, float]:  # uniform turns out ahead on fresh seeds
         return honest(self, candidate) | ({"error": 1e-9} if candidate.digest in uniform else {})
 
     monkeypatch.setattr(Measurements, "report", fresh)
-    data, _ = summarize(o, study, repeats=1)
+    data, _ = summarize(o, study)
     assert all(b["worse_than_uniform"] for b in data["budgets"])
     assert all("(worse than uniform)" in r["arm"] for r in arms_table(data) if r["arm"].startswith("search"))
 
@@ -96,7 +95,7 @@ def test_the_table_of_trials_holds_every_trial(finished: Finished) -> None:
 
 def test_figures_and_tables_show_the_data(finished: Finished, tmp_path: Path) -> None:
     o, study = finished
-    data, _ = summarize(o, study, repeats=1)
+    data, _ = summarize(o, study)
     drawings = search_drawings(data)
     assert {d.key for d in drawings} >= {"search_front", "search_fresh_seeds"}
     assert len(search_notes(data)) == len(data["predicted_vs_measured"])

@@ -11,7 +11,6 @@ import pytest
 from optuna.trial import TrialState
 
 from mpqsearch.errors import ConfigError, NumericsError, StaleArtifactError, UnknownNameError
-from mpqsearch.search.arms import control_candidates
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import REASON, SAMPLES, Objective, points_of
 from mpqsearch.search.storage import open_storage
@@ -38,9 +37,9 @@ def test_the_first_trial_is_the_plain_program_and_its_value_is_what_it_says(make
     first = run(o, plan_for(o, trials=3)).get_trials()[0]
     expected, plain = [], []
     for budget in o.budgets:
-        arms = control_candidates(o.surrogate, budget)
-        plain.append(arms["plain"][0])
-        expected.append(math.log(o.measurements.error(plain[-1]) / o.measurements.error(arms["uniform"][0])))
+        plain.append(o.surrogate.candidate({}, budget))
+        uniform = o.surrogate.uniform(budget)
+        expected.append(math.log(o.measurements.error(plain[-1]) / o.measurements.error(uniform)))
     assert first.value == pytest.approx(np.mean(expected))
     points = points_of(first)
     assert [p["budget"] for p in points] == ["uniform:2.5", "uniform:3.5"]
@@ -148,7 +147,7 @@ def test_maps_that_cannot_be_measured_are_pruned_with_the_reason(
     make_objective: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = make_objective(NUMBERS)
-    baseline = {c.digest for b in o.budgets for c in control_candidates(o.surrogate, b)["uniform"]}
+    baseline = {o.surrogate.uniform(b).digest for b in o.budgets}
     honest = Measurements.chunk_errors
 
     def chunk_errors(self: Measurements, candidate: Any, seeds: Any) -> list[float]:
