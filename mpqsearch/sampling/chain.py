@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.errors import NumericsError
+from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models.calls import Call, call_of, mapped, tensors_in
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Hooks, parts_of
@@ -57,7 +57,7 @@ class Chain:
 def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
     """Run one batch and keep the scheduler's graph: see `Chain`.
 
-    Raises `NumericsError` when a sample is not finite.
+    Raises `NumericsError` when a sample is not finite, `ModelError` when no gradient comes back through the pipeline.
     """
     calls: list[Call] = []
     leaves: list[tuple[Tensor, ...]] = []
@@ -67,9 +67,14 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
     owners = parts_of(denoiser.module)
 
     def on_call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
-        calls.append(call_of(owners[part], args, kwargs, part=part, index=len(calls)))
-        seen.append(tuple(given))
+        sample = call_of(owners[part], args, kwargs).sample
+
+        def kept(value: Tensor) -> Tensor:
+            changes = value.requires_grad or value is sample  # some pipelines write the next sample into this one
+            return value.detach().clone().requires_grad_(value.requires_grad) if changes else value
+
+        calls.append(call_of(owners[part], mapped(args, kept), mapped(kwargs, kept), part=part, index=len(calls)))
+        seen.append(tuple(t.clone() for t in tensors_in((args, kwargs)) if t.requires_grad))
         of_step.append(len(steps))
         with torch.no_grad():
             out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
@@ -87,6 +92,11 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
 
     hooks = Hooks(call=on_call, step=steps.append)
     denoiser.runner.run(denoiser.module, seeds, hooks=hooks, decode=False, grad=True)
+    if not steps[-1].requires_grad:
+        raise ModelError(
+            f"{denoiser.name}: its pipeline runs another one, through which no gradient comes back. Record its calls "
+            "(mpqsearch record) and measure on those (calibration.captured)."
+        )
     apart = len(seeds) if len(steps[-1]) == 1 else 1  # samples that are made one at a time
     per_run = len(steps) // apart
     return Chain(

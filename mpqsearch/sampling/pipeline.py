@@ -199,8 +199,10 @@ class PipelineRunner:
         """The pipeline, with ``module`` in it."""
         if self._pipe is None:
             self._pipe = self._prepared(self._open(self._by_component(module)), device_of(module))
+        inner = [p for p in vars(self._pipe).values() if hasattr(p, "register_modules")]  # that some pipelines call
         for name, part in self._by_component(module).items():
-            setattr(self._pipe, name, part)
+            for pipe in (self._pipe, *(p for p in inner if hasattr(p, name))):
+                setattr(pipe, name, part)
         return self._pipe
 
     def __repr__(self) -> str:

@@ -48,6 +48,7 @@ def read() -> dict[str, dict[str, str]]:
 
 
 def write(rows: dict[str, dict[str, str]]) -> None:
+    """The table by name, as a file."""
     with TABLE.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -63,17 +64,19 @@ def measure(asked: list[str]) -> dict[str, dict[str, str]]:
         values = (name, kinds[name], "no" if covered.stage else "yes", covered.stage, covered.reason)
         rows[name] = dict(zip(COLUMNS, values, strict=True))
         write(rows)
-    return {name: rows[name] for name in sorted(rows)}
+    return rows
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
     """The summary for the page."""
+    missing = len(generators()) - len(rows)
     far = [r for r in rows.values() if r["goes_all_the_way"] == "yes"]
     kinds = Counter(r["kind"] for r in rows.values())
     counted = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     version = metadata.version("diffusers")
     lines = [
-        f"diffusers {version}: **{len(far)} of {len(rows)} pipelines go all the way** ({counted}).",
+        f"diffusers {version}: **{len(far)} of {len(rows)} pipelines go all the way** ({counted})."
+        + (f" {missing} more are not measured yet." if missing else ""),
         "",
         "| stage | what holds |",
         "|---|---|",
@@ -81,7 +84,7 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         "",
         "| pipeline that does not | stage | why |",
         "|---|---|---|",
-        *(f"| `{r['pipeline']}` | {r['stage']} | {r['reason']} |" for r in rows.values() if r not in far),
+        *(f"| `{r['pipeline']}` | {r['stage']} | {r['reason']} |" for _, r in sorted(rows.items()) if r not in far),
     ]
     return "\n".join(lines)
 

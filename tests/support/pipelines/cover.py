@@ -23,7 +23,7 @@ from mpqsearch.core import BitMap, LayerTable
 from mpqsearch.distill import DistillSpec, Trajectories, TRDSpec, distill
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.models import Denoiser, Hooks, Parts, discover
-from mpqsearch.models.calls import gradients_everywhere
+from mpqsearch.models.calls import gradients_everywhere, mapped
 from mpqsearch.models.runner import watched_scheduler
 from mpqsearch.quant import build_student, param_groups, quantize_model
 from mpqsearch.sampling import PipelineRunner, SamplerSpec, chain, each_call, gradients, latents, load_model, samples
@@ -67,7 +67,8 @@ class Case:
         names = list(module) if isinstance(module, Parts) else self.components[:1]
         parts = module.values() if isinstance(module, Parts) else [module]
         for name, part in zip(names, parts, strict=True):
-            setattr(self.pipe, name, part)
+            for pipe in (self.pipe, getattr(self.pipe, "decoder_pipe", self.pipe)):
+                setattr(pipe, name, part)
 
     @cached_property
     def components(self) -> list[str]:
@@ -219,9 +220,10 @@ def chained(case: Case) -> None:
 
 
 def _differentiable(_part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call with gradients throughout: some models route to their experts under ``no_grad``."""
+    """A call with gradients throughout: some models route to their experts under ``no_grad``, some pipelines write the
+    next sample into the present one."""
     with gradients_everywhere():
-        return real(*args, **kwargs)
+        return real(*mapped(args, Tensor.clone), **mapped(kwargs, Tensor.clone))
 
 
 def _gradient_by_call(denoiser: Denoiser, weights: list[Tensor]) -> list[Tensor]:

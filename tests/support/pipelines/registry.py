@@ -46,6 +46,8 @@ NEEDS = {"OmniGenPipeline": "torchvision", "QwenImage21Pipeline": "torchvision"}
 STOPS: dict[str, tuple[str, str]] = {
     "AnyFlowFARPipeline": ("chained", "flexible attention has no backward pass on the CPU"),
     "Cosmos3OmniPipeline": ("trained", "its blocks give the tokens of one sample without a batch axis"),
+    "KandinskyCombinedPipeline": ("chained", "runs two other pipelines, through which no gradient comes back"),
+    "KandinskyV22CombinedPipeline": ("chained", "runs two other pipelines, through which no gradient comes back"),
     "SkyReelsV2DiffusionForcingPipeline": ("drawn", "each frame is stepped by a copy of the scheduler of its own"),
 }
 """Pipelines that do not go all the way: the stage of `cover` that does not hold, and why. Any other is a failure."""
