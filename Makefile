@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test test-all test-gpu test-oldest lint types contracts benchmark reference clean
+.PHONY: quickstart test test-all test-gpu test-oldest fuzz lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
@@ -32,6 +32,11 @@ test-oldest: $(INSTALLED)
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/unit/core tests/unit/allocate \
 		tests/unit/report tests/unit/metrics tests/unit/test_artifacts.py tests/unit/test_config.py tests/unit/test_pareto.py \
 		tests/unit/test_api.py
+
+# Malformed inputs for every reader; the tests read 300 of them
+FUZZ ?= 5000
+fuzz: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python -m tests.fuzz.fuzz $(FUZZ)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,6 +11,14 @@ class MpqsearchError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
+
+
+MAX_MESSAGE = 2500
+"""Characters of a message: names from files may have any length. The end of a worker's log goes into one as well."""
+
 
 class ConfigError(MpqsearchError):
     """A configuration, an option or an argument is wrong."""

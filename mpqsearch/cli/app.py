@@ -20,6 +20,7 @@ from mpqsearch.errors import MpqsearchError
 from mpqsearch.progress import interrupt_code, keep_interrupts, say
 from mpqsearch.secrets import redact
 from mpqsearch.sources import model_name
+from mpqsearch.untrusted import shown
 
 if TYPE_CHECKING:
     from mpqsearch.stages import Run
@@ -169,5 +170,6 @@ def _usage(error: Any) -> str:
 
 def _fail(text: str, code: int) -> NoReturn:
     if text:
-        print(f"mpqsearch: {redact(text)}", file=sys.stderr)
+        lines = (shown(line) for line in redact(text).splitlines())
+        print("mpqsearch: " + "\n".join(lines), file=sys.stderr)
     raise SystemExit(code)

@@ -1,0 +1,1 @@
+"""Seeded malformed inputs; see `fuzz`."""

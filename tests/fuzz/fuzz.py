@@ -1,0 +1,233 @@
+"""Malformed inputs for every reader: files that are right are cut, flipped, swapped, retyped, nested, blown up.
+
+``make fuzz`` reads 5,000 of them, the tests 300; the number of an input is its seed. A finding is anything but the
+right result or one error of ours: another exception, more than 10 s, more than 1.5 GB, a message of several lines or
+with control characters, a file beside those that were there.
+
+    python -m tests.fuzz.fuzz 5000
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpqsearch import artifacts
+from mpqsearch.config import Config, load_config
+from mpqsearch.core import BitMap, LayerSpec, LayerTable
+from mpqsearch.errors import MpqsearchError
+from mpqsearch.export import neutral_extra, read_map
+from mpqsearch.sources import denoiser_folders, model_files
+from tests.support import tiny_profile, tiny_table
+
+SECONDS, KILOBYTES = 10.0, 1.5e6
+
+TABLE = LayerTable(
+    digest="d" * 64,
+    layers=tuple(
+        LayerSpec(name=f"blocks.{i}.{part}", kind="Linear", weight_shape=(8, 32), role="linear")
+        for i in range(3)
+        for part in ("to_q", "to_k")
+    ),
+)
+SMALL = tiny_table(n_layers=2, channels=3, fan_in=4)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One kind of input: ``write`` makes a right one in a folder and returns the file, ``read`` reads the folder."""
+
+    write: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+
+
+def _saved(name: str, text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(text)
+        return folder / name
+
+    return write
+
+
+def _artifact(name: str, save: Callable[[Path], None], load: Callable[[Path], Any]) -> Reader:
+    def write(folder: Path) -> Path:
+        save(folder / name)
+        return folder / name
+
+    return Reader(write, lambda folder: load(folder / name))
+
+
+def _foreign(name: str, data: Any) -> Reader:
+    text = data if isinstance(data, str) else json.dumps(data)
+    return Reader(_saved(name, text), lambda folder: read_map(folder / name, TABLE))
+
+
+def _map(path: Path) -> None:
+    bit_map = BitMap(model_digest=TABLE.digest, weights={la.name: np.array([2, 3] * 4) for la in TABLE})
+    artifacts.save_bit_map(path, bit_map, {}, neutral_extra(TABLE, bit_map))
+
+
+_LINEAR = {"quant_method": "sdnq", "weights_dtype": "int4", "modules_dtype_dict": {"int8": ["blocks.0.*", "to_q"]}}
+_AUTOROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "block_name_to_quantize": "blocks",
+    "extra_config": {"blocks.0.to_q": {"bits": 8}, ".*to_k": {"bits": 2}},
+}
+_TORCHAO = {
+    "_type": "FqnToConfig",
+    "_version": 1,
+    "_data": {
+        "fqn_to_config": {
+            "_default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}},
+            "re:blocks\\.[01]\\..*": {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {}},
+        }
+    },
+}
+_MODELOPT = {"quant_cfg": [{"quantizer_name": "*to_q.weight_quantizer", "cfg": {"num_bits": 4}}]}
+
+READERS: dict[str, Reader] = {
+    "layers": _artifact("layers.json", lambda p: artifacts.save_layers(p, SMALL, {"a": "b"}), artifacts.load_layers),
+    "profile": _artifact(
+        "profile.json", lambda p: artifacts.save_profile(p, tiny_profile(SMALL, (2, 4)), {}), artifacts.load_profile
+    ),
+    "bitmap": _artifact("bitmap.json", _map, lambda p: read_map(p, TABLE)),
+    "config": Reader(_saved("study.toml", Config().to_toml()), lambda folder: load_config(folder / "study.toml")),
+    "sdnq": _foreign("quantization_config.json", _LINEAR),
+    "autoround": _foreign("config.json", {"quantization_config": _AUTOROUND}),
+    "torchao": _foreign("torchao_config.json", _TORCHAO),
+    "modelopt": _foreign("modelopt_config.json", _MODELOPT),
+    "quanto": _foreign("quanto_qmap.json", {la.name: {"weights": "qint4", "activations": "none"} for la in TABLE}),
+    "mlx": _foreign("config.json", {"quantization": {"group_size": 32, "bits": 4, "blocks.0.to_q": {"bits": 8}}}),
+    "sdcpp": _foreign("sdcpp_rules.txt", "^blocks\\.0\\.to_q\\.weight$=q8_0,to_k=q4_0"),
+    "comfyui": _foreign(
+        "comfyui_metadata.json",
+        {"_quantization_metadata": {"format_version": "1.0", "layers": {"blocks.0.to_q": {"format": "nvfp4"}}}},
+    ),
+    "pipeline": Reader(
+        _saved("model_index.json", json.dumps({"_class_name": "P", "unet": ["diffusers", "UNet2DModel"]})),
+        lambda folder: (denoiser_folders("m", folder, ""), model_files(str(folder))),
+    ),
+}
+
+HARMFUL: tuple[Any, ...] = (
+    None, True, -1, 0, 0.5, 2**70, 10**400, 1e308, "", "x", "../../escaped", "a\0b", "\x1b[31m", "\u202e",
+    "=cmd|'x'!A1", [], {}, [[8, 300_000_000]], [[1]] * 1000, {"a": {"b": {}}}, "(a|aa|.)*\\.\\d\\d\\d$", "(" * 200,
+    "*" * 500, "x" * 100_000, "\ud800", "ключ", [None], {"": None},
+)  # fmt: skip
+"""Values that take the place of others."""
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value in plain data."""
+    yield at
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*at, key))
+
+
+def _changed(data: Any, draw: random.Random) -> Any:
+    """Plain data with one value replaced, removed, renamed or wrapped many times."""
+    place = draw.choice([p for p in places(data) if p] or [()])
+    if not place:
+        return draw.choice(HARMFUL)
+    holder = data
+    for key in place[:-1]:
+        holder = holder[key]
+    kind, key = draw.randrange(5), place[-1]
+    if kind == 0:
+        del holder[key]
+    elif kind == 1 and isinstance(holder, dict):
+        holder[draw.choice(("nam", "\x1b", "a" * 300, "../x", ""))] = holder.pop(key)
+    elif kind == 2:
+        for _ in range(draw.choice((2, 90, 200))):
+            holder[key] = [holder[key]]
+    else:
+        holder[key] = draw.choice(HARMFUL)
+    return data
+
+
+def harmed(raw: bytes, draw: random.Random) -> bytes:
+    """A right file after one to three mutations."""
+    for _ in range(draw.randint(1, 3)):
+        kind = draw.randrange(9)
+        at = draw.randrange(len(raw) + 1)
+        if kind == 0:
+            raw = raw[:at]
+        elif kind == 1 and raw:
+            raw = raw[: at - 1] + bytes([raw[at - 1] ^ 1 << draw.randrange(8)]) + raw[at:]
+        elif kind == 2:
+            raw = raw[:at] + raw[at + draw.randint(1, 40) :]
+        elif kind == 3:
+            raw = (
+                raw[:at] + draw.choice((b"\0", b"\xff", b"[" * 100_000, b"NaN", b"1e999", b'"', b"9" * 5000)) + raw[at:]
+            )
+        elif kind == 4:
+            raw = raw[at:] + raw[:at]
+        else:
+            try:
+                raw = json.dumps(signed(_changed(json.loads(raw), draw))).encode()
+            except (ValueError, RecursionError):
+                continue
+    return raw
+
+
+def signed(body: Any) -> Any:
+    """An envelope with a right digest, so that what is behind it is reached as well."""
+    if isinstance(body, dict) and isinstance(body.get("digest"), str) and {"schema", "version", "inputs"} <= set(body):
+        body["digest"] = artifacts._digest(body, body.get("data"))
+    return body
+
+
+def findings(seed: int, folder: Path) -> str:
+    """What is wrong with how one input is read; empty when nothing is."""
+    draw = random.Random(seed)
+    name = draw.choice(sorted(READERS))
+    reader = READERS[name]
+    file = reader.write(folder)
+    good = file.read_bytes()
+    file.write_bytes(harmed(good, draw))
+    before, began = sorted(folder.rglob("*")), time.process_time()
+    problem = ""
+    try:
+        reader.read(folder)
+    except MpqsearchError as error:
+        text = str(error)
+        if len(text) > 3000 or any(c < " " for c in text.replace("\n", "")):
+            problem = f"a message that cannot be shown: {text[:200]!r}"
+    except Exception as error:  # noqa: BLE001 - what is looked for
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+    spent = time.process_time() - began
+    if spent > SECONDS:
+        problem += f" {spent:.1f} s"
+    if sorted(folder.rglob("*")) != before:
+        problem += " files were written"
+    return f"seed {seed}, {name}: {problem}" if problem else ""
+
+
+def run(seeds: range) -> list[str]:
+    """The findings of some inputs, each in a folder of its own."""
+    found = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(findings(seed, Path(folder)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [f for f in found if f] + ([f"{peak} kB at the peak"] if peak > KILOBYTES else [])
+
+
+if __name__ == "__main__":
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    wrong = run(range(n))
+    print("\n".join(wrong))
+    print(f"{n} inputs, {len(wrong)} findings")
+    sys.exit(bool(wrong))
