@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from studies.robustness.study import ARMS, BITS, MODELS, RESULTS, read
+from studies.robustness.study import ARMS, BITS, MODELS, PREDICTIONS, RESULTS, read
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- table: made by report.py -->", "<!-- end of table -->"
 
 SIMPLE = ("uniform", "uniform-gptq", "ilp-layer", "ilp-layer-gptq", "ilp-channel", "ilp-channel-gptq")
 """Arms that the default must not be worse than."""
+
+SHRUNK = tuple(a for a in ARMS if a.startswith("shrinkage-"))
+"""The program by channel at fixed shrinkage, from as measured to all channels of a layer alike."""
 
 Errors = Mapping[tuple[str, int, str, int], float]
 """Paired errors by model, bits, arm and seed."""
@@ -60,7 +63,7 @@ def ratios(errors: Errors, arm: str, others: Sequence[str], model: str = "") -> 
 def main_table(errors: Errors) -> list[str]:
     """Geometric mean over seeds for every model, size and arm, with the least and the largest where there are several;
     the least of a row is bold."""
-    arms = [a for a in ARMS if any(key[2] == a for key in errors)]
+    arms = [a for a in ARMS if a not in SHRUNK and any(key[2] == a for key in errors)]
     lines = ["| model | bits | " + " | ".join(arms) + " |", "|---|---|" + "---|" * len(arms)]
     for model in MODELS:
         for bits in BITS:
@@ -98,6 +101,41 @@ def verdicts(errors: Errors) -> list[str]:
     return lines
 
 
+def left_out(errors: Errors) -> list[str]:
+    """The default shrinkage, estimated on the model itself, against the constant that is best on all other models."""
+    found = {m: {a: geometric_mean(_all(errors, m, a)) for a in (*SHRUNK, "ilp-channel-gptq")} for m in MODELS}
+    found = {m: v for m, v in found.items() if not any(math.isnan(x) for x in v.values())}
+    if len(found) < 2:
+        return []
+    lines = [
+        "",
+        "| model left out | best constant of the others | its error | as estimated | as measured |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for model, own in found.items():
+        others = {a: geometric_mean([v[a] for m, v in found.items() if m != model]) for a in SHRUNK}
+        best = min(others, key=lambda a: others[a])
+        shown = (f"{own[a]:.3g}" for a in (best, "ilp-channel-gptq", SHRUNK[0]))
+        lines.append(f"| {model} | {best.removeprefix('shrinkage-')} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _all(errors: Errors, model: str, arm: str) -> list[float]:
+    return [v for (m, _, a, _), v in errors.items() if (m, a) == (model, arm)]
+
+
+def ranked(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rank correlation of predicted and measured errors over the maps of a selection, by model and size."""
+    if not rows:
+        return []
+    lines = ["", "| rank correlation | " + " | ".join(f"{b} bits" for b in BITS) + " |", "|---|" + "---|" * len(BITS)]
+    for model in MODELS:
+        row = {int(r["target_bits"]): float(r["spearman"]) for r in rows if r["model"] == model and r["seed"] == "0"}
+        if row:
+            lines.append(f"| {model} | " + " | ".join(f"{row[b]:.2f}" if b in row else "" for b in BITS) + " |")
+    return lines
+
+
 def _shown(values: Sequence[float], *, bold: bool) -> str:
     mean = f"{geometric_mean(values):.3g}"
     text = f"**{mean}**" if bold else mean
@@ -105,9 +143,9 @@ def _shown(values: Sequence[float], *, bold: bool) -> str:
 
 
 def tables(rows: Iterable[Mapping[str, str]]) -> str:
-    """Both tables in Markdown."""
+    """All tables in Markdown."""
     errors = errors_of(rows)
-    return "\n".join([*main_table(errors), *verdicts(errors)])
+    return "\n".join([*main_table(errors), *verdicts(errors), *left_out(errors), *ranked(read(PREDICTIONS))])
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from mpqsearch import stages
+from mpqsearch.artifacts import read_json
 from mpqsearch.config import AllocateConfig, CalibrationConfig, Config, ModelConfig
 from mpqsearch.core import BitMap, Budget, Policy, size_bytes
 from mpqsearch.errors import NumericsError
@@ -69,6 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours": {"allocator": "measured", **_GPTQ},
     "ours-moved": {"allocator": "measured", **_GPTQ},
     "outer-search": {"allocator": "search", **_AUTO},
+    **{f"shrinkage-{s:g}": {"allocator": "ilp-channel", **_GPTQ, "shrinkage": s} for s in (0.0, 0.1, 0.3, 1.0)},
 }
 """Fields of `MethodSpec` by arm: what is asked for, in the words of a study's ``[[methods]]``."""
 
@@ -77,6 +79,10 @@ SEARCHED = {**ARMS["ilp-channel-gptq"], "name": "ilp-channel"}
 
 MOVES = 24
 """Moves at equal bytes of the arm ``ours-moved``."""
+
+PREDICTIONS = HERE / "predictions.csv"
+PREDICTION_FIELDS = ("model", "target_bits", "seed", "maps", "spearman")
+"""Rank correlation of predicted and measured errors over the maps that a selection measured."""
 
 FIELDS = (
     *("model", "target_bits", "arm", "rounding", "seed", "size_bytes", "paired_error", "n_samples", "seconds"),
@@ -212,10 +218,19 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     """Put one row at the end of a results file."""
     fresh = not path.is_file()
     with path.open("a", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(handle, list(row), lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow(row)
+
+
+def predictions(work: Path) -> Iterator[dict[str, Any]]:
+    """How well predicted losses rank the maps that ``ours`` measured, from the folders of the runs."""
+    for path in sorted(work.glob("*-seed*/allocations/ours@uniform-*/allocation.json")):
+        model, seed = path.parents[2].name.rsplit("-seed", 1)
+        found = read_json(path, "mpqsearch/allocation").data["selection"]
+        values = (model, path.parent.name.rsplit("-", 1)[1], seed, len(found["rows"]), found["spearman"])
+        yield dict(zip(PREDICTION_FIELDS, values, strict=True))
 
 
 def missing(
@@ -251,6 +266,10 @@ def main() -> None:
             row = bench.row(arm, bits)
             append(options.csv, row)
             print(f"{model} seed {seed}, {bits} bits, {arm}: {row['paired_error']} ({row['seconds']} s)", flush=True)
+    known = {tuple(list(r.values())[:3]) for r in read(PREDICTIONS)}
+    for row in predictions(options.work):
+        if tuple(map(str, list(row.values())[:3])) not in known:
+            append(PREDICTIONS, row)
 
 
 if __name__ == "__main__":
