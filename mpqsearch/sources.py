@@ -79,7 +79,7 @@ def model_name(source: str) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from a file; `ModelError` when it is none."""
-    return dict(build(dict, read_json(path, ModelError), str(path), ModelError))
+    return dict(build(dict, read_json(path, ModelError, infinite=True), str(path), ModelError))
 
 
 def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

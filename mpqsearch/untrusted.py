@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,9 +54,9 @@ def read_bytes(path: Path, problem: Problem = ArtifactError) -> bytes:
         raise problem(f"{path!s} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_json(path: Path, problem: Problem = ArtifactError) -> Any:
+def read_json(path: Path, problem: Problem = ArtifactError, *, infinite: bool = False) -> Any:
     """The JSON of a file; see `parse_json`."""
-    return parse_json(read_bytes(path, problem), str(path), problem)
+    return parse_json(read_bytes(path, problem), str(path), problem, infinite=infinite)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -80,12 +80,19 @@ _LONG_KEY = re.compile(rf"(?:[^\s.,=\[\]{{}}#]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
 """A key of so many parts that reading it takes the square of its length."""
 
 
-def parse_json(text: str | bytes, where: str, problem: Problem = ArtifactError) -> Any:
+def parse_json(text: str | bytes, where: str, problem: Problem = ArtifactError, *, infinite: bool = False) -> Any:
     """JSON as the standard has it: no NaN, no infinity, no number beyond 64 bits, no key twice, no half of a surrogate
-    pair, at most `MAX_DEPTH` levels. Raises ``problem`` for anything else."""
+    pair, at most `MAX_DEPTH` levels. Raises ``problem`` for anything else.
+
+    ``infinite`` lets infinities pass, which diffusers writes into the configurations of some schedulers.
+    """
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_real, parse_constant=_constant
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_real,
+            parse_constant=partial(_constant, infinite),
         )
         if _HALVES.search(text if isinstance(text, bytes) else text.encode()):
             json.dumps(value, ensure_ascii=False).encode()
@@ -122,7 +129,9 @@ def _real(text: str) -> float:
     return number
 
 
-def _constant(name: str) -> float:
+def _constant(infinite: bool, name: str) -> float:
+    if infinite and name != "NaN":
+        return float(name)
     raise ValueError(f"{name} is no number of JSON")
 
 

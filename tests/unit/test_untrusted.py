@@ -67,6 +67,12 @@ def test_json_of_the_standard_is_read() -> None:
     assert parse_json(nested, "") is not None
 
 
+def test_infinities_of_a_schedulers_configuration_are_read_where_they_may_be() -> None:
+    assert parse_json('{"lambda_min_clipped": -Infinity}', "", infinite=True) == {"lambda_min_clipped": -float("inf")}
+    with pytest.raises(ArtifactError, match="NaN is no number"):
+        parse_json("[NaN]", "", infinite=True)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="does not exist"):
         read_json(tmp_path / "none.json")

@@ -113,7 +113,7 @@ def test_what_is_not_installed_is_refused_before_weights_are_read(
 ) -> None:
     monkeypatch.setattr("mpqsearch.models.loader._load", lambda *_: pytest.fail("weights were read"))
     folder = changed(saved / "sd", tmp_path / "class", _class_name="NextYearsPipeline")
-    with pytest.raises(ModelError, match=r"its class 'NextYearsPipeline' is not one of diffusers \d"):
+    with pytest.raises(ModelError, match=r"its class 'NextYearsPipeline' is no pipeline of diffusers \d"):
         load_model(str(folder))
     folder = changed(saved / "sd", tmp_path / "scheduler", scheduler=["diffusers", "NextYearsScheduler"])
     with pytest.raises(ModelError, match=r"'NextYearsScheduler' is not one of diffusers"):

@@ -181,6 +181,8 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path, opened: Ref
     (folder / FILE).rename(folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"no diffusion_pytorch_model\.safetensors .*model\.safetensors"):
         opened(str(folder))
+    (folder / "model.safetensors").rename(folder / FILE)
+    (folder / FILE).write_bytes(whole)
     (folder / "config.json").write_text(json.dumps({"_class_name": "NoSuchModel"}))
     with pytest.raises(ModelError, match="NoSuchModel"):
         opened(str(folder))
