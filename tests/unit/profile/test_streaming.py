@@ -168,7 +168,7 @@ def test_allocation_from_weights_alone_says_what_it_cannot_do(streamed: Streamed
     programs = Programs(table=table, profile=narrow, policy=policy, format=FMT)
     omq = programs.allocate(MethodSpec(name="m", allocator="omq", scheme="auto"), budget).bit_map
     assert {int(b) for w in omq.weights.values() for b in np.unique(w)} <= {3, 4, 5, 8}
-    for loss, key in (("output", "output_error/auto"), ("probe", "output_error/auto")):
+    for loss, key in (("output", "output_error/auto"), ("probe", "sensitivity")):
         with pytest.raises(ConfigError, match=rf"the loss '{loss}' needs '{key}': .* the loss 'weight' works"):
             Programs(table=table, profile=profile, policy=POLICY, format=FMT).allocate(
                 MethodSpec(name="m", allocator="ilp-layer", loss=loss, scheme="auto"), budget
@@ -217,7 +217,7 @@ def test_a_calibrated_profile_continues_after_any_layer_and_any_probes(
         QuantFormat(n_candidates=10),
     )
     straight = profile_model(*given, memory_limit=memory_limit)
-    steps = ["sensitivities", "sensitivities-of-the-final-sample", "slopes-at-contexts"]
+    steps = ["sensitivities", "sensitivities-at-contexts", "sensitivities-of-the-final-sample", "slopes-at-contexts"]
     for finished in (3, len(table) - 4, 1, *[1] * (len(steps) - 1)):
         partial = _Killed(folder=tmp_path, inputs={"model": table.digest}, left=finished)
         with pytest.raises(_Stops):
@@ -256,8 +256,8 @@ def test_one_layer_at_a_time_continues_after_any_layer(tmp_path: Path) -> None:
     assert np.isfinite(error[:, 0]).all()
     assert np.isnan(error[:, 1]).all(), "not measured"
     inputs = {"model": table.digest}
-    with pytest.raises(_Stops):  # the tables of all layers, the sensitivities, and two layers alone
-        profile_model(*given, partial=_Killed(folder=tmp_path, inputs=inputs, left=len(table) + 3))
+    with pytest.raises(_Stops):  # the tables of all layers, the sensitivities twice, and two layers alone
+        profile_model(*given, partial=_Killed(folder=tmp_path, inputs=inputs, left=len(table) + 4))
     assert {p.stem for p in tmp_path.glob("final-*.npz")} == {"final-00000", "final-00001"}
     began = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npz")}
     resumed = profile_model(*given, partial=Partial(folder=tmp_path, inputs=inputs))
