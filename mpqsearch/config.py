@@ -331,6 +331,10 @@ class Config:
             raise UnknownNameError("method", name, by_name)
         return by_name[name]
 
+    def chosen_method(self, name: str | None) -> str:
+        """``name`` when the study has such a method; without one the method of the report, else the last."""
+        return self.method(name or self.report.chosen or self.methods[-1].name).name
+
     def _check_search(self) -> None:
         parse_space(self.search.space)
         searched = [m.name for m in self.methods if m.allocator == "search"]

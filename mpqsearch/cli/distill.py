@@ -11,7 +11,7 @@ from mpqsearch.cli.printing import print_json, print_table
 def distill(
     config: options.Config = None,
     budget: options.Budget = "uniform:3",
-    method: options.Method = "measured",
+    method: options.Method = None,
     model: options.Model = None,
     prompts: options.Prompts = None,
     steps: options.Steps = None,
@@ -40,7 +40,7 @@ def distill(
     settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
-    run.config.method(method)
+    method = run.config.chosen_method(method)
     stages.start(run)
     if not stages.prepare(run, "training on trajectories of the sampler (distill)"):
         return

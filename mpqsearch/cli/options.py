@@ -75,7 +75,9 @@ Select = Annotated[
     ),
 ]
 Budget = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")]
-Method = Annotated[str, typer.Option("--method", help="Method of the study.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="Method of the study (default: report.chosen, else the last one).")
+]
 
 
 def drawing(

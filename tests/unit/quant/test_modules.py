@@ -207,7 +207,7 @@ def test_a_step_of_the_optimiser_is_the_same_part_of_the_step_of_every_row(fmt: 
         module.weight.mul_(torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1, 0.1])[:, None])
     root, table, bit_map = one_layer(module, [1, 4, 8], format=fmt)
     input_max = {"layer": torch.rand(64) * 3 + 0.1}
-    student = build_student(root, table, bit_map, input_max=input_max, trainable="all")
+    student = build_student(root, table, bit_map, statistics=known(input_max=input_max), trainable="all")
     q = student.layer.weight_quantizer  # type: ignore[union-attr]
     steps = (q.scale * q.scale_unit).detach().clone()  # type: ignore[operator]
     assert float(steps.max() / steps.min()) > 500

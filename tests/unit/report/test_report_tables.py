@@ -46,7 +46,7 @@ def test_damaged_json_is_refused(tmp_path: Path, records: list[StudyRecord]) -> 
     path = tmp_path / "pareto.json"
     write_pareto_json(path, records)
     path.write_text(path.read_text().replace('"method"', '"methode"'))
-    with pytest.raises(ArtifactError, match="no whole records"):
+    with pytest.raises(ArtifactError, match="was changed after it was written"):
         read_pareto_json(path)
 
 
