@@ -35,8 +35,8 @@ def inspect(
 
     Examples:
 
-    - `mpqsearch inspect runs/quickstart/allocations/ilp-channel@uniform-3/bitmap.json`
-    - `mpqsearch inspect --check runs/quickstart/allocations/ilp-channel@uniform-3/allocation.json`
+    - `mpqsearch inspect runs/quickstart/allocations/measured@uniform-3/bitmap.json`
+    - `mpqsearch inspect --check runs/quickstart/allocations/measured@uniform-3/allocation.json`
     """
     from mpqsearch import artifacts
 

@@ -137,7 +137,7 @@ def _first_fit(name: str, keys: Iterable[str], where: str) -> str | None:
             fits = name.startswith(key[1:])
         else:
             pattern = re.sub(r"\.?\*", lambda m: r"\..*" if m[0] == ".*" else ".*", key)
-            fits = name == key or key in parts or ("*" in key and pattern_of(pattern, where).match(name) is not None)
+            fits = name == key or key in parts or ("*" in key and pattern_of(pattern, where).match(name))
         if fits:
             return key
     return None
