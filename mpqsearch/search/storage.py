@@ -165,10 +165,11 @@ if sys.platform == "win32":
             return False
         return True
 else:
-    import fcntl
 
     def _locked(file: IO[bytes]) -> bool:
         """Whether the lock was taken."""
+        import fcntl
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

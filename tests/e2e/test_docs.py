@@ -32,6 +32,8 @@ SMALL = {
     "calibration.probes": "1",
     "calibration.final_widths": "[]",
     "quantizer.n_candidates": "6",
+    "quantizer.moment_samples": "2",
+    "allocate.select_samples": "2",
     "evaluate.samples": "4",
     "distill.steps": "2",
     "distill.batch": "2",

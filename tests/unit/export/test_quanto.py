@@ -98,12 +98,19 @@ def test_a_module_that_is_no_diffusers_model_is_written_and_not_read(tmp_path: P
 
 def rewrite(folder: Path, change: Any) -> None:
     """Change a file of an export and the digest that guards it, as a faulty writer would have."""
-    from mpqsearch.artifacts import digest_file
+    from mpqsearch.artifacts import digest_file, write_json
 
     change(folder)
-    manifest = json.loads((folder / "export.json").read_text())
+    path = folder / "export.json"
+    manifest = json.loads(path.read_text())
     manifest["data"]["files"] = {n: digest_file(folder / n) for n in manifest["data"]["files"]}
-    (folder / "export.json").write_text(json.dumps(manifest))
+    write_json(
+        path,
+        manifest["schema"],
+        manifest["data"],
+        manifest["inputs"],
+        map(path.parent.joinpath, manifest.get("files", ())),
+    )
 
 
 def test_verify_sees_what_quanto_ignores(tmp_path: Path) -> None:
