@@ -56,6 +56,8 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
         "mpqsearch/models/reference/fmnist-cnn/model.safetensors",
         "mpqsearch/models/reference/fmnist-cnn/reference.safetensors",
         "mpqsearch/models/reference/fmnist-judge/model.safetensors",
+        "mpqsearch/models/reference/fmnist-clip/model.safetensors",
+        "mpqsearch/models/reference/fmnist-clip/tokenizer.json",
         "mpqsearch/models/reference/fmnist-judge/reference.safetensors",
     ):
         assert needed in names, needed

@@ -14,6 +14,7 @@ from mpqsearch.errors import ModelError
 from mpqsearch.metrics import clip_scorer
 from mpqsearch.metrics.text import clip_files, image_processor
 from mpqsearch.models.runner import Label
+from mpqsearch.sampling import SamplerSpec, load_model, samples
 from tests.support.pipelines.parts import clip_tokenizer
 
 PROMPTS: list[Label] = ["a red bag", "a blue boot on a dark floor", "x" * 40, "", "a cat"]
@@ -98,3 +99,15 @@ def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ModelError, match="of the type 'siglip'"):
         clip_scorer(tmp_path)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(clip_files(folder))
+
+
+def test_the_embedded_clip_knows_which_caption_is_of_which_picture() -> None:
+    """Pictures of `fmnist-t2i`, drawn with their prompts: the own caption scores above that of the next picture."""
+    denoiser = load_model("fmnist-t2i", sampler=SamplerSpec(steps=5, batch=8))
+    (batch,) = samples(denoiser, range(8))
+    assert batch.images is not None
+    scorer = clip_scorer("fmnist-clip")
+    own = scorer.score(batch.images, batch.labels, None)
+    other = scorer.score(batch.images, [*batch.labels[1:], batch.labels[0]], None)
+    assert float(own.mean()) > float(other.mean()) + 20
+    assert bool((own > other).all())
