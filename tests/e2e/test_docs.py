@@ -89,7 +89,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert QUICKSTART in (ROOT / "Makefile").read_text()
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "studies").symlink_to(ROOT / "studies")
-    done = forked.run(small(QUICKSTART), folder, folder / "stdout", folder / "stderr", timeout=900)
+    few = ["--set", "search.trials=2", "--set", "search.final_samples=4"]
+    done = forked.run([*small(QUICKSTART), *few], folder, folder / "stdout", folder / "stderr", timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
