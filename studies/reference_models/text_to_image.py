@@ -366,8 +366,10 @@ def trained_vae(runs: Path) -> tuple[Any, float]:
 
     embedded = PACKAGE / "fmnist-t2i" / "vae"
     if not (runs / "vae" / "state.safetensors").is_file() and embedded.is_dir():
-        vae = AutoencoderKL.from_pretrained(embedded, torch_dtype=torch.float32).eval()
-        return vae, float(vae.config.scaling_factor)
+        vae = AutoencoderKL(**VAE).eval()  # by its recipe: a loaded one would name its folder in what is exported
+        weights = load_file(embedded / "diffusion_pytorch_model.safetensors")
+        vae.load_state_dict({name: value.float() for name, value in weights.items()})
+        return vae, float(json.loads((embedded / "config.json").read_text())["scaling_factor"])
     vae = AutoencoderKL(**VAE)
     vae.load_state_dict(averaged(runs / "vae", "vae"))
     vae.eval()

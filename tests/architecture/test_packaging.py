@@ -81,3 +81,12 @@ def test_the_source_archive_has_the_licence(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {n.split("/", 1)[-1] for n in archive.getnames()}
     assert {"LICENSE", "NOTICE", "README.md", "pyproject.toml"} <= names
+
+
+def test_no_embedded_file_names_a_place_of_the_machine_that_wrote_it() -> None:
+    """A loaded part of a pipeline remembers its folder, and would write it into what is saved."""
+    texts = [
+        p for p in (ROOT / "mpqsearch" / "models" / "reference").rglob("*") if p.suffix in (".json", ".txt", ".md")
+    ]
+    assert len(texts) > 20
+    assert not [p for p in texts if "_name_or_path" in (text := p.read_text()) or "/tmp/" in text or str(ROOT) in text]
