@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.methods.shrinkage import posterior_effects, posterior_sensitivity
+from mpqsearch.methods.shrinkage import believed_totals, posterior_sensitivity
 
 Floats = NDArray[np.float64]
 
@@ -175,24 +175,10 @@ def channel_losses(
         return rows
     sums = profile.layer_sum(rows)
     if loss in PROBED:
-        totals = posterior_effects(totals, sums, _relative_error(measured, spec), [la.role for la in table])
+        totals = believed_totals(totals, sums, [la.role for la in table])
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
     scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
     return scaled
-
-
-def _relative_error(measured: Measured, spec: Loss) -> Floats:
-    """Standard error ``[L]`` of a layer's total by the total itself, NaN where none was measured: the mean over widths
-    of what is known."""
-    unknown = np.full(len(measured.profile.names), np.nan)
-    source = _source(measured, spec.family)
-    key = "" if source is None else _key(source, spec.family).replace("_error", "_std_error", 1)
-    if source is None or key not in measured.profile.arrays:
-        return unknown
-    totals, error = _totals(source, spec.family), measured.profile.arrays[key].astype(np.float64)
-    share = np.divide(error, totals, out=np.full_like(totals, np.nan), where=totals > 0)
-    finite = np.isfinite(share)
-    return np.where(finite.any(1), np.where(finite, share, 0.0).sum(1) / np.maximum(finite.sum(1), 1), np.nan)
 
 
 def carried_totals(measured: Measured, spec: Loss) -> Floats | None:

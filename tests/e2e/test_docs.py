@@ -96,7 +96,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # the first of a worker runs the quickstart
 @pytest.mark.parametrize("page", sorted({p for p, _ in COMMANDS}), ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_of_a_page_runs(page: Path, quickstart: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"

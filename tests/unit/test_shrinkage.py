@@ -10,7 +10,7 @@ import pytest
 from mpqsearch.core import Budget, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import MethodSpec, Programs, channel_losses
-from mpqsearch.methods.shrinkage import FLOOR, estimated_shrinkage, posterior_effects, posterior_sensitivity
+from mpqsearch.methods.shrinkage import FLOOR, believed_totals, estimated_shrinkage, posterior_sensitivity
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
@@ -80,24 +80,18 @@ def test_a_layer_that_is_dead_at_full_precision_takes_its_level_from_the_context
     assert found.mean() == pytest.approx(second[rows].mean(), rel=1e-5)
 
 
-def test_a_total_of_nothing_is_not_believed() -> None:
-    base = np.outer([1.0, 2.0, 3.0, 4.0], [4.0, 1.0])
+def test_a_total_of_nothing_is_not_believed_and_others_stay() -> None:
+    base = np.outer([1.0, 2.0, 3.0, 4.0, 5.0], [4.0, 1.0])
     totals = 5 * base
     totals[2] = 0
-    found = posterior_effects(totals, base, np.full(4, 0.2), ["conv"] * 4)
-    assert (found[2] > 0).all()
-    np.testing.assert_allclose(found[2], FLOOR * 5 * base[2], rtol=1e-6)
-    assert (found[[0, 1, 3]] >= totals[[0, 1, 3]]).all(), "what is uncertain costs more, never less, at the mean"
-
-
-def test_layers_are_shrunk_towards_their_role_by_their_own_error() -> None:
-    base, effects = np.ones((6, 2)), np.exp(np.array([-1.0, -0.5, 0.0, 0.0, 0.5, 1.0]))
-    totals = effects[:, None] * base
-    sure, unsure = (posterior_effects(totals, base, np.full(6, error), ["linear"] * 6)[:, 0] for error in (0.01, 0.8))
-    np.testing.assert_allclose(sure, effects, rtol=1e-3)
-    assert np.ptp(np.log(unsure)) < 0.7 * np.ptp(np.log(effects))
-    unknown = posterior_effects(totals, base, np.full(6, np.nan), ["linear"] * 6)
-    np.testing.assert_allclose(unknown, totals, err_msg="no error is known: nothing to shrink by")
+    totals[4] *= 100  # of another role
+    found = believed_totals(totals, base, ["conv"] * 4 + ["time"])
+    np.testing.assert_allclose(found[2], FLOOR * 5 * base[2], rtol=1e-9)
+    np.testing.assert_array_equal(found[[0, 1, 3, 4]], totals[[0, 1, 3, 4]])
+    alone = believed_totals(totals, base, ["conv", "conv", "linear", "conv", "time"])
+    assert (alone[2] > found[2]).all(), "without a peer of its role, all layers are its peers"
+    silent = np.zeros_like(totals)
+    np.testing.assert_array_equal(believed_totals(silent, base, ["conv"] * 5), silent)
 
 
 def test_no_loss_is_negative_and_a_program_spends_bits_on_silent_channels() -> None:
@@ -113,8 +107,11 @@ def test_no_loss_is_negative_and_a_program_spends_bits_on_silent_channels() -> N
         ).bit_map
         for amount in (0.0, None)
     }
-    least = [min(int(np.min(w)) for w in widths[amount].weights.values()) for amount in (0.0, None)]
-    assert least[1] >= least[0]
+    silent = {}
+    for amount, bit_map in widths.items():
+        rows = [np.broadcast_to(bit_map.weights[n], c) for n, c in zip(profile.names, profile.channels, strict=True)]
+        silent[amount] = np.concatenate(rows)[: len(first) // 2].mean()
+    assert silent[None] > silent[0.0], "bits go to channels that seemed dead"
 
 
 @pytest.mark.parametrize("amount", [-0.1, 1.5])
