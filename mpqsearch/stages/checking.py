@@ -61,8 +61,8 @@ def _read(path: Path) -> Saved:
     run = path.resolve().parent.parent.parent
     claims = build(_Claims, data, str(path))
     source = claims["made_from"]
-    name = file_name(source["profile"], f"{path}: made_from.profile", ArtifactError)
-    table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run / name)
+    parts = [file_name(n, f"{path}: made_from.profile", ArtifactError) for n in source["profile"].split("/")]
+    table, profile = artifacts.load_layers(run / "layers.json"), artifacts.load_profile(run.joinpath(*parts))
     return Saved(
         path=path,
         data=data,

@@ -89,6 +89,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert QUICKSTART in (ROOT / "Makefile").read_text()
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "studies").symlink_to(ROOT / "studies")
+    (folder / "path/to").mkdir(parents=True)
+    (folder / "path/to/pipeline").symlink_to(ROOT / "mpqsearch/models/reference/fmnist-t2i")
+    (folder / "prompts.txt").write_text("a red sneaker\na blue bag\na white coat\na green dress\n")
     few = ["--set", "search.trials=2", "--set", "search.final_samples=4"]
     done = forked.run([*small(QUICKSTART), *few], folder, folder / "stdout", folder / "stderr", timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

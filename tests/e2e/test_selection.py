@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from mpqsearch.artifacts import read_json
 from mpqsearch.cli import app
-from mpqsearch.errors import StaleArtifactError, UnknownNameError
+from mpqsearch.errors import ConfigError, StaleArtifactError
 
 STUDY = """
 [model]
@@ -102,7 +102,8 @@ def test_nothing_is_sampled_on_request_and_the_answer_is_certified(folder: Path)
     check = CliRunner().invoke(app, ["inspect", str(folder / "plain" / PLACE / "allocation.json"), "--check"])
     assert check.exit_code == 0, check.output
     unknown = call(folder, "allocate", "--select", "some")
-    assert isinstance(unknown.exception, UnknownNameError)
+    assert isinstance(unknown.exception, ConfigError)
+    assert "unknown selection 'some'" in str(unknown.exception)
 
 
 def test_what_was_selected_can_be_checked_and_quantized(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_killed_in_the_middle_the_same_command_continues_with_the_next_layer(cli
     assert "profile: reused" in again.stderr
     made = cli("allocate", "-c", "s.toml", "--run-dir", "r")
     assert made.returncode == 2
-    assert "the loss 'probe' needs 'output_error/asymmetric'" in made.stderr
+    assert "the loss 'probe' needs 'sensitivity'" in made.stderr
     assert (tmp_path / "r/allocations/weights@uniform-4/bitmap.json").exists()
 
 

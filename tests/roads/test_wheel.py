@@ -30,6 +30,8 @@ probe_inputs = 2
 probes = 1
 sampler_seeds = 0
 context_seeds = 0
+[allocate]
+select = "none"
 [evaluate]
 samples = 4
 [export]
