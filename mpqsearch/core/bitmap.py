@@ -90,15 +90,8 @@ class BitMap(Shown):
                 "Allocate again for this model."
             )
         table.require_same_names(set(self.weights), "the bit map")
-        first_of: dict[str, str] = {}
         for layer in table:
             widths = self.weights[layer.name]
-            first = first_of.setdefault(layer.tie or layer.name, layer.name)
-            if first != layer.name and not np.array_equal(widths, self.weights[first]):
-                raise LayerMismatchError(
-                    f"the bit map gives {layer.name!r} and {first!r} different widths, but they are tied "
-                    f"({layer.tie!r})"
-                )
             if widths.ndim and len(widths) != layer.n_channels:
                 raise LayerMismatchError(
                     f"the bit map has {len(widths)} widths for {layer.name!r}, which has {layer.n_channels} output "

@@ -41,9 +41,9 @@ class LayerSpec:
 
     ``name`` is the module path and the only key anywhere. ``weight_shape`` is the stored shape, ``channel_axis`` the
     axis of the output channels in it. ``macs`` counts multiply-accumulates of one forward pass on one sample (0 when
-    not measured). Layers with the same non-empty ``tie`` must share their widths. Those with the same non-empty
-    ``fuse`` see one input and are joined into one layer by consumers that fuse projections (q, k and v of one
-    attention, as in ``fuse_qkv_projections``); the word ``qkv`` in `Policy.groups` gives them equal widths.
+    not measured). Layers with the same non-empty ``fuse`` see one input and are joined into one layer by consumers that
+    fuse projections (q, k and v of one attention, as in ``fuse_qkv_projections``); the word ``qkv`` in `Policy.groups`
+    gives them equal widths.
     """
 
     name: str
@@ -54,7 +54,6 @@ class LayerSpec:
     macs: int = 0
     role: str = "linear"
     has_bias: bool = False
-    tie: str = ""
     fuse: str = ""
 
     def __post_init__(self) -> None:

@@ -142,8 +142,7 @@ class Policy(Shown):
         return replace(self, overrides={**self.overrides, **held}) if held else self
 
     def groups_of(self, table: LayerTable) -> list[tuple[str, ...]]:
-        """Layers that share their widths, two or more in each group: those that share their weights, and those of
-        ``groups``."""
+        """Layers that share their widths, two or more in each group: those of ``groups``."""
         members: dict[tuple[str, str], list[str]] = {}
         for layer in table:
             for label in self._labels(layer):
@@ -157,7 +156,7 @@ class Policy(Shown):
 
     def _labels(self, layer: LayerSpec) -> list[tuple[str, str]]:
         fused = any(FUSED in patterns for patterns in self.groups.values())
-        labels = [("tie", layer.tie)] * bool(layer.tie) + [("fuse", layer.fuse)] * bool(layer.fuse and fused)
+        labels = [("fuse", layer.fuse)] * bool(layer.fuse and fused)
         asked = ((n, p) for n, patterns in self.groups.items() for p in patterns if p != FUSED)
         return labels + [("group", name) for name, pattern in asked if _matches(layer.name, pattern)]
 
@@ -173,7 +172,7 @@ class Policy(Shown):
             held = {fixed[n] for n in group if n in fixed}
             if len(held) > 1:
                 raise ConfigError(
-                    f"the layers {short_list(group)} share their widths (policy.groups, or shared weights), but are "
+                    f"the layers {short_list(group)} share their widths (policy.groups), but are "
                     f"fixed at {' and '.join(map(str, sorted(held)))} bits"
                 )
             fixed |= {n: bits for bits in held for n in group}

@@ -43,7 +43,7 @@ def neutral_extra(
 ) -> dict[str, Any]:
     """What makes a bit map file self-explaining: pass it to ``artifacts.save_bit_map(path, bit_map, inputs, extra)``.
 
-    Kind, shape and stored bits of every layer, parameters without codes and why, ties, totals that add up, the
+    Kind, shape and stored bits of every layer, parameters without codes and why, totals that add up, the
     fingerprint of the structure, and ``provenance`` (plain JSON data: command, seed, method). Raises
     `LayerMismatchError` when the map is for another model.
     """
@@ -56,7 +56,7 @@ def neutral_extra(
         "model": model,
         "layers": {la.name: entries[la.name] | _layer_extra(la, bit_map) for la in table},
         "unquantized": unquantized(table, bit_map),
-        "ties": _ties(table),
+        "ties": [],  # a weight that layers share is one layer
         "accounting": accounting(table, bit_map),
         "provenance": dict(provenance or {}),
     }
@@ -209,14 +209,6 @@ def _layer_spec(name: str, entry: Mapping[str, Any]) -> LayerSpec:
         channel_axis=entry["channel_axis"],
         groups=entry["groups"],
     )
-
-
-def _ties(table: LayerTable) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for layer in table:
-        if layer.tie:
-            groups.setdefault(layer.tie, []).append(layer.name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def _structure(lines: Any) -> str:

@@ -6,7 +6,6 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from tests.e2e.conftest import Cli
@@ -79,12 +78,12 @@ def test_a_study_without_a_program_has_no_path(cli: Cli, study: Path) -> None:
     assert "solves an integer program" in out.stderr
 
 
-def test_layers_that_are_tied_move_together(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_layers_of_a_group_move_together(cli: Cli, study: Path, tmp_path: Path) -> None:
     table = tiny_table(n_layers=8, channels=20, fan_in=40)
-    tied = replace(
-        table, layers=tuple(replace(la, tie="qkv") if i in (2, 3) else la for i, la in enumerate(table.layers))
+    study.write_text(
+        study.read_text().replace("[quantizer]", '[policy.groups]\npair = ["block.2.*", "block.3.*"]\n[quantizer]')
     )
-    saved_profile(tmp_path / "r", study, tied, tiny_profile(tied, (2, 3, 4, 8)))
+    saved_profile(tmp_path / "r", study, table, tiny_profile(table, (2, 3, 4, 8)))
     asked = ("allocate", "-c", study, "--run-dir", "r", "--path", "--explain", "--json")
     out = cli(*asked)
     assert out.returncode == 0, out.stderr

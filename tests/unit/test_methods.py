@@ -17,7 +17,7 @@ from mpqsearch.core import (
     size_bits,
     uniform_map,
 )
-from mpqsearch.errors import ConfigError, InfeasibleBudgetError, LayerMismatchError, UnknownNameError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.methods import ALLOCATORS, MethodSpec, Programs, channel_losses, predicted_loss, programs
 from tests.support import tiny_profile, tiny_table
 
@@ -277,21 +277,19 @@ def test_methods_without_a_program_say_so() -> None:
             run(allocator, "uniform:3")
 
 
-def tied_table(**kwargs: str) -> LayerTable:
+def fused_table() -> LayerTable:
     """Layers 1 and 2 of the table are projections of one input; so are 3 and 4, of which one has half the rows."""
     layers = list(TABLE)
-    layers[1], layers[2] = (replace(la, **{k: v + "a" for k, v in kwargs.items()}) for la in layers[1:3])
-    layers[3], layers[4] = (replace(la, **{k: v + "b" for k, v in kwargs.items()}) for la in layers[3:5])
+    layers[1], layers[2] = (replace(la, fuse="a") for la in layers[1:3])
+    layers[3], layers[4] = (replace(la, fuse="b") for la in layers[3:5])
     layers[4] = replace(layers[4], weight_shape=(10, layers[4].weight_shape[1]))
     return LayerTable(digest=TABLE.digest, layers=tuple(layers), kept=TABLE.kept)
 
 
 @pytest.mark.parametrize("allocator", SOLVED)
 @pytest.mark.parametrize("budget", ["uniform:2", "uniform:3", "5.1bit"])
-@pytest.mark.parametrize("how", ["tie", "fuse"])
-def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: str, how: str) -> None:
-    table = tied_table(**{how: "qkv"})
-    policy = Policy(groups={"fused": ("qkv",)} if how == "fuse" else {})
+def test_grouped_layers_have_the_same_widths_row_for_row(allocator: str, budget: str) -> None:
+    table, policy = fused_table(), Policy(groups={"fused": ("qkv",)})
     made = Programs(table=table, profile=tiny_profile(table), policy=policy, format=FORMAT).allocate(
         MethodSpec(name="m", allocator=allocator), Budget.parse(budget)
     )
@@ -304,7 +302,7 @@ def test_tied_layers_have_the_same_widths_row_for_row(allocator: str, budget: st
 
 
 def test_fused_layers_are_free_unless_the_policy_groups_them() -> None:
-    table = tied_table(fuse="qkv")
+    table = fused_table()
     made = Programs(table=table, profile=tiny_profile(table), policy=POLICY, format=FORMAT).allocate(
         MethodSpec(name="m", allocator="ilp-channel"), Budget.parse("uniform:3")
     )
@@ -312,12 +310,12 @@ def test_fused_layers_are_free_unless_the_policy_groups_them() -> None:
     assert "fused share their widths" in Policy(groups={"fused": ("qkv",)}).describe()
 
 
-def test_a_tied_channel_program_equals_brute_force() -> None:
-    """Two tied layers of three rows: nine free choices of pairs of rows, tried one by one."""
+def test_a_channel_program_of_groups_equals_brute_force() -> None:
+    """Two fused layers of three rows: nine free choices of pairs of rows, tried one by one."""
     small = tiny_table(n_layers=4, channels=3, fan_in=10)
-    layers = [replace(la, tie="t") if i in (1, 2) else la for i, la in enumerate(small)]
+    layers = [replace(la, fuse="t") if i in (1, 2) else la for i, la in enumerate(small)]
     table = LayerTable(digest=small.digest, layers=tuple(layers), kept=small.kept)
-    profile, policy = tiny_profile(table, seed=3), Policy(widths=(2, 4, 8))
+    profile, policy = tiny_profile(table, seed=3), Policy(widths=(2, 4, 8), groups={"fused": ("qkv",)})
     made = Programs(table=table, profile=profile, policy=policy, format=FORMAT).allocate(
         MethodSpec(name="m", allocator="ilp-channel", loss="output"), Budget.parse("uniform:3")
     )
@@ -333,13 +331,6 @@ def test_a_tied_channel_program_equals_brute_force() -> None:
     assert sum(float(rows[r, profile.widths.index(int(w))]) for r, w in enumerate(found)) == pytest.approx(
         best, rel=1e-9
     )
-
-
-def test_a_map_that_breaks_a_tie_is_refused() -> None:
-    table = tied_table(tie="qkv")
-    weights = {la.name: np.array(2 if i == 1 else 4) for i, la in enumerate(table)}
-    with pytest.raises(LayerMismatchError, match="tied"):
-        BitMap(model_digest=table.digest, weights=weights).validate(table)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def test_a_uniform_map_of_a_width_that_is_not_searched_keeps_it_where_nothing_is
 
 
 def test_groups_join_where_they_overlap_and_take_what_one_of_them_is_fixed_at() -> None:
-    table = with_layers(tie={1: "t", 2: "t"})
-    policy = Policy(groups={"a": ("block.2.*", "block.3.*")})
+    table = with_layers(fuse={1: "t", 2: "t"})
+    policy = Policy(groups={"a": ("block.2.*", "block.3.*"), "fused": ("qkv",)})
     assert policy.groups_of(table) == [(NAMES[1], NAMES[2], NAMES[3])]
     rules = policy.resolve(table)
     assert rules.groups == ((NAMES[1], NAMES[2], NAMES[3]),)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,13 +36,16 @@ TABLE = LayerTable(
     digest="d",
     layers=(
         LayerSpec(name="conv", kind="Conv2d", weight_shape=(8, 4, 3, 3)),
-        LayerSpec(name="wide", kind="Linear", weight_shape=(8, 256), tie="t"),
-        LayerSpec(name="narrow", kind="Linear", weight_shape=(8, 64), tie="t"),
+        LayerSpec(name="wide", kind="Linear", weight_shape=(8, 256), fuse="t"),
+        LayerSpec(name="narrow", kind="Linear", weight_shape=(8, 64), fuse="t"),
         LayerSpec(name="alone", kind="Linear", weight_shape=(4, 96), role="last"),
     ),
     kept=(KeptParameter(name="norm", n_values=16, reason="norm"),),
 )
 FORMATS = formats_of(TARGET, TABLE)
+GROUPS = {"fused": ("qkv",)}
+TOGETHER = Policy(roles={}, groups=GROUPS)
+"""The two layers in the middle share their format."""
 
 
 def losses(seed: int) -> dict[str, list[float]]:
@@ -77,14 +79,14 @@ def test_it_is_the_best_of_all_maps_of_that_size() -> None:
             for p in maps
         ]
         best = min(v for v, s in zip(values, sizes, strict=True) if s <= limit)
-        made = allocate_for(TARGET, TABLE, table, limit)
+        made = allocate_for(TARGET, TABLE, table, limit, TOGETHER)
         assert made.loss == pytest.approx(best)
         assert made.stored.total == size(tuple(made.choices.get(la.name, FULL) for la in TABLE)) <= limit
         assert made.choices.get("wide") == made.choices.get("narrow")
 
 
 def test_the_plan_takes_the_formats_as_they_are() -> None:
-    made = allocate_for(TARGET, TABLE, losses(0), size((FULL, "Q5_0", "Q5_0", "Q4_1")))
+    made = allocate_for(TARGET, TABLE, losses(0), size((FULL, "Q5_0", "Q5_0", "Q4_1")), TOGETHER)
     job = ExportJob(table=TABLE, bit_map=made.bit_map, choices=made.choices)
     plan = TARGET.plan(job)
     assert {e.layer: e.choice for e in plan if e.choice} == made.choices
@@ -93,18 +95,18 @@ def test_the_plan_takes_the_formats_as_they_are() -> None:
 
 def test_budgets_that_do_not_fit() -> None:
     with pytest.raises(InfeasibleBudgetError, match="smallest file of gguf takes"):
-        allocate_for(TARGET, TABLE, losses(0), 1000)
+        allocate_for(TARGET, TABLE, losses(0), 1000, TOGETHER)
 
 
 def test_a_policy_fixes_the_width() -> None:
-    made = allocate_for(TARGET, TABLE, losses(0), 10**6, Policy(roles={"last": 4}))
+    made = allocate_for(TARGET, TABLE, losses(0), 10**6, Policy(roles={"last": 4}, groups=GROUPS))
     assert TYPES[made.choices["alone"]][0] == 4
-    fixed = allocate_for(TARGET, TABLE, losses(0), 10**6, Policy(roles={"last": 7}))
+    fixed = allocate_for(TARGET, TABLE, losses(0), 10**6, Policy(roles={"last": 7}, groups=GROUPS))
     assert "alone" not in fixed.choices, "no type of 7 bits: full precision"
 
 
 def test_a_map_that_fits_nowhere_becomes_the_smallest_file() -> None:
-    made = allocate_for(TARGET, TABLE, losses(0), 1000, at_least_smallest=True)
+    made = allocate_for(TARGET, TABLE, losses(0), 1000, TOGETHER, at_least_smallest=True)
     assert made.stored.total == min(size(p) for p in every_map()) == made.limit
 
 
@@ -123,10 +125,9 @@ def test_a_policy_ties_the_projections_that_are_fused() -> None:
 
 def test_formats_that_a_map_did_not_ask_for_are_called_resolved() -> None:
     weights = {"conv": 4, "wide": 3, "narrow": 5, "alone": 16}
-    table = replace(TABLE, layers=tuple(replace(la, tie="") for la in TABLE))
     bit_map = BitMap(model_digest="d", weights={n: np.array(w, dtype=np.uint8) for n, w in weights.items()})
     choices = {"conv": FULL, "wide": "Q4_0", "narrow": "Q5_1", "alone": FULL}
-    plan = {e.layer: e for e in TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices))}
+    plan = {e.layer: e for e in TARGET.plan(ExportJob(table=TABLE, bit_map=bit_map, choices=choices))}
     assert {n: e.reason for n, e in plan.items()} == {
         "conv": "unsupported_kind",
         "wide": "resolved",
@@ -134,10 +135,10 @@ def test_formats_that_a_map_did_not_ask_for_are_called_resolved() -> None:
         "alone": "kept_full_precision",
     }
     assert (plan["wide"].choice, plan["narrow"].choice, plan["alone"].choice) == ("Q4_0", "Q5_1", "")
-    left = TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices=choices | {"narrow": FULL}))[2]
+    left = TARGET.plan(ExportJob(table=TABLE, bit_map=bit_map, choices=choices | {"narrow": FULL}))[2]
     assert (left.reason, left.will_get) == ("resolved", 16)
     with pytest.raises(UnknownNameError, match="gguf format of 'wide'"):
-        TARGET.plan(ExportJob(table=table, bit_map=bit_map, choices={"wide": "Q5_X"}))
+        TARGET.plan(ExportJob(table=TABLE, bit_map=bit_map, choices={"wide": "Q5_X"}))
 
 
 def small_model() -> tuple[LayerTable, torch.nn.Module]:
@@ -206,27 +207,26 @@ def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_with_interactions_it_is_near_the_best_map_of_all(seed: int) -> None:
     """Errors of different formats that may cancel, and half of that believed."""
-    free = replace(TABLE, layers=tuple(replace(la, tie="") for la in TABLE))
     formats = (*FORMATS, FULL)
     rng = np.random.default_rng(seed)
     scale = 2.0 ** -np.array([TYPES[f][0] for f in FORMATS])
-    sign = rng.choice([-1.0, 1.0], size=(len(free), len(FORMATS)))
-    effect = scale * (rng.normal(size=(64, 1, 1)) * sign + 0.3 * rng.normal(size=(64, len(free), len(FORMATS))))
-    maps = list(itertools.product(*[[*(c.name for c in TARGET.choices(la)), FULL] for la in free]))
+    sign = rng.choice([-1.0, 1.0], size=(len(TABLE), len(FORMATS)))
+    effect = scale * (rng.normal(size=(64, 1, 1)) * sign + 0.3 * rng.normal(size=(64, len(TABLE), len(FORMATS))))
+    maps = list(itertools.product(*[[*(c.name for c in TARGET.choices(la)), FULL] for la in TABLE]))
     sizes = np.array([size(p) for p in maps])
     limit = int(sizes.min() + 0.4 * (sizes.max() - sizes.min()))
-    whole = np.concatenate([effect, np.zeros((64, len(free), 1))], axis=2)
+    whole = np.concatenate([effect, np.zeros((64, len(TABLE), 1))], axis=2)
     columns = np.array([[formats.index(f) for f in p] for p in maps])
-    picked = whole[:, np.arange(len(free)), columns]
+    picked = whole[:, np.arange(len(TABLE)), columns]
     expected = 0.5 * (np.square(picked.sum(-1)) + np.square(picked).sum(-1)).mean(0)
-    losses_of, pairs = probed_losses(effect, free, coupling=0.5)
-    together, alone = (allocate_for(TARGET, free, losses_of, limit, pairs=p) for p in (pairs, None))
-    found, without = (tuple(made.choices.get(la.name, FULL) for la in free) for made in (together, alone))
+    losses_of, pairs = probed_losses(effect, TABLE, coupling=0.5)
+    together, alone = (allocate_for(TARGET, TABLE, losses_of, limit, pairs=p) for p in (pairs, None))
+    found, without = (tuple(made.choices.get(la.name, FULL) for la in TABLE) for made in (together, alone))
     assert size(found) <= limit
     assert expected[maps.index(found)] <= 1.05 * expected[sizes <= limit].min()
     assert expected[maps.index(found)] <= expected[maps.index(without)]
     assert together.loss == pytest.approx(
-        sum(losses_of[la.name][FORMATS.index(f)] for la, f in zip(free, found, strict=True) if f != FULL)
+        sum(losses_of[la.name][FORMATS.index(f)] for la, f in zip(TABLE, found, strict=True) if f != FULL)
     )
 
 
@@ -234,7 +234,7 @@ def test_a_map_for_something_else_is_solved_again_at_its_size() -> None:
     bits = {"conv": 16, "wide": 3, "narrow": 3, "alone": 8}
     bit_map = BitMap(model_digest="d", weights={n: np.array(b, dtype=np.uint8) for n, b in bits.items()})
     job = ExportJob(table=TABLE, bit_map=bit_map)
-    solved = resolve_job(TARGET, job, lambda: (losses(0), None), Policy(roles={}))
+    solved = resolve_job(TARGET, job, lambda: (losses(0), None), TOGETHER)
     plan = TARGET.plan(solved)
     limit = max(size_bits(TABLE, bit_map), min(size(p) for p in every_map()))
     assert TARGET.promise(solved, plan).total <= limit

@@ -26,8 +26,8 @@ TABLE = LayerTable(
     model="tiny",
     layers=(
         LayerSpec(name="conv", kind="Conv2d", weight_shape=(6, 4, 3, 3)),
-        LayerSpec(name="attn.q", kind="Linear", weight_shape=(8, 16), tie="qk"),
-        LayerSpec(name="attn.k", kind="Linear", weight_shape=(8, 16), tie="qk"),
+        LayerSpec(name="attn.q", kind="Linear", weight_shape=(8, 16)),
+        LayerSpec(name="attn.k", kind="Linear", weight_shape=(8, 16)),
         LayerSpec(name="up", kind="ConvTranspose2d", weight_shape=(8, 3, 2, 2), channel_axis=1, groups=2),
         LayerSpec(name="out", kind="Linear", weight_shape=(4, 8)),
     ),
@@ -65,7 +65,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [(la.name, la.weight_shape, la.n_channels) for la in read.layers] == [
         (la.name, la.weight_shape, la.n_channels) for la in TABLE
     ]
-    assert read.data["ties"] == [["attn.q", "attn.k"]]
     assert read.data["provenance"]["command"] == "mpqsearch allocate"
 
 

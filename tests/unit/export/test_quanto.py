@@ -20,8 +20,8 @@ from mpqsearch.sampling import adapt
 from tests.support.tiny import tiny_denoiser
 
 
-def table_of(*shapes: tuple[int, ...], kind: str = "Linear", tie: str = "") -> LayerTable:
-    layers = tuple(LayerSpec(name=f"layer{i}", kind=kind, weight_shape=s, tie=tie) for i, s in enumerate(shapes))
+def table_of(*shapes: tuple[int, ...], kind: str = "Linear") -> LayerTable:
+    layers = tuple(LayerSpec(name=f"layer{i}", kind=kind, weight_shape=s) for i, s in enumerate(shapes))
     return LayerTable(digest="d", layers=layers)
 
 
