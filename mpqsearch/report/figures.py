@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -49,15 +51,14 @@ def render(draw: Callable[[], Axes]) -> Figure:
 def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     """Write ``<stem>.png`` and ``<stem>.svg`` atomically; returns both paths."""
     png, svg = (stem.parent / f"{stem.name}.{kind}" for kind in ("png", "svg"))
-    _write(figure, png, metadata={"Software": None})
+    figure.dpi = DPI
+    # Not by savefig, which draws twice a file: once for nothing but the layout.
+    with rc_context(STYLE), atomic_write(png) as handle:
+        FigureCanvasAgg(figure).print_png(handle, metadata={"Software": None})
     figure.set_layout_engine("none")  # all is in its place; finding the places again takes as long as drawing
-    _write(figure, svg, metadata={"Date": None})
+    with rc_context(STYLE), atomic_write(svg) as handle:
+        FigureCanvasSVG(figure).print_svg(handle, metadata={"Date": None})
     return png, svg
-
-
-def _write(figure: Figure, path: Path, metadata: dict[str, None]) -> None:
-    with rc_context(STYLE), atomic_write(path) as handle:
-        figure.savefig(handle, format=path.suffix[1:], dpi=DPI, metadata=metadata)
 
 
 def save_drawings(folder: Path, drawings: list[Drawing]) -> list[Path]:
