@@ -428,6 +428,7 @@ def export(
         bit_map=bit_map,
         denoiser=model,
         statistics=known["statistics"],
+        bias_correction=known["bias_correction"],
         inputs={"model": table.digest},
     )
     if profile is not None:

@@ -253,7 +253,8 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """``targets``: names of exporters. ``budget``: which budget's map (empty: the first).
+    """``targets``: names of exporters. ``budget``: which budget's map (empty: the first; `mpqsearch run`: all).
+    ``measure``: whether every file is evaluated with the weights that its consumer decodes.
 
     ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at
     the size of the map, ``up`` takes the next width.
@@ -262,6 +263,7 @@ class ExportConfig:
     targets: tuple[str, ...] = ("neutral",)
     budget: str = ""
     rounding: str = "resolve"
+    measure: bool = True
 
     def __post_init__(self) -> None:
         check_targets(self.targets, "export.targets")

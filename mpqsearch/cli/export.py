@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mpqsearch.stages import Exported
 
 DIFFERS = 1
-"""Exit code of ``--verify`` when a consumer holds another thing than was planned."""
+"""Exit code when a consumer holds another thing than was planned (``--verify``), and for a file that is worse than a
+uniform one of its size or larger than it may be, unless that is accepted."""
 
 RoundOption = Annotated[
     str | None,
@@ -33,6 +34,15 @@ VerifyOption = Annotated[
     ),
 ]
 
+MeasureOption = Annotated[
+    bool | None,
+    typer.Option("--measure/--no-measure", help="Evaluate what the file delivers (default), or only write it."),
+]
+AcceptOption = Annotated[
+    bool,
+    typer.Option("--accept", help="Exit code 0 even if the file is worse than a uniform one or larger than it may be."),
+]
+
 
 @app.command()
 def export(
@@ -43,6 +53,8 @@ def export(
     round_: RoundOption = None,
     allocated: AllocatedOption = False,
     verify: VerifyOption = False,
+    measure: MeasureOption = None,
+    accept: AcceptOption = False,
     model: options.Model = None,
     prompts: options.Prompts = None,
     steps: options.Steps = None,
@@ -57,8 +69,11 @@ def export(
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Write a map for another quantizer; with `--verify` let that quantizer read it back, the only thing that can say
-    it is good.
+    """Write a map for another quantizer and evaluate the file; with `--verify` let that quantizer read it back, the
+    only thing that can say it is as planned.
+
+    A file that is worse than the target's best uniform type at its bytes, or larger than the budget or the source, is
+    said first and ends with exit code 1.
 
     Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4 --verify`
     """
@@ -74,6 +89,7 @@ def export(
         "export.budget": budget,
         "report.chosen": method,
         "export.rounding": round_,
+        "export.measure": measure,
         "allocate.targets": target if allocated else None,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
@@ -81,6 +97,9 @@ def export(
         return
     exports = stages.export(run, [], verify="now" if verify else "no")
     good = [one for one in exports if one.error is None]
+    faults = [fault for one in good for fault in one.faults]
+    for fault in faults:
+        run.say(f"export: {fault}")
     if not verify:
         print_lines([path for one in good for path in one.paths], as_json=as_json)
     elif as_json:
@@ -91,10 +110,13 @@ def export(
     if all(one.error is None for one in exports) and any(one.differs for one in exports):
         raise typer.Exit(DIFFERS)
     stages.require_good(exports)
+    if faults and not accept:
+        run.say("export: exit code 1, as the first lines say; --accept takes the files as they are")
+        raise typer.Exit(DIFFERS)
 
 
 def _plain(one: Exported) -> dict[str, Any]:
-    keys = ("target", "map", "rounding", "ideal_bits", "accounted_bits", "verification")
+    keys = ("target", "map", "rounding", "ideal_bits", "accounted_bits", "verification", "delivered")
     return {key: one.data[key] for key in keys}
 
 

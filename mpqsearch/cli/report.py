@@ -36,4 +36,5 @@ def report(
         return
     records = stages.evaluate(run)
     records += stages.trained(run, records)
+    records += stages.delivered_records(run)
     print_lines([stages.report(run, records)], as_json=as_json)

@@ -72,13 +72,13 @@ class AutoRoundTarget(Target):
         save_tensors(folder / WEIGHTS, state, {"mpqsearch.bit_map": job.bit_map.digest})
         extra = {"quantization_config": quantization_config(plan)} if rows else {}
         paths = write_config(folder, job.model.module, extra)
-        return [folder / WEIGHTS, *paths, *write_check(folder, job.model, expected)]
+        return [folder / WEIGHTS, *paths, *write_check(folder, job, expected)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the bits of every layer that AutoRound put in."""
         import torch
 
-        from mpqsearch.export.check import load_pretrained, loaded, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded
 
         module = load_pretrained(folder, torch.float16)
         for parameter in module.parameters():  # compare in single precision, so that only decoding differs
@@ -87,7 +87,7 @@ class AutoRoundTarget(Target):
             if getattr(layer, "bias", None) is not None and hasattr(layer, "qweight"):
                 layer.bias = layer.bias.float()
         layers = ((n, m) for n, m in module.named_modules() if hasattr(m, "qweight") and hasattr(m, "bits"))
-        return loaded(folder, module, {n: f"int{m.bits}" for n, m in layers}) | stored_size(folder / WEIGHTS)
+        return loaded(folder, module, {n: f"int{m.bits}" for n, m in layers}) | self.sizes(folder)
 
 
 def read(path: Path, table: LayerTable) -> Reading | None:

@@ -29,26 +29,50 @@ from mpqsearch.export.reading import bits_of
 from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporter
 from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
-from mpqsearch.quant import QuantizedRows, quantize_weight, weight_of
-from mpqsearch.quant.apply import check_moments
+from mpqsearch.quant import QuantizedRows, RowQuantizer, quantize_weight, rows_of, weight_of
+from mpqsearch.quant.apply import bias_shift, check_moments
 
 
-def on_cpu(denoiser: Denoiser) -> Denoiser:
-    """A denoiser with a copy of the model, in float32 on the CPU: what is exported, whatever runs."""
-    return denoiser.with_module(copy.deepcopy(denoiser.module).cpu().float().eval().requires_grad_(False))
+def source_of(job: ExportJob) -> Denoiser:
+    """The denoiser with a copy of the model that is exported, in float32 on the CPU, whatever runs: the trained one
+    where there is one, else that of full precision."""
+    module = copy.deepcopy(job.model.module).cpu().float().eval().requires_grad_(False)
+    if job.trained is not None:
+        put_weights(module, job.trained.module.state_dict())
+    return job.model.with_module(module)
 
 
-def write_check(folder: Path, denoiser: Denoiser, module: nn.Module) -> list[Path]:
-    """Write a call of ``denoiser``, and the prediction of ``module`` for it that the consumer must give too; nothing
-    when the denoiser cannot be called."""
+@torch.no_grad()
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Give a module other values of all its parameters and stored buffers, and return it. Raises `ArtifactError` when
+    one is missing or has another shape."""
+    for name, tensor in module.state_dict().items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            found = "none" if name not in weights else f"the shape {tuple(weights[name].shape)}"
+            raise ArtifactError(f"{name!r} should have the shape {tuple(tensor.shape)}; what was read has {found}")
+        tensor.copy_(weights[name])
+    return module
+
+
+def plain_weights(module: nn.Module, decoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of a module that a consumer loaded, by name: ``decoded`` are the weights of quantized layers."""
+    whole = {n: t.detach() for n, t in module.state_dict().items() if isinstance(t, Tensor)}
+    return whole | {f"{name}.weight": weight.detach().float() for name, weight in decoded.items()}
+
+
+def write_check(folder: Path, job: ExportJob, module: nn.Module) -> list[Path]:
+    """Write a call of the job's denoiser, the prediction of ``module`` for it that the consumer must give too, and that
+    of the evaluated model; nothing when the denoiser cannot be called."""
     try:
-        call = denoiser.runner.examples(denoiser.module)[0]
+        call = job.model.runner.examples(job.model.module)[0]
     except (MpqsearchError, TypeError, ValueError):
         return []  # it needs inputs that nobody recorded; the widths are still read back
     with torch.no_grad():
-        expected = call.replay(module)
+        expected = {"prediction": call.replay(module)}
+        if job.evaluated is not None:
+            expected["evaluated"] = job.evaluated(call).float()
     save_calls(folder / CHECK, Calls([call], model=type(module).__name__))
-    return [folder / CHECK, save_tensors(folder / EXPECTED, {"prediction": expected})]
+    return [folder / CHECK, save_tensors(folder / EXPECTED, expected)]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -64,15 +88,20 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     return path
 
 
-def forward_error(folder: Path, module: nn.Module) -> float | None:
-    """Largest difference of ``module`` from the prediction that `write_check` wrote, over its largest value; None
-    without one."""
+def forward_errors(folder: Path, module: nn.Module) -> dict[str, float]:
+    """``forward_error`` and ``evaluated_error`` of a `mpqsearch.export.contract.Verification`: how ``module`` differs
+    from the predictions that `write_check` wrote; those that it did not write are left out."""
     if not (folder / EXPECTED).is_file():
-        return None
-    expected = load_file(folder / EXPECTED)["prediction"]
+        return {}
+    expected = load_file(folder / EXPECTED)
     with torch.no_grad():
         seen = load_calls(folder / CHECK)[0].replay(module)
-    return float((seen - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    written = expected["prediction"]
+    errors = {"forward_error": float((seen - written).abs().max() / written.abs().max().clamp_min(1e-12))}
+    if "evaluated" in expected:
+        evaluated = expected["evaluated"].double()
+        errors["evaluated_error"] = float((seen.double() - evaluated).norm() / evaluated.norm().clamp_min(1e-12))
+    return errors
 
 
 def loaded(
@@ -90,7 +119,7 @@ def loaded(
         "widths": {name: bits_of(choice) for name, choice in formats.items()},
         "choices": dict(formats),
         "problems": problems,
-        "forward_error": forward_error(folder, module),
+        **forward_errors(folder, module),
     }
 
 
@@ -137,8 +166,8 @@ def each_quantized(
     """Every planned layer with its codes and scales from our own quantizer at the planned width, one after another.
 
     Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme without smoothing, whatever
-    the map says; for a map in the asymmetric format these are the very codes of the fake-quantized model. Raises
-    `ConfigError` when the model lacks a planned layer.
+    the map says. Else, and for a map in the asymmetric format, these are the very codes of the model that was
+    evaluated, trained ones if there are any. Raises `ConfigError` when the model lacks a planned layer.
     """
     modules = dict(job.model.module.named_modules())
     check_moments(job.bit_map, job.statistics)
@@ -155,9 +184,33 @@ def each_quantized(
             widths = torch.from_numpy(job.bit_map.channel_widths(layer.name, layer.n_channels).copy())
         else:
             widths = torch.full((layer.n_channels,), entry.will_get, dtype=torch.uint8)
-        weight: Tensor = modules[layer.name].weight
+        owner: Any = modules[layer.name]
+        trained = None if job.trained is None else job.trained.rows.get(layer.name)
+        if trained is not None and _holds(trained, widths, asymmetric=asymmetric):
+            yield layer, on_cpu(trained)
+            continue
+        known, corrected = job.statistics.get(layer.name), job.bias_correction and owner.bias is not None
         with torch.no_grad():
-            yield layer, quantize_weight(weight, layer, widths, fmt, job.statistics.get(layer.name))
+            yield layer, quantize_weight(owner.weight, layer, widths, fmt, known, bias_correction=corrected)
+
+
+def _holds(rows: QuantizedRows, widths: Tensor, *, asymmetric: bool) -> bool:
+    """Whether trained rows have these widths and, where only such are held, integer zero points and no factors."""
+    whole = rows.factor is None and bool((rows.quantizer.zero == rows.quantizer.zero.round()).all())
+    return torch.equal(rows.quantizer.bits.cpu(), widths) and (whole or not asymmetric)
+
+
+def on_cpu(rows: QuantizedRows) -> QuantizedRows:
+    """The same rows on the CPU."""
+
+    def moved(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.detach().cpu()
+
+    q = rows.quantizer
+    quantizer = RowQuantizer(scale=q.scale.detach().cpu(), zero=q.zero.detach().cpu(), bits=q.bits.cpu())
+    return QuantizedRows(
+        codes=rows.codes.cpu(), quantizer=quantizer, factor=moved(rows.factor), full_rows=moved(rows.full_rows)
+    )
 
 
 def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, asymmetric: bool = True) -> dict[str, QuantizedRows]:
@@ -166,12 +219,26 @@ def our_rows(job: ExportJob, plan: Sequence[PlanEntry], *, asymmetric: bool = Tr
 
 
 def decode_in_place(job: ExportJob, rows: Mapping[str, QuantizedRows]) -> nn.Module:
-    """The job's module with the weights that ``rows`` decode to: what the consumer should compute."""
+    """The job's module with the weights that ``rows`` decode to, and the biases that go with them: what the consumer
+    should compute."""
     modules: dict[str, Any] = dict(job.model.module.named_modules())
     for name, quantized in rows.items():
-        weight = modules[name].weight
-        weight.data.copy_(weight_of(quantized.rows(), job.table[name]))
+        decoded = weight_of(quantized.rows(), job.table[name])
+        correct_bias(job, name, modules[name], decoded)
+        modules[name].weight.data.copy_(decoded)
     return job.model.module
+
+
+@torch.no_grad()
+def correct_bias(job: ExportJob, name: str, owner: Any, decoded: Tensor) -> None:
+    """Take the mean output error of a layer whose file holds the weight ``decoded`` off the bias of ``owner``, in
+    place; nothing where the job corrects none, or nothing is known of the layer's inputs."""
+    known, layer = job.statistics.get(name), job.table[name]
+    if not job.bias_correction or owner.bias is None or known is None:
+        return
+    exact: Tensor = job.model.module.get_submodule(name).weight  # type: ignore[assignment]
+    error = rows_of(decoded.float(), layer) - rows_of(exact.float(), layer)
+    owner.bias.sub_(bias_shift(error, known.mean))
 
 
 def report(target: str, folder: Path) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpqsearch.models.calls import Call
     from mpqsearch.models.denoiser import Denoiser
-    from mpqsearch.quant import Statistics
+    from mpqsearch.quant import QuantizedModel, Statistics
 
 AS_PLANNED = ("exact", "kept_full_precision")
 """Reasons of layers that get what the map asks for."""
@@ -92,9 +95,11 @@ class Verification:
     """What a consumer said: every layer, the forward pass, and versions. Only this may call an export good.
 
     ``by_consumer``: False when the consumer cannot be run here and the files were read again by this library alone;
-    they are then as planned, and nothing more is known. ``promised_bytes``: what the target's cost model says that the
-    tensors take; ``stored_bytes``: what they take on disk; ``header_bytes``: names, shapes and padding of the file.
-    None where no weights are written.
+    they are then as planned, and nothing more is known. ``forward_error``: largest difference of the consumer's
+    prediction from that of the weights that were written, over its largest value; ``evaluated_error``: root mean square
+    of its difference from that of the model that was evaluated, over the latter's. ``promised_bytes``: what the
+    target's cost model says that the tensors take; ``stored_bytes``: what they take on disk; ``header_bytes``: names,
+    shapes and padding of the file. None where no weights are written.
     """
 
     target: str
@@ -102,6 +107,7 @@ class Verification:
     problems: tuple[str, ...] = ()
     by_consumer: bool = True
     forward_error: float | None = None
+    evaluated_error: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     promised_bytes: int | None = None
     stored_bytes: int | None = None
@@ -126,6 +132,8 @@ class Verification:
             lines[0] += ", read by mpqsearch itself: NOT verified by its consumer, which was not run"
         if self.forward_error is not None:
             lines[0] += f"; forward pass differs by at most {self.forward_error:.2g}"
+        if self.evaluated_error is not None:
+            lines[0] += f", by {self.evaluated_error:.2g} (rms) from the model that was evaluated"
         if self.stored_bytes is not None:
             lines[0] += (
                 f"; {self.stored_bytes} bytes of {self.promised_bytes} promised, and {self.header_bytes} of headers"
@@ -149,8 +157,11 @@ class ExportJob:
     ``denoiser`` holds the full-precision model; targets that write weights need it, and leave it as it is. ``choices``
     names the target's own format for layers that were allocated for this target (`FULL`: full precision); those are
     taken as they are, and are planned as ``resolved`` where the map asks for another width. ``statistics`` say what is
-    known of the inputs of layers, for maps that smooth or round by GPTQ. ``inputs`` are the digests for the envelope,
-    ``provenance`` is free (command, seed, search).
+    known of the inputs of layers, for maps that smooth or round by GPTQ, for biases and for weighing errors. With
+    ``bias_correction`` the mean output error of what the file holds is taken off the biases in it. ``trained`` is the
+    model that training made of the map: its weights and biases are written, its very codes where the target holds them.
+    ``evaluated`` gives the prediction of the evaluated model for a call, which the consumer's is compared with.
+    ``inputs`` are the digests for the envelope, ``provenance`` is free (command, seed, search).
     """
 
     table: LayerTable
@@ -158,6 +169,9 @@ class ExportJob:
     denoiser: Denoiser | None = None
     choices: Mapping[str, str] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=dict)
+    bias_correction: bool = False
+    trained: QuantizedModel | None = None
+    evaluated: Callable[[Call], Tensor] | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ Limits, from the format (gguf 0.19, libgguf 0.2.2) and from running it through d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -27,6 +27,8 @@ from mpqsearch.export.reading import PREFIX, Reading, bits_of, by_name
 from mpqsearch.export.target import Target, write_config
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 FILE = "diffusion_model.gguf"
@@ -80,11 +82,21 @@ class GgufTarget(Target):
         """The file with one tensor per parameter, ``config.json`` of the model, and the check."""
         import gguf
 
-        from mpqsearch.export.check import write_check
+        from mpqsearch.export.check import correct_bias, write_check
 
         module = job.model.module
-        layers = {e.layer: e for e in plan}
         modules: dict[str, Any] = dict(module.named_modules())
+        blocks: dict[str, Any] = {}
+        for entry in plan:
+            owner = modules[entry.layer]
+            if entry.choice:
+                blocks[entry.layer] = quantize(owner.weight, entry.choice, importance_of(job, entry.layer))
+                decoded = dequantize(blocks[entry.layer], entry.choice)
+            else:
+                decoded = owner.weight.detach().half().float()
+            correct_bias(job, entry.layer, owner, decoded)
+            owner.weight.data.copy_(decoded)
+        layers = {e.layer: e for e in plan}
         with atomic_path(folder / FILE) as temporary:
             writer = gguf.GGUFWriter(temporary, architecture(module))
             writer.add_string("mpqsearch.bit_map", job.bit_map.digest)
@@ -92,23 +104,18 @@ class GgufTarget(Target):
             writer.add_array("mpqsearch.types", [e.choice or "F16" for e in plan] or [""])
             for key, tensor in module.state_dict().items():
                 name = key.removesuffix(".weight")
-                if key.endswith(".weight") and name in layers:
-                    weight, choice = modules[name].weight, layers[name].choice
-                    if choice:
-                        blocks = quantize(weight, choice)
-                        writer.add_tensor(key, blocks, raw_dtype=gguf.GGMLQuantizationType[choice])
-                        weight.data.copy_(dequantize(blocks, choice))
-                    else:
-                        half = weight.detach().half()
-                        writer.add_tensor(key, half.numpy())
-                        weight.data.copy_(half)
+                if key.endswith(".weight") and name in blocks:
+                    kind = gguf.GGMLQuantizationType[layers[name].choice]
+                    writer.add_tensor(key, blocks[name], raw_dtype=kind)
+                elif key.endswith(".weight") and name in layers:
+                    writer.add_tensor(key, tensor.half().numpy())
                 else:
                     writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-        return [folder / FILE, *write_config(folder, module), *write_check(folder, job.model, module)]
+        return [folder / FILE, *write_config(folder, module), *write_check(folder, job, module)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the file with diffusers and read the type of every weight."""
@@ -120,10 +127,25 @@ class GgufTarget(Target):
         module = load_with_diffusers(folder)
         weights = ((n.removesuffix(".weight"), p) for n, p in module.named_parameters() if n.endswith(".weight"))
         formats = {n: gguf.GGMLQuantizationType(p.quant_type).name for n, p in weights if isinstance(p, GGUFParameter)}
-        tensors = gguf.GGUFReader(folder / FILE).tensors
-        size = sum(int(t.n_bytes) for t in tensors)
-        seen = loaded(folder, module, formats, [t.name for t in tensors])
-        return seen | {"stored_bytes": size, "header_bytes": (folder / FILE).stat().st_size - size}
+        names = [t.name for t in gguf.GGUFReader(folder / FILE).tensors]
+        return loaded(folder, module, formats, names) | self.sizes(folder)
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """As the reader of gguf counts them."""
+        import gguf
+
+        size = sum(int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors)
+        return {"stored_bytes": size, "header_bytes": (folder / FILE).stat().st_size - size}
+
+    def weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """What diffusers loads, every block as it decodes it."""
+        from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+        from mpqsearch.export.check import plain_weights
+
+        module = load_with_diffusers(folder)
+        layers = ((n, getattr(m, "weight", None)) for n, m in module.named_modules())
+        return plain_weights(module, {n: dequantize_gguf_tensor(w) for n, w in layers if isinstance(w, GGUFParameter)})
 
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the type makes of a weight."""
@@ -240,16 +262,26 @@ def _width(name: str, kind: str) -> int:
         raise ArtifactError(f"the layer {name!r} has the GGUF type {kind}, whose width is not known here") from None
 
 
-def quantize(weight: Tensor, choice: str) -> Any:
-    """Blocks ``uint8 [rows, bytes]`` of a weight ``[rows, columns]`` by the reference quantizers of ggml."""
+def importance_of(job: ExportJob, name: str) -> NDArray[np.float32] | None:
+    """The mean square of every input of a layer ``[columns]``, ggml's importance matrix, where the job knows it."""
+    known = job.statistics.get(name)
+    if known is None or not known.second_moment.numel():
+        return None
+    squares: NDArray[np.float32] = known.second_moment[0].diagonal().float().cpu().numpy()
+    return squares if bool((squares > 0).any()) else None
+
+
+def quantize(weight: Tensor, choice: str, importance: NDArray[np.float32] | None = None) -> Any:
+    """Blocks ``uint8 [rows, bytes]`` of a weight ``[rows, columns]`` by the reference quantizers of ggml, which weigh
+    the error of a column by its ``importance`` where that is given."""
     import gguf
     import libgguf
     import numpy as np
 
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-    return (
-        np.asarray(libgguf.quantize_rows(rows, gguf.GGMLQuantizationType[choice])).view(np.uint8).reshape(len(rows), -1)
-    )
+    kind = gguf.GGMLQuantizationType[choice]
+    blocks = libgguf.quantize_rows(rows, kind, None if importance is None else np.ascontiguousarray(importance))
+    return np.asarray(blocks).view(np.uint8).reshape(len(rows), -1)
 
 
 def dequantize(blocks: Any, choice: str) -> Tensor:

@@ -39,6 +39,7 @@ class MlxTarget(Target):
     get = "pip install 'mlx[cpu]'"
     limits = "rows of a multiple of 32 weights"
     rerounds = False
+    file = FILE
     tolerance = 1e-4  # layers of a few hundred inputs, summed in another order
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
@@ -55,11 +56,11 @@ class MlxTarget(Target):
         """Packed weights, ``config.json``, and inputs and outputs of every quantized layer for the check."""
         import torch
 
-        from mpqsearch.export.check import our_rows, save_tensors
+        from mpqsearch.export.check import decode_in_place, our_rows, save_tensors
 
         smoothed = [e.layer for e in plan if e.choice and job.bit_map.format_of(e.layer).smooth]
         rows = our_rows(job, plan, asymmetric=bool(smoothed))
-        state = dict(job.model.module.state_dict())
+        state = dict(decode_in_place(job, rows).state_dict())
         check: dict[str, Any] = {}
         settings: dict[str, Any] = {"group_size": 64, "bits": 4}
         generator = torch.Generator().manual_seed(0)
@@ -86,8 +87,6 @@ class MlxTarget(Target):
         import mlx.nn
         from safetensors.numpy import load_file
 
-        from mpqsearch.export.check import stored_size
-
         settings = json.loads((folder / CONFIG).read_text())["quantization"]
         weights, check = mx.load(str(folder / FILE)), load_file(folder / CHECK)
         widths = {}
@@ -103,7 +102,7 @@ class MlxTarget(Target):
             widths[name] = int(layer.bits)
             seen = np.array(layer(mx.array(x)))
             worst = max(worst, float(np.abs(seen - y).max() / np.abs(y).max()))
-        return {"widths": widths, "forward_error": worst, **stored_size(folder / FILE)}
+        return {"widths": widths, "forward_error": worst, **self.sizes(folder)}
 
 
 def read(path: Path, table: LayerTable) -> Reading | None:

@@ -72,6 +72,7 @@ class OnnxTarget(Target):
     granularity = "channel"
     rerounds = False
     needs_config = False
+    any_scheme = True
     tolerance = 1e-5
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
@@ -119,7 +120,7 @@ class OnnxTarget(Target):
                 )
         rows = our_rows(job, plan, asymmetric=False)
         module = decode_in_place(job, rows)
-        check = write_check(folder, job.model, module)
+        check = write_check(folder, job, module)
         model = traced(job.model.runner.examples(job.model.module)[0], module)
         for name, ours in rows.items():
             widths = job.bit_map.channel_widths(name, job.table[name].n_channels)
@@ -142,7 +143,7 @@ class OnnxTarget(Target):
         """Run the file with ONNX Runtime, and count the weights in its containers."""
         import onnx
 
-        from mpqsearch.export.check import forward_error
+        from mpqsearch.export.check import forward_errors
         from mpqsearch.export.neutral import FILE as MAP
         from mpqsearch.export.neutral import load_neutral
 
@@ -158,17 +159,22 @@ class OnnxTarget(Target):
                 widths[layer.name] = None if asked.min() != asked.max() else int(asked[0])
                 if found != planned:
                     problems.append(f"{layer.name}: weights by bits of their container {found}, planned {planned}")
+        errors = forward_errors(folder, session(folder / FILE))
+        return {"widths": widths, "problems": problems, **errors, **self.sizes(folder)}
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """Buffers and constants of the trace belong to the header, as the graph does."""
+        import onnx
+
+        from mpqsearch.export.neutral import FILE as MAP
+        from mpqsearch.export.neutral import load_neutral
+
+        neutral = load_neutral(folder / MAP)
         names = {u["name"] for u in neutral.data["unquantized"]} | {f"{n}.weight" for n in neutral.bit_map.weights}
-        # Buffers and constants of the trace belong to the graph.
+        tensors = onnx.load(folder / FILE).graph.initializer
         stored = sum(_bytes_of(t) for t in tensors if _owner(t.name) in names)
         on_disk = sum(p.stat().st_size for p in (folder / FILE, folder / f"{FILE}.data") if p.exists())
-        return {
-            "widths": widths,
-            "problems": problems,
-            "forward_error": forward_error(folder, session(folder / FILE)),
-            "stored_bytes": stored,
-            "header_bytes": on_disk - stored,
-        }
+        return {"stored_bytes": stored, "header_bytes": on_disk - stored}
 
 
 def session(path: Path) -> nn.Module:

@@ -2,10 +2,10 @@
 bit for bit.
 
 ``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, channels of that
-width in order), the half-precision scales with one exponent a layer, zero points, widths, smoothing factors and
-channels at full precision; every other tensor of the model is stored as it is. ``packed.json`` names the model, the
-map's digest and the SHA-256 of the other file. Layers are quantized one after another, so that of the quantized model
-no more than its packed form is in memory.
+width in order), zero points likewise, the half-precision scales with one exponent a layer, widths, smoothing factors
+and channels at full precision; these and every other tensor of the model take 16 bits a value. ``packed.json`` names
+the model, the map's digest and the SHA-256 of the other file. Layers are quantized one after another, so that of the
+quantized model no more than its packed form is in memory.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.artifacts import digest_file, read_json, save_bit_map, write_json
-from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, stored_total
+from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, QuantFormat, StoredBits, stored_total
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError
@@ -36,8 +36,13 @@ if TYPE_CHECKING:
 FILE, HEADER, MAP = "packed.safetensors", "packed.json", "bitmap.json"
 _SCHEMA = "mpqsearch/packed"
 _MARK = ".packed."
+_FLOATS = ("factor", "full_rows")
+
+TAG_BITS = 4
+"""The width of each channel in a layer whose channels differ; 0 stands for full precision."""
 
 Arrays = dict[str, NDArray[Any]]
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 
 class PackedTarget(Target):
@@ -48,7 +53,11 @@ class PackedTarget(Target):
     granularity = "channel"
     holds_any_map = True
     rerounds = False
+    file = FILE
     needs_config = False
+    any_scheme = True
+    full_bits = 16
+    kept_bits = 16
     tolerance = 0.0
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
@@ -56,8 +65,8 @@ class PackedTarget(Target):
         return int_choices(WIDTHS, "uint{}")
 
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
-        """Dense codes, and a width, a half-precision scale and a 16-bit zero point a channel."""
-        return layer_bits(layer, np.full(layer.n_channels, choice.width, dtype=np.uint8), smooth=False)
+        """Dense codes, a half-precision scale and a zero point of as many bits as a code a channel."""
+        return layer_bits(layer, np.full(layer.n_channels, choice.width, dtype=np.uint8), QuantFormat())
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
         """Every layer as asked."""
@@ -68,9 +77,8 @@ class PackedTarget(Target):
         layers = {}
         for e in plan:
             layer, widths = job.table[e.layer], job.bit_map.channel_widths(e.layer, job.table[e.layer].n_channels)
-            smooth = job.bit_map.format_of(e.layer).smooth
-            full = e.will_get == FULL_PRECISION
-            layers[e.layer] = self.cost(layer, None) if full else layer_bits(layer, widths, smooth=smooth)
+            full, fmt = e.will_get == FULL_PRECISION, job.bit_map.format_of(e.layer)
+            layers[e.layer] = self.cost(layer, None) if full else layer_bits(layer, widths, fmt)
         return stored_total(job.table, layers, self.kept_bits)
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
@@ -83,89 +91,134 @@ class PackedTarget(Target):
                 decode_in_place(job, {layer.name: quantized})
 
         paths = write_packed(folder, job.model.module, job.table, rows(), job.bit_map.digest, job.inputs)
-        return [*paths, *write_check(folder, job.model, job.model.module)]
+        quantized = {f"{e.layer}.weight" for e in plan if e.will_get != FULL_PRECISION}
+        for name, tensor in job.model.module.state_dict().items():
+            if name not in quantized:
+                tensor.copy_(in_half(tensor))
+        return [*paths, *write_check(folder, job, job.model.module)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the checkpoint, and read the width of every channel from it."""
         from safetensors import safe_open
 
-        from mpqsearch.export.check import forward_error, stored_size
+        from mpqsearch.export.check import forward_errors
 
         widths: dict[str, int | None] = {}
         with safe_open(folder / FILE, framework="np") as stored:
-            for key in (k for k in stored.keys() if k.endswith(f"{_MARK}bits")):  # noqa: SIM118 - not a mapping
-                bits = stored.get_tensor(key)
-                widths[key.removesuffix(f"{_MARK}bits")] = int(bits[0]) if bool((bits == bits[0]).all()) else None
-        error = forward_error(folder, load_quantized(folder))
-        return {"widths": widths, "forward_error": error, **stored_size(folder / FILE)}
+            for name, mark, part in (k.partition(_MARK) for k in stored.keys()):  # noqa: SIM118 - not a mapping
+                if part in ("bits", "tags"):
+                    widths[name] = int(stored.get_tensor(f"{name}{mark}bits")[0]) if part == "bits" else None
+        return {"widths": widths, **forward_errors(folder, load_quantized(folder)), **self.sizes(folder)}
+
+    def weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """What `load_quantized` gives."""
+        return load_quantized(folder).state_dict()
 
 
-def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], *, smooth: bool) -> StoredBits:
+def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> StoredBits:
     """Stored bits of one layer with one width a channel."""
     n, fan_in = layer.n_channels, layer.weights_per_channel
     counts = {int(w): int((widths == w).sum()) for w in np.unique(widths)}
+    tags = 8 if len(counts) == 1 else 8 * packed_size(n, TAG_BITS)
     full = counts.pop(FULL_PRECISION, 0)
     codes = sum(8 * packed_size(count * fan_in, width) for width, count in counts.items())
-    factors = 32 * layer.groups * fan_in if smooth else 0
-    return StoredBits(payload=codes, metadata=n * (8 + 16 + 16) + 32 + factors, unquantized=32 * full * fan_in)
+    zeros = 0 if fmt.scheme == "symmetric" else sum(8 * packed_size(k, width) for width, k in counts.items())
+    factors = 32 * layer.groups * fan_in if fmt.smooth else 0
+    return StoredBits(payload=codes, metadata=tags + 16 * n + 32 + zeros + factors, unquantized=16 * full * fan_in)
 
 
-def pack_layer(rows: QuantizedRows) -> Arrays:
-    """The arrays that hold one layer: see `unpack_layer`, its inverse."""
+def pack_layer(rows: QuantizedRows) -> Tensors:
+    """The tensors that hold one layer: see `unpack_layer`, its inverse up to half precision of rows that are not
+    quantized.
+
+    A negative scale says that the row's zero point is the middle of its codes, as in the symmetric scheme; of other
+    rows it is stored in as many bits as a code.
+    """
+    import torch
+
     bits, codes, scale, zero = (
         x.cpu().numpy() for x in (rows.quantizer.bits, rows.codes, rows.quantizer.scale, rows.quantizer.zero)
     )
+    quantized = bits != FULL_PRECISION
+    middle = quantized & (zero != np.rint(zero))
     exponent = 2.0 ** (np.floor(np.log2(scale.max())) - 15) if len(scale) else 1.0
     half = (scale / np.float32(exponent)).astype(np.float16)
     if not np.array_equal(half.astype(np.float32) * np.float32(exponent), scale):
         half, exponent = scale, 1.0  # scales of another origin: single precision, still exact
     arrays: Arrays = {
-        "bits": bits.astype(np.uint8),
-        "scale": half,
+        "scale": np.where(middle, -half, half),
         "exponent": np.array([exponent], dtype=np.float32),
-        "zero": np.rint(2 * zero).astype(np.int16),  # symmetric zeros are halves
     }
-    for width in np.unique(bits[bits != FULL_PRECISION]):
-        arrays[f"codes.{int(width)}"] = pack_bits(codes[bits == width], int(width))
+    if bool((bits == bits[0]).all()):
+        arrays["bits"] = bits[:1]
+    else:
+        arrays["tags"] = pack_bits(np.where(quantized, bits, 0), TAG_BITS)
+    for width in map(int, np.unique(bits[quantized])):
+        own = bits == width
+        arrays[f"codes.{width}"] = pack_bits(codes[own], width)
+        if not middle[quantized].all():
+            arrays[f"zero.{width}"] = pack_bits(np.where(middle, 0, zero)[own].astype(np.uint8), width)
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     if rows.factor is not None:
-        arrays["factor"] = rows.factor.cpu().numpy()
+        tensors["factor"] = rows.factor.cpu()
     if rows.full_rows is not None:
-        arrays["full_rows"] = rows.full_rows.cpu().numpy()
-    return arrays
+        tensors["full_rows"] = in_half(rows.full_rows.cpu())
+    return tensors
 
 
-def unpack_layer(arrays: Mapping[str, NDArray[Any]], layer: LayerSpec) -> Tensor:
-    """The weight rows ``float32 [channels, fan-in]`` that the fake-quantized forward uses, from the arrays of
+def widths_of(part: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.uint8]:
+    """The width of each of ``n`` channels, from the tensors of `pack_layer`."""
+    if "bits" in part:
+        return np.repeat(part["bits"].astype(np.uint8), n)
+    tags = unpack_bits(part["tags"], TAG_BITS, n)
+    return np.where(tags == 0, FULL_PRECISION, tags).astype(np.uint8)
+
+
+def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
+    """The weight rows ``float32 [channels, fan-in]`` that the fake-quantized forward uses, from the tensors of
     `pack_layer`.
 
-    Raises `ConfigError` when an array has another length than the layer needs.
+    Raises `ConfigError` when a tensor has another length than the layer needs.
     """
     import torch
 
     from mpqsearch.quant import QuantizedRows, RowQuantizer
 
-    bits, n, fan_in = arrays["bits"], layer.n_channels, layer.weights_per_channel
-    if any(arrays[key].shape != (n,) for key in ("bits", "scale", "zero")):
-        raise ConfigError(f"layer {layer.name!r}: {n} widths, scales and zero points are needed, got {bits.shape}")
-    codes = np.zeros((n, fan_in), dtype=np.uint8)
-    for width in np.unique(bits[bits != FULL_PRECISION]):
-        rows = bits == width
-        codes[rows] = unpack_bits(arrays[f"codes.{int(width)}"], int(width), int(rows.sum()) * fan_in).reshape(
-            -1, fan_in
-        )
+    n, fan_in = layer.n_channels, layer.weights_per_channel
+    part: Arrays = {k: t.numpy() for k, t in tensors.items() if k not in _FLOATS}
+    bits, stored = widths_of(part, n), part["scale"].astype(np.float32) * part["exponent"][0]
+    if stored.shape != (n,):
+        raise ConfigError(f"layer {layer.name!r}: {n} scales are needed, got {stored.shape}")
+    codes, zero = np.zeros((n, fan_in), dtype=np.uint8), np.zeros(n, dtype=np.float32)
+    for width in map(int, np.unique(bits[bits != FULL_PRECISION])):
+        own = bits == width
+        codes[own] = unpack_bits(part[f"codes.{width}"], width, int(own.sum()) * fan_in).reshape(-1, fan_in)
+        if f"zero.{width}" in part:
+            zero[own] = unpack_bits(part[f"zero.{width}"], width, int(own.sum()))
+    middle = stored < 0
+    zero[middle] = (2.0 ** bits[middle].astype(np.float32) - 1) / 2
     quantizer = RowQuantizer(
-        scale=torch.from_numpy(arrays["scale"].astype(np.float32) * arrays["exponent"][0]),
-        zero=torch.from_numpy(arrays["zero"].astype(np.float32) / 2),
-        bits=torch.from_numpy(bits),
+        scale=torch.from_numpy(np.abs(stored)), zero=torch.from_numpy(zero), bits=torch.from_numpy(bits)
     )
-    factor, full = (torch.from_numpy(arrays[k]) if k in arrays else None for k in ("factor", "full_rows"))
+    factor, full = (tensors[k].float() if k in tensors else None for k in _FLOATS)
     return QuantizedRows(codes=torch.from_numpy(codes), quantizer=quantizer, factor=factor, full_rows=full).rows()
+
+
+def in_half(values: Tensor) -> Tensor:
+    """Floats in 16 bits, of the two kinds the nearer one: exact for values that come from a file in 16 bits."""
+    import torch
+
+    if not values.is_floating_point():
+        return values
+    kinds = [values.to(kind) for kind in (torch.float16, torch.bfloat16)]
+    return min(kinds, key=lambda kind: float((kind.float() - values.float()).abs().amax()) if values.numel() else 0.0)
 
 
 def save_quantized(
     folder: str | Path, model: QuantizedModel, table: LayerTable, inputs: Mapping[str, str] | None = None
 ) -> list[Path]:
-    """Write a quantized model as a packed checkpoint with its bit map, biases and all as they are in ``model.module``.
+    """Write a quantized model as a packed checkpoint with its bit map, with the biases of ``model.module``, in 16 bits
+    as everything that is not quantized.
 
     Quantizers of layers' inputs are not part of it. Raises `LayerMismatchError` when the map is for another model,
     `ConfigError` for a module without a diffusers configuration.
@@ -186,8 +239,6 @@ def write_packed(
     inputs: Mapping[str, str],
 ) -> list[Path]:
     """Write ``packed.safetensors`` and ``packed.json``: ``layers`` packed, all else from ``module``."""
-    import torch
-
     from mpqsearch.export.check import save_tensors
 
     config = _config_of(module)
@@ -196,8 +247,9 @@ def write_packed(
     names = set()
     for name, rows in layers:
         names.add(f"{name}.weight")
-        packed |= {f"{name}{_MARK}{key}": torch.from_numpy(array) for key, array in pack_layer(rows).items()}
-    plain = {k: v for k, v in module.state_dict().items() if k not in names and not k.startswith(ours)}
+        packed |= {f"{name}{_MARK}{key}": tensor for key, tensor in pack_layer(rows).items()}
+    kept = {k: v for k, v in module.state_dict().items() if k not in names and not k.startswith(ours)}
+    plain = {k: in_half(v.detach().cpu()) for k, v in kept.items()}
     (folder / HEADER).unlink(missing_ok=True)
     save_tensors(folder / FILE, packed | plain, {"format": "mpqsearch.packed"})
     digest = digest_file(folder / FILE)
@@ -230,8 +282,8 @@ def _built(config: Mapping[str, Any]) -> nn.Module:
 
 
 def load_quantized(path: str | Path) -> nn.Module:
-    """The diffusers model of a packed checkpoint, with the weights of the fake-quantized forward, bit for bit; of
-    several denoisers a `Parts`.
+    """The diffusers model of a packed checkpoint in float32, with the weights of the fake-quantized forward, bit for
+    bit; of several denoisers a `Parts`.
 
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
@@ -247,16 +299,16 @@ def load_quantized(path: str | Path) -> nn.Module:
             f"{file} is missing, cut off or was altered after it was written. Copy or write the checkpoint again."
         )
     state: dict[str, Tensor] = {}
-    packed: dict[str, Arrays] = {}
+    packed: dict[str, Tensors] = {}
     for key, tensor in load_file(file).items():
         name, mark, part = key.partition(_MARK)
         if mark:
-            packed.setdefault(name, {})[part] = tensor.numpy()
+            packed.setdefault(name, {})[part] = tensor
         else:
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
     table = build(LayerTable, data["model"], str(folder / HEADER))
-    for name, arrays in packed.items():
-        state[f"{name}.weight"] = weight_of(unpack_layer(arrays, table[name]), table[name])
+    for name, tensors in packed.items():
+        state[f"{name}.weight"] = weight_of(unpack_layer(tensors, table[name]), table[name])
     with init_empty_weights():  # random weights take longer than reading all of them
         module = _built(data["config"])
     try:

@@ -64,28 +64,32 @@ class QuantoTarget(Target):
         """Quantize a copy of the model with quanto and write it."""
         from optimum.quanto import quantization_map
 
-        from mpqsearch.export.check import save_tensors, write_check
+        from mpqsearch.export.check import correct_bias, save_tensors, write_check
 
         module = quantized_copy(job.model.module, plan)
+        for name, weight in _quantized_weights(module).items():
+            correct_bias(job, name, module.get_submodule(name), weight)
         save_tensors(folder / WEIGHTS, module.state_dict(), {"mpqsearch.bit_map": job.bit_map.digest})
         write_text(folder / MAP, json.dumps(quantization_map(module), indent=1) + "\n")
         with torch_kernels():
-            check = write_check(folder, job.model, module)
+            check = write_check(folder, job, module)
         return [folder / WEIGHTS, *write_config(folder, job.model.module), folder / MAP, *check]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Fill a model with ``requantize`` and read the type of each layer from its tensors."""
-        from optimum.quanto import requantize
-        from safetensors.torch import load_file
+        from mpqsearch.export.check import loaded
 
-        from mpqsearch.export.check import build_model, loaded, stored_size
+        module, stored = _load(folder)
+        with torch_kernels():
+            seen = loaded(folder, module, _types(module), stored)
+        return seen | self.sizes(folder)
 
-        module, state = build_model(folder), load_file(folder / WEIGHTS)
-        stored = set(state)  # requantize takes tensors out of the dict
-        with torch_kernels():  # loading unpacks the codes too
-            requantize(module, state, json.loads((folder / MAP).read_text()))
-            seen = loaded(folder, module.eval(), _types(module), stored)
-        return seen | stored_size(folder / WEIGHTS)
+    def weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """What ``requantize`` fills, every weight as quanto decodes it."""
+        from mpqsearch.export.check import plain_weights
+
+        module, _ = _load(folder)
+        return plain_weights(module, _quantized_weights(module))
 
 
 def read(path: Path, _table: LayerTable) -> Reading | None:
@@ -140,6 +144,29 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     import torch
 
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+def _load(folder: Path) -> tuple[nn.Module, set[str]]:
+    """The model filled by quanto, and the names of the tensors in the file."""
+    from optimum.quanto import requantize
+    from safetensors.torch import load_file
+
+    from mpqsearch.export.check import build_model
+
+    module, state = build_model(folder), load_file(folder / WEIGHTS)
+    stored = set(state)  # requantize takes tensors out of the dict
+    with torch_kernels():  # loading unpacks the codes too
+        requantize(module, state, json.loads((folder / MAP).read_text()))
+    return module.eval(), stored
+
+
+def _quantized_weights(module: nn.Module) -> dict[str, Tensor]:
+    """What quanto's layers compute with, by the name of the layer."""
+    from optimum import quanto
+
+    layers = ((n, m.weight) for n, m in module.named_modules() if isinstance(m, quanto.QModuleMixin))
+    with torch_kernels():
+        return {n: weight.dequantize() for n, weight in layers if isinstance(weight, quanto.QTensor)}
 
 
 def _types(module: nn.Module) -> dict[str, str]:

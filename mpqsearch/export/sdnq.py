@@ -13,6 +13,7 @@ that is written here as data. Limits, from running sdnq 0.2.8 through diffusers 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -59,7 +60,7 @@ class SdnqTarget(Target):
         import diffusers
         import torch
 
-        from mpqsearch.export.check import write_check
+        from mpqsearch.export.check import correct_bias, write_check
 
         os.environ.setdefault(*WITHOUT_COMPILER)
         module: Any = job.model.module
@@ -75,23 +76,39 @@ class SdnqTarget(Target):
             quantized = (
                 type(module).from_pretrained(plain, quantization_config=config, torch_dtype=torch.float32).eval()
             )
+            for name, weight in _decoded(quantized).items():
+                correct_bias(job, name, quantized.get_submodule(name), weight)
             quantized.save_pretrained(packed, safe_serialization=True, max_shard_size="1TB")
             with atomic_path(folder / WEIGHTS) as temporary:
                 (packed / WEIGHTS).replace(temporary)
             write_text(
                 folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
             )
-        return [folder / WEIGHTS, folder / CONFIG, *write_check(folder, job.model, quantized)]
+        return [folder / WEIGHTS, folder / CONFIG, *write_check(folder, job, quantized)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype that each layer's dequantizer has."""
-        from mpqsearch.export.check import load_pretrained, loaded, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded
 
         os.environ.setdefault(*WITHOUT_COMPILER)
         module = load_pretrained(folder)
         decoders = {n: getattr(m, "sdnq_dequantizer", None) for n, m in module.named_modules()}
         formats = {n: str(d.weights_dtype) for n, d in decoders.items() if d is not None}
-        return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
+        return loaded(folder, module, formats) | self.sizes(folder)
+
+    def weights(self, folder: Path) -> Mapping[str, Any]:
+        """What diffusers loads, every weight as its dequantizer decodes it."""
+        from mpqsearch.export.check import load_pretrained, plain_weights
+
+        os.environ.setdefault(*WITHOUT_COMPILER)
+        module = load_pretrained(folder)
+        return plain_weights(module, _decoded(module))
+
+
+def _decoded(module: Any) -> dict[str, Any]:
+    """The weights that SDNQ's layers compute with, by the name of the layer."""
+    layers = ((n, m) for n, m in module.named_modules() if getattr(m, "sdnq_dequantizer", None) is not None)
+    return {name: copy.deepcopy(layer).dequantize().weight for name, layer in layers}
 
 
 def read(path: Path, table: LayerTable) -> Reading | None:

@@ -25,12 +25,14 @@ from mpqsearch.core import (
 )
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 from mpqsearch.export.plan import plan_layers
 from mpqsearch.specs.targets import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mpqsearch.models.denoiser import Denoiser
 
 MANIFEST, CONFIG = "export.json", "config.json"
 CHECK, EXPECTED = "check.safetensors", "expected.safetensors"
@@ -41,6 +43,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 SIZE_TOLERANCE = 0.01
 """Largest relative difference between the bytes that the cost model promises and those on disk, headers apart."""
+
+EXACT = 1e-5
+"""Relative difference of two forward passes with the same weights, on other devices or in another order."""
+
+HALF = 2e-3
+"""As `EXACT`, of models whose biases and norms are in 16 bits in one of them."""
 
 READ_SECONDS = 1800
 """A consumer that has not read an export by then is stopped."""
@@ -58,7 +66,9 @@ class Target:
     shapes it needs. ``payload``: weights are written. ``inputs``: widths of layers' inputs are written too.
     ``full_bits`` and ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight
     layer. ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the
-    consumer derives scales anew, so that ranges and schemes of a map are not used. ``needs_config``: the model is built
+    consumer derives scales anew, so that ranges and schemes of a map are not used. ``any_scheme``: codes of all schemes
+    are held as they are, not only those with integer zero points and without smoothing. ``file``: the one with the
+    weights. ``needs_config``: the model is built
     from ``config.json`` to read the export back.
     """
 
@@ -79,6 +89,8 @@ class Target:
     full_bits = 32
     kept_bits = 32
     tolerance = 1e-4
+    any_scheme = False
+    file = WEIGHTS
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """The formats that the target has for this layer, the preferred one of each width first; empty: it stays at
@@ -166,9 +178,9 @@ class Target:
             (folder / name).unlink(missing_ok=True)
         own = job
         if self.payload:
-            from mpqsearch.export.check import on_cpu
+            from mpqsearch.export.check import source_of
 
-            own = replace(job, denoiser=on_cpu(job.model))
+            own = replace(job, denoiser=source_of(job))
         paths = [*self.write_files(folder, own, plan), *write_map(folder, job)]
         write_json(folder / MANIFEST, "mpqsearch/export", self._manifest(folder, job, plan, paths), job.inputs)
         return [*paths, folder / MANIFEST]
@@ -182,11 +194,32 @@ class Target:
             "map_digest": job.bit_map.digest,
             "plan": [{key: getattr(e, key) for key in keys} | {"asked": e.asked_text} for e in plan],
             "promised_bits": asdict(self.promise(job, plan)),
+            "holds_evaluated": self.holds_evaluated(job, plan),
             "payload": self.payload,
             "verified_by": self.requires if self.by_consumer else "",
             "files": {p.relative_to(folder).as_posix(): digest_file(p) for p in paths},
             "environment": environment((self.requires or "mpqsearch", "torch", "diffusers", "safetensors")),
         }
+
+    def holds_evaluated(self, job: ExportJob, plan: Sequence[PlanEntry]) -> bool:
+        """Whether the file holds the very codes of the model that was evaluated, so that both must predict the same."""
+        formats = [job.bit_map.format_of(e.layer) for e in plan if e.will_get != FULL_PRECISION]
+        codes = self.any_scheme or all(f.scheme == "asymmetric" and not f.smooth for f in formats)
+        exact = all(e.reason in AS_PLANNED for e in plan) and not self.lost_inputs(job.bit_map)
+        return codes and exact and _in_single(job.denoiser) and not self.rerounds
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """``stored_bytes`` of the tensors in an export, and ``header_bytes``: names, shapes and padding."""
+        from mpqsearch.export.check import stored_size
+
+        return stored_size(folder / self.file)
+
+    def weights(self, folder: Path) -> Mapping[str, Tensor]:
+        """All values of the model by their names, as the consumer decodes them from an export: what is measured.
+
+        Raises `ConfigError` for a target of which that is not known here, or a model that cannot be built again.
+        """
+        raise ConfigError(f"what {self.name} decodes from its file cannot be read here, so the file is not measured")
 
     def verify(self, folder: Path) -> Verification:
         """Load the folder with the consumer, in a fresh process, and compare widths, forward pass and size with the
@@ -227,6 +260,10 @@ class Target:
         if error is not None and error > self.tolerance:
             limit = f"{self.tolerance:g}"
             problems.append(f"the forward pass differs by {error:.2g} of the largest output, more than {limit}")
+        evaluated = seen.get("evaluated_error")
+        allowed = EXACT + 10 * self.tolerance + (HALF if self.kept_bits < 32 else 0)
+        if evaluated is not None and manifest["holds_evaluated"] and not evaluated <= allowed:
+            problems.append(f"the forward pass differs by {evaluated:.2g} (rms) from the model that was evaluated")
         stored = seen.get("stored_bytes")
         promised = None if stored is None else -(-sum(manifest["promised_bits"].values()) // 8)
         if stored is not None and promised is not None and abs(stored - promised) > SIZE_TOLERANCE * promised:
@@ -239,6 +276,7 @@ class Target:
             problems=tuple(problems),
             by_consumer=self.by_consumer,
             forward_error=error,
+            evaluated_error=evaluated if evaluated is not None and math.isfinite(evaluated) else None,
             versions=dict(seen.get("versions", {})),
             promised_bytes=promised,
             stored_bytes=stored,
@@ -266,6 +304,15 @@ class Target:
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """The weight as the target gives it back, in float32; only for targets that round by themselves."""
         raise ConfigError(f"the target {self.name!r} has no quantizer that can be called on one weight")
+
+
+def _in_single(denoiser: Denoiser | None) -> bool:
+    """Whether a model is evaluated in single precision, as its files are written."""
+    if denoiser is None:
+        return False
+    from mpqsearch.models.devices import float_dtype
+
+    return float_dtype(denoiser.module).itemsize >= 4
 
 
 def _is_installed(module: str) -> bool:

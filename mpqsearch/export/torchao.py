@@ -53,7 +53,8 @@ class TorchaoTarget(Target):
         from mpqsearch.export.check import decode_in_place, our_rows, save_tensors, write_check
 
         rows = our_rows(job, plan)
-        module = copy.deepcopy(job.model.module)
+        expected = decode_in_place(job, rows)
+        module = copy.deepcopy(expected)
         config = fqn_config(planned_widths(plan))
         quantize_(module, config, filter_fn=None)
         modules: dict[str, Any] = dict(module.named_modules())
@@ -68,16 +69,24 @@ class TorchaoTarget(Target):
         paths = write_config(
             folder, job.model.module, {"quantization_config": diffusers_config(config)} if rows else {}
         )
-        return [folder / WEIGHTS, *paths, *write_check(folder, job.model, decode_in_place(job, rows))]
+        return [folder / WEIGHTS, *paths, *write_check(folder, job, expected)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Load the folder with diffusers and read the dtype of every weight."""
-        from mpqsearch.export.check import load_pretrained, loaded, stored_size
+        from mpqsearch.export.check import load_pretrained, loaded
 
         module = load_pretrained(folder)
         types = {n: getattr(getattr(m, "weight", None), "target_dtype", None) for n, m in module.named_modules()}
         formats = {n: str(t).removeprefix("torch.") for n, t in types.items() if t is not None}
-        return loaded(folder, module, formats) | stored_size(folder / WEIGHTS)
+        return loaded(folder, module, formats) | self.sizes(folder)
+
+    def weights(self, folder: Path) -> Mapping[str, Any]:
+        """What diffusers loads, every weight as torchao decodes it."""
+        from mpqsearch.export.check import load_pretrained, plain_weights
+
+        module = load_pretrained(folder)
+        layers: Any = ((n, getattr(m, "weight", None)) for n, m in module.named_modules())
+        return plain_weights(module, {n: w.dequantize() for n, w in layers if hasattr(w, "target_dtype")})
 
 
 def read(path: Path, table: LayerTable) -> Reading | None:

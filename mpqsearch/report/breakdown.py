@@ -61,7 +61,8 @@ _EXPORT_SIZES = {
 
 
 def export_rows(exports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """A row for each export: ideal, accounted and found kB side by side."""
+    """A row for each export: ideal, accounted and found kB side by side, and the error of what it delivers beside that
+    of the target's uniform file of its size."""
     return [
         {
             "target": row["target"],
@@ -70,6 +71,12 @@ def export_rows(exports: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "stored bits per parameter": f"{row['stored_bits_per_parameter']:.3f}",
             "weights": row["weights"],
             "verified": row["verified"],
+            "error": _error(row["error"]),
+            "best uniform": " ".join(filter(None, (row["uniform"], _error(row["uniform_error"])))),
         }
         for row in exports
     ]
+
+
+def _error(value: float | str) -> str:
+    return "" if value == "" else f"{value:.3g}"

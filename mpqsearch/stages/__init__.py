@@ -7,6 +7,7 @@ one line says so. Torch is imported only by the stages that need a model.
 from mpqsearch.stages.allocating import allocation, allocations
 from mpqsearch.stages.base import Run, slug, start
 from mpqsearch.stages.checking import check_allocation
+from mpqsearch.stages.delivering import delivered_records
 from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "check_allocation",
     "check_search",
     "chosen_method",
+    "delivered_records",
     "distill",
     "evaluate",
     "everything",

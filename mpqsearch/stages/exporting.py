@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, StudyRecord, size_bits
+from mpqsearch.core import BitMap, Budget, StudyRecord, size_bits
 from mpqsearch.errors import ArtifactError, MpqsearchError
 from mpqsearch.stages.allocating import allocation
-from mpqsearch.stages.base import Run, log
+from mpqsearch.stages.base import Run, log, slug
+from mpqsearch.stages.delivering import deliver
 from mpqsearch.stages.profiling import profile_inputs
+from mpqsearch.stages.references import file_key, quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
 from mpqsearch.stages.reuse import EXPORT, current
 from mpqsearch.stages.statistics import statistics_for
 from mpqsearch.stages.targeting import losses_for, target_allocation
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from mpqsearch.export import ExportJob, Target
+    from mpqsearch.models import Call
 
 Verify = Literal["no", "once", "now"]
 """Whether consumers read exports back: not at all, unless they have done it before, or in any case."""
@@ -27,8 +33,8 @@ Verify = Literal["no", "once", "now"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One target's export: its files, what ``export/<target>.json`` says of it and what the consumer said, when it was
-    asked; or the error that ended it."""
+    """One target's export: its files, what ``export/<target>@<budget>.json`` says of it and what the consumer said,
+    when it was asked; or the error that ended it."""
 
     target: str
     paths: tuple[Path, ...] = ()
@@ -41,13 +47,20 @@ class Exported:
         verification = self.data.get("verification")
         return verification is not None and not verification["ok"]
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What a user must know before taking the file, see `mpqsearch.stages.delivering.deliver`."""
+        return tuple((self.data.get("delivered") or {}).get("faults", ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     """One target with the map that it gets: ``choices`` names its own formats where the map was made for it."""
 
     target: Target
+    budget: Budget
     bit_map: BitMap
+    bias_correction: bool
     label: str
     choices: Mapping[str, str]
     provenance: Mapping[str, Any]
@@ -61,15 +74,18 @@ def export(
     records: list[StudyRecord],
     *,
     verify: Verify = "once",
+    budgets: Sequence[Budget] = (),
 ) -> list[Exported]:
-    """Write a map for every configured target and let the consumers read them back, each in a process of its own.
+    """Write a map for every configured target at every budget (default: that of ``[export]``), measure what the file
+    delivers, and let the consumers read it back, each in a process of its own.
 
     A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written
-    from the same inputs is reused. ``export/<target>.json`` holds what was promised and found, ``export/sizes.csv`` the
-    sizes of all targets. A target that fails does not stop the others, and a difference does not raise: see
-    `require_good`.
+    from the same inputs is reused. ``export/<target>@<budget>.json`` holds what was promised, found and measured,
+    ``export/sizes.csv`` the sizes of all targets. A target that fails does not stop the others, and a difference does
+    not raise: see `require_good`.
     """
-    attempts = [_attempt(run, records, name, verify) for name in run.config.export.targets]
+    wanted = budgets or [export_budget(run)]
+    attempts = [_attempt(run, records, n, b, verify) for b in wanted for n in run.config.export.targets]
     exports = [one for one in attempts if one is not None]
     for one in exports:
         if one.error is not None:
@@ -80,10 +96,10 @@ def export(
     return exports
 
 
-def _attempt(run: Run, records: list[StudyRecord], name: str, verify: Verify) -> Exported | None:
+def _attempt(run: Run, records: list[StudyRecord], name: str, budget: Budget, verify: Verify) -> Exported | None:
     """One target's export, or the error that ended it; None for a target that a dry run would write."""
     try:
-        return _export_one(run, _task(run, records, name), verify)
+        return _export_one(run, _task(run, records, name, budget), verify)
     except MpqsearchError as error:
         return Exported(target=name, error=error)
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
@@ -106,11 +122,11 @@ def require_good(exports: Sequence[Exported]) -> None:
         )
 
 
-def _task(run: Run, records: list[StudyRecord], name: str) -> _Task:
+def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _Task:
     from mpqsearch.export import get_exporter
 
-    budget = export_budget(run)
     choices: Mapping[str, str] = {}
+    corrected = True
     if name in run.config.allocate.targets:
         bit_map, solved = target_allocation(run, name, budget)
         label, choices = f"allocated for {name} at {budget.label()}", solved["choices"]
@@ -118,29 +134,34 @@ def _task(run: Run, records: list[StudyRecord], name: str) -> _Task:
         method = chosen_method(run, records)
         bit_map, solved = allocation(run, method, budget)
         label = f"{method.name} at {budget.label()}"
+        corrected = solved.get("bias_correction", method.bias_correction)
     inputs = {
         "bit_map": bit_map.digest,
         "model": run.table.digest,
         "rounding": run.config.export.rounding,
         "target": name,
+        "bias_correction": str(corrected),
         "choices": artifacts.digest_of(dict(choices)),
         "profile": artifacts.digest_of(profile_inputs(run)),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
     return _Task(
         target=get_exporter(name),
+        budget=budget,
         bit_map=bit_map,
+        bias_correction=corrected,
         label=label,
         choices=choices,
         provenance={"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
-        folder=run.path("export", name),
-        stamp=run.path("export", f"{name}.json"),
+        folder=run.path("export", slug(name, budget)),
+        stamp=run.path("export", f"{slug(name, budget)}.json"),
         inputs=inputs,
     )
 
 
 def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
-    """Plan and write, unless that was done from the same inputs; then let the consumer read, as ``verify`` says."""
+    """Plan and write, unless that was done from the same inputs; measure what the file delivers, unless that was done
+    as it would be now; then let the consumer read, as ``verify`` says."""
     target, data = task.target, current(EXPORT, task.stamp, task.inputs)
     verified = None if data is None else data["verification"]
     if data is None or (verified is not None and not verified["ok"] and verify != "now"):
@@ -156,6 +177,9 @@ def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
         run.say(f"export: {task.folder} is written" + ("; not read back by its consumer" if verify == "no" else ""))
     elif verify == "no" or (verify == "once" and verified is not None):
         run.say(f"export: reused {task.folder}")
+    if target.payload and not _is_measured(run, data["delivered"]):
+        data = {**data, "delivered": deliver(run, target, _job(run, task), task.folder, task.budget)}
+        EXPORT.save(task.stamp, data, task.inputs)
     if verify == "now" or (verify == "once" and verified is None):
         target.require()  # an absent consumer can say nothing: that is an error, not a difference
         with run.timed("verify"):
@@ -166,8 +190,16 @@ def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
     return Exported(target=target.name, paths=tuple(task.folder / name for name in data["files"]), data=data)
 
 
+def _is_measured(run: Run, delivered: Mapping[str, Any] | None) -> bool:
+    """Whether a file was measured as it would be now, or need not be."""
+    if delivered is None:
+        return False
+    needed = run.config.export.measure and not delivered["metrics"] and not delivered["not_measured"]
+    return delivered["measured_with"] == file_key(run, {}) and not needed
+
+
 def _write(run: Run, task: _Task) -> dict[str, Any]:
-    """Write the export and ``export/<target>.json``, before any consumer has looked."""
+    """Write the export and ``export/<target>@<budget>.json``, before any consumer has looked."""
     from mpqsearch.export import plan_table
     from mpqsearch.export.contract import AS_PLANNED
 
@@ -180,6 +212,7 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
     ideal = size_bits(run.table, job.bit_map)
     data = {
         "target": target.name,
+        "budget": task.budget.label(),
         "map": task.label,
         "rounding": run.config.export.rounding,
         "rounded_layers": sum(e.reason not in AS_PLANNED for e in plan),
@@ -189,7 +222,10 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         "accounted_bits": promised,
         "lost_inputs": len(lost),
         "plan": plan_table(plan, lost),
+        "granularity": target.granularity,
+        "file_digest": artifacts.digest_of({p.name: artifacts.digest_file(p) for p in paths}),
         "verification": None,
+        "delivered": None,
         "files": [p.relative_to(task.folder).as_posix() for p in paths],
     }
     EXPORT.save(task.stamp, data, task.inputs)
@@ -201,6 +237,18 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
     if promised is not None and promised > ideal:
         run.say(size_note(target.name, promised, ideal, 16 * run.table.n_parameters))
     return data
+
+
+def _evaluated(run: Run, task: _Task) -> Callable[[Call], Tensor] | None:
+    """Predictions of the model that was evaluated, which is made when it is asked; None where nothing runs."""
+    if run.config.calibration.weights_only or (task.bit_map.activations and run.config.calibration.captured):
+        return None
+
+    @cache
+    def module() -> nn.Module:
+        return quantized_module(run, task.bit_map, bias_correction=task.bias_correction)
+
+    return lambda call: call.replay(module())
 
 
 def size_note(target: str, promised: int, ideal: int, half: int) -> str:
@@ -227,6 +275,8 @@ def _job(run: Run, task: _Task) -> ExportJob:
         denoiser=run.denoiser,
         choices=task.choices,
         statistics=statistics_for(run, task.bit_map),
+        bias_correction=task.bias_correction,
+        evaluated=_evaluated(run, task),
         inputs={"model": run.table.digest},
         provenance=task.provenance,
     )

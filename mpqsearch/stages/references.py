@@ -4,6 +4,7 @@ need it."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +32,41 @@ SHOWN = 10
 def evaluation_key(run: Run, bit_map: BitMap | None, *, bias_correction: bool) -> str:
     """Digest of everything that the samples of a map depend on: the same point is never evaluated twice."""
     c = run.config.to_data()
-    parts: list[Any] = [
-        __version__,
-        run.table.digest,
-        c["sampler"],
-        run.evaluation_inputs,
-        run.source_inputs,
-        bit_map.digest if bit_map is not None else "full precision",
-    ]
+    parts: list[Any] = [*_measured_with(run), bit_map.digest if bit_map is not None else "full precision"]
     if bit_map is not None and (bias_correction or bit_map.format.smooth or bit_map.format.rounding != "nearest"):
         parts += [bias_correction, profile_inputs(run)]  # input statistics come from the profile or its settings
         parts += [moment_inputs(run)] if bit_map.format.rounding != "nearest" else []
     if bit_map is not None and bit_map.activations:
         parts += [c["activations"]]
     return artifacts.digest_of(parts)
+
+
+def _measured_with(run: Run) -> list[Any]:
+    """All that samples and their metrics depend on beside the weights that are drawn with."""
+    sampler = run.config.to_data()["sampler"]
+    return [__version__, run.table.digest, sampler, run.evaluation_inputs, run.source_inputs]
+
+
+def file_key(run: Run, digests: Mapping[str, str]) -> str:
+    """As `evaluation_key`, for weights that come from files with these digests."""
+    return artifacts.digest_of([*_measured_with(run), "files", dict(digests)])
+
+
+def measure(
+    run: Run, base: Reference, key: str, make: Callable[[], nn.Module], progress: Callable[[int], Any]
+) -> dict[str, Any]:
+    """Make a module, sample from it and measure; its features and first images are kept beside the metrics."""
+    from mpqsearch.metrics import evaluate
+    from mpqsearch.sampling import samples
+
+    same_model(run)
+    began = time.perf_counter()
+    drawn = samples(run.denoiser.with_module(make()), base.seeds, progress=progress)
+    result = evaluate(drawn, base, keep=SHOWN)
+    kept = {"features": result.features, "images": None if result.images is None else key_frames(result.images)}
+    arrays = {name: tensor.numpy() for name, tensor in kept.items() if tensor is not None}
+    artifacts.write_arrays(run.path("stats", f"{key[:16]}.npz"), arrays)
+    return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
 
 def reference(run: Run) -> tuple[Reference, StudyRecord]:

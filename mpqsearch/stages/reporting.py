@@ -101,7 +101,7 @@ def report_content(
         command=command,
         digests={"model": run.table.digest, **inputs},
         seconds=run.seconds,
-        notes=_notes(solved),
+        notes=[*_faults(run), *_notes(solved)],
         search=search_results(run),
         chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
     )
@@ -149,6 +149,14 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
+def _faults(run: Run) -> list[str]:
+    """What a user must know of the exported files before taking them."""
+    stamps = (artifacts.read_json(path, "mpqsearch/export").data for path in sorted(run.path("export").glob("*.json")))
+    return [
+        f"At {data['budget']} {fault}." for data in stamps for fault in (data.get("delivered") or {}).get("faults", ())
+    ]
+
+
 def _notes(solved: Solved) -> list[str]:
     over = [
         f"{method.name} at {budget.label()} by {(data['size_bits'] - data['limit']) / 8000:.2f} kB"
@@ -172,6 +180,7 @@ def _notes(solved: Solved) -> list[str]:
 
 SIZE_COLUMNS = (
     "target",
+    "budget",
     "map",
     "ideal_bytes",
     "accounted_bytes",
@@ -180,36 +189,46 @@ SIZE_COLUMNS = (
     "stored_bits_per_parameter",
     "weights",
     "verified",
+    "error",
+    "uniform",
+    "uniform_error",
 )
 """Columns of ``export/sizes.csv``; see `size_rows`."""
 
 
 def size_rows(run: Run) -> list[dict[str, Any]]:
-    """One row for each target that was exported: ideal, accounted and found bytes side by side.
+    """One row for each file that was exported: ideal, accounted and found bytes side by side, and what it delivers.
 
     ``ideal_bytes``: what the asked map takes when its codes are packed densely, as a budget counts.
-    ``accounted_bytes``: what the target's own format takes, headers apart. ``stored_bytes``, ``header_bytes``: what was
-    found in the file; empty until it was verified, and for targets that write no weights.
+    ``accounted_bytes``: what the target's own format takes, headers apart. ``stored_bytes``, ``header_bytes``: what is
+    in the file; empty for targets that write no weights. ``error``: mean squared error of samples against full
+    precision, from the same noise, with the weights that the consumer decodes; ``uniform``, ``uniform_error``: the
+    target's largest uniform file that is no larger, and its error. Empty where it was not measured.
     """
     rows = []
     for path in sorted(run.path("export").glob("*.json")):
         data = artifacts.read_json(path, "mpqsearch/export").data
         if data.get("accounted_bits") is None:
             continue  # the neutral map promises no file; an export of an earlier version did not say
-        verification = data["verification"] or {}
-        accounted, stored = -(-data["accounted_bits"] // 8), verification.get("stored_bytes")
+        verification, found = data["verification"] or {}, data["delivered"] or {}
+        uniform = found.get("uniform") or {"choice": "", "error": {"value": ""}}
+        accounted, stored = -(-data["accounted_bits"] // 8), found.get("stored_bytes")
         total = accounted if stored is None else stored
         rows.append(
             {
                 "target": data["target"],
+                "budget": data["budget"],
                 "map": data["map"],
                 "ideal_bytes": -(-data["ideal_bits"] // 8),
                 "accounted_bytes": accounted,
                 "stored_bytes": "" if stored is None else stored,
-                "header_bytes": "" if stored is None else verification["header_bytes"],
+                "header_bytes": "" if stored is None else found["header_bytes"],
                 "stored_bits_per_parameter": round(8 * total / data["n_parameters"], 4),
                 "weights": "yes" if data["payload"] else "no, settings only",
                 "verified": _verdict(verification),
+                "error": found["metrics"]["paired_mse"]["value"] if found.get("metrics") else "",
+                "uniform": uniform["choice"],
+                "uniform_error": uniform["error"]["value"],
             }
         )
     return rows

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mpqsearch.core import Budget, MetricValue, StudyRecord
 from mpqsearch.stages.base import Run, start
+from mpqsearch.stages.delivering import delivered_records
 from mpqsearch.stages.distilling import distill
 from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.exporting import export, require_good
@@ -35,9 +36,12 @@ def everything(run: Run) -> list[StudyRecord]:
                 f"{row['spearman']:.2f}"
             )
     records += trained(run, records)
+    c = run.config
+    budgets = () if c.export.budget else c.allocate.parsed()
     try:
-        exports = export(run, records)
+        exports = export(run, records, budgets=budgets)
     finally:  # the report shows what was stored; whatever an export runs into, the results are drawn
+        records += [] if run.dry_run else delivered_records(run)
         report(run, records)
     require_good(exports)
     return records

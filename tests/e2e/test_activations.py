@@ -102,7 +102,7 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     quantized = sum("activation_bits" in e for e in bit_map["layers"].values())
     assert f"sdcpp says nothing of inputs: the map quantizes those of {quantized} layers" in exported.stderr
     assert "neutral says nothing" not in exported.stderr
-    plan = json.loads((tmp_path / "r/export/sdcpp.json").read_text())["data"]["plan"]
+    plan = json.loads((tmp_path / "r/export/sdcpp@uniform-4.json").read_text())["data"]["plan"]
     assert sum("not quantized by what is written" in row["detail"] for row in plan) == quantized
     changed = cli("run", study, "--run-dir", "r", *options, "--set", "activations.samples=4", "--dry-run")
     assert "; 2 reused" in changed.stderr, "maps without quantized activations keep their metrics, the others do not"

@@ -42,7 +42,7 @@ def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, t
     )
     assert out.returncode == 0, out.stderr
     assert "NOT verified by its consumer" in out.stderr
-    plan = json.loads((tmp_path / "r/export/sdcpp.json").read_text())["data"]["plan"]
+    plan = json.loads((tmp_path / "r/export/sdcpp@uniform-5.json").read_text())["data"]["plan"]
     asked = {row["layer"]: row["asked"] for row in plan}
     assert asked == {n: entry["weights"].removeprefix("qint") for n, entry in theirs.items()}
 

@@ -16,6 +16,7 @@ from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
+from mpqsearch.stages.delivering import faults
 from mpqsearch.stages.exporting import size_note
 from mpqsearch.untrusted import build
 
@@ -47,6 +48,8 @@ allocator = "ilp-layer"
 [evaluate]
 samples = 4
 extractor = "random-conv"
+[export]
+measure = false
 """
 
 
@@ -111,10 +114,10 @@ def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
     files = [Path(line) for line in written.stdout.split()]
     assert {f.name for f in files} >= {FILE, "export.json", "bitmap.json"}
     assert not any(word in written.output for word in ("as planned", "ok", "verified"))
-    stamp = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    stamp = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
     assert stamp["verification"] is None
     assert stamp["rounded_layers"] == 0
-    assert read_sizes(folder)["gguf"]["stored_bytes"] == ""
+    assert read_sizes(folder)["gguf"]["verified"] == "no"
     shown = call(folder, "export", "--target", "gguf", "--allocated", "--verify", "--json")
     assert shown.exit_code == 0, shown.output
     (one,) = json.loads(shown.stdout)
@@ -126,8 +129,50 @@ def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
     row = read_sizes(folder)["gguf"]
     assert int(row["accounted_bytes"]) == -(-allocated["size_bits"] // 8) == int(row["stored_bytes"])
     assert int(row["ideal_bytes"]) < int(row["stored_bytes"])
-    assert int(row["header_bytes"]) + int(row["stored_bytes"]) == (folder / "r/export/gguf" / FILE).stat().st_size
+    assert int(row["header_bytes"]) + int(row["stored_bytes"]) == (folder / "r/export/gguf@6bit" / FILE).stat().st_size
     assert row["verified"] == "yes"
+
+
+def test_the_file_is_measured_as_maps_are(folder: Path) -> None:
+    done = call(folder, "export", "--target", "gguf", "--allocated", "-b", "8bit", "--measure")
+    assert done.exit_code == 0, done.output
+    found = read_json(folder / "r/export/gguf@8bit.json", "mpqsearch/export").data["delivered"]
+    whole = (folder / "r/export/gguf@8bit" / FILE).stat().st_size
+    assert found["stored_bytes"] + found["header_bytes"] == whole
+    assert found["uniform"]["choice"] == "Q5_1", "the largest that fits, Q8_0 does not"
+    assert found["uniform"]["stored_bytes"] <= 1.001 * found["stored_bytes"]
+    assert found["metrics"]["paired_mse"]["n_samples"] == 4
+    again = call(folder, "export", "--target", "gguf", "--allocated", "-b", "8bit", "--measure")
+    assert "export: reused" in again.stderr
+    assert call(folder, "report").exit_code == 0
+    with (folder / "r/pareto.csv").open() as handle:
+        rows = {row["method"]: row for row in csv.DictReader(handle)}
+    point = rows["gguf file"]
+    assert (point["budget"], int(point["size_bytes"])) == ("8bit", whole)
+    assert float(point["paired_mse"]) == found["metrics"]["paired_mse"]["value"]
+    assert 0 < float(point["paired_mse"]) < float(rows["ilp-layer"]["paired_mse"]), "6 bits against 8"
+
+
+def test_what_is_wrong_with_a_file_is_said_in_order() -> None:
+    def error(value: float, low: float) -> dict[str, float]:
+        return {"value": value, "low": low, "high": 2 * value - low}
+
+    found = {
+        "metrics": {"paired_mse": error(2.0, 1.9)},
+        "uniform": {"choice": "Q4_0", "stored_bytes": 100, "error": error(1.8, 1.0)},
+        "stored_bytes": 102,
+        "header_bytes": 5,
+        "budget": "4bit",
+        "budget_bytes": 100,
+        "source_bytes": 106,
+    }
+    worse, large, grown = faults("gguf", found)
+    assert worse.startswith("the file of gguf is WORSE than gguf with every layer in Q4_0: error 2 (1.9 to 2.1) at 102")
+    assert "LARGER than the budget 4bit: 102 bytes, 100 are allowed" in large
+    assert "LARGER than the model that it was made from: 107 bytes, that has 106" in grown
+    good = {**found, "uniform": None, "budget_bytes": 101, "source_bytes": 107}
+    assert list(faults("gguf", good)) == []
+    assert list(faults("gguf", {**good, "uniform": {**found["uniform"], "error": error(1.95, 1.0)}})) == []
 
 
 def test_interactions_are_probed_when_asked(folder: Path) -> None:
@@ -158,9 +203,9 @@ def test_interactions_are_probed_when_asked(folder: Path) -> None:
     assert "at least 0" in str(refused)
 
 
-def read_sizes(folder: Path) -> dict[str, dict[str, str]]:
+def read_sizes(folder: Path, budget: str = "6bit") -> dict[str, dict[str, str]]:
     with (folder / "r/export/sizes.csv").open() as handle:
-        return {row["target"]: row for row in csv.DictReader(handle)}
+        return {row["target"]: row for row in csv.DictReader(handle) if row["budget"] == budget}
 
 
 def test_a_difference_ends_with_exit_code_one(
@@ -179,30 +224,33 @@ def test_a_difference_ends_with_exit_code_one(
         assert text in shown.stdout
     assert read_sizes(folder)["gguf"]["verified"] == "DIFFERS"
     monkeypatch.undo()
-    damaged = folder / "r/export/gguf" / FILE
+    damaged = folder / "r/export/gguf@6bit" / FILE
     damaged.write_bytes(damaged.read_bytes()[:-1])
     again = call(folder, "export", "--target", "gguf", "--verify")
     assert again.exit_code == 0, again.output
-    assert "is not the file that gguf.json was written with" in caplog.text
+    assert "is not the file that gguf@6bit.json was written with" in caplog.text
     assert read_sizes(folder)["gguf"]["verified"] == "yes", "what was found wanting is made anew"
 
 
 def test_a_map_made_for_something_else_is_solved_again_at_its_size(folder: Path) -> None:
     assert call(folder, "export", "--target", "gguf", "--overwrite").exit_code == 0
-    resolved = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    resolved = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
     assert resolved["map"] == "ilp-layer at 6bit"
     assert "resolved" in {row["reason"] for row in resolved["plan"]}
     assert 0.95 * resolved["ideal_bits"] < resolved["accounted_bits"] <= resolved["ideal_bits"]
-    assert call(folder, "export", "--target", "gguf", "--round", "up").exit_code == 0
-    data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    refused = call(folder, "export", "--target", "gguf", "--round", "up")
+    assert refused.exit_code == 1
+    assert "LARGER than the budget 6bit" in refused.stderr
+    assert call(folder, "export", "--target", "gguf", "--round", "up", "--accept").exit_code == 0
+    data = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
     assert data["rounding"] == "up"
     assert data["accounted_bits"] > resolved["accounted_bits"]
-    small = call(folder, "export", "--target", "gguf", "--budget", "3bit")
+    small = call(folder, "export", "--target", "gguf", "--budget", "3bit", "--accept")
     assert small.exit_code == 0
     assert "the file of gguf takes" in small.stderr
-    data = read_json(folder / "r/export/gguf.json", "mpqsearch/export").data
+    data = read_json(folder / "r/export/gguf@3bit.json", "mpqsearch/export").data
     assert data["accounted_bits"] > data["ideal_bits"]
-    row = read_sizes(folder)["gguf"]
+    row = read_sizes(folder, "3bit")["gguf"]
     assert float(row["stored_bits_per_parameter"]) == pytest.approx(
         data["accounted_bits"] / data["n_parameters"], abs=1e-3
     )
@@ -240,9 +288,9 @@ def test_a_target_that_fails_does_not_stop_the_others(folder: Path, monkeypatch:
     assert done.exit_code != 0
     assert "gguf could not be written: RuntimeError: no kernel for this" in str(done.exception)
     assert "export: gguf FAILED" in done.stderr
-    assert (folder / "r/export/sdcpp/sdcpp_rules.txt").is_file()
+    assert (folder / "r/export/sdcpp@7.2bit/sdcpp_rules.txt").is_file()
     assert "sdcpp_rules.txt" in done.stdout
-    assert not (folder / "r/export/gguf.json").is_file(), "nothing says that it is whole"
+    assert not (folder / "r/export/gguf@7.2bit.json").is_file(), "nothing says that it is whole"
     monkeypatch.setattr(GgufTarget, "imports", ("no_such_library",))
     absent = call(folder, "export", *targets)
     assert "no_such_library is not installed" in str(absent.exception)

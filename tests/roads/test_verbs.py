@@ -138,18 +138,18 @@ def test_export(kind: str, roads: dict[str, Road], call: Call) -> None:
     table = table_of(roads[kind])
     bit_map = artifacts.load_bit_map(roads[kind].run / "allocations" / MAP / "bitmap.json")
     exported = roads[kind].run / "export"
-    assert load_neutral(exported / "neutral" / "bitmap.json", table).bit_map.digest == bit_map.digest
-    packed = load_quantized(exported / "packed")
+    assert load_neutral(exported / "neutral@uniform-4" / "bitmap.json", table).bit_map.digest == bit_map.digest
+    packed = load_quantized(exported / "packed@uniform-4")
     full = model_of(roads[kind], str(roads[kind].folder / "model"))
     assert {n: p.shape for n, p in packed.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
     assert_on_levels(roads[kind], packed, bit_map)
-    promised = json.loads((exported / "packed.json").read_text())["data"]["accounted_bits"] / 8
+    promised = json.loads((exported / "packed@uniform-4.json").read_text())["data"]["accounted_bits"] / 8
     assert promised < sum(p.nbytes for p in full.parameters())
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "float16"])
 def test_a_consumer_reads_the_export(kind: str, roads: dict[str, Road], call: Call) -> None:
-    entries = json.loads(call(roads[kind], "export", "--verify", "--target", "gguf").stdout)
+    entries = json.loads(call(roads[kind], "export", "--verify", "--target", "gguf", "--accept").stdout)
     assert [entry["target"] for entry in entries] == ["neutral", "packed", "gguf"]
     for entry in entries:
         verification = entry["verification"]
@@ -159,7 +159,7 @@ def test_a_consumer_reads_the_export(kind: str, roads: dict[str, Road], call: Ca
             assert verification["forward_error"] < 0.01
             assert verification["stored_bytes"] == entry["accounted_bits"] / 8
     table = table_of(roads[kind])
-    imported = read_map(roads[kind].run / "export/gguf/diffusion_model.gguf", table, "gguf").bit_map
+    imported = read_map(roads[kind].run / "export/gguf@uniform-4/diffusion_model.gguf", table, "gguf").bit_map
     assert min(int(widths.min()) for widths in imported.weights.values()) < 16
 
 
@@ -229,10 +229,12 @@ def test_report(kind: str, roads: dict[str, Road], call: Call) -> None:
 def test_run(kind: str, roads: dict[str, Road], call: Call) -> None:
     done = call(roads[kind], "run")
     methods = [r["method"] for r in json.loads(done.stdout)]
-    assert methods == ["full-precision", "uniform", "ilp-layer", "ilp-channel", "ilp-channel+trd"]
+    files = [m for m in methods if m.endswith(" file")]
+    assert "packed file" in files
+    assert methods == ["full-precision", "uniform", "ilp-layer", "ilp-channel", "ilp-channel+trd", *files]
     with (roads[kind].run / "pareto.csv").open() as handle:
         assert [row["method"] for row in csv.DictReader(handle)] == methods
-    assert load_quantized(roads[kind].run / "export/packed")
+    assert load_quantized(roads[kind].run / "export/packed@uniform-4")
 
 
 def test_record(roads: dict[str, Road], call: Call) -> None:

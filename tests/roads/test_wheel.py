@@ -92,6 +92,6 @@ def test_a_study_of_an_embedded_model_runs_from_another_folder(installed: Path, 
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "runs/study"
     assert (folder / "report.html").stat().st_size > 10_000
-    assert (folder / "export/neutral").is_dir()
+    assert list((folder / "export").glob("neutral@*/bitmap.json"))
     shown = run(installed, tmp_path, "-m", "mpqsearch", "inspect", "runs/study/profile.json", "--json")
     assert json.loads(shown.stdout)["widths"] == [2, 4, 8]

@@ -162,7 +162,7 @@ def test_packed_and_read_back(model: Denoiser, profile: mpq.Profile, tmp_path: P
     again = mpq.load_quantized(str(folder))
     expected = mpq.quantize(model, allocation, profile).module.state_dict()
     for name, value in again.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)  # biases are stored in half precision
 
 
 def test_exported_and_imported(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:

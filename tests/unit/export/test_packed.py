@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from mpqsearch.artifacts import load_bit_map
-from mpqsearch.core import BitMap, QuantFormat
+from mpqsearch.core import BitMap, LayerSpec, QuantFormat
+from mpqsearch.core.stored import layer_bits as ideal_bits
 from mpqsearch.errors import ArtifactError
-from mpqsearch.export.packed import FILE, MAP, load_quantized, save_quantized
+from mpqsearch.export.packed import (
+    FILE,
+    MAP,
+    in_half,
+    layer_bits,
+    load_quantized,
+    pack_layer,
+    save_quantized,
+    unpack_layer,
+)
 from mpqsearch.models import discover
-from mpqsearch.quant import quantize_model
+from mpqsearch.quant import quantize_model, quantize_weight
 from tests.support.inputs import known
 from tests.support.tiny import tiny_denoiser
 
@@ -41,17 +51,41 @@ def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, t
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 @pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
-def test_it_comes_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
+def test_quantized_layers_come_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
     expected, original = saved(tmp_path, kind, fmt)
     loaded = load_quantized(tmp_path).state_dict()
     assert set(loaded) == set(expected.state_dict())
+    widths = expected_map(kind)
     for key, tensor in expected.state_dict().items():
-        assert torch.equal(loaded[key], tensor), key
+        whole = widths.get(key.removesuffix(".weight"), np.array(16)) == 16
+        if whole.all():
+            assert torch.equal(loaded[key], in_half(tensor).float()), key
+        elif not whole.any():
+            assert torch.equal(loaded[key], tensor), key
+        torch.testing.assert_close(loaded[key], tensor, rtol=2e-3, atol=1e-6)
     kept = load_bit_map(tmp_path / MAP)
     assert kept.format == fmt
     assert all(np.array_equal(kept.weights[n], w) for n, w in expected_map(kind).items())
     stored, full = (tmp_path / FILE).stat().st_size, sum(4 * p.numel() for p in original.parameters())
     assert stored < full
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "auto"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_it_is_smaller_than_a_source_in_half_precision_at_every_width(bits: int, scheme: str) -> None:
+    layer = LayerSpec(name="x", kind="Linear", weight_shape=(32, 128))
+    torch.manual_seed(bits)
+    weight = torch.randn(layer.weight_shape)
+    fmt = QuantFormat(scheme=scheme)
+    rows = quantize_weight(weight, layer, torch.full((32,), bits, dtype=torch.uint8), fmt)
+    packed = pack_layer(rows)
+    assert torch.equal(unpack_layer(packed, layer), rows.rows())
+    stored = 8 * sum(t.nbytes for t in packed.values())
+    promised = layer_bits(layer, np.full(32, bits, dtype=np.uint8), fmt).total
+    assert stored <= promised
+    assert stored == promised or scheme == "auto", "rows of the symmetric scheme alone need no zero points"
+    assert promised < 1.01 * ideal_bits(layer, np.array(bits, dtype=np.uint8), fmt).total + 64
+    assert promised < 16 * layer.n_weights
 
 
 def test_a_file_that_ends_early_or_was_altered_is_refused(tmp_path: Path) -> None:
