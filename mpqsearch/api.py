@@ -22,16 +22,16 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.export import Verification
 from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
-from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
+from mpqsearch.methods import Allocation, MethodSpec
 from mpqsearch.metrics import Evaluation, FeatureExtractor, Scorer
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
-from mpqsearch.profile import InputMoments, gptq_profile, statistics_of
+from mpqsearch.profile import InputMoments, statistics_of
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
 from mpqsearch.quant import Statistics, quantize_model
-from mpqsearch.sampling import can_sample, load_model, samples
+from mpqsearch.sampling import load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.stages.selecting import plain_method
 
@@ -155,57 +155,22 @@ def allocate(
     A method with GPTQ rounding is priced with the errors that this rounding leaves, which runs the model. Raises
     `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits.
     """
-    table = model if isinstance(model, LayerTable) else discover(model)
-    fmt = quantizer or _quantizer(profile)
-    policy = policy or Policy(widths=profile.widths)
-    if method.allocator == "measured":
-        if not isinstance(model, LayerTable) and can_sample(model) and not profile.weights_only:
-            return _selected(model, table, profile, method, _budget(budget), within, costs, policy, fmt)
-        method = replace(plain_method(method, profile), rounding="nearest")
-    priced = profile
-    if method.rounding == "gptq":
-        if isinstance(model, LayerTable):
-            raise ConfigError(
-                f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table"
-            )
-        priced = _priced(model, table, profile, method, fmt)
-    return Programs(
-        table=table,
-        profile=priced,
-        policy=policy,
-        format=fmt,
-        costs=None if costs is None else CostTable.read(costs),
-    ).allocate(method, _budget(budget), [_budget(b) for b in within])
-
-
-def _selected(
-    model: Denoiser,
-    table: LayerTable,
-    profile: SensitivityProfile,
-    method: MethodSpec,
-    budget: Budget,
-    within: Sequence[str | Budget],
-    costs: str | Path | None,
-    policy: Policy,
-    fmt: QuantFormat,
-) -> Allocation:
-    """What the stage of a run selects, in a folder that goes away."""
     from mpqsearch import stages
-    from mpqsearch.stages.allocating import programs_of
-    from mpqsearch.stages.selecting import selected
 
-    labels = tuple(_budget(b).label() for b in within)
-    config = Config(
-        model=ModelConfig(source=model.source or model.name),
-        policy=policy,
-        quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
-        allocate=AllocateConfig(budgets=(budget.label(),), within=labels, costs="" if costs is None else str(costs)),
-        methods=(method,),
-    )
+    table, given = (model, None) if isinstance(model, LayerTable) else (discover(model), model)
+    if given is None and method.allocator == "measured":
+        method = replace(plain_method(method, profile), rounding="nearest")
+    elif given is None and method.rounding == "gptq":
+        raise ConfigError(f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table")
+    wanted, further = _budget(budget), tuple(_budget(b).label() for b in within)
+    asked = AllocateConfig(budgets=(wanted.label(),), within=further, costs="" if costs is None else str(costs))
+    config = _study(model, policy or Policy(widths=profile.widths), quantizer or _quantizer(profile), asked, method)
     with TemporaryDirectory() as folder:
-        run = stages.Run(config=config, folder=Path(folder), given=model)
+        run = stages.Run(config=config, folder=Path(folder), given=given)
         run.table, run.profile = table, profile
-        solved, found = selected(run, method, budget, partial(programs_of, run))
+        solved, found = stages.allocated(run, method, wanted)
+    if found is None:
+        return solved
     tried = f"{found.chosen.label}, by {len(found.chosen.errors)} samples of {len(found.rivals)} maps"
     return replace(solved, notes=(*solved.notes, tried))
 
@@ -355,16 +320,9 @@ def search(
 
     wanted = (budgets,) if isinstance(budgets, str) else tuple(budgets)
     spec = replace(settings or SearchSpec(), trials=trials, method=method.name, budgets=wanted)
-    fmt = _quantizer(profile)
-    config = Config(
-        model=ModelConfig(source=model.source or model.name),
-        policy=policy or Policy(widths=profile.widths),
-        quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
-        allocate=AllocateConfig(budgets=wanted),
-        methods=(method,),
-        search=spec,
-        evaluate=EvaluateConfig(extractor=extractor),
-    )
+    policy, asked = policy or Policy(widths=profile.widths), AllocateConfig(budgets=wanted)
+    study = _study(model, policy, _quantizer(profile), asked, method)
+    config = replace(study, search=spec, evaluate=EvaluateConfig(extractor=extractor))
     run = stages.Run(config=config, folder=Path(folder) if folder else Path("runs") / model.name, given=model)
     run.profile = profile
     stages.layers(run)
@@ -504,6 +462,20 @@ def _shown(model: Denoiser, seeds: Sequence[int]) -> np.ndarray[Any, np.dtype[np
     return (whole[:, 0] if whole.dim() == 5 else whole).numpy()
 
 
+def _study(
+    model: Denoiser | LayerTable, policy: Policy, fmt: QuantFormat, asked: AllocateConfig, method: MethodSpec
+) -> Config:
+    """The study of one method of a model that is at hand."""
+    source = model.model if isinstance(model, LayerTable) else model.source or model.name
+    return Config(
+        model=ModelConfig(source=source),
+        policy=policy,
+        quantizer=QuantizerConfig(criterion=fmt.criterion, p=fmt.p, n_candidates=fmt.n_candidates),
+        allocate=asked,
+        methods=(method,),
+    )
+
+
 def _prompts(given: str | Path | Sequence[str] | Prompts | None) -> Prompts | None:
     if isinstance(given, (str, Path)):
         return read_prompts(PromptsSpec(file=str(given)))
@@ -518,20 +490,6 @@ def _quantizer(profile: SensitivityProfile) -> QuantFormat:
     """How the ranges of the profile were searched."""
     found = profile.calibration.get("format", {})
     return QuantFormat(**{key: found[key] for key in ("criterion", "p", "n_candidates") if key in found})
-
-
-def _priced(
-    model: Denoiser, table: LayerTable, profile: SensitivityProfile, method: MethodSpec, fmt: QuantFormat
-) -> SensitivityProfile:
-    """The profile with the errors that GPTQ leaves, for losses that know them."""
-    from mpqsearch.stages.statistics import NOT_PRICED
-
-    if method.loss in NOT_PRICED or profile.weights_only:
-        return profile
-    own = replace(fmt, scheme=method.scheme, smooth=method.smooth)
-    known = statistics_of(profile)
-    moments = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=known)
-    return gptq_profile(model, table, profile, moments, own)
 
 
 def _statistics(

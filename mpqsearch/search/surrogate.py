@@ -18,7 +18,6 @@ from mpqsearch.core import (
     QuantFormat,
     SensitivityProfile,
     average_bits,
-    size_bits,
 )
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import Allocation, MethodSpec, Programs, channel_losses
@@ -43,6 +42,18 @@ class Candidate:
     predicted: float
     size_bytes: int
     average_bits: float
+
+    @classmethod
+    def of(cls, table: LayerTable, solved: Allocation, budget: Budget) -> Candidate:
+        """A solved map at the budget that it was asked for."""
+        return cls(
+            bit_map=solved.bit_map,
+            budget=budget,
+            bias_correction=solved.method.bias_correction,
+            predicted=solved.predicted_loss,
+            size_bytes=solved.size_bytes,
+            average_bits=average_bits(table, solved.bit_map),
+        )
 
     @property
     def digest(self) -> str:
@@ -76,29 +87,17 @@ class Surrogate:
         method, policy = self.method_of(theta), self.policy_of(theta)
         losses = self.losses_of(theta, method) if _is_shaped(theta) else None
         solved = self.programs(method, policy).allocate(method, self.room(budget, method, policy), losses=losses)
-        return self.finished(solved, budget)
+        return Candidate.of(self.table, solved, budget)
 
     def uniform(self, budget: Budget) -> Candidate:
         """The widest uniform map that fits the budget: what the maps of a search are held against."""
         method = replace(self.method, name="uniform", allocator="uniform", act_choices=())
-        return self.finished(self.programs(method).allocate(method, budget), budget)
+        return Candidate.of(self.table, self.programs(method).allocate(method, budget), budget)
 
     def programs(self, method: MethodSpec, policy: Policy | None = None) -> Programs:
         """The programs with the profile that prices a method, under a policy (None: the search's own)."""
         return Programs(
             table=self.table, profile=self.profile_for(method), policy=policy or self.policy, format=self.format
-        )
-
-    def finished(self, solved: Allocation, budget: Budget) -> Candidate:
-        """An allocation as something to measure."""
-        stored = size_bits(self.table, solved.bit_map)
-        return Candidate(
-            bit_map=solved.bit_map,
-            budget=budget,
-            bias_correction=solved.method.bias_correction,
-            predicted=solved.predicted_loss,
-            size_bytes=-(-stored // 8),
-            average_bits=average_bits(self.table, solved.bit_map),
         )
 
     def method_of(self, theta: Theta) -> MethodSpec:

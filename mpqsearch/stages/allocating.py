@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget
-from mpqsearch.methods import CostTable, MethodSpec, Programs
+from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
 from mpqsearch.stages.profiling import profile_inputs
@@ -17,6 +17,9 @@ from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.selecting import can_select, plain_method, say_selection, selected, selection_inputs
 from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
+
+if TYPE_CHECKING:
+    from mpqsearch.search.selection import Selection
 
 
 def programs_of(run: Run, method: MethodSpec) -> Programs:
@@ -51,18 +54,23 @@ def allocation(run: Run, method: MethodSpec, budget: Budget) -> tuple[BitMap, di
     return solved.bit_map, solved.data
 
 
+def allocated(run: Run, method: MethodSpec, budget: Budget) -> tuple[Allocation, Selection | None]:
+    """Solve one method at one budget; where that is measured, the chosen map with all that was tried."""
+    if method.allocator == "measured" and can_select(run):
+        return selected(run, method, budget, partial(programs_of, run))
+    plain = plain_method(method, run.profile) if method.allocator == "measured" else method
+    with run.timed("allocate"):
+        return programs_of(run, plain).allocate(plain, budget, run.config.allocate.parsed_within()), None
+
+
 def _solve(run: Run, method: MethodSpec, budget: Budget) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
 
-    programs, more = partial(programs_of, run), {}
-    if method.allocator == "measured" and can_select(run):
-        solved, found = selected(run, method, budget, programs)
+    solved, found = allocated(run, method, budget)
+    more = {}
+    if found is not None:
         say_selection(run, budget, found)
         more = {"selection": found.to_data(), "bias_correction": solved.method.bias_correction}
-    else:
-        plain = plain_method(method, run.profile) if method.allocator == "measured" else method
-        with run.timed("allocate"):
-            solved = programs(plain).allocate(plain, budget, run.config.allocate.parsed_within())
     data = solved.to_data() | {"made_from": _made_from(run, solved.method)} | more
     provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
     extra = neutral_extra(run.table, solved.bit_map, provenance=provenance)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, SensitivityProfile, average_bits
+from mpqsearch.core import BitMap, Budget, SensitivityProfile
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.methods import Allocation, MethodSpec, Programs
 from mpqsearch.prompts import band_of
@@ -93,10 +93,11 @@ def selected(
     """
     from mpqsearch.progress import bar_of
     from mpqsearch.search.selection import Rival, moved, select
+    from mpqsearch.search.surrogate import Candidate
 
     c = run.config.allocate
     solved = _solved(variants(method, run.profile, (budget, *c.parsed_within())), budget, c.parsed_within(), programs)
-    rivals = [Rival(label=label, candidate=_candidate(run.table, s, budget)) for label, s in solved.items()]
+    rivals = [Rival(label=label, candidate=Candidate.of(run.table, s, budget)) for label, s in solved.items()]
     first = band_of("development")[0]
     seeds = range(first, first + c.select_samples)
     evaluator = run.once("selection", lambda: _evaluator(run, len(rivals)))
@@ -159,6 +160,7 @@ class Walk:
     def __call__(self, parent: Rival, move: int) -> Rival | None:
         """The child of a map by move number ``move``; None when nothing fits."""
         from mpqsearch.search.selection import Rival
+        from mpqsearch.search.surrogate import Candidate
 
         profile, rng = self.programs.profile, np.random.default_rng([0, move])
         factors = self._factors.get(parent.label, np.ones(len(profile.names))).copy()
@@ -174,7 +176,7 @@ class Walk:
         # The certificate is one of these losses, which no profile holds.
         self.solved[label] = replace(made, result=None, by_layer=None, certificate=None)
         self._factors[label] = factors
-        return Rival(label=label, candidate=_candidate(self.programs.table, made, self.budget))
+        return Rival(label=label, candidate=Candidate.of(self.programs.table, made, self.budget))
 
 
 def say_selection(run: Run, budget: Budget, found: Selection) -> None:
@@ -194,19 +196,6 @@ def say_selection(run: Run, budget: Budget, found: Selection) -> None:
 
 def _differ(a: Allocation, b: Allocation) -> bool:
     return (a.bit_map.digest, a.method.bias_correction) != (b.bit_map.digest, b.method.bias_correction)
-
-
-def _candidate(table: LayerTable, solved: Allocation, budget: Budget) -> Candidate:
-    from mpqsearch.search.surrogate import Candidate
-
-    return Candidate(
-        bit_map=solved.bit_map,
-        budget=budget,
-        bias_correction=solved.method.bias_correction,
-        predicted=solved.predicted_loss,
-        size_bytes=solved.size_bytes,
-        average_bits=average_bits(table, solved.bit_map),
-    )
 
 
 def _evaluator(run: Run, n: int) -> ModelEvaluator:
