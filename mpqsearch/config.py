@@ -16,6 +16,7 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
 from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
+from mpqsearch.specs.distill import TRAINED
 from mpqsearch.specs.targets import ROUNDINGS, check_targets
 from mpqsearch.toml_text import dump_toml, toml_value
 from mpqsearch.untrusted import build, read_toml
@@ -245,7 +246,8 @@ TRAINABLE = ("scales", "lora", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """``chosen``: the method whose maps are drawn and exported (empty: the one with the best front)."""
+    """``chosen``: the method whose maps are drawn and exported (empty: the one with the best front); with ``+trd``
+    behind it, its trained models."""
 
     title: str = ""
     chosen: str = ""
@@ -309,7 +311,7 @@ class Config:
                 )
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"methods need distinct names and at least one entry, got {names}")
-        if self.report.chosen and self.report.chosen not in names:
+        if self.report.chosen and self.report.chosen.removesuffix(TRAINED) not in names:
             raise UnknownNameError("method", self.report.chosen, names, "(report.chosen)")
         self.allocate.parsed()
         if self.search.trials and self.allocate.within:
@@ -335,7 +337,7 @@ class Config:
 
     def chosen_method(self, name: str | None) -> str:
         """``name`` when the study has such a method; without one the method of the report, else the last."""
-        return self.method(name or self.report.chosen or self.methods[-1].name).name
+        return self.method(name or self.report.chosen.removesuffix(TRAINED) or self.methods[-1].name).name
 
     def _check_search(self) -> None:
         parse_space(self.search.space)

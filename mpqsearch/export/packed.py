@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -86,7 +87,9 @@ class PackedTarget(Target):
         from mpqsearch.export.check import decode_in_place, each_quantized, write_check
 
         def rows() -> Iterator[tuple[str, QuantizedRows]]:
-            for layer, quantized in each_quantized(job, plan, asymmetric=False):
+            for layer, exact in each_quantized(job, plan, asymmetric=False):
+                full = exact.full_rows
+                quantized = exact if full is None else replace(exact, full_rows=in_half(full).float())
                 yield layer.name, quantized
                 decode_in_place(job, {layer.name: quantized})
 

@@ -108,9 +108,10 @@ class WeightQuantizer(nn.Module):
         return rows * self.weight_unit[:, None]
 
     def _quantizer(self) -> tuple[Tensor, Tensor]:
-        """Scales and zero points as they are stored; the zero points of symmetric rows stay as they are."""
+        """Scales and zero points as they are stored; those of symmetric rows stay between the two middle codes,
+        whatever the optimiser's weight decay makes of the parameter."""
         scale, zero = as_stored(self.scale * self.scale_unit, self.zero, self.top)
-        return scale, torch.where(self.fixed_zero, self.zero.detach(), zero)
+        return scale, torch.where(self.fixed_zero, self.top / 2, zero)
 
     def forward(self) -> Tensor:
         """The fake-quantized weight in the layer's own shape and dtype."""

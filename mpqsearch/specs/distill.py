@@ -13,6 +13,9 @@ PRECISIONS = ("float32", "bfloat16")
 
 TIMESTEP_WEIGHTS = ("uniform", "sampler")
 
+TRAINED = "+trd"
+"""Behind the name of a method: what training made of its map."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TRDSpec:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget
-from mpqsearch.errors import NumericsError
+from mpqsearch.errors import ArtifactError, NumericsError
+from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, same_model, slug
@@ -19,14 +20,15 @@ from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.quantizing import write_model_folder
 from mpqsearch.stages.references import reference
-from mpqsearch.stages.reuse import METRICS, reuse_or_make
+from mpqsearch.stages.reuse import METRICS, current, reuse_or_make
 from mpqsearch.stages.statistics import activation_table, moment_inputs, statistics_for
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mpqsearch.distill import Processes
     from mpqsearch.metrics import Reference
+    from mpqsearch.quant import QuantizedModel
 
 KEYS = ("fd_fp", "fd_data", "paired_psnr", "class_accuracy", "attributes_recognised", "clip_score", "paired_mse")
 """Metrics that the stage prints."""
@@ -36,7 +38,8 @@ def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
     """Train the student of ``method_name`` at ``budget``, write it to ``distilled/`` and measure it before and after.
 
     Files: ``train.jsonl``, checkpoints, a diffusers folder of the trained model with its bit map, ``codes.safetensors``
-    (integer codes, scales and zero points), ``activations.json`` (learned scales, where activations are quantized) and
+    (integer codes, scales, zero points and biases), ``activations.json`` (learned scales, where activations are
+    quantized) and
     ``metrics.json``, whose data is returned: ``before``, ``after`` and, where the student is checked, ``checks``, step
     and distance of each. The same call continues an interrupted training. Raises `SystemExit` with 128 plus the
     signal's number after a signal.
@@ -58,6 +61,49 @@ def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
         run.say(f"distill: would train {method_name} at {budget.label()} for {steps} steps into {folder}")
         return {}
     return dict(reuse_or_make(run, METRICS, path, task.inputs, lambda: _trained(task), stage="distill"))
+
+
+def trained_data(run: Run, method: MethodSpec, budget: Budget) -> dict[str, Any] | None:
+    """What `distill` returned for a method and a budget in this run folder; None when nothing was trained there from
+    what is there now."""
+    bit_map, _ = allocation(run, method, budget)
+    inputs = _inputs(run, bit_map, bias_correction=method.bias_correction)
+    return current(METRICS, run.path("distilled", slug(method.name, budget), "metrics.json"), inputs)
+
+
+def trained_model(run: Run, method: MethodSpec, budget: Budget) -> QuantizedModel:
+    """The student that `distill` wrote, without quantizers of inputs: its codes, and the model that they decode to.
+
+    Raises `ArtifactError` for a file that lacks a part, as those of earlier versions do.
+    """
+    import copy
+
+    from safetensors.torch import load_file
+
+    from mpqsearch.quant import QuantizedModel, QuantizedRows, RowQuantizer, weight_of
+    from mpqsearch.quant.apply import owners_of
+
+    file = run.path("distilled", slug(method.name, budget), CODES)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name, _, part = key.rpartition("/")
+        parts.setdefault(name, {})[part] = tensor
+    module = copy.deepcopy(run.denoiser.module).requires_grad_(False)
+    owners, rows = owners_of(module, run.table), {}
+    for name, found in parts.items():
+        owner: Any = owners[name][0]
+        if not {"codes", "scale", "zero", "bits"} <= set(found) or (owner.bias is not None) != ("bias" in found):
+            raise ArtifactError(f"{file} lacks a part of {name!r}: train again (mpqsearch distill --overwrite)")
+        quantizer = RowQuantizer(scale=found["scale"], zero=found["zero"], bits=found["bits"])
+        floats = {part: found.get(part) for part in ("factor", "full_rows")}
+        rows[name] = QuantizedRows(codes=found["codes"], quantizer=quantizer, **floats)
+        owner.weight.copy_(weight_of(rows[name].rows(), run.table[name]))
+        if owner.bias is not None:
+            owner.bias.copy_(found["bias"])
+    return QuantizedModel(module=module, bit_map=allocation(run, method, budget)[0], rows=rows)
+
+
+CODES = "codes.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,12 +282,14 @@ def _write(run: Run, folder: Path, trained: Any) -> None:
 
     from mpqsearch.models.runner import parts_of
     from mpqsearch.quant import activation_table_of
+    from mpqsearch.quant.apply import owners_of
 
     if all(hasattr(part, "save_pretrained") for part in parts_of(run.denoiser.module).values()):
         write_model_folder(run, folder, trained.module, trained.bit_map)
     else:
         artifacts.save_bit_map(folder / "bitmap.json", trained.bit_map, {"model": run.table.digest})
     tensors: dict[str, Any] = {}
+    owners = owners_of(trained.module, run.table)
     for name, rows in trained.rows.items():
         parts = {
             "codes": rows.codes,
@@ -250,9 +298,12 @@ def _write(run: Run, folder: Path, trained: Any) -> None:
             "bits": rows.quantizer.bits,
             "factor": rows.factor,
             "full_rows": rows.full_rows,
+            "bias": owners[name][0].bias,
         }
-        tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items() if value is not None}
-    with artifacts.atomic_write(folder / "codes.safetensors") as handle:
+        tensors |= {
+            f"{name}/{key}": value.detach().cpu().contiguous() for key, value in parts.items() if value is not None
+        }
+    with artifacts.atomic_write(folder / CODES) as handle:
         handle.write(save(tensors))
     learned = activation_table_of(trained.module, run.table)
     if learned is not None:

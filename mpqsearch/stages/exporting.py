@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, StudyRecord, size_bits
-from mpqsearch.errors import ArtifactError, MpqsearchError
+from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
+from mpqsearch.methods import MethodSpec
+from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, log, slug
 from mpqsearch.stages.delivering import deliver
+from mpqsearch.stages.distilling import CODES, trained_data, trained_model
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import file_key, quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from mpqsearch.export import ExportJob, Target
     from mpqsearch.models import Call
+    from mpqsearch.quant import QuantizedModel
 
 Verify = Literal["no", "once", "now"]
 """Whether consumers read exports back: not at all, unless they have done it before, or in any case."""
@@ -55,12 +59,15 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One target with the map that it gets: ``choices`` names its own formats where the map was made for it."""
+    """One target with the map that it gets: ``choices`` names its own formats where the map was made for it; any other
+    is that of ``method``, ``trained`` where that is better."""
 
     target: Target
     budget: Budget
     bit_map: BitMap
     bias_correction: bool
+    method: MethodSpec | None
+    trained: bool
     label: str
     choices: Mapping[str, str]
     provenance: Mapping[str, Any]
@@ -126,14 +133,15 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _T
     from mpqsearch.export import get_exporter
 
     choices: Mapping[str, str] = {}
-    corrected = True
+    corrected, method, trained = True, None, False
     if name in run.config.allocate.targets:
         bit_map, solved = target_allocation(run, name, budget)
         label, choices = f"allocated for {name} at {budget.label()}", solved["choices"]
     else:
         method = chosen_method(run, records)
         bit_map, solved = allocation(run, method, budget)
-        label = f"{method.name} at {budget.label()}"
+        trained = _is_trained(run, method, budget)
+        label = f"{method.name}{TRAINED if trained else ''} at {budget.label()}"
         corrected = solved.get("bias_correction", method.bias_correction)
     inputs = {
         "bit_map": bit_map.digest,
@@ -141,6 +149,7 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _T
         "rounding": run.config.export.rounding,
         "target": name,
         "bias_correction": str(corrected),
+        "trained": _trained_digest(run, method, budget) if trained and method else "no",
         "choices": artifacts.digest_of(dict(choices)),
         "profile": artifacts.digest_of(profile_inputs(run)),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
@@ -150,6 +159,8 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _T
         budget=budget,
         bit_map=bit_map,
         bias_correction=corrected,
+        method=method,
+        trained=trained,
         label=label,
         choices=choices,
         provenance={"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
@@ -239,13 +250,49 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
     return data
 
 
+def _is_trained(run: Run, method: MethodSpec, budget: Budget) -> bool:
+    """Whether the trained model of a method is what is exported: it was asked for by name, or training made it better.
+
+    Raises `ConfigError` when it was asked for and there is none.
+    """
+    asked, found = run.config.report.chosen.endswith(TRAINED), trained_data(run, method, budget)
+    if found is None:
+        if asked:
+            raise ConfigError(
+                f"{method.name} was not trained at {budget.label()} with these settings: run `mpqsearch distill "
+                f"--method {method.name} --budget {budget.label()}` first, or leave out {TRAINED!r}"
+            )
+        return False
+    before, after = (found[when]["paired_mse"]["value"] for when in ("before", "after"))
+    if not asked and after >= before:
+        run.say(
+            f"export: {method.name} at {budget.label()} is exported as it was before training, which did not lower its "
+            f"error ({before:.4g}, after it {after:.4g}); --method {method.name}{TRAINED} takes the trained one"
+        )
+    return asked or bool(after < before)
+
+
+def _trained_digest(run: Run, method: MethodSpec, budget: Budget) -> str:
+    return artifacts.digest_file(run.path("distilled", slug(method.name, budget), CODES))
+
+
+def _trained(run: Run, task: _Task) -> QuantizedModel | None:
+    if not task.trained or task.method is None:
+        return None
+    method, budget = task.method, task.budget
+    return run.once(("trained", method.name, budget.label()), lambda: trained_model(run, method, budget))
+
+
 def _evaluated(run: Run, task: _Task) -> Callable[[Call], Tensor] | None:
     """Predictions of the model that was evaluated, which is made when it is asked; None where nothing runs."""
-    if run.config.calibration.weights_only or (task.bit_map.activations and run.config.calibration.captured):
+    still = task.trained or run.config.calibration.captured  # their quantizers of inputs are not made again here
+    if run.config.calibration.weights_only or (task.bit_map.activations and still):
         return None
 
     @cache
     def module() -> nn.Module:
+        if (trained := _trained(run, task)) is not None:
+            return trained.module
         return quantized_module(run, task.bit_map, bias_correction=task.bias_correction)
 
     return lambda call: call.replay(module())
@@ -276,6 +323,7 @@ def _job(run: Run, task: _Task) -> ExportJob:
         choices=task.choices,
         statistics=statistics_for(run, task.bit_map),
         bias_correction=task.bias_correction,
+        trained=_trained(run, task),
         evaluated=_evaluated(run, task),
         inputs={"model": run.table.digest},
         provenance=task.provenance,

@@ -16,6 +16,7 @@ from mpqsearch.methods import MethodSpec, available_losses, channel_losses
 from mpqsearch.pareto import main_metric
 from mpqsearch.ranks import spearman
 from mpqsearch.secrets import redact
+from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation, study_methods
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
@@ -276,7 +277,7 @@ def chosen_method(run: Run, records: list[StudyRecord]) -> MethodSpec:
     are judged by (`mpqsearch.pareto.main_metric`)."""
     by_name = {m.name: m for m in run.config.methods}
     if run.config.report.chosen:
-        return by_name[run.config.report.chosen]
+        return by_name[run.config.report.chosen.removesuffix(TRAINED)]
     scores: dict[str, list[float]] = {}
     metric = main_metric(records)
     for r in records:

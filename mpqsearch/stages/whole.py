@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 from mpqsearch.core import Budget, MetricValue, StudyRecord
+from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.delivering import delivered_records
 from mpqsearch.stages.distilling import distill
@@ -57,5 +58,5 @@ def trained(run: Run, records: list[StudyRecord]) -> list[StudyRecord]:
         before = next((r for r in records if r.method == name and r.budget == budget.label()), None)
         if data and before is not None:
             metrics = {k: MetricValue(**v) for k, v in data["after"].items()}
-            found.append(replace(before, method=f"{name}+trd", metrics=metrics))
+            found.append(replace(before, method=f"{name}{TRAINED}", metrics=metrics))
     return found

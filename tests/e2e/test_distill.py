@@ -54,6 +54,19 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     again = cli(*call, "--json")
     assert "distill: reused" in again.stderr
     assert json.loads(again.stdout) == data
+    settings = [*call[1:5], *call[7:]]
+    named = cli(
+        "export", *settings, "--method", "ilp-channel+trd", "-t", "packed", "-t", "neutral", "--verify", "--accept"
+    )
+    assert named.returncode == 0, named.stderr
+    stamp = json.loads((tmp_path / "run/export/packed@uniform-3.json").read_text())["data"]
+    assert stamp["map"] == "ilp-channel+trd at uniform:3"
+    assert stamp["verification"]["evaluated_error"] < 1e-3, "the file is the trained model"
+    measured, after = (d["paired_mse"]["value"] for d in (stamp["delivered"]["metrics"], data["after"]))
+    assert abs(measured / after - 1) < 0.01, "biases are in half precision"
+    missing = cli("export", *settings[:4], *SMALL, "--method", "uniform+trd", "-t", "packed", "--budget", "uniform:3")
+    assert missing.returncode == 2
+    assert "uniform was not trained at uniform:3" in missing.stderr
     other = cli(*call, "--set", "distill.relation.temperature=0.5")
     assert other.returncode == 4
     assert "distill (" in other.stderr

@@ -80,6 +80,7 @@ def small(command: str) -> list[str]:
         return arguments
     arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     arguments += ["--set", 'allocate.budgets=["uniform:3", "uniform:4"]'] if arguments[0] == "run" else []
+    arguments += ["--accept"] if arguments[0] == "export" else []  # tiny samples; what it says is tested elsewhere
     return [*arguments, *([] if "--overwrite" in arguments else ["--overwrite"])]
 
 
