@@ -22,9 +22,7 @@ class NextStep:
         next_choice: Choice that the best step leads to, None when no step lowers the loss.
         saved: Loss that the step would save.
         extra_cost: What it would cost more.
-        rate_up: ``saved / extra_cost``; 0 without a step.
-        rate_down: Least loss per unit of cost given back by a smaller choice; infinite at the smallest.
-        holds: ``free``, ``fixed``, ``at largest`` or ``at smallest`` of what is allowed, or how many items are so.
+        rate: ``saved / extra_cost``; 0 without a step.
     """
 
     name: str
@@ -33,9 +31,7 @@ class NextStep:
     next_choice: str | None
     saved: float
     extra_cost: int
-    rate_up: float
-    rate_down: float
-    holds: str
+    rate: float
 
 
 def explain(
@@ -56,20 +52,14 @@ def explain(
     chosen, rows = np.empty(len(tables.loss), dtype=np.int64), np.arange(len(tables.loss))
     chosen[tables.row] = choice
     loss, cost = tables.loss.astype(np.float64), tables.costs[0].astype(np.int64)
-    growth, permitted = cost - cost[rows, chosen][:, None], np.isfinite(loss)
-    rate = np.where(permitted, loss[rows, chosen][:, None] - loss, -np.inf) / np.where(growth == 0, 1, growth)
-    larger, smaller = permitted & (growth > 0), permitted & (growth < 0)
-    rate_up = np.where(larger, rate, -np.inf)
-    rate_down = np.where(smaller, rate, np.inf).min(axis=1, initial=np.inf)
-    held = [permitted.sum(axis=1) == 1, ~larger.any(axis=1), ~smaller.any(axis=1)]
-    holds = np.select(held, ["fixed", "at largest", "at smallest"], "free")
-
+    growth = cost - cost[rows, chosen][:, None]
+    rate = np.where(growth > 0, loss[rows, chosen][:, None] - loss, -np.inf) / np.maximum(growth, 1)
     members = tables.row if sets is None else np.asarray(sets)
     order, steps = np.argsort(members, kind="stable"), []
     for items in np.split(order, np.flatnonzero(np.diff(members[order])) + 1):
         own = np.unique(tables.row[items])
-        best, to = (int(at) for at in np.unravel_index(int(rate_up[own].argmax()), rate_up[own].shape))
-        best, lowers = int(own[best]), bool(rate_up[own].max() > 0)
+        best, to = (int(at) for at in np.unravel_index(int(rate[own].argmax()), rate[own].shape))
+        best, lowers = int(own[best]), bool(rate[own].max() > 0)
         steps.append(
             NextStep(
                 name=_label(problem, items) if sets is None or names is None else names[int(sets[items[0]])],
@@ -78,21 +68,11 @@ def explain(
                 next_choice=problem.choice_name(to).strip("'") if lowers else None,
                 saved=float(loss[best, chosen[best]] - loss[best, to]) if lowers else 0.0,
                 extra_cost=int(growth[best, to]) if lowers else 0,
-                rate_up=float(rate_up[best, to]) if lowers else 0.0,
-                rate_down=float(rate_down[own].min()),
-                holds=_held(holds[tables.row[items]].tolist()),
+                rate=float(rate[best, to]) if lowers else 0.0,
             )
         )
-    return tuple(sorted(steps, key=lambda step: -step.rate_up))
+    return tuple(sorted(steps, key=lambda step: -step.rate))
 
 
 def _label(problem: AllocationProblem, items: Integers) -> str:
     return ", ".join(problem.item_name(item).strip("'") for item in items.tolist())
-
-
-def _held(holds: list[str]) -> str:
-    """What holds the items: one word when all agree, else how many are at an end."""
-    if len(set(holds)) == 1:
-        return holds[0]
-    counts = [(holds.count(what), what) for what in ("fixed", "at largest", "at smallest")]
-    return ", ".join(f"{count} {what}" for count, what in counts if count)

@@ -275,9 +275,7 @@ def _show_explanation(data: Mapping[str, Any]) -> None:
             "next": layer["next"] or "-",
             "saves": f"{layer['saved']:.3g}",
             "costs": layer["extra_cost"],
-            f"saved per {unit}": f"{layer['rate_up']:.3g}",
-            f"lost per {unit} less": number(layer["rate_down"], ".3g"),
-            "held": layer["holds"],
+            f"saved per {unit}": f"{layer['rate']:.3g}",
         }
         for layer in layers[:SHOWN_LAYERS]
     ]

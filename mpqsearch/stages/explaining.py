@@ -101,7 +101,7 @@ def _answer(budget: Budget, limit: int, program: Program, path: ParetoPath) -> d
 def explanations(run: Run) -> list[dict[str, Any]]:
     """Why every map of every ``ilp-*`` method is as it is: ``explanation.json`` and ``.csv`` beside the map.
 
-    The best next step of every layer, the shadow prices of the budgets, and the layers at an end of what is allowed.
+    The best next step of every layer, and the shadow prices of the budgets.
     """
     answers = []
     for budget in run.config.allocate.parsed():
@@ -159,11 +159,5 @@ def _layer_row(step: NextStep, table: LayerTable, bit_map: BitMap) -> dict[str, 
         "next": step.next_choice,
         "saved": step.saved,
         "extra_cost": step.extra_cost,
-        "rate_up": step.rate_up,
-        "rate_down": _finite(step.rate_down),
-        "holds": step.holds,
+        "rate": step.rate,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -58,7 +58,7 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
         assert one["slack"] == saved["limit"] - saved["size_bits"]
         assert {key: one[key] for key in ("status", "loss", "gap")}.items() <= saved["result"].items()
         assert one["shadow_prices"] == saved["certificate"]["multipliers"]
-        rates = [row["rate_up"] for row in one["layers"]]
+        rates = [row["rate"] for row in one["layers"]]
         assert rates == sorted(rates, reverse=True)
         assert sum(row["loss"] for row in one["layers"]) > 0
 

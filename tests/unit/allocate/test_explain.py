@@ -58,9 +58,8 @@ def test_explanation_of_the_next_step():
     assert [step.name for step in steps] == ["a", "b", "c"]
     first, second, last = steps
     assert (first.next_choice, first.saved) == ("choice 2", 2.0)
-    assert (first.rate_up, first.rate_down) == (2.0, 8.0)
-    assert (second.rate_up, second.rate_down) == (1.0, 4.0)
-    assert (last.next_choice, last.rate_up, last.holds) == (None, 0.0, "at smallest")
+    assert (first.rate, second.rate) == (2.0, 1.0)
+    assert (last.next_choice, last.rate) == (None, 0.0)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -75,17 +74,13 @@ def test_layers_are_told_what_their_channels_are_told(seed):
     result = solve(asked)
     by_item = {int(step.name.split()[1]): step for step in explain(asked, result.choice)}
     told = explain(asked, result.choice, layer, [f"layer {n}" for n in range(5)])
-    assert [one.rate_up for one in told] == sorted((one.rate_up for one in told), reverse=True)
+    assert [one.rate for one in told] == sorted((one.rate for one in told), reverse=True)
     for one in told:
         items = [by_item[i] for i in np.flatnonzero(layer == int(one.name.split()[1])).tolist()]
-        best = max(items, key=lambda item: item.rate_up)
+        best = max(items, key=lambda item: item.rate)
         assert one.loss == pytest.approx(sum(item.loss for item in items), rel=1e-12)
         assert one.cost == sum(item.cost for item in items)
-        assert (one.rate_up, one.saved, one.extra_cost) == (best.rate_up, best.saved, best.extra_cost)
-        assert one.rate_down == min(item.rate_down for item in items)
-        for what in ("at largest", "at smallest", "fixed"):
-            count = sum(item.holds == what for item in items)
-            assert (f"{count} {what}" in one.holds or one.holds == what) == (count > 0)
+        assert (one.rate, one.saved, one.extra_cost) == (best.rate, best.saved, best.extra_cost)
 
 
 def test_the_items_of_a_group_step_together():
@@ -93,7 +88,7 @@ def test_the_items_of_a_group_step_together():
     result = solve(asked)
     assert explain(asked, result.choice)[0].name == "a, b"
     told = explain(asked, result.choice, np.array([0, 1, 1]), ["first", "second"])
-    assert [(one.name, one.saved, one.extra_cost, one.rate_up) for one in told] == [
+    assert [(one.name, one.saved, one.extra_cost, one.rate) for one in told] == [
         ("first", 3.0, 2, 1.5),
         ("second", 3.0, 2, 1.5),
     ]
