@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +40,13 @@ class StreamedModel:
     """A denoiser whose weights stay on disk.
 
     ``module`` has the structure and the shapes, on the device ``meta``. ``stored`` maps every key of its state dict to
-    the file that holds it; keys that share one parameter share one place. ``calls`` are recorded calls of a pipeline,
-    to run the structure with.
+    the file that holds it; keys that share one parameter share one place.
     """
 
     name: str
     module: nn.Module
     stored: Mapping[str, Stored]
     source: str = ""
-    calls: Sequence[Call] = field(default=())
 
     @property
     def n_bytes(self) -> int:
@@ -112,7 +110,7 @@ def _converted(piece: Tensor, dtype: torch.dtype, buffer: Tensor) -> Tensor:
     return buffer[: len(piece)].copy_(piece) if dtype == torch.float32 else piece.to(dtype)
 
 
-def open_streamed(source: str, *, component: str = "", calls: Sequence[Call] = ()) -> StreamedModel:
+def open_streamed(source: str, *, component: str = "") -> StreamedModel:
     """Open a model folder without loading its weights.
 
     source
@@ -136,29 +134,28 @@ def open_streamed(source: str, *, component: str = "", calls: Sequence[Call] = (
         parts[name] = structure(inner, config, len(found)).eval().requires_grad_(False)
         stored |= {f"{name}.{key}" if name else key: place for key, place in _placed(inner, parts[name], found)}
     module = parts[""] if "" in parts else Parts(parts)
-    return StreamedModel(name=model_name(source), module=module, stored=stored, source=source, calls=calls)
+    return StreamedModel(name=model_name(source), module=module, stored=stored, source=source)
 
 
 def discover_streamed(model: StreamedModel, *, progress: Progress | None = None) -> LayerTable:
     """`discover` for a model on disk: the same layers, shapes, roles and digest, without its weights in memory.
 
-    MACs and what else only a run shows come from a run of the structure on the device ``meta``, with the recorded calls
-    if there are any, else with inputs made up from the configuration. Where no such run succeeds MACs are 0, the roles
-    go by names alone, and one line says so.
+    MACs and what else only a run shows come from a run of the structure on the device ``meta``, with inputs made up
+    from the configuration. Where no such run succeeds MACs are 0, the roles go by names alone, and one line says so.
     """
     return replace(structure_table(model), digest=model.digest(progress))
 
 
 def structure_table(model: StreamedModel) -> LayerTable:
     """The layers of a model on disk, without reading a weight and so without the digest of `discover_streamed`."""
-    for calls in [list(model.calls)] if len(model.calls) else _made_up(model.module):
+    for calls in _made_up(model.module):
         try:
             return table_of(model.module, calls, name=model.name)
         except Exception as error:  # noqa: BLE001  (any model may fail on meta tensors or made-up inputs, in its own way)
             log.info("%s: no run on meta tensors: %s", model.name, error)
     log.warning(
-        "%s: its structure could not be run without weights, so MACs are 0 and roles go by names. Give recorded calls "
-        "to have them.",
+        "%s: its structure could not be run without weights, so MACs are 0 and roles go by names; a profile that runs "
+        "the model has both",
         model.name,
     )
     return table_of(model.module, (), name=model.name)

@@ -96,11 +96,11 @@ def width_quantizers(
     layer: LayerSpec,
     widths: tuple[int, ...],
     fmt: QuantFormat,
-    stats: RowStatistics | None = None,
     part: slice = EVERY,
 ) -> tuple[tuple[RowQuantizer, ...], Tensor]:
-    """The quantizer of every row at every width, one a width, and the errors of `width_errors` that they make."""
-    errors, quantizers = zip(*(_searched(weight, layer, bits, fmt, stats, part) for bits in widths), strict=True)
+    """The quantizer of every row at every width, one a width, and the errors of `width_errors` that they make; for
+    formats without smoothing."""
+    errors, quantizers = zip(*(_searched(weight, layer, bits, fmt, None, part) for bits in widths), strict=True)
     return quantizers, torch.stack(errors)
 
 
@@ -109,12 +109,11 @@ def errors_again(
     layer: LayerSpec,
     quantizers: Sequence[RowQuantizer],
     fmt: QuantFormat,
-    stats: RowStatistics | None = None,
     part: slice = EVERY,
 ) -> Tensor:
     """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit; or those of the rows of
     ``part`` alone."""
-    scaled, factor = _scaled(weight, layer, fmt, stats, part)
+    scaled, factor = _scaled(weight, layer, fmt, None, part)
     mine = (RowQuantizer(scale=q.scale[part], zero=q.zero[part], bits=q.bits[part]) for q in quantizers)
     return torch.stack([_error(scaled, factor, q) for q in mine])
 
