@@ -17,6 +17,7 @@ from mpqsearch.errors import ConfigError
 if TYPE_CHECKING:
     from mpqsearch.core import BitMap, Budget, LayerTable
     from mpqsearch.methods import MethodSpec
+    from mpqsearch.stages import Quality, Run, Tried
 
     Maps = Sequence[tuple[MethodSpec, Budget, BitMap, Mapping[str, Any]]]
     TargetMaps = Sequence[tuple[str, Budget, BitMap, Mapping[str, Any]]]
@@ -60,6 +61,13 @@ MaxFormatsPerLayerOption = Annotated[int | None, typer.Option(help="At most so m
 PathOption = Annotated[
     bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
 ]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRIC<=VALUE",
+        help="The smallest map whose measured quality passes: 'fd_fp<=0.1', 'paired_psnr>=40'. A budget is its limit.",
+    ),
+]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="What the next bit would buy, and where.")]
 
 
@@ -76,6 +84,8 @@ def allocate(
     max_formats: MaxFormatsOption = None,
     max_formats_per_layer: MaxFormatsPerLayerOption = None,
     select: options.Select = None,
+    until: UntilOption = None,
+    method: options.Method = None,
     target: TargetsOption = None,
     path: PathOption = False,
     explain: ExplainOption = False,
@@ -98,6 +108,9 @@ def allocate(
     By default maps that differ in kind (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and
     measured on a few samples from the same noise; the best is handed out, with the table of what was measured.
 
+    With `--until` the size is searched for one method (`--method`), with the samples of `evaluate`; the answer is the
+    smallest map whose interval of 95 % keeps to the bound.
+
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
     formats, and a budget is the size of the target's file, headers apart. Options about widths take the place of what
     `[policy]` of the study says. Where no map fits, the exit code is 3 and the smallest attainable value is named.
@@ -109,6 +122,7 @@ def allocate(
     - `mpqsearch allocate -b 3bit --within 7e9bops`: two budgets at once
     - `mpqsearch allocate -c by-layer.toml -b uniform:4 --latency phone.csv --within 12ms`: no slower, as measured
     - `mpqsearch allocate -b 3bit --min-bits "up_blocks.*=3" --max-bits "mid_block.*=4" --fix "conv_in=16"`
+    - `mpqsearch allocate --until "paired_psnr>=40"`: the smallest map that reaches it, measured at up to eight sizes
     - `mpqsearch allocate -b 3bit --group qkv --max-formats 2`: for engines with fused projections and two kernels
     """
     from mpqsearch import stages
@@ -129,7 +143,11 @@ def allocate(
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     if (path or explain) and not target:
         stages.program_methods(run)  # there must be one, which is known before anything is measured
+    asked = _asked(run, until, method, budget, target)
     if not stages.prepare(run):
+        return
+    if asked:
+        _show_until(*asked, *stages.smallest(run, *asked), as_json=as_json)
         return
     for_targets = stages.target_allocations(run)
     maps = [] if target else stages.allocations(run)
@@ -156,6 +174,34 @@ def _show(
         _show_path(table, path)
     for explanation in more.get("explanations", ()):
         _show_explanation(explanation)
+
+
+def _asked(
+    run: Run, until: str | None, method: str | None, budgets: Sequence[str] | None, targets: Sequence[str] | None
+) -> tuple[Quality, MethodSpec, Budget | None] | None:
+    """What `--until` asks for. Raises `ConfigError` for options that do not go with it."""
+    from mpqsearch.stages import Quality
+
+    if until is None:
+        if method is not None:
+            raise ConfigError("--method of allocate goes with --until; without it every method of the study is solved")
+        return None
+    if targets or len(budgets or ()) > 1:
+        raise ConfigError("--until goes with at most one --budget, the largest size, and without --target")
+    limit = run.config.allocate.parsed()[0] if budgets else None
+    return Quality.parse(until), run.config.method(run.config.chosen_method(method)), limit
+
+
+def _show_until(
+    quality: Quality, method: MethodSpec, _: Budget | None, best: Tried, tried: Sequence[Tried], *, as_json: bool
+) -> None:
+    rows = [t.row(quality) for t in tried]
+    if as_json:
+        print_json({"until": str(quality), "method": method.name, "best": best.row(quality), "tried": rows})
+        return
+    shown = [{k: number(v, ".4g") if k in ("value", "low", "high") else v for k, v in row.items()} for row in rows]
+    size = f"{best.record.size_bytes} bytes, {best.record.average_bits:.4f} bits a parameter"
+    print_table(f"{method.name} until {quality}: {size} ({best.budget.label()})", shown)
 
 
 def _policy(

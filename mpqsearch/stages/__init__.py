@@ -20,11 +20,14 @@ from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.searching import check_search, search
 from mpqsearch.stages.targeting import target_allocation, target_allocations
+from mpqsearch.stages.until import Quality, Tried, smallest
 from mpqsearch.stages.whole import everything, trained
 
 __all__ = [
     "Exported",
+    "Quality",
     "Run",
+    "Tried",
     "allocated",
     "allocation",
     "allocations",
@@ -51,6 +54,7 @@ __all__ = [
     "search",
     "searched_map",
     "slug",
+    "smallest",
     "start",
     "target_allocation",
     "target_allocations",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable, StudyRecord
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, StudyRecord
+from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, slug
@@ -18,6 +21,9 @@ from mpqsearch.stages.references import (
     reference,
 )
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
+
+if TYPE_CHECKING:
+    from mpqsearch.metrics import Reference
 
 
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
@@ -48,26 +54,39 @@ def evaluate(run: Run) -> list[StudyRecord]:
     with bar_of("evaluate", len(maps) * len(base.seeds)) as bar:
         for method, budget, bit_map, solved in maps:
             bar.set_postfix_str(slug(method.name, budget))
-            corrected = method.bias_correction
-            key = evaluation_key(run, bit_map, bias_correction=corrected)
-            make = partial(quantized_module, run, bit_map, bias_correction=corrected)
-            measured = partial(measure, run, base, key, make, bar.update)
-            with run.timed("evaluate"):
-                data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measured)
-            records.append(
-                record_of(
-                    run.table,
-                    bit_map,
-                    base.seeds,
-                    data,
-                    method=method.name,
-                    granularity=method.granularity,
-                    act_bits=mean_activation_bits(run.table, bit_map) if method.act_choices else method.act_bits,
-                    predicted_loss=solved["predicted_loss"],
-                    budget=budget.label(),
-                    quantity=budget.quantity,
-                )
-            )
+            records.append(measured_record(run, base, method, budget, bit_map, solved, bar.update))
             bar.update((len(records) - 1) * len(base.seeds) - bar.n)  # what was reused
     run.say(f"evaluate: {len(records) - 1} maps and full precision; metrics in {run.path('metrics')}")
     return records
+
+
+def measured_record(
+    run: Run,
+    base: Reference,
+    method: MethodSpec,
+    budget: Budget,
+    bit_map: BitMap,
+    solved: Mapping[str, Any],
+    progress: Callable[[int], Any],
+) -> StudyRecord:
+    """The record of one map, measured unless the run folder has its metrics; ``solved`` is what its
+    ``allocation.json`` holds."""
+    corrected = solved.get("bias_correction", method.bias_correction)
+    key = evaluation_key(run, bit_map, bias_correction=corrected)
+    make = partial(quantized_module, run, bit_map, bias_correction=corrected)
+    with run.timed("evaluate"):
+        data = reuse_or_make(
+            run, METRICS, metrics_file(run, key), {"evaluation": key}, partial(measure, run, base, key, make, progress)
+        )
+    return record_of(
+        run.table,
+        bit_map,
+        base.seeds,
+        data,
+        method=method.name,
+        granularity=method.granularity,
+        act_bits=mean_activation_bits(run.table, bit_map) if method.act_choices else method.act_bits,
+        predicted_loss=solved["predicted_loss"],
+        budget=budget.label(),
+        quantity=budget.quantity,
+    )

@@ -112,3 +112,36 @@ def test_what_was_selected_can_be_checked_and_quantized(folder: Path) -> None:
     assert check.exit_code == 0, check.output
     done = call(folder, "quantize", "--budget", "uniform:3")
     assert done.exit_code == 0, done.output
+
+
+def test_the_smallest_map_of_a_quality_is_found_and_found_again(folder: Path) -> None:
+    few = ("--set", "evaluate.samples=4", "--select", "none", "-o", str(folder / "until"))
+    done = call(folder, "allocate", *few, "--until", "paired_mse<=1e-3", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["best"]["passes"] == "yes"
+    assert found["best"]["high"] <= 1e-3
+    assert 2 <= len(found["tried"]) <= 8
+    failing = [row["size_bytes"] for row in found["tried"] if row["passes"] == "no"]
+    assert all(size < found["best"]["size_bytes"] for size in failing)
+    began = (folder / "until/metrics").stat().st_mtime_ns
+    again = call(folder, "allocate", *few, "--until", "paired_mse<=1e-3", "--json")
+    assert json.loads(again.stdout) == found
+    assert (folder / "until/metrics").stat().st_mtime_ns == began, "nothing was measured twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--until", "fd_fb<=1"), "unknown metric 'fd_fb'"),
+        (("--until", "fd_fp"), "cannot read the quality 'fd_fp'"),
+        (("--until", "paired_mse<=1e-30", "--budget", "3bit"), "paired_mse<=1e-30 is not reached: the map of"),
+        (("--until", "paired_mse<=1", "--target", "gguf"), "without --target"),
+        (("--method", "measured"), "--method of allocate goes with --until"),
+    ],
+)
+def test_a_quality_that_cannot_be_is_said(folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    few = ("--set", "evaluate.samples=4", "--select", "none", "-o", str(folder / "until"))
+    done = call(folder, "allocate", *few, *arguments)
+    assert done.exit_code != 0
+    assert said in str(done.exception)
