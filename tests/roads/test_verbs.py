@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,27 @@ MAP = "ilp-channel@uniform-4"
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
+class Roads(dict[str, Road]):
+    """The studies by kind, or by type of half precision, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> Road:
+        half = kind in HALVES
+        self[kind] = new_road(self.folder / kind, "class-conditional" if half else kind, kind if half else "float32")
+        return self[kind]
+
+
+def each(kinds: Sequence[str]) -> pytest.MarkDecorator:
+    """A test for each of these kinds, kind by kind: a worker takes all verbs of one before it begins the next."""
+    return pytest.mark.parametrize("kind", kinds, scope="module")
+
+
 @pytest.fixture(scope="session")
-def roads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Road]:
-    """The studies by kind, or by type of half precision."""
-    folder = tmp_path_factory.mktemp("roads")
-    made = {kind: new_road(folder / kind, kind) for kind in KINDS}
-    return made | {dtype: new_road(folder / dtype, "class-conditional", dtype) for dtype in HALVES}
+def roads(tmp_path_factory: pytest.TempPathFactory) -> Roads:
+    """The studies."""
+    return Roads(tmp_path_factory.mktemp("roads"))
 
 
 @pytest.fixture
@@ -67,8 +82,8 @@ def table_of(road: Road) -> LayerTable:
     return artifacts.load_layers(road.run / "layers.json")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HALVES])
-def test_layers(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*KINDS, *HALVES])
+def test_layers(kind: str, roads: Roads, call: Call) -> None:
     listed = json.loads(call(roads[kind], "layers").stdout)
     table = table_of(roads[kind])
     assert [la["name"] for la in listed["layers"]] == [la.name for la in table]
@@ -76,8 +91,8 @@ def test_layers(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert {la.role for la in table} >= {"first", "last", "attention"}
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HALVES])
-def test_profile(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*KINDS, *HALVES])
+def test_profile(kind: str, roads: Roads, call: Call) -> None:
     call(roads[kind], "profile")
     table, measured = table_of(roads[kind]), artifacts.load_profile(roads[kind].run / "profile.json")
     assert measured.widths == (2, 4, 8)
@@ -88,8 +103,8 @@ def test_profile(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert (errors.sum(0)[:-1] > 2 * errors.sum(0)[1:]).all(), "twice the bits have far less error"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HALVES])
-def test_allocate(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*KINDS, *HALVES])
+def test_allocate(kind: str, roads: Roads, call: Call) -> None:
     made = json.loads(call(roads[kind], "allocate").stdout)
     table = table_of(roads[kind])
     by_method = {entry["method"]["name"]: entry for entry in made["allocations"]}
@@ -104,8 +119,8 @@ def test_allocate(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert made["explanations"][0]["layers"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HALVES])
-def test_quantize(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*KINDS, *HALVES])
+def test_quantize(kind: str, roads: Roads, call: Call) -> None:
     (folder,) = json.loads(call(roads[kind], "quantize").stdout)
     bit_map = artifacts.load_bit_map(roads[kind].run / "allocations" / MAP / "bitmap.json")
     assert artifacts.load_bit_map(Path(folder) / "bitmap.json").digest == bit_map.digest
@@ -131,8 +146,8 @@ def assert_on_levels(road: Road, module: torch.nn.Module, bit_map: BitMap) -> No
             assert len(row.unique()) <= 2 ** int(bits), layer.name
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HALVES])
-def test_export(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*KINDS, *HALVES])
+def test_export(kind: str, roads: Roads, call: Call) -> None:
     written = [Path(file) for file in json.loads(call(roads[kind], "export").stdout)]
     assert all(file.is_file() for file in written)
     table = table_of(roads[kind])
@@ -147,8 +162,8 @@ def test_export(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert promised < sum(p.nbytes for p in full.parameters())
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "float16"])
-def test_a_consumer_reads_the_export(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(["unconditional", "float16"])
+def test_a_consumer_reads_the_export(kind: str, roads: Roads, call: Call) -> None:
     entries = json.loads(call(roads[kind], "export", "--verify", "--target", "gguf", "--accept").stdout)
     assert [entry["target"] for entry in entries] == ["neutral", "packed", "gguf"]
     for entry in entries:
@@ -163,8 +178,8 @@ def test_a_consumer_reads_the_export(kind: str, roads: dict[str, Road], call: Ca
     assert min(int(widths.min()) for widths in imported.weights.values()) < 16
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_import(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(KINDS)
+def test_import(kind: str, roads: Roads, call: Call) -> None:
     call(roads[kind], "allocate")
     read = json.loads(call(roads[kind], "import").stdout)
     table = table_of(roads[kind])
@@ -174,16 +189,16 @@ def test_import(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert read["quantized_layers"] == len(table)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_inspect(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(KINDS)
+def test_inspect(kind: str, roads: Roads, call: Call) -> None:
     call(roads[kind], "profile")
     shown = call(roads[kind], "inspect").stdout
     assert "most sensitive layers" in shown
     assert any(la.name in shown for la in table_of(roads[kind]))
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
-def test_search(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(SAMPLED)
+def test_search(kind: str, roads: Roads, call: Call) -> None:
     data = json.loads(call(roads[kind], "search").stdout)
     assert data["trials"] == 2
     (entry,) = data["budgets"]
@@ -194,8 +209,8 @@ def test_search(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert len(artifacts.read_json(roads[kind].run / "search/search.json", "mpqsearch/search").data["points"]) >= 1
 
 
-@pytest.mark.parametrize("kind", [*SAMPLED, *HALVES])
-def test_evaluate(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*SAMPLED, *HALVES])
+def test_evaluate(kind: str, roads: Roads, call: Call) -> None:
     records = json.loads(call(roads[kind], "evaluate").stdout)
     assert [r["method"] for r in records] == ["full-precision", "uniform", "ilp-layer", "ilp-channel"]
     for record in records[1:]:
@@ -205,8 +220,8 @@ def test_evaluate(kind: str, roads: dict[str, Road], call: Call) -> None:
         assert record["metrics"]["paired_mse"]["value"] > 0
 
 
-@pytest.mark.parametrize("kind", [*SAMPLED, *HALVES])
-def test_distill(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each([*SAMPLED, *HALVES])
+def test_distill(kind: str, roads: Roads, call: Call) -> None:
     data = json.loads(call(roads[kind], "distill").stdout)
     assert data["before"]["paired_mse"]["value"] != data["after"]["paired_mse"]["value"]
     folder = roads[kind].run / "distilled" / MAP
@@ -217,16 +232,16 @@ def test_distill(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert all(bool(torch.isfinite(p).all()) for p in trained.parameters())
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
-def test_report(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(SAMPLED)
+def test_report(kind: str, roads: Roads, call: Call) -> None:
     (page,) = json.loads(call(roads[kind], "report").stdout)
     text = Path(page).read_text()
     assert all(f"{name}<" in text for name in ("full-precision", *METHODS, "ilp-channel+trd"))
     assert list((roads[kind].run / "figures").glob("*.png"))
 
 
-@pytest.mark.parametrize("kind", SAMPLED)
-def test_run(kind: str, roads: dict[str, Road], call: Call) -> None:
+@each(SAMPLED)
+def test_run(kind: str, roads: Roads, call: Call) -> None:
     done = call(roads[kind], "run")
     methods = [r["method"] for r in json.loads(done.stdout)]
     files = [m for m in methods if m.endswith(" file")]
@@ -237,7 +252,7 @@ def test_run(kind: str, roads: dict[str, Road], call: Call) -> None:
     assert load_quantized(roads[kind].run / "export/packed@uniform-4")
 
 
-def test_record(roads: dict[str, Road], call: Call) -> None:
+def test_record(roads: Roads, call: Call) -> None:
     road = roads["text-to-image"]
     said = json.loads(call(road, "record").stdout)
     calls = load_calls(road.run / "calls.safetensors")
@@ -248,7 +263,7 @@ def test_record(roads: dict[str, Road], call: Call) -> None:
 
 @pytest.mark.parametrize("verb", SAMPLING)
 def test_a_verb_that_samples_refuses_recorded_calls_before_anything_long_begins(
-    verb: str, roads: dict[str, Road], call: Call, tmp_path: Path
+    verb: str, roads: Roads, call: Call, tmp_path: Path
 ) -> None:
     refused = call(roads["recorded"], verb, "--run-dir", str(tmp_path / "new"), code=2)
     lines = [line for line in refused.stderr.splitlines() if line.startswith("mpqsearch: ")]
@@ -258,7 +273,7 @@ def test_a_verb_that_samples_refuses_recorded_calls_before_anything_long_begins(
     assert not (tmp_path / "new" / "profile.json").exists()
 
 
-def test_doctor(roads: dict[str, Road], call: Call) -> None:
+def test_doctor(roads: Roads, call: Call) -> None:
     rows = json.loads(call(roads["unconditional"], "doctor").stdout)
     assert next(r for r in rows if r["name"] == "cpu")["state"] == "works"
     assert not [r for r in rows if r["state"] == "MISSING"]
