@@ -6,12 +6,11 @@ A normal run takes the classes of `SAMPLE` and those that diffusers brought sinc
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.support.coverage import cover
 from tests.support.denoisers import KNOWN_REFUSALS, RECIPES, denoiser_classes, model_classes, reason_against
+from tests.support.everything import ALL
 
 SAMPLE = (
     "UNet2DConditionModel",
@@ -26,8 +25,6 @@ SAMPLE = (
     "MultiControlNetModel",
 )
 """One class of each kind: U-Net, video, control net, transformers of three ages, several models in one."""
-
-ALL = os.environ.get("MPQSEARCH_TEST_ALL", "") not in ("", "0")
 
 
 def chosen() -> list[str]:

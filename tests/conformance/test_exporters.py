@@ -3,6 +3,8 @@ U-Net, a class-conditional transformer and a text-conditional U-Net that is know
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,30 +201,43 @@ def test_costs_are_counted_and_grow_with_the_width(exporter: Target, table: Laye
             assert bits.unquantized == 0
 
 
+@dataclass(frozen=True)
+class Written:
+    """An export: its folder, what `Target.write` said of it, and what the consumer read back."""
+
+    folder: Path
+    paths: list[Path]
+    report: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, dict[str, Any]]]:
-    """Every target's export of each model in its own formats, read back by all consumers in one other process."""
-    folders = {}
-    for kind, made in MODELS.items():
-        denoiser = made()
+def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Written]:
+    """Every target's export of each model in its own formats, read back by all consumers in one other process. No
+    export changes the model."""
+    made: dict[tuple[str, str], tuple[Path, list[Path]]] = {}
+    for kind, model in MODELS.items():
+        denoiser = model()
         table = discover(denoiser)
+        before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
         for name in NAMES:
             exporter = get_exporter(name)
             if exporter.missing():
                 continue
             bit_map, names = own_map(exporter, table, seed=2)
             folder = tmp_path_factory.mktemp(f"{kind}-{name}")
-            exporter.write(folder, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
-            folders[kind, name] = folder
-    reports = fresh_process([(name, folder) for (_, name), folder in folders.items()])
-    return {key: (folder, seen) for (key, folder), seen in zip(folders.items(), reports, strict=True)}
+            job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names)
+            made[kind, name] = folder, exporter.write(folder, job)
+            after = denoiser.module.state_dict()
+            assert all(torch.equal(before[k], after[k]) for k in before), f"{name} changed the model"
+    reports = fresh_process([(name, folder) for (_, name), (folder, _) in made.items()])
+    return {key: Written(*done, seen) for (key, done), seen in zip(made.items(), reports, strict=True)}
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_consumer_holds_the_targets_own_formats(
-    exporter: Target, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+    exporter: Target, kind: str, read_back: dict[tuple[str, str], Written]
 ) -> None:
-    folder, report = read_back[kind, exporter.name]
+    folder, report = read_back[kind, exporter.name].folder, read_back[kind, exporter.name].report
     manifest = read_json(folder / MANIFEST, "mpqsearch/export").data
     seen = exporter.compare(manifest, report)
     assert seen.ok, seen.summary()
@@ -242,11 +257,11 @@ def test_the_consumer_holds_the_targets_own_formats(
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_written_is_imported_at_the_same_widths(
-    exporter: Target, kind: str, read_back: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+    exporter: Target, kind: str, read_back: dict[tuple[str, str], Written]
 ) -> None:
     if exporter.name not in SOURCES or exporter.name == "neutral":
         pytest.skip("a map of this target is not read")
-    folder, _ = read_back[kind, exporter.name]
+    folder = read_back[kind, exporter.name].folder
     table = discover(MODELS[kind]())
     imported = read_map(folder, table)
     assert imported.source == exporter.name
@@ -258,18 +273,10 @@ def test_what_is_written_is_imported_at_the_same_widths(
     assert read_map(tmp, table).bit_map.digest == imported.bit_map.digest, "found out from the file alone"
 
 
-def test_all_files_are_named_and_the_model_stays_as_it_is(
-    tmp_path: Path, exporter: Target, small: tuple[Denoiser, LayerTable]
-) -> None:
-    denoiser, table = small
-    before = {k: v.clone() for k, v in denoiser.module.state_dict().items()}
-    bit_map, names = own_map(exporter, table, seed=3)
-    paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
-    assert sorted(paths) == sorted(p for p in tmp_path.rglob("*") if p.is_file()), (
-        "every file is named, no temporary one is left"
-    )
-    after = denoiser.module.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)
+def test_all_files_are_named(exporter: Target, read_back: dict[tuple[str, str], Written]) -> None:
+    done = read_back["transformer", exporter.name]
+    files = (p for p in done.folder.rglob("*") if p.is_file() and "elsewhere" not in p.parts)
+    assert sorted(done.paths) == sorted(files), "every file is named, no temporary one is left"
 
 
 def verify_here(exporter: Target, folder: Path) -> Verification:
@@ -302,10 +309,14 @@ def test_writing_again_replaces_the_first(tmp_path: Path, exporter: Target, smal
     assert held == {exporter.widths[-1]} or not held
 
 
-def test_any_damaged_file_is_reported(tmp_path: Path, exporter: Target, small: tuple[Denoiser, LayerTable]) -> None:
-    denoiser, table = small
-    paths = exporter.write(tmp_path, ExportJob(table=table, bit_map=random_map(table, (4,)), denoiser=denoiser))
-    for path in paths:
+def test_any_damaged_file_is_reported(
+    tmp_path: Path, exporter: Target, read_back: dict[tuple[str, str], Written]
+) -> None:
+    done = read_back["transformer", exporter.name]
+    for path in (tmp_path / p.relative_to(done.folder) for p in done.paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(done.folder / path.relative_to(tmp_path), path)
+    for path in (tmp_path / p.relative_to(done.folder) for p in done.paths):
         whole = path.read_bytes()
         assert whole
         path.write_bytes(whole[: len(whole) // 2])

@@ -1,4 +1,7 @@
-"""Gradients of final samples, put together call by call, against autograd through the whole pipeline at once."""
+"""Gradients of final samples, put together call by call, against autograd through the whole pipeline at once.
+
+A normal run takes `SAMPLE`; with ``MPQSEARCH_TEST_ALL=1`` (``make test-all``) all of these run.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,18 @@ from mpqsearch.profile.final_probes import walk_back
 from mpqsearch.profile.taps import GradientTap
 from mpqsearch.quant import rows_of
 from mpqsearch.sampling import chain
+from tests.support.everything import ALL
 from tests.support.pipelines import denoiser_of
 
-PIPELINES = (
+SAMPLE = (
     "StableDiffusionPipeline",  # a multi-step scheduler, guidance in one call
     "StableDiffusionXLPipeline:turbo",  # draws noise at every step
     "Lumina2Pipeline",  # guidance in two calls a step
     "WanPipeline:2.2",  # two denoisers
+    "DiTPipeline",  # pixels, classes, a learned variance
+)
+"""One of each kind."""
+OTHERS = (
     "LatentConsistencyModelPipeline",
     "PixArtAlphaPipeline",
     "StableDiffusion3Pipeline",
@@ -28,7 +36,6 @@ PIPELINES = (
     "WanPipeline",
     "StableAudioPipeline",
     "DDPMPipeline",
-    "DiTPipeline",
     "LDMPipeline",
     "ConsistencyModelPipeline",
 )
@@ -71,7 +78,7 @@ def at_once(denoiser: Denoiser, table: LayerTable, v: Tensor) -> list[Gradients]
     return found
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", (*SAMPLE, *OTHERS) if ALL else SAMPLE)
 def test_gradients_by_call_are_those_of_the_whole_graph(name: str) -> None:
     denoiser = denoiser_of(name)
     table = discover(denoiser)

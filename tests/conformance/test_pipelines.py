@@ -7,11 +7,11 @@ A normal run takes those of `SAMPLE` and those that diffusers brought since the 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 
+from tests.support.everything import ALL
 from tests.support.pipelines import ALONE, NEEDS, STOPS, TINY
 from tests.support.pipelines.classes import generators, pipeline_classes, reason_against
 from tests.support.pipelines.cover import STAGES, cover
@@ -28,8 +28,6 @@ SAMPLE = (
     "StableAudioPipeline",
 )
 """One of each kind."""
-
-ALL = os.environ.get("MPQSEARCH_TEST_ALL", "") not in ("", "0")
 
 
 def chosen() -> list[str]:
