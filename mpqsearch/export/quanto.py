@@ -4,8 +4,9 @@ loads.
 Limits, from its code (0.2.7) and from running it:
 
 - Widths 2, 4 and 8. One width per layer. Linear and Conv2d; other layers stay at full precision.
-- It re-derives scales from the weights (minimum and maximum, in groups of 128 inputs or fewer for 2 and 4 bits, a row
-  for 8), so the searched ranges and schemes of a map are not used, and stored bits are above the nominal ones.
+- It re-derives scales from the weights (by its HQQ optimiser in groups of 128 inputs or fewer for 2 and 4 bits, by the
+  largest magnitude of a row for 8), so the searched ranges and schemes of a map are not used, and stored bits are above
+  the nominal ones. `QuantoTarget.round_trip` gives what it makes of a weight.
 - Names that a model does not have are ignored in silence, and missing tensors too: hence `QuantoTarget.verify`.
 - Where 2 or 4 bits are first loaded or used it compiles a C++ kernel, which takes a compiler and up to minutes, once
   per installation. Here the same is computed in torch instead.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -91,6 +93,21 @@ class QuantoTarget(Target):
         module, _ = _load(folder)
         return plain_weights(module, _quantized_weights(module))
 
+    def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
+        """What quanto makes of a weight, as a layer of its own."""
+        import torch
+
+        shape = layer.weight_shape
+        if layer.kind == "Linear":
+            owner: nn.Module = torch.nn.Linear(shape[1], shape[0], bias=False)
+        else:
+            owner = torch.nn.Conv2d(shape[1] * layer.groups, shape[0], shape[2:], groups=layer.groups, bias=False)  # type: ignore[arg-type]
+        owner.weight = torch.nn.Parameter(weight.detach().float().cpu(), requires_grad=False)
+        asked = (choice.width, choice.width)
+        entry = PlanEntry(layer="layer", asked=asked, will_get=choice.width, reason="exact", choice=choice.name)
+        module = quantized_copy(torch.nn.ModuleDict({"layer": owner}), [entry])
+        return _quantized_weights(module)["layer"]
+
 
 def read(path: Path, _table: LayerTable) -> Reading | None:
     """``quanto_qmap.json``: the type of every layer's weights; layers that are not in it keep full precision."""
@@ -110,11 +127,16 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     from optimum import quanto
 
     clone = copy.deepcopy(module).eval()
-    for width in WIDTHS:
-        names = [glob.escape(e.layer) for e in plan if e.will_get == width]  # quanto reads them as shell patterns
+    single = {n.removesuffix(".weight") for n, weight in clone.named_parameters() if weight.shape[:1] == (1,)}
+    for width, alone in itertools.product(WIDTHS, (False, True)):
+        names = [e.layer for e in plan if e.will_get == width and (e.layer in single) == alone]
         if names:  # an empty list would mean every layer
-            quanto.quantize(clone, weights=getattr(quanto, f"qint{width}"), include=names)
-    quanto.freeze(clone)
+            # A layer of one channel has one scale, which the HQQ optimiser cannot do.
+            better = None if width == 8 or alone else quanto.HqqOptimizer()
+            patterns = [glob.escape(n) for n in names]  # quanto reads them as shell patterns
+            quanto.quantize(clone, weights=getattr(quanto, f"qint{width}"), include=patterns, optimizer=better)
+    with torch_kernels():  # the optimiser decodes what it tries
+        quanto.freeze(clone)
     taken = quanto.quantization_map(clone)
     wanted = {e.layer: f"qint{e.will_get}" for e in plan if e.will_get != FULL_PRECISION}
     wrong = [n for n in {*wanted, *taken} if taken.get(n, {}).get("weights") != wanted.get(n)]
