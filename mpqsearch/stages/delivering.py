@@ -122,6 +122,41 @@ def faults(target: str, found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+CARD = "README.md"
+"""What a person reads first in the folder of an export."""
+
+
+def card(model: str, data: Mapping[str, Any]) -> str:
+    """The card of an export: its faults first, then true bytes and measured quality, each with interval and samples.
+
+    ``data`` is what ``export/<target>@<budget>.json`` holds.
+    """
+    found, uniform = data["delivered"], data["delivered"]["uniform"]
+    rows = {
+        "map": data["map"],
+        "bytes of the file": f"{found['stored_bytes'] + found['header_bytes']:,} ({found['header_bytes']:,} of names "
+        "and shapes)",
+        "bytes of the model it was made from": f"{found['source_bytes']:,}",
+    }
+    if found["budget_bytes"] is not None:
+        rows["budget"] = f"{found['budget']}: {found['budget_bytes']:,} bytes"
+    if uniform is not None:
+        rows[f"{uniform['choice']} in every layer"] = (
+            f"{uniform['stored_bytes'] + uniform['header_bytes']:,} bytes, {_text(uniform['error'])}"
+        )
+    rows |= {value["name"]: _text(value) for value in found["metrics"].values()}
+    lines = [f"# {model} for {data['target']}", ""]
+    lines += [f"**{fault[0].upper()}{fault[1:]}.**\n" for fault in found["faults"]]
+    if found["not_measured"]:
+        lines.append(f"What this file delivers was not measured: {found['not_measured']}.\n")
+    lines += ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return f"{value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}), {value['n_samples']} samples"
+
+
 def source_bytes(run: Run) -> int:
     """Bytes of the denoiser as it was loaded: of its files of weights, or in memory where it has none."""
     c, loaded = run.config.model, run.denoiser.size_bytes

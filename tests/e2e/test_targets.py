@@ -142,6 +142,10 @@ def test_the_file_is_measured_as_maps_are(folder: Path) -> None:
     assert found["uniform"]["choice"] == "Q5_1", "the largest that fits, Q8_0 does not"
     assert found["uniform"]["stored_bytes"] <= 1.001 * found["stored_bytes"]
     assert found["metrics"]["paired_mse"]["n_samples"] == 4
+    shown = (folder / "r/export/gguf@8bit/README.md").read_text()
+    assert f"| bytes of the file | {whole:,} (" in shown
+    assert f"| MSE vs FP, same noise | {found['metrics']['paired_mse']['value']:.4g} (" in shown
+    assert "| Q5_1 in every layer |" in shown
     again = call(folder, "export", "--target", "gguf", "--allocated", "-b", "8bit", "--measure")
     assert "export: reused" in again.stderr
     assert call(folder, "report").exit_code == 0
