@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ source = {source}
 widths = [2, 3, 4, 8]
 [quantizer]
 n_candidates = 16
+moment_samples = 4
 [sampler]
 steps = 3
 guidance = 1.0
@@ -26,7 +28,10 @@ batch = 8
 samples = 2
 probe_inputs = 4
 probes = 1
-final_widths = [3]
+sampler_seeds = 2
+sampler_probes = 1
+context_seeds = 0
+final_widths = []
 final_seeds = 2
 [allocate]
 budgets = ["uniform:3", "uniform:4"]
@@ -64,6 +69,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_unet().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     (folder / "scheduler_config.json").write_text(json.dumps(DDPM))
     return folder
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """A run folder with the finished profile of `study`; to be copied, not written to."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
+    done = forked.run(["profile", "-c", "study.toml", "--run-dir", "run"], folder, folder / "stdout", folder / "stderr")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def profiled(tmp_path: Path, measured: Path) -> Path:
+    """The folder ``r`` with the finished profile of `study`."""
+    shutil.copytree(measured, tmp_path / "r")
+    return tmp_path / "r"
 
 
 @pytest.fixture

@@ -62,8 +62,6 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
         "--set",
         "calibration.activation_bits=[4]",
         "--set",
-        "calibration.final_widths=[]",
-        "--set",
         "activations.zero_points=true",
     )
     made = cli("run", study, "--run-dir", "r", *options)

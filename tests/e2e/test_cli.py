@@ -15,10 +15,17 @@ from pathlib import Path
 import pytest
 
 from mpqsearch.export import TARGETS
-from tests.e2e.conftest import Cli
+from tests.e2e import forked
+from tests.e2e.conftest import STUDY, Cli
+
+
+def one_layer_at_a_time(study: Path) -> None:
+    """Let a study measure one layer at a time, too."""
+    study.write_text(study.read_text().replace("final_widths = []", "final_widths = [3]"))
 
 
 def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path) -> None:
+    one_layer_at_a_time(study)
     plan = cli("run", study, "--run-dir", "r", "--dry-run")
     assert plan.returncode == 0, plan.stderr
     assert "would measure" in plan.stderr
@@ -88,8 +95,7 @@ def test_separate_verbs_agree_with_the_whole(cli: Cli, study: Path) -> None:
             assert entry["result"]["status"] == "optimal"
 
 
-def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path, tmp_path: Path) -> None:
-    assert cli("profile", "-c", study, "--run-dir", "r").returncode == 0
+def test_allocation_of_a_saved_profile_never_imports_torch(study: Path, profiled: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from mpqsearch.cli import app; app(sys.argv[1:], standalone_mode=False); "
         "assert 'torch' not in sys.modules, 'torch was imported'"
@@ -119,11 +125,11 @@ def test_allocation_of_a_saved_profile_never_imports_torch(cli: Cli, study: Path
     ],
 )
 def test_mistakes_end_with_one_clear_message(
-    cli: Cli, study: Path, prepared: Path, arguments: tuple[str, ...], code: int, message: str
+    cli: Cli, study: Path, measured: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     takes_study = arguments[0] not in ("inspect", "frobnicate")
     extra = ("-c", study) if takes_study else ()
-    extra += () if "--run-dir" in arguments or not takes_study else ("--run-dir", prepared)
+    extra += () if "--run-dir" in arguments or not takes_study else ("--run-dir", measured)
     out = cli(*arguments, *extra)
     assert out.returncode == code, out.stderr
     assert message in " ".join(out.stderr.split()), out.stderr
@@ -172,19 +178,21 @@ def test_mistakes_are_found_before_anything_long_begins(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """A run folder with a finished profile, shared by the tests of mistakes."""
-    from tests.e2e.conftest import STUDY
+def numbers(run: Path) -> list[tuple[str, str, str]]:
+    """What a study measured: method, distance and squared error of every point."""
+    with (run / "pareto.csv").open() as handle:
+        return [(r["method"], r["fd_fp"], r["paired_mse"]) for r in csv.DictReader(handle)]
 
-    folder = tmp_path_factory.mktemp("prepared")
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> list[tuple[str, str, str]]:
+    """The numbers of a study that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
     (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
-    subprocess.run(
-        [sys.executable, "-m", "mpqsearch", "profile", "-c", str(folder / "study.toml"), "--run-dir",
-        str(folder / "run")],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    return folder / "run"
+    one_layer_at_a_time(folder / "study.toml")
+    done = forked.run(["run", "study.toml", "--run-dir", "s"], folder, folder / "stdout", folder / "stderr")
+    assert done.returncode == 0, done.stderr
+    return numbers(folder / "s")
 
 
 @pytest.mark.parametrize(
@@ -197,8 +205,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Pa
     ],
 )
 def test_interrupted_anywhere_the_same_command_continues(
-    study: Path, tmp_path: Path, cli: Cli, sign: int, marker: str, said: str
+    study: Path, tmp_path: Path, cli: Cli, straight: list[tuple[str, str, str]], sign: int, marker: str, said: str
 ) -> None:
+    one_layer_at_a_time(study)
     arguments = [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"]
     started = subprocess.Popen(
         arguments,
@@ -225,14 +234,7 @@ def test_interrupted_anywhere_the_same_command_continues(
     assert said in resumed.stderr
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), "finished evaluations are not repeated"
     assert not (tmp_path / "r/partial").exists()
-    straight = cli("run", study, "--run-dir", "s")
-    assert straight.returncode == 0, straight.stderr
-
-    def numbers(run: str) -> list[tuple[str, str, str]]:
-        with (tmp_path / run / "pareto.csv").open() as handle:
-            return [(r["method"], r["fd_fp"], r["paired_mse"]) for r in csv.DictReader(handle)]
-
-    assert numbers("r") == numbers("s")
+    assert numbers(tmp_path / "r") == straight
 
 
 def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model_folder: Path) -> None:

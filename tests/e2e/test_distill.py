@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 SMALL = ("--set", "distill.batch=2", "--set", "distill.rank=4", "--set", "distill.relation.pooled_size=4")
 
 
-def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, profiled: Path) -> None:
     call = (
         "distill",
         "-c",
         study,
         "-o",
-        "run",
+        "r",
         "--method",
         "ilp-channel",
         "--budget",
@@ -36,12 +36,12 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     )
     dry = cli(*call, "--dry-run")
     assert dry.returncode == 0, dry.stderr
-    assert not (tmp_path / "run/distilled").exists()
+    assert not (profiled / "distilled").exists()
     done = cli(*call, "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["before"]["paired_mse"]["value"] != data["after"]["paired_mse"]["value"]
-    folder = tmp_path / "run/distilled/ilp-channel@uniform-3"
+    folder = profiled / "distilled/ilp-channel@uniform-3"
     assert {
         "bitmap.json",
         "codes.safetensors",
@@ -59,7 +59,7 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
         "export", *settings, "--method", "ilp-channel+trd", "-t", "packed", "-t", "neutral", "--verify", "--accept"
     )
     assert named.returncode == 0, named.stderr
-    stamp = json.loads((tmp_path / "run/export/packed@uniform-3.json").read_text())["data"]
+    stamp = json.loads((profiled / "export/packed@uniform-3.json").read_text())["data"]
     assert stamp["map"] == "ilp-channel+trd at uniform:3"
     assert stamp["verification"]["evaluated_error"] < 1e-3, "the file is the trained model"
     measured, after = (d["paired_mse"]["value"] for d in (stamp["delivered"]["metrics"], data["after"]))
@@ -77,13 +77,13 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, tmp_path: Pat
     assert "'temperature'" in misspelt.stderr
 
 
-def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, profiled: Path) -> None:
     call = (
         "distill",
         "-c",
         study,
         "-o",
-        "run",
+        "r",
         "--method",
         "uniform",
         "--budget",
@@ -113,19 +113,19 @@ def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, tmp_pa
     assert "Move distill.check_seed" in overlapping.stderr
 
 
-def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, profiled: Path) -> None:
     quantized = 'allocator = "uniform"\nact_bits = 4\nact_timesteps = true'
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
-    call = ["distill", "-c", str(study), "-o", "run", "--method", "uniform", "--budget", "uniform:3", *SMALL]
+    call = ["distill", "-c", str(study), "-o", "r", "--method", "uniform", "--budget", "uniform:3", *SMALL]
     call += ["--set", "distill.steps=60"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mpqsearch.cli", *call],
-        cwd=tmp_path,
+        cwd=profiled.parent,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    log = tmp_path / "run/distilled/uniform@uniform-3/train.jsonl"
+    log = profiled / "distilled/uniform@uniform-3/train.jsonl"
     deadline = time.monotonic() + 240
     while (
         not (log.exists() and len(log.read_text().splitlines()) >= 3)

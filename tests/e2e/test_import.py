@@ -11,7 +11,7 @@ from tests.e2e.conftest import Cli
 
 
 @pytest.mark.slow
-def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, tmp_path: Path) -> None:
+def test_a_map_of_another_tool_is_measured_and_exported(cli: Cli, study: Path, profiled: Path, tmp_path: Path) -> None:
     layers = json.loads(cli("layers", "-c", study, "--run-dir", "r", "--json").stdout)["layers"]
     theirs = {
         la["name"]: {"weights": "qint8" if i % 3 else "qint4", "activations": "none"} for i, la in enumerate(layers)

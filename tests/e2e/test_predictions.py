@@ -10,10 +10,6 @@ from tests.e2e.conftest import Cli
 
 SHORT = (
     "--set",
-    "calibration.final_widths=[]",
-    "--set",
-    "calibration.sampler_seeds=1",
-    "--set",
     "calibration.context_seeds=3",
 )
 

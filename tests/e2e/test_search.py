@@ -54,8 +54,8 @@ def trials(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, profiled: Path) -> None:
+    folder = profiled
     first = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "4")
     assert first.returncode == 0, first.stderr
     assert results(folder)["trials"] == 4
@@ -95,12 +95,11 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, tmp
 
 @pytest.mark.slow
 def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes_on(
-    cli: Cli, study: Path, tmp_path: Path
+    cli: Cli, study: Path, measured: Path, tmp_path: Path
 ) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    profiled = cli("profile", "-c", str(study), "--run-dir", str(a))
-    assert profiled.returncode == 0, profiled.stderr
-    shutil.copytree(a, b)
+    for folder in (a, b):
+        shutil.copytree(measured, folder)
     for folder in (a, b):
         done = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "5")
         assert done.returncode == 0, done.stderr
@@ -135,8 +134,8 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
 
 
 @pytest.mark.slow
-def test_workers_share_a_study_and_secrets_stay_secret(cli: Cli, study: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_workers_share_a_study_and_secrets_stay_secret(cli: Cli, study: Path, profiled: Path, tmp_path: Path) -> None:
+    folder = profiled
     done = cli("search", "-c", str(study), "--run-dir", str(folder), "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)

@@ -39,6 +39,7 @@ probe_inputs = 2
 probes = 1
 sampler_seeds = 2
 sampler_probes = 1
+context_seeds = 0
 schemes = ["asymmetric"]
 [allocate]
 budgets = ["6bit"]
