@@ -198,8 +198,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> li
 @pytest.mark.parametrize(
     ("sign", "marker", "said"),
     [
-        (signal.SIGINT, "metrics/*.json", "profile: reused"),
-        (signal.SIGKILL, "metrics/*.json", "profile: reused"),
+        (signal.SIGINT, "metrics/[!.]*.json", "profile: reused"),
+        (signal.SIGKILL, "metrics/[!.]*.json", "profile: reused"),
         (signal.SIGKILL, "partial/base/00002.npz", "profile: continuing after the tables of"),
         (signal.SIGKILL, "partial/base/final-00000.npz", "profile: continuing"),
     ],
@@ -228,7 +228,7 @@ def test_interrupted_anywhere_the_same_command_continues(
         assert "interrupted" in errors
         assert "Traceback" not in errors
     assert not (tmp_path / "r/report.html").exists()
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "r/metrics").glob("*.json")}
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "r/metrics").glob("[!.]*.json")}
     resumed = cli("run", study, "--run-dir", "r")
     assert resumed.returncode == 0, resumed.stderr
     assert said in resumed.stderr
