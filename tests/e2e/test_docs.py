@@ -37,6 +37,9 @@ SMALL = {
     "quantizer.moment_samples": "2",
     "allocate.select": "none",  # what is selected among is measured in test_selection
     "evaluate.samples": "4",
+    "search.samples": "2",
+    "search.chunk": "2",
+    "search.final_samples": "0",
     "distill.steps": "2",
     "distill.batch": "2",
 }
