@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpqsearch.allocate import AllocationProblem, AllocationResult, CostBudget, solve
+from mpqsearch.allocate import AllocationResult, CostBudget, dual, solve
+from mpqsearch.allocate.tables import plain_tables
 from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
@@ -223,7 +224,8 @@ def _solved(task: Task) -> tuple[Program, AllocationResult, str]:
         program = layer_program(task)
         return program, _answer(task, program), TAGS_TOO_DEAR
     result, by_layer = _answer(task, by_channel), layer_program(task)
-    if _lower_bound(by_layer.problem, result.multipliers) < result.loss:  # mostly it is not, and one solve is enough
+    bound = dual.evaluate(plain_tables(by_layer.problem), np.array(result.multipliers), None).value
+    if bound < result.loss:  # mostly it is not, and one solve is enough
         of_layers = _answer(task, by_layer)
         if of_layers.loss < result.loss:
             return by_layer, of_layers, BY_LAYER_WINS
@@ -246,17 +248,6 @@ def _answer(task: Task, program: Program) -> AllocationResult:
 
 def _least(budget: CostBudget) -> int:
     return int(np.asarray(budget.cost).min(axis=1).sum())
-
-
-def _lower_bound(problem: AllocationProblem, rates: Sequence[float]) -> float:
-    """Lagrangian lower bound of a program for any multipliers >= 0."""
-    priced = problem.loss.astype(np.float64)
-    for rate, budget in zip(rates, problem.budgets, strict=True):
-        priced = priced + rate * np.asarray(budget.cost)
-    if problem.allowed is not None:
-        priced = np.where(problem.allowed, priced, np.inf)
-    paid = sum(rate * budget.limit for rate, budget in zip(rates, problem.budgets, strict=True))
-    return float(priced.min(axis=1).sum() - paid)
 
 
 def _check_budgets(task: Task) -> None:
