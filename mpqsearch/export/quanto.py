@@ -188,7 +188,7 @@ def _quantized_weights(module: nn.Module) -> dict[str, Tensor]:
 
     layers = ((n, m.weight) for n, m in module.named_modules() if isinstance(m, quanto.QModuleMixin))
     with torch_kernels():
-        return {n: weight.dequantize() for n, weight in layers if isinstance(weight, quanto.QTensor)}
+        return {n: weight.dequantize().detach() for n, weight in layers if isinstance(weight, quanto.QTensor)}
 
 
 def _types(module: nn.Module) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from mpqsearch.artifacts import read_json
-from mpqsearch.core import FULL_PRECISION, BitMap, LayerTable
+from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
 from mpqsearch.export import (
     SOURCES,
@@ -199,6 +199,19 @@ def test_costs_are_counted_and_grow_with_the_width(exporter: Target, table: Laye
             bits = exporter.cost(layer, choice)
             assert bits.payload >= choice.width * layer.n_weights, "no codes take less than their width"
             assert bits.unquantized == 0
+
+
+def test_what_a_target_makes_of_a_weight_is_a_number(exporter: Target) -> None:
+    """Of a parameter that could be trained, too: losses are made of it in numpy."""
+    if not exporter.asks_itself:
+        pytest.skip("it rounds as we do")
+    layer = LayerSpec(name="layer", kind="Linear", weight_shape=(64, 256))
+    weight = torch.nn.Parameter(torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(0)))
+    for choice in exporter.choices(layer):
+        decoded = exporter.round_trip(weight, layer, choice)
+        assert not decoded.requires_grad
+        assert decoded.shape == weight.shape
+        assert float((decoded - weight.detach()).square().mean()) < 0.5
 
 
 @dataclass(frozen=True)
