@@ -294,7 +294,7 @@ def best_loss(profile: SensitivityProfile, *, mean_width: float | None = None) -
     if "layer_activation_error" in profile.families and "probe" in there:
         return "probe"
     mixed = profile.calibration.get("spec", {}).get("context_widths", profile.widths)
-    within = mean_width <= max(mixed) + BEYOND or choosing[0] == "weight"
+    within = mean_width <= max(mixed, default=0) + BEYOND or choosing[0] == "weight"
     return "slope" if "slope" in there and within else choosing[0]
 
 
