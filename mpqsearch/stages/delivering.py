@@ -223,17 +223,12 @@ def _uniform(run: Run, target: Target, job: ExportJob, stored_bytes: int) -> dic
 
 
 def _uniform_jobs(run: Run, target: Target, job: ExportJob) -> Iterator[tuple[str, ExportJob]]:
-    """A job for each format of the target: every layer that can take it does, what the policy fixes stays fixed, and
-    the rest is at full precision."""
+    """A job for each format of the target: every layer that can take it does, whatever the policy says, and the rest
+    is at full precision."""
     from mpqsearch.export.allocation import allocation_of
 
-    fixed = run.config.policy.resolve(run.table).fixed
-
     def picked(layer: LayerSpec, name: str) -> str:
-        offered = target.choices(layer)
-        if layer.name in fixed:
-            return next((c.name for c in offered if c.width == fixed[layer.name]), FULL)
-        return name if name in {c.name for c in offered} else FULL
+        return name if name in {c.name for c in target.choices(layer)} else FULL
 
     for name in dict.fromkeys(c.name for la in run.table for c in target.choices(la)):
         made = allocation_of(target, run.table, {la.name: picked(la, name) for la in run.table}, fmt=job.bit_map.format)
