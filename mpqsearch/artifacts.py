@@ -85,6 +85,9 @@ MADE_BY = {
 }
 """The verb that makes a kind of artifact."""
 
+_MADE_IN = {"distilled": "distill", "search": "search", "metrics": "evaluate", "stats": "evaluate"}
+"""The verb that makes what lies in a folder of a run, whatever its kind."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
@@ -102,17 +105,31 @@ class Artifact:
         """Raise `ArtifactError` that names a file of ``path``'s that is missing or is not the one it was written
         with."""
         for name, digest in self.files.items():
-            file = path.parent / name
+            file = Path(os.path.normpath(path.parent / name))
             if not file.is_file():
-                raise ArtifactError(f"{file} does not exist, although {path.name} does. {again(self.schema)}")
+                raise ArtifactError(f"{file} does not exist, although {path.name} does. {again(path, self.schema)}")
             if digest_file(file) != digest:
-                raise ArtifactError(f"{file} is not the file that {path.name} was written with. {again(self.schema)}")
+                raise ArtifactError(
+                    f"{file} is not the file that {path.name} was written with. {again(path, self.schema)}"
+                )
 
 
-def again(schema: str) -> str:
+def verb_of(path: Path, schema: str = "") -> str:
+    """The verb that makes an artifact; empty for what every verb makes that needs it."""
+    return next((_MADE_IN[part] for part in path.parts[-3:-1] if part in _MADE_IN), "") or MADE_BY.get(schema, "")
+
+
+def again(path: Path, schema: str = "") -> str:
     """How an artifact is made again."""
-    verb = MADE_BY.get(schema)
+    verb = verb_of(path, schema)
     return f"Make it again: mpqsearch {verb} --overwrite" if verb else "Delete it and run the same command again."
+
+
+def absent(path: Path, schema: str = "") -> ArtifactError:
+    """What is said of an artifact that is not there."""
+    verb = verb_of(path, schema)
+    how = f"`mpqsearch {verb}` writes it." if verb else "Run the stage that writes it first."
+    return ArtifactError(f"{path} does not exist. {how}")
 
 
 def digest_of(value: Any) -> str:
@@ -234,11 +251,12 @@ def read_json(path: Path, schema: str) -> Artifact:
     """Read an envelope; `ArtifactError` when it is missing, damaged, edited, of another kind or newer than this version
     knows. Its files are not looked at, see `Artifact.check_files`."""
     if not path.exists():
-        verb = MADE_BY.get(schema)
-        how = f"`mpqsearch {verb}` writes it." if verb else "Run the stage that writes it first."
-        raise ArtifactError(f"{path} does not exist; it should be an artifact of the kind {schema!r}. {how}")
-    body = untrusted.read_json(path)
-    artifact = untrusted.build(Artifact, body, f"{path} is damaged or no artifact of mpqsearch")
+        raise absent(path, schema)
+    try:
+        body = untrusted.read_json(path)
+        artifact = untrusted.build(Artifact, body, f"{path} is damaged or no artifact of mpqsearch")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}. {again(path, schema)}") from error
     if artifact.schema != schema:
         raise ArtifactError(f"{path} holds {quoted(artifact.schema)}, but {schema!r} is needed")
     newest, version = VERSIONS[schema], artifact.version
@@ -250,11 +268,11 @@ def read_json(path: Path, schema: str) -> Artifact:
     if version < newest - 1:
         raise ArtifactError(
             f"{path} has version {version} of {schema!r}; this mpqsearch reads {newest - 1} and {newest}. "
-            + again(schema)
+            + again(path, schema)
         )
     unsigned = not artifact.digest and schema in _FOREIGN
     if not unsigned and artifact.digest != _digest(body, artifact.data):
-        raise ArtifactError(f"{path} was changed after it was written, or is damaged. {again(schema)}")
+        raise ArtifactError(f"{path} was changed after it was written, or is damaged. {again(path, schema)}")
     return artifact
 
 

@@ -9,9 +9,11 @@ names the file, the place in it, what was found and what is allowed. The shapes 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import math
 import re
+import reprlib
 import stat
 import tomllib
 import types
@@ -39,14 +41,14 @@ T = TypeVar("T")
 Problem = type[MpqsearchError]
 
 
-def read_bytes(path: Path, problem: Problem = ArtifactError) -> bytes:
-    """The content of a file of at most `MAX_BYTES`. Raises ``problem`` for anything else."""
+def read_bytes(path: Path, problem: Problem = ArtifactError, limit: int = MAX_BYTES) -> bytes:
+    """The content of a file of at most ``limit`` bytes. Raises ``problem`` for anything else."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise problem(f"{path} is no file")
-        if found.st_size > MAX_BYTES:
-            raise problem(f"{path} has {found.st_size:,} bytes; a text file of at most {MAX_BYTES:,} is needed")
+        if found.st_size > limit:
+            raise problem(f"{path} has {found.st_size:,} bytes; a text file of at most {limit:,} is needed")
         return path.read_bytes()
     except FileNotFoundError:
         raise problem(f"{path} does not exist") from None
@@ -346,6 +348,16 @@ def _unknown(key: str, known: Mapping[str, Any]) -> _Wrong:
     return _Wrong(f"holds the unknown key {quoted(key)}{hint}. Known here: {', '.join(sorted(known))}.")
 
 
+def fits(name: str, wildcards: str) -> bool:
+    """Whether a name fits a pattern with ``*``, ``?`` and ``[...]``. One longer than `MAX_PATTERN` fits nothing: it
+    would be read in a time that grows with the square of its length."""
+    return len(wildcards) <= MAX_PATTERN and fnmatch.fnmatchcase(name, wildcards)
+
+
+MAX_PATTERN = 1000
+"""Characters of a pattern with wildcards."""
+
+
 def file_name(name: str, what: str, problem: Problem = ConfigError) -> str:
     """``name`` when it can be that of one file or folder on any system, and leads nowhere else; ``what`` it is the name
     of. Raises ``problem`` otherwise."""
@@ -385,7 +397,14 @@ def _cell(text: str) -> str:
     return f"'{shown(text)}" if text.startswith(("=", "+", "-", "@")) and len(text) > 1 else shown(text)
 
 
+_SHORT = reprlib.Repr()
+"""Bounded in time, too: a file may hold the same list in itself many times over, so that all of it has no end."""
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring = 4, 10, 10, 10, MAX_SHOWN
+
+
 def quoted(value: Any) -> str:
     """A value for a message: shortened and without control characters."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    text = _SHORT.repr(value) if isinstance(value, (dict, list, tuple)) else repr(value)
     return shown(text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}...")

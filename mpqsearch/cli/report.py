@@ -24,17 +24,21 @@ def report(
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Draw the front, tables, bit maps and sample grids into one report.html.
+    """Draw the front, tables, bit maps and sample grids into one report.html, from what was measured before.
+
+    Nothing is measured here: what is missing is named with the verb that makes it. `mpqsearch run` does all.
 
     Example: `mpqsearch report -c studies/quickstart.toml`
     """
     from mpqsearch import stages
 
     settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
-    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    if not stages.prepare(run, "a report of samples (report)"):
-        return
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=False, verbose=verbose)
+    run.reads_only = True
+    stages.prepare(run)
     records = stages.evaluate(run)
     records += stages.trained(run, records)
     records += stages.delivered_records(run)
+    if overwrite and not dry_run:
+        run.path("pareto.json").unlink(missing_ok=True)
     print_lines([stages.report(run, records)], as_json=as_json)

@@ -3,7 +3,6 @@ size."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ from mpqsearch.core.formats import FULL_PRECISION, WIDTHS, check_width
 from mpqsearch.core.layers import ROLES, LayerSpec, LayerTable
 from mpqsearch.core.shown import Shown, short_list
 from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.untrusted import fits
 
 DEFAULT_ROLES = {"first": 8, "last": 8, "unused": 8}
 
@@ -236,7 +236,7 @@ class Policy(Shown):
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or fits(name, pattern)
 
 
 def _bits(bits: int) -> str:

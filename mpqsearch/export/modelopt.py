@@ -6,17 +6,14 @@ formats are INT8, FP8, NVFP4 and 4-bit blocks).
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable
 from mpqsearch.errors import ArtifactError
 from mpqsearch.export.reading import Reading, json_at, number_of_bits
-
-if TYPE_CHECKING:
-    pass
+from mpqsearch.untrusted import fits
 
 _END = ".weight_quantizer"
 
@@ -57,7 +54,7 @@ def _width(layer: LayerSpec, entries: Sequence[Mapping[str, Any]]) -> int:
         scope = entry.get("parent_class")
         if scope is not None and scope != f"nn.{layer.kind}":
             continue
-        if not fnmatch.fnmatch(layer.name + _END, entry["quantizer_name"]):
+        if not fits(layer.name + _END, entry["quantizer_name"]):
             continue
         cfg = entry.get("cfg")
         enabled = bool(entry.get("enable", True))

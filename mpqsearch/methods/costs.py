@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import math
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,13 @@ from pathlib import Path
 from mpqsearch.core.formats import FULL_PRECISION
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError
+from mpqsearch.untrusted import quoted, read_bytes
 
 NANOSECONDS = 1_000_000
 """Whole units of a latency in a millisecond."""
+
+MAX_COST = 1e9
+"""Milliseconds of one layer: eleven days."""
 
 COLUMNS = ("layer", "bits", "cost")
 
@@ -34,9 +38,9 @@ class CostTable:
         Raises `ConfigError` for a file that is missing, lacks a column, or holds a cell that is no number >= 0.
         """
         try:
-            with Path(path).open(newline="", encoding="utf-8-sig") as handle:
-                rows = list(csv.DictReader(handle))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            text = read_bytes(Path(path), ConfigError).decode("utf-8-sig")
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        except (UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"cannot read the costs {path}: {error}") from error
         columns = set(rows[0]) if rows else set()
         if set(COLUMNS) - columns:
@@ -76,7 +80,7 @@ def _row(row: Mapping[str, str | None], where: str, *, by_input: bool) -> tuple[
         bits, act_bits = int(row["bits"] or ""), int(row["act_bits"] or "") if by_input else None
         cost = float(row["cost"] or "")
     except ValueError as error:
-        raise ConfigError(f"{where}: bits must be whole numbers and the cost a number, got {dict(row)}") from error
-    if not (math.isfinite(cost) and cost >= 0):
-        raise ConfigError(f"{where}: a cost must be finite and at least 0, got {cost}")
+        raise ConfigError(f"{where}: bits must be whole numbers and the cost a number, got {quoted(row)}") from error
+    if not 0 <= cost <= MAX_COST:
+        raise ConfigError(f"{where}: a cost is at least 0 and at most {MAX_COST:g} ms, got {cost}")
     return (row["layer"] or "", bits, act_bits), round(cost * NANOSECONDS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from mpqsearch.errors import ArtifactError
 from mpqsearch.metrics.extractors import FeatureExtractor
 from mpqsearch.metrics.frechet import FeatureStatistics
 from mpqsearch.models import REFERENCE
+from mpqsearch.untrusted import build, parse_json, quoted
+
+
+class _Made(TypedDict):
+    """What is said of a data set beside its statistics."""
+
+    n: str
+    name: str
+    extractor: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +67,22 @@ def load_reference(path: Path | None, extractor: FeatureExtractor) -> DataRefere
         raise ArtifactError(f"the reference statistics {file} do not exist")
     try:
         with safe_open(file, "pt") as handle:
-            metadata = json.loads(handle.metadata()["mpqsearch"])
+            metadata = build(_Made, parse_json((handle.metadata() or {}).get("mpqsearch", "{}"), str(file)), str(file))
             mean, covariance, features = (handle.get_tensor(k) for k in ("mean", "covariance", "features"))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged or holds no reference statistics: {error}") from error
+    n, width = metadata["n"], len(mean) if mean.dim() else 0
+    if not (n.isdecimal() and len(n) < 19 and covariance.shape == (width, width) and features.shape[1:] == (width,)):
+        shapes = [tuple(t.shape) for t in (mean, covariance, features)]
+        raise ArtifactError(f"{file}: mean, covariance and features of {quoted(n)} samples have the shapes {shapes}")
     if metadata["extractor"] != extractor.label:
         raise ArtifactError(
-            f"{file} was made with the extractor {metadata['extractor']}, this one is {extractor.label}. Make the "
-            "statistics again."
+            f"{file} was made with the extractor {quoted(metadata['extractor'])}, this one is {extractor.label}. "
+            "Make the statistics again."
         )
     return DataReference(
         name=metadata["name"],
-        statistics=FeatureStatistics.from_covariance(int(metadata["n"]), mean, covariance),
+        statistics=FeatureStatistics.from_covariance(int(n), mean, covariance),
         features=features.float(),
         extractor=metadata["extractor"],
     )

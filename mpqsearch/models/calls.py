@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NotRequired, TypedDict, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpqsearch import artifacts
+from mpqsearch import artifacts, untrusted
 from mpqsearch._version import __version__
 from mpqsearch.errors import ArtifactError, ConfigError, ModelError
 from mpqsearch.models.devices import float_dtype
@@ -233,23 +233,50 @@ def save_calls(path: str | Path, calls: Calls) -> None:
 def load_calls(path: str | Path) -> Calls:
     """Read what `save_calls` wrote. Raises `ArtifactError` when it is missing, damaged, of another kind or newer."""
     data, tensors = _read(Path(path), SCHEMA, "Record the calls of a pipeline with `mpqsearch record`.")
-    try:
+    stored = untrusted.build(_StoredCalls, data, str(path))
+    with _whole(Path(path)):
         calls = [
             Call(
                 args=tuple(_decode(a, tensors) for a in item["args"]),
                 kwargs={k: _decode(v, tensors) for k, v in item["kwargs"].items()},
-                sample=_decode(item["sample"], tensors),
-                timestep=_decode(item["timestep"], tensors),
+                sample=_decode(item["sample"], tensors, Tensor),
+                timestep=_decode(item["timestep"], tensors, float),
                 batch=item["batch"],
-                dtype=getattr(torch, item["dtype"]),
+                dtype=_dtype(item["dtype"]),
                 part=item["part"],
                 index=item["index"],
             )
-            for item in data["calls"]
+            for item in stored["calls"]
         ]
-        return Calls(calls, model=data["model"], seen=data["seen"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a whole record of calls: {type(error).__name__} {error}") from error
+    return Calls(calls, model=stored["model"], seen=stored["seen"])
+
+
+class _StoredCall(TypedDict):
+    args: list[Any]
+    kwargs: dict[str, Any]
+    sample: dict[str, Any]
+    timestep: Any
+    batch: int
+    dtype: str
+    part: str
+    index: int
+
+
+class _StoredCalls(TypedDict):
+    """What the header of a file of calls holds."""
+
+    model: str
+    seen: int
+    calls: list[_StoredCall]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Values that are not as `_Encoder` writes them become an `ArtifactError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged or no whole record: {type(error).__name__} {error}") from error
 
 
 def save_values(path: Path, value: Any) -> None:
@@ -262,7 +289,8 @@ def save_values(path: Path, value: Any) -> None:
 def load_values(path: Path) -> Any:
     """Read what `save_values` wrote. Raises `ArtifactError` as `load_calls` does."""
     data, tensors = _read(path, VALUES, "")
-    return _decode(data["value"], tensors)
+    with _whole(path):
+        return _decode(data["value"], tensors)
 
 
 def _write(path: Path, schema: str, data: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -272,6 +300,7 @@ def _write(path: Path, schema: str, data: Mapping[str, Any], tensors: dict[str, 
         "schema": schema,
         "version": artifacts.VERSIONS[schema],
         "created_by": f"mpqsearch {__version__}",
+        "digest": artifacts.digest_of(data),
         "data": data,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,20 +315,34 @@ def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]
         raise ArtifactError(f"{path} does not exist. {advice}".rstrip())
     try:
         with safe_open(path, framework="pt") as file:
-            body = json.loads((file.metadata() or {}).get("mpqsearch", "{}"))
+            body = untrusted.parse_json((file.metadata() or {}).get("mpqsearch", "{}"), str(path))
             # Clones: the file's own memory is not aligned, and vectorised sums over it round otherwise than those of
             # the recording.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
-    if body.get("schema") != schema:
-        raise ArtifactError(f"{path} holds {body.get('schema')!r}, but {schema!r} is needed")
+    header = untrusted.build(_Header, body, f"{path} is damaged or no artifact of mpqsearch")
+    if header["schema"] != schema:
+        raise ArtifactError(f"{path} holds {untrusted.quoted(header['schema'])}, but {schema!r} is needed")
     newest = artifacts.VERSIONS[schema]
-    if not newest - 1 <= body["version"] <= newest:
+    if not newest - 1 <= header["version"] <= newest:
         raise ArtifactError(
-            f"{path} has version {body['version']} of {schema!r}; this mpqsearch ({__version__}) reads up to {newest}."
+            f"{path} has version {header['version']} of {schema!r}; this mpqsearch ({__version__}) reads up to "
+            f"{newest}."
         )
-    return body["data"], tensors
+    changed = any(_key(tensor) != key for key, tensor in tensors.items())
+    if changed or header.get("digest") not in (None, artifacts.digest_of(header["data"])):
+        raise ArtifactError(f"{path} was changed after it was written, or is damaged. {advice}".rstrip())
+    return header["data"], tensors
+
+
+class _Header(TypedDict):
+    """The envelope of a safetensors file; earlier versions gave no digest."""
+
+    schema: str
+    version: int
+    digest: NotRequired[str]
+    data: dict[str, Any]
 
 
 class Recorder:
@@ -497,7 +540,22 @@ def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"model": calls.model, "seen": calls.seen, "calls": data}, encoder.tensors
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: Mapping[str, Tensor], kind: type | None = None) -> Any:
+    """What `_Encoder` wrote, of a ``kind`` if one is given. Raises several kinds of errors for anything else."""
+    decoded = _decoded(value, tensors)
+    if kind is not None and not isinstance(decoded, kind):
+        raise TypeError(f"a {kind.__name__} is needed, got {untrusted.quoted(value)}")
+    return decoded
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{untrusted.quoted(name)} is no data type of torch")
+    return found
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -506,10 +564,12 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "array":
         return tensors[content].numpy()
     if kind == "dtype":
-        return getattr(torch, content)
+        return _dtype(content)
     if kind == "float":
         return float(content)
     if kind == "dict":
         return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+    if kind not in ("list", "tuple") or not isinstance(content, list):
+        raise ValueError(f"{untrusted.quoted(kind)} is no kind of value")
     items = [_decode(v, tensors) for v in content]
     return items if kind == "list" else tuple(items)

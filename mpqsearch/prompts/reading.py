@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.specs.prompts import COLUMNS
+from mpqsearch.untrusted import parse_json, quoted, read_bytes
 
 LIMIT_BYTES = 200_000_000
 """The largest file that is read."""
@@ -58,25 +58,17 @@ def read_file(path: Path, columns: Mapping[str, str]) -> list[Prompt]:
     if path.suffix.lower() not in READERS:
         raise UnknownNameError("format of a file of prompts", path.suffix or path.name, READERS, f"({path})")
     text = _text(path)
-    try:
-        prompts = [
-            _prompt(row, name, f"{path}, {where}", columns, path.parent)
-            for where, name, row in READERS[path.suffix.lower()](text, path)
-        ]
-    except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deeply for a file of prompts") from error
+    prompts = [
+        _prompt(row, name, f"{path}, {where}", columns, path.parent)
+        for where, name, row in READERS[path.suffix.lower()](text, path)
+    ]
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
     return prompts
 
 
 def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > LIMIT_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; files of prompts may have 200 MB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"the file of prompts {path} cannot be read: {error.strerror}") from error
+    data = read_bytes(path, ConfigError, LIMIT_BYTES)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise ConfigError(f"{path} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {path.name}")
     try:
@@ -114,18 +106,11 @@ def _table(text: str, path: Path) -> Iterator[Row]:
 def _json_lines(text: str, path: Path) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"line {number}", "", _json(line, f"{path}, line {number}")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where} is no valid JSON: {error}") from error
+            yield f"line {number}", "", parse_json(line, f"{path}, line {number}", ConfigError)
 
 
 def _json_document(text: str, path: Path) -> Iterator[Row]:
-    return _document(_json(text, f"{path} (one document; .jsonl has one a line)"), path)
+    return _document(parse_json(text, f"{path} (one document; .jsonl has one a line)", ConfigError), path)
 
 
 def _yaml_document(text: str, path: Path) -> Iterator[Row]:
@@ -134,6 +119,8 @@ def _yaml_document(text: str, path: Path) -> Iterator[Row]:
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # every scalar is a string: a prompt "yes" is no boolean
     try:
         return _document(yaml.load(text, Loader=loader), path)  # noqa: S506 - the base loader makes no objects
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply for a file of prompts") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
 
@@ -143,11 +130,11 @@ def _document(document: Any, path: Path) -> Iterator[Row]:
     if isinstance(document, list):
         yield from ((f"entry {number}", "", value) for number, value in enumerate(document, 1))
     elif not isinstance(document, dict):
-        raise ConfigError(f"{path} should hold a list of prompts or a table by name, not {document!r:.60}")
+        raise ConfigError(f"{path} should hold a list of prompts or a table by name, not {quoted(document)}")
     elif isinstance(document.get("annotations", document.get("images")), list):
         yield from _coco(document, path)
     else:
-        yield from ((f"entry {name!r:.60}", str(name), value) for name, value in document.items())
+        yield from ((f"entry {quoted(name)}", str(name), value) for name, value in document.items())
 
 
 def _coco(document: Mapping[str, Any], path: Path) -> Iterator[Row]:
@@ -194,12 +181,12 @@ def _prompt(row: Any, name: str, where: str, columns: Mapping[str, str], folder:
     if isinstance(row, str):
         row, columns = {"prompt": row}, {}
     if not isinstance(row, dict):
-        raise ConfigError(f"{where} should be a prompt or a table of columns, got {row!r:.60}")
+        raise ConfigError(f"{where} should be a prompt or a table of columns, got {quoted(row)}")
     values = {what: _value(row, what, columns.get(what), where) for what in COLUMNS}
     label, image = _label(values.pop("label"), where), values["image"]
     for what, value in values.items():
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: the {what} should be text, got {value!r:.60}")
+            raise ConfigError(f"{where}: the {what} should be text, got {quoted(value)}")
         found = CONTROL.search(value)
         if found:
             raise ConfigError(f"{where}: the {what} holds the control character {found[0]!r}. Delete it.")
@@ -242,7 +229,7 @@ def _label(value: Any, where: str) -> int | None:
         return None
     if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value).strip(), re.ASCII):
         raise ConfigError(
-            f"{where}: a label is the number of a class, from 0, got {value!r:.60}. "
+            f"{where}: a label is the number of a class, from 0, got {quoted(value)}. "
             '[prompts.columns] label = "" leaves labels out.'
         )
     return int(value)

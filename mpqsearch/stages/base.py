@@ -33,12 +33,14 @@ T = TypeVar("T")
 @dataclass
 class Run:
     """One run folder with its configuration: what the stages read and write. ``table`` and ``profile`` are there once
-    the stages of these names have run."""
+    the stages of these names have run. With ``reads_only`` nothing is measured: what is not there is an error that
+    names the verb that makes it."""
 
     config: Config
     folder: Path
     overwrite: bool = False
     dry_run: bool = False
+    reads_only: bool = False
     given: Denoiser | None = None
     say: Say = say
     table: LayerTable = field(init=False, repr=False)

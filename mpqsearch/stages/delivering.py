@@ -17,7 +17,7 @@ from mpqsearch.progress import bar_of
 from mpqsearch.sources import denoiser_folders, local_folder
 from mpqsearch.specs.targets import FULL
 from mpqsearch.stages.base import Run
-from mpqsearch.stages.references import file_key, measure, metrics_file, reference
+from mpqsearch.stages.references import file_key, measure, metrics_file
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
 
 if TYPE_CHECKING:
@@ -192,9 +192,8 @@ def _metrics(run: Run, key: str, target: Target, folder: Path) -> dict[str, Any]
 
 
 def _draw(run: Run, key: str, target: Target, folder: Path) -> dict[str, Any]:
-    base, _ = reference(run)
-    with run.timed("evaluate"), bar_of(f"the file of {target.name}", len(base.seeds)) as bar:
-        return measure(run, base, key, partial(delivered_module, run, target, folder), bar.update)
+    with run.timed("evaluate"), bar_of(f"the file of {target.name}", run.config.evaluate.samples) as bar:
+        return measure(run, key, partial(delivered_module, run, target, folder), bar.update)
 
 
 def delivered_module(run: Run, target: Target, folder: Path) -> nn.Module:

@@ -44,7 +44,8 @@ def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
     and distance of each. The same call continues an interrupted training. Raises `SystemExit` with 128 plus the
     signal's number after a signal.
     """
-    check_sampling(run, "training on trajectories of the sampler (distill)")
+    if not run.reads_only:
+        check_sampling(run, "training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
     bit_map, _ = allocation(run, method, budget)
     folder = run.path("distilled", slug(method_name, budget))
@@ -128,7 +129,7 @@ def _trained(task: _Training) -> dict[str, Any]:
     student = _student(task)
     base = before = None
     if team.main:
-        base, _ = reference(run)
+        base = reference(run)
         before = _measure(run, convert(student).module, base, "before training")
     team.wait()
     with run.timed("distill"):

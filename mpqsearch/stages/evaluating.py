@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerTable, StudyRecord
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocations
 from mpqsearch.stages.base import Run, slug
-from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.references import (
     evaluation_key,
+    full_record,
     measure,
     metrics_file,
     quantized_module,
     record_of,
-    reference,
 )
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
-
-if TYPE_CHECKING:
-    from mpqsearch.metrics import Reference
 
 
 def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
@@ -38,31 +34,28 @@ def mean_activation_bits(table: LayerTable, bit_map: BitMap) -> float:
 
 def evaluate(run: Run) -> list[StudyRecord]:
     """Measure every map of the configuration, and the full-precision model."""
-    check_sampling(run, "an evaluation of samples (evaluate)")
     maps = allocations(run)
     keys = {evaluation_key(run, m, bias_correction=s.bias_correction) for s, _, m, _ in maps}
     done = sum(metrics_file(run, k).exists() for k in keys)
-    if run.dry_run or done < len(keys):
+    if (run.dry_run or done < len(keys)) and not run.reads_only:
         run.say(
             f"evaluate: {len(keys)} distinct maps of {run.config.evaluate.samples} samples; {done} reused, "
             f"{len(keys) - done} to do"
         )
-    if run.dry_run:
+    if run.dry_run and not run.reads_only:
         return []
-    base, full = reference(run)
-    records = [full]
-    with bar_of("evaluate", len(maps) * len(base.seeds)) as bar:
+    records, samples = [full_record(run)], run.config.evaluate.samples
+    with bar_of("evaluate", len(maps) * samples) as bar:
         for method, budget, bit_map, solved in maps:
             bar.set_postfix_str(slug(method.name, budget))
-            records.append(measured_record(run, base, method, budget, bit_map, solved, bar.update))
-            bar.update((len(records) - 1) * len(base.seeds) - bar.n)  # what was reused
+            records.append(measured_record(run, method, budget, bit_map, solved, bar.update))
+            bar.update((len(records) - 1) * samples - bar.n)  # what was reused
     run.say(f"evaluate: {len(records) - 1} maps and full precision; metrics in {run.path('metrics')}")
     return records
 
 
 def measured_record(
     run: Run,
-    base: Reference,
     method: MethodSpec,
     budget: Budget,
     bit_map: BitMap,
@@ -76,12 +69,11 @@ def measured_record(
     make = partial(quantized_module, run, bit_map, bias_correction=corrected)
     with run.timed("evaluate"):
         data = reuse_or_make(
-            run, METRICS, metrics_file(run, key), {"evaluation": key}, partial(measure, run, base, key, make, progress)
+            run, METRICS, metrics_file(run, key), {"evaluation": key}, partial(measure, run, key, make, progress)
         )
     return record_of(
-        run.table,
+        run,
         bit_map,
-        base.seeds,
         data,
         method=method.name,
         granularity=method.granularity,

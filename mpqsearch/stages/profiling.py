@@ -25,7 +25,7 @@ def prepare(run: Run, sampling: str = "") -> bool:
     measured: see `preflight`.
     """
     layers(run)
-    preflight(run, sampling)
+    preflight(run, "" if run.reads_only else sampling)
     return profile(run) is not None
 
 

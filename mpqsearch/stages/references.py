@@ -13,6 +13,7 @@ import numpy as np
 from mpqsearch import artifacts
 from mpqsearch._version import __version__
 from mpqsearch.core import BitMap, LayerTable, MetricValue, StudyRecord, average_bits, size_bytes
+from mpqsearch.errors import ArtifactError
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.base import Run, same_model
 from mpqsearch.stages.profiling import profile_inputs
@@ -53,13 +54,14 @@ def file_key(run: Run, digests: Mapping[str, str]) -> str:
 
 
 def measure(
-    run: Run, base: Reference, key: str, make: Callable[[], nn.Module], progress: Callable[[int], Any]
+    run: Run, key: str, make: Callable[[], nn.Module], progress: Callable[[int], Any]
 ) -> dict[str, Any]:
     """Make a module, sample from it and measure; its features and first images are kept beside the metrics."""
     from mpqsearch.metrics import evaluate
     from mpqsearch.sampling import samples
 
     same_model(run)
+    base = reference(run)
     began = time.perf_counter()
     drawn = samples(run.denoiser.with_module(make()), base.seeds, progress=progress)
     result = evaluate(drawn, base, keep=SHOWN)
@@ -69,33 +71,42 @@ def measure(
     return {"seconds": time.perf_counter() - began, "metrics": {k: v.to_data() for k, v in result.metrics.items()}}
 
 
-def reference(run: Run) -> tuple[Reference, StudyRecord]:
-    """Full-precision samples with their features, cached, and their record."""
+def reference(run: Run) -> Reference:
+    """Full-precision samples with their features; made once in this process."""
     from mpqsearch.metrics import Reference
 
+    def make() -> Reference:
+        return Reference.of(full_precision(run), run.extractor, run.data_reference, run.scorers)
+
+    return run.once("reference", make)
+
+
+def full_record(run: Run) -> StudyRecord:
+    """What the full-precision samples measure."""
     key = evaluation_key(run, None, bias_correction=False)
-    began = time.perf_counter()
-    store = full_precision(run)
-    seconds = time.perf_counter() - began
-    base = Reference.of(store, run.extractor, run.data_reference, run.scorers)
 
     def measure() -> dict[str, Any]:
-        metrics = base.evaluation().metrics
+        began = time.perf_counter()
+        full_precision(run)
+        seconds = time.perf_counter() - began
+        metrics = reference(run).evaluation().metrics
         return {"seconds": seconds, "metrics": {k: v.to_data() for k, v in metrics.items()}}
 
-    data = reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure)
-    full = uniform_full_precision(run.table)
-    record = record_of(
-        run.table,
-        full,
-        base.seeds,
-        data,
+    return record_of(
+        run,
+        uniform_full_precision(run.table),
+        reuse_or_make(run, METRICS, metrics_file(run, key), {"evaluation": key}, measure),
         method="full-precision",
         granularity="model",
         act_bits=16.0,
         predicted_loss=0.0,
     )
-    return base, record
+
+
+def report_seeds(run: Run) -> range:
+    """The seeds that maps are measured on."""
+    c = run.config.evaluate
+    return range(c.first_seed, c.first_seed + c.samples)
 
 
 def full_precision(run: Run) -> SampleStore:
@@ -103,10 +114,14 @@ def full_precision(run: Run) -> SampleStore:
     from mpqsearch.metrics import SampleStore
     from mpqsearch.sampling import samples
 
-    key, c = evaluation_key(run, None, bias_correction=False), run.config.evaluate
-    seeds, folder = range(c.first_seed, c.first_seed + c.samples), run.path("stats", f"full-precision-{key[:16]}")
-    store = SampleStore(folder, seeds, {"evaluation": key}, overwrite=run.overwrite)
+    key = evaluation_key(run, None, bias_correction=False)
+    folder = run.path("stats", f"full-precision-{key[:16]}")
+    if run.reads_only:  # a store that knows nothing of the folder would begin anew
+        artifacts.read_json(folder / "samples.json", "mpqsearch/samples")
+    store = SampleStore(folder, report_seeds(run), {"evaluation": key}, overwrite=run.overwrite)
     if missing := store.missing:
+        if run.reads_only:
+            raise ArtifactError(f"{folder} lacks {len(missing)} samples. `mpqsearch evaluate` makes them.")
         same_model(run)
         with run.timed("evaluate"), bar_of("full precision", len(missing)) as bar:
             store.fill(samples(run.denoiser, missing, progress=bar.update))
@@ -124,9 +139,8 @@ def metrics_file(run: Run, key: str) -> Path:
 
 
 def record_of(
-    table: LayerTable,
+    run: Run,
     bit_map: BitMap,
-    seeds: tuple[int, ...],
     data: dict[str, Any],
     *,
     method: str,
@@ -137,6 +151,7 @@ def record_of(
     quantity: str = "",
 ) -> StudyRecord:
     """The record of a measured map; ``data`` is what its file of metrics holds."""
+    table, seeds = run.table, report_seeds(run)
     return StudyRecord(
         model=table.model,
         method=method,

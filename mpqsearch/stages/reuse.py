@@ -85,8 +85,9 @@ def reuse_or_make(
 ) -> T:
     """What ``path`` holds when it was made from exactly ``inputs``; else what ``make`` returns, written there.
 
-    A dry run writes nothing. With ``stage`` one line says that the file was reused. Raises
-    `StaleArtifactError` when the file was made from other inputs, unless the run may overwrite.
+    A dry run writes nothing. With ``stage`` one line says that the file was reused. Raises `StaleArtifactError` when
+    the file was made from other inputs, unless the run may overwrite, and `ArtifactError`, naming the verb, for a
+    missing one where the run only reads.
     """
     if artifacts.is_current(path, kind.schema, inputs, overwrite=run.overwrite):
         with suppress(ArtifactError) if run.overwrite else nullcontext():
@@ -94,6 +95,11 @@ def reuse_or_make(
             if stage:
                 run.say(f"{stage}: reused {path}")
             return found
+    if run.reads_only:
+        raise artifacts.absent(path, kind.schema)
+    if run.path("pareto.json").exists() and not path.exists():
+        verb = artifacts.verb_of(path, kind.schema)
+        run.say(f"{path} is missing from a finished run or was never made: it is made now (mpqsearch {verb})")
     made = make()
     if not run.dry_run:
         kind.save(path, made, inputs)

@@ -182,7 +182,7 @@ def _evaluator(run: Run) -> ModelEvaluator:
         denoiser=run.denoiser,
         quantized=lambda candidate: quantized_module(run, candidate.bit_map, bias_correction=candidate.bias_correction),
         calibration=artifacts.digest_of(calibration),
-        reference=reference(run)[0],
+        reference=reference(run),
         extractor=run.extractor,
         error=run.config.search.error,
         keep=len(budgets_of(run)),

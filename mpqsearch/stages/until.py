@@ -17,7 +17,7 @@ from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.evaluating import measured_record
 from mpqsearch.stages.preflight import check_sampling
-from mpqsearch.stages.references import reference
+from mpqsearch.stages.references import full_record
 
 if TYPE_CHECKING:
     from mpqsearch.metrics import Reference
@@ -109,7 +109,7 @@ def smallest(run: Run, quality: Quality, method: MethodSpec, largest: Budget | N
     Raises `InfeasibleBudgetError` when the largest map does not pass, `ConfigError` when full precision does not.
     """
     check_sampling(run, "a quality (--until)")
-    base, full = reference(run)
+    full = full_record(run)
     if quality.metric not in {*PAIRED, *full.metrics}:
         raise UnknownNameError("metric", quality.metric, {*PAIRED, *full.metrics}, "(--until)")
     if quality.metric in full.metrics and not quality.passes(full):
@@ -118,7 +118,7 @@ def smallest(run: Run, quality: Quality, method: MethodSpec, largest: Budget | N
             f"full precision itself does not reach {quality}: it has {value.value:.4g} ({value.low:.4g} to "
             f"{value.high:.4g} on {value.n_samples} samples). Ask for less, or evaluate more samples."
         )
-    search = _Bracket(run=run, quality=quality, method=method, base=base)
+    search = _Bracket(run=run, quality=quality, method=method)
     return search.run_from(largest), search.tried
 
 
@@ -129,7 +129,6 @@ class _Bracket:
     run: Run
     quality: Quality
     method: MethodSpec
-    base: Reference
 
     def __post_init__(self) -> None:
         self.tried: list[Tried] = []
@@ -171,8 +170,8 @@ class _Bracket:
 
     def _measure(self, budget: Budget) -> Tried:
         bit_map, data = allocation(self.run, self.method, budget)
-        with bar_of(f"evaluate {self.method.name} at {budget.label()}", len(self.base.seeds)) as bar:
-            record = measured_record(self.run, self.base, self.method, budget, bit_map, data, bar.update)
+        with bar_of(f"evaluate {self.method.name} at {budget.label()}", self.run.config.evaluate.samples) as bar:
+            record = measured_record(self.run, self.method, budget, bit_map, data, bar.update)
         made = Tried(budget=budget, bit_map=bit_map, data=data, record=record)
         self.tried.append(made)
         value = self.quality.of(record)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 from mpqsearch.core import Budget, MetricValue, StudyRecord
+from mpqsearch.errors import ArtifactError
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.delivering import delivered_records
@@ -54,7 +55,13 @@ def trained(run: Run, records: list[StudyRecord]) -> list[StudyRecord]:
     found = []
     budgets = [Budget.parse(text) for text in c.budgets] or list(run.config.allocate.parsed())
     for name, budget in itertools.product(c.methods, budgets):
-        data = distill(run, name, budget)
+        try:
+            data = distill(run, name, budget)
+        except ArtifactError as error:
+            if not run.reads_only:
+                raise
+            run.say(f"{name} at {budget.label()}, trained, is left out: {error}")
+            continue
         before = next((r for r in records if r.method == name and r.budget == budget.label()), None)
         if data and before is not None:
             metrics = {k: MetricValue(**v) for k, v in data["after"].items()}
