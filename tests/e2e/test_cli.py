@@ -136,7 +136,7 @@ def test_mistakes_end_with_one_clear_message(
     assert "Traceback" not in out.stderr
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "report", "distill", "search", "run"])
+@pytest.mark.parametrize("verb", ["evaluate", "distill", "search", "run"])
 @pytest.mark.parametrize(
     ("setting", "code", "message"),
     [

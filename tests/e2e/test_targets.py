@@ -311,6 +311,7 @@ def test_a_file_that_is_larger_than_the_map_is_said(folder: Path) -> None:
 
 def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> None:
     assert call(folder, "export", "--target", "gguf", "--allocated").exit_code == 0
+    assert call(folder, "evaluate").exit_code == 0
     done = call(folder, "report")
     assert done.exit_code == 0, done.output
     page = (folder / "r/report.html").read_text()

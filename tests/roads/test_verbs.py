@@ -1,12 +1,13 @@
 """Every verb on every kind of model, through the command line, in one run folder that the verbs fill in turn.
 
-A verb that comes to an empty folder measures what it needs, so that each test also runs alone.
+A verb that comes to an empty folder measures what it needs, so that each test also runs alone; a report only reads.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -234,6 +235,10 @@ def test_distill(kind: str, roads: Roads, call: Call) -> None:
 
 @each(SAMPLED)
 def test_report(kind: str, roads: Roads, call: Call) -> None:
+    missing = call(roads[kind], "report", "--set", "evaluate.first_seed=9", code=2)
+    assert re.search(r"does not exist\. `mpqsearch \w+` writes it", missing.stderr)
+    for verb in ("evaluate", "distill"):
+        call(roads[kind], verb)
     (page,) = json.loads(call(roads[kind], "report").stdout)
     text = Path(page).read_text()
     assert all(f"{name}<" in text for name in ("full-precision", *METHODS, "ilp-channel+trd"))

@@ -86,7 +86,7 @@ chosen = "ilp-channel"
 targets = ["neutral", "packed"]
 """
 
-SAMPLING = ("search", "evaluate", "distill", "report", "run")
+SAMPLING = ("search", "evaluate", "distill", "run")
 """Verbs that draw samples, which a model known from recorded calls cannot."""
 
 BUDGET = ("--method", "ilp-channel", "--budget", "uniform:4")
