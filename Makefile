@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test test-all test-gpu test-oldest fuzz lint types contracts benchmark reference clean
+.PHONY: quickstart test test-all test-gpu test-oldest fuzz kill lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
@@ -37,6 +37,11 @@ test-oldest: $(INSTALLED)
 FUZZ ?= 5000
 fuzz: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz.fuzz $(FUZZ)
+
+# A whole small study, killed at random points and continued, value by value; the tests kill 6 times
+KILLS ?= 200
+kill: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.e2e.kill $(KILLS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -134,12 +134,14 @@ def main() -> None:
 
 
 def _crash(error: Exception) -> NoReturn:
-    """What nobody foresaw: a full disk behind stdout, or a mistake of ours."""
+    """What nobody foresaw: a full disk behind stdout, a file that may not be read, or a mistake of ours."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO):
         _drop_output()
         _fail(f"the output cannot be written: {error.strerror}", 2)
     if State.verbose:
         traceback.print_exc(file=_Redacted())
+    if isinstance(error, OSError) and error.filename is not None:
+        _fail(f"{error.filename}: {error.strerror}. The file itself may be good: nothing was changed.", 2)
     _fail(
         f"this is a mistake of mpqsearch: {type(error).__name__}: {error}. What was finished is kept. The same command "
         "with -v shows where it is; please report that.",

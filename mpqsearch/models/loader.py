@@ -97,14 +97,38 @@ def downloaded(source: str, revision: str | None) -> Path:
     """The folder into which diffusers puts a pipeline of a hub, as far as it has safetensors weights."""
     import diffusers
 
+    here = not _answers(source, revision)
     try:
         with _quiet():
-            return Path(diffusers.DiffusionPipeline.download(source, revision=revision, use_safetensors=True))
+            return Path(
+                diffusers.DiffusionPipeline.download(
+                    source, revision=revision, use_safetensors=True, local_files_only=here
+                )
+            )
     except Exception as error:  # huggingface_hub, requests and diffusers raise many kinds
         raise ModelError(
             f"cannot load the pipeline {source!r}: {_reason(error)}. It must be a folder or a hub identifier with "
             "safetensors weights; without a network only folders work."
         ) from error
+
+
+ANSWERS_S = 10
+"""Seconds in which a hub must answer; each of the many requests of a download would wait for it by itself."""
+
+
+def _answers(source: str, revision: str | None) -> bool:
+    """Whether the hub answers, with whatever: if not, only what was downloaded before can be loaded."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(source, revision=revision, timeout=ANSWERS_S)
+    except HfHubHTTPError:
+        return True
+    except Exception as error:  # noqa: BLE001 - of the library that makes requests, which differs by version
+        log.warning("the hub does not answer (%s): looking for %s on this disk", _reason(error), source)
+        return False
+    return True
 
 
 def _check_components(index: Mapping[str, Any], source: str) -> None:

@@ -177,6 +177,21 @@ else:
         return True
 
 
+@contextmanager
+def joined(file: Path) -> Iterator[bool]:
+    """Count among the processes that hold ``file`` while the block runs, however they end; yields whether this is the
+    only one. Where the system has no shared locks nobody is known to be alone."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with file.open("rb") as handle:
+        alone = _locked(handle)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield alone
+
+
 def _cut_torn_line(path: Path, lock: JournalLock) -> None:
     """Cut off a last line that a crash left half written: Optuna would append to it, and could never read it again."""
     if not path.exists():

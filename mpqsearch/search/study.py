@@ -2,8 +2,8 @@
 
 Everything is Optuna's own. A study ends when it has its number of trials that are complete or pruned, counted over all
 workers; each of them finishes the trial that it is at, so there may be one more for each further worker. A trial whose
-worker died counts for nothing: with a database its heartbeat stops, and it is failed and tried again; a journal file
-has no heartbeat, there it stays "running" for ever, and another trial takes its place.
+worker died counts for nothing: with a database its heartbeat stops, and it is failed and tried again; in a journal it
+is failed when a process continues the study alone, see `fail_interrupted`.
 """
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ def make_pruner(name: str) -> BasePruner:
 def open_study(plan: Plan, storage: BaseStorage) -> Study:
     """Create the study or continue it.
 
-    Starting points that no trial stands for any more (it was interrupted) are queued again. Raises `StaleArtifactError`
-    that names what differs when the study was made under another context.
+    Raises `StaleArtifactError` that names what differs when the study was made under another context.
     """
     import optuna
 
@@ -129,11 +128,23 @@ def open_study(plan: Plan, storage: BaseStorage) -> Study:
             "values cannot be compared with new ones. Use another --run-dir or study name, or --overwrite to begin it "
             "again."
         )
-    begun = {t.user_attrs.get(START) for t in study.get_trials(deepcopy=False) if t.state.name != "FAIL"}
-    for i, start in enumerate(plan.starts):
-        if i not in begun:
-            study.enqueue_trial(dict(start), user_attrs={START: i})
     return study
+
+
+def fail_interrupted(study: Study) -> None:
+    """Fail the trials that are said to be running; only for a process that knows that nobody else runs any."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _queue_start(study: Study, plan: Plan) -> None:
+    """Queue the first starting point that no trial stands for (any more: it may have been interrupted)."""
+    begun = {t.user_attrs.get(START) for t in study.get_trials(deepcopy=False) if t.state.name != "FAIL"}
+    left = (i for i in range(len(plan.starts)) if i not in begun)
+    if (i := next(left, None)) is not None and len(finished_trials(study)) < plan.trials:
+        study.enqueue_trial(dict(plan.starts[i]), user_attrs={START: i})
 
 
 def delete_study(plan: Plan, storage: BaseStorage) -> None:
@@ -173,16 +184,20 @@ def work(
     """Run trials until the study has ``plan.trials`` finished ones, by whatever worker. A ``storage`` that is given is
     waited for when it goes away for a while.
 
-    The same call continues an interrupted study. With one worker and one session, equal seeds give equal trials; each
-    worker and each session draws from a seed of its own.
+    The same call continues an interrupted study. Each trial is drawn from a seed of its own, made of its worker and the
+    number of finished trials: with one worker, equal seeds give equal trials however often it was interrupted. The
+    first worker tries the starting points, one after the other.
     """
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
     if len(finished_trials(study)) >= plan.trials:
         return
-    begun = sum(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False))
-    study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, begun))
+
+    def ready(*_: Any) -> None:
+        study.sampler = make_sampler(plan.sampler, seed_of(plan.seed, worker, len(finished_trials(study))))
+        if worker == 0:
+            _queue_start(study, plan)
 
     def numbered(trial: Any) -> float:
         trial.set_user_attr(WORKER, worker)
@@ -191,8 +206,9 @@ def work(
     enough = MaxTrialsCallback(plan.trials, states=(TrialState.COMPLETE, TrialState.PRUNED))
     while True:
         try:
+            ready()
             with unwarned():
-                study.optimize(numbered, callbacks=[*callbacks, enough])
+                study.optimize(numbered, callbacks=[*callbacks, ready, enough])
         except Exception as error:
             if storage is None or not is_outage(error):
                 raise
@@ -203,6 +219,6 @@ def work(
 
 
 def seed_of(base: int, *parts: object) -> int:
-    """A sampler seed from a base seed and what tells one session from another."""
+    """A sampler seed from a base seed and what tells one trial from another."""
     digest = hashlib.sha256(repr((base, *parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big") % (2**31)

@@ -62,17 +62,21 @@ def search(
         c, budgets = run.config.search, ", ".join(b.label() for b in budgets_of(run))
         run.say(f"search: would run {c.trials} trials of {c.samples} samples at the budgets {budgets}")
         return {}
-    from mpqsearch.search.storage import open_storage
+    from mpqsearch.search.storage import joined, open_storage
+    from mpqsearch.search.study import fail_interrupted
 
     objective, plan = study_of(run)
     where = _where(run, storage)
     opened = open_storage(where, workers=workers)
-    study = _opened(run, plan, opened, fresh=run.overwrite and worker is None)
-    with run.timed("search"), _progress(study, plan) as progress:
-        if workers > 1 and worker is None:
-            _run_workers(run, study, plan, where, workers, progress)
-        else:
-            _work(study, plan, objective, opened, worker or 0, progress)
+    with joined(_identity_file(run)) as alone:
+        study = _opened(run, plan, opened, fresh=run.overwrite and worker is None)
+        if alone and where == _own_journal(run):
+            fail_interrupted(study)
+        with run.timed("search"), _progress(study, plan) as progress:
+            if workers > 1 and worker is None:
+                _run_workers(run, study, plan, where, workers, progress)
+            else:
+                _work(study, plan, objective, opened, worker or 0, progress)
     if worker is not None:
         return {}
     with run.timed("search"):
@@ -155,7 +159,7 @@ def study_of(run: Run) -> tuple[Objective, Plan]:
 def _identity(run: Run) -> str:
     """What tells this run folder from all others, on whatever machine: drawn once, and kept in it. Of workers that draw
     one at the same time the first is kept."""
-    path, drawn = run.path("search", "identity.json"), secrets.token_hex(6)
+    path, drawn = _identity_file(run), secrets.token_hex(6)
     if not path.exists():
         own = path.with_name(f"{artifacts.temporary_prefix()}{drawn}.json")
         artifacts.write_json(own, "mpqsearch/identity", {"identity": drawn}, {})
@@ -167,6 +171,10 @@ def _identity(run: Run) -> str:
             own.replace(path)
         own.unlink(missing_ok=True)
     return untrusted.build(_Identity, artifacts.read_json(path, "mpqsearch/identity").data, str(path))["identity"]
+
+
+def _identity_file(run: Run) -> Path:
+    return run.path("search", "identity.json")
 
 
 class _Identity(TypedDict):
@@ -192,7 +200,11 @@ def _evaluator(run: Run) -> ModelEvaluator:
 def _where(run: Run, storage: str | None) -> str | Path:
     from mpqsearch.search.storage import STORAGE_VARIABLE
 
-    return storage or os.environ.get(STORAGE_VARIABLE) or run.path("search", "study.journal").resolve()
+    return storage or os.environ.get(STORAGE_VARIABLE) or _own_journal(run)
+
+
+def _own_journal(run: Run) -> Path:
+    return run.path("search", "study.journal").resolve()
 
 
 def _opened(run: Run, plan: Plan, storage: BaseStorage, *, fresh: bool) -> Study:
