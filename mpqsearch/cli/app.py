@@ -123,8 +123,10 @@ def main() -> None:
         _fail(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:
-        _drop_output()
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _drop_output()  # typer makes a SystemExit of it
         raise SystemExit(0) from None
     except Exception as error:  # noqa: BLE001 - the last place where anything can be said of it
         _crash(error)

@@ -145,6 +145,7 @@ def distill(
             _append(log, state.to_data())
             yield state
             if state.interrupted:
+                stopping.number = 0  # the caller knows
                 return
     run.training.put(run.checks.parameters or run.training.averaged())
 
@@ -217,7 +218,8 @@ class _Run:
 
 
 class _Signals:
-    """Catch SIGTERM and SIGINT once: set a flag, and give the next signal its usual effect."""
+    """Catch SIGTERM and SIGINT once: set a flag, and give the next signal its usual effect. One that came too late to
+    be looked at has its usual effect at the end."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -231,6 +233,8 @@ class _Signals:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        if self.number:
+            signal.raise_signal(self.number)
 
     def _catch(self, number: int, _frame: FrameType | None) -> None:
         self.number = number

@@ -6,7 +6,7 @@ random processor time, half just before a random operation on a file. Of four, t
 SIGINT, which must end with 143 and 130. A finding is another exit code, a value that differs, a file that is missing or
 too many, a temporary file or a lock that is left, a folder of a process that still runs.
 
-    python -m tests.e2e.kill 200
+    python -m tests.e2e.kill 200 0     # kills, and the first seed
 
 Each run is forked from a process that has imported everything and has run the study once; pictures are blank, since
 drawing them takes nine tenths of the time and no value comes from them.
@@ -263,8 +263,8 @@ def study(folder: Path, seed: int, expected: dict[str, Any], whole: tuple[float,
     return kills, wrong + [f"study {seed}: {name} is left" for name in left]
 
 
-def kill(least: int, folder: Path) -> tuple[int, list[str]]:
-    """At least so many kills in ``folder``: their number, and the findings."""
+def kill(least: int, folder: Path, first: int = 0) -> tuple[int, list[str]]:
+    """At least so many kills in ``folder``, of studies from the seed ``first`` on: their number, and the findings."""
     for module in PRELOADED:
         __import__(module)
     write_study(folder)
@@ -273,7 +273,7 @@ def kill(least: int, folder: Path) -> tuple[int, list[str]]:
     code, seconds, said = run(folder, "whole", counted("whole", operations, signal.SIGKILL))
     assert code == 0, said
     expected = values(folder / "whole")
-    for seed in itertools.count():
+    for seed in itertools.count(first):
         if kills >= least:
             break
         more, found = study(folder, seed, expected, (seconds, -operations.value))
@@ -284,9 +284,9 @@ def kill(least: int, folder: Path) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    least = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    asked = [int(number) for number in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as temporary:
-        kills, wrong = kill(least, Path(temporary))
+        kills, wrong = kill(asked[0] if asked else 200, Path(temporary), *asked[1:2])
     print("\n".join(wrong))
     spent = sum(os.times()[:4])
     print(f"{kills} kills, {len(wrong)} findings, {spent:.0f} s of processor time")

@@ -286,6 +286,30 @@ def test_a_signal_saves_and_ends_and_the_same_call_continues(tmp_path: Path, num
     assert sorted(p.name for p in tmp_path.glob("ckpt-*")) == ["ckpt-000005", "ckpt-000010"]
 
 
+def test_a_signal_after_the_last_step_has_its_usual_effect(tmp_path: Path) -> None:
+    denoiser, measured = teacher(), []
+    student, groups = student_of(denoiser)
+
+    def measure(_student: object) -> float:
+        measured.append(len(measured))
+        if len(measured) == 3:  # before the first step, and after both
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    states = distill(
+        student,
+        groups,
+        trajectories(denoiser),
+        spec(steps=2, check_every=1),
+        folder=tmp_path,
+        measure=measure,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(states)
+    assert measured == [0, 1, 2]
+    assert (tmp_path / "ckpt-000002").is_dir()
+
+
 def test_another_training_is_refused_with_both_values_and_replaced_on_demand(tmp_path: Path) -> None:
     denoiser = teacher()
     student, groups = student_of(denoiser)
