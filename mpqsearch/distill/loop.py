@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NotRequired, TypedDict
@@ -126,23 +126,21 @@ def distill(
             numbers = run.step(done)
             done += 1
             stop = team.any(stopping.number > 0, run.training.device)
-            check = None if stop else run.checks.check(done)
-            path = None
-            if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
-                if team.main:
-                    path = save_checkpoint(folder, run.checkpoint(done), identity)
-                team.wait()
             state = DistillState(
                 step=done,
                 steps=spec.steps,
-                check=check,
+                check=None if stop else run.checks.check(done),
                 best=run.checks.best,
-                checkpoint=path,
                 interrupted=stop,
                 signal=stopping.number,
                 **numbers,
             )
-            _append(log, state.to_data())
+            _append(log, state.to_data())  # before the checkpoint: what continues from one cuts later lines off
+            if folder is not None and (stop or done == spec.steps or done % spec.checkpoint_every == 0):
+                if team.main:
+                    path = save_checkpoint(folder, run.checkpoint(done), identity)
+                    state = replace(state, checkpoint=path)
+                team.wait()
             yield state
             if state.interrupted:
                 stopping.number = 0  # the caller knows

@@ -87,7 +87,8 @@ SHARE = 0.4
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 """What Python audits before it does it, beside ``open`` for writing; ``os.rename`` is that of `os.replace`, too."""
 
-HANGS_S = 120
+HANGS_S = 900
+"""Seconds after which a run is killed, however busy the machine is."""
 
 
 def write_study(folder: Path) -> None:
