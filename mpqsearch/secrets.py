@@ -12,7 +12,7 @@ _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.\-]*://)(?P<user>[^:/@\n]*)(?P<pass
 """An address with a user, up to the last ``@`` of its line: passwords may hold any character."""
 
 _QUERY = re.compile(
-    r"(?P<head>[?&;](?:[\w%.\-]*(?:pass|pwd|token|secret|key|auth|cred)[\w%.\-]*|odbc_connect)=)[^&\s'\"]*",
+    r"(?P<head>[?&;](?:[^?&;=\n]*(?:pass|pwd|token|secret|key|auth|cred)[^?&;=\n]*|odbc_connect)=)[^&\s'\"]*",
     re.IGNORECASE,
 )
 

@@ -78,8 +78,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     return data
 
 
-_LONG_KEY = re.compile(rf"(?:[^\s.,=\[\]{{}}#]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
-"""A key of so many parts that reading it takes the square of its length."""
+_LONG_KEY = re.compile(rf"(?<![^\s.,=\[\]{{}}#])(?:[^\s.,=\[\]{{}}#]+[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
+"""A key of so many parts that reading it takes the square of its length. It is looked for at the beginnings of words
+alone, or a long word would take the square of its length, too."""
 
 
 def parse_json(text: str | bytes, where: str, problem: Problem = ArtifactError, *, infinite: bool = False) -> Any:

@@ -133,6 +133,7 @@ def distill(
                 best=run.checks.best,
                 interrupted=stop,
                 signal=stopping.number,
+                checkpoint=None,
                 **numbers,
             )
             _append(log, state.to_data())  # before the checkpoint: what continues from one cuts later lines off

@@ -11,7 +11,7 @@ from pathlib import Path
 from mpqsearch.core.formats import FULL_PRECISION
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError
-from mpqsearch.untrusted import quoted, read_bytes
+from mpqsearch.untrusted import quoted, read_bytes, shown
 
 NANOSECONDS = 1_000_000
 """Whole units of a latency in a millisecond."""
@@ -46,7 +46,7 @@ class CostTable:
         if set(COLUMNS) - columns:
             raise ConfigError(
                 f"the costs {path} need the columns {', '.join(COLUMNS)} and may have act_bits; found "
-                f"{', '.join(map(str, columns)) or 'nothing'}"
+                f"{shown(', '.join(map(str, columns))) or 'nothing'}"
             )
         by_input = "act_bits" in columns
         costs: dict[tuple[str, int, int | None], int] = {}

@@ -111,9 +111,11 @@ def _journal(path: Path) -> BaseStorage:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = JournalLock(path)
-    _cut_torn_line(path, lock)
     try:
+        _cut_torn_line(path, lock)
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type] # as it is called
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be a journal: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is no journal of a study, or damaged: {error}. Cut the damaged line out, choose another "
