@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.progress import say
 from mpqsearch.secrets import keep_secret, redact
+from mpqsearch.untrusted import shown
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -62,7 +63,7 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
     scheme = str(where).split("://", 1)[0].lower().split("+", 1)[0]
     if scheme not in SCHEMES:
         raise ConfigError(
-            f"unknown storage {redact(str(where))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the path of a "
+            f"unknown storage {shown(redact(str(where)))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the path of a "
             "journal file"
         )
     if scheme == "sqlite" and workers > 1:
@@ -93,14 +94,14 @@ def open_storage(where: str | Path, *, workers: int = 1, heartbeat_s: int = HEAR
                 return _served(_with_driver(url), heartbeat_s)
         except ImportError as error:
             raise ConfigError(
-                f"the driver for {redact(url)} is not installed ({error.name}). For PostgreSQL: "
+                f"the driver for {shown(redact(url))} is not installed ({error.name}). For PostgreSQL: "
                 "pip install 'mpqsearch[postgres]'; for MySQL: pip install pymysql; for Redis: pip install redis."
             ) from None
         except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
             text = str(error).lower()
             race = any(words in text for words in ("already exists", "duplicate key", "duplicate entry"))
             if not race or attempt + 1 == CREATION_ATTEMPTS:
-                raise ConfigError(f"the storage {redact(url)} cannot be opened: {first_line(error)}") from None
+                raise ConfigError(f"the storage {shown(redact(url))} cannot be opened: {first_line(error)}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError  # the last attempt has returned or raised
 
@@ -278,4 +279,4 @@ def _with_driver(url: str) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, without secrets."""
-    return redact(next(iter(str(error).splitlines()), type(error).__name__))
+    return shown(redact(next(iter(str(error).splitlines()), type(error).__name__)))
