@@ -31,8 +31,8 @@ _LEAST_MANTISSA, _MANTISSA_BITS = np.int32(0x3F400000), np.int32(23)
 
 
 def _jit(**options: Any) -> Callable[[_Function], _Function]:
-    """Compile at the first call. The machine code is kept on disk, if numba finds a folder for it: ``__pycache__`` beside
-    this file, else one of the user's, or ``NUMBA_CACHE_DIR``. It is a pickle: who can write there can run code here.
+    """Compile at the first call. The machine code is kept on disk, if numba finds a folder for it: ``__pycache__``
+    beside this file, one of the user's, or ``NUMBA_CACHE_DIR``. It is a pickle: who can write there can run code here.
     """
     settings = {"nogil": True, "error_model": "numpy", **options}
 

@@ -63,8 +63,8 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
     scheme = str(where).split("://", 1)[0].lower().split("+", 1)[0]
     if scheme not in SCHEMES:
         raise ConfigError(
-            f"unknown storage {shown(redact(str(where)))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the path of a "
-            "journal file"
+            f"unknown storage {shown(redact(str(where)))}: write {', '.join(f'{s}://...' for s in SCHEMES)} or the "
+            "path of a journal file"
         )
     if scheme == "sqlite" and workers > 1:
         raise ConfigError(

@@ -53,9 +53,7 @@ def file_key(run: Run, digests: Mapping[str, str]) -> str:
     return artifacts.digest_of([*_measured_with(run), "files", dict(digests)])
 
 
-def measure(
-    run: Run, key: str, make: Callable[[], nn.Module], progress: Callable[[int], Any]
-) -> dict[str, Any]:
+def measure(run: Run, key: str, make: Callable[[], nn.Module], progress: Callable[[int], Any]) -> dict[str, Any]:
     """Make a module, sample from it and measure; its features and first images are kept beside the metrics."""
     from mpqsearch.metrics import evaluate
     from mpqsearch.sampling import samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, MetricValue, StudyRecord, uniform_map
@@ -18,9 +18,6 @@ from mpqsearch.stages.base import Run
 from mpqsearch.stages.evaluating import measured_record
 from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.references import full_record
-
-if TYPE_CHECKING:
-    from mpqsearch.metrics import Reference
 
 MOST = 8
 """Maps that are evaluated at most."""
