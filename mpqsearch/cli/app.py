@@ -17,7 +17,7 @@ import typer
 
 from mpqsearch._version import __version__
 from mpqsearch.errors import MpqsearchError
-from mpqsearch.progress import interrupt_code, keep_interrupts, say
+from mpqsearch.progress import check_interrupt, interrupt_code, keep_interrupts, say
 from mpqsearch.secrets import redact
 from mpqsearch.sources import model_name
 from mpqsearch.untrusted import shown
@@ -129,7 +129,11 @@ def main() -> None:
         _drop_output()  # typer makes a SystemExit of it
         raise SystemExit(0) from None
     except Exception as error:  # noqa: BLE001 - the last place where anything can be said of it
-        _crash(error)
+        try:
+            check_interrupt()  # what a library makes of an interrupt, such as an UnboundLocalError, is one
+            _crash(error)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
     if code == INTERRUPTED:
         _fail("interrupted. What was finished is kept; the same command continues from there.", interrupt_code())
     raise SystemExit(code if isinstance(code, int) else 0)

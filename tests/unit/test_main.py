@@ -62,6 +62,21 @@ def test_every_end_has_its_code_and_one_line(
     assert "hunter22" not in text
 
 
+def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise UnboundLocalError("updated_state")  # as Optuna does
+
+    module = importlib.import_module("mpqsearch.cli.app")
+    monkeypatch.setattr(module, "app", fail)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 143
+
+
 def started(*arguments: str, stdout: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mpqsearch", *arguments]
