@@ -198,7 +198,7 @@ def test_reference_statistics_round_trip_and_refuse_other_extractors(tmp_path: P
     torch.testing.assert_close(found.statistics.covariance, FeatureStatistics.of(features).covariance)
     assert found.features.shape == (10, extractor.dim)
     other = module_extractor(Flat(), "flat")
-    with pytest.raises(ArtifactError, match="made with the extractor random-conv"):
+    with pytest.raises(ArtifactError, match="made with the extractor 'random-conv"):
         load_reference(tmp_path / "r.safetensors", other)
     assert load_reference(None, other) is None
     (tmp_path / "bad.safetensors").write_bytes(b"xx")
