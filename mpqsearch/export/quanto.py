@@ -127,12 +127,11 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
     from optimum import quanto
 
     clone = copy.deepcopy(module).eval()
-    single = {n.removesuffix(".weight") for n, weight in clone.named_parameters() if weight.shape[:1] == (1,)}
-    for width, alone in itertools.product(WIDTHS, (False, True)):
-        names = [e.layer for e in plan if e.will_get == width and (e.layer in single) == alone]
+    plain = {n.removesuffix(".weight") for n, weight in clone.named_parameters() if not _takes_hqq(weight)}
+    for width, left_out in itertools.product(WIDTHS, (False, True)):
+        names = [e.layer for e in plan if e.will_get == width and (e.layer in plain) == left_out]
         if names:  # an empty list would mean every layer
-            # A layer of one channel has one scale, which the HQQ optimiser cannot do.
-            better = None if width == 8 or alone else quanto.HqqOptimizer()
+            better = None if width == 8 or left_out else quanto.HqqOptimizer()
             patterns = [glob.escape(n) for n in names]  # quanto reads them as shell patterns
             quanto.quantize(clone, weights=getattr(quanto, f"qint{width}"), include=patterns, optimizer=better)
     with torch_kernels():  # the optimiser decodes what it tries
@@ -145,6 +144,13 @@ def quantized_copy(module: nn.Module, plan: Sequence[PlanEntry]) -> nn.Module:
             f"quanto did not take {', '.join(sorted(wrong)[:5])} as planned; are these modules of the model?"
         )
     return clone
+
+
+def _takes_hqq(weight: Tensor) -> bool:
+    """Whether quanto's HQQ optimiser can be used: not for a layer of one channel, which has one scale, nor for a
+    convolution without groups of inputs, which it would give a shift for each row of its kernels."""
+    grouped = _group_size(weight[0].numel()) > 0
+    return len(weight) > 1 and (weight.dim() == 2 or grouped)
 
 
 def torch_kernels() -> AbstractContextManager[Any]:

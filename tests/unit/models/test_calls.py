@@ -139,7 +139,7 @@ def test_bad_calls_say_what_to_do(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ArtifactError, match="holds None, but 'mpqsearch/calls' is needed"):
+    with pytest.raises(ArtifactError, match="lacks the key 'schema'"):
         load_calls(path)
 
 
