@@ -32,6 +32,11 @@ class FrontSeries:
     high: Floats
     hypervolume: float
 
+    @property
+    def legend(self) -> str:
+        """The name, with the hypervolume of a method that was measured at several sizes: of one it says nothing."""
+        return self.name if len(self.bits) < 2 else f"{self.name} ({self.hypervolume:.2f})"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontInfo:
@@ -136,8 +141,9 @@ def _scale(ax: Axes, info: FrontInfo) -> None:
 
 
 def _draw_series(ax: Axes, series: FrontSeries, style: SeriesStyle) -> None:
-    label = f"{series.name} ({series.hypervolume:.2f})"
-    ax.plot(series.bits, series.value, linestyle=style.line, linewidth=1.6, label=label, zorder=3, **style.points)
+    ax.plot(
+        series.bits, series.value, linestyle=style.line, linewidth=1.6, label=series.legend, zorder=3, **style.points
+    )
     shown = np.isfinite(series.low) & np.isfinite(series.high)
     ax.errorbar(
         series.bits[shown],

@@ -113,10 +113,10 @@ def test_front_draws_lines_marks_spread_and_full_precision(records: list[StudyRe
     ax = plot_front(info)
     assert ax.get_yscale() == "log"
     texts = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert texts == [*(f"{s.name} ({s.hypervolume:.2f})" for s in info.series), "full precision"]
+    assert texts == [*(s.legend for s in info.series), "full precision"]
     lines = {line.get_label(): line for line in ax.lines}
     ilp = next(s for s in info.series if s.name == "ilp")
-    np.testing.assert_array_equal(lines[f"ilp ({ilp.hypervolume:.2f})"].get_ydata(), ilp.value)
+    np.testing.assert_array_equal(lines[ilp.legend].get_ydata(), ilp.value)
     np.testing.assert_array_equal(np.unique(lines["full precision"].get_ydata()), [3.1])
     ends = sorted((s[0][1], s[1][1]) for c in ax.collections if len(c.get_paths()) == 5 for s in c.get_segments())
     assert ends == sorted((v.low, v.high) for v in (r.metrics["fd_data"] for r in records[1:]))
