@@ -54,8 +54,8 @@ def _front_caption(info: FrontInfo) -> str:
     ring = "" if info.chosen is None else "Ring: the chosen point. "
     return (
         f"{scale}{full}{ring}Grey band: the front over all methods. In brackets, for several sizes, the "
-        "hypervolume: how much of the area between the best values and the worst uniform map a method covers, from 0 to "
-        "1; more is better."
+        "hypervolume: how much of the area between the best values and the worst uniform map a method covers, from 0 "
+        "to 1; more is better."
     )
 
 

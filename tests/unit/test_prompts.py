@@ -292,7 +292,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"line 2: no column 'Prompt'.*Columns: prompt"):
         read_file(Path(write(tmp_path, "a.csv", "prompt\nx\n")), {"prompt": "Prompt"})
     monkeypatch.setattr("mpqsearch.prompts.reading.LIMIT_BYTES", 5)
-    with pytest.raises(ConfigError, match="may have"):
+    with pytest.raises(ConfigError, match="of at most 5 is needed"):
         read_file(tmp_path / "a.csv", {})
 
 

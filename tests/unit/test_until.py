@@ -97,14 +97,13 @@ def bracket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., un
             digest = BitMap(model_digest=budget.label(), weights={"a": codes})
             return digest, {"predicted_loss": 0.0}
 
-        def measured(_: Any, __: Any, ___: Any, budget: Budget, *____: Any) -> StudyRecord:
+        def measured(_: Any, __: Any, budget: Budget, *___: Any) -> StudyRecord:
             value = formula(budget.limit)
             return record(budget.limit, value, 0.02 * abs(value), higher=higher)
 
         monkeypatch.setattr(until, "allocation", allocation)
         monkeypatch.setattr(until, "measured_record", measured)
-        base: Any = type("Base", (), {"seeds": range(8)})
-        return until._Bracket(run=run, quality=quality, method=run.config.methods[-1], base=base)
+        return until._Bracket(run=run, quality=quality, method=run.config.methods[-1])
 
     return make
 

@@ -293,7 +293,7 @@ def test_a_signal_after_the_last_step_has_its_usual_effect(tmp_path: Path) -> No
     def measure(_student: object) -> float:
         measured.append(len(measured))
         if len(measured) == 3:  # before the first step, and after both
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return 1.0
 
     states = distill(
