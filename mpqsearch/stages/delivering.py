@@ -35,19 +35,21 @@ ERROR = "paired_mse"
 """What files of one size are compared by: the error of samples from the same noise."""
 
 
-def deliver(run: Run, target: Target, job: ExportJob, folder: Path, budget: Budget) -> dict[str, Any]:
+def deliver(
+    run: Run, target: Target, job: ExportJob, folder: Path, budget: Budget, limit: int | None
+) -> dict[str, Any]:
     """Measure the export in ``folder``, and the target's best uniform file that is no larger; the rest of
     ``export/<target>@<budget>.json``.
 
+    ``limit``: the stored bits that the budget allows the map, with its activations; None for no size.
     ``metrics`` is empty where ``not_measured`` says why. ``faults`` are sentences on what a user must know before
     taking the file: it is worse than that uniform file, or larger than the budget or the source.
     """
     sizes = target.sizes(folder)
-    sized = budget.unit == "bits stored"
     found: dict[str, Any] = {
         **sizes,
         "budget": budget.label(),
-        "budget_bytes": -(-budget.limit_bits(run.table, run.config.policy) // 8) if sized else None,
+        "budget_bytes": None if limit is None else -(-limit // 8),
         "source_bytes": source_bytes(run),
         "measured_with": file_key(run, {}),
         "metrics": {},

@@ -60,10 +60,12 @@ class Exported:
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     """One target with the map that it gets: ``choices`` names its own formats where the map was made for it; any other
-    is that of ``method``, ``trained`` where that is better."""
+    is that of ``method``, ``trained`` where that is better. ``limit``: the stored bits that the budget allowed the
+    map."""
 
     target: Target
     budget: Budget
+    limit: int | None
     bit_map: BitMap
     bias_correction: bool
     method: MethodSpec | None
@@ -163,6 +165,7 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _T
         trained=trained,
         label=label,
         choices=choices,
+        limit=solved.get("limit") if budget.unit == "bits stored" else None,
         provenance={"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
         folder=run.path("export", slug(name, budget)),
         stamp=run.path("export", f"{slug(name, budget)}.json"),
@@ -189,7 +192,7 @@ def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
     elif verify == "no" or (verify == "once" and verified is not None):
         run.say(f"export: reused {task.folder}")
     if target.payload and not _is_measured(run, data["delivered"]):
-        data = {**data, "delivered": deliver(run, target, _job(run, task), task.folder, task.budget)}
+        data = {**data, "delivered": deliver(run, target, _job(run, task), task.folder, task.budget, task.limit)}
         artifacts.write_text(task.folder / CARD, card(run.table.model, data))
         EXPORT.save(task.stamp, data, task.inputs)
     if verify == "now" or (verify == "once" and verified is None):

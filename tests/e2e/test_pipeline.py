@@ -84,7 +84,7 @@ def test_one_command_gives_the_front_of_a_text_to_image_pipeline(cli: Cli, study
     page = (folder / "report.html").read_text()
     shown = [f"a boat number {i}" for i in range(20) if f"<span>a boat number {i}</span>" in page]
     assert len(shown) == 5  # of the report's own split, below their pictures
-    assert (folder / "export" / "neutral" / "bitmap.json").is_file()
+    assert (folder / "export" / "neutral@uniform-4" / "bitmap.json").is_file()
     pictures = artifacts.read_arrays(next(p for p in folder.glob("stats/*.npz") if not p.name.startswith("full")))
     assert pictures["images"].shape == (6, 3, 16, 16)
     assert pictures["images"].dtype == np.uint8

@@ -173,7 +173,7 @@ def test_a_consumer_reads_the_export(kind: str, roads: Roads, call: Call) -> Non
         assert verification["verified"]
         if entry["target"] != "neutral":
             assert verification["forward_error"] < 0.01
-            assert verification["stored_bytes"] == entry["accounted_bits"] / 8
+            assert verification["stored_bytes"] == pytest.approx(entry["accounted_bits"] / 8, rel=1e-2)
     table = table_of(roads[kind])
     imported = read_map(roads[kind].run / "export/gguf@uniform-4/diffusion_model.gguf", table, "gguf").bit_map
     assert min(int(widths.min()) for widths in imported.weights.values()) < 16
