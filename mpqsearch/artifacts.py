@@ -341,12 +341,11 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(part) as file:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read(file)
-        if math.prod(shape) * dtype.itemsize > part.file_size:
-            raise ValueError(f"{part.filename} claims the shape {shape} in {part.file_size} bytes")
-    with archive.open(part) as file:
-        array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-    return array
+        shape, columns_first, dtype = read(file)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > part.file_size:
+            raise ValueError(f"{part.filename} claims the shape {shape} of {dtype} in {part.file_size} bytes")
+        array: NDArray[Any] = np.frombuffer(bytearray(file.read()), dtype, math.prod(shape))
+    return array.reshape(shape, order="F" if columns_first else "C")
 
 
 def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> None:
