@@ -19,7 +19,7 @@ def test_verbs_are_walked_and_written_down(tmp_path: Path) -> None:
     road = new_road(tmp_path, "class-conditional")
     rows = walk(road, "tiny", "cpu", VERBS)
     assert [row.verb for row in rows] == VERBS
-    assert (road.run / "export" / "packed" / "packed.safetensors").is_file()
+    assert (road.run / "export" / "packed@uniform-4" / "packed.safetensors").is_file()
     write_rows(tmp_path / "out", rows)
     with (tmp_path / "out" / "verbs.csv").open() as handle:
         written = list(csv.DictReader(handle))
