@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import time
 import warnings
@@ -59,6 +60,7 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
     """Raise `ConfigError` for a kind of storage that is unknown, or that cannot serve so many workers. Opens
     nothing."""
     if "://" not in str(where):
+        _refuse_broken_url(str(where))
         return
     scheme = str(where).split("://", 1)[0].lower().split("+", 1)[0]
     if scheme not in SCHEMES:
@@ -70,6 +72,15 @@ def check_storage(where: str | Path, *, workers: int = 1) -> None:
         raise ConfigError(
             f"SQLite cannot serve {workers} workers: it has no row locks, so two workers take the same trial (the FAQ "
             "of Optuna advises against it). Leave --storage out for a journal file, or use postgresql:// or mysql://."
+        )
+
+
+def _refuse_broken_url(where: str) -> None:
+    """Raise `ConfigError` for what was meant as an address: as a path it would put a password into a folder's name."""
+    if re.match(r"\w[\w+]+:", where) or ("@" in where and ":" in where.partition("@")[0][2:]):
+        raise ConfigError(
+            f"the storage that begins with {shown(where.partition(':')[0])}: is no address and no path. An address "
+            f"begins with {', '.join(f'{s}://' for s in SCHEMES)}; the path of a journal file holds no colon."
         )
 
 

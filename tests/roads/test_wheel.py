@@ -30,8 +30,12 @@ probe_inputs = 2
 probes = 1
 sampler_seeds = 0
 context_seeds = 0
-[allocate]
-select = "none"
+[[methods]]
+name = "uniform"
+allocator = "uniform"
+[[methods]]
+name = "ilp"
+allocator = "ilp-layer"
 [evaluate]
 samples = 4
 [export]

@@ -65,6 +65,17 @@ def test_an_unknown_kind_of_storage_is_named_without_its_password() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["postgresql:/me:hunter2@db/x", "postgresq:hunter2@db/x?token=hunter2", "me:hunter2@db/x"]
+)
+def test_a_broken_address_is_no_path(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"is no address and no path") as caught:
+        open_storage(text)
+    assert "hunter2" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "postgresql://me:hunter2@db.example:5432/studies",
