@@ -341,7 +341,7 @@ def run(seeds: range) -> list[str]:
     """The findings of some inputs, each in a folder of its own."""
     found = []
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # a mutated name may become a file
             found.append(findings(seed, Path(folder)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return [f for f in found if f] + ([f"{peak} kB at the peak"] if peak > KILOBYTES else [])
