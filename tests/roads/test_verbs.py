@@ -173,7 +173,9 @@ def test_a_consumer_reads_the_export(kind: str, roads: Roads, call: Call) -> Non
         assert verification["verified"]
         if entry["target"] != "neutral":
             assert verification["forward_error"] < 0.01
-            assert verification["stored_bytes"] == pytest.approx(entry["accounted_bits"] / 8, rel=1e-2)
+            saved = entry["accounted_bits"] / 8 - verification["stored_bytes"]
+            # A layer whose rows all took the symmetric scheme is packed without the zero points that were counted.
+            assert 0 <= saved <= (0.01 * entry["accounted_bits"] / 8 if entry["target"] == "packed" else 0)
     table = table_of(roads[kind])
     imported = read_map(roads[kind].run / "export/gguf@uniform-4/diffusion_model.gguf", table, "gguf").bit_map
     assert min(int(widths.min()) for widths in imported.weights.values()) < 16
