@@ -56,8 +56,9 @@ contracts: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-enable -s
 
-# The reference of the Python interface, from the docstrings: build/reference/index.html
+# The page of all keys and options, and the reference of the Python interface (build/reference/index.html), from the docstrings
 reference: $(INSTALLED)
+	$(BIN)/python -m mpqsearch.cli.reference > studies/guides/reference.md
 	$(BIN)/python -m pdoc mpqsearch $(PUBLIC) --output-directory build/reference
 
 # torch first and by itself: with it in place, no other package pulls in another build of it.

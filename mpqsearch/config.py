@@ -24,12 +24,22 @@ from mpqsearch.untrusted import build, read_toml
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``source``: an embedded name, a diffusers folder, ``owner/name`` of a hub, or ``package.module:function``, which
-    returns the model (`mpqsearch.sampling.load_model`). ``device``: ``auto``, ``cpu``, ``cuda``, ``mps``.
+    """Which model is made smaller, and where it runs.
 
-    ``dtype``: ``float32``, ``bfloat16``, ``float16``, or ``stored``. ``component``: which part of a pipeline (empty:
-    its denoisers). ``memory_limit``: what measuring may take beside the model, such as ``6GB``; empty for no limit. It
-    changes how, not what is measured.
+    source
+        An embedded name, a diffusers folder, ``owner/name`` of a hub, or ``package.module:function``, which returns the
+        model (`mpqsearch.sampling.load_model`).
+    revision
+        Branch, tag or commit of a model of a hub. Example: ``"main"``.
+    device
+        ``auto`` (the fastest here), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+    dtype
+        What the model computes in: ``float32``, ``bfloat16``, ``float16``, or ``stored``: as the files have it.
+    component
+        Which part of a pipeline. Empty: its denoisers. Example: ``"transformer_2"``.
+    memory_limit [bytes]
+        What measuring may take beside the model; empty: no limit. It changes how, not what is measured. Example:
+        ``"6GB"``.
     """
 
     source: str = "fmnist-unet"
@@ -51,9 +61,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """How ranges are searched; scheme and rounding belong to each method.
+    """How the range of each output channel is searched; scheme and rounding belong to each method.
 
-    ``moment_samples``: samples from whose trajectories GPTQ rounding learns what inputs are like.
+    criterion
+        ``lp`` minimises the sum of ``|w - w_q|**p``, ``mse`` the squared error, ``minmax`` takes the full range.
+    p
+        The exponent of ``lp``; MPQ-DM's code has 2.4.
+    n_candidates [ranges]
+        Ranges that ``lp`` and ``mse`` try for each channel.
+    moment_samples [samples]
+        Samples from whose trajectories GPTQ rounding learns what inputs are like.
     """
 
     criterion: str = "lp"
@@ -72,13 +89,13 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(CalibrationSpec):
-    """`CalibrationSpec`, and where its inputs come from.
+    """What the sensitivity profile is measured on, and where its inputs come from.
 
-    With ``weights_only`` nothing runs: the weights are read from disk, one layer at a time, and only ``schemes``
-    counts.
-
-    ``captured``: file of recorded calls (``mpqsearch record``), which take the place of the pipeline: for those that
-    cannot be run where the study runs.
+    captured
+        File of recorded calls (``mpqsearch record``), which take the place of a pipeline that cannot be run where the
+        study runs. Example: ``"calls.safetensors"``.
+    weights_only
+        Run nothing: the weights are read from disk, one layer at a time, and only ``schemes`` counts.
     """
 
     captured: str = ""
@@ -95,9 +112,15 @@ class CalibrationConfig(CalibrationSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationsConfig:
-    """The range search of quantized activations, for methods with ``act_bits``: trajectories of the sampler with seeds
-    ``first_seed .. first_seed + samples - 1``, and whether ``zero_points`` are searched too
-    (`mpqsearch.quant.RangeCollector.table`)."""
+    """The range search of quantized activations (`mpqsearch.quant.RangeCollector`), for methods with ``act_bits``.
+
+    samples [samples]
+        Trajectories of the sampler whose inputs are looked at.
+    first_seed
+        Seed of the first of them.
+    zero_points
+        Search zero points, too.
+    """
 
     samples: int = 8
     first_seed: int = 1_000_000
@@ -113,19 +136,32 @@ SELECTIONS = ("measured", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class AllocateConfig:
-    """``budgets`` in the notation of `Budget.parse`, such as ``"uniform:3"``, ``"3bit"`` or ``"450kB"``.
+    """How large the model may be, and how a map is chosen.
 
-    ``select``: how a method of the allocator ``measured`` chooses among maps that differ in kind: ``measured``, by up
-    to ``select_samples`` samples of each, or ``none``: its plain integer program, unmeasured.
-    ``select_moves``: moves at equal bytes that are tried from the chosen map on (`mpqsearch.stages.selecting.Walk`).
-
-    ``within``: further budgets that hold at the same time as each of these, such as ``["2e9bops", "12ms"]``. ``costs``:
-    CSV of latencies that the user measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`).
-    ``targets``: export targets for which maps over their own formats are solved, too, at their true stored cost; an
-    export for such a target takes its own map. ``maps``: maps from elsewhere, by name: files that ``mpqsearch import``
-    wrote or can read. Each is a method of that name (allocator ``map``). ``target_probes``: trajectories through which
-    a target's own errors are probed, with the interactions of layers (`mpqsearch.export.allocation.probed_losses`; 128
-    in studies/gguf); 0: they are priced with the profile, and nothing runs.
+    budgets
+        Sizes of the whole model, a map each: ``uniform:3`` (the bytes of 3 bits everywhere), ``3bit`` (a parameter),
+        ``450kB``, ``2e9bops`` (bit operations), ``12ms`` (`Budget.parse`).
+    within
+        Further budgets that hold at the same time as each of these. Example: ``["2e9bops"]``.
+    select
+        How a method of the allocator ``measured`` chooses among maps that differ in kind: ``measured``, by samples of
+        each, or ``none``: its plain integer program, unmeasured.
+    select_samples [samples]
+        At most so many samples of each map.
+    select_moves [moves]
+        Moves at equal bytes that are tried from the chosen map on (`mpqsearch.stages.selecting.Walk`).
+    costs
+        CSV of latencies that you measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`). Example:
+        ``"latency.csv"``.
+    targets
+        Export targets for which maps over their own formats are solved, too, at their true stored cost; an export for
+        such a target takes its own map. Example: ``["gguf"]``.
+    target_probes [trajectories]
+        Trajectories through which a target's own errors are probed, with the interactions of layers
+        (`mpqsearch.export.allocation.probed_losses`). 0: they are priced with the profile, and nothing runs.
+    maps
+        Maps from elsewhere, by name: files that ``mpqsearch import`` wrote or can read. Each is a method of that name
+        (allocator ``map``). Example: ``{theirs = "runs/mine/imports/theirs/bitmap.json"}``.
     """
 
     budgets: tuple[str, ...] = ("uniform:3",)
@@ -174,10 +210,22 @@ class AllocateConfig:
 class EvaluateConfig:
     """Which samples are compared, and with which features.
 
-    Seeds ``first_seed .. first_seed + samples - 1``. ``extractor``: ``auto`` (by the pictures), ``fmnist-cnn``,
-    ``fmnist-judge``, ``random-conv`` or ``inception``; the last may read ``extractor_weights``. ``reference``: file of
-    data statistics; empty: the embedded ones of the extractor, if it has any. ``text_score``: a CLIP whose score of
-    pictures and prompts is measured too, a local folder of transformers or ``fmnist-clip``; empty: none.
+    samples [samples]
+        Samples of each map.
+    first_seed
+        Seed of the first sample; the others follow.
+    extractor
+        Network whose features are compared: ``auto`` (by the pictures), ``fmnist-cnn``, ``fmnist-judge``,
+        ``random-conv`` or ``inception``.
+    extractor_weights
+        File with the weights of ``inception``; empty: those that torch-fidelity brings. Example:
+        ``"inception.pth"``.
+    reference
+        File of data statistics, for distances to data. Empty: the embedded ones of the extractor, if it has any.
+        Example: ``"my-images.npz"``.
+    text_score
+        A CLIP whose score of pictures and prompts is measured, too: a local folder of transformers, or ``fmnist-clip``.
+        Empty: none. Example: ``"fmnist-clip"``.
     """
 
     samples: int = 128
@@ -194,14 +242,32 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(DistillSpec):
-    """`DistillSpec`, the student (`mpqsearch.quant.build_student` and `param_groups`), its data and its checks.
+    """How a quantized model is trained against full precision, its data and its checks.
 
-    ``trainable``: ``scales``, ``lora`` or ``all``. ``lora_lr`` and ``weight_lr`` are learning rates in
-    quantization steps of each row; ``lr_factor`` multiplies them and those of the scales. The defaults are for a few
-    hundred steps; the released codes of EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500. ``seed`` chooses
-    the training noise. With ``check_every`` the student's Fréchet distance to full precision is measured on
-    ``check_samples`` samples of the seeds from ``check_seed`` on, and the student of the least is the result.
-    ``methods`` are trained by ``mpqsearch run`` at ``budgets`` (empty: all of ``[allocate]``).
+    The student is `mpqsearch.quant.build_student`. The defaults are for a few hundred steps; the released codes of
+    EfficientDM and MPQ-DM train 16,000 with ``lora_lr`` = 1/2500.
+
+    trainable
+        ``scales``, ``lora`` or ``all``.
+    rank
+        Rank of the low-rank updates that ``lora`` trains.
+    batch [samples]
+        Samples of one training step.
+    seed
+        Chooses the training noise.
+    lora_lr, weight_lr [quantization steps of each row]
+        Learning rates of low-rank updates and of weights.
+    lr_factor
+        Multiplies these and the learning rate of the scales.
+    check_samples [samples]
+        With ``check_every``: samples on which the student's Fréchet distance to full precision is measured. The student
+        of the least is the result.
+    check_seed
+        Seed of the first of them.
+    methods
+        Methods of the study that ``mpqsearch run`` trains; empty: none. Example: ``["measured"]``.
+    budgets
+        Budgets at which it trains them; empty: all of ``[allocate]``. Example: ``["uniform:2"]``.
     """
 
     trainable: str = "lora"
@@ -246,8 +312,14 @@ TRAINABLE = ("scales", "lora", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """``chosen``: the method whose maps are drawn and exported (empty: the one with the best front); with ``+trd``
-    behind it, its trained models."""
+    """What the report page shows.
+
+    title
+        Heading of the page; empty: one with the model's name. Example: ``"Our model at 3 bits"``.
+    chosen
+        The method whose maps are drawn and exported, with ``+trd`` behind it for its trained models. Empty: the one
+        with the best front. Example: ``"measured"``.
+    """
 
     title: str = ""
     chosen: str = ""
@@ -255,11 +327,17 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """``targets``: names of exporters. ``budget``: which budget's map (empty: the first; `mpqsearch run`: all).
-    ``measure``: whether every file is evaluated with the weights that its consumer decodes.
+    """What is written for other quantizers.
 
-    ``rounding``: what happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at
-    the size of the map, ``up`` takes the next width.
+    targets
+        Names of exporters, see `mpqsearch doctor`.
+    budget
+        Which budget's map. Empty: the first; ``mpqsearch run``: all. Example: ``"uniform:3"``.
+    rounding
+        What happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at the size
+        of the map, ``up`` takes the next width.
+    measure
+        Evaluate every file with the weights that its consumer decodes.
     """
 
     targets: tuple[str, ...] = ("neutral",)

@@ -33,7 +33,7 @@ def _table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     tables = {key: value for key, value in data.items() if _is_table(value) or _is_array_of_tables(value)}
     for key, value in data.items():
         if key not in tables and value is not None:
-            yield f"{_key(key)} = {_value(value)}"
+            yield f"{_key(key)} = {toml_text(value)}"
     for key, value in tables.items():
         name = ".".join(_key(part) for part in (*path, key))
         for inner in [value] if _is_table(value) else value:
@@ -53,7 +53,8 @@ def _key(key: str) -> str:
     return key if _BARE_KEY.fullmatch(key) else _string(key)
 
 
-def _value(value: Any) -> str:
+def toml_text(value: Any) -> str:
+    """A value in the notation of TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -63,9 +64,9 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)  # nan, inf, -inf are TOML as they are
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_text(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {toml_text(item)}" for key, item in value.items()) + "}"
     raise TypeError(f"TOML has no value for {value!r}")
 
 

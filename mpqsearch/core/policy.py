@@ -60,27 +60,31 @@ class Policy(Shown):
 
     Patterns are layer names or shell patterns (``down_blocks.*``).
 
-    widths
+    widths [bits]
         Widths that may be chosen, 1..8.
-    roles
+    roles [bits]
         From a role to a width (1..8, or 16 for full precision); roles that are not named are searched. Default: first
         and last layer at 8 bits, as in MPQ-DM, and so are layers that did not run while the model was measured: their
         errors seem to cost nothing, and would get the fewest bits.
-    overrides
-        From a pattern to a width, which wins over the role; the first pattern that matches counts.
-    min_bits, max_bits
-        From a pattern to a bound on the widths of the *searched* layers that match; all bounds hold.
+    overrides [bits]
+        From a pattern to a width, which wins over the role; the first pattern that matches counts. Example:
+        ``{conv_in = 16}``.
+    min_bits, max_bits [bits]
+        From a pattern to a bound on the widths of the *searched* layers that match; all bounds hold. Example:
+        ``{"up_blocks.*" = 4}``.
     groups
         From a name to patterns: the layers that match any of them share their widths, output channel by output channel
         where they have equally many, else with one width for all. The word ``qkv`` among the patterns stands for the
         projections that consumers fuse (`LayerSpec.fuse`), each attention by itself: engines whose fused layer has one
-        width need it. Groups that overlap are one group; a group with a fixed layer takes its width.
-    max_formats, max_formats_per_layer
+        width need it. Groups that overlap are one group; a group with a fixed layer takes its width. Example:
+        ``{fused = ["qkv"]}``.
+    max_formats, max_formats_per_layer [widths]
         At most so many different widths (or pairs of weight and input widths) among all searched layers, or inside each
         of them; 0: any number.
-    activations
+    activations [bits]
         From a role or a pattern to the width of that layer's input where a method quantizes activations. It wins over
         the rule: searched layers the width of the method, fixed ones 8 bits (MPQ-DM), those at full precision none.
+        Example: ``{time = 8}``.
     """
 
     widths: tuple[int, ...] = WIDTHS

@@ -47,18 +47,42 @@ ORDERS = ("kurtosis", "random", "variance", "output")
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MethodSpec(Shown):
-    """One row of a comparison: how widths are chosen (``allocator``, ``loss``) and what they mean (``scheme``,
-    ``bias_correction``).
+    """One row of a comparison: how widths are chosen and what they mean.
 
-    ``loss`` is one of `mpqsearch.methods.CHOOSING`, or ``auto`` for the best that was measured. ``rounding`` is
-    ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves. ``order``
-    (OMQ only) ranks the channels of a layer: ``kurtosis`` of the smoothed weights as in MPQ-DM, ``random``,
-    ``variance`` or ``output``. ``act_bits`` is the width of the inputs of searched layers (16: not quantized; other
-    layers as `Policy.activations_of` says), with one scale a layer, or one for each timestep of the sampler with
-    ``act_timesteps``. ``act_choices`` (``ilp-layer`` under a budget in BOPs or of a latency) lets the integer program
-    choose the width of each searched layer's input among these instead. ``solver``: ``auto``, or a solver of PuLP by
-    name. ``shrinkage``: of the sensitivities of channels towards the mean of their layer, 0 (as measured) to 1 (all
-    alike); None: as the data say (`mpqsearch.methods.shrinkage`).
+    name
+        What tables and files call it. Example: ``"by-layer"``.
+    allocator
+        ``measured`` (the best of several maps, by samples), ``ilp-channel``, ``ilp-layer``, ``uniform``, ``random``,
+        ``omq-paper``, ``omq-released``, ``omq-plus``, ``omq`` (MPQ-DM), ``search`` or ``map``. Example:
+        ``"measured"``.
+    loss
+        What the integer program minimises: ``auto`` for the best that was measured, or one of
+        `mpqsearch.methods.CHOOSING`.
+    scheme
+        ``asymmetric``, ``symmetric``, or ``auto``: the better one of each channel.
+    bias_correction
+        Take the mean output error of each channel off its bias.
+    smooth
+        Smooth weights and inputs first (SmoothQuant).
+    order
+        Of the OMQ allocators: what ranks the channels of a layer: ``kurtosis`` of the smoothed weights as in MPQ-DM,
+        ``random``, ``variance`` or ``output``.
+    solver
+        ``auto``, or a solver of PuLP by name.
+    seed
+        Of random widths.
+    act_bits [bits]
+        Width of the inputs of searched layers; 16: not quantized. Other layers as `Policy.activations_of` says.
+    act_timesteps
+        One scale for each timestep of the sampler instead of one a layer.
+    act_choices [bits]
+        Of ``ilp-layer`` under a budget in BOPs or of a latency: the program chooses the width of each searched layer's
+        input among these. Example: ``[4, 8]``.
+    rounding
+        ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
+    shrinkage
+        Of the sensitivities of channels towards the mean of their layer, from 0 (as measured) to 1 (all alike). Not
+        set: as the data say (`mpqsearch.methods.shrinkage`). Example: ``0.3``.
 
     Raises `ConfigError` for what contradicts and `UnknownNameError` for an unknown name.
     """

@@ -19,29 +19,43 @@ class CalibrationSpec:
         ``channel``: everything of every output channel. ``layer``: first-order totals of whole layers alone, from one
         forward and one backward pass a calibration batch: for programs over layers (``ilp-layer``), at a fraction of
         the time.
-    samples, first_seed
-        Runs, with seeds ``first_seed .. first_seed + samples - 1``, that give input statistics.
-    probe_inputs, probes
+    samples [samples]
+        Runs that give input statistics, with seeds ``first_seed .. first_seed + samples - 1``.
+    first_seed
+        Seed of the first of them.
+    probe_inputs [steps]
         So many of their steps, spread evenly over samples, give sensitivities of one prediction, weighted by what it
-        does to the final sample, from ``probes`` random projections each.
-    sampler_seeds, sampler_probes
-        Runs (0: none) that give sensitivities of the final sample, from ``sampler_probes`` projections each.
-    context_seeds, context_widths
-        Runs (0: none) that give slopes at maps that mix those of these widths that are searched.
-    schemes, smooth
-        The formats to measure. ``smooth`` measures each with smoothing too, and the asymmetric one with smoothing and
-        min-max ranges (the search of MPQ-DM's code).
-    final_widths, final_seeds
-        Widths at which every layer is quantized alone and the final samples of so many seeds are compared: slow, and
-        the reference for the rest.
-    activation_bits
+        does to the final sample.
+    probes [projections]
+        Random projections of each of these predictions.
+    sampler_seeds [samples]
+        Runs that give sensitivities of the final sample; 0: none.
+    sampler_probes [projections]
+        Random projections of each of these final samples.
+    context_seeds [samples]
+        Runs that give slopes at maps that mix widths; 0: none.
+    context_widths [bits]
+        Those maps mix those of these widths that are searched.
+    schemes
+        The schemes to measure: ``asymmetric``, ``symmetric``, ``auto``.
+    smooth
+        Measure each with smoothing too, and the asymmetric one with smoothing and min-max ranges (the search of
+        MPQ-DM's code).
+    activation_bits [bits]
         Static widths of quantized inputs, whose errors are measured with those of smoothed weights: two more runs of
-        the sampler, and one for each width.
+        the sampler, and one for each width. Example: ``[8]``.
+    final_widths [bits]
+        Widths at which every layer is quantized alone and final samples are compared: slow, and the reference for the
+        rest. Example: ``[3]``.
+    final_seeds [samples]
+        Samples that are compared at each of ``final_widths``.
+    checkpoint
+        Recompute activations in the backward passes: slower, in less memory.
+    seed
+        Of random projections, and of the maps that mix widths.
     prediction_only
         Measure nothing but slopes, means of inputs and errors of weights: what predicting the loss of given maps needs,
         at a fraction of the cost, and not enough to choose widths by.
-    checkpoint
-        Recompute activations in the backward passes.
     """
 
     granularity: str = "channel"

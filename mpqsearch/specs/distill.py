@@ -21,17 +21,18 @@ TRAINED = "+trd"
 class TRDSpec:
     """Options of the relation loss.
 
-    window
+    window [steps of the scheduler]
         Consecutive steps of the scheduler whose features are averaged, 1..100. The window is also one optimiser step,
         with or without a relation loss.
     temperature
         Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
     weight
-        Of the relation loss beside the mean squared error; 0 switches it off.
-    pooled_size
+        Weight of the relation loss beside the mean squared error; 0 switches it off.
+    pooled_size [rows and columns]
         Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
     feature
-        Module within the denoiser whose output is compared; empty: found by `find_feature_module`.
+        Module within the denoiser whose output is compared; empty: found by
+        `mpqsearch.distill.find_feature_module`. Example: ``"mid_block"``.
     """
 
     window: int = 2
@@ -59,12 +60,12 @@ class TRDSpec:
 class DistillSpec:
     """How a student is trained.
 
-    steps
-        Optimiser steps. Learning rates fall linearly to 0 over them.
+    steps [optimiser steps]
+        Length of the training. Learning rates fall linearly to 0 over them.
     relation
         The window, and the relation loss.
     weight_decay
-        Of AdamW.
+        Weight decay of AdamW.
     ema
         Decay of averaged weights, which the student has at the end; 0: none. Short trainings want 0.9 to 0.99.
     timestep_weights
@@ -76,13 +77,13 @@ class DistillSpec:
         Largest norm of the gradient of all parameters together; 0: not clipped.
     precision
         ``float32`` or ``bfloat16``.
-    check_every
-        Optimiser steps between checks of the student by the measure given to `distill`; the student ends as it was at
+    check_every [optimiser steps]
+        Distance between checks of the student by the measure given to `distill`; the student ends as it was at
         the check with the least, of those before the first step, every ``check_every`` steps and after the last. 0: no
         checks, it ends as the last step leaves it. The loss is of single predictions on the teacher's path, and can
         fall while the distribution of the samples moves away from the teacher's.
-    checkpoint_every
-        Optimiser steps between checkpoints, of which the last two are kept.
+    checkpoint_every [optimiser steps]
+        Distance between checkpoints, of which the last two are kept.
     explosion
         The loss at which training stops, in multiples of the largest loss of the first trajectory or of a hundredth of
         the mean square of the teacher's prediction, whichever is larger; during the first trajectory, of that mean

@@ -28,21 +28,22 @@ class PromptsSpec:
     file
         Prompts: ``.txt`` (one a line), ``.csv`` or ``.tsv`` (with a header), ``.jsonl``, ``.json`` or ``.yaml``: rows,
         a table by image name (MJHQ-30K's ``meta_data.json``, ``sDCI.yaml``), or COCO's captions (``captions_*.json``,
-        ``dataset_coco.json``). Empty: no prompts.
+        ``dataset_coco.json``). Empty: no prompts. Example: ``"prompts.txt"``.
     calibration_file
         Prompts for everything that is fitted or chosen (calibration, training, development, search); ``file`` is
         then the report's alone. The field takes 128 captions of COCO. Empty: ``file`` is divided.
+        Example: ``"calibration.txt"``.
     preset
         ``mjhq``, ``sdci`` or ``coco``: the report follows the field's rule, see `PRESETS`. Empty: noise is seeded by
-        the seed.
-    report
+        the seed. Example: ``"mjhq"``.
+    report [prompts]
         Prompts of ``file`` that are kept for the report. 0: all with a ``calibration_file``; else 5,000 with a preset,
         and half of the file without.
     columns
-        Column names where they are not the usual ones (`COLUMNS`): ``{prompt = "Caption"}``. An empty name: the file
-        has no such column.
+        Column names where they are not the usual ones (`COLUMNS`). An empty name: the file has no such column. Example:
+        ``{prompt = "Caption"}``.
     classes
-        Of class-conditional models: the classes that samples show in turn. Empty: all.
+        Of class-conditional models: the classes that samples show in turn. Empty: all. Example: ``[1, 7]``.
     """
 
     file: str = ""

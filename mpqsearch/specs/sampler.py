@@ -17,13 +17,15 @@ class SamplerSpec:
     """How samples are drawn.
 
     name
-        Sampler of models that are no pipeline. A pipeline runs with its own scheduler.
-    steps, guidance
-        None: what the pipeline does by itself; 10 steps and no guidance (1) for models that are no pipeline.
-    batch
+        Sampler of models that are no pipeline: ``ddim`` or ``dpm++``. A pipeline runs with its own scheduler.
+    steps [denoising steps]
+        Not set: the pipeline's own number; 10 for models that are no pipeline. Example: ``20``.
+    guidance
+        Guidance scale, 1: none. Not set: the pipeline's own; none for models that are no pipeline. Example: ``7.5``.
+    batch [samples]
         Samples at a time. The same samples in other batches differ by rounding (about 1e-4).
     call
-        Any further arguments of the pipeline's ``__call__``, such as ``height``.
+        Any further arguments of the pipeline's ``__call__``. Example: ``{height = 512, width = 512}``.
     """
 
     name: str = "ddim"

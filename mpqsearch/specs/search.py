@@ -40,17 +40,41 @@ seen before can matter more than all widths."""
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
-    """The outer search around one method; ``trials`` 0: none.
+    """The outer search around one method.
 
-    ``method``: the method whose integer program is searched around (empty: the last one with an integer program).
-    ``sampler``: tpe, gp, nsga2, cmaes, random. ``pruner``: wilcoxon, median, none. ``budgets``: the grid (empty: those
-    of ``[allocate]``). ``samples`` search seeds from ``first_seed``, ``chunk`` at a time; they are not those of
-    ``[evaluate]``, on which the chosen maps are judged. ``error``: what is minimized, ``features`` (squared distance of
-    the extractor's features of a sample to those of the full-precision one) or ``latents``. ``top_k``: maps a budget
-    that run again on ``final_samples`` further seeds, which choose the one handed out (0 samples: the search seeds
-    choose); only what beats the plain program's map there by more than a standard error takes its place. ``study``:
-    its name in the storage (empty: that of the run folder, with the folder's identity). ``space``: what may change, see
-    `mpqsearch.search.space`.
+    method
+        The method whose integer program is searched around. Empty: the last one with an integer program. Example:
+        ``"measured"``.
+    trials [trials]
+        Maps that are tried; 0: no search.
+    sampler
+        Of Optuna: ``tpe``, ``gp``, ``nsga2``, ``cmaes`` or ``random``.
+    pruner
+        What gives up bad trials early: ``wilcoxon``, ``median`` or ``none``.
+    seed
+        Of the sampler.
+    budgets
+        The sizes that are searched at; empty: those of ``[allocate]``. Example: ``["uniform:3"]``.
+    samples [samples]
+        Samples that score a trial. Their seeds are not those of ``[evaluate]``, on which the chosen maps are judged.
+    first_seed
+        Seed of the first of them.
+    chunk [samples]
+        So many are drawn before the pruner is asked.
+    error
+        What is minimised: ``features`` (squared distance of the extractor's features of a sample to those of the
+        full-precision one) or ``latents``.
+    top_k [maps]
+        Maps of each budget that run again on fresh seeds, which choose the one that is handed out.
+    final_samples [samples]
+        Further seeds for these; 0: the search seeds choose. Only what beats the plain program's map there by more than
+        a standard error takes its place.
+    study
+        Name of the study in its storage. Empty: that of the run folder, with the folder's identity. Example:
+        ``"mine"``.
+    space
+        What may change, and within which range: a list makes a parameter active, one value freezes it
+        (`mpqsearch.search.space`, and the guide of the search).
     """
 
     method: str = ""

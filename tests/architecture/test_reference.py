@@ -1,4 +1,4 @@
-"""The reference of the Python interface can be made from the docstrings, as `make reference` does."""
+"""Both references can be made from the docstrings, as `make reference` does: that of keys and options is up to date."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from mpqsearch import api
+from mpqsearch.cli.reference import all_verbs, page
+from mpqsearch.config import load_config
+from mpqsearch.settings import settings, tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,3 +46,24 @@ def test_the_reference_has_a_page_for_every_public_package(tmp_path: Path) -> No
             assert re.search(rf"\b{parameter}: ", text), (name, parameter)
         first = (inspect.getdoc(function) or "").splitlines()[0].replace("`", "")
         assert first.split(";")[0][:40] in " ".join(text.split()), name
+
+
+def test_the_page_of_keys_and_options_is_that_of_the_code() -> None:
+    written = (ROOT / "studies/guides/reference.md").read_text()
+    assert written == page(), "a docstring or an option has changed: run make reference"
+
+
+def test_every_key_and_every_option_is_documented() -> None:
+    keys = [s.key for table in tables() for s in table.settings if not (s.meaning and s.example)]
+    assert not keys, "a key needs an entry in the docstring of its dataclass, with an example if its default is empty"
+    assert len(settings()) > 100
+    options = [f"{name} {p.name}" for name, verb in all_verbs().items() for p in verb.params if not p.help]
+    assert not options
+    assert all(verb.help for verb in all_verbs().values())
+
+
+@pytest.mark.parametrize("key", settings())
+def test_the_example_of_a_key_can_be_set(key: str) -> None:
+    example = f"{key}={settings()[key].example}"
+    before = ["prompts.file=prompts.txt"] if key.startswith("prompts.") and key != "prompts.classes" else []
+    load_config(None, [*before, example])
