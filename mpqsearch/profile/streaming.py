@@ -80,7 +80,7 @@ def layer_weights(
     device: str,
     blocks: Sequence[slice],
 ) -> Arrays:
-    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<scheme>`` ``[C, W]``, float32.
+    """``kurtosis`` and ``weight_rms`` ``[C]`` and ``weight_error/<scheme>`` ``[C, W]`` of one layer, float32.
 
     ``blocks``: slices of rows that are read and measured one after the other.
     """
@@ -93,7 +93,8 @@ def layer_weights(
             where = f", counted from row {block.start}" if block.start else ""
             raise NumericsError(f"layer {layer.name!r}{where}: {error}. Repair or reload the checkpoint.") from error
         tables = weight_error_tables(rows, widths, schemes, fmt, moments)
-        parts.append({"kurtosis": moments.kurtosis, **{f"weight_error/{c}": t for c, t in tables.items()}})
+        errors = {f"weight_error/{c}": t for c, t in tables.items()}
+        parts.append({"kurtosis": moments.kurtosis, "weight_rms": moments.rms, **errors})
     return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
 
