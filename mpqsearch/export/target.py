@@ -19,6 +19,7 @@ from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
     LayerSpec,
+    LayerTable,
     StoredBits,
     stored_total,
     unquantized_bits,
@@ -139,6 +140,10 @@ class Target:
         except metadata.PackageNotFoundError:
             return ""
         return "" if version.startswith(self.tested) else version
+
+    def tied(self, table: LayerTable) -> list[tuple[str, ...]]:
+        """Layers that must have one format, since they are one layer in the file; two or more in each group."""
+        return []
 
     def lost_inputs(self, bit_map: BitMap) -> dict[str, int]:
         """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs."""
