@@ -167,9 +167,9 @@ def allocate_for(
     ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is
     offered too, as the last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is
     then not always proven to be the best. ``policy`` fixes and bounds layers by role or name: a fixed layer takes the
-    format of that width, or full precision where the target has none. Layers of a group share their format, and so do those that are one layer in the file. Raises
-    `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with ``at_least_smallest`` the
-    smallest file is made instead.
+    format of that width, or full precision where the target has none. Layers of a group share their format, and so do
+    those that are one layer in the file. Raises `InfeasibleBudgetError`, with the smallest attainable size, when
+    nothing fits; with ``at_least_smallest`` the smallest file is made instead.
     """
     table.require_same_names(set(losses), "the losses")
     formats = (*formats_of(target, table), FULL)

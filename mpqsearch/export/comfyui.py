@@ -132,7 +132,7 @@ class ComfyTarget(Target):
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """As any target's; layers that are one layer in ComfyUI share what is stored once."""
         table, choices = job.table, {e.layer: e.choice for e in plan}
-        bits = {}
+        bits: dict[str, StoredBits] = {}
         for group in fused(table):
             first = table[group[0]]
             shape = (sum(table[n].n_channels for n in group), *first.weight_shape[1:])
@@ -147,7 +147,7 @@ class ComfyTarget(Target):
 
         module = job.model.module
         formats = {e.layer: e.choice for e in plan if e.choice}
-        owners = {n: module.get_submodule(n) for n in (e.layer for e in plan)}
+        owners: dict[str, Any] = {n: module.get_submodule(n) for n in (e.layer for e in plan)}
         weights = {f"{n}.weight": _plain(owners[n].weight) for n in formats}
         found = _places(module)
         packed: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ class ComfyTarget(Target):
             owner.weight.data.copy_(value)
         rest = {key: _half(tensor) for key, tensor in module.state_dict().items() if key not in weights}
         for key, tensor in module.state_dict().items():
-            tensor.copy_(tensor if key in weights else rest[key])
+            tensor.copy_(rest.get(key, tensor))
         save_tensors(folder / FILE, joined(rest, found) | packed, {"mpqsearch.bit_map": job.bit_map.digest})
         return [folder / FILE, *write_config(folder, module), *write_check(folder, job, module)]
 
@@ -181,7 +181,8 @@ class ComfyTarget(Target):
             mark = tensors.get(found[key].name.removesuffix("weight") + MARK)
             if key.endswith(".weight") and mark is not None:
                 formats[key.removesuffix(".weight")] = _kind(mark, tensors[found[key].name], shapes[key])
-        problems = [f"the file has no tensor for {key!r}, which the model holds" for key in sorted(shapes.keys() - values.keys())]
+        absent = sorted(shapes.keys() - values.keys())
+        problems = [f"the file has no tensor for {key!r}, which the model holds" for key in absent]
         if not problems:
             put_weights(module, values)
         widths = {n: FORMATS[f].width for n, f in formats.items()}

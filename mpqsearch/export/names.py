@@ -101,10 +101,10 @@ def joined(tensors: Mapping[str, Tensor], found: Mapping[str, Place]) -> dict[st
     return {name: group[0] if len(group) == 1 else torch.cat(group) for name, group in ordered.items()}
 
 
-def separated(
-    tensors: Mapping[str, Tensor], found: Mapping[str, Place], rows: Mapping[str, int]
-) -> dict[str, Tensor]:
+def separated(tensors: Mapping[str, Tensor], found: Mapping[str, Place], rows: Mapping[str, int]) -> dict[str, Tensor]:
     """The inverse of `joined`, for the parameters with so many ``rows`` whose tensors are there."""
+    import torch
+
     members: dict[str, list[str]] = {}
     for key in sorted(rows, key=lambda key: PARTS.find(found[key].part)):
         members.setdefault(found[key].name, []).append(key)
@@ -116,7 +116,7 @@ def separated(
         if len(keys) == 1:
             out[keys[0]] = whole
         elif len(whole) == sum(rows[key] for key in keys):
-            out |= dict(zip(keys, whole.split([rows[key] for key in keys]), strict=True))
+            out |= dict(zip(keys, torch.split(whole, [rows[key] for key in keys]), strict=True))
     return out
 
 
@@ -140,10 +140,14 @@ def _embedder(name: str, first: str, second: str) -> list[tuple[str, str]]:
     return [(rf"^{name}\.linear_1\.", f"{first}."), (rf"^{name}\.linear_2\.", f"{second}.")]
 
 
+def _in_out(name: str) -> tuple[str, str]:
+    return f"{name}.in_layer", f"{name}.out_layer"
+
+
 def _flux(_: set[str]) -> Rules:
     times = (("timestep", "time_in"), ("text", "vector_in"), ("guidance", "guidance_in"))
     return [
-        *(r for n, to in times for r in _embedder(rf"time_text_embed\.{n}_embedder", f"{to}.in_layer", f"{to}.out_layer")),
+        *(rule for n, to in times for rule in _embedder(rf"time_text_embed\.{n}_embedder", *_in_out(to))),
         *_flux_blocks("net.0.proj", "net.2"),
         (r"\.norm1\.linear\.", ".img_mod.lin."),
         (r"\.norm1_context\.linear\.", ".txt_mod.lin."),
@@ -157,7 +161,7 @@ def _flux(_: set[str]) -> Rules:
 def _flux2(_: set[str]) -> Rules:
     times = (("timestep", "time_in"), ("guidance", "guidance_in"))
     return [
-        *(r for n, to in times for r in _embedder(rf"time_guidance_embed\.{n}_embedder", f"{to}.in_layer", f"{to}.out_layer")),
+        *(rule for n, to in times for rule in _embedder(rf"time_guidance_embed\.{n}_embedder", *_in_out(to))),
         *_flux_blocks("linear_in", "linear_out"),
         (r"^((?:double|single)_stream_modulation\w*)\.linear\.", r"\1.lin."),
         (r"^(single_blocks\.\d+)\.attn\.to_qkv_mlp_proj\.", r"\1.linear1."),
@@ -167,7 +171,10 @@ def _flux2(_: set[str]) -> Rules:
 
 def _flux_blocks(first: str, second: str) -> Rules:
     """What FLUX.1 and FLUX.2 share; the layers of a feed-forward are ``first`` and ``second``."""
-    sides = (("to_([qkv])", "to_out.0", "norm_", "ff", "img"), ("add_([qkv])_proj", "to_add_out", "norm_added_", "ff_context", "txt"))
+    sides = (
+        ("to_([qkv])", "to_out.0", "norm_", "ff", "img"),
+        ("add_([qkv])_proj", "to_add_out", "norm_added_", "ff_context", "txt"),
+    )
     rules = [
         (r"^context_embedder\.", "txt_in."),
         (r"^x_embedder\.", "img_in."),
@@ -301,48 +308,50 @@ def _unet(keys: set[str]) -> Rules:
     return rules + [(rf"{inside}\.{here}\.", rf"\1.{there}.") for here, there in resnet.items()]
 
 
-_BLOCKS = (
-    r"|(img|txt)_in|final_layer\.(linear|adaLN_modulation\.1)"
+_FLUX_NAMES = (
+    r"(time|vector|guidance)_in\.(in|out)_layer|(img|txt)_in|final_layer\.(linear|adaLN_modulation\.1)"
+    r"|(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin"
     r"|double_blocks\.\d+\.(img|txt)_(mod\.lin|attn\.(qkv|proj|norm\.(query|key)_norm)|mlp\.[02])"
     r"|single_blocks\.\d+\.(linear[12]|modulation\.lin|norm\.(query|key)_norm)"
 )
-_ATTENTION = (
-    r"norm|proj_in|proj_out|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"
+_SD3_NAMES = (
+    r"pos_embed|x_embedder\.proj|[ty]_embedder\.mlp\.[02]|context_embedder|final_layer\.(linear|adaLN_modulation\.1)"
+    r"|joint_blocks\.\d+\.(x|context)_block\.(adaLN_modulation\.1|attn2?\.(qkv|proj|ln_[qk])|mlp\.fc[12])"
 )
-_RESNET = r"in_layers\.[02]|out_layers\.[03]|emb_layers\.1|skip_connection|op|conv"
+_WAN_NAMES = (
+    r"(vace_)?patch_embedding|(time|text)_embedding\.[02]|time_projection\.1|img_emb\.proj\.[0134]|head\.(head|modulation)"
+    r"|(vace_)?blocks\.\d+\.((self|cross)_attn\.([qkvo]|[kv]_img|norm_(q|k|k_img))|ffn\.[02]|norm[123]|modulation"
+    r"|before_proj|after_proj)"
+)
+_Z_IMAGE_NAMES = (
+    r"x_embedder|cap_embedder\.[01]|t_embedder\.mlp\.[02]|(x|cap)_pad_token|final_layer\.(linear|adaLN_modulation\.1)"
+    r"|(layers|noise_refiner|context_refiner)\.\d+\."
+    r"(attention\.(qkv|out|[qk]_norm)|feed_forward\.w[123]|(attention|ffn)_norm[12]|adaLN_modulation\.0)"
+)
+_QWEN_NAMES = (
+    r"img_in|txt_in|txt_norm|time_text_embed\.timestep_embedder\.linear_[12]|norm_out\.linear|proj_out"
+    r"|transformer_blocks\.\d+\.((img|txt)_(mod\.1|mlp\.net\.(0\.proj|2))"
+    r"|attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|norm_(added_)?[qk]))"
+)
+_LTX_NAMES = (
+    r"patchify_proj|proj_out|(transformer_blocks\.\d+\.)?scale_shift_table|caption_projection\.linear_[12]"
+    r"|adaln_single\.(emb\.timestep_embedder\.linear_[12]|linear)"
+    r"|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|[qk]_norm)|ff\.net\.(0\.proj|2))"
+)
+_UNET_NAMES = (
+    r"time_embed\.[02]|label_emb\.0\.[02]|out\.[02]|input_blocks\.0\.0|((in|out)put_blocks\.\d+|middle_block)\.\d\."
+    r"(in_layers\.[02]|out_layers\.[03]|emb_layers\.1|skip_connection|op|conv|norm|proj_in|proj_out"
+    r"|transformer_blocks\.\d+\.(norm[123]|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))"
+)
 
 SCHEMES: dict[str, tuple[Callable[[set[str]], Rules], str]] = {
-    "FluxTransformer2DModel": (_flux, r"(time|vector|guidance)_in\.(in|out)_layer" + _BLOCKS),
-    "Flux2Transformer2DModel": (
-        _flux2, r"(time|guidance)_in\.(in|out)_layer|(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin" + _BLOCKS,
-    ),
-    "SD3Transformer2DModel": (
-        _sd3, r"pos_embed|x_embedder\.proj|[ty]_embedder\.mlp\.[02]|context_embedder|final_layer\.(linear|adaLN_modulation\.1)"
-        r"|joint_blocks\.\d+\.(x|context)_block\.(adaLN_modulation\.1|attn2?\.(qkv|proj|ln_[qk])|mlp\.fc[12])",
-    ),
-    "WanTransformer3DModel": (
-        _wan, r"(vace_)?patch_embedding|(time|text)_embedding\.[02]|time_projection\.1|img_emb\.proj\.[0134]|head\.(head|modulation)"
-        r"|(vace_)?blocks\.\d+\.((self|cross)_attn\.([qkvo]|[kv]_img|norm_(q|k|k_img))|ffn\.[02]|norm[123]|modulation"
-        r"|before_proj|after_proj)",
-    ),
-    "ZImageTransformer2DModel": (
-        _z_image, r"x_embedder|cap_embedder\.[01]|t_embedder\.mlp\.[02]|(x|cap)_pad_token|final_layer\.(linear|adaLN_modulation\.1)"
-        r"|(layers|noise_refiner|context_refiner)\.\d+\."
-        r"(attention\.(qkv|out|[qk]_norm)|feed_forward\.w[123]|(attention|ffn)_norm[12]|adaLN_modulation\.0)",
-    ),
-    "QwenImageTransformer2DModel": (
-        _qwen, r"img_in|txt_in|txt_norm|time_text_embed\.timestep_embedder\.linear_[12]|norm_out\.linear|proj_out"
-        r"|transformer_blocks\.\d+\.((img|txt)_(mod\.1|mlp\.net\.(0\.proj|2))"
-        r"|attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|norm_(added_)?[qk]))",
-    ),
-    "LTXVideoTransformer3DModel": (
-        _ltx, r"patchify_proj|proj_out|(transformer_blocks\.\d+\.)?scale_shift_table|caption_projection\.linear_[12]"
-        r"|adaln_single\.(emb\.timestep_embedder\.linear_[12]|linear)"
-        r"|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0|[qk]_norm)|ff\.net\.(0\.proj|2))",
-    ),
-    "UNet2DConditionModel": (
-        _unet, r"time_embed\.[02]|label_emb\.0\.[02]|out\.[02]|input_blocks\.0\.0"
-        rf"|((in|out)put_blocks\.\d+|middle_block)\.\d\.({_RESNET}|{_ATTENTION})",
-    ),
-}  # fmt: skip
+    "FluxTransformer2DModel": (_flux, _FLUX_NAMES),
+    "Flux2Transformer2DModel": (_flux2, _FLUX_NAMES),
+    "SD3Transformer2DModel": (_sd3, _SD3_NAMES),
+    "WanTransformer3DModel": (_wan, _WAN_NAMES),
+    "ZImageTransformer2DModel": (_z_image, _Z_IMAGE_NAMES),
+    "QwenImageTransformer2DModel": (_qwen, _QWEN_NAMES),
+    "LTXVideoTransformer3DModel": (_ltx, _LTX_NAMES),
+    "UNet2DConditionModel": (_unet, _UNET_NAMES),
+}
 """Class of diffusers to the rules of its names, and an expression for the names that come of them."""

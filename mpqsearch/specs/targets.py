@@ -35,8 +35,7 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
 
 
 SOURCES: dict[str, str] = {
-    name: f"mpqsearch.export.{name}:read"
-    for name in (*(n for n in TARGETS if n not in ("packed", "onnx")), "modelopt")
+    name: f"mpqsearch.export.{name}:read" for name in (*(n for n in TARGETS if n not in ("packed", "onnx")), "modelopt")
 }
 """What maps can be imported from, to the function that reads it, as ``module:function``."""
 

@@ -13,7 +13,9 @@ from mpqsearch.core import LayerSpec, LayerTable
 from mpqsearch.export.names import PREFIX, SCHEMES, fused, in_diffusers, joined, places, separated
 from tests.support.denoisers import RECIPES, model_classes
 
-WIDE = {"FluxTransformer2DModel": {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}}
+WIDE = {
+    "FluxTransformer2DModel": {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
+}
 """diffusers reads checkpoints of FLUX.1 of the published width alone."""
 
 
@@ -46,7 +48,9 @@ def test_diffusers_reads_what_is_renamed(name: str) -> None:
     assert all(torch.equal(read[key], tensor) for key, tensor in original.items())
 
 
-@pytest.mark.parametrize("name", ["UNet3DConditionModel", "HunyuanVideoTransformer3DModel", "LTX2VideoTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name", ["UNet3DConditionModel", "HunyuanVideoTransformer3DModel", "LTX2VideoTransformer3DModel"]
+)
 def test_relatives_keep_their_names(name: str) -> None:
     with torch.device("meta"):
         module = model_classes()[name](**RECIPES[name].config)
@@ -63,7 +67,8 @@ def flux() -> LayerTable:
 
 def test_values_of_joined_layers_go_to_all_their_parts() -> None:
     table = flux()
-    assert tuple(f"single_transformer_blocks.0.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")) in fused(table)
+    block = "single_transformer_blocks.0"
+    assert tuple(f"{block}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")) in fused(table)
     read = in_diffusers({f"{PREFIX}double_blocks.0.txt_attn.qkv": 4, "img_in": 8, "nothing.here": 2}, table)
     assert read == {f"transformer_blocks.0.attn.add_{p}_proj": 4 for p in "qkv"} | {"x_embedder": 8, "nothing.here": 2}
     assert in_diffusers({"x_embedder": 8}, table) == {"x_embedder": 8}, "names of diffusers stay as they are"
