@@ -142,9 +142,10 @@ def distill(
                     path = save_checkpoint(folder, run.checkpoint(done), identity)
                     state = replace(state, checkpoint=path)
                 team.wait()
+            if stop:
+                stopping.number = 0  # the caller is told, and may leave this where it is
             yield state
-            if state.interrupted:
-                stopping.number = 0  # the caller knows
+            if stop:
                 return
     run.training.put(run.checks.parameters or run.training.averaged())
 
