@@ -24,6 +24,8 @@ to."""
 SCHEMES = ("asymmetric", "symmetric", "auto")
 CRITERIA = ("lp", "mse", "minmax")
 ROUNDINGS = ("nearest", "gptq")
+GROUPS = (0, 16, 32, 64, 128)
+"""Inputs that share a scale; 0: all inputs of an output channel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,9 @@ class QuantFormat:
     rounding
         ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the
         second moment of its input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
+    group
+        Inputs that share a scale and a zero point, one of `GROUPS`; 0: all inputs of the channel. A layer whose fan-in
+        it does not divide has the groups of `group_of`.
     """
 
     scheme: str = "asymmetric"
@@ -57,6 +62,7 @@ class QuantFormat:
     smooth: bool = False
     alpha: float = 0.5
     rounding: str = "nearest"
+    group: int = 0
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -65,6 +71,10 @@ class QuantFormat:
             raise UnknownNameError("range criterion", self.criterion, CRITERIA)
         if self.rounding not in ROUNDINGS:
             raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
+        if self.group not in GROUPS:
+            raise ConfigError(
+                f"inputs that share a scale must be one of {GROUPS} (0: all of a channel), got {self.group}"
+            )
         if not 1 <= self.n_candidates <= 1000:
             raise ConfigError(f"n_candidates must lie in 1..1000, got {self.n_candidates}")
         if not 0 < self.p <= 8:
@@ -74,24 +84,38 @@ class QuantFormat:
 
     @property
     def name(self) -> str:
-        """What profiles call the errors of this format: the scheme, and ``+smooth`` where it is smoothed."""
-        return f"{self.scheme}+smooth" if self.smooth else self.scheme
+        """What profiles call the errors of this format, as in ``auto``, ``auto+g64`` or ``asymmetric+smooth``."""
+        return format_name(self.scheme, smooth=self.smooth, group=self.group)
+
+    def group_of(self, fan_in: int) -> int:
+        """Inputs that share a scale in a channel of ``fan_in`` inputs: the largest divisor up to ``group``; all of them
+        where that is below 16, the smallest group whose scale does not cost more than it gives."""
+        if not self.group or fan_in <= self.group:
+            return fan_in
+        size = next(g for g in range(self.group, 0, -1) if fan_in % g == 0)
+        return size if size >= GROUPS[1] else fan_in
+
+    def scales_of(self, fan_in: int) -> int:
+        """Number of scales of a channel of ``fan_in`` inputs."""
+        return fan_in // self.group_of(fan_in)
 
     def zero_point_bits(self, bits: int) -> int:
-        """Stored bits of one channel's zero point: an integer in the code range, or none.
+        """Stored bits of the zero point beside one scale: an integer in the code range, or none.
 
         ``auto`` costs no more than ``asymmetric``: the sign bit of the (positive) scale says which scheme it is.
         """
         return 0 if self.scheme == "symmetric" else bits
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON data. Alpha and rounding are left out at their defaults, so that older maps keep their
+        """As plain JSON data. Alpha, rounding and group are left out at their defaults, so that older maps keep their
         digests."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"scale_bits": SCALE_BITS}
         if self.alpha == 0.5:
             del data["alpha"]
         if self.rounding == "nearest":
             del data["rounding"]
+        if not self.group:
+            del data["group"]
         return data
 
     @classmethod
@@ -100,6 +124,11 @@ class QuantFormat:
         if data.get("scale_bits") != SCALE_BITS:
             raise ConfigError(f"scale_bits must be {SCALE_BITS} (half-precision scales), got {data.get('scale_bits')}")
         return build(cls, {k: v for k, v in data.items() if k != "scale_bits"}, "quantizer", ConfigError)
+
+
+def format_name(scheme: str, *, smooth: bool = False, group: int = 0) -> str:
+    """What profiles call a format: the scheme, ``+g<group>`` with groups, ``+smooth`` with smoothing."""
+    return f"{scheme}{f'+g{group}' if group else ''}{'+smooth' if smooth else ''}"
 
 
 def check_width(bits: object, where: str) -> None:

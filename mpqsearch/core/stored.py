@@ -43,9 +43,11 @@ class StoredBits:
 
 
 def channel_bits(layer: LayerSpec, bits: int, fmt: QuantFormat) -> int:
-    """Stored bits of one output channel at a width: its codes, scale and zero point, without a tag."""
-    scales = 0 if bits == FULL_PRECISION else SCALE_BITS + fmt.zero_point_bits(bits)
-    return layer.weights_per_channel * bits + scales
+    """Stored bits of one output channel at a width: its codes, scales and zero points, without a tag."""
+    if bits == FULL_PRECISION:
+        return layer.weights_per_channel * bits
+    scales = fmt.scales_of(layer.weights_per_channel)
+    return layer.weights_per_channel * bits + scales * (SCALE_BITS + fmt.zero_point_bits(bits))
 
 
 def fixed_bits(layer: LayerSpec, fmt: QuantFormat) -> int:

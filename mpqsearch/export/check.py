@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpqsearch.artifacts import atomic_path, environment, read_tensors
+from mpqsearch.artifacts import atomic_path, environment
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.export.contract import ExportJob, PlanEntry
@@ -31,7 +31,6 @@ from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.quant import QuantizedRows, RowQuantizer, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.apply import bias_shift, check_moments
-from mpqsearch.sources import read_config
 
 
 def source_of(job: ExportJob) -> Denoiser:
@@ -94,7 +93,7 @@ def forward_errors(folder: Path, module: nn.Module) -> dict[str, float]:
     from the predictions that `write_check` wrote; those that it did not write are left out."""
     if not (folder / EXPECTED).is_file():
         return {}
-    expected = read_tensors(folder / EXPECTED)
+    expected = load_file(folder / EXPECTED)
     with torch.no_grad():
         seen = load_calls(folder / CHECK)[0].replay(module)
     written = expected["prediction"]
@@ -136,7 +135,8 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of an export."""
-    return read_config(folder / CONFIG)
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    return config
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -165,9 +165,9 @@ def each_quantized(
 ) -> Iterator[tuple[LayerSpec, QuantizedRows]]:
     """Every planned layer with its codes and scales from our own quantizer at the planned width, one after another.
 
-    Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme without smoothing, whatever
-    the map says. Else, and for a map in the asymmetric format, these are the very codes of the model that was
-    evaluated, trained ones if there are any. Raises `ConfigError` when the model lacks a planned layer.
+    Targets that hold integer zero points only (``asymmetric``) get the asymmetric scheme, one scale a channel and no
+    smoothing, whatever the map says. Else, and for a map in the asymmetric format, these are the very codes of the
+    model that was evaluated, trained ones if there are any. Raises `ConfigError` when the model lacks a planned layer.
     """
     modules = dict(job.model.module.named_modules())
     check_moments(job.bit_map, job.statistics)
@@ -179,7 +179,7 @@ def each_quantized(
             raise ConfigError(f"the model has no layer {layer.name!r}, which the plan names")
         fmt = job.bit_map.format_of(layer.name)
         if asymmetric:
-            fmt = replace(fmt, scheme="asymmetric", smooth=False)
+            fmt = replace(fmt, scheme="asymmetric", smooth=False, group=0)
         if entry.will_get is None:
             widths = torch.from_numpy(job.bit_map.channel_widths(layer.name, layer.n_channels).copy())
         else:
@@ -195,8 +195,10 @@ def each_quantized(
 
 
 def _holds(rows: QuantizedRows, widths: Tensor, *, asymmetric: bool) -> bool:
-    """Whether trained rows have these widths and, where only such are held, integer zero points and no factors."""
-    whole = rows.factor is None and bool((rows.quantizer.zero == rows.quantizer.zero.round()).all())
+    """Whether trained rows have these widths and, where only such are held, integer zero points, no factors and no
+    groups."""
+    plain = rows.factor is None and rows.quantizer.groups == 1
+    whole = plain and bool((rows.quantizer.zero == rows.quantizer.zero.round()).all())
     return torch.equal(rows.quantizer.bits.cpu(), widths) and (whole or not asymmetric)
 
 
@@ -246,11 +248,9 @@ def report(target: str, folder: Path) -> dict[str, Any]:
     a problem of the report."""
     consumer = get_exporter(target)
     try:
-        found = consumer.read_back(folder) | {"versions": _versions(consumer)}
-        json.dumps(found, allow_nan=False)  # a prediction that is not finite
+        return consumer.read_back(folder) | {"versions": _versions(consumer)}
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; each means that it could not load the folder
         return {"widths": None, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
-    return found
 
 
 def _versions(target: Target) -> dict[str, str]:

@@ -10,6 +10,7 @@ quantized model no more than its packed form is in memory.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import digest_file, read_json, read_tensors, save_bit_map, write_json
+from mpqsearch.artifacts import digest_file, read_json, save_bit_map, write_json
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, QuantFormat, StoredBits, stored_total
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
-from mpqsearch.export.target import Target, int_choices, plain_config
+from mpqsearch.export.target import Target, int_choices
 from mpqsearch.untrusted import build
 
 if TYPE_CHECKING:
@@ -124,9 +125,12 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
     tags = 8 if len(counts) == 1 else 8 * packed_size(n, TAG_BITS)
     full = counts.pop(FULL_PRECISION, 0)
     codes = sum(8 * packed_size(count * fan_in, width) for width, count in counts.items())
-    zeros = 0 if fmt.scheme == "symmetric" else sum(8 * packed_size(k, width) for width, k in counts.items())
+    per_row = fmt.scales_of(fan_in)
+    zeros = 0 if fmt.scheme == "symmetric" else sum(8 * packed_size(k * per_row, width) for width, k in counts.items())
     factors = 32 * layer.groups * fan_in if fmt.smooth else 0
-    return StoredBits(payload=codes, metadata=tags + 16 * n + 32 + zeros + factors, unquantized=16 * full * fan_in)
+    return StoredBits(
+        payload=codes, metadata=tags + 16 * n * per_row + 32 + zeros + factors, unquantized=16 * full * fan_in
+    )
 
 
 def pack_layer(rows: QuantizedRows) -> Tensors:
@@ -141,8 +145,8 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     bits, codes, scale, zero = (
         x.cpu().numpy() for x in (rows.quantizer.bits, rows.codes, rows.quantizer.scale, rows.quantizer.zero)
     )
-    quantized = bits != FULL_PRECISION
-    middle = quantized & (zero != np.rint(zero))
+    quantized, per_row = bits != FULL_PRECISION, rows.quantizer.groups
+    middle = np.repeat(quantized, per_row) & (zero != np.rint(zero))
     exponent = 2.0 ** (np.floor(np.log2(scale.max())) - 15) if len(scale) else 1.0
     half = (scale / np.float32(exponent)).astype(np.float16)
     if not np.array_equal(half.astype(np.float32) * np.float32(exponent), scale):
@@ -158,8 +162,10 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     for width in map(int, np.unique(bits[quantized])):
         own = bits == width
         arrays[f"codes.{width}"] = pack_bits(codes[own], width)
-        if not middle[quantized].all():
-            arrays[f"zero.{width}"] = pack_bits(np.where(middle, 0, zero)[own].astype(np.uint8), width)
+        if not middle[np.repeat(quantized, per_row)].all():
+            arrays[f"zero.{width}"] = pack_bits(
+                np.where(middle, 0, zero)[np.repeat(own, per_row)].astype(np.uint8), width
+            )
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     if rows.factor is not None:
         tensors["factor"] = rows.factor.cpu()
@@ -189,16 +195,19 @@ def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
     n, fan_in = layer.n_channels, layer.weights_per_channel
     part: Arrays = {k: t.numpy() for k, t in tensors.items() if k not in _FLOATS}
     bits, stored = widths_of(part, n), part["scale"].astype(np.float32) * part["exponent"][0]
-    if stored.shape != (n,):
-        raise ConfigError(f"layer {layer.name!r}: {n} scales are needed, got {stored.shape}")
-    codes, zero = np.zeros((n, fan_in), dtype=np.uint8), np.zeros(n, dtype=np.float32)
+    per_row = stored.size // n
+    if stored.shape != (n * per_row,) or not per_row or fan_in % per_row:
+        raise ConfigError(
+            f"layer {layer.name!r}: {n} scales, or as many for each group, are needed, got {stored.shape}"
+        )
+    codes, zero = np.zeros((n, fan_in), dtype=np.uint8), np.zeros(n * per_row, dtype=np.float32)
     for width in map(int, np.unique(bits[bits != FULL_PRECISION])):
         own = bits == width
         codes[own] = unpack_bits(part[f"codes.{width}"], width, int(own.sum()) * fan_in).reshape(-1, fan_in)
         if f"zero.{width}" in part:
-            zero[own] = unpack_bits(part[f"zero.{width}"], width, int(own.sum()))
+            zero[np.repeat(own, per_row)] = unpack_bits(part[f"zero.{width}"], width, int(own.sum()) * per_row)
     middle = stored < 0
-    zero[middle] = (2.0 ** bits[middle].astype(np.float32) - 1) / 2
+    zero[middle] = (2.0 ** np.repeat(bits, per_row)[middle].astype(np.float32) - 1) / 2
     quantizer = RowQuantizer(
         scale=torch.from_numpy(np.abs(stored)), zero=torch.from_numpy(zero), bits=torch.from_numpy(bits)
     )
@@ -266,9 +275,10 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
 
     if isinstance(module, Parts):
         return {"parts": {name: _config_of(part) for name, part in module.items()}}
-    config = plain_config(module)
-    if config is None:
+    to_text = getattr(module, "to_json_string", None)
+    if to_text is None:
         raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
+    config: dict[str, Any] = json.loads(to_text())
     return config
 
 
@@ -289,6 +299,7 @@ def load_quantized(path: str | Path) -> nn.Module:
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
     from accelerate import init_empty_weights
+    from safetensors.torch import load_file
 
     from mpqsearch.quant import weight_of
 
@@ -300,7 +311,7 @@ def load_quantized(path: str | Path) -> nn.Module:
         )
     state: dict[str, Tensor] = {}
     packed: dict[str, Tensors] = {}
-    for key, tensor in read_tensors(file).items():
+    for key, tensor in load_file(file).items():
         name, mark, part = key.partition(_MARK)
         if mark:
             packed.setdefault(name, {})[part] = tensor

@@ -26,7 +26,7 @@ from mpqsearch.core import (
 )
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
-from mpqsearch.methods import baselines, omq
+from mpqsearch.methods import omq
 from mpqsearch.methods.build import Program, channel_program, choices_of, layer_program
 from mpqsearch.methods.costs import NANOSECONDS, CostTable
 from mpqsearch.methods.losses import predicted_loss
@@ -158,7 +158,8 @@ class Programs:
         shape = (sum(self.profile.channels), len(self.profile.widths))
         if losses is not None and losses.shape != shape:
             raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")
-        fmt = replace(self.format, scheme=method.scheme, smooth=method.smooth, rounding=method.rounding, alpha=0.5)
+        chosen = {key: getattr(method, key) for key in ("scheme", "smooth", "rounding", "group")}
+        fmt = replace(self.format, alpha=0.5, **chosen)
         labels = [b.label() for b in (budget, *within)]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"the budgets {', '.join(labels)} name one limit twice")
@@ -205,14 +206,8 @@ def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:
     if method.allocator == "map":
         raise ConfigError(f"the map of {method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
     return {
-        "uniform": baselines.uniform,
-        "random": baselines.random,
-        "first-last-high": baselines.first_last_high,
-        "k-quant": baselines.k_quant,
-        "sdnq-dynamic": baselines.sdnq_dynamic,
-        "quant-probe": baselines.quant_probe,
-        "mixed-gguf": baselines.mixed_gguf,
-        "apple-threshold": baselines.apple_threshold,
+        "uniform": omq.uniform,
+        "random": omq.random,
         "omq": omq.omq,
         "omq-paper": omq.omq_paper,
         "omq-released": omq.omq_released,

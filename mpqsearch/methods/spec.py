@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.allocate import AllocationResult
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget
-from mpqsearch.core.formats import ROUNDINGS, check_width
+from mpqsearch.core.formats import GROUPS, ROUNDINGS, check_width, format_name
 from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods.losses import BEST_LOSS, CHOOSING, LOSSES
@@ -29,18 +29,12 @@ ALLOCATORS = (
     "measured",
     "search",
     "map",
-    "first-last-high",
-    "k-quant",
-    "sdnq-dynamic",
-    "quant-probe",
-    "mixed-gguf",
-    "apple-threshold",
 )
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
 promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
 own quantizer and full-precision inputs. ``measured``: the best of maps that differ in kind (uniform, by layer, by
 channel, nearest and GPTQ), by what their samples show. ``search`` and ``map`` solve nothing: the map is that of an
-outer search, or one from elsewhere. The last six are rules of practice (`mpqsearch.methods.baselines`)."""
+outer search, or one from elsewhere."""
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""
@@ -86,6 +80,9 @@ class MethodSpec(Shown):
         input among these. Example: ``[4, 8]``.
     rounding
         ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
+    group [inputs]
+        Inputs that share a scale: 16, 32, 64, 128, or 0 for all of a channel (`QuantFormat.group`). The profile needs
+        it in ``calibration.groups``. Example: ``64``.
     shrinkage
         Of the sensitivities of channels towards the mean of their layer, from 0 (as measured) to 1 (all alike). Not
         set: as the data say (`mpqsearch.methods.shrinkage`). Example: ``0.3``.
@@ -106,6 +103,7 @@ class MethodSpec(Shown):
     act_timesteps: bool = False
     act_choices: tuple[int, ...] = ()
     rounding: str = "nearest"
+    group: int = 0
     shrinkage: float | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +111,8 @@ class MethodSpec(Shown):
             object.__setattr__(self, "smooth", True)
         self._check_names()
         check_width(self.act_bits, f"method {self.name!r}, act_bits")
+        if self.group not in GROUPS:
+            raise ConfigError(f"method {self.name!r}: group must be one of {GROUPS}, got {self.group}")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise ConfigError(f"method {self.name!r}: shrinkage must lie in 0..1, got {self.shrinkage}")
         for bits in self.act_choices:
@@ -146,7 +146,7 @@ class MethodSpec(Shown):
     @property
     def format_name(self) -> str:
         """The format of the profile whose errors price this method, as in ``auto+smooth``."""
-        return f"{self.scheme}+smooth" if self.smooth else self.scheme
+        return format_name(self.scheme, smooth=self.smooth, group=self.group)
 
     def facts(self) -> dict[str, Any]:
         """The name, and what is not as by default."""

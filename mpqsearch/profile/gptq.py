@@ -36,7 +36,7 @@ def gptq_profile(
     totals that were measured with other errors themselves (`slope`, `final`) are left out for this format. Raises
     `ConfigError` when the profile lacks the format.
     """
-    name = f"{fmt.scheme}+smooth" if fmt.smooth else fmt.scheme
+    name = fmt.name
     before = profile.need(f"output_error/{name}", f"GPTQ in the format {name!r}")
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != name or not k.startswith(_MEASURED)}

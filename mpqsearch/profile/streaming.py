@@ -10,12 +10,14 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, SensitivityProfile
+from mpqsearch.core.formats import format_name
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
 from mpqsearch.profile.calibrate import Progress, silent
@@ -34,12 +36,14 @@ def profile_weights(
     schemes: Sequence[str],
     fmt: QuantFormat,
     *,
+    groups: Sequence[int] = (),
     device: str = "cpu",
     memory_limit: int | None = None,
     partial: Partial | None = None,
     progress: Progress = silent,
 ) -> SensitivityProfile:
-    """Kurtosis and ``weight_error/<scheme>`` of every channel, from the weights on disk.
+    """Kurtosis and ``weight_error/<format>`` of every channel, from the weights on disk: every scheme, and the last
+    also with ``groups`` of inputs.
 
     The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results
     come back. With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what
@@ -48,11 +52,12 @@ def profile_weights(
     naming the layer when a weight is not finite.
     """
     widths = tuple(sorted(policy.widths))
-    blocks = rows_within(model, table, len(widths), len(schemes), device, memory_limit)
+    blocks = rows_within(model, table, len(widths), len(schemes) + len(groups), device, memory_limit)
+    formats = [(schemes, fmt), *(((schemes[-1],), replace(fmt, group=group)) for group in groups)]
     began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
     parts: list[Arrays] = []
     for position, layer in enumerate(table):
-        measure = functools.partial(layer_weights, model, layer, widths, schemes, fmt, device, blocks[layer.name])
+        measure = functools.partial(layer_weights, model, layer, widths, formats, device, blocks[layer.name])
         parts.append(resumed(partial, position, measure))
         done += _stored_bytes(model, layer)
         progress("weights", done, total)
@@ -75,12 +80,12 @@ def layer_weights(
     model: StreamedModel,
     layer: LayerSpec,
     widths: Sequence[int],
-    schemes: Sequence[str],
-    fmt: QuantFormat,
+    formats: Sequence[tuple[Sequence[str], QuantFormat]],
     device: str,
     blocks: Sequence[slice],
 ) -> Arrays:
-    """``kurtosis`` and ``weight_rms`` ``[C]`` and ``weight_error/<scheme>`` ``[C, W]`` of one layer, float32.
+    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<format>`` ``[C, W]``, float32. ``formats``:
+    schemes with the format that they vary.
 
     ``blocks``: slices of rows that are read and measured one after the other.
     """
@@ -92,9 +97,12 @@ def layer_weights(
         except NumericsError as error:
             where = f", counted from row {block.start}" if block.start else ""
             raise NumericsError(f"layer {layer.name!r}{where}: {error}. Repair or reload the checkpoint.") from error
-        tables = weight_error_tables(rows, widths, schemes, fmt, moments)
-        errors = {f"weight_error/{c}": t for c, t in tables.items()}
-        parts.append({"kurtosis": moments.kurtosis, "weight_rms": moments.rms, **errors})
+        tables = {
+            f"weight_error/{format_name(scheme, group=fmt.group)}": table
+            for schemes, fmt in formats
+            for scheme, table in weight_error_tables(rows, widths, schemes, fmt, moments).items()
+        }
+        parts.append({"kurtosis": moments.kurtosis, **tables})
     return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
 

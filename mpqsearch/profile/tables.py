@@ -23,7 +23,6 @@ from mpqsearch.profile.recomputed import (
     slices_of,
 )
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
-from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
 from mpqsearch.specs import CalibrationSpec
 
@@ -32,9 +31,12 @@ _SCRATCH = "scratch/"
 
 
 def formats_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]:
-    """The formats to measure, by name: ``<scheme>``, ``<scheme>+smooth``, ``asymmetric+smooth+minmax``."""
+    """The formats to measure, by name: ``<scheme>``, ``<scheme>+g<group>``, ``<scheme>+smooth``,
+    ``asymmetric+smooth+minmax``."""
     plain = QuantFormat(criterion=base.criterion, p=base.p, n_candidates=base.n_candidates)
     formats = {scheme: replace(plain, scheme=scheme) for scheme in spec.schemes}
+    grouped = (replace(formats[final_format(spec)], group=group) for group in spec.groups)
+    formats |= {fmt.name: fmt for fmt in grouped}
     if spec.smooth:
         for scheme in dict.fromkeys((*spec.schemes, "asymmetric")):
             formats[f"{scheme}+smooth"] = replace(plain, scheme=scheme, smooth=True)
@@ -195,8 +197,7 @@ class _LayerTables:
     def measure(self, slices: Iterable[slice]) -> Arrays:
         """Tables float32, with the quantizers ``[W, C]`` of each format without smoothing and their mean shifts."""
         rows = rows_of(self.weight.detach(), self.layer)
-        moments = row_moments(rows)
-        parts: dict[str, list[Tensor]] = {"kurtosis": [moments.kurtosis], "weight_rms": [moments.rms]}
+        parts: dict[str, list[Tensor]] = {"kurtosis": [kurtosis(rows)]}
         quantizers: dict[str, list[tuple[RowQuantizer, ...]]] = {}
         for part in slices:
             for key, values in self._part(rows, part, quantizers).items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpqsearch.errors import ConfigError
-from mpqsearch.quant.rows import RowQuantizer, decode, encode, stored_scale
+from mpqsearch.quant.rows import RowQuantizer, by_column, decode, encode, stored_scale
 
 BLOCK = 64
 """Columns whose effect on the columns after them is applied at once."""
@@ -39,7 +39,7 @@ def gptq_rows(rows: Tensor, quantizer: RowQuantizer, moment: Tensor) -> tuple[Te
     rows
         ``[C, D]``, in the units that are quantized (smoothed ones times their factors).
     quantizer
-        Of those rows, any widths and zero points; rows of width 16 are left as they are.
+        Of those rows, any widths, zero points and groups of inputs; rows of width 16 are left as they are.
     moment
         ``[G, D, D]``: second moment of the input of each group, or its covariance where the bias takes the mean error;
         with smoothing, that of the inputs over their factors.
@@ -62,49 +62,59 @@ def gptq_rows(rows: Tensor, quantizer: RowQuantizer, moment: Tensor) -> tuple[Te
         return exact.clone(), quantizer
     level = torch.where(alive, level, 1.0)
     damped = truth + (DAMPING * level)[:, None, None] * torch.eye(width, dtype=torch.float64, device=exact.device)
-    order = damped.diagonal(dim1=1, dim2=2).argsort(
-        dim=1, descending=True
-    )  # what costs most is rounded while most can make it good
+    parts, order = _order(damped.diagonal(dim1=1, dim2=2), quantizer.groups)
     back = order.argsort(dim=1)
     ordered = _take(_take(damped, order, 2), order, 1)
-    work = _Rows(_take(exact.reshape(groups, -1, width), order, 2), quantizer, ordered.float())
+    work = _Rows(_take(exact.reshape(groups, -1, width), order, 2), quantizer, parts, ordered.float())
     work.first_pass(torch.linalg.cholesky(_inverse(ordered), upper=True).float())
     for _ in range(SWEEPS):
         work.fit_scales()
         work.sweep()
     wanted = _take(work.target, back, 2).reshape(rows.shape)
-    fitted = replace(quantizer, scale=work.scale.flatten())
+    fitted = replace(quantizer, scale=_take(work.scale, parts.argsort(dim=1), 2).flatten())
     codes = encode(wanted, fitted)
     nearest = encode(exact, quantizer)
     before, after = (_output_error(decode(c, q) - exact, truth) for c, q in ((nearest, quantizer), (codes, fitted)))
     keep = (after < before) & alive.repeat_interleave(len(rows) // groups) & (quantizer.bits <= 8)
     # One exponent serves all scales of a layer, so what is kept of both is rounded to storage together.
-    scale = stored_scale(torch.where(keep, fitted.scale, quantizer.scale))
+    kept = keep.repeat_interleave(quantizer.groups)
+    scale = stored_scale(torch.where(kept, fitted.scale, quantizer.scale))
     final = replace(quantizer, scale=scale)
     codes = torch.where(keep[:, None], codes, nearest)
     centre = decode(codes, final)
-    off = (EDGE * scale)[:, None]
+    off = by_column(EDGE * scale, exact)
     moved = torch.where(keep[:, None], wanted, exact).clamp(centre - off, centre + off)
     same = ~keep[:, None] & (encode(exact, final) == nearest)  # clipped weights of kept rows stay where they are
     return torch.where(same | (quantizer.bits > 8)[:, None], exact, moved), final
 
 
+def _order(cost: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """The order ``[G, n]`` in which the n groups of columns of a row are rounded, and that of all columns ``[G, D]``,
+    by the cost of an error ``[G, D]``: what costs most is rounded while most can make it good."""
+    grouped = cost.reshape(len(cost), parts, -1)
+    groups = grouped.sum(2).argsort(dim=1, descending=True)
+    inside = grouped.argsort(dim=2, descending=True).gather(1, groups[:, :, None].expand_as(grouped))
+    return groups, (groups[:, :, None] * grouped.shape[2] + inside).flatten(1)
+
+
 class _Rows:
     """Rows ``[G, c, D]`` in the order in which columns are rounded; ``target`` is what was rounded, ``now`` what it
-    became."""
+    became. Scales and zeros are ``[G, c, n]`` for n groups of columns, in the order ``parts`` ``[G, n]``."""
 
-    def __init__(self, rows: Tensor, quantizer: RowQuantizer, moment: Tensor) -> None:
+    def __init__(self, rows: Tensor, quantizer: RowQuantizer, parts: Tensor, moment: Tensor) -> None:
         shape = rows.shape[:2]
         self.exact, self.moment = rows, moment
-        self.scale, self.zero = quantizer.scale.reshape(shape).clone(), quantizer.zero.reshape(shape)
+        self.scale, self.zero = (_take(x.reshape(*shape, -1), parts, 2) for x in (quantizer.scale, quantizer.zero))
+        self.group = rows.shape[2] // parts.shape[1]
         self.top = torch.exp2(quantizer.bits.clamp(max=8).float()).reshape(shape) - 1
         self.full = (quantizer.bits > 8).reshape(shape)
         self.target, self.now = rows.clone(), rows.clone()
 
-    def rounded(self, column: Tensor) -> Tensor:
-        """The nearest levels ``[G, c]``."""
-        codes = (column / self.scale + self.zero).round_().clamp_min_(0).minimum(self.top)
-        return torch.where(self.full, column, codes.sub_(self.zero).mul_(self.scale))
+    def rounded(self, column: Tensor, at: int) -> Tensor:
+        """The nearest levels ``[G, c]`` of values for the column ``at``."""
+        scale, zero = (x[:, :, at // self.group] for x in (self.scale, self.zero))
+        codes = (column / scale + zero).round_().clamp_min_(0).minimum(self.top)
+        return torch.where(self.full, column, codes.sub_(zero).mul_(scale))
 
     def blocks(self) -> list[slice]:
         width = self.exact.shape[2]
@@ -120,22 +130,31 @@ class _Rows:
             lost = torch.empty_like(here)
             for j in range(here.shape[2]):
                 column = here[:, :, j].clone()
-                value = self.rounded(column)
+                value = self.rounded(column, part.start + j)
                 lost[:, :, j] = (column - value) / inner[:, j, j, None]
                 here[:, :, j:] -= lost[:, :, j, None] * inner[:, j, None, j:]
                 self.target[:, :, part.start + j], self.now[:, :, part.start + j] = column, value
             left[:, :, part.stop :] -= torch.bmm(lost, factor[:, part, part.stop :])
 
     def fit_scales(self) -> None:
-        """The scales with the least output error for the present codes."""
-        codes = self.now / self.scale[:, :, None]
-        through = torch.bmm(codes, self.moment)
-        best, norm = (through * self.exact).sum(2), (through * codes).sum(2)
-        good = (best > 0) & (norm > 0) & ~self.full
-        scale = torch.where(good, best / torch.where(good, norm, 1.0), self.scale)
+        """The scales with the least output error for the present codes, one group of columns after the other given the
+        rest."""
+        scale, now, codes = self.scale.clone(), self.now.clone(), []
+        for k in range(scale.shape[2]):
+            part = slice(k * self.group, (k + 1) * self.group)
+            own = now[:, :, part] / scale[:, :, k, None]
+            rest = self.exact - now
+            rest[:, :, part] = self.exact[:, :, part]
+            through = torch.bmm(own, self.moment[:, part])
+            best, norm = (through * rest).sum(2), (through[:, :, part] * own).sum(2)
+            good = (best > 0) & (norm > 0) & ~self.full
+            scale[:, :, k] = torch.where(good, best / torch.where(good, norm, 1.0), scale[:, :, k])
+            now[:, :, part] = own * scale[:, :, k, None]
+            codes.append(own)
         rounded = stored_scale(scale.flatten()).reshape(scale.shape)
-        self.now = torch.where(self.full[:, :, None], self.now, codes * rounded[:, :, None])
-        self.scale = torch.where(self.full, self.scale, rounded)
+        wide = torch.cat([own * rounded[:, :, k, None] for k, own in enumerate(codes)], 2)
+        self.now = torch.where(self.full[:, :, None], self.now, wide)
+        self.scale = torch.where(self.full[:, :, None], self.scale, rounded)
 
     def sweep(self) -> None:
         """Choose each code anew given all others: coordinate descent on the output error."""
@@ -147,7 +166,7 @@ class _Rows:
             for j in range(here.shape[2]):
                 at = part.start + j
                 wanted = self.now[:, :, at] - here[:, :, j] / diagonal[:, at, None]
-                value = self.rounded(wanted)
+                value = self.rounded(wanted, at)
                 moved[:, :, j] = value - self.now[:, :, at]
                 here += moved[:, :, j, None] * inner[:, j, None, :]
                 self.target[:, :, at], self.now[:, :, at] = wanted, value

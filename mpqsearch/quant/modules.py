@@ -27,7 +27,7 @@ from mpqsearch.quant.activations import (
 )
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, owners_of, quantized_layers, weight_parameter
 from mpqsearch.quant.fake import as_stored, fake_quantize
-from mpqsearch.quant.rows import RowQuantizer, encode, rows_of, top_code, weight_of
+from mpqsearch.quant.rows import RowQuantizer, by_column, encode, rows_of, top_code, weight_of
 from mpqsearch.quant.smoothing import by_row
 from mpqsearch.quant.statistics import Statistics
 
@@ -39,14 +39,15 @@ updates of the weights. ``all``: these and all quantized weights with their bias
 class WeightQuantizer(nn.Module):
     """The weight of one layer as a function of what is trained: `forward` gives it fake-quantized, in its own shape.
 
-    ``scale``, ``zero`` ``[C]`` start from the range search. ``base`` ``[C, D]`` is the full-precision weight: a
-    parameter when all is trained, else a buffer that no checkpoint holds. ``lora_a`` ``[r, D]`` and ``lora_b`` ``[C,
-    r]`` (zero at the start) are its low-rank update; the rank is at most the smaller side.
+    ``scale``, ``zero`` ``[C n]`` start from the range search (n = 1 but for groups of inputs). ``base`` ``[C, D]`` is
+    the full-precision weight: a parameter when all is trained, else a buffer that no checkpoint holds. ``lora_a``
+    ``[r, D]`` and ``lora_b`` ``[C, r]`` (zero at the start) are its low-rank update; the rank is at most the smaller
+    side.
 
-    ``scale`` is in units of ``scale_unit`` ``[C]``, the power of two next to the row's own step, ``base`` and its
-    update in units of ``weight_unit`` ``[C]``, which is the same but for smoothing. So one learning rate moves rows of
-    all widths by the same part of their step, and no bit is lost: a row of 8 bits has a step of a hundredth of that of
-    a row of 1 bit in the same layer, and is there because it matters most.
+    ``scale`` is in units of ``scale_unit`` ``[C n]``, the power of two next to the row's own step, ``base`` and its
+    update in units of ``weight_unit`` ``[C n]``, which is the same but for smoothing. So one learning rate moves rows
+    of all widths by the same part of their step, and no bit is lost: a row of 8 bits has a step of a hundredth of that
+    of a row of 1 bit in the same layer, and is there because it matters most.
     """
 
     scale: nn.Parameter
@@ -73,21 +74,24 @@ class WeightQuantizer(nn.Module):
         bits, zero = stored.quantizer.bits, stored.quantizer.zero
         full = bits == FULL_PRECISION
         self.layer, self.dtype, self.any_full = layer, weight.dtype, bool(full.any())
-        fixed_zero = (zero != zero.round()) | full  # a symmetric scheme has its zero between two codes
+        groups = stored.quantizer.groups
+        fixed_zero = (zero != zero.round()) | full.repeat_interleave(
+            groups
+        )  # a symmetric scheme has its zero between two codes
         learned, scale, factor = trainable != "none", stored.quantizer.scale, stored.factor
         scale_unit = _power_of_two(scale)
-        weight_unit = scale_unit if factor is None else _power_of_two(scale / by_row(factor, len(scale)).mean(1))
+        weight_unit = scale_unit if factor is None else _power_of_two(scale / _mean_factor(factor, stored.quantizer))
         self.scale = nn.Parameter(scale / scale_unit, requires_grad=learned)
         self.zero = nn.Parameter(zero.clone(), requires_grad=learned and not bool(fixed_zero.all()))
         rows = stored.start if stored.start is not None else rows_of(weight.detach().float(), layer)
-        rows = rows / weight_unit[:, None]
+        rows = rows / by_column(weight_unit, rows)
         if trainable == "all":
             self.base: Tensor = nn.Parameter(rows)
         else:
             self.register_buffer("base", rows, persistent=False)
         if trainable == "lora":
             self._add_lora(rows, rank, generator)
-        top = top_code(torch.where(full, 8, bits))
+        top = top_code(torch.where(full, 8, bits)).repeat_interleave(groups)
         constants = {"bits": bits, "top": top, "full": full, "fixed_zero": fixed_zero, "group_factor": factor}
         constants |= {"scale_unit": scale_unit, "weight_unit": weight_unit}
         for name, value in constants.items():
@@ -105,7 +109,7 @@ class WeightQuantizer(nn.Module):
         rows = self.base
         if hasattr(self, "lora_a"):
             rows = torch.addmm(rows, self.lora_b, self.lora_a, alpha=rows.shape[1] ** -0.5)
-        return rows * self.weight_unit[:, None]
+        return rows * by_column(self.weight_unit, rows)
 
     def _quantizer(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points as they are stored; those of symmetric rows stay between the two middle codes,
@@ -117,7 +121,8 @@ class WeightQuantizer(nn.Module):
         """The fake-quantized weight in the layer's own shape and dtype."""
         rows = self.rows()
         factor = None if self.group_factor is None else by_row(self.group_factor, len(rows))
-        quantized = fake_quantize(rows if factor is None else rows * factor, *self._quantizer(), self.top)
+        scaled = (rows if factor is None else rows * factor).reshape(len(self.scale), -1)
+        quantized = fake_quantize(scaled, *self._quantizer(), self.top).reshape(rows.shape)
         if factor is not None:
             quantized = quantized / factor
         if self.any_full:
@@ -141,7 +146,7 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def mean_step(self) -> float:
         """Mean distance of neighbouring levels over quantized rows, in the units of the weight."""
-        steps = (self.scale.detach() * self.scale_unit)[:, None]
+        steps = by_column(self.scale.detach() * self.scale_unit, self.base)
         if self.group_factor is not None:
             steps = steps / by_row(self.group_factor, len(steps))
         return float(steps[~self.full].mean())
@@ -150,6 +155,11 @@ class WeightQuantizer(nn.Module):
         """Rows by width."""
         values, counts = torch.unique(self.bits, return_counts=True)
         return ", ".join(f"{b}b x{c}" for b, c in zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _mean_factor(factor: Tensor, quantizer: RowQuantizer) -> Tensor:
+    """Mean smoothing factor ``[C n]`` of the columns of every scale, from the factors of groups of rows ``[G, D]``."""
+    return by_row(factor, len(quantizer.bits)).reshape(len(quantizer.scale), -1).mean(1)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ integer in the asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,37 @@ ONE_BIT_RANGE = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowQuantizer:
-    """Scale, zero and width of every row: float32 ``[C]``, float32 ``[C]``, uint8 ``[C]``."""
+    """Scale, zero and width of every row: float32 ``[C]``, float32 ``[C]``, uint8 ``[C]``.
+
+    With groups of inputs a row has n scales and zeros, ``[C n]``, those of a row one after the other, and one width.
+    """
 
     scale: Tensor
     zero: Tensor
     bits: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return len(self.scale) // max(len(self.bits), 1)
+
+    def of(self, part: slice) -> RowQuantizer:
+        """The quantizer of some rows."""
+        scale, zero = (x.reshape(len(self.bits), -1)[part].flatten() for x in (self.scale, self.zero))
+        return RowQuantizer(scale=scale, zero=zero, bits=self.bits[part])
+
+    @property
+    def group_bits(self) -> Tensor:
+        """The width of every scale ``[C n]``."""
+        return self.bits if self.groups == 1 else self.bits.repeat_interleave(self.groups)
+
+
+def by_column(values: Tensor, rows: Tensor) -> Tensor:
+    """What belongs to the n groups of every row, ``[C n]``, in a shape that broadcasts with ``rows`` ``[C, D]``."""
+    if len(values) == len(rows):
+        return values[:, None]
+    groups = len(values) // len(rows)
+    return values.reshape(len(rows), groups).repeat_interleave(rows.shape[1] // groups, dim=1)
 
 
 def rows_of(weight: Tensor, layer: LayerSpec) -> Tensor:
@@ -59,10 +85,15 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
 
     Every row is tried with the shrink factors ``1 - 0.8 i / n``, ``i < n`` (``fmt.n_candidates``; MPQ-DM's own grid
     runs in steps of 0.01 over 80 candidates, which is this one at ``n = 80``) and keeps the best under
-    ``fmt.criterion``. Scales are rounded to what is stored. Raises `NumericsError` when a row is not finite.
+    ``fmt.criterion``. Scales are rounded to what is stored. With groups of inputs each group of a row is searched as a
+    row is. Raises `NumericsError` when a row is not finite.
     """
     rows = rows.detach().float()
     widths = torch.as_tensor(bits, dtype=torch.uint8, device=rows.device).expand(rows.shape[0]).clone()
+    groups = fmt.scales_of(rows.shape[1])
+    if groups > 1:
+        parts = fit_rows(rows.reshape(-1, rows.shape[1] // groups), widths.repeat_interleave(groups), _whole(fmt))
+        return RowQuantizer(scale=parts.scale, zero=parts.zero, bits=widths)
     moments = row_moments(rows)
     if fmt.scheme == "auto":
         asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, moments) for scheme in ("asymmetric", "symmetric"))
@@ -79,16 +110,23 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
     """Integer codes ``uint8 [C, D]`` of ``rows``."""
-    codes, top = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device), top_code(quantizer.bits)
-    for b in blocks(rows):
-        units = rows[b].float() / quantizer.scale[b, None] + quantizer.zero[b, None]
+    parts = rows.reshape(len(quantizer.scale), -1)
+    codes, top = torch.empty(parts.shape, dtype=torch.uint8, device=rows.device), top_code(quantizer.group_bits)
+    for b in blocks(parts):
+        units = parts[b].float() / quantizer.scale[b, None] + quantizer.zero[b, None]
         codes[b] = units.round_().clamp_min_(0).minimum(top[b, None])
-    return codes
+    return codes.reshape(rows.shape)
 
 
 def decode(codes: Tensor, quantizer: RowQuantizer) -> Tensor:
     """Weights ``float32 [C, D]`` of integer codes: the very numbers that the fake-quantized forward uses."""
-    return (codes.float() - quantizer.zero[:, None]) * quantizer.scale[:, None]
+    parts = codes.reshape(len(quantizer.scale), -1).float()
+    return ((parts - quantizer.zero[:, None]) * quantizer.scale[:, None]).reshape(codes.shape)
+
+
+def _whole(fmt: QuantFormat) -> QuantFormat:
+    """The format with one scale a row."""
+    return replace(fmt, group=0)
 
 
 def fit_grid(

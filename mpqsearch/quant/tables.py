@@ -4,6 +4,7 @@ input."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ def weight_error_tables(
     the lesser of the other two, row by row, as `fit_rows` chooses.
     """
     needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}}
+    groups = fmt.scales_of(rows.shape[1])
+    if groups > 1:
+        parts = rows.reshape(-1, rows.shape[1] // groups)
+        tables = weight_error_tables(parts, widths, schemes, replace(fmt, group=0))
+        return {scheme: errors.reshape(len(rows), groups, -1).sum(1) for scheme, errors in tables.items()}
     moments = moments or row_moments(rows)
     errors = {}
     for scheme, asked in needed.items():
@@ -114,8 +120,7 @@ def errors_again(
     """The errors ``[W, C, D]`` of quantizers that `width_quantizers` found, bit for bit; or those of the rows of
     ``part`` alone."""
     scaled, factor = _scaled(weight, layer, fmt, None, part)
-    mine = (RowQuantizer(scale=q.scale[part], zero=q.zero[part], bits=q.bits[part]) for q in quantizers)
-    return torch.stack([_error(scaled, factor, q) for q in mine])
+    return torch.stack([_error(scaled, factor, q.of(part)) for q in quantizers])
 
 
 def _searched(

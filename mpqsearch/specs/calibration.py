@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mpqsearch.core.formats import WIDTHS
+from mpqsearch.core.formats import GROUPS, WIDTHS
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 GRANULARITIES = ("channel", "layer")
@@ -38,6 +38,8 @@ class CalibrationSpec:
         Those maps mix those of these widths that are searched.
     schemes
         The schemes to measure: ``asymmetric``, ``symmetric``, ``auto``.
+    groups [inputs]
+        Measure the last scheme also with a scale for so many inputs: 16, 32, 64 or 128. Example: ``[64, 128]``.
     smooth
         Measure each with smoothing too, and the asymmetric one with smoothing and min-max ranges (the search of
         MPQ-DM's code).
@@ -68,6 +70,7 @@ class CalibrationSpec:
     context_seeds: int = 12
     context_widths: tuple[int, ...] = (2, 3, 4)
     schemes: tuple[str, ...] = ("asymmetric", "auto")
+    groups: tuple[int, ...] = ()
     smooth: bool = False
     activation_bits: tuple[int, ...] = ()
     final_widths: tuple[int, ...] = ()
@@ -90,6 +93,8 @@ class CalibrationSpec:
             )
         if not self.schemes:
             raise ConfigError("calibration.schemes must name at least one scheme")
+        if set(self.groups) - set(GROUPS[1:]):
+            raise ConfigError(f"calibration.groups must be among {GROUPS[1:]} inputs, got {self.groups}")
         if any(b not in WIDTHS for b in self.activation_bits):
             raise ConfigError(
                 f"calibration.activation_bits must lie in {WIDTHS[0]}..{WIDTHS[-1]}, got {self.activation_bits}"

@@ -100,6 +100,7 @@ def _measure_weights(run: Run, inputs: Inputs) -> SensitivityProfile:
             c.policy,
             c.calibration.schemes,
             c.quantizer.format(),
+            groups=c.calibration.groups,
             device=str(resolve_device(c.model.device)),
             memory_limit=c.model.limit_bytes,
             partial=partial,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, SensitivityProfile
+from mpqsearch.core.formats import GROUPS
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.methods import Allocation, MethodSpec, Programs
 from mpqsearch.prompts import band_of
@@ -44,7 +45,7 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
     """What is tried, by a label, safest first: the less a map rests on estimates, the safer it is.
 
     ``levelled`` trusts no sensitivity of a single channel, ``as measured`` all of them; between these the shrinkage is
-    as the data say.
+    as the data say. Groups of inputs are tried where the profile measured them.
     """
     rounded = {} if measured.layers_only else {", gptq": "gptq"}
     found = {}
@@ -62,6 +63,10 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
         found["by channel, gptq, levelled"] = replace(best, shrinkage=1.0)
         found["by channel, gptq"] = best
         found["by channel, gptq, as measured"] = replace(best, shrinkage=0.0)
+        for group in GROUPS[1:]:
+            grouped = replace(best, group=group)
+            if grouped.format_name in measured.formats:
+                found[f"by channel, gptq, groups of {group}"] = grouped
     return found
 
 

@@ -88,7 +88,7 @@ def _price(run: Run, method: MethodSpec) -> SensitivityProfile:
 
     if run.dry_run:
         return run.profile
-    fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth)
+    fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth, group=method.group)
     run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
     with run.timed("price"):
         return gptq_profile(run.denoiser, run.table, run.profile, _moments(run), fmt)

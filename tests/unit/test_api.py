@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import mpqsearch as mpq
 from mpqsearch import api
 from mpqsearch._verbs import VERBS
 from mpqsearch.config import DistillConfig
-from mpqsearch.core import QuantFormat
+from mpqsearch.core import QuantFormat, size_bits
 from mpqsearch.errors import ConfigError, ModelError
 from mpqsearch.models import Denoiser, save_calls
 from mpqsearch.sampling import latents, record, samples
@@ -220,3 +221,20 @@ def test_unknown_names_are_attribute_errors() -> None:
     assert not hasattr(mpq, "profil")
     assert {"load", "profile", "Budget", "Policy", "Method", "BitMap", "Profile", "Sampler"} <= set(dir(mpq))
     assert mpq.Budget.parse("3bit").limit == 3
+
+
+def test_scales_of_groups_are_priced_chosen_and_packed(model: Denoiser, tmp_path: Path) -> None:
+    spec = replace(SPEC, groups=(16,))
+    profile = mpq.profile(model, policy=POLICY, calibration=spec, quantizer=QuantFormat(n_candidates=8), progress=False)
+    errors = [profile.arrays[f"weight_error/{name}"].sum() for name in ("auto", "auto+g16")]
+    assert errors[1] < errors[0], "shorter rows have better scales"
+    table = mpq.discover(model)
+    allocation = mpq.allocate(model, profile, "uniform:3", method=replace(GPTQ, group=16))
+    assert allocation.within_budget
+    assert allocation.bit_map.format.group == 16
+    alone = replace(allocation.bit_map, format=replace(allocation.bit_map.format, group=0))
+    assert size_bits(table, alone) < size_bits(table, allocation.bit_map), "scales are counted"
+    small = mpq.quantize(model, allocation, profile)
+    mpq.save(tmp_path, model, allocation, profile)
+    loaded = mpq.load_quantized(tmp_path).state_dict()
+    assert all(torch.equal(loaded[f"{la.name}.weight"], small.module.state_dict()[f"{la.name}.weight"]) for la in table)

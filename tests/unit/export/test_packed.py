@@ -50,7 +50,7 @@ def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, t
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto", group=16), QuantFormat(smooth=True)])
 def test_quantized_layers_come_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
     expected, original = saved(tmp_path, kind, fmt)
     loaded = load_quantized(tmp_path).state_dict()

@@ -29,6 +29,7 @@ from tests.support import tiny_denoiser
 from tests.support.inputs import known
 
 FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
+GROUPED = QuantFormat(scheme="auto", group=16)
 
 
 def inputs_of(groups: int, n: int, width: int, seed: int = 0, rank: int | None = None) -> Tensor:
@@ -54,42 +55,46 @@ def reference_codes(
     """One row and one column at a time: the rounded column is fixed, and the columns left are moved to the least output
     error given it.
 
-    That least is a linear system of the columns left, solved anew at each step; the Cholesky factor is a shortcut for
+    Scales and zeros are ``[C, n]``: each group of columns is finished before the next, the costliest first. That least
+    is a linear system of the columns left, solved anew at each step; the Cholesky factor is a shortcut for
     all of them.
     """
     width = len(moment)
     damped = moment + 0.01 * np.trace(moment) / width * np.eye(width)
-    order = np.argsort(-np.diag(damped), kind="stable")
+    cost = np.diag(damped).reshape(scale.shape[1], -1)
+    groups = np.argsort(-cost.sum(1), kind="stable")
+    order = np.concatenate([g * cost.shape[1] + np.argsort(-cost[g], kind="stable") for g in groups])
+    scale, zero = (x.repeat(cost.shape[1], axis=1) for x in (scale, zero))
     codes = np.zeros(rows.shape, dtype=np.uint8)
     for r, row in enumerate(rows):
         free, wanted = list(order), row.astype(np.float64).copy()
         while free:
             j, *free = free
-            code = np.clip(np.round(wanted[j] / scale[r] + zero[r]), 0, 2.0 ** bits[r] - 1)
+            code = np.clip(np.round(wanted[j] / scale[r, j] + zero[r, j]), 0, 2.0 ** bits[r] - 1)
             codes[r, j] = code
-            off = (code - zero[r]) * scale[r] - wanted[j]
+            off = (code - zero[r, j]) * scale[r, j] - wanted[j]
             if free:
                 wanted[free] -= np.linalg.solve(damped[np.ix_(free, free)], damped[free, j] * off)
     return codes
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.scheme)
+@pytest.mark.parametrize("fmt", [*FORMATS, GROUPED], ids=lambda f: f.name)
 def test_first_pass_is_the_column_by_column_reference(
     fmt: QuantFormat, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptq, "SWEEPS", 0)
     monkeypatch.setattr(gptq, "BLOCK", block)
     g = torch.Generator().manual_seed(3)
-    rows = torch.randn(8, 11, generator=g)
+    width = 48 if fmt.group else 11
+    rows = torch.randn(8, width, generator=g)
     bits = torch.tensor([1, 2, 3, 4, 1, 2, 3, 8], dtype=torch.uint8)
     quantizer = fit_rows(rows, bits, fmt)
-    moment = moment_of_inputs(inputs_of(1, 400, 11))
+    moment = moment_of_inputs(inputs_of(1, 400, width))
     found, kept = gptq_rows(rows, quantizer, moment)
     assert torch.equal(kept.scale, quantizer.scale)
-    expected = reference_codes(
-        rows.numpy(), quantizer.scale.double().numpy(), quantizer.zero.double().numpy(), bits.numpy(), moment[0].numpy()
-    )
+    scale, zero = (x.double().reshape(8, -1).numpy() for x in (quantizer.scale, quantizer.zero))
+    expected = reference_codes(rows.numpy(), scale, zero, bits.numpy(), moment[0].numpy())
     nearest = encode(rows, quantizer)
     through = [
         ((decode(torch.from_numpy(expected) if c is None else c, quantizer) - rows).double()) for c in (None, nearest)
@@ -102,15 +107,16 @@ def test_first_pass_is_the_column_by_column_reference(
 
 
 @pytest.mark.parametrize("rank", [None, 3], ids=["full rank", "rank 3"])
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.scheme)
+@pytest.mark.parametrize("fmt", [*FORMATS, GROUPED], ids=lambda f: f.name)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, groups: int, rank: int | None) -> None:
     g = torch.Generator().manual_seed(5)
-    rows = torch.randn(40, 24, generator=g)
+    width = 48 if fmt.group else 24
+    rows = torch.randn(40, width, generator=g)
     rows[3] = 0
     bits = torch.randint(1, 5, (40,), generator=g).to(torch.uint8)
     quantizer = fit_rows(rows, bits, fmt)
-    x = inputs_of(groups, 500, 24, rank=rank)
+    x = inputs_of(groups, 500, width, rank=rank)
     x[:, :, 7] = 0  # a dead column
     found, fitted = gptq_rows(rows, quantizer, moment_of_inputs(x))
     before = output_error(decode(encode(rows, quantizer), quantizer) - rows, x)

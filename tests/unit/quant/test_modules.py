@@ -117,7 +117,9 @@ def encode_inside(layer: QuantLayer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto"), QuantFormat(smooth=True)])
+@pytest.mark.parametrize(
+    "fmt", [QuantFormat(), QuantFormat(scheme="auto", group=16), QuantFormat(smooth=True, group=16)]
+)
 def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFormat) -> None:
     denoiser = tiny_denoiser(kind)
     table = discover(denoiser)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
-from mpqsearch.errors import NumericsError
+from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.quant import decode, encode, fit_rows, rows_of, weight_of
+from mpqsearch.quant.tables import weight_error_tables
 
 
 def loop_search(row: Tensor, bits: int, scheme: str, p: float, n: int = 80) -> tuple[float, float]:
@@ -172,3 +175,26 @@ def test_rows_and_weights_are_inverse(layer: LayerSpec) -> None:
     rows = rows_of(weight, layer)
     assert rows.shape == (layer.n_channels, layer.weights_per_channel)
     assert torch.equal(weight_of(rows, layer), weight)
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "auto"])
+def test_a_group_of_inputs_is_quantized_as_a_row_of_its_own(scheme: str) -> None:
+    rows = torch.randn(6, 96, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 96)
+    bits = torch.tensor([1, 2, 3, 4, 5, 8], dtype=torch.uint8)
+    fmt = QuantFormat(scheme=scheme, group=32)
+    grouped, parts = fit_rows(rows, bits, fmt), rows.reshape(18, 32)
+    alone = fit_rows(parts, bits.repeat_interleave(3), replace(fmt, group=0))
+    assert grouped.groups == 3
+    assert torch.equal(decode(encode(rows, grouped), grouped).reshape(18, 32), decode(encode(parts, alone), alone))
+    assert torch.equal(encode(rows[2:4], grouped.of(slice(2, 4))), encode(rows, grouped)[2:4])
+    table = weight_error_tables(rows, [3], [scheme], fmt)[scheme]
+    q = fit_rows(rows, 3, fmt)
+    assert torch.allclose(table[:, 0], (decode(encode(rows, q), q) - rows).square().sum(1), rtol=1e-3)
+
+
+def test_groups_divide_the_fan_in() -> None:
+    fmt = QuantFormat(group=64)
+    assert [fmt.group_of(n) for n in (27, 64, 72, 96, 128, 288, 1153)] == [27, 64, 36, 48, 64, 48, 1153]
+    assert QuantFormat().group_of(288) == 288
+    with pytest.raises(ConfigError, match="share a scale"):
+        QuantFormat(group=48)
