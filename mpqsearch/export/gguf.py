@@ -56,6 +56,7 @@ class GgufTarget(Target):
     it."""
 
     name = "gguf"
+    loading = "from mpqsearch.export.gguf import load_with_diffusers\n\nmodel = load_with_diffusers({folder!r})"
     requires = "gguf"
     imports = ("gguf", "libgguf")
     limits = "rows of a multiple of 32 weights (256 for K types)"
@@ -300,7 +301,7 @@ def architecture(module: Any) -> str:
     return names.get(kind, kind.lower())
 
 
-def load_with_diffusers(folder: Path) -> Any:
+def load_with_diffusers(folder: str | Path) -> Any:
     """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same
     steps."""
     import torch
@@ -310,6 +311,7 @@ def load_with_diffusers(folder: Path) -> Any:
 
     from mpqsearch.export.check import build_model, config_of, model_class
 
+    folder = Path(folder)
     file, config = str(folder / FILE), GGUFQuantizationConfig(compute_dtype=torch.float32)
     if hasattr(maker := model_class(config_of(folder)), "from_single_file"):
         return maker.from_single_file(file, quantization_config=config, config=str(folder), torch_dtype=torch.float32)

@@ -50,6 +50,7 @@ class PackedTarget(Target):
     """The packed checkpoint as an export target: every map as it is; ``load_quantized(folder)`` gives the model."""
 
     name = "packed"
+    loading = "import mpqsearch as mpq\n\nmodel = mpq.load_quantized({folder!r})"
     kinds = ()
     granularity = "channel"
     holds_any_map = True

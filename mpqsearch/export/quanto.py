@@ -44,6 +44,13 @@ class QuantoTarget(Target):
     """Writes ``diffusion_pytorch_model.safetensors``, ``quanto_qmap.json``, the neutral map and ``export.json``."""
 
     name = "quanto"
+    loading = (
+        "import json\nfrom pathlib import Path\n\nfrom diffusers import {cls}\nfrom optimum.quanto import requantize\n"
+        "from safetensors.torch import load_file\n\nfolder = Path({folder!r})\n"
+        "model = {cls}.from_config({cls}.load_config(folder))\n"
+        'weights = load_file(folder / "diffusion_pytorch_model.safetensors")\n'
+        'requantize(model, weights, json.loads((folder / "quanto_qmap.json").read_text()))'
+    )
     requires = "optimum-quanto"
     imports = ("optimum.quanto",)
     kinds = ("Linear", "Conv2d")

@@ -38,6 +38,7 @@ class SdnqTarget(Target):
     """A diffusers folder: ``Model.from_pretrained(folder)`` loads it, with sdnq installed."""
 
     name = "sdnq"
+    loading = "import sdnq\nfrom diffusers import {cls}\n\nmodel = {cls}.from_pretrained({folder!r})"
     requires = "sdnq"
     imports = ("sdnq", "accelerate")
     kinds = ("Linear", "Conv2d")

@@ -69,7 +69,8 @@ class Target:
     consumer derives scales anew, so that ranges and schemes of a map are not used. ``any_scheme``: codes of all schemes
     are held as they are, not only those with integer zero points and without smoothing. ``file``: the one with the
     weights. ``needs_config``: the model is built
-    from ``config.json`` to read the export back.
+    from ``config.json`` to read the export back. ``loading``: Python that makes ``model`` of the folder ``{folder}``
+    and the class ``{cls}`` of diffusers, for the card.
     """
 
     name = ""
@@ -90,6 +91,7 @@ class Target:
     kept_bits = 32
     tolerance = 1e-4
     any_scheme = False
+    loading = ""
     file = WEIGHTS
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:

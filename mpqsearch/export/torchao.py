@@ -28,6 +28,7 @@ class TorchaoTarget(Target):
     """A diffusers folder: ``Model.from_pretrained(folder)`` loads it. Our codes, scales and zero points."""
 
     name = "torchao"
+    loading = "from diffusers import {cls}\n\nmodel = {cls}.from_pretrained({folder!r})"
     requires = "torchao"
     imports = ("torchao", "accelerate")
     rerounds = False

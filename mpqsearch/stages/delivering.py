@@ -128,10 +128,10 @@ CARD = "README.md"
 """What a person reads first in the folder of an export."""
 
 
-def card(model: str, data: Mapping[str, Any]) -> str:
+def card(model: str, data: Mapping[str, Any], loading: str = "") -> str:
     """The card of an export: its faults first, then true bytes and measured quality, each with interval and samples.
 
-    ``data`` is what ``export/<target>@<budget>.json`` holds.
+    ``data`` is what ``export/<target>@<budget>.json`` holds, ``loading`` Python that loads the folder (see `loading`).
     """
     found, uniform = data["delivered"], data["delivered"]["uniform"]
     rows = {
@@ -152,7 +152,26 @@ def card(model: str, data: Mapping[str, Any]) -> str:
     if found["not_measured"]:
         lines.append(f"What this file delivers was not measured: {found['not_measured']}.\n")
     lines += ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if loading:
+        lines += ["", "## How to load it", "", "```python", loading, "```"]
     return "\n".join(lines) + "\n"
+
+
+def loading(run: Run, target: Target, folder: Path) -> str:
+    """Python that loads an export, into the pipeline that its model came from where that is a folder with one denoiser;
+    empty where the target says nothing of it."""
+    module, c = run.denoiser.module, run.config.model
+    if not target.loading or not hasattr(module, "config"):  # several denoisers, or a module of the user's
+        return ""
+    code = target.loading.format(cls=type(module).__name__, folder=folder.as_posix())
+    source = None if run.given is not None else local_folder(c.source)
+    if source is None or not (source / "model_index.json").is_file():
+        return code
+    (part,) = denoiser_folders(c.source, source, c.component).values()
+    return (
+        f"{code}\n\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({source.as_posix()!r}, {part.name}=model)"
+    )
 
 
 def _text(value: Mapping[str, Any]) -> str:

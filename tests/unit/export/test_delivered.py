@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mpqsearch.errors import ArtifactError
 from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.export.check import forward_errors, put_weights, source_of
 from mpqsearch.export.gguf import dequantize, quantize
+from mpqsearch.export.quanto import torch_kernels
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.discover import discover
 from mpqsearch.quant import quantize_model
@@ -79,6 +81,13 @@ def test_biases_make_good_the_mean_error_of_what_the_file_holds(name: str, denoi
     assert errors["forward_error"] <= 2e-3, "what is measured is what was written"
     if name == "packed":
         assert errors["evaluated_error"] <= 2e-3, "our codes, and biases in half precision"
+    shown: dict[str, object] = {}
+    with torch_kernels() if name == "quanto" else nullcontext():
+        exec(target.loading.format(cls="DiTTransformer2DModel", folder=tmp_path.as_posix()), shown)
+        loaded = shown["model"]
+        assert isinstance(loaded, torch.nn.Module)
+        found = forward_errors(tmp_path, loaded.float() if name == "packed" else loaded)
+    assert found["forward_error"] <= 2e-2, "what the card says loads the file"
 
 
 def test_a_value_that_a_file_lacks_is_named(denoiser: Denoiser) -> None:
