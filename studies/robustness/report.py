@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
-from studies.robustness.study import ARMS, BITS, MODELS, PREDICTIONS, RESULTS, read
+from studies.robustness.study import ARMS, BITS, HERE, MODELS, PREDICTIONS, RESULTS, RULES, read
 
-README = Path(__file__).resolve().parent / "README.md"
+README, PRACTICE = HERE / "README.md", HERE / "practice.csv"
 START, END = "<!-- table: made by report.py -->", "<!-- end of table -->"
 
 SIMPLE = ("uniform", "uniform-gptq", "ilp-layer", "ilp-layer-gptq", "ilp-channel", "ilp-channel-gptq")
@@ -136,6 +135,27 @@ def ranked(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
+def practice(errors: Errors) -> list[str]:
+    """Rules of practice beside uniform widths and our maps in every cell, rounded to the nearest value and by GPTQ,
+    and our map against the best rule that has the same rounding. What is not below it is bold."""
+    cells = cells_of(errors)
+    columns = [(cell, s) for cell in cells for s in ("", "-gptq")]
+    if not cells:
+        return []
+    head = " | ".join(f"{m}, {b} bits, {'GPTQ' if s else 'nearest'}" for (m, b, _), s in columns)
+    lines = ["", f"| practice | {head} |", "|---|" + "---|" * len(columns)]
+    for rule in ("uniform", *RULES, "ilp-layer", "ilp-channel", "ours"):
+        names = [f"{rule}{s}" if rule != "ours" else rule if s else "" for _, s in columns]
+        found = [errors.get((m, b, name, seed)) for ((m, b, seed), _), name in zip(columns, names, strict=True)]
+        lines.append(f"| {rule} | " + " | ".join("" if v is None else f"{v:.3g}" for v in found) + " |")
+    for name, (nearest, gptq) in (("ilp-channel", ("ilp-channel", "ilp-channel-gptq")), ("ours", ("", "ours"))):
+        arms = [(gptq if s else nearest, [f"{r}{s}" for r in RULES]) for _, s in columns]
+        found = [ratios(errors, arm, rules).get(cell) for (cell, _), (arm, rules) in zip(columns, arms, strict=True)]
+        shown = ["" if r is None else f"{r:.2f}" if r < 1 else f"**{r:.2f}**" for r in found]
+        lines.append(f"| {name} / best rule | " + " | ".join(shown) + " |")
+    return lines
+
+
 def _shown(values: Sequence[float], *, bold: bool) -> str:
     mean = f"{geometric_mean(values):.3g}"
     text = f"**{mean}**" if bold else mean
@@ -145,7 +165,15 @@ def _shown(values: Sequence[float], *, bold: bool) -> str:
 def tables(rows: Iterable[Mapping[str, str]]) -> str:
     """All tables in Markdown."""
     errors = errors_of(rows)
-    return "\n".join([*main_table(errors), *verdicts(errors), *left_out(errors), *ranked(read(PREDICTIONS))])
+    return "\n".join(
+        [
+            *main_table(errors),
+            *verdicts(errors),
+            *left_out(errors),
+            *ranked(read(PREDICTIONS)),
+            *practice(errors_of(read(PRACTICE))),
+        ]
+    )
 
 
 def main() -> None:

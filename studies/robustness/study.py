@@ -74,6 +74,12 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Fields of `MethodSpec` by arm: what is asked for, in the words of a study's ``[[methods]]``."""
 
+RULES = ("first-last-high", "k-quant", "sdnq-dynamic", "quant-probe", "apple-threshold", "mixed-gguf")
+"""Rules of practice, each rounded to the nearest value as ``uniform`` is, and with the quantizer of ``ours``."""
+
+KNOWN = ARMS | {f"{rule}{s}": {"allocator": rule, **q} for rule in RULES for s, q in (("", {}), ("-gptq", _GPTQ))}
+"""All arms that can be named; those of `ARMS` run without a filter."""
+
 SEARCHED = {**ARMS["ilp-channel-gptq"], "name": "ilp-channel"}
 """What the outer search begins with; its space is the default one, with the quantizer in it."""
 
@@ -157,10 +163,10 @@ class Bench:
         if arm == "outer-search":
             bit_map, data = self._searched(budget)
         else:
-            method = MethodSpec(name=arm, **ARMS[arm])
+            method = MethodSpec(name=arm, **KNOWN[arm])
             run = self.moving if arm == "ours-moved" else self.prepared
             bit_map, data = stages.allocation(run, method, budget)
-        return bit_map, bool(data.get("bias_correction", ARMS[arm].get("bias_correction", False)))
+        return bit_map, bool(data.get("bias_correction", KNOWN[arm].get("bias_correction", False)))
 
     def _searched(self, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
         """The map of an outer search at one budget, in a run folder of its own."""
@@ -249,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=KNOWN, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--samples", type=int, default=Scale.samples, help="pairs of samples that judge a map")
     parser.add_argument("--trials", type=int, default=Scale.trials, help="trials of each outer search")
