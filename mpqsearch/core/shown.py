@@ -31,3 +31,8 @@ class Shown:
 def short_list(names: tuple[str, ...] | list[str], most: int = 3) -> str:
     """The first few of some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name in at most ``longest`` characters, its middle left out."""
+    return name if len(name) <= longest else f"{name[: longest // 3]}…{name[longest // 3 + 1 - longest :]}"

@@ -14,6 +14,7 @@ from mpqsearch.methods.losses import (
     available_losses,
     best_loss,
     channel_losses,
+    losses_of_map,
     predicted_loss,
 )
 from mpqsearch.methods.programs import Programs
@@ -36,5 +37,6 @@ __all__ = [
     "available_losses",
     "best_loss",
     "channel_losses",
+    "losses_of_map",
     "predicted_loss",
 ]

@@ -340,16 +340,27 @@ def _summed(
     table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, loss: str, *, bias_correction: bool
 ) -> float:
     losses = channel_losses(profile, table, bit_map.format.name, loss, bias_correction=bias_correction)
-    place = np.full(FULL_PRECISION + 1, -1)
-    place[list(profile.widths)] = np.arange(len(profile.widths))
-    columns = place[np.concatenate([bit_map.channel_widths(n, table[n].n_channels) for n in profile.names])]
-    known = columns >= 0
-    total = float(losses[known.nonzero()[0], columns[known]].sum())
+    total = float(losses_of_map(profile, bit_map, losses).sum())
     inputs = profile.arrays.get("layer_activation_error")
     if loss != "probe" or inputs is None:
         return total
+    place = _places(profile)
     quantized = ((profile.index[n], int(place[bits])) for n, bits in bit_map.activations.items())
     return total + sum(float(inputs[i, j]) for i, j in quantized if j >= 0)
+
+
+def losses_of_map(profile: SensitivityProfile, bit_map: BitMap, losses: Floats) -> Floats:
+    """What each channel loses at its width, ``[C]``, of ``losses`` ``[C, W]``; 0 at widths that were not profiled."""
+    layers = zip(profile.names, profile.channels, strict=True)
+    columns = _places(profile)[np.concatenate([bit_map.channel_widths(name, n) for name, n in layers])]
+    return np.where(columns < 0, 0.0, losses[np.arange(len(losses)), columns])
+
+
+def _places(profile: SensitivityProfile) -> NDArray[np.intp]:
+    """Column of each width 0..16 in arrays over widths; -1 for one that was not profiled."""
+    place = np.full(FULL_PRECISION + 1, -1)
+    place[list(profile.widths)] = np.arange(len(profile.widths))
+    return place
 
 
 def _mean_width(table: LayerTable, bit_map: BitMap) -> float:

@@ -10,10 +10,14 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mpqsearch.core import ROLES, BitMap, LayerTable
+from mpqsearch.core.shown import shortened
 from mpqsearch.report.style import COLOURS, INK, PAGE, axes_or_new
 
 NAMED_SHARE = 2.5
 """Layers with this share of the weights or more are named on the axis (%); the names of the others would collide."""
+
+NAME = 28
+"""Characters of the name of a layer on an axis."""
 
 _HATCHES = ("", "///", "...", "xxx")
 _ROLE_STYLES = {r: (COLOURS[i % len(COLOURS)], _HATCHES[i // len(COLOURS)]) for i, r in enumerate(ROLES)}
@@ -64,10 +68,10 @@ def plot_bits_by_depth(info: DepthInfo, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, max(8.5, float(info.high.max()) + 0.5))
     ax.set_yticks(range(0, int(ax.get_ylim()[1]) + 1, 1 if info.high.max() <= 8 else 2))
     named = np.flatnonzero(breadth >= NAMED_SHARE)
-    ax.set_xticks(middle[named], [info.layers[i] for i in named], rotation=90, fontsize=6)
+    ax.set_xticks(middle[named], [shortened(info.layers[i], NAME) for i in named], rotation=90, fontsize=6)
     ax.grid(visible=False, axis="x")
     ax.set_xlabel("layers from the input to the output, each as broad as its share of the weights")
-    ax.set_ylabel("bits (mean; line: range)")
+    ax.set_ylabel("bits")
     roles = {r: _ROLE_STYLES[r] for r in ROLES if r in info.roles}
     handles = [Patch(facecolor=colour, hatch=hatch, edgecolor=PAGE, label=r) for r, (colour, hatch) in roles.items()]
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(roles))

@@ -34,6 +34,8 @@ class ReportContent:
         seconds: Stages to wall time.
         notes: Sentences for the first screen.
         chosen: The record that is exported, one of ``records``.
+        chosen_file: Its map, relative to the page.
+        export_command: What exports it.
         search: What ``search.json`` holds.
     """
 
@@ -56,4 +58,6 @@ class ReportContent:
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
     chosen: StudyRecord | None = None
+    chosen_file: str = ""
+    export_command: str = ""
     search: Mapping[str, Any] | None = None

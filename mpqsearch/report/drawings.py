@@ -78,8 +78,8 @@ def _maps(table: LayerTable, maps: Mapping[str, BitMap]) -> Iterator[Drawing]:
             key=f"depth_{slug(label)}",
             section="maps",
             title=f"Bits over depth: {label}",
-            caption="Height is the mean width, breadth the share of the weights, colour and hatch the role of the "
-            "layer. Narrow layers are not named.",
+            caption="Height is the mean width, a line the range inside a layer, breadth the share of the weights, "
+            "colour and hatch the role. Narrow layers are not named.",
             alt=_depth_words(label, depth),
             draw=partial(plot_bits_by_depth, depth),
             dense=True,

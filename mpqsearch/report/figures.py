@@ -75,5 +75,5 @@ def places(axes: Axes, points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """``data:`` address of an image, ``kind`` being ``png`` or ``svg+xml``."""
+    """``data:`` address of an image, ``kind`` being ``png``, ``jpeg`` or ``svg+xml``."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -137,7 +137,8 @@ def _scale(ax: Axes, info: FrontInfo) -> None:
         ax.yaxis.set_major_formatter("{x:g}")
     if info.scale == "symlog":
         largest = max(float(np.abs(s.value).max()) for s in info.series)
-        ax.set_yscale("symlog", linthresh=max(largest * 1e-2, 1e-12))
+        # A power of ten, so that the ticks beside 0 are its ends.
+        ax.set_yscale("symlog", linthresh=10.0 ** np.ceil(np.log10(max(largest * 1e-2, 1e-12))))
 
 
 def _draw_series(ax: Axes, series: FrontSeries, style: SeriesStyle) -> None:

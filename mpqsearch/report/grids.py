@@ -25,8 +25,9 @@ GAP = 2
 BRIGHTENED = 4
 """Factor by which differences are made visible."""
 
-LARGEST_TILE = 160
-"""Pixels along the longer side of a sample on the page; larger ones are reduced, or the page would be too large."""
+LARGEST_TILE = 256
+"""Pixels along the longer side of a sample on the page. Larger ones are reduced and compressed (JPEG): the page is one
+file."""
 
 CAPTION_WIDTH, CAPTION_LINES = 22, 5
 """Characters and lines of a caption below its sample."""
@@ -40,12 +41,14 @@ class SampleGrid:
     noise.
 
     The first row is the reference, usually full precision. ``captions`` say what each sample was asked to show; empty:
-    nothing is said. Build it with `sample_grid`.
+    nothing is said. ``first_seed`` is the seed of the first sample, if they follow each other. Build it with
+    `sample_grid`.
     """
 
     title: str
     rows: Mapping[str, Images]
     captions: tuple[str, ...] = ()
+    first_seed: int | None = None
 
     @property
     def reference(self) -> Images:
@@ -54,7 +57,12 @@ class SampleGrid:
 
 
 def sample_grid(
-    title: str, rows: Mapping[str, NDArray[Any]], *, columns: int = 8, captions: Sequence[str] = ()
+    title: str,
+    rows: Mapping[str, NDArray[Any]],
+    *,
+    columns: int = 8,
+    captions: Sequence[str] = (),
+    first_seed: int | None = None,
 ) -> SampleGrid:
     """The first ``columns`` images of each row, reference row first: uint8 ``[N, H, W]``, ``[N, C, H, W]``, or video
     ``[N, F, C, H, W]``, of which the first and the middle frame are shown one above the other.
@@ -65,7 +73,7 @@ def sample_grid(
     if not rows:
         raise ConfigError(f"sample grid {title!r}: at least one row of images is needed")
     images = {k: _channels_last(v, f"sample grid {title!r}, row {k!r}")[:columns] for k, v in rows.items()}
-    grid = SampleGrid(title=title, rows=images, captions=tuple(captions[:columns]))
+    grid = SampleGrid(title=title, rows=images, captions=tuple(captions[:columns]), first_seed=first_seed)
     if captions and len(grid.captions) != len(grid.reference):
         raise ConfigError(f"sample grid {title!r}: {len(grid.captions)} captions for {len(grid.reference)} samples")
     for label, row in images.items():
@@ -107,18 +115,19 @@ def sample_strip(images: Images) -> Images:
     return strip[:, :-GAP]
 
 
-def strip_png(images: Images) -> bytes:
-    """The strip of images ``[N, H, W, C]`` as PNG: pixel for pixel, or reduced to tiles of `LARGEST_TILE`."""
+def strip_picture(images: Images) -> tuple[bytes, str]:
+    """The strip of images ``[N, H, W, C]`` and its kind: PNG, pixel for pixel, or JPEG of tiles of `LARGEST_TILE`."""
     from PIL import Image
 
     strip = sample_strip(images)
     picture = Image.fromarray(strip[:, :, 0] if strip.shape[2] == 1 else strip)
-    factor = LARGEST_TILE / max(images.shape[1:3])
-    if factor < 1:
-        picture = picture.resize((round(strip.shape[1] * factor), round(strip.shape[0] * factor)))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    factor, buffer = LARGEST_TILE / max(images.shape[1:3]), io.BytesIO()
+    if factor >= 1:
+        picture.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue(), "png"
+    picture = picture.resize((round(strip.shape[1] * factor), round(strip.shape[0] * factor)))
+    picture.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue(), "jpeg"
 
 
 def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:

@@ -17,12 +17,15 @@ from mpqsearch.report.breakdown import breakdown_rows, export_rows
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.drawings import all_drawings
 from mpqsearch.report.figures import Drawing, data_uri, render, save_figure
-from mpqsearch.report.grids import SampleGrid, difference, strip_png
+from mpqsearch.report.grids import GAP, SampleGrid, difference, strip_picture
 from mpqsearch.report.hover import Spot, spots
 from mpqsearch.report.labels import metric_text, number
+from mpqsearch.report.layers import layers_table
 from mpqsearch.report.search import arms_table, search_notes
 from mpqsearch.report.style import darkened
+from mpqsearch.report.table import Cell, Table, plain_table, table_of
 from mpqsearch.report.tables import standings, write_pareto_csv, write_pareto_json
+from mpqsearch.specs.distill import TRAINED
 
 TEMPLATE = "report.html.j2"
 
@@ -36,25 +39,6 @@ class Picture:
     light: str
     dark: str
     spots: Sequence[Spot] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One cell of a table: its text, what it is sorted by, ``best``, ``tie`` or ``front`` beside it, and the interval
-    below it."""
-
-    text: str
-    sort: Any
-    mark: str = ""
-    interval: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """``headings`` with their kind, ``text`` or ``number``, and rows of as many cells."""
-
-    headings: Sequence[tuple[str, str]]
-    rows: Sequence[Sequence[Cell]]
 
 
 def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str] | None = None) -> list[Path]:
@@ -106,14 +90,16 @@ def render_page(content: ReportContent, pictures: Sequence[Picture]) -> str:
         facts=_facts(content),
         metrics=_metric_facts(content.records),
         notes=list(content.notes),
+        take=_take(content),
         points=_points_table(content.records),
+        layers=_layers(content),
         pictures=sections,
         grids=[_grid(g) for g in content.grids],
-        breakdown=_plain_table(breakdown_rows(content.table, content.maps, content.policy) if sized else ()),  # type: ignore[arg-type]
-        correlations=_plain_table(content.correlations),
-        selections=_plain_table(content.selections),
-        exports=_plain_table(export_rows(content.exports)),
-        searched=None if search is None else _plain_table(arms_table(search)),
+        breakdown=plain_table(breakdown_rows(content.table, content.maps, content.policy) if sized else ()),  # type: ignore[arg-type]
+        correlations=plain_table(content.correlations),
+        selections=plain_table(content.selections),
+        exports=plain_table(export_rows(content.exports)),
+        searched=None if search is None else plain_table(arms_table(search)),
         search_error="" if search is None else search["error"],
         search_notes=[] if search is None else search_notes(search),
         provenance=_provenance(content),
@@ -137,20 +123,36 @@ def _facts(content: ReportContent) -> list[tuple[str, str]]:
     facts.append(("Methods", f"{', '.join(methods)} at {len(budgets)} budget{'' if len(budgets) == 1 else 's'}"))
     if content.policy is not None:
         facts.append(("Policy", content.policy.describe()))
-    if content.chosen is not None:
-        facts.append(("Chosen", _chosen_words(content.chosen, quantized)))
     return facts
 
 
-def _chosen_words(chosen: StudyRecord, records: Sequence[StudyRecord]) -> str:
-    """The chosen point in a sentence, beside the uniform map of its budget."""
-    uniform = next((r for r in records if r.method == "uniform" and r.budget == chosen.budget), None)
-    words = [f"{chosen.method}: {chosen.average_bits:.3f} bits a parameter, {chosen.size_bytes / 1000:.1f} kB"]
-    for metric, name in (("fd_fp", "FD to full precision"), ("paired_psnr", "PSNR")):
+def _layers(content: ReportContent) -> Table | None:
+    if content.table is None or not content.maps:
+        return None
+    taken = (
+        "" if content.chosen is None else f"{content.chosen.method.removesuffix(TRAINED)} at {content.chosen.budget}"
+    )
+    return layers_table(content.table, content.maps, content.profile, taken)
+
+
+def _take(content: ReportContent) -> dict[str, Any] | None:
+    """The chosen map, for the top of the page: its size, its quality beside that of the uniform map of its budget, its
+    file and the command that exports it."""
+    chosen = content.chosen
+    if chosen is None:
+        return None
+    uniform = next((r for r in content.records if r.method == "uniform" and r.budget == chosen.budget), None)
+    full = content.table.n_parameters * 2 if content.table is not None else 0
+    share = f", {chosen.size_bytes / full:.0%} of the {full / 1000:,.1f} kB at 16 bits" if full else ""
+    facts = [
+        ("Map", f"{chosen.method} at {chosen.budget}"),
+        ("Size", f"{chosen.size_bytes / 1000:,.1f} kB, {chosen.average_bits:.3f} bits a parameter{share}"),
+    ]
+    for metric in ("fd_fp", "paired_psnr", "clip_score", "attributes_recognised", "class_accuracy"):
         if metric in chosen.metrics:
             beside = f" (uniform: {_value(uniform, metric)})" if uniform and metric in uniform.metrics else ""
-            words.append(f"{name} {_value(chosen, metric)}{metric_text(metric).unit}{beside}")
-    return "; ".join(words)
+            facts.append((metric_text(metric).title, f"{_value(chosen, metric)}{metric_text(metric).unit}{beside}"))
+    return {"facts": facts, "file": content.chosen_file, "command": content.export_command}
 
 
 def _value(record: StudyRecord, metric: str) -> str:
@@ -202,7 +204,7 @@ def _points_table(records: Sequence[StudyRecord]) -> Table:
     if len({r.n_samples for r in records}) > 1:
         columns["Samples", "number"] = [Cell(f"{r.n_samples:,}", r.n_samples) for r in records]
     columns["Seconds", "number"] = [Cell(number(r.seconds, 1), r.seconds) for r in records]
-    return Table(list(columns), list(zip(*columns.values(), strict=True)))
+    return table_of(columns)
 
 
 def _metric_cell(value: MetricValue | None, metric: str, mark: str) -> Cell:
@@ -214,33 +216,31 @@ def _metric_cell(value: MetricValue | None, metric: str, mark: str) -> Cell:
     return Cell(number(value.value, places), value.value, mark, interval)
 
 
-def _plain_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Rows of equal keys as a table; a column of numbers is one whose every text reads as one."""
-    if not rows:
-        return None
-    columns = {
-        name: [f"{v:.3f}" if isinstance(v, float) else str(v) for v in (r.get(name, "") for r in rows)]
-        for name in rows[0]
-    }
-    headings = [(name, "number" if all(map(_is_number, texts)) else "text") for name, texts in columns.items()]
-    cells = [[Cell(text, text.replace(",", "")) for text in texts] for texts in columns.values()]
-    return Table(headings, list(zip(*cells, strict=True)))
-
-
-def _is_number(text: str) -> bool:
-    return not text or text.replace(",", "").replace(".", "", 1).removeprefix("-").isdigit()
-
-
 def _grid(grid: SampleGrid) -> dict[str, Any]:
     rows = [
         {
             "label": label,
-            "samples": data_uri(strip_png(images), "png"),
-            "difference": "" if images is grid.reference else data_uri(strip_png(difference(grid, label)), "png"),
+            "samples": data_uri(*strip_picture(images)),
+            "difference": "" if images is grid.reference else data_uri(*strip_picture(difference(grid, label))),
         }
         for label, images in grid.rows.items()
     ]
-    return {"title": grid.title, "rows": rows, "columns": len(grid.reference), "captions": grid.captions}
+    n, height, width = grid.reference.shape[:3]
+    return {
+        "title": grid.title,
+        "rows": rows,
+        "columns": n,
+        "captions": grid.captions,
+        "names": [_sample_name(grid, i) for i in range(n)],
+        "breadth": round(100 * (n * width + (n - 1) * GAP) / width, 3),
+        "shape": f"{width} / {height}",
+    }
+
+
+def _sample_name(grid: SampleGrid, i: int) -> str:
+    """Number, seed and caption of a sample, as far as they are known."""
+    seed = f", seed {grid.first_seed + i}" if grid.first_seed is not None else ""
+    return f"Sample {i + 1}{seed}{': ' + grid.captions[i] if grid.captions else ''}"
 
 
 def _provenance(content: ReportContent) -> list[tuple[str, str]]:

@@ -74,7 +74,7 @@ def search_drawings(data: Data) -> list[Drawing]:
     drawings = [_front_drawing(data)] if len(data["budgets"]) > 1 else []  # at one all points stand in a column
     if data["importances"]:
         drawings.append(_importance_drawing(data))
-    if fresh_entries(data):
+    if len(fresh_entries(data)) > 1:  # one budget is a sentence, see `search_notes`
         drawings.append(_fresh_drawing(data))
     return drawings
 
@@ -122,8 +122,14 @@ def _fresh_drawing(data: Data) -> Drawing:
 
 
 def search_notes(data: Data) -> list[str]:
-    """How well the prediction orders the maps of the search, a sentence a budget."""
-    return [
+    """What fresh seeds say of the chosen maps, and how well the prediction orders the maps of the search: a sentence a
+    budget."""
+    fresh = [
+        f"At {b['budget']} the error of the chosen map is {b['ratio_to_uniform']:.3f} of uniform's on the seeds that "
+        f"chose it, and {b['fresh_ratio_to_uniform']:.3f} on fresh ones."
+        for b in fresh_entries(data)
+    ]
+    return fresh + [
         f"At {r['budget']} the predicted loss and the measured error of {r['maps']} maps have the Spearman correlation "
         f"{r['spearman']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
         + ("; below 0.7 the prediction alone should not be trusted." if r["weak"] else ".")

@@ -11,8 +11,10 @@ from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
 from mpqsearch.core import LayerTable, SensitivityProfile
+from mpqsearch.core.shown import shortened
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import available_losses, best_loss, channel_losses
+from mpqsearch.report.bits import NAME
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.style import COLOURS, MARKERS, MUTED, axes_or_new, legend_below
 
@@ -146,7 +148,7 @@ def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
         range(len(info.edges) - 1), [f"{a}..{b} %" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
     )
     shown = range(0, len(info.layers), -(-len(info.layers) // 70))  # as many names as fit side by side
-    ax.set_xticks(shown, [info.layers[i] for i in shown], rotation=90, fontsize=5)
+    ax.set_xticks(shown, [shortened(info.layers[i], NAME) for i in shown], rotation=90, fontsize=5)
     ax.set_ylabel("part of the run")
     ax.set_xlabel("layers, in the order of a forward pass")
     ax.figure.colorbar(image, ax=ax, label="mean sensitivity of a channel")

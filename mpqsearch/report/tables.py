@@ -71,14 +71,15 @@ def tied(first: MetricValue, second: MetricValue) -> bool:
 def standings(records: Sequence[StudyRecord], metric: str) -> list[str]:
     """For each record ``"best"``, ``"tie"`` (not told from the best of its budget by the intervals) or ``""``.
 
-    Records of one budget share its label. The full-precision record takes no part.
+    Records of one budget share its label; one that is alone there is not called the best. The full-precision record
+    takes no part.
     """
     budgets: dict[str, list[StudyRecord]] = {}
     for record in records:
         if record.method != FULL_PRECISION_METHOD and metric in record.metrics:
             budgets.setdefault(record.budget, []).append(record)
     marks: dict[int, str] = {}
-    for group in budgets.values():
+    for group in (group for group in budgets.values() if len(group) > 1):
         best = min(group, key=lambda r: _to_minimise(r.metrics[metric]))
         ties = {id(r): "tie" for r in group if tied(r.metrics[metric], best.metrics[metric])}
         marks |= ties | {id(best): "best"}

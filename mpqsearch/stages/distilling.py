@@ -19,7 +19,7 @@ from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.quantizing import write_model_folder
-from mpqsearch.stages.references import reference
+from mpqsearch.stages.references import SHOWN, key_frames, reference
 from mpqsearch.stages.reuse import METRICS, current, reuse_or_make
 from mpqsearch.stages.statistics import activation_table, moment_inputs, statistics_for
 
@@ -138,7 +138,8 @@ def _trained(task: _Training) -> dict[str, Any]:
         raise SystemExit(0)
     trained = convert(student)
     _write(run, task.folder, trained)
-    data: dict[str, Any] = {"before": before, "after": _measure(run, trained.module, base, "after training")}
+    after = _measure(run, trained.module, base, "after training", task.folder / "samples.npz")
+    data: dict[str, Any] = {"before": before, "after": after}
     if run.config.distill.check_every:
         data["checks"] = _checks(run, task.folder / "train.jsonl")
     run.say(f"distill: {task.folder}, trained in {run.seconds['distill']:.0f} s")
@@ -268,13 +269,17 @@ def _checks(run: Run, log: Path) -> list[list[float | None]]:
     return [[step, value if math.isfinite(value) else None] for step, value in checks]
 
 
-def _measure(run: Run, module: nn.Module, base: Reference, label: str) -> dict[str, Any]:
+def _measure(run: Run, module: nn.Module, base: Reference, label: str, kept: Path | None = None) -> dict[str, Any]:
+    """The metrics of a module; ``kept`` is the file of its first pictures, for the report."""
     from mpqsearch.metrics import evaluate
     from mpqsearch.sampling import samples
 
     with bar_of(label, len(base.seeds)) as bar:
         made = samples(run.denoiser.with_module(module), base.seeds, progress=bar.update)
-        return {k: v.to_data() for k, v in evaluate(made, base).metrics.items()}
+        result = evaluate(made, base, keep=0 if kept is None else SHOWN)
+    if kept is not None and result.images is not None:
+        artifacts.write_arrays(kept, {"images": key_frames(result.images).numpy()})
+    return {k: v.to_data() for k, v in result.metrics.items()}
 
 
 def _write(run: Run, folder: Path, trained: Any) -> None:

@@ -99,7 +99,7 @@ def export(
     for one in exports:
         if one.error is not None:
             run.say(f"export: {one.target} FAILED: {one.error}")
-    rows = size_rows(run)
+    rows = [row for row in size_rows(run) if row["accounted_bytes"] != ""]  # the neutral map is no file of weights
     if rows and not run.dry_run:
         artifacts.write_text(run.path("export", "sizes.csv"), artifacts.csv_text(SIZE_COLUMNS, rows))
     return exports

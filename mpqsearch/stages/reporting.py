@@ -18,7 +18,7 @@ from mpqsearch.ranks import spearman
 from mpqsearch.secrets import redact
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation, study_methods
-from mpqsearch.stages.base import Run
+from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import SHOWN, evaluation_key, full_precision, key_frames
 from mpqsearch.stages.reuse import PARETO, current
@@ -82,8 +82,9 @@ def report_content(
 
     budgets, methods = run.config.allocate.parsed(), study_methods(run)
     solved = {(m, b): allocation(run, m, b) for b in budgets for m in methods}
-    chosen = chosen_method(run, records)
-    exported, _ = allocation(run, chosen, export_budget(run))
+    chosen, budget = chosen_method(run, records), export_budget(run)
+    exported, _ = allocation(run, chosen, budget)
+    named = run.config.report.chosen or chosen.name
     return ReportContent(
         title=run.config.report.title or f"Bit allocation of {run.table.model}",
         records=records,
@@ -93,7 +94,7 @@ def report_content(
         point_maps={bit_map.digest: bit_map for bit_map, _ in solved.values()},
         profile=run.profile,
         format_name=chosen.format_name,
-        grids=_grids(run, solved),
+        grids=_grids(run, solved, records),
         correlations=rank_correlations(run.table, run.profile),
         selections=_selections(solved),
         exports=size_rows(run),
@@ -104,12 +105,23 @@ def report_content(
         seconds=run.seconds,
         notes=[*_faults(run), *_notes(solved)],
         search=search_results(run),
-        chosen=next((r for r in records if r.method == chosen.name and r.bit_map_digest == exported.digest), None),
+        chosen=next((r for r in records if r.method == named and r.bit_map_digest == exported.digest), None),
+        chosen_file=f"allocations/{slug(chosen.name, budget)}/bitmap.json",
+        export_command=_export_command(run, named, budget),
     )
 
 
-def _grids(run: Run, solved: Solved) -> list[SampleGrid]:
-    """Samples of every method at every budget that were kept, below those of the full-precision model."""
+def _export_command(run: Run, method: str, budget: Budget) -> str:
+    """What exports the chosen map: for the first target of the study that holds weights, else as a checkpoint of our
+    own."""
+    target = next((name for name in run.config.export.targets if name != "neutral"), "packed")
+    words = ["mpqsearch", "export", "--config", str(run.path("config.toml")), "--run-dir", str(run.folder)]
+    return shlex.join([*words, "--budget", budget.label(), "--method", method, "--target", target])
+
+
+def _grids(run: Run, solved: Solved, records: list[StudyRecord]) -> list[SampleGrid]:
+    """Samples of every method at every budget that were kept, below those of the full-precision model; those of a
+    trained map below its own."""
     from mpqsearch.report import sample_grid
 
     full = full_precision(run).read(0, SHOWN)
@@ -117,6 +129,7 @@ def _grids(run: Run, solved: Solved) -> list[SampleGrid]:
         return []
     captions = [label for label in full.labels if isinstance(label, str)]  # prompts, and no classes
     columns, grids = CAPTIONED if captions else SHOWN, []
+    points = {(r.method, r.budget) for r in records}
     for budget in dict.fromkeys(b for _, b in solved):
         rows = {"full precision": key_frames(full.images)[:columns].numpy()}
         for (method, b), (bit_map, data) in solved.items():
@@ -124,7 +137,13 @@ def _grids(run: Run, solved: Solved) -> list[SampleGrid]:
             file = run.path("stats", f"{evaluation_key(run, bit_map, bias_correction=corrected)[:16]}.npz")
             if b == budget and file.exists():
                 rows[method.name] = artifacts.read_arrays(file)["images"][:columns]
-        grids.append(sample_grid(f"Budget {budget.label()}", rows, columns=columns, captions=captions))
+            trained, name = run.path("distilled", slug(method.name, b), "samples.npz"), f"{method.name}{TRAINED}"
+            if b == budget and (name, b.label()) in points and trained.exists():
+                rows[name] = artifacts.read_arrays(trained)["images"][:columns]
+        first = None if run.config.prompts.preset else run.config.evaluate.first_seed
+        grids.append(
+            sample_grid(f"Budget {budget.label()}", rows, columns=columns, captions=captions, first_seed=first)
+        )
     return grids
 
 
@@ -209,12 +228,11 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(run.path("export").glob("*.json")):
         data = artifacts.read_json(path, "mpqsearch/export").data
-        if data.get("accounted_bits") is None:
-            continue  # the neutral map promises no file; an export of an earlier version did not say
         verification, found = data["verification"] or {}, data["delivered"] or {}
         uniform = found.get("uniform") or {"choice": "", "error": {"value": ""}}
-        accounted, stored = -(-data["accounted_bits"] // 8), found.get("stored_bytes")
-        total = accounted if stored is None else stored
+        promised, stored = data.get("accounted_bits"), found.get("stored_bytes")
+        accounted = "" if promised is None else -(-promised // 8)  # the neutral map is no file of weights
+        total = stored if stored is not None else accounted or data["ideal_bits"] / 8
         rows.append(
             {
                 "target": data["target"],

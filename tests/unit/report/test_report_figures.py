@@ -33,7 +33,7 @@ from mpqsearch.report import (
     save_figure,
 )
 from mpqsearch.report.bits import NAMED_SHARE
-from mpqsearch.report.grids import LARGEST_TILE, difference, sample_strip, strip_png
+from mpqsearch.report.grids import LARGEST_TILE, difference, sample_strip, strip_picture
 from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]
@@ -248,8 +248,8 @@ def test_difference_is_absolute_brightened_and_clipped() -> None:
 
 def test_large_samples_are_reduced_for_the_page_and_small_ones_are_not() -> None:
     small, large = (np.zeros((3, size, size, 3), dtype=np.uint8) for size in (28, 512))
-    assert Image.open(io.BytesIO(strip_png(small))).size == (3 * 28 + 4, 28)
-    width, height = Image.open(io.BytesIO(strip_png(large))).size
+    assert Image.open(io.BytesIO(strip_picture(small)[0])).size == (3 * 28 + 4, 28)
+    width, height = Image.open(io.BytesIO(strip_picture(large)[0])).size
     assert (width, height) == (round((3 * 512 + 4) * LARGEST_TILE / 512), LARGEST_TILE)
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
-from mpqsearch.report import ReportContent, build_report, read_pareto_json, sample_grid
+from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, size_bytes, uniform_map
+from mpqsearch.report import ReportContent, build_report, layer_losses, read_pareto_json, sample_grid
 from mpqsearch.report.hover import map_in_one_line
+from mpqsearch.report.layers import layers_table
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,10 @@ def content(
         maps={"ilp, 3 bits": uniform_map(table, policy, 3)},
         point_maps={r.bit_map_digest: uniform_map(table, policy, 3) for r in records if r.method == "ilp"},
         profile=profile,
-        grids=[sample_grid("3 bits", rows)],
+        grids=[sample_grid("3 bits", rows, first_seed=7)],
+        chosen=next(r for r in records if r.method == "ilp" and r.budget == "uniform:3"),
+        chosen_file="allocations/ilp@uniform-3/bitmap.json",
+        export_command="mpqsearch export --budget uniform:3",
         correlations=[{"predictor": "gain × error", "spearman": 0.91234, "layers": 26}],
         environment={"mpqsearch": "0.1.0", "cores": 2, "libraries": {"torch": "2.13.0"}},
         config='[model]\nsource = "<script>alert(1)</script>"\n',
@@ -139,6 +143,35 @@ def test_it_says_what_was_measured_and_what_it_is_not(page: str, records: list[S
     assert f"{ilp.size_bytes / 1000:,.1f}" in text
 
 
+def test_it_recommends_a_map_and_says_what_it_is_worth(page: str, content: ReportContent) -> None:
+    box = page[page.index("Take this map") : page.index("</section>", page.index("Take this map"))]
+    assert content.chosen is not None
+    assert content.table is not None
+    uniform = next(r for r in content.records if r.method == "uniform" and r.budget == "uniform:3")
+    for part in (
+        f"{content.chosen.size_bytes / 1000:,.1f} kB",
+        f"{content.chosen.size_bytes / (2 * content.table.n_parameters):.0%} of the",
+        f"{content.chosen.metrics['fd_fp'].value:.3f} (uniform: {uniform.metrics['fd_fp'].value:.3f})",
+        'href="allocations/ilp%40uniform-3/bitmap.json"',
+        "mpqsearch export --budget uniform:3",
+    ):
+        assert part in box, part
+
+
+def test_the_layers_have_the_bits_bytes_and_losses_of_the_map(page: str, content: ReportContent) -> None:
+    assert content.table is not None
+    assert content.profile is not None
+    table = layers_table(content.table, content.maps, content.profile)
+    (bit_map,) = content.maps.values()
+    assert [name for name, _ in table.headings][-3:] == [f"{what}, ilp, 3 bits" for what in ("Bits", "kB", "Loss")]
+    kept = sum(layer.n_values for layer in content.table.kept) * 2
+    total = sum(row[4].sort for row in table.rows) * 1000 + kept
+    assert total == pytest.approx(size_bytes(content.table, bit_map), abs=1)
+    losses = layer_losses(content.profile, content.table, bit_map.format.name)
+    assert table.rows[1][5].sort == pytest.approx(losses.loss[1, content.profile.widths.index(3)])
+    assert page.count("<tr>", page.index('<table id="layers"')) > len(content.table)
+
+
 def test_table_has_a_row_per_record_and_a_heading_per_cell(page: str, records: list[StudyRecord]) -> None:
     body = page[page.index('<table id="points"') : page.index("</table>", page.index('<table id="points"'))]
     rows = re.findall(r"<tr.*?</tr>", body, re.DOTALL)
@@ -230,6 +263,16 @@ addEventListener("load", () => {
   const fd = [...table.tHead.rows[0].cells].findIndex(c => c.innerText.startsWith("FD to full"));
   table.tHead.rows[0].cells[fd].querySelector("button").click();
   document.body.dataset.last = table.tBodies[0].rows[table.tBodies[0].rows.length - 1].cells[0].innerText;
+  const tools = document.querySelector('.tools[data-table="points"]'), filter = tools.querySelector("input");
+  filter.value = "ILP uniform:3"; filter.dispatchEvent(new Event("input"));
+  document.body.dataset.shown = [...table.tBodies[0].rows].filter(r => !r.hidden).length;
+  document.execCommand = () => { document.body.dataset.copied = document.querySelector("textarea").value; };
+  tools.querySelector("button").click(); document.body.dataset.markdown = document.body.dataset.copied;
+  document.getElementById("copy-command").click();
+  const strip = document.querySelectorAll(".pick")[1], box = strip.getBoundingClientRect();
+  strip.dispatchEvent(new MouseEvent("click", { clientX: box.left + 0.4 * box.width, clientY: box.top + 2 }));
+  document.body.dataset.sample = document.querySelector(".compare p").textContent;
+  document.body.dataset.over = document.querySelectorAll(".pair div")[1].style.backgroundImage.slice(5, 15);
   const spots = [...document.querySelectorAll(".spot")];
   spots[0].focus(); document.body.dataset.tip = getComputedStyle(spots[0].querySelector(".tip")).display;
   const plot = spots[0].parentElement.getBoundingClientRect();
@@ -265,6 +308,11 @@ def test_in_a_browser_it_sorts_and_shows_every_picture(
     assert [float(v) for v in body["data-down"].split()] == pytest.approx(bits[::-1])
     assert (body["data-sort"], body["data-focus"]) == ("ascending", "true")
     assert body["data-last"].startswith("full-precision"), "cells without a value stay at the end"
+    assert body["data-shown"] == "1"
+    lines = body["data-markdown"].splitlines()
+    assert (len(lines), lines[2].startswith("| ilp | uniform:3 |")) == (3, True)
+    assert body["data-copied"] == "mpqsearch export --budget uniform:3"
+    assert (body["data-sample"], body["data-over"]) == ("Sample 4, seed 10", "data:image")
     assert body["data-broken"] == "0"
     assert (body["data-tip"], body["data-outside"]) == ("block", "0")
     assert int(body["data-overflow"]) <= 0, "nothing makes the page wider than the screen"
