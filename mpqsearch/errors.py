@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
+from importlib import metadata
 
 
 class MpqsearchError(Exception):
@@ -37,6 +39,17 @@ class UnknownNameError(ConfigError):
             + f". Known: {listed or 'none'}."
             + (f" {hint}" if hint else "")
         )
+
+
+def install(extra: str) -> str:
+    """The command that brings the packages of an extra, from the checkout that mpqsearch was installed from if it is
+    one."""
+    try:
+        told = json.loads(metadata.distribution("mpqsearch").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        told = {}
+    source = told["url"].removeprefix("file://") if "dir_info" in told else "mpqsearch"
+    return f"pip install '{source}[{extra}]'"
 
 
 class ModelError(MpqsearchError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli import options
+from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import number, print_json, print_table
 from mpqsearch.errors import ConfigError
@@ -33,6 +33,7 @@ TargetsOption = Annotated[
         "--target",
         "-t",
         help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
+        autocompletion=completion.among(completion.targets),
     ),
 ]
 WithinOption = Annotated[

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Annotated
 
@@ -14,6 +16,7 @@ import typer
 from mpqsearch._version import __version__
 from mpqsearch.cli.app import app, quiet
 from mpqsearch.cli.printing import print_json, print_table
+from mpqsearch.errors import install
 
 OPTIONAL = (
     ("transformers", "pipelines", "pipelines with text encoders, such as Stable Diffusion"),
@@ -42,9 +45,9 @@ REQUIRED = (
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
 ) -> None:
-    """Say what works here: libraries, devices, solvers, feature extractors, export targets, and how to get the rest.
+    """Say what works here, in a line and then in full, and how to get the rest.
 
     Example: `mpqsearch doctor`
     """
@@ -53,11 +56,28 @@ def doctor(
     if as_json:
         print_json(rows)
         return
-    print_table(
+    print(textwrap.fill(_verdict(rows), 80))
+    print(
         f"mpqsearch {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} cores",
-        rows,
+        f"{os.cpu_count()} cores"
     )
+    for what, group in itertools.groupby(rows, lambda row: row["what"]):
+        print_table(what, [{key: row[key] for key in ("name", "state", "note")} for row in group])
+
+
+def _verdict(rows: Sequence[Mapping[str, str]]) -> str:
+    """What can be done here, and what is missing, by the names in the tables below."""
+    if broken := [row["name"] for row in rows if row["state"] == "MISSING"]:
+        return f"not ready: {', '.join(broken)} must be installed"
+    absent = [row for row in rows if row["state"] in ("absent", "broken")]
+
+    def works(what: str) -> list[str]:
+        return [row["name"] for row in rows if row["what"] == what and row not in absent]
+
+    missing = [] if len(works("device")) > 1 else ["a GPU"]
+    missing += [row["name"] for row in absent if row["what"] in ("optional", "extractor", "export")]
+    ready = f"ready for work on {' and '.join(works('device'))}, and export to {', '.join(works('export'))}"
+    return f"{ready}; missing: {', '.join(missing) or 'nothing'}"
 
 
 def _row(what: str, name: str, state: str, note: str = "") -> dict[str, str]:
@@ -72,7 +92,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _get(distribution: str, extra: str) -> str:
-    return f"pip install 'mpqsearch[{extra}]'" if extra else f"pip install {distribution}"
+    return install(extra) if extra else f"pip install {distribution}"
 
 
 def _libraries() -> Iterator[dict[str, str]]:
@@ -87,7 +107,8 @@ def _libraries() -> Iterator[dict[str, str]]:
 def _devices() -> Iterator[dict[str, str]]:
     import torch
 
-    yield _row("device", "cpu", "works", f"{torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    yield _row("device", "cpu", "works", f"{threads} thread{'' if threads == 1 else 's'}")
     cuda = torch.cuda.is_available()
     yield _row(
         "device",
@@ -106,8 +127,8 @@ def _solvers() -> Iterator[dict[str, str]]:
     solvers = available_solvers()
     for name in (n for n, works in solvers.items() if works):
         yield _row("solver", name, "works", "through PuLP")
-    others = ", ".join(n for n, works in solvers.items() if not works)
-    yield _row("solver", "others of PuLP", "absent", f"used by name once their program is installed: {others}")
+    others = sum(not works for works in solvers.values())
+    yield _row("solver", "PuLP's others", "absent", f"{others} more, by PuLP's names, once installed")
 
 
 def _extractors() -> Iterator[dict[str, str]]:
@@ -145,5 +166,5 @@ def _targets() -> Iterator[dict[str, str]]:
             absent = bool(target.missing()) or not version
             known = "NOT tested in this version, only in" if target.untested() else "tested against"
             tested = f"{known} {target.tested}{reads}"
-            state = "absent" if absent else f"{target.requires} {version}"
-            yield _row("export", name, state, f"{tested}; {target.install}" if absent else tested)
+            note = f"{tested}; {target.install}" if absent else f"{target.requires}, {tested}"
+            yield _row("export", name, "absent" if absent else str(version), note)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpqsearch.cli import options
+from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_json, print_lines, print_table
 from mpqsearch.core import FULL_PRECISION
@@ -19,6 +19,23 @@ DIFFERS = 1
 """Exit code when a consumer holds another thing than was planned (``--verify``), and for a file that is worse than a
 uniform one of its size or larger than it may be, unless that is accepted."""
 
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="neutral, gguf ... May be repeated.",
+        autocompletion=completion.among(completion.targets),
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", "-b", help="Budget of the map to export.", autocompletion=completion.budget),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", help="Method of the study (default: the best one).", autocompletion=completion.method),
+]
 RoundOption = Annotated[
     str | None,
     typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats) or up."),
@@ -47,9 +64,9 @@ AcceptOption = Annotated[
 @app.command()
 def export(
     config: options.Config = None,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="neutral, gguf ... Repeatable.")] = None,
-    budget: Annotated[str | None, typer.Option("--budget", "-b", help="Budget of the map to export.")] = None,
-    method: Annotated[str | None, typer.Option("--method", help="Method of the study (default: the best one).")] = None,
+    target: TargetOption = None,
+    budget: BudgetOption = None,
+    method: MethodOption = None,
     round_: RoundOption = None,
     allocated: AllocatedOption = False,
     verify: VerifyOption = False,

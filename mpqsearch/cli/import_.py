@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli import options
+from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_fields, print_json
 
@@ -20,7 +20,11 @@ def import_(
     config: options.Config = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="quanto, autoround, gguf, mlx, sdnq ... (default: found out from the file)."),
+        typer.Option(
+            "--from",
+            help="quanto, autoround, gguf, mlx, sdnq ... (default: found out from the file).",
+            autocompletion=completion.among(completion.sources),
+        ),
     ] = None,
     name: Annotated[
         str, typer.Option("--name", help="Name of the map in the run folder (default: that of the file).")

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from mpqsearch.untrusted import read_json
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Any JSON artifact of a run.")],
+    file: Annotated[Path, typer.Argument(help="A run folder, or any JSON artifact of one.")],
     check: Annotated[
         bool,
         typer.Option(
@@ -26,21 +26,25 @@ def inspect(
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the content as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
 ) -> None:
-    """Show what an artifact holds, as a table and a small picture.
+    """Show what a run folder or an artifact holds, as tables and a small picture.
 
     With `--check` an `allocation.json` is checked: its tables are built again from the profile of its run, and size,
     costs, loss and lower bound are recomputed by arithmetic that shares nothing with the solver.
 
     Examples:
 
+    - `mpqsearch inspect runs/quickstart`
     - `mpqsearch inspect runs/quickstart/allocations/measured@uniform-3/bitmap.json`
     - `mpqsearch inspect --check runs/quickstart/allocations/measured@uniform-3/allocation.json`
     """
     from mpqsearch import artifacts
 
     quiet(verbose)
+    if file.is_dir():
+        _show_run(file, as_json=as_json)
+        return
     body = read_json(file, ConfigError)
     schema = body.get("schema") if isinstance(body, dict) else None
     if not isinstance(schema, str):
@@ -87,7 +91,10 @@ def _show_bit_map(file: Path, _schema: str) -> None:
 def _show_profile(file: Path, _schema: str) -> None:
     from mpqsearch import artifacts
 
-    print_profile(artifacts.load_layers(file.with_name("layers.json")), artifacts.load_profile(file))
+    layers = next((f for f in (file.with_name("layers.json"), file.parent.parent / "layers.json") if f.exists()), None)
+    if layers is None:
+        raise ConfigError(f"{file} needs the layers.json of its run folder, which is not there: `mpqsearch layers`")
+    print_profile(artifacts.load_layers(layers), artifacts.load_profile(file))
 
 
 def _show_layers(file: Path, _schema: str) -> None:
@@ -130,16 +137,100 @@ def _show_front(file: Path, _schema: str) -> None:
     print_table(f"{shown[0].metrics[metric].name}, logarithmic bars (shorter is better)", rows)
 
 
+def _show_metrics(file: Path, schema: str) -> None:
+    from mpqsearch import artifacts
+
+    data = artifacts.read_json(file, schema).data
+    for title in ("metrics", "before", "after"):
+        rows = [
+            {"metric": m["name"], "value": _short(m["value"]), "95 %": f"{_short(m['low'])} to {_short(m['high'])}"}
+            for m in data.get(title, {}).values()
+        ]
+        if rows:
+            print_table(title, rows)
+
+
+def _show_search(file: Path, schema: str) -> None:
+    from mpqsearch import artifacts
+    from mpqsearch.cli.search import print_search
+
+    print_search(dict(artifacts.read_json(file, schema).data))
+
+
 def _show_data(file: Path, schema: str) -> None:
+    """Values in one table, then a table for each list of records."""
     from mpqsearch import artifacts
 
     found = artifacts.read_json(file, schema)
-    if isinstance(found.data, Mapping) and all(
-        not isinstance(v, (list, tuple)) or len(v) < 8 for v in found.data.values()
-    ):
-        print_fields(f"{schema} version {found.version}", found.data)
-    else:
-        print_json(found.data)
+    data = found.data if isinstance(found.data, Mapping) else {"values": found.data}
+    tables = {key: value for key, value in data.items() if _is_table(value)}
+    inner = [(key, value) for key, value in data.items() if isinstance(value, Mapping)]
+    tables |= {f"{key}, {name}": rows for key, value in inner for name, rows in value.items() if _is_table(rows)}
+    print_fields(
+        f"{schema} version {found.version}", {key: _short(value) for key, value in data.items() if key not in tables}
+    )
+    for key, rows in tables.items():
+        names = [name for name in rows[0] if any(row.get(name) not in ("", None) for row in rows)][:SHOWN_COLUMNS]
+        print_table(f"{key}: {len(rows)}", [{name: _short(row.get(name)) for name in names} for row in rows])
+
+
+SHOWN_COLUMNS = 5
+"""Columns of a table of records; the file has all."""
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _short(value: Any, *, inner: bool = False) -> Any:
+    """A value in a cell: four digits, digests at 12 characters, records as what they set; deeper ones are counted."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value[:12] if len(value) == 64 and value.isalnum() else value
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if inner or len(value) >= MANY:
+        return f"{len(value)} entries"
+    if isinstance(value, Mapping):
+        return {key: _short(v, inner=True) for key, v in value.items() if v not in (None, "", [], {}, False)}
+    return ", ".join(str(_short(v, inner=True)) for v in value)
+
+
+MANY = 20
+"""Entries that are counted instead of shown."""
+
+PARTS = {
+    "layers.json": "layers",
+    "profile.json": "profile",
+    "search/search.json": "search",
+    "allocations/*/allocation.json": "allocate",
+    "metrics/*.json": "evaluate",
+    "distilled/*/metrics.json": "distill",
+    "imports/*/bitmap.json": "import",
+    "export/*.json": "export",
+    "report.html": "report",
+}
+"""What a run folder may hold, and the verb that makes it."""
+
+
+def _show_run(folder: Path, *, as_json: bool) -> None:
+    """What a run folder holds, what it lacks, and its points."""
+    counts = {pattern: len(list(folder.glob(pattern))) for pattern in PARTS}
+    if not any(counts.values()):
+        raise ConfigError(f"{folder} is no run folder of mpqsearch: it holds none of {', '.join(PARTS)}")
+    if as_json:
+        print_json(counts)
+        return
+    rows = [
+        {"files": pattern, "found": count or "none", "made by": f"mpqsearch {PARTS[pattern]}"}
+        for pattern, count in counts.items()
+    ]
+    print_table(str(folder), rows)
+    if (folder / "pareto.json").exists():
+        _show_front(folder / "pareto.json", "mpqsearch/pareto")
 
 
 _VIEWS: dict[str, Callable[[Path, str], None]] = {
@@ -147,4 +238,6 @@ _VIEWS: dict[str, Callable[[Path, str], None]] = {
     "mpqsearch/profile": _show_profile,
     "mpqsearch/layers": _show_layers,
     "mpqsearch/pareto": _show_front,
+    "mpqsearch/metrics": _show_metrics,
+    "mpqsearch/search": _show_search,
 }

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mpqsearch.cli import completion
 from mpqsearch.errors import ConfigError
 from mpqsearch.toml_text import toml_value
 
@@ -15,15 +16,28 @@ Config = Annotated[Path | None, typer.Option("--config", "-c", help="A study in 
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Diffusers folder, owner/name of a hub, embedded name, or package.module:function."
+        "--model",
+        "-m",
+        help="Diffusers folder, owner/name of a hub, embedded name, or package.module:function.",
+        autocompletion=completion.model,
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or mps (model.device; default: auto, the fastest here).")
+    str | None,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda or mps (model.device; default: auto, the fastest here).",
+        autocompletion=completion.among(lambda: ("auto", "cpu", "cuda", "mps")),
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override one key of the study. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Override one key of the study. May be repeated.",
+        autocompletion=completion.setting,
+    ),
 ]
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")
@@ -31,7 +45,9 @@ RunDir = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Verbose = Annotated[int, typer.Option("-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")
+]
 
 _SAMPLES = "How samples are drawn"
 Prompts = Annotated[
@@ -65,18 +81,30 @@ Call = Annotated[
 
 Budgets = Annotated[
     list[str] | None,
-    typer.Option("--budget", "-b", metavar="BUDGET", help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated."),
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="BUDGET",
+        help="uniform:3, 3bit, 450kB, 2e9bops. May be repeated.",
+        autocompletion=completion.budget,
+    ),
 ]
 Select = Annotated[
     str | None,
     typer.Option(
         help="How a map is chosen among maps that differ in kind: measured, by a few samples of each, or none "
-        "(allocate.select; default: measured)."
+        "(allocate.select; default: measured).",
+        autocompletion=completion.among(lambda: ("measured", "none")),
     ),
 ]
-Budget = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.")]
+Budget = Annotated[str, typer.Option("--budget", "-b", help="Budget of the map.", autocompletion=completion.budget)]
 Method = Annotated[
-    str | None, typer.Option("--method", help="Method of the study (default: report.chosen, else the last one).")
+    str | None,
+    typer.Option(
+        "--method",
+        help="Method of the study (default: report.chosen, else the last one).",
+        autocompletion=completion.method,
+    ),
 ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from mpqsearch.core.shown import shortened
 from mpqsearch.untrusted import shown
 
 if TYPE_CHECKING:
@@ -34,20 +35,65 @@ def print_lines(lines: Sequence[Any], *, as_json: bool) -> None:
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table as wide as the terminal, each row by the names of its columns; columns of numbers to the right, of words
-    to the left."""
+    to the left.
+
+    No word and no number is broken: where the terminal is too narrow, long names are shortened in the middle, and then
+    columns at the end are left out, which is said.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(rows[0] if rows else ()):
-        numbers = i > 0 and all(_NUMBER.match(str(row[name])) for row in rows if str(row[name]) not in ("", "-"))
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(shown(str(cell))) for cell in row.values()))  # names may hold brackets, which rich reads
     console = Console()
-    # A pipe has no width of its own: wide enough that no cell is folded, so that other programs can read it.
-    (console if console.is_terminal else Console(width=200)).print(table)
+    if not console.is_terminal:  # a pipe has no width of its own: wide enough for other programs to read whole cells
+        console = Console(width=200)
+    columns = {name: [shown(str(row[name])) for row in rows] for name in (rows[0] if rows else ())}
+    if _breadth(columns) > console.width:
+        columns = {
+            name: [cell if " " in cell else shortened(cell, SHORT) for cell in cells] for name, cells in columns.items()
+        }
+    left_out = []
+    while _breadth(columns) > console.width and len(columns) > 1:
+        left_out.append(columns.popitem()[0])
+    table, widths = Table(title=title, title_justify="left"), _widths(columns, console.width)
+    for i, (name, cells) in enumerate(columns.items()):
+        justify: Literal["left", "right"] = "right" if i > 0 and _numbers(cells) else "left"
+        table.add_column(name, justify=justify, overflow="fold", width=widths[name])
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(escape, row))  # names may hold brackets, which rich reads
+    console.print(table)
+    if left_out:
+        names = ", ".join(reversed(left_out))
+        console.print(f"Not shown, for want of room: {names}. A wider terminal or --json has them.", highlight=False)
+
+
+SHORT = 32
+"""Characters of a name where there is too little room."""
+
+
+def _numbers(cells: Sequence[str]) -> bool:
+    return all(_NUMBER.match(cell) for cell in cells if cell not in ("", "-"))
+
+
+def _least(name: str, cells: Sequence[str]) -> int:
+    """The least width of a column that breaks no word and no number."""
+    whole = cells if _numbers(cells) else [word for cell in cells for word in cell.split()]
+    return max(map(len, (*name.split(), *whole)), default=0)
+
+
+def _widths(columns: Mapping[str, Sequence[str]], room: int) -> dict[str, int]:
+    """The width of each column: its least, and what is left of the room, those first that want little."""
+    widths, room = {name: _least(name, cells) for name, cells in columns.items()}, room - _breadth(columns)
+    wanted = {name: max(map(len, (name, *cells))) - widths[name] for name, cells in columns.items()}
+    for name in sorted(wanted, key=lambda name: wanted[name]):
+        more = max(0, min(wanted[name], room))
+        widths[name], room = widths[name] + more, room - more
+    return widths
+
+
+def _breadth(columns: Mapping[str, Sequence[str]]) -> int:
+    """The least width of a table with its rules."""
+    return sum(_least(name, cells) + 3 for name, cells in columns.items()) + 1
 
 
 def number(value: float | None, form: str) -> str:
@@ -88,15 +134,16 @@ def print_profile(table: LayerTable, measured: SensitivityProfile) -> None:
     rows = []
     for row in found.layers:
         no_bias = "" if row.mean_shift is None or table[row.name].has_bias else " (no bias)"
-        cells = {
-            "layer": row.name,
-            "role": row.role,
-            "max kurtosis": number(row.kurtosis, ".1f"),
-            "mean shift": number(row.mean_shift, ".0%") + no_bias,
-            "rel. error": number(row.relative_error, ".0%"),
-        }
+        losses = {f"{bits} bit": f"{loss:.3g}" for bits, loss in zip(measured.widths, row.losses, strict=True)}
         rows.append(
-            cells | {f"{bits} bit": f"{loss:.3g}" for bits, loss in zip(measured.widths, row.losses, strict=True)}
+            {
+                "layer": row.name,
+                "role": row.role,
+                **losses,
+                "max kurtosis": number(row.kurtosis, ".1f"),
+                "mean shift": number(row.mean_shift, ".0%") + no_bias,
+                "rel. error": number(row.relative_error, ".0%"),
+            }
         )
     print_table(f"most sensitive layers ({found.label})", rows)
     if "kurtosis" in measured.arrays:

@@ -6,15 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from mpqsearch.cli import options
+from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_fields, print_json, print_table
+from mpqsearch.specs.search import SAMPLERS
 
 TrialsOption = Annotated[
     int | None, typer.Option("--trials", help="Trials in all, over all workers and runs (search.trials).")
 ]
 SamplerOption = Annotated[
-    str | None, typer.Option("--sampler", help="tpe, gp, nsga2, cmaes or random (search.sampler).")
+    str | None,
+    typer.Option(
+        "--sampler",
+        help="tpe, gp, nsga2, cmaes or random (search.sampler).",
+        autocompletion=completion.among(lambda: SAMPLERS),
+    ),
 ]
 StorageOption = Annotated[
     str | None,

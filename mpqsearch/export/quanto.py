@@ -55,7 +55,6 @@ class QuantoTarget(Target):
     imports = ("optimum.quanto",)
     kinds = ("Linear", "Conv2d")
     tested = "0.2.7"
-    get = "pip install 'mpqsearch[export]'"
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """qint2, qint4 and qint8 for linear layers and 2-d convolutions."""

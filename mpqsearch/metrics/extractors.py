@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.errors import ConfigError, ModelError, UnknownNameError, install
 from mpqsearch.metrics.scorers import Scorer
 from mpqsearch.models import REFERENCE, weights_digest
 from mpqsearch.models.classifier import FEATURE_DIM, FashionClassifier
@@ -225,7 +225,7 @@ def _inception_network(weights: Path | None) -> Any:
         raise ModelError(
             f"the Inception FID needs torch-fidelity and a torchvision that fits your torch ({type(error).__name__}: "
             f"{error}). "
-            "Install them: pip install 'mpqsearch[fid]'"
+            f"Install them: {install('fid')}"
         ) from error
     return FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=None if weights is None else str(weights)

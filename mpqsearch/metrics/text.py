@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpqsearch.errors import ModelError
+from mpqsearch.errors import ModelError, install
 from mpqsearch.metrics.scorers import Scorer
 from mpqsearch.models import REFERENCE
 from mpqsearch.models.runner import Label
@@ -59,7 +59,7 @@ def clip_scorer(name: str | Path, *, device: str | torch.device = "cpu") -> Scor
     try:
         from transformers import AutoTokenizer, CLIPModel
     except ImportError as error:
-        raise ModelError(f"a CLIP score needs transformers: pip install 'mpqsearch[pipelines]' ({error})") from error
+        raise ModelError(f"a CLIP score needs transformers: {install('pipelines')} ({error})") from error
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval().requires_grad_(False)
     model.to(device)

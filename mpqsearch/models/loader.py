@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from mpqsearch.artifacts import digest_of
-from mpqsearch.errors import ModelError, UnknownNameError
+from mpqsearch.errors import ModelError, UnknownNameError, install
 from mpqsearch.models.devices import float_dtype
 from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
 from mpqsearch.models.runner import Parts
@@ -138,9 +138,7 @@ def _check_components(index: Mapping[str, Any], source: str) -> None:
     diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline")
     for name, (library, kind) in components_of(index).items():
         if library == "transformers" and importlib.util.find_spec("transformers") is None:
-            raise ModelError(
-                f"{source}: its {name} needs transformers, which is not installed: pip install 'mpqsearch[pipelines]'"
-            )
+            raise ModelError(f"{source}: its {name} needs transformers, which is not installed: {install('pipelines')}")
         if library == "diffusers":
             diffusers_class(kind, source, "Part")
         elif library != "transformers" and not hasattr(diffusers.pipelines, library):

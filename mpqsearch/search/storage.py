@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.errors import ArtifactError, ConfigError, install
 from mpqsearch.progress import say
 from mpqsearch.secrets import keep_secret, redact
 from mpqsearch.untrusted import shown
@@ -106,7 +106,7 @@ def open_storage(where: str | Path, *, workers: int = 1, heartbeat_s: int = HEAR
         except ImportError as error:
             raise ConfigError(
                 f"the driver for {shown(redact(url))} is not installed ({error.name}). For PostgreSQL: "
-                "pip install 'mpqsearch[postgres]'; for MySQL: pip install pymysql; for Redis: pip install redis."
+                f"{install('postgres')}; for MySQL: pip install pymysql; for Redis: pip install redis."
             ) from None
         except Exception as error:  # noqa: BLE001 - drivers raise errors of their own, with the address in them
             text = str(error).lower()

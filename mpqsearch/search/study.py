@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.errors import ConfigError, StaleArtifactError, UnknownNameError
+from mpqsearch.errors import ConfigError, StaleArtifactError, UnknownNameError, install
 from mpqsearch.search.storage import is_outage, unwarned, wait_for
 from mpqsearch.specs.search import PRUNERS, SAMPLERS
 
@@ -85,9 +85,7 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
         try:
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         except ImportError as error:
-            raise ConfigError(
-                f"the sampler cmaes needs the package cmaes ({error}): pip install 'mpqsearch[search]'"
-            ) from error
+            raise ConfigError(f"the sampler cmaes needs the package cmaes ({error}): {install('search')}") from error
 
 
 def make_pruner(name: str) -> BasePruner:

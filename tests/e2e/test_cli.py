@@ -69,6 +69,14 @@ def test_a_whole_study_and_its_second_run(cli: Cli, study: Path, tmp_path: Path)
     shown = cli("inspect", "r/allocations/ilp-channel@uniform-3/bitmap.json")
     assert "conv_in" in shown.stdout
     assert "mean bits over depth: " in shown.stdout
+    whole = cli("inspect", "r").stdout
+    assert "logarithmic bars" in whole
+    assert re.search(r"allocations/\*/allocation.json\W+8\W+mpqsearch allocate", whole)
+    assert re.search(r"distilled/\*/metrics.json\W+none\W+mpqsearch distill", whole)
+    for file in (*(tmp_path / "r/metrics").glob("*.json"), *(tmp_path / "r/export").glob("*.json")):
+        shown = cli("inspect", file)
+        assert shown.returncode == 0, shown.stderr
+        assert "{" not in shown.stdout, "records are shown as tables"
     assert json.loads(cli("inspect", "r/pareto.json", "--json").stdout)
     assert "logarithmic bars" in cli("inspect", "r/pareto.json").stdout
     assert "weights by role" in cli("inspect", "r/layers.json").stdout
@@ -299,6 +307,8 @@ def test_a_device_that_is_not_here_gives_one_line(cli: Cli, study: Path, tmp_pat
 
 
 def test_doctor_says_what_works_and_how_to_get_the_rest(cli: Cli) -> None:
+    first = " ".join(cli("doctor").stdout.split())
+    assert re.match(r"ready for work on .*cpu.*, and export to neutral, packed, .*; missing: ", first)
     found = json.loads(cli("doctor", "--json").stdout)
     by_name = {(r["what"], r["name"]): r for r in found}
     assert by_name["solver", "highs"]["state"] == "works"
