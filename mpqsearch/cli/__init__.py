@@ -8,6 +8,7 @@ from mpqsearch.cli import (
     evaluate,
     export,
     import_,
+    init,
     inspect,
     layers,
     profile,
@@ -20,6 +21,7 @@ from mpqsearch.cli import (
 from mpqsearch.cli.app import app, main
 
 VERBS = (
+    init,
     layers,
     profile,
     allocate,

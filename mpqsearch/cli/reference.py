@@ -19,9 +19,9 @@ _HEAD = """# Reference of the study file and the command line
 
 `make reference` writes this page from the docstrings of the package. Change them, not the page.
 
-A study is a TOML file. Every key has a default, so that two lines are enough. `--set TABLE.KEY=VALUE` overrides one key
-on the command line, `--set evaluate.samples=64` for example. An unknown key is an error that names the nearest known
-one."""
+A study is a TOML file. Every key has a default, so that two lines are enough, and `mpqsearch init FOLDER` writes one
+with comments. `--set TABLE.KEY=VALUE` overrides one key on the command line: `--set evaluate.samples=64`. An unknown
+key is an error that names the nearest known one."""
 
 _SHARED = 4
 """Options of at least so many verbs are described once."""

@@ -26,7 +26,8 @@ def everything(run: Run) -> list[StudyRecord]:
     require_targets(run)
     start(run)
     if not prepare(run, "a whole study, with samples of every map (run)"):
-        run.say("allocate, evaluate, report, export: would follow")
+        for line in _would_follow(run):
+            run.say(line)
         return []
     if run.config.search.trials:
         search(run)
@@ -47,6 +48,19 @@ def everything(run: Run) -> list[StudyRecord]:
         report(run, records)
     require_good(exports)
     return records
+
+
+def _would_follow(run: Run) -> list[str]:
+    """What a dry run says of the stages whose inputs are not there yet."""
+    c = run.config
+    methods, budgets = ", ".join(m.name for m in c.methods), ", ".join(b.label() for b in c.allocate.parsed())
+    lines = [f"search: would try {c.search.trials} maps"] if c.search.trials else []
+    lines.append(f"allocate: would choose widths at {budgets} by {methods}")
+    lines.append(f"evaluate: would draw {c.evaluate.samples} samples at full precision, and as many of each map")
+    if c.distill.methods:
+        lines.append(f"distill: would train {', '.join(c.distill.methods)} for {c.distill.steps} steps")
+    lines.append(f"export: would write {', '.join(c.export.targets)}")
+    return [*lines, f"report: would draw {run.path('report.html')}"]
 
 
 def trained(run: Run, records: list[StudyRecord]) -> list[StudyRecord]:

@@ -278,7 +278,7 @@ COMPUTING = (
     "import",
     "run",
 )
-VERBS = (*COMPUTING, "record", "inspect", "doctor")
+VERBS = (*COMPUTING, "record", "init", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -286,7 +286,7 @@ def test_help_has_an_example_for_every_verb(cli: Cli, verb: str) -> None:
     out = cli(verb, "--help")
     assert out.returncode == 0
     assert re.search(rf"Examples?: (• )?mpqsearch {verb}", " ".join(out.stdout.split()))
-    assert ("--device" in out.stdout) == (verb not in ("inspect", "doctor"))
+    assert ("--device" in out.stdout) == (verb not in ("init", "inspect", "doctor"))
 
 
 @pytest.mark.parametrize("verb", VERBS)

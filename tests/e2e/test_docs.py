@@ -43,7 +43,7 @@ SMALL = {
     "distill.steps": "2",
     "distill.batch": "2",
 }
-WITHOUT_STUDY = ("inspect", "doctor", "--help", "--version")
+WITHOUT_STUDY = ("init", "inspect", "doctor", "--help", "--version")
 
 
 def lines_of(page: Path) -> list[str]:

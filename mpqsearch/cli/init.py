@@ -1,0 +1,103 @@
+"""``mpqsearch init``."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpqsearch.artifacts import write_text
+from mpqsearch.cli import completion
+from mpqsearch.cli.app import app, quiet
+from mpqsearch.errors import ConfigError
+from mpqsearch.settings import settings
+from mpqsearch.sources import local_folder, model_files, model_name, read_config
+from mpqsearch.toml_text import toml_text
+
+LARGE = 1_000_000_000
+"""Bytes of weights from which on a pipeline is drawn one sample at a time, and fewer samples are drawn."""
+
+Values = Mapping[str, Any]
+"""The keys of a study that the file has, in order; those of None are shown as comments, with their example."""
+
+
+@app.command()
+def init(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            help="Diffusers folder, owner/name of a hub, or embedded name.",
+            autocompletion=completion.model,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file that is written (default: NAME.toml, here).")
+    ] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
+) -> None:
+    """Write a study file for a pipeline, with a comment for each key. Nothing is overwritten.
+
+    Example: `mpqsearch init fmnist-t2i`
+
+    Then: `mpqsearch run fmnist-t2i.toml --dry-run`
+    """
+    quiet(verbose)
+    path = output or Path(f"{model_name(pipeline)}.toml")
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and is left as it is: name another file with --output")
+    write_text(path, study_for(pipeline))
+    print(f"{path} is written. Look it through, then see what a run would do: mpqsearch run {path} --dry-run")
+
+
+def study_for(source: str) -> str:
+    """A commented study for a pipeline, as TOML. Raises what `mpqsearch.sources.local_folder` raises."""
+    folder = local_folder(source)
+    index_file = None if folder is None else folder / "model_index.json"
+    index = read_config(index_file) if index_file is not None and index_file.exists() else {}
+    parts = [
+        f"# A study of {source}{': ' + index['_class_name'] if index else ''}. Written by `mpqsearch init`.",
+        "# A key behind a # is not set; its value is an example. All keys: studies/guides/reference.md.",
+    ]
+    table = ""
+    for key, value in _values(source, index, folder).items():
+        name = key.partition(".")[0]
+        parts += [f"\n[{name}]"] if name != table else []
+        parts += _lines(key, value)
+        table = name
+    return "\n".join(parts) + "\n"
+
+
+def _values(source: str, index: Mapping[str, Any], folder: Path | None) -> Values:
+    large = sum(file.stat().st_size for file in (model_files(source) or {}).values()) > LARGE
+    prompted = "tokenizer" in index and folder is not None and not (folder / "prompts.txt").exists()
+    return {
+        "model.source": source,
+        "model.dtype": "bfloat16" if large else None,
+        "model.device": None,
+        "model.memory_limit": None,
+        "prompts.file": "prompts.txt" if prompted else None,
+        "sampler.steps": None,
+        "sampler.guidance": None,
+        "sampler.batch": 1 if large else 8,
+        "sampler.call": None,
+        "policy.overrides": None,
+        "policy.groups": None,
+        "calibration.checkpoint": large,
+        "allocate.budgets": ["3bit", "4bit"],
+        "allocate.select_samples": 4 if large else 16,
+        "evaluate.samples": 16 if large else 128,
+        "evaluate.text_score": None,
+        "export.targets": ["neutral"],
+    }
+
+
+def _lines(key: str, value: Any) -> Iterator[str]:
+    """The comment of a key, and the key: set, or with its example behind a #."""
+    setting = settings()[key]
+    yield from textwrap.wrap(
+        setting.meaning.replace("``", "`"), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+    yield f"# {setting.name} = {setting.example}" if value is None else f"{setting.name} = {toml_text(value)}"
