@@ -77,6 +77,7 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, pro
     page = (folder / "report.html").read_text()
     assert 'id="search"' in page
     assert "The chosen maps on fresh seeds" in page
+    assert 'data-row="search+trd"' in page, "a trained map shows its samples"
     rows = (folder / "pareto.csv").read_text()
     assert ",search," in rows
     assert ",search+trd," in rows

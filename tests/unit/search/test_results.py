@@ -14,7 +14,7 @@ import pytest
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
 from mpqsearch.report import save_drawings
-from mpqsearch.report.search import arms_table, search_drawings, search_notes
+from mpqsearch.report.search import arms_table, fresh_entries, search_drawings, search_notes
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import Objective
 from mpqsearch.search.results import (
@@ -98,9 +98,12 @@ def test_figures_and_tables_show_the_data(finished: Finished, tmp_path: Path) ->
     data, _ = summarize(o, study)
     drawings = search_drawings(data)
     assert {d.key for d in drawings} >= {"search_front", "search_fresh_seeds"}
-    assert len(search_notes(data)) == len(data["predicted_vs_measured"])
+    notes = search_notes(data)
+    assert len(notes) == len(fresh_entries(data)) + len(data["predicted_vs_measured"])
+    assert f"{data['budgets'][0]['fresh_ratio_to_uniform']:.3f} on fresh ones" in notes[0]
     one_budget = search_drawings(data | {"budgets": data["budgets"][:1]})
-    assert "search_front" not in {d.key for d in one_budget}, "one budget is a column of points"
+    keys = {"search_front", "search_fresh_seeds"} & {d.key for d in one_budget}
+    assert not keys, "one budget is a column of points, and two points are a sentence"
     paths = save_drawings(tmp_path, drawings)
     assert len(paths) == 2 * len(drawings)
     assert all(p.stat().st_size > 2000 for p in paths)
