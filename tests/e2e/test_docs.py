@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.e2e import forked
 
@@ -43,7 +44,7 @@ SMALL = {
     "distill.steps": "2",
     "distill.batch": "2",
 }
-WITHOUT_STUDY = ("init", "inspect", "doctor", "--help", "--version")
+WITHOUT_STUDY = ("init", "inspect", "doctor", "reference", "--help", "--version")
 
 
 def lines_of(page: Path) -> list[str]:
@@ -104,6 +105,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "path/to").mkdir(parents=True)
     (folder / "path/to/pipeline").symlink_to(ROOT / "mpqsearch/models/reference/fmnist-t2i")
     (folder / "prompts.txt").write_text("a red sneaker\na blue bag\na white coat\na green dress\n")
+    (folder / "photos").mkdir()
+    for name, grey in {"a.png": 40, "b.png": 200}.items():
+        Image.new("RGB", (24, 32), (grey, grey, 80)).save(folder / "photos" / name)
     # A model of half the layers: pages' commands name what a run folder holds, not the model's layers.
     few = ["--set", 'model.source="fmnist-unet"', "--set", "search.trials=2", "--set", "search.final_samples=4"]
     for arguments in ([*small(QUICKSTART), *few], small("mpqsearch allocate --model fmnist-unet --budget 3bit")):
