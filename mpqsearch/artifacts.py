@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NotRequired, TypedDict
+from typing import IO, TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from mpqsearch._version import __version__
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError, StaleArtifactError
 from mpqsearch.untrusted import file_name, quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSIONS = {
     "mpqsearch/calls": 1,
@@ -346,6 +349,19 @@ def _array(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> NDArray[Any]:
             raise ValueError(f"{part.filename} claims the shape {shape} of {dtype} in {part.file_size} bytes")
         array: NDArray[Any] = np.frombuffer(bytearray(file.read()), dtype, math.prod(shape))
     return array.reshape(shape, order="F" if columns_first else "C")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; `ArtifactError` when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise absent(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
 
 
 def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
 from mpqsearch.cli.printing import print_json, print_lines, print_table
 from mpqsearch.core import FULL_PRECISION
-from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpqsearch.stages import Exported
@@ -40,10 +39,6 @@ RoundOption = Annotated[
     str | None,
     typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats) or up."),
 ]
-AllocatedOption = Annotated[
-    bool,
-    typer.Option("--allocated", help="The map that `allocate --target` makes for the target, instead of a method's."),
-]
 VerifyOption = Annotated[
     bool,
     typer.Option(
@@ -68,7 +63,6 @@ def export(
     budget: BudgetOption = None,
     method: MethodOption = None,
     round_: RoundOption = None,
-    allocated: AllocatedOption = False,
     verify: VerifyOption = False,
     measure: MeasureOption = None,
     accept: AcceptOption = False,
@@ -89,6 +83,9 @@ def export(
     """Write a map for another quantizer and evaluate the file; with `--verify` let that quantizer read it back, the
     only thing that can say it is as planned.
 
+    A target that rounds by itself gets a map over its own formats at the budget, priced by its own rounding, unless
+    `--method` names one.
+
     A file that is worse than the target's best uniform type at its bytes, or larger than the budget or the source, is
     said first and ends with exit code 1.
 
@@ -96,8 +93,6 @@ def export(
     """
     from mpqsearch import stages
 
-    if allocated and not target:
-        raise ConfigError("--allocated exports the maps made for the targets that --target names: name at least one")
     settings = {
         "model.source": model,
         "model.device": device,
@@ -107,12 +102,11 @@ def export(
         "report.chosen": method,
         "export.rounding": round_,
         "export.measure": measure,
-        "allocate.targets": target if allocated else None,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     if not stages.prepare(run):
         return
-    exports = stages.export(run, [], verify="now" if verify else "no")
+    exports = stages.export(run, [], verify="now" if verify else "no", own_maps=method is None)
     good = [one for one in exports if one.error is None]
     faults = [fault for one in good for fault in one.faults]
     for fault in faults:

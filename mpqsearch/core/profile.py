@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "sensitivity", "context_sensitivity", "output_power")
+CHANNEL_ARRAYS = ("kurtosis", "kurtosis_smoothed", "weight_rms", "sensitivity", "context_sensitivity", "output_power")
 STEP_ARRAYS = ("step_sensitivity",)
 WIDTH_ARRAYS = ("weight_error", "output_error", "output_error_corrected", "quantized_input_error")
 
@@ -31,6 +31,8 @@ class SensitivityProfile(Shown):
     ``kurtosis``, ``kurtosis_smoothed`` ``[C]``
         Fourth standardised moment of each channel's weights, not excess (Gaussian: 3), before and after MPQ-DM's
         smoothing.
+    ``weight_rms`` ``[C]``
+        Root mean square of each channel's weights.
     ``weight_error/<format>`` ``[C, W]``
         ``sum (w - w_q)**2`` of each channel.
     ``output_error/<format>`` ``[C, W]``
@@ -69,8 +71,8 @@ class SensitivityProfile(Shown):
         Effect on the model's output of quantizing one layer's input at a static width, if its errors were independent:
         ``mean (x_q - x)**2 * sum_c sensitivity_c |w_c|**2``.
 
-    What was not measured is absent: a profile of the weights alone has ``kurtosis`` and ``weight_error`` only, and
-    `need` says so.
+    What was not measured is absent: a profile of the weights alone has ``kurtosis``, ``weight_rms`` and
+    ``weight_error`` only, and `need` says so.
 
     A format is ``<scheme>`` or ``<scheme>+smooth``, as in ``asymmetric``, ``auto``, ``asymmetric+smooth``. ``means``
     and ``input_max`` map a layer to its mean input vector ``[fan_in]`` and the largest magnitude of each input channel

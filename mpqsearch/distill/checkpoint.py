@@ -64,9 +64,6 @@ def load_checkpoint(folder: Path, inputs: Mapping[str, str], *, overwrite: bool 
     Raises `StaleArtifactError`, naming every setting that differs with both values, when it belongs to another
     training; with ``overwrite`` the checkpoints are deleted instead. Raises `ArtifactError` when it is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     latest = folder / "latest.json"
     if not latest.is_file():
         return None
@@ -87,11 +84,7 @@ def load_checkpoint(folder: Path, inputs: Mapping[str, str], *, overwrite: bool 
             f"{side} is missing or is not the file that was saved. Delete {path}"
             + (f" and put {others[-1]!r} in {latest.name} to continue from there." if others else " and train again.")
         )
-    try:
-        tensors = load_file(side)
-    except SafetensorError as error:
-        raise ArtifactError(f"{side} is damaged: {error}. Delete {path}.") from error
-    return Checkpoint(step=int(data.pop("step")), tensors=tensors, data=data)
+    return Checkpoint(step=int(data.pop("step")), tensors=artifacts.read_tensors(side), data=data)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

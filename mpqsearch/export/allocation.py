@@ -167,9 +167,9 @@ def allocate_for(
     ``losses`` gives, for each layer, the loss of every format of `formats_of`; full precision costs nothing and is
     offered too, as the last choice. ``pairs`` add losses of pairs of layers (see `probed_losses`); what was found is
     then not always proven to be the best. ``policy`` fixes and bounds layers by role or name: a fixed layer takes the
-    format of that width, or full precision where the target has none. Layers of a group share their format. Raises
-    `InfeasibleBudgetError`, with the smallest attainable size, when nothing fits; with ``at_least_smallest`` the
-    smallest file is made instead.
+    format of that width, or full precision where the target has none. Layers of a group share their format, and so do
+    those that are one layer in the file. Raises `InfeasibleBudgetError`, with the smallest attainable size, when
+    nothing fits; with ``at_least_smallest`` the smallest file is made instead.
     """
     table.require_same_names(set(losses), "the losses")
     formats = (*formats_of(target, table), FULL)
@@ -177,6 +177,8 @@ def allocate_for(
     loss, cost, allowed = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     by_name = [{c.name: c for c in target.choices(layer)} for layer in table]
     policy = policy or Policy(roles={})
+    joint = {f"{target.name} {i}": names for i, names in enumerate(target.tied(table))}
+    policy = replace(policy, groups={**policy.groups, **joint})
     rules = policy.resolve(table)
     for i, layer in enumerate(table):
         fixed = rules.fixed.get(layer.name)

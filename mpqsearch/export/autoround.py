@@ -99,7 +99,7 @@ def read(path: Path, table: LayerTable) -> Reading | None:
     plain = tuple(n for n, v in extra.items() if re.fullmatch(r"[\w.]+", n) and v.get("bits") != FULL_PRECISION)
     return Reading(
         widths=layer_bits(config, table, str(path)),
-        names=tuple(n for n in plain if not any(re.search(n, layer.name) for layer in table)),
+        names=tuple(n for n in plain if not any(pattern_of(n, str(path)).search(layer.name) for layer in table)),
         notes=float_note({n: v.get("data_type", "int") for n, v in extra.items()}),
     )
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpqsearch.artifacts import atomic_path, environment
+from mpqsearch.artifacts import atomic_path, environment, read_tensors
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
 from mpqsearch.export.contract import ExportJob, PlanEntry
@@ -31,6 +31,7 @@ from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.quant import QuantizedRows, RowQuantizer, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.apply import bias_shift, check_moments
+from mpqsearch.sources import read_config
 
 
 def source_of(job: ExportJob) -> Denoiser:
@@ -93,7 +94,7 @@ def forward_errors(folder: Path, module: nn.Module) -> dict[str, float]:
     from the predictions that `write_check` wrote; those that it did not write are left out."""
     if not (folder / EXPECTED).is_file():
         return {}
-    expected = load_file(folder / EXPECTED)
+    expected = read_tensors(folder / EXPECTED)
     with torch.no_grad():
         seen = load_calls(folder / CHECK)[0].replay(module)
     written = expected["prediction"]
@@ -135,8 +136,7 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of an export."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    return config
+    return read_config(folder / CONFIG)
 
 
 def load_pretrained(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -248,9 +248,11 @@ def report(target: str, folder: Path) -> dict[str, Any]:
     a problem of the report."""
     consumer = get_exporter(target)
     try:
-        return consumer.read_back(folder) | {"versions": _versions(consumer)}
+        found = consumer.read_back(folder) | {"versions": _versions(consumer)}
+        json.dumps(found, allow_nan=False)  # a prediction that is not finite
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; each means that it could not load the folder
         return {"widths": None, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
+    return found
 
 
 def _versions(target: Target) -> dict[str, str]:

@@ -17,6 +17,7 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, co
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, json_at, number_of_bits, pattern_of
 from mpqsearch.export.target import Target, int_choices, write_config
+from mpqsearch.untrusted import read_json
 
 FILE = "coreml_config.json"
 _LUT = "_COREML_/weight/lut"
@@ -62,7 +63,7 @@ class CoreMLTarget(Target):
         from mpqsearch.export.check import build_model
 
         logging.getLogger("coremltools").setLevel(logging.ERROR)
-        config = PostTrainingPalettizerConfig.from_dict(json.loads((folder / FILE).read_text()))
+        config = PostTrainingPalettizerConfig.from_dict(read_json(folder / FILE))
         result = PostTrainingPalettizer(build_model(folder), config).compress(num_kmeans_workers=1)
         widths, problems = {}, []
         for name, layer in result.named_modules():

@@ -23,7 +23,8 @@ from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.reading import PREFIX, Reading, bits_of, by_name
+from mpqsearch.export.names import in_diffusers
+from mpqsearch.export.reading import Reading, bits_of, by_name
 from mpqsearch.export.target import Target, write_config
 
 if TYPE_CHECKING:
@@ -153,9 +154,9 @@ class GgufTarget(Target):
         return dequantize(quantize(weight, choice.name), choice.name)
 
 
-def read(path: Path, _table: LayerTable) -> Reading | None:
+def read(path: Path, table: LayerTable) -> Reading | None:
     """Types of the weight tensors of a file, or of the only file of a folder; a type stands for the width of its
-    codes."""
+    codes. Tensors may have the names of the model's own code."""
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if len(files) != 1 or files[0].suffix != ".gguf":
         return None
@@ -168,8 +169,8 @@ def read(path: Path, _table: LayerTable) -> Reading | None:
     names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     stored = {n.removesuffix(".weight"): kind for n, kind in tensor_types(files[0]).items() if n.endswith(".weight")}
     types = {n: names.get(kind, f"number {kind}") for n, kind in stored.items()}
-    widths = {n.removeprefix(PREFIX): _width(n, t) for n, t in types.items()}
-    return by_name(widths, ("a type's blocks and scales are not taken over, its width is",))
+    widths = {n: _width(n, t) for n, t in types.items()}
+    return by_name(in_diffusers(widths, table), ("a type's blocks and scales are not taken over, its width is",))
 
 
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -12,7 +12,6 @@ Limits, from running mlx 0.32.4 on a processor without Apple's GPU:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from mpqsearch.core.packing import pack_bits
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, json_at, number_of_bits
 from mpqsearch.export.target import CHECK, CONFIG, Target, int_choices, write_config
+from mpqsearch.untrusted import read_json
 
 FILE = "model.safetensors"
 
@@ -87,7 +87,7 @@ class MlxTarget(Target):
         import mlx.nn
         from safetensors.numpy import load_file
 
-        settings = json.loads((folder / CONFIG).read_text())["quantization"]
+        settings = read_json(folder / CONFIG)["quantization"]
         weights, check = mx.load(str(folder / FILE)), load_file(folder / CHECK)
         widths = {}
         worst = 0.0

@@ -7,12 +7,10 @@ JSON can follow it without this package. ``schema/bitmap-1.schema.json`` describ
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +70,7 @@ def structure_digest(table: LayerTable) -> str:
 def bit_map_schema(version: int = VERSIONS["mpqsearch/bitmap"]) -> dict[str, Any]:
     """The JSON Schema of one version of the neutral bit map, as shipped with the package: those that are read, by
     default the newest."""
-    file = resources.files("mpqsearch.export").joinpath(f"schema/bitmap-{version}.schema.json")
-    schema: dict[str, Any] = json.loads(file.read_text())
+    schema: dict[str, Any] = untrusted.read_json(Path(__file__).parent / "schema" / f"bitmap-{version}.schema.json")
     return schema
 
 

@@ -10,7 +10,6 @@ quantized model no more than its packed form is in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.artifacts import digest_file, read_json, save_bit_map, write_json
+from mpqsearch.artifacts import digest_file, read_json, read_tensors, save_bit_map, write_json
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, QuantFormat, StoredBits, stored_total
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
-from mpqsearch.export.target import Target, int_choices
+from mpqsearch.export.target import Target, int_choices, plain_config
 from mpqsearch.untrusted import build
 
 if TYPE_CHECKING:
@@ -276,10 +275,9 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
 
     if isinstance(module, Parts):
         return {"parts": {name: _config_of(part) for name, part in module.items()}}
-    to_text = getattr(module, "to_json_string", None)
-    if to_text is None:
+    config = plain_config(module)
+    if config is None:
         raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
-    config: dict[str, Any] = json.loads(to_text())
     return config
 
 
@@ -300,7 +298,6 @@ def load_quantized(path: str | Path) -> nn.Module:
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
     from accelerate import init_empty_weights
-    from safetensors.torch import load_file
 
     from mpqsearch.quant import weight_of
 
@@ -312,7 +309,7 @@ def load_quantized(path: str | Path) -> nn.Module:
         )
     state: dict[str, Tensor] = {}
     packed: dict[str, Tensors] = {}
-    for key, tensor in load_file(file).items():
+    for key, tensor in read_tensors(file).items():
         name, mark, part = key.partition(_MARK)
         if mark:
             packed.setdefault(name, {})[part] = tensor

@@ -24,12 +24,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mpqsearch.artifacts import write_text
+from mpqsearch.artifacts import read_tensors, write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, by_name, float_note, json_at
 from mpqsearch.export.target import WEIGHTS, Target, int_choices, write_config
+from mpqsearch.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,14 +184,13 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
 def _load(folder: Path) -> tuple[nn.Module, set[str]]:
     """The model filled by quanto, and the names of the tensors in the file."""
     from optimum.quanto import requantize
-    from safetensors.torch import load_file
 
     from mpqsearch.export.check import build_model
 
-    module, state = build_model(folder), load_file(folder / WEIGHTS)
+    module, state = build_model(folder), read_tensors(folder / WEIGHTS)
     stored = set(state)  # requantize takes tensors out of the dict
     with torch_kernels():  # loading unpacks the codes too
-        requantize(module, state, json.loads((folder / MAP).read_text()))
+        requantize(module, state, read_json(folder / MAP))
     return module.eval(), stored
 
 

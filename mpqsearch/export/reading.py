@@ -33,9 +33,6 @@ log = logging.getLogger("mpqsearch")
 FLOATS = ("float", "fp16", "fp32", "bf16", "none", "")
 """Names that consumers have for weights that are left alone."""
 
-PREFIX = "model.diffusion_model."
-"""Stands before the names of a denoiser in checkpoints of whole pipelines."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:

@@ -28,6 +28,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, quantization_config
 from mpqsearch.export.target import CONFIG, WEIGHTS, Target, int_choices, planned_widths
+from mpqsearch.sources import read_config
 
 WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
 """SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where
@@ -82,9 +83,7 @@ class SdnqTarget(Target):
             quantized.save_pretrained(packed, safe_serialization=True, max_shard_size="1TB")
             with atomic_path(folder / WEIGHTS) as temporary:
                 (packed / WEIGHTS).replace(temporary)
-            write_text(
-                folder / CONFIG, json.dumps(json.loads((packed / CONFIG).read_text()), indent=1, sort_keys=True) + "\n"
-            )
+            write_text(folder / CONFIG, json.dumps(read_config(packed / CONFIG), indent=1, sort_keys=True) + "\n")
         return [folder / WEIGHTS, folder / CONFIG, *write_check(folder, job, quantized)]
 
     def read_back(self, folder: Path) -> dict[str, Any]:

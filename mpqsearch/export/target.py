@@ -19,6 +19,7 @@ from mpqsearch.core import (
     FULL_PRECISION,
     BitMap,
     LayerSpec,
+    LayerTable,
     StoredBits,
     stored_total,
     unquantized_bits,
@@ -28,6 +29,7 @@ from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 from mpqsearch.export.plan import plan_layers
 from mpqsearch.specs.targets import TARGETS
+from mpqsearch.untrusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -141,6 +143,10 @@ class Target:
         except metadata.PackageNotFoundError:
             return ""
         return "" if version.startswith(self.tested) else version
+
+    def tied(self, table: LayerTable) -> list[tuple[str, ...]]:
+        """Layers that must have one format, since they are one layer in the file; two or more in each group."""
+        return []
 
     def lost_inputs(self, bit_map: BitMap) -> dict[str, int]:
         """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs."""
@@ -349,13 +355,18 @@ def planned_widths(plan: Sequence[PlanEntry]) -> dict[str, int]:
 
 def write_config(folder: Path, module: nn.Module, extra: Mapping[str, Any] | None = None) -> list[Path]:
     """``config.json`` of a diffusers model, from which the check and diffusers build it; nothing for other models."""
-    to_text = getattr(module, "to_json_string", None)
-    if to_text is None:
+    config = plain_config(module)
+    if config is None:
         (folder / CONFIG).unlink(missing_ok=True)
         return []
-    data = {**json.loads(to_text()), **(extra or {})}
-    write_text(folder / CONFIG, json.dumps(data, indent=1, sort_keys=True) + "\n")
+    write_text(folder / CONFIG, json.dumps({**config, **(extra or {})}, indent=1, sort_keys=True) + "\n")
     return [folder / CONFIG]
+
+
+def plain_config(module: nn.Module) -> dict[str, Any] | None:
+    """The configuration that diffusers writes of a model; None for one of another kind."""
+    to_text = getattr(module, "to_json_string", None)
+    return None if to_text is None else dict(parse_json(to_text(), type(module).__name__, infinite=True))
 
 
 def damage(folder: Path, target: str) -> list[str]:
@@ -393,7 +404,7 @@ def fresh_process(exports: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         said = f"stopped after {READ_SECONDS} seconds"
-    reports = [json.loads(line) for line in output.splitlines() if line.startswith('{"widths"')]
+    reports = [parse_json(line, "its report") for line in output.splitlines() if line.startswith('{"widths"')]
     last = (said.strip().splitlines() or ["no message"])[-1]
     for target, folder in exports[len(reports) :]:
         reports.append({"widths": None, "problems": [f"{target} could not load {folder}: {last}"]})

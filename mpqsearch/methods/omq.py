@@ -1,4 +1,4 @@
-"""What the integer programs are compared with: uniform and random widths, and MPQ-DM's allocation in four forms.
+"""MPQ-DM's allocation in four forms.
 
 Source: MPQ-DM (Feng et al., AAAI 2025, arXiv:2412.11549), its section on outlier-driven mixed quantization, and its
 released code.
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import FULL_PRECISION, BitMap
 from mpqsearch.core.formats import WIDTHS
-from mpqsearch.errors import InfeasibleBudgetError, UnknownNameError
+from mpqsearch.errors import UnknownNameError
+from mpqsearch.methods.baselines import uniform
 
 if TYPE_CHECKING:
     from mpqsearch.methods.task import Task
@@ -25,43 +26,6 @@ OVER_SIZE = (
     "for them"
 )
 PROMOTED = "a bit more for a tenth of the channels, channel tags and smoothing factors come on top of the uniform size"
-
-
-def uniform(task: Task) -> tuple[BitMap, str]:
-    """The widest map of one width that fits every budget; layers with bounds take the nearest width within them."""
-    for bits in sorted(task.programs.policy.widths, reverse=True):
-        bit_map = task.map_of({n: np.uint8(task.programs.rules.nearest(n, bits)) for n in task.programs.rules.searched})
-        if task.fits(bit_map):
-            return bit_map, ""
-    widths = ", ".join(map(str, sorted(task.programs.policy.widths)))
-    budgets = " and ".join(limit.budget.label() for limit in task.limits)
-    raise InfeasibleBudgetError(f"no uniform width of {widths} fits {budgets}")
-
-
-def random(task: Task) -> tuple[BitMap, str]:
-    """Random widths, repaired at random until every budget is met and no further bit fits."""
-    rng = np.random.default_rng([task.method.seed, task.limits[0].limit % (2**31)])
-    units, widths = task.programs.rules.units(), sorted(task.programs.policy.widths)
-    costs, rooms, allowed = task.unit_costs([(w, None) for w in widths])
-    low, high = allowed.argmax(axis=1), len(widths) - 1 - allowed[:, ::-1].argmax(axis=1)
-    choice, rows = rng.integers(low, high + 1), np.arange(len(units))
-
-    def fits(chosen: NDArray[np.int64]) -> bool:
-        return all(cost[rows, chosen].sum() <= room for cost, room in zip(costs, rooms, strict=True))
-
-    while not fits(choice):
-        smaller = np.flatnonzero(choice > low)
-        if not smaller.size:
-            raise InfeasibleBudgetError(
-                f"random widths end at the smallest, which do not fit {task.limits[0].budget.label()}"
-            )
-        choice[rng.choice(smaller)] -= 1
-    for i in rng.permutation(np.repeat(rows, len(widths))):
-        wider = choice + (rows == i)
-        if wider[i] <= high[i] and fits(wider):
-            choice = wider
-    drawn = {n: np.uint8(widths[c]) for unit, c in zip(units, choice.tolist(), strict=True) for n in unit}
-    return task.map_of(drawn), ""
 
 
 def omq(task: Task) -> tuple[BitMap, str]:

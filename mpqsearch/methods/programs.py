@@ -26,7 +26,7 @@ from mpqsearch.core import (
 )
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
-from mpqsearch.methods import omq
+from mpqsearch.methods import baselines, omq
 from mpqsearch.methods.build import Program, channel_program, choices_of, layer_program
 from mpqsearch.methods.costs import NANOSECONDS, CostTable
 from mpqsearch.methods.losses import predicted_loss
@@ -206,8 +206,14 @@ def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:
     if method.allocator == "map":
         raise ConfigError(f"the map of {method.name!r} is a file, not what one solve gives; name it in [allocate.maps]")
     return {
-        "uniform": omq.uniform,
-        "random": omq.random,
+        "uniform": baselines.uniform,
+        "random": baselines.random,
+        "first-last-high": baselines.first_last_high,
+        "k-quant": baselines.k_quant,
+        "sdnq-dynamic": baselines.sdnq_dynamic,
+        "quant-probe": baselines.quant_probe,
+        "mixed-gguf": baselines.mixed_gguf,
+        "apple-threshold": baselines.apple_threshold,
         "omq": omq.omq,
         "omq-paper": omq.omq_paper,
         "omq-released": omq.omq_released,

@@ -29,12 +29,18 @@ ALLOCATORS = (
     "measured",
     "search",
     "map",
+    "first-last-high",
+    "k-quant",
+    "sdnq-dynamic",
+    "quant-probe",
+    "mixed-gguf",
+    "apple-threshold",
 )
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
 promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
 own quantizer and full-precision inputs. ``measured``: the best of maps that differ in kind (uniform, by layer, by
 channel, nearest and GPTQ), by what their samples show. ``search`` and ``map`` solve nothing: the map is that of an
-outer search, or one from elsewhere."""
+outer search, or one from elsewhere. The last six are rules of practice (`mpqsearch.methods.baselines`)."""
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""

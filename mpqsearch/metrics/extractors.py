@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mpqsearch.artifacts import read_tensors
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError, install
 from mpqsearch.metrics.scorers import Scorer
 from mpqsearch.models import REFERENCE, weights_digest
@@ -168,12 +169,11 @@ def _unit(images: Tensor, device: torch.device) -> Tensor:
 
 def _embedded(network: Network, name: str) -> Network:
     """A network with the weights of that name that ship with the package, in half precision."""
-    from safetensors.torch import load_file
 
     file = REFERENCE / name / "model.safetensors"
     if not file.is_file():
         raise ModelError(f"this installation lacks the weights of the extractor {name} ({file}): install it again")
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(file).items()}
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(file).items()}
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 

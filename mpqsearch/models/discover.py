@@ -18,17 +18,23 @@ from mpqsearch.models.runner import parts_of
 
 log = logging.getLogger("mpqsearch")
 
-_ROLES: tuple[tuple[str, str], ...] = (
-    ("time", r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|(?<![a-z])t_embedder|time_text_embed"),
-    ("class", r"class_emb|label_emb|class_proj|add_embedding|guidance_embed"),
+_ROLES = (
+    ("time", re.compile(r"time_emb|timestep_emb|time_proj|temb|\btime_embedding|(?<![a-z])t_embedder|time_text_embed")),
+    ("class", re.compile(r"class_emb|label_emb|class_proj|add_embedding|guidance_embed")),
     (
         "norm",
-        r"(^|\.)(norm\w*|adaln\w*|adaLN\w*|scale_shift\w*)\.(linear|proj|\d+)|adaLN_modulation|adaln_single\.linear|^proj_out_1$",
+        re.compile(
+            r"(^|\.)(norm\w*|adaln\w*|adaLN\w*|scale_shift\w*)\.(linear|proj|\d+)|adaLN_modulation|adaln_single\.linear"
+            r"|^proj_out_1$"
+        ),
     ),
-    ("shortcut", r"shortcut|skip_connection|nin_shortcut|\.skip$|residual_conv"),
-    ("resample", r"downsample|upsample|\.op$|upsampler|downsampler|(up|down)_sample|(up|down)scalers"),
-    ("attention", r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj|kv_mapper"),
-    ("feed-forward", r"\.ff\.|\.ff_|\.ffn\.|mlp|feed_forward|\.net\.\d|DenseReluDense|\.(gate|up|down)_proj$"),
+    ("shortcut", re.compile(r"shortcut|skip_connection|nin_shortcut|\.skip$|residual_conv")),
+    ("resample", re.compile(r"downsample|upsample|\.op$|upsampler|downsampler|(up|down)_sample|(up|down)scalers")),
+    ("attention", re.compile(r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj|kv_mapper")),
+    (
+        "feed-forward",
+        re.compile(r"\.ff\.|\.ff_|\.ffn\.|mlp|feed_forward|\.net\.\d|DenseReluDense|\.(gate|up|down)_proj$"),
+    ),
 )
 _OWN_TIME = re.compile(r"(time_emb|time_proj|timestep|(?<![a-z])t_embedder)\w*(\.\w+)?$")
 _MODULATION = re.compile(
@@ -130,7 +136,7 @@ def _spec(name: str, module: nn.Module, macs: int, role: str, fuse: str = "") ->
 
 def _role(name: str, module: nn.Module) -> str:
     for role, pattern in _ROLES:
-        if re.search(pattern, name):
+        if pattern.search(name):
             return role
     return "linear" if isinstance(module, nn.Linear) else "conv"
 

@@ -169,6 +169,22 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / n for n in names)
 
 
+def keys_in(folder: Path) -> set[str]:
+    """The keys of all safetensors files in a folder. Raises `ModelError` when there is none, or one is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    keys: set[str] = set()
+    for path in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
+    if not keys:
+        raise ModelError(f"{folder} holds no safetensors weights")
+    return keys
+
+
 def _header(path: Path) -> Iterator[tuple[str, Stored]]:
     """The tensors of one file. The library checks the file; where tensors start is in the header that it checked.
 

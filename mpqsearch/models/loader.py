@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -17,16 +18,19 @@ from typing import Any, TypedDict
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ModelError, UnknownNameError, install
 from mpqsearch.models.devices import float_dtype
-from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
+from mpqsearch.models.files import Stored, check_keys, check_shapes, keys_in, refuse_quantized, weight_files
 from mpqsearch.models.runner import Parts
 from mpqsearch.models.unwrap import plain_copy
 from mpqsearch.sources import components_of, denoisers_of, read_config
-from mpqsearch.untrusted import build, quoted
+from mpqsearch.untrusted import build, quoted, read_bytes
 
 log = logging.getLogger("mpqsearch")
 
@@ -80,7 +84,7 @@ def load_pipeline(
     components = denoisers_of(index, component, source)
     if whole:
         with _quiet():
-            _check_components(index, source)
+            _check_components(index, source, folder)
     loaded = {name: _load(folder / name, settings, kind) for name, kind in components.items()}
     parts = {name: plain_copy(part.to(device)) for name, part in loaded.items()}
     single = next(iter(parts.values()))
@@ -131,12 +135,15 @@ def _answers(source: str, revision: str | None) -> bool:
     return True
 
 
-def _check_components(index: Mapping[str, Any], source: str) -> None:
-    """Raise `ModelError` when a pipeline is made of what is not installed, or of code of its own."""
+def _check_components(index: Mapping[str, Any], source: str, folder: Path) -> None:
+    """Raise `ModelError` when a pipeline is made of what is not installed, of code of its own, or of components that
+    are not there or whose configurations are no such files."""
     import diffusers
 
-    diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline")
+    unused = _left_out(index, diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline"))
     for name, (library, kind) in components_of(index).items():
+        if name not in unused:
+            _check_files(folder / name, source, needed=library == "transformers")
         if library == "transformers" and importlib.util.find_spec("transformers") is None:
             raise ModelError(f"{source}: its {name} needs transformers, which is not installed: {install('pipelines')}")
         if library == "diffusers":
@@ -149,6 +156,28 @@ def _check_components(index: Mapping[str, Any], source: str) -> None:
             )
 
 
+def _check_files(folder: Path, source: str, *, needed: bool) -> None:
+    """Look at the folder of one component without its weights; some pipelines make their scheduler themselves."""
+    if needed and not folder.is_dir():
+        raise ModelError(f"cannot load the pipeline {source}: {folder.name} is no folder in it. {_EVERY_COMPONENT}")
+    for file in folder.glob("*config.json"):
+        read_bytes(file, ModelError)
+        if file.name == "config.json":
+            read_config(file)
+        if file.name == "scheduler_config.json":
+            check_scheduler(read_config(file), file)
+
+
+_EVERY_COMPONENT = "Its folder must hold every component that model_index.json names, with safetensors weights."
+
+
+def _left_out(index: Mapping[str, Any], pipeline: Any) -> list[str]:
+    """The safety checker of a pipeline, where its authors let it go, and what only that needs."""
+    may_go = "requires_safety_checker" in inspect.signature(pipeline.__init__).parameters
+    names = ("safety_checker", "feature_extractor") if may_go and "safety_checker" in components_of(index) else ()
+    return [name for name in names if name in index]
+
+
 def _opener(
     source: str, folder: Path, index: Mapping[str, Any], dtype: torch.dtype
 ) -> Callable[[Mapping[str, nn.Module]], Any]:
@@ -156,13 +185,12 @@ def _opener(
 
     def open_pipeline(parts: Mapping[str, nn.Module]) -> Any:
         pipeline = diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline")
-        takes = inspect.signature(pipeline.__init__).parameters
-        checked = "requires_safety_checker" in takes and "safety_checker" in components_of(index)
-        left_out = dict.fromkeys(n for n in ("safety_checker", "feature_extractor") if checked and n in index)
+        left_out = dict.fromkeys(_left_out(index, pipeline))
         if left_out:
             log.warning("%s: its safety checker is switched off: it blacks out pictures", source)
         # Saved as none, such as the T5 of a Stable Diffusion 3: diffusers wants to hear it again.
         left_out |= {n: None for n, pair in index.items() if pair == [None, None]}
+        beside = {n: kind for n, (_, kind) in components_of(index).items() if n not in {*parts, *left_out}}
         try:
             with _quiet():
                 return pipeline.from_pretrained(
@@ -172,15 +200,47 @@ def _opener(
                     variant=next(iter(variants), None),  # where a component has it
                     local_files_only=True,
                     **left_out,
+                    **_modules(folder, beside, _How(device=torch.device("cpu"), dtype=dtype)),
                     **parts,
                 )
         except Exception as error:  # diffusers, transformers and safetensors raise many kinds
-            raise ModelError(
-                f"cannot load the pipeline {source}: {_reason(error)}. Its folder must hold every component that "
-                "model_index.json names, with safetensors weights."
-            ) from error
+            reason = str(error).rstrip(".") if isinstance(error, ModelError) else _reason(error)
+            raise ModelError(f"cannot load the pipeline {source}: {reason}. {_EVERY_COMPONENT}") from error
 
     return open_pipeline
+
+
+def _modules(folder: Path, kinds: Mapping[str, str], settings: _How) -> dict[str, nn.Module]:
+    """Components with weights, by name, read as a denoiser is: diffusers would give random or no values to what is
+    missing, and build whatever a configuration asks for. Others are left to it."""
+    import diffusers
+
+    transformers: Any = importlib.import_module("transformers") if importlib.util.find_spec("transformers") else None
+    found = {}
+    for name, kind in kinds.items():
+        own, theirs = getattr(diffusers, kind, None), getattr(transformers, kind, None)
+        if isinstance(own, type) and issubclass(own, diffusers.ModelMixin):
+            found[name] = _load(folder / name, settings, kind)
+        elif isinstance(theirs, type) and issubclass(theirs, transformers.PreTrainedModel):
+            found[name] = _load_encoder(folder / name, theirs, settings)
+    return found
+
+
+def _load_encoder(folder: Path, kind: Any, settings: _How) -> nn.Module:
+    """A model of transformers, within the bounds that its files set. Raises `ModelError` when a key is missing."""
+    stored = keys_in(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with _bounded(SPARE_MODULES + 20 * len(stored), SPARE_BYTES + 8 * size):
+        module, info = kind.from_pretrained(
+            str(folder),
+            dtype=settings.dtype,
+            use_safetensors=True,
+            variant=next(iter(_only_variants(folder)), None),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    check_keys(str(folder), info["missing_keys"], (), stored)
+    return module  # type: ignore[no-any-return]
 
 
 _VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")
@@ -200,8 +260,23 @@ def _reason(error: Exception) -> str:
 def scheduler_config(folder: Path) -> dict[str, Any] | None:
     """The scheduler beside a model folder, or None."""
     files = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
-    found = next((read_config(p) for p in files if p.is_file()), None)
-    return None if found is None else {k: v for k, v in found.items() if not k.startswith("_diffusers")}
+    file = next((p for p in files if p.is_file()), None)
+    if file is None:
+        return None
+    found = read_config(file)
+    check_scheduler(found, file)
+    return {k: v for k, v in found.items() if not k.startswith("_diffusers")}
+
+
+MAX_TIMES = 1_000_000
+"""Training timesteps of a scheduler, which holds several values for each."""
+
+
+def check_scheduler(config: Mapping[str, Any], file: Path) -> None:
+    """Raise `ModelError` for a scheduler of no or too many timesteps."""
+    times = config.get("num_train_timesteps", 1)
+    if type(times) is not int or not 1 <= times <= MAX_TIMES:
+        raise ModelError(f"{file}: num_train_timesteps should be 1..{MAX_TIMES:,}, got {quoted(times)}")
 
 
 def hints_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +361,7 @@ def structure(folder: Path, config: Mapping[str, Any], n_tensors: int, class_nam
         with (
             _quiet(),
             torch.device("meta"),
-            _bounded_modules(SPARE_MODULES + 20 * n_tensors),
+            _bounded(SPARE_MODULES + 20 * n_tensors),
             bounded_memory(SPARE_BYTES),
         ):
             module: nn.Module = cls.from_config(dict(config))
@@ -296,20 +371,27 @@ def structure(folder: Path, config: Mapping[str, Any], n_tensors: int, class_nam
 
 
 @contextmanager
-def _bounded_modules(most: int) -> Iterator[None]:
-    count = 0
+def _bounded(modules: int, values: float = math.inf) -> Iterator[None]:
+    """At most so many modules, and so many values of parameters, are put into others while the block runs; those that
+    are put there again count again."""
+    left = {"modules": float(modules), "values of parameters": values}
 
-    def registered(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
-            raise ModelError(f"it asks for more than {most:,} modules, far more than its weights are for")
+    def take(what: str, n: int) -> None:
+        left[what] -= n
+        if left[what] < 0:
+            raise ModelError(f"its configuration asks for far more {what} than its weights are for")
 
-    handle = register_module_module_registration_hook(registered)
+    handles = (
+        register_module_module_registration_hook(lambda _module, _name, _child: take("modules", 1)),
+        register_module_parameter_registration_hook(
+            lambda _module, _name, weight: take("values of parameters", 0 if weight is None else weight.numel())
+        ),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -84,8 +84,8 @@ def layer_weights(
     device: str,
     blocks: Sequence[slice],
 ) -> Arrays:
-    """What one layer contributes: ``kurtosis`` ``[C]`` and ``weight_error/<format>`` ``[C, W]``, float32. ``formats``:
-    schemes with the format that they vary.
+    """``kurtosis`` and ``weight_rms`` ``[C]`` and ``weight_error/<format>`` ``[C, W]`` of one layer, float32.
+    ``formats``: schemes with the format that they vary.
 
     ``blocks``: slices of rows that are read and measured one after the other.
     """
@@ -102,7 +102,7 @@ def layer_weights(
             for schemes, fmt in formats
             for scheme, table in weight_error_tables(rows, widths, schemes, fmt, moments).items()
         }
-        parts.append({"kurtosis": moments.kurtosis, **tables})
+        parts.append({"kurtosis": moments.kurtosis, "weight_rms": moments.rms, **tables})
     return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
 

@@ -23,6 +23,7 @@ from mpqsearch.profile.recomputed import (
     slices_of,
 )
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
+from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
 from mpqsearch.specs import CalibrationSpec
 
@@ -197,7 +198,8 @@ class _LayerTables:
     def measure(self, slices: Iterable[slice]) -> Arrays:
         """Tables float32, with the quantizers ``[W, C]`` of each format without smoothing and their mean shifts."""
         rows = rows_of(self.weight.detach(), self.layer)
-        parts: dict[str, list[Tensor]] = {"kurtosis": [kurtosis(rows)]}
+        moments = row_moments(rows)
+        parts: dict[str, list[Tensor]] = {"kurtosis": [moments.kurtosis], "weight_rms": [moments.rms]}
         quantizers: dict[str, list[tuple[RowQuantizer, ...]]] = {}
         for part in slices:
             for key, values in self._part(rows, part, quantizers).items():

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from mpqsearch.sampling.plain import PlainRunner
 from mpqsearch.sampling.recorded import RecordedRunner
 from mpqsearch.sources import denoiser_folders, is_function, local_folder, model_name, read_config
 from mpqsearch.specs import PromptsSpec, SamplerSpec
+from mpqsearch.untrusted import build
 
 
 def load_model(
@@ -105,16 +106,22 @@ def _as_meant(folder: Path, spec: SamplerSpec | None) -> SamplerSpec | None:
     file = folder / "sampler.json"
     if not file.is_file():
         return spec
-    meant, spec = read_config(file), spec or SamplerSpec()
-    unknown = set(meant) - {"steps", "guidance", "call"}
-    if unknown:
-        raise ModelError(f"{file}: unknown key {min(unknown)!r}; it may hold steps, guidance and call")
+    meant, spec = build(_Meant, read_config(file), str(file), ModelError), spec or SamplerSpec()
     return replace(
         spec,
-        steps=meant.get("steps") if spec.steps is None else spec.steps,
-        guidance=meant.get("guidance") if spec.guidance is None else spec.guidance,
-        call={**meant.get("call", {}), **spec.call},
+        steps=meant.steps if spec.steps is None else spec.steps,
+        guidance=meant.guidance if spec.guidance is None else spec.guidance,
+        call={**meant.call, **spec.call},
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Meant:
+    """What ``sampler.json`` may say."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _own_prompts(folder: Path) -> Prompts | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpqsearch.artifacts import digest_of
-from mpqsearch.errors import ConfigError, ModelError, NumericsError, UnknownNameError
+from mpqsearch.errors import ConfigError, ModelError, MpqsearchError, NumericsError, UnknownNameError
 from mpqsearch.models.calls import Call, call_of, mapped, prediction_in, tensors_in
 from mpqsearch.models.devices import float_dtype
 from mpqsearch.models.runner import (
@@ -449,7 +449,9 @@ def _named(pipe: Any) -> Iterator[None]:
     """Name the pipeline in whatever it raises: a wrong argument, a scheduler that does not fit, too little memory."""
     try:
         yield
-    except (TypeError, AttributeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+    except (MpqsearchError, _Enough):
+        raise
+    except Exception as error:  # of libraries, which raise many kinds
         scheduler = type(pipe.scheduler).__name__
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(

@@ -23,6 +23,7 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
     "quanto": "mpqsearch.export.quanto:QuantoTarget",
     "torchao": "mpqsearch.export.torchao:TorchaoTarget",
     "gguf": "mpqsearch.export.gguf:GgufTarget",
+    "comfyui": "mpqsearch.export.comfyui:ComfyTarget",
     "sdcpp": "mpqsearch.export.sdcpp:SdcppTarget",
     "sdnq": "mpqsearch.export.sdnq:SdnqTarget",
     "autoround": "mpqsearch.export.autoround:AutoRoundTarget",
@@ -34,8 +35,7 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
 
 
 SOURCES: dict[str, str] = {
-    name: f"mpqsearch.export.{name}:read"
-    for name in (*(n for n in TARGETS if n not in ("packed", "onnx")), "comfyui", "modelopt")
+    name: f"mpqsearch.export.{name}:read" for name in (*(n for n in TARGETS if n not in ("packed", "onnx")), "modelopt")
 }
 """What maps can be imported from, to the function that reads it, as ``module:function``."""
 

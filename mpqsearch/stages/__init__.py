@@ -4,7 +4,7 @@ Files of a run folder are described in the README. A stage whose output was made
 one line says so. Torch is imported only by the stages that need a model.
 """
 
-from mpqsearch.stages.allocating import allocated, allocation, allocations
+from mpqsearch.stages.allocating import allocated, allocation, allocations, offers
 from mpqsearch.stages.base import Run, slug, start
 from mpqsearch.stages.checking import check_allocation
 from mpqsearch.stages.delivering import delivered_records
@@ -42,6 +42,7 @@ __all__ = [
     "export",
     "import_map",
     "layers",
+    "offers",
     "paths",
     "prepare",
     "profile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget
+from mpqsearch.errors import MpqsearchError
 from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
@@ -17,8 +19,10 @@ from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.selecting import can_select, plain_method, say_selection, selected, selection_inputs
 from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
+from mpqsearch.stages.targeting import solved_for
 
 if TYPE_CHECKING:
+    from mpqsearch.export import Target
     from mpqsearch.search.selection import Selection
 
 
@@ -126,3 +130,38 @@ def allocations(run: Run) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, An
     for note in dict.fromkeys(note for *_, data in out for note in data["notes"] if note.startswith("held at")):
         run.say(f"allocate: {note}")
     return out
+
+
+def offers(run: Run, budget: Budget) -> list[dict[str, Any]]:
+    """What every installed target that holds weights would give at a budget, the least predicted loss first, those with
+    no file that small last. Nothing is written.
+
+    Rows have ``target``, ``bytes`` (headers apart), ``predicted_loss`` (in one unit for all: that of the best loss of
+    the profile), ``map`` (for any target, or its own formats), and ``obstacle``, which is empty for a file that fits.
+    """
+    from mpqsearch.export import TARGETS, get_exporter
+
+    rows = []
+    for target in map(get_exporter, TARGETS):
+        if not target.payload or target.missing():
+            continue
+        row = {"target": target.name, "bytes": None, "predicted_loss": float("nan"), "map": "", "obstacle": ""}
+        try:
+            row |= _offer(run, target, budget)
+        except MpqsearchError as error:
+            row["obstacle"] = str(error)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (bool(row["obstacle"]), row["predicted_loss"]))
+
+
+def _offer(run: Run, target: Target, budget: Budget) -> dict[str, Any]:
+    if target.holds_any_map:
+        method = run.config.method(run.config.chosen_method(None))
+        plain = plain_method(method, run.profile) if method.allocator == "measured" else method
+        made = programs_of(run, plain).allocate(plain, budget, run.config.allocate.parsed_within())
+        loss = made.predicted_loss if made.result is None else float(made.result.loss)
+        return {"bytes": made.size_bytes, "predicted_loss": loss, "map": f"of {plain.allocator}, any width"}
+    data = solved_for(run, target, budget).data
+    used = Counter(data["choices"].values())
+    formats = ", ".join(f"{n} {name}" for name, n in used.most_common())
+    return {"bytes": -(-data["size_bits"] // 8), "predicted_loss": data["predicted_loss"], "map": formats}

@@ -79,14 +79,12 @@ def trained_model(run: Run, method: MethodSpec, budget: Budget) -> QuantizedMode
     """
     import copy
 
-    from safetensors.torch import load_file
-
     from mpqsearch.quant import QuantizedModel, QuantizedRows, RowQuantizer, weight_of
     from mpqsearch.quant.apply import owners_of
 
     file = run.path("distilled", slug(method.name, budget), CODES)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(file).items():
+    for key, tensor in artifacts.read_tensors(file).items():
         name, _, part = key.rpartition("/")
         parts.setdefault(name, {})[part] = tensor
     module = copy.deepcopy(run.denoiser.module).requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, StudyRecord, size_bits
-from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
+from mpqsearch.errors import ArtifactError, ConfigError, InfeasibleBudgetError, MpqsearchError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation
@@ -84,17 +84,20 @@ def export(
     *,
     verify: Verify = "once",
     budgets: Sequence[Budget] = (),
+    own_maps: bool = True,
 ) -> list[Exported]:
     """Write a map for every configured target at every budget (default: that of ``[export]``), measure what the file
     delivers, and let the consumers read it back, each in a process of its own.
 
-    A target that is in ``[allocate] targets`` gets its own map, any other that of the chosen method. What was written
-    from the same inputs is reused. ``export/<target>@<budget>.json`` holds what was promised, found and measured,
-    ``export/sizes.csv`` the sizes of all targets. A target that fails does not stop the others, and a difference does
-    not raise: see `require_good`.
+    A target that rounds by itself gets a map over its own formats at the budget (see `_own_map`), any other, and all
+    without ``own_maps``, that of the chosen method. What was written from the same inputs is reused.
+    ``export/<target>@<budget>.json`` holds what was promised, found and measured, ``export/sizes.csv`` the sizes of all
+    targets. A target that fails does not stop the others, and a difference does not raise: see `require_good`.
     """
     wanted = budgets or [export_budget(run)]
-    attempts = [_attempt(run, records, n, b, verify) for b in wanted for n in run.config.export.targets]
+    attempts = [
+        _attempt(run, records, n, b, verify, own_maps=own_maps) for b in wanted for n in run.config.export.targets
+    ]
     exports = [one for one in attempts if one is not None]
     for one in exports:
         if one.error is not None:
@@ -105,10 +108,12 @@ def export(
     return exports
 
 
-def _attempt(run: Run, records: list[StudyRecord], name: str, budget: Budget, verify: Verify) -> Exported | None:
+def _attempt(
+    run: Run, records: list[StudyRecord], name: str, budget: Budget, verify: Verify, *, own_maps: bool
+) -> Exported | None:
     """One target's export, or the error that ended it; None for a target that a dry run would write."""
     try:
-        return _export_one(run, _task(run, records, name, budget), verify)
+        return _export_one(run, _task(run, records, name, budget, own_maps=own_maps), verify)
     except MpqsearchError as error:
         return Exported(target=name, error=error)
     except Exception as error:  # noqa: BLE001 - consumers raise many kinds; none of them may stop the other targets
@@ -131,37 +136,58 @@ def require_good(exports: Sequence[Exported]) -> None:
         )
 
 
-def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget) -> _Task:
+def _own_map(run: Run, target: Target, budget: Budget, chosen: MethodSpec) -> tuple[BitMap, dict[str, Any]] | None:
+    """A map over the target's own formats at a budget, where such a map is what it should get.
+
+    That is asked for by ``[allocate] targets``. It is also the default of a target that rounds by itself, whatever map
+    it is given: codes and ranges of a method's map are lost on it, and prices are those of its own rounding here. None
+    where the chosen map is one from elsewhere, for budgets that are no size or below the target's smallest file, and
+    where ``export.rounding`` is ``up``.
+    """
+    c = run.config
+    if target.name in c.allocate.targets:
+        return target_allocation(run, target.name, budget)
+    rounds = target.rerounds and not target.holds_any_map and c.export.rounding == "resolve"
+    if not rounds or chosen.allocator == "map" or budget.unit != "bits stored" or c.allocate.within:
+        return None
+    try:
+        return target_allocation(run, target.name, budget)
+    except InfeasibleBudgetError:
+        return None
+
+
+def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, own_maps: bool) -> _Task:
     from mpqsearch.export import get_exporter
 
-    choices: Mapping[str, str] = {}
-    corrected, method, trained = True, None, False
-    if name in run.config.allocate.targets:
-        bit_map, solved = target_allocation(run, name, budget)
-        label, choices = f"allocated for {name} at {budget.label()}", solved["choices"]
+    target = get_exporter(name)
+    chosen = chosen_method(run, records)
+    trained = name not in run.config.allocate.targets and _is_trained(run, chosen, budget)
+    own = _own_map(run, target, budget, chosen) if own_maps and not trained else None
+    if own is None:
+        bit_map, solved = allocation(run, chosen, budget)
+        label = f"{chosen.name}{TRAINED if trained else ''} at {budget.label()}"
+        corrected = solved.get("bias_correction", chosen.bias_correction)
     else:
-        method = chosen_method(run, records)
-        bit_map, solved = allocation(run, method, budget)
-        trained = _is_trained(run, method, budget)
-        label = f"{method.name}{TRAINED if trained else ''} at {budget.label()}"
-        corrected = solved.get("bias_correction", method.bias_correction)
+        bit_map, solved = own
+        label, corrected = f"allocated for {name} at {budget.label()}", True
+    choices: Mapping[str, str] = {} if own is None else solved["choices"]
     inputs = {
         "bit_map": bit_map.digest,
         "model": run.table.digest,
         "rounding": run.config.export.rounding,
         "target": name,
         "bias_correction": str(corrected),
-        "trained": _trained_digest(run, method, budget) if trained and method else "no",
+        "trained": _trained_digest(run, chosen, budget) if trained else "no",
         "choices": artifacts.digest_of(dict(choices)),
         "profile": artifacts.digest_of(profile_inputs(run)),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
     return _Task(
-        target=get_exporter(name),
+        target=target,
         budget=budget,
         bit_map=bit_map,
         bias_correction=corrected,
-        method=method,
+        method=chosen if own is None else None,
         trained=trained,
         label=label,
         choices=choices,

@@ -68,13 +68,19 @@ PROFILE: Kind[SensitivityProfile] = Kind("mpqsearch/profile", artifacts.load_pro
 ALLOCATION: Kind[SavedAllocation] = Kind("mpqsearch/allocation", _load_allocation, _save_allocation)
 
 
-def _kept_features(path: Path, _data: Any) -> Iterable[Path]:
-    """Features and pictures of a map, beside its metrics."""
-    file = path.parent.parent / "stats" / f"{path.stem}.npz"
-    return [file] if path.parent.name == "metrics" and file.is_file() else []
+def _measured(path: Path, _data: Any) -> Iterable[Path]:
+    """What belongs to metrics: of a map its features and pictures, of a training the student and its log."""
+    folder = path.parent
+    if folder.name == "metrics":
+        features = folder.parent / "stats" / f"{path.stem}.npz"
+        return [features] if features.is_file() else []
+    if folder.parent.name != "distilled":
+        return []
+    unfinished = (path, folder / "latest.json", *folder.glob("ckpt-*/*"))  # from which a training goes on
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in unfinished)
 
 
-METRICS = plain("mpqsearch/metrics", _kept_features)
+METRICS = plain("mpqsearch/metrics", _measured)
 SEARCH = plain("mpqsearch/search", lambda path, _: sorted([*path.parent.glob("*.csv"), *path.parent.glob("maps/*")]))
 EXPORT = plain("mpqsearch/export", lambda path, data: [path.with_suffix("") / name for name in data["files"]])
 PARETO = plain("mpqsearch/pareto")

@@ -38,11 +38,12 @@ def target_allocation(run: Run, name: str, budget: Budget) -> tuple[BitMap, dict
     }
     inputs |= run.digests("policy")
     path = run.path("allocations", slug(f"target-{name}", budget), "allocation.json")
-    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, target, budget))
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: solved_for(run, target, budget))
     return solved.bit_map, solved.data
 
 
-def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
+def solved_for(run: Run, target: Target, budget: Budget) -> SavedAllocation:
+    """Solve over the formats of a target at one budget; see `target_allocation`."""
     from mpqsearch.export import neutral_extra
     from mpqsearch.export.allocation import allocate_for
 

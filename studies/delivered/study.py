@@ -79,7 +79,7 @@ def bytes_of(run: stages.Run, name: str, kind: str) -> Budget:
 
 def rows_of(run: stages.Run, name: str, budget: Budget, reported: float | None) -> Iterator[dict[str, Any]]:
     """The measured file, and the uniform one that it was compared with."""
-    (one,) = stages.export(run, [], verify="no", budgets=[budget])
+    (one,) = stages.export(run, [], verify="no", budgets=[budget], own_maps=name in run.config.allocate.targets)
     if one.error is not None:
         print(f"{name} at {budget.label()}: {one.error}")
         return

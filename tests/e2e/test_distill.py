@@ -54,6 +54,11 @@ def test_distill_trains_measures_and_reuses(cli: Cli, study: Path, profiled: Pat
     again = cli(*call, "--json")
     assert "distill: reused" in again.stderr
     assert json.loads(again.stdout) == data
+    whole = (folder / "codes.safetensors").read_bytes()
+    (folder / "codes.safetensors").write_bytes(whole[:-1])
+    edited = cli(*call)
+    assert (edited.returncode, "mpqsearch distill --overwrite" in edited.stderr) == (2, True)
+    (folder / "codes.safetensors").write_bytes(whole)
     settings = [*call[1:5], *call[7:]]
     named = cli(
         "export", *settings, "--method", "ilp-channel+trd", "-t", "packed", "-t", "neutral", "--verify", "--accept"

@@ -155,7 +155,7 @@ def tiny_profile(
 
     arrays: dict[str, Any] = {
         k: rng.lognormal(size=n).astype(np.float32)
-        for k in ("kurtosis", "kurtosis_smoothed", "sensitivity", "output_power")
+        for k in ("kurtosis", "kurtosis_smoothed", "weight_rms", "sensitivity", "output_power")
     }
 
     def price(variant: str) -> None:

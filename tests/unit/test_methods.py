@@ -185,6 +185,72 @@ def test_omq_takes_the_split_with_the_least_output_error() -> None:
         assert rows[np.arange(20), got - 1].sum() == pytest.approx(min(errors), rel=1e-12)
 
 
+def widths_of(allocator: str, budget: str, table: LayerTable = TABLE, **arrays: object) -> dict[str, int]:
+    """Widths of the searched layers by a rule, from the tiny profile with some arrays replaced."""
+    profile = tiny_profile(table)
+    profile = replace(profile, arrays={**profile.arrays, **arrays})  # type: ignore[dict-item]
+    made = Programs(table=table, profile=profile, policy=POLICY, format=FORMAT).allocate(
+        MethodSpec(name=allocator, allocator=allocator), Budget.parse(budget)
+    )
+    assert made.within_budget
+    return {n: int(made.bit_map.weights[n]) for n in POLICY.resolve(table).searched}
+
+
+@pytest.mark.parametrize("allocator", ["first-last-high", "k-quant", "sdnq-dynamic", "quant-probe", "apple-threshold"])
+@pytest.mark.parametrize("budget", ["uniform:2", "5.1bit", "uniform:4"])
+def test_rules_of_practice_use_the_budget_up(allocator: str, budget: str) -> None:
+    made = run(allocator, budget)
+    bit_map: BitMap = made.bit_map  # type: ignore[attr-defined]
+    for name in (n for n in POLICY.resolve(TABLE).searched if bit_map.weights[n] < 8):
+        wider = replace(bit_map, weights={**bit_map.weights, name: bit_map.weights[name] + np.uint8(1)})
+        assert size_bits(TABLE, wider) > made.limit  # type: ignore[attr-defined]
+
+
+def test_rules_by_position_name_and_kurtosis_widen_the_layers_that_they_name() -> None:
+    table = tiny_table(n_layers=12, channels=20, fan_in=30)
+    ends = list(widths_of("first-last-high", "uniform:4", table).values())
+    assert (ends[0], ends[-1]) == (8, 8)
+    assert set(ends[2:-2]) == {3}, "those between share one width"
+    kurtosis = np.ones(table.n_channels, dtype=np.float32)
+    kurtosis[5 * 20 : 6 * 20] = 9
+    probed = list(widths_of("quant-probe", "uniform:4", table, kurtosis=kurtosis).values())
+    assert probed[4] == 8 > max(probed[:4] + probed[5:])
+    places = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+    names = ["in", *(f"blocks.{i}.{p}" for i in range(2) for p in places), "out"]
+    named = tiny_table(n_layers=len(names), channels=32, fan_in=64)
+    named = replace(named, layers=tuple(replace(la, name=n) for la, n in zip(named, names, strict=True)))
+    mixed = widths_of("k-quant", "uniform:4.7", named)
+    assert {n: w for n, w in mixed.items() if w > 4} == {
+        f"blocks.{i}.{p}": 6 for i in range(2) for p in ("attn.to_v", "ff.net.2")
+    }, "Q4_K_M: Q6_K for value projections and the second layers of feed-forwards"
+
+
+@pytest.mark.parametrize("allocator", ["sdnq-dynamic", "apple-threshold"])
+def test_threshold_rules_take_the_lowest_threshold_that_fits(allocator: str) -> None:
+    if allocator == "sdnq-dynamic":
+        rms = PROFILE.layer_sum(PROFILE.arrays["weight_rms"].astype(np.float64) ** 2)
+        fan_in = np.array([la.weights_per_channel for la in TABLE])
+        error = PROFILE.layer_sum(PROFILE.arrays["weight_error/asymmetric"]) / (rms * fan_in)[:, None]
+    else:
+        error = PROFILE.layer_sum(channel_losses(PROFILE, TABLE, "asymmetric", "probe", bias_correction=False))
+    searched, made = POLICY.resolve(TABLE).searched, run(allocator, "uniform:3")
+    chosen = {n: int(made.bit_map.weights[n]) for n in searched}  # type: ignore[attr-defined]
+    base = uniform_map(TABLE, POLICY, 2)
+    for threshold in np.sort(error.ravel()):
+        least = {n: 1 + int(np.argmax(error[PROFILE.index[n]] <= threshold)) for n in searched}
+        reached = all((error[PROFILE.index[n]] <= threshold).any() for n in searched)
+        by_rule = replace(base, weights={**base.weights, **{n: np.array(w) for n, w in least.items()}})
+        if reached and size_bits(TABLE, by_rule) <= made.limit:  # type: ignore[attr-defined]
+            break
+    assert sum(chosen.values()) > len(searched)
+    assert all(chosen[n] >= least[n] for n in searched), "what is left of the budget only widens"
+
+
+def test_one_layer_at_a_time_is_a_knapsack_of_the_output_error() -> None:
+    same = run("ilp-layer", "uniform:3", loss="probe")
+    assert run("mixed-gguf", "uniform:3").bit_map.weights == same.bit_map.weights  # type: ignore[attr-defined]
+
+
 def test_random_maps_follow_their_seed() -> None:
     a, b, c = (run("random", "uniform:3", seed=s).bit_map.digest for s in (0, 0, 1))  # type: ignore[attr-defined]
     assert a == b != c

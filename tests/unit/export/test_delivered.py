@@ -22,7 +22,7 @@ from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import adapt
 from tests.support.inputs import known
 
-TARGETS = {"packed": (3, 4), "quanto": (2, 4), "gguf": (4, 5), "torchao": (3, 4), "sdnq": (3, 4)}
+TARGETS = {"packed": (3, 4), "quanto": (2, 4), "gguf": (4, 5), "torchao": (3, 4), "sdnq": (3, 4), "comfyui": (4, 8)}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mpqsearch.errors import MpqsearchError
 from mpqsearch.models import open_streamed
 from mpqsearch.models.loader import load_part, load_pipeline
+from mpqsearch.sampling import load_model
+from tests.support.pipelines import TINY
 from tests.support.tiny import tiny_unet
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -31,9 +35,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(**changes: Any) -> Harm:
+def config(name: str = "config.json", **changes: Any) -> Harm:
     def harm(folder: Path) -> None:
-        file = folder / "config.json"
+        file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
     return harm
@@ -54,10 +58,13 @@ def cut(folder: Path) -> None:
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
 
 
-def lacking(folder: Path) -> None:
-    tensors = load_file(folder / FILE)
-    del tensors["conv_in.weight"]
-    save_file(tensors, folder / FILE)
+def lacking(key: str = "conv_in.weight", name: str = FILE) -> Harm:
+    def harm(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        del tensors[key]
+        save_file(tensors, folder / name, {"format": "pt"})
+
+    return harm
 
 
 def pipe(folder: Path) -> None:
@@ -106,7 +113,7 @@ HARM: dict[str, tuple[Harm, str]] = {
     "a negative offset": (
         weights({"conv_in.weight": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}), "damaged"
     ),
-    "a missing key": (lacking, "lack 1 keys"),
+    "a missing key": (lacking(), "lack 1 keys"),
     "a pipe": (pipe, "is no file|holds no"),
     "a link to itself": (loop, "is no file|holds no|damaged"),
     "a missing shard": (shards({"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}), "shards"),
@@ -134,6 +141,44 @@ def test_a_harmful_folder_ends_in_a_message(name: str, opened: str, whole: Path,
             open_streamed(str(folder))
     assert time.process_time() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # kB
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    TINY["StableDiffusionPipeline"]()[0].save_pretrained(folder)
+    return folder
+
+
+def endless(folder: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    (folder / "vae" / "config.json").symlink_to("/dev/zero")
+
+
+ENCODER, KEY = "text_encoder/config.json", "embeddings.position_embedding.weight"
+PARTS: dict[str, tuple[Harm, str]] = {
+    "a billion layers of text": (config(ENCODER, num_hidden_layers=10**9), "far more modules"),
+    "a wide text encoder": (config(ENCODER, hidden_size=2**34), "far more values"),
+    "a key of the text encoder": (lacking(KEY, "text_encoder/model.safetensors"), "lack 1 keys"),
+    "a billion layers to decode": (config("vae/config.json", layers_per_block=10**9), "far more modules"),
+    "a key of the decoder": (lacking("decoder.conv_in.bias", f"vae/{FILE}"), "lack 1 keys"),
+    "a configuration without end": (endless, "is no file"),
+    "a tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer is no folder"),
+    "a billion timesteps": (config("scheduler/scheduler_config.json", num_train_timesteps=10**9), "should be 1..1,0"),
+    "a call of a list": (text("sampler.json", '{"call": [1]}'), "call should be a table"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("name", PARTS)
+def test_a_harmful_component_of_a_pipeline_ends_in_a_message(name: str, pipeline: Path, tmp_path: Path) -> None:
+    harm, message = PARTS[name]
+    shutil.copytree(pipeline, tmp_path / "p")
+    harm(tmp_path / "p")
+    began = time.process_time()
+    with pytest.raises(MpqsearchError, match=message):
+        load_model(str(tmp_path / "p")).runner.examples(nn.Identity())
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(

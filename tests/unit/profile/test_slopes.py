@@ -155,6 +155,7 @@ def test_a_profile_for_predictions_has_the_slopes_of_a_whole_one_and_takes_no_ot
     assert set(only.arrays) == {
         "kurtosis",
         "kurtosis_smoothed",
+        "weight_rms",
         "weight_error/asymmetric",
         "layer_context_slope/asymmetric",
         "layer_context_std_error/asymmetric",

@@ -39,7 +39,7 @@ def test_numbers_are_those_of_the_loaded_model(streamed: StreamedModel) -> None:
     found = profile_weights(streamed, table, POLICY, SCHEMES, FMT)
     spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, schemes=SCHEMES, smooth=False)
     whole = profile_model(load_model(streamed.source, sampler=SamplerSpec(steps=2)), table, POLICY, spec, FMT)
-    assert set(found.arrays) == {"kurtosis", "weight_error/asymmetric", "weight_error/auto"}
+    assert set(found.arrays) == {"kurtosis", "weight_rms", "weight_error/asymmetric", "weight_error/auto"}
     for key, array in found.arrays.items():
         np.testing.assert_allclose(array, whole.arrays[key], rtol=1e-5, err_msg=key)  # float32 sums in another order
     assert found.model_digest == whole.model_digest
