@@ -81,6 +81,8 @@ def test_biases_make_good_the_mean_error_of_what_the_file_holds(name: str, denoi
     assert errors["forward_error"] <= 2e-3, "what is measured is what was written"
     if name == "packed":
         assert errors["evaluated_error"] <= 2e-3, "our codes, and biases in half precision"
+    if not target.loading:  # ComfyUI itself
+        return
     shown: dict[str, object] = {}
     with torch_kernels() if name == "quanto" else nullcontext():
         exec(target.loading.format(cls="DiTTransformer2DModel", folder=tmp_path.as_posix()), shown)
