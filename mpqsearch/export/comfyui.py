@@ -25,16 +25,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpqsearch.artifacts import read_tensors
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, stored_total
 from mpqsearch.errors import ArtifactError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.names import PREFIX, Place, fused, in_diffusers, joined, places, separated
+from mpqsearch.export.names import PREFIX, Place, fused, in_diffusers, joined, places_of, separated, tied
 from mpqsearch.export.reading import Reading, by_name, float_note, json_at
 from mpqsearch.export.target import Target, write_config
 from mpqsearch.untrusted import parse_json
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 FILE = "diffusion_model.safetensors"
 KEY, MARK, LEGACY = "_quantization_metadata", "comfy_quant", "scaled_fp8"
@@ -115,19 +116,7 @@ class ComfyTarget(Target):
 
     def tied(self, table: LayerTable) -> list[tuple[str, ...]]:
         """Layers that are one layer in ComfyUI."""
-        return [group for group in fused(table) if len(group) > 1]
-
-    def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """As any target's; layers that are one layer in ComfyUI all get the widest format of theirs."""
-        plan = {e.layer: e for e in super().plan(job)}
-        for group in self.tied(job.table):
-            widest = max((plan[n] for n in group), key=lambda e: e.will_get or 0)
-            for entry in (plan[n] for n in group if plan[n].choice != widest.choice):
-                detail = f"one layer with {widest.layer} in ComfyUI, which has {widest.choice or '16 bits'}."
-                plan[entry.layer] = replace(
-                    entry, will_get=widest.will_get, choice=widest.choice, reason="rounded_up", detail=detail
-                )
-        return list(plan.values())
+        return tied(table)
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """As any target's; layers that are one layer in ComfyUI share what is stored once."""
@@ -149,11 +138,11 @@ class ComfyTarget(Target):
         formats = {e.layer: e.choice for e in plan if e.choice}
         owners: dict[str, Any] = {n: module.get_submodule(n) for n in (e.layer for e in plan)}
         weights = {f"{n}.weight": _plain(owners[n].weight) for n in formats}
-        found = _places(module)
+        found = places_of(module)
+        choices = {found[f"{n}.weight"].name: choice for n, choice in formats.items()}
         packed: dict[str, Tensor] = {}
         for name, whole in joined(weights, found).items():
-            member = next(n for n in formats if found[f"{n}.weight"].name == name)
-            tensors = quantize(whole, formats[member])
+            tensors = quantize(whole, choices[name])
             packed |= {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
         decoded = _decoded(packed, found, {key: tensor.shape for key, tensor in weights.items()})
         for name, owner in owners.items():
@@ -168,12 +157,10 @@ class ComfyTarget(Target):
 
     def read_back(self, folder: Path) -> dict[str, Any]:
         """Decode every layer with comfy-kitchen, as ComfyUI's loader would, and read the formats."""
-        from safetensors.torch import load_file
-
         from mpqsearch.export.check import build_model, forward_errors, put_weights
 
-        module, tensors = build_model(folder), load_file(folder / FILE)
-        found = _places(module)
+        module, tensors = build_model(folder), read_tensors(folder / FILE)
+        found = places_of(module)
         shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
         values = _decoded(tensors, found, shapes)
         formats = {}
@@ -191,13 +178,11 @@ class ComfyTarget(Target):
 
     def weights(self, folder: Path) -> Mapping[str, Tensor]:
         """All values, decoded by comfy-kitchen, by their names in diffusers."""
-        from safetensors.torch import load_file
-
         from mpqsearch.export.check import build_model
 
         module = build_model(folder)
         shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
-        return _decoded(load_file(folder / FILE), _places(module), shapes)
+        return _decoded(read_tensors(folder / FILE), places_of(module), shapes)
 
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """What the format makes of a weight."""
@@ -282,15 +267,17 @@ _BITS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 
 def description(choice: str, columns: int) -> bytes:
     """The ``comfy_quant`` of a layer with so many columns."""
-    fmt = FORMATS[choice]
-    said: dict[str, Any] = {"format": fmt.name or choice, "full_precision_matrix_mult": True}
-    if choice == "awq_w4a16":
-        said["group_size"] = GROUP
-    if choice == "int8_tensorwise" and _rotated(columns):
-        said["convrot"] = True
-    if fmt.rotates and _rotated(columns):
-        said["convrot_groupsize"] = _rotated(columns)
+    said = {"format": FORMATS[choice].name or choice, "full_precision_matrix_mult": True} | _settings(choice, columns)
     return json.dumps(said).encode()
+
+
+def _settings(choice: str, columns: int) -> dict[str, Any]:
+    """What a format says of itself beside its name: columns that are rotated together, or have one scale."""
+    said: dict[str, Any] = {"group_size": GROUP} if choice == "awq_w4a16" else {}
+    size = _rotated(columns) if FORMATS[choice].rotates else 0
+    if size and choice == "int8_tensorwise":
+        said["convrot"] = True
+    return said | ({"convrot_groupsize": size} if size else {})
 
 
 def _rotated(columns: int) -> int:
@@ -307,10 +294,9 @@ def quantize(weight: Tensor, choice: str) -> dict[str, Tensor]:
     mark = {MARK: torch.tensor(list(said), dtype=torch.uint8)}
     if choice == "awq_w4a16":
         return _grouped(weight) | mark
-    options = dict(FORMATS[choice].options)
+    options = {**FORMATS[choice].options, **_settings(choice, weight.shape[1])}
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    options |= {key: value for key, value in json.loads(said).items() if key.startswith("convrot")}
     layout = get_layout_class(FORMATS[choice].layout)
     codes, params = layout.quantize(weight, **options)
     tensors = {f"weight{suffix}": tensor for suffix, tensor in layout.state_dict_tensors(codes, params).items()}
@@ -368,11 +354,6 @@ def _kind(mark: Any, codes: Tensor, shape: Sequence[int]) -> str:
 
 def _by_rows(name: str, stored: int, columns: int) -> str:
     return "asym_w6a8_int8" if name == "asym_w4a8_int8" and 4 * stored == 3 * columns else name
-
-
-def _places(module: nn.Module) -> dict[str, Place]:
-    keys = list(module.state_dict())
-    return places(keys) or {key: Place(name=key) for key in keys}
 
 
 def _decoded(

@@ -8,8 +8,9 @@ Limits, from the format (gguf 0.19, libgguf 0.2.2) and from running it through d
   gives what it makes of a weight, so that an allocation can be priced with it.
 - Layers at full precision are stored as F16, everything else as F32. The types offered are those that diffusers can
   read.
-- Names are those of the model (diffusers). ggml itself limits a name to 63 characters; longer ones are read by
-  diffusers only.
+- Names are those of the model's own code, which ComfyUI-GGUF wants and diffusers translates, where
+  `mpqsearch.export.names` knows them; else those of diffusers, which reads the file then and nothing else does. Layers
+  that are one layer there have one type. ggml itself limits a name to 63 characters.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.names import in_diffusers
+from mpqsearch.export.names import PREFIX, in_diffusers, joined, places_of, separated, tied
 from mpqsearch.export.reading import Reading, bits_of, by_name
 from mpqsearch.export.target import Target, write_config
 
@@ -74,6 +75,10 @@ class GgufTarget(Target):
             Choice(name=n, width=w) for n, (w, block, _) in TYPES.items() if layer.weights_per_channel % block == 0
         )
 
+    def tied(self, table: LayerTable) -> list[tuple[str, ...]]:
+        """Layers that are one layer in the model's own code."""
+        return tied(table)
+
     def coded(self, layer: LayerSpec, choice: Choice) -> StoredBits:
         """Whole blocks: codes, and the scales and minima inside each block."""
         width, block, size = TYPES[choice.name]
@@ -87,32 +92,36 @@ class GgufTarget(Target):
         from mpqsearch.export.check import correct_bias, write_check
 
         module = job.model.module
-        modules: dict[str, Any] = dict(module.named_modules())
-        blocks: dict[str, Any] = {}
-        for entry in plan:
-            owner = modules[entry.layer]
-            if entry.choice:
-                blocks[entry.layer] = quantize(owner.weight, entry.choice, importance_of(job, entry.layer))
-                decoded = dequantize(blocks[entry.layer], entry.choice)
+        names, found = {e.layer: e.choice or "F16" for e in plan}, places_of(module)
+        owners: dict[str, Any] = {n: module.get_submodule(n) for n in names}
+        weights: dict[str, Tensor] = {f"{n}.weight": owner.weight.detach() for n, owner in owners.items()}
+        layers = {found[f"{n}.weight"].name: n for n in names}
+        stored: dict[str, Any] = {}
+        decoded = {}
+        for name, whole in joined(weights, found).items():
+            choice = names[layers[name]]
+            if choice == "F16":
+                stored[name], decoded[name] = whole.half().numpy(), whole.half().float()
             else:
-                decoded = owner.weight.detach().half().float()
-            correct_bias(job, entry.layer, owner, decoded)
-            owner.weight.data.copy_(decoded)
-        layers = {e.layer: e for e in plan}
+                stored[name] = quantize(whole, choice, importance_of(job, layers[name]))
+                decoded[name] = dequantize(stored[name], choice)
+        values = separated(decoded, found, {key: len(weight) for key, weight in weights.items()})
+        for name, owner in owners.items():
+            correct_bias(job, name, owner, values[f"{name}.weight"])
+            owner.weight.data.copy_(values[f"{name}.weight"])
+        rest = {key: tensor.detach().float() for key, tensor in module.state_dict().items() if key not in weights}
+        stored |= {name: tensor.contiguous().numpy() for name, tensor in joined(rest, found).items()}
+        kind = architecture(module)
+        prefix = PREFIX if kind in PREFIXED else ""
         with atomic_path(folder / FILE) as temporary:
-            writer = gguf.GGUFWriter(temporary, architecture(module))
+            writer = gguf.GGUFWriter(temporary, kind)
             writer.add_string("mpqsearch.bit_map", job.bit_map.digest)
-            writer.add_array("mpqsearch.layers", list(layers) or [""])
-            writer.add_array("mpqsearch.types", [e.choice or "F16" for e in plan] or [""])
-            for key, tensor in module.state_dict().items():
-                name = key.removesuffix(".weight")
-                if key.endswith(".weight") and name in blocks:
-                    kind = gguf.GGMLQuantizationType[layers[name].choice]
-                    writer.add_tensor(key, blocks[name], raw_dtype=kind)
-                elif key.endswith(".weight") and name in layers:
-                    writer.add_tensor(key, tensor.half().numpy())
-                else:
-                    writer.add_tensor(key, tensor.detach().float().contiguous().numpy())
+            writer.add_array("mpqsearch.layers", list(names) or [""])
+            writer.add_array("mpqsearch.types", list(names.values()) or [""])
+            for name, data in stored.items():
+                choice = names[layers[name]] if name in layers else "F16"
+                raw = None if choice == "F16" else gguf.GGMLQuantizationType[choice]
+                writer.add_tensor(prefix + name, data, raw_dtype=raw)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -127,10 +136,10 @@ class GgufTarget(Target):
         from mpqsearch.export.check import loaded
 
         module = load_with_diffusers(folder)
-        weights = ((n.removesuffix(".weight"), p) for n, p in module.named_parameters() if n.endswith(".weight"))
-        formats = {n: gguf.GGMLQuantizationType(p.quant_type).name for n, p in weights if isinstance(p, GGUFParameter)}
-        names = [t.name for t in gguf.GGUFReader(folder / FILE).tensors]
-        return loaded(folder, module, formats, names) | self.sizes(folder)
+        state = state_of(folder / FILE, module)
+        types = {n.removesuffix(".weight"): t.quant_type for n, t in state.items() if isinstance(t, GGUFParameter)}
+        formats = {n: gguf.GGMLQuantizationType(t).name for n, t in types.items()}
+        return loaded(folder, module, formats, state) | self.sizes(folder)
 
     def sizes(self, folder: Path) -> dict[str, int]:
         """As the reader of gguf counts them."""
@@ -294,30 +303,49 @@ def dequantize(blocks: Any, choice: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[choice]).copy())
 
 
+ARCHITECTURES = {
+    "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux", "SD3Transformer2DModel": "sd3",
+    "WanTransformer3DModel": "wan", "SkyReelsV2Transformer3DModel": "wan", "ZImageTransformer2DModel": "lumina2",
+    "QwenImageTransformer2DModel": "qwen_image", "LTXVideoTransformer3DModel": "ltxv",
+}  # fmt: skip
+"""Class of diffusers to the word by which ComfyUI-GGUF (commit 795e451) knows the model; it refuses all others."""
+
+PREFIXED = ("sd1", "sdxl")
+"""Architectures whose names have a prefix in every published checkpoint, which diffusers and others look for."""
+
+
 def architecture(module: Any) -> str:
-    """The value of ``general.architecture``, by which other loaders know the model: the class in lower case where none
-    is known."""
-    names = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3", "UNet2DConditionModel": "sd1"}
+    """The value of ``general.architecture``: the class in lower case where no reader but diffusers knows the model."""
     kind = type(module).__name__
-    return names.get(kind, kind.lower())
+    if kind == "UNet2DConditionModel":
+        return "sdxl" if module.config.addition_embed_type == "text_time" else "sd1"
+    return ARCHITECTURES.get(kind, kind.lower())
+
+
+def state_of(file: Path, module: Any) -> dict[str, Any]:
+    """The tensors of a file as diffusers parses it, by the names of the model where it has them."""
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_gguf_checkpoint(str(file)).items()}
+    found = places_of(module)
+    rows = {key: len(tensor) if tensor.ndim else 0 for key, tensor in module.state_dict().items()}
+    known = {place.name for place in found.values()}
+    return separated(tensors, found, rows) | {name: t for name, t in tensors.items() if name not in known}
 
 
 def load_with_diffusers(folder: str | Path) -> Any:
-    """The model with diffusers' GGUF layers, through ``from_single_file`` where the class has it, else by the same
-    steps."""
+    """The model with diffusers' GGUF layers, by the steps of ``from_single_file``, which not every class has."""
     import torch
     from diffusers import GGUFQuantizationConfig
-    from diffusers.models.model_loading_utils import load_gguf_checkpoint, load_model_dict_into_meta
+    from diffusers.models.model_loading_utils import load_model_dict_into_meta
     from diffusers.quantizers.gguf import GGUFQuantizer
 
-    from mpqsearch.export.check import build_model, config_of, model_class
+    from mpqsearch.export.check import build_model
 
     folder = Path(folder)
-    file, config = str(folder / FILE), GGUFQuantizationConfig(compute_dtype=torch.float32)
-    if hasattr(maker := model_class(config_of(folder)), "from_single_file"):
-        return maker.from_single_file(file, quantization_config=config, config=str(folder), torch_dtype=torch.float32)
-    model, state = build_model(folder), load_gguf_checkpoint(file)
-    quantizer = GGUFQuantizer(config, pre_quantized=True)
+    model = build_model(folder)
+    state = state_of(folder / FILE, model)
+    quantizer = GGUFQuantizer(GGUFQuantizationConfig(compute_dtype=torch.float32), pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map=None, state_dict=state)
     load_model_dict_into_meta(
         model, state, dtype=torch.float32, hf_quantizer=quantizer, device_map={"": torch.device("cpu")}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from mpqsearch.core import LayerTable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -65,6 +65,17 @@ def layer_places(table: LayerTable) -> dict[str, Place]:
         return {la.name: Place(name=la.name) for la in table}
     plain = {key.removesuffix(".weight"): place for key, place in found.items()}
     return {n: Place(name=p.name.removesuffix(".weight"), part=p.part) for n, p in plain.items()}
+
+
+def places_of(module: nn.Module) -> dict[str, Place]:
+    """`places` of a model; where its parameters are called as in diffusers for an unknown architecture."""
+    keys = list(module.state_dict())
+    return places(keys) or {key: Place(name=key) for key in keys}
+
+
+def tied(table: LayerTable) -> list[tuple[str, ...]]:
+    """Layers that are joined, two or more, into one of the published checkpoint."""
+    return [group for group in fused(table) if len(group) > 1]
 
 
 def fused(table: LayerTable) -> list[tuple[str, ...]]:
@@ -124,7 +135,7 @@ def swapped(tensor: Tensor) -> Tensor:
     """A tensor with its two halves exchanged."""
     import torch
 
-    return torch.cat(tensor.chunk(2)[::-1])
+    return torch.cat(list(tensor.chunk(2))[::-1])  # a list, as the blocks of GGUF in diffusers need it
 
 
 def _place(key: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> Place:

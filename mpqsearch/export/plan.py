@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,19 @@ def plan_channels(job: ExportJob, target: Target) -> list[PlanEntry]:
         else:
             plan.append(_entry(layer, job, Choice(name=f"uint{asked[0]}", width=asked[0]), "exact", ""))
     return plan
+
+
+def share(plan: Sequence[PlanEntry], groups: Sequence[Sequence[str]]) -> list[PlanEntry]:
+    """The plan with one format for all layers of a group, the widest of theirs: they are one layer in the file."""
+    entries = {e.layer: e for e in plan}
+    for group in groups:
+        widest = max((entries[n] for n in group), key=lambda e: e.will_get or 0)
+        for entry in (entries[n] for n in group if entries[n].choice != widest.choice):
+            detail = f"one layer with {widest.layer} in the file, which has {widest.choice or 'full precision'}."
+            entries[entry.layer] = replace(
+                entry, will_get=widest.will_get, choice=widest.choice, reason="rounded_up", detail=detail
+            )
+    return list(entries.values())
 
 
 def _entry_of(layer: LayerSpec, job: ExportJob, target: Target) -> PlanEntry:

@@ -27,7 +27,7 @@ from mpqsearch.core import (
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
-from mpqsearch.export.plan import plan_layers
+from mpqsearch.export.plan import plan_layers, share
 from mpqsearch.specs.targets import TARGETS
 from mpqsearch.untrusted import parse_json
 
@@ -157,8 +157,8 @@ class Target:
         return unquantized_bits(layer, self.full_bits) if choice is None else self.coded(layer, choice)
 
     def plan(self, job: ExportJob) -> list[PlanEntry]:
-        """One entry per layer, in the order of the table; see `plan_layers`."""
-        return plan_layers(job, self)
+        """One entry per layer, in the order of the table; see `plan_layers`. Layers that are `tied` share a format."""
+        return share(plan_layers(job, self), self.tied(job.table))
 
     def promise(self, job: ExportJob, plan: Sequence[PlanEntry]) -> StoredBits:
         """Stored bits of the whole model under a plan."""

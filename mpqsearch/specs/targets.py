@@ -24,6 +24,7 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
     "torchao": "mpqsearch.export.torchao:TorchaoTarget",
     "gguf": "mpqsearch.export.gguf:GgufTarget",
     "comfyui": "mpqsearch.export.comfyui:ComfyTarget",
+    "ctq": "mpqsearch.export.ctq:CtqTarget",
     "sdcpp": "mpqsearch.export.sdcpp:SdcppTarget",
     "sdnq": "mpqsearch.export.sdnq:SdnqTarget",
     "autoround": "mpqsearch.export.autoround:AutoRoundTarget",

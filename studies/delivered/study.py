@@ -39,6 +39,7 @@ TYPES = {
     "quanto": ("qint4",),
     "gguf": ("Q4_0", "Q5_0"),
     "sdnq": ("uint3", "uint4"),
+    "comfyui": ("convrot_w4a4", "asym_w4a8_int8", "asym_w6a8_int8"),
 }
 """Uniform types at whose bytes a map for the target is made; torchao stores all widths in bytes."""
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="fmnist-dit")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--targets", nargs="+", default=["packed", "quanto", "gguf", "sdnq", "torchao"])
+    parser.add_argument("--targets", nargs="+", default=["packed", "quanto", "gguf", "sdnq", "torchao", "comfyui"])
     parser.add_argument("--folder", type=Path, default=Path("runs/delivered"))
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args()

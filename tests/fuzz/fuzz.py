@@ -189,6 +189,7 @@ READERS: dict[str, Reader] = {
     "quanto": _foreign("quanto_qmap.json", {la.name: {"weights": "qint4", "activations": "none"} for la in TABLE}),
     "mlx": _foreign("config.json", {"quantization": {"group_size": 32, "bits": 4, "blocks.0.to_q": {"bits": 8}}}),
     "sdcpp": _foreign("sdcpp_rules.txt", "^blocks\\.0\\.to_q\\.weight$=q8_0,to_k=q4_0"),
+    "ctq": _foreign("ctq_layers.json", {r"blocks\.0": {"format": "int8_tensorwise"}, "_default": {"skip": True}}),
     "comfyui": _foreign(
         "comfyui_metadata.json",
         {"_quantization_metadata": {"format_version": "1.0", "layers": {"blocks.0.to_q": {"format": "nvfp4"}}}},

@@ -20,6 +20,7 @@ from torch import nn
 
 from mpqsearch.core import LayerTable
 from mpqsearch.export import read_map
+from mpqsearch.export.reading import bits_of
 from mpqsearch.export.sdnq import WITHOUT_COMPILER
 from mpqsearch.models import discover
 from mpqsearch.sampling import adapt
@@ -109,6 +110,28 @@ def test_sdnq(case: int, module: nn.Module, table: LayerTable, tmp_path: Path) -
     if set(expected.values()) == {16}:
         pytest.skip("nothing is quantized")
     assert imported(tmp_path, table, config(quant_method="sdnq", **settings)) == expected
+
+
+def test_sdnq_dynamic(module: nn.Module, table: LayerTable, tmp_path: Path) -> None:
+    """What SDNQ chooses by itself, from the error of each weight: the folder that it saves says it all."""
+    os.environ.setdefault(*WITHOUT_COMPILER)
+    pytest.importorskip("sdnq")
+    from diffusers import SDNQConfig
+
+    model: Any = copy.deepcopy(module)
+    with torch.no_grad():
+        model.transformer_blocks[1].ff.net[2].weight.copy_(torch.randn(64, 256).pow(3))  # heavy tails
+    model.save_pretrained(tmp_path / "plain")
+    asked = SDNQConfig(weights_dtype="uint4", use_dynamic_quantization=True, dynamic_loss_threshold=4e-3)
+    made = type(model).from_pretrained(tmp_path / "plain", quantization_config=asked, torch_dtype=torch.float32)
+    made.save_pretrained(tmp_path / "dynamic")
+    theirs = type(model).from_pretrained(tmp_path / "dynamic", torch_dtype=torch.float32)
+    layers = dict(theirs.named_modules())
+    held = {la.name: getattr(layers[la.name], "sdnq_dequantizer", None) for la in table}
+    expected = {n: 16 if d is None else bits_of(d.weights_dtype) for n, d in held.items()}
+    assert set(expected.values()) == {4, 5, 6, 16}, expected
+    read = read_map(tmp_path / "dynamic", table)
+    assert {n: int(w) for n, w in read.bit_map.weights.items()} == expected
 
 
 @pytest.mark.parametrize("case", range(12))
@@ -302,3 +325,27 @@ def test_coreml_itself(settings: Any, module: nn.Module, table: LayerTable, tmp_
     found = {la.name: theirs.get_module_config(la.name, modules[la.name]) for la in table}
     expected = {n: 16 if c is None else int(c.n_bits) for n, c in found.items()}
     same(expected, table, tmp_path, settings, "coreml_config.json")
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_ctq(case: int, table: LayerTable, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("convert_to_quant.config.layer_config")
+    rng = random.Random(case)
+    parts = [
+        "attn1",
+        r"proj_out_\d",
+        r"transformer_blocks\.\d+\.",
+        "norm1",
+        r"ff\.net",
+        r"transformer_blocks\.1",
+        "to_[qk]",
+    ]
+    keys = [f"^.*{p}" if rng.random() < 0.3 else p for p in rng.sample(parts, 4)]
+    settings = [{"format": "float8_e4m3fn"}, {"format": "int8_tensorwise"}, {"skip": True}]
+    data: dict[str, Any] = {key: rng.choice(settings) for key in keys} | {keys[0]: settings[0]}
+    data |= {"_default": rng.choice(settings)} if rng.random() < 0.5 else {}
+    read = imported(tmp_path, table, data, "layers.json")
+    config = theirs.load_layer_config(str(tmp_path / "layers.json"))
+    for layer in (la for la in table if la.kind == "Linear"):
+        said = theirs.get_layer_settings(f"{layer.name}.weight", config)
+        assert read[layer.name] == (16 if said is None or said.get("skip") else 8), layer.name

@@ -117,6 +117,16 @@ FOREIGN = {
         [16, 4, 16, 8, 16],
     ),
     "coreml": ("x.json", {"module_name_configs": {"conv_in": {"n_bits": 6}, "proj_out": None}}, [6, 16, 16, 16, 16]),
+    "ctq": (
+        "x.json",
+        {
+            r"blocks\.\d+\.to_q": {"format": "float8_e4m3fn"},
+            r"blocks\.0": {"format": "int8_tensorwise"},
+            "blocks.1.to_q": {"skip": True},
+            "_default": {"skip": True},
+        },
+        [16, 8, 8, 8, 16],
+    ),
     "comfyui": (
         "meta.json",
         {
@@ -150,7 +160,7 @@ def test_a_file_is_known_by_what_it_holds(source: str, tmp_path: Path) -> None:
         assert widths(imported.bit_map) == expected
     assert widths(read_map(path, TABLE, source).bit_map) == expected
     floats = any("float" in n for n in imported.notes)
-    assert floats == (source in ("quanto", "sdnq", "comfyui"))
+    assert floats == (source in ("quanto", "sdnq", "comfyui", "ctq"))
 
 
 def test_every_target_but_the_graph_is_importable() -> None:
