@@ -39,7 +39,7 @@ TYPES = {
     "quanto": ("qint4",),
     "gguf": ("Q4_0", "Q5_0"),
     "sdnq": ("uint3", "uint4"),
-    "comfyui": ("convrot_w4a4", "asym_w4a8_int8", "asym_w6a8_int8"),
+    "comfyui": ("asym_w4a8_int8", "asym_w6a8_int8"),
 }
 """Uniform types at whose bytes a map for the target is made; torchao stores all widths in bytes."""
 
