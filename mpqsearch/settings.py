@@ -24,6 +24,7 @@ from mpqsearch.config import DEFAULT_METHODS, Config
 from mpqsearch.toml_text import toml_text
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*)(?: \[(.+)\])?")
+_PARAGRAPH = re.compile(r"\w+(?:, \w+)*(?: \[.+\])?\n    ")
 _EXAMPLE = re.compile(r"\s*Example: ``(.+?)``\.")
 _WORDS = {int: "integer", float: "float", bool: "boolean", str: "string", Any: "value"}
 
@@ -108,7 +109,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _about(kind: type[Any]) -> str:
     """The paragraphs before the entries, in one line each."""
     text = (inspect.getdoc(kind) or "").split("\n\n")
-    kept = [part for part in text if not re.match(rf"{_ENTRY.pattern}\n    ", part) and not part.startswith("Raises")]
+    kept = [part for part in text if not _PARAGRAPH.match(part) and not part.startswith("Raises")]
     return "\n\n".join(" ".join(part.split()) for part in kept)
 
 

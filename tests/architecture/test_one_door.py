@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "mpqsearch"
 
 DOORS = {
     "json.load": (),
-    "json.loads": ("untrusted.py",),
+    "json.loads": ("untrusted.py", "errors.py"),  # the latter what pip wrote of this package
     "tomllib.load": (),
     "tomllib.loads": ("untrusted.py", "toml_text.py"),  # the latter asks whether what it wrote is read back
     "yaml.load": ("prompts/reading.py",),  # by the loader that makes texts, lists and tables only
