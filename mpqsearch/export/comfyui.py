@@ -172,8 +172,13 @@ class ComfyTarget(Target):
         problems = [f"the file has no tensor for {key!r}, which the model holds" for key in absent]
         if not problems:
             put_weights(module, values)
+        known = {place.name for place in found.values()}
+        marked = (key.removesuffix(MARK) for key in tensors if key.endswith(f".{MARK}"))
+        stems = tuple(stem for stem in marked if f"{stem}weight" in known)
+        others = sorted(key for key in tensors if key not in known and not key.startswith(stems))
+        problems += [f"the model has no place for the tensor {key!r} of the file" for key in others]
         widths = {n: FORMATS[f].width for n, f in formats.items()}
-        errors = {} if problems else forward_errors(folder, module)
+        errors = {} if absent else forward_errors(folder, module)
         return {"widths": widths, "choices": formats, "problems": problems, **errors} | self.sizes(folder)
 
     def weights(self, folder: Path) -> Mapping[str, Tensor]:

@@ -64,6 +64,14 @@ def test_layers_that_are_one_layer_there_are_allocated_and_stored_together(
     assert {"double_blocks.0.img_attn.qkv.comfy_quant", "single_blocks.0.linear1.weight"} <= set(tensors)
     assert not any("transformer_blocks" in name for name in tensors)
     other = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    (left := tmp_path / "left").mkdir()
+    (left / "config.json").symlink_to(tmp_path / "config.json")
+    spare = {n: t for n, t in tensors.items() if n != "txt_in.bias"} | {"y.weight": torch.ones(1)}
+    save_file(spare, left / FILE)
+    said = TARGET.read_back(left)["problems"]
+    assert ["no tensor for 'context_embedder.bias'" in said[0], "no place for the tensor 'y.weight'" in said[1]] == [
+        True
+    ] * 2
     prefixed = {f"model.diffusion_model.{n}": t for n, t in tensors.items()}
     save_file(prefixed | {"vae.x.comfy_quant": other}, tmp_path / "whole.safetensors")
     widths = {n: e.will_get for n, e in plan.items()}
