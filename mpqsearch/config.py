@@ -222,7 +222,7 @@ class EvaluateConfig:
         ``"inception.pth"``.
     reference
         File of data statistics, for distances to data. Empty: the embedded ones of the extractor, if it has any.
-        Example: ``"my-images.npz"``.
+        Example: ``"my-images.safetensors"``.
     text_score
         A CLIP whose score of pictures and prompts is measured, too: a local folder of transformers, or ``fmnist-clip``.
         Empty: none. Example: ``"fmnist-clip"``.
