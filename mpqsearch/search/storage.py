@@ -36,7 +36,7 @@ RETRIES = 3
 CREATION_ATTEMPTS = 6
 """Workers that start together on an empty database all try to make its tables; those that come second try again."""
 
-CONNECT_S = 10
+CONNECT_S = 8
 """Seconds in which a server must answer."""
 
 OUTAGE_S = 600
@@ -219,22 +219,26 @@ def _cut_torn_line(path: Path, lock: JournalLock) -> None:
         lock.release()
 
 
-def is_outage(error: BaseException | None) -> bool:
-    """Whether an error comes from a server that did not answer: an error of a driver, or one that followed on it."""
+def outage(error: BaseException) -> BaseException | None:
+    """The error of a server that did not answer, from which ``error`` followed: the first of a driver, since libraries
+    make other errors of it; None where there is none."""
     from optuna.exceptions import StorageInternalError
 
-    while error is not None:
-        if isinstance(error, StorageInternalError) or type(error).__module__.partition(".")[0] in _DRIVERS:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    chain: list[BaseException] = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    kinds = [type(e).__module__.partition(".")[0] in _DRIVERS for e in chain]
+    if any(kinds):
+        return chain[kinds.index(True)]
+    return next((e for e in chain if isinstance(e, StorageInternalError)), None)
 
 
 _DRIVERS = ("sqlalchemy", "psycopg", "psycopg2", "pymysql", "MySQLdb", "redis")
 
 
-def wait_for(storage: BaseStorage, error: Exception) -> None:
-    """Wait until a storage that failed with ``error`` answers again. Raises `ConfigError` after `OUTAGE_S`."""
+def wait_for(storage: BaseStorage, error: BaseException) -> None:
+    """Wait until a storage that failed with ``error``, an `outage`, answers again. Raises `ConfigError` after
+    `OUTAGE_S`."""
     import optuna
 
     say(f"search: the storage does not answer ({first_line(error)}); waiting up to {OUTAGE_S // 60} minutes for it")
@@ -244,7 +248,7 @@ def wait_for(storage: BaseStorage, error: Exception) -> None:
         try:
             optuna.get_all_study_names(storage)
         except Exception as again:
-            if not is_outage(again):
+            if outage(again) is None:
                 raise
             if time.monotonic() - began > OUTAGE_S:
                 raise ConfigError(
@@ -288,6 +292,6 @@ def _with_driver(url: str) -> str:
     return url
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, without secrets."""
     return shown(redact(next(iter(str(error).splitlines()), type(error).__name__)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.errors import ConfigError, StaleArtifactError, UnknownNameError, install
-from mpqsearch.search.storage import is_outage, unwarned, wait_for
+from mpqsearch.search.storage import outage, unwarned, wait_for
 from mpqsearch.specs.search import PRUNERS, SAMPLERS
 
 if TYPE_CHECKING:
@@ -208,9 +208,10 @@ def work(
             with unwarned():
                 study.optimize(numbered, callbacks=[*callbacks, ready, enough])
         except Exception as error:
-            if storage is None or not is_outage(error):
+            away = None if storage is None else outage(error)
+            if storage is None or away is None:
                 raise
-            wait_for(storage, error)
+            wait_for(storage, away)
             if len(finished_trials(study)) < plan.trials:
                 continue
         return
