@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpqsearch import artifacts
 from mpqsearch.errors import ArtifactError
+from mpqsearch.untrusted import file_name
 
 SCHEMA = "mpqsearch/checkpoint"
 
@@ -73,9 +74,7 @@ def load_checkpoint(folder: Path, inputs: Mapping[str, str], *, overwrite: bool 
         latest.unlink()
         return None
     name = str(artifacts.read_json(latest, SCHEMA).data["folder"])
-    if Path(name).name != name:
-        raise ArtifactError(f"{latest}: the checkpoint {name!r} must lie in the same folder")
-    path = folder / name
+    path = folder / file_name(name, f"{latest}: the checkpoint, which lies in the same folder,", ArtifactError)
     data = dict(artifacts.read_json(path / "state.json", SCHEMA).data)
     side = path / "state.safetensors"
     if not side.is_file() or artifacts.digest_file(side) != data.pop("tensors_sha256"):

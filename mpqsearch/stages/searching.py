@@ -65,9 +65,9 @@ def search(
     from mpqsearch.search.storage import joined, open_storage
     from mpqsearch.search.study import fail_interrupted
 
-    objective, plan = study_of(run)
     where = _where(run, storage)
-    opened = open_storage(where, workers=workers)
+    opened = open_storage(where, workers=workers)  # first: a server that does not answer is said at once
+    objective, plan = study_of(run)
     with joined(_identity_file(run)) as alone:
         study = _opened(run, plan, opened, fresh=run.overwrite and worker is None)
         if alone and where == _own_journal(run):
