@@ -1,6 +1,7 @@
 """stable-diffusion.cpp: one ggml type per linear layer, as the rules of ``--tensor-type-rules``.
 
-Not verified by its consumer, a C++ program that was not built here. By its source (leejet/stable-diffusion.cpp, commit
+Not verified by its consumer when it is exported: that is a C++ program. A test runs its conversion through the wheel
+cyllama 0.2.18, which gives every layer the type of its rule. By its source (leejet/stable-diffusion.cpp, commit
 97d2990, ``src/model_loader.cpp`` and ``src/convert.cpp``):
 
 - Rules are ``expression=type`` joined by commas; the first whose expression is found in a tensor's name counts. Types
@@ -10,8 +11,8 @@ Not verified by its consumer, a C++ program that was not built here. By its sour
   ``--convert-name`` is given. When a model is loaded without conversion, names are translated first, and these rules
   fit only where both agree.
 - Rows that are no multiple of a type's block are left alone, and so are, whatever the rules say, tensors with one of
-  `SKIPPED` in their name: they stay at 16 bits.
-- Scales are those of ggml's quantizers: `GgufTarget.round_trip` says what a type makes of a weight.
+  `SKIPPED` in their name: they stay as they are, at 16 bits in published models.
+- Scales are those of ggml's quantizers with an even importance of all columns.
 """
 
 from __future__ import annotations
