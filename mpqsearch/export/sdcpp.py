@@ -8,8 +8,8 @@ cyllama 0.2.18, which gives every layer the type of its rule. By its source (lee
   are those of GGUF with ggml's own spelling (``q4_0``, ``q4_K``). An unknown type or a rule without ``=`` is ignored
   with a warning.
 - The names are those in the file that is converted: ``sd-cli -M convert`` keeps diffusers' names unless
-  ``--convert-name`` is given. When a model is loaded without conversion, names are translated first, and these rules
-  fit only where both agree.
+  ``--convert-name`` is given, and puts ``unet.`` before those of a folder: rules fit with and without. When a model is
+  loaded without conversion, names are translated first, and these rules fit only where both agree.
 - Rows that are no multiple of a type's block are left alone, and so are, whatever the rules say, tensors with one of
   `SKIPPED` in their name: they stay as they are, at 16 bits in published models.
 - Scales are those of ggml's quantizers with an even importance of all columns.
@@ -42,6 +42,10 @@ SKIPPED = (
 """Parts of names that ``tensor_should_be_converted`` refuses."""
 
 
+HEAD = r"^(?:unet\.|transformer\.|model\.diffusion_model\.)?"
+"""Begins a rule: a denoiser by itself, in a folder of diffusers, or in a checkpoint of a whole pipeline."""
+
+
 class SdcppTarget(Target):
     """``sdcpp_rules.txt``: one line for ``--tensor-type-rules``, which also needs ``--type f16`` for the rest."""
 
@@ -70,7 +74,7 @@ class SdcppTarget(Target):
             raise ConfigError(
                 f"the rules of stable-diffusion.cpp cannot name {bad!r}: it contains a comma or an equals sign"
             )
-        rules = (f"^{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice)
+        rules = (f"{HEAD}{re.escape(e.layer)}\\.weight$={spelled(e.choice)}" for e in plan if e.choice)
         write_text(folder / FILE, ",".join(rules) + "\n")
         return [folder / FILE]
 
@@ -87,7 +91,8 @@ def read(path: Path, table: LayerTable) -> Reading | None:
     file = path / FILE if path.is_dir() else path
     if not file.exists() or file.suffix != ".txt":
         return None
-    rules = [r.partition("=") for r in read_bytes(file).decode(errors="replace").strip().split(",") if r]
+    text = read_bytes(file).decode(errors="replace").replace(HEAD, "^")  # names here have no prefix
+    rules = [r.partition("=") for r in text.strip().split(",") if r]
     if not all(sign for _, sign, _ in rules):
         return None
     types = {spelled(t): t for t in TYPES} | dict.fromkeys(("f16", "f32", "bf16"), "")

@@ -40,15 +40,17 @@ def exported(target: str, denoiser: Denoiser, folder: Path) -> dict[str, str]:
     return {la.name: choices.get(la.name, "F16") for la in table}
 
 
-@pytest.mark.parametrize("make", [tiny_transformer, tiny_text])
-def test_it_gives_every_layer_the_type_of_its_rule_and_our_bytes(make: Callable[[], Denoiser], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "prefix"), [(tiny_transformer, ""), (tiny_text, "unet.")])
+def test_it_gives_every_layer_the_type_of_its_rule_and_our_bytes(
+    make: Callable[[], Denoiser], prefix: str, tmp_path: Path
+) -> None:
     denoiser = make()
     asked = exported("sdcpp", denoiser, tmp_path)
     weights = {name: tensor.half().contiguous() for name, tensor in denoiser.module.state_dict().items()}
-    save_file(weights, tmp_path / "in.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "in.safetensors")
     rules, out = (tmp_path / RULES).read_text().strip(), tmp_path / "out.gguf"
     assert sd.convert_model(str(tmp_path / "in.safetensors"), str(out), sd.SDType.F16, None, rules, False)
-    made = tensors(out)
+    made = {name.removeprefix(prefix): tensor for name, tensor in tensors(out).items()}
     assert {n: made[f"{n}.weight"].tensor_type.name for n in asked} == asked
     for name, kind in ((n, kind) for n, kind in asked.items() if kind != "F16"):
         weight = weights[f"{name}.weight"]
