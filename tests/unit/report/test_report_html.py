@@ -274,6 +274,12 @@ addEventListener("load", () => {
   document.body.dataset.sample = document.querySelector(".compare p").textContent;
   document.body.dataset.over = document.querySelectorAll(".pair div")[1].style.backgroundImage.slice(5, 15);
   const spots = [...document.querySelectorAll(".spot")];
+  document.body.dataset.covered = spots.every(spot => {
+    const r = spot.getBoundingClientRect();
+    const top = document.elementFromPoint((r.left + r.right) / 2, (r.top + r.bottom) / 2)?.closest(".spot");
+    return !top || top === spot
+      || top.querySelector(".tip").textContent.includes(spot.querySelector("strong").textContent);
+  });
   spots[0].focus(); document.body.dataset.tip = getComputedStyle(spots[0].querySelector(".tip")).display;
   const plot = spots[0].parentElement.getBoundingClientRect();
   document.body.dataset.outside = spots.filter(s => { const r = s.getBoundingClientRect();
@@ -313,6 +319,7 @@ def test_in_a_browser_it_sorts_and_shows_every_picture(
     assert (len(lines), lines[2].startswith("| ilp | uniform:3 |")) == (3, True)
     assert body["data-copied"] == "mpqsearch export --budget uniform:3"
     assert (body["data-sample"], body["data-over"]) == ("Sample 4, seed 10", "data:image")
+    assert body["data-covered"] == "true", "a point that another one covers is named by it"
     assert body["data-broken"] == "0"
     assert (body["data-tip"], body["data-outside"]) == ("block", "0")
     assert int(body["data-overflow"]) <= 0, "nothing makes the page wider than the screen"
