@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from importlib import metadata
 
 
 class MpqsearchError(Exception):
-    """Base of every error that mpqsearch raises on purpose; ``exit_code`` is what the command line ends with."""
+    """Base of every error that mpqsearch raises on purpose; ``exit_code`` is what the command line ends with. Its text
+    may go to a terminal whatever names of files or layers it quotes."""
 
     exit_code = 2
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = "\n".join(map(shown, super().__str__().split("\n")))
         return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
+
+def shown(text: str) -> str:
+    """Text for a terminal, a page or a table: control characters and halves of surrogate pairs are escaped."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+"""Control characters, those that turn the direction of writing or take no room, and halves of surrogate pairs."""
 
 MAX_MESSAGE = 2500
 """Characters of a message: names from files may have any length. The end of a worker's log goes into one as well."""

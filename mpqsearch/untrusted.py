@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError, nearest
+from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError, nearest, shown
 
 MAX_BYTES = 32 * 2**20
 """Size of a text file. What Python makes of one takes up to 30 times as much memory."""
@@ -378,15 +378,6 @@ MAX_NAME = 200
 _SEPARATOR = re.compile(r"[/\\:\x00]")
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}
 """Names that Windows keeps for devices."""
-
-
-def shown(text: str) -> str:
-    """Text for a terminal, a page or a table: control characters and halves of surrogate pairs are escaped."""
-    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
-
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-"""Control characters, those that turn the direction of writing or take no room, and halves of surrogate pairs."""
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mpqsearch._version import __version__
-from mpqsearch.errors import MpqsearchError
+from mpqsearch.errors import MpqsearchError, shown
 from mpqsearch.progress import check_interrupt, interrupt_code, keep_interrupts, say
 from mpqsearch.secrets import redact
 from mpqsearch.sources import model_name
-from mpqsearch.untrusted import shown
 
 if TYPE_CHECKING:
     from mpqsearch.stages import Run

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpqsearch.core.shown import shortened
-from mpqsearch.untrusted import shown
+from mpqsearch.errors import shown
 
 if TYPE_CHECKING:
     from mpqsearch.core import LayerTable, SensitivityProfile, StudyRecord

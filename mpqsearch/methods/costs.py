@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mpqsearch.core.formats import FULL_PRECISION
 from mpqsearch.core.shown import short_list
-from mpqsearch.errors import ConfigError
-from mpqsearch.untrusted import quoted, read_bytes, shown
+from mpqsearch.errors import ConfigError, shown
+from mpqsearch.untrusted import quoted, read_bytes
 
 NANOSECONDS = 1_000_000
 """Whole units of a latency in a millisecond."""

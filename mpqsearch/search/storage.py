@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mpqsearch.errors import ArtifactError, ConfigError, install
+from mpqsearch.errors import ArtifactError, ConfigError, install, shown
 from mpqsearch.progress import say
 from mpqsearch.secrets import keep_secret, redact
-from mpqsearch.untrusted import shown
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

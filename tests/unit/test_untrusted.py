@@ -12,7 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
-from mpqsearch.errors import ArtifactError, ConfigError
+from mpqsearch.errors import ArtifactError, ConfigError, shown
 from mpqsearch.untrusted import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -23,7 +23,6 @@ from mpqsearch.untrusted import (
     read_bytes,
     read_json,
     read_toml,
-    shown,
 )
 
 
@@ -189,3 +188,4 @@ def test_text_is_shown_without_control_characters() -> None:
     assert shown("a\x1b[2J\u202eb\tc é") == "a\\x1b[2J\\u202eb\\tc é"
     assert len(quoted("x" * 10_000)) <= 80
     assert "\x1b" not in quoted({"\x1b": 1})
+    assert str(ArtifactError("a\x1b, line 2\nb")) == "a\\x1b, line 2\nb"
