@@ -139,8 +139,8 @@ def practice(errors: Errors) -> list[str]:
     """Rules of practice beside uniform widths and our maps in every cell, rounded to the nearest value and by GPTQ,
     and our map against the best rule that has the same rounding. What is not below it is bold."""
     cells = cells_of(errors)
-    columns = [(cell, s) for cell in cells for s in ("", "-gptq")]
-    if not cells:
+    columns = [(c, s) for c in cells for s in ("", "-gptq") if (*c[:2], f"{RULES[0]}{s}", c[2]) in errors]
+    if not columns:
         return []
     head = " | ".join(f"{m}, {b} bits, {'GPTQ' if s else 'nearest'}" for (m, b, _), s in columns)
     lines = ["", f"| practice | {head} |", "|---|" + "---|" * len(columns)]
