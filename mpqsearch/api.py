@@ -465,7 +465,7 @@ def _shown(model: Denoiser, seeds: Sequence[int]) -> np.ndarray[Any, np.dtype[np
 def _study(
     model: Denoiser | LayerTable, policy: Policy, fmt: QuantFormat, asked: AllocateConfig, method: MethodSpec
 ) -> Config:
-    """The study of one method of a model that is at hand."""
+    """The study of one method of a loaded model."""
     source = model.model if isinstance(model, LayerTable) else model.source or model.name
     return Config(
         model=ModelConfig(source=source),

@@ -14,7 +14,7 @@ from mpqsearch.models.runner import Drawn, Label
 
 
 class SampleStore:
-    """Samples of some seeds in a folder, one file a batch; only the batch at hand is in memory.
+    """Samples of some seeds in a folder, one file a batch; only one batch is in memory.
 
     Files are written whole or not at all, so a store that was interrupted continues at the first seed it lacks, and of
     two processes that write the same one the last stays. ``inputs`` are digests of what the samples depend on; a folder

@@ -111,7 +111,7 @@ class RangeCollector:
 
         Every range is searched over `FACTORS` by which both ends shrink. With ``zero_points`` each end is cut where it
         costs least: all zero points are tried at every eighth factor, then all factors at the best of them. It takes no
-        storage, and up to 40 % off the squared error of four-bit inputs with one long tail (notebook 07).
+        storage.
 
         Raises `ConfigError` when a width is asked for a layer that was not collected, or nothing was seen at all.
         """

@@ -90,7 +90,20 @@ def darkened(svg: bytes) -> bytes:
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """``ax``, or the axes of a new figure of ``size`` inches that pyplot does not know, so nothing has to be closed."""
-    return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+    return ShownFigure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows as a picture, whether pyplot was imported or not."""
+
+    def _repr_png_(self) -> bytes:
+        from io import BytesIO
+
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        buffer = BytesIO()
+        FigureCanvasAgg(self).print_png(buffer)
+        return buffer.getvalue()
 
 
 def legend_below(ax: Axes, columns: int = 3, **options: Any) -> None:

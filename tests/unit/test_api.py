@@ -56,6 +56,7 @@ def test_five_lines_from_a_model_to_a_picture(model: Denoiser, profile: mpq.Prof
     assert any("samples of" in note for note in allocation.notes), "what was tried is said"
     assert set(np.concatenate([w.reshape(-1) for w in allocation.bit_map.weights.values()])) <= {2, 3, 4, 8, 16}
     assert "PSNR" in figure.axes[0].get_title(loc="left")
+    assert getattr(figure, "_repr_png_")().startswith(b"\x89PNG"), "a notebook shows it"  # noqa: B009 - IPython's protocol
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items()), "the original is left as it is"
     name = next(la.name for la in mpq.discover(model) if POLICY.fixed_width(la) is None)
     rows = dict(small.module.named_modules())[name].weight.flatten(1)
