@@ -99,10 +99,8 @@ class ShownFigure(Figure):
     def _repr_png_(self) -> bytes:
         from io import BytesIO
 
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         buffer = BytesIO()
-        FigureCanvasAgg(self).print_png(buffer)
+        self.savefig(buffer, format="png", bbox_inches="tight")  # in the fonts of the notebook, which may be larger
         return buffer.getvalue()
 
 
