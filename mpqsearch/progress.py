@@ -3,6 +3,7 @@ Ctrl-C, which no step lets get lost."""
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import threading
@@ -30,8 +31,9 @@ def keep_interrupts() -> None:
     after either.
 
     The exception surfaces wherever the main thread is just then, which may be inside a library that swallows every
-    exception, such as one that tries an optional import: the work would go on as if nothing had been asked. Does
-    nothing where Ctrl-C has another meaning already.
+    exception, such as one that tries an optional import: the work would go on as if nothing had been asked. In a
+    finalizer Python swallows it and prints its trace, which is left out. Does nothing where Ctrl-C has another meaning
+    already.
     """
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         return
@@ -39,6 +41,14 @@ def keep_interrupts() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)
+    if getattr(sys.unraisablehook, "func", None) is not _finalizer:
+        sys.unraisablehook = functools.partial(_finalizer, sys.unraisablehook)
+
+
+def _finalizer(before: Callable[[Any], Any], swallowed: Any) -> None:
+    """What is said of an exception that nothing can catch: nothing of an interrupt."""
+    if not issubclass(swallowed.exc_type, KeyboardInterrupt):
+        before(swallowed)
 
 
 def check_interrupt() -> None:

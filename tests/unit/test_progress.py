@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from mpqsearch import progress
 @pytest.fixture
 def own_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(progress, "_interrupted", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -31,6 +33,27 @@ def test_an_interrupt_that_something_swallows_is_raised_by_the_next_step_of_a_ba
             bar.update()
         with pytest.raises(KeyboardInterrupt):
             steps("more", 2, 3)
+
+
+@pytest.mark.usefixtures("own_handler")
+def test_an_interrupt_in_a_finalizer_leaves_no_trace_and_is_raised_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    class Wrong:
+        def __del__(self) -> None:
+            raise ValueError
+
+    said = list[type]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda swallowed: said.append(swallowed.exc_type))
+    progress.keep_interrupts()
+    Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        progress.check_interrupt()
+    Wrong()
+    assert said == [ValueError]
 
 
 @pytest.mark.usefixtures("own_handler")
