@@ -155,12 +155,21 @@ def offers(run: Run, budget: Budget) -> list[dict[str, Any]]:
 
 
 def _offer(run: Run, target: Target, budget: Budget) -> dict[str, Any]:
-    if target.holds_any_map:
+    """What `export` would write by default: a method's map where channels keep their widths, else the target's own."""
+    from mpqsearch.export import ExportJob
+    from mpqsearch.export.target import SIZE_TOLERANCE
+
+    if target.granularity == "channel":
         method = run.config.method(run.config.chosen_method(None))
         plain = plain_method(method, run.profile) if method.allocator == "measured" else method
         made = programs_of(run, plain).allocate(plain, budget, run.config.allocate.parsed_within())
+        job = ExportJob(table=run.table, bit_map=made.bit_map)
+        size = target.promise(job, target.plan(job)).total
         loss = made.predicted_loss if made.result is None else float(made.result.loss)
-        return {"bytes": made.size_bytes, "predicted_loss": loss, "map": f"of {plain.allocator}, any width"}
+        over = budget.unit == "bits stored" and size > (1 + SIZE_TOLERANCE) * made.limit
+        obstacle = f"the map fits ({made.size_bytes} bytes), this file of it does not" if over else ""
+        of = f"of {plain.allocator}, widths as they are"
+        return {"bytes": -(-size // 8), "predicted_loss": loss, "map": of, "obstacle": obstacle}
     data = solved_for(run, target, budget).data
     used = Counter(data["choices"].values())
     formats = ", ".join(f"{n} {name}" for name, n in used.most_common())
