@@ -67,9 +67,11 @@ def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
 def trained_data(run: Run, method: MethodSpec, budget: Budget) -> dict[str, Any] | None:
     """What `distill` returned for a method and a budget in this run folder; None when nothing was trained there from
     what is there now."""
+    path = run.path("distilled", slug(method.name, budget), "metrics.json")
+    if not path.exists():  # the map, which may take minutes, is not made only to find nothing
+        return None
     bit_map, _ = allocation(run, method, budget)
-    inputs = _inputs(run, bit_map, bias_correction=method.bias_correction)
-    return current(METRICS, run.path("distilled", slug(method.name, budget), "metrics.json"), inputs)
+    return current(METRICS, path, _inputs(run, bit_map, bias_correction=method.bias_correction))
 
 
 def trained_model(run: Run, method: MethodSpec, budget: Budget) -> QuantizedModel:

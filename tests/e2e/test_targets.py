@@ -131,6 +131,7 @@ def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
     files = [Path(line) for line in written.stdout.split()]
     assert {f.name for f in files} >= {FILE, "export.json", "bitmap.json"}
     assert not any(word in written.output for word in ("as planned", "ok", "verified"))
+    assert not (folder / "r/allocations/ilp-layer@6bit").exists(), "its own map needs no other"
     stamp = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
     assert stamp["verification"] is None
     assert stamp["rounded_layers"] == 0
