@@ -12,8 +12,10 @@ PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcar
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
+# One more than there are cores: many tests wait for a process, a server or a signal
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 test: $(INSTALLED) lint types contracts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # Everything that `make test` takes a sample of, such as all denoiser classes of diffusers
 test-all: export MPQSEARCH_TEST_ALL = 1
