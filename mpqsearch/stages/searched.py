@@ -43,10 +43,13 @@ def budgets_of(run: Run) -> tuple[Budget, ...]:
 
 
 def search_results(run: Run) -> dict[str, Any] | None:
-    """What ``search.json`` holds, when this run has a search and it is finished."""
-    if not run.config.search.trials or not results_file(run).exists():
+    """What ``search.json`` holds, when this run has a search and it is finished; one that is not is said."""
+    if not run.config.search.trials:
         return None
-    return current(SEARCH, results_file(run), search_inputs(run))
+    found = current(SEARCH, results_file(run), search_inputs(run)) if results_file(run).exists() else None
+    if found is None:
+        run.say(f"report: the search is left out, {results_file(run)} is not there or not whole: mpqsearch search")
+    return found
 
 
 def searched_map(run: Run, budget: Budget) -> tuple[BitMap, dict[str, Any]]:

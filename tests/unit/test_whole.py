@@ -9,6 +9,7 @@ from mpqsearch.config import config_from
 from mpqsearch.core import Budget, MetricValue, StudyRecord
 from mpqsearch.errors import UnknownNameError
 from mpqsearch.stages import Run, whole
+from mpqsearch.stages.searched import search_results
 from tests.support.tiny import tiny_profile, tiny_table
 
 METHODS = [{"name": "uniform", "allocator": "uniform"}, {"name": "ilp", "allocator": "ilp-layer"}]
@@ -82,3 +83,13 @@ def test_nothing_is_trained_unless_it_is_named(tmp_path: Path) -> None:
     assert whole.trained(run, [record("ilp", 3)]) == []
     with pytest.raises(UnknownNameError, match="distill.methods"):
         config_from({"methods": METHODS, "distill": {"methods": ["ilpp"]}})
+
+
+def test_a_report_says_that_a_search_is_missing(tmp_path: Path) -> None:
+    said: list[str] = []
+    methods = [{"name": "ilp", "allocator": "ilp-layer"}]
+    for trials in (0, 2):
+        config = config_from({"methods": methods, "search": {"trials": trials}})
+        assert search_results(Run(config=config, folder=tmp_path, say=said.append)) is None
+    (text,) = said
+    assert "search.json is not there or not whole: mpqsearch search" in text
