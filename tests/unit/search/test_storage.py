@@ -115,7 +115,7 @@ def test_a_server_that_does_not_answer_is_said_without_the_password() -> None:
     [
         ("journal.JournalRedisBackend", "redis://:hunter2@host/0", "redis"),
         ("RDBStorage", "mysql://me:hunter2@host/x", "pymysql"),
-        ("RDBStorage", "postgresql://me:hunter2@host/x", r"'mpqsearch\[postgres\]'"),
+        ("RDBStorage", "postgresql://me:hunter2@host/x", r"'.*\[postgres\]'"),
     ],
 )
 def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, url: str, package: str) -> None:
