@@ -140,12 +140,15 @@ def _check_components(index: Mapping[str, Any], source: str, folder: Path) -> No
     are not there or whose configurations are no such files."""
     import diffusers
 
+    parts = components_of(index)
+    needing = next((name for name, (library, _) in parts.items() if library == "transformers"), None)
+    if needing is not None and importlib.util.find_spec("transformers") is None:
+        # First of all: without it diffusers has no such pipeline either.
+        raise ModelError(f"{source}: its {needing} needs transformers, which is not installed: {install('pipelines')}")
     unused = _left_out(index, diffusers_class(str(index.get("_class_name")), source, "DiffusionPipeline"))
-    for name, (library, kind) in components_of(index).items():
+    for name, (library, kind) in parts.items():
         if name not in unused:
             _check_files(folder / name, source, needed=library == "transformers")
-        if library == "transformers" and importlib.util.find_spec("transformers") is None:
-            raise ModelError(f"{source}: its {name} needs transformers, which is not installed: {install('pipelines')}")
         if library == "diffusers":
             diffusers_class(kind, source, "Part")
         elif library != "transformers" and not hasattr(diffusers.pipelines, library):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from mpqsearch.sources import REFERENCE, components_of
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 25_000_000
@@ -90,3 +95,13 @@ def test_no_embedded_file_names_a_place_of_the_machine_that_wrote_it() -> None:
     ]
     assert len(texts) > 20
     assert not [p for p in texts if "_name_or_path" in (text := p.read_text()) or "/tmp/" in text or str(ROOT) in text]
+
+
+def test_the_quickstart_installs_what_its_pipeline_needs() -> None:
+    source = tomllib.loads((ROOT / "studies/quickstart.toml").read_text())["model"]["source"]
+    index = json.loads((REFERENCE / source / "model_index.json").read_text())
+    assert "transformers" in {library for library, _ in components_of(index).values()}
+    rule = (ROOT / "Makefile").read_text().split("$(RUNTIME):")[1]
+    extras = re.search(r"--editable '\.\[([^\]]*)\]'", rule)
+    assert extras is not None
+    assert "pipelines" in extras[1].split(",")

@@ -201,7 +201,9 @@ def test_a_layer_that_the_model_does_not_have(tmp_path: Path) -> None:
 def test_a_missing_library_gives_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(QuantoTarget, "imports", ("optimum.quanto", "no_such_package.quanto"))
     _, job = tiny_job()
-    with pytest.raises(ConfigError, match=r"no_such_package.quanto is not installed. Run: pip install 'optimum-quanto'"):
+    with pytest.raises(
+        ConfigError, match=r"no_such_package.quanto is not installed. Run: pip install 'optimum-quanto'"
+    ):
         QuantoTarget().write(tmp_path, job)
     assert list(tmp_path.iterdir()) == []
 
