@@ -67,7 +67,7 @@ reference: $(INSTALLED)
 $(RUNTIME): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pipelines]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipelines]' optimum-quanto
 	touch $@
 
 $(INSTALLED): $(RUNTIME)

@@ -48,7 +48,7 @@ def test_a_table_fits_the_terminal_and_breaks_no_word_and_no_number(
         ("export --target gg", {"gguf"}),
         ("import x.json --from comf", {"comfyui"}),
         ("profile --model fmnist-d", {"fmnist-dit"}),
-        (f"export -c {ROOT}/studies/quickstart.toml --method ilp", {"ilp-layer"}),
+        (f"export -c {ROOT}/studies/flow.toml --method ilp", {"ilp-layer", "ilp-channel"}),
         ("allocate --method u", {"uniform"}),
         ("run a.toml --set evaluate.te", {"evaluate.text_score="}),
         ("search --sampler t", {"tpe"}),
