@@ -271,6 +271,8 @@ def _served(url: str, heartbeat_s: int) -> BaseStorage:
     options: dict[str, Any] = {} if url.startswith("sqlite") else {"pool_pre_ping": True}
     if url.startswith(("postgresql", "mysql", "mariadb")):
         options["connect_args"] = {"connect_timeout": CONNECT_S}
+    if "+pymysql" in url:
+        _await_greeting(url)
     return storages.RDBStorage(
         url,
         engine_kwargs=options,
@@ -278,6 +280,18 @@ def _served(url: str, heartbeat_s: int) -> BaseStorage:
         grace_period=4 * heartbeat_s,
         heartbeat_stale_trial_callback=storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
     )
+
+
+def _await_greeting(url: str) -> None:
+    """Connect once with a limit on reading, too: PyMySQL waits for ever for a server that accepts and says nothing. The
+    limit is not kept, since a query may rightly wait longer for a lock."""
+    from sqlalchemy import create_engine
+
+    engine = create_engine(url, connect_args={"connect_timeout": CONNECT_S, "read_timeout": CONNECT_S})
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _with_driver(url: str) -> str:
