@@ -169,8 +169,9 @@ def loading(run: Run, target: Target, folder: Path) -> str:
         return code
     (part,) = denoiser_folders(c.source, source, c.component).values()
     return (
-        f"{code}\n\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipeline = DiffusionPipeline.from_pretrained({source.as_posix()!r}, {part.name}=model)"
+        f"{code}\n\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained(\n    {source.as_posix()!r}, {part.name}=model, "
+        "torch_dtype=torch.float32\n)"  # as the model: text encoders come in the type that they are stored in
     )
 
 
