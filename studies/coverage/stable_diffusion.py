@@ -15,8 +15,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mpqsearch.cli.init import presets
 
 HERE = Path(__file__).parent
 TABLE = HERE / "stable_diffusion.csv"
@@ -26,14 +29,6 @@ START, END = (
     "<!-- stable diffusion: made by studies/coverage/stable_diffusion.py -->",
     "<!-- end of stable diffusion -->",
 )
-UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 AUTOENCODER: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -89,13 +84,14 @@ def write_pipeline(folder: Path) -> None:
     from tests.support.pipelines.parts import clip_tokenizer
 
     torch.manual_seed(0)
+    (unet,) = (p["shapes"]["Stable Diffusion 1.5"] for p in presets()["preset"] if p["name"] == "Stable Diffusion 1.5")
     text = transformers.CLIPTextConfig(**CLIP_L, projection_dim=768)
     scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipe = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(**AUTOENCODER).half(),
         text_encoder=transformers.CLIPTextModel(text).half(),
         tokenizer=clip_tokenizer(),
-        unet=diffusers.UNet2DConditionModel(**UNET).half(),
+        unet=diffusers.UNet2DConditionModel(**unet).half(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -105,11 +101,10 @@ def write_pipeline(folder: Path) -> None:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 
 
-def measured(command: str, folder: Path) -> dict[str, str]:
+def measured(words: Sequence[str | Path]) -> dict[str, str]:
     """One command of mpqsearch in a process of its own."""
-    words = [sys.executable, "-m", "mpqsearch.cli", command, "-c", folder / "study.toml", "--run-dir", folder / "run"]
-    began = time.perf_counter()
-    process = subprocess.Popen(words)
+    command, began = str(words[0]), time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "mpqsearch.cli", *words])
     _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - began
     if process_failed := os.waitstatus_to_exitcode(status):
@@ -144,7 +139,7 @@ def main() -> None:
         write_pipeline(folder / "model")
     (folder / "study.toml").write_text(STUDY.format(folder=json.dumps(str(folder))[1:-1], limit=LIMIT))
     for command in asked or ("profile", "allocate", "evaluate"):
-        rows[command] = measured(command, folder)
+        rows[command] = measured((command, "-c", folder / "study.toml", "--run-dir", folder / "run"))
         write(rows)
 
 

@@ -54,6 +54,7 @@ def test_the_wheel_is_whole_and_small(built: Path) -> None:
         "mpqsearch/py.typed",
         "mpqsearch/export/schema/bitmap-1.schema.json",
         "mpqsearch/report/templates/report.html.j2",
+        "mpqsearch/cli/presets.toml",
         "mpqsearch/models/reference/fmnist-unet/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-dit/diffusion_pytorch_model.safetensors",
         "mpqsearch/models/reference/fmnist-t2i/unet/diffusion_pytorch_model.safetensors",
