@@ -148,8 +148,6 @@ class AllocateConfig:
         each, or ``none``: its plain integer program, unmeasured.
     select_samples [samples]
         At most so many samples of each map.
-    select_moves [moves]
-        Moves at equal bytes that are tried from the chosen map on (`mpqsearch.stages.selecting.Walk`).
     costs
         CSV of latencies that you measured, which budgets in milliseconds need (`mpqsearch.methods.CostTable`). Example:
         ``"latency.csv"``.
@@ -168,7 +166,6 @@ class AllocateConfig:
     within: tuple[str, ...] = ()
     select: str = "measured"
     select_samples: int = 16
-    select_moves: int = 0
     costs: str = ""
     targets: tuple[str, ...] = ()
     target_probes: int = 0

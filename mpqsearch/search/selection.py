@@ -28,9 +28,6 @@ CLOSE = 1.0
 
 APART = "could not be told apart"
 
-Propose = Callable[["Rival", int], "Rival | None"]
-"""A child of a map: the parent, and the number of the move."""
-
 Measure = Callable[[Candidate, Sequence[int]], Sequence[float]]
 """Errors of the samples of some seeds."""
 
@@ -58,12 +55,6 @@ class Selection:
     rivals: Sequence[Rival]
     chosen: Rival
     close: Sequence[Rival]
-
-    def with_best(self, best: Rival) -> Selection:
-        """The same with the map in place of the chosen one that a walk from it led to."""
-        if best is self.chosen:
-            return self
-        return Selection(rivals=[*self.rivals, best], chosen=best, close=())
 
     @property
     def spearman(self) -> float:
@@ -118,34 +109,6 @@ def select(rivals: Sequence[Rival], measure: Measure, seeds: Sequence[int]) -> S
     close = [r for r in alive if _behind(r, best) <= CLOSE]
     chosen = close[0]
     return Selection(rivals=rivals, chosen=chosen, close=[r for r in close if r is not chosen])
-
-
-def moved(start: Rival, propose: Propose, measure: Measure, seeds: Sequence[int], moves: int) -> Rival:
-    """The best of a walk from a map by small moves at equal bytes (the evolutionary search of EvoPress, arXiv
-    2410.14649, with one child at a time).
-
-    A child is compared with its parent on more and more seeds, as in `select`, and takes its place when it is better on
-    all of them; most are given up after `FIRST` samples.
-    """
-    best = start
-    for move in range(moves):
-        child = propose(best, move)
-        if child is None or child.candidate.digest == best.candidate.digest:
-            continue
-        while len(child.errors) < len(seeds) and not child.failed and _leads(child, best):
-            done = len(child.errors)
-            end = min(max(FIRST, 2 * done), len(seeds))
-            _extend(child, measure, seeds[done:end])
-            _extend(best, measure, seeds[len(best.errors) : end])
-        if not child.failed and _leads(child, best):
-            best = child
-    return best
-
-
-def _leads(child: Rival, parent: Rival) -> bool:
-    """Whether a child is better on the seeds that both have, or has none yet."""
-    n = len(child.errors)
-    return not n or float(np.mean(child.errors)) < float(np.mean(parent.errors[:n]))
 
 
 def log_ratio(a: Rival, b: Rival) -> tuple[float, float]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, SensitivityProfile
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpqsearch.search.measure import ModelEvaluator
-    from mpqsearch.search.selection import Rival, Selection
+    from mpqsearch.search.selection import Selection
     from mpqsearch.search.surrogate import Candidate
 
 HELD = 2 * 10**9
@@ -73,7 +70,7 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
 def selection_inputs(run: Run) -> dict[str, str]:
     """Digests of what a measured selection depends on besides the allocation."""
     c = run.config
-    settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples, c.allocate.select_moves])}
+    settings = {"select": artifacts.digest_of([c.allocate.select, c.allocate.select_samples])}
     return settings if c.allocate.select == "none" else settings | moment_inputs(run)
 
 
@@ -92,12 +89,11 @@ def selected(
     budget: Budget,
     programs: Callable[[MethodSpec], Programs],
 ) -> tuple[Allocation, Selection]:
-    """Solve every variant of a method at a budget, measure the maps, and choose; then walk on from the chosen one.
-
-    Raises `InfeasibleBudgetError` when none fits.
+    """Solve every variant of a method at a budget, measure the maps, and choose. Raises
+    `InfeasibleBudgetError` when none fits.
     """
     from mpqsearch.progress import bar_of
-    from mpqsearch.search.selection import Rival, moved, select
+    from mpqsearch.search.selection import Rival, select
     from mpqsearch.search.surrogate import Candidate
 
     c = run.config.allocate
@@ -114,12 +110,7 @@ def selected(
             return errors
 
         found = select(rivals, measure, seeds)
-        chosen = solved[found.chosen.label]
-        if not c.select_moves or chosen.result is None:
-            return chosen, found
-        walk = Walk(programs=programs(chosen.method), start=chosen, budget=budget, within=c.parsed_within())
-        best = moved(found.chosen, walk, measure, seeds, c.select_moves)
-    return walk.solved.get(best.label, chosen), found.with_best(best)
+    return solved[found.chosen.label], found
 
 
 def _solved(
@@ -144,44 +135,6 @@ def _solved(
         assert refused is not None
         raise refused
     return solved
-
-
-STEP = 4.0
-"""Factor of the losses of the layer that a move makes more or less important."""
-
-
-@dataclass(kw_only=True)
-class Walk:
-    """Small moves from a map at equal bytes: the losses of one layer are multiplied or divided by `STEP`, and the
-    program is solved again, so that bits move between that layer and those that need them most, or least."""
-
-    programs: Programs
-    start: Allocation
-    budget: Budget
-    within: Sequence[Budget]
-    solved: dict[str, Allocation] = field(default_factory=dict)
-    _factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-
-    def __call__(self, parent: Rival, move: int) -> Rival | None:
-        """The child of a map by move number ``move``; None when nothing fits."""
-        from mpqsearch.search.selection import Rival
-        from mpqsearch.search.surrogate import Candidate
-
-        profile, rng = self.programs.profile, np.random.default_rng([0, move])
-        factors = self._factors.get(parent.label, np.ones(len(profile.names))).copy()
-        layer = rng.choice([profile.index[n] for n in self.programs.rules.searched])
-        factors[layer] *= STEP if rng.random() < 0.5 else 1 / STEP
-        task = self.programs.task(self.start.method, self.budget, self.within)
-        losses = task.channel_losses() * np.repeat(factors, profile.channels)[:, None]
-        try:
-            made = self.programs.allocate(self.start.method, self.budget, self.within, losses=losses)
-        except InfeasibleBudgetError:
-            return None
-        label = f"move {move + 1}"
-        # The certificate is one of these losses, which no profile holds.
-        self.solved[label] = replace(made, result=None, by_layer=None, certificate=None)
-        self._factors[label] = factors
-        return Rival(label=label, candidate=Candidate.of(self.programs.table, made, self.budget))
 
 
 def say_selection(run: Run, budget: Budget, found: Selection) -> None:

@@ -68,7 +68,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "ilp-channel": {"allocator": "ilp-channel", **_AUTO},
     "ilp-channel-gptq": {"allocator": "ilp-channel", **_GPTQ},
     "ours": {"allocator": "measured", **_GPTQ},
-    "ours-moved": {"allocator": "measured", **_GPTQ},
     "outer-search": {"allocator": "search", **_AUTO},
     **{f"shrinkage-{s:g}": {"allocator": "ilp-channel", **_GPTQ, "shrinkage": s} for s in (0.0, 0.1, 0.3, 1.0)},
 }
@@ -82,9 +81,6 @@ KNOWN = ARMS | {f"{rule}{s}": {"allocator": rule, **q} for rule in RULES for s, 
 
 SEARCHED = {**ARMS["ilp-channel-gptq"], "name": "ilp-channel"}
 """What the outer search begins with; its space is the default one, with the quantizer in it."""
-
-MOVES = 24
-"""Moves at equal bytes of the arm ``ours-moved``."""
 
 PREDICTIONS = HERE / "predictions.csv"
 PREDICTION_FIELDS = ("model", "target_bits", "seed", "maps", "spearman")
@@ -136,14 +132,6 @@ class Bench:
         return self.run
 
     @cached_property
-    def moving(self) -> stages.Run:
-        """The run whose selection tries moves from the chosen map on."""
-        c = self.config(allocate=AllocateConfig(select_moves=MOVES))
-        run = stages.Run(config=c, folder=self.folder, given=self.run.denoiser)
-        run.table, run.profile = self.prepared.table, self.prepared.profile
-        return run
-
-    @cached_property
     def reference(self) -> Tensor:
         """Final samples at full precision."""
         return latents(self.run.denoiser, self.seeds)
@@ -164,8 +152,7 @@ class Bench:
             bit_map, data = self._searched(budget)
         else:
             method = MethodSpec(name=arm, **KNOWN[arm])
-            run = self.moving if arm == "ours-moved" else self.prepared
-            bit_map, data = stages.allocation(run, method, budget)
+            bit_map, data = stages.allocation(self.prepared, method, budget)
         return bit_map, bool(data.get("bias_correction", KNOWN[arm].get("bias_correction", False)))
 
     def _searched(self, budget: Budget) -> tuple[BitMap, dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 
 from mpqsearch.core import BitMap, Budget
 from mpqsearch.errors import NumericsError
-from mpqsearch.search.selection import APART, FIRST, Rival, log_ratio, moved, select
+from mpqsearch.search.selection import APART, FIRST, Rival, log_ratio, select
 from mpqsearch.search.surrogate import Candidate
 
 SEEDS = range(3_000_000, 3_000_016)
@@ -118,22 +118,3 @@ def test_the_rank_correlation_of_predictions_is_kept() -> None:
     found = select(some, Bench(some, [4, 3, 2, 1]), SEEDS)
     assert found.spearman == pytest.approx(-1)
     assert found.to_data()["spearman"] == -1
-
-
-def test_a_walk_takes_only_moves_that_are_better_on_all_seeds() -> None:
-    some = rivals([0] * 6)
-    means = [4.0, 5.0, 2.0, 3.0, float("nan"), 1.0]
-    bench = Bench(some, means, own=0.01)
-    start = Rival(label="start", candidate=some[0].candidate, errors=bench(some[0].candidate, SEEDS[:4]))
-    parents = []
-
-    def propose(parent: Rival, move: int) -> Rival | None:
-        parents.append(parent.label)
-        return None if move == 1 else some[move]
-
-    best = moved(start, propose, bench, SEEDS, moves=6)
-    assert best is some[5]
-    assert parents == ["start", "start", "start", "map 2", "map 2", "map 2"]
-    assert len(some[1].errors) == 0
-    assert len(best.errors) == len(SEEDS)
-    assert len(some[3].errors) == FIRST, "a child that is worse is given up"
