@@ -103,10 +103,9 @@ class CalibrationConfig(CalibrationSpec):
 
     def __post_init__(self) -> None:
         CalibrationSpec.__post_init__(self)
-        if self.weights_only and (self.prediction_only or self.granularity == "layer"):
+        if self.weights_only and self.granularity == "layer":
             raise ConfigError(
-                "calibration.weights_only runs nothing, calibration.prediction_only and granularity run the sampler: "
-                "set one of them"
+                "calibration.weights_only runs nothing, calibration.granularity runs the sampler: set one of them"
             )
 
 

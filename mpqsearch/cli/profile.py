@@ -22,13 +22,6 @@ GranularityOption = Annotated[
         "--granularity", help="channel (default), or layer: totals of whole layers alone, in a fraction of the time."
     ),
 ]
-PredictionOnlyOption = Annotated[
-    bool,
-    typer.Option(
-        "--prediction-only",
-        help="Only what predicts the loss of given maps at 2-4 bits: slopes at three maps that mix these widths.",
-    ),
-]
 MemoryLimitOption = Annotated[
     str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
 ]
@@ -39,7 +32,6 @@ def profile(
     config: options.Config = None,
     weights_only: WeightsOnlyOption = False,
     granularity: GranularityOption = None,
-    prediction_only: PredictionOnlyOption = False,
     memory_limit: MemoryLimitOption = None,
     model: options.Model = None,
     prompts: options.Prompts = None,
@@ -63,10 +55,6 @@ def profile(
     With `--granularity layer` one forward and one backward pass a calibration batch give the loss of every layer at
     every width; then `--set calibration.granularity=layer` makes `allocate` use them, with `ilp-layer`.
 
-    With `--prediction-only` what `slope` needs alone: it predicts the loss of maps that are there, at 2-4 bits, for
-    about a tenth of what one layer at a time costs. Above 4.5 bits the whole profile predicts better (`sampler`), and
-    only it can choose widths.
-
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
 
     Example: `mpqsearch profile --model fmnist-unet --granularity layer`
@@ -82,7 +70,6 @@ def profile(
         "model.memory_limit": memory_limit,
         "calibration.weights_only": weights_only or None,
         "calibration.granularity": granularity,
-        "calibration.prediction_only": prediction_only or None,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)

@@ -158,17 +158,12 @@ class SensitivityProfile(Shown):
     @property
     def weights_only(self) -> bool:
         """Whether nothing but the weights was looked at: no input, no output error, no sensitivity."""
-        return not self.layers_only and self.families.isdisjoint(("output_error", "layer_context_slope"))
+        return not self.layers_only and "output_error" not in self.families
 
     @property
     def layers_only(self) -> bool:
         """Whether only totals of whole layers were measured: nothing is known of single output channels."""
         return "layer_probe_error" in self.families and self.families.isdisjoint(("output_error", "weight_error"))
-
-    @property
-    def prediction_only(self) -> bool:
-        """Whether only what predicts the loss of given maps was measured: slopes, and the errors of the weights."""
-        return "layer_context_slope" in self.families and "output_error" not in self.families
 
     @property
     def size_bytes(self) -> int:
@@ -219,11 +214,6 @@ class SensitivityProfile(Shown):
                 )
             elif self.layers_only:
                 why = "this profile was made for layers alone (calibration.granularity); there the loss 'probe' works"
-            elif self.prediction_only:
-                why = (
-                    "this profile was made for predictions alone (calibration.prediction_only). Profile without it, in "
-                    "another run folder"
-                )
             raise ConfigError(f"{what} needs {key!r}: {why}.")
         return self.arrays[key]
 

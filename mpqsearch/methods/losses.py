@@ -278,23 +278,16 @@ def best_loss(profile: SensitivityProfile, *, mean_width: float | None = None) -
 
     With ``mean_width``, bits a weight of a map that is given: what predicts its loss. That is ``slope`` where it was
     measured, unless the map is wider than the widths that were mixed; where errors of quantized inputs were measured it
-    is ``probe``, whose unit they share. The order is that of ``studies/predictors``. Raises `ConfigError` for a profile
-    that was made for predictions alone, unless a prediction is asked for.
+    is ``probe``, whose unit they share. The order is that of ``studies/predictors``.
     """
     there = available_losses(profile)
     choosing = [name for name in ("sampler", "final", "probe", "weight") if name in there]
     if mean_width is None:
-        if profile.prediction_only:
-            raise ConfigError(
-                "the loss 'auto' was asked of a profile that was made for predictions alone "
-                "(calibration.prediction_only): it says what a given map loses, and misleads when widths are chosen by "
-                f"it. Profile without --prediction-only in another --run-dir, or name the loss ({', '.join(there)})."
-            )
         return choosing[0]
     if "layer_activation_error" in profile.families and "probe" in there:
         return "probe"
     mixed = profile.calibration.get("spec", {}).get("context_widths", profile.widths)
-    within = mean_width <= max(mixed, default=0) + BEYOND or choosing[0] == "weight"
+    within = mean_width <= max(mixed, default=0) + BEYOND
     return "slope" if "slope" in there and within else choosing[0]
 
 
@@ -320,7 +313,7 @@ def predicted_loss(
     ``auto`` is `best_loss` for the mean width of the map. Slopes may have either sign; where their sum is no loss
     (below zero) the best loss for choosing, which is in the same unit, takes their place. Layers at widths that were
     not profiled cost nothing. From a profile of the weights alone there is but one prediction, whatever ``loss`` says.
-    NaN when nothing that was measured predicts the map.
+    NaN for a map by channel where whole layers alone were measured.
     """
     if profile.layers_only and bit_map.granularity == "channel":
         return float("nan")
@@ -331,8 +324,6 @@ def predicted_loss(
     total = _summed(table, profile, bit_map, loss, bias_correction=bias_correction)
     if total >= 0:
         return total
-    if {"sampler", "final"}.isdisjoint(available_losses(profile)):
-        return float("nan")
     return _summed(table, profile, bit_map, best_loss(profile), bias_correction=bias_correction)
 
 

@@ -16,7 +16,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import activation_arrays
 from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, no_input, silent
-from mpqsearch.profile.contexts import context_sensitivity, mixed_widths
+from mpqsearch.profile.contexts import context_sensitivity
 from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.layer_scores import layer_scores
 from mpqsearch.profile.moments import InputMoments
@@ -93,8 +93,8 @@ def profile_model(
     partial: Partial | None = None,
     progress: Progress = silent,
 ) -> SensitivityProfile:
-    """Measure a model: see `SensitivityProfile` for what comes out, in which units; only what `CalibrationSpec` asks
-    for with ``prediction_only`` or ``granularity = "layer"``.
+    """Measure a model: see `SensitivityProfile` for what comes out, in which units; only what `CalibrationSpec` says
+    with ``granularity = "layer"``.
 
     ``memory_limit`` bounds, in bytes, what second moments of inputs and weight errors take, and the gradient of the
     largest layer with them. With it the calibration runs once for each group of layers whose second moments fit, errors
@@ -110,7 +110,7 @@ def profile_model(
         policy=policy,
         spec=spec,
         base=fmt,
-        formats=_formats(spec, fmt),
+        formats=formats_of(spec, fmt),
         memory_limit=memory_limit,
         partial=partial,
         progress=progress,
@@ -138,31 +138,16 @@ def profile_model(
 
 def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
     """Raise `ConfigError` for what cannot be measured, before anything has run."""
-    for name in ("final_widths", "prediction_only"):
-        if getattr(spec, name) and not can_sample(denoiser):
-            raise ConfigError(
-                f"calibration.{name} compares final samples, but {denoiser.name} is measured with "
-                f"{denoiser.runner!r}, which bring no sampler. Leave {name} out: the loss 'probe' is measured on the "
-                "calls."
-            )
+    if spec.final_widths and not can_sample(denoiser):
+        raise ConfigError(
+            f"calibration.final_widths compares final samples, but {denoiser.name} is measured with "
+            f"{denoiser.runner!r}, which bring no sampler. Leave it out: the loss 'probe' is measured on the calls."
+        )
     for bits in spec.final_widths:
         if bits not in policy.widths:
             raise ConfigError(
                 f"calibration.final_widths asks for {bits} bits, which the policy does not search ({policy.widths})"
             )
-    mixed = mixed_widths(spec, policy)
-    if spec.prediction_only and (len(mixed) < 2 or spec.context_seeds < len(mixed)):
-        raise ConfigError(
-            f"calibration.prediction_only mixes those of context_widths = {list(spec.context_widths)} that are "
-            f"searched (of {sorted(policy.widths)}: {mixed}), of which it needs at least 2, with one of context_seeds "
-            f"= {spec.context_seeds} for each. Search more of them, or raise context_seeds."
-        )
-
-
-def _formats(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantFormat]:
-    """What is measured; smoothing is left out where only losses of whole maps are wanted."""
-    formats = formats_of(spec, base)
-    return {name: f for name, f in formats.items() if not (spec.prediction_only and f.smooth)}
 
 
 def _by_layer(m: Measurement) -> Calibration:
@@ -185,15 +170,15 @@ def _by_layer(m: Measurement) -> Calibration:
 
 
 def _by_channel(m: Measurement) -> Calibration:
-    exact = not m.spec.prediction_only
     # First: a limit that is too small should say so before anything has run.
     n_candidates = len(m.widths) * len(m.formats)
-    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=exact)
-    at_once = exact and m.memory_limit is None
-    weighing = m.timed("gains", lambda: weighing_of(m.denoiser, m.seeds)) if exact else None
+    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit)
+    weighing = m.timed("gains", lambda: weighing_of(m.denoiser, m.seeds))
     calibration = m.timed(
         "calibration",
-        lambda: calibrate(m.denoiser, m.table, m.spec, m.progress, weighing=weighing, second_moments=at_once),
+        lambda: calibrate(
+            m.denoiser, m.table, m.spec, m.progress, weighing=weighing, second_moments=m.memory_limit is None
+        ),
     )
     tables, errors = m.timed(
         "error tables",
@@ -202,7 +187,7 @@ def _by_channel(m: Measurement) -> Calibration:
             m.table,
             m.widths,
             m.formats,
-            _statistics(m, calibration) if exact else lambda layer: calibration.statistics[layer.name],
+            _statistics(m, calibration),
             m.progress,
             blocks=blocks,
             hold=m.memory_limit is None,
@@ -210,7 +195,7 @@ def _by_channel(m: Measurement) -> Calibration:
         ),
     )
     m.arrays |= tables
-    m.take(_steps(m, calibration, errors, weighing or Weighing()))
+    m.take(_steps(m, calibration, errors, weighing))
     return calibration
 
 
@@ -233,9 +218,6 @@ def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec
 def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weighing: Weighing) -> list[Step]:
     """What is measured after the tables, in order."""
     given = (m.denoiser, m.table)
-    slopes = Step(name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress))
-    if m.spec.prediction_only:
-        return [slopes]
     probing = Probing(
         denoiser=m.denoiser,
         table=m.table,
@@ -260,6 +242,9 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weigh
         totals = Step(
             name="sensitivities of the final sample",
             run=lambda _: sampler_totals(*given, m.spec, errors, m.progress),
+        )
+        slopes = Step(
+            name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress)
         )
         steps += [totals, slopes]
     if m.spec.activation_bits:

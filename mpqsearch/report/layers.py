@@ -31,7 +31,7 @@ def layers_table(
     bit_map, name = maps[taken], taken.rpartition(" at ")[2]
     sizes = [mapped_bits(la, bit_map).total / 8000 for la in table]
     columns[f"kB, {name}", "number"] = [Cell(f"{kb:,.2f}", kb) for kb in sizes]
-    if profile is not None and not profile.prediction_only and bit_map.format.name in profile.formats:
+    if profile is not None and bit_map.format.name in profile.formats:
         loss = best_loss(profile)
         priced = channel_losses(profile, table, bit_map.format.name, loss, bias_correction=loss != "weight")
         lost = dict(zip(profile.names, profile.layer_sum(losses_of_map(profile, bit_map, priced)), strict=True))

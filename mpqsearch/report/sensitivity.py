@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.core.shown import shortened
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.methods import available_losses, best_loss, channel_losses
+from mpqsearch.methods import best_loss, channel_losses
 from mpqsearch.report.bits import NAME
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.style import COLOURS, MARKERS, MUTED, axes_or_new, legend_below
@@ -49,7 +49,7 @@ def layer_losses(profile: SensitivityProfile, table: LayerTable, format_name: st
     chosen = format_name or ("auto" if "auto" in formats else next(iter(formats), ""))
     if chosen not in formats:
         raise UnknownNameError("format of the profile", chosen, formats)
-    name = available_losses(profile)[-1] if profile.prediction_only else best_loss(profile)
+    name = best_loss(profile)
     loss = profile.layer_sum(channel_losses(profile, table, chosen, name, bias_correction=name != "weight"))
     what = "squared weight error" if name == "weight" else f"predicted loss ({name})"
     return LayerLosses(

@@ -55,9 +55,6 @@ class CalibrationSpec:
         Recompute activations in the backward passes: slower, in less memory.
     seed
         Of random projections, and of the maps that mix widths.
-    prediction_only
-        Measure nothing but slopes, means of inputs and errors of weights: what predicting the loss of given maps needs,
-        at a fraction of the cost, and not enough to choose widths by.
     """
 
     granularity: str = "channel"
@@ -77,7 +74,6 @@ class CalibrationSpec:
     final_seeds: int = 8
     checkpoint: bool = False
     seed: int = 0
-    prediction_only: bool = False
 
     def __post_init__(self) -> None:
         if self.granularity not in GRANULARITIES:
@@ -104,11 +100,6 @@ class CalibrationSpec:
     def _check_together(self) -> None:
         """Raise `ConfigError` for settings of which one leaves out what the other asks for."""
         asked = [k for k in ("final_widths", "activation_bits") if getattr(self, k)]
-        if self.prediction_only and (asked or self.granularity == "layer"):
-            raise ConfigError(
-                "calibration.prediction_only measures slopes alone: leave out "
-                f"{', '.join(asked or ['granularity'])}, or prediction_only"
-            )
         if self.granularity == "layer" and (asked or self.smooth):
             raise ConfigError(
                 'calibration.granularity = "layer" measures first-order totals of layers alone: leave out '

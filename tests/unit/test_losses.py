@@ -46,11 +46,6 @@ def with_slopes(
     )
 
 
-def only_slopes(base: SensitivityProfile) -> SensitivityProfile:
-    there = ("kurtosis", "weight_error", "layer_context_slope")
-    return replace(base, arrays={k: a for k, a in base.arrays.items() if k.split("/")[0] in there})
-
-
 def uniform(bits: int) -> BitMap:
     return BitMap(
         model_digest=TABLE.digest,
@@ -163,13 +158,13 @@ def test_predictions_of_all_formats_are_in_one_unit() -> None:
 
 
 def test_a_slope_predicts_what_was_measured_and_is_split_over_the_channels() -> None:
-    for profile in (with_slopes(holding()), only_slopes(with_slopes(holding()))):
-        np.testing.assert_allclose(totals(profile, "slope"), SLOPE, rtol=1e-5, atol=1e-9)
-        assert predicted_loss(TABLE, profile, uniform(3), bias_correction=True, loss="slope") == pytest.approx(
-            SLOPE[:, 2].sum(), rel=1e-5
-        )
-        found = totals(profile, "slope", "asymmetric")
-        assert (np.sign(found) == np.sign(SLOPE)).all(), "another format takes them in the ratio of its errors"
+    profile = with_slopes(holding())
+    np.testing.assert_allclose(totals(profile, "slope"), SLOPE, rtol=1e-5, atol=1e-9)
+    assert predicted_loss(TABLE, profile, uniform(3), bias_correction=True, loss="slope") == pytest.approx(
+        SLOPE[:, 2].sum(), rel=1e-5
+    )
+    found = totals(profile, "slope", "asymmetric")
+    assert (np.sign(found) == np.sign(SLOPE)).all(), "another format takes them in the ratio of its errors"
 
 
 def test_what_predicts_a_map_goes_by_its_mean_width() -> None:
@@ -182,11 +177,6 @@ def test_what_predicts_a_map_goes_by_its_mean_width() -> None:
         "sampler",
     ]
     assert best_loss(with_slopes(holding("layer_sampler_error"), widths=(4, 6, 8)), mean_width=8.0) == "slope"
-    alone = only_slopes(both)
-    assert alone.prediction_only
-    assert not alone.weights_only
-    assert best_loss(alone, mean_width=8.0) == "slope"
-    assert available_losses(alone) == ("weight", "slope")
     acts = replace(both, arrays={**both.arrays, "layer_activation_error": TOTALS})
     assert best_loss(acts, mean_width=3) == "probe"
 
@@ -197,11 +187,6 @@ def test_a_prediction_is_a_loss_or_absent() -> None:
     assert predicted_loss(TABLE, below, uniform(3), bias_correction=True) == pytest.approx(
         predicted_loss(TABLE, below, uniform(3), bias_correction=True, loss="sampler")
     )
-    alone = only_slopes(with_slopes(holding(), slope=-np.abs(SLOPE) - 1))
-    assert np.isnan(predicted_loss(TABLE, alone, uniform(3), bias_correction=True))
-    method = MethodSpec(name="u", allocator="uniform", scheme="auto")
-    made = programs(alone).allocate(method, Budget.parse("uniform:3"))
-    assert made.to_data()["predicted_loss"] is None
 
 
 def test_a_loss_for_predicting_is_refused_for_choosing() -> None:
@@ -210,14 +195,6 @@ def test_a_loss_for_predicting_is_refused_for_choosing() -> None:
     with pytest.raises(UnknownNameError, match="unknown loss 'gain'.*sampler"):
         MethodSpec(name="m", allocator="ilp-layer", loss="gain")
     assert set(CHOOSING) == set(LOSSES) - {"slope"}
-
-
-def test_a_profile_for_predictions_does_not_choose_widths_unasked() -> None:
-    alone = only_slopes(with_slopes(holding()))
-    with pytest.raises(ConfigError, match=r"made for predictions alone.*--prediction-only.*\(weight, slope\)"):
-        best_loss(alone)
-    with pytest.raises(ConfigError, match="made for predictions alone"):
-        channel_losses(alone, TABLE, "auto", "probe", bias_correction=True)
 
 
 @pytest.mark.parametrize("loss", ["sampler", "slope", "final"])
@@ -250,7 +227,6 @@ def test_a_profile_of_layers_alone_chooses_widths_of_layers() -> None:
     alone = replace(full, arrays=arrays)
     assert alone.layers_only
     assert not alone.weights_only
-    assert not alone.prediction_only
     assert available_losses(alone) == ("probe",)
     np.testing.assert_allclose(totals(alone, "auto"), TOTALS, rtol=1e-6)
     budget = Budget.parse("uniform:3")

@@ -70,7 +70,7 @@ def test_layer_scores_under_a_memory_limit_are_the_same() -> None:
 
 
 def test_layer_scores_go_with_nothing_of_channels() -> None:
-    for asked in ({"smooth": True}, {"final_widths": (3,)}, {"activation_bits": (4,)}, {"prediction_only": True}):
+    for asked in ({"smooth": True}, {"final_widths": (3,)}, {"activation_bits": (4,)}):
         with pytest.raises(ConfigError, match="leave out"):
             spec(granularity="layer", **asked)
     with pytest.raises(ConfigError, match="granularity"):
