@@ -212,16 +212,17 @@ class EvaluateConfig:
         Seed of the first sample; the others follow.
     extractor
         Network whose features are compared: ``auto`` (by the pictures), ``fmnist-cnn``, ``fmnist-judge``,
-        ``random-conv`` or ``inception``.
+        ``random-conv``, ``inception`` (FID), ``dinov2`` (FD-DINOv2) or ``clip`` (CMMD).
     extractor_weights
-        File with the weights of ``inception``; empty: those that torch-fidelity brings. Example:
-        ``"inception.pth"``.
+        File with the weights of ``inception`` (empty: those that torch-fidelity brings), or the folder of transformers
+        of ``dinov2`` and ``clip``. Example: ``"inception.pth"``.
     reference
         File of data statistics, for distances to data. Empty: the embedded ones of the extractor, if it has any.
         Example: ``"my-images.safetensors"``.
-    text_score
-        A CLIP whose score of pictures and prompts is measured, too: a local folder of transformers, or ``fmnist-clip``.
-        Empty: none. Example: ``"fmnist-clip"``.
+    scorers
+        What is measured of single pictures beside PSNR: ``ssim``, ``lpips:FILE``, ``clip:FOLDER``, ``clip-iqa:FOLDER``,
+        ``pickscore:FOLDER``, or ``package.module:function`` of your own (`mpqsearch.metrics.load_scorer`). Files are
+        local ones; ``mpqsearch doctor`` says which. Example: ``["ssim", "clip:fmnist-clip"]``.
     """
 
     samples: int = 128
@@ -229,7 +230,7 @@ class EvaluateConfig:
     extractor: str = "auto"
     extractor_weights: str = ""
     reference: str = ""
-    text_score: str = ""
+    scorers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.samples < 2:

@@ -25,6 +25,10 @@ METRICS = ("fd_data", "fd_fp", "paired_psnr", "paired_mse", "kid_data", "class_a
 LOG_METRICS = ("fd_data", "fd_fp", "paired_mse")
 """Positive metrics whose differences are ratios: drawn and integrated on a log axis."""
 
+DROP = "_drop"
+"""Behind the name of a score: what it lost against full precision at the same noise. Trainings and targets are steered
+by it; tables and figures show the score itself."""
+
 Floats = NDArray[np.float64]
 
 
@@ -32,6 +36,12 @@ def main_metric(records: Iterable[StudyRecord]) -> str:
     """What points are judged by: the distance to full precision, or the paired error where samples are no pictures."""
     measured = {m for r in records for m in r.metrics}
     return next((m for m in ("fd_fp", "paired_mse") if m in measured), "fd_fp")
+
+
+def shown_metrics(records: Iterable[StudyRecord]) -> list[str]:
+    """The metrics that a page shows of records, in its order."""
+    measured = {m for r in records for m in r.metrics if not m.endswith(DROP)}
+    return [m for m in METRICS if m in measured] + sorted(measured - set(METRICS))
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:

@@ -52,7 +52,7 @@ def doctor(
     Example: `mpqsearch doctor`
     """
     quiet(verbose)
-    rows = [*_libraries(), *_devices(), *_solvers(), *_extractors(), *_targets()]
+    rows = [*_libraries(), *_devices(), *_solvers(), *_extractors(), *_scorers(), *_targets()]
     if as_json:
         print_json(rows)
         return
@@ -134,8 +134,12 @@ def _solvers() -> Iterator[dict[str, str]]:
 def _extractors() -> Iterator[dict[str, str]]:
     from mpqsearch.errors import ModelError
     from mpqsearch.metrics import EXTRACTORS, load_extractor
+    from mpqsearch.metrics.extractors import FOLDERS
 
     for name in EXTRACTORS:
+        if name in FOLDERS:
+            yield _row("extractor", name, "your folder", f"evaluate.extractor_weights = {FOLDERS[name]}")
+            continue
         if name == "inception" and importlib.util.find_spec("torch_fidelity") is None:
             yield _row("extractor", name, "absent", f"the official FID: {_get('torch-fidelity', 'fid')}")
             continue
@@ -146,6 +150,22 @@ def _extractors() -> Iterator[dict[str, str]]:
             yield _row("extractor", name, "works", load_extractor(name).label)
         except ModelError as error:
             yield _row("extractor", name, "broken", str(error))
+
+
+def _scorers() -> Iterator[dict[str, str]]:
+    from mpqsearch.errors import ModelError
+    from mpqsearch.metrics import SCORERS
+    from mpqsearch.metrics.lpips import head_file
+
+    for name, (needs, _) in SCORERS.items():
+        note = f"evaluate.scorers = {name}:PATH, {needs}" if needs else f"evaluate.scorers = {name}"
+        try:
+            heads = head_file("alex") if name == "lpips" else None
+        except ModelError as error:
+            yield _row("scorer", name, "absent", str(error))
+            continue
+        yield _row("scorer", name, "your file" if needs else "works", note + (f"; heads: {heads}" if heads else ""))
+    yield _row("scorer", "module:function", "your code", "ImageReward, HPS: maps (images, prompts, None) to [N]")
 
 
 def _targets() -> Iterator[dict[str, str]]:

@@ -132,7 +132,7 @@ def _values(source: str, index: Mapping[str, Any], folder: Path | None) -> Value
         "allocate.budgets": ["3bit", "4bit"],
         "allocate.select_samples": 4 if large else 16,
         "evaluate.samples": 16 if large else 128,
-        "evaluate.text_score": None,
+        "evaluate.scorers": None,
         "export.targets": ["neutral"],
     }
 

@@ -16,10 +16,11 @@ from mpqsearch.errors import ConfigError
 def reference(
     pictures: Annotated[Path, typer.Argument(help="A folder of png, jpg, webp or bmp files, with the folders in it.")],
     extractor: Annotated[
-        str, typer.Option("--extractor", help="fmnist-cnn, fmnist-judge, random-conv or inception.")
+        str, typer.Option("--extractor", help="fmnist-cnn, fmnist-judge, random-conv, inception, dinov2 or clip.")
     ] = "inception",
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="The file of the Inception weights (evaluate.extractor_weights).")
+        Path | None,
+        typer.Option("--weights", help="Its file or folder (evaluate.extractor_weights)."),
     ] = None,
     size: Annotated[
         int, typer.Option("--size", min=0, help="Crop to a square and scale to so many pixels; 0: as they are.")

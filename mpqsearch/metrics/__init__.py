@@ -17,8 +17,9 @@ from mpqsearch.metrics.extractors import (
     module_extractor,
 )
 from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, paired_kernel_distance
+from mpqsearch.metrics.named import SCORERS, load_scorer
 from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
-from mpqsearch.metrics.scorers import PSNR, Scorer
+from mpqsearch.metrics.scorers import PSNR, SSIM, Scorer
 from mpqsearch.metrics.store import SampleStore
 from mpqsearch.metrics.text import clip_scorer
 
@@ -26,6 +27,8 @@ __all__ = [
     "AUTO",
     "EXTRACTORS",
     "PSNR",
+    "SCORERS",
+    "SSIM",
     "DataReference",
     "Evaluation",
     "FeatureExtractor",
@@ -43,6 +46,7 @@ __all__ = [
     "kernel_distance",
     "load_extractor",
     "load_reference",
+    "load_scorer",
     "module_extractor",
     "paired_kernel_distance",
     "save_reference",

@@ -20,6 +20,7 @@ from mpqsearch.metrics.reference import DataReference
 from mpqsearch.metrics.scorers import FULL_PRECISION, PSNR, Scorer
 from mpqsearch.metrics.store import SampleStore
 from mpqsearch.models.runner import Drawn
+from mpqsearch.pareto import DROP
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -98,7 +99,7 @@ class Tally:
 
     def _look(self, batch: Drawn, images: Tensor, full: Tensor | None) -> None:
         features = self.extractor(images)
-        _require_finite(features, batch)
+        _require_finite(features, batch, "the features of")
         self._features.add(features)
         if len(self.seeds) < self._keep:
             self._images.append(images[: self._keep - len(self.seeds)].clone())
@@ -110,6 +111,9 @@ class Tally:
             if paired and expected is None:
                 continue
             scores = scorer.score(shown, labels, expected if paired else None).cpu().double()
+            if scores.shape != (len(shown),):
+                raise ConfigError(f"{scorer.name} gave {tuple(scores.shape)} numbers for {len(shown)} pictures")
+            _require_finite(scores.masked_fill(scores.isnan(), 0.0)[:, None], batch, f"{scorer.name} of")
             self._scores.setdefault(scorer.key, _Rows()).add(scores.view(-1, n_frames).nanmean(1))
 
     @property
@@ -117,16 +121,21 @@ class Tally:
         """``[rows, d]``; None when there were no pictures."""
         return self._features.all()
 
-    def evaluation(self, full: Tensor | None = None, data: DataReference | None = None) -> Evaluation:
-        """The metrics, given the features of full precision and the statistics of data: see `evaluate`."""
+    def evaluation(self, full: Tally | None = None, data: DataReference | None = None) -> Evaluation:
+        """The metrics, given what stayed of full precision and the statistics of data: see `evaluate`."""
         sheet, features = _Sheet(self), self.features
         if (errors := self._errors.all()) is not None:
             sheet.put_mean("paired_mse", "MSE vs FP, same noise", FULL_PRECISION, errors, bounds=POSITIVE)
         for s in self._all_scorers:
             if s.key in self._scores and (scores := self._scores[s.key].all()) is not None:
-                sheet.put_mean(s.key, s.name, s.against, scores, bounds=s.bounds, higher=s.higher_is_better)
+                by, higher = s.weights or self.extractor.label, s.higher_is_better
+                sheet.put_mean(s.key, s.name, s.against, scores, bounds=s.bounds, higher=higher, by=by)
+                if full is not None and s.key in full._scores and (others := full._scores[s.key].all()) is not None:
+                    lost = (others - scores) if higher else (scores - others)
+                    name = f"{s.name}, lost against FP, same noise"
+                    sheet.put_mean(s.key + DROP, name, FULL_PRECISION, lost, bounds=ANY, by=by)
         if features is not None:
-            sheet.put_distances(features, full, data)
+            sheet.put_distances(features, None if full is None else full.features, data)
         images = torch.cat(self._images) if self._images else None
         return Evaluation(metrics=sheet.values, features=features, images=images)
 
@@ -177,7 +186,8 @@ def evaluate(batches: Iterable[Drawn], reference: Reference, *, keep: int = 0) -
     """Measure samples whose seeds are those of ``reference``, in the same order; the first ``keep`` pictures are kept.
 
     Keys: ``paired_mse`` (of latents), ``paired_psnr``, ``fd_fp``, ``kid_fp``, ``fd_data`` and ``kid_data`` (with data
-    statistics), and those of the scorers, such as ``class_accuracy``; without pictures ``paired_mse`` alone. Intervals
+    statistics; ``cmmd_`` of CLIP embeddings), those of the scorers, such as ``class_accuracy``, and with ``_drop``
+    what each of these lost; without pictures ``paired_mse`` alone. Intervals
     are 95 % normal intervals from the standard deviation of a bootstrap over samples, cut where the metric has no
     values; pairs are resampled together.
     """
@@ -187,7 +197,7 @@ def evaluate(batches: Iterable[Drawn], reference: Reference, *, keep: int = 0) -
         tally.add(batch, reference.store.read(done, done + len(batch.seeds)))
     if tuple(tally.seeds) != reference.seeds:
         raise ConfigError(f"{len(tally.seeds)} samples were given, the full-precision ones are {len(reference.seeds)}")
-    return tally.evaluation(reference.features, reference.data)
+    return tally.evaluation(reference.tally, reference.data)
 
 
 def features_of(batches: Iterable[Drawn], extractor: FeatureExtractor) -> Tensor:
@@ -250,13 +260,15 @@ class _Sheet:
         *,
         bounds: tuple[float, float],
         higher: bool = False,
+        by: str = "",
     ) -> None:
         """Add the mean of one number a sample; samples whose number is NaN are left out, and so is a metric of fewer
         than two."""
         each = each[~each.isnan()]
         if len(each) > 1:
             weights = _bootstrap_weights(len(each))
-            self._put(key, name, against, weights @ each / len(each), bounds=bounds, higher=higher, n=len(each))
+            values = weights @ each / len(each)
+            self._put(key, name, against, values, bounds=bounds, higher=higher, n=len(each), by=by)
 
     def put_distances(self, features: Tensor, full: Tensor | None, data: DataReference | None) -> None:
         """Add the distances of features ``[rows, d]`` to those of full precision and to data."""
@@ -270,15 +282,15 @@ class _Sheet:
                 to_full.append(frechet_distance(FeatureStatistics.of(full, w), ours))
             if data is not None:
                 to_data.append(frechet_distance(data.statistics, ours))
-        label = self._extractor.label
+        label, kernel = self._extractor.label, self._extractor.kernel
         if full is not None:
-            kernel = paired_kernel_distance(full, features, weights)
+            kernel_values = paired_kernel_distance(full, features, weights, kernel)
             self._put("fd_fp", f"FD[{label}]-{n} vs FP", FULL_PRECISION, _floats(to_full), bounds=POSITIVE)
-            self._put("kid_fp", f"KD[{label}]-{n} vs FP", FULL_PRECISION, kernel)
+            self._put(f"{kernel.key}_fp", f"{kernel.label}[{label}]-{n} vs FP", FULL_PRECISION, kernel_values)
         if data is not None:
-            kernel = kernel_distance(data.features, features, weights)
+            kernel_values = kernel_distance(data.features, features, weights, kernel)
             self._put("fd_data", frechet_label(self._extractor, n), data.name, _floats(to_data), bounds=POSITIVE)
-            self._put("kid_data", f"KD[{label}]-{n} vs data", data.name, kernel)
+            self._put(f"{kernel.key}_data", f"{kernel.label}[{label}]-{n} vs data", data.name, kernel_values)
 
     def _put(
         self,
@@ -290,6 +302,7 @@ class _Sheet:
         bounds: tuple[float, float] = ANY,
         higher: bool = False,
         n: int = 0,
+        by: str = "",
     ) -> None:
         """Add a metric from its value and those of all resamples, ``[1 + BOOTSTRAP]``."""
         value, spread = float(values[0]), 1.96 * float(values[1:].std())
@@ -298,7 +311,7 @@ class _Sheet:
             value=value,
             n_samples=n or self._n,
             seeds=self._seeds,
-            extractor=self._extractor.label,
+            extractor=by or self._extractor.label,
             reference=against,
             low=min(value, max(value - spread, bounds[0])),
             high=min(value + spread, bounds[1]),
@@ -331,12 +344,12 @@ def _floats(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _require_finite(features: Tensor, batch: Drawn) -> None:
+def _require_finite(features: Tensor, batch: Drawn, what: str) -> None:
     bad = ~torch.isfinite(features).flatten(1).all(1).view(len(batch.seeds), -1).all(1)
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
         asked = "" if batch.labels[i] is None else f" ({batch.labels[i]!r})"
-        raise NumericsError(f"the features of the sample of seed {batch.seeds[i]}{asked} are not finite: look at it")
+        raise NumericsError(f"{what} the sample of seed {batch.seeds[i]}{asked} are not finite: look at it")
 
 
 def _bootstrap_weights(n: int) -> Tensor:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from mpqsearch.artifacts import read_tensors
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError, install
+from mpqsearch.metrics.frechet import CMMD, CUBIC, Kernel
 from mpqsearch.metrics.scorers import Scorer
+from mpqsearch.metrics.text import Clip, image_processor, model_folder, pretrained
 from mpqsearch.models import REFERENCE, weights_digest
 from mpqsearch.models.classifier import FEATURE_DIM, FashionClassifier
 from mpqsearch.models.judge import FEATURE_DIM as JUDGE_DIM
 from mpqsearch.models.judge import SIZE, Judge, recognised
 from mpqsearch.models.runner import Label
+from mpqsearch.sources import read_config
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,6 +36,12 @@ INCEPTION_SHA256 = "6726825d"
 """First digits of the SHA-256 of the Inception weights of 2015 as ported for PyTorch: what the word FID is reserved
 for."""
 
+FOLDERS = {
+    "clip": "a folder of transformers with a CLIP, such as openai/clip-vit-large-patch14-336 (CMMD)",
+    "dinov2": "a folder of transformers, such as facebook/dinov2-large (FD-DINOv2)",
+}
+"""Extractors whose weights are a folder, and which one."""
+
 CPU = torch.device("cpu")
 
 
@@ -40,7 +49,7 @@ CPU = torch.device("cpu")
 class FeatureExtractor:
     """``features``: ``uint8 [N, C, H, W]`` to ``float32 [N, dim]``, computed on ``device``; what it is called with and
     what comes back may be elsewhere. ``shape``: the pictures ``(C, H, W)`` that it reads (None: of one or three
-    channels and any size). ``scorers``: what it can say of single pictures."""
+    channels and any size). ``scorers``: what it can say of single pictures. ``kernel``: of its kernel distances."""
 
     name: str
     dim: int
@@ -50,6 +59,7 @@ class FeatureExtractor:
     scorers: tuple[Scorer, ...] = ()
     official_fid: bool = False
     device: torch.device = CPU
+    kernel: Kernel = CUBIC
 
     @property
     def label(self) -> str:
@@ -87,8 +97,9 @@ def extractor_for(shape: Sequence[int], model: str) -> str:
 
 
 def load_extractor(name: str, *, weights: Path | None = None, device: str | torch.device = CPU) -> FeatureExtractor:
-    """An extractor by name: ``fmnist-cnn``, ``fmnist-judge``, ``random-conv`` or ``inception`` (extra
-    ``mpqsearch[fid]``; ``weights`` is its file). ``device``: where it computes."""
+    """An extractor by name: ``fmnist-cnn``, ``fmnist-judge``, ``random-conv``, ``inception`` (extra ``mpqsearch[fid]``;
+    ``weights`` is its file), ``clip`` or ``dinov2`` (``weights`` is a folder of transformers). ``device``: where it
+    computes."""
     if name not in EXTRACTORS:
         raise UnknownNameError("feature extractor", name, (AUTO, *EXTRACTORS))
     return EXTRACTORS[name](weights, torch.device(device))
@@ -232,6 +243,41 @@ def _inception_network(weights: Path | None) -> Any:
     )
 
 
+def _clip(weights: Path | None, device: torch.device) -> FeatureExtractor:
+    """Image embeddings of length 1, as CMMD compares them (arXiv 2401.09603)."""
+    clip = Clip.load(_required("clip", weights), device)
+    return FeatureExtractor(
+        name="clip",
+        dim=clip.model.config.projection_dim,
+        digest=weights_digest(clip.model),
+        features=clip.pictures,
+        device=device,
+        kernel=CMMD,
+    )
+
+
+def _dinov2(weights: Path | None, device: torch.device) -> FeatureExtractor:
+    """The normalised class token, as FD-DINOv2 compares it (arXiv 2306.04675): of pictures that are scaled to the
+    network's size, and cut to a square where they are none."""
+    folder = model_folder(_required("dinov2", weights), "dinov2")
+    network = pretrained("Dinov2Model", folder, device)
+    config = read_config(folder / "preprocessor_config.json")
+    prepare = image_processor({**config, "size": config.get("crop_size") or config.get("size")})
+    return FeatureExtractor(
+        name="dinov2",
+        dim=network.config.hidden_size,
+        digest=weights_digest(network),
+        features=lambda images: network(pixel_values=prepare(images)).pooler_output,
+        device=device,
+    )
+
+
+def _required(kind: str, weights: Path | None) -> Path:
+    if weights is None:
+        raise ModelError(f"the extractor {kind} needs {FOLDERS[kind]}: name it in evaluate.extractor_weights")
+    return weights
+
+
 def _file_digest(path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"the extractor weights {path} do not exist")
@@ -244,4 +290,6 @@ EXTRACTORS: dict[str, Callable[[Path | None, torch.device], FeatureExtractor]] =
     "fmnist-judge": _judge,
     "random-conv": _random,
     "inception": _inception,
+    "clip": _clip,
+    "dinov2": _dinov2,
 }

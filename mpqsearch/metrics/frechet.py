@@ -3,6 +3,7 @@ have no float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,21 +77,47 @@ def frechet_distance(reference: FeatureStatistics, sample: FeatureStatistics) ->
     return float(shift + reference.factor.square().sum() + sample.factor.square().sum() - 2 * cross)
 
 
-def kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Squared maximum mean discrepancy with the cubic kernel ``(a.b / d + 1)**3`` (KID, arXiv 1801.01401), full
-    U-statistic, between features ``x`` ``[n, d]`` and ``y`` ``[m, d]``.
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Of a kernel distance: ``of`` maps products ``a.b / d`` and squared distances ``|a - b|**2`` of features to its
+    values; ``key`` and ``label`` are what the distance is called."""
+
+    key: str
+    label: str
+    of: Callable[[Tensor, Tensor], Tensor]
+
+    def between(self, a: Tensor, b: Tensor) -> Tensor:
+        """``[n, m]`` of rows ``[n, d]`` and ``[m, d]``."""
+        products = a @ b.T
+        squares = a.square().sum(1)[:, None] + b.square().sum(1)
+        return self.of(products / a.shape[1], squares - 2 * products)
+
+    def pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """``[n]`` of rows that belong together."""
+        return self.of((a * b).mean(1), (a - b).square().sum(1))
+
+
+CUBIC = Kernel(key="kid", label="KD", of=lambda product, _: (product + 1) ** 3)
+"""Of the kernel Inception distance (arXiv 1801.01401)."""
+
+CMMD = Kernel(key="cmmd", label="CMMD", of=lambda _, apart: 1000 * torch.exp(-apart / (2 * 10**2)))
+"""Of the maximum mean discrepancy of CLIP embeddings, Gaussian with sigma 10, times 1000 (arXiv 2401.09603)."""
+
+
+def kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None, kernel: Kernel = CUBIC) -> Tensor:
+    """Squared maximum mean discrepancy, full U-statistic, between features ``x`` ``[n, d]`` and ``y`` ``[m, d]``.
 
     ``weights`` ``[r, m]``: how often each row of ``y`` counts in each of ``r`` values (default: one value, once each);
     float64 ``[r]``. The kernel is computed once for all of them, some rows at a time.
     """
     x, y, w = _prepared(x, y, weights, len(y))
     ones = torch.ones(1, len(x), dtype=torch.float64)
-    within_x = _mean_of_pairs(_quadratic(x, x, ones, ones), _diagonal(x), ones)
-    within_y = _mean_of_pairs(_quadratic(y, y, w, w), _diagonal(y), w)
-    return within_x + within_y - 2 * _quadratic(y, x, w, ones) / (w.sum(1) * len(x))
+    within_x = _mean_of_pairs(_quadratic(kernel, x, x, ones, ones), kernel.pairs(x, x), ones)
+    within_y = _mean_of_pairs(_quadratic(kernel, y, y, w, w), kernel.pairs(y, y), w)
+    return within_x + within_y - 2 * _quadratic(kernel, y, x, w, ones) / (w.sum(1) * len(x))
 
 
-def paired_kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+def paired_kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None, kernel: Kernel = CUBIC) -> Tensor:
     """`kernel_distance` where row ``i`` of both has the same noise: the diagonal of the cross term is left out as well.
 
     Values are over the pairs whose weight is not 0. Rows are in or out: duplicates would enter the U-statistic as pairs
@@ -100,8 +127,8 @@ def paired_kernel_distance(x: Tensor, y: Tensor, weights: Tensor | None = None) 
     w = (w > 0).double()
     sign = torch.cat([torch.ones(len(x)), -torch.ones(len(y))]).double()
     both, doubled = torch.cat([x, y]), torch.cat([w, w], 1) * sign
-    diagonal = _diagonal(x) + _diagonal(y) - 2 * _cube((x * y).sum(1) / x.shape[1])
-    return _mean_of_pairs(_quadratic(both, both, doubled, doubled), diagonal, w)
+    diagonal = kernel.pairs(x, x) + kernel.pairs(y, y) - 2 * kernel.pairs(x, y)
+    return _mean_of_pairs(_quadratic(kernel, both, both, doubled, doubled), diagonal, w)
 
 
 def _prepared(x: Tensor, y: Tensor, weights: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,19 +138,11 @@ def _prepared(x: Tensor, y: Tensor, weights: Tensor | None, n: int) -> tuple[Ten
     return x.cpu().double(), y.cpu().double(), w
 
 
-def _cube(similarity: Tensor) -> Tensor:
-    return (similarity + 1) ** 3
-
-
-def _diagonal(a: Tensor) -> Tensor:
-    return _cube(a.square().mean(1))
-
-
-def _quadratic(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _quadratic(kernel: Kernel, a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``left @ kernel(a, b) @ right`` for each row of ``left`` and ``right``, ``[r]``."""
     total = torch.zeros(len(left), dtype=torch.float64)
     for rows, weights in zip(torch.split(a, BLOCK), torch.split(left, BLOCK, 1), strict=True):
-        total += ((weights @ _cube(rows @ b.T / b.shape[1])) * right).sum(1)
+        total += ((weights @ kernel.between(rows, b)) * right).sum(1)
     return total
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from mpqsearch.core import BitMap, LayerTable
-from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, main_metric
+from mpqsearch.pareto import FULL_PRECISION_METHOD, main_metric, shown_metrics
 from mpqsearch.report.bits import DepthInfo, bits_by_depth_info, plot_bits_by_depth
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import Drawing
@@ -34,8 +34,8 @@ def all_drawings(content: ReportContent) -> list[Drawing]:
 
 
 def _fronts(content: ReportContent) -> Iterator[Drawing]:
-    measured = {m for r in content.records if r.method != FULL_PRECISION_METHOD for m in r.metrics}
-    order = [m for m in dict.fromkeys((main_metric(content.records), *METRICS, *sorted(measured))) if m in measured]
+    measured = shown_metrics(r for r in content.records if r.method != FULL_PRECISION_METHOD)
+    order = sorted(measured, key=lambda m: m != main_metric(content.records))
     for metric in order:
         info = front_info(content.records, metric, chosen=content.chosen)
         yield Drawing(

@@ -70,7 +70,7 @@ def front_info(records: Iterable[StudyRecord], metric: str = "fd_fp", chosen: St
     return FrontInfo(
         metric=metric,
         label=first.name,
-        scale="log" if pareto.log else "symlog" if metric.startswith("kid") else "linear",
+        scale="log" if pareto.log else "symlog" if metric.startswith(("kid", "cmmd")) else "linear",
         higher_is_better=pareto.higher_is_better,
         series=tuple(_series(pareto, name) for name in names),
         front=np.array([_point(r, metric) for r in pareto.front], dtype=np.float64).reshape(-1, 2),

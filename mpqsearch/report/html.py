@@ -12,7 +12,7 @@ import jinja2
 from mpqsearch._version import __version__
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import MetricValue, StudyRecord
-from mpqsearch.pareto import FULL_PRECISION_METHOD, METRICS, ParetoFront, main_metric
+from mpqsearch.pareto import FULL_PRECISION_METHOD, ParetoFront, main_metric, shown_metrics
 from mpqsearch.report.breakdown import breakdown_rows, export_rows
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.drawings import all_drawings
@@ -166,15 +166,10 @@ def _span(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _metrics(records: Sequence[StudyRecord]) -> list[str]:
-    measured = {m for r in records for m in r.metrics}
-    return [m for m in METRICS if m in measured] + sorted(measured - set(METRICS))
-
-
 def _metric_facts(records: Sequence[StudyRecord]) -> list[dict[str, str]]:
     """Each metric with the label that its values carry, its reference and its kind of interval."""
     facts = []
-    for name in _metrics(records):
+    for name in shown_metrics(records):
         values = [r.metrics[name] for r in records if name in r.metrics]
         texts = {k: ", ".join(dict.fromkeys(getattr(v, k) for v in values)) for k in ("name", "reference", "spread")}
         better = "higher" if values[0].higher_is_better else "lower"
@@ -196,7 +191,7 @@ def _points_table(records: Sequence[StudyRecord]) -> Table:
     }
     if any(r.act_bits < 16 for r in records):
         columns["Act. bits", "number"] = [Cell(number(r.act_bits, 1), r.act_bits) for r in records]
-    for metric in _metrics(records):
+    for metric in shown_metrics(records):
         marks = standings(records, metric)
         columns[metric_text(metric).heading, "number"] = [
             _metric_cell(r.metrics.get(metric), metric, mark) for r, mark in zip(records, marks, strict=True)

@@ -25,6 +25,12 @@ _TEXTS = {
     "paired_mse": MetricText("Squared error to full precision, same noise", "Squared error", 4),
     "class_accuracy": MetricText("Samples in the class that was asked for", "Right class", 3),
     "clip_score": MetricText("CLIP score of picture and prompt", "CLIP score", 2),
+    "clip_iqa": MetricText("CLIP-IQA, quality of the picture", "CLIP-IQA", 3),
+    "pick_score": MetricText("PickScore of picture and prompt", "PickScore", 2),
+    "lpips": MetricText("LPIPS to full precision, same noise", "LPIPS", 3),
+    "ssim": MetricText("SSIM to full precision, same noise", "SSIM", 3),
+    "cmmd_data": MetricText("CMMD to data", "CMMD to data", 3),
+    "cmmd_fp": MetricText("CMMD to full precision", "CMMD to full precision", 3),
     "attributes_recognised": MetricText("Attributes asked for that are recognised", "Attributes", 3),
 }
 

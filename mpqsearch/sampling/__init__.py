@@ -2,7 +2,7 @@
 
 from mpqsearch.sampling.chain import Chain, SchedulerStep, chain, gradients, prediction_gains, scheduler_steps
 from mpqsearch.sampling.draw import batch_of, can_sample, each_call, latents, n_calls, record, require_sampler, samples
-from mpqsearch.sampling.load import adapt, load_model
+from mpqsearch.sampling.load import adapt, imported, load_model
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner, to_uint8
 from mpqsearch.sampling.recorded import RecordedRunner
@@ -23,6 +23,7 @@ __all__ = [
     "chain",
     "each_call",
     "gradients",
+    "imported",
     "latents",
     "load_model",
     "n_calls",

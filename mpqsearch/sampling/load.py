@@ -263,17 +263,23 @@ def _from_function(
     return _denoiser(module, runner, name=model_name(source), source=source)
 
 
-def _called(source: str) -> Any:
-    """What the function of a source returns. Modules are looked for in the folder of work, too."""
+def imported(source: str) -> Any:
+    """What ``package.module:function`` names. Modules are looked for in the folder of work, too."""
     package, _, name = source.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(package), name)
+        found = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:
         raise ModelError(
             f"{source}: {error}. It must be package.module:function of something that can be imported here"
         ) from error
+    return found
+
+
+def _called(source: str) -> Any:
+    """What the function of a source returns."""
+    function = imported(source)
     if not callable(function):
         raise ModelError(f"{source} is a {type(function).__name__} and no function that returns the model")
     return function()

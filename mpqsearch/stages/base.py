@@ -126,6 +126,10 @@ class Run:
         names = tuple(p.name for p in sorted(REFERENCE.iterdir())) if c.extractor == "auto" else (c.extractor,)
 
         def digest(given: str, file: str) -> str:
+            if given and file == "model.safetensors" and c.extractor in ("clip", "dinov2"):
+                from mpqsearch.metrics.text import model_files
+
+                return self.files.of_all(model_files(given, c.extractor))
             if given:
                 return self.files.of(Path(given))
             return self.files.of_all({name: REFERENCE / name / file for name in names})
@@ -135,10 +139,11 @@ class Run:
             "extractor_weights": digest(c.extractor_weights, "model.safetensors"),
             "reference": digest(c.reference, "reference.safetensors"),
         }
-        if c.text_score:
-            from mpqsearch.metrics.text import clip_files
+        for i, text in enumerate(c.scorers):
+            from mpqsearch.metrics.named import scorer_inputs
 
-            inputs["text_score"] = self.files.of_all(clip_files(c.text_score))
+            name, files = scorer_inputs(text)
+            inputs[f"scorer {i}"] = artifacts.digest_of([name, self.files.of_all(files)])
         return inputs
 
     @cached_property
@@ -177,11 +182,11 @@ class Run:
     @cached_property
     def scorers(self) -> tuple[Scorer, ...]:
         """Scores of single pictures beside those of the extractor."""
-        from mpqsearch.metrics import clip_scorer
+        from mpqsearch.metrics import load_scorer
         from mpqsearch.models import resolve_device
 
-        name = self.config.evaluate.text_score
-        return (clip_scorer(name, device=resolve_device(self.config.model.device)),) if name else ()
+        device = resolve_device(self.config.model.device)
+        return tuple(load_scorer(text, device=device) for text in self.config.evaluate.scorers)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returns, made once in this process: what takes the model to measure and several maps share."""

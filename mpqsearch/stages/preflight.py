@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ from mpqsearch.stages.base import Run
 
 if TYPE_CHECKING:
     from mpqsearch.export import Target
+    from mpqsearch.metrics import Scorer
+
+PUBLISHED = ("inception-2015", "clip", "dinov2")
+"""Extractors whose distances are published with 5,000 pictures or more."""
 
 
 def preflight(run: Run, sampling: str = "") -> None:
@@ -18,7 +23,7 @@ def preflight(run: Run, sampling: str = "") -> None:
     installed.
 
     With ``sampling``, which says what samples are for: a model that cannot be sampled, an extractor, statistics of data
-    or a text score that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
+    or a scorer that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
     decoded picture show (prompts, classes, arguments of the call, the scheduler).
     """
     _check_budgets(run)
@@ -39,13 +44,40 @@ def check_sampling(run: Run, sampling: str) -> None:
         _refuse_without_pictures(run)
         return
     run.extractor.check(run.picture[-3:])
-    c = run.config.evaluate
-    if c.text_score and not isinstance(run.denoiser.runner.labels([c.first_seed])[0], str):
-        raise ConfigError(
-            f"evaluate.text_score compares pictures with their prompts, and {run.config.model.source} is given none: "
-            "leave it out, or name a file of prompts (prompts.file)"
+    _ = run.data_reference
+    extractor, c = run.extractor, run.config.evaluate
+    n = c.samples * math.prod(run.picture[:-3])
+    if n <= extractor.dim and extractor.name in PUBLISHED:
+        run.say(
+            f"evaluate.samples: {n} pictures have no full covariance for the {extractor.dim} features of "
+            f"{extractor.name}. Distances compare maps of this study, and no published numbers."
         )
-    _ = run.data_reference, run.scorers
+    for scorer in run.scorers:
+        _rehearse(run, scorer)
+
+
+def _rehearse(run: Run, scorer: Scorer) -> None:
+    """Raise `ConfigError` for a scorer that cannot score what the model draws, by one black picture."""
+    import torch
+
+    from mpqsearch.metrics.scorers import FULL_PRECISION as FULL_PICTURES
+
+    assert run.picture is not None
+    shape, labels = run.picture[-3:], run.denoiser.runner.labels([run.config.evaluate.first_seed])
+    if scorer.against == "prompts" and not isinstance(labels[0], str):
+        raise ConfigError(
+            f"{scorer.name} (evaluate.scorers) compares pictures with their prompts, and {run.config.model.source} is "
+            "given none: leave it out, or name a file of prompts (prompts.file)"
+        )
+    black = torch.zeros(1, *shape, dtype=torch.uint8)
+    try:
+        scores = scorer.score(black, labels, black if scorer.against == FULL_PICTURES else None)
+    except Exception as error:
+        raise ConfigError(
+            f"{scorer.name} (evaluate.scorers) cannot score pictures {tuple(shape)} (channels, height, width): {error}"
+        ) from error
+    if tuple(getattr(scores, "shape", ())) != (1,):
+        raise ConfigError(f"{scorer.name} (evaluate.scorers) must give a tensor [1] for one picture, gave {scores!r}")
 
 
 def _refuse_without_pictures(run: Run) -> None:
@@ -55,7 +87,7 @@ def _refuse_without_pictures(run: Run) -> None:
         'search.error = "features" (use "latents")': c.search.trials > 0 and c.search.error == "features",
         "distill.check_every": c.distill.check_every > 0 and bool(c.distill.methods),
         "evaluate.reference": bool(c.evaluate.reference),
-        "evaluate.text_score": bool(c.evaluate.text_score),
+        "evaluate.scorers": bool(c.evaluate.scorers),
     }
     for key, asked in keys.items():
         if asked:

@@ -14,7 +14,7 @@ DOORS = {
     "tomllib.load": (),
     "tomllib.loads": ("untrusted.py", "toml_text.py"),  # the latter asks whether what it wrote is read back
     "yaml.load": ("prompts/reading.py",),  # by the loader that makes texts, lists and tables only
-    "torch.load": (),
+    "torch.load": ("metrics/lpips.py",),  # torchvision has its weights as pickles: tensors alone (weights_only)
     "pickle.load": (),
     "pickle.loads": (),
     "np.load": (),

@@ -52,15 +52,15 @@ def run_of(folders: Path, where: Path, name: str, **tables: Mapping[str, Any]) -
         ("StableDiffusionPipeline", {"allocate": {"budgets": ["uniform:9"]}}, ConfigError, "must lie in 1..8 bits"),
         (
             "StableDiffusionPipeline",
-            {"evaluate": {"text_score": "no/clip"}},
+            {"evaluate": {"scorers": ["clip:no/clip"]}},
             ModelError,
             r"no/clip.* has no config\.json",
         ),
         (
             "DiTPipeline",
-            {"sampler": {}, "prompts": {}, "evaluate": {"text_score": "fmnist-clip"}},
+            {"sampler": {}, "prompts": {}, "evaluate": {"scorers": ["clip:fmnist-clip"]}},
             ConfigError,
-            "none:",
+            "given none",
         ),
         ("DiTPipeline", {"sampler": {}, "prompts": {"classes": [3, 1000]}}, ConfigError, "class 1000 does not exist"),
         (

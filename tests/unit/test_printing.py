@@ -50,7 +50,7 @@ def test_a_table_fits_the_terminal_and_breaks_no_word_and_no_number(
         ("profile --model fmnist-d", {"fmnist-dit"}),
         (f"export -c {ROOT}/studies/flow.toml --method ilp", {"ilp-layer", "ilp-channel"}),
         ("allocate --method u", {"uniform"}),
-        ("run a.toml --set evaluate.te", {"evaluate.text_score="}),
+        ("run a.toml --set evaluate.sc", {"evaluate.scorers="}),
         ("search --sampler t", {"tpe"}),
         ("profile --device cu", {"cuda"}),
     ],

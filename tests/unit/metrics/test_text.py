@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpqsearch.errors import ModelError
 from mpqsearch.metrics import clip_scorer
-from mpqsearch.metrics.text import clip_files, image_processor
+from mpqsearch.metrics.text import image_processor, model_files
 from mpqsearch.models.runner import Label
 from mpqsearch.sampling import SamplerSpec, load_model, samples
 from tests.support.pipelines.parts import clip_tokenizer
@@ -98,7 +98,7 @@ def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> No
         (tmp_path / name).write_text('{"model_type": "siglip"}')
     with pytest.raises(ModelError, match="of the type 'siglip'"):
         clip_scorer(tmp_path)
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(clip_files(folder))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(model_files(folder))
 
 
 def test_the_embedded_clip_knows_which_caption_is_of_which_picture() -> None:
