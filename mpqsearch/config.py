@@ -96,16 +96,25 @@ class CalibrationConfig(CalibrationSpec):
         study runs. Example: ``"calls.safetensors"``.
     weights_only
         Run nothing: the weights are read from disk, one layer at a time, and only ``schemes`` counts.
+    reuse
+        Run folder of another model of the same structure, such as the base of a fine-tune: its sensitivities are taken,
+        and only inputs and errors are measured. Example: ``"runs/base"``.
     """
 
     captured: str = ""
     weights_only: bool = False
+    reuse: str = ""
 
     def __post_init__(self) -> None:
         CalibrationSpec.__post_init__(self)
         if self.weights_only and self.granularity == "layer":
             raise ConfigError(
                 "calibration.weights_only runs nothing, calibration.granularity runs the sampler: set one of them"
+            )
+        if self.reuse and (self.weights_only or self.granularity == "layer"):
+            raise ConfigError(
+                "calibration.reuse takes sensitivities of channels, which calibration.weights_only and granularity = "
+                '"layer" do not use: leave one of them out'
             )
 
 

@@ -22,6 +22,12 @@ GranularityOption = Annotated[
         "--granularity", help="channel (default), or layer: totals of whole layers alone, in a fraction of the time."
     ),
 ]
+ReuseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reuse", help="Run folder of the model that this one was fine-tuned from: its sensitivities are taken."
+    ),
+]
 MemoryLimitOption = Annotated[
     str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
 ]
@@ -32,6 +38,7 @@ def profile(
     config: options.Config = None,
     weights_only: WeightsOnlyOption = False,
     granularity: GranularityOption = None,
+    reuse: ReuseOption = None,
     memory_limit: MemoryLimitOption = None,
     model: options.Model = None,
     prompts: options.Prompts = None,
@@ -55,6 +62,9 @@ def profile(
     With `--granularity layer` one forward and one backward pass a calibration batch give the loss of every layer at
     every width; then `--set calibration.granularity=layer` makes `allocate` use them, with `ilp-layer`.
 
+    With `--reuse runs/base` only forward passes run: inputs and errors are this model's, sensitivities those of a model
+    of the same structure; then `--set calibration.reuse=runs/base` makes `allocate` use them.
+
     Example: `mpqsearch profile --model fmnist-unet --set calibration.samples=16`
 
     Example: `mpqsearch profile --model fmnist-unet --granularity layer`
@@ -70,6 +80,7 @@ def profile(
         "model.memory_limit": memory_limit,
         "calibration.weights_only": weights_only or None,
         "calibration.granularity": granularity,
+        "calibration.reuse": reuse,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     stages.start(run)

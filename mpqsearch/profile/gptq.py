@@ -37,7 +37,7 @@ def gptq_profile(
     `ConfigError` when the profile lacks the format.
     """
     name = fmt.name
-    before = profile.need(f"output_error/{name}", f"GPTQ in the format {name!r}")
+    profile.need(f"output_error/{name}", f"GPTQ in the format {name!r}")
     modules: dict[str, Any] = dict(denoiser.module.named_modules())
     arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] != name or not k.startswith(_MEASURED)}
     errors = {s: profile.arrays[f"output_error{s}/{name}"].copy() for s in ("", "_corrected")}
@@ -45,10 +45,20 @@ def gptq_profile(
         at, weight = profile.rows(layer.name), modules[layer.name].weight.detach().float()
         found = _errors(rows_of(weight, layer), layer, profile.widths, fmt, stats[layer.name])
         errors[""][at], errors["_corrected"][at] = found
+    arrays |= following(profile, table, name, errors)
+    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": name})
+
+
+def following(
+    profile: SensitivityProfile, table: LayerTable, name: str, errors: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Other output ``errors`` ``[C, W]`` of the format ``name`` (by suffix: without bias correction, with it), and the
+    profile's layer totals changed as the sensitivity-weighted errors of their channels change."""
+    arrays = {f"output_error{suffix}/{name}": after for suffix, after in errors.items()}
+    before = profile.arrays[f"output_error/{name}"]
     sensitivity = profile.arrays.get("sensitivity", np.ones(len(before)))[:, None].astype(np.float64)
     has_bias = np.repeat([table[n].has_bias for n in profile.names], profile.channels)[:, None]
     for suffix, after in errors.items():
-        arrays[f"output_error{suffix}/{name}"] = after
         old = profile.arrays[f"output_error{suffix}/{name}"]
         if suffix:  # without a bias nothing is corrected
             old, after = np.where(has_bias, old, before), np.where(has_bias, after, errors[""])  # noqa: PLW2901
@@ -56,9 +66,9 @@ def gptq_profile(
         share = np.divide(sums[1], sums[0], out=np.ones_like(sums[0]), where=sums[0] > 0)
         for family in _FOLLOWING:
             key = f"{family}{suffix}/{name}"
-            if key in arrays:
-                arrays[key] = (arrays[key] * share).astype(np.float32)
-    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": name})
+            if key in profile.arrays:
+                arrays[key] = (profile.arrays[key] * share).astype(np.float32)
+    return arrays
 
 
 _FOLLOWING = ("layer_probe_error", "layer_sampler_error")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from mpqsearch.profile.activations import activation_arrays
 from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, no_input, silent
 from mpqsearch.profile.contexts import context_sensitivity
 from mpqsearch.profile.final_probes import sampler_totals
+from mpqsearch.profile.gptq import following
 from mpqsearch.profile.layer_scores import layer_scores
 from mpqsearch.profile.moments import InputMoments
 from mpqsearch.profile.one_layer import final_errors
@@ -54,6 +56,7 @@ class Measurement:
     formats: Mapping[str, QuantFormat]
     memory_limit: int | None = None
     partial: Partial | None = None
+    known: SensitivityProfile | None = None
     progress: Progress = silent
     arrays: Arrays = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,6 +94,7 @@ def profile_model(
     *,
     memory_limit: int | None = None,
     partial: Partial | None = None,
+    known: SensitivityProfile | None = None,
     progress: Progress = silent,
 ) -> SensitivityProfile:
     """Measure a model: see `SensitivityProfile` for what comes out, in which units; only what `CalibrationSpec` says
@@ -101,7 +105,10 @@ def profile_model(
     are made again at every projection, some rows at a time, and the numbers are the same up to rounding (1e-4 of the
     largest). Slopes at contexts need a second copy of the model. ``partial`` keeps the tables of each finished layer
     and each finished step: a run that continues from it samples the calibration inputs again and measures what is left.
-    Raises `ConfigError`, with the smallest limit that works, when a layer does not fit.
+    ``known`` is the profile of another model of the same structure, such as the one that this was fine-tuned from: its
+    sensitivities are taken and no backward pass runs. Inputs and errors are this model's own, and layer totals change
+    as the errors do (`following`); slopes at contexts are left out. Raises `ConfigError`, with the smallest limit that
+    works, when a layer does not fit, and for a known profile of another structure, other widths or fewer formats.
     """
     _check(denoiser, policy, spec)
     m = Measurement(
@@ -113,8 +120,11 @@ def profile_model(
         formats=formats_of(spec, fmt),
         memory_limit=memory_limit,
         partial=partial,
+        known=known,
         progress=progress,
     )
+    if known is not None:
+        _check_known(m, known)
     calibration = _by_layer(m) if spec.granularity == "layer" else _by_channel(m)
     return SensitivityProfile(
         model_digest=table.digest,
@@ -132,6 +142,7 @@ def profile_model(
             "constant_inputs": list(calibration.constant),
             "spent": {"seconds": m.seconds, **_memory()},
             **({} if can_sample(denoiser) else {"recorded_calls": n_calls(denoiser, 0)}),
+            **({} if known is None else {"sensitivities_of": known.model_digest}),
         },
     )
 
@@ -148,6 +159,36 @@ def _check(denoiser: Denoiser, policy: Policy, spec: CalibrationSpec) -> None:
             raise ConfigError(
                 f"calibration.final_widths asks for {bits} bits, which the policy does not search ({policy.widths})"
             )
+
+
+def _check_known(m: Measurement, known: SensitivityProfile) -> None:
+    """Raise `ConfigError` for a profile that is of no use for this model."""
+    known.need("sensitivity", "calibration.reuse")
+    here = [(la.name, la.n_channels) for la in m.table]
+    pairs = zip_longest(here, zip(known.names, known.channels, strict=True), fillvalue=("no more layers", 0))
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    if differing:
+        (name, channels), (other, others) = differing[0]
+        raise ConfigError(
+            f"calibration.reuse names the profile of another structure: {len(differing)} layers differ, the first is "
+            f"{name!r} with {channels} output channels here, {other!r} with {others} there. A fine-tune has the layers "
+            "of its base; profile this model by itself."
+        )
+    if m.widths != known.widths or not {*m.formats} <= {*known.formats}:
+        raise ConfigError(
+            f"calibration.reuse: the profile has widths {known.widths} and formats {', '.join(known.formats)}, this "
+            f"study {m.widths} and {', '.join(m.formats)}. Set policy.widths and calibration.schemes as they were."
+        )
+
+
+def _reused(m: Measurement, known: SensitivityProfile) -> Arrays:
+    """The sensitivities of another profile, and its layer totals with this model's errors."""
+    taken = ("sensitivity", "context_sensitivity", "step_sensitivity")
+    arrays = {key: known.arrays[key] for key in taken if key in known.arrays}
+    for name in m.formats:
+        errors = {suffix: m.arrays[f"output_error{suffix}/{name}"] for suffix in ("", "_corrected")}
+        arrays |= following(known, m.table, name, errors)
+    return arrays
 
 
 def _by_layer(m: Measurement) -> Calibration:
@@ -247,6 +288,9 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weigh
             name="slopes at contexts", run=lambda _: slope_arrays(*given, m.policy, m.spec, errors, m.progress)
         )
         steps += [totals, slopes]
+    if m.known is not None:
+        known = m.known
+        steps = [Step(name="reused sensitivities", run=lambda _: _reused(m, known))]
     if m.spec.activation_bits:
         smooth = m.formats.get("asymmetric+smooth")
         steps.append(

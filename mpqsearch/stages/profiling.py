@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from mpqsearch import artifacts
 from mpqsearch.core import SensitivityProfile
@@ -37,6 +38,8 @@ def profile_inputs(run: Run) -> dict[str, str]:
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
         return inputs | {"calibration": artifacts.digest_of(["weights only", calibration["schemes"]])}
     del calibration["captured"]  # counts by its content
+    if reuse := calibration.pop("reuse"):
+        inputs |= {"reuse": run.files.of(Path(reuse) / "profile.npz")}
     inputs |= {"calibration": artifacts.digest_of(calibration)} | run.digests("sampler")
     return inputs | run.source_inputs
 
@@ -119,6 +122,13 @@ def _measure(run: Run, inputs: Inputs) -> SensitivityProfile:
             "'probe' is measured"
         )
     same_model(run)
+    known = artifacts.load_profile(Path(c.calibration.reuse) / "profile.json") if c.calibration.reuse else None
+    if known is not None:
+        run.say(
+            f"profile: sensitivities are those of {c.calibration.reuse} (weights {known.model_digest[:10]}). Inputs "
+            f"and output errors of {len(run.table)} layers are measured, without backward passes; slopes at contexts "
+            "are left out."
+        )
     partial = Partial(folder=run.path("partial", "base"), inputs=inputs)
     if partial.finished():
         run.say(f"profile: continuing after the tables of {partial.finished()} of {len(run.table)} layers")
@@ -131,5 +141,6 @@ def _measure(run: Run, inputs: Inputs) -> SensitivityProfile:
             c.quantizer.format(),
             memory_limit=c.model.limit_bytes,
             partial=partial,
+            known=known,
             progress=progress,
         )

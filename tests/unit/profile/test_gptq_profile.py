@@ -91,6 +91,35 @@ def test_layer_totals_follow_their_rows_and_other_formats_stay() -> None:
         gptq_profile(denoiser, table, before, {}, QuantFormat(scheme="symmetric"))
 
 
+def test_a_fine_tune_takes_the_sensitivities_of_its_base_and_its_own_errors() -> None:
+    fmt, narrow = QuantFormat(n_candidates=4), Policy(widths=(2, 4))
+    spec = CalibrationSpec(samples=2, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=2)
+    untuned = tiny_denoiser("unet", **SAMPLER)
+    base = profile_model(untuned, discover(untuned), narrow, spec, fmt)
+    tuned = tiny_denoiser("unet", **SAMPLER)
+    with torch.no_grad():
+        for parameter in tuned.module.parameters():
+            parameter += 0.05 * parameter.std(correction=0) * torch.randn(parameter.shape)
+    tuned = replace(tuned, digest="tuned")
+    table = discover(tuned)
+    own = profile_model(tuned, table, narrow, spec, fmt)
+    taken = profile_model(tuned, table, narrow, spec, fmt, known=base)
+    assert taken.calibration["sensitivities_of"] == base.model_digest != taken.model_digest == "tuned"
+    for key in ("output_error/auto", "output_error_corrected/auto", "weight_error/auto", "kurtosis", "output_power"):
+        assert np.array_equal(taken.arrays[key], own.arrays[key]), "measured on the model itself"
+        assert not np.array_equal(taken.arrays[key], base.arrays[key])
+    for key in ("sensitivity", "context_sensitivity", "step_sensitivity"):
+        assert np.array_equal(taken.arrays[key], base.arrays[key]), "taken from the base"
+    totals, before = taken.arrays["layer_probe_error_corrected/auto"], base.arrays["layer_probe_error_corrected/auto"]
+    share = base.layer_sum(weighted(taken, table)) / base.layer_sum(weighted(base, table))
+    assert np.allclose(totals, before * share, rtol=1e-4)
+    assert "layer_context_slope" not in taken.families
+    for wrong, model, widths in (("another structure", "dit", narrow), ("has widths", "unet", Policy())):
+        denoiser = tiny_denoiser(model, **SAMPLER)
+        with pytest.raises(ConfigError, match=wrong):
+            profile_model(denoiser, discover(denoiser), widths, spec, fmt, known=base)
+
+
 def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
     denoiser = tiny_denoiser(**SAMPLER)
     table = discover(denoiser)
