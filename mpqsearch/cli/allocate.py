@@ -70,7 +70,7 @@ UntilOption = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC<=VALUE",
-        help="The smallest map whose measured quality passes: 'fd_fp<=0.1', 'paired_psnr>=40'. A budget is its limit.",
+        help="The smallest map whose measured quality passes: 'fd_fp<=0.1', 'lpips<=0.1'. A budget is its limit.",
     ),
 ]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="What the next bit would buy, and where.")]
@@ -153,6 +153,8 @@ def allocate(
     if (path or explain) and not target:
         stages.program_methods(run)  # there must be one, which is known before anything is measured
     asked = _asked(run, until, method, budget, target)
+    if asked:
+        stages.require_reachable(run, asked[0])
     if not stages.prepare(run):
         return
     if asked:

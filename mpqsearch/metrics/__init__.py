@@ -2,11 +2,13 @@
 
 from mpqsearch.metrics.evaluate import (
     Evaluation,
+    Measure,
     Reference,
     Tally,
     distance_to_full_precision,
     evaluate,
     features_of,
+    measures,
 )
 from mpqsearch.metrics.extractors import (
     AUTO,
@@ -33,6 +35,7 @@ __all__ = [
     "Evaluation",
     "FeatureExtractor",
     "FeatureStatistics",
+    "Measure",
     "Reference",
     "SampleStore",
     "Scorer",
@@ -47,6 +50,7 @@ __all__ = [
     "load_extractor",
     "load_reference",
     "load_scorer",
+    "measures",
     "module_extractor",
     "paired_kernel_distance",
     "save_reference",

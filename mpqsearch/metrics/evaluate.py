@@ -35,6 +35,26 @@ POSITIVE = (0.0, math.inf)
 """Bounds of other distances and of errors."""
 
 
+Measure = tuple[bool, tuple[float, float]]
+"""Of a metric: whether it is better when it is higher, and its bounds."""
+
+
+def measures(
+    extractor: FeatureExtractor | None, scorers: Sequence[Scorer] = (), *, data: bool = False
+) -> dict[str, Measure]:
+    """What `evaluate` measures with these, by key; without an extractor, of samples that are no pictures."""
+    found: dict[str, Measure] = {"paired_mse": (False, POSITIVE)}
+    if extractor is None:
+        return found
+    for s in (PSNR, *extractor.scorers, *scorers):
+        found[s.key] = (s.higher_is_better, s.bounds)
+        if s.against != FULL_PRECISION:
+            found[s.key + DROP] = (False, ANY)
+    for against in ("fp", "data") if data else ("fp",):
+        found |= {f"fd_{against}": (False, POSITIVE), f"{extractor.kernel.key}_{against}": (False, ANY)}
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """Metric values by key; the features ``[rows, d]`` behind them, one row a picture or frame (None without pictures);

@@ -20,7 +20,7 @@ from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.searching import check_search, search
 from mpqsearch.stages.targeting import target_allocation, target_allocations
-from mpqsearch.stages.until import Quality, Tried, smallest
+from mpqsearch.stages.until import Quality, Tried, require_reachable, smallest
 from mpqsearch.stages.whole import everything, trained
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "rank_correlations",
     "report",
     "require_good",
+    "require_reachable",
     "search",
     "searched_map",
     "slug",

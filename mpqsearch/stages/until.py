@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, MetricValue, StudyRecord, uniform_map
@@ -15,9 +16,13 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bar_of
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run
+from mpqsearch.stages.discovering import layers
 from mpqsearch.stages.evaluating import measured_record
 from mpqsearch.stages.preflight import check_sampling
 from mpqsearch.stages.references import full_record
+
+if TYPE_CHECKING:
+    from mpqsearch.metrics import Measure
 
 MOST = 8
 """Maps that are evaluated at most."""
@@ -25,15 +30,12 @@ MOST = 8
 CLOSE = 1.01
 """The answer is known when the smallest map that passes is larger than one that fails by at most this factor."""
 
-PAIRED = ("paired_mse", "paired_psnr", "fd_fp", "kid_fp")
-"""Metrics of pairs of samples, which full precision itself does not have."""
-
 COLUMNS = ("budget", "size_bytes", "metric", "value", "low", "high", "passes")
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A quality to reach, such as ``fd_fp<=0.1`` or ``paired_psnr>=40``: a metric of ``evaluate`` and its bound."""
+    """A quality to reach, such as ``fd_fp<=0.1`` or ``lpips<=0.1``: a metric of ``evaluate`` and its bound."""
 
     metric: str
     at_least: bool
@@ -42,7 +44,7 @@ class Quality:
     @classmethod
     def parse(cls, text: str) -> Quality:
         """Read ``"fd_fp<=0.1"``. Raises `ConfigError`."""
-        match = re.fullmatch(r"\s*([a-z_]+)\s*(<=|>=)\s*(-?[0-9.]+(?:e[+-]?[0-9]+)?)\s*", text.lower())
+        match = re.fullmatch(r"\s*([a-z_][a-z_0-9]*)\s*(<=|>=)\s*(-?[0-9.]+(?:e[+-]?[0-9]+)?)\s*", text.lower())
         try:
             return cls(match[1], match[2] == ">=", float(match[3]))  # type: ignore[index]
         except (TypeError, ValueError):
@@ -55,14 +57,23 @@ class Quality:
         return f"{self.metric}{'>=' if self.at_least else '<='}{self.bound:g}"
 
     def of(self, record: StudyRecord) -> MetricValue:
-        """The metric of a record. Raises `ConfigError` when it was not measured, or has the other direction."""
-        if self.metric not in record.metrics:  # PSNR of what is no picture
+        """The metric of a record. Raises `UnknownNameError` when it was not measured."""
+        if self.metric not in record.metrics:  # a class recognised where none is asked for
             raise UnknownNameError("metric", self.metric, record.metrics, "(--until)")
-        value = record.metrics[self.metric]
-        if value.higher_is_better != self.at_least:
-            better, sign = ("higher", ">=") if value.higher_is_better else ("lower", "<=")
+        return record.metrics[self.metric]
+
+    def check(self, measures: Mapping[str, Measure]) -> None:
+        """Raise `ConfigError` for a metric that the study does not measure or that is better in the other direction,
+        and for a bound that it cannot reach, by what there is to know of metrics before anything is measured."""
+        if self.metric not in measures:
+            hint = "(--until) Scores are named in evaluate.scorers; distances to data need evaluate.reference."
+            raise UnknownNameError("metric", self.metric, measures, hint)
+        higher, (low, high) = measures[self.metric]
+        if higher != self.at_least:
+            better, sign = ("higher", ">=") if higher else ("lower", "<=")
             raise ConfigError(f"{self.metric} is better when it is {better}: write --until '{self.metric}{sign}...'")
-        return value
+        if self.bound > high if higher else self.bound < low:
+            raise ConfigError(f"full precision itself does not reach {self}: {self.metric} lies in {low:g} to {high:g}")
 
     def passes(self, record: StudyRecord) -> bool:
         """Whether the worse end of the interval keeps to the bound."""
@@ -103,20 +114,36 @@ def smallest(run: Run, quality: Quality, method: MethodSpec, largest: Budget | N
     largest searched width), by false position on the logarithm of the size, with bisection where an end is not
     measured, until `CLOSE`, or after `MOST` maps. What a run folder holds is reused, so a stopped search goes on.
 
-    Raises `InfeasibleBudgetError` when the largest map does not pass, `ConfigError` when full precision does not.
+    Raises `InfeasibleBudgetError` when the largest map does not pass.
     """
+    search = _Bracket(run=run, quality=quality, method=method)
+    return search.run_from(largest), search.tried
+
+
+def require_reachable(run: Run, quality: Quality) -> None:
+    """Raise what `smallest` would otherwise find after a profile: `ConfigError` for a metric that is not measured, and
+    for a quality that full precision itself does not reach on the samples of ``evaluate``, which are drawn for it."""
     check_sampling(run, "a quality (--until)")
+    if run.dry_run:
+        return
+    quality.check(_measures(run))
+    layers(run)
     full = full_record(run)
-    if quality.metric not in {*PAIRED, *full.metrics}:
-        raise UnknownNameError("metric", quality.metric, {*PAIRED, *full.metrics}, "(--until)")
     if quality.metric in full.metrics and not quality.passes(full):
         value = quality.of(full)
         raise ConfigError(
             f"full precision itself does not reach {quality}: it has {value.value:.4g} ({value.low:.4g} to "
             f"{value.high:.4g} on {value.n_samples} samples). Ask for less, or evaluate more samples."
         )
-    search = _Bracket(run=run, quality=quality, method=method)
-    return search.run_from(largest), search.tried
+
+
+def _measures(run: Run) -> dict[str, Measure]:
+    """What the study measures of a map."""
+    from mpqsearch.metrics import measures
+
+    if run.picture is None:
+        return measures(None)
+    return measures(run.extractor, run.scorers, data=run.data_reference is not None)
 
 
 @dataclass(kw_only=True)

@@ -133,6 +133,7 @@ def test_the_smallest_map_of_a_quality_is_found_and_found_again(folder: Path) ->
     ("arguments", "said"),
     [
         (("--until", "fd_fb<=1"), "unknown metric 'fd_fb'"),
+        (("--until", "ssim>=2", "--set", 'evaluate.scorers=["ssim"]'), "itself does not reach ssim>=2"),
         (("--until", "fd_fp"), "cannot read the quality 'fd_fp'"),
         (("--until", "paired_mse<=1e-30", "--budget", "3bit"), "paired_mse<=1e-30 is not reached: the map of"),
         (("--until", "paired_mse<=1", "--target", "gguf"), "without --target"),

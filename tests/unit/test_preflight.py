@@ -62,6 +62,18 @@ def run_of(folders: Path, where: Path, name: str, **tables: Mapping[str, Any]) -
             ConfigError,
             "given none",
         ),
+        (
+            "DiTPipeline",
+            {"sampler": {}, "prompts": {}, "evaluate": {"scorers": ["lpips:no.pth"]}},
+            ModelError,
+            "alexnet",
+        ),
+        (
+            "StableDiffusionPipeline",
+            {"evaluate": {"scorers": ["tests.unit.metrics.test_quality:one_number"]}},
+            ConfigError,
+            r"one_number.* must give a tensor \[1\] for one picture",
+        ),
         ("DiTPipeline", {"sampler": {}, "prompts": {"classes": [3, 1000]}}, ConfigError, "class 1000 does not exist"),
         (
             "StableAudioPipeline",

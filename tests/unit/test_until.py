@@ -25,6 +25,7 @@ TABLE = tiny_table(channels=64, fan_in=1024)
         ("fd_fp<=0.1", Quality("fd_fp", False, 0.1)),
         (" paired_psnr >= 4e1 ", Quality("paired_psnr", True, 40.0)),
         ("clip_score>=-2", Quality("clip_score", True, -2.0)),
+        ("hps2_drop<=0.5", Quality("hps2_drop", False, 0.5)),
     ],
 )
 def test_a_quality_is_read(text: str, expected: Quality) -> None:
@@ -75,10 +76,32 @@ def test_the_worse_end_of_the_interval_decides() -> None:
     assert not at_most.passes(record(3, 0.9, 0.2, higher=False))
     assert at_least.passes(record(3, 31, 0.5, higher=True))
     assert not at_least.passes(record(3, 31, 1.5, higher=True))
-    with pytest.raises(ConfigError, match="better when it is lower: write --until 'fd_fp<=...'"):
-        Quality.parse("fd_fp>=1").passes(record(3, 0.9, 0.05, higher=False))
     with pytest.raises(UnknownNameError, match="unknown metric 'paired_psnr'"):
         at_least.passes(record(3, 0.9, 0.05, higher=False))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psnr>=40", r"unknown metric 'psnr' \(did you mean 'paired_psnr'\?\)"),
+        ("lpips<=0.1", r"unknown metric 'lpips'.*Scores are named in evaluate\.scorers"),
+        ("fd_data<=1", r"unknown metric 'fd_data'.*distances to data need evaluate\.reference"),
+        ("fd_fp>=1", r"better when it is lower: write --until 'fd_fp<=\.\.\.'"),
+        ("ssim>=1.01", "full precision itself does not reach ssim>=1.01: ssim lies in -1 to 1"),
+        ("paired_psnr>=120", "paired_psnr lies in 0 to 100"),
+        ("fd_fp<=-0.1", "fd_fp lies in 0 to inf"),
+        ("ssim_drop<=0.1", "unknown metric 'ssim_drop'"),
+    ],
+)
+def test_what_no_map_can_reach_is_said_before_anything_is_measured(text: str, message: str) -> None:
+    from mpqsearch.metrics import SSIM, load_extractor, measures
+
+    known = measures(load_extractor("fmnist-cnn"), [SSIM])
+    with pytest.raises(ConfigError, match=message):
+        Quality.parse(text).check(known)
+    for good in ("ssim>=0.9", "paired_psnr>=40", "class_accuracy>=0.5", "class_accuracy_drop<=0.01", "kid_fp<=0"):
+        Quality.parse(good).check(known)
+    assert set(measures(None)) == {"paired_mse"}
 
 
 @pytest.fixture
