@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -284,10 +284,11 @@ class Model:
         self.policy, self.format = Policy(), QuantFormat()
         self.denoiser: Denoiser = load_model(name, sampler=schedule.sampler)
         self.table: LayerTable = discover(self.denoiser)
-        self.extractor: FeatureExtractor = load_extractor("fmnist-cnn")
+        self.extractor: FeatureExtractor = load_extractor("fmnist-cnn" if name in MODELS else "fmnist-judge")
         self._ranges: dict[tuple[tuple[str, float], ...], RangeCollector] = {}
         self._maps: dict[tuple[Any, ...], BitMap] = {}
         self._references: dict[int, Reference] = {}
+        self._teachers: dict[int, Trajectories] = {}
 
     @cached_property
     def profile(self) -> SensitivityProfile:
@@ -419,25 +420,33 @@ class Model:
     def teacher(self, seed: int) -> Trajectories:
         """Trajectories that all rows of a seed are trained on, in the same order."""
         s = self.schedule
-        return Repeated(self.denoiser, batch=s.batch, seed=seed, count=s.trajectories)
+        if seed not in self._teachers:
+            self._teachers = {
+                seed: Repeated(self.denoiser, batch=s.batch, seed=seed, count=s.trajectories, relation=s.relation)
+            }
+        return self._teachers[seed]
 
 
 class Repeated(Trajectories):
-    """The first ``count`` trajectories, over and over."""
+    """The first ``count`` trajectories, over and over: run once, with features, and kept for all rows of a seed."""
 
-    def __init__(self, *args: Any, count: int, **options: Any) -> None:
+    def __init__(self, *args: Any, count: int, relation: TRDSpec, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.count = count
+        self.count, self.relation = count, relation
+        self._kept: dict[int, list[TeacherCall]] = {}
 
-    def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:
-        """The calls of trajectory ``index`` modulo ``count``."""
-        return super().run(index % self.count, relation)
+    def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:  # noqa: ARG002
+        """The calls of trajectory ``index`` modulo ``count``; a training without a relation loss ignores features."""
+        index %= self.count
+        if index not in self._kept:
+            self._kept[index] = super().run(index, self.relation)
+        return self._kept[index]
 
 
-def run_row(model: Model, setting: str, method: str, seed: int) -> dict[str, Any]:
-    """Allocate, train if the method trains, sample and measure."""
+def run_row(model: Model, setting: str, method: str, seed: int, recipe: Recipe | None = None) -> dict[str, Any]:
+    """Allocate, train if the method trains, sample and measure; ``recipe`` in place of the study's own."""
     began = time.perf_counter()
-    s, recipe = model.schedule, recipe_of(method, setting)
+    s, recipe = model.schedule, recipe or recipe_of(method, setting)
     row: dict[str, Any] = {
         "model": model.name,
         "setting": setting,
@@ -489,10 +498,17 @@ class Trained:
 
 
 def train(
-    model: Model, recipe: Recipe, student: torch.nn.Module, seed: int, folder: Path, inputs: Mapping[str, str]
+    model: Model,
+    recipe: Recipe,
+    student: torch.nn.Module,
+    seed: int,
+    folder: Path,
+    inputs: Mapping[str, str],
+    watch: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
     """Train a student as the recipe has it, on the teacher's trajectories of ``seed``; returns the least distance on
-    development noise and its step, or 0 and the number of steps of a recipe that does not check."""
+    development noise and its step, or 0 and the number of steps of a recipe that does not check. ``watch`` is told
+    every step that is done."""
     s = model.schedule
     groups = param_groups(
         student,
@@ -523,6 +539,8 @@ def train(
     for state in distill(student, groups, model.teacher(seed), training, folder=folder, inputs=inputs, measure=check):
         if state.interrupted:
             raise SystemExit("interrupted: the running row is saved; the same command continues")
+        if watch is not None:
+            watch(state.step)
     if not recipe.check_every:
         return 0.0, s.steps
     if (
@@ -541,11 +559,13 @@ def measure(model: Model, module: torch.nn.Module | None, seed: int) -> dict[str
         made = samples(model.denoiser.with_module(module), base.seeds)
         found = evaluate(made, base).metrics
     out: dict[str, float] = {}
-    for key in ("fd_data", "fd_fp", "paired_psnr"):
+    for key in ("fd_data", "fd_fp", "paired_psnr", "paired_mse"):
         if key in found:
             out[key] = round(found[key].value, 5)
             out[f"{key}_spread"] = round((found[key].high - found[key].low) / 2, 5)
-    out["class_accuracy"] = round(found["class_accuracy"].value, 4)
+    for key in ("class_accuracy", "attributes_recognised"):
+        if key in found:
+            out[key] = round(found[key].value, 4)
     return out
 
 
@@ -601,10 +621,12 @@ def read_results(path: Path, schedule: Schedule, *, overwrite: bool) -> dict[tup
     return {(r["model"], r["setting"], r["method"], int(r["seed"])): r for r in rows if r not in other}
 
 
-def write_results(path: Path, rows: Mapping[tuple[str, str, str, int], Mapping[str, Any]]) -> None:
+def write_results(
+    path: Path, rows: Mapping[tuple[str, str, str, int], Mapping[str, Any]], columns: Sequence[str] = COLUMNS
+) -> None:
     """All rows, atomically."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows.values())
     artifacts.write_text(path, text.getvalue())

@@ -1,0 +1,227 @@
+"""MPQ-DM, its parts and this package on the embedded latent pipelines: a latent diffusion model and a flow model.
+
+python studies/mpq_dm/latent.py                    # every row that latent.csv lacks, most telling first
+python studies/mpq_dm/latent.py --minutes 60       # no new row after an hour; the same command continues
+python studies/mpq_dm/latent.py --long fmnist-flow # one long training of mpq-dm and of ours at W2A4: long.csv
+python studies/mpq_dm/latent.py --report-only      # the part of README.md that is about these
+
+Methods, settings and budgets are those of study.py, with two differences: `ours` is trained once at W4A4 too, and
+learning rates are the package's own for all methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from report import _cell, _paired, _verdicts
+from study import (
+    CHECK_SEED,
+    FULL_PRECISION,
+    HERE,
+    METHODS,
+    Model,
+    Schedule,
+    commit,
+    full_precision_row,
+    run_row,
+    train,
+    write_results,
+)
+
+from mpqsearch import artifacts
+from mpqsearch.metrics import evaluate
+from mpqsearch.quant import convert
+from mpqsearch.sampling import SamplerSpec, samples
+
+MODELS = ("fmnist-t2i", "fmnist-flow")
+RECIPES = {m: METHODS[m] for m in ("mpq-dm", "ours", "uniform+qalora", "ours-untrained", "uniform", "omq-paper")}
+MAIN = ("mpq-dm", "ours")
+"""Methods whose rows come first for seeds after the first."""
+
+ORDER = ("W2A4", "W3A4", "W2A6", "W3A6", "W4A4")
+COLUMNS = (
+    "model", "setting", "method", "seed", "average_bits", "size_bytes", "paired_mse", "fd_fp", "fd_data",
+    "attributes_recognised", "paired_psnr", "n_samples", "train_steps", "seconds", "fd_fp_spread", "fd_data_spread",
+    "paired_psnr_spread", "schedule", "commit",
+)  # fmt: skip
+"""``paired_mse``: of latents, to the full-precision ones of the same noise and prompt. The rest: as in study.py."""
+
+SCHEDULE = Schedule(
+    steps=80,
+    trajectories=16,
+    sampler=SamplerSpec(steps=10, batch=32),
+    lora_lr=0.02,
+    weight_lr=0.004,
+)
+"""Guidance is that of the pipeline's own ``sampler.json``."""
+
+LONG = replace(SCHEDULE, steps=3000, trajectories=600, lora_lr=0.01, weight_lr=0.002)
+LONG_EVERY = 250
+LONG_COLUMNS = ("model", "setting", "method", "step", "paired_mse", "fd_fp", "paired_psnr", "commit")
+BEGIN, END = "<!-- latent: written by latent.py -->", "<!-- end of latent -->"
+
+Key = tuple[str, str, str, int]
+
+
+def plan(models: tuple[str, ...], seeds: int) -> Iterator[Key]:
+    """Rows in the order in which they tell most: seed 0 whole, two weight bits first; then the main methods of the
+    other seeds; then what is left."""
+    for seed in range(seeds):
+        yield from ((m, "full", "full-precision", seed) for m in models)
+        methods = tuple(RECIPES) if seed == 0 else MAIN
+        yield from ((m, s, method, seed) for s in ORDER for m in models for method in methods)
+    rest = [method for method in RECIPES if method not in MAIN]
+    yield from ((m, s, method, seed) for seed in range(1, seeds) for s in ORDER for m in models for method in rest)
+
+
+def digest(method: str) -> str:
+    """What the column ``schedule`` says."""
+    return RECIPES.get(method, FULL_PRECISION).digest(SCHEDULE)
+
+
+def read(path: Path) -> dict[Key, dict[str, Any]]:
+    """Finished rows by key; `SystemExit` when one is of another schedule."""
+    rows: list[dict[str, Any]] = list(csv.DictReader(path.open())) if path.is_file() else []
+    other = [r for r in rows if r["schedule"] != digest(r["method"])]
+    if other:
+        raise SystemExit(
+            f"{path} holds {len(other)} rows of another schedule, the first {other[0]['method']} with "
+            f"{other[0]['schedule']}, which is {digest(other[0]['method'])} now. Give another --results."
+        )
+    return {(r["model"], r["setting"], r["method"], int(r["seed"])): r for r in rows}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the rows that are not there, and write each when it is finished."""
+    done, began = read(args.results), time.perf_counter()
+    models: dict[str, Model] = {}
+    keys = list(plan(args.models, args.seeds))
+    for key in (k for k in keys if k not in done):
+        if time.perf_counter() - began > 60 * args.minutes:
+            print(f"the time is up; {sum(k in done for k in keys)} of {len(keys)} rows are there", file=sys.stderr)
+            return
+        name, setting, method, seed = key
+        if name not in models:
+            models[name] = Model(name, SCHEDULE, args.work)
+        model = models[name]
+        full = setting == "full"
+        made = full_precision_row(model, seed) if full else run_row(model, setting, method, seed, RECIPES[method])
+        done[key] = made
+        write_results(args.results, done, COLUMNS)
+        told = ("size_bytes", "paired_mse", "fd_fp", "fd_data", "attributes_recognised", "paired_psnr", "seconds")
+        print(*key, *(f"{k} {made.get(k, '-')}" for k in told), file=sys.stderr, flush=True)
+
+
+def long(name: str, path: Path, work: Path) -> None:
+    """Train at W2A4 to the end, and measure on development noise on the way; an interrupted training continues."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for row in csv.DictReader(path.open()) if path.is_file() else ():
+        rows[row["model"], row["setting"], row["method"], int(row["step"])] = row
+    model, setting = Model(name, LONG, work), "W2A4"
+    for method in MAIN:
+        if (name, setting, method, LONG.steps) in rows:
+            continue
+        bit_map = model.bit_map(RECIPES[method], setting)
+        student = model.student(RECIPES[method], bit_map, 0)
+
+        def watch(step: int, method: str = method, student: torch.nn.Module = student) -> None:
+            if step % LONG_EVERY:
+                return
+            base = model.reference(CHECK_SEED)
+            found = evaluate(samples(model.denoiser.with_module(convert(student).module), base.seeds), base).metrics
+            values = {k: round(found[k].value, 5) for k in ("paired_mse", "fd_fp", "paired_psnr")}
+            key = (name, setting, method, step)
+            rows[key] = {**dict(zip(LONG_COLUMNS, key, strict=False)), **values, "commit": commit()}
+            write_results(path, rows, LONG_COLUMNS)
+            print(*rows[key].values(), file=sys.stderr, flush=True)
+
+        watch(0)
+        folder = work / name / f"long-{setting}-{method}"
+        train(model, RECIPES[method], student, 0, folder, {"bit_map": bit_map.digest}, watch)
+
+
+def describe(table: pd.DataFrame) -> str:
+    """Tables of latent.csv, and what follows from them by arithmetic."""
+    full, quantized = (table[(table["method"] == "full-precision") == is_full] for is_full in (True, False))
+    commits = ", ".join(f"{c} ({n} rows)" for c, n in table["commit"].value_counts().items())
+    lines = [
+        (
+            f"{len(table)} rows; {SCHEDULE.steps} optimiser steps of two timesteps and {SCHEDULE.batch} samples; "
+            f"{SCHEDULE.samples} evaluation samples a seed. Commits of the code: {commits}. Mean over seeds; ± half "
+            "the width of the 95 % bootstrap interval over samples with one seed, half the range over seeds with more."
+        ),
+        "",
+    ]
+    for model, rows in quantized.groupby("model", sort=False):
+        own = full[full["model"] == model][["fd_data", "attributes_recognised"]].mean()
+        lines += [
+            f"#### {model}",
+            "",
+            f"Full precision: FD to data {own['fd_data']:.3f}, attributes {100 * own['attributes_recognised']:.1f} %.",
+            "",
+            "| setting | method | seeds | bytes | paired error | FD to FP | FD to data | attributes | PSNR dB | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for (setting, method), g in rows.groupby(["setting", "method"], sort=False):
+            cells = " | ".join(_cell(g, key) for key in ("fd_fp", "fd_data"))
+            lines.append(
+                f"| {setting} | {method} | {len(g)} | {g['size_bytes'].iloc[0]:.0f} | {g['paired_mse'].mean():.4f} | "
+                f"{cells} | {100 * g['attributes_recognised'].mean():.1f} % | {_cell(g, 'paired_psnr')} | "
+                f"{g['seconds'].mean():.0f} |"
+            )
+        lines.append("")
+    lines += [*_verdicts(quantized, full), "", "`ours` against `mpq-dm`, ratios (PSNR: difference) seed by seed:", ""]
+    return "\n".join([*lines, *_paired(quantized, full, "ours", "mpq-dm")])
+
+
+def describe_long(table: pd.DataFrame) -> str:
+    """Paired error and distance by step."""
+    shown = {"paired_mse": "paired error", "fd_fp": "FD to FP", "paired_psnr": "PSNR dB"}
+    values = table.pivot_table(index="step", columns="method", values=list(shown))
+    columns = [(key, m) for key in shown for m in MAIN if m in set(table["method"])]
+    lines = [f"{table['model'].iloc[0]} at W2A4, {LONG.steps} steps, development noise:", ""]
+    lines += ["| step | " + " | ".join(f"{m}, {shown[key]}" for key, m in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {step} | " + " | ".join(f"{row[c]:.4g}" for c in columns) + " |" for step, row in values.iterrows()]
+    return "\n".join(lines)
+
+
+def report(results: Path) -> None:
+    """Replace the part of README.md between the markers."""
+    readme = results.with_name("README.md")
+    head, rest = readme.read_text().split(BEGIN)
+    parts = [describe(pd.read_csv(results, dtype={"commit": str}))]
+    if results.with_name("long.csv").is_file():
+        parts.append(describe_long(pd.read_csv(results.with_name("long.csv"))))
+    artifacts.write_text(readme, f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")
+    parser.add_argument("--long", choices=MODELS, help="one long training of this model instead")
+    parser.add_argument("--results", type=Path, default=HERE / "latent.csv")
+    parser.add_argument("--work", type=Path, default=Path("runs/mpq_dm_latent"))
+    parser.add_argument("--report-only", action="store_true")
+    args = parser.parse_args()
+    if args.long:
+        long(args.long, args.results.with_name("long.csv"), args.work / "long")
+    elif not args.report_only:
+        run(args)
+    if args.report_only:
+        report(args.results)
+
+
+if __name__ == "__main__":
+    main()
