@@ -193,3 +193,22 @@ def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypat
     assert int(min(r["training_seed"] for r in rows)) > 100
     chosen = trials.RECIPES["weighted-slower"]
     assert chosen == study.recipe_of("ours+gentle", "W4A4")
+
+
+def test_latent_rows_are_of_todays_schedule_and_seed_0_comes_first(study: ModuleType) -> None:
+    sys.modules.pop("latent", None)
+    import latent
+
+    rows = latent.read(STUDY / "latent.csv")
+    planned = list(latent.plan(latent.MODELS, 3))
+    assert rows
+    assert set(rows) <= set(planned)
+    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * len(latent.RECIPES))
+    assert {key[3] for key in planned[: len(planned) // 3]} == {0}
+    # At the bytes of mpq-dm, and the same training for all that train.
+    for (model, setting, method, seed), row in rows.items():
+        if method in ("ours", "ours-untrained"):
+            assert int(row["size_bytes"]) <= int(rows[model, setting, "mpq-dm", seed]["size_bytes"])
+        trains = method != "full-precision" and latent.RECIPES[method].trainable
+        assert int(row["train_steps"]) == (latent.SCHEDULE.steps if trains else 0)
+    assert study.METHODS["ours"] == latent.RECIPES["ours"]
