@@ -42,20 +42,21 @@ def _fronts(content: ReportContent) -> Iterator[Drawing]:
             key=f"front_{metric}",
             section="front" if metric == order[0] else "metrics",
             title=f"{metric_text(metric).title} against stored bits",
-            caption=_front_caption(info),
+            caption=_front_caption(info, first=metric == order[0]),
             alt=_front_words(info),
             draw=partial(plot_front, info),
         )
 
 
-def _front_caption(info: FrontInfo) -> str:
+def _front_caption(info: FrontInfo, *, first: bool) -> str:
     scale = {"log": "Logarithmic axis. ", "symlog": "Logarithmic axis, linear around zero. ", "linear": ""}[info.scale]
     full = "" if info.full_precision is None else "Dashed: full precision. "
+    if not first:
+        return f"{scale}{full}".rstrip()
     ring = "" if info.chosen is None else "Ring: the chosen point. "
     return (
-        f"{scale}{full}{ring}Grey band: the front over all methods. In brackets, for several sizes, the "
-        "hypervolume: how much of the area between the best values and the worst uniform map a method covers, from 0 "
-        "to 1; more is better."
+        f"{scale}{full}{ring}Grey band: the front over all methods. In brackets the hypervolume: the share of the area "
+        "between the best values and the worst uniform map that a method covers, from 0 to 1; more is better."
     )
 
 
@@ -72,6 +73,7 @@ def _front_words(info: FrontInfo) -> str:
 
 
 def _maps(table: LayerTable, maps: Mapping[str, BitMap]) -> Iterator[Drawing]:
+    """Files only: the page has one heat map, which names its layers."""
     for label, bit_map in maps.items():
         depth = bits_by_depth_info(table, bit_map)
         yield Drawing(
@@ -82,7 +84,7 @@ def _maps(table: LayerTable, maps: Mapping[str, BitMap]) -> Iterator[Drawing]:
             "colour and hatch the role. Narrow layers are not named.",
             alt=_depth_words(label, depth),
             draw=partial(plot_bits_by_depth, depth),
-            dense=True,
+            in_page=False,
         )
 
 

@@ -26,8 +26,7 @@ class Drawing:
     """One figure of a report with the words that go with it.
 
     ``key`` is its file name and anchor, ``section`` the part of the page, ``alt`` what it shows in words, ``draw`` what
-    draws it on a new figure. ``dense`` figures have small print and scroll on a phone instead of shrinking; those not
-    ``in_page`` are files only.
+    draws it on a new figure. Those not ``in_page`` are files only.
     """
 
     key: str
@@ -36,7 +35,6 @@ class Drawing:
     caption: str
     alt: str
     draw: Callable[[], Axes]
-    dense: bool = False
     in_page: bool = True
 
 

@@ -6,12 +6,14 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from mpqsearch.artifacts import atomic_write
 from mpqsearch.errors import ConfigError
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.labels import slug
@@ -25,9 +27,9 @@ GAP = 2
 BRIGHTENED = 4
 """Factor by which differences are made visible."""
 
-LARGEST_TILE = 256
-"""Pixels along the longer side of a sample on the page. Larger ones are reduced and compressed (JPEG): the page is one
-file."""
+LARGEST_TILE, LOSSLESS, MOST = 256, 3_000_000, 20_000_000
+"""Pixels along the longer side of a sample on the page, pixels of all its samples up to which they are there as they
+are (PNG), and the most of them otherwise (JPEG): the page is one file."""
 
 CAPTION_WIDTH, CAPTION_LINES = 22, 5
 """Characters and lines of a caption below its sample."""
@@ -115,19 +117,47 @@ def sample_strip(images: Images) -> Images:
     return strip[:, :-GAP]
 
 
-def strip_picture(images: Images) -> tuple[bytes, str]:
-    """The strip of images ``[N, H, W, C]`` and its kind: PNG, pixel for pixel, or JPEG of tiles of `LARGEST_TILE`."""
+def page_scale(grids: Sequence[SampleGrid]) -> float:
+    """Factor in 0..1 by which all samples, and as many differences, are reduced on the page; 1: not at all."""
+    pixels = sum(2 * len(g.rows) * g.reference[..., 0].size for g in grids)
+    side = max((max(g.reference.shape[1:3]) for g in grids), default=1)
+    if pixels <= LOSSLESS and side <= LARGEST_TILE:
+        return 1.0
+    return float(min(LARGEST_TILE / side, (MOST / pixels) ** 0.5, 0.999))
+
+
+def strip_picture(images: Images, scale: float = 1.0) -> tuple[bytes, str]:
+    """The strip of images ``[N, H, W, C]`` and its kind: PNG, pixel for pixel, or JPEG of tiles that are reduced by
+    ``scale``."""
     from PIL import Image
 
     strip = sample_strip(images)
-    picture = Image.fromarray(strip[:, :, 0] if strip.shape[2] == 1 else strip)
-    factor, buffer = LARGEST_TILE / max(images.shape[1:3]), io.BytesIO()
-    if factor >= 1:
+    picture, buffer = Image.fromarray(strip[:, :, 0] if strip.shape[2] == 1 else strip), io.BytesIO()
+    if scale == 1:
         picture.save(buffer, format="PNG", optimize=True)
         return buffer.getvalue(), "png"
-    picture = picture.resize((round(strip.shape[1] * factor), round(strip.shape[0] * factor)))
+    picture = picture.resize((round(strip.shape[1] * scale), round(strip.shape[0] * scale)))
     picture.save(buffer, format="JPEG", quality=90)
     return buffer.getvalue(), "jpeg"
+
+
+def grid_folder(grid: SampleGrid) -> str:
+    """Name of the folder and of the picture of a grid."""
+    return f"samples_{slug(grid.title)}"
+
+
+def save_samples(folder: Path, grid: SampleGrid) -> list[Path]:
+    """Every sample by itself at its full size, ``<folder>/<grid>/<row>-<number>.jpg``: what a reduced page links to."""
+    from PIL import Image
+
+    paths = []
+    for label, images in grid.rows.items():
+        for i, image in enumerate(images, start=1):
+            paths.append(folder / grid_folder(grid) / f"{slug(label)}-{i}.jpg")
+            with atomic_write(paths[-1]) as handle:
+                picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+                picture.save(handle, format="JPEG", quality=95)
+    return paths
 
 
 def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:
@@ -156,7 +186,7 @@ def plot_samples(grid: SampleGrid, ax: Axes | None = None) -> Axes:
 def grid_drawing(grid: SampleGrid) -> Drawing:
     """A file only: the page lays its strips out itself, so that they fit a phone."""
     return Drawing(
-        key=f"samples_{slug(grid.title)}",
+        key=grid_folder(grid),
         section="samples",
         title=grid.title,
         caption="",

@@ -17,10 +17,10 @@ from mpqsearch.report.breakdown import breakdown_rows, export_rows
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.drawings import all_drawings
 from mpqsearch.report.figures import Drawing, data_uri, render, save_figure
-from mpqsearch.report.grids import GAP, SampleGrid, difference, strip_picture
+from mpqsearch.report.grids import GAP, SampleGrid, difference, grid_folder, page_scale, save_samples, strip_picture
 from mpqsearch.report.hover import Spot, spots
-from mpqsearch.report.labels import metric_text, number
-from mpqsearch.report.layers import layers_table
+from mpqsearch.report.labels import metric_text, number, slug
+from mpqsearch.report.layers import heat_maps, layers_table
 from mpqsearch.report.search import arms_table, search_notes
 from mpqsearch.report.style import darkened
 from mpqsearch.report.table import Cell, Table, plain_table, table_of
@@ -42,8 +42,8 @@ class Picture:
 
 
 def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str] | None = None) -> list[Path]:
-    """Write ``pareto.csv``, ``figures/*.png|svg``, ``report.html`` and last ``pareto.json``, which says that all are
-    whole, into ``folder``; returns the paths.
+    """Write ``pareto.csv``, ``figures/*.png|svg``, samples that the page shows reduced, ``report.html`` and last
+    ``pareto.json``, which says that all are whole, into ``folder``; returns the paths.
 
     Each file is written atomically, so an interrupted report leaves whole files. ``inputs`` are digests for the
     envelope of the JSON. Works with any part of the content missing but the records.
@@ -64,6 +64,8 @@ def build_report(folder: Path, content: ReportContent, inputs: Mapping[str, str]
         light = svg.read_bytes()
         dark = data_uri(darkened(light), "svg+xml")
         pictures.append(Picture(drawing=drawing, light=data_uri(light, "svg+xml"), dark=dark, spots=points))
+    if page_scale(content.grids) < 1:
+        paths += [path for grid in content.grids for path in save_samples(folder / "figures", grid)]
     write_text(page, render_page(content, pictures))
     paths.append(page)
     write_pareto_json(json_path, content.records, inputs, paths)
@@ -94,7 +96,8 @@ def render_page(content: ReportContent, pictures: Sequence[Picture]) -> str:
         points=_points_table(content.records),
         layers=_layers(content),
         pictures=sections,
-        grids=[_grid(g) for g in content.grids],
+        grids=[grid_on_page(g, page_scale(content.grids)) for g in content.grids],
+        heat=_heat(content),
         breakdown=plain_table(breakdown_rows(content.table, content.maps, content.policy) if sized else ()),  # type: ignore[arg-type]
         correlations=plain_table(content.correlations),
         selections=plain_table(content.selections),
@@ -133,6 +136,15 @@ def _layers(content: ReportContent) -> Table | None:
         "" if content.chosen is None else f"{content.chosen.method.removesuffix(TRAINED)} at {content.chosen.budget}"
     )
     return layers_table(content.table, content.maps, content.profile, taken)
+
+
+def _heat(content: ReportContent) -> dict[str, Any] | None:
+    """The layers and what the heat map shows of them."""
+    table = content.table
+    if table is None or not (content.maps or content.profile):
+        return None
+    maps = list(heat_maps(table, content.maps, content.profile, content.format_name))
+    return {"layers": [[la.name, la.role] for la in table], "maps": maps}
 
 
 def _take(content: ReportContent) -> dict[str, Any] | None:
@@ -211,12 +223,14 @@ def _metric_cell(value: MetricValue | None, metric: str, mark: str) -> Cell:
     return Cell(number(value.value, places), value.value, mark, interval)
 
 
-def _grid(grid: SampleGrid) -> dict[str, Any]:
+def grid_on_page(grid: SampleGrid, scale: float) -> dict[str, Any]:
+    """What the template needs to know of a grid whose samples are reduced by ``scale``."""
     rows = [
         {
             "label": label,
-            "samples": data_uri(*strip_picture(images)),
-            "difference": "" if images is grid.reference else data_uri(*strip_picture(difference(grid, label))),
+            "samples": data_uri(*strip_picture(images, scale)),
+            "difference": "" if images is grid.reference else data_uri(*strip_picture(difference(grid, label), scale)),
+            "file": f"figures/{grid_folder(grid)}/{slug(label)}-" if scale < 1 else "",
         }
         for label, images in grid.rows.items()
     ]
@@ -229,6 +243,8 @@ def _grid(grid: SampleGrid) -> dict[str, Any]:
         "names": [_sample_name(grid, i) for i in range(n)],
         "breadth": round(100 * (n * width + (n - 1) * GAP) / width, 3),
         "shape": f"{width} / {height}",
+        "size": f"{width} × {height}",
+        "exact": scale == 1,
     }
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.core.stored import mapped_bits
 from mpqsearch.methods import best_loss, channel_losses, losses_of_map
+from mpqsearch.report.sensitivity import layer_losses, sensitivity_over_time
 from mpqsearch.report.table import Cell, Table, table_of
 
 
@@ -41,3 +46,33 @@ def layers_table(
 
 def _width(mean: float, low: int, high: int) -> Cell:
     return Cell(f"{mean:.2f}" + ("" if low == high else f" ({low} – {high})"), round(mean, 4))
+
+
+def heat_maps(
+    table: LayerTable, maps: Mapping[str, BitMap], profile: SensitivityProfile | None, format_name: str = ""
+) -> Iterator[dict[str, Any]]:
+    """What the heat map of the page shows over the layers: ``title``, names of ``rows``, ``values`` ``[R, L]`` with
+    None where nothing was measured, and whether colours are by the logarithm (``log``)."""
+    if maps:
+        bits = [[m.channel_widths(la.name, la.n_channels).mean() for la in table] for m in maps.values()]
+        yield _heat("Mean bits of each layer", list(maps), np.array(bits), log=False)
+    if profile is None:
+        return
+    place = [profile.index[la.name] for la in table]
+    losses = layer_losses(profile, table, format_name)
+    title = f"{losses.label[0].upper()}{losses.label[1:]}, of one layer at a time"
+    yield _heat(title, [f"{w} bits" for w in losses.widths], losses.loss.T[:, place], log=True)
+    if "step_sensitivity" in profile.arrays:
+        info = sensitivity_over_time(profile)
+        parts = [f"{a} to {b} % of the run" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
+        title = "Sensitivity: cost at the end of a unit of output error, by the part of the run it is made in"
+        yield _heat(title, parts, info.sensitivity.T[:, place], log=True)
+
+
+def _heat(title: str, rows: list[str], values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
+    known = np.isfinite(values) & ((values > 0) | (not log))
+    cells = [
+        [float(f"{v:.4g}") if k else None for v, k in zip(*pair, strict=True)]
+        for pair in zip(values, known, strict=True)
+    ]
+    return {"title": title, "rows": rows, "values": cells, "log": log}

@@ -173,7 +173,7 @@ def profile_drawings(profile: SensitivityProfile, table: LayerTable, format_name
                 caption="Cost at the end of a unit of output error of a channel, by the part of the run it is made in.",
                 alt=_time_words(info),
                 draw=lambda: plot_sensitivity_over_time(info),
-                dense=True,
+                in_page=False,  # the page has one heat map, which names its layers
             )
         )
     return drawings

@@ -33,7 +33,7 @@ from mpqsearch.report import (
     save_figure,
 )
 from mpqsearch.report.bits import NAMED_SHARE
-from mpqsearch.report.grids import LARGEST_TILE, difference, sample_strip, strip_picture
+from mpqsearch.report.grids import difference, page_scale, sample_strip, strip_picture
 from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]
@@ -246,11 +246,14 @@ def test_difference_is_absolute_brightened_and_clipped() -> None:
     assert difference(grid, "fp").ravel().tolist() == [0, 0]
 
 
-def test_large_samples_are_reduced_for_the_page_and_small_ones_are_not() -> None:
-    small, large = (np.zeros((3, size, size, 3), dtype=np.uint8) for size in (28, 512))
-    assert Image.open(io.BytesIO(strip_picture(small)[0])).size == (3 * 28 + 4, 28)
-    width, height = Image.open(io.BytesIO(strip_picture(large)[0])).size
-    assert (width, height) == (round((3 * 512 + 4) * LARGEST_TILE / 512), LARGEST_TILE)
+@pytest.mark.parametrize(("size", "n", "scale"), [(28, 10, 1), (512, 1, 0.5), (256, 100, 0.874), (128, 60, 0.999)])
+def test_samples_are_reduced_by_their_size_and_number(size: int, n: int, scale: float) -> None:
+    grid = sample_grid("3 bits", {"fp": np.zeros((n, size, size), dtype=np.uint8)}, columns=n)
+    many = [grid] * (1 if size > 256 else 2)
+    assert page_scale(many) == pytest.approx(scale, abs=1e-3)
+    picture = Image.open(io.BytesIO(strip_picture(grid.reference, page_scale(many))[0]))
+    assert picture.height == round(size * scale)
+    assert picture.format == ("PNG" if scale == 1 else "JPEG")
 
 
 @pytest.mark.parametrize(

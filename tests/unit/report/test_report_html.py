@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html.parser
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from PIL import Image
 
 from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, size_bytes, uniform_map
 from mpqsearch.report import ReportContent, build_report, layer_losses, read_pareto_json, sample_grid
+from mpqsearch.report.grids import page_scale, save_samples
 from mpqsearch.report.hover import map_in_one_line
+from mpqsearch.report.html import grid_on_page
 from mpqsearch.report.layers import layers_table
 
 
@@ -188,6 +191,40 @@ def test_samples_are_there_pixel_for_pixel(page: str, content: ReportContent) ->
     np.testing.assert_array_equal(strip[:, 14:26], content.grids[0].rows["ilp"][1, :, :, 0])
 
 
+def test_a_study_of_512_pixels_is_a_page_of_less_than_20_mb_and_has_the_full_size_beside_it(
+    tmp_path: Path,
+) -> None:
+    """The third of the samples that a study of 12 methods at 3 budgets shows of a pipeline for text."""
+    rng, waves = np.random.default_rng(0), np.linspace(0, 9, 512)
+    smooth = 128 + 90 * np.sin(waves)[:, None] * np.cos(waves)[None, :]
+    noisy = np.clip(smooth + rng.normal(0, 12, (5, 3, 512, 512)), 0, 255).astype(np.uint8)
+    rows = {f"method {i}": np.roll(noisy, 9 * i, -1) for i in range(13)}
+    grid = sample_grid("2 bits", rows, captions=[f"prompt {i}" for i in range(5)], first_seed=0)
+    scale = page_scale([grid] * 3)
+    shown_rows = grid_on_page(grid, scale)["rows"]
+    shown = [row[k] for row in shown_rows for k in ("samples", "difference")]
+    assert scale == pytest.approx(0.44, abs=0.01)
+    assert 1e6 < 3 * sum(map(len, shown)) < 19e6
+    assert shown_rows[12]["file"] == "figures/samples_2-bits/method-12-"
+    saved = save_samples(tmp_path, dataclasses.replace(grid, rows={"method 12": grid.rows["method 12"]}))
+    assert [p.relative_to(tmp_path).as_posix() for p in saved][4] == "samples_2-bits/method-12-5.jpg"
+    assert Image.open(saved[4]).size == (512, 512)
+
+
+def test_one_heat_map_shows_bits_losses_and_time_with_the_name_of_each_layer(page: str, content: ReportContent) -> None:
+    (found,) = (json.loads(str(a["data-heat"])) for a in Outline(page).all("div") if a.get("class") == "heat")
+    assert content.table is not None
+    assert content.profile is not None
+    assert [name for name, _ in found["layers"]] == [la.name for la in content.table]
+    bits, losses, *rest = found["maps"]
+    assert set(bits["values"][0]) <= {3.0, 8.0, 16.0}
+    assert losses["rows"] == [f"{w} bits" for w in content.profile.widths]
+    wanted = layer_losses(content.profile, content.table).loss
+    given = np.array(losses["values"], dtype=float).T
+    np.testing.assert_allclose(given[wanted > 0], wanted[wanted > 0], rtol=1e-3)
+    assert ("step_sensitivity" in content.profile.arrays) == bool(rest)
+
+
 def test_files_beside_it(folder: Path, records: list[StudyRecord]) -> None:
     assert len(read_pareto_json(folder / "pareto.json")) == len(records)
     names = {p.stem for p in (folder / "figures").glob("*.png")}
@@ -272,6 +309,16 @@ addEventListener("load", () => {
   const strip = document.querySelectorAll(".pick")[1], box = strip.getBoundingClientRect();
   strip.dispatchEvent(new MouseEvent("click", { clientX: box.left + 0.4 * box.width, clientY: box.top + 2 }));
   document.body.dataset.sample = document.querySelector(".compare p").textContent;
+  const dialog = document.querySelector("dialog");
+  document.body.dataset.large = `${dialog.open}: ${dialog.querySelector("p").textContent}`;
+  dialog.querySelector("button").click();
+  const heat = document.querySelector(".heat"), canvas = heat.querySelector("canvas");
+  const area = canvas.getBoundingClientRect();
+  canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: area.left + area.width - 1, clientY: area.top + 2 }));
+  document.body.dataset.cell = heat.querySelector(".here").textContent;
+  const choice = heat.querySelector("select");
+  choice.selectedIndex = 1; choice.dispatchEvent(new Event("input"));
+  document.body.dataset.heat = `${canvas.width} ${canvas.height}`;
   document.body.dataset.over = document.querySelectorAll(".pair div")[1].style.backgroundImage.slice(5, 15);
   const spots = [...document.querySelectorAll(".spot")];
   document.body.dataset.covered = spots.every(spot => {
@@ -294,7 +341,7 @@ addEventListener("load", () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser_it_sorts_and_shows_every_picture(
-    page: str, tmp_path: Path, records: list[StudyRecord], width: int
+    page: str, content: ReportContent, tmp_path: Path, records: list[StudyRecord], width: int
 ) -> None:
     (tmp_path / "probe.html").write_text(page.replace("</body>", _PROBE))
     flags = [
@@ -319,6 +366,12 @@ def test_in_a_browser_it_sorts_and_shows_every_picture(
     assert (len(lines), lines[2].startswith("| ilp | uniform:3 |")) == (3, True)
     assert body["data-copied"] == "mpqsearch export --budget uniform:3"
     assert (body["data-sample"], body["data-over"]) == ("Sample 4, seed 10", "data:image")
+    assert body["data-large"] == "true: uniform. Sample 4, seed 10"
+    layers, profile = content.table, content.profile
+    assert layers is not None
+    assert profile is not None
+    assert body["data-cell"].startswith(f"{layers.layers[-1].name} (")
+    assert body["data-heat"] == f"{len(layers)} {len(profile.widths)}"
     assert body["data-covered"] == "true", "a point that another one covers is named by it"
     assert body["data-broken"] == "0"
     assert (body["data-tip"], body["data-outside"]) == ("block", "0")
