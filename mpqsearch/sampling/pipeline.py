@@ -388,7 +388,8 @@ class PipelineRunner:
         """Two seeds whose prompts differ most in length: what one adds to the other's padding shows."""
         if self.prompts is None:
             return [0, 1]
-        seeds = sorted(range(32), key=lambda s: len(self.prompts.of(s).text) if self.prompts else 0)
+        most = min(32, len(self.prompts.splits.get("report", ())) or 32)  # a preset shows each prompt once
+        seeds = sorted(range(most), key=lambda s: len(self.prompts.of(s).text) if self.prompts else 0)
         return [seeds[0], seeds[-1]]
 
     def _same_in_a_batch(self, module: nn.Module, pair: list[int], alone: _Seen) -> bool:
