@@ -15,7 +15,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ from mpqsearch.sampling import SamplerSpec, samples
 
 MODELS = ("fmnist-t2i", "fmnist-flow")
 RECIPES = {m: METHODS[m] for m in ("mpq-dm", "ours", "uniform+qalora", "ours-untrained", "uniform", "omq-paper")}
+CONTROL = "mpq-dm+faster"
+RECIPES[CONTROL] = replace(METHODS["mpq-dm"], lr_factor=2.0)
+"""Learning rates twice as high, which are those of study.py for low-rank updates: at four input bits and seed 0."""
+
 MAIN = ("mpq-dm", "ours")
 """Methods whose rows come first for seeds after the first."""
 
@@ -69,17 +73,22 @@ LONG_EVERY = 250
 LONG_COLUMNS = ("model", "setting", "method", "step", "paired_mse", "fd_fp", "paired_psnr", "commit")
 BEGIN, END = "<!-- latent: written by latent.py -->", "<!-- end of latent -->"
 
+PLACE = {name: place for place, name in enumerate(["full", "full-precision", *ORDER, *RECIPES])}
+"""Of settings and methods in the tables."""
+
 Key = tuple[str, str, str, int]
 
 
-def plan(models: tuple[str, ...], seeds: int) -> Iterator[Key]:
-    """Rows in the order in which they tell most: seed 0 whole, two weight bits first; then the main methods of the
-    other seeds; then what is left."""
+def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
+    """Rows in the order in which they tell most: seed 0 first, but of the other seeds the main methods before the
+    rest; the main methods first, two weight bits and four input bits first."""
+    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
-        methods = tuple(RECIPES) if seed == 0 else MAIN
-        yield from ((m, s, method, seed) for s in ORDER for m in models for method in methods)
-    rest = [method for method in RECIPES if method not in MAIN]
+        yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
+        if seed == 0:
+            yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
+            yield from ((m, s, method, 0) for s in ORDER for m in models for method in rest)
     yield from ((m, s, method, seed) for seed in range(1, seeds) for s in ORDER for m in models for method in rest)
 
 
@@ -151,6 +160,7 @@ def long(name: str, path: Path, work: Path) -> None:
 
 def describe(table: pd.DataFrame) -> str:
     """Tables of latent.csv, and what follows from them by arithmetic."""
+    table = table.sort_values(["setting", "method"], key=lambda names: names.map(PLACE), kind="stable")
     full, quantized = (table[(table["method"] == "full-precision") == is_full] for is_full in (True, False))
     commits = ", ".join(f"{c} ({n} rows)" for c, n in table["commit"].value_counts().items())
     lines = [

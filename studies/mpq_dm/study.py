@@ -77,6 +77,8 @@ COLUMNS = (
 """``*_spread``: half the width of the 95 % bootstrap interval over samples. ``schedule``: digest of `Schedule` and
 `Recipe`, in the study's own words (`Recipe.digest`). ``chosen``: of methods that check, rounding and step of the
 student that development noise chose, with its distance there. ``commit``: of the code that made the row."""
+KEPT = 20
+"""Trajectories of a teacher that stay in memory."""
 CHECK_SEED = 160
 """The study's seed whose evaluation noise, from 1,600,000 on, is the development noise of methods that check: of no row
 and no trial."""
@@ -438,9 +440,10 @@ class Repeated(Trajectories):
     def run(self, index: int, relation: TRDSpec | None = None) -> list[TeacherCall]:  # noqa: ARG002
         """The calls of trajectory ``index`` modulo ``count``; a training without a relation loss ignores features."""
         index %= self.count
-        if index not in self._kept:
-            self._kept[index] = super().run(index, self.relation)
-        return self._kept[index]
+        calls = self._kept.get(index) or super().run(index, self.relation)
+        if len(self._kept) < KEPT:
+            self._kept[index] = calls
+        return calls
 
 
 def run_row(model: Model, setting: str, method: str, seed: int, recipe: Recipe | None = None) -> dict[str, Any]:

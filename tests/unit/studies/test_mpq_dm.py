@@ -203,7 +203,7 @@ def test_latent_rows_are_of_todays_schedule_and_seed_0_comes_first(study: Module
     planned = list(latent.plan(latent.MODELS, 3))
     assert rows
     assert set(rows) <= set(planned)
-    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * len(latent.RECIPES))
+    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 6) + 2 * 2
     assert {key[3] for key in planned[: len(planned) // 3]} == {0}
     # At the bytes of mpq-dm, and the same training for all that train.
     for (model, setting, method, seed), row in rows.items():
