@@ -3,6 +3,7 @@ verb."""
 
 from mpqsearch.cli import (
     allocate,
+    card,
     distill,
     doctor,
     evaluate,
@@ -32,6 +33,7 @@ VERBS = (
     quantize,
     distill,
     export,
+    card,
     import_,
     record,
     reference_data,

@@ -6,6 +6,7 @@ one line says so. Torch is imported only by the stages that need a model.
 
 from mpqsearch.stages.allocating import allocated, allocation, allocations, offers
 from mpqsearch.stages.base import Run, slug, start
+from mpqsearch.stages.card import cards
 from mpqsearch.stages.checking import check_allocation
 from mpqsearch.stages.delivering import delivered_records
 from mpqsearch.stages.discovering import layers
@@ -31,6 +32,7 @@ __all__ = [
     "allocated",
     "allocation",
     "allocations",
+    "cards",
     "check_allocation",
     "check_search",
     "chosen_method",

@@ -124,61 +124,6 @@ def faults(target: str, found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-CARD = "README.md"
-"""What a person reads first in the folder of an export."""
-
-
-def card(model: str, data: Mapping[str, Any], loading: str = "") -> str:
-    """The card of an export: its faults first, then true bytes and measured quality, each with interval and samples.
-
-    ``data`` is what ``export/<target>@<budget>.json`` holds, ``loading`` Python that loads the folder (see `loading`).
-    """
-    found, uniform = data["delivered"], data["delivered"]["uniform"]
-    rows = {
-        "map": data["map"],
-        "bytes of the file": f"{found['stored_bytes'] + found['header_bytes']:,} ({found['header_bytes']:,} of names "
-        "and shapes)",
-        "bytes of the model it was made from": f"{found['source_bytes']:,}",
-    }
-    if found["budget_bytes"] is not None:
-        rows["budget"] = f"{found['budget']}: {found['budget_bytes']:,} bytes"
-    if uniform is not None:
-        rows[f"{uniform['choice']} in every layer"] = (
-            f"{uniform['stored_bytes'] + uniform['header_bytes']:,} bytes, {_text(uniform['error'])}"
-        )
-    rows |= {value["name"]: _text(value) for value in found["metrics"].values()}
-    lines = [f"# {model} for {data['target']}", ""]
-    lines += [f"**{fault[0].upper()}{fault[1:]}.**\n" for fault in found["faults"]]
-    if found["not_measured"]:
-        lines.append(f"What this file delivers was not measured: {found['not_measured']}.\n")
-    lines += ["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    if loading:
-        lines += ["", "## How to load it", "", "```python", loading, "```"]
-    return "\n".join(lines) + "\n"
-
-
-def loading(run: Run, target: Target, folder: Path) -> str:
-    """Python that loads an export, into the pipeline that its model came from where that is a folder with one denoiser;
-    empty where the target says nothing of it."""
-    module, c = run.denoiser.module, run.config.model
-    if not target.loading or not hasattr(module, "config"):  # several denoisers, or a module of the user's
-        return ""
-    code = target.loading.format(cls=type(module).__name__, folder=folder.as_posix())
-    source = None if run.given is not None else local_folder(c.source)
-    if source is None or not (source / "model_index.json").is_file():
-        return code
-    (part,) = denoiser_folders(c.source, source, c.component).values()
-    return (
-        f"{code}\n\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipeline = DiffusionPipeline.from_pretrained(\n    {source.as_posix()!r}, {part.name}=model, "
-        "torch_dtype=torch.float32\n)"  # as the model: text encoders come in the type that they are stored in
-    )
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return f"{value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}), {value['n_samples']} samples"
-
-
 def source_bytes(run: Run) -> int:
     """Bytes of the denoiser as it was loaded: of its files of weights, or in memory where it has none."""
     c, loaded = run.config.model, run.denoiser.size_bytes

@@ -15,7 +15,8 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, log, slug
-from mpqsearch.stages.delivering import CARD, card, deliver, loading
+from mpqsearch.stages.card import write_card
+from mpqsearch.stages.delivering import deliver
 from mpqsearch.stages.distilling import CODES, trained_data, trained_model
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import file_key, quantized_module
@@ -219,7 +220,7 @@ def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
         run.say(f"export: reused {task.folder}")
     if target.payload and not _is_measured(run, data["delivered"]):
         data = {**data, "delivered": deliver(run, target, _job(run, task), task.folder, task.budget, task.limit)}
-        artifacts.write_text(task.folder / CARD, card(run.table.model, data, loading(run, target, task.folder)))
+        write_card(run, target, data, task.folder)
         EXPORT.save(task.stamp, data, task.inputs)
     if verify == "now" or (verify == "once" and verified is None):
         target.require()  # an absent consumer can say nothing: that is an error, not a difference

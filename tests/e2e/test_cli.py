@@ -275,6 +275,7 @@ COMPUTING = (
     "quantize",
     "distill",
     "export",
+    "card",
     "import",
     "run",
 )

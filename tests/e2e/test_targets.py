@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from mpqsearch.artifacts import read_json
+from mpqsearch.artifacts import digest_file, read_json
 from mpqsearch.cli import app
 from mpqsearch.core import LayerTable
 from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
@@ -162,8 +162,19 @@ def test_the_file_is_measured_as_maps_are(folder: Path) -> None:
     assert found["metrics"]["paired_mse"]["n_samples"] == 4
     shown = (folder / "r/export/gguf@8bit/README.md").read_text()
     assert f"| bytes of the file | {whole:,} (" in shown
-    assert f"| MSE vs FP, same noise | {found['metrics']['paired_mse']['value']:.4g} (" in shown
-    assert "| Q5_1 in every layer |" in shown
+    assert shown.startswith("---\nbase_model: dit\nbase_model_relation: quantized\n")
+    assert f"| MSE vs FP, same noise |  | {found['metrics']['paired_mse']['value']:.4g} (" in shown
+    assert "Q5_1 in every layer (" in shown
+    assert f"| {FILE} | {digest_file(folder / 'r/export/gguf@8bit' / FILE)} |" in shown
+    assert "--target gguf --budget 8bit" in shown
+    for row in ("full-precision", "this"):
+        picture = folder / f"r/export/gguf@8bit/samples-{row}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture.name})" in shown
+    (folder / "r/export/gguf@8bit/README.md").unlink()
+    written = call(folder, "card")
+    assert written.exit_code == 0, written.output
+    assert (folder / "r/export/gguf@8bit/README.md").read_text() == shown
     again = call(folder, "export", "--target", "gguf", "-b", "8bit", "--measure")
     assert "export: reused" in again.stderr
     for verb in ("evaluate", "report"):

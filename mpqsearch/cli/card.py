@@ -1,0 +1,37 @@
+"""``mpqsearch card``."""
+
+from __future__ import annotations
+
+from mpqsearch.cli import options
+from mpqsearch.cli.app import app, open_run
+from mpqsearch.cli.printing import print_lines
+
+
+@app.command()
+def card(
+    config: options.Config = None,
+    model: options.Model = None,
+    prompts: options.Prompts = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    batch: options.Batch = None,
+    call: options.Call = None,
+    device: options.Device = None,
+    set_: options.Set = None,
+    run_dir: options.RunDir = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = 0,
+) -> None:
+    """Write the README.md of every exported folder of a run again, as a hub reads it.
+
+    `export` and `run` write it with the files: faults, bytes, each metric beside full precision and what is left of it,
+    samples of the same noise, what is stored how, how to load it, the command, and SHA-256 of the files.
+
+    Example: `mpqsearch card -c studies/quickstart.toml`
+    """
+    from mpqsearch import stages
+
+    settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
+    run = open_run(config, set_, settings, run_dir=run_dir, dry_run=False, overwrite=False, verbose=verbose)
+    run.reads_only = True
+    print_lines(stages.cards(run), as_json=as_json)
