@@ -30,8 +30,10 @@ def card(
     Example: `mpqsearch card -c studies/quickstart.toml`
     """
     from mpqsearch import stages
+    from mpqsearch.models.devices import resolve_device
 
     settings = {"model.source": model, "model.device": device} | options.drawing(prompts, steps, guidance, batch, call)
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=False, overwrite=False, verbose=verbose)
+    resolve_device(run.config.model.device)  # nothing is computed, but a study that names no device is wrong
     run.reads_only = True
     print_lines(stages.cards(run), as_json=as_json)
