@@ -75,6 +75,8 @@ def load_reference(path: Path | None, extractor: FeatureExtractor) -> DataRefere
     if not (n.isdecimal() and len(n) < 19 and covariance.shape == (width, width) and features.shape[1:] == (width,)):
         shapes = [tuple(t.shape) for t in (mean, covariance, features)]
         raise ArtifactError(f"{file}: mean, covariance and features of {quoted(n)} samples have the shapes {shapes}")
+    if not all(bool(torch.isfinite(t).all()) for t in (mean, covariance, features)):
+        raise ArtifactError(f"{file} holds a number that is NaN or infinite: make the statistics again")
     if metadata["extractor"] != extractor.label:
         raise ArtifactError(
             f"{file} was made with the extractor {quoted(metadata['extractor'])}, this one is {extractor.label}. "

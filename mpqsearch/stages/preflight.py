@@ -44,8 +44,12 @@ def check_sampling(run: Run, sampling: str) -> None:
         _refuse_without_pictures(run)
         return
     run.extractor.check(run.picture[-3:])
-    _ = run.data_reference
     extractor, c = run.extractor, run.config.evaluate
+    if run.data_reference is None and extractor.name in PUBLISHED:
+        run.say(
+            "evaluate.reference names no statistics of data, so distances are to full precision alone: "
+            "`mpqsearch reference FOLDER` makes a file of your pictures"
+        )
     n = c.samples * math.prod(run.picture[:-3])
     if n <= extractor.dim and extractor.name in PUBLISHED:
         run.say(

@@ -206,6 +206,19 @@ def test_reference_statistics_round_trip_and_refuse_other_extractors(tmp_path: P
         load_reference(tmp_path / "bad.safetensors", extractor)
 
 
+def test_reference_statistics_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    extractor, file = load_extractor("random-conv"), tmp_path / "r.safetensors"
+    save_reference(file, torch.randn(4, extractor.dim), extractor, "noise")
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    save_file({k: v.clone().fill_(torch.nan) for k, v in load_file(file).items()}, file, metadata)
+    with pytest.raises(ArtifactError, match="holds a number that is NaN or infinite"):
+        load_reference(file, extractor)
+
+
 def test_the_embedded_extractor_has_its_reference() -> None:
     extractor = load_extractor("fmnist-cnn")
     reference = load_reference(None, extractor)
