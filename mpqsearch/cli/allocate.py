@@ -111,7 +111,7 @@ def allocate(
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
     By default maps that differ in kind (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and
-    measured on a few samples from the same noise; the best is handed out, with the table of what was measured.
+    measured on a few samples from the same noise; the best is returned, with the table of what was measured.
 
     With `--until` the size is searched for one method (`--method`), with the samples of `evaluate`; the answer is the
     smallest map whose interval of 95 % keeps to the bound.
