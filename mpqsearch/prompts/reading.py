@@ -27,14 +27,13 @@ Row = tuple[str, str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What one sample shows: a text with what it should not show, a reference image, a class.
+    """What one sample shows: a text with what it should not show, or a class.
 
     ``name``: the image's name in its prompt set. ``noise_seed``: seeds the sample's noise; see `Prompts.of`.
     """
 
     text: str = ""
     negative: str = ""
-    image: Path | None = None
     label: int | None = None
     name: str = ""
     noise_seed: int = 0
@@ -53,14 +52,13 @@ def read_file(path: Path, columns: Mapping[str, str]) -> list[Prompt]:
     """All prompts of a file, in its order; ``columns`` as in `PromptsSpec`.
 
     Raises `ConfigError`, naming the line, for a file that is missing, empty, too large or of another encoding, for an
-    empty prompt, a missing column, control characters, or an image that does not exist.
+    empty prompt, a missing column, or control characters.
     """
     if path.suffix.lower() not in READERS:
         raise UnknownNameError("format of a file of prompts", path.suffix or path.name, READERS, f"({path})")
     text = _text(path)
     prompts = [
-        _prompt(row, name, f"{path}, {where}", columns, path.parent)
-        for where, name, row in READERS[path.suffix.lower()](text, path)
+        _prompt(row, name, f"{path}, {where}", columns) for where, name, row in READERS[path.suffix.lower()](text, path)
     ]
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
@@ -177,13 +175,13 @@ READERS: Mapping[str, Callable[[str, Path], Iterator[Row]]] = {
 }
 
 
-def _prompt(row: Any, name: str, where: str, columns: Mapping[str, str], folder: Path) -> Prompt:
+def _prompt(row: Any, name: str, where: str, columns: Mapping[str, str]) -> Prompt:
     if isinstance(row, str):
         row, columns = {"prompt": row}, {}
     if not isinstance(row, dict):
         raise ConfigError(f"{where} should be a prompt or a table of columns, got {quoted(row)}")
     values = {what: _value(row, what, columns.get(what), where) for what in COLUMNS}
-    label, image = _label(values.pop("label"), where), values["image"]
+    label = _label(values.pop("label"), where)
     for what, value in values.items():
         if not isinstance(value, str):
             raise ConfigError(f"{where}: the {what} should be text, got {quoted(value)}")
@@ -195,15 +193,9 @@ def _prompt(row: Any, name: str, where: str, columns: Mapping[str, str], folder:
             f"{where}: no prompt in {columns.get('prompt') or ' or '.join(COLUMNS['prompt'])}. "
             f"Columns: {', '.join(map(str, row))}. prompts.columns.prompt names another."
         )
-    if image and not (folder / image).is_file():
-        raise ConfigError(
-            f"{where}: the image {folder / image} does not exist; paths are relative to the file of prompts. "
-            '[prompts.columns] image = "" leaves images out.'
-        )
     return Prompt(
         text=values["prompt"],
         negative=values["negative"],
-        image=folder / image if image else None,
         label=label,
         name=_stem(name or values["name"]),
     )

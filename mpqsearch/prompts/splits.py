@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from mpqsearch.artifacts import digest_file, digest_of
+from mpqsearch.artifacts import digest_of
 from mpqsearch.errors import ConfigError
 from mpqsearch.prompts.reading import Prompt, name_seed, read_file
 from mpqsearch.specs.prompts import PromptsSpec
@@ -116,13 +116,9 @@ class Prompts:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the seeds show, bytes of reference images included; paths do not matter."""
-        images = {image: digest_file(image) for image in {prompt.image for prompt in self._all()} if image}
+        """SHA-256 of what the seeds show."""
         splits = {
-            split: [
-                [p.text, p.negative, p.label, p.image and images[p.image], p.name if self.by_name else None]
-                for p in listed
-            ]
+            split: [[p.text, p.negative, p.label, p.name if self.by_name else None] for p in listed]
             for split, listed in self.splits.items()
         }
         return digest_of({"splits": splits, "classes": self.classes, "by_name": self.by_name})
@@ -220,11 +216,11 @@ def _report_size(spec: PromptsSpec, available: int) -> int:
 
 
 def _unique(prompts: Sequence[Prompt], without: Sequence[Prompt] = ()) -> list[Prompt]:
-    """The first of each text, image and class, in order, leaving out those of ``without``."""
-    seen = {(p.text, p.image, p.label) for p in without}
+    """The first of each text and class, in order, leaving out those of ``without``."""
+    seen = {(p.text, p.label) for p in without}
     kept = []
     for p in prompts:
-        key = (p.text, p.image, p.label)
+        key = (p.text, p.label)
         if key not in seen:
             seen.add(key)
             kept.append(p)

@@ -14,7 +14,6 @@ shuffled with seed 0, the first n are the report's, and the noise of an image is
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "caption", "text"),
     "negative": ("negative", "negative_prompt"),
-    "image": ("image", "image_path"),
     "label": ("label", "class"),
     "name": ("name", "filename", "file_name", "id"),
 }

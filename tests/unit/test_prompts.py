@@ -78,21 +78,9 @@ def test_text_files_and_tables_by_name(tmp_path: Path) -> None:
 
 def test_an_empty_column_name_leaves_the_column_out(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", "prompt,class,image\na cat,animals,real/1.png\n")
-    assert read_file(Path(file), {"label": "", "image": ""}) == [Prompt(text="a cat")]
+    assert read_file(Path(file), {"label": ""}) == [Prompt(text="a cat")]
     with pytest.raises(ConfigError, match=r"line 2: a label .*'animals'.*label = \"\""):
         read_file(Path(file), {})
-    with pytest.raises(ConfigError, match=r"line 2: the image .*real/1.png does not exist"):
-        read_file(Path(file), {"label": ""})
-
-
-def test_reference_images_are_beside_the_file_and_known_by_their_bytes(tmp_path: Path) -> None:
-    file = write(tmp_path, "a.csv", "prompt,image\nsharpen,one.png\n")
-    write(tmp_path, "one.png", b"1")
-    before = prompts_of(file)
-    assert before.of(0).image == tmp_path / "one.png"
-    assert before.digest == prompts_of(file).digest
-    write(tmp_path, "one.png", b"2")
-    assert before.digest != prompts_of(file).digest
 
 
 @pytest.mark.parametrize(
