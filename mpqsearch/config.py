@@ -17,7 +17,7 @@ from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
 from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.distill import TRAINED
-from mpqsearch.specs.targets import ROUNDINGS, check_targets
+from mpqsearch.specs.targets import check_targets
 from mpqsearch.toml_text import dump_toml, toml_value
 from mpqsearch.untrusted import build, read_toml
 
@@ -339,22 +339,16 @@ class ExportConfig:
         Names of exporters, see `mpqsearch doctor`.
     budget
         Which budget's map. Empty: the first; ``mpqsearch run``: all. Example: ``"uniform:3"``.
-    rounding
-        What happens where a target cannot hold the map: ``resolve`` solves again over the target's formats at the size
-        of the map, ``up`` takes the next width.
     measure
         Evaluate every file with the weights that its consumer decodes.
     """
 
     targets: tuple[str, ...] = ("neutral",)
     budget: str = ""
-    rounding: str = "resolve"
     measure: bool = True
 
     def __post_init__(self) -> None:
         check_targets(self.targets, "export.targets")
-        if self.rounding not in ROUNDINGS:
-            raise UnknownNameError("rounding", self.rounding, ROUNDINGS, "(export.rounding)")
 
 
 DEFAULT_METHODS = (

@@ -35,10 +35,6 @@ MethodOption = Annotated[
     str | None,
     typer.Option("--method", help="Method of the study (default: the best one).", autocompletion=completion.method),
 ]
-RoundOption = Annotated[
-    str | None,
-    typer.Option("--round", help="Where the target cannot hold the map: resolve (solve again over its formats) or up."),
-]
 VerifyOption = Annotated[
     bool,
     typer.Option(
@@ -62,7 +58,6 @@ def export(
     target: TargetOption = None,
     budget: BudgetOption = None,
     method: MethodOption = None,
-    round_: RoundOption = None,
     verify: VerifyOption = False,
     measure: MeasureOption = None,
     accept: AcceptOption = False,
@@ -100,7 +95,6 @@ def export(
         "export.targets": target,
         "export.budget": budget,
         "report.chosen": method,
-        "export.rounding": round_,
         "export.measure": measure,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
@@ -127,7 +121,7 @@ def export(
 
 
 def _plain(one: Exported) -> dict[str, Any]:
-    keys = ("target", "map", "rounding", "ideal_bits", "accounted_bits", "verification", "delivered")
+    keys = ("target", "map", "ideal_bits", "accounted_bits", "verification", "delivered")
     return {key: one.data[key] for key in keys}
 
 

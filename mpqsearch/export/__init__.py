@@ -26,10 +26,9 @@ from mpqsearch.export.neutral import (
 from mpqsearch.export.plan import plan_layers
 from mpqsearch.export.reading import Imported, Reading, import_map, read_map
 from mpqsearch.export.target import Target, get_exporter
-from mpqsearch.specs.targets import ROUNDINGS, SOURCES, TARGETS, register
+from mpqsearch.specs.targets import SOURCES, TARGETS, register
 
 __all__ = [
-    "ROUNDINGS",
     "SOURCES",
     "TARGETS",
     "Choice",

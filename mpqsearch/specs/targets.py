@@ -1,4 +1,4 @@
-"""Export targets by name, and what happens where one cannot hold a map: a leaf that loads no exporter."""
+"""Export targets by name: a leaf that loads no exporter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpqsearch.errors import ConfigError, UnknownNameError
-
-ROUNDINGS = ("resolve", "up")
-"""What happens to a width that a target cannot hold.
-
-``resolve``: the formats of all layers are solved for anew at the size of the map, which needs a profile and so is done
-by ``mpqsearch export`` and not by `plan_layers`; ``up``: the next width it has, so quality is kept and the size grows.
-"""
 
 FULL = "full"
 """Stands for full precision where formats are named."""

@@ -142,13 +142,12 @@ def _own_map(run: Run, target: Target, budget: Budget, chosen: MethodSpec) -> tu
 
     That is asked for by ``[allocate] targets``. It is also the default of a target that rounds by itself, whatever map
     it is given: codes and ranges of a method's map are lost on it, and prices are those of its own rounding here. None
-    where the chosen map is one from elsewhere, for budgets that are no size or below the target's smallest file, and
-    where ``export.rounding`` is ``up``.
+    where the chosen map is one from elsewhere, and for budgets that are no size or below the target's smallest file.
     """
     c = run.config
     if target.name in c.allocate.targets:
         return target_allocation(run, target.name, budget)
-    rounds = target.rerounds and not target.holds_any_map and c.export.rounding == "resolve"
+    rounds = target.rerounds and not target.holds_any_map
     if not rounds or chosen.allocator == "map" or budget.unit != "bits stored" or c.allocate.within:
         return None
     try:
@@ -175,7 +174,6 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, ow
     inputs = {
         "bit_map": bit_map.digest,
         "model": run.table.digest,
-        "rounding": run.config.export.rounding,
         "target": name,
         "bias_correction": str(corrected),
         "trained": _trained_digest(run, chosen, budget) if trained else "no",
@@ -256,7 +254,6 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         "target": target.name,
         "budget": task.budget.label(),
         "map": task.label,
-        "rounding": run.config.export.rounding,
         "rounded_layers": sum(e.reason not in AS_PLANNED for e in plan),
         "payload": target.payload,
         "n_parameters": run.table.n_parameters,
@@ -343,7 +340,7 @@ def size_note(target: str, promised: int, ideal: int, half: int) -> str:
 
 
 def _job(run: Run, task: _Task) -> ExportJob:
-    """What is exported: the map as it is where the target holds it, else rounded as ``export.rounding`` says."""
+    """What is exported: the map as it is where the target holds it, else solved for anew over the target's formats."""
     from mpqsearch.export import ExportJob
     from mpqsearch.export.allocation import resolve_job
 
@@ -359,7 +356,5 @@ def _job(run: Run, task: _Task) -> ExportJob:
         inputs={"model": run.table.digest},
         provenance=task.provenance,
     )
-    if run.config.export.rounding != "resolve":
-        return job
     fmt = run.config.quantizer.format()
     return resolve_job(task.target, job, lambda: losses_for(run, task.target), run.config.policy, fmt)

@@ -272,16 +272,12 @@ def test_a_map_made_for_something_else_is_solved_again_at_its_size(folder: Path)
     assert resolved["map"] == "ilp-layer at 6bit"
     assert "resolved" in {row["reason"] for row in resolved["plan"]}
     assert 0.95 * resolved["ideal_bits"] < resolved["accounted_bits"] <= resolved["ideal_bits"]
-    refused = call(folder, "export", "--target", "gguf", "--round", "up")
+    small = ("export", "--target", "gguf", "--budget", "3bit")
+    refused = call(folder, *small)
     assert refused.exit_code == 1
-    assert "LARGER than the budget 6bit" in refused.stderr
-    assert call(folder, "export", "--target", "gguf", "--round", "up", "--accept").exit_code == 0
-    data = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
-    assert data["rounding"] == "up"
-    assert data["accounted_bits"] > resolved["accounted_bits"]
-    small = call(folder, "export", "--target", "gguf", "--budget", "3bit", "--accept")
-    assert small.exit_code == 0
-    assert "the file of gguf takes" in small.stderr
+    assert "LARGER than the budget 3bit" in refused.stderr
+    assert "bytes when it is packed densely; the file of gguf takes" in refused.stderr
+    assert call(folder, *small, "--accept").exit_code == 0
     data = read_json(folder / "r/export/gguf@3bit.json", "mpqsearch/export").data
     assert data["accounted_bits"] > data["ideal_bits"]
     row = read_sizes(folder, "3bit")["gguf"]
@@ -295,7 +291,6 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
     assert unknown.exit_code == 2
     assert "did you mean 'gguf'" in str(unknown)
     assert "onnx" in str(unknown)
-    assert "unknown rounding 'nearest'" in str(call(folder, "export", "--round", "nearest").exception)
     small = call(folder, "allocate", "--target", "gguf", "--budget", "3bit").exception
     assert isinstance(small, InfeasibleBudgetError)
     assert "smallest file of gguf takes" in str(small)
@@ -316,7 +311,7 @@ def test_a_target_that_fails_does_not_stop_the_others(folder: Path, monkeypatch:
         raise RuntimeError("no kernel for this")
 
     monkeypatch.setattr(GgufTarget, "write_files", broken)
-    targets = ("--target", "gguf", "--target", "sdcpp", "-b", "7.2bit", "--round", "up")
+    targets = ("--target", "gguf", "--target", "sdcpp", "-b", "7.2bit")
     done = call(folder, "export", *targets)
     assert done.exit_code != 0
     assert "gguf could not be written: RuntimeError: no kernel for this" in str(done.exception)
@@ -330,9 +325,7 @@ def test_a_target_that_fails_does_not_stop_the_others(folder: Path, monkeypatch:
     assert "sdcpp" in absent.stdout
 
 
-def test_a_file_that_is_larger_than_the_map_is_said(folder: Path) -> None:
-    done = call(folder, "export", "--target", "gguf", "-b", "6.2bit", "--round", "up", "--overwrite")
-    assert "bytes when it is packed densely; the file of gguf takes" in done.stderr
+def test_a_file_that_is_larger_than_the_map_is_said() -> None:
     assert "MORE than the model in half precision (" in size_note("torchao", 40, 8, 32)
     assert "MORE" not in size_note("torchao", 30, 8, 32)
 
