@@ -45,11 +45,6 @@ class Reading:
     bit_map: BitMap | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def says_anything(self) -> bool:
-        """False for a file that quantizes nothing."""
-        return bool(self.names) or any(w != FULL_PRECISION for w in self.widths.values())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
