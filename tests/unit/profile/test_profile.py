@@ -25,7 +25,7 @@ WIDTHS = (2, 4, 8)
 def measure(kind: str, **kwargs: object) -> tuple[Denoiser, LayerTable, SensitivityProfile]:
     denoiser = tiny_denoiser(kind, **SAMPLER)
     table = discover(denoiser)
-    settings = {"samples": 4, "probe_inputs": 16, "probes": 8, "sampler_seeds": 0, "schemes": ("asymmetric",), **kwargs}
+    settings = {"samples": 4, "probe_inputs": 4, "probes": 1, "sampler_seeds": 0, "schemes": ("asymmetric",), **kwargs}
     spec = CalibrationSpec(**settings)
     return (
         denoiser,
@@ -34,9 +34,22 @@ def measure(kind: str, **kwargs: object) -> tuple[Denoiser, LayerTable, Sensitiv
     )
 
 
+@pytest.fixture(scope="module")
+def whole() -> tuple[LayerTable, SensitivityProfile]:
+    """A U-Net in five formats, with one layer at a time."""
+    _, table, profile = measure("unet", schemes=("asymmetric", "auto"), smooth=True, final_widths=(2,), final_seeds=2)
+    return table, profile
+
+
+@pytest.fixture(scope="module")
+def transformer() -> tuple[Denoiser, LayerTable, SensitivityProfile]:
+    """A transformer with its profile."""
+    return measure("dit")
+
+
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
-    denoiser, table, profile = measure(kind, probe_inputs=16, probes=32)
+    denoiser, table, profile = measure(kind, probe_inputs=16, probes={"unet": 8, "dit": 32}[kind])
     seeds = range(1_000_000, 1_000_004)
     calls: list[tuple[Call, torch.Tensor]] = []
     each_call(denoiser, seeds, lambda call, prediction: calls.append((call.kept(), prediction)))
@@ -63,15 +76,15 @@ def test_probes_predict_the_measured_change_of_the_output(kind: str) -> None:
         predicted.append(float(profile.arrays["layer_probe_error_corrected/asymmetric"][i, WIDTHS.index(8)]))
     ratio = np.log(np.array(predicted) / np.array(measured))
     # At 8 bits the model is linear in the error; 512 probes leave a relative noise of sqrt(2 / 512) = 6 % on each
-    # layer, the factor of two allows for layers whose effect sits in few directions.
-    assert abs(float(np.median(ratio))) < 0.1
+    # layer, 128 of the slower U-Net 12 %; the factor of two allows for layers whose effect sits in few directions.
+    assert abs(float(np.median(ratio))) < {"unet": 0.2, "dit": 0.1}[kind]
     assert float(np.abs(ratio).max()) < np.log(2)
     ranks = [np.argsort(np.argsort(v)) for v in (predicted, measured)]
     assert float(np.corrcoef(*ranks)[0, 1]) > 0.97
 
 
-def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
-    _, table, profile = measure("unet", schemes=("asymmetric", "auto"), smooth=True)
+def test_errors_fall_with_bits_and_arrays_are_complete(whole: tuple[LayerTable, SensitivityProfile]) -> None:
+    table, profile = whole
     assert profile.formats == ("asymmetric", "asymmetric+smooth", "asymmetric+smooth+minmax", "auto", "auto+smooth")
     for fmt in profile.formats:
         layers = profile.layer_sum(profile.arrays[f"output_error/{fmt}"])
@@ -83,8 +96,10 @@ def test_errors_fall_with_bits_and_arrays_are_complete() -> None:
     assert set(profile.means) == {la.name for la in table}
 
 
-def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> None:
-    _, table, profile = measure("unet")
+def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off(
+    whole: tuple[LayerTable, SensitivityProfile],
+) -> None:
+    table, profile = whole
     share = profile.shift_share("asymmetric")
     assert share.shape == (len(table), len(WIDTHS))
     assert float(share.min()) >= 0
@@ -102,10 +117,10 @@ def test_the_mean_shift_is_the_part_of_an_error_that_centring_takes_off() -> Non
         profile.shift_share("symmetric")
 
 
-def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
-    _, table, profile = measure("unet", final_widths=(2,), final_seeds=2)
+def test_one_layer_at_a_time_fills_only_what_was_asked(whole: tuple[LayerTable, SensitivityProfile]) -> None:
+    table, profile = whole
     has_bias = np.array([la.has_bias for la in table])
-    final = {s: profile.arrays[f"layer_final_error{s}/asymmetric"] for s in ("", "_corrected")}
+    final = {s: profile.arrays[f"layer_final_error{s}/auto"] for s in ("", "_corrected")}
     for values in final.values():
         assert np.isfinite(values[:, 0]).all()
         assert np.isnan(values[:, 1:]).all()
@@ -116,8 +131,10 @@ def test_one_layer_at_a_time_fills_only_what_was_asked() -> None:
         measure("unet", final_widths=(3,), final_seeds=1)
 
 
-def test_profiling_leaves_the_model_as_it_was() -> None:
-    denoiser, _, _ = measure("dit")
+def test_profiling_leaves_the_model_as_it_was(
+    transformer: tuple[Denoiser, LayerTable, SensitivityProfile],
+) -> None:
+    denoiser, _, _ = transformer
     fresh = tiny_denoiser("dit")
     for (name, a), b in zip(denoiser.module.named_parameters(), fresh.module.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -130,7 +147,7 @@ def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
     """But for what errors do to the final sample: without a sampler all predictions weigh the same."""
     denoiser = tiny_denoiser("unet", steps=4, batch=1)
     table = discover(denoiser)
-    spec = CalibrationSpec(samples=4, probe_inputs=8, probes=2, sampler_seeds=0, schemes=("asymmetric",), smooth=False)
+    spec = CalibrationSpec(samples=4, probe_inputs=4, probes=1, sampler_seeds=0, schemes=("asymmetric",), smooth=False)
     settings = (table, Policy(widths=WIDTHS), spec, QuantFormat(n_candidates=20))
     own = profile_model(denoiser, *settings)
     with capture(denoiser.module) as calls:
@@ -149,8 +166,10 @@ def test_recorded_calls_measure_what_our_own_sampler_measures() -> None:
         profile_model(replayed, table, Policy(), CalibrationSpec(final_widths=(2,)), QuantFormat())
 
 
-def test_a_profile_names_what_it_was_measured_with() -> None:
-    denoiser, _, profile = measure("dit")
+def test_a_profile_names_what_it_was_measured_with(
+    transformer: tuple[Denoiser, LayerTable, SensitivityProfile],
+) -> None:
+    denoiser, _, profile = transformer
     assert profile.calibration["runner"] == denoiser.runner.identity
     other = tiny_denoiser("dit", steps=4, guidance=3.0, batch=4)
     assert other.runner.identity != profile.calibration["runner"]
