@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import forked
+from tests.support.shared import made_once
 
 STUDY = """
 [model]
@@ -74,11 +75,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     """A run folder with the finished profile of `study`; to be copied, not written to."""
-    folder = tmp_path_factory.mktemp("measured")
-    (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
-    done = forked.run(["profile", "-c", "study.toml", "--run-dir", "run"], folder, folder / "stdout", folder / "stderr")
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        (folder / "study.toml").write_text(STUDY.format(source=json.dumps(str(model_folder))))
+        done = forked.run(
+            ["profile", "-c", "study.toml", "--run-dir", "run"], folder, folder / "stdout", folder / "stderr"
+        )
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "measured", make) / "run"
 
 
 @pytest.fixture

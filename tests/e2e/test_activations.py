@@ -63,12 +63,14 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
         "calibration.activation_bits=[4]",
         "--set",
         "activations.zero_points=true",
+        "--set",
+        'allocate.budgets=["uniform:3"]',
     )
     made = cli("run", study, "--run-dir", "r", *options)
     assert made.returncode == 0, made.stderr
     with (tmp_path / "r/pareto.csv").open() as handle:
         rows = {(r["method"], r["budget"]): r for r in csv.DictReader(handle)}
-    for budget in ("uniform:3", "uniform:4"):
+    for budget in ("uniform:3",):
         acts = {m: float(rows[m, budget]["act_bits"]) for m, b in rows if b == budget}
         assert acts == {
             "uniform": 16,
@@ -94,13 +96,13 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
     again = cli("run", study, "--run-dir", "r", *options)
     assert again.returncode == 0, again.stderr
     assert "report: reused" in again.stderr
-    export = ("export", "-c", study, "--run-dir", "r", *options, "--method", "uniform-a4", "--budget", "uniform:4")
+    export = ("export", "-c", study, "--run-dir", "r", *options, "--method", "uniform-a4", "--budget", "uniform:3")
     exported = cli(*export, "--target", "neutral", "--target", "sdcpp")
     assert exported.returncode == 0, exported.stderr
     quantized = sum("activation_bits" in e for e in bit_map["layers"].values())
     assert f"sdcpp says nothing of inputs: the map quantizes those of {quantized} layers" in exported.stderr
     assert "neutral says nothing" not in exported.stderr
-    plan = json.loads((tmp_path / "r/export/sdcpp@uniform-4.json").read_text())["data"]["plan"]
+    plan = json.loads((tmp_path / "r/export/sdcpp@uniform-3.json").read_text())["data"]["plan"]
     assert sum("not quantized by what is written" in row["detail"] for row in plan) == quantized
     changed = cli("run", study, "--run-dir", "r", *options, "--set", "activations.samples=4", "--dry-run")
-    assert "; 2 reused" in changed.stderr, "maps without quantized activations keep their metrics, the others do not"
+    assert "; 1 reused" in changed.stderr, "maps without quantized activations keep their metrics, the others do not"

@@ -1,8 +1,8 @@
-"""A pipeline that cannot be run where its study is, from its recorded calls to an exported map, on the command line."""
+"""A pipeline that cannot be run where its study is, known from its recorded calls, on the command line; what the verbs
+make of such a model is in tests/roads."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -25,41 +25,21 @@ def recorded(cli: Cli, folder: Path, *more: str) -> Path:
     return bare
 
 
-def test_a_pipeline_is_profiled_and_allocated_from_recorded_calls(cli: Cli, tmp_path: Path) -> None:
+def test_recorded_calls_take_the_place_of_a_pipeline_and_count_by_their_content(cli: Cli, tmp_path: Path) -> None:
     folder = recorded(cli, tmp_path, "-o", "calls.safetensors")
     again = cli("record", tmp_path / "whole", "--prompts", "prompts.txt", "-o", "calls.safetensors")
     assert again.returncode == 2
     assert "calls.safetensors exists already" in again.stderr
     captured = ["--set", 'calibration.captured="calls.safetensors"']
     common = ["--model", folder, "--run-dir", "r"]
-    common += ["--set", "calibration.probe_inputs=2", "--set", "quantizer.n_candidates=8"]
     alone = cli("profile", *common)
     assert alone.returncode == 2
     assert "cannot load the pipeline" in alone.stderr
-    first = cli("profile", *common, *captured)
-    assert first.returncode == 0, first.stderr
-    assert "profile: reused" in cli("profile", *common, *captured).stderr
-    made = cli("allocate", *common, *captured, "--budget", "uniform:3", "--json")
-    assert made.returncode == 0, made.stderr
-    exported = cli("export", *common, *captured, "--budget", "uniform:3")
-    assert exported.returncode == 0, exported.stderr
-    bit_map = json.loads(next((tmp_path / "r").rglob("export/**/bitmap.json")).read_text())
-    assert any("attn2.to_k" in name for name in bit_map["data"]["layers"])
+    assert cli("layers", *common, *captured).returncode == 0
     recorded(cli, tmp_path, "-o", "calls.safetensors", "--overwrite", "--guidance", "3")
-    stale = cli("profile", *common, *captured)
+    stale = cli("layers", *common, *captured)
     assert stale.returncode == 4
     assert "calls (" in stale.stderr
-
-
-def test_what_samples_is_refused_before_anything_long_begins(cli: Cli, tmp_path: Path) -> None:
-    folder = recorded(cli, tmp_path)
-    common = ["--model", folder, "--run-dir", "r", "--set", 'calibration.captured="calls.safetensors"']
-    refused = cli("evaluate", *common)
-    assert refused.returncode == 2
-    assert "(evaluate) was asked for" in refused.stderr
-    assert "8 recorded calls" in refused.stderr
-    assert "To sample, give the pipeline's folder" in refused.stderr
-    assert not (tmp_path / "r/profile.json").exists()
-    slow = cli("profile", *common, "--set", "calibration.final_widths=[3]")
+    slow = cli("profile", *common, *captured, "--overwrite", "--set", "calibration.final_widths=[3]")
     assert slow.returncode == 2
     assert "final_widths" in slow.stderr

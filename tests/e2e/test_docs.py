@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e import forked
+from tests.support.shared import made_once
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {".venv", ".git", ".hypothesis", ".pytest_cache", "build", "runs", "CHANGELOG.md"}
@@ -87,7 +88,9 @@ def small(command: str) -> list[str]:
     if any(a in WITHOUT_STUDY for a in arguments):
         return arguments
     arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
-    arguments += ["--set", 'allocate.budgets=["uniform:3", "uniform:4"]'] if arguments[0] == "run" else []
+    budgets = '["uniform:3", "uniform:4"]' if "quickstart" in command else '["uniform:3"]'
+    arguments += ["--set", f"allocate.budgets={budgets}"] if arguments[0] == "run" else []
+    arguments += ["--trials", "2"] if arguments[0] == "search" else []  # the last one counts
     arguments += ["--accept"] if arguments[0] == "export" else []  # tiny samples; what it says is tested elsewhere
     return [*arguments, *([] if "--overwrite" in arguments else ["--overwrite"])]
 
@@ -97,7 +100,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what `make quickstart` and the first allocation of another model leave, which pages then refer
     to."""
     assert QUICKSTART in (ROOT / "Makefile").read_text()
-    folder = tmp_path_factory.mktemp("quickstart")
+    return made_once(tmp_path_factory, "quickstart", _run_quickstart)
+
+
+def _run_quickstart(folder: Path) -> None:
     (folder / "studies").mkdir()
     for path in (ROOT / "studies").iterdir():
         if path.suffix == ".toml":
@@ -115,7 +121,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in ([*small(QUICKSTART), *few], small("mpqsearch allocate --model fmnist-unet --budget 3bit")):
         done = forked.run(arguments, folder, folder / "stdout", folder / "stderr", timeout=900)
         assert done.returncode == 0, done.stderr[-2000:]
-    return folder
 
 
 @pytest.mark.slow

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.e2e import forked
 
 SIZE = 400_000
 """Bytes of the outputs of a notebook."""
@@ -31,7 +31,5 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     assert "/tmp" not in kept
     script = tmp_path / "notebook.py"
     script.write_text(code)
-    out = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False
-    )
-    assert out.returncode == 0, out.stderr[-3000:]
+    done = forked.run([], tmp_path, tmp_path / "out", tmp_path / "err", script=str(script), timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -20,7 +20,7 @@ from tests.e2e.conftest import STUDY, Cli
 ROOT = Path(__file__).parents[2]
 SEARCH = """
 [search]
-trials = 6
+trials = 4
 samples = 4
 chunk = 2
 final_samples = 4
@@ -37,7 +37,9 @@ METHOD = '[[methods]]\nname = "search"\nallocator = "search"\nscheme = "auto"\nb
 def study(model_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(
-        STUDY.format(source=json.dumps(str(model_folder))).replace("[evaluate]", METHOD + "[evaluate]")
+        STUDY.format(source=json.dumps(str(model_folder)))
+        .replace('["uniform:3", "uniform:4"]', '["uniform:3"]')
+        .replace("[evaluate]", METHOD + "[evaluate]")
         + SEARCH
         + TRAINING
     )
@@ -56,18 +58,18 @@ def trials(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, profiled: Path) -> None:
     folder = profiled
-    first = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "4")
+    first = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "2")
     assert first.returncode == 0, first.stderr
-    assert results(folder)["trials"] == 4
+    assert results(folder)["trials"] == 2
     assert "plain" in first.stdout
     assert "uniform:3" in first.stdout
 
-    done = cli("run", str(study), "--run-dir", str(folder))  # six trials: two more, then the rest of the study
+    done = cli("run", str(study), "--run-dir", str(folder))  # four trials: two more, then the rest of the study
     assert done.returncode == 0, done.stderr
-    assert "continuing at 4 of 6" in done.stderr
+    assert "continuing at 2 of 4" in done.stderr
     data = results(folder)
-    assert data["trials"] == 6
-    assert [b["budget"] for b in data["budgets"]] == ["uniform:3", "uniform:4"]
+    assert data["trials"] == 4
+    assert [b["budget"] for b in data["budgets"]] == ["uniform:3"]
     for entry in data["budgets"]:
         *_, plain, chosen = entry["rows"]
         assert [r["arm"] for r in entry["rows"]] == ["uniform", "plain", "search"]
@@ -83,7 +85,7 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, pro
     assert ",search+trd," in rows
     for name in ("search_fresh_seeds.png", "search_fresh_seeds.svg"):
         assert (folder / "search" / "figures" / name).stat().st_size > 1000
-    assert [t["number"] for t in trials(folder)] == list("012345")
+    assert [t["number"] for t in trials(folder)] == list("0123")
 
     again = cli("report", "-c", str(study), "--run-dir", str(folder))
     assert again.returncode == 0, again.stderr
@@ -102,14 +104,14 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     for folder in (a, b):
         shutil.copytree(measured, folder)
     for folder in (a, b):
-        done = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "5")
+        done = cli("search", "-c", str(study), "--run-dir", str(folder), "--trials", "3")
         assert done.returncode == 0, done.stderr
     maps = [sorted(p.read_bytes() for p in (f / "search" / "maps").iterdir()) for f in (a, b)]
     assert maps[0] == maps[1]
     points = [[(p["digest"], p["error"]) for p in results(f)["points"]] for f in (a, b)]
     assert points[0] == points[1]
 
-    command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "20"]
+    command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "12"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -120,7 +122,7 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
         # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    journal, end = b / "search" / "study.journal", time.monotonic() + 60
+    journal, end = b / "search" / "study.journal", time.monotonic() + 240
     before = journal.stat().st_size
     while journal.stat().st_size < before + 3000 and time.monotonic() < end:  # some trials further
         time.sleep(0.02)
@@ -128,10 +130,10 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "the same command continues" in said
-    done = cli("search", "-c", str(study), "--run-dir", str(b), "--trials", "20")
+    done = cli("search", "-c", str(study), "--run-dir", str(b), "--trials", "12")
     assert done.returncode == 0, done.stderr
     assert "continuing at " in done.stderr
-    assert sum(t["state"] in ("COMPLETE", "PRUNED") for t in trials(b)) == results(b)["trials"] == 20
+    assert sum(t["state"] in ("COMPLETE", "PRUNED") for t in trials(b)) == results(b)["trials"] == 12
 
 
 @pytest.mark.slow
@@ -140,7 +142,7 @@ def test_workers_share_a_study_and_secrets_stay_secret(cli: Cli, study: Path, pr
     done = cli("search", "-c", str(study), "--run-dir", str(folder), "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
-    assert 6 <= data["trials"] <= 7  # each worker ends the trial that it is at
+    assert 4 <= data["trials"] <= 5  # each worker ends the trial that it is at
     assert len(list((folder / "search" / "workers").glob("worker-*.log"))) == 2
     assert {t["worker"] for t in trials(folder)} <= {"0", "1"}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from mpqsearch.export import TARGETS, ExportJob, get_exporter
 from mpqsearch.export.target import MANIFEST
 from mpqsearch.models.discover import discover
 from tests.conformance.test_exporters import own_map, tiny_transformer
+from tests.e2e import forked
 
 PAGES = Path(__file__).parents[2] / "studies" / "guides" / "targets"
 SCRIPT = """
@@ -56,8 +55,9 @@ def test_the_code_of_a_page_loads_the_export(target: str, tmp_path: Path) -> Non
     table = discover(denoiser)
     bit_map, names = own_map(exporter, table, seed=5)
     exporter.write(tmp_path, ExportJob(table=table, bit_map=bit_map, denoiser=denoiser, choices=names))
-    script = SCRIPT.format(folder=str(tmp_path), code=code_of(target))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    script = tmp_path / "page.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path), code=code_of(target)))
+    done = forked.run([], tmp_path, tmp_path / "stdout", tmp_path / "stderr", script=str(script))
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(
         next(line for line in done.stdout.splitlines() if line.startswith("WIDTHS ")).removeprefix("WIDTHS ")

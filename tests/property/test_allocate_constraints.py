@@ -15,11 +15,17 @@ from mpqsearch.allocate import (
 )
 from mpqsearch.errors import InfeasibleBudgetError
 from tests.support import brute
+from tests.support.everything import ALL
 from tests.support.problems import changed, problem_of
 
 SAME = 1e-9  # of an integer programming solver's objective
 SEEDS = st.integers(0, 2**32 - 1)
 DECADES = st.integers(-12, 12)
+
+
+def examples(n):
+    """Half of them in a run that takes a sample: most of the time goes to integer programs."""
+    return n if ALL else n // 2
 
 
 def agrees_with_brute_force(problem):
@@ -55,7 +61,7 @@ def another_budget(rng, shape, name):
     return CostBudget(name=name, cost=cost, limit=int(rng.integers(cost.min(axis=1).sum(), cost.max(axis=1).sum() + 1)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(SEEDS, DECADES, st.integers(1, 2))
 def test_several_budgets(seed, decade, extra):
     rng, problem = instance(seed, decade)
@@ -63,7 +69,7 @@ def test_several_budgets(seed, decade, extra):
     agrees_with_brute_force(changed(problem, more=more))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(SEEDS, DECADES, st.integers(1, 3))
 def test_few_formats_in_the_model(seed, decade, most):
     rng, problem = instance(seed, decade)
@@ -72,7 +78,7 @@ def test_few_formats_in_the_model(seed, decade, most):
     agrees_with_brute_force(changed(problem, max_formats=most, allowed=allowed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(SEEDS, DECADES, st.integers(1, 2), st.booleans())
 def test_few_formats_in_a_layer(seed, decade, most, grouped):
     """Groups may lie across layers."""
@@ -82,7 +88,7 @@ def test_few_formats_in_a_layer(seed, decade, most, grouped):
     agrees_with_brute_force(changed(problem, max_formats_per_layer=most, layer=layer, groups=groups))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(SEEDS, DECADES)
 def test_all_constraints_at_once(seed, decade):
     rng, problem = instance(seed, decade)
@@ -101,7 +107,7 @@ def test_all_constraints_at_once(seed, decade):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(SEEDS)
 def test_what_excludes_each_other_is_named_with_the_smallest_value(seed):
     """Costs that fall where the others rise: every budget attainable alone, not all together."""
@@ -119,7 +125,7 @@ def test_what_excludes_each_other_is_named_with_the_smallest_value(seed):
         assert f"the smallest {name} under the other constraints is {smallest}" in str(caught.value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(SEEDS, st.integers(1, 2))
 def test_a_budget_that_few_formats_cannot_keep_is_named(seed, most):
     rng, problem = instance(seed, 0)
@@ -142,7 +148,7 @@ def test_formats_that_the_items_cannot_share_are_named():
         solve(changed(problem, max_formats_per_layer=1, layer=layer))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(SEEDS, DECADES)
 @example(53742667, 0)  # the start was the answer with the losses of pairs inside groups alone
 def test_pairs_are_admissible_no_worse_than_without_them_and_never_below_the_optimum(seed, decade):

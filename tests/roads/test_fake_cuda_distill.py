@@ -16,17 +16,17 @@ from tests.support import tiny_denoiser
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 
 SPEC = DistillSpec(
-    steps=4, ema=0.9, check_every=2, checkpoint_every=2, relation=TRDSpec(pooled_size=2, feature="up_blocks.1")
+    steps=2, ema=0.9, check_every=1, checkpoint_every=1, relation=TRDSpec(pooled_size=2, feature="up_blocks.1")
 )
 
 
 def losses(denoiser: Denoiser, folder: Path) -> list[float]:
-    """Two steps, and the other two by the same call again."""
+    """A step, and the other by the same call again."""
     table = discover(tiny_denoiser())
     bit_map = BitMap(model_digest=table.digest, weights={la.name: np.array(4) for la in table})
     source = Trajectories(denoiser, batch=2)
     found = []
-    for stop in (2, 4):
+    for stop in (1, 2):
         student = build_student(denoiser.module, table, bit_map, trainable="lora", rank=2)
         groups = param_groups(student)
 
@@ -47,4 +47,4 @@ def test_a_training_and_its_continuation(tmp_path: Path) -> None:
         moved = denoiser.with_module(on_gpu(denoiser.module))
         assert isinstance(next(moved.module.parameters()), FakeCudaTensor)
         assert losses(moved, tmp_path / "gpu") == pytest.approx(expected, rel=1e-3)
-    assert len(expected) == 4
+    assert len(expected) == 2

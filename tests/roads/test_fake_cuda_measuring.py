@@ -33,6 +33,7 @@ from mpqsearch.search.measure import ModelEvaluator
 from mpqsearch.search.surrogate import Candidate
 from tests.support import tiny_denoiser
 from tests.support.drawn import batches_of, reference_of
+from tests.support.everything import ALL
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 from tests.support.inputs import known
 
@@ -122,7 +123,7 @@ def test_distances_of_features_that_lie_on_a_device() -> None:
             assert distance(on_gpu(x), on_gpu(y), moved_draws) == distance(x, y, draws)
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "dit"] if ALL else ["dit"])
 def test_measurements_of_a_search_are_those_of_the_cpu(kind: str, tmp_path: Path) -> None:
     denoiser, network = tiny_denoiser(kind, **SAMPLER), Classifier()
     table = discover(denoiser)

@@ -28,6 +28,7 @@ from mpqsearch.quant import (
 from mpqsearch.quant.rows import rows_of
 from mpqsearch.quant.tables import RowStatistics
 from tests.support import tiny_denoiser
+from tests.support.everything import ALL
 from tests.support.fake_cuda import DEVICE, FakeCudaTensor, fake_cuda, on_gpu
 
 
@@ -82,7 +83,7 @@ def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None
     torch.testing.assert_close(call(found.module, device).cpu(), call(expected.module), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("trainable", ["scales", "lora", "all"])
+@pytest.mark.parametrize("trainable", ["scales", "lora", "all"] if ALL else ["lora"])
 def test_students_and_activation_widths(trainable: Any, device: torch.device) -> None:
     denoiser = tiny_denoiser("unet")
     table = discover(denoiser)

@@ -98,8 +98,7 @@ def half(denoiser: Denoiser, dtype: torch.dtype) -> tuple[Denoiser, LayerTable]:
     return model, discover(model)
 
 
-@pytest.mark.parametrize("spec", [FULL, LAYERS])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "spec"), [(torch.bfloat16, FULL), (torch.float16, LAYERS)])
 def test_models_in_half_precision_are_measured_in_float32(dtype: torch.dtype, spec: CalibrationSpec) -> None:
     """Oracle: the same rounded weights in float32. The model runs in its own precision, so the numbers differ by
     that."""

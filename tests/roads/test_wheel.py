@@ -20,16 +20,14 @@ source = "fmnist-unet"
 [policy]
 widths = [2, 4, 8]
 [quantizer]
-n_candidates = 6
+criterion = "minmax"
 [sampler]
 steps = 2
 batch = 4
 [calibration]
+granularity = "layer"
 samples = 2
-probe_inputs = 2
-probes = 1
-sampler_seeds = 0
-context_seeds = 0
+schemes = ["asymmetric"]
 [[methods]]
 name = "uniform"
 allocator = "uniform"
@@ -80,7 +78,7 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
         text=True,
         timeout=500,
         check=False,
-        env={"PATH": "", "HOME": str(folder), "OMP_NUM_THREADS": "2", "COLUMNS": "200"},
+        env={"PATH": "", "HOME": str(folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
 
 

@@ -12,6 +12,7 @@ from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input_statistics, profile_model
 from mpqsearch.quant import quantize_weight, rows_of
 from tests.support import tiny_denoiser
+from tests.support.everything import ALL
 
 SAMPLER = {"steps": 3, "guidance": 2.0, "batch": 4}
 SEEDS = range(1_000_000, 1_000_004)
@@ -38,7 +39,7 @@ def weighted(profile: SensitivityProfile, table: LayerTable) -> np.ndarray:
     return profile.arrays["sensitivity"].astype(float)[:, None] * np.where(has_bias, *errors)
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "dit"] if ALL else ["dit"])
 def test_errors_are_those_of_the_layers_that_are_deployed(kind: str) -> None:
     denoiser = tiny_denoiser(kind, **SAMPLER)
     table = discover(denoiser)

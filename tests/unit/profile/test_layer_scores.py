@@ -16,6 +16,7 @@ from mpqsearch.profile.weighing import SEEDS
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import SamplerSpec, adapt, latents
 from tests.support import tiny_denoiser
+from tests.support.everything import ALL
 from tests.support.tiny import DDPM
 
 FMT = QuantFormat(n_candidates=10)
@@ -28,7 +29,7 @@ def spec(**kwargs: object) -> CalibrationSpec:
     return CalibrationSpec(**settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "dit"] if ALL else ["dit"])
 def test_layer_scores_are_those_of_a_full_profile(kind: str) -> None:
     """The full profile projects every sample by itself, the scores a batch at a time: the same expectation."""
     denoiser = tiny_denoiser(kind, **SAMPLER)
