@@ -40,7 +40,7 @@ FUZZ ?= 5000
 fuzz: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python -m tests.fuzz.fuzz $(FUZZ)
 
-# A whole small study, killed at random points and continued, value by value; the tests kill 6 times
+# A whole small study, killed at random points and continued, value by value; the tests kill 4 times
 KILLS ?= 200
 kill: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.e2e.kill $(KILLS)

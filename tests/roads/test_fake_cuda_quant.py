@@ -64,8 +64,10 @@ def statistics(table: LayerTable, seed: int = 0) -> dict[str, RowStatistics]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("corrected", ["on the CPU", "on the device"])
+PLACES = [("unet", "on the device"), ("dit", "on the CPU"), ("unet", "on the CPU"), ("dit", "on the device")]
+
+
+@pytest.mark.parametrize(("kind", "corrected"), PLACES if ALL else PLACES[:2])
 def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None:
     denoiser: Denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
