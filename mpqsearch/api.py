@@ -113,11 +113,13 @@ def profile(
     policy: Policy | None = None,
     calibration: CalibrationSpec | None = None,
     quantizer: QuantFormat | None = None,
+    known: SensitivityProfile | None = None,
     progress: bool = True,
 ) -> SensitivityProfile:
     """Measure kurtosis, exact output errors and sensitivities of every channel at every width of ``policy``.
 
-    ``table`` defaults to `discover` of the model. Raises what `mpqsearch.profile.profile_model` raises.
+    ``table`` defaults to `discover` of the model. ``known``: the profile of a model that this one was fine-tuned from,
+    whose sensitivities are taken. Raises what `mpqsearch.profile.profile_model` raises.
     """
     with bars_of(enabled=progress) as report:
         return _measure(
@@ -126,6 +128,7 @@ def profile(
             policy or Policy(),
             calibration or CalibrationSpec(),
             quantizer or QuantFormat(),
+            known=known,
             progress=report,
         )
 
