@@ -15,6 +15,7 @@ from mpqsearch.artifacts import digest_file
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.export import TARGETS, ExportJob, get_exporter
 from mpqsearch.models import discover
+from tests.support.everything import ALL
 from tests.support.fake_cuda import FakeCudaTensor, fake_cuda, on_gpu
 from tests.support.inputs import known
 from tests.support.tiny import tiny_denoiser
@@ -59,7 +60,7 @@ def contents(path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "dit"] if ALL else ["unet"])
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_an_export_from_a_gpu_is_that_from_the_cpu(name: str, kind: str, tmp_path: Path) -> None:
     target = get_exporter(name)
