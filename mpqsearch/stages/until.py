@@ -174,14 +174,14 @@ class _Bracket:
             )
         high = best.record.average_bits
         fails: Tried | None = None
-        while high > CLOSE * low and len(self.tried) < MOST:
+        while high > CLOSE * low and len({t.bit_map.digest for t in self.tried}) < MOST:  # the same map costs nothing
             made = self._measure(_bits(self._between(low, high, fails, best)))
             if made.bit_map.digest == best.bit_map.digest:
                 break
             if self.quality.passes(made.record):
                 best, high = made, min(made.record.average_bits, 0.999 * high)
             else:
-                fails, low = made, max(made.record.average_bits, 1.001 * low)
+                fails, low = made, max(made.budget.limit, 1.001 * low)  # its map may use less than it is allowed
         return best
 
     def _between(self, low: float, high: float, fails: Tried | None, best: Tried) -> float:

@@ -108,7 +108,9 @@ def test_what_no_map_can_reach_is_said_before_anything_is_measured(text: str, me
 def bracket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., until._Bracket]:
     """A bracket over a table of two layers whose quality is a formula of the size."""
 
-    def make(quality: Quality, formula: Callable[[float], float], *, higher: bool) -> until._Bracket:
+    def make(
+        quality: Quality, formula: Callable[[float], float], *, higher: bool, step: float = 1e-9
+    ) -> until._Bracket:
         from mpqsearch.config import Config, ModelConfig
 
         config = Config(model=ModelConfig(source="fmnist-unet"), policy=Policy(widths=tuple(range(1, 9)), roles={}))
@@ -116,13 +118,15 @@ def bracket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., un
         run.table = TABLE
 
         def allocation(_: Any, __: Any, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
-            codes = np.frombuffer(budget.label().encode(), dtype=np.uint8) % 8 + 1
-            digest = BitMap(model_digest=budget.label(), weights={"a": codes})
+            label = f"{budget.limit // step * step:.6f}"
+            codes = np.frombuffer(label.encode(), dtype=np.uint8) % 8 + 1
+            digest = BitMap(model_digest=label, weights={"a": codes})
             return digest, {"predicted_loss": 0.0}
 
         def measured(_: Any, __: Any, budget: Budget, *___: Any) -> StudyRecord:
-            value = formula(budget.limit)
-            return record(budget.limit, value, 0.02 * abs(value), higher=higher)
+            bits = budget.limit // step * step
+            value = formula(bits)
+            return record(bits, value, 0.02 * abs(value), higher=higher)
 
         monkeypatch.setattr(until, "allocation", allocation)
         monkeypatch.setattr(until, "measured_record", measured)
@@ -149,6 +153,20 @@ def test_it_ends_within_a_percent_of_the_smallest_on_a_fine_grid(
     assert quality.passes(best.record)
     assert best.record.average_bits <= 1.012 * passing[0]
     assert found.run.path("until").is_dir()
+
+
+def test_no_budget_below_one_that_failed_is_tried(bracket: Callable[..., until._Bracket]) -> None:
+    """Maps that use less than they are allowed, here one every 0.02 bits, do not open the bracket again."""
+    for bound in (3.0, 0.5, 0.02):
+        found = bracket(
+            quality := Quality("fd_fp", False, bound), lambda b: 40 * math.exp(-2 * b), higher=False, step=0.02
+        )
+        best, failed = found.run_from(Budget.parse("8.3bit")), 0.0
+        for tried in found.tried:
+            assert tried.budget.limit > failed
+            failed = failed if quality.passes(tried.record) else max(failed, tried.budget.limit)
+        smallest = math.ceil(math.log(40 * 1.02 / bound) / 2 / 0.02) * 0.02
+        assert smallest - 1e-9 <= best.record.average_bits <= 1.012 * smallest
 
 
 def test_a_quality_that_the_largest_map_misses_is_said(bracket: Callable[..., until._Bracket]) -> None:
