@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.errors import ArtifactError, ConfigError, ModelError, NumericsError, UnknownNameError
+from mpqsearch.errors import ArtifactError, ConfigError, ModelError, NumericsError, UnknownNameError, install
 from mpqsearch.metrics import (
     FeatureStatistics,
     evaluate,
@@ -175,7 +176,7 @@ def test_the_inception_path_with_a_stand_in_network(monkeypatch: pytest.MonkeyPa
 def test_a_missing_torch_fidelity_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ModelError, match=r"pip install 'mpqsearch\[fid\]'"):
+    with pytest.raises(ModelError, match=re.escape(install("fid"))):
         load_extractor("inception")
     with pytest.raises(UnknownNameError, match="did you mean 'random-conv'"):
         load_extractor("random-cnn")
