@@ -49,7 +49,7 @@ RECIPES[CONTROL] = replace(METHODS["mpq-dm"], lr_factor=2.0)
 """Learning rates twice as high, which are those of study.py for low-rank updates: at four input bits and seed 0."""
 
 MAIN = ("mpq-dm", "ours")
-"""Methods whose rows come first for seeds after the first."""
+"""Methods whose rows come first."""
 
 ORDER = ("W2A4", "W3A4", "W2A6", "W3A6", "W4A4")
 COLUMNS = (
@@ -80,16 +80,14 @@ Key = tuple[str, str, str, int]
 
 
 def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
-    """Rows in the order in which they tell most: seed 0 first, but of the other seeds the main methods before the
-    rest; the main methods first, two weight bits and four input bits first."""
+    """Rows in the order in which they tell most: the main methods of all seeds before the rest; two weight bits and
+    four input bits first."""
     rest = [method for method in RECIPES if method not in (*MAIN, CONTROL)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
         yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
-        if seed == 0:
-            yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
-            yield from ((m, s, method, 0) for s in ORDER for m in models for method in rest)
-    yield from ((m, s, method, seed) for seed in range(1, seeds) for s in ORDER for m in models for method in rest)
+    yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
+    yield from ((m, s, method, seed) for seed in range(seeds) for s in ORDER for m in models for method in rest)
 
 
 def digest(method: str) -> str:
