@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from report import _cell, _paired, _verdicts
+from report import _cell, _paired, _verdicts, draw
 from study import (
     CHECK_SEED,
     FULL_PRECISION,
@@ -207,7 +207,10 @@ def report(results: Path) -> None:
     """Replace the part of README.md between the markers."""
     readme = results.with_name("README.md")
     head, rest = readme.read_text().split(BEGIN)
-    parts = [describe(pd.read_csv(results, dtype={"commit": str}))]
+    table = pd.read_csv(results, dtype={"commit": str})
+    figure = results.with_name("latent.png")
+    draw(table).savefig(figure, dpi=110)
+    parts = [describe(table), f"![Distances and PSNR by setting and method]({figure.name})"]
     if results.with_name("long.csv").is_file():
         parts.append(describe_long(pd.read_csv(results.with_name("long.csv"))))
     artifacts.write_text(readme, f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n{END}{rest.split(END)[1]}")

@@ -29,6 +29,9 @@ PAIRS = (
 )
 """Methods that are compared seed by seed."""
 
+SHOWN = ("uniform", "omq-paper", "uniform+qalora", "mpq-dm", "ours-untrained", "ours")
+"""Methods in the figure; the tables have all."""
+
 BEGIN, END = "<!-- results: written by study.py -->", "<!-- end of results -->"
 
 
@@ -112,11 +115,12 @@ def describe(table: pd.DataFrame, schedule: Mapping[str, Any], planned: int) -> 
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Models by rows, metrics by columns; settings along the axis, one marker a method, whiskers as in the tables."""
+    """Models by rows, metrics by columns; settings along the axis, one marker for each of `SHOWN`, whiskers as in the
+    tables."""
     models = list(dict.fromkeys(table["model"]))
     quantized = table[table["method"] != "full-precision"]
     settings = [s for s in ("W2A4", "W2A6", "W3A4", "W3A6", "W4A4") if s in set(quantized["setting"])]
-    methods = list(dict.fromkeys(quantized["method"]))
+    methods = [m for m in SHOWN if m in set(quantized["method"])]
     with rc_context(STYLE):
         figure = Figure(figsize=(12, 3.4 * len(models)), layout="constrained")
         grid = figure.subplots(len(models), len(METRICS), squeeze=False)
@@ -134,7 +138,7 @@ def draw(table: pd.DataFrame) -> Figure:
                     x, y, spread = (np.array(v) for v in zip(*sorted(points), strict=True))
                     style = styles[method]
                     ax.errorbar(
-                        x + (k - (len(methods) - 1) / 2) * min(0.09, 0.84 / len(methods)), y,
+                        x + (k - (len(methods) - 1) / 2) * 0.13, y,
                         np.minimum(spread, y * 0.95) if key != "paired_psnr" else spread,
                         fmt=style.marker, color="black" if method == "ours" else style.colour, ms=style.size, lw=1,
                         label=method,
