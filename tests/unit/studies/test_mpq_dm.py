@@ -195,7 +195,7 @@ def test_trials_are_of_the_recipes_that_repeat_them(study: ModuleType, monkeypat
     assert chosen == study.recipe_of("ours+gentle", "W4A4")
 
 
-def test_latent_rows_are_of_todays_schedule_and_seed_0_comes_first(study: ModuleType) -> None:
+def test_latent_rows_are_of_todays_schedule_and_the_main_methods_come_first(study: ModuleType) -> None:
     sys.modules.pop("latent", None)
     import latent
 
@@ -204,7 +204,9 @@ def test_latent_rows_are_of_todays_schedule_and_seed_0_comes_first(study: Module
     assert rows
     assert set(rows) <= set(planned)
     assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 6) + 2 * 2
-    assert {key[3] for key in planned[: len(planned) // 3]} == {0}
+    main = [key for key in planned if key[2] in (*latent.MAIN, "full-precision")]
+    assert planned[: len(main)] == main
+    assert [key[3] for key in main] == sorted(key[3] for key in main)
     # At the bytes of mpq-dm, and the same training for all that train.
     for (model, setting, method, seed), row in rows.items():
         if method in ("ours", "ours-untrained"):
