@@ -120,7 +120,7 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
         # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    journal, end = b / "search" / "study.journal", time.monotonic() + 240
+    journal, end = b / "search" / "study.journal", time.monotonic() + 60
     before = journal.stat().st_size
     while journal.stat().st_size < before + 3000 and time.monotonic() < end:  # some trials further
         time.sleep(0.02)
