@@ -115,8 +115,9 @@ def _quality(run: Run, metrics: Mapping[str, MetricValue], found: Mapping[str, A
     c, prompts = run.config.evaluate, _prompts(run)
     asked = "" if prompts is None else f" of prompts {prompts.digest[:12]}"
     seeds = f"seeds {c.first_seed} to {c.first_seed + c.samples - 1}"
+    runner = repr(run.denoiser.runner).replace(f", {prompts!r}", "")  # which `asked` names
     said = (
-        f"{c.samples} samples{asked}, {seeds}, by {run.denoiser.runner!r}. Intervals are 95 %, from a bootstrap over "
+        f"{c.samples} samples{asked}, {seeds}, by {runner}. Intervals are 95 %, from a bootstrap over "
         "samples; that of a recovery is of the differences on the same noise."
     )
     return _table(("metric", "full precision", "this", "recovery"), rows) + f"\n\n{said}"
