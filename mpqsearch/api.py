@@ -380,7 +380,7 @@ def export(
     Raises `UnknownNameError` for an unknown target.
     """
     from mpqsearch.export import ExportJob, get_exporter, plan_table
-    from mpqsearch.export.allocation import resolve_job, target_losses
+    from mpqsearch.export.allocation import resolve_job, target_losses, target_squares
 
     table, exporter, where = discover(model), get_exporter(target), Path(folder)
     bit_map, known = _statistics(model, table, allocation, profile)
@@ -394,8 +394,8 @@ def export(
     )
     if profile is not None:
         weights = {name: module.weight for name, module in model.module.named_modules() if name in table.by_name}
-        losses = partial(target_losses, exporter, table, weights.__getitem__, profile)
-        job = resolve_job(exporter, job, lambda: (losses(), None), Policy())
+        squared = partial(target_squares, exporter, table, weights.__getitem__)
+        job = resolve_job(exporter, job, lambda: (target_losses(squared(), table, profile), None), Policy())
     plan = tuple(plan_table(exporter.plan(job)))
     files = tuple(exporter.write(where, job))
     return Exported(

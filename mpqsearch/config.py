@@ -152,8 +152,9 @@ class AllocateConfig:
     within
         Further budgets that hold at the same time as each of these. Example: ``["2e9bops"]``.
     select
-        How a method of the allocator ``measured`` chooses among maps that differ in kind: ``measured``, by samples of
-        each, or ``none``: its plain integer program, unmeasured.
+        How a method of the allocator ``measured``, and the map of an export target, are chosen among maps that differ
+        in kind: ``measured``, by samples of each (of what the target's consumer decodes from its file), or ``none``:
+        the plain integer program, unmeasured.
     select_samples [samples]
         At most so many samples of each map.
     costs

@@ -117,7 +117,8 @@ def allocate(
     smallest map whose interval of 95 % keeps to the bound.
 
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
-    formats, and a budget is the size of the target's file, headers apart. `--target auto` writes no map: it shows what
+    formats, and a budget is the size of the target's file, headers apart. Uniform types and maps of several prices are
+    measured as above, by what the consumer decodes from their files. `--target auto` writes no map: it shows what
     every installed target would give at the budget, by size and predicted loss. Options about widths take the place of
     what `[policy]` of the study says. Where no map fits, the exit code is 3 and the smallest attainable value is named.
 
@@ -300,6 +301,9 @@ def _show_targets(table: LayerTable, maps: TargetMaps) -> None:
         row = {"budget": budget.label(), "target": name} | _size(table, data)
         rows.append(row | {"status": data["status"], "layers by format": ", ".join(formats)})
     print_table("maps for targets, in their own formats; bytes as in their files, headers apart", rows)
+    for name, budget, _, data in maps:
+        if "selection" in data:
+            _show_selection(f"{name} at {budget.label()}", data["selection"])
 
 
 def _show_offers(run: Run, *, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from mpqsearch.export.contract import AS_PLANNED, ExportJob
 from mpqsearch.export.plan import least_cost
 from mpqsearch.export.target import Target
 from mpqsearch.methods import BEST_LOSS, channel_losses
+from mpqsearch.methods.shrinkage import FLOOR
 from mpqsearch.specs.targets import FULL
 
 if TYPE_CHECKING:
@@ -94,37 +95,60 @@ def target_errors(
     return {la.name: _layer_errors(target, la, modules[la.name].weight, formats, fmt or QuantFormat()) for la in table}
 
 
-def target_losses(
-    target: Target,
-    table: LayerTable,
-    weights: Callable[[str], Tensor],
-    profile: SensitivityProfile,
-    fmt: QuantFormat | None = None,
+def target_squares(
+    target: Target, table: LayerTable, weights: Callable[[str], Tensor], fmt: QuantFormat | None = None
 ) -> dict[str, Floats]:
-    """Loss ``[formats]`` of every layer in every format of `formats_of`, from a profile and the target's own weight
-    errors.
+    """Squared weight errors ``[formats, channels]`` of every layer in every format of `formats_of`.
+
+    Layers are looked at one after another and nothing runs, so this works for any model of which ``weights`` gives the
+    weight of a layer by its name.
+    """
+    formats, ours = formats_of(target, table), fmt or QuantFormat()
+
+    def squares(layer: LayerSpec) -> Floats:
+        errors = _layer_errors(target, layer, weights(layer.name), formats, ours)
+        squared: Floats = errors.double().square().sum(-1).cpu().numpy()
+        return squared
+
+    return {la.name: squares(la) for la in table}
+
+
+def target_losses(squared: Mapping[str, Floats], table: LayerTable, profile: SensitivityProfile) -> dict[str, Floats]:
+    """Loss ``[formats]`` of every layer in every format, from a profile and the target's own `target_squares`.
 
     A channel's loss is its own squared weight error in that format, times what the profile found a unit of squared
     weight error of that channel to cost (the best loss that the profile has, see `mpqsearch.methods.best_loss`; from a
-    profile of the weights alone, one) at the width whose error in the layer is nearest. Layers are looked at one after
-    another and nothing runs, so this works for any model of which ``weights`` gives the weight of a layer by its name.
-    Without a layer's loss in the profile: full cost, zero loss.
+    profile of the weights alone, one) at the width whose error in the layer is nearest. Without a layer's loss in the
+    profile: full cost, zero loss.
     """
-    formats = formats_of(target, table)
     scheme = "asymmetric" if "asymmetric" in profile.formats else profile.formats[0]
     losses = {}
     priced = channel_losses(profile, table, scheme, BEST_LOSS, bias_correction=False)
     squares = profile.need(f"weight_error/{scheme}", "the losses of a target").astype(np.float64)
     for layer in table:
-        rows = profile.rows(layer.name)
+        rows, own = profile.rows(layer.name), squared[layer.name]
         unit = np.divide(
             priced[rows], squares[rows], out=np.zeros_like(squares[rows]), where=squares[rows] > 0
         )  # [C, W]
-        errors = _layer_errors(target, layer, weights(layer.name), formats, fmt or QuantFormat())
-        squared = errors.double().square().sum(-1).cpu().numpy()  # [F, C]
-        distance = np.abs(np.log(squared.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
-        losses[layer.name] = (unit.T[distance.argmin(1)] * squared).sum(1)
+        distance = np.abs(np.log(own.sum(1)[:, None] + _TINY) - np.log(squares[rows].sum(0)[None] + _TINY))
+        losses[layer.name] = (unit.T[distance.argmin(1)] * own).sum(1)
     return losses
+
+
+def shrunk_losses(losses: Mapping[str, Floats], squared: Mapping[str, Floats], shrinkage: float) -> dict[str, Floats]:
+    """Losses ``[formats]`` in which the price of a unit of squared weight error of each layer is shrunk, in its
+    logarithm, towards one price for all: 0 leaves `target_losses`, 1 leaves the squared errors of `target_squares`.
+
+    A layer that seems to cost nothing keeps its errors, so that no solver takes it for free.
+    """
+    totals = {n: np.maximum(own.sum(1), _TINY) for n, own in squared.items()}
+    prices = {n: losses[n] / total for n, total in totals.items()}
+    positive = np.concatenate([p[p > 0] for p in prices.values()] or [np.ones(1)])
+    middle = float(np.exp(np.log(positive).mean())) if positive.size else 1.0
+    return {
+        n: total * middle * (np.where(prices[n] > 0, prices[n], middle * FLOOR) / middle) ** (1 - shrinkage)
+        for n, total in totals.items()
+    }
 
 
 def probed_losses(
@@ -248,6 +272,23 @@ def allocation_of(
         loss=loss,
         result=result,
     )
+
+
+def uniform_maps(
+    target: Target, table: LayerTable, policy: Policy | None = None, *, fmt: QuantFormat | None = None
+) -> dict[str, TargetAllocation]:
+    """A map for each format of the target, by its name: every layer that can take it does, and the rest is at full
+    precision. Layers that ``policy`` fixes take the format of that width. Layers that are one in the file and differ in
+    what they can take are left to `Target.plan`."""
+    fixed = {} if policy is None else policy.resolve(table).fixed
+
+    def picked(layer: LayerSpec, name: str) -> str:
+        width = fixed.get(layer.name)
+        fits = (c.name for c in target.choices(layer) if (c.name == name if width is None else c.width == width))
+        return next(fits, FULL)
+
+    names = dict.fromkeys(c.name for la in table for c in target.choices(la))  # preferred ones of a width first
+    return {n: allocation_of(target, table, {la.name: picked(la, n) for la in table}, fmt=fmt) for n in names}
 
 
 def resolve_job(

@@ -309,6 +309,11 @@ class Target:
         """Whether `round_trip` gives the errors of the target's own quantizer, for which the library must be there."""
         return type(self).round_trip is not Target.round_trip
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `weights` gives what the consumer decodes from a file, so that the file can be measured."""
+        return type(self).weights is not Target.weights
+
     def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
         """The weight as the target gives it back, in float32; only for targets that round by themselves."""
         raise ConfigError(f"the target {self.name!r} has no quantizer that can be called on one weight")

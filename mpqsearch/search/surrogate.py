@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,10 @@ SHAPING = ("exponent", "low_bits", "kurtosis", "depth")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A bit map to be measured. ``predicted`` is its loss under the method's own loss; the sizes count everything."""
+    """A bit map to be measured. ``predicted`` is its loss under the method's own loss; the sizes count everything.
+
+    ``target`` and ``choices``: the export target whose formats the layers take; empty for our own quantizer.
+    """
 
     bit_map: BitMap
     budget: Budget
@@ -42,6 +45,8 @@ class Candidate:
     predicted: float
     size_bytes: int
     average_bits: float
+    target: str = ""
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: LayerTable, solved: Allocation, budget: Budget) -> Candidate:
@@ -58,7 +63,8 @@ class Candidate:
     @property
     def digest(self) -> str:
         """Digest of all that measured values depend on besides model and samples: equal maps are measured once."""
-        return digest_of([self.bit_map.digest, self.bias_correction])
+        own = [self.target, dict(self.choices)] if self.target else []
+        return digest_of([self.bit_map.digest, self.bias_correction, *own])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.selecting import can_select, plain_method, say_selection, selected, selection_inputs
 from mpqsearch.stages.statistics import moment_inputs, priced, priced_file
-from mpqsearch.stages.targeting import solved_for
+from mpqsearch.stages.targeting import plain_map
 
 if TYPE_CHECKING:
     from mpqsearch.export import Target
@@ -73,7 +73,7 @@ def _solve(run: Run, method: MethodSpec, budget: Budget) -> SavedAllocation:
     solved, found = allocated(run, method, budget)
     more = {}
     if found is not None:
-        say_selection(run, budget, found)
+        say_selection(run, budget.label(), found)
         more = {"selection": found.to_data(), "bias_correction": solved.method.bias_correction}
     data = solved.to_data() | {"made_from": _made_from(run, solved.method)} | more
     provenance = {"method": method.name, "budget": data["budget"], "predicted_loss": data["predicted_loss"]}
@@ -170,7 +170,7 @@ def _offer(run: Run, target: Target, budget: Budget) -> dict[str, Any]:
         obstacle = f"the map fits ({made.size_bytes} bytes), this file of it does not" if over else ""
         of = f"of {plain.allocator}, widths as they are"
         return {"bytes": -(-size // 8), "predicted_loss": loss, "map": of, "obstacle": obstacle}
-    data = solved_for(run, target, budget).data
-    used = Counter(data["choices"].values())
+    own = plain_map(run, target, budget)
+    used = Counter(own.choices.values())
     formats = ", ".join(f"{n} {name}" for name, n in used.most_common())
-    return {"bytes": -(-data["size_bits"] // 8), "predicted_loss": data["predicted_loss"], "map": formats}
+    return {"bytes": -(-own.stored.total // 8), "predicted_loss": own.loss, "map": formats}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,18 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import FULL_PRECISION, Budget, LayerSpec, MetricValue, StudyRecord
+from mpqsearch.core import FULL_PRECISION, Budget, MetricValue, StudyRecord
 from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.sources import denoiser_folders, local_folder
 from mpqsearch.specs.targets import FULL
 from mpqsearch.stages.base import Run
-from mpqsearch.stages.references import file_key, measure, metrics_file
+from mpqsearch.stages.references import delivered_module, file_key, measure, metrics_file, scratch_file
 from mpqsearch.stages.reuse import METRICS, reuse_or_make
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mpqsearch.export import ExportJob, Target
 
 OVER = 0.01
@@ -163,13 +159,6 @@ def _draw(run: Run, key: str, target: Target, folder: Path) -> dict[str, Any]:
         return measure(run, key, partial(delivered_module, run, target, folder), bar.update)
 
 
-def delivered_module(run: Run, target: Target, folder: Path) -> nn.Module:
-    """The run's model with the values that the target's consumer decodes from an export."""
-    from mpqsearch.export.check import put_weights
-
-    return put_weights(copy.deepcopy(run.denoiser.module), target.weights(folder))
-
-
 def _uniform(run: Run, target: Target, job: ExportJob, stored_bytes: int) -> dict[str, Any] | None:
     """The target's largest uniform file of at most these bytes, with its error: written, measured and dropped. None
     when all are larger."""
@@ -179,24 +168,15 @@ def _uniform(run: Run, target: Target, job: ExportJob, stored_bytes: int) -> dic
     if not fitting:
         return None
     _, name, own = max(fitting, key=lambda entry: entry[0])
-    folder = run.path("export")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".uniform-") as scratch:
-        target.write(Path(scratch), own)
-        data = _measured(run, target, Path(scratch))
-        sizes = target.sizes(Path(scratch))
+    with scratch_file(run, target, own) as folder:
+        data, sizes = _measured(run, target, folder), target.sizes(folder)
     return {"choice": name, **sizes, "error": data["metrics"][ERROR]}
 
 
 def _uniform_jobs(run: Run, target: Target, job: ExportJob) -> Iterator[tuple[str, ExportJob]]:
-    """A job for each format of the target: every layer that can take it does, whatever the policy says, and the rest
-    is at full precision."""
-    from mpqsearch.export.allocation import allocation_of
+    """A job for each format of the target: every layer that can take it does, whatever the policy says."""
+    from mpqsearch.export.allocation import uniform_maps
 
-    def picked(layer: LayerSpec, name: str) -> str:
-        return name if name in {c.name for c in target.choices(layer)} else FULL
-
-    for name in dict.fromkeys(c.name for la in run.table for c in target.choices(la)):
-        made = allocation_of(target, run.table, {la.name: picked(la, name) for la in run.table}, fmt=job.bit_map.format)
+    for name, made in uniform_maps(target, run.table, fmt=job.bit_map.format).items():
         choices = {} if target.holds_any_map else {la.name: made.choices.get(la.name, FULL) for la in run.table}
         yield name, replace(job, bit_map=made.bit_map, choices=choices, trained=None, evaluated=None)

@@ -3,8 +3,11 @@ need it."""
 
 from __future__ import annotations
 
+import copy
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +26,8 @@ from mpqsearch.stages.statistics import activation_table, moment_inputs, statist
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mpqsearch.export import ExportJob, Target
     from mpqsearch.metrics import Reference, SampleStore
-
 
 SHOWN = 10
 """Pictures of every map that are kept for the report."""
@@ -181,6 +184,23 @@ def quantized_module(run: Run, bit_map: BitMap, *, bias_correction: bool) -> nn.
         bias_correction=bias_correction,
         activations=activation_table(run, bit_map, statistics),
     ).module
+
+
+def delivered_module(run: Run, target: Target, folder: Path) -> nn.Module:
+    """The run's model with the values that the target's consumer decodes from an export."""
+    from mpqsearch.export.check import put_weights
+
+    return put_weights(copy.deepcopy(run.denoiser.module), target.weights(folder))
+
+
+@contextmanager
+def scratch_file(run: Run, target: Target, job: ExportJob) -> Iterator[Path]:
+    """The folder of an export that is dropped after the block."""
+    folder = run.path("export")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+        target.write(Path(scratch), job)
+        yield Path(scratch)
 
 
 def uniform_full_precision(table: LayerTable) -> BitMap:

@@ -7,18 +7,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, SensitivityProfile
+from mpqsearch.core import Budget, SensitivityProfile
 from mpqsearch.core.formats import GROUPS
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.methods import Allocation, MethodSpec, Programs
 from mpqsearch.prompts import band_of
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.references import quantized_module
-from mpqsearch.stages.statistics import moment_inputs
+from mpqsearch.stages.references import delivered_module, quantized_module, scratch_file
+from mpqsearch.stages.statistics import moment_inputs, statistics_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from mpqsearch.search.measure import ModelEvaluator
     from mpqsearch.search.selection import Selection
@@ -92,25 +94,30 @@ def selected(
     """Solve every variant of a method at a budget, measure the maps, and choose. Raises
     `InfeasibleBudgetError` when none fits.
     """
-    from mpqsearch.progress import bar_of
-    from mpqsearch.search.selection import Rival, select
     from mpqsearch.search.surrogate import Candidate
 
     c = run.config.allocate
     solved = _solved(variants(method, run.profile, (budget, *c.parsed_within())), budget, c.parsed_within(), programs)
-    rivals = [Rival(label=label, candidate=Candidate.of(run.table, s, budget)) for label, s in solved.items()]
+    found = race(run, {label: Candidate.of(run.table, s, budget) for label, s in solved.items()})
+    return solved[found.chosen.label], found
+
+
+def race(run: Run, candidates: Mapping[str, Candidate]) -> Selection:
+    """Measure candidates by label, safest first, on the seeds of ``[allocate]``, and choose."""
+    from mpqsearch.progress import bar_of
+    from mpqsearch.search.selection import Rival, select
+
     first = band_of("development")[0]
-    seeds = range(first, first + c.select_samples)
-    evaluator = run.once("selection", lambda: _evaluator(run, len(rivals)))
-    with run.timed("select"), bar_of(f"select at {budget.label()}", 0) as bar:
+    seeds = range(first, first + run.config.allocate.select_samples)
+    evaluator = run.once("selection", lambda: _evaluator(run, len(candidates)))
+    with run.timed("select"), bar_of("select", 0) as bar:
 
         def measure(candidate: Candidate, some: Sequence[int]) -> list[float]:
             errors = evaluator.errors(candidate, some)
             bar.update(len(some))
             return errors
 
-        found = select(rivals, measure, seeds)
-    return solved[found.chosen.label], found
+        return select([Rival(label=label, candidate=c) for label, c in candidates.items()], measure, seeds)
 
 
 def _solved(
@@ -137,17 +144,17 @@ def _solved(
     return solved
 
 
-def say_selection(run: Run, budget: Budget, found: Selection) -> None:
+def say_selection(run: Run, where: str, found: Selection) -> None:
     """One line on what was chosen, and one where predictions should not be believed."""
     from mpqsearch.search.selection import APART
 
     rivals = ", ".join(r.label for r in found.close)
     doubt = f"; it {APART} from {rivals}" if rivals else ""
     n = len(found.chosen.errors)
-    run.say(f"select: at {budget.label()} {found.chosen.label!r} of {len(found.rivals)} maps, by {n} samples{doubt}")
+    run.say(f"select: at {where} {found.chosen.label!r} of {len(found.rivals)} maps, by {n} samples{doubt}")
     if found.spearman < DOUBTFUL:
         run.say(
-            f"select: predicted losses rank these maps poorly at {budget.label()} (Spearman {found.spearman:.2f}): "
+            f"select: predicted losses rank these maps poorly at {where} (Spearman {found.spearman:.2f}): "
             "do not believe predictions on this model"
         )
 
@@ -161,14 +168,32 @@ def _evaluator(run: Run, n: int) -> ModelEvaluator:
 
     size = sum(p.numel() * p.element_size() for p in run.denoiser.module.parameters())
 
-    def quantized(candidate: Candidate) -> object:
-        bit_map: BitMap = candidate.bit_map
-        return quantized_module(run, bit_map, bias_correction=candidate.bias_correction)
+    def quantized(candidate: Candidate) -> nn.Module:
+        if candidate.target:
+            return _file_module(run, candidate)
+        return quantized_module(run, candidate.bit_map, bias_correction=candidate.bias_correction)
 
     return ModelEvaluator(
         denoiser=run.denoiser,
-        quantized=quantized,  # type: ignore[arg-type]
+        quantized=quantized,
         calibration=artifacts.digest_of(profile_inputs(run)),
         error="latents",
         keep=max(1, min(n, HELD // max(size, 1))),
     )
+
+
+def _file_module(run: Run, candidate: Candidate) -> nn.Module:
+    """The model with what the target's consumer decodes from a file of the candidate, which is dropped."""
+    from mpqsearch.export import ExportJob, get_exporter
+
+    target = get_exporter(candidate.target)
+    job = ExportJob(
+        table=run.table,
+        bit_map=candidate.bit_map,
+        denoiser=run.denoiser,
+        choices=candidate.choices,
+        statistics=statistics_for(run, candidate.bit_map),
+        bias_correction=candidate.bias_correction,
+    )
+    with scratch_file(run, target, job) as folder:
+        return delivered_module(run, target, folder)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget
+from mpqsearch.core import BitMap, Budget, Policy
+from mpqsearch.core.policy import HELD_BITS
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import target_of
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
+from mpqsearch.stages.selecting import can_select, race, say_selection, selection_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mpqsearch.allocate import PairwiseTerms
     from mpqsearch.export import Target
-    from mpqsearch.export.allocation import Floats
+    from mpqsearch.export.allocation import Floats, TargetAllocation
 
 PROBES = 2
 """Random projections of each probed trajectory."""
+
+SHRINKAGES = (1.0, 0.5)
+"""How far the prices of layers are shrunk in the maps that are tried beside the plain one, safest first."""
 
 
 def target_allocation(run: Run, name: str, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
@@ -36,26 +43,111 @@ def target_allocation(run: Run, name: str, budget: Budget) -> tuple[BitMap, dict
         "budget": artifacts.digest_of(budget.label()),
         "probes": artifacts.digest_of(run.config.allocate.target_probes),
     }
-    inputs |= run.digests("policy")
+    inputs |= run.digests("policy") | selection_inputs(run)
     path = run.path("allocations", slug(f"target-{name}", budget), "allocation.json")
-    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: solved_for(run, target, budget))
+    solved = reuse_or_make(run, ALLOCATION, path, inputs, lambda: _solve(run, target, budget))
     return solved.bit_map, solved.data
 
 
-def solved_for(run: Run, target: Target, budget: Budget) -> SavedAllocation:
-    """Solve over the formats of a target at one budget; see `target_allocation`."""
+def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
+    """The best of some maps for a target, by samples of what its consumer decodes from their files where that can be
+    measured here; else the `plain_map`."""
     from mpqsearch.export import neutral_extra
+
+    made, more = plain_map(run, target, budget), dict[str, Any]()
+    if target.decodes and not target.missing() and can_select(run):
+        made, more = _selected(run, target, budget, made)
+    data = made.to_data() | {"budget": budget.label()} | more
+    provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
+    extra = neutral_extra(run.table, made.bit_map, provenance=provenance)
+    return SavedAllocation(bit_map=made.bit_map, data=data, extra=extra)
+
+
+def plain_map(run: Run, target: Target, budget: Budget) -> TargetAllocation:
+    """The map of least predicted loss over the formats of a target, unmeasured."""
+    return _solved(run, target, budget, run.config.policy, *losses_for(run, target))
+
+
+def _solved(
+    run: Run,
+    target: Target,
+    budget: Budget,
+    policy: Policy,
+    losses: Mapping[str, Floats],
+    pairs: PairwiseTerms | None = None,
+) -> TargetAllocation:
     from mpqsearch.export.allocation import allocate_for
 
-    policy, fmt = run.config.policy, run.config.quantizer.format()
-    limit = budget.limit_bits(run.table, policy)
-    losses, pairs = losses_for(run, target)
+    limit = budget.limit_bits(run.table, run.config.policy)
     with run.timed("allocate"):
-        solved = allocate_for(target, run.table, losses, limit, policy, fmt=fmt, pairs=pairs)
-    data = solved.to_data() | {"budget": budget.label()}
-    provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
-    extra = neutral_extra(run.table, solved.bit_map, provenance=provenance)
-    return SavedAllocation(bit_map=solved.bit_map, data=data, extra=extra)
+        return allocate_for(target, run.table, losses, limit, policy, fmt=run.config.quantizer.format(), pairs=pairs)
+
+
+def _selected(
+    run: Run, target: Target, budget: Budget, plain: TargetAllocation
+) -> tuple[TargetAllocation, dict[str, Any]]:
+    """The map whose file is nearest to full precision, and all that was measured; the plain one where the target cannot
+    write the model."""
+    from mpqsearch.core import average_bits
+    from mpqsearch.search.surrogate import Candidate
+
+    maps = _variants(run, target, budget, plain)
+    candidates = {
+        label: Candidate(
+            bit_map=made.bit_map,
+            budget=budget,
+            bias_correction=True,  # as `export` does for a map of the target's own
+            predicted=made.loss,
+            size_bytes=-(-made.stored.total // 8),
+            average_bits=average_bits(run.table, made.bit_map),
+            target=target.name,
+            choices=made.choices,
+        )
+        for label, made in maps.items()
+    }
+    try:
+        found = race(run, candidates)
+    except ConfigError as error:
+        run.say(f"select: maps for {target.name} are not measured: {error}")
+        return plain, {}
+    say_selection(run, f"{budget.label()} for {target.name}", found)
+    return maps[found.chosen.label], {"selection": found.to_data()}
+
+
+def _variants(run: Run, target: Target, budget: Budget, plain: TargetAllocation) -> dict[str, TargetAllocation]:
+    """The different maps that are tried, safest first: uniform types, then maps by layer whose prices are believed more
+    and more. Losses are those of the plain map's prices, for all.
+
+    The widths of first and last layer are a choice too where the policy is the one that nobody wrote.
+    """
+    from mpqsearch.export.allocation import formats_of, shrunk_losses, uniform_maps
+
+    policy, (losses, squared) = run.config.policy, _priced(run, target)
+    free = replace(policy, roles={"unused": HELD_BITS}) if policy == Policy(widths=policy.widths) else policy
+    columns = {name: j for j, name in enumerate(formats_of(target, run.table))}
+
+    def priced(made: TargetAllocation) -> TargetAllocation:
+        return replace(made, loss=sum(float(losses[n][columns[c]]) for n, c in made.choices.items()))
+
+    uniform = uniform_maps(target, run.table, None if free is not policy else policy, fmt=plain.bit_map.format)
+    fitting = {f"uniform {n}": priced(m) for n, m in uniform.items() if m.stored.total <= plain.limit}
+    tried: dict[str, TargetAllocation] = {}
+    if fitting:  # the largest, and the one of least predicted loss
+        for name in (max(fitting, key=lambda n: fitting[n].stored.total), min(fitting, key=lambda n: fitting[n].loss)):
+            tried[name] = fitting[name]
+    for share in SHRINKAGES:
+        label = f"by layer, prices shrunk by {share:g}"
+        tried[label] = _solved(run, target, budget, policy, shrunk_losses(losses, squared, share))
+    tried["by layer"] = _solved(run, target, budget, policy, losses)
+    if free is not policy:
+        tried["by layer, ends free"] = _solved(run, target, budget, free, losses)
+    if run.config.allocate.target_probes:
+        tried["by layer, interactions"] = plain
+    different: dict[str, TargetAllocation] = {}
+    for label, made in tried.items():
+        if all(made.choices != other.choices for other in different.values()):
+            different[label] = priced(made)
+    return different
 
 
 def target_allocations(run: Run) -> list[tuple[str, Budget, BitMap, dict[str, Any]]]:
@@ -67,33 +159,35 @@ def target_allocations(run: Run) -> list[tuple[str, Budget, BitMap, dict[str, An
     return out
 
 
-def losses_for(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms | None]:
+def losses_for(run: Run, target: Target) -> tuple[Mapping[str, Floats], PairwiseTerms | None]:
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
     target."""
-    return run.once(("losses", target.name), lambda: _losses(run, target))
+    if run.config.allocate.target_probes:
+        return run.once(("probed", target.name), lambda: _probed(run, target))
+    return _priced(run, target)[0], None
 
 
-def _losses(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms | None]:
-    if target.asks_itself:
-        target.require()
-    with run.timed("allocate"):
-        if run.config.allocate.target_probes:
-            return _probed(run, target)
-        return _priced(run, target), None
+def _priced(run: Run, target: Target) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Losses by the prices of the profile, and the squared errors that they price; made once a run for each target."""
+    from mpqsearch.export.allocation import target_losses, target_squares
 
-
-def _priced(run: Run, target: Target) -> dict[str, Floats]:
-    from mpqsearch.export.allocation import target_losses
-
-    if not run.profile.weights_only:
-        same_model(run)
-        modules: dict[str, Any] = dict(run.denoiser.module.named_modules())
+    weights_only = run.profile.weights_only
 
     def weight_of(name: str) -> Tensor:
-        weight: Tensor = run.streamed.read(f"{name}.weight") if run.profile.weights_only else modules[name].weight
+        owner: Any = None if weights_only else run.denoiser.module.get_submodule(name)
+        weight: Tensor = run.streamed.read(f"{name}.weight") if weights_only else owner.weight
         return weight
 
-    return target_losses(target, run.table, weight_of, run.profile, run.config.quantizer.format())
+    def make() -> tuple[dict[str, Floats], dict[str, Floats]]:
+        if target.asks_itself:
+            target.require()
+        if not weights_only:
+            same_model(run)
+        with run.timed("allocate"):
+            squared = target_squares(target, run.table, weight_of, run.config.quantizer.format())
+            return target_losses(squared, run.table, run.profile), squared
+
+    return run.once(("losses", target.name), make)
 
 
 def _probed(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
@@ -109,10 +203,12 @@ def _probed(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]
             "allocate.target_probes needs our own sampler on a loaded model; leave it out to price errors with the "
             "profile"
         )
+    if target.asks_itself:
+        target.require()
     same_model(run)
     errors = target_errors(target, run.table, run.denoiser.module, c.quantizer.format())
     first = c.calibration.first_seed
-    with bars_of() as progress:
+    with run.timed("allocate"), bars_of() as progress:
         effects = projected_effects(
             run.denoiser,
             run.table,

@@ -20,7 +20,7 @@ from mpqsearch.artifacts import write_text
 from mpqsearch.config import config_from
 from mpqsearch.core import Budget, StudyRecord
 from mpqsearch.export import ExportJob, get_exporter
-from mpqsearch.export.allocation import allocation_of
+from mpqsearch.export.allocation import uniform_maps
 
 COLUMNS = (
     "model",
@@ -70,10 +70,8 @@ def run_of(model: str, samples: int, targets: tuple[str, ...], *, own: bool, fol
 def bytes_of(run: stages.Run, name: str, kind: str) -> Budget:
     """The size of the target's file with every layer that takes it in one type."""
     target = get_exporter(name)
-    offered = {la.name: {c.name for c in target.choices(la)} for la in run.table}
-    picked = {n: kind if kind in names else "full" for n, names in offered.items()}
-    made = allocation_of(target, run.table, picked)
-    choices = {n: made.choices.get(n, "full") for n in picked}
+    made = uniform_maps(target, run.table)[kind]
+    choices = {n: made.choices.get(n, "full") for n in run.table.by_name}
     job = ExportJob(table=run.table, bit_map=made.bit_map, choices=choices)
     return Budget(quantity="bytes", limit=-(-target.promise(job, target.plan(job)).total // 8))
 

@@ -38,6 +38,7 @@ from mpqsearch.export.allocation import (
     probed_losses,
     target_errors,
     target_losses,
+    target_squares,
 )
 from mpqsearch.export.gguf import GgufTarget
 from mpqsearch.models import Denoiser, discover
@@ -95,7 +96,8 @@ class Study:
         modules: dict[str, Any] = dict(self.denoiser.module.named_modules())
         fmt, spec = QuantFormat(), CalibrationSpec(first_seed=FIRST_SEED, schemes=("asymmetric",), smooth=False)
         profile = profile_model(self.denoiser, self.table, Policy(roles={}), spec, fmt)
-        self.from_profile = target_losses(self.target, self.table, lambda n: modules[n].weight, profile, fmt)
+        squared = target_squares(self.target, self.table, lambda n: modules[n].weight, fmt)
+        self.from_profile = target_losses(squared, self.table, profile)
         effects = projected_effects(
             self.denoiser,
             self.table,

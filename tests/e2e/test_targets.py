@@ -44,6 +44,7 @@ context_seeds = 0
 schemes = ["asymmetric"]
 [allocate]
 budgets = ["6bit"]
+select = "none"
 [[methods]]
 name = "ilp-layer"
 allocator = "ilp-layer"
@@ -123,6 +124,24 @@ def test_all_installed_targets_are_compared_and_no_map_is_written(folder: Path) 
     fitting = [row["predicted_loss"] for row in ample.values() if not row["obstacle"]]
     assert fitting == sorted(fitting)
     assert "smallest file of gguf takes" in small["gguf"]["obstacle"]
+
+
+def test_the_map_for_a_target_is_the_best_of_those_whose_files_were_measured(folder: Path) -> None:
+    few = ("--select", "measured", "--set", "allocate.select_samples=4", "-o", str(folder / "measured"))
+    done = call(folder, "allocate", "--target", "gguf", *few)
+    assert done.exit_code == 0, done.output
+    assert "what was tried for gguf at 6bit" in done.stdout
+    made = read_json(folder / "measured/allocations/target-gguf@6bit/allocation.json", "mpqsearch/allocation").data
+    rows = {row["candidate"]: row for row in made["selection"]["rows"]}
+    uniform = [row for label, row in rows.items() if label.startswith("uniform")]
+    (chosen,) = [row for row in rows.values() if row["verdict"] == "chosen"]
+    assert uniform, "files of one type are tried too"
+    assert {"by layer", "by layer, prices shrunk by 1"} <= rows.keys()
+    assert all(row["ratio"] > 1 for row in uniform if row["verdict"] == "worse")
+    assert max(row["size_bytes"] for row in rows.values()) <= made["limit"] / 8 + 1
+    assert chosen["size_bytes"] == -(-made["size_bits"] // 8)
+    assert chosen["predicted"] == pytest.approx(made["predicted_loss"])
+    assert not list((folder / "measured/export").iterdir()), "candidates leave no files"
 
 
 def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:

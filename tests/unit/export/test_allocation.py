@@ -23,8 +23,11 @@ from mpqsearch.export.allocation import (
     formats_of,
     probed_losses,
     resolve_job,
+    shrunk_losses,
     target_errors,
     target_losses,
+    target_squares,
+    uniform_maps,
 )
 from mpqsearch.export.gguf import TYPES, GgufTarget
 from mpqsearch.export.mlx import MlxTarget
@@ -181,15 +184,38 @@ def test_losses_are_the_targets_own_errors_at_the_price_of_the_profile() -> None
         )
         expected = (decoded - weights[name]).double().square().sum(1).detach().numpy()
         np.testing.assert_allclose(own[name][formats.index(choice)], expected, rtol=1e-6)
-    alone = target_losses(TARGET, table, weights.__getitem__, profile_of(table, module, None))
+    squared = target_squares(TARGET, table, weights.__getitem__)
+    alone = target_losses(squared, table, profile_of(table, module, None))
     unit = np.random.default_rng(0).lognormal(size=(12, 3))
-    priced = target_losses(TARGET, table, weights.__getitem__, profile_of(table, module, unit))
+    priced = target_losses(squared, table, profile_of(table, module, unit))
     column = {"Q4_0": 1, "Q8_0": 2}  # formats whose error is nearest to that of 4 and 8 bits
     for name, part in (("a", slice(0, 8)), ("b", slice(8, 12))):
         np.testing.assert_allclose(alone[name], own[name].sum(1), rtol=1e-6)
         for choice, w in column.items():
             row = own[name][formats.index(choice)]
             np.testing.assert_allclose(priced[name][formats.index(choice)], (row * unit[part, w]).sum(), rtol=1e-5)
+
+
+def test_prices_are_shrunk_from_the_profiles_to_one_for_all() -> None:
+    rng = np.random.default_rng(1)
+    squared = {n: rng.lognormal(size=(2, 3)) for n in "ab"}
+    losses = {"a": np.array([3.0, 1.0]), "b": np.array([0.0, 0.5])}
+    kept = shrunk_losses(losses, squared, 0.0)
+    np.testing.assert_allclose(kept["a"], losses["a"])
+    np.testing.assert_allclose(kept["b"][1], 0.5)
+    assert kept["b"][0] > 0, "no layer is free"
+    level = {n: v / squared[n].sum(1) for n, v in shrunk_losses(losses, squared, 1.0).items()}
+    np.testing.assert_allclose(np.concatenate(list(level.values())), level["a"][0])
+    half = shrunk_losses(losses, squared, 0.5)["a"]
+    np.testing.assert_allclose(half, np.sqrt(losses["a"] * level["a"] * squared["a"].sum(1)))
+
+
+def test_uniform_maps_keep_to_a_policy_where_there_is_one() -> None:
+    plain = uniform_maps(TARGET, TABLE)
+    held = uniform_maps(TARGET, TABLE, Policy(roles={}, overrides={"wide": 8, "alone": 16}))
+    assert set(plain["Q4_0"].choices.values()) == {"Q4_0"}
+    assert held["Q4_0"].choices["wide"] == "Q8_0"
+    assert "alone" not in held["Q4_0"].choices
 
 
 def test_targets_that_keep_our_codes_are_priced_with_our_errors() -> None:
