@@ -27,16 +27,12 @@ SHOWN_LAYERS = 20
 
 PATTERN = "PATTERN=BITS"
 
-AUTO = "auto"
-"""In place of a target: all that are installed."""
-
 TargetsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
         "-t",
-        help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ... "
-        "auto: compare all that are installed.",
+        help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
         autocompletion=completion.among(completion.targets),
     ),
 ]
@@ -118,9 +114,9 @@ def allocate(
 
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
     formats, and a budget is the size of the target's file, headers apart. Uniform types and maps of several prices are
-    measured as above, by what the consumer decodes from their files. `--target auto` writes no map: it shows what
-    every installed target would give at the budget, by size and predicted loss. Options about widths take the place of
-    what `[policy]` of the study says. Where no map fits, the exit code is 3 and the smallest attainable value is named.
+    measured as above, by what the consumer decodes from their files. `mpqsearch export --target auto` compares targets.
+    Options about widths take the place of what `[policy]` of the study says. Where no map fits, the exit code is 3 and
+    the smallest attainable value is named.
 
     Examples:
 
@@ -134,15 +130,12 @@ def allocate(
     """
     from mpqsearch import stages
 
-    compared = AUTO in (target or ())
-    if compared and len(target or ()) > 1:
-        raise ConfigError(f"--target {AUTO} compares all targets: leave out the others")
     settings = {
         "model.source": model,
         "model.device": device,
         **options.drawing(prompts, steps, guidance, batch, call),
         "allocate.budgets": budget,
-        "allocate.targets": None if compared else target,
+        "allocate.targets": target,
         "allocate.within": within,
         "allocate.select": select,
         "allocate.costs": str(latency) if latency else None,
@@ -160,9 +153,6 @@ def allocate(
         return
     if asked:
         _show_until(*asked, *stages.smallest(run, *asked), as_json=as_json)
-        return
-    if compared:
-        _show_offers(run, as_json=as_json)
         return
     for_targets = stages.target_allocations(run)
     maps = [] if target else stages.allocations(run)
@@ -304,26 +294,6 @@ def _show_targets(table: LayerTable, maps: TargetMaps) -> None:
     for name, budget, _, data in maps:
         if "selection" in data:
             _show_selection(f"{name} at {budget.label()}", data["selection"])
-
-
-def _show_offers(run: Run, *, as_json: bool) -> None:
-    from mpqsearch import stages
-
-    found = {b.label(): stages.offers(run, b) for b in run.config.allocate.parsed()}
-    if as_json:
-        print_json(found)
-        return
-    for label, offers in found.items():
-        rows = [
-            {
-                "target": row["target"],
-                "bytes": row["bytes"] or "-",
-                "predicted loss": number(row["predicted_loss"], ".4g"),
-                "map": row["obstacle"] or row["map"],
-            }
-            for row in offers
-        ]
-        print_table(f"installed targets at {label}; bytes as in their files, headers apart; no map is written", rows)
 
 
 def _show_path(table: LayerTable, data: Mapping[str, Any]) -> None:

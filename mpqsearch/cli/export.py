@@ -8,22 +8,26 @@ import typer
 
 from mpqsearch.cli import completion, options
 from mpqsearch.cli.app import app, open_run
-from mpqsearch.cli.printing import print_json, print_lines, print_table
+from mpqsearch.cli.printing import number, print_json, print_lines, print_table
 from mpqsearch.core import FULL_PRECISION
+from mpqsearch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpqsearch.stages import Exported
+    from mpqsearch.stages import Exported, Run
 
 DIFFERS = 1
 """Exit code when a consumer holds another thing than was planned (``--verify``), and for a file that is worse than a
 uniform one of its size or larger than it may be, unless that is accepted."""
+
+AUTO = "auto"
+"""In place of a target: all that are installed."""
 
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--target",
         "-t",
-        help="neutral, gguf ... May be repeated.",
+        help="neutral, gguf ... May be repeated. auto: compare all that are installed, and write nothing.",
         autocompletion=completion.among(completion.targets),
     ),
 ]
@@ -84,21 +88,30 @@ def export(
     A file that is worse than the target's best uniform type at its bytes, or larger than the budget or the source, is
     said first and ends with exit code 1.
 
+    `--target auto` writes nothing: it shows what every installed target would give at the budget, by size and predicted
+    loss, and the command that writes the first of them.
+
     Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4 --verify`
     """
     from mpqsearch import stages
 
+    compared = AUTO in (target or ())
+    if compared and len(target or ()) > 1:
+        raise ConfigError(f"--target {AUTO} compares all targets: leave out the others")
     settings = {
         "model.source": model,
         "model.device": device,
         **options.drawing(prompts, steps, guidance, batch, call),
-        "export.targets": target,
+        "export.targets": None if compared else target,
         "export.budget": budget,
         "report.chosen": method,
         "export.measure": measure,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     if not stages.prepare(run):
+        return
+    if compared:
+        _show_offers(run, as_json=as_json)
         return
     exports = stages.export(run, [], verify="now" if verify else "no", own_maps=method is None)
     good = [one for one in exports if one.error is None]
@@ -118,6 +131,31 @@ def export(
     if faults and not accept:
         run.say("export: exit code 1, as the first lines say; --accept takes the files as they are")
         raise typer.Exit(DIFFERS)
+
+
+def _show_offers(run: Run, *, as_json: bool) -> None:
+    from mpqsearch import stages
+
+    budget = stages.export_budget(run)
+    offers = stages.offers(run, budget)
+    if as_json:
+        print_json(offers)
+        return
+    rows = [
+        {
+            "target": row["target"],
+            "bytes": row["bytes"] or "-",
+            "predicted loss": number(row["predicted_loss"], ".4g"),
+            "map": row["obstacle"] or row["map"],
+        }
+        for row in offers
+    ]
+    print_table(f"installed targets at {budget.label()}; bytes as in their files, headers apart", rows)
+    best = next((row["target"] for row in offers if not row["obstacle"]), None)
+    if best is not None:
+        run.say(
+            f"export: nothing is written; --target {best} --budget {budget.label()}, else as here, writes the first"
+        )
 
 
 def _plain(one: Exported) -> dict[str, Any]:

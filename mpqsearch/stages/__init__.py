@@ -17,7 +17,7 @@ from mpqsearch.stages.exporting import Exported, export, require_good
 from mpqsearch.stages.importing import import_map
 from mpqsearch.stages.profiling import prepare, profile, profile_inputs
 from mpqsearch.stages.quantizing import quantize
-from mpqsearch.stages.reporting import chosen_method, rank_correlations, report
+from mpqsearch.stages.reporting import chosen_method, export_budget, rank_correlations, report
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.searching import check_search, search
 from mpqsearch.stages.targeting import target_allocation, target_allocations
@@ -42,6 +42,7 @@ __all__ = [
     "everything",
     "explanations",
     "export",
+    "export_budget",
     "import_map",
     "layers",
     "offers",

@@ -111,11 +111,11 @@ def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path)
 
 def test_all_installed_targets_are_compared_and_no_map_is_written(folder: Path) -> None:
     before = sorted((folder / "r").glob("[ae][lx]*/*"))
-    done = call(folder, "allocate", "--target", "auto", "-b", "6.5bit", "-b", "2.5bit", "--json")
-    assert done.exit_code == 0, done.output
+    done = [call(folder, "export", "--target", "auto", "-b", b, "--json") for b in ("6.5bit", "2.5bit")]
+    assert [d.exit_code for d in done] == [0, 0], done[0].output
     assert sorted((folder / "r").glob("[ae][lx]*/*")) == before, "no allocation and no export"
-    offers = {label: {row["target"]: row for row in rows} for label, rows in json.loads(done.stdout).items()}
-    (ample, small), limit = offers.values(), 6.5 / 8
+    ample, small = ({row["target"]: row for row in json.loads(d.stdout)} for d in done)
+    limit = 6.5 / 8
     assert {"packed", "gguf"} <= set(ample)
     assert "sdcpp" not in ample, "it holds no weights"
     table = build(LayerTable, read_json(folder / "r/layers.json", "mpqsearch/layers").data)
@@ -124,6 +124,8 @@ def test_all_installed_targets_are_compared_and_no_map_is_written(folder: Path) 
     fitting = [row["predicted_loss"] for row in ample.values() if not row["obstacle"]]
     assert fitting == sorted(fitting)
     assert "smallest file of gguf takes" in small["gguf"]["obstacle"]
+    shown = call(folder, "export", "--target", "auto", "-b", "6.5bit")
+    assert f"--target {next(iter(ample))} --budget 6.5bit" in shown.stderr
 
 
 def test_the_map_for_a_target_is_the_best_of_those_whose_files_were_measured(folder: Path) -> None:
@@ -314,7 +316,7 @@ def test_what_cannot_be_done_names_what_can(folder: Path, monkeypatch: pytest.Mo
     assert isinstance(small, InfeasibleBudgetError)
     assert "smallest file of gguf takes" in str(small)
     assert "holds every map as it is" in str(call(folder, "allocate", "--target", "neutral").exception)
-    assert "leave out the others" in str(call(folder, "allocate", "-t", "auto", "-t", "gguf").exception)
+    assert "leave out the others" in str(call(folder, "export", "-t", "auto", "-t", "gguf").exception)
     monkeypatch.setattr(GgufTarget, "imports", ("gguf", "no_such_library"))
     for arguments in (
         ("allocate", "--target", "gguf", "-b", "7.5bit"),
