@@ -2,7 +2,7 @@
 
 python studies/mpq_dm/latent.py                    # every row that latent.csv lacks, most telling first
 python studies/mpq_dm/latent.py --minutes 60       # no new row after an hour; the same command continues
-python studies/mpq_dm/latent.py --long fmnist-flow # one long training of mpq-dm and of ours at W2A4: long.csv
+python studies/mpq_dm/latent.py --long fmnist-flow # one long training of mpq-dm and of ours, W2A4 and W3A4: long.csv
 python studies/mpq_dm/latent.py --report-only      # the part of README.md that is about these
 
 Methods, settings and budgets are those of study.py, with two differences: `ours` is trained once at W4A4 too, and
@@ -32,15 +32,16 @@ from study import (
     Schedule,
     commit,
     full_precision_row,
+    measure,
     run_row,
     train,
     write_results,
 )
 
 from mpqsearch import artifacts
-from mpqsearch.metrics import evaluate
+from mpqsearch.core import size_bytes
 from mpqsearch.quant import convert
-from mpqsearch.sampling import SamplerSpec, samples
+from mpqsearch.sampling import SamplerSpec
 
 MODELS = ("fmnist-t2i", "fmnist-flow")
 RECIPES = {m: METHODS[m] for m in ("mpq-dm", "ours", "uniform+qalora", "ours-untrained", "uniform", "omq-paper")}
@@ -70,7 +71,11 @@ SCHEDULE = Schedule(
 
 LONG = replace(SCHEDULE, steps=3000, trajectories=600, lora_lr=0.01, weight_lr=0.002)
 LONG_EVERY = 250
-LONG_COLUMNS = ("model", "setting", "method", "step", "paired_mse", "fd_fp", "paired_psnr", "commit")
+LONG_SETTINGS = ("W2A4", "W3A4")
+LONG_COLUMNS = (
+    "model", "setting", "method", "step", "size_bytes", "paired_mse", "fd_fp", "fd_fp_spread", "fd_data",
+    "attributes_recognised", "paired_psnr", "n_samples", "commit",
+)  # fmt: skip
 BEGIN, END = "<!-- latent: written by latent.py -->", "<!-- end of latent -->"
 
 PLACE = {name: place for place, name in enumerate(["full", "full-precision", *ORDER, *RECIPES])}
@@ -128,28 +133,32 @@ def run(args: argparse.Namespace) -> None:
         print(*key, *(f"{k} {made.get(k, '-')}" for k in told), file=sys.stderr, flush=True)
 
 
-def long(name: str, path: Path, work: Path) -> None:
-    """Train at W2A4 to the end, and measure on development noise on the way; an interrupted training continues."""
+def long(name: str, settings: Sequence[str], path: Path, work: Path) -> None:
+    """Train to the end, and measure on development noise on the way; an interrupted training continues."""
     rows: dict[Any, dict[str, Any]] = {}
     for row in csv.DictReader(path.open()) if path.is_file() else ():
         rows[row["model"], row["setting"], row["method"], int(row["step"])] = row
-    model, setting = Model(name, LONG, work), "W2A4"
-    for method in MAIN:
+    model = Model(name, LONG, work)
+    for setting, method in ((s, m) for s in settings for m in MAIN):
         if (name, setting, method, LONG.steps) in rows:
             continue
         bit_map = model.bit_map(RECIPES[method], setting)
         student = model.student(RECIPES[method], bit_map, 0)
+        facts = {"size_bytes": size_bytes(model.table, bit_map), "n_samples": LONG.samples, "commit": commit()}
 
-        def watch(step: int, method: str = method, student: torch.nn.Module = student) -> None:
-            if step % LONG_EVERY:
+        def watch(
+            step: int,
+            key: tuple[str, ...] = (name, setting, method),
+            student: torch.nn.Module = student,
+            facts: dict[str, Any] = facts,
+        ) -> None:
+            if step % LONG_EVERY or (*key, step) in rows:
                 return
-            base = model.reference(CHECK_SEED)
-            found = evaluate(samples(model.denoiser.with_module(convert(student).module), base.seeds), base).metrics
-            values = {k: round(found[k].value, 5) for k in ("paired_mse", "fd_fp", "paired_psnr")}
-            key = (name, setting, method, step)
-            rows[key] = {**dict(zip(LONG_COLUMNS, key, strict=False)), **values, "commit": commit()}
+            found = measure(model, convert(student).module, CHECK_SEED)
+            row = dict(zip(LONG_COLUMNS, (*key, step), strict=False)) | facts | found
+            rows[(*key, step)] = row
             write_results(path, rows, LONG_COLUMNS)
-            print(*rows[key].values(), file=sys.stderr, flush=True)
+            print(*(row.get(k) for k in LONG_COLUMNS), file=sys.stderr, flush=True)
 
         watch(0)
         folder = work / name / f"long-{setting}-{method}"
@@ -194,13 +203,18 @@ def describe(table: pd.DataFrame) -> str:
 def describe_long(table: pd.DataFrame) -> str:
     """Paired error and distance by step."""
     shown = {"paired_mse": "paired error", "fd_fp": "FD to FP", "paired_psnr": "PSNR dB"}
-    values = table.pivot_table(index="step", columns="method", values=list(shown))
-    columns = [(key, m) for key in shown for m in MAIN if m in set(table["method"])]
-    lines = [f"{table['model'].iloc[0]} at W2A4, {LONG.steps} steps, development noise:", ""]
-    lines += ["| step | " + " | ".join(f"{m}, {shown[key]}" for key, m in columns) + " |"]
-    lines += ["|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {step} | " + " | ".join(f"{row[c]:.4g}" for c in columns) + " |" for step, row in values.iterrows()]
-    return "\n".join(lines)
+    lines = []
+    for (model, setting), rows in table.groupby(["model", "setting"], sort=False):
+        values = rows.pivot_table(index="step", columns="method", values=list(shown))
+        columns = [(key, m) for key in shown for m in MAIN if m in set(rows["method"])]
+        lines += [f"#### {model} at {setting}, {LONG.steps} steps", ""]
+        lines += ["| step | " + " | ".join(f"{m}, {shown[key]}" for key, m in columns) + " |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        lines += [
+            f"| {step} | " + " | ".join(f"{row[c]:.4g}" for c in columns) + " |" for step, row in values.iterrows()
+        ]
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def report(results: Path) -> None:
@@ -222,12 +236,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--long", choices=MODELS, help="one long training of this model instead")
+    parser.add_argument("--settings", nargs="+", default=LONG_SETTINGS, choices=ORDER, help="of the long training")
     parser.add_argument("--results", type=Path, default=HERE / "latent.csv")
     parser.add_argument("--work", type=Path, default=Path("runs/mpq_dm_latent"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     if args.long:
-        long(args.long, args.results.with_name("long.csv"), args.work / "long")
+        long(args.long, args.settings, args.results.with_name("long.csv"), args.work / "long")
     elif not args.report_only:
         run(args)
     if args.report_only:
