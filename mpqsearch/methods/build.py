@@ -86,7 +86,7 @@ class Program:
 def choices_of(task: Task) -> list[Choice]:
     """What each searched layer may take."""
     widths = sorted(task.programs.policy.widths)
-    if not task.method.act_choices:
+    if not task.method.act_choices or task.chosen_inputs is not None:
         return [(w, None) for w in widths]
     if all(li.budget.quantity not in ("bops", "latency") for li in task.limits):
         raise ConfigError(
@@ -225,13 +225,18 @@ def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], in
 
 
 def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> Floats:
-    """Loss ``[n, k]`` of each layer at each choice."""
+    """Loss ``[n, k]`` of each layer at each choice, that of its input included where the choice names its width."""
     profile = task.programs.profile
     rows = np.array([profile.index[n] for n in names], dtype=np.int64)
     losses = profile.layer_sum(task.channel_losses())
     loss: Floats = losses[rows][:, [profile.widths.index(w) for w, _ in choices]]
-    if not task.method.act_choices:
-        return loss
+    inputs = [a for _, a in choices if a is not None]
+    return loss + input_losses(task, names, inputs) if inputs else loss
+
+
+def input_losses(task: Task, names: Sequence[str], widths: Sequence[int]) -> Floats:
+    """Loss ``[n, k]`` of the inputs of some layers at some widths, 16 for full precision."""
+    profile = task.programs.profile
     measured = profile.arrays.get("layer_activation_error")
     if measured is None:
         raise ConfigError(
@@ -242,8 +247,9 @@ def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -
         raise ConfigError(f"act_choices name {sorted(unknown)} bits, the profile has the widths {profile.widths}")
     errors = np.concatenate([measured.astype(np.float64), np.zeros((len(measured), 1))], axis=1)
     place = {b: j for j, b in enumerate(profile.widths)} | {FULL_PRECISION: len(profile.widths)}
-    both: Floats = loss + errors[rows][:, [place[a] for _, a in choices if a is not None]]
-    return both
+    rows = np.array([profile.index[n] for n in names], dtype=np.int64)
+    lost: Floats = errors[rows][:, [place[a] for a in widths]]
+    return lost
 
 
 def _channel_labels(task: Task, layers: Sequence[LayerSpec]) -> Integers:

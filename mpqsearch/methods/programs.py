@@ -5,7 +5,7 @@ Every map is costed again from the map itself, in `mpqsearch.core.budget`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from mpqsearch.core import (
 from mpqsearch.core.shown import short_list
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameError
 from mpqsearch.methods import baselines, omq
-from mpqsearch.methods.build import Program, channel_program, choices_of, layer_program
+from mpqsearch.methods.build import Program, channel_program, choices_of, input_losses, layer_program
 from mpqsearch.methods.costs import NANOSECONDS, CostTable
 from mpqsearch.methods.losses import predicted_loss
 from mpqsearch.methods.spec import OMQ, PROGRAMS, Allocation, MethodSpec, Total
@@ -96,7 +96,7 @@ class Programs:
         program: Program | None = None
         result: AllocationResult | None = None
         if method.allocator in PROGRAMS:
-            program, result, note = _solved(task)
+            task, program, result, note = _solved(task)
             bit_map = program.applied(task.map_of({}), result.choice)
         else:
             bit_map, note = _baseline(method)(task)
@@ -122,11 +122,13 @@ class Programs:
         within: Sequence[Budget] = (),
         *,
         by_layer: bool | None = None,
+        inputs: Mapping[str, int] | None = None,
     ) -> Program:
         """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
         map.
 
-        ``by_layer``: the program over layers or over channels (None: as the method has it). Raises `ConfigError` for
+        ``by_layer``: the program over layers or over channels (None: as the method has it). ``inputs``: widths of inputs
+        that the program over layers chose before the one over channels (None: it is solved for them). Raises `ConfigError` for
         methods that solve no program, and as `allocate` does.
         """
         if method.allocator not in PROGRAMS:
@@ -135,7 +137,9 @@ class Programs:
             )
         task = self.task(method, budget, within)
         layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
-        return layer_program(task) if layers else channel_program(task)
+        if layers:
+            return layer_program(task)
+        return channel_program(_with_inputs(task, inputs) if method.act_choices else task)
 
     def task(
         self,
@@ -221,22 +225,38 @@ def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:
     }[method.allocator]
 
 
-def _solved(task: Task) -> tuple[Program, AllocationResult, str]:
-    """The better of the programs that the method may solve, with its answer and a note."""
+def _solved(task: Task) -> tuple[Task, Program, AllocationResult, str]:
+    """The better of the programs that the method may solve, with its task, its answer and a note."""
+    by_layer = layer_program(task)
     if task.method.allocator == "ilp-layer":
-        program = layer_program(task)
-        return program, _answer(task, program), ""
-    by_channel = channel_program(task)
+        return task, by_layer, _answer(task, by_layer), ""
+    held = _with_inputs(task) if task.method.act_choices else task
+    by_channel = channel_program(held)
     if any(_least(b) > b.limit for b in by_channel.problem.budgets):
-        program = layer_program(task)
-        return program, _answer(task, program), TAGS_TOO_DEAR
-    result, by_layer = _answer(task, by_channel), layer_program(task)
+        return task, by_layer, _answer(task, by_layer), TAGS_TOO_DEAR
+    result = _answer(held, by_channel)
+    loss = result.loss + _loss_of_inputs(held)
     bound = dual.evaluate(plain_tables(by_layer.problem), np.array(result.multipliers), None).value
-    if bound < result.loss:  # mostly it is not, and one solve is enough
+    if bound < loss:  # mostly it is not, and one solve is enough
         of_layers = _answer(task, by_layer)
-        if of_layers.loss < result.loss:
-            return by_layer, of_layers, BY_LAYER_WINS
-    return by_channel, result, ""
+        if of_layers.loss < loss:
+            return task, by_layer, of_layers, BY_LAYER_WINS
+    return held, by_channel, result, ""
+
+
+def _with_inputs(task: Task, inputs: Mapping[str, int] | None = None) -> Task:
+    """The task with the widths of inputs that the program over layers chooses, or those of a map that it made."""
+    if inputs is None:
+        program = layer_program(task)
+        inputs = program.activations(_answer(task, program).choice)
+    searched = task.programs.rules.searched
+    return replace(task, chosen_inputs={n: inputs.get(n, FULL_PRECISION) for n in searched})
+
+
+def _loss_of_inputs(task: Task) -> float:
+    """What the chosen inputs lose, which the program over channels leaves out."""
+    chosen = task.chosen_inputs or {}
+    return float(sum(input_losses(task, [n], [a])[0, 0] for n, a in chosen.items()))
 
 
 def _answer(task: Task, program: Program) -> AllocationResult:

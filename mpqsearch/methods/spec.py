@@ -82,8 +82,8 @@ class MethodSpec(Shown):
     act_timesteps
         One scale for each timestep of the sampler instead of one a layer.
     act_choices [bits]
-        Of ``ilp-layer`` under a budget in BOPs or of a latency: the program chooses the width of each searched layer's
-        input among these. Example: ``[4, 8]``.
+        Of ``ilp-layer`` and ``ilp-channel`` under a budget in BOPs or of a latency: the program over layers chooses the
+        width of each searched layer's input among these, and the one over channels keeps them. Example: ``[4, 8]``.
     rounding
         ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
     group [inputs]
@@ -123,9 +123,10 @@ class MethodSpec(Shown):
             raise ConfigError(f"method {self.name!r}: shrinkage must lie in 0..1, got {self.shrinkage}")
         for bits in self.act_choices:
             check_width(bits, f"method {self.name!r}, act_choices")
-        if self.act_choices and self.allocator != "ilp-layer":
+        if self.act_choices and self.allocator not in PROGRAMS:
             raise ConfigError(
-                f"method {self.name!r}: act_choices go with the allocator ilp-layer, got {self.allocator!r}"
+                f"method {self.name!r}: act_choices go with the allocators {' and '.join(PROGRAMS)}, got "
+                f"{self.allocator!r}"
             )
 
     def _check_names(self) -> None:

@@ -34,7 +34,8 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One method at some budgets, the main one first."""
+    """One method at some budgets, the main one first; ``chosen_inputs``: widths of the inputs of searched layers that a
+    program has chosen already."""
 
     programs: Programs
     method: MethodSpec
@@ -42,14 +43,15 @@ class Task:
     limits: tuple[Limit, ...]
     activation_steps: int = 1
     losses: Floats | None = None
+    chosen_inputs: Mapping[str, int] | None = None
 
     def without_smoothing(self) -> Task:
         """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost."""
         return replace(self, format=replace(self.format, smooth=False))
 
     def inputs(self, act_bits: int) -> dict[str, int]:
-        """Width of every quantized input when those of searched layers have ``act_bits``."""
-        return self.programs.policy.activations_of(self.programs.table, act_bits)
+        """Width of every quantized input when those of searched layers have ``act_bits``, or what was chosen."""
+        return {**self.programs.policy.activations_of(self.programs.table, act_bits), **(self.chosen_inputs or {})}
 
     @property
     def widest_input(self) -> int:
@@ -66,7 +68,8 @@ class Task:
             act_bits=self.widest_input,
             activation_steps=self.activation_steps,
         )
-        return replace(base, weights={**base.weights, **widths}) if widths else base
+        inputs = {n: a for n, a in self.inputs(self.widest_input).items() if a != FULL_PRECISION}
+        return replace(base, weights={**base.weights, **widths}, activations=inputs)
 
     def cost(self, budget: Budget, bit_map: BitMap) -> int:
         """What a whole map costs under a budget."""

@@ -165,7 +165,11 @@ def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
     data, result = saved.data["certificate"], saved.data["result"]
     certificate = build(Certificate, data, str(saved.path))
     program = saved.programs.program(
-        saved.method, saved.budgets[0], saved.budgets[1:], by_layer=result["program"] == "layers"
+        saved.method,
+        saved.budgets[0],
+        saved.budgets[1:],
+        by_layer=result["program"] == "layers",
+        inputs=saved.bit_map.activations,
     )
     problem = program.problem
     yield (

@@ -507,8 +507,23 @@ def test_pairs_of_weight_and_activation_widths_equal_brute_force_under_bops() ->
     assert len(set(made.bit_map.activations.values())) > 1  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="BOPs"):
         run("ilp-layer", "uniform:3", policy, act_choices=acts)
-    with pytest.raises(ConfigError, match="ilp-layer"):
+    with pytest.raises(ConfigError, match="ilp-layer and ilp-channel"):
         MethodSpec(name="x", allocator="uniform", act_choices=acts)
+
+
+def test_a_map_by_channel_keeps_the_inputs_that_the_program_over_layers_chose() -> None:
+    policy = Policy(widths=(2, 3, 4, 6))
+    operations = Budget.parse(f"{run('uniform', 'uniform:3', policy, act_bits=5).bops}bops")  # type: ignore[attr-defined]
+    programs = Programs(table=TABLE, profile=PROFILE, policy=policy, format=FORMAT)
+    layers, channels = (
+        programs.allocate(MethodSpec(name="m", allocator=a, act_choices=(4, 6, 8)), operations, [Budget.parse("uniform:4")])
+        for a in ("ilp-layer", "ilp-channel")
+    )
+    assert channels.bit_map.activations == layers.bit_map.activations
+    assert len(set(channels.bit_map.activations.values())) > 1
+    assert channels.bit_map.granularity == "channel"
+    assert channels.within_budget and channels.bops == channels.totals[0].cost
+    assert channels.predicted_loss < layers.predicted_loss
 
 
 def test_the_predicted_loss_of_a_map_is_the_sum_over_its_channels() -> None:
