@@ -29,7 +29,7 @@ test-gpu: $(INSTALLED)
 OLDEST ?= build/oldest
 test-oldest: $(INSTALLED)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --requirement constraints-oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-oldest.txt
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$(echo $(OLDEST)/lib/python3.*/site-packages)/zz.pth
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/unit/core tests/unit/allocate \
 		tests/unit/report tests/unit/metrics tests/unit/test_artifacts.py tests/unit/test_config.py tests/unit/test_pareto.py \
@@ -66,12 +66,12 @@ reference: $(INSTALLED)
 # torch first and by itself: with it in place, no other package pulls in another build of it.
 $(RUNTIME): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[pipelines]' optimum-quanto
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[pipelines]' optimum-quanto
 	touch $@
 
 $(INSTALLED): $(RUNTIME)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -127,9 +127,9 @@ class Programs:
         """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
         map.
 
-        ``by_layer``: the program over layers or over channels (None: as the method has it). ``inputs``: widths of inputs
-        that the program over layers chose before the one over channels (None: it is solved for them). Raises `ConfigError` for
-        methods that solve no program, and as `allocate` does.
+        ``by_layer``: the program over layers or over channels (None: as the method has it). ``inputs``: widths of
+        inputs that the program over layers chose before the one over channels (None: it is solved for them). Raises
+        `ConfigError` for methods that solve no program, and as `allocate` does.
         """
         if method.allocator not in PROGRAMS:
             raise ConfigError(

@@ -49,6 +49,10 @@ CONTROL = "mpq-dm+faster"
 RECIPES[CONTROL] = replace(METHODS["mpq-dm"], lr_factor=2.0)
 """Learning rates twice as high, which are those of study.py for low-rank updates: at four input bits and seed 0."""
 
+MIXED = "ours+input-widths"
+RECIPES[MIXED] = replace(METHODS["ours"], spec=replace(METHODS["ours"].spec, act_choices=(4, 5, 6, 8)))
+"""The widths of inputs are chosen too, layer by layer, under the bytes of `mpq-dm` and the bit operations of `ours`."""
+
 MAIN = ("mpq-dm", "ours")
 """Methods whose rows come first."""
 
@@ -87,11 +91,12 @@ Key = tuple[str, str, str, int]
 def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
     """Rows in the order in which they tell most: the main methods of all seeds before the rest; two weight bits and
     four input bits first."""
-    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL)]
+    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, MIXED)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
         yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
     yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
+    yield from ((m, s, MIXED, seed) for seed in range(seeds) for s in ORDER if s.endswith("A4") for m in models)
     yield from ((m, s, method, seed) for seed in range(seeds) for s in ORDER for m in models for method in rest)
 
 

@@ -29,7 +29,17 @@ from alphas import choose_alphas
 from report import write_report
 
 from mpqsearch import artifacts
-from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile, average_bits, size_bytes
+from mpqsearch.core import (
+    BitMap,
+    Budget,
+    LayerTable,
+    Policy,
+    QuantFormat,
+    SensitivityProfile,
+    average_bits,
+    bops,
+    size_bytes,
+)
 from mpqsearch.distill import DistillSpec, TeacherCall, Trajectories, TRDSpec, distill
 from mpqsearch.errors import NumericsError
 from mpqsearch.methods import MethodSpec, Programs
@@ -88,8 +98,9 @@ and no trial."""
 class Recipe:
     """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
 
-    ``size_of``: the method whose bytes are the budget, in place of the uniform map's. ``own_inputs``: quantized inputs
-    as this package has them (zero points searched, alpha of smoothing by layer) in place of the released codes'.
+    ``size_of``: the method whose bytes are the budget, in place of the uniform map's. A method that chooses the widths
+    of inputs has at most the bit operations of `ours`, too. ``own_inputs``: quantized inputs as this package has them
+    (zero points searched, alpha of smoothing by layer) in place of the released codes'.
     ``gptq``: GPTQ rounding, which the allocation is priced with and training starts from. ``check_every``: the student
     ends as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
     development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
@@ -123,6 +134,7 @@ class Recipe:
             "scheme": self.spec.scheme,
             "bias_correction": self.spec.bias_correction,
             "smoothing": self.spec.smooth,
+            **({"input_widths": list(self.spec.act_choices)} if self.spec.act_choices else {}),
         }
 
     def digest(self, schedule: Schedule) -> str:
@@ -369,13 +381,17 @@ class Model:
             budget = Budget(
                 quantity="bytes", limit=size_bytes(self.table, self.bit_map(METHODS[recipe.size_of], setting))
             )
+        within = []
+        if recipe.spec.act_choices:
+            operations = bops(self.table, self.bit_map(OURS, setting))
+            within = [Budget(quantity="bops", limit=operations)]
         spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
         profile = self.profile
         if recipe.gptq:
             profile = self.rounds_by_gptq(spec)
         made = (
             Programs(table=self.table, profile=profile, policy=self.policy, format=self.format)
-            .allocate(spec, budget)
+            .allocate(spec, budget, within)
             .bit_map
         )
         if not (recipe.own_inputs and made.format.smooth):

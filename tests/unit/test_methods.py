@@ -515,14 +515,16 @@ def test_a_map_by_channel_keeps_the_inputs_that_the_program_over_layers_chose() 
     policy = Policy(widths=(2, 3, 4, 6))
     operations = Budget.parse(f"{run('uniform', 'uniform:3', policy, act_bits=5).bops}bops")  # type: ignore[attr-defined]
     programs = Programs(table=TABLE, profile=PROFILE, policy=policy, format=FORMAT)
+    size = [Budget.parse("uniform:4")]
     layers, channels = (
-        programs.allocate(MethodSpec(name="m", allocator=a, act_choices=(4, 6, 8)), operations, [Budget.parse("uniform:4")])
+        programs.allocate(MethodSpec(name="m", allocator=a, act_choices=(4, 6, 8)), operations, size)
         for a in ("ilp-layer", "ilp-channel")
     )
     assert channels.bit_map.activations == layers.bit_map.activations
     assert len(set(channels.bit_map.activations.values())) > 1
     assert channels.bit_map.granularity == "channel"
-    assert channels.within_budget and channels.bops == channels.totals[0].cost
+    assert channels.within_budget
+    assert channels.bops == channels.totals[0].cost
     assert channels.predicted_loss < layers.predicted_loss
 
 
