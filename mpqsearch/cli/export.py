@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mpqsearch.stages import Exported, Run
 
 DIFFERS = 1
-"""Exit code when a consumer holds another thing than was planned (``--verify``), and for a file that is worse than a
-uniform one of its size or larger than it may be, unless that is accepted."""
+"""Exit code when a consumer holds another thing than was planned (``--verify``), and for a file with faults
+(`mpqsearch.stages.delivering.faults`), unless they are accepted."""
 
 AUTO = "auto"
 """In place of a target: all that are installed."""
@@ -52,7 +52,7 @@ MeasureOption = Annotated[
 ]
 AcceptOption = Annotated[
     bool,
-    typer.Option("--accept", help="Exit code 0 even if the file is worse than a uniform one or larger than it may be."),
+    typer.Option("--accept", help="Exit code 0 even if something is wrong with the file, which is said first."),
 ]
 
 
@@ -85,8 +85,8 @@ def export(
     A target that rounds by itself gets a map over its own formats at the budget, priced by its own rounding, unless
     `--method` names one.
 
-    A file that is worse than the target's best uniform type at its bytes, or larger than the budget or the source, is
-    said first and ends with exit code 1.
+    A file that is worse than the target's best uniform type at its bytes, larger than the budget or the source, or of a
+    model that the target's readers refuse, is said first and ends with exit code 1.
 
     `--target auto` writes nothing: it shows what every installed target would give at the budget, by size and predicted
     loss, and the command that writes the first of them.

@@ -24,7 +24,7 @@ from mpqsearch.artifacts import atomic_path
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.names import PREFIX, in_diffusers, joined, places_of, separated, tied
+from mpqsearch.export.names import PREFIX, in_diffusers, joined, places, places_of, separated, tied
 from mpqsearch.export.reading import Reading, bits_of, by_name
 from mpqsearch.export.target import Target, write_config
 
@@ -140,6 +140,18 @@ class GgufTarget(Target):
         types = {n.removesuffix(".weight"): t.quant_type for n, t in state.items() if isinstance(t, GGUFParameter)}
         formats = {n: gguf.GGMLQuantizationType(t).name for n, t in types.items()}
         return loaded(folder, module, formats, state) | self.sizes(folder)
+
+    def unread(self, module: Any) -> str:
+        """A model outside the list of architectures: no reader but diffusers' layers takes its file."""
+        kind = type(module).__name__
+        if kind in KNOWN and places(module.state_dict()) is not None:
+            return ""
+        return (
+            f"the file of gguf holds a {kind} under its names in diffusers, which ComfyUI-GGUF and "
+            f"stable-diffusion.cpp REFUSE: they take {', '.join(sorted(KNOWN))} as they were published. Only "
+            "load_with_diffusers of mpqsearch.export.gguf reads it; to deploy the model, export it for another target "
+            "(packed, sdnq, quanto)"
+        )
 
     def sizes(self, folder: Path) -> dict[str, int]:
         """As the reader of gguf counts them."""
@@ -309,6 +321,10 @@ ARCHITECTURES = {
     "QwenImageTransformer2DModel": "qwen_image", "LTXVideoTransformer3DModel": "ltxv",
 }  # fmt: skip
 """Class of diffusers to the word by which ComfyUI-GGUF (commit 795e451) knows the model; it refuses all others."""
+
+KNOWN = ("UNet2DConditionModel", *ARCHITECTURES)
+"""Classes of which a published checkpoint is read; other models are written for diffusers' own layers, and that is
+said."""
 
 PREFIXED = ("sd1", "sdxl")
 """Architectures whose names have a prefix in every published checkpoint, which diffusers and others look for."""

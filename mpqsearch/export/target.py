@@ -222,6 +222,11 @@ class Target:
 
         return stored_size(folder / self.file)
 
+    def unread(self, module: nn.Module) -> str:
+        """What those who would load the file do not know of the model, in a sentence that says what to do; empty when
+        nothing is known to be amiss."""
+        return ""
+
     def weights(self, folder: Path) -> Mapping[str, Tensor]:
         """All values of the model by their names, as the consumer decodes them from an export: what is measured.
 

@@ -39,7 +39,7 @@ def deliver(
 
     ``limit``: the stored bits that the budget allows the map, with its activations; None for no size.
     ``metrics`` is empty where ``not_measured`` says why. ``faults`` are sentences on what a user must know before
-    taking the file: it is worse than that uniform file, or larger than the budget or the source.
+    taking the file: others do not load it, it is worse than that uniform file, or larger than the budget or the source.
     """
     sizes = target.sizes(folder)
     found: dict[str, Any] = {
@@ -47,6 +47,7 @@ def deliver(
         "budget": budget.label(),
         "budget_bytes": None if limit is None else -(-limit // 8),
         "source_bytes": source_bytes(run),
+        "unread": target.unread(job.model.module),
         "measured_with": file_key(run, {}),
         "metrics": {},
         "uniform": None,
@@ -99,6 +100,8 @@ def faults(target: str, found: Mapping[str, Any]) -> Iterator[str]:
     It is worse than a uniform one whose error is below the interval of its own.
     """
     uniform, stored = found["uniform"], found["stored_bytes"]
+    if found["unread"]:
+        yield found["unread"]
     if uniform is not None:
         ours, theirs = found["metrics"][ERROR], uniform["error"]
         if theirs["value"] < ours["low"]:

@@ -104,6 +104,7 @@ def test_diffusers_reads_a_gguf_file_under_published_names(
     table, target = LayerTable(digest="0", layers=tuple(layers)), get_exporter("gguf")
     bit_map, choices = own_map(target, table, seed=1)
     job = ExportJob(table=table, bit_map=bit_map, denoiser=adapt(module, sample_shape=(4, 8, 8)), choices=choices)
+    assert target.unread(module) == "", "others load it too"
     target.write(tmp_path, job)
     config = GGUFQuantizationConfig(compute_dtype=torch.float32)
     file = str(tmp_path / "diffusion_model.gguf")
