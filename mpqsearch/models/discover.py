@@ -30,11 +30,13 @@ _ROLES = (
     ),
     ("shortcut", re.compile(r"shortcut|skip_connection|nin_shortcut|\.skip$|residual_conv")),
     ("resample", re.compile(r"downsample|upsample|\.op$|upsampler|downsampler|(up|down)_sample|(up|down)scalers")),
-    ("attention", re.compile(r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj|kv_mapper")),
-    (
+    (  # before attention: the U-Nets of diffusers call a whole transformer block ``attentions``
         "feed-forward",
-        re.compile(r"\.ff\.|\.ff_|\.ffn\.|mlp|feed_forward|\.net\.\d|DenseReluDense|\.(gate|up|down)_proj$"),
+        re.compile(
+            r"^(?!.*attn\d?\.).*(\.ff\.|\.ff_|\.ffn\.|mlp|feed_forward|\.net\.\d|DenseReluDense|\.(gate|up|down)_proj$)"
+        ),
     ),
+    ("attention", re.compile(r"attn|attention|\.to_(q|k|v|out)|qkv|add_[qkv]_proj|kv_mapper")),
 )
 _OWN_TIME = re.compile(r"(time_emb|time_proj|timestep|(?<![a-z])t_embedder)\w*(\.\w+)?$")
 _MODULATION = re.compile(

@@ -76,6 +76,9 @@ def test_skip_connections_are_seen_or_known_by_name() -> None:
     skips = [n for n, role in unet.items() if role == "skip"]
     assert skips == [n for n in unet if re.match(r"up_blocks\.\d\.resnets\.\d\.conv_shortcut", n)]
     assert unet["down_blocks.1.resnets.0.conv_shortcut"] == "shortcut"
+    block = "mid_block.attentions.0.transformer_blocks.0"  # a whole block under the name of attention
+    assert {unet[f"{block}.{n}"] for n in ("ff.net.0.proj", "ff.net.2")} == {"feed-forward"}
+    assert {unet[f"{block}.{n}"] for n in ("attn1.to_q", "attn2.to_out.0")} == {"attention"}
     assert {n for n, role in hunyuan.items() if role == "skip"} == {n for n in hunyuan if n.endswith("skip_linear")}
     assert control["mid_block.ctrl_midblock.resnets.0.conv_shortcut"] == "skip"  # two networks' streams
 
