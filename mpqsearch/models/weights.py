@@ -170,7 +170,8 @@ def _made_up(module: nn.Module) -> Iterator[list[Call]]:
         return
     for extra in (more, {"encoder_hidden_states": torch.zeros(1, 77, width)} if isinstance(width, int) else None):
         if extra is not None:
-            yield [call_of(module, (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)), extra)]
+            sample = torch.zeros(()).expand(1, *shape)  # no memory, whatever the configuration says of its size
+            yield [call_of(module, (sample, torch.zeros(1, dtype=torch.long)), extra)]
 
 
 def _placed(folder: Path, module: nn.Module, stored: Mapping[str, Stored]) -> Iterator[tuple[str, Stored]]:

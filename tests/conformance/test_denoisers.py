@@ -23,8 +23,9 @@ SAMPLE = (
     "WanTransformer3DModel",  # keeps some layers in float32
     "StableCascadeUNet",
     "MultiControlNetModel",
+    "UNet1DModel",  # says that its samples are 65,536 long
 )
-"""One class of each kind: U-Net, video, control net, transformers of three ages, several models in one."""
+"""One class of each kind: U-Net, video, control net, transformers of three ages, several models in one, sound."""
 
 
 def chosen() -> list[str]:
