@@ -252,7 +252,7 @@ def _show_selection(name: str, selection: Mapping[str, Any]) -> None:
             "bytes": row["size_bytes"],
             "predicted loss": number(row["predicted"], ".3g"),
             "measured error": number(row["error"], ".3g"),
-            "by the chosen": number(row["ratio"], ".3g"),
+            "times the chosen": number(row["ratio"], ".3g"),
             "samples": row["samples"],
             "": row["verdict"],
         }

@@ -8,14 +8,22 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from mpqsearch.core import MetricValue, StudyRecord
 from mpqsearch.errors import UnknownNameError
 from mpqsearch.pareto import FULL_PRECISION_METHOD, ParetoFront
 from mpqsearch.report.labels import BITS_TITLE, metric_text
-from mpqsearch.report.style import INK, MUTED, SeriesStyle, axes_or_new, legend_below, series_styles, widen_x
+from mpqsearch.report.style import (
+    INK,
+    MUTED,
+    SeriesStyle,
+    axes_or_new,
+    legend_below,
+    plain_log_ticks,
+    series_styles,
+    widen_x,
+)
 
 Floats = NDArray[np.float64]
 
@@ -130,11 +138,10 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
 
 
 def _scale(ax: Axes, info: FrontInfo) -> None:
-    """The scale of the y axis, with numbers as people write them; between powers of ten where there are few of them."""
+    """The scale of the y axis."""
     if info.scale == "log":
         ax.set_yscale("log", nonpositive="clip")
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        ax.yaxis.set_major_formatter("{x:g}")
+        plain_log_ticks(ax)
     if info.scale == "symlog":
         largest = max(float(np.abs(s.value).max()) for s in info.series)
         # A power of ten, so that the ticks beside 0 are its ends.

@@ -210,7 +210,7 @@ def _points_table(records: Sequence[StudyRecord]) -> Table:
         ]
     if len({r.n_samples for r in records}) > 1:
         columns["Samples", "number"] = [Cell(f"{r.n_samples:,}", r.n_samples) for r in records]
-    columns["Seconds", "number"] = [Cell(number(r.seconds, 1), r.seconds) for r in records]
+    columns["Seconds", "number"] = [Cell(f"{r.seconds:,.1f}", r.seconds) for r in records]
     return table_of(columns)
 
 

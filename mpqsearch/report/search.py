@@ -151,7 +151,7 @@ def _arm_rows(entry: Data) -> list[dict[str, Any]]:
             "arm": "search (worse than uniform)" if r["arm"] == "search" and worse else r["arm"],
             "bits": float(r["average_bits"]),
             "kB": f"{r['size_bytes'] / 1000:,.1f}",
-            "error to uniform": float(r["error"] / uniform),
+            "error, share of uniform": float(r["error"] / uniform),
             "FD to FP, fresh": number(r.get("fd_fp", np.nan), 3),
             "FD to data, fresh": number(r.get("fd_data", np.nan), 3),
             "PSNR, fresh": number(r.get("paired_psnr", np.nan), 2),

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette without the yellow, which vanishes on white, and the black, which vanishes at night."""
@@ -89,8 +90,11 @@ def darkened(svg: bytes) -> bytes:
 
 
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """``ax``, or the axes of a new figure of ``size`` inches that pyplot does not know, so nothing has to be closed."""
-    return ShownFigure(figsize=size, layout="constrained").subplots() if ax is None else ax
+    """``ax``, or the axes of a new figure of ``size`` inches that pyplot does not know, so nothing has to be closed.
+
+    A compressed layout is a constrained one that keeps the labels of pictures, whose shape is fixed, in the figure.
+    """
+    return ShownFigure(figsize=size, layout="compressed").subplots() if ax is None else ax
 
 
 class ShownFigure(Figure):
@@ -110,6 +114,12 @@ def legend_below(ax: Axes, columns: int = 3, **options: Any) -> None:
     fitting = int(17 * ax.figure.get_figwidth() / (longest + 6)) if isinstance(ax.figure, Figure) else columns
     anchor = (0.5, -0.16)
     ax.legend(loc="upper center", bbox_to_anchor=anchor, ncols=max(1, min(columns, fitting)), **options)
+
+
+def plain_log_ticks(ax: Axes) -> None:
+    """Numbers on a logarithmic y axis as people write them; between powers of ten where there are few of them."""
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def widen_x(ax: Axes, share: float = 0.05) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,4 +47,4 @@ def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def _is_number(text: str) -> bool:
-    return not text or text.replace(",", "").replace(".", "", 1).removeprefix("-").isdigit()
+    return not text or re.fullmatch(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?", text) is not None

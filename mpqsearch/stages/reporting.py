@@ -153,10 +153,10 @@ def _selections(solved: Solved) -> list[dict[str, Any]]:
         {
             "budget": budget.label(),
             "candidate": row["candidate"],
-            "kB": f"{row['size_bytes'] / 1000:.1f}",
-            "predicted": _short(row["predicted"]),
-            "error": _short(row["error"]),
-            "by the chosen": _short(row["ratio"]),
+            "kB": f"{row['size_bytes'] / 1000:,.1f}",
+            "predicted loss": _short(row["predicted"]),
+            "measured error": _short(row["error"]),
+            "times the chosen": _short(row["ratio"]),
             "samples": row["samples"],
             "verdict": row["verdict"],
         }
@@ -166,7 +166,7 @@ def _selections(solved: Solved) -> list[dict[str, Any]]:
 
 
 def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _faults(run: Run) -> list[str]:
