@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mpqsearch import artifacts
-from mpqsearch.report.style import STYLE, series_styles
+from mpqsearch.report.style import STYLE, plain_log_ticks, series_styles
 
 METRICS = {
     "fd_fp": "FD to full precision",
@@ -148,6 +148,7 @@ def draw(table: pd.DataFrame) -> Figure:
                     ax.axhline(full.mean(), ls="--", lw=1, color="#8A8A8A")
                 if key != "paired_psnr":
                     ax.set_yscale("log")
+                    plain_log_ticks(ax)
                 ax.set_xticks(range(len(settings)), settings)
                 ax.set_xlim(-0.6, len(settings) - 0.4)
                 ax.set_title(f"{model}: {label}")
