@@ -74,7 +74,7 @@ def load(
     calls: str | Path | Calls | None = None,
     device: str = "auto",
     dtype: str = "float32",
-    component: str = "",
+    component: str | Sequence[str] = "",
     revision: str | None = None,
 ) -> Denoiser:
     """A model with the way it is run: an embedded name, a diffusers folder, ``owner/name`` of a hub, or
@@ -89,7 +89,7 @@ def load(
     dtype
         ``float32``, ``bfloat16``, ``float16`` or ``stored``.
     component
-        Part of a pipeline; empty: its denoisers.
+        Part of a pipeline; empty: its denoisers. Several (``("unet", "text_encoder")``) are one model with one budget.
 
     A module of your own comes through `mpqsearch.sampling.adapt`. Raises `ModelError` when there is no such model or
     its weights are not whole, `ConfigError` for prompts that are missing or empty.

@@ -15,6 +15,7 @@ from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
+from mpqsearch.sources import is_encoder
 from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.specs.targets import check_targets
@@ -137,6 +138,36 @@ class ActivationsConfig:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ConfigError(f"activations.samples must be at least 1, got {self.samples}")
+
+
+COMBINED = ("sum", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """Which parts of a pipeline are quantized, and share every budget.
+
+    parts
+        Denoisers and text encoders by their names in ``model_index.json``; empty: the denoisers. All else, such as the
+        autoencoder, stays as it is and is not counted. Example: ``["transformer", "text_encoder"]``.
+    combine
+        ``sum``: a budget is for all parts together. ``max``: for each by itself, as for parts that are never in memory
+        at the same time.
+    """
+
+    parts: tuple[str, ...] = ()
+    combine: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINED:
+            raise UnknownNameError("way to combine parts", self.combine, COMBINED, "(budget.combine)")
+        if len(set(self.parts)) < len(self.parts) or not all(self.parts):
+            raise ConfigError(f"budget.parts must be different names, got {list(self.parts)}")
+        if self.combine == "max" and len(self.parts) == 1:
+            raise ConfigError(
+                'budget.combine = "max" compares several parts, budget.parts names one: name another, or leave combine '
+                "out"
+            )
 
 
 SELECTIONS = ("measured", "none")
@@ -368,6 +399,7 @@ class Config:
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     prompts: PromptsSpec = field(default_factory=PromptsSpec)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     allocate: AllocateConfig = field(default_factory=AllocateConfig)
     methods: tuple[MethodSpec, ...] = DEFAULT_METHODS
@@ -404,6 +436,7 @@ class Config:
                 raise UnknownNameError("method", name, names, "(distill.methods)")
         self._check_search()
         self._check_seeds()
+        self._check_parts()
         if self.export.budget:
             Budget.parse(self.export.budget)
 
@@ -424,6 +457,26 @@ class Config:
         if searched and not self.search.trials:
             raise ConfigError(
                 f"the method {searched[0]!r} is what the outer search finds; set search.trials to run one"
+            )
+
+    @property
+    def component(self) -> str | tuple[str, ...]:
+        """The parts of the pipeline that are quantized; empty: its denoisers."""
+        return self.budget.parts or self.model.component
+
+    def _check_parts(self) -> None:
+        """Raise `ConfigError` for what does not go with the parts of the budget."""
+        b = self.budget
+        if b.parts and self.model.component:
+            raise ConfigError("model.component and budget.parts both say what is quantized: leave model.component out")
+        if self.distill.methods:
+            self.check_trainable()
+
+    def check_trainable(self) -> None:
+        """Raise `ConfigError` where parts of the model cannot be trained."""
+        if any(map(is_encoder, self.budget.parts)):
+            raise ConfigError(
+                "training (distill) changes denoisers alone: leave it out, or the text encoders out of budget.parts"
             )
 
     def _check_seeds(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ COMPONENTS = ("unet", "transformer", "prior", "decoder")
 
 TOGETHER = (("transformer", "transformer_2"), ("transformer", "unconditional_transformer"))
 """Denoisers that one pipeline calls in turn: they are one model with two parts."""
+
+ENCODER = "text_encoder"
+"""How pipelines begin the names of their text encoders."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -92,13 +95,22 @@ def components_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[str, str]:
+def is_encoder(part: str) -> bool:
+    """Whether a component of a pipeline is a text encoder, by its name."""
+    return part.startswith(ENCODER)
+
+
+def denoisers_of(index: Mapping[str, Any], component: str | Sequence[str], source: str) -> dict[str, str]:
     """Classes of the denoisers of a pipeline by component name: one, or two that its pipeline calls in turn.
 
-    ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Raises
-    `UnknownNameError` when there is none of this name.
+    ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Several are
+    denoisers and text encoders, which come last. Raises `UnknownNameError` when there is none of this name, and
+    `ModelError` for several without a denoiser.
     """
     found = components_of(index)
+    if not isinstance(component, str) and len(component) > 1:
+        return _parts_of(found, component, source)
+    component = component if isinstance(component, str) else "".join(component)
     first = component or next((p for p in COMPONENTS if p in found), "")
     if first not in found:
         raise UnknownNameError(
@@ -111,7 +123,34 @@ def denoisers_of(index: Mapping[str, Any], component: str, source: str) -> dict[
     return {name: found[name][1] for name in together or (first,)}
 
 
-def denoiser_folders(source: str, folder: Path, component: str) -> dict[str, Path]:
+def _parts_of(found: Mapping[str, tuple[str, str]], asked: Sequence[str], source: str) -> dict[str, str]:
+    """Classes of several parts of a pipeline that share a budget, the denoisers first."""
+    denoisers = {*COMPONENTS, *(name for pair in TOGETHER for name in pair)}
+    allowed = [n for n, (kind, _) in found.items() if n in denoisers or (is_encoder(n) and kind == "transformers")]
+    for name in asked:
+        if name not in allowed:
+            why = f"{source!r} has {name!r}, which stays as it is. " if name in found else ""
+            raise UnknownNameError("part", name, allowed, f"{why}Denoisers and text encoders can be parts of a budget.")
+    if all(map(is_encoder, asked)):
+        raise ModelError(
+            f"{', '.join(asked)} of {source!r} are text encoders alone: name a denoiser, too (allowed: "
+            f"{', '.join(allowed)})"
+        )
+    return {name: found[name][1] for name in sorted(asked, key=is_encoder)}
+
+
+def kept_components(source: str, component: str | Sequence[str]) -> dict[str, int]:
+    """Bytes of the weights of a pipeline's other components, by name; none for a source that is no pipeline folder."""
+    folder = local_folder(source)
+    if folder is None or not (folder / "model_index.json").is_file():
+        return {}
+    index = read_config(folder / "model_index.json")
+    others = [name for name in components_of(index) if name not in denoisers_of(index, component, source)]
+    sizes = {n: sum(file.stat().st_size for file in (folder / n).glob("*.safetensors")) for n in others}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def denoiser_folders(source: str, folder: Path, component: str | Sequence[str]) -> dict[str, Path]:
     """The folders with the denoisers' own ``config.json`` by the names of the parts; the name of a single one is empty.
 
     That is ``folder`` itself, or those of a pipeline folder. Raises `ModelError` when there is none, or when a
@@ -122,7 +161,8 @@ def denoiser_folders(source: str, folder: Path, component: str) -> dict[str, Pat
         names = denoisers_of(read_config(folder / "model_index.json"), component, source)
         folders = {name if len(names) > 1 else "": folder / name for name in names}
     elif component:
-        raise ModelError(f"{source} is a model and no pipeline, so it has no component {component!r}: leave it out")
+        shown = component if isinstance(component, str) else ", ".join(component)
+        raise ModelError(f"{source} is a model and no pipeline, so it has no component {shown!r}: leave it out")
     for inner in folders.values():
         if not (inner / "config.json").is_file():
             raise ModelError(
@@ -131,7 +171,7 @@ def denoiser_folders(source: str, folder: Path, component: str) -> dict[str, Pat
     return folders
 
 
-def model_files(source: str, component: str = "") -> dict[str, Path] | None:
+def model_files(source: str, component: str | Sequence[str] = "") -> dict[str, Path] | None:
     """The files that a denoiser and its samples depend on, by names that hold no path: of a model folder weights,
     configuration and scheduler, of a pipeline folder those of all its components.
 

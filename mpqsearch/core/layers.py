@@ -28,9 +28,10 @@ ROLES = (
     "linear",
     "first",
     "last",
+    "text",
     "unused",
 )
-"""What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
+"""What a layer does. ``text`` is any layer of a text encoder; ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
 skipped over layers, two ranges in one input; ``unused`` did not run on the examples, so nothing is known of its errors;
 ``conv`` and ``linear`` are what is left over."""
 

@@ -400,8 +400,9 @@ def call_of(
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())
-    floats = ((v, t) for v in named for t in tensors_in(v) if t.is_floating_point() and t.dim() > 1)
-    holder, sample = next(floats, (None, torch.zeros(1)))
+    wide = [(v, t) for v in named for t in tensors_in(v) if t.dim() > 1]
+    # Text encoders take no floats: their sample are the words.
+    holder, sample = next((p for p in wide if p[1].is_floating_point()), wide[0] if wide else (None, torch.zeros(1)))
     return Call(
         args=args,
         kwargs=kwargs,

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from mpqsearch.models.devices import float_dtype
 from mpqsearch.models.files import Stored, check_keys, check_shapes, keys_in, refuse_quantized, weight_files
 from mpqsearch.models.runner import Parts
 from mpqsearch.models.unwrap import plain_copy
-from mpqsearch.sources import components_of, denoisers_of, read_config
+from mpqsearch.sources import components_of, denoisers_of, is_encoder, read_config
 from mpqsearch.untrusted import build, quoted, read_bytes
 
 log = logging.getLogger("mpqsearch")
@@ -72,9 +72,15 @@ def load_part(folder: Path, *, dtype: str, device: torch.device) -> nn.Module:
 
 
 def load_pipeline(
-    source: str, folder: Path, *, dtype: str, device: torch.device, component: str = "", whole: bool = True
+    source: str,
+    folder: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    component: str | Sequence[str] = "",
+    whole: bool = True,
 ) -> LoadedPipeline:
-    """The denoisers of a pipeline folder. With ``whole`` it must be possible to open the rest, which is found out
+    """The denoisers of a pipeline folder, and the text encoders that ``component`` names with them. With ``whole`` it must be possible to open the rest, which is found out
     before weights are read.
 
     Raises `ModelError` for a pipeline or a component that the installed libraries do not have, and what loading a
@@ -85,7 +91,9 @@ def load_pipeline(
     if whole:
         with _quiet():
             _check_components(index, source, folder)
-    loaded = {name: _load(folder / name, settings, kind) for name, kind in components.items()}
+    with _quiet():
+        encoders = _modules(folder, {n: kind for n, kind in components.items() if is_encoder(n)}, settings)
+    loaded = {n: _load(folder / n, settings, kind) for n, kind in components.items() if n not in encoders} | encoders
     parts = {name: plain_copy(part.to(device)) for name, part in loaded.items()}
     single = next(iter(parts.values()))
     return LoadedPipeline(
@@ -236,7 +244,7 @@ def _load_encoder(folder: Path, kind: Any, settings: _How) -> nn.Module:
     with _bounded(SPARE_MODULES + 20 * len(stored), SPARE_BYTES + 8 * size):
         module, info = kind.from_pretrained(
             str(folder),
-            dtype=settings.dtype,
+            dtype=settings.dtype or "auto",
             use_safetensors=True,
             variant=next(iter(_only_variants(folder)), None),
             local_files_only=True,

@@ -32,7 +32,8 @@ class Denoises(Protocol):
 
 
 class Parts(nn.ModuleDict):
-    """Several denoisers of one pipeline, such as the two of Wan 2.2: one model with one budget."""
+    """Several parts of one pipeline, the denoisers (such as the two of Wan 2.2) before text encoders: one model with
+    one budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class Runner(Protocol):
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The denoisers in a module by name; the name of a single one is empty."""
+    """The parts of a module by name; the name of a single one is empty."""
     return dict(module.items()) if isinstance(module, Parts) else {"": module}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from mpqsearch.models.discover import table_of
 from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
 from mpqsearch.models.loader import classes_of, sample_shape_of, structure
 from mpqsearch.models.runner import Parts
-from mpqsearch.sources import denoiser_folders, local_folder, model_name, read_config
+from mpqsearch.sources import denoiser_folders, is_encoder, local_folder, model_name, read_config
 
 log = logging.getLogger("mpqsearch")
 
@@ -110,7 +110,7 @@ def _converted(piece: Tensor, dtype: torch.dtype, buffer: Tensor) -> Tensor:
     return buffer[: len(piece)].copy_(piece) if dtype == torch.float32 else piece.to(dtype)
 
 
-def open_streamed(source: str, *, component: str = "") -> StreamedModel:
+def open_streamed(source: str, *, component: str | Sequence[str] = "") -> StreamedModel:
     """Open a model folder without loading its weights.
 
     source
@@ -128,6 +128,8 @@ def open_streamed(source: str, *, component: str = "") -> StreamedModel:
     parts: dict[str, nn.Module] = {}
     stored: dict[str, Stored] = {}
     for name, inner in denoiser_folders(source, folder, component).items():
+        if is_encoder(name):
+            raise ModelError(f"the {name} of {source} cannot be streamed from the disk, only denoisers: load the model")
         config = read_config(inner / "config.json")
         refuse_quantized(inner, config)
         found = weight_files(inner).tensors()

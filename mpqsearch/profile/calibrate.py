@@ -17,6 +17,7 @@ from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.weighing import Weighing
 from mpqsearch.quant import RowStatistics
 from mpqsearch.sampling import each_call, n_calls
+from mpqsearch.sources import is_encoder
 from mpqsearch.specs import CalibrationSpec
 
 Progress = Callable[[str, int, int], None]
@@ -78,25 +79,28 @@ def calibrate(
     second_moments: bool = True,
 ) -> Calibration:
     """Run the model for the calibration seeds, one at a time; keep input statistics of every layer and, with
-    ``weighing``, steps to measure sensitivities at, spread evenly over seeds and runs.
+    ``weighing``, steps to measure sensitivities at, spread evenly over seeds and runs, and as many prompts of text
+    encoders that are parts of the model.
 
     Without ``second_moments`` these are left empty.
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     weighs = weighing or Weighing()
     total = len(seeds) * len(weighs.steps) or n_calls(denoiser, len(seeds), batch=1)
-    wanted = frozenset() if weighing is None else _spread(total, spec.probe_inputs)
-    steps: list[list[Call]] = []
+    encoded = len(seeds) * sum(bool(step.part) for step in weighs.steps)
+    most = 0 if weighing is None else spec.probe_inputs
+    wanted = {False: _spread(total - encoded, most), True: _spread(encoded, most)}
+    seen = {False: 0, True: 0}
     times: list[float] = []
     pool: dict[str, Tensor] = {}
-    done = 0
+    steps: list[list[Call]] = []
 
     def take(calls: list[Call], _predictions: list[Tensor]) -> None:
-        nonlocal done
-        if done in wanted:
+        kind = is_encoder(calls[0].part)
+        if seen[kind] in wanted[kind]:
             steps.append([call.kept(pool) for call in calls])
-        times.extend(call.timestep for call in calls)
-        done += 1
+        times.extend(call.timestep for call in calls if not kind)
+        seen[kind] += 1
 
     with InputCollector(denoiser.module, table, second_moments=second_moments) as collector:
         run_sampler(denoiser, seeds, "calibrate", progress, take=weighs.by_step(take), batch=1)

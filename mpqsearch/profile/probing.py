@@ -24,6 +24,7 @@ from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
 from mpqsearch.profile.weighing import Weighing
+from mpqsearch.sources import is_encoder
 
 BUCKETS = 5
 """Equal parts of a run, noise first, for which sensitivities of output channels are kept apart."""
@@ -86,11 +87,26 @@ class Probing:
         """One forward pass a call of these steps and one backward pass a projection. Leaves the model as it was.
 
         ``sensitivity`` ``[C]``, ``step_sensitivity`` ``[C, B]`` (0 in a bucket without steps), and the layer totals of
-        `layer_arrays` ``layer_probe``. Standard errors are over steps and projections. Raises `NumericsError` when the
-        output is not finite.
+        `layer_arrays` ``layer_probe``. Standard errors are over steps and projections. Calls of text encoders weigh as
+        their share of a run, however many are among ``steps``. Raises `NumericsError` when the output is not finite.
         """
+        run, share = 1 + max(calls[-1].index for calls in steps), self.weighing.encoding
+        prompts = [calls for calls in steps if is_encoder(calls[0].part)]
+        if not prompts:
+            return self._measured(steps, run, progress)
+        others = [calls for calls in steps if not is_encoder(calls[0].part)]
+        found, encoded = (self._measured(some, run, progress) for some in (others, prompts))
+        mine = np.array([is_encoder(la.name) for la in self.table])
+        own = {len(mine): mine, self.table.n_channels: np.repeat(mine, [la.n_channels for la in self.table])}
+        return {
+            key: np.where(own[len(a)].reshape(-1, *[1] * (a.ndim - 1)), share * encoded[key], (1 - share) * a)
+            for key, a in found.items()
+        }
+
+    def _measured(self, steps: Sequence[Sequence[Call]], run: int, progress: Progress) -> Arrays:
+        """`measure` of steps of one kind; ``run``: calls of a whole run."""
         generator = torch.Generator().manual_seed(self.seed)
-        sums, run = self._sums(len(steps)), 1 + max(calls[-1].index for calls in steps)
+        sums = self._sums(len(steps))
         module = self.denoiser.module
         with checkpointed(module, self.checkpoint), GradientTap(module, self.table) as tap:
             for done, calls in enumerate(steps, start=1):
@@ -126,7 +142,7 @@ class Probing:
         by_bucket = torch.cat([sums.by_bucket[la.name] for la in self.table], 1).numpy()
         by_step = by_bucket / np.maximum(sums.counts, 1)[:, None]
         return {
-            "sensitivity": (by_bucket.sum(0) / sums.counts.sum()).astype(np.float32),
+            "sensitivity": (by_bucket.sum(0) / max(int(sums.counts.sum()), 1)).astype(np.float32),
             "step_sensitivity": by_step.T.astype(np.float32),
             **layer_arrays("layer_probe", sums.squares),
         }

@@ -29,7 +29,7 @@ TakeStep = Callable[[list[Call], list[Tensor]], None]
 class Weighing:
     """Mixes and scales the raw predictions of a step so that the squared norm of their error is the mean squared error
     that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they
-    are independent.
+    are independent. Calls of text encoders are steps by themselves.
 
     ``steps`` are those of `scheduler_steps`: the halves of classifier-free guidance become the guided prediction, be
     they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler
@@ -54,6 +54,11 @@ class Weighing:
         rows = torch.cat([p.float().reshape(len(p) // samples, -1) for p in predictions])
         mixed: Tensor = (mix.to(rows.device) @ rows) * (gain / rows.shape[1]) ** 0.5
         return mixed
+
+    @property
+    def encoding(self) -> float:
+        """Share of the steps that are calls of text encoders."""
+        return sum(bool(step.part) for step in self.steps) / max(len(self.steps), 1)
 
     @property
     def _ends(self) -> list[int]:

@@ -13,6 +13,7 @@ from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models.calls import Call, call_of, mapped, tensors_in
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Hooks, parts_of
+from mpqsearch.sources import is_encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class Chain:
     (all floating-point outputs). ``seen`` are those of the call's arguments that depend on earlier predictions, as
     functions of them, ``final`` the latents after the last step as a function of all predictions. So the gradient
     through the whole sampler is put together call by call, with the graph of one call in memory, for any scheduler,
-    multi-step ones included. ``steps`` names the step of the scheduler that each call was made for.
+    multi-step ones included. ``steps`` names the step of the scheduler that each call was made for; a call of a text
+    encoder has a negative one of its own.
     """
 
     calls: tuple[Call, ...]
@@ -75,7 +77,7 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
 
         calls.append(call_of(owners[part], mapped(args, kept), mapped(kwargs, kept), part=part, index=len(calls)))
         seen.append(tuple(t.clone() for t in tensors_in((args, kwargs)) if t.requires_grad))
-        of_step.append(len(steps))
+        of_step.append(-len(calls) if is_encoder(part) else len(steps))
         with torch.no_grad():
             out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
         mine: list[Tensor] = []
@@ -140,7 +142,7 @@ def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStep:
-    """``n_calls`` of the denoiser, and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
+    """``n_calls`` of the denoiser (or one of a text encoder, by itself, with its ``part``), and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
     rows are one of ``mix @ errors``, with ``mix`` ``[r, k]``. An error that all rows share stays as it is.
 
     Classifier-free guidance ``u + g (c - u)`` has the mix ``[[1 - g, g]]``, in one call of two rows a sample or in two
@@ -149,6 +151,7 @@ class SchedulerStep:
 
     n_calls: int
     mix: Tensor | None
+    part: str = ""
 
 
 def scheduler_steps(denoiser: Denoiser, seeds: Sequence[int]) -> list[SchedulerStep]:
@@ -163,10 +166,15 @@ def scheduler_steps(denoiser: Denoiser, seeds: Sequence[int]) -> list[SchedulerS
     objective = sum((probed(t) for seen in made.seen for t in seen), probed(made.final))
     along = iter(gradients(objective, [p for predictions in made.predictions for p in predictions]))
     by_step: dict[int, list[Tensor | None]] = {}
+    encoders = {step: call.part for step, call in zip(made.steps, made.calls, strict=True) if step < 0}
     for step, call, predictions in zip(made.steps, made.calls, made.predictions, strict=True):
         first, *more = [next(along) for _ in predictions]
-        by_step.setdefault(step, []).append(None if more or len(first) != call.batch else first)
-    return [SchedulerStep(n_calls=len(calls), mix=_mix(calls, len(seeds))) for calls in by_step.values()]
+        apart = more or len(first) != call.batch or step in encoders
+        by_step.setdefault(step, []).append(None if apart else first)
+    return [
+        SchedulerStep(n_calls=len(calls), mix=_mix(calls, len(seeds)), part=encoders.get(step, ""))
+        for step, calls in by_step.items()
+    ]
 
 
 def gradients(objective: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

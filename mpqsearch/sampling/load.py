@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner
 from mpqsearch.sampling.recorded import RecordedRunner
-from mpqsearch.sources import denoiser_folders, is_function, local_folder, model_name, read_config
+from mpqsearch.sources import denoiser_folders, is_encoder, is_function, local_folder, model_name, read_config
 from mpqsearch.specs import PromptsSpec, SamplerSpec
 from mpqsearch.untrusted import build
 
@@ -43,7 +43,7 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     dtype: str = "float32",
-    component: str = "",
+    component: str | Sequence[str] = "",
     sampler: SamplerSpec | None = None,
     prompts: Prompts | None = None,
     calls: Calls | None = None,
@@ -61,7 +61,8 @@ def load_model(
     dtype
         ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
     component
-        Part of a pipeline, such as ``controlnet``; empty: its denoisers.
+        Part of a pipeline, such as ``controlnet``; empty: its denoisers. Several, denoisers and text encoders, are one
+        model with several parts, such as ``("unet", "text_encoder")``.
     sampler, prompts
         How samples are drawn, and what they show. What is left open comes from the files `sampler.json` and
         `prompts.txt` of a pipeline folder, where it has them: how its pictures are meant to be drawn.
@@ -94,6 +95,11 @@ def load_model(
     folder = folder or downloaded(source, revision)
     sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
     pipeline = load_pipeline(source, folder, dtype=dtype, device=where, component=component, whole=calls is None)
+    if calls is not None and any(map(is_encoder, pipeline.components)):
+        raise ConfigError(
+            f"recorded calls do not show what an error of the text encoders of {source} does to a sample: leave them "
+            "out, or let the pipeline run"
+        )
     if calls is not None:
         runner: Runner = _recorded(calls, pipeline.module)
     else:

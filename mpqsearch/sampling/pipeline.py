@@ -32,6 +32,7 @@ from mpqsearch.models.runner import (
 )
 from mpqsearch.prompts import Prompts
 from mpqsearch.sampling.encoded import EncodedPrompts
+from mpqsearch.sources import is_encoder
 from mpqsearch.specs import SamplerSpec
 
 log = logging.getLogger("mpqsearch")
@@ -93,7 +94,8 @@ class PipelineRunner:
         Gives the pipeline around the denoisers that it is handed, by component name. Called when something first runs,
         and again when prompts must be encoded after the text encoders were released.
     components
-        Names of the components that are the denoisers: those of the `Parts`, or of the single module.
+        Names of the components that are the denoisers: those of the `Parts`, or of the single module. Text encoders
+        among them encode every prompt anew when it is drawn, so that samples have the errors of their weights.
     prompts
         What samples show; pipelines for text need them for everything but their layers.
     encoded
@@ -187,7 +189,7 @@ class PipelineRunner:
     def encode(self, module: nn.Module, seeds: Sequence[int], *, batch: int = 0) -> None:
         """Encode the prompts of these seeds in the batches in which they will be drawn, then release the text encoders;
         without a folder to keep them in, prompts are encoded when they are drawn."""
-        if not hasattr(self.pipe(module), "encode_prompt") or self._encoded.folder is None:
+        if not hasattr(self.pipe(module), "encode_prompt") or self._encoded.folder is None or self._encodes:
             return
         self._require_prompts(self.pipe(module))
         size = 1 if self._habits(module).singly else batch or self.batch
@@ -209,6 +211,11 @@ class PipelineRunner:
         kind = self._identity.get("pipeline", "pipeline")
         steps = f", {self.spec.steps} steps" if self.spec.steps else ""
         return f"{kind}{steps}" + (f", {self.prompts!r}" if self.prompts is not None else "")
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether a text encoder is among the parts of the model."""
+        return any(map(is_encoder, self._components))
 
     def _by_component(self, module: nn.Module) -> dict[str, nn.Module]:
         parts = parts_of(module)
@@ -232,7 +239,7 @@ class PipelineRunner:
                 component.eval().requires_grad_(False)
         self._check_call(pipe)
         # Others, such as vocoders and the encoders of a prior, are called beside `encode_prompt`.
-        self._encoders = tuple(n for n, c in pipe.components.items() if n.startswith("text_encoder") and c is not None)
+        self._encoders = tuple(n for n, c in pipe.components.items() if is_encoder(n) and c is not None)
         return pipe
 
     def _check_call(self, pipe: Any) -> None:
@@ -338,6 +345,9 @@ class PipelineRunner:
     @contextmanager
     def _encoded_in(self, pipe: Any, module: nn.Module) -> Iterator[None]:
         """Prompts from memory; the encoders are loaded again when one is asked for that is not there."""
+        if self._encodes:
+            yield
+            return
 
         def load() -> None:
             if any(isinstance(getattr(pipe, n), _LetGo) for n in self._encoders):
@@ -376,7 +386,7 @@ class PipelineRunner:
                     f"{type(self._pipe).__name__} never calls the step of its scheduler: its samples cannot be followed"
                 )
             chosen: list[Call] = []
-            for part in dict.fromkeys(c.part for c in seen.calls):
+            for part in parts_of(module):
                 mine = [c for c in seen.calls if c.part == part]
                 chosen += mine[:: max(1, len(mine) // EXAMPLES)][:EXAMPLES]
             singly = not self._same_in_a_batch(module, pair, seen)
@@ -425,6 +435,8 @@ class PipelineRunner:
             owner = parts_of(module)[part]
             made = call_of(owner, args, kwargs, part=part, index=len(seen.calls))
             seen.calls.append(made)
+            if is_encoder(part):
+                return real(*args, **kwargs)
             key = (part, *(tuple(t.shape) for t in tensors_in((args, kwargs))))
             if key not in forms:
                 forms[key] = real(*args, **kwargs)

@@ -62,7 +62,7 @@ class Run:
             device=c.device,
             revision=c.revision,
             dtype=c.dtype,
-            component=c.component,
+            component=self.config.component,
             sampler=self.config.sampler,
             prompts=self.prompts,
             calls=load_calls(captured) if captured else None,
@@ -77,7 +77,7 @@ class Run:
     @property
     def _encoded(self) -> Path | None:
         """Where encoded prompts are kept: by the content of the pipeline, so that other weights never answer."""
-        files = None if self.dry_run else model_files(self.config.model.source, self.config.model.component)
+        files = None if self.dry_run else model_files(self.config.model.source, self.config.component)
         return None if files is None else self.path("stats", f"prompts-{self.files.of_all(files)[:16]}")
 
     @cached_property
@@ -85,7 +85,7 @@ class Run:
         """The model with its weights left on disk."""
         from mpqsearch.models import open_streamed
 
-        return open_streamed(self.config.model.source, component=self.config.model.component)
+        return open_streamed(self.config.model.source, component=self.config.component)
 
     @cached_property
     def files(self) -> FileDigests:
@@ -101,10 +101,10 @@ class Run:
         runner says of the rest, as those of a given model do.
         """
         c, captured = self.config.model, self.config.calibration.captured
-        files = model_files(c.source, c.component) if self.given is None else None
+        files = model_files(c.source, self.config.component) if self.given is None else None
         inputs = {
             "model_files": self.files.of_all(files) if files is not None else self._loaded_digest,
-            "model_settings": artifacts.digest_of([c.component, c.dtype, dict(self.config.sampler.call)]),
+            "model_settings": artifacts.digest_of([self.config.component, c.dtype, dict(self.config.sampler.call)]),
         }
         inputs |= {"prompts": self.prompts.digest} if self.prompts is not None else {}
         return inputs | ({"calls": self.files.of(Path(captured))} if captured else {})

@@ -193,7 +193,7 @@ def loading(run: Run, target: Target, folder: Path) -> str:
     source = None if run.given is not None else local_folder(c.source)
     if source is None or not (source / "model_index.json").is_file():
         return code
-    (part,) = denoiser_folders(c.source, source, c.component).values()
+    (part,) = denoiser_folders(c.source, source, run.config.component).values()
     return (
         f"{code}\n\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
         f"pipeline = DiffusionPipeline.from_pretrained(\n    {source.as_posix()!r}, {part.name}=model, "

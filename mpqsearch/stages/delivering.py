@@ -129,7 +129,7 @@ def source_bytes(run: Run) -> int:
     folder = None if run.given is not None else local_folder(c.source)
     if folder is None:
         return loaded
-    parts = denoiser_folders(c.source, folder, c.component).values()
+    parts = denoiser_folders(c.source, folder, run.config.component).values()
     stored = sum(file.stat().st_size for part in parts for file in part.glob("*.safetensors"))
     return min(stored, loaded) or loaded
 

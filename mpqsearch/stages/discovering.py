@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpqsearch.core import LayerTable
 from mpqsearch.progress import bars_of
+from mpqsearch.sources import kept_components
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.reuse import LAYERS, reuse_or_make
 
@@ -30,6 +31,10 @@ def _discover(run: Run) -> LayerTable:
         f"layers: {len(table)} weight layers, {table.n_channels} output channels, {table.n_weights} weights; "
         f"{table.n_parameters - table.n_weights} other parameters stay at full precision"
     )
+    beside = kept_components(run.config.model.source, run.config.component) if run.given is None else {}
+    if beside:
+        listed = ", ".join(f"{name} ({size / 1e6:.3g} MB)" for name, size in beside.items())
+        run.say(f"layers: not quantized and not counted: {listed}; budget.parts says what is")
     unknown = [k.name for k in table.kept if k.reason.startswith("unknown")]
     if unknown:
         run.say(f"layers: kept at full precision because no quantizer here knows them: {', '.join(unknown)}")

@@ -44,6 +44,7 @@ def distill(run: Run, method_name: str, budget: Budget) -> dict[str, Any]:
     and distance of each. The same call continues an interrupted training. Raises `SystemExit` with 128 plus the
     signal's number after a signal.
     """
+    run.config.check_trainable()
     if not run.reads_only:
         check_sampling(run, "training on trajectories of the sampler (distill)")
     method = run.config.method(method_name)
