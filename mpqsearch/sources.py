@@ -105,12 +105,11 @@ def denoisers_of(index: Mapping[str, Any], component: str | Sequence[str], sourc
 
     ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Several are
     denoisers and text encoders, which come last. Raises `UnknownNameError` when there is none of this name, and
-    `ModelError` for several without a denoiser.
+    `ModelError` for text encoders without a denoiser.
     """
     found = components_of(index)
-    if not isinstance(component, str) and len(component) > 1:
-        return _parts_of(found, component, source)
-    component = component if isinstance(component, str) else "".join(component)
+    if not isinstance(component, str) or is_encoder(component):
+        return _parts_of(found, (component,) if isinstance(component, str) else component, source)
     first = component or next((p for p in COMPONENTS if p in found), "")
     if first not in found:
         raise UnknownNameError(

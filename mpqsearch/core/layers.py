@@ -31,9 +31,9 @@ ROLES = (
     "text",
     "unused",
 )
-"""What a layer does. ``text`` is any layer of a text encoder; ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
-skipped over layers, two ranges in one input; ``unused`` did not run on the examples, so nothing is known of its errors;
-``conv`` and ``linear`` are what is left over."""
+"""What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
+skipped over layers, two ranges in one input; ``text`` is any layer of a text encoder; ``unused`` did not run on the
+examples, so nothing is known of its errors; ``conv`` and ``linear`` are what is left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,9 +125,17 @@ def loaded(
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """The diffusers class that a ``config.json`` names. Raises `ArtifactError` when there is none."""
+    """The class of diffusers, or of transformers, that a ``config.json`` names. Raises `ArtifactError` when there is
+    none."""
     import diffusers
 
+    if "_class_name" not in config and config.get("architectures"):
+        import transformers
+
+        encoder = getattr(transformers, str(config["architectures"][0]), None)
+        if isinstance(encoder, type) and issubclass(encoder, transformers.PreTrainedModel):
+            return encoder
+        raise ArtifactError(f"transformers has no model {config['architectures'][0]!r}")
     maker = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(maker, type) and issubclass(maker, diffusers.ConfigMixin) and issubclass(maker, nn.Module)):
         raise ArtifactError(f"diffusers has no model {config.get('_class_name')!r}")

@@ -136,6 +136,7 @@ class NeutralTarget(Target):
     holds_any_map = True
     payload = False
     inputs = True
+    encoders = True
     needs_config = False
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:

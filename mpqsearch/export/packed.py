@@ -60,6 +60,7 @@ class PackedTarget(Target):
     full_bits = 16
     kept_bits = 16
     tolerance = 0.0
+    encoders = True
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """Every width, for every layer."""
@@ -259,25 +260,35 @@ def write_packed(
     for name, rows in layers:
         names.add(f"{name}.weight")
         packed |= {f"{name}{_MARK}{key}": tensor for key, tensor in pack_layer(rows).items()}
-    kept = {k: v for k, v in module.state_dict().items() if k not in names and not k.startswith(ours)}
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}  # under two names, such as the words of a T5
+    for key, value in module.state_dict(keep_vars=True).items():
+        if first.setdefault(id(value), key) != key:
+            tied[key] = first[id(value)]
+    skipped = {*names, *tied}
+    kept = {k: v for k, v in module.state_dict().items() if k not in skipped and not k.startswith(ours)}
     plain = {k: in_half(v.detach().cpu()) for k, v in kept.items()}
     (folder / HEADER).unlink(missing_ok=True)
     save_tensors(folder / FILE, packed | plain, {"format": "mpqsearch.packed"})
     digest = digest_file(folder / FILE)
     data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "sha256": digest}
+    data |= {"tied": tied} if tied else {}
     write_json(folder / HEADER, _SCHEMA, data, dict(inputs))
     return [folder / FILE, folder / HEADER]
 
 
 def _config_of(module: nn.Module) -> dict[str, Any]:
-    """What a model is built from again; of several denoisers under ``parts``."""
+    """What a model is built from again; of several parts under ``parts``."""
     from mpqsearch.models.runner import Parts
 
     if isinstance(module, Parts):
         return {"parts": {name: _config_of(part) for name, part in module.items()}}
     config = plain_config(module)
     if config is None:
-        raise ConfigError(f"{type(module).__name__} has no diffusers configuration from which it could be built again")
+        raise ConfigError(
+            f"{type(module).__name__} has no configuration of diffusers or transformers from which it could be built "
+            "again"
+        )
     return config
 
 
@@ -287,13 +298,20 @@ def _built(config: Mapping[str, Any]) -> nn.Module:
 
     if "parts" in config:
         return Parts({name: _built(part) for name, part in config["parts"].items()})
-    module: nn.Module = model_class(config).from_config(config)
+    cls = model_class(config)
+    module: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else _encoder_of(cls, config)
+    return module
+
+
+def _encoder_of(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    """A model of transformers; attention as it is by default, whatever library was there when it was written."""
+    module: nn.Module = cls(cls.config_class.from_dict(dict(config)))
     return module
 
 
 def load_quantized(path: str | Path) -> nn.Module:
     """The diffusers model of a packed checkpoint in float32, with the weights of the fake-quantized forward, bit for
-    bit; of several denoisers a `Parts`.
+    bit; of several parts, text encoders among them, a `Parts`: ``pipeline.from_pretrained(source, **parts)``.
 
     Raises `ArtifactError` when the checkpoint is missing, cut off or altered.
     """
@@ -318,6 +336,7 @@ def load_quantized(path: str | Path) -> nn.Module:
     table = build(LayerTable, data["model"], str(folder / HEADER))
     for name, tensors in packed.items():
         state[f"{name}.weight"] = weight_of(unpack_layer(tensors, table[name]), table[name])
+    state |= {key: state[first] for key, first in data.get("tied", {}).items()}
     with init_empty_weights():  # random weights take longer than reading all of them
         module = _built(data["config"])
     try:

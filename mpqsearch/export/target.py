@@ -66,6 +66,7 @@ class Target:
     ``pip install`` of ``requires``. ``kinds``: layer kinds it quantizes (empty: all). ``granularity``: ``layer`` or
     ``channel``. ``holds_any_map``: there are no formats of its own to allocate over. ``limits``: for messages, which
     shapes it needs. ``payload``: weights are written. ``inputs``: widths of layers' inputs are written too.
+    ``encoders``: text encoders have a place in it.
     ``full_bits`` and ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight
     layer. ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the
     consumer derives scales anew, so that ranges and schemes of a map are not used. ``any_scheme``: codes of all schemes
@@ -87,6 +88,7 @@ class Target:
     limits = ""
     payload = True
     inputs = False
+    encoders = False
     rerounds = True
     needs_config = True
     full_bits = 32
@@ -152,6 +154,15 @@ class Target:
         """Layers whose inputs the map quantizes, with the width, where the target says nothing of inputs."""
         return {} if self.inputs else {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
 
+    def check_parts(self, table: LayerTable) -> None:
+        """Raise `ConfigError` for a model with text encoders where these have no place."""
+        held = dict.fromkeys(la.name.partition(".")[0] for la in table if la.role == "text")
+        if held and not self.encoders:
+            raise ConfigError(
+                f"{self.name} holds a denoiser alone, and {', '.join(held)} is in the budget (budget.parts): export "
+                "for packed or neutral, or leave it out of budget.parts"
+            )
+
     def cost(self, layer: LayerSpec, choice: Choice | None) -> StoredBits:
         """What the layer takes in the target's own file; None stands for full precision."""
         return unquantized_bits(layer, self.full_bits) if choice is None else self.coded(layer, choice)
@@ -178,6 +189,7 @@ class Target:
         """
         from mpqsearch.export.neutral import write_map
 
+        self.check_parts(job.table)
         plan = self.plan(job)
         if job.denoiser is None and self.payload:
             raise ConfigError(f"the target {self.name!r} needs the model: give ExportJob a denoiser")
@@ -374,9 +386,13 @@ def write_config(folder: Path, module: nn.Module, extra: Mapping[str, Any] | Non
 
 
 def plain_config(module: nn.Module) -> dict[str, Any] | None:
-    """The configuration that diffusers writes of a model; None for one of another kind."""
-    to_text = getattr(module, "to_json_string", None)
-    return None if to_text is None else dict(parse_json(to_text(), type(module).__name__, infinite=True))
+    """The configuration that diffusers or transformers writes of a model; None for one of another kind."""
+    own = module if hasattr(module, "to_json_string") else getattr(module, "config", None)
+    to_text = getattr(own, "to_json_string", None)
+    if to_text is None:
+        return None
+    config = dict(parse_json(to_text(), type(module).__name__, infinite=True))
+    return config if own is module else config | {"architectures": [type(module).__name__]}
 
 
 def damage(folder: Path, target: str) -> list[str]:

@@ -80,8 +80,8 @@ def load_pipeline(
     component: str | Sequence[str] = "",
     whole: bool = True,
 ) -> LoadedPipeline:
-    """The denoisers of a pipeline folder, and the text encoders that ``component`` names with them. With ``whole`` it must be possible to open the rest, which is found out
-    before weights are read.
+    """The denoisers of a pipeline folder, and the text encoders that ``component`` names with them. With ``whole`` it
+    must be possible to open the rest, which is found out before weights are read.
 
     Raises `ModelError` for a pipeline or a component that the installed libraries do not have, and what loading a
     denoiser raises.

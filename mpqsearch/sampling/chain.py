@@ -142,8 +142,9 @@ def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStep:
-    """``n_calls`` of the denoiser (or one of a text encoder, by itself, with its ``part``), and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
-    rows are one of ``mix @ errors``, with ``mix`` ``[r, k]``. An error that all rows share stays as it is.
+    """``n_calls`` of the denoiser, and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
+    rows are one of ``mix @ errors``, with ``mix`` ``[r, k]``. An error that all rows share stays as it is. A call of a
+    text encoder, whose ``part`` is named, is a step by itself.
 
     Classifier-free guidance ``u + g (c - u)`` has the mix ``[[1 - g, g]]``, in one call of two rows a sample or in two
     calls; a step with one row ``[[1]]``. None: the predictions are no rows that could be mixed.

@@ -159,6 +159,7 @@ def _offer(run: Run, target: Target, budget: Budget) -> dict[str, Any]:
     from mpqsearch.export import ExportJob
     from mpqsearch.export.target import SIZE_TOLERANCE
 
+    target.check_parts(run.table)
     if target.granularity == "channel":
         method = run.config.method(run.config.chosen_method(None))
         plain = plain_method(method, run.profile) if method.allocator == "measured" else method

@@ -184,19 +184,23 @@ def _command(run: Run, data: Mapping[str, Any]) -> str:
 
 
 def loading(run: Run, target: Target, folder: Path) -> str:
-    """Python that loads an export, into the pipeline that its model came from where that is a folder with one denoiser;
-    empty where the target says nothing of it."""
+    """Python that loads an export, into the pipeline that its model came from where that is a folder; empty where the
+    target says nothing of it, or not of several parts."""
+    from mpqsearch.models.runner import parts_of
+
     module, c = run.denoiser.module, run.config.model
-    if not target.loading or not hasattr(module, "config"):  # several denoisers, or a module of the user's
+    several = target.encoders and len(parts_of(module)) > 1
+    if not target.loading or not (several or hasattr(module, "config")):  # or a module of the user's
         return ""
     code = target.loading.format(cls=type(module).__name__, folder=folder.as_posix())
     source = None if run.given is not None else local_folder(c.source)
     if source is None or not (source / "model_index.json").is_file():
         return code
-    (part,) = denoiser_folders(c.source, source, run.config.component).values()
+    part, *_ = denoiser_folders(c.source, source, run.config.component).values()
+    given = "**model" if several else f"{part.name}=model"
     return (
         f"{code}\n\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipeline = DiffusionPipeline.from_pretrained(\n    {source.as_posix()!r}, {part.name}=model, "
+        f"pipeline = DiffusionPipeline.from_pretrained(\n    {source.as_posix()!r}, {given}, "
         "torch_dtype=torch.float32\n)"  # as the model: text encoders come in the type that they are stored in
     )
 

@@ -160,6 +160,7 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, ow
     from mpqsearch.export import get_exporter
 
     target = get_exporter(name)
+    target.check_parts(run.table)
     chosen = chosen_method(run, records)
     trained = name not in run.config.allocate.targets and _is_trained(run, chosen, budget)
     own = _own_map(run, target, budget, chosen) if own_maps and not trained else None

@@ -52,9 +52,12 @@ def _write_part(folder: Path, module: nn.Module, original: nn.Module) -> None:
 
     names = original.state_dict().keys()  # quantizers of activations are no part of a diffusers folder
     weights = {k: v.contiguous().clone() for k, v in module.state_dict().items() if k in names}
-    with artifacts.atomic_write(folder / "diffusion_pytorch_model.safetensors") as handle:
+    ours = hasattr(module, "to_json_string")  # of diffusers; a text encoder's configuration writes itself
+    file = "diffusion_pytorch_model.safetensors" if ours else "model.safetensors"
+    with artifacts.atomic_write(folder / file) as handle:
         handle.write(save(weights, metadata={"format": "pt"}))
-    artifacts.write_text(folder / "config.json", module.to_json_string())  # type: ignore[operator]
+    writer: Any = module if ours else module.config
+    artifacts.write_text(folder / "config.json", writer.to_json_string())
 
 
 def _write_plain(path: Path, data: dict[str, Any]) -> None:

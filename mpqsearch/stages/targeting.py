@@ -65,6 +65,7 @@ def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
 
 def plain_map(run: Run, target: Target, budget: Budget) -> TargetAllocation:
     """The map of least predicted loss over the formats of a target, unmeasured."""
+    target.check_parts(run.table)
     return _solved(run, target, budget, run.config.policy, *losses_for(run, target))
 
 

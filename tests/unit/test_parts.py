@@ -1,0 +1,194 @@
+"""Text encoders in the budget: they are parts of one model with the denoisers, and samples have their errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mpqsearch.config import config_from
+from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat
+from mpqsearch.core.budget import uniform_map
+from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.export import get_exporter
+from mpqsearch.export.packed import load_quantized, save_quantized
+from mpqsearch.models import Denoiser, discover, open_streamed, weights_digest
+from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
+from mpqsearch.profile.final_probes import final_effects
+from mpqsearch.prompts import Prompt, Prompts
+from mpqsearch.quant import QuantizedModel, quantize_model
+from mpqsearch.sampling import SamplerSpec, latents, load_model, samples
+from mpqsearch.sources import kept_components
+from mpqsearch.stages.quantizing import _write_part
+from tests.support.pipelines import PROMPTS, TINY
+
+PARTS = ("text_encoder", "unet")
+SEEDS = [1_000_000, 1_000_001]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipe, _ = TINY["StableDiffusionPipeline"]()
+    for part in (pipe.unet, pipe.text_encoder):
+        part.half().float()  # as a file in 16 bits, which the packed one repeats exactly
+    path = tmp_path_factory.mktemp("sd")
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Denoiser:
+    asked = tuple(Prompt(text=text) for text in PROMPTS)
+    spec = SamplerSpec(steps=2, guidance=3.0, batch=2, call={"height": 16, "width": 16})
+    prompts = Prompts(splits={"report": asked, "calibration": asked})
+    return load_model(str(folder), component=PARTS, sampler=spec, prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def table(model: Denoiser) -> LayerTable:
+    return discover(model)
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Denoiser, table: LayerTable) -> QuantizedModel:
+    return quantize_model(model.module, table, uniform_map(table, Policy(), 3))
+
+
+def text_layers(table: LayerTable) -> list[str]:
+    return [la.name for la in table if la.role == "text"]
+
+
+def test_the_encoder_is_a_part_with_a_role_of_its_own(model: Denoiser, table: LayerTable, folder: Path) -> None:
+    modules: Any = model.module
+    assert list(modules) == ["unet", "text_encoder"], "denoisers come first, in whatever order they are asked for"
+    alone = discover(load_model(str(folder), prompts=model.runner.prompts))  # type: ignore[attr-defined]
+    assert [la.name for la in table if la.role != "text"] == [f"unet.{la.name}" for la in alone]
+    linear = [n for n, m in modules["text_encoder"].named_modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(text_layers(table)) == sorted(f"text_encoder.{n}" for n in linear)
+    assert all(table[n].macs for n in text_layers(table))
+    assert table.n_parameters == sum(p.numel() for p in modules.parameters())
+    assert set(kept_components(str(folder), PARTS)) == {"vae"}
+
+
+def test_an_error_of_the_encoder_is_followed_to_the_final_sample(model: Denoiser, table: LayerTable) -> None:
+    """The effect of one encoder weight error on ``v . x_final``, against the difference of two runs."""
+    name, generator = text_layers(table)[2], torch.Generator().manual_seed(0)
+    shape = (table[name].n_channels, table[name].weights_per_channel)
+    error = 1e-3 * torch.randn(shape, generator=generator)
+    alone = replace(table, layers=(table[name],))
+    errors = WeightErrors(alone, {"asymmetric": {name: error[None]}})
+    plain, v = latents(model, SEEDS), torch.zeros(1)
+
+    def along(final: torch.Tensor) -> torch.Tensor:
+        nonlocal v
+        v = torch.randn(final.shape, generator=generator)
+        return v[None]
+
+    effect = float(final_effects(model, alone, SEEDS, errors, along)["asymmetric"][0, 0, 0, 0])
+    weight: Any = model.module.get_submodule(name).weight
+    with torch.no_grad():
+        weight.add_(error)
+        moved = latents(model, SEEDS)
+        weight.sub_(error)
+    assert effect == pytest.approx(float((v * (moved - plain)).sum()), rel=0.05)
+
+
+def test_a_profile_prices_both_kinds_of_parts(model: Denoiser, table: LayerTable) -> None:
+    spec = CalibrationSpec(samples=1, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=0)
+    spec, policy = replace(spec, schemes=("asymmetric",)), Policy(widths=(2, 4))
+    found = profile_model(model, table, policy, spec, QuantFormat(n_candidates=4))
+    rows = np.concatenate([np.arange(table.n_channels)[found.rows(n)] for n in text_layers(table)])
+    for key in ("sensitivity", "context_sensitivity", "output_error/asymmetric"):
+        assert (found.arrays[key][rows] > 0).mean() > 0.5, key
+    layers = [found.index[n] for n in text_layers(table)]
+    assert (found.arrays["layer_sampler_error/asymmetric"][layers] > 0).all()
+    assert found.calibration["timesteps"] == 2, "a call of the encoder has no timestep"
+
+
+def test_samples_are_those_of_the_pipeline_with_both_parts(
+    model: Denoiser, table: LayerTable, quantized: QuantizedModel, folder: Path, tmp_path: Path
+) -> None:
+    """Through the packed file, and through folders of diffusers and transformers."""
+    save_quantized(tmp_path, quantized, table)
+    loaded: Any = load_quantized(tmp_path)
+    assert weights_digest(loaded) == weights_digest(quantized.module)
+    (drawn,) = samples(model.with_module(quantized.module), [0, 1])
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **loaded, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(
+        list(PROMPTS[:2]),
+        generator=[torch.Generator().manual_seed(s) for s in (0, 1)],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
+    assert drawn.images is not None
+    np.testing.assert_allclose(np.moveaxis(out, -1, 1) * 255, drawn.images.numpy(), atol=0.51)
+    encoder: Any = quantized.module.text_encoder
+    one = replace(
+        quantized.bit_map,
+        weights={**quantized.bit_map.weights, **dict.fromkeys(text_layers(table), np.array(16, np.uint8))},
+    )
+    whole = quantize_model(model.module, table, one)
+    assert not torch.equal(
+        latents(model.with_module(whole.module), [0]), latents(model.with_module(quantized.module), [0])
+    )
+    _write_part(tmp_path / "text_encoder", encoder, encoder)
+    again = transformers.CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    assert weights_digest(again) == weights_digest(encoder)
+
+
+def test_tied_words_of_a_t5_are_stored_once(tmp_path: Path) -> None:
+    from mpqsearch.models import Parts
+    from mpqsearch.models.discover import table_of
+
+    pipe, _ = TINY["PixArtAlphaPipeline"]()
+    module = Parts({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder.half().float()})
+    module["transformer"].half().float()
+    table = table_of(module, (), name="tiny", digest="d")
+    widths = {la.name: np.array(4, np.uint8) for la in table}
+    model = quantize_model(module, table, BitMap(model_digest="d", weights=widths, format=QuantFormat()))
+    save_quantized(tmp_path, model, table)
+    assert weights_digest(load_quantized(tmp_path)) == weights_digest(model.module)
+    stored = (tmp_path / "packed.safetensors").stat().st_size
+    words = pipe.text_encoder.shared.weight.numel() * 2
+    assert stored < sum(p.numel() for p in module.parameters()) * 2 * 4 / 16 + 1.5 * words + 100_000
+
+
+def test_names_that_are_no_parts_are_refused(folder: Path, table: LayerTable) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown part 'vae'. Known: text_encoder, unet\. .* stays as it is"):
+        load_model(str(folder), component=("unet", "vae"))
+    with pytest.raises(UnknownNameError, match="text_encoder"):
+        load_model(str(folder), component=("unet", "text_encodr"))
+    with pytest.raises(ModelError, match="name a denoiser"):
+        load_model(str(folder), component="text_encoder")
+    with pytest.raises(ModelError, match="cannot be streamed"):
+        open_streamed(str(folder), component=PARTS)
+    with pytest.raises(ModelError, match="no pipeline"):
+        load_model("fmnist-unet", component=PARTS)
+    with pytest.raises(ConfigError, match="text_encoder is in the budget"):
+        get_exporter("gguf").check_parts(table)
+    get_exporter("packed").check_parts(table)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"budget": {"combine": "most"}}, "max, sum"),
+        ({"budget": {"parts": ["unet", "unet"]}}, "different names"),
+        ({"budget": {"parts": ["unet"], "combine": "max"}}, "names one"),
+        ({"budget": {"parts": PARTS}, "model": {"component": "unet"}}, "model.component"),
+        ({"budget": {"parts": PARTS}, "distill": {"methods": ["measured"]}}, "denoisers alone"),
+    ],
+)
+def test_settings_that_contradict_the_parts_are_refused(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config_from(more)
