@@ -467,6 +467,11 @@ class Config:
     def _check_parts(self) -> None:
         """Raise `ConfigError` for what does not go with the parts of the budget."""
         b = self.budget
+        if b.combine == "max" and (self.allocate.targets or self.search.trials):
+            raise ConfigError(
+                'budget.combine = "max" solves for each part by itself, which allocate.targets and search.trials do '
+                "not: leave them out, or combine"
+            )
         if b.parts and self.model.component:
             raise ConfigError("model.component and budget.parts both say what is quantized: leave model.component out")
         if self.distill.methods:

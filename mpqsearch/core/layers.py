@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.core.formats import FULL_PRECISION
@@ -157,6 +157,11 @@ class LayerTable(Shown):
     def n_channels(self) -> int:
         """Output channels over all layers."""
         return sum(layer.n_channels for layer in self.layers)
+
+    def part(self, name: str) -> LayerTable:
+        """The layers and parameters of one part of a model of several."""
+        layers = tuple(la for la in self.layers if la.name.startswith(f"{name}."))
+        return replace(self, layers=layers, kept=tuple(k for k in self.kept if k.name.startswith(f"{name}.")))
 
     def require_same_names(self, names: set[str], what: str) -> None:
         """Raise `LayerMismatchError` unless ``names`` are exactly this table's layers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,6 +128,19 @@ class SensitivityProfile(Shown):
     def layer_sum(self, per_channel: Array) -> Array:
         """Sum ``[C, ...]`` over the channels of each layer: ``[L, ...]``."""
         return np.add.reduceat(per_channel, self.offsets[:-1], axis=0)
+
+    def only(self, names: Collection[str]) -> SensitivityProfile:
+        """What was measured of some layers."""
+        kept = np.array([name in names for name in self.names], dtype=bool)
+        rows = np.repeat(kept, self.channels)
+        return replace(
+            self,
+            names=tuple(n for n in self.names if n in names),
+            channels=tuple(c for n, c in zip(self.names, self.channels, strict=True) if n in names),
+            arrays={key: a[kept if key.startswith("layer_") else rows] for key, a in self.arrays.items()},
+            means={n: mean for n, mean in self.means.items() if n in names},
+            input_max={n: largest for n, largest in self.input_max.items() if n in names},
+        )
 
     def shift_share(self, fmt: str) -> Array:
         """Share ``[L, W]`` of each layer's output error that is a shift of its mean, which a bias can take off without

@@ -34,6 +34,7 @@ from mpqsearch.methods.spec import OMQ, PROGRAMS, Allocation, MethodSpec, Total
 from mpqsearch.methods.task import Floats, Limit, Task
 
 TAGS_TOO_DEAR = "the budget does not hold the channel tags; widths are by layer"
+ONE_EACH = 'with budget.combine = "max" each part has a program of its own, and there is none of the whole model'
 BY_LAYER_WINS = "widths by layer predict a smaller loss than widths by channel with their tags"
 
 
@@ -42,8 +43,9 @@ class Programs:
     """A table, a profile and a policy that fit each other, for as many methods and budgets as one likes.
 
     Layers whose input never changed while the profile was measured are held at 8 bits, and `notes` says so. ``costs``
-    are latencies that the user measured, needed by budgets in milliseconds. Raises `ConfigError` when profile, table
-    and policy do not belong together.
+    are latencies that the user measured, needed by budgets in milliseconds. ``apart`` names parts of the model of which
+    each keeps to every budget by itself, as if it were the whole model; ``part`` is the one that these programs are of.
+    Raises `ConfigError` when profile, table and policy do not belong together.
     """
 
     table: LayerTable
@@ -51,12 +53,15 @@ class Programs:
     policy: Policy
     format: QuantFormat
     costs: CostTable | None = None
+    apart: tuple[str, ...] = ()
+    part: str = ""
     rules: LayerRules = field(init=False)
     notes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        self.policy.check(self.table)
+        if not self.part:  # else it may name layers of the others
+            self.policy.check(self.table)
         held = [n for n in self.profile.constant_inputs if n in self.table.by_name]
         policy = self.policy.holding(self.table, held)
         added = tuple(n for n in policy.overrides if n not in self.policy.overrides)
@@ -91,6 +96,8 @@ class Programs:
         Raises `InfeasibleBudgetError` (with the smallest attainable value) when nothing fits, `ConfigError` when the
         budget is above full precision, `UnknownNameError` when the profile lacks a format that the method needs.
         """
+        if self.apart:
+            return self._apart(method, budget, within, losses)
         task = self.task(method, budget, within, losses=losses)
         _check_budgets(task.without_smoothing() if method.allocator in OMQ else task)
         program: Program | None = None
@@ -115,6 +122,38 @@ class Programs:
             notes=(*self.notes, note) if note else self.notes,
         )
 
+    def of_part(self, name: str) -> Programs:
+        """The programs of one part by itself."""
+        table = self.table.part(name)
+        return replace(self, table=table, profile=self.profile.only(table.by_name), apart=(), part=name)
+
+    def _apart(self, method: MethodSpec, budget: Budget, within: Sequence[Budget], losses: Floats | None) -> Allocation:
+        """The maps of all parts in one; totals are sums over them."""
+        found = {}
+        for name in self.apart:
+            rows = np.repeat([n.startswith(f"{name}.") for n in self.profile.names], self.profile.channels)
+            found[name] = self.of_part(name).allocate(
+                method, budget, within, losses=None if losses is None else losses[rows]
+            )
+        maps = [one.bit_map for one in found.values()]
+        widths = {n: w for m in maps for n, w in m.weights.items()}
+        inputs = {n: bits for m in maps for n, bits in m.activations.items()}
+        bit_map = replace(maps[0], weights={n: widths[n] for n in self.table.by_name}, activations=inputs)
+        totals = zip(*(one.totals for one in found.values()), strict=True)
+        used = "; ".join(f"{n} {one.totals[0].cost} of {one.limit}" for n, one in found.items())
+        return Allocation(
+            method=method,
+            bit_map=bit_map,
+            totals=tuple(
+                Total(budget=some[0].budget, limit=sum(t.limit for t in some), cost=sum(t.cost for t in some))
+                for some in totals
+            ),
+            size_bits=size_bits(self.table, bit_map),
+            bops=bops(self.table, bit_map),
+            predicted_loss=predicted_loss(self.table, self.profile, bit_map, bias_correction=method.bias_correction),
+            notes=(*self.notes, f"each part keeps to the budget by itself, in {budget.unit}: {used}"),
+        )
+
     def program(
         self,
         method: MethodSpec,
@@ -135,6 +174,8 @@ class Programs:
             raise ConfigError(
                 f"method {method.name!r} ({method.allocator}) solves no integer program; {' and '.join(PROGRAMS)} do"
             )
+        if self.apart:
+            raise ConfigError(ONE_EACH)
         task = self.task(method, budget, within)
         layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
         if layers:
@@ -178,7 +219,10 @@ class Programs:
         )
 
     def limit(self, budget: Budget, method: MethodSpec) -> int:
-        """The limit of a budget on the whole model in its unit; a uniform size is that with the method's inputs."""
+        """The limit of a budget on the whole model in its unit (of parts that keep to it by themselves, the sum); a
+        uniform size is that with the method's inputs."""
+        if self.apart:
+            return sum(self.of_part(name).limit(budget, method) for name in self.apart)
         if budget.quantity == "bops":
             return int(budget.limit)
         if budget.quantity == "latency":
@@ -285,7 +329,7 @@ def _check_budgets(task: Task) -> None:
         if least > room:
             raise _too_small(task, li, least + li.limit - room)
     main = task.limits[0]
-    if main.budget.quantity == "latency":
+    if main.budget.quantity == "latency" or task.programs.part:  # a small part may have more room than it can use
         return
     full = task.cost(main.budget, task.map_of({n: np.uint8(FULL_PRECISION) for n in task.programs.table.by_name}))
     if main.limit > full:

@@ -35,6 +35,7 @@ def programs_of(run: Run, method: MethodSpec) -> Programs:
         policy=run.config.policy,
         format=run.config.quantizer.format(),
         costs=CostTable.read(costs) if costs else None,
+        apart=run.apart,
     )
 
 
@@ -89,6 +90,8 @@ def allocation_inputs(run: Run, method: MethodSpec, budget: Budget) -> dict[str,
         "budget": artifacts.digest_of(budget.label()),
     }
     inputs |= run.digests("policy")
+    if run.apart:
+        inputs["apart"] = artifacts.digest_of(run.apart)
     if c.within:
         inputs["within"] = artifacts.digest_of([b.label() for b in c.parsed_within()])
     if c.costs:
@@ -107,6 +110,7 @@ def _made_from(run: Run, method: MethodSpec) -> dict[str, Any]:
         "profile": priced_file(method, run.profile),
         "policy": run.config.policy.to_data(),
         "format": run.config.quantizer.format().to_data(),
+        "apart": list(run.apart),
         "costs": {"file": costs, "sha256": artifacts.digest_file(Path(costs))} if costs else None,
     }
 
@@ -127,8 +131,9 @@ def allocations(run: Run) -> list[tuple[MethodSpec, Budget, BitMap, dict[str, An
     left_out = [m.name for m in run.config.methods if m not in methods]
     if left_out:
         run.say(f"allocate: {', '.join(left_out)} left out: a latency is measured for whole layers")
-    for note in dict.fromkeys(note for *_, data in out for note in data["notes"] if note.startswith("held at")):
-        run.say(f"allocate: {note}")
+    for note in dict.fromkeys(note for *_, data in out for note in data["notes"]):
+        if note.startswith(("held at", "each part")):
+            run.say(f"allocate: {note}")
     return out
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpqsearch import artifacts
 from mpqsearch.config import Config
 from mpqsearch.core import Budget, LayerTable, SensitivityProfile
-from mpqsearch.errors import ArtifactError, StaleArtifactError
+from mpqsearch.errors import ArtifactError, ConfigError, StaleArtifactError
 from mpqsearch.progress import bar_of, check_interrupt, is_watched, say
 from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sources import REFERENCE, FileDigests, model_files, model_name
@@ -79,6 +79,23 @@ class Run:
         """Where encoded prompts are kept: by the content of the pipeline, so that other weights never answer."""
         files = None if self.dry_run else model_files(self.config.model.source, self.config.component)
         return None if files is None else self.path("stats", f"prompts-{self.files.of_all(files)[:16]}")
+
+    @cached_property
+    def apart(self) -> tuple[str, ...]:
+        """Parts of the model of which each keeps to a budget by itself; none where they share it. Raises `ConfigError`
+        for a model with one part."""
+        from mpqsearch.models.runner import parts_of
+
+        if self.config.budget.combine == "sum":
+            return ()
+        module = self.streamed.module if self.config.calibration.weights_only else self.denoiser.module
+        parts = self.config.budget.parts or tuple(parts_of(module))
+        if len(parts) < 2:
+            raise ConfigError(
+                f'budget.combine = "max" compares parts, and {self.config.model.source} has one denoiser: name text '
+                "encoders in budget.parts, or leave combine out"
+            )
+        return parts
 
     @cached_property
     def streamed(self) -> StreamedModel:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from mpqsearch import artifacts
 from mpqsearch.allocate import Certificate, check_certificate, table_digests
@@ -74,6 +74,7 @@ def _read(path: Path) -> Saved:
             policy=source["policy"],
             format=QuantFormat.from_data(source["format"]),
             costs=_costs(source["costs"]),
+            apart=source.get("apart", ()),
         ),
         method=claims["method"],
         budgets=tuple(Budget.parse(t["budget"]) for t in claims["totals"]),
@@ -91,6 +92,7 @@ class _Source(TypedDict):
     policy: Policy
     format: Mapping[str, Any]
     costs: Mapping[str, str] | None
+    apart: NotRequired[tuple[str, ...]]
 
 
 class _Claims(TypedDict):

@@ -13,6 +13,7 @@ from mpqsearch.allocate import NextStep, ParetoPath, explain, solve_path
 from mpqsearch.core import BitMap, Budget, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods import PROGRAMS, MethodSpec, Program
+from mpqsearch.methods.programs import ONE_EACH
 from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_of, study_methods
 from mpqsearch.stages.base import Run, slug
 
@@ -24,7 +25,10 @@ COLUMNS = ("cost", "loss", "rate")
 
 
 def program_methods(run: Run) -> list[MethodSpec]:
-    """The methods of the study that solve an integer program. Raises `ConfigError` when there is none."""
+    """The methods of the study that solve an integer program. Raises `ConfigError` when there is none, or one for each
+    part."""
+    if run.apart:
+        raise ConfigError(ONE_EACH)
     methods = [m for m in study_methods(run) if m.allocator in PROGRAMS]
     if not methods:
         raise ConfigError(

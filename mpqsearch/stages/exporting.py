@@ -161,6 +161,11 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, ow
 
     target = get_exporter(name)
     target.check_parts(run.table)
+    if run.apart and not target.holds_any_map:
+        raise ConfigError(
+            f'{name} would move bits between parts, of which each keeps to the budget (budget.combine = "max"): packed '
+            "and neutral hold the map as it is"
+        )
     chosen = chosen_method(run, records)
     trained = name not in run.config.allocate.targets and _is_trained(run, chosen, budget)
     own = _own_map(run, target, budget, chosen) if own_maps and not trained else None

@@ -102,24 +102,21 @@ def _check_budgets(run: Run) -> None:
     """Raise `InfeasibleBudgetError` for a size that is below that of all searched layers at their smallest width, and
     `ConfigError` for one above full precision."""
     c, policy = run.config, run.config.policy
+    tables = [run.table.part(name) for name in run.apart] or [run.table]
     budgets = [*c.allocate.parsed(), *c.allocate.parsed_within(), *map(Budget.parse, c.search.budgets)]
     schemes = {m.scheme for m in c.methods if m.allocator != "map"}
-    smallest = [
-        size_bits(
-            run.table, uniform_map(run.table, policy, min(policy.widths), replace(c.quantizer.format(), scheme=scheme))
-        )
-        for scheme in schemes
-    ]
-    for budget in (b for b in budgets if smallest and b.unit == "bits stored"):
-        limit, full = budget.limit_bits(run.table, policy), FULL_PRECISION * run.table.n_parameters
+    formats = [replace(c.quantizer.format(), scheme=scheme) for scheme in schemes]
+    for table, budget in ((t, b) for t in tables for b in budgets if formats and b.unit == "bits stored"):
+        smallest = [size_bits(table, uniform_map(table, policy, min(policy.widths), fmt)) for fmt in formats]
+        limit, full = budget.limit_bits(table, policy), FULL_PRECISION * table.n_parameters
         if limit < min(smallest):
             raise InfeasibleBudgetError(
                 f"the budget {budget.label()} allows {limit} bits; the smallest attainable is {min(smallest)} "
-                f"({min(smallest) / run.table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): "
+                f"({min(smallest) / table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): "
                 f"every searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
                 "(policy.widths)."
             )
-        if limit > full:
+        if limit > full and not run.apart:  # of a small part beside a large one
             raise ConfigError(
                 f"the budget {budget.label()} is above full precision, which takes {full} bits: there is nothing to "
                 "quantize"

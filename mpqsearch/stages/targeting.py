@@ -66,6 +66,8 @@ def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
 def plain_map(run: Run, target: Target, budget: Budget) -> TargetAllocation:
     """The map of least predicted loss over the formats of a target, unmeasured."""
     target.check_parts(run.table)
+    if run.apart:
+        raise ConfigError(f'{target.name} has no maps in which each part keeps to a budget (budget.combine = "max")')
     return _solved(run, target, budget, run.config.policy, *losses_for(run, target))
 
 

@@ -123,6 +123,8 @@ def smallest(run: Run, quality: Quality, method: MethodSpec, largest: Budget | N
 def require_reachable(run: Run, quality: Quality) -> None:
     """Raise what `smallest` would otherwise find after a profile: `ConfigError` for a metric that is not measured, and
     for a quality that full precision itself does not reach on the samples of ``evaluate``, which are drawn for it."""
+    if run.apart:
+        raise ConfigError('--until looks for one size of the whole model, budget.combine = "max" is for each part')
     check_sampling(run, "a quality (--until)")
     if run.dry_run:
         return

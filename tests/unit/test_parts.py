@@ -13,11 +13,12 @@ import torch
 import transformers
 
 from mpqsearch.config import config_from
-from mpqsearch.core import BitMap, LayerTable, Policy, QuantFormat
+from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat
 from mpqsearch.core.budget import uniform_map
-from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, UnknownNameError
 from mpqsearch.export import get_exporter
 from mpqsearch.export.packed import load_quantized, save_quantized
+from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.models import Denoiser, discover, open_streamed, weights_digest
 from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
 from mpqsearch.profile.final_probes import final_effects
@@ -25,7 +26,9 @@ from mpqsearch.prompts import Prompt, Prompts
 from mpqsearch.quant import QuantizedModel, quantize_model
 from mpqsearch.sampling import SamplerSpec, latents, load_model, samples
 from mpqsearch.sources import kept_components
+from mpqsearch.stages import Run
 from mpqsearch.stages.quantizing import _write_part
+from tests.support import tiny_profile, tiny_table
 from tests.support.pipelines import PROMPTS, TINY
 
 PARTS = ("text_encoder", "unet")
@@ -161,6 +164,50 @@ def test_tied_words_of_a_t5_are_stored_once(tmp_path: Path) -> None:
     stored = (tmp_path / "packed.safetensors").stat().st_size
     words = pipe.text_encoder.shared.weight.numel() * 2
     assert stored < sum(p.numel() for p in module.parameters()) * 2 * 4 / 16 + 1.5 * words + 100_000
+
+
+@pytest.fixture(scope="module")
+def two() -> Programs:
+    """A table of a large and a small part, with a made-up profile."""
+    sizes = {"large": tiny_table(6, 8, 40), "small": tiny_table(4)}
+    layers = tuple(replace(la, name=f"{part}.{la.name}") for part, some in sizes.items() for la in some)
+    kept = tuple(replace(k, name=f"{part}.{k.name}") for part, some in sizes.items() for k in some.kept)
+    both = LayerTable(digest="0" * 64, layers=layers, kept=kept, model="two")
+    return Programs(table=both, profile=tiny_profile(both), policy=Policy(), format=QuantFormat(), apart=tuple(sizes))
+
+
+@pytest.mark.parametrize("allocator", ["ilp-channel", "ilp-layer", "uniform", "omq"])
+def test_with_max_each_part_keeps_to_the_budget_as_if_it_were_alone(two: Programs, allocator: str) -> None:
+    method = MethodSpec(name="m", allocator=allocator, loss="output" if allocator.startswith("ilp") else "auto")
+    budget = Budget.parse("uniform:3")
+    found = two.allocate(method, budget)
+    for part in two.apart:
+        alone, table = two.of_part(part).allocate(method, budget), two.table.part(part)
+        mine = replace(found.bit_map, weights={n: found.bit_map.weights[n] for n in table.by_name})
+        assert mine.digest == alone.bit_map.digest
+    assert found.limit == two.limit(budget, method)
+    assert found.totals[0].cost == found.size_bits
+    together = replace(two, apart=()).allocate(method, Budget(quantity="bytes", limit=-(-found.size_bits // 8)))
+    if allocator.startswith("ilp"):
+        assert together.predicted_loss <= found.predicted_loss * (1 + 1e-6), "bits may go where they are needed"
+
+
+def test_a_part_below_the_limit_takes_its_widest_widths(two: Programs) -> None:
+    large, small = (two.table.part(n) for n in two.apart)
+    budget = Budget(quantity="bytes", limit=0.4 * large.size_bytes)
+    assert small.size_bytes < budget.limit
+    found = two.allocate(MethodSpec(name="m", allocator="ilp-layer", loss="output"), budget)
+    assert {int(found.bit_map.weights[n]) for n in small.by_name} == {8}
+    with pytest.raises(InfeasibleBudgetError, match="smallest attainable"):
+        two.allocate(MethodSpec(name="m", allocator="uniform"), Budget(quantity="bytes", limit=small.size_bytes / 8))
+    with pytest.raises(ConfigError, match="program of its own"):
+        two.program(MethodSpec(name="m", allocator="ilp-layer"), budget)
+
+
+def test_max_needs_two_parts(tmp_path: Path) -> None:
+    config = config_from({"model": {"source": "fmnist-dit", "device": "cpu"}, "budget": {"combine": "max"}})
+    with pytest.raises(ConfigError, match="has one denoiser"):
+        _ = Run(config=config, folder=tmp_path).apart
 
 
 def test_names_that_are_no_parts_are_refused(folder: Path, table: LayerTable) -> None:
