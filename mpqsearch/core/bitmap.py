@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
@@ -63,6 +63,15 @@ class BitMap(Shown):
         """The widths of one layer as a vector of length ``n_channels``."""
         widths = self.weights[name]
         return widths if widths.ndim else np.full(n_channels, widths, dtype=np.uint8)
+
+    def only(self, names: Collection[str]) -> BitMap:
+        """The widths of some layers."""
+        return replace(
+            self,
+            weights={n: w for n, w in self.weights.items() if n in names},
+            activations={n: bits for n, bits in self.activations.items() if n in names},
+            formats={n: fmt for n, fmt in self.formats.items() if n in names},
+        )
 
     @property
     def scaled_inputs(self) -> tuple[tuple[str, float], ...]:

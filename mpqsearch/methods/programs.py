@@ -140,7 +140,10 @@ class Programs:
         inputs = {n: bits for m in maps for n, bits in m.activations.items()}
         bit_map = replace(maps[0], weights={n: widths[n] for n in self.table.by_name}, activations=inputs)
         totals = zip(*(one.totals for one in found.values()), strict=True)
-        used = "; ".join(f"{n} {one.totals[0].cost} of {one.limit}" for n, one in found.items())
+        used = "; ".join(
+            f"{n} {one.totals[0].cost} of {one.limit}{'' if one.within_budget else ' (over)'}"
+            for n, one in found.items()
+        )
         return Allocation(
             method=method,
             bit_map=bit_map,

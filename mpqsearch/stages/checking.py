@@ -144,7 +144,11 @@ def _checks(saved: Saved) -> Iterator[tuple[str, str]]:
         _far("the predicted loss", predicted, data["predicted_loss"]),
     )
     if data["certificate"] is None:
-        yield f"no program was solved ({saved.method.allocator}), so there is no bound to check", ""
+        alone = f"no program was solved ({saved.method.allocator})"
+        yield (
+            f"{'each part was solved by itself' if saved.programs.apart else alone}, so there is no bound to check",
+            "",
+        )
         return
     yield from _certificate(saved)
 
@@ -156,6 +160,7 @@ def _budgets(saved: Saved) -> Iterator[tuple[str, str]]:
         yield f"{label} allows {limit.limit} {unit}", _differs(f"the limit of {label}", limit.limit, claim["limit"])
         cost = task.cost(limit.budget, saved.bit_map)
         yield f"the map takes {cost} of them", _differs(f"the cost under {label}", cost, claim["cost"])
+    yield from _parts(saved)
     over = any(t["cost"] > t["limit"] for t in saved.data["totals"])
     yield (
         "it keeps to its budgets" if not over else "it exceeds a budget, and says so",
@@ -193,6 +198,18 @@ def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
             f"that it is optimal within that gap rests on {word} ({certificate.solver}), which is not checked here",
             "",
         )
+
+
+def _parts(saved: Saved) -> Iterator[tuple[str, str]]:
+    """Where each part keeps to the budgets by itself, what it takes of them."""
+    may_exceed = any("(over)" in note for note in saved.data["notes"])
+    for name in saved.programs.apart:
+        part = saved.programs.of_part(name)
+        task, own = part.task(saved.method, saved.budgets[0], saved.budgets[1:]), saved.bit_map.only(part.table.by_name)
+        for limit in task.limits:
+            cost = task.cost(limit.budget, own)
+            line = f"{name} takes {cost} of {limit.limit} {limit.budget.unit}"
+            yield line, line if cost > limit.limit and not may_exceed else ""
 
 
 def _differs(what: str, computed: object, claimed: object) -> str:

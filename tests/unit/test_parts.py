@@ -26,7 +26,7 @@ from mpqsearch.prompts import Prompt, Prompts
 from mpqsearch.quant import QuantizedModel, quantize_model
 from mpqsearch.sampling import SamplerSpec, latents, load_model, samples
 from mpqsearch.sources import kept_components
-from mpqsearch.stages import Run
+from mpqsearch.stages import Run, layers
 from mpqsearch.stages.quantizing import _write_part
 from tests.support import tiny_profile, tiny_table
 from tests.support.pipelines import PROMPTS, TINY
@@ -70,8 +70,7 @@ def text_layers(table: LayerTable) -> list[str]:
 def test_the_encoder_is_a_part_with_a_role_of_its_own(model: Denoiser, table: LayerTable, folder: Path) -> None:
     modules: Any = model.module
     assert list(modules) == ["unet", "text_encoder"], "denoisers come first, in whatever order they are asked for"
-    alone = discover(load_model(str(folder), prompts=model.runner.prompts))  # type: ignore[attr-defined]
-    assert [la.name for la in table if la.role != "text"] == [f"unet.{la.name}" for la in alone]
+    assert {la.name.partition(".")[0] for la in table if la.role != "text"} == {"unet"}
     linear = [n for n, m in modules["text_encoder"].named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(text_layers(table)) == sorted(f"text_encoder.{n}" for n in linear)
     assert all(table[n].macs for n in text_layers(table))
@@ -105,6 +104,7 @@ def test_an_error_of_the_encoder_is_followed_to_the_final_sample(model: Denoiser
 def test_a_profile_prices_both_kinds_of_parts(model: Denoiser, table: LayerTable) -> None:
     spec = CalibrationSpec(samples=1, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=0)
     spec, policy = replace(spec, schemes=("asymmetric",)), Policy(widths=(2, 4))
+    table = replace(table, layers=tuple(la for la in table if la.role in ("text", "time", "last")))
     found = profile_model(model, table, policy, spec, QuantFormat(n_candidates=4))
     rows = np.concatenate([np.arange(table.n_channels)[found.rows(n)] for n in text_layers(table)])
     for key in ("sensitivity", "context_sensitivity", "output_error/asymmetric"):
@@ -182,9 +182,8 @@ def test_with_max_each_part_keeps_to_the_budget_as_if_it_were_alone(two: Program
     budget = Budget.parse("uniform:3")
     found = two.allocate(method, budget)
     for part in two.apart:
-        alone, table = two.of_part(part).allocate(method, budget), two.table.part(part)
-        mine = replace(found.bit_map, weights={n: found.bit_map.weights[n] for n in table.by_name})
-        assert mine.digest == alone.bit_map.digest
+        alone = two.of_part(part)
+        assert found.bit_map.only(alone.table.by_name).digest == alone.allocate(method, budget).bit_map.digest
     assert found.limit == two.limit(budget, method)
     assert found.totals[0].cost == found.size_bits
     together = replace(two, apart=()).allocate(method, Budget(quantity="bytes", limit=-(-found.size_bits // 8)))
@@ -202,6 +201,15 @@ def test_a_part_below_the_limit_takes_its_widest_widths(two: Programs) -> None:
         two.allocate(MethodSpec(name="m", allocator="uniform"), Budget(quantity="bytes", limit=small.size_bytes / 8))
     with pytest.raises(ConfigError, match="program of its own"):
         two.program(MethodSpec(name="m", allocator="ilp-layer"), budget)
+
+
+def test_a_study_takes_its_parts_from_the_budget(folder: Path, tmp_path: Path, table: LayerTable) -> None:
+    said: list[str] = []
+    study = {"model": {"source": str(folder), "device": "cpu"}, "budget": {"parts": PARTS, "combine": "max"}}
+    run = Run(config=config_from(study), folder=tmp_path, say=said.append)
+    assert layers(run).digest == table.digest
+    assert run.apart == PARTS
+    assert any("not counted: vae (" in line for line in said)
 
 
 def test_max_needs_two_parts(tmp_path: Path) -> None:
