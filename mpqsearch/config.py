@@ -39,7 +39,7 @@ class ModelConfig:
     component
         Which part of a pipeline. Empty: its denoisers. Example: ``"transformer_2"``.
     memory_limit [bytes]
-        What measuring may take beside the model; empty: no limit. It changes how, not what is measured. Example:
+        Memory for measuring, in addition to the model; empty: no limit. It changes how, not what is measured. Example:
         ``"6GB"``.
     """
 
@@ -71,7 +71,7 @@ class QuantizerConfig:
     n_candidates [ranges]
         Ranges that ``lp`` and ``mse`` try for each channel.
     moment_samples [samples]
-        Samples from whose trajectories GPTQ rounding learns what inputs are like.
+        Samples whose trajectories give the input statistics of GPTQ rounding.
     """
 
     criterion: str = "lp"
@@ -124,7 +124,7 @@ class ActivationsConfig:
     """The range search of quantized activations (`mpqsearch.quant.RangeCollector`), for methods with ``act_bits``.
 
     samples [samples]
-        Trajectories of the sampler whose inputs are looked at.
+        Trajectories of the sampler whose inputs are measured.
     first_seed
         Seed of the first of them.
     zero_points
@@ -261,7 +261,7 @@ class EvaluateConfig:
         File of data statistics, for distances to data. Empty: the embedded ones of the extractor, if it has any.
         Example: ``"my-images.safetensors"``.
     scorers
-        What is measured of single pictures beside PSNR: ``ssim``, ``lpips:FILE``, ``clip:FOLDER``, ``clip-iqa:FOLDER``,
+        Scores of single pictures in addition to PSNR: ``ssim``, ``lpips:FILE``, ``clip:FOLDER``, ``clip-iqa:FOLDER``,
         ``pickscore:FOLDER``, or ``package.module:function`` of your own (`mpqsearch.metrics.load_scorer`). Files are
         local ones; ``mpqsearch doctor`` says which. Example: ``["ssim", "clip:fmnist-clip"]``.
     """
@@ -355,7 +355,7 @@ class ReportConfig:
     title
         Heading of the page; empty: one with the model's name. Example: ``"Our model at 3 bits"``.
     chosen
-        The method whose maps are drawn and exported, with ``+trd`` behind it for its trained models. Empty: the one
+        The method whose maps are drawn and exported, with ``+trd`` appended for its trained models. Empty: the one
         with the best front. Example: ``"measured"``.
     """
 

@@ -32,6 +32,7 @@ TargetsOption = Annotated[
     typer.Option(
         "--target",
         "-t",
+        metavar="TARGET",
         help="Solve over the formats of an export target, at its true stored cost: gguf, sdnq, onnx ...",
         autocompletion=completion.among(completion.targets),
     ),
@@ -66,7 +67,7 @@ UntilOption = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC<=VALUE",
-        help="The smallest map whose measured quality passes: 'fd_fp<=0.1', 'lpips<=0.1'. A budget is its limit.",
+        help="The smallest map whose measured quality passes: 'fd_fp<=0.1', 'lpips<=0.1'. --budget limits its size.",
     ),
 ]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="What the next bit would buy, and where.")]
@@ -106,8 +107,8 @@ def allocate(
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
-    By default maps that differ in kind (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and
-    measured on a few samples from the same noise; the best is returned, with the table of what was measured.
+    By default several kinds of maps (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and measured
+    on a few samples from the same noise. The best is returned, with the table of all of them.
 
     With `--until` the size is searched for one method (`--method`), with the samples of `evaluate`; the answer is the
     smallest map whose interval of 95 % keeps to the bound.
@@ -115,12 +116,12 @@ def allocate(
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
     formats, and a budget is the size of the target's file, headers apart. Uniform types and maps of several prices are
     measured as above, by what the consumer decodes from their files. `mpqsearch export --target auto` compares targets.
-    Options about widths take the place of what `[policy]` of the study says. Where no map fits, the exit code is 3 and
-    the smallest attainable value is named.
+    Options about widths replace the keys of `[policy]` in the study. If no map fits, the exit code is 3 and the
+    smallest attainable value is named.
 
     Examples:
 
-    - `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`: two maps a method
+    - `mpqsearch allocate --model fmnist-unet --budget 3bit --budget 450kB`: two maps for each method
     - `mpqsearch allocate -b 3bit --select none`: the plain integer program, nothing is sampled
     - `mpqsearch allocate -b 3bit --within 7e9bops`: two budgets at once
     - `mpqsearch allocate -c by-layer.toml -b uniform:4 --latency phone.csv --within 12ms`: no slower, as measured

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="mpqsearch",
     help="Bit allocation for diffusion models: profile, allocate, search, train, evaluate, report, export.\n\n"
-    "Every verb reads the same study (--config) and the same run folder (--run-dir); the same command again continues "
-    "where it stopped.",
+    "Every verb reads the same study (--config) and the same run folder (--run-dir). The same command again continues "
+    "where it stopped.\n\nExample: `mpqsearch allocate --model fmnist-unet --budget 3bit`\n\n"
+    "A study for your pipeline: `mpqsearch init FOLDER`, then `mpqsearch run NAME.toml`",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -68,6 +69,10 @@ def open_run(
     if not dry_run and (left := sweep(folder)):
         say(f"{folder}: deleted {len(left)} temporary files that a killed run left behind")
     return Run(config=study, folder=folder, overwrite=overwrite, dry_run=dry_run)
+
+
+Tracebacks = Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="-vv: tracebacks.")]
+"""The ``--verbose`` of verbs that need no study."""
 
 
 def quiet(verbose: int) -> None:

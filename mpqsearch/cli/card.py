@@ -22,10 +22,10 @@ def card(
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Write the README.md of every exported folder of a run again, as a hub reads it.
+    """Write the model card (README.md) of every exported folder of a run again.
 
-    `export` and `run` write it with the files: faults, bytes, each metric beside full precision and what is left of it,
-    samples of the same noise, what is stored how, how to load it, the command, and SHA-256 of the files.
+    `export` and `run` write it with the files: faults, bytes, each metric compared with full precision,
+    samples of the same noise, the formats of the layers, how to load the file, the command, and SHA-256 of the files.
 
     Example: `mpqsearch card -c studies/quickstart.toml`
     """

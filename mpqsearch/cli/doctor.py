@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mpqsearch._version import __version__
-from mpqsearch.cli.app import app, quiet
+from mpqsearch.cli.app import Tracebacks, app, quiet
 from mpqsearch.cli.printing import print_json, print_table
 from mpqsearch.errors import install
 
@@ -45,9 +45,9 @@ REQUIRED = (
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Tracebacks = 0,
 ) -> None:
-    """Say what works here, in a line and then in full, and how to get the rest.
+    """Say what works on this machine, and how to get the rest.
 
     Example: `mpqsearch doctor`
     """

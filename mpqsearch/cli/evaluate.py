@@ -24,7 +24,9 @@ def evaluate(
     budget: options.Budgets = None,
     map_: Annotated[
         list[Path] | None,
-        typer.Option("--map", help="A map from elsewhere (`mpqsearch import`) to measure beside. Repeatable."),
+        typer.Option(
+            "--map", metavar="PATH", help="Also measure this map (`mpqsearch import` writes one). May be repeated."
+        ),
     ] = None,
     model: options.Model = None,
     prompts: options.Prompts = None,

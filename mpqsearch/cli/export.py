@@ -27,6 +27,7 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         "-t",
+        metavar="TARGET",
         help="neutral, gguf ... May be repeated. auto: compare all that are installed, and write nothing.",
         autocompletion=completion.among(completion.targets),
     ),
@@ -52,7 +53,7 @@ MeasureOption = Annotated[
 ]
 AcceptOption = Annotated[
     bool,
-    typer.Option("--accept", help="Exit code 0 even if something is wrong with the file, which is said first."),
+    typer.Option("--accept", help="Exit code 0 even if the file has a fault, which is still named."),
 ]
 
 
@@ -79,14 +80,14 @@ def export(
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Write a map for another quantizer and evaluate the file; with `--verify` let that quantizer read it back, the
-    only thing that can say it is as planned.
+    """Write a map for another quantizer and evaluate the file; with `--verify` that quantizer reads it back, which
+    alone shows that the file is as planned.
 
     A target that rounds by itself gets a map over its own formats at the budget, priced by its own rounding, unless
     `--method` names one.
 
-    A file that is worse than the target's best uniform type at its bytes, larger than the budget or the source, or of a
-    model that the target's readers refuse, is said first and ends with exit code 1.
+    Exit code 1, and the fault comes first, if the file is worse than the target's best uniform file of its size, larger
+    than the budget or the original model, or of a model that the target's readers refuse.
 
     `--target auto` writes nothing: it shows what every installed target would give at the budget, by size and predicted
     loss, and the command that writes the first of them.

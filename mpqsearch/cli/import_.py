@@ -22,7 +22,7 @@ def import_(
         str | None,
         typer.Option(
             "--from",
-            help="quanto, autoround, gguf, mlx, sdnq ... (default: found out from the file).",
+            help="quanto, autoround, gguf, mlx, sdnq ... (default: detected).",
             autocompletion=completion.among(completion.sources),
         ),
     ] = None,
@@ -46,11 +46,12 @@ def import_(
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Read the widths that another quantizer's file gives to a model, as a map that can be measured, exported and
-    searched from.
+    """Read the widths that another quantizer's file gives to a model, as a map that you can measure, export, or start a
+    search from.
 
-    Example: `mpqsearch import runs/quickstart/allocations/uniform@uniform-3/bitmap.json --model fmnist-unet --name
-    theirs`
+    Example: `mpqsearch import theirs.gguf --model ./my-pipeline --name theirs`
+
+    Then: `mpqsearch evaluate --model ./my-pipeline --map runs/my-pipeline/imports/theirs/bitmap.json`
     """
     from mpqsearch import stages
     from mpqsearch.core import average_bits, size_bytes

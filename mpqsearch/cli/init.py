@@ -12,7 +12,7 @@ import typer
 
 from mpqsearch.artifacts import write_text
 from mpqsearch.cli import completion
-from mpqsearch.cli.app import app, quiet
+from mpqsearch.cli.app import Tracebacks, app, quiet
 from mpqsearch.errors import ConfigError
 from mpqsearch.settings import settings
 from mpqsearch.sources import local_folder, model_files, model_name, read_config
@@ -40,7 +40,7 @@ def init(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file that is written (default: NAME.toml, here).")
     ] = None,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Tracebacks = 0,
 ) -> None:
     """Write a study file for a pipeline, with a comment for each key, and example prompts where it needs some.
 

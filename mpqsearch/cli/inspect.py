@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpqsearch.cli.app import app, quiet
+from mpqsearch.cli.app import Tracebacks, app, quiet
 from mpqsearch.cli.printing import bar, print_fields, print_json, print_profile, print_records, print_table, spark
 from mpqsearch.errors import ConfigError
 from mpqsearch.untrusted import read_json
@@ -22,16 +22,16 @@ def inspect(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Recompute all that an allocation.json claims; exit code 4 and the contradiction."
+            "--check", help="Recompute all that an allocation.json claims; a contradiction ends with exit code 4."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the content as JSON.")] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Tracebacks = 0,
 ) -> None:
     """Show what a run folder or an artifact holds, as tables and a small picture.
 
     With `--check` an `allocation.json` is checked: its tables are built again from the profile of its run, and size,
-    costs, loss and lower bound are recomputed by arithmetic that shares nothing with the solver.
+    costs, loss and lower bound are recomputed without the solver.
 
     Examples:
 

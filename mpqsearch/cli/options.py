@@ -42,18 +42,18 @@ Set = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", "-o", help="Where files go (default: runs/ and the name of the study).")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what reused; write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and reused; write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make outputs again that were made from other inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, help="-v: logs of the libraries; -vv: tracebacks.")
+    int,
+    typer.Option("--verbose", "-v", count=True, show_default=False, help="-v: logs of the libraries; -vv: tracebacks."),
 ]
-
 _SAMPLES = "How samples are drawn"
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", help="What they show: txt, csv, jsonl, json or yaml (prompts.file).", rich_help_panel=_SAMPLES
+        "--prompts", help="File of prompts: txt, csv, jsonl, json or yaml (prompts.file).", rich_help_panel=_SAMPLES
     ),
 ]
 Steps = Annotated[

@@ -24,12 +24,10 @@ GranularityOption = Annotated[
 ]
 ReuseOption = Annotated[
     str | None,
-    typer.Option(
-        "--reuse", help="Run folder of the model that this one was fine-tuned from: its sensitivities are taken."
-    ),
+    typer.Option("--reuse", help="Run folder of the model that this one was fine-tuned from: use its sensitivities."),
 ]
 MemoryLimitOption = Annotated[
-    str | None, typer.Option("--memory-limit", help="What measuring may take beside the model, such as 6GB.")
+    str | None, typer.Option("--memory-limit", help="Memory for measuring, in addition to the model: 6GB.")
 ]
 
 

@@ -29,14 +29,14 @@ def record(
     call: options.Call = None,
     device: options.Device = None,
     set_: options.Set = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: options.Json = False,
     verbose: options.Verbose = 0,
 ) -> None:
-    """Run a pipeline and write down what its denoiser was called with, for a study on a machine that cannot run it.
+    """Run a pipeline and record the calls of its denoiser, for a study on a machine that cannot run it.
 
     At least four prompts are drawn, those of the calibration split; each sample is made by itself. The study then
-    measures these calls: layers, profile, allocate, quantize, import and export work, and what samples does not.
+    measures these calls: layers, profile, allocate, quantize, import and export work; verbs that draw samples do not.
 
     Example: `mpqsearch record ./my-pipeline --prompts prompts.txt --calls 64 -o calls.safetensors`
 

@@ -7,31 +7,31 @@ from typing import Annotated
 
 import typer
 
-from mpqsearch.cli.app import app, quiet
+from mpqsearch.cli.app import Tracebacks, app, quiet
 from mpqsearch.cli.printing import print_fields, print_json
 from mpqsearch.errors import ConfigError
 
 
 @app.command()
 def reference(
-    pictures: Annotated[Path, typer.Argument(help="A folder of png, jpg, webp or bmp files, with the folders in it.")],
+    pictures: Annotated[Path, typer.Argument(help="A folder of png, jpg, webp or bmp files; its subfolders count.")],
     extractor: Annotated[
         str, typer.Option("--extractor", help="fmnist-cnn, fmnist-judge, random-conv, inception, dinov2 or clip.")
     ] = "inception",
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", help="Its file or folder (evaluate.extractor_weights)."),
+        typer.Option("--weights", help="File or folder of the extractor (evaluate.extractor_weights)."),
     ] = None,
     size: Annotated[
-        int, typer.Option("--size", min=0, help="Crop to a square and scale to so many pixels; 0: as they are.")
+        int, typer.Option("--size", min=0, help="Crop to a square and scale to this many pixels; 0: as they are.")
     ] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file that is written.")] = Path(
         "reference.safetensors"
     ),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="-vv: tracebacks.")] = 0,
+    verbose: Tracebacks = 0,
 ) -> None:
     """Write the statistics of your own pictures, which Fréchet and kernel distances to data are measured against.
 

@@ -69,18 +69,22 @@ class Policy(Shown):
     overrides [bits]
         From a pattern to a width, which wins over the role; the first pattern that matches counts. Example:
         ``{conv_in = 16}``.
-    min_bits, max_bits [bits]
-        From a pattern to a bound on the widths of the *searched* layers that match; all bounds hold. Example:
+    min_bits [bits]
+        From a pattern to the least width of the *searched* layers that match; all bounds hold. Example:
         ``{"up_blocks.*" = 4}``.
+    max_bits [bits]
+        From a pattern to the largest width of the *searched* layers that match; all bounds hold. Example:
+        ``{"mid_block.*" = 4}``.
     groups
         From a name to patterns: the layers that match any of them share their widths, output channel by output channel
         where they have equally many, else with one width for all. The word ``qkv`` among the patterns stands for the
         projections that consumers fuse (`LayerSpec.fuse`), each attention by itself: engines whose fused layer has one
         width need it. Groups that overlap are one group; a group with a fixed layer takes its width. Example:
         ``{fused = ["qkv"]}``.
-    max_formats, max_formats_per_layer [widths]
-        At most so many different widths (or pairs of weight and input widths) among all searched layers, or inside each
-        of them; 0: any number.
+    max_formats [widths]
+        Most different widths (or pairs of weight and input widths) among all searched layers; 0: any number.
+    max_formats_per_layer [widths]
+        Most different widths inside each searched layer; 0: any number.
     activations [bits]
         From a role or a pattern to the width of that layer's input where a method quantizes activations. It wins over
         the rule: searched layers the width of the method, fixed ones 8 bits (MPQ-DM), those at full precision none.

@@ -27,7 +27,7 @@ class TRDSpec:
     temperature
         Divides the cosines; cosines lie in -1..1, so that 1 is nearly uniform.
     weight
-        Weight of the relation loss beside the mean squared error; 0 switches it off.
+        Weight of the relation loss, added to the mean squared error; 0 switches it off.
     pooled_size [rows and columns]
         Feature maps are averaged down to at most this many rows and columns, token sequences to its square, 1..64.
     feature

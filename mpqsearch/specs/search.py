@@ -50,7 +50,7 @@ class SearchSpec:
     sampler
         Of Optuna: ``tpe``, ``gp``, ``nsga2``, ``cmaes`` or ``random``.
     pruner
-        What gives up bad trials early: ``wilcoxon``, ``median`` or ``none``.
+        What ends bad trials early: ``wilcoxon``, ``median`` or ``none``.
     seed
         Of the sampler.
     budgets
@@ -65,7 +65,7 @@ class SearchSpec:
         What is minimised: ``features`` (squared distance of the extractor's features of a sample to those of the
         full-precision one) or ``latents``.
     top_k [maps]
-        Maps of each budget that run again on fresh seeds, which choose the one that is handed out.
+        Maps of each budget that run again on fresh seeds, which choose the map that is returned.
     final_samples [samples]
         Further seeds for these; 0: the search seeds choose. Only what beats the plain program's map there by more than
         a standard error takes its place.
