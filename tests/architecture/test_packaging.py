@@ -11,6 +11,7 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,22 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return source / "out"
+
+
+def test_the_description_for_an_index_has_no_link_into_the_repository(built: Path) -> None:
+    wheel = zipfile.ZipFile(next(built.glob("*.whl")))
+    name = next(n for n in wheel.namelist() if n.endswith("METADATA"))
+    header, _, text = wheel.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in header
+    assert not re.findall(r"\]\((?!https?:)", text)
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"^#+ .*", text, re.MULTILINE) == re.findall(r"^#+ .*", readme, re.MULTILINE)
+    assert "[" not in text.split("## Two commands")[0], "neither the picture nor its caption"
+    script = dict[str, Any](__file__=str(ROOT / "setup.py"))
+    definitions = (ROOT / "setup.py").read_text().split("project = ")[0]
+    exec(compile(definitions, "setup.py", "exec"), script)
+    said = script["described"]("![a](b.png) [c](d.md#e) [f](https://g)", "https://h")
+    assert said == "![a](https://h/raw/main/b.png) [c](https://h/blob/main/d.md#e) [f](https://g)"
 
 
 def test_the_wheel_is_whole_and_small(built: Path) -> None:

@@ -49,7 +49,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not tracked:
         pytest.skip("no git checkout")
     for name in filter(None, tracked.split("\0")):
-        if name.startswith(("mpqsearch/", "pyproject", "README", "LICENSE", "NOTICE")) and (ROOT / name).is_file():
+        needed = name.startswith(("mpqsearch/", "pyproject", "setup.py", "README", "LICENSE", "NOTICE"))
+        if needed and (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
     build = "from setuptools import build_meta as b; print(b.build_wheel('.'))"
