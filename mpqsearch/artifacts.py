@@ -323,7 +323,7 @@ def read_arrays(path: Path, belongs: str = "") -> dict[str, NDArray[Any]]:
     says, or was not written as a part of what ``belongs`` is the digest of."""
     if not path.is_file():
         raise ArtifactError(
-            f"{path} does not exist, although the JSON beside it does. Delete both and run the stage again."
+            f"{path} does not exist, although its JSON file does. Delete that file and run the stage again."
         )
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:

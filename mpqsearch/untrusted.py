@@ -115,7 +115,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {quoted(next(k for k in keys if keys.count(k) > 1))} is there twice")
+        raise ValueError(f"the key {quoted(next(k for k in keys if keys.count(k) > 1))} appears twice")
     return found
 
 

@@ -48,7 +48,7 @@ def inspect(
     body = read_json(file, ConfigError)
     schema = body.get("schema") if isinstance(body, dict) else None
     if not isinstance(schema, str):
-        raise ConfigError(f"{file} is no artifact of mpqsearch: it should be a JSON file with a schema")
+        raise ConfigError(f"{file} is not a file of mpqsearch: expected a run folder or a JSON file with a schema")
     if schema not in artifacts.VERSIONS:
         raise ConfigError(f"{file} has the unknown schema {schema!r}. Known: {', '.join(sorted(artifacts.VERSIONS))}.")
     if check:

@@ -316,7 +316,7 @@ def _answer(task: Task, program: Program) -> AllocationResult:
             for fixed, li in zip(program.fixed_costs, task.limits, strict=True)
         )
         raise InfeasibleBudgetError(
-            f"{error} These numbers are those of the searched layers; beside them {paid} is paid for what is fixed."
+            f"{error} These numbers are of the searched layers; what is fixed costs {paid} in addition."
         ) from error
 
 

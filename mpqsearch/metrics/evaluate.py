@@ -197,7 +197,7 @@ class Reference:
         return self.tally.evaluation(data=self.data)
 
     def __repr__(self) -> str:
-        against = "" if self.data is None else f", beside {self.data.name}"
+        against = "" if self.data is None else f", data {self.data.name}"
         shape = tuple(self.store.read(0, 1).latents.shape[1:])
         return f"Reference({len(self.seeds)} full-precision samples {shape}, seeds {seeds_label(self.seeds)}{against})"
 

@@ -123,7 +123,7 @@ def _checks(saved: Saved) -> Iterator[tuple[str, str]]:
     """What is checked, and what contradicts it, one after another."""
     data, bit_map = saved.data, saved.bit_map
     yield (
-        "the bit map beside it has the digest that it names",
+        "bitmap.json has the digest that the file names",
         _differs("the digest of bitmap.json", bit_map.digest, data["bit_map_digest"]),
     )
     bit_map.validate(saved.table)

@@ -120,7 +120,7 @@ def explanations(run: Run) -> list[dict[str, Any]]:
                 rows = data["layers"]
                 artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(list(rows[0]), rows))
                 artifacts.write_json(file, "mpqsearch/explanation", data, inputs)
-    run.say(f"allocate: {len(answers)} maps explained in {run.path('allocations')}")
+    run.say(f"allocate: explanations of {len(answers)} map{'s' * (len(answers) != 1)} in {run.path('allocations')}")
     return answers
 
 

@@ -48,7 +48,7 @@ def quickly(seconds: float = 5.0) -> Iterator[None]:
         ("1" + "0" * 400, "beyond 64 bits"),
         ("9223372036854775808", "beyond 64 bits"),
         ("1" * 10_000, "beyond 64 bits"),
-        ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "'a' appears twice"),
         (r'"\ud800"', "surrogates not allowed"),
         (b"\xff\xfe\xfd", "no valid JSON"),
         (b'"\xc3"', "no valid JSON"),
