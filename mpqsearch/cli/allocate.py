@@ -114,8 +114,8 @@ def allocate(
     smallest map whose interval of 95 % keeps to the bound.
 
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
-    formats, and a budget is the size of the target's file, headers apart. Uniform types and maps of several prices are
-    measured as above, by what the consumer decodes from their files. `mpqsearch export --target auto` compares targets.
+    formats, and a budget is the size of the target's file, names and shapes included. Uniform types and maps of several
+    prices are measured as above, by what the consumer decodes from their files. `export --target auto` compares them.
     Options about widths replace the keys of `[policy]` in the study. If no map fits, the exit code is 3 and the
     smallest attainable value is named.
 
@@ -289,9 +289,12 @@ def _show_targets(table: LayerTable, maps: TargetMaps) -> None:
         formats = [f"{n} {fmt}" for fmt, n in used.most_common()]
         if full := len(table) - sum(used.values()):
             formats.append(f"{full} at full precision")
-        row = {"budget": budget.label(), "target": name} | _size(table, data)
+        row = {"budget": budget.label(), "target": name} | _size(table, data) | {"names": data["names_bits"] // 8}
         rows.append(row | {"status": data["status"], "layers by format": ", ".join(formats)})
-    print_table("maps for targets, in their own formats; bytes as in their files, headers apart", rows)
+    print_table(
+        "maps for targets, in their own formats; tensors and names as in their files",
+        rows,
+    )
     for name, budget, _, data in maps:
         if "selection" in data:
             _show_selection(f"{name} at {budget.label()}", data["selection"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpqsearch.export import ExportJob, Target
 
 OVER = 0.01
-"""A file may be larger than its budget by this share: names, shapes and padding are not counted."""
+"""A file may be larger than its budget by this share."""
 
 SAME_SIZE = 0.001
 """Share by which a uniform file may be larger than the one that it is compared with."""
@@ -32,12 +32,13 @@ ERROR = "paired_mse"
 
 
 def deliver(
-    run: Run, target: Target, job: ExportJob, folder: Path, budget: Budget, limit: int | None
+    run: Run, target: Target, job: ExportJob, folder: Path, budget: Budget, limit: int | None, *, whole: bool
 ) -> dict[str, Any]:
     """Measure the export in ``folder``, and the target's best uniform file that is no larger; the rest of
     ``export/<target>@<budget>.json``.
 
-    ``limit``: the stored bits that the budget allows the map, with its activations; None for no size.
+    ``limit``: the stored bits that the budget allows the map, with its activations; None for no size. They hold the
+    ``whole`` file, as for a map of the target's own, or its tensors, as for any other, which knew no names.
     ``metrics`` is empty where ``not_measured`` says why. ``faults`` are sentences on what a user must know before
     taking the file: others do not load it, it is worse than that uniform file, or larger than the budget or the source.
     """
@@ -45,6 +46,7 @@ def deliver(
     found: dict[str, Any] = {
         **sizes,
         "budget": budget.label(),
+        "counted_bytes": sum(sizes.values()) if whole else sizes["stored_bytes"],
         "budget_bytes": None if limit is None else -(-limit // 8),
         "source_bytes": source_bytes(run),
         "unread": target.unread(job.model.module),
@@ -75,7 +77,7 @@ def delivered_records(run: Run) -> list[StudyRecord]:
 
 def _record(run: Run, data: Mapping[str, Any], found: Mapping[str, Any]) -> StudyRecord:
     size, seeds = found["stored_bytes"] + found["header_bytes"], run.config.evaluate
-    over = found["budget_bytes"] is not None and found["stored_bytes"] > (1 + OVER) * found["budget_bytes"]
+    over = found["budget_bytes"] is not None and found["counted_bytes"] > (1 + OVER) * found["budget_bytes"]
     return StudyRecord(
         model=run.table.model,
         method=f"{data['target']} file",
@@ -110,9 +112,9 @@ def faults(target: str, found: Mapping[str, Any]) -> Iterator[str]:
                 f"{ours['value']:.4g} ({ours['low']:.4g} to {ours['high']:.4g}) at {stored} bytes, "
                 f"{theirs['value']:.4g} ({theirs['low']:.4g} to {theirs['high']:.4g}) at {uniform['stored_bytes']}"
             )
-    if found["budget_bytes"] is not None and stored > (1 + OVER) * found["budget_bytes"]:
+    if found["budget_bytes"] is not None and found["counted_bytes"] > (1 + OVER) * found["budget_bytes"]:
         yield (
-            f"the file of {target} is LARGER than the budget {found['budget']}: {stored} bytes, "
+            f"the file of {target} is LARGER than the budget {found['budget']}: {found['counted_bytes']} bytes, "
             f"{found['budget_bytes']} are allowed"
         )
     whole = stored + found["header_bytes"]

@@ -16,7 +16,7 @@ from mpqsearch.specs.distill import TRAINED
 from mpqsearch.stages.allocating import allocation
 from mpqsearch.stages.base import Run, log, slug
 from mpqsearch.stages.card import write_card
-from mpqsearch.stages.delivering import deliver
+from mpqsearch.stages.delivering import OVER, deliver
 from mpqsearch.stages.distilling import CODES, trained_data, trained_model
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import file_key, quantized_module
@@ -61,8 +61,8 @@ class Exported:
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     """One target with the map that it gets: ``choices`` names its own formats where the map was made for it; any other
-    is that of ``method``, ``trained`` where that is better. ``limit``: the stored bits that the budget allowed the
-    map."""
+    is that of ``method``, ``trained`` where that is better. ``limit``: the stored bits that the budget allowed the map,
+    of which ``names_bits`` are for names and shapes in the file."""
 
     target: Target
     budget: Budget
@@ -73,6 +73,7 @@ class _Task:
     trained: bool
     label: str
     choices: Mapping[str, str]
+    names_bits: int
     provenance: Mapping[str, Any]
     folder: Path
     stamp: Path
@@ -196,6 +197,7 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, ow
         trained=trained,
         label=label,
         choices=choices,
+        names_bits=solved.get("names_bits", 0),
         limit=solved.get("limit") if budget.unit == "bits stored" else None,
         provenance={"map": label, "budget": budget.label(), "predicted_loss": solved["predicted_loss"]},
         folder=run.path("export", slug(name, budget)),
@@ -223,7 +225,14 @@ def _export_one(run: Run, task: _Task, verify: Verify) -> Exported | None:
     elif verify == "no" or (verify == "once" and verified is not None):
         run.say(f"export: reused {task.folder}")
     if target.payload and not _is_measured(run, data["delivered"]):
-        data = {**data, "delivered": deliver(run, target, _job(run, task), task.folder, task.budget, task.limit)}
+        own, job = bool(task.choices), _job(run, task)
+        found = deliver(run, target, job, task.folder, task.budget, task.limit, whole=own)
+        if not own and found["header_bytes"] > OVER * found["stored_bytes"]:
+            run.say(
+                f"export: the file of {target.name} takes {found['stored_bytes']} bytes and {found['header_bytes']} of "
+                "names and shapes, which budgets of maps do not count"
+            )
+        data = {**data, "delivered": found}
         write_card(run, target, data, task.folder)
         EXPORT.save(task.stamp, data, task.inputs)
     if verify == "now" or (verify == "once" and verified is None):
@@ -265,6 +274,7 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         "n_parameters": run.table.n_parameters,
         "ideal_bits": ideal,
         "accounted_bits": promised,
+        "promised_bytes": None if promised is None else -(-(promised + task.names_bits) // 8),
         "lost_inputs": len(lost),
         "plan": plan_table(plan, lost),
         "granularity": target.granularity,

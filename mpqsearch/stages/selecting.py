@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ from mpqsearch.stages.statistics import moment_inputs, statistics_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import nn
 
+    from mpqsearch.export import Target
     from mpqsearch.search.measure import ModelEvaluator
     from mpqsearch.search.selection import Selection
     from mpqsearch.search.surrogate import Candidate
@@ -170,7 +173,8 @@ def _evaluator(run: Run, n: int) -> ModelEvaluator:
 
     def quantized(candidate: Candidate) -> nn.Module:
         if candidate.target:
-            return _file_module(run, candidate)
+            with candidate_file(run, candidate) as (target, folder):
+                return delivered_module(run, target, folder)
         return quantized_module(run, candidate.bit_map, bias_correction=candidate.bias_correction)
 
     return ModelEvaluator(
@@ -182,8 +186,9 @@ def _evaluator(run: Run, n: int) -> ModelEvaluator:
     )
 
 
-def _file_module(run: Run, candidate: Candidate) -> nn.Module:
-    """The model with what the target's consumer decodes from a file of the candidate, which is dropped."""
+@contextmanager
+def candidate_file(run: Run, candidate: Candidate) -> Iterator[tuple[Target, Path]]:
+    """The target of a candidate and the folder of its file, which is dropped after the block."""
     from mpqsearch.export import ExportJob, get_exporter
 
     target = get_exporter(candidate.target)
@@ -196,4 +201,4 @@ def _file_module(run: Run, candidate: Candidate) -> nn.Module:
         bias_correction=candidate.bias_correction,
     )
     with scratch_file(run, target, job) as folder:
-        return delivered_module(run, target, folder)
+        yield target, folder

@@ -14,7 +14,7 @@ from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import target_of
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
-from mpqsearch.stages.selecting import can_select, race, say_selection, selection_inputs
+from mpqsearch.stages.selecting import can_select, candidate_file, race, say_selection, selection_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from mpqsearch.allocate import PairwiseTerms
     from mpqsearch.export import Target
     from mpqsearch.export.allocation import Floats, TargetAllocation
+    from mpqsearch.search.surrogate import Candidate
 
 PROBES = 2
 """Random projections of each probed trajectory."""
+
+SLIGHT = 0.002
+"""Share of a budget below which names and shapes are not counted."""
+
+TENSORS, DESCRIPTION = 5, 200
+"""Tensors that a layer may have in a file, and bytes that describe one beside its name: more than any format has."""
 
 SHRINKAGES = (1.0, 0.5)
 """How far the prices of layers are shrunk in the maps that are tried beside the plain one, safest first."""
@@ -55,33 +62,52 @@ def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
     from mpqsearch.export import neutral_extra
 
     made, more = plain_map(run, target, budget), dict[str, Any]()
+    names = names_bits(run, target, budget, made)
+    if names:
+        made = plain_map(run, target, budget, names)
     if target.decodes and not target.missing() and can_select(run):
         made, more = _selected(run, target, budget, made)
-    data = made.to_data() | {"budget": budget.label()} | more
+    data = made.to_data() | {"budget": budget.label(), "limit": made.limit + names, "names_bits": names} | more
     provenance = {k: data[k] for k in ("target", "choices", "stored_bits", "size_bits", "predicted_loss", "budget")}
     extra = neutral_extra(run.table, made.bit_map, provenance=provenance)
     return SavedAllocation(bit_map=made.bit_map, data=data, extra=extra)
 
 
-def plain_map(run: Run, target: Target, budget: Budget) -> TargetAllocation:
-    """The map of least predicted loss over the formats of a target, unmeasured."""
+def plain_map(run: Run, target: Target, budget: Budget, names: int = 0) -> TargetAllocation:
+    """The map of least predicted loss over the formats of a target, unmeasured, whose tensors leave room for ``names``
+    bits in the budget."""
     target.check_parts(run.table)
     if run.apart:
         raise ConfigError(f'{target.name} has no maps in which each part keeps to a budget (budget.combine = "max")')
-    return _solved(run, target, budget, run.config.policy, *losses_for(run, target))
+    limit = budget.limit_bits(run.table, run.config.policy) - names
+    return _solved(run, target, limit, run.config.policy, *losses_for(run, target))
+
+
+def names_bits(run: Run, target: Target, budget: Budget, made: TargetAllocation) -> int:
+    """Bits of names and shapes in the file of a map, which a budget counts as it counts tensors; 0 where they cannot
+    matter, or where no file can be written here."""
+    names = [*run.table.by_name, *(k.name for k in run.table.kept)]
+    most = 8 * sum(TENSORS * (len(name) + DESCRIPTION) for name in names)
+    written = target.payload and not target.missing() and not run.dry_run and not run.profile.weights_only
+    if not written or most < SLIGHT * made.limit:
+        return 0
+    try:
+        with candidate_file(run, _candidate(run, target, budget, made)) as (_, folder):
+            return 8 * target.sizes(folder)["header_bytes"]
+    except ConfigError:
+        return 0  # the export will say why
 
 
 def _solved(
     run: Run,
     target: Target,
-    budget: Budget,
+    limit: int,
     policy: Policy,
     losses: Mapping[str, Floats],
     pairs: PairwiseTerms | None = None,
 ) -> TargetAllocation:
     from mpqsearch.export.allocation import allocate_for
 
-    limit = budget.limit_bits(run.table, run.config.policy)
     with run.timed("allocate"):
         return allocate_for(target, run.table, losses, limit, policy, fmt=run.config.quantizer.format(), pairs=pairs)
 
@@ -91,23 +117,8 @@ def _selected(
 ) -> tuple[TargetAllocation, dict[str, Any]]:
     """The map whose file is nearest to full precision, and all that was measured; the plain one where the target cannot
     write the model."""
-    from mpqsearch.core import average_bits
-    from mpqsearch.search.surrogate import Candidate
-
-    maps = _variants(run, target, budget, plain)
-    candidates = {
-        label: Candidate(
-            bit_map=made.bit_map,
-            budget=budget,
-            bias_correction=True,  # as `export` does for a map of the target's own
-            predicted=made.loss,
-            size_bytes=-(-made.stored.total // 8),
-            average_bits=average_bits(run.table, made.bit_map),
-            target=target.name,
-            choices=made.choices,
-        )
-        for label, made in maps.items()
-    }
+    maps = _variants(run, target, plain)
+    candidates = {label: _candidate(run, target, budget, made) for label, made in maps.items()}
     try:
         found = race(run, candidates)
     except ConfigError as error:
@@ -117,7 +128,23 @@ def _selected(
     return maps[found.chosen.label], {"selection": found.to_data()}
 
 
-def _variants(run: Run, target: Target, budget: Budget, plain: TargetAllocation) -> dict[str, TargetAllocation]:
+def _candidate(run: Run, target: Target, budget: Budget, made: TargetAllocation) -> Candidate:
+    from mpqsearch.core import average_bits
+    from mpqsearch.search.surrogate import Candidate
+
+    return Candidate(
+        bit_map=made.bit_map,
+        budget=budget,
+        bias_correction=True,  # as `export` does for a map of the target's own
+        predicted=made.loss,
+        size_bytes=-(-made.stored.total // 8),
+        average_bits=average_bits(run.table, made.bit_map),
+        target=target.name,
+        choices=made.choices,
+    )
+
+
+def _variants(run: Run, target: Target, plain: TargetAllocation) -> dict[str, TargetAllocation]:
     """The different maps that are tried, safest first: uniform types, then maps by layer whose prices are believed more
     and more. Losses are those of the plain map's prices, for all.
 
@@ -140,10 +167,10 @@ def _variants(run: Run, target: Target, budget: Budget, plain: TargetAllocation)
             tried[name] = fitting[name]
     for share in SHRINKAGES:
         label = f"by layer, prices shrunk by {share:g}"
-        tried[label] = _solved(run, target, budget, policy, shrunk_losses(losses, squared, share))
-    tried["by layer"] = _solved(run, target, budget, policy, losses)
+        tried[label] = _solved(run, target, plain.limit, policy, shrunk_losses(losses, squared, share))
+    tried["by layer"] = _solved(run, target, plain.limit, policy, losses)
     if free is not policy:
-        tried["by layer, ends free"] = _solved(run, target, budget, free, losses)
+        tried["by layer, ends free"] = _solved(run, target, plain.limit, free, losses)
     if run.config.allocate.target_probes:
         tried["by layer, interactions"] = plain
     different: dict[str, TargetAllocation] = {}

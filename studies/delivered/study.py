@@ -21,6 +21,7 @@ from mpqsearch.config import config_from
 from mpqsearch.core import Budget, StudyRecord
 from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.export.allocation import uniform_maps
+from mpqsearch.stages.targeting import names_bits
 
 COLUMNS = (
     "model",
@@ -68,12 +69,14 @@ def run_of(model: str, samples: int, targets: tuple[str, ...], *, own: bool, fol
 
 
 def bytes_of(run: stages.Run, name: str, kind: str) -> Budget:
-    """The size of the target's file with every layer that takes it in one type."""
+    """The size of the target's file with every layer that takes it in one type, names and shapes included."""
     target = get_exporter(name)
     made = uniform_maps(target, run.table)[kind]
     choices = {n: made.choices.get(n, "full") for n in run.table.by_name}
     job = ExportJob(table=run.table, bit_map=made.bit_map, choices=choices)
-    return Budget(quantity="bytes", limit=-(-target.promise(job, target.plan(job)).total // 8))
+    bits = target.promise(job, target.plan(job)).total
+    tensors = Budget(quantity="bytes", limit=-(-bits // 8))
+    return Budget(quantity="bytes", limit=-(-(bits + names_bits(run, target, tensors, made)) // 8))
 
 
 def rows_of(run: stages.Run, name: str, budget: Budget, reported: float | None) -> Iterator[dict[str, Any]]:
@@ -84,14 +87,15 @@ def rows_of(run: stages.Run, name: str, budget: Budget, reported: float | None) 
         return
     found, model = one.data["delivered"], run.table.model
     shared = {"model": model, "target": name, "budget": budget.label(), "n_samples": run.config.evaluate.samples}
-    entries = [(one.data["map"], one.data["accounted_bits"], found, found["metrics"]["paired_mse"], reported)]
+    entries = [(one.data["map"], one.data["promised_bytes"], found, found["metrics"]["paired_mse"], reported)]
     if found["uniform"]:
         uniform = found["uniform"]
-        entries.append((f"uniform {uniform['choice']}", 8 * uniform["stored_bytes"], uniform, uniform["error"], None))
-    for method, bits, sizes, error, said in entries:
+        size = uniform["stored_bytes"] + uniform["header_bytes"]
+        entries.append((f"uniform {uniform['choice']}", size, uniform, uniform["error"], None))
+    for method, promised, sizes, error, said in entries:
         yield shared | {
             "method": method.partition(" at ")[0],
-            "promised_bytes": -(-bits // 8),
+            "promised_bytes": promised,
             "file_bytes": sizes["stored_bytes"] + sizes["header_bytes"],
             "reported_error": "" if said is None else f"{said:.6g}",
             "delivered_error": f"{error['value']:.6g}",

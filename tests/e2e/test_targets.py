@@ -102,8 +102,9 @@ def test_a_map_allocated_for_a_target_is_exported_without_rounding(folder: Path)
         choices = neutral.data["provenance"]["choices"]
         assert choices == data["choices"]
         assert data["status"] == "optimal"
-        assert data["size_bits"] <= data["limit"]
-        assert data["limit"] - data["size_bits"] < 0.05 * data["limit"], "the budget is used"
+        assert data["size_bits"] + data["names_bits"] <= data["limit"]
+        assert data["limit"] - data["size_bits"] - data["names_bits"] < 0.05 * data["limit"], "the budget is used"
+        assert data["names_bits"] > 0, "the model is small"
         table = read_json(folder / "r/layers.json", "mpqsearch/layers")
         job = ExportJob(table=build(LayerTable, table.data), bit_map=neutral.bit_map, choices=choices)
         plan = GgufTarget().plan(job)
@@ -161,6 +162,9 @@ def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
     stamp = read_json(folder / "r/export/gguf@6bit.json", "mpqsearch/export").data
     assert stamp["verification"] is None
     assert stamp["rounded_layers"] == 0
+    whole = stamp["delivered"]["stored_bytes"] + stamp["delivered"]["header_bytes"]
+    assert abs(whole - stamp["promised_bytes"]) <= 0.01 * whole, "names and shapes are promised too"
+    assert whole <= 1.01 * stamp["delivered"]["budget_bytes"]
     assert read_sizes(folder)["gguf"]["verified"] == "no"
     shown = call(folder, "export", "--target", "gguf", "--verify", "--json")
     assert shown.exit_code == 0, shown.output
@@ -222,6 +226,7 @@ def test_what_is_wrong_with_a_file_is_said_in_order() -> None:
         "uniform": {"choice": "Q4_0", "stored_bytes": 100, "error": error(1.8, 1.0)},
         "stored_bytes": 102,
         "header_bytes": 5,
+        "counted_bytes": 102,
         "budget": "4bit",
         "budget_bytes": 100,
         "source_bytes": 106,
@@ -369,5 +374,6 @@ def test_the_report_shows_ideal_and_stored_size_side_by_side(folder: Path) -> No
     assert "what the file of the target really takes" in page
     for key in ("ideal_bytes", "accounted_bytes"):
         assert f"{int(row[key]) / 1000:,.2f}" in page
-    assert np.isclose(float(row["stored_bits_per_parameter"]), 6, atol=0.2)
+    names = int(row["header_bytes"]) / int(row["stored_bytes"])
+    assert np.isclose((1 + names) * float(row["stored_bits_per_parameter"]), 6, atol=0.05), "the whole file"
     assert get_exporter("gguf").payload
