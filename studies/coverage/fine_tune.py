@@ -26,7 +26,7 @@ from mpqsearch.sampling import samples
 from mpqsearch.specs import CalibrationSpec
 
 TABLE = Path(__file__).with_name("fine_tune.csv")
-STEPS, BATCH, RATE = 200, 16, 2e-4
+SEED, STEPS, BATCH, RATE = 0, 200, 16, 2e-4
 COLUMNS = ("seed", "budget", "profile", "seconds", "psnr", "fd_fp")
 UNIFORM = MethodSpec(name="uniform", allocator="uniform", scheme="auto", bias_correction=True)
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True, loss="sampler")
@@ -93,9 +93,7 @@ def main() -> None:
     with TABLE.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for seed in (0,):
-            writer.writerows(rows(seed, base))
-            handle.flush()
+        writer.writerows(rows(SEED, base))
 
 
 if __name__ == "__main__":
