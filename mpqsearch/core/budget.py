@@ -102,6 +102,12 @@ class Budget(Shown):
         """What limits and costs are counted in: ``bits stored``, ``BOPs`` or ``ns``."""
         return {"bops": "BOPs", "latency": "ns"}.get(self.quantity, "bits stored")
 
+    def amount(self, cost: int) -> str:
+        """A cost in `unit` as people write it: bytes, BOPs or milliseconds."""
+        if self.quantity == "latency":
+            return f"{cost * MILLISECONDS['ns']:g} ms"
+        return f"{cost:,} BOPs" if self.quantity == "bops" else f"{-(-cost // 8):,} bytes"
+
     def limit_bits(
         self,
         table: LayerTable,

@@ -337,20 +337,18 @@ def _check_budgets(task: Task) -> None:
     full = task.cost(main.budget, task.map_of({n: np.uint8(FULL_PRECISION) for n in task.programs.table.by_name}))
     if main.limit > full:
         raise ConfigError(
-            f"the budget {main.budget.label()} is above full precision, which takes {full} {main.budget.unit}: there "
-            "is nothing to quantize"
+            f"the budget {main.budget.label()} ({main.budget.amount(main.limit)}) is above full precision, which takes "
+            f"{main.budget.amount(full)}: there is nothing to quantize"
         )
 
 
 def _too_small(task: Task, li: Limit, least: int) -> InfeasibleBudgetError:
-    allowed, smallest, per = f"{li.limit} {li.budget.unit}", str(least), ""
-    if li.budget.quantity == "latency":
-        allowed, smallest = li.budget.label(), f"{least / NANOSECONDS:g} ms"
-    elif li.budget.quantity != "bops":
-        per = f" ({least / task.programs.table.n_parameters:.4f} bits a parameter, {-(-least // 8)} bytes)"
+    sized = li.budget.unit == "bits stored"
+    per = f" ({least / task.programs.table.n_parameters:.4f} bits a parameter)" if sized else ""
     return InfeasibleBudgetError(
-        f"the budget {li.budget.label()} allows {allowed}; the smallest attainable is {smallest}{per}: every searched "
-        f"layer at its cheapest width ({task.programs.policy.describe()}). Raise the budget, or allow smaller widths."
+        f"the budget {li.budget.label()} allows {li.budget.amount(li.limit)}; the smallest attainable is "
+        f"{li.budget.amount(least)}{per}: every searched layer at its cheapest width "
+        f"({task.programs.policy.describe()}). Raise the budget, or allow smaller widths."
     )
 
 

@@ -111,15 +111,15 @@ def _check_budgets(run: Run) -> None:
         limit, full = budget.limit_bits(table, policy), FULL_PRECISION * table.n_parameters
         if limit < min(smallest):
             raise InfeasibleBudgetError(
-                f"the budget {budget.label()} allows {limit} bits; the smallest attainable is {min(smallest)} "
-                f"({min(smallest) / table.n_parameters:.4f} bits a parameter, {-(-min(smallest) // 8)} bytes): "
-                f"every searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
+                f"the budget {budget.label()} allows {budget.amount(limit)}; the smallest attainable is "
+                f"{budget.amount(min(smallest))} ({min(smallest) / table.n_parameters:.4f} bits a parameter): every "
+                f"searched layer at {min(policy.widths)} bits. Raise the budget, or allow smaller widths "
                 "(policy.widths)."
             )
         if limit > full and not run.apart:  # of a small part beside a large one
             raise ConfigError(
-                f"the budget {budget.label()} is above full precision, which takes {full} bits: there is nothing to "
-                "quantize"
+                f"the budget {budget.label()} ({budget.amount(limit)}) is above full precision, which takes "
+                f"{budget.amount(full)}: there is nothing to quantize"
             )
 
 
