@@ -12,8 +12,10 @@ from mpqsearch.distill.trd import FeatureTap
 from mpqsearch.errors import ConfigError, ModelError
 from mpqsearch.models import Call, Denoiser
 from mpqsearch.models.calls import in_memory
+from mpqsearch.models.runner import parts_of
 from mpqsearch.prompts.splits import BANDS
 from mpqsearch.sampling import batch_of, each_call, n_calls
+from mpqsearch.sources import is_encoder
 from mpqsearch.specs import TRDSpec
 
 FIRST_SEED, END_SEED = BANDS["training"], BANDS["development"]
@@ -50,6 +52,10 @@ class Trajectories:
             raise ConfigError(f"distill: batch must be at least 1, got {batch}")
         if not 0 <= seed < 1000:
             raise ConfigError(f"distill: seed must lie in 0..999, got {seed}")
+        if any(map(is_encoder, parts_of(denoiser.module))):
+            raise ConfigError(
+                "training (distill) changes denoisers alone: leave it out, or load the model without its text encoders"
+            )
         self.denoiser, self.seed, self.rank, self.world = denoiser, seed, rank, world
         self.batch = batch_of(denoiser, batch)
 

@@ -15,6 +15,7 @@ import transformers
 from mpqsearch.config import config_from
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat
 from mpqsearch.core.budget import uniform_map
+from mpqsearch.distill import Trajectories
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, UnknownNameError
 from mpqsearch.export import get_exporter
 from mpqsearch.export.packed import load_quantized, save_quantized
@@ -218,7 +219,7 @@ def test_max_needs_two_parts(tmp_path: Path) -> None:
         _ = Run(config=config, folder=tmp_path).apart
 
 
-def test_names_that_are_no_parts_are_refused(folder: Path, table: LayerTable) -> None:
+def test_names_that_are_no_parts_are_refused(model: Denoiser, folder: Path, table: LayerTable) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown part 'vae'. Known: text_encoder, unet\. .* stays as it is"):
         load_model(str(folder), component=("unet", "vae"))
     with pytest.raises(UnknownNameError, match="text_encoder"):
@@ -232,6 +233,8 @@ def test_names_that_are_no_parts_are_refused(folder: Path, table: LayerTable) ->
     with pytest.raises(ConfigError, match="text_encoder is in the budget"):
         get_exporter("gguf").check_parts(table)
     get_exporter("packed").check_parts(table)
+    with pytest.raises(ConfigError, match="denoisers alone"):
+        Trajectories(model)
 
 
 @pytest.mark.parametrize(
