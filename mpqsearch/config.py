@@ -196,7 +196,8 @@ class AllocateConfig:
         such a target takes its own map. Example: ``["gguf"]``.
     target_probes [trajectories]
         Trajectories through which a target's own errors are probed, with the interactions of layers
-        (`mpqsearch.export.allocation.probed_losses`). 0: they are priced with the profile, and nothing runs.
+        (`mpqsearch.export.allocation.probed_losses`), and its map is solved with these alone where nothing is measured.
+        0: as many as ``calibration.sampler_seeds``, for one of the maps that are measured.
     maps
         Maps from elsewhere, by name: files that ``mpqsearch import`` wrote or can read. Each is a method of that name
         (allocator ``map``). Example: ``{theirs = "runs/mine/imports/theirs/bitmap.json"}``.

@@ -14,7 +14,7 @@ from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import target_of
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
-from mpqsearch.stages.selecting import can_select, candidate_file, race, say_selection, selection_inputs
+from mpqsearch.stages.selecting import HELD, can_select, candidate_file, race, say_selection, selection_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mpqsearch.search.surrogate import Candidate
 
 PROBES = 2
-"""Random projections of each probed trajectory."""
+"""Random projections of each probed trajectory; half of those that the profile takes by default."""
 
 SLIGHT = 0.002
 """Share of a budget below which names and shapes are not counted."""
@@ -173,6 +173,8 @@ def _variants(run: Run, target: Target, plain: TargetAllocation) -> dict[str, Ta
         tried["by layer, ends free"] = _solved(run, target, plain.limit, free, losses)
     if run.config.allocate.target_probes:
         tried["by layer, interactions"] = plain
+    elif _can_probe(run, target):
+        tried["by layer, interactions"] = _solved(run, target, plain.limit, policy, *_probes_of(run, target))
     different: dict[str, TargetAllocation] = {}
     for label, made in tried.items():
         if all(made.choices != other.choices for other in different.values()):
@@ -193,7 +195,7 @@ def losses_for(run: Run, target: Target) -> tuple[Mapping[str, Floats], Pairwise
     """Losses of layers in the target's formats, and of pairs of layers where those are probed; made once a run for each
     target."""
     if run.config.allocate.target_probes:
-        return run.once(("probed", target.name), lambda: _probed(run, target))
+        return _probes_of(run, target)
     return _priced(run, target)[0], None
 
 
@@ -220,6 +222,17 @@ def _priced(run: Run, target: Target) -> tuple[dict[str, Floats], dict[str, Floa
     return run.once(("losses", target.name), make)
 
 
+def _can_probe(run: Run, target: Target) -> bool:
+    """Whether a target's own errors can be probed as those of the profile were, and be held in memory."""
+    formats = len({c.name for la in run.table for c in target.choices(la)})
+    size = 4 * formats * sum(la.n_weights for la in run.table)
+    return "layer_sampler_error" in run.profile.families and size <= HELD
+
+
+def _probes_of(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
+    return run.once(("probed", target.name), lambda: _probed(run, target))
+
+
 def _probed(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]:
     import numpy as np
 
@@ -237,17 +250,17 @@ def _probed(run: Run, target: Target) -> tuple[dict[str, Floats], PairwiseTerms]
         target.require()
     same_model(run)
     errors = target_errors(target, run.table, run.denoiser.module, c.quantizer.format())
-    first = c.calibration.first_seed
+    first, n = c.calibration.first_seed, c.allocate.target_probes or c.calibration.sampler_seeds
     with run.timed("allocate"), bars_of() as progress:
         effects = projected_effects(
             run.denoiser,
             run.table,
-            range(first, first + c.allocate.target_probes),
+            range(first, first + n),
             WeightErrors(run.table, {target.name: errors}),
             probes=PROBES,
             seed=c.calibration.seed,
             checkpoint=c.calibration.checkpoint,
             progress=progress,
         )
-    uncorrected = effects[target.name][:, 0].astype(np.float64)  # no export corrects a bias
+    uncorrected = effects[target.name][:, 0].astype(np.float64)  # of weights; biases are corrected in the file
     return probed_losses(uncorrected, run.table)
