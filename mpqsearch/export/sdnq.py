@@ -7,6 +7,8 @@ that is written here as data. Limits, from running sdnq 0.2.8 through diffusers 
 - It derives scales anew (minimum and maximum of a row, and of each tap of a convolution kernel), so searched ranges and
   schemes of a map are not used.
 - 2 to 8 bits are packed densely; one bit takes a whole byte a weight in 0.2.8.
+- At 3 bits and fewer layers are rotated by its Hadamard matrices, which take no bytes (a layer whose inputs have no
+  such matrix is left as it is). Its other options cost more than they give at equal bytes: ``studies/sdnq``.
 - Its own skip lists and size limits would change a map: the configuration switches them off, and names every layer as
   ``<layer>.weight``, since a bare name would match path segments anywhere. Groups stay off: they multiply the scales.
 """
@@ -33,6 +35,9 @@ from mpqsearch.sources import read_config
 WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
 """SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where
 it is first imported."""
+
+ROTATED = 3
+"""Widest layers that are rotated: beyond, the gain is within its error (``studies/sdnq``)."""
 
 
 class SdnqTarget(Target):
@@ -177,6 +182,7 @@ def _at_least(dtype: str, key: str) -> str:
 
 def sdnq_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
     """The arguments of ``diffusers.SDNQConfig``: every layer by the name of its parameter, no rules of SDNQ's own."""
+    rotated = [f"{e.layer}.weight" for e in plan if e.choice and bits_of(e.choice) <= ROTATED]
     groups: dict[str, list[str]] = {}
     for entry in plan:
         if entry.choice:
@@ -189,5 +195,6 @@ def sdnq_config(plan: Sequence[PlanEntry]) -> dict[str, Any]:
         "minimum_allowed_numel": 0,
         "minimum_allowed_channel_size": 0,
         "modules_dtype_dict": groups,
+        "modules_quant_config": {name: {"use_hadamard": True} for name in rotated},
         "modules_to_not_convert": [f"{e.layer}.weight" for e in plan if not e.choice],
     }
