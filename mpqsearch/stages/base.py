@@ -84,10 +84,10 @@ class Run:
     def apart(self) -> tuple[str, ...]:
         """Parts of the model of which each keeps to a budget by itself; none where they share it. Raises `ConfigError`
         for a model with one part."""
-        from mpqsearch.models.runner import parts_of
-
         if self.config.budget.combine == "sum":
             return ()
+        from mpqsearch.models.runner import parts_of  # imports torch, which nothing else here needs
+
         module = self.streamed.module if self.config.calibration.weights_only else self.denoiser.module
         parts = self.config.budget.parts or tuple(parts_of(module))
         if len(parts) < 2:
