@@ -25,7 +25,7 @@ OVER = 0.01
 """A file may be larger than its budget by this share."""
 
 SAME_SIZE = 0.001
-"""Share by which a uniform file may be larger than the one that it is compared with."""
+"""Share by which a uniform file may be larger than the one that it is compared with, if the budget allows no more."""
 
 ERROR = "paired_mse"
 """What files of one size are compared by: the error of samples from the same noise."""
@@ -34,8 +34,8 @@ ERROR = "paired_mse"
 def deliver(
     run: Run, target: Target, job: ExportJob, folder: Path, budget: Budget, limit: int | None, *, whole: bool
 ) -> dict[str, Any]:
-    """Measure the export in ``folder``, and the target's best uniform file that is no larger; the rest of
-    ``export/<target>@<budget>.json``.
+    """Measure the export in ``folder``, and the target's largest uniform file that is no larger or fits the budget; the
+    rest of ``export/<target>@<budget>.json``.
 
     ``limit``: the stored bits that the budget allows the map, with its activations; None for no size. They hold the
     ``whole`` file, as for a map of the target's own, or its tensors, as for any other, which knew no names.
@@ -58,7 +58,8 @@ def deliver(
     if not found["not_measured"]:
         try:
             found |= _measured(run, target, folder)
-            found["uniform"] = _uniform(run, target, job, sizes["stored_bytes"])
+            room = 0 if limit is None else limit // 8 - (sizes["header_bytes"] if whole else 0)
+            found["uniform"] = _uniform(run, target, job, max(room, int((1 + SAME_SIZE) * sizes["stored_bytes"])))
         except ConfigError as error:
             found["not_measured"] = str(error)
     return found | {"faults": list(faults(target.name, found))}
@@ -164,12 +165,12 @@ def _draw(run: Run, key: str, target: Target, folder: Path) -> dict[str, Any]:
         return measure(run, key, partial(delivered_module, run, target, folder), bar.update)
 
 
-def _uniform(run: Run, target: Target, job: ExportJob, stored_bytes: int) -> dict[str, Any] | None:
-    """The target's largest uniform file of at most these bytes, with its error: written, measured and dropped. None
-    when all are larger."""
+def _uniform(run: Run, target: Target, job: ExportJob, most: int) -> dict[str, Any] | None:
+    """The target's largest uniform file whose tensors take at most these bytes, with its error: written, measured and
+    dropped. None when all are larger."""
     candidates = [(name, own) for name, own in _uniform_jobs(run, target, job)]
     sized = [(target.promise(own, target.plan(own)).total, name, own) for name, own in candidates]
-    fitting = [(bits, name, own) for bits, name, own in sized if bits / 8 <= (1 + SAME_SIZE) * stored_bytes]
+    fitting = [(bits, name, own) for bits, name, own in sized if bits / 8 <= most]
     if not fitting:
         return None
     _, name, own = max(fitting, key=lambda entry: entry[0])
