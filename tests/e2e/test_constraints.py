@@ -144,7 +144,7 @@ def test_options_and_toml_give_the_best_of_all_maps_that_obey(cli: Cli, saved: P
 def test_what_cannot_be_met_ends_with_code_3_and_the_smallest_value(cli: Cli, saved: Path) -> None:
     for options, words in (
         (["-b", "1bit"], ("the budget 1bit allows", "the smallest attainable is")),
-        (["--within", "10bops"], ("the budget 10bops allows", str(min(bops(TABLE, m) for _, m, _ in EVERY)))),
+        (["--within", "10bops"], ("the budget 10bops allows", f"{min(bops(TABLE, m) for _, m, _ in EVERY):,} BOPs")),
         (["--min-bits", "*=8", "-b", "uniform:3"], ("smallest attainable",)),
         (["--latency", "latency.csv", "--within", "0.5ms"], ("0.5ms", f"{min(latency(m) for _, m, _ in EVERY):g} ms")),
     ):
