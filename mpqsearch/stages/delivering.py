@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch import artifacts
-from mpqsearch.core import FULL_PRECISION, Budget, MetricValue, StudyRecord
+from mpqsearch.core import FULL_PRECISION, Budget, MetricValue, StudyRecord, size_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.progress import bar_of
 from mpqsearch.sources import denoiser_folders, local_folder
@@ -166,14 +166,14 @@ def _draw(run: Run, key: str, target: Target, folder: Path) -> dict[str, Any]:
 
 
 def _uniform(run: Run, target: Target, job: ExportJob, most: int) -> dict[str, Any] | None:
-    """The target's largest uniform file whose tensors take at most these bytes, with its error: written, measured and
-    dropped. None when all are larger."""
+    """The target's largest uniform file whose tensors take at most these bytes, of several the one of most bits, with
+    its error: written, measured and dropped. None when all are larger."""
     candidates = [(name, own) for name, own in _uniform_jobs(run, target, job)]
     sized = [(target.promise(own, target.plan(own)).total, name, own) for name, own in candidates]
     fitting = [(bits, name, own) for bits, name, own in sized if bits / 8 <= most]
     if not fitting:
         return None
-    _, name, own = max(fitting, key=lambda entry: entry[0])
+    _, name, own = max(fitting, key=lambda entry: (entry[0], size_bits(run.table, entry[2].bit_map)))
     with scratch_file(run, target, own) as folder:
         data, sizes = _measured(run, target, folder), target.sizes(folder)
     return {"choice": name, **sizes, "error": data["metrics"][ERROR]}
