@@ -118,8 +118,15 @@ def legend_below(ax: Axes, columns: int = 3, **options: Any) -> None:
 
 def plain_log_ticks(ax: Axes) -> None:
     """Numbers on a logarithmic y axis as people write them; between powers of ten where there are few of them."""
-    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    ax.yaxis.set_minor_formatter(_Plain(minor_thresholds=(2, 0.5)))
     ax.yaxis.set_major_formatter("{x:g}")
+
+
+class _Plain(LogFormatter):
+    """Labels where `LogFormatter` has some, 0.02 in place of 2e-02."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def widen_x(ax: Axes, share: float = 0.05) -> None:

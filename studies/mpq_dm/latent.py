@@ -17,11 +17,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from report import _cell, _paired, _verdicts, draw
 from study import (
     CHECK_SEED,
@@ -41,6 +45,7 @@ from study import (
 from mpqsearch import artifacts
 from mpqsearch.core import size_bytes
 from mpqsearch.quant import convert
+from mpqsearch.report.style import COLOURS, STYLE, plain_log_ticks
 from mpqsearch.sampling import SamplerSpec
 
 MODELS = ("fmnist-t2i", "fmnist-flow")
@@ -222,6 +227,29 @@ def describe_long(table: pd.DataFrame) -> str:
     return "\n".join(lines[:-1])
 
 
+def draw_long(table: pd.DataFrame) -> Figure:
+    """Paired error and distance, with its interval, by step; a row for each setting."""
+    shown = {"paired_mse": "paired error", "fd_fp": "FD to full precision"}
+    settings = list(dict.fromkeys(table["setting"]))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.9 * len(settings)), layout="constrained")
+        grid = figure.subplots(len(settings), len(shown), squeeze=False)
+        for (i, setting), (j, key) in product(enumerate(settings), enumerate(shown)):
+            ax = grid[i, j]
+            for method, colour in zip(MAIN, (COLOURS[2], "black"), strict=True):
+                rows = table[(table["setting"] == setting) & (table["method"] == method)].sort_values("step")
+                ax.plot(rows["step"], rows[key], marker="o", ms=3, lw=1, color=colour, label=method)
+                if key == "fd_fp":
+                    low = np.maximum(rows[key] - rows["fd_fp_spread"], rows[key] * 0.05)
+                    ax.fill_between(rows["step"], low, rows[key] + rows["fd_fp_spread"], color=colour, alpha=0.12, lw=0)
+            ax.set_yscale("log")
+            plain_log_ticks(ax)
+            ax.set_title(f"{setting}: {shown[key]}")
+            ax.set_xlabel("optimiser steps" if i == len(settings) - 1 else "")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
 def report(results: Path) -> None:
     """Replace the part of README.md between the markers."""
     readme = results.with_name("README.md")
@@ -231,7 +259,10 @@ def report(results: Path) -> None:
     draw(table).savefig(figure, dpi=110)
     parts = [describe(table), f"![Distances and PSNR by setting and method]({figure.name})"]
     if results.with_name("long.csv").is_file():
-        parts.append(describe_long(pd.read_csv(results.with_name("long.csv"))))
+        curves = pd.read_csv(results.with_name("long.csv"))
+        picture = results.with_name("long.png")
+        draw_long(curves).savefig(picture, dpi=110)
+        parts += [describe_long(curves), f"![Paired error and FD to full precision by training step]({picture.name})"]
     artifacts.write_text(readme, f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n{END}{rest.split(END)[1]}")
 
 
