@@ -133,7 +133,7 @@ def plot_front(info: FrontInfo, ax: Axes | None = None) -> Axes:
     ax.set_ylabel(metric_text(info.metric).title)
     better = "higher" if info.higher_is_better else "lower"
     ax.set_title(f"{info.label}\n{better} is better; bars: 95 %, {info.spread}", loc="left", fontsize=8.5)
-    legend_below(ax, title="method (hypervolume)")
+    legend_below(ax, title="method (hypervolume, 0 to 1: more is better)")
     return ax
 
 
