@@ -109,15 +109,17 @@ def tables() -> list[str]:
     each = sum(float(row["cpu_seconds"]) for row in rows) / sum(int(row["weights"]) for row in rows)
     lines = ["| model | layers | weights, M | GB at 16 bits | kept at 16 bits | profile of weights, CPU min |"]
     lines += ["|---|---|---|---|---|---|"]
+    whole: dict[str, int] = {}
     for shape in shapes():
         layers, weights, kept = facts(shape)
+        whole[shape.model] = weights
         size = f"{weights / 1e6:,.0f} | {2e-9 * weights:.1f}"
         lines.append(f"| {shape.model} | {layers} | {size} | {kept:.1%} | {weights * each / 60:.0f} |")
-    blocks = [
-        f"{row['model']}, {int(row['weights']) / 1e6:.0f} M: {row['cpu_seconds']} s, {row['peak_gigabytes']} GB"
-        for row in rows
-    ]
-    lines += ["", f"Measured, one block of each kind: {'; '.join(blocks)}."]
+    lines += ["", "| measured | weights, M | CPU s | peak, GB |", "|---|---|---|---|"]
+    for row in rows:
+        part = "" if int(row["weights"]) >= whole[row["model"]] else ", one block of each kind"
+        million = f"{int(row['weights']) / 1e6:,.0f}"
+        lines.append(f"| {row['model']}{part} | {million} | {row['cpu_seconds']} | {row['peak_gigabytes']} |")
     lines += ["", "| preset | class | steps | guidance | other arguments | export |", "|---|---|---|---|---|---|"]
     for preset in presets()["preset"]:
         study = preset["study"]
