@@ -41,6 +41,7 @@ def distill(
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
     limit = Budget.parse(budget)
     method = run.config.chosen_method(method)
+    run.config.check_trainable()
     stages.start(run)
     if not stages.prepare(run, "training on trajectories of the sampler (distill)"):
         return

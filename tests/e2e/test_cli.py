@@ -186,6 +186,7 @@ def test_what_samples_are_measured_with_is_asked_for_before_the_profile(
         (("search", "--trials", "2", "--workers", "2", "--storage", "sqlite:///a.db"), "no row locks"),
         (("distill", "--method", "nope"), "unknown method 'nope'"),
         (("distill", "--set", "distill.steps=0"), "at least 1"),
+        (("distill", "--set", 'budget.parts=["unet", "text_encoder"]'), "denoisers alone"),
         (("quantize", "--method", "nope"), "unknown method 'nope'"),
         (("export", "--target", "nope"), "unknown export target 'nope'"),
     ],
