@@ -346,7 +346,8 @@ def diffusers_class(name: str, source: str, kind: str = "ModelMixin") -> Any:
     pipelines are made of. Raises `ModelError` for any other name: a folder may name what runs code of its own."""
     import diffusers
 
-    cls: Any = getattr(diffusers, name, None) if name.isidentifier() else None
+    with _quiet():  # the first class that is read imports torchao
+        cls: Any = getattr(diffusers, name, None) if name.isidentifier() else None
     kinds = (diffusers.ModelMixin, diffusers.SchedulerMixin, diffusers.ConfigMixin)
     bases = kinds if kind == "Part" else (getattr(diffusers, kind),)
     known = isinstance(cls, type) and issubclass(cls, bases) and cls not in (*kinds, diffusers.DiffusionPipeline)
@@ -429,13 +430,18 @@ def bounded_memory(more: int) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the progress bars of diffusers and transformers and without their warnings: what is wrong with keys is an
-    error here, named in one line."""
+    error here, named in one line. Without those of torchao, too, which diffusers imports where it is installed: they
+    are about kernels of other machines."""
     names = ("diffusers", "transformers") if importlib.util.find_spec("transformers") else ("diffusers",)
     loggers = [importlib.import_module(f"{name}.utils.logging") for name in names]
     before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     for logger in loggers:
         logger.set_verbosity_error()
         logger.disable_progress_bar()
+    torchaos = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in torchaos]
+    for torchao in torchaos:
+        torchao.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
@@ -444,6 +450,8 @@ def _quiet() -> Iterator[None]:
             logger.set_verbosity(verbosity)
             if shown:
                 logger.enable_progress_bar()
+        for torchao, level in zip(torchaos, levels, strict=True):
+            torchao.setLevel(level)
 
 
 def _stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
