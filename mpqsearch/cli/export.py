@@ -109,7 +109,7 @@ def export(
         "export.measure": measure,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    if not stages.prepare(run):
+    if not stages.prepare(run, targets=() if compared else run.config.export.targets):
         return
     if compared:
         _show_offers(run, as_json=as_json)

@@ -45,4 +45,5 @@ def check_targets(names: Sequence[str], key: str) -> None:
     """Raise `UnknownNameError`, naming the configuration's ``key``, for a target that does not exist."""
     for name in names:
         if name not in TARGETS:
-            raise UnknownNameError("export target", name, TARGETS, f"({key})")
+            hint = f"({key}; `mpqsearch export --target auto` compares those that are installed)"
+            raise UnknownNameError("export target", name, TARGETS, hint)

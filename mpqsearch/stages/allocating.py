@@ -14,6 +14,7 @@ from mpqsearch.errors import MpqsearchError
 from mpqsearch.methods import Allocation, CostTable, MethodSpec, Programs
 from mpqsearch.stages.base import Run, slug
 from mpqsearch.stages.importing import given_map
+from mpqsearch.stages.preflight import require_parts
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.searched import searched_map
@@ -164,7 +165,7 @@ def _offer(run: Run, target: Target, budget: Budget) -> dict[str, Any]:
     from mpqsearch.export import ExportJob
     from mpqsearch.export.target import SIZE_TOLERANCE
 
-    target.check_parts(run.table)
+    require_parts(run, target)
     if target.granularity == "channel":
         method = run.config.method(run.config.chosen_method(None))
         plain = plain_method(method, run.profile) if method.allocator == "measured" else method

@@ -18,6 +18,7 @@ from mpqsearch.stages.base import Run, log, slug
 from mpqsearch.stages.card import write_card
 from mpqsearch.stages.delivering import OVER, deliver
 from mpqsearch.stages.distilling import CODES, trained_data, trained_model
+from mpqsearch.stages.preflight import require_parts
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.references import file_key, quantized_module
 from mpqsearch.stages.reporting import SIZE_COLUMNS, chosen_method, export_budget, size_rows
@@ -161,12 +162,7 @@ def _task(run: Run, records: list[StudyRecord], name: str, budget: Budget, *, ow
     from mpqsearch.export import get_exporter
 
     target = get_exporter(name)
-    target.check_parts(run.table)
-    if run.apart and not target.holds_any_map:
-        raise ConfigError(
-            f'{name} would move bits between parts, of which each keeps to the budget (budget.combine = "max"): packed '
-            "and neutral hold the map as it is"
-        )
+    require_parts(run, target)
     chosen = chosen_method(run, records)
     trained = name not in run.config.allocate.targets and _is_trained(run, chosen, budget)
     own = _own_map(run, target, budget, chosen) if own_maps and not trained else None

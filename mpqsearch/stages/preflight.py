@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,16 @@ PUBLISHED = ("inception-2015", "clip", "dinov2")
 """Extractors whose distances are published with 5,000 pictures or more."""
 
 
-def preflight(run: Run, sampling: str = "") -> None:
-    """Raise what a later stage would raise: for budgets that no map meets, and targets whose quantizer is not
-    installed.
+def preflight(run: Run, sampling: str = "", targets: Sequence[str] = ()) -> None:
+    """Raise what a later stage would raise: for budgets that no map meets, targets whose quantizer is not installed, and
+    export ``targets`` of which none holds the model.
 
     With ``sampling``, which says what samples are for: a model that cannot be sampled, an extractor, statistics of data
     or a scorer that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
     decoded picture show (prompts, classes, arguments of the call, the scheduler).
     """
     _check_budgets(run)
-    _check_targets(run)
+    _check_targets(run, targets)
     if sampling:
         check_sampling(run, sampling)
 
@@ -123,12 +124,36 @@ def _check_budgets(run: Run) -> None:
             )
 
 
-def _check_targets(run: Run) -> None:
-    """Raise `ConfigError` for a target that errors are asked of and that is not installed."""
-    for name in run.config.allocate.targets:
-        target = target_of(name)
+def _check_targets(run: Run, exported: Sequence[str]) -> None:
+    """Raise `ConfigError` for a target that can have no map of this model, or that errors are asked of and that is not
+    installed; and when no target that is ``exported`` holds the model. One of several is only named: an export goes on
+    with the others."""
+    from mpqsearch.export import get_exporter
+
+    for target in map(target_of, run.config.allocate.targets):
+        require_parts(run, target)
         if target.asks_itself:
             target.require()
+    refused = []
+    for target in map(get_exporter, exported):
+        try:
+            require_parts(run, target)
+        except ConfigError as error:
+            refused.append(error)
+    if refused and len(refused) == len(exported):
+        raise refused[0]
+    for error in refused:
+        run.say(f"export: will fail: {error}")
+
+
+def require_parts(run: Run, target: Target) -> None:
+    """Raise `ConfigError` for a target that has no place for a part of the model, or none for a budget of each part."""
+    target.check_parts(run.table)
+    if run.apart and not target.holds_any_map:
+        raise ConfigError(
+            f"{target.name} would move bits between parts, of which each keeps to the budget (budget.combine = "
+            '"max"): packed and neutral hold the map as it is'
+        )
 
 
 def require_targets(run: Run) -> None:

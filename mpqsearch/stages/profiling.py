@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpqsearch import artifacts
@@ -18,15 +18,15 @@ Inputs = Mapping[str, str]
 """Digests by name."""
 
 
-def prepare(run: Run, sampling: str = "") -> bool:
+def prepare(run: Run, sampling: str = "", targets: Sequence[str] = ()) -> bool:
     """What every later stage begins with: ``run.table`` and ``run.profile``; False in a dry run that would have to
     measure.
 
-    ``sampling`` names what the later stages do with samples. What they would raise is raised before anything is
+    ``sampling`` names what the later stages do with samples, ``targets`` what they export to. What they would raise is raised before anything is
     measured: see `preflight`.
     """
     layers(run)
-    preflight(run, "" if run.reads_only else sampling)
+    preflight(run, "" if run.reads_only else sampling, targets)
     return profile(run) is not None
 
 

@@ -11,7 +11,7 @@ from mpqsearch.core import BitMap, Budget, Policy
 from mpqsearch.core.policy import HELD_BITS
 from mpqsearch.errors import ConfigError
 from mpqsearch.stages.base import Run, same_model, slug
-from mpqsearch.stages.preflight import target_of
+from mpqsearch.stages.preflight import require_parts, target_of
 from mpqsearch.stages.profiling import profile_inputs
 from mpqsearch.stages.reuse import ALLOCATION, SavedAllocation, reuse_or_make
 from mpqsearch.stages.selecting import HELD, can_select, candidate_file, race, say_selection, selection_inputs
@@ -76,9 +76,7 @@ def _solve(run: Run, target: Target, budget: Budget) -> SavedAllocation:
 def plain_map(run: Run, target: Target, budget: Budget, names: int = 0) -> TargetAllocation:
     """The map of least predicted loss over the formats of a target, unmeasured, whose tensors leave room for ``names``
     bits in the budget."""
-    target.check_parts(run.table)
-    if run.apart:
-        raise ConfigError(f'{target.name} has no maps in which each part keeps to a budget (budget.combine = "max")')
+    require_parts(run, target)
     limit = budget.limit_bits(run.table, run.config.policy) - names
     return _solved(run, target, limit, run.config.policy, *losses_for(run, target))
 

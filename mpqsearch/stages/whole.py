@@ -25,7 +25,7 @@ def everything(run: Run) -> list[StudyRecord]:
         check_search(run)
     require_targets(run)
     start(run)
-    if not prepare(run, "a whole study, with samples of every map (run)"):
+    if not prepare(run, "a whole study, with samples of every map (run)", run.config.export.targets):
         for line in _would_follow(run):
             run.say(line)
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat
 from mpqsearch.core.budget import uniform_map
 from mpqsearch.distill import Trajectories
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, UnknownNameError
-from mpqsearch.export import get_exporter
 from mpqsearch.export.packed import load_quantized, save_quantized
 from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.models import Denoiser, discover, open_streamed, weights_digest
@@ -28,6 +28,7 @@ from mpqsearch.quant import QuantizedModel, quantize_model
 from mpqsearch.sampling import SamplerSpec, latents, load_model, samples
 from mpqsearch.sources import kept_components
 from mpqsearch.stages import Run, layers
+from mpqsearch.stages.preflight import preflight
 from mpqsearch.stages.quantizing import _write_part
 from tests.support import tiny_profile, tiny_table
 from tests.support.pipelines import PROMPTS, TINY
@@ -230,11 +231,27 @@ def test_names_that_are_no_parts_are_refused(model: Denoiser, folder: Path, tabl
         open_streamed(str(folder), component=PARTS)
     with pytest.raises(ModelError, match="no pipeline"):
         load_model("fmnist-unet", component=PARTS)
-    with pytest.raises(ConfigError, match="text_encoder is in the budget"):
-        get_exporter("gguf").check_parts(table)
-    get_exporter("packed").check_parts(table)
     with pytest.raises(ConfigError, match="denoisers alone"):
         Trajectories(model)
+
+
+def test_targets_without_a_place_for_encoders_are_refused_before_anything_is_measured(table: LayerTable) -> None:
+    def check(exported: Sequence[str], **allocate: Any) -> list[str]:
+        said: list[str] = []
+        run = Run(config=config_from({"allocate": allocate}), folder=Path(), say=said.append)
+        run.table = table
+        preflight(run, targets=exported)
+        return said
+
+    refused = "text_encoder is in the budget"
+    with pytest.raises(ConfigError, match=f"quanto .* {refused}"):
+        check(["quanto", "gguf"])
+    with pytest.raises(ConfigError, match=f"gguf .* {refused}"):
+        check([], targets=["gguf"])
+    (named,) = check(["packed", "quanto"])
+    assert "quanto holds a denoiser alone" in named, "packed is written"
+    with pytest.raises(UnknownNameError, match="export --target auto` compares"):
+        check([], targets=["auto"])
 
 
 @pytest.mark.parametrize(
