@@ -20,8 +20,8 @@ PUBLISHED = ("inception-2015", "clip", "dinov2")
 
 
 def preflight(run: Run, sampling: str = "", targets: Sequence[str] = ()) -> None:
-    """Raise what a later stage would raise: for budgets that no map meets, targets whose quantizer is not installed, and
-    export ``targets`` of which none holds the model.
+    """Raise what a later stage would raise: for budgets that no map meets, targets whose quantizer is not installed,
+    and export ``targets`` of which none holds the model.
 
     With ``sampling``, which says what samples are for: a model that cannot be sampled, an extractor, statistics of data
     or a scorer that are not there or do not fit the pictures, and what a rehearsal of the pipeline's loop and one
@@ -142,8 +142,8 @@ def _check_targets(run: Run, exported: Sequence[str]) -> None:
             refused.append(error)
     if refused and len(refused) == len(exported):
         raise refused[0]
-    for error in refused:
-        run.say(f"export: will fail: {error}")
+    for one in refused:
+        run.say(f"export: will fail: {one}")
 
 
 def require_parts(run: Run, target: Target) -> None:

@@ -22,8 +22,8 @@ def prepare(run: Run, sampling: str = "", targets: Sequence[str] = ()) -> bool:
     """What every later stage begins with: ``run.table`` and ``run.profile``; False in a dry run that would have to
     measure.
 
-    ``sampling`` names what the later stages do with samples, ``targets`` what they export to. What they would raise is raised before anything is
-    measured: see `preflight`.
+    ``sampling`` names what the later stages do with samples, ``targets`` what they export to. What they would raise is
+    raised before anything is measured: see `preflight`.
     """
     layers(run)
     preflight(run, "" if run.reads_only else sampling, targets)
