@@ -6,7 +6,7 @@ is not given comes from the profile: its widths, its quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,16 @@ from mpqsearch.prompts import Prompts, prompts_of, read_prompts
 from mpqsearch.quant import Statistics, quantize_model
 from mpqsearch.sampling import load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
+from mpqsearch.stages.base import log
+from mpqsearch.stages.delivering import faults, sized
 from mpqsearch.stages.selecting import plain_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from torch import nn
+
+    from mpqsearch.export import ExportJob, Target
 
 __all__ = [
     "allocate",
@@ -337,13 +341,14 @@ def search(
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exported:
     """A map in the format of another tool: its files, what each layer got, and what the consumer read back (None: it
-    was not asked)."""
+    was not asked). ``faults`` say what to know before the file is taken: others do not load it, or it is too large."""
 
     target: str
     folder: Path
     files: tuple[Path, ...]
     plan: tuple[Mapping[str, Any], ...]
     verification: Verification | None
+    faults: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -358,7 +363,8 @@ class Exported:
 
     def __repr__(self) -> str:
         state = "not read back by its consumer" if self.verification is None else self.verification.summary()
-        return f"Exported for {self.target} to {self.folder}: {len(self.files)} files, {self.size_bytes} bytes; {state}"
+        text = f"Exported for {self.target} to {self.folder}: {len(self.files)} files, {self.size_bytes} bytes; {state}"
+        return "\n".join([*self.faults, text])
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.to_frame().to_html(max_rows=20)}"
@@ -377,7 +383,8 @@ def export(
 
     Where the target cannot hold the map, its formats are solved for anew at the size of the map, from ``profile``;
     without one every width becomes the next one up that it has. With ``verify`` its consumer reads the files back.
-    Raises `UnknownNameError` for an unknown target.
+    Faults of the file, as ``mpqsearch export`` says them, are logged as warnings; only there is it measured. Raises
+    `UnknownNameError` for an unknown target.
     """
     from mpqsearch.export import ExportJob, get_exporter, plan_table
     from mpqsearch.export.allocation import resolve_job, target_losses, target_squares
@@ -398,9 +405,20 @@ def export(
         job = resolve_job(exporter, job, lambda: (target_losses(squared(), table, profile), None), Policy())
     plan = tuple(plan_table(exporter.plan(job)))
     files = tuple(exporter.write(where, job))
-    return Exported(
-        target=target, folder=where, files=files, plan=plan, verification=exporter.verify(where) if verify else None
-    )
+    known_faults = tuple(_faults(exporter, job, where, allocation)) if exporter.payload else ()
+    for fault in known_faults:
+        log.warning("%s", fault)
+    verification = exporter.verify(where) if verify else None
+    return Exported(target=target, folder=where, files=files, plan=plan, verification=verification, faults=known_faults)
+
+
+def _faults(target: Target, job: ExportJob, folder: Path, allocation: Allocation | BitMap) -> Iterator[str]:
+    """What is wrong with a file as far as it can be told without samples."""
+    limit, label = None, ""
+    if isinstance(allocation, Allocation) and allocation.budget.unit == "bits stored":
+        limit, label = allocation.limit, allocation.budget.label()
+    found = sized(target, job, folder, limit, job.model.size_bytes, whole=False)
+    yield from faults(target.name, found | {"budget": label})
 
 
 def import_map(path: str | Path, model: Denoiser | LayerTable, *, source: str | None = None) -> BitMap:

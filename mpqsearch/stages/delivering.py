@@ -42,27 +42,36 @@ def deliver(
     ``metrics`` is empty where ``not_measured`` says why. ``faults`` are sentences on what a user must know before
     taking the file: others do not load it, it is worse than that uniform file, or larger than the budget or the source.
     """
-    sizes = target.sizes(folder)
-    found: dict[str, Any] = {
-        **sizes,
+    found = sized(target, job, folder, limit, source_bytes(run), whole=whole) | {
         "budget": budget.label(),
-        "counted_bytes": sum(sizes.values()) if whole else sizes["stored_bytes"],
-        "budget_bytes": None if limit is None else -(-limit // 8),
-        "source_bytes": source_bytes(run),
-        "unread": target.unread(job.model.module),
         "measured_with": file_key(run, {}),
-        "metrics": {},
-        "uniform": None,
         "not_measured": _obstacle(run),
     }
     if not found["not_measured"]:
         try:
             found |= _measured(run, target, folder)
-            room = 0 if limit is None else limit // 8 - (sizes["header_bytes"] if whole else 0)
-            found["uniform"] = _uniform(run, target, job, max(room, int((1 + SAME_SIZE) * sizes["stored_bytes"])))
+            room = 0 if limit is None else limit // 8 - (found["header_bytes"] if whole else 0)
+            found["uniform"] = _uniform(run, target, job, max(room, int((1 + SAME_SIZE) * found["stored_bytes"])))
         except ConfigError as error:
             found["not_measured"] = str(error)
     return found | {"faults": list(faults(target.name, found))}
+
+
+def sized(
+    target: Target, job: ExportJob, folder: Path, limit: int | None, source: int, *, whole: bool
+) -> dict[str, Any]:
+    """What is known of an export before it is measured, see `deliver`; ``source``: bytes of the model that it was made
+    from."""
+    sizes = target.sizes(folder)
+    return {
+        **sizes,
+        "counted_bytes": sum(sizes.values()) if whole else sizes["stored_bytes"],
+        "budget_bytes": None if limit is None else -(-limit // 8),
+        "source_bytes": source,
+        "unread": target.unread(job.model.module),
+        "metrics": {},
+        "uniform": None,
+    }
 
 
 def delivered_records(run: Run) -> list[StudyRecord]:

@@ -181,6 +181,19 @@ def test_exported_and_imported(model: Denoiser, profile: mpq.Profile, tmp_path: 
     assert imported.digest == allocation.bit_map.digest
 
 
+def test_faults_of_a_file_are_said_in_python_too(
+    model: Denoiser, profile: mpq.Profile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    allocation = mpq.allocate(model, profile, "uniform:2", method=PLAIN)
+    exported = mpq.export(model, allocation, "gguf", tmp_path)
+    unread, large = exported.faults
+    assert "which ComfyUI-GGUF and stable-diffusion.cpp REFUSE" in unread
+    assert "LARGER than the budget uniform:2" in large
+    assert [record.getMessage() for record in caplog.records] == [unread, large]
+    assert repr(exported).startswith(unread)
+    assert mpq.export(model, allocation.bit_map, "packed", tmp_path / "packed").faults == ()
+
+
 def test_a_search_hands_out_a_map(model: Denoiser, profile: mpq.Profile, tmp_path: Path) -> None:
     settings = SearchSpec(samples=4, chunk=2, final_samples=4)
     found = mpq.search(
