@@ -18,6 +18,8 @@ TARGETS: dict[str, str | Callable[[], Any]] = {
     "gguf": "mpqsearch.export.gguf:GgufTarget",
     "comfyui": "mpqsearch.export.comfyui:ComfyTarget",
     "ctq": "mpqsearch.export.ctq:CtqTarget",
+    "diffsynth": "mpqsearch.export.diffsynth:DiffSynthTarget",
+    "cachedit": "mpqsearch.export.cachedit:CacheDitTarget",
     "sdcpp": "mpqsearch.export.sdcpp:SdcppTarget",
     "sdnq": "mpqsearch.export.sdnq:SdnqTarget",
     "autoround": "mpqsearch.export.autoround:AutoRoundTarget",

@@ -190,6 +190,12 @@ READERS: dict[str, Reader] = {
     "mlx": _foreign("config.json", {"quantization": {"group_size": 32, "bits": 4, "blocks.0.to_q": {"bits": 8}}}),
     "sdcpp": _foreign("sdcpp_rules.txt", "^blocks\\.0\\.to_q\\.weight$=q8_0,to_k=q4_0"),
     "ctq": _foreign("ctq_layers.json", {r"blocks\.0": {"format": "int8_tensorwise"}, "_default": {"skip": True}}),
+    "diffsynth": _foreign(
+        "diffsynth_quant.json", {"configs": [{"method": "bitsandbytes_nf4", "target_modules": ["to_q"]}]}
+    ),
+    "cachedit": _foreign(
+        "cache_dit_quant.json", {"precision_plan": {"to_q": "int4_weight_only"}, "quant_type": "int8"}
+    ),
     "comfyui": _foreign(
         "comfyui_metadata.json",
         {"_quantization_metadata": {"format_version": "1.0", "layers": {"blocks.0.to_q": {"format": "nvfp4"}}}},

@@ -127,6 +127,25 @@ FOREIGN = {
         },
         [16, 8, 8, 8, 16],
     ),
+    "diffsynth": (
+        "diffsynth_quant.json",
+        {
+            "configs": [
+                {"method": "torchao_int8_w8a16", "exclude_modules": ["to_q"]},
+                {"method": "bitsandbytes_nf4", "target_modules": ["blocks.1.to_q"]},
+            ]
+        },
+        [16, 16, 8, 4, 8],
+    ),
+    "cachedit": (
+        "cache_dit_quant.json",
+        {
+            "quant_type": "float8_weight_only",
+            "precision_plan": {"to_q": "int4_weight_only"},
+            "exclude_layers": ["to_k"],
+        },
+        [16, 4, 16, 4, 16],
+    ),
     "comfyui": (
         "meta.json",
         {
@@ -160,7 +179,7 @@ def test_a_file_is_known_by_what_it_holds(source: str, tmp_path: Path) -> None:
         assert widths(imported.bit_map) == expected
     assert widths(read_map(path, TABLE, source).bit_map) == expected
     floats = any("float" in n for n in imported.notes)
-    assert floats == (source in ("quanto", "sdnq", "comfyui", "ctq"))
+    assert floats == (source in ("quanto", "sdnq", "comfyui", "ctq", "diffsynth"))
 
 
 def test_every_target_but_the_graph_is_importable() -> None:

@@ -6,6 +6,7 @@ For targets whose consumer was never run (`by_consumer` is False) this is all th
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib import metadata
@@ -17,7 +18,7 @@ import pytest
 
 from mpqsearch.core import BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError
-from mpqsearch.export import TARGETS, ExportJob, Reading, Target, get_exporter
+from mpqsearch.export import TARGETS, ExportJob, Reading, Target, get_exporter, import_map
 from mpqsearch.export.reading import resolve
 from mpqsearch.export.sdcpp import FILE, SKIPPED, read, spelled
 
@@ -62,9 +63,38 @@ def test_the_file_is_the_golden_one(tmp_path: Path) -> None:
 
 def test_what_was_never_run_says_so() -> None:
     unverified = {n for n in TARGETS if not get_exporter(n).by_consumer}
-    assert unverified == {"sdcpp"}
+    assert unverified == {"sdcpp", "cachedit"}
     for name in unverified:
         assert "Not verified by its consumer" in (sys.modules[type(get_exporter(name)).__module__].__doc__ or "")
+
+
+def test_a_layer_has_one_type_in_all_blocks_for_cache_dit(tmp_path: Path) -> None:
+    """As its source has it: names are looked for in those inside blocks, and what is excluded stays."""
+    names = ("blocks.0.attn.to_q", "blocks.1.attn.to_q", "blocks.0.proj", "blocks.0.proj_out", "blocks.1.norm", "out")
+    table = LayerTable(digest="d", layers=tuple(LayerSpec(name=n, kind="Linear", weight_shape=(64, 32)) for n in names))
+    target = get_exporter("cachedit")
+    assert target.tied(table) == [names[:2], names[2:4]]
+    weights = {n: np.array(w, dtype=np.uint8) for n, w in zip(names, (4, 4, 8, 8, 16, 4), strict=True)}
+    given = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights))
+    (path,) = target.write_files(tmp_path, given, target.plan(given))
+    values = json.loads(path.read_text())
+    assert values["precision_plan"] == {
+        "attn.to_q": "int4_weight_only",
+        "proj": "int8_weight_only",
+        "proj_out": "int8_weight_only",
+    }
+    assert values["exclude_layers"] == ["norm"]
+    assert import_map(path, table).weights == {**weights, "out": 16}
+
+
+def test_whole_names_that_end_like_one_another_are_told_apart_for_diffsynth(tmp_path: Path) -> None:
+    names = ("proj", "blocks.0.proj", "blocks.1.proj")
+    table = LayerTable(digest="d", layers=tuple(LayerSpec(name=n, kind="Linear", weight_shape=(64, 32)) for n in names))
+    target = get_exporter("diffsynth")
+    weights = {n: np.array(w, dtype=np.uint8) for n, w in zip(names, (4, 8, 16), strict=True)}
+    given = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights=weights))
+    (path,) = target.write_files(tmp_path, given, target.plan(given))
+    assert import_map(path, table).weights == weights
 
 
 def test_every_consumer_has_a_tested_version_and_a_way_to_get_it() -> None:
