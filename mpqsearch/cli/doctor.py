@@ -62,7 +62,9 @@ def doctor(
         f"{os.cpu_count()} cores"
     )
     for what, group in itertools.groupby(rows, lambda row: row["what"]):
-        print_table(what, [{key: row[key] for key in ("name", "state", "note")} for row in group])
+        shown = list(group)
+        keys = ("name", "state", "note") if any(row["note"] for row in shown) else ("name", "state")
+        print_table(what, [{key: row[key] for key in keys} for row in shown])
 
 
 def _verdict(rows: Sequence[Mapping[str, str]]) -> str:
@@ -173,7 +175,7 @@ def _targets() -> Iterator[dict[str, str]]:
 
     for name in TARGETS:
         target = get_exporter(name)
-        reads = "; imports" if name in SOURCES else ""
+        reads = "; its files can be read" if name in SOURCES else ""
         if not target.requires:
             yield _row("export", name, "works", f"needs nothing{reads}")
         elif not target.by_consumer:

@@ -48,13 +48,10 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     if not console.is_terminal:  # a pipe has no width of its own: wide enough for other programs to read whole cells
         console = Console(width=200)
     columns = {name: [shown(str(row[name])) for row in rows] for name in (rows[0] if rows else ())}
-    if _breadth(columns) > console.width:
-        columns = {
-            name: [cell if " " in cell else shortened(cell, SHORT) for cell in cells] for name, cells in columns.items()
-        }
-    left_out = []
+    left_out, whole, columns = [], columns, _shorter(columns, console.width)
     while _breadth(columns) > console.width and len(columns) > 1:
-        left_out.append(columns.popitem()[0])
+        left_out.append(whole.popitem()[0])
+        columns = _shorter(whole, console.width)
     table, widths = Table(title=title, title_justify="left"), _widths(columns, console.width)
     for i, (name, cells) in enumerate(columns.items()):
         justify: Literal["left", "right"] = "right" if i > 0 and _numbers(cells) else "left"
@@ -68,7 +65,19 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 SHORT = 32
-"""Characters of a name where there is too little room."""
+"""Characters of a name that are left, where there is too little room."""
+
+
+def _shorter(columns: Mapping[str, list[str]], room: int) -> dict[str, list[str]]:
+    """Columns whose longest words are shortened until their table fits, to `SHORT` characters at most."""
+    for longest in range(room, SHORT - 1, -1):
+        short = {
+            name: [" ".join(shortened(word, longest) for word in cell.split(" ")) for cell in cells]
+            for name, cells in columns.items()
+        }
+        if _breadth(short) <= room:
+            break
+    return short
 
 
 def _numbers(cells: Sequence[str]) -> bool:

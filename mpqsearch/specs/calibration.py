@@ -20,7 +20,7 @@ class CalibrationSpec:
         forward and one backward pass a calibration batch: for programs over layers (``ilp-layer``), at a fraction of
         the time.
     samples [samples]
-        Runs that give input statistics, with seeds ``first_seed .. first_seed + samples - 1``.
+        Runs that give input statistics, with seeds from ``first_seed`` on.
     first_seed
         Seed of the first of them.
     probe_inputs [steps]

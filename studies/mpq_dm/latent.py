@@ -191,7 +191,7 @@ def describe(table: pd.DataFrame) -> str:
     for model, rows in quantized.groupby("model", sort=False):
         own = full[full["model"] == model][["fd_data", "attributes_recognised"]].mean()
         lines += [
-            f"#### {model}",
+            f"### {model}",
             "",
             f"Full precision: FD to data {own['fd_data']:.3f}, attributes {100 * own['attributes_recognised']:.1f} %.",
             "",
@@ -217,7 +217,7 @@ def describe_long(table: pd.DataFrame) -> str:
     for (model, setting), rows in table.groupby(["model", "setting"], sort=False):
         values = rows.pivot_table(index="step", columns="method", values=list(shown))
         columns = [(key, m) for key in shown for m in MAIN if m in set(rows["method"])]
-        lines += [f"#### {model} at {setting}, {LONG.steps} steps", ""]
+        lines += [f"### {model} at {setting}, {LONG.steps} steps", ""]
         lines += ["| step | " + " | ".join(f"{m}, {shown[key]}" for key, m in columns) + " |"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         lines += [

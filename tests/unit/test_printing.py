@@ -40,6 +40,8 @@ def test_a_table_fits_the_terminal_and_breaks_no_word_and_no_number(
     assert all(ROWS[2][name] in text for name in shown if name != "layer")
     assert ("Not shown, for want of room" in text) == (len(shown) < len(ROWS[0]))
     assert (columns == 200) == ("Not shown" not in text and "…" not in text)
+    print_table("scorer", [{"name": "lpips", "note": f"heads: {'/site-packages' * 7}/alex.pth"}])
+    assert "alex.pth" in capsys.readouterr().out, "a long path in a sentence is shortened, and its column stays"
 
 
 @pytest.mark.parametrize(
