@@ -93,6 +93,8 @@ def export(
     loss, and the command that writes the first of them.
 
     Example: `mpqsearch export -c studies/quickstart.toml --target quanto --budget uniform:4 --verify`
+
+    Example: `mpqsearch export --model fmnist-dit --budget 4.5bit --target auto`
     """
     from mpqsearch import stages
 

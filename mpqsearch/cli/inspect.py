@@ -81,9 +81,9 @@ def _show_bit_map(file: Path, _schema: str) -> None:
     print(bit_map.summary())
     # A layer of one width counts as one entry of the map, as it is written.
     counts = Counter(bits for widths in bit_map.weights.values() for bits in widths.reshape(-1).tolist())
-    unit = "channels" if bit_map.granularity == "channel" else "layers"
-    rows = [{"bits": bits, "entries": n, "": bar(n / counts.total())} for bits, n in sorted(counts.items())]
-    print_table(f"entries of the map by width ({unit}, or whole layers)", rows)
+    unit = "channels, or whole layers" if bit_map.granularity == "channel" else "layers"
+    rows = [{"bits": bits, unit: n, "": bar(n / counts.total())} for bits, n in sorted(counts.items())]
+    print_table("widths", rows)
     means = [float(w.mean()) for w in bit_map.weights.values()]
     print(f"mean bits over depth: {spark(means, 1, 8)}")
 
@@ -167,11 +167,12 @@ def _show_data(file: Path, schema: str) -> None:
     inner = [(key, value) for key, value in data.items() if isinstance(value, Mapping)]
     tables |= {f"{key}, {name}": rows for key, value in inner for name, rows in value.items() if _is_table(rows)}
     print_fields(
-        f"{schema} version {found.version}", {key: _short(value) for key, value in data.items() if key not in tables}
+        f"{schema} version {found.version}",
+        {key: _short(value) for key, value in data.items() if key not in tables and value not in ("", None, [], {})},
     )
     for key, rows in tables.items():
         names = [name for name in rows[0] if any(row.get(name) not in ("", None) for row in rows)][:SHOWN_COLUMNS]
-        print_table(f"{key}: {len(rows)}", [{name: _short(row.get(name)) for name in names} for row in rows])
+        print_table(key, [{name: _short(row.get(name)) for name in names} for row in rows])
 
 
 SHOWN_COLUMNS = 5

@@ -52,12 +52,13 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     while _breadth(columns) > console.width and len(columns) > 1:
         left_out.append(whole.popitem()[0])
         columns = _shorter(whole, console.width)
-    table, widths = Table(title=title, title_justify="left"), _widths(columns, console.width)
+    table, widths = Table(), _widths(columns, console.width)
     for i, (name, cells) in enumerate(columns.items()):
         justify: Literal["left", "right"] = "right" if i > 0 and _numbers(cells) else "left"
         table.add_column(name, justify=justify, overflow="fold", width=widths[name])
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(escape, row))  # names may hold brackets, which rich reads
+    console.print(title, style="italic", markup=False, highlight=False)
     console.print(table)
     if left_out:
         names = ", ".join(reversed(left_out))

@@ -115,10 +115,12 @@ class BitMap(Shown):
 
     def summary(self) -> str:
         """The map in a few lines: neighbours with the same last name and the same widths are folded."""
-        rows = [(name.rsplit(".", 1)[0], name.rsplit(".", 1)[-1], _spell(w)) for name, w in self.weights.items()]
+        rows = [(*name.rpartition(".")[::2], _spell(w)) for name, w in self.weights.items()]
         lines = []
         for (stem, widths), group in groupby(rows, key=lambda r: (r[0], r[2])):
-            lines.append(f"{stem}.{{{','.join(r[1] for r in group)}}}: {widths}")
+            last = [r[1] for r in group]
+            names = last[0] if len(last) == 1 else f"{{{','.join(last)}}}"
+            lines.append(f"{stem}.{names}: {widths}" if stem else f"{names}: {widths}")
         return "\n".join(lines)
 
     def facts(self) -> dict[str, Any]:
@@ -275,7 +277,7 @@ def run_lengths(widths: Widths) -> list[list[int]]:
 
 
 def _bits(bits: int) -> str:
-    return "full precision" if bits == FULL_PRECISION else f"{bits} bits"
+    return "full precision" if bits == FULL_PRECISION else f"{bits} bit{'s' * (bits > 1)}"
 
 
 def _spell(widths: Widths) -> str:

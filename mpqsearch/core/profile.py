@@ -226,7 +226,10 @@ class SensitivityProfile(Shown):
                     "calibration for more"
                 )
             elif self.layers_only:
-                why = "this profile was made for layers alone (calibration.granularity); there the loss 'probe' works"
+                why = (
+                    "this profile was made for layers alone; there the loss 'probe' works. Profile with "
+                    'calibration.granularity = "channel" for more'
+                )
             raise ConfigError(f"{what} needs {key!r}: {why}.")
         return self.arrays[key]
 

@@ -124,7 +124,7 @@ def target_losses(squared: Mapping[str, Floats], table: LayerTable, profile: Sen
     scheme = "asymmetric" if "asymmetric" in profile.formats else profile.formats[0]
     losses = {}
     priced = channel_losses(profile, table, scheme, BEST_LOSS, bias_correction=False)
-    squares = profile.need(f"weight_error/{scheme}", "the losses of a target").astype(np.float64)
+    squares = profile.need(f"weight_error/{scheme}", "a map for a target").astype(np.float64)
     for layer in table:
         rows, own = profile.rows(layer.name), squared[layer.name]
         unit = np.divide(

@@ -111,7 +111,7 @@ def test_validation_names_what_does_not_fit() -> None:
 
 def test_the_summary_folds_neighbours() -> None:
     folded = BitMap(model_digest="d", weights={"x.q": np.array(3), "x.k": np.array(3), "x.o": np.array(16)}).summary()
-    assert folded.splitlines() == ["x.{q,k}: 3 bits", "x.{o}: full precision"]
+    assert folded.splitlines() == ["x.{q,k}: 3 bits", "x.o: full precision"]
 
 
 def test_transposed_convolutions_count_channels_over_groups() -> None:
