@@ -43,12 +43,12 @@ def tiny_unet() -> Denoiser:
         sample_size=8,
         in_channels=1,
         out_channels=1,  # one output channel: quanto stores such a layer with a single scale
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
     )
     return adapt(module, sample_shape=(1, 8, 8), name="tiny-unet")
 
@@ -60,7 +60,7 @@ def tiny_transformer() -> Denoiser:
         attention_head_dim=80,  # rows of 160, in groups of 32
         in_channels=1,
         out_channels=1,
-        num_layers=2,
+        num_layers=1,
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=5,
@@ -75,13 +75,13 @@ def tiny_text() -> Denoiser:
         sample_size=8,
         in_channels=2,
         out_channels=4,
-        block_out_channels=(8, 16),
+        block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=32,
         attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
     )
     with capture(module) as calls, torch.no_grad():
         for t in (500, 10):

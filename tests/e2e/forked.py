@@ -1,5 +1,8 @@
 """Command lines in processes forked from one that has imported the heavy libraries: as separate as new ones, without
-seconds of imports each."""
+seconds of imports each.
+
+For the same reason what `export --verify` has a new process read is read in the same one; the tests of all consumers
+(tests/conformance) have it read in a new one."""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = (
@@ -20,16 +25,29 @@ PRELOADED = (
 """What any verb may import. That verbs import no more than they need is tested elsewhere, in new processes."""
 
 
-def run(
-    arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: float = 300, script: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """``mpqsearch <arguments>`` in ``folder``, or a ``script`` loaded and not run; output goes to two files and comes
-    back as text."""
+def start(arguments: list[str], folder: Path, out: Path, err: Path, *, script: str = "", **more: str) -> BaseProcess:
+    """``mpqsearch <arguments>`` in ``folder``, or a ``script`` loaded and not run, with ``more`` in its environment;
+    output goes to two files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
-    process = context.Process(target=_main, args=(arguments, folder, out, err, dict(os.environ), script))
+    process = context.Process(target=_main, args=(arguments, folder, out, err, {**os.environ, **more}, script))
     process.start()
+    return process
+
+
+def stop(process: BaseProcess, number: int) -> int | None:
+    """The exit code of a process after a signal, minus the signal when it was killed by it."""
+    os.kill(process.pid or 0, number)
+    process.join(120)
+    return process.exitcode
+
+
+def run(
+    arguments: list[str], folder: Path, out: Path, err: Path, *, timeout: float = 300, script: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """As `start`, to the end; output comes back as text."""
+    process = start(arguments, folder, out, err, script=script)
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
@@ -42,11 +60,16 @@ def _main(arguments: list[str], folder: Path, out: Path, err: Path, environment:
     os.chdir(folder)
     os.environ.clear()  # that of the server is of its start
     os.environ.update(environment, COLUMNS="200")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
     for path, number in ((out, 1), (err, 2)):
         with path.open("wb") as handle:
             os.dup2(handle.fileno(), number)
+    from mpqsearch.export import check, target
+
+    target.fresh_process = lambda exports: [check.report(name, path) for name, path in exports]
     if script:
         sys.path.insert(0, str(Path(script).parent))
+        sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="loaded")
         return
     sys.argv = ["mpqsearch", *arguments]

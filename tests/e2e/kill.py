@@ -284,11 +284,16 @@ def kill(least: int, folder: Path, first: int = 0) -> tuple[int, list[str]]:
     return kills, wrong
 
 
-if __name__ == "__main__":
-    asked = [int(number) for number in sys.argv[1:]]
+def main(arguments: list[str]) -> None:
+    """Print every finding; the exit code is 1 when there are any."""
+    asked = [int(number) for number in arguments]
     with tempfile.TemporaryDirectory() as temporary:
         kills, wrong = kill(asked[0] if asked else 200, Path(temporary), *asked[1:2])
     print("\n".join(wrong))
     spent = sum(os.times()[:4])
     print(f"{kills} kills, {len(wrong)} findings, {spent:.0f} s of processor time")
     sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mpqsearch import artifacts
 from mpqsearch.export import TARGETS
 from tests.e2e import forked
 from tests.e2e.conftest import STUDY, Cli
@@ -207,21 +209,11 @@ def numbers(run: Path) -> list[tuple[str, str, str]]:
         return [(r["method"], r["fd_fp"], r["paired_mse"]) for r in csv.DictReader(handle)]
 
 
-@pytest.mark.parametrize(
-    ("sign", "marker", "said"),
-    [
-        (signal.SIGINT, "metrics/[!.]*.json", "profile: reused"),
-        (signal.SIGKILL, "partial/base/00002.npz", "profile: continuing after the tables of"),
-    ],
-)
-def test_interrupted_anywhere_the_same_command_continues(
-    study: Path, tmp_path: Path, cli: Cli, straight: Path, sign: int, marker: str, said: str
-) -> None:
-    """Twice; `test_kill` interrupts a smaller study at random points."""
+def test_interrupted_the_same_command_continues(study: Path, tmp_path: Path, cli: Cli, straight: Path) -> None:
+    """In a new process, as from a shell; `test_kill` interrupts a smaller study at random points."""
     one_layer_at_a_time(study)
-    arguments = [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"]
     started = subprocess.Popen(
-        arguments,
+        [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -230,22 +222,40 @@ def test_interrupted_anywhere_the_same_command_continues(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "r").glob(marker)) and started.poll() is None and time.monotonic() < deadline:
+    metrics = tmp_path / "r/metrics"
+    while not list(metrics.glob("[!.]*.json")) and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    started.send_signal(sign)
+    started.send_signal(signal.SIGINT)
     _, errors = started.communicate(timeout=60)
-    if sign == signal.SIGINT:
-        assert started.returncode == 130, errors
-        assert "interrupted" in errors
-        assert "Traceback" not in errors
+    assert started.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "r/report.html").exists()
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "r/metrics").glob("[!.]*.json")}
+    kept = {p: p.stat().st_mtime_ns for p in metrics.glob("[!.]*.json")}
     resumed = cli("run", study, "--run-dir", "r")
     assert resumed.returncode == 0, resumed.stderr
-    assert said in resumed.stderr
+    assert "profile: reused" in resumed.stderr
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()), "finished evaluations are not repeated"
-    assert not (tmp_path / "r/partial").exists()
     assert numbers(tmp_path / "r") == numbers(straight / "r")
+
+
+def test_a_profile_that_is_killed_continues_and_has_the_same_numbers(
+    study: Path, tmp_path: Path, cli: Cli, measured: Path
+) -> None:
+    files = (tmp_path / "out", tmp_path / "err")
+    process = forked.start(["profile", "-c", str(study), "--run-dir", "r"], tmp_path, *files)
+    marker, deadline = tmp_path / "r/partial/base/00002.npz", time.monotonic() + 200
+    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert forked.stop(process, signal.SIGKILL) == -signal.SIGKILL
+    resumed = cli("profile", "-c", study, "--run-dir", "r")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "profile: continuing after the tables of" in resumed.stderr
+    assert not (tmp_path / "r/partial").exists()
+    found, expected = (artifacts.load_profile(folder / "profile.json") for folder in (tmp_path / "r", measured))
+    assert found.arrays.keys() == expected.arrays.keys()
+    for key, array in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[key], array, err_msg=key)
 
 
 def test_a_changed_model_is_noticed(cli: Cli, study: Path, tmp_path: Path, model_folder: Path) -> None:

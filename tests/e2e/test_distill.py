@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import forked
 from tests.e2e.conftest import Cli
 
 pytestmark = pytest.mark.slow
@@ -123,25 +121,18 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
     call = ["distill", "-c", str(study), "-o", "r", "--method", "uniform", "--budget", "uniform:3", *SMALL]
     call += ["--set", "distill.steps=60"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mpqsearch.cli", *call],
-        cwd=profiled.parent,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    said = profiled.parent / "err"
+    process = forked.start(call, profiled.parent, profiled.parent / "out", said)
     log = profiled / "distilled/uniform@uniform-3/train.jsonl"
     deadline = time.monotonic() + 240
     while (
         not (log.exists() and len(log.read_text().splitlines()) >= 3)
-        and process.poll() is None
+        and process.is_alive()
         and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "The same command continues" in errors
+    assert forked.stop(process, signal.SIGTERM) == 128 + signal.SIGTERM, said.read_text()
+    assert "The same command continues" in said.read_text()
     before = len(log.read_text().splitlines())
     assert 3 <= before < 60
     done = cli(*call)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.e2e import forked
 from tests.e2e.conftest import STUDY, Cli
 
-ROOT = Path(__file__).parents[2]
 SEARCH = """
 [search]
 trials = 4
@@ -109,24 +106,14 @@ def test_one_worker_and_a_seed_give_the_same_maps_and_an_interrupted_search_goes
     points = [[(p["digest"], p["error"]) for p in results(f)["points"]] for f in (a, b)]
     assert points[0] == points[1]
 
-    command = [sys.executable, "-m", "mpqsearch", "search", "-c", str(study), "--run-dir", str(b), "--trials", "12"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = ["search", "-c", str(study), "--run-dir", str(b), "--trials", "12"]
+    process = forked.start(command, tmp_path, tmp_path / "out", tmp_path / "err")
     journal, end = b / "search" / "study.journal", time.monotonic() + 60
     before = journal.stat().st_size
     while journal.stat().st_size < before + 3000 and time.monotonic() < end:  # some trials further
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    code, said = forked.stop(process, signal.SIGINT), (tmp_path / "err").read_text()
+    assert code == 130, said
     assert "the same command continues" in said
     done = cli("search", "-c", str(study), "--run-dir", str(b), "--trials", "12")
     assert done.returncode == 0, done.stderr

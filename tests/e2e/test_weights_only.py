@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.e2e import forked
 from tests.e2e.conftest import Cli
 
 METHOD = """
@@ -20,7 +18,7 @@ source = "fmnist-dit"
 [policy]
 widths = [2, 4]
 [quantizer]
-n_candidates = 40
+n_candidates = 10
 [calibration]
 schemes = ["asymmetric"]
 weights_only = true
@@ -41,19 +39,12 @@ loss = "probe"
 def test_killed_in_the_middle_the_same_command_continues_with_the_next_layer(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(METHOD)
     arguments = ["profile", "-c", "s.toml", "--run-dir", "r", "--weights-only", "--memory-limit", "500MB"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "mpqsearch.cli", *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    started = forked.start(arguments, tmp_path, tmp_path / "out", tmp_path / "err")
     partial = tmp_path / "r/partial/weights"
     deadline = time.monotonic() + 200
-    while len(list(partial.glob("[0-9]*.npz"))) < 3 and started.poll() is None and time.monotonic() < deadline:
+    while len(list(partial.glob("[0-9]*.npz"))) < 3 and started.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    started.send_signal(signal.SIGKILL)
-    started.communicate(timeout=60)
+    assert forked.stop(started, signal.SIGKILL) == -signal.SIGKILL
     kept = {p.name: p.stat().st_mtime_ns for p in partial.glob("[0-9]*.npz")}
     assert 3 <= len(kept) < 48
     assert not (tmp_path / "r/profile.json").exists()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.e2e import forked
+
 SCRIPT = """
 import copy, sys
 from pathlib import Path
@@ -39,13 +38,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     import torch
 
     pytest.importorskip("accelerate")
-    (tmp_path / "train.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([*launch, "train.py", "two", "2"], [sys.executable, "train.py", "one", "4"]):
-        (tmp_path / command[-2]).mkdir()
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = {}
+    for folder, batch, world in (("two", "2", 2), ("one", "4", 1)):
+        (tmp_path / folder).mkdir()
+        for rank in map(str, range(world)):  # with the environment that torchrun and `accelerate launch` give
+            team = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            said = tmp_path / f"{folder}-{rank}.err"
+            started[said] = forked.start(
+                [folder, batch],
+                tmp_path,
+                tmp_path / f"{folder}-{rank}.out",
+                said,
+                script=str(script),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                **team,
+            )
+    for said, process in started.items():
+        process.join(300)
+        assert process.exitcode == 0, said.read_text()[-2000:]
     first, second, alone = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ("two/rank0-of-2.pt", "two/rank1-of-2.pt", "one/rank0-of-1.pt")
