@@ -7,7 +7,6 @@ Computing and drawing are two functions: ``*_info`` and ``plot_*(info, ax=None) 
 plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing has to be closed.
 """
 
-from mpqsearch.report.bits import bits_by_depth_info, plot_bits_by_depth
 from mpqsearch.report.breakdown import size_breakdown
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import render, save_drawings, save_figure
@@ -21,27 +20,22 @@ from mpqsearch.report.sensitivity import (
     layer_losses,
     measured_losses,
     plot_sensitivity,
-    plot_sensitivity_over_time,
     profile_drawings,
-    sensitivity_over_time,
 )
 from mpqsearch.report.tables import read_pareto_json, standings, tied, write_pareto_csv, write_pareto_json
 
 __all__ = [
     "ReportContent",
     "SampleGrid",
-    "bits_by_depth_info",
     "build_report",
     "front_info",
     "layer_losses",
     "measured_losses",
-    "plot_bits_by_depth",
     "plot_front",
     "plot_path",
     "plot_predicted_vs_measured",
     "plot_samples",
     "plot_sensitivity",
-    "plot_sensitivity_over_time",
     "prediction_info",
     "profile_drawings",
     "profile_summary",
@@ -50,7 +44,6 @@ __all__ = [
     "sample_grid",
     "save_drawings",
     "save_figure",
-    "sensitivity_over_time",
     "size_breakdown",
     "standings",
     "tied",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
-
-from mpqsearch.core import BitMap, LayerTable
 from mpqsearch.pareto import FULL_PRECISION_METHOD, main_metric, shown_metrics
-from mpqsearch.report.bits import DepthInfo, bits_by_depth_info, plot_bits_by_depth
 from mpqsearch.report.content import ReportContent
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.front import FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import grid_drawing
-from mpqsearch.report.labels import metric_text, slug
+from mpqsearch.report.labels import metric_text
 from mpqsearch.report.prediction import prediction_drawings
 from mpqsearch.report.search import search_drawings
 from mpqsearch.report.sensitivity import profile_drawings
@@ -25,7 +21,6 @@ def all_drawings(content: ReportContent) -> list[Drawing]:
     table, profile = content.table, content.profile
     return [
         *_fronts(content),
-        *(_maps(table, content.maps) if table is not None else ()),
         *(profile_drawings(profile, table, content.format_name) if profile is not None and table is not None else ()),
         *prediction_drawings(content.records),
         *(search_drawings(content.search) if content.search is not None else ()),
@@ -70,28 +65,3 @@ def _front_words(info: FrontInfo) -> str:
         f"Line chart of {info.label} against stored bits per parameter. {'; '.join(parts)}. "
         "The table below has every number."
     )
-
-
-def _maps(table: LayerTable, maps: Mapping[str, BitMap]) -> Iterator[Drawing]:
-    """Files only: the page has one heat map, which names its layers."""
-    for label, bit_map in maps.items():
-        depth = bits_by_depth_info(table, bit_map)
-        yield Drawing(
-            key=f"depth_{slug(label)}",
-            section="maps",
-            title=f"Bits over depth: {label}",
-            caption="Height is the mean width, a line the range inside a layer, breadth the share of the weights, "
-            "colour and hatch the role. Narrow layers are not named.",
-            alt=_depth_words(label, depth),
-            draw=partial(plot_bits_by_depth, depth),
-            in_page=False,
-        )
-
-
-def _depth_words(label: str, info: DepthInfo) -> str:
-    roles = np.array(info.roles)
-    means = [
-        f"{role} {np.average(info.mean[roles == role], weights=info.weights[roles == role]):.1f}"
-        for role in dict.fromkeys(info.roles)
-    ]
-    return f"Bar chart of bits over depth, {label}. Mean bits by role: {', '.join(means)}."

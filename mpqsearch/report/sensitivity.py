@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from numpy.typing import NDArray
 
 from mpqsearch.core import LayerTable, SensitivityProfile
-from mpqsearch.core.shown import shortened
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import best_loss, channel_losses
-from mpqsearch.report.bits import NAME
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.style import COLOURS, MARKERS, MUTED, axes_or_new, legend_below
 
@@ -133,49 +130,13 @@ def sensitivity_over_time(profile: SensitivityProfile) -> TimeInfo:
     )
 
 
-def plot_sensitivity_over_time(info: TimeInfo, ax: Axes | None = None) -> Axes:
-    """Layers in the order of a forward pass from left to right, noise at the top; colour by the logarithm.
-
-    Draws on ``ax`` (default: a new figure) and returns it.
-    """
-    ax = axes_or_new(ax, (10.0, 4.8))
-    finite = info.sensitivity[np.isfinite(info.sensitivity)]
-    spread = finite.size > 0 and finite.max() > finite.min()
-    norm = LogNorm(vmin=finite.min(), vmax=finite.max()) if spread else None
-    image = ax.imshow(info.sensitivity.T, aspect="auto", origin="upper", interpolation="nearest", norm=norm)
-    ax.grid(visible=False)
-    ax.set_yticks(
-        range(len(info.edges) - 1), [f"{a}..{b} %" for a, b in zip(info.edges[:-1], info.edges[1:], strict=True)]
-    )
-    shown = range(0, len(info.layers), -(-len(info.layers) // 70))  # as many names as fit side by side
-    ax.set_xticks(shown, [shortened(info.layers[i], NAME) for i in shown], rotation=90, fontsize=5)
-    ax.set_ylabel("part of the run")
-    ax.set_xlabel("layers, in the order of a forward pass")
-    ax.figure.colorbar(image, ax=ax, label="mean sensitivity of a channel")
-    return ax
-
-
 def profile_drawings(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> list[Drawing]:
-    """Every figure that the profile allows: sensitivity, errors measured with one layer at a time, sensitivity over
-    time."""
+    """Every figure that the profile allows: sensitivity, and errors measured with one layer at a time."""
     drawings = [_sensitivity_drawing(layer_losses(profile, table, format_name), "profile_sensitivity", "Sensitivity")]
     if any(k.startswith("layer_final_error/") for k in profile.arrays):
         measured = measured_losses(profile)
         if np.isfinite(measured.loss).any(axis=0).sum() > 1:  # at one width there are no curves to see
             drawings.append(_sensitivity_drawing(measured, "profile_measured", "Measured with one layer at a time"))
-    if "step_sensitivity" in profile.arrays:
-        info = sensitivity_over_time(profile)
-        drawings.append(
-            Drawing(
-                key="profile_over_time",
-                section="profile",
-                title="Sensitivity over depth and time",
-                caption="Cost at the end of a unit of output error of a channel, by the part of the run it is made in.",
-                alt=_time_words(info),
-                draw=lambda: plot_sensitivity_over_time(info),
-                in_page=False,  # the page has one heat map, which names its layers
-            )
-        )
     return drawings
 
 
@@ -188,13 +149,4 @@ def _sensitivity_drawing(losses: LayerLosses, key: str, title: str) -> Drawing:
         caption=f"{losses.label[0].upper()}{losses.label[1:]}, of one layer at a time against its width.",
         alt=f"Line chart of {losses.label} against bits for {len(losses.layers)} layers. Most sensitive: {worst}.",
         draw=lambda: plot_sensitivity(losses),
-    )
-
-
-def _time_words(info: TimeInfo) -> str:
-    mean = np.nan_to_num(info.sensitivity).mean(axis=0)
-    top = int(mean.argmax())
-    return (
-        f"Heat map of sensitivity over {len(info.layers)} layers and {len(mean)} parts of a run. "
-        f"Largest on average from {info.edges[top]} to {info.edges[top + 1]} percent of it."
     )

@@ -55,30 +55,14 @@ def profile(run: Run) -> SensitivityProfile | None:
     run.profile = reuse_or_make(run, PROFILE, path, inputs, lambda: measure(run, inputs), stage="profile")
     if not reused:
         _finish(run)
-    elif not run.dry_run:
-        _draw(run)
     return run.profile
 
 
-def _draw(run: Run) -> None:
-    """Draw what of the profile's pictures is not there."""
-    from mpqsearch.report import profile_drawings, save_drawings
-
-    figures = run.path("figures")
-    there = {p.name for p in figures.glob("*")}
-    drawings = profile_drawings(run.profile, run.table)
-    save_drawings(figures, [d for d in drawings if not {f"{d.key}.png", f"{d.key}.svg"} <= there])
-
-
 def _finish(run: Run) -> None:
-    """Draw a profile that was just measured, and say what is to be known of it."""
+    """Say what is to be known of a profile that was just measured."""
     shutil.rmtree(run.path("partial"), ignore_errors=True)
-    figures = run.path("figures")
-    for old in figures.glob("profile_*"):
-        old.unlink()
-    _draw(run)
     path, seconds = run.path("profile.json"), run.seconds["profile"]
-    run.say(f"profile: written to {path} in {seconds:.0f} s; pictures in {figures}")
+    run.say(f"profile: written to {path} in {seconds:.0f} s")
     names = run.profile.calibration.get("constant_inputs", [])
     if names:
         run.say(

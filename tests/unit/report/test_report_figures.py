@@ -13,16 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, uniform_map
-from mpqsearch.errors import ConfigError, LayerMismatchError, UnknownNameError
+from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord
+from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import best_loss, channel_losses
 from mpqsearch.pareto import ParetoFront
 from mpqsearch.report import (
-    bits_by_depth_info,
     front_info,
     layer_losses,
     measured_losses,
-    plot_bits_by_depth,
     plot_front,
     plot_predicted_vs_measured,
     plot_samples,
@@ -32,7 +30,6 @@ from mpqsearch.report import (
     sample_grid,
     save_figure,
 )
-from mpqsearch.report.bits import NAMED_SHARE
 from mpqsearch.report.grids import difference, page_scale, sample_strip, strip_picture
 from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
@@ -42,12 +39,10 @@ Maps = Callable[..., Any]
 def every_plot(
     table: LayerTable, policy: Policy, records: list[StudyRecord], profile: SensitivityProfile
 ) -> list[tuple[Any, Any]]:
-    bit_map = uniform_map(table, policy, 3)
     grid = sample_grid("3 bits", {"full precision": images(0), "ilp": images(1)})
     return [
         (plot_front, front_info(records)),
         (plot_front, front_info(records, "paired_psnr")),
-        (plot_bits_by_depth, bits_by_depth_info(table, bit_map)),
         (plot_sensitivity, layer_losses(profile, table)),
         (plot_predicted_vs_measured, prediction_info(records, "fd_fp")),
         (plot_samples, grid),
@@ -144,20 +139,6 @@ def test_no_two_methods_look_the_same() -> None:
     assert series_styles(["uniform (layer)"])["uniform (layer)"] == series_styles(["uniform"])["uniform"]
 
 
-def test_depth_bars_are_as_broad_as_their_layers(table: LayerTable, policy: Policy) -> None:
-    info = bits_by_depth_info(table, uniform_map(table, policy, 4))
-    bars = plot_bits_by_depth(info).patches
-    widths = np.array([b.get_width() for b in bars])
-    np.testing.assert_allclose(widths, 100 * info.weights / table.n_weights, rtol=1e-9)
-    assert [b.get_height() for b in bars] == [8, *[4] * (len(table) - 2), 8]
-
-
-def test_a_map_of_another_model(table: LayerTable, policy: Policy) -> None:
-    other = dataclasses.replace(table, digest="x")
-    with pytest.raises(LayerMismatchError):
-        bits_by_depth_info(other, uniform_map(table, policy, 4))
-
-
 def test_sensitivity_is_the_loss_that_chooses_widths(table: LayerTable, profile: SensitivityProfile) -> None:
     losses = layer_losses(profile, table, "asymmetric")
     expected = channel_losses(profile, table, "asymmetric", best_loss(profile), bias_correction=True)
@@ -181,14 +162,6 @@ def test_measured_errors_are_drawn_at_the_widths_that_were_measured(profile: Sen
     ax = plot_sensitivity(losses)
     assert ax.get_yscale() == "log"
     assert ax.get_xticks().tolist() == [profile.widths[2]]
-
-
-def test_broad_layers_are_named_under_the_bars(table: LayerTable, policy: Policy) -> None:
-    info = bits_by_depth_info(table, uniform_map(table, policy, 4))
-    share = 100 * info.weights / info.weights.sum()
-    names = [t.get_text() for t in plot_bits_by_depth(info).get_xticklabels()]
-    assert names == [name for name, s in zip(info.layers, share, strict=True) if s >= NAMED_SHARE]
-    assert 0 < len(names) < len(table)
 
 
 def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]) -> None:

@@ -232,7 +232,6 @@ def test_files_beside_it(folder: Path, records: list[StudyRecord]) -> None:
     assert {
         "front_fd_fp",
         "front_fd_data",
-        "depth_ilp-3-bits",
         "profile_sensitivity",
         "samples_3-bits",
     } <= names

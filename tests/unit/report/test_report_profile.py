@@ -9,12 +9,11 @@ import pytest
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.report import (
-    plot_sensitivity_over_time,
     profile_drawings,
     profile_summary,
     save_drawings,
-    sensitivity_over_time,
 )
+from mpqsearch.report.sensitivity import sensitivity_over_time
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
@@ -56,8 +55,6 @@ def test_sensitivity_over_time_is_the_mean_of_the_channels() -> None:
     assert info.edges == (0, 20, 40, 60, 80, 100)
     assert np.isnan(info.sensitivity[:, 2]).all()
     assert info.sensitivity[1, 0] == pytest.approx(float(steps[6:12, 0].mean()), rel=1e-6)
-    image = plot_sensitivity_over_time(info).images[0].get_array()
-    assert image.shape == (5, len(TABLE))
     with pytest.raises(ConfigError, match="step_sensitivity"):
         sensitivity_over_time(profile())
 
@@ -68,9 +65,8 @@ def test_a_profile_has_the_pictures_that_show_something(tmp_path: Path) -> None:
     one_width = profile_drawings(profile(**{"layer_final_error/auto": final}), TABLE)
     assert [d.key for d in one_width] == ["profile_sensitivity"], "one width is a column of points"
     final = np.where(np.arange(8) == 4, final[:, [2]] / 10, final)
-    steps = np.ones((TABLE.n_channels, 2), dtype=np.float32)
-    drawings = profile_drawings(profile(**{"layer_final_error/auto": final}, step_sensitivity=steps), TABLE)
-    keys = ["profile_sensitivity", "profile_measured", "profile_over_time"]
+    drawings = profile_drawings(profile(**{"layer_final_error/auto": final}), TABLE)
+    keys = ["profile_sensitivity", "profile_measured"]
     assert [d.key for d in drawings] == keys
     assert all(d.alt and d.caption for d in drawings)
     assert TABLE.layers[0].name in drawings[1].alt
