@@ -28,14 +28,6 @@ name = "omq-paper"
 allocator = "omq-paper"
 act_bits = 4
 [[methods]]
-name = "omq-released"
-allocator = "omq-released"
-act_bits = 4
-[[methods]]
-name = "omq-plus"
-allocator = "omq-plus"
-act_bits = 4
-[[methods]]
 name = "ours-a4"
 allocator = "ilp-channel"
 scheme = "auto"
@@ -77,8 +69,6 @@ def test_a_study_with_quantized_activations(cli: Cli, study: Path, tmp_path: Pat
             "uniform-a4": 4,
             "uniform-a6-steps": 6,
             "omq-paper": 4,
-            "omq-released": 4,
-            "omq-plus": 4,
             "ours-a4": 4,
             "ours-a4-smoothed": 4,
         }
