@@ -18,14 +18,13 @@ from mpqsearch.methods.losses import (
     predicted_loss,
 )
 from mpqsearch.methods.programs import Programs
-from mpqsearch.methods.spec import ALLOCATORS, ORDERS, PROGRAMS, Allocation, MethodSpec, Total
+from mpqsearch.methods.spec import ALLOCATORS, PROGRAMS, Allocation, MethodSpec, Total
 
 __all__ = [
     "ALLOCATORS",
     "BEST_LOSS",
     "CHOOSING",
     "LOSSES",
-    "ORDERS",
     "PROGRAMS",
     "Allocation",
     "CostTable",

@@ -136,20 +136,8 @@ def _best_split(
 
 
 def _order(task: Task, names: tuple[str, ...]) -> NDArray[np.intp]:
-    """Channels of a layer (or of layers that share their widths), those to be promoted first."""
-    score = np.stack([_score(task, name) for name in names]).sum(0)
-    return np.argsort(-score, kind="stable")
-
-
-def _score(task: Task, name: str) -> NDArray[Any]:
-    """Scores ``[channels]`` of a layer by the method's order; the highest are promoted."""
-    profile, order = task.programs.profile, task.method.order
-    if order == "random":
-        draw = np.random.default_rng([task.method.seed, profile.index[name]])
-        return draw.random(task.programs.table[name].n_channels)
-    rows = profile.rows(name)
-    if order == "variance":
-        return profile.need("output_power", "OMQ by variance")[rows]
-    if order == "output":
-        return profile.need(f"output_error/{task.method.format_name}", "OMQ by output error")[rows, 0]
-    return profile.need("kurtosis" if profile.weights_only else "kurtosis_smoothed", "OMQ by kurtosis")[rows]
+    """Channels of a layer (or of layers that share their widths), those to be promoted first: of the highest kurtosis
+    once smoothed."""
+    profile = task.programs.profile
+    kurtosis = profile.need("kurtosis" if profile.weights_only else "kurtosis_smoothed", "OMQ")
+    return np.argsort(-np.stack([kurtosis[profile.rows(name)] for name in names]).sum(0), kind="stable")

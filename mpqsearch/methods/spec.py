@@ -47,9 +47,6 @@ PROGRAMS = ("ilp-layer", "ilp-channel")
 
 OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
-ORDERS = ("kurtosis", "random", "variance", "output")
-"""What ranks the output channels of a layer for OMQ."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MethodSpec(Shown):
@@ -70,9 +67,6 @@ class MethodSpec(Shown):
         Take the mean output error of each channel off its bias.
     smooth
         Smooth weights and inputs first (SmoothQuant).
-    order
-        Of the OMQ allocators: what ranks the channels of a layer: ``kurtosis`` of the smoothed weights as in MPQ-DM,
-        ``random``, ``variance`` or ``output``.
     solver
         ``auto``, or a solver of PuLP by name.
     seed
@@ -102,7 +96,6 @@ class MethodSpec(Shown):
     scheme: str = "asymmetric"
     bias_correction: bool = False
     smooth: bool = False
-    order: str = "kurtosis"
     solver: str = "auto"
     seed: int = 0
     act_bits: int = FULL_PRECISION
@@ -139,7 +132,6 @@ class MethodSpec(Shown):
         for what, value, known in (
             ("allocator", self.allocator, ALLOCATORS),
             ("loss", self.loss, (BEST_LOSS, *CHOOSING)),
-            ("OMQ order", self.order, ORDERS),
             ("rounding", self.rounding, ROUNDINGS),
         ):
             if value not in known:

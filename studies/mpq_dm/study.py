@@ -130,7 +130,7 @@ class Recipe:
             "name": self.spec.name,
             "allocator": self.spec.allocator,
             "loss": self.spec.loss,
-            "order": self.spec.order,
+            "order": "kurtosis",  # what it was when the package had others
             "scheme": self.spec.scheme,
             "bias_correction": self.spec.bias_correction,
             "smoothing": self.spec.smooth,
