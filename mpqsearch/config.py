@@ -65,11 +65,11 @@ class QuantizerConfig:
     """How the range of each output channel is searched; scheme and rounding belong to each method.
 
     criterion
-        ``lp`` minimises the sum of ``|w - w_q|**p``, ``mse`` the squared error, ``minmax`` takes the full range.
+        ``lp`` minimises the sum of ``|w - w_q|**p``, ``minmax`` takes the full range.
     p
-        The exponent of ``lp``; MPQ-DM's code has 2.4.
+        The exponent of ``lp``; MPQ-DM's code has 2.4, the squared error 2.
     n_candidates [ranges]
-        Ranges that ``lp`` and ``mse`` try for each channel.
+        Ranges that ``lp`` tries for each channel.
     moment_samples [samples]
         Samples whose trajectories give the input statistics of GPTQ rounding.
     """

@@ -22,7 +22,7 @@ SCALE_BITS = 16
 to."""
 
 SCHEMES = ("asymmetric", "symmetric", "auto")
-CRITERIA = ("lp", "mse", "minmax")
+CRITERIA = ("lp", "minmax")
 ROUNDINGS = ("nearest", "gptq")
 GROUPS = (0, 16, 32, 64, 128)
 """Inputs that share a scale; 0: all inputs of an output channel."""
@@ -38,9 +38,9 @@ class QuantFormat:
         so the levels lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of
         the two with the smaller squared error, channel by channel.
     criterion
-        Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM), ``mse`` the squared
-        error, both over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the channel's range; ``minmax`` takes
-        the full range.
+        Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM; 2: the squared error)
+        over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the channel's range; ``minmax`` takes the full
+        range.
     smooth
         Multiply each input channel of the weights by ``max|x|**a / max|w|**(1 - a)`` before quantizing and divide
         after, and its inputs the other way round.

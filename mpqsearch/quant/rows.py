@@ -198,9 +198,8 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: Row
         zero = torch.where(dead, 0.0, zero)  # the symmetric levels have no zero: such a row falls back to code 0 = 0.0
     if fmt.criterion == "minmax":
         return RowQuantizer(scale=stored_scale(widest), zero=zero, bits=bits)
-    p = 2.0 if fmt.criterion == "mse" else fmt.p
     grid = [x.reshape(len(rows), -1) for x in (widest, zero, top)]
-    factor = best_factors(rows, grid[0], grid[1], grid[2], fmt.n_candidates, p)
+    factor = best_factors(rows, grid[0], grid[1], grid[2], fmt.n_candidates, fmt.p)
     return RowQuantizer(scale=stored_scale(widest * factor.reshape(widest.shape)), zero=zero, bits=bits)
 
 

@@ -26,7 +26,7 @@ GROUPS = (128, 64, 32, 16)
 @torch.no_grad()
 def measured(model: Denoiser, width: int, group: int) -> tuple[float, float]:
     """Stored bits a weight, and the squared error of the weights as a share of their squares."""
-    fmt, modules = QuantFormat(scheme="auto", criterion="mse", group=group), dict(model.module.named_modules())
+    fmt, modules = QuantFormat(scheme="auto", p=2.0, group=group), dict(model.module.named_modules())
     bits = error = power = weights = 0.0
     for layer in mpq.discover(model):
         rows = rows_of(modules[layer.name].weight.float(), layer)

@@ -60,7 +60,7 @@ def test_data_round_trip_keeps_everything() -> None:
         weights={"a": np.array([1, 1, 8, 16]), "b": np.array(5)},
         activations={"b": 4},
         format=QuantFormat(scheme="auto"),
-        formats={"a": QuantFormat(scheme="symmetric", criterion="mse")},
+        formats={"a": QuantFormat(scheme="symmetric", p=2.0)},
     )
     second = BitMap.from_data(first.to_data())
     assert second.digest == first.digest

@@ -128,11 +128,11 @@ def test_the_grid_is_what_every_width_gives_alone(backend: str, threads: int, mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(search, "BLOCK", 1 << 14)
     rows = torch.randn(100, 1000, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 1, 100)[:, None]
-    fmt = QuantFormat(criterion="mse")
+    fmt = QuantFormat(p=2.0)
     for scheme in ("asymmetric", "symmetric"):
         grid = fit_grid(rows, (2, 5), scheme, fmt)
         for j, bits in enumerate((2, 5)):
-            alone = fit_rows(rows, bits, QuantFormat(criterion="mse", scheme=scheme))
+            alone = fit_rows(rows, bits, QuantFormat(p=2.0, scheme=scheme))
             assert torch.equal(grid.scale[:, j], alone.scale)
             assert torch.equal(grid.zero[:, j], alone.zero)
 
