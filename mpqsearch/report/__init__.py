@@ -9,7 +9,7 @@ plain ``matplotlib.figure.Figure`` objects that pyplot does not know; nothing ha
 
 from mpqsearch.report.breakdown import size_breakdown
 from mpqsearch.report.content import ReportContent
-from mpqsearch.report.figures import render, save_drawings, save_figure
+from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.front import front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
@@ -40,7 +40,6 @@ __all__ = [
     "read_pareto_json",
     "render",
     "sample_grid",
-    "save_drawings",
     "save_figure",
     "size_breakdown",
     "standings",

@@ -59,11 +59,6 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     return png, svg
 
 
-def save_drawings(folder: Path, drawings: list[Drawing]) -> list[Path]:
-    """Draw all of them; returns the paths."""
-    return [path for d in drawings for path in save_figure(render(d.draw), folder / d.key)]
-
-
 def places(axes: Axes, points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Where data points ``[N, 2]`` lie in the figure: ``[N, 2]`` shares of its width and height, from the top left."""
     box = axes.figure.bbox

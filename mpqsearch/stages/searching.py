@@ -259,10 +259,8 @@ def _run_workers(
 
 
 def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]) -> dict[str, Any]:
-    """Measure what is missing, and write the maps, tables, figures and ``search.json``."""
+    """Measure what is missing, and write the maps, the table and ``search.json``; the report draws them."""
     from mpqsearch.export import neutral_extra
-    from mpqsearch.report import save_drawings
-    from mpqsearch.report.search import search_drawings
     from mpqsearch.search.results import summarize, trials_csv
 
     c = run.config.search
@@ -282,7 +280,6 @@ def _finish(run: Run, objective: Objective, study: Study, inputs: dict[str, str]
                 f"{row['spearman']:.2f} ({row['low']:.2f}..{row['high']:.2f})"
             )
     artifacts.write_text(run.path("search", "trials.csv"), trials_csv(study))
-    save_drawings(run.path("search", "figures"), search_drawings(data))
     SEARCH.save(results_file(run), data, inputs)
     return data
 

@@ -79,7 +79,7 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, pro
     assert ",search," in rows
     assert ",search+trd," in rows
     for name in ("search_fresh_seeds.png", "search_fresh_seeds.svg"):
-        assert (folder / "search" / "figures" / name).stat().st_size > 1000
+        assert (folder / "figures" / name).stat().st_size > 1000
     assert [t["number"] for t in trials(folder)] == list("0123")
 
     again = cli("report", "-c", str(study), "--run-dir", str(folder))

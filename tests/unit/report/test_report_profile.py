@@ -11,7 +11,8 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.report import (
     profile_drawings,
     profile_summary,
-    save_drawings,
+    render,
+    save_figure,
 )
 from mpqsearch.report.sensitivity import sensitivity_over_time
 from tests.support import tiny_profile, tiny_table
@@ -70,12 +71,12 @@ def test_a_profile_has_the_pictures_that_show_something(tmp_path: Path) -> None:
     assert [d.key for d in drawings] == keys
     assert all(d.alt and d.caption for d in drawings)
     assert TABLE.layers[0].name in drawings[1].alt
-    names = {p.name for p in save_drawings(tmp_path, drawings)}
-    assert names == {f"{k}.{e}" for k in keys for e in ("png", "svg")}
-    assert all((tmp_path / n).stat().st_size > 1000 for n in names)
+    files = [path for d in drawings for path in save_figure(render(d.draw), tmp_path / d.key)]
+    assert {p.name for p in files} == {f"{k}.{e}" for k in keys for e in ("png", "svg")}
+    assert all(p.stat().st_size > 1000 for p in files)
 
 
-def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up(tmp_path: Path) -> None:
+def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up() -> None:
     table = tiny_table(n_layers=3)
     losses = np.array([[3.0, 1.0], [9.0, 2.0], [1.0, 0.5]], dtype=np.float32)
     profile = SensitivityProfile(
@@ -88,4 +89,6 @@ def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up(tmp_path: Path) ->
     )
     summary = profile_summary(profile, table)
     np.testing.assert_allclose([row.losses for row in summary.layers], losses[[1, 0, 2]], rtol=1e-9)
-    assert {p.stem for p in save_drawings(tmp_path, profile_drawings(profile, table))} == {"profile_sensitivity"}
+    (drawing,) = profile_drawings(profile, table)
+    assert drawing.key == "profile_sensitivity"
+    assert render(drawing.draw).axes

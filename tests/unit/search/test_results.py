@@ -13,7 +13,7 @@ import pytest
 
 from mpqsearch.core import Budget
 from mpqsearch.errors import ConfigError
-from mpqsearch.report import save_drawings
+from mpqsearch.report import render, save_figure
 from mpqsearch.report.search import arms_table, fresh_entries, search_drawings, search_notes
 from mpqsearch.search.measure import Measurements
 from mpqsearch.search.objective import Objective
@@ -104,7 +104,7 @@ def test_figures_and_tables_show_the_data(finished: Finished, tmp_path: Path) ->
     one_budget = search_drawings(data | {"budgets": data["budgets"][:1]})
     keys = {"search_front", "search_fresh_seeds"} & {d.key for d in one_budget}
     assert not keys, "one budget is a column of points, and two points are a sentence"
-    paths = save_drawings(tmp_path, drawings)
+    paths = [path for d in drawings for path in save_figure(render(d.draw), tmp_path / d.key)]
     assert len(paths) == 2 * len(drawings)
     assert all(p.stat().st_size > 2000 for p in paths)
 
