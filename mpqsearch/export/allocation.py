@@ -338,7 +338,7 @@ def _layer_errors(target: Target, layer: LayerSpec, weight: Tensor, formats: Seq
     for choice in target.choices(layer):
         error = (
             rows_of(target.round_trip(weight, layer, choice), layer) - rows
-            if target.asks_itself
+            if target.rounds
             else row_errors(weight, layer, choice.width, ours, None)
         )
         errors[formats.index(choice.name)] = error

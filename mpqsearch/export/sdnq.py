@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpqsearch.artifacts import atomic_path, temporary_prefix, write_text
 from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
@@ -32,12 +33,31 @@ from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, q
 from mpqsearch.export.target import CONFIG, WEIGHTS, Target, int_choices, planned_widths
 from mpqsearch.sources import read_config
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 WITHOUT_COMPILER = ("SDNQ_USE_TORCH_COMPILE", "0")
 """SDNQ compiles its quantizer for every shape of a weight, which takes a minute for a small model; it reads this where
 it is first imported."""
 
 ROTATED = 3
 """Widest layers that are rotated: beyond, the gain is within its error (``studies/sdnq``)."""
+
+HADAMARD, SMALLEST = 256, 4
+"""Most and fewest inputs that are rotated together; of a convolution, channels divide into such groups."""
+
+
+def hadamard(n: int) -> Tensor:
+    """The symmetric orthogonal matrix ``[n, n]`` by which SDNQ rotates ``n`` inputs, a power of two: a Kronecker power
+    of the one of order 4 where there is one, else of that of order 2."""
+    import torch
+
+    of_two, of_four = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), 1.0 - 2.0 * torch.eye(4).fliplr()
+    block = of_four if n.bit_length() % 2 else of_two
+    matrix = block
+    while len(matrix) < n:
+        matrix = torch.kron(matrix, block)
+    return matrix / math.sqrt(n)
 
 
 class SdnqTarget(Target):
@@ -51,6 +71,7 @@ class SdnqTarget(Target):
     limits = "a multiple of 8 weights"
     tested = "0.2.8"
     tolerance = 1e-5
+    asks_itself = False  # `round_trip` repeats what SDNQ does, without it
 
     def choices(self, layer: LayerSpec) -> tuple[Choice, ...]:
         """uint1 to uint8 for linear layers and 2-d convolutions."""
@@ -61,6 +82,23 @@ class SdnqTarget(Target):
         """Dense codes (a byte at one bit), a float32 scale and zero point a row and tap."""
         code_bits = 8 if choice.width == 1 else choice.width
         return coded_bits(layer, code_bits, scales=scale_count(layer, by_tap=True), scale_bits=32, zero_bits=32)
+
+    def round_trip(self, weight: Tensor, layer: LayerSpec, choice: Choice) -> Tensor:
+        """Minimum and maximum of a row and tap on codes of the width, in the rotated inputs at `ROTATED` bits and
+        fewer."""
+        import torch
+
+        own = weight.detach().float().cpu()
+        group = math.gcd(layer.weight_shape[1], HADAMARD) if choice.width <= ROTATED else 1
+        turn = hadamard(group) if group >= SMALLEST else torch.eye(1)
+
+        def turned(values: Tensor) -> Tensor:  # the matrix is symmetric, so twice is not at all
+            return (values.reshape(len(own), -1, len(turn)) @ turn).reshape(own.shape)
+
+        rotated = turned(own)
+        low, high = rotated.amin(1, keepdim=True), rotated.amax(1, keepdim=True)
+        scale = ((high - low) / (2**choice.width - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+        return turned(((rotated - low) / scale).round() * scale + low)
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """Let diffusers quantize the model with the configuration, and keep what it saves."""

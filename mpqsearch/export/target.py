@@ -322,9 +322,14 @@ class Target:
             raise ConfigError(self.install_line())
 
     @property
-    def asks_itself(self) -> bool:
-        """Whether `round_trip` gives the errors of the target's own quantizer, for which the library must be there."""
+    def rounds(self) -> bool:
+        """Whether `round_trip` gives the errors of the target's own quantizer."""
         return type(self).round_trip is not Target.round_trip
+
+    @property
+    def asks_itself(self) -> bool:
+        """Whether the library must be there for `round_trip`."""
+        return self.rounds
 
     @property
     def decodes(self) -> bool:

@@ -71,8 +71,8 @@ def test_biases_make_good_the_mean_error_of_what_the_file_holds(name: str, denoi
             continue
         expected = theirs.bias - error @ means[layer.name][0]
         torch.testing.assert_close(ours.bias, expected, rtol=2e-3, atol=2e-3, msg=f"{name}: {layer.name}")
-        if name == "quanto":
-            choice = target.choice_of(layer, f"qint{widths[layer.name]}")
+        if name in ("quanto", "sdnq"):
+            choice = target.choice_of(layer, f"{'qint' if name == 'quanto' else 'uint'}{widths[layer.name]}")
             asked = target.round_trip(theirs.weight, layer, choice).numpy()
             np.testing.assert_allclose(
                 asked, ours.weight.numpy(), atol=1e-6, err_msg="what is priced is what is written"
