@@ -114,8 +114,10 @@ def allocate(
     smallest map whose interval of 95 % keeps to the bound.
 
     With `--target` the maps of those export targets are made, and no others: each layer takes one of the target's own
-    formats, and a budget is the size of the target's file, names and shapes included. Uniform types and maps of several
-    prices are measured as above, by what the consumer decodes from their files. `export --target auto` compares them.
+    formats, and a budget is the size of the target's file, names and shapes included. Uniform types, the rule by which
+    its users mix them and maps of several prices are measured as above, by what the consumer decodes from their files.
+    `export --target auto` compares targets.
+
     Options about widths replace the keys of `[policy]` in the study. If no map fits, the exit code is 3 and the
     smallest attainable value is named.
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, Budget, Policy
 from mpqsearch.core.policy import HELD_BITS
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import ConfigError, InfeasibleBudgetError
+from mpqsearch.methods import MethodSpec, Programs
+from mpqsearch.specs.targets import FULL
 from mpqsearch.stages.base import Run, same_model, slug
 from mpqsearch.stages.preflight import require_parts, target_of
 from mpqsearch.stages.profiling import profile_inputs
@@ -35,6 +37,12 @@ TENSORS, DESCRIPTION = 5, 200
 
 SHRINKAGES = (1.0, 0.5)
 """How far the prices of layers are shrunk in the maps that are tried beside the plain one, safest first."""
+
+PRACTICE = {"gguf": "k-quant", "sdnq": "sdnq-dynamic"}
+"""The rule by which users of a target mix widths (`mpqsearch.methods.baselines`); of all others ``first-last-high``."""
+
+SIZES = 4
+"""Sizes at which a rule is tried, so that the formats of its widths fill the budget."""
 
 
 def target_allocation(run: Run, name: str, budget: Budget) -> tuple[BitMap, dict[str, Any]]:
@@ -143,8 +151,8 @@ def _candidate(run: Run, target: Target, budget: Budget, made: TargetAllocation)
 
 
 def _variants(run: Run, target: Target, plain: TargetAllocation) -> dict[str, TargetAllocation]:
-    """The different maps that are tried, safest first: uniform types, then maps by layer whose prices are believed more
-    and more. Losses are those of the plain map's prices, for all.
+    """The different maps that are tried, safest first: uniform types, the rule of practice, then maps by layer whose
+    prices are believed more and more. Losses are those of the plain map's prices, for all.
 
     The widths of first and last layer are a choice too where the policy is the one that nobody wrote.
     """
@@ -163,6 +171,7 @@ def _variants(run: Run, target: Target, plain: TargetAllocation) -> dict[str, Ta
     if fitting:  # the largest, and the one of least predicted loss
         for name in (max(fitting, key=lambda n: fitting[n].stored.total), min(fitting, key=lambda n: fitting[n].loss)):
             tried[name] = fitting[name]
+    tried |= _practice(run, target, plain)
     for share in SHRINKAGES:
         label = f"by layer, prices shrunk by {share:g}"
         tried[label] = _solved(run, target, plain.limit, policy, shrunk_losses(losses, squared, share))
@@ -178,6 +187,34 @@ def _variants(run: Run, target: Target, plain: TargetAllocation) -> dict[str, Ta
         if all(made.choices != other.choices for other in different.values()):
             different[label] = priced(made)
     return different
+
+
+def _practice(run: Run, target: Target, plain: TargetAllocation) -> dict[str, TargetAllocation]:
+    """The largest map, no larger than the ``plain`` one may be, of the rule by which users of a target mix widths: each
+    layer in the target's next format up. Empty where none fits, or the profile lacks what the rule looks at."""
+    from mpqsearch.export import ExportJob
+    from mpqsearch.export.allocation import allocation_of
+
+    policy, fmt = run.config.policy, plain.bit_map.format
+    widths = tuple(w for w in policy.widths if w in target.widths)
+    rule = PRACTICE.get(target.name, "first-last-high")
+    method = MethodSpec(name=rule, allocator=rule)
+    found: dict[str, TargetAllocation] = {}
+    size = plain.limit
+    try:
+        programs = Programs(table=run.table, profile=run.profile, policy=replace(policy, widths=widths), format=fmt)
+        for _ in range(SIZES):
+            bit_map = programs.allocate(method, Budget(quantity="bytes", limit=size / 8)).bit_map
+            plan = target.plan(ExportJob(table=run.table, bit_map=bit_map))
+            picked = {e.layer: e.choice or FULL for e in plan}
+            made = allocation_of(target, run.table, picked, limit=plain.limit, fmt=fmt)
+            room = plain.limit - made.stored.total
+            if room >= 0 and (not found or made.stored.total > found[rule].stored.total):
+                found[rule] = made
+            size += room
+    except (ConfigError, InfeasibleBudgetError):
+        pass  # too small for the rule, above full precision, or without its statistics
+    return found
 
 
 def target_allocations(run: Run) -> list[tuple[str, Budget, BitMap, dict[str, Any]]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from typer.testing import CliRunner, Result
 
 from mpqsearch.artifacts import digest_file, read_json
 from mpqsearch.cli import app
-from mpqsearch.core import LayerTable
+from mpqsearch.config import config_from
+from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
+from mpqsearch.stages import Run, prepare, profiling
 from mpqsearch.stages.delivering import faults
 from mpqsearch.stages.exporting import size_note
+from mpqsearch.stages.targeting import target_allocation
 from mpqsearch.untrusted import build
 
 pytest.importorskip("gguf")
@@ -144,12 +149,48 @@ def test_the_map_for_a_target_is_the_best_of_those_whose_files_were_measured(fol
     uniform = [row for label, row in rows.items() if label.startswith("uniform")]
     (chosen,) = [row for row in rows.values() if row["verdict"] == "chosen"]
     assert uniform, "files of one type are tried too"
-    assert {"by layer", "by layer, prices shrunk by 1", "by layer, interactions"} <= rows.keys()
+    assert {"k-quant", "by layer", "by layer, prices shrunk by 1", "by layer, interactions"} <= rows.keys()
     assert all(row["ratio"] > 1 for row in uniform if row["verdict"] == "worse")
     assert max(row["size_bytes"] for row in rows.values()) <= made["limit"] / 8 + 1
     assert chosen["size_bytes"] == -(-made["size_bits"] // 8)
     assert chosen["predicted"] == pytest.approx(made["predicted_loss"])
     assert not list((folder / "measured/export").iterdir()), "candidates leave no files"
+
+
+def test_a_selection_for_a_target_runs_the_model_no_more_than_the_default_profile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in evaluations of one sample at one step, of which a backward pass is two."""
+    from diffusers import DiTTransformer2DModel
+
+    forward, evaluations = DiTTransformer2DModel.forward, [0]
+
+    @functools.wraps(forward)
+    def counted(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        def add(n: int) -> None:
+            evaluations[0] += n * len(sample)
+
+        made = forward(self, sample, *args, **kwargs)
+        add(1)
+        if made[0].requires_grad:
+            made[0].register_hook(lambda _: add(2))
+        return made
+
+    monkeypatch.setattr(DiTTransformer2DModel, "forward", counted)
+    monkeypatch.setattr(profiling, "_draw", lambda _: None)
+    data = {
+        "model": {"source": str(folder / "dit"), "device": "cpu"},
+        "sampler": {"steps": 4, "batch": 8},
+        "policy": {"widths": [2, 3, 4, 8]},
+        "quantizer": {"n_candidates": 4},
+        "evaluate": {"extractor": "random-conv"},
+    }
+    run = Run(config=config_from(data), folder=tmp_path, say=lambda _: None)
+    assert prepare(run)
+    profile = evaluations[0]
+    _, made = target_allocation(run, "gguf", Budget.parse("6bit"))
+    assert len(made["selection"]["rows"]) >= 6, "it is the whole selection"
+    assert 0 < evaluations[0] - profile <= profile
 
 
 def test_only_verify_says_that_an_export_is_good(folder: Path) -> None:
