@@ -7,14 +7,17 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
-.PHONY: quickstart test test-all test-gpu test-oldest fuzz kill lint types contracts benchmark reference clean
+.PHONY: quickstart test suite test-all test-gpu test-oldest fuzz kill lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/mpqsearch run studies/quickstart.toml
 
 # One more than there are cores: many tests wait for a process, a server or a signal
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
-test: $(INSTALLED) lint types contracts
+test: $(INSTALLED) lint contracts
+	$(MAKE) --no-print-directory --jobs 2 types suite  # mypy has one thread, and the tests wait for processes anyway
+
+suite: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # Everything that `make test` takes a sample of, such as all denoiser classes of diffusers
