@@ -58,6 +58,10 @@ MIXED = "ours+input-widths"
 RECIPES[MIXED] = replace(METHODS["ours"], spec=replace(METHODS["ours"].spec, act_choices=(4, 5, 6, 8)))
 """The widths of inputs are chosen too, layer by layer, under the bytes of `mpq-dm` and the bit operations of `ours`."""
 
+EQUAL = "ours+equal-operations"
+RECIPES[EQUAL] = replace(RECIPES[MIXED], operations_of="mpq-dm")
+"""The same, under the bytes *and* the bit operations of `mpq-dm`."""
+
 MAIN = ("mpq-dm", "ours")
 """Methods whose rows come first."""
 
@@ -81,6 +85,9 @@ SCHEDULE = Schedule(
 LONG = replace(SCHEDULE, steps=3000, trajectories=600, lora_lr=0.01, weight_lr=0.002)
 LONG_EVERY = 250
 LONG_SETTINGS = ("W2A4", "W3A4")
+LONG_METHODS = {"mpq-dm": COLOURS[2], "ours": "black", MIXED: COLOURS[0], EQUAL: COLOURS[1]}
+"""With the colours of their curves."""
+
 LONG_COLUMNS = (
     "model", "setting", "method", "step", "size_bytes", "paired_mse", "fd_fp", "fd_fp_spread", "fd_data",
     "attributes_recognised", "paired_psnr", "n_samples", "commit",
@@ -96,12 +103,13 @@ Key = tuple[str, str, str, int]
 def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
     """Rows in the order in which they tell most: the main methods of all seeds before the rest; two weight bits and
     four input bits first."""
-    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, MIXED)]
+    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, MIXED, EQUAL)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
         yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
     yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
-    yield from ((m, s, MIXED, seed) for seed in range(seeds) for s in ORDER if s.endswith("A4") for m in models)
+    four = [s for s in ORDER if s.endswith("A4")]
+    yield from ((m, s, way, seed) for seed in range(seeds) for way in (EQUAL, MIXED) for s in four for m in models)
     yield from ((m, s, method, seed) for seed in range(seeds) for s in ORDER for m in models for method in rest)
 
 
@@ -143,13 +151,13 @@ def run(args: argparse.Namespace) -> None:
         print(*key, *(f"{k} {made.get(k, '-')}" for k in told), file=sys.stderr, flush=True)
 
 
-def long(name: str, settings: Sequence[str], path: Path, work: Path) -> None:
+def long(name: str, settings: Sequence[str], methods: Sequence[str], path: Path, work: Path) -> None:
     """Train to the end, and measure on development noise on the way; an interrupted training continues."""
     rows: dict[Any, dict[str, Any]] = {}
     for row in csv.DictReader(path.open()) if path.is_file() else ():
         rows[row["model"], row["setting"], row["method"], int(row["step"])] = row
     model = Model(name, LONG, work)
-    for setting, method in ((s, m) for s in settings for m in MAIN):
+    for setting, method in ((s, m) for s in settings for m in methods):
         if (name, setting, method, LONG.steps) in rows:
             continue
         bit_map = model.bit_map(RECIPES[method], setting)
@@ -216,12 +224,13 @@ def describe_long(table: pd.DataFrame) -> str:
     lines = []
     for (model, setting), rows in table.groupby(["model", "setting"], sort=False):
         values = rows.pivot_table(index="step", columns="method", values=list(shown))
-        columns = [(key, m) for key in shown for m in MAIN if m in set(rows["method"])]
+        columns = [(key, m) for key in shown for m in LONG_METHODS if m in set(rows["method"])]
         lines += [f"### {model} at {setting}, {LONG.steps} steps", ""]
         lines += ["| step | " + " | ".join(f"{m}, {shown[key]}" for key, m in columns) + " |"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         lines += [
-            f"| {step} | " + " | ".join(f"{row[c]:.4g}" for c in columns) + " |" for step, row in values.iterrows()
+            f"| {step} | " + " | ".join("-" if pd.isna(row[c]) else f"{row[c]:.4g}" for c in columns) + " |"
+            for step, row in values.iterrows()
         ]
         lines.append("")
     return "\n".join(lines[:-1])
@@ -236,7 +245,7 @@ def draw_long(table: pd.DataFrame) -> Figure:
         grid = figure.subplots(len(settings), len(shown), squeeze=False)
         for (i, setting), (j, key) in product(enumerate(settings), enumerate(shown)):
             ax = grid[i, j]
-            for method, colour in zip(MAIN, (COLOURS[2], "black"), strict=True):
+            for method, colour in LONG_METHODS.items():
                 rows = table[(table["setting"] == setting) & (table["method"] == method)].sort_values("step")
                 ax.plot(rows["step"], rows[key], marker="o", ms=3, lw=1, color=colour, label=method)
                 if key == "fd_fp":
@@ -273,12 +282,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--long", choices=MODELS, help="one long training of this model instead")
     parser.add_argument("--settings", nargs="+", default=LONG_SETTINGS, choices=ORDER, help="of the long training")
+    parser.add_argument("--methods", nargs="+", default=MAIN, choices=LONG_METHODS, help="of the long training")
     parser.add_argument("--results", type=Path, default=HERE / "latent.csv")
     parser.add_argument("--work", type=Path, default=Path("runs/mpq_dm_latent"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     if args.long:
-        long(args.long, args.settings, args.results.with_name("long.csv"), args.work / "long")
+        long(args.long, args.settings, args.methods, args.results.with_name("long.csv"), args.work / "long")
     elif not args.report_only:
         run(args)
     if args.report_only:

@@ -99,8 +99,8 @@ class Recipe:
     """One method: how bits are allocated, what is trained (None: nothing), and whether there is a relation loss.
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. A method that chooses the widths
-    of inputs has at most the bit operations of `ours`, too. ``own_inputs``: quantized inputs as this package has them
-    (zero points searched, alpha of smoothing by layer) in place of the released codes'.
+    of inputs has at most the bit operations of ``operations_of``, too. ``own_inputs``: quantized inputs as this package
+    has them (zero points searched, alpha of smoothing by layer) in place of the released codes'.
     ``gptq``: GPTQ rounding, which the allocation is priced with and training starts from. ``check_every``: the student
     ends as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
     development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
@@ -113,6 +113,7 @@ class Recipe:
     relation: bool = False
     as_released: bool = False
     size_of: str = ""
+    operations_of: str = "ours"
     own_inputs: bool = False
     gptq: bool = False
     check_every: int = 0
@@ -125,7 +126,7 @@ class Recipe:
 
     def facts(self) -> dict[str, Any]:
         """What the method is, in words of this study: a field of the library that is renamed changes no digest."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spec", "operations_of")}
         return own | {
             "name": self.spec.name,
             "allocator": self.spec.allocator,
@@ -135,6 +136,7 @@ class Recipe:
             "bias_correction": self.spec.bias_correction,
             "smoothing": self.spec.smooth,
             **({"input_widths": list(self.spec.act_choices)} if self.spec.act_choices else {}),
+            **({"operations_of": self.operations_of} if self.operations_of != "ours" else {}),
         }
 
     def digest(self, schedule: Schedule) -> str:
@@ -369,7 +371,7 @@ class Model:
 
     def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
         """What a method allocates, with the alphas of smoothing that it chooses."""
-        key = (setting, recipe.spec, recipe.size_of, recipe.own_inputs, recipe.gptq)
+        key = (setting, recipe.spec, recipe.size_of, recipe.operations_of, recipe.own_inputs, recipe.gptq)
         if key not in self._maps:
             self._maps[key] = self._allocate(recipe, setting)
         return self._maps[key]
@@ -383,7 +385,7 @@ class Model:
             )
         within = []
         if recipe.spec.act_choices:
-            operations = bops(self.table, self.bit_map(OURS, setting))
+            operations = bops(self.table, self.bit_map(METHODS[recipe.operations_of], setting))
             within = [Budget(quantity="bops", limit=operations)]
         spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
         profile = self.profile
