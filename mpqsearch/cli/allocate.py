@@ -61,7 +61,7 @@ GroupOption = Annotated[
 MaxFormatsOption = Annotated[int | None, typer.Option(help="At most so many different widths in the model.")]
 MaxFormatsPerLayerOption = Annotated[int | None, typer.Option(help="At most so many different widths in a layer.")]
 PathOption = Annotated[
-    bool, typer.Option("--path", help="Every budget at once: write loss against size for each ilp method.")
+    bool, typer.Option("--path", help="Every budget at once: write and draw loss against size for each ilp method.")
 ]
 UntilOption = Annotated[
     str | None,

@@ -13,6 +13,7 @@ from mpqsearch.report.figures import render, save_figure
 from mpqsearch.report.front import front_info, plot_front
 from mpqsearch.report.grids import SampleGrid, plot_samples, sample_grid
 from mpqsearch.report.html import build_report
+from mpqsearch.report.paths import plot_path
 from mpqsearch.report.prediction import plot_predicted_vs_measured, prediction_info
 from mpqsearch.report.profile import profile_summary
 from mpqsearch.report.sensitivity import (
@@ -31,6 +32,7 @@ __all__ = [
     "layer_losses",
     "measured_losses",
     "plot_front",
+    "plot_path",
     "plot_predicted_vs_measured",
     "plot_samples",
     "plot_sensitivity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from mpqsearch.stages.allocating import allocation, allocation_inputs, programs_
 from mpqsearch.stages.base import Run, slug
 
 LISTED_VERTICES = 600
-"""Vertices of a path that are listed, evenly over its cost: more cannot be told apart."""
+"""Vertices of a path that are listed and drawn, evenly over its cost: more cannot be told apart."""
 
 COLUMNS = ("cost", "loss", "rate")
 """Columns of a path's CSV."""
@@ -38,10 +38,10 @@ def program_methods(run: Run) -> list[MethodSpec]:
 
 
 def paths(run: Run) -> list[dict[str, Any]]:
-    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json`` and ``.csv``.
+    """The least loss at every budget, for every ``ilp-*`` method: ``paths/<method>.json`` and ``.csv``, and a figure.
 
-    A path is over the quantity of the study's first budget; budgets of ``allocate.within`` play no part. Paths
-    of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
+    A path is over the quantity of the study's first budget; budgets of ``allocate.within`` play no part. A method's own
+    loss is drawn; the paths of methods with different losses or schemes are not to be compared. ``ilp-channel`` is the
     program over channels, which pays for the width tags of every layer.
     """
     first = run.config.allocate.parsed()[0]
@@ -68,8 +68,15 @@ def paths(run: Run) -> list[dict[str, Any]]:
             artifacts.write_text(file.with_suffix(".csv"), artifacts.csv_text(COLUMNS, data["points"]))
             artifacts.write_json(file, "mpqsearch/path", data, allocation_inputs(run, method, first))
     if not run.dry_run:
-        run.say(f"allocate: {len(answers)} paths in {run.path('paths')}")
+        _draw(run, answers)
     return answers
+
+
+def _draw(run: Run, answers: Sequence[Mapping[str, Any]]) -> None:
+    from mpqsearch.report import plot_path, render, save_figure
+
+    drawn = save_figure(render(lambda: plot_path(answers)), run.path("paths", "path"))
+    run.say(f"allocate: {len(answers)} paths in {run.path('paths')}, drawn in {drawn[0]} and {drawn[1].name}")
 
 
 def _listed(path: ParetoPath) -> list[int]:

@@ -45,6 +45,8 @@ def test_the_path_and_the_explanation_of_a_study(cli: Cli, study: Path, tmp_path
             assert answer["cost"] <= exact["limit"]
             if exact["notes"] == []:  # the map is the program's own
                 assert answer["lower_bound"] * (1 - 1e-9) <= exact["result"]["loss"] <= answer["loss"] * (1 + 1e-9)
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"r/paths/path.{kind}").stat().st_size > 1000
 
     assert len(told["explanations"]) == 4
     for one in told["explanations"]:
