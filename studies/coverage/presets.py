@@ -3,8 +3,9 @@ of the weights alone costs.
 
 Run from the repository root: ``python -m studies.coverage.presets`` writes the tables of `studies/guides/presets.md`,
 from shapes alone (structures on the device ``meta``: no weights). ``python -m studies.coverage.presets FOLDER [NAME
-...]`` measures, too: a denoiser with one block of each kind and random weights is written under FOLDER (U-Nets are
-written whole) and ``profile --weights-only`` runs on it in a process of its own, on one thread.
+...]`` measures, too: a denoiser with random weights is written under FOLDER, and ``profile --weights-only`` runs on it
+in a process of its own, on one thread. U-Nets and models of less than 10^9 weights are written whole, others with one
+block of each kind.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ START, END = "<!-- presets: made by studies/coverage/presets.py -->", "<!-- end 
 COLUMNS = ("model", "weights", "cpu_seconds", "peak_gigabytes")
 BLOCKS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 """Arguments of transformers that say how many blocks of a kind there are."""
+SMALL = 1e9
+"""Models of fewer weights are measured whole."""
+SAME = {
+    "Stable Diffusion 3.5 Large": "Stable Diffusion 3.5 Medium",
+    "FLUX.1-schnell": "FLUX.1-dev",
+    "FLUX.2 Klein 9B": "FLUX.2 Klein 4B",
+    "Wan 2.1 14B; each half of Wan 2.2 A14B": "Wan 2.2 5B",
+    "LTX-Video 13B": "LTX-Video 2B",
+}
+"""Models that are not measured, and the one of the same class whose rate they get."""
 START_UP = "fmnist-unet"
 """A model of which a profile is all start-up: its time is taken off."""
 
@@ -52,9 +63,14 @@ def build(shape: Shape, *, one_block: bool = False) -> Any:
     import torch
 
     kind = getattr(diffusers, shape.denoiser)
-    ones = {key: 1 for key in BLOCKS if one_block and key in inspect.signature(kind).parameters}
+    config = dict(shape.config)
+    if one_block:
+        config |= {key: 1 for key in BLOCKS if key in inspect.signature(kind).parameters}
+    if one_block and shape.denoiser == "SD3Transformer2DModel":  # its last block has no text stream after attention
+        dual = config.get("dual_attention_layers", ())
+        config |= {"num_layers": 3, "dual_attention_layers": dual[:1]} if dual else {"num_layers": 2}
     with torch.device("meta"):
-        return kind(**{**shape.config, **ones})
+        return kind(**config)
 
 
 def facts(shape: Shape) -> tuple[int, int, float]:
@@ -68,10 +84,10 @@ def facts(shape: Shape) -> tuple[int, int, float]:
 
 
 def write_model(shape: Shape, folder: Path) -> int:
-    """One block of each kind with random weights, bfloat16; gives the number of weights."""
+    """The whole of a small model, one block of each kind of others: random weights, bfloat16; gives their number."""
     import torch
 
-    module = build(shape, one_block=True).to(torch.bfloat16).to_empty(device="cpu")
+    module = build(shape, one_block=facts(shape)[1] >= SMALL).to(torch.bfloat16).to_empty(device="cpu")
     torch.manual_seed(0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -104,22 +120,24 @@ def write(rows: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def tables() -> list[str]:
-    """Both tables of the page; the time is the mean rate of what was measured times the weights."""
-    rows = read().values()
-    each = sum(float(row["cpu_seconds"]) for row in rows) / sum(int(row["weights"]) for row in rows)
-    lines = ["| model | layers | weights, M | GB at 16 bits | kept at 16 bits | profile of weights, CPU min |"]
-    lines += ["|---|---|---|---|---|---|"]
-    whole: dict[str, int] = {}
+    """The tables of the page. Time: that of what was measured, times the weights of the model over those of it. Peak:
+    the file, and what the measured process had beside its own file."""
+    rows = read()
+    lines = ["| model | layers | weights, M | GB at 16 bits | kept at 16 bits | CPU min | peak, GB | measured |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for shape in shapes():
         layers, weights, kept = facts(shape)
-        whole[shape.model] = weights
-        size = f"{weights / 1e6:,.0f} | {2e-9 * weights:.1f}"
-        lines.append(f"| {shape.model} | {layers} | {size} | {kept:.1%} | {weights * each / 60:.0f} |")
+        row = rows[SAME.get(shape.model, shape.model)]
+        part, peak = weights / int(row["weights"]), float(row["peak_gigabytes"]) - 2e-9 * int(row["weights"])
+        how = "whole" if part < 1.01 else "one block of each kind"
+        how = f"as {SAME[shape.model]}" if shape.model in SAME else how
+        minutes = float(row["cpu_seconds"]) * part / 60
+        size, cost = f"{weights / 1e6:,.0f} | {2e-9 * weights:.1f}", f"{minutes:.0f} | {peak + 2e-9 * weights:.1f}"
+        lines.append(f"| {shape.model} | {layers} | {size} | {kept:.1%} | {cost} | {how} |")
     lines += ["", "| measured | weights, M | CPU s | peak, GB |", "|---|---|---|---|"]
-    for row in rows:
-        part = "" if int(row["weights"]) >= whole[row["model"]] else ", one block of each kind"
+    for row in rows.values():
         million = f"{int(row['weights']) / 1e6:,.0f}"
-        lines.append(f"| {row['model']}{part} | {million} | {row['cpu_seconds']} | {row['peak_gigabytes']} |")
+        lines.append(f"| {row['model']} | {million} | {row['cpu_seconds']} | {row['peak_gigabytes']} |")
     lines += ["", "| preset | class | steps | guidance | other arguments | export |", "|---|---|---|---|---|---|"]
     for preset in presets()["preset"]:
         study = preset["study"]
