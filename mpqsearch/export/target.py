@@ -133,9 +133,9 @@ class Target:
         return tuple(sorted({c.width for c in self.all_choices()}))
 
     def all_choices(self) -> tuple[Choice, ...]:
-        """The formats of a layer whose shape fits everything."""
+        """The formats of a layer whose shape and place fit everything."""
         kind = self.kinds[0] if self.kinds else "Linear"
-        return self.choices(LayerSpec(name="any", kind=kind, weight_shape=(1024, 1024)))
+        return self.choices(LayerSpec(name="blocks.0.any", kind=kind, weight_shape=(1024, 1024)))
 
     def untested(self) -> str:
         """The consumer's installed version when it is another than ``tested``; empty when it is the same or there is
