@@ -167,16 +167,21 @@ def test_widths_of_inputs_that_the_target_does_not_take_are_named(exporter: Targ
 
 
 def own_map(exporter: Target, table: LayerTable, seed: int = 0) -> tuple[BitMap, dict[str, str]]:
-    """A random map over the target's own formats, and the names of those formats."""
+    """A random map over the target's own formats, and the names of those formats; one for layers that are tied."""
     rng = np.random.default_rng(seed)
     widths: dict[str, int] = {}
     names = {}
+    tied = {name: group for group in exporter.tied(table) for name in group}
     for layer in table:
-        choices = exporter.choices(layer)
+        if layer.name in widths:
+            continue
+        group = tied.get(layer.name, (layer.name,))
+        common = set.intersection(*({c.name for c in exporter.choices(table[name])} for name in group))
+        choices = [c for c in exporter.choices(layer) if c.name in common]
         pick = choices[int(rng.integers(len(choices)))] if choices else None
-        widths[layer.name] = FULL_PRECISION if pick is None else pick.width
+        widths |= dict.fromkeys(group, FULL_PRECISION if pick is None else pick.width)
         if pick is not None:
-            names[layer.name] = pick.name
+            names |= dict.fromkeys(group, pick.name)
     return BitMap(model_digest=table.digest, weights={n: np.array(w, dtype=np.uint8) for n, w in widths.items()}), names
 
 
