@@ -1,9 +1,10 @@
 """Our own packed checkpoint: codes of 1 to 8 bits densely packed by output channel, and back into a diffusers model,
 bit for bit.
 
-``packed.safetensors`` holds, for every quantized layer, its codes as bit streams (one for each width, channels of that
-width in order), zero points likewise, the half-precision scales with one exponent a layer, widths, smoothing factors
-and channels at full precision; these and every other tensor of the model take 16 bits a value. ``packed.json`` names
+``packed.safetensors`` holds, for every quantized layer, one tensor of codes as bit streams (one for each width, the
+channels of that width in order) and zero points likewise, one of half-precision scales with their exponent, one of
+widths, and smoothing factors and channels at full precision where there are any; these and every other tensor of the
+model take 16 bits a value. There are few tensors, since a file names and describes each. ``packed.json`` names
 the model, the map's digest and the SHA-256 of the other file. Layers are quantized one after another, so that of the
 quantized model no more than its packed form is in memory.
 """
@@ -130,7 +131,7 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
     zeros = 0 if fmt.scheme == "symmetric" else sum(8 * packed_size(k * per_row, width) for width, k in counts.items())
     factors = 32 * layer.groups * fan_in if fmt.smooth else 0
     return StoredBits(
-        payload=codes, metadata=tags + 16 * n * per_row + 32 + zeros + factors, unquantized=16 * full * fan_in
+        payload=codes, metadata=tags + 16 * (n * per_row + 1) + zeros + factors, unquantized=16 * full * fan_in
     )
 
 
@@ -138,8 +139,8 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     """The tensors that hold one layer: see `unpack_layer`, its inverse up to half precision of rows that are not
     quantized.
 
-    A negative scale says that the row's zero point is the middle of its codes, as in the symmetric scheme; of other
-    rows it is stored in as many bits as a code.
+    ``scale`` ends with the logarithm of the exponent, base 2. A negative scale says that the zero point is the middle
+    of the codes, as in the symmetric scheme; others are stored in as many bits as a code, in ``codes`` after all codes.
     """
     import torch
 
@@ -148,25 +149,24 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     )
     quantized, per_row = bits != FULL_PRECISION, rows.quantizer.groups
     middle = np.repeat(quantized, per_row) & (zero != np.rint(zero))
-    exponent = 2.0 ** (np.floor(np.log2(scale.max())) - 15) if len(scale) else 1.0
-    half = (scale / np.float32(exponent)).astype(np.float16)
-    if not np.array_equal(half.astype(np.float32) * np.float32(exponent), scale):
-        half, exponent = scale, 1.0  # scales of another origin: single precision, still exact
+    power = float(np.floor(np.log2(scale.max()))) - 15 if len(scale) else 0.0
+    half = (scale / np.float32(2.0**power)).astype(np.float16)
+    if not np.array_equal(half.astype(np.float32) * np.float32(2.0**power), scale):
+        half, power = scale, 0.0  # scales of another origin: single precision, still exact
+    widths = [int(w) for w in np.unique(bits[quantized])]
+    streams = [pack_bits(codes[bits == width], width) for width in widths]
+    for width in widths:
+        own = np.repeat(bits == width, per_row)
+        if not middle[own].all():
+            streams.append(pack_bits(np.where(middle, 0, zero)[own].astype(np.uint8), width))
     arrays: Arrays = {
-        "scale": np.where(middle, -half, half),
-        "exponent": np.array([exponent], dtype=np.float32),
+        "scale": np.append(np.where(middle, -half, half), half.dtype.type(power)),
+        "codes": np.concatenate([np.zeros(0, dtype=np.uint8), *streams]),
     }
     if bool((bits == bits[0]).all()):
         arrays["bits"] = bits[:1]
     else:
         arrays["tags"] = pack_bits(np.where(quantized, bits, 0), TAG_BITS)
-    for width in map(int, np.unique(bits[quantized])):
-        own = bits == width
-        arrays[f"codes.{width}"] = pack_bits(codes[own], width)
-        if not middle[np.repeat(quantized, per_row)].all():
-            arrays[f"zero.{width}"] = pack_bits(
-                np.where(middle, 0, zero)[np.repeat(own, per_row)].astype(np.uint8), width
-            )
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     if rows.factor is not None:
         tensors["factor"] = rows.factor.cpu()
@@ -195,19 +195,30 @@ def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
 
     n, fan_in = layer.n_channels, layer.weights_per_channel
     part: Arrays = {k: t.numpy() for k, t in tensors.items() if k not in _FLOATS}
-    bits, stored = widths_of(part, n), part["scale"].astype(np.float32) * part["exponent"][0]
-    per_row = stored.size // n
+    if "codes" not in part:
+        raise ConfigError(f"layer {layer.name!r} has no codes: packed files of earlier versions must be written again")
+    bits, stream, read = widths_of(part, n), part["codes"], 0
+    stored = part["scale"][:-1].astype(np.float32) * np.float32(2.0 ** float(part["scale"][-1]))
+    per_row, middle = stored.size // n, np.signbit(stored)
     if stored.shape != (n * per_row,) or not per_row or fan_in % per_row:
         raise ConfigError(
             f"layer {layer.name!r}: {n} scales, or as many for each group, are needed, got {stored.shape}"
         )
+
+    def take(count: int, width: int) -> NDArray[np.uint8]:
+        nonlocal read
+        begin, read = read, read + packed_size(count, width)
+        return unpack_bits(stream[begin:read], width, count)
+
     codes, zero = np.zeros((n, fan_in), dtype=np.uint8), np.zeros(n * per_row, dtype=np.float32)
-    for width in map(int, np.unique(bits[bits != FULL_PRECISION])):
+    widths = [int(w) for w in np.unique(bits[bits != FULL_PRECISION])]
+    for width in widths:
         own = bits == width
-        codes[own] = unpack_bits(part[f"codes.{width}"], width, int(own.sum()) * fan_in).reshape(-1, fan_in)
-        if f"zero.{width}" in part:
-            zero[np.repeat(own, per_row)] = unpack_bits(part[f"zero.{width}"], width, int(own.sum()) * per_row)
-    middle = stored < 0
+        codes[own] = take(int(own.sum()) * fan_in, width).reshape(-1, fan_in)
+    for width in widths:
+        own = np.repeat(bits == width, per_row)
+        if not middle[own].all():
+            zero[own] = take(int(own.sum()), width)
     zero[middle] = (2.0 ** np.repeat(bits, per_row)[middle].astype(np.float32) - 1) / 2
     quantizer = RowQuantizer(
         scale=torch.from_numpy(np.abs(stored)), zero=torch.from_numpy(zero), bits=torch.from_numpy(bits)
