@@ -33,7 +33,6 @@ BLOCKS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
 SMALL = 1e9
 """Models of fewer weights are measured whole."""
 SAME = {
-    "Stable Diffusion 3.5 Large": "Stable Diffusion 3.5 Medium",
     "FLUX.1-schnell": "FLUX.1-dev",
     "FLUX.2 Klein 9B": "FLUX.2 Klein 4B",
     "Wan 2.1 14B; each half of Wan 2.2 A14B": "Wan 2.2 5B",
