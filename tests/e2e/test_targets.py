@@ -20,7 +20,7 @@ from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
 from mpqsearch.export import ExportJob, get_exporter, load_neutral
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
-from mpqsearch.stages import Run, prepare, profiling
+from mpqsearch.stages import Run, prepare
 from mpqsearch.stages.delivering import faults
 from mpqsearch.stages.exporting import size_note
 from mpqsearch.stages.targeting import target_allocation
@@ -177,7 +177,6 @@ def test_a_selection_for_a_target_runs_the_model_no_more_than_the_default_profil
         return made
 
     monkeypatch.setattr(DiTTransformer2DModel, "forward", counted)
-    monkeypatch.setattr(profiling, "_draw", lambda _: None)
     data = {
         "model": {"source": str(folder / "dit"), "device": "cpu"},
         "sampler": {"steps": 4, "batch": 8},
