@@ -60,7 +60,7 @@ VERSIONS = {
     "mpqsearch/samples": 1,
     "mpqsearch/picture": 1,
     "mpqsearch/export": 1,
-    "mpqsearch/packed": 1,
+    "mpqsearch/packed": 2,
     "mpqsearch/checkpoint": 1,
     "mpqsearch/activations": 1,
     "mpqsearch/search": 1,
