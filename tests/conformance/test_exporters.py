@@ -217,8 +217,8 @@ def test_what_a_target_makes_of_a_weight_is_a_number(exporter: Target) -> None:
         assert not decoded.requires_grad
         assert decoded.shape == weight.shape
         error = float((decoded - weight.detach()).square().mean())
-        one_bit = exporter.name == "sdnq" and choice.width == 1  # its two codes are the minimum and the maximum of a row
-        assert error < (10 if one_bit else 0.5), choice
+        ends = exporter.name == "sdnq" and choice.width == 1  # its two codes are minimum and maximum of a row
+        assert error < (10 if ends else 0.5), choice
 
 
 @dataclass(frozen=True)
