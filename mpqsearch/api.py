@@ -245,8 +245,8 @@ def distill(
 ) -> Denoiser:
     """Train the quantized model of ``allocation`` against ``model`` on the latter's own trajectories; no data needed.
 
-    ``folder`` keeps checkpoints, from which the same call continues. Maps that quantize activations are trained with
-    ``mpqsearch distill``.
+    ``folder`` keeps checkpoints, from which the same call continues. Maps that store scales of activations are trained
+    with ``mpqsearch distill``.
     """
     from mpqsearch.distill import Trajectories
     from mpqsearch.distill import distill as train
@@ -254,7 +254,7 @@ def distill(
 
     c, table = settings or DistillConfig(), discover(model)
     bit_map, known = _statistics(model, table, allocation, profile)
-    if bit_map.activations:
+    if bit_map.static_inputs(table):
         raise ConfigError(
             "this map quantizes activations, whose scales belong to a run: train it with mpqsearch distill"
         )

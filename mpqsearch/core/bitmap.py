@@ -32,7 +32,8 @@ class BitMap(Shown):
     ``weights`` maps a layer name to one width (array of shape ``()``) or to a width per output channel (shape
     ``[channels]``); 16 means full precision. ``activations`` maps a layer name to the width of its input; layers that
     are not named keep full-precision activations. Quantized activations have ``activation_steps`` scales a layer: 1
-    when static, else one for each of that many timesteps. ``format`` says what a width means, ``formats`` overrides it
+    when static, else one for each of that many timesteps. With ``token_scales`` linear layers store none: each token's
+    is found as it comes. ``format`` says what a width means, ``formats`` overrides it
     for single layers. Raises `ConfigError` for anything that is no whole supported width.
     """
 
@@ -40,6 +41,7 @@ class BitMap(Shown):
     weights: Mapping[str, Widths]
     activations: Mapping[str, int] = field(default_factory=dict)
     activation_steps: int = 1
+    token_scales: bool = False
     format: QuantFormat = field(default_factory=QuantFormat)
     formats: Mapping[str, QuantFormat] = field(default_factory=dict)
 
@@ -72,6 +74,11 @@ class BitMap(Shown):
             activations={n: bits for n, bits in self.activations.items() if n in names},
             formats={n: fmt for n, fmt in self.formats.items() if n in names},
         )
+
+    def static_inputs(self, table: LayerTable) -> dict[str, int]:
+        """Widths of the quantized inputs whose scales are stored."""
+        dynamic = {la.name for la in table if self.token_scales and la.kind == "Linear"}
+        return {n: b for n, b in self.activations.items() if b != FULL_PRECISION and n not in dynamic}
 
     @property
     def scaled_inputs(self) -> tuple[tuple[str, float], ...]:
@@ -165,6 +172,8 @@ class BitMap(Shown):
         }
         if self.activation_steps != 1:
             data["activation_steps"] = self.activation_steps
+        if self.token_scales:
+            data["token_scales"] = True
         for name, widths in self.weights.items():
             entry: dict[str, Any] = {}
             if widths.ndim:
@@ -195,6 +204,7 @@ class BitMap(Shown):
             weights={name: _decoded(name, entry, vectors or {}) for name, entry in layers.items()},
             activations={n: e["activation_bits"] for n, e in layers.items() if "activation_bits" in e},
             activation_steps=stored.get("activation_steps", 1),
+            token_scales=stored.get("token_scales", False),
             format=QuantFormat.from_data(stored["defaults"]),
             formats={n: QuantFormat.from_data(e["quantizer"]) for n, e in layers.items() if "quantizer" in e},
         )
@@ -222,6 +232,7 @@ class _StoredMap(TypedDict):
     defaults: Mapping[str, Any]
     layers: Mapping[str, _StoredLayer]
     activation_steps: NotRequired[int]
+    token_scales: NotRequired[bool]
 
 
 def _decoded(name: str, entry: _StoredLayer, vectors: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -115,6 +115,7 @@ class Budget(Shown):
         *,
         act_bits: int = FULL_PRECISION,
         activation_steps: int = 1,
+        token_scales: bool = False,
     ) -> int:
         """The limit as stored bits of the whole model; a uniform budget is that of the same activations.
 
@@ -130,7 +131,17 @@ class Budget(Shown):
         if low not in WIDTHS or high not in WIDTHS:
             raise ConfigError(f"a uniform budget must lie in {WIDTHS[0]}..{WIDTHS[-1]} bits, got {self.limit:g}")
         small, large = (
-            size_bits(table, uniform_map(table, policy, w, act_bits=act_bits, activation_steps=activation_steps))
+            size_bits(
+                table,
+                uniform_map(
+                    table,
+                    policy,
+                    w,
+                    act_bits=act_bits,
+                    activation_steps=activation_steps,
+                    token_scales=token_scales,
+                ),
+            )
             for w in (low, high)
         )
         return int(np.floor(small + (self.limit - low) * (large - small) + 1e-9))
@@ -154,6 +165,7 @@ def uniform_map(
     *,
     act_bits: int = FULL_PRECISION,
     activation_steps: int = 1,
+    token_scales: bool = False,
 ) -> BitMap:
     """Every searched layer at ``bits``, or the nearest width within its bounds, with inputs at ``act_bits``; fixed
     layers as the policy says."""
@@ -165,5 +177,6 @@ def uniform_map(
         weights=weights,
         activations=activations,
         activation_steps=activation_steps if activations else 1,
+        token_scales=token_scales and bool(activations),
         format=fmt or QuantFormat(),
     )

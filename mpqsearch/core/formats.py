@@ -23,6 +23,9 @@ to."""
 
 SCHEMES = ("asymmetric", "symmetric", "auto")
 CRITERIA = ("lp", "minmax")
+ACT_SCALES = ("layer", "timestep", "token")
+"""What shares a scale of quantized inputs."""
+
 ROUNDINGS = ("nearest", "gptq")
 GROUPS = (0, 16, 32, 64, 128)
 """Inputs that share a scale; 0: all inputs of an output channel."""

@@ -55,9 +55,12 @@ def fixed_bits(layer: LayerSpec, fmt: QuantFormat) -> int:
     return LAYER_BITS + (SCALE_BITS * layer.n_inputs if fmt.smooth else 0)
 
 
-def input_bits(bits: int, steps: int) -> int:
-    """Stored bits of the scales and zero points of one layer's input at a width, with ``steps`` of each."""
-    return 0 if bits == FULL_PRECISION else steps * (SCALE_BITS + bits) + LAYER_BITS
+def input_bits(layer: LayerSpec, bits: int, steps: int, *, token_scales: bool) -> int:
+    """Stored bits of the scales and zero points of one layer's input at a width: ``steps`` of each, or none where every
+    token has its own (`BitMap.token_scales`)."""
+    if bits == FULL_PRECISION:
+        return 0
+    return LAYER_BITS + (0 if token_scales and layer.kind == "Linear" else steps * (SCALE_BITS + bits))
 
 
 def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> StoredBits:
@@ -74,7 +77,8 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
 def mapped_bits(layer: LayerSpec, bit_map: BitMap) -> StoredBits:
     """`layer_bits` of one layer of a map, with the scales of its input in the metadata."""
     bits = layer_bits(layer, bit_map.weights[layer.name], bit_map.format_of(layer.name))
-    scales = input_bits(bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps)
+    act_bits, steps = bit_map.activations.get(layer.name, FULL_PRECISION), bit_map.activation_steps
+    scales = input_bits(layer, act_bits, steps, token_scales=bit_map.token_scales)
     return replace(bits, metadata=bits.metadata + scales)
 
 

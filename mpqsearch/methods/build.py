@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.allocate import AllocationProblem, CostBudget
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerRules, LayerSpec
-from mpqsearch.core.stored import TAG_BITS, channel_bits, fixed_bits, input_bits
+from mpqsearch.core.stored import TAG_BITS, channel_bits, fixed_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.task import Choice, Floats, Integers, Task, whole_layers_only
 
@@ -219,9 +219,8 @@ def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], in
     """Stored bits of searched layers that are of no one channel."""
     if budget.quantity == "bops":
         return 0
-    steps = task.activation_steps
     acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
-    return sum(fixed_bits(la, task.format) + input_bits(a, steps) for la, a in zip(layers, acts, strict=True))
+    return sum(fixed_bits(la, task.format) + task.input_bits(la, a) for la, a in zip(layers, acts, strict=True))
 
 
 def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> Floats:

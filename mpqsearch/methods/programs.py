@@ -218,6 +218,7 @@ class Programs:
             format=fmt,
             limits=limits,
             activation_steps=_activation_steps(method, self.profile),
+            token_scales=method.act_scales == "token",
             losses=losses,
         )
 
@@ -240,6 +241,7 @@ class Programs:
             self.policy,
             act_bits=method.act_bits,
             activation_steps=_activation_steps(method, self.profile),
+            token_scales=method.act_scales == "token",
         )
 
 
@@ -354,12 +356,14 @@ def _too_small(task: Task, li: Limit, least: int) -> InfeasibleBudgetError:
 
 def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
     """Scales that a quantized input has: one, or one for each timestep that the profile was measured at."""
-    if not method.act_timesteps or (method.act_bits == FULL_PRECISION and not method.act_choices):
+    if method.act_scales == "layer" or (method.act_bits == FULL_PRECISION and not method.act_choices):
         return 1
     steps = profile.calibration.get("timesteps")
+    if not steps and method.act_scales == "token":
+        return 1
     if not steps:
         raise ConfigError(
-            f"method {method.name!r}: act_timesteps needs a profile that was measured on the model's own run, not one "
-            "of the weights alone"
+            f'method {method.name!r}: act_scales = "timestep" needs a profile measured on the run of the model, not '
+            "one of the weights alone"
         )
     return int(steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpqsearch.allocate import AllocationResult
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget
-from mpqsearch.core.formats import GROUPS, ROUNDINGS, check_width, format_name
+from mpqsearch.core.formats import ACT_SCALES, GROUPS, ROUNDINGS, check_width, format_name
 from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods.losses import BEST_LOSS, CHOOSING, LOSSES
@@ -73,8 +73,9 @@ class MethodSpec(Shown):
         Of random widths.
     act_bits [bits]
         Width of the inputs of searched layers; 16: not quantized. Other layers as `Policy.activations_of` says.
-    act_timesteps
-        One scale for each timestep of the sampler instead of one a layer.
+    act_scales
+        Scales of quantized inputs: one a ``layer``, one for each ``timestep`` of the sampler, or one a ``token``, which
+        is found while the model runs and takes no storage; inputs of convolutions then have one a timestep.
     act_choices [bits]
         Of ``ilp-layer`` and ``ilp-channel`` under a budget in BOPs or of a latency: the program over layers chooses the
         width of each searched layer's input among these, and the one over channels keeps them. Example: ``[4, 8]``.
@@ -99,7 +100,7 @@ class MethodSpec(Shown):
     solver: str = "auto"
     seed: int = 0
     act_bits: int = FULL_PRECISION
-    act_timesteps: bool = False
+    act_scales: str = "layer"
     act_choices: tuple[int, ...] = ()
     rounding: str = "nearest"
     group: int = 0
@@ -133,6 +134,8 @@ class MethodSpec(Shown):
             ("allocator", self.allocator, ALLOCATORS),
             ("loss", self.loss, (BEST_LOSS, *CHOOSING)),
             ("rounding", self.rounding, ROUNDINGS),
+            ("act_scales", self.act_scales, ACT_SCALES),
+            ("act_scales", self.act_scales, ACT_SCALES),
         ):
             if value not in known:
                 raise UnknownNameError(what, value, known, f"(method {self.name!r})")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core import FULL_PRECISION, BitMap, Budget, QuantFormat, bops, size_bits, uniform_map
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerSpec, QuantFormat, bops, size_bits, uniform_map
 from mpqsearch.core.stored import input_bits, layer_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.losses import BEST_LOSS, channel_losses
@@ -42,6 +42,7 @@ class Task:
     format: QuantFormat
     limits: tuple[Limit, ...]
     activation_steps: int = 1
+    token_scales: bool = False
     losses: Floats | None = None
     chosen_inputs: Mapping[str, int] | None = None
 
@@ -69,7 +70,7 @@ class Task:
             activation_steps=self.activation_steps,
         )
         inputs = {n: a for n, a in self.inputs(self.widest_input).items() if a != FULL_PRECISION}
-        return replace(base, weights={**base.weights, **widths}, activations=inputs)
+        return replace(base, weights={**base.weights, **widths}, activations=inputs, token_scales=self.token_scales)
 
     def cost(self, budget: Budget, bit_map: BitMap) -> int:
         """What a whole map costs under a budget."""
@@ -118,7 +119,11 @@ class Task:
     def _stored(self, name: str, bits: int, act_bits: int) -> int:
         layer = self.programs.table[name]
         weights = layer_bits(layer, np.array(bits, dtype=np.uint8), self.format).total
-        return weights + input_bits(act_bits, self.activation_steps)
+        return weights + self.input_bits(layer, act_bits)
+
+    def input_bits(self, layer: LayerSpec, act_bits: int) -> int:
+        """Stored bits of the scales of a layer's input."""
+        return input_bits(layer, act_bits, self.activation_steps, token_scales=self.token_scales)
 
     def fixed_cost(self, budget: Budget, inputs: Mapping[str, int]) -> int:
         """What a budget pays for all that is not searched: fixed layers, and what is no weight layer."""

@@ -28,9 +28,11 @@ from mpqsearch.quant.smoothing import input_factors, stored_factors
 from mpqsearch.specs import CalibrationSpec
 
 
-def scales_of(ranges: RangeCollector, bit_map: BitMap, *, zero_points: bool = False) -> ActivationTable:
+def scales_of(
+    ranges: RangeCollector, table: LayerTable, bit_map: BitMap, *, zero_points: bool = False
+) -> ActivationTable:
     """The scales that a map asks for, from collected ranges. Raises `ConfigError` when it counts others."""
-    found = ranges.table(bit_map.activations, zero_points=zero_points)
+    found = ranges.table(bit_map.static_inputs(table), zero_points=zero_points)
     if found.steps != bit_map.activation_steps:
         raise ConfigError(
             f"the bit map counts {bit_map.activation_steps} activation scales a layer, but the model is called with "

@@ -1,9 +1,9 @@
 """Activation quantization: a table of scales, and the quantizer that a layer's input passes through.
 
-Per tensor, asymmetric, with an integer zero point: ``x ~ scale * (code - zero)``. Scales are static, or one a timestep
-(TALSQ of EfficientDM). A timestep-wise quantizer looks its scale up by the *timestep that the denoiser is called with*,
-so guidance in one call or two, other step counts and interrupted sampling all do what is meant; the released codes
-count calls instead.
+Asymmetric, with an integer zero point: ``x ~ scale * (code - zero)``. Scales are static and of the whole tensor, one a
+timestep (TALSQ of EfficientDM), or one a token that is found as it comes (ZeroQuant, ViDiT-Q). A timestep-wise
+quantizer looks its scale up by the *timestep that the denoiser is called with*, so guidance in one call or two, other
+step counts and interrupted sampling all do what is meant; the released codes count calls instead.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ActivationTable:
                 f"the activation table was calibrated on the model {self.model_digest[:12]}, this one is "
                 f"{table.digest[:12]}; calibrate again"
             )
-        wanted = {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
+        wanted = bit_map.static_inputs(table)
         if dict(self.bits) != wanted:
             differ = [n for n in {**wanted, **self.bits} if wanted.get(n) != self.bits.get(n)]
             n = differ[0]
@@ -194,12 +194,13 @@ class ActivationQuantizer(nn.Module):
     """What the input of a layer passes through: ``x -> scale (clip(round(x / scale) + zero) - zero)``.
 
     ``scale`` and ``zero`` are float32 parameters ``[T]``; the forward pass rounds them to what is stored (half
-    precision with a shared exponent, an integer in the code range). With smoothing factors the step of input channel
-    ``i`` is ``scale / delta_i``: the same as quantizing ``x delta`` and dividing after, without a pass of its own.
+    precision with a shared exponent, an integer in the code range). Without them every token ``[..., features]`` has
+    the scale that spans zero and all of its values. With smoothing factors the step of input channel ``i`` is
+    ``scale / delta_i``: the same as quantizing ``x delta`` and dividing after, without a pass of its own.
     """
 
-    scale: nn.Parameter
-    zero: nn.Parameter
+    scale: nn.Parameter | None
+    zero: nn.Parameter | None
     top: Tensor
     factor: Tensor | None
 
@@ -207,28 +208,38 @@ class ActivationQuantizer(nn.Module):
         self,
         layer: LayerSpec,
         bits: int,
-        scale: Tensor,
-        zero: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
         clock: TimestepClock | None,
         factor: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layer, self.bits, self.clock = layer, bits, clock
-        self.scale = nn.Parameter(scale.detach().clone().float(), requires_grad=False)
-        self.zero = nn.Parameter(zero.detach().clone().float(), requires_grad=False)
+        for name, values in (("scale", scale), ("zero", zero)):
+            stored = None if values is None else nn.Parameter(values.detach().clone().float(), requires_grad=False)
+            self.register_parameter(name, stored)
         self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("top", torch.tensor(float(2**bits - 1)), persistent=False)
+
+    @property
+    def static(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """Scale and zero point; None where every token has its own."""
+        return None if self.scale is None or self.zero is None else (self.scale, self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """The fake-quantized ``x``, in its dtype. Raises `ConfigError` when the timestep is not known or does not fit
         the batch."""
-        scale, zero = as_stored(self.scale, self.zero, self.top)
-        if len(scale) > 1:
-            index = self._index(len(x)).to(scale.device)
-            scale, zero = scale[index], zero[index]
         factor = None if self.factor is None else along_input(self.layer, self.factor, x)
         values = x.float() if factor is None else x.float() / factor
-        rows = values.reshape(len(scale), -1)  # one scale for all, or one a sample
+        if self.static is None:
+            rows = values.reshape(-1, x.shape[-1])
+            scale, zero = spanning_range(rows, self.top)
+        else:
+            scale, zero = as_stored(*self.static, self.top)
+            if len(scale) > 1:
+                index = self._index(len(x)).to(scale.device)
+                scale, zero = scale[index], zero[index]
+            rows = values.reshape(len(scale), -1)  # one scale for all, or one a sample
         y = fake_quantize(rows, scale, zero, self.top.expand(len(scale))).reshape(x.shape)
         return (y if factor is None else y * factor).to(x.dtype)
 
@@ -243,7 +254,16 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Width and number of scales."""
-        return f"bits={self.bits}, scales={len(self.scale)}"
+        return f"bits={self.bits}, scales={'by token' if self.scale is None else len(self.scale)}"
+
+
+@torch.no_grad()
+def spanning_range(rows: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[R]`` with which ``top + 1`` codes span zero and all values of a row of ``[R, L]``."""
+    low, high = torch.aminmax(rows, dim=1)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / top).clamp_min(1e-20)
+    return scale, (-low / scale).round()
 
 
 def one_a_sample(values: Tensor, n: int, name: str) -> Tensor:
@@ -269,23 +289,24 @@ def input_quantizers(
 ) -> dict[str, ActivationQuantizer]:
     """The quantizer of each layer's input that a map asks for, without a clock yet, on the device of the layer.
 
-    Raises `ConfigError` when the map has activation widths and there is no table of scales.
+    Raises `ConfigError` when the map stores scales of inputs and there is no table of them.
     """
-    if activations is None:
-        if any(b != FULL_PRECISION for b in bit_map.activations.values()):
-            raise ConfigError(
-                "the bit map has activation widths: give the table of their scales (activations=...), calibrated for "
-                "this map"
-            )
-        return {}
-    activations.check(table, bit_map)
+    wanted = {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
+    if activations is not None:
+        activations.check(table, bit_map)
+    elif bit_map.static_inputs(table):
+        raise ConfigError(
+            "the bit map has activation widths: give the table of their scales (activations=...), calibrated for "
+            "this map"
+        )
+    scales, zeros = ({}, {}) if activations is None else (activations.scale, activations.zero)
     factors = smooth_inputs(module, table, bit_map, statistics)
     modules: dict[str, Any] = dict(module.named_modules())
     return {
-        name: ActivationQuantizer(
-            table[name], bits, activations.scale[name], activations.zero[name], None, factors.get(name)
-        ).to(modules[name].weight.device)
-        for name, bits in activations.bits.items()
+        name: ActivationQuantizer(table[name], bits, scales.get(name), zeros.get(name), None, factors.get(name)).to(
+            modules[name].weight.device
+        )
+        for name, bits in wanted.items()
     }
 
 
@@ -300,16 +321,16 @@ def _quantize_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def activation_table_of(module: nn.Module, table: LayerTable) -> ActivationTable | None:
-    """The scales and zero points that a quantized model uses now, as they are stored; None when it quantizes no
-    activations."""
+    """The scales and zero points that a quantized model uses now, as they are stored; None when it stores none."""
     quantizers = {m.layer.name: m for m in module.modules() if isinstance(m, ActivationQuantizer)}
-    if not quantizers:
+    ranges = {n: q.static for n, q in quantizers.items() if q.static is not None}
+    if not ranges:
         return None
-    clock = next(iter(quantizers.values())).clock
+    clock = quantizers[next(iter(ranges))].clock
     return ActivationTable(
         model_digest=table.digest,
-        bits={n: q.bits for n, q in quantizers.items()},
-        scale={n: stored_scale(q.scale.detach()).cpu() for n, q in quantizers.items()},
-        zero={n: q.zero.detach().round().clamp_min(0).minimum(q.top).cpu() for n, q in quantizers.items()},
+        bits={n: quantizers[n].bits for n in ranges},
+        scale={n: stored_scale(s.detach()).cpu() for n, (s, _) in ranges.items()},
+        zero={n: z.detach().round().clamp_min(0).minimum(quantizers[n].top).cpu() for n, (_, z) in ranges.items()},
         timesteps=() if clock is None else tuple(clock.timesteps.tolist()),
     )

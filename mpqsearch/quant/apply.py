@@ -114,10 +114,10 @@ def quantize_model(
         Take the shift that the weight error gives to the mean output off the bias, in layers that have one and whose
         statistics are known: it costs no storage.
     activations
-        The scales of the activation widths of the map.
+        The scales of the activation widths of the map, unless they are found token by token.
 
     Raises `LayerMismatchError` when the map or the activations are for another model, `ConfigError` when the map has
-    activation widths, smoothing or GPTQ rounding without what these need.
+    activation widths with stored scales, smoothing or GPTQ rounding without what these need.
     """
     bit_map.validate(table)
     quantizers = input_quantizers(module, table, bit_map, activations, statistics or {})

@@ -8,7 +8,7 @@ nothing is left of them at inference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -244,7 +244,7 @@ def build_student(
     statistics, bias_correction
         As in `quantize_model`. With GPTQ, weights start where the codes that it chose are their nearest ones.
     activations
-        Needed when the bit map has activation widths; made by `RangeCollector` for the same widths.
+        Needed when the bit map stores scales of inputs; made by `RangeCollector` for the same widths.
     trainable
         See `Trainable`. Norms, embeddings and layers at 16 bits are never trained.
     rank, seed
@@ -320,16 +320,16 @@ def param_groups(
     """
     groups: list[dict[str, Any]] = []
 
-    def add(kind: str, name: str, parameters: list[nn.Parameter], lr: float) -> None:
+    def add(kind: str, name: str, parameters: Sequence[nn.Parameter], lr: float) -> None:
         trained = [p for p in parameters if p.requires_grad]
         if trained:
             groups.append({"name": f"{kind}:{name}", "params": trained, "lr": lr * lr_factor})
 
     seen: set[WeightQuantizer] = set()
     for name, part in student.named_modules():
-        if isinstance(part, ActivationQuantizer):
-            step = float(part.scale.detach().mean())
-            add("activation-scales", part.layer.name, [part.scale, part.zero], step * activation_scale_lr)
+        if isinstance(part, ActivationQuantizer) and part.static is not None:
+            step = float(part.static[0].detach().mean())
+            add("activation-scales", part.layer.name, part.static, step * activation_scale_lr)
         if not isinstance(part, QuantLayer):
             continue
         q = part.weight_quantizer

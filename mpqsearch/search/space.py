@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mpqsearch.core import ROLES, SCHEMES
-from mpqsearch.core.formats import ROUNDINGS
+from mpqsearch.core.formats import ACT_SCALES, ROUNDINGS
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ PARAMETERS: Mapping[str, Parameter] = {
         _choice("rounding", ROUNDINGS, "Nearest or GPTQ rounding, priced with the errors that it leaves."),
         _choice("bias_correction", ON_OFF, "Whether the mean shift of a layer's output is taken off its bias."),
         _choice("smooth", ON_OFF, "Smoothing with alpha 1/2; its factors are stored and counted."),
-        _choice("act_timesteps", ON_OFF, "Scales of quantized inputs by timestep; the budget pays for them."),
+        _choice(
+            "act_scales", ACT_SCALES, "Scales of quantized inputs: a layer, a timestep (the budget pays) or a token."
+        ),
         _choice("end_bits", (4, 6, 8), "Width of the first and the last layer; the budget stays the same."),
     )
 }

@@ -108,8 +108,10 @@ class Surrogate:
 
     def method_of(self, theta: Theta) -> MethodSpec:
         """The method with granularity, loss, quantizer and scales as the point says."""
-        chosen = {n: value_of(theta, n) for n in ("granularity", "loss", "scheme", "rounding", "shrinkage")}
-        switches = {n: value_of(theta, n) for n in ("bias_correction", "smooth", "act_timesteps")}
+        chosen = {
+            n: value_of(theta, n) for n in ("granularity", "loss", "scheme", "rounding", "shrinkage", "act_scales")
+        }
+        switches = {n: value_of(theta, n) for n in ("bias_correction", "smooth")}
         changes: dict[str, Any] = {n: v for n, v in chosen.items() if v != BASE}
         changes |= {n: v == "on" for n, v in switches.items() if v != BASE}
         if "granularity" in changes:
@@ -130,7 +132,7 @@ class Surrogate:
     def room(self, budget: Budget, method: MethodSpec, policy: Policy) -> Budget:
         """The budget, in bytes where policy or scales would move a limit that is counted from uniform maps: every
         point of the space has the plain program's size."""
-        plain = policy == self.policy and method.act_timesteps == self.method.act_timesteps
+        plain = policy == self.policy and method.act_scales == self.method.act_scales
         if budget.quantity != "uniform_bits" or plain:
             return budget
         return Budget(quantity="bytes", limit=self.programs(self.method).limit(budget, self.method) // 8)

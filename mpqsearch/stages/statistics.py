@@ -95,18 +95,19 @@ def _price(run: Run, method: MethodSpec) -> SensitivityProfile:
 
 
 def activation_table(run: Run, bit_map: BitMap, statistics: Statistics) -> ActivationTable | None:
-    """Scales of the activation widths of a map, from the run's own sampler; None when it has none.
+    """Scales of the activation widths of a map, from the run's own sampler; None when it stores none.
 
     Histograms are collected once for all maps that smooth alike and have as many scales: only the search depends on the
     widths.
     """
     from mpqsearch.profile import scales_of
 
-    if not bit_map.activations:
+    static = bit_map.static_inputs(run.table)
+    if not static:
         return None
-    key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(bit_map.activations)))
+    key = ("ranges", bit_map.activation_steps > 1, bit_map.scaled_inputs, tuple(sorted(static)))
     ranges = run.once(key, lambda: _ranges(run, bit_map, statistics))
-    return scales_of(ranges, bit_map, zero_points=run.config.activations.zero_points)
+    return scales_of(ranges, run.table, bit_map, zero_points=run.config.activations.zero_points)
 
 
 def _ranges(run: Run, bit_map: BitMap, statistics: Statistics) -> RangeCollector:
@@ -120,7 +121,7 @@ def _ranges(run: Run, bit_map: BitMap, statistics: Statistics) -> RangeCollector
             run.table,
             seeds=range(c.first_seed, c.first_seed + c.samples),
             per_timestep=bit_map.activation_steps > 1,
-            layers=bit_map.activations,
+            layers=bit_map.static_inputs(run.table),
             factors=smooth_inputs(run.denoiser.module, run.table, bit_map, statistics),
             progress=progress,
         )

@@ -62,6 +62,10 @@ EQUAL = "ours+equal-operations"
 RECIPES[EQUAL] = replace(RECIPES[MIXED], operations_of="mpq-dm")
 """The same, under the bytes *and* the bit operations of `mpq-dm`."""
 
+TOKEN = "ours+token-scales"
+RECIPES[TOKEN] = replace(METHODS["ours"], spec=replace(METHODS["ours"].spec, act_scales="token"), own_inputs=False)
+"""Every token of the input of a linear layer has its own scale; alpha 1/2, no zero points searched."""
+
 MAIN = ("mpq-dm", "ours")
 """Methods whose rows come first."""
 

@@ -136,6 +136,7 @@ class Recipe:
             "bias_correction": self.spec.bias_correction,
             "smoothing": self.spec.smooth,
             **({"input_widths": list(self.spec.act_choices)} if self.spec.act_choices else {}),
+            **({"act_scales": self.spec.act_scales} if self.spec.act_scales == "token" else {}),
             **({"operations_of": self.operations_of} if self.operations_of != "ours" else {}),
         }
 
@@ -387,7 +388,8 @@ class Model:
         if recipe.spec.act_choices:
             operations = bops(self.table, self.bit_map(METHODS[recipe.operations_of], setting))
             within = [Budget(quantity="bops", limit=operations)]
-        spec = replace(recipe.spec, act_bits=act_bits, act_timesteps=True)
+        scales = "token" if recipe.spec.act_scales == "token" else "timestep"
+        spec = replace(recipe.spec, act_bits=act_bits, act_scales=scales)
         profile = self.profile
         if recipe.gptq:
             profile = self.rounds_by_gptq(spec)
@@ -410,13 +412,17 @@ class Model:
     def student(self, recipe: Recipe, bit_map: BitMap, seed: int) -> torch.nn.Module:
         """The quantized model of a method, ready to train."""
         rounded, known = self.rounded(recipe, bit_map)
+        activations = None
+        static = bit_map.static_inputs(self.table)
+        if static:
+            activations = self.ranges(bit_map).table(static, zero_points=recipe.own_inputs)
         return build_student(
             self.denoiser.module,
             self.table,
             rounded,
             statistics=known,
             bias_correction=recipe.spec.bias_correction,
-            activations=self.ranges(bit_map).table(bit_map.activations, zero_points=recipe.own_inputs),
+            activations=activations,
             trainable=recipe.trainable or "none",  # type: ignore[arg-type]
             rank=self.schedule.rank,
             seed=seed,

@@ -22,7 +22,7 @@ act_bits = 4
 name = "uniform-a6-steps"
 allocator = "uniform"
 act_bits = 6
-act_timesteps = true
+act_scales = "timestep"
 [[methods]]
 name = "omq-paper"
 allocator = "omq-paper"

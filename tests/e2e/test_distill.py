@@ -117,7 +117,7 @@ def test_a_checked_training_keeps_its_best_student(cli: Cli, study: Path, profil
 
 
 def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: Path, profiled: Path) -> None:
-    quantized = 'allocator = "uniform"\nact_bits = 4\nact_timesteps = true'
+    quantized = 'allocator = "uniform"\nact_bits = 4\nact_scales = "timestep"'
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
     call = ["distill", "-c", str(study), "-o", "r", "--method", "uniform", "--budget", "uniform:3", *SMALL]
     call += ["--set", "distill.steps=60"]

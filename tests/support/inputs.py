@@ -47,7 +47,7 @@ def calibrated(
         table,
         seeds=seeds,
         per_timestep=bit_map.activation_steps > 1,
-        layers=bit_map.activations,
+        layers=bit_map.static_inputs(table),
         factors=smooth_inputs(denoiser.module, table, bit_map, statistics or {}),
     )
-    return scales_of(ranges, bit_map, zero_points=zero_points)
+    return scales_of(ranges, table, bit_map, zero_points=zero_points)

@@ -462,13 +462,13 @@ def test_activation_widths_leave_the_weights_their_uniform_budget() -> None:
 
 def test_activation_scales_are_one_for_each_step_of_the_profile() -> None:
     profile = replace(PROFILE, calibration={"timesteps": 7})
-    method = MethodSpec(name="u", allocator="uniform", act_bits=4, act_timesteps=True)
+    method = MethodSpec(name="u", allocator="uniform", act_bits=4, act_scales="timestep")
     made = Programs(table=TABLE, profile=profile, policy=POLICY, format=FORMAT).allocate(
         method, Budget.parse("uniform:3")
     )
     assert made.bit_map.activation_steps == 7
     assert made.within_budget
-    with pytest.raises(ConfigError, match="act_timesteps"):
+    with pytest.raises(ConfigError, match="act_scales"):
         Programs(table=TABLE, profile=PROFILE, policy=POLICY, format=FORMAT).allocate(method, Budget.parse("uniform:3"))
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
+from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat, size_bits
+from mpqsearch.core.stored import SCALE_BITS
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.models import discover
 from mpqsearch.models.calls import call_of
@@ -16,6 +18,7 @@ from mpqsearch.quant import (
     ActivationTable,
     RangeCollector,
     build_student,
+    param_groups,
     quant_layers,
     quantize_model,
 )
@@ -173,6 +176,38 @@ def test_scales_follow_the_timestep_that_is_given_and_not_the_number_of_calls() 
         assert isinstance(clock, TimestepClock)
         assert clock.index is not None
         assert set(clock.index.tolist()) == {activations.timesteps.index(nearest)}
+
+
+def test_scales_by_token_span_each_token_and_store_nothing() -> None:
+    denoiser = tiny_denoiser("dit", steps=4, batch=8)
+    table = discover(denoiser)
+    stored = uniform(table, 16, 4, activation_steps=4)
+    by_token = replace(stored, token_scales=True)
+    static = by_token.static_inputs(table)
+    linear = {la.name for la in table if la.kind == "Linear"}
+    assert set(static) == set(stored.activations) - linear
+    assert 0 < len(static) < len(stored.activations)
+    assert BitMap.from_data(by_token.to_data()) == by_token
+    steps_of_linear = len(linear & set(stored.activations))
+    assert size_bits(table, stored) - size_bits(table, by_token) == steps_of_linear * 4 * (SCALE_BITS + 4)
+    with pytest.raises(ConfigError, match="give the table"):
+        quantize_model(denoiser.module, table, by_token)
+    activations = calibrated(denoiser, table, by_token)
+    assert set(activations.bits) == set(static)
+    made = quantize_model(denoiser.module, table, by_token, activations=activations).module
+    quantizers = {m.layer.name: m for m in made.modules() if isinstance(m, ActivationQuantizer)}
+    x = torch.randn(2, 3, 6) * torch.tensor([0.01, 1.0, 50.0])[:, None] + 3
+    found = next(q for n, q in quantizers.items() if n in linear)(x)
+    for token, values in zip(x.flatten(0, 1), found.flatten(0, 1), strict=True):
+        low, high = min(0.0, float(token.min())), max(0.0, float(token.max()))
+        step = (high - low) / 15
+        zero = round(-low / step)
+        codes = [min(15, max(0, round(float(v) / step) + zero)) for v in token]
+        torch.testing.assert_close(values, torch.tensor([(c - zero) * step for c in codes]))
+    student = build_student(denoiser.module, table, by_token, activations=activations)
+    torch.testing.assert_close(latents(denoiser.with_module(student), [0]), latents(denoiser.with_module(made), [0]))
+    trained = [g["name"] for g in param_groups(student) if g["name"].startswith("activation-scales")]
+    assert set(trained) == {f"activation-scales:{n}" for n in static}
 
 
 def test_guidance_in_one_call_equals_guidance_in_two() -> None:

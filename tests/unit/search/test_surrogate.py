@@ -85,7 +85,8 @@ def test_choices_reach_the_map(make_surrogate: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("theta", "act_bits"), [({"end_bits": 4}, 16), ({"end_bits": 6}, 4), ({"act_timesteps": "on"}, 4)]
+    ("theta", "act_bits"),
+    [({"end_bits": 4}, 16), ({"end_bits": 6}, 4), ({"act_scales": "timestep"}, 4), ({"act_scales": "token"}, 4)],
 )
 def test_no_choice_changes_the_size_that_a_budget_allows(
     make_surrogate: Make, theta: dict[str, object], act_bits: int
@@ -98,7 +99,8 @@ def test_no_choice_changes_the_size_that_a_budget_allows(
         limit = budget.limit_bits(s.table, s.policy, act_bits=act_bits)
         assert size_bits(s.table, plain) <= limit
         assert 0.97 * limit < size_bits(s.table, other) <= limit
-        assert (other.activation_steps == 10) == ("act_timesteps" in theta)
+        assert other.activation_steps == (10 if "act_scales" in theta else 1)
+        assert other.token_scales == (theta.get("act_scales") == "token")
         if "end_bits" in theta:
             ends = [la.name for la in s.table if la.role in ("first", "last")]
             assert ends
