@@ -89,7 +89,7 @@ SCHEDULE = Schedule(
 LONG = replace(SCHEDULE, steps=3000, trajectories=600, lora_lr=0.01, weight_lr=0.002)
 LONG_EVERY = 250
 LONG_SETTINGS = ("W2A4", "W3A4")
-LONG_METHODS = {"mpq-dm": COLOURS[2], "ours": "black", MIXED: COLOURS[0], EQUAL: COLOURS[1]}
+LONG_METHODS = {"mpq-dm": COLOURS[2], "ours": "black", TOKEN: COLOURS[3], MIXED: COLOURS[0], EQUAL: COLOURS[1]}
 """With the colours of their curves."""
 
 LONG_COLUMNS = (
@@ -107,11 +107,12 @@ Key = tuple[str, str, str, int]
 def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
     """Rows in the order in which they tell most: the main methods of all seeds before the rest; two weight bits and
     four input bits first."""
-    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, MIXED, EQUAL)]
+    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, TOKEN, MIXED, EQUAL)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
         yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
     yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
+    yield from ((m, s, TOKEN, seed) for seed in range(seeds) for s in ORDER for m in models)
     four = [s for s in ORDER if s.endswith("A4")]
     yield from ((m, s, way, seed) for seed in range(seeds) for way in (EQUAL, MIXED) for s in four for m in models)
     yield from ((m, s, method, seed) for seed in range(seeds) for s in ORDER for m in models for method in rest)
