@@ -23,7 +23,7 @@ to."""
 
 SCHEMES = ("asymmetric", "symmetric", "auto")
 CRITERIA = ("lp", "minmax")
-ACT_SCALES = ("layer", "timestep", "token")
+ACT_SCALES = ("token", "timestep", "layer")
 """What shares a scale of quantized inputs."""
 
 ROUNDINGS = ("nearest", "gptq")

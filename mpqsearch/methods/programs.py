@@ -218,7 +218,7 @@ class Programs:
             format=fmt,
             limits=limits,
             activation_steps=_activation_steps(method, self.profile),
-            token_scales=method.act_scales == "token",
+            token_scales=method.token_scales,
             losses=losses,
         )
 
@@ -241,7 +241,7 @@ class Programs:
             self.policy,
             act_bits=method.act_bits,
             activation_steps=_activation_steps(method, self.profile),
-            token_scales=method.act_scales == "token",
+            token_scales=method.token_scales,
         )
 
 
@@ -359,7 +359,7 @@ def _activation_steps(method: MethodSpec, profile: SensitivityProfile) -> int:
     if method.act_scales == "layer" or (method.act_bits == FULL_PRECISION and not method.act_choices):
         return 1
     steps = profile.calibration.get("timesteps")
-    if not steps and method.act_scales == "token":
+    if not steps and method.token_scales:
         return 1
     if not steps:
         raise ConfigError(

@@ -74,8 +74,8 @@ class MethodSpec(Shown):
     act_bits [bits]
         Width of the inputs of searched layers; 16: not quantized. Other layers as `Policy.activations_of` says.
     act_scales
-        Scales of quantized inputs: one a ``layer``, one for each ``timestep`` of the sampler, or one a ``token``, which
-        is found while the model runs and takes no storage; inputs of convolutions then have one a timestep.
+        Scales of quantized inputs: one a ``token``, which is found while the model runs and takes no storage (inputs of
+        convolutions then have one a timestep), one for each ``timestep`` of the sampler, or one a ``layer``.
     act_choices [bits]
         Of ``ilp-layer`` and ``ilp-channel`` under a budget in BOPs or of a latency: the program over layers chooses the
         width of each searched layer's input among these, and the one over channels keeps them. Example: ``[4, 8]``.
@@ -100,7 +100,7 @@ class MethodSpec(Shown):
     solver: str = "auto"
     seed: int = 0
     act_bits: int = FULL_PRECISION
-    act_scales: str = "layer"
+    act_scales: str = "token"
     act_choices: tuple[int, ...] = ()
     rounding: str = "nearest"
     group: int = 0
@@ -139,6 +139,11 @@ class MethodSpec(Shown):
         ):
             if value not in known:
                 raise UnknownNameError(what, value, known, f"(method {self.name!r})")
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether inputs are quantized with a scale for each token."""
+        return self.act_scales == "token" and (self.act_bits != FULL_PRECISION or bool(self.act_choices))
 
     @property
     def granularity(self) -> str:

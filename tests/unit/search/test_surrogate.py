@@ -86,7 +86,7 @@ def test_choices_reach_the_map(make_surrogate: Make) -> None:
 
 @pytest.mark.parametrize(
     ("theta", "act_bits"),
-    [({"end_bits": 4}, 16), ({"end_bits": 6}, 4), ({"act_scales": "timestep"}, 4), ({"act_scales": "token"}, 4)],
+    [({"end_bits": 4}, 16), ({"end_bits": 6}, 4), ({"act_scales": "timestep"}, 4), ({"act_scales": "layer"}, 4)],
 )
 def test_no_choice_changes_the_size_that_a_budget_allows(
     make_surrogate: Make, theta: dict[str, object], act_bits: int
@@ -96,11 +96,11 @@ def test_no_choice_changes_the_size_that_a_budget_allows(
     s = replace(s, profile=profile, method=replace(s.method, act_bits=act_bits))
     for budget in BUDGETS[1:3]:
         plain, other = s.candidate({}, budget).bit_map, s.candidate(theta, budget).bit_map
-        limit = budget.limit_bits(s.table, s.policy, act_bits=act_bits)
+        limit = budget.limit_bits(s.table, s.policy, act_bits=act_bits, activation_steps=10, token_scales=True)
         assert size_bits(s.table, plain) <= limit
         assert 0.97 * limit < size_bits(s.table, other) <= limit
-        assert other.activation_steps == (10 if "act_scales" in theta else 1)
-        assert other.token_scales == (theta.get("act_scales") == "token")
+        assert other.activation_steps == (1 if act_bits == 16 or theta.get("act_scales") == "layer" else 10)
+        assert other.token_scales == (act_bits == 4 and "act_scales" not in theta)
         if "end_bits" in theta:
             ends = [la.name for la in s.table if la.role in ("first", "last")]
             assert ends
