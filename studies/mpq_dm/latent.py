@@ -63,7 +63,7 @@ RECIPES[EQUAL] = replace(RECIPES[MIXED], operations_of="mpq-dm")
 """The same, under the bytes *and* the bit operations of `mpq-dm`."""
 
 TOKEN = "ours+token-scales"
-RECIPES[TOKEN] = replace(METHODS["ours"], spec=replace(METHODS["ours"].spec, act_scales="token"), own_inputs=False)
+RECIPES[TOKEN] = replace(METHODS["ours"], token_scales=True, own_inputs=False)
 """Every token of the input of a linear layer has its own scale; alpha 1/2, no zero points searched."""
 
 MAIN = ("mpq-dm", "ours")

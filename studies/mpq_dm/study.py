@@ -100,7 +100,8 @@ class Recipe:
 
     ``size_of``: the method whose bytes are the budget, in place of the uniform map's. A method that chooses the widths
     of inputs has at most the bit operations of ``operations_of``, too. ``own_inputs``: quantized inputs as this package
-    has them (zero points searched, alpha of smoothing by layer) in place of the released codes'.
+    has them (zero points searched, alpha of smoothing by layer) in place of the released codes'; ``token_scales``: one
+    scale for each token of a linear layer's input, in place of one for each timestep.
     ``gptq``: GPTQ rounding, which the allocation is priced with and training starts from. ``check_every``: the student
     ends as it was at the step, of every so many, with the least FD to full precision on ``check_samples`` samples of
     development noise; ``both_roundings``: of two trainings, with and without ``gptq``. ``timestep_weights``,
@@ -115,6 +116,7 @@ class Recipe:
     size_of: str = ""
     operations_of: str = "ours"
     own_inputs: bool = False
+    token_scales: bool = False
     gptq: bool = False
     check_every: int = 0
     check_samples: int = 0
@@ -126,7 +128,11 @@ class Recipe:
 
     def facts(self) -> dict[str, Any]:
         """What the method is, in words of this study: a field of the library that is renamed changes no digest."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spec", "operations_of")}
+        own = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("spec", "operations_of", "token_scales")
+        }
         return own | {
             "name": self.spec.name,
             "allocator": self.spec.allocator,
@@ -136,7 +142,7 @@ class Recipe:
             "bias_correction": self.spec.bias_correction,
             "smoothing": self.spec.smooth,
             **({"input_widths": list(self.spec.act_choices)} if self.spec.act_choices else {}),
-            **({"act_scales": self.spec.act_scales} if self.spec.act_scales == "token" else {}),
+            **({"act_scales": "token"} if self.token_scales else {}),
             **({"operations_of": self.operations_of} if self.operations_of != "ours" else {}),
         }
 
@@ -372,7 +378,15 @@ class Model:
 
     def bit_map(self, recipe: Recipe, setting: str) -> BitMap:
         """What a method allocates, with the alphas of smoothing that it chooses."""
-        key = (setting, recipe.spec, recipe.size_of, recipe.operations_of, recipe.own_inputs, recipe.gptq)
+        key = (
+            setting,
+            recipe.spec,
+            recipe.size_of,
+            recipe.operations_of,
+            recipe.own_inputs,
+            recipe.token_scales,
+            recipe.gptq,
+        )
         if key not in self._maps:
             self._maps[key] = self._allocate(recipe, setting)
         return self._maps[key]
@@ -388,7 +402,7 @@ class Model:
         if recipe.spec.act_choices:
             operations = bops(self.table, self.bit_map(METHODS[recipe.operations_of], setting))
             within = [Budget(quantity="bops", limit=operations)]
-        scales = "token" if recipe.spec.act_scales == "token" else "timestep"
+        scales = "token" if recipe.token_scales else "timestep"
         spec = replace(recipe.spec, act_bits=act_bits, act_scales=scales)
         profile = self.profile
         if recipe.gptq:

@@ -203,13 +203,13 @@ def test_latent_rows_are_of_todays_schedule_and_the_main_methods_come_first(stud
     planned = list(latent.plan(latent.MODELS, 3))
     assert rows
     assert set(rows) <= set(planned)
-    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 6 + 2 * 3) + 2 * 2
+    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 7 + 2 * 3) + 2 * 2
     main = [key for key in planned if key[2] in (*latent.MAIN, "full-precision")]
     assert planned[: len(main)] == main
     assert [key[3] for key in main] == sorted(key[3] for key in main)
     # At the bytes of mpq-dm, and the same training for all that train.
     for (model, setting, method, seed), row in rows.items():
-        if method in ("ours", "ours-untrained", latent.MIXED, latent.EQUAL):
+        if method in ("ours", "ours-untrained", latent.TOKEN, latent.MIXED, latent.EQUAL):
             assert int(row["size_bytes"]) <= int(rows[model, setting, "mpq-dm", seed]["size_bytes"])
         trains = method != "full-precision" and latent.RECIPES[method].trainable
         assert int(row["train_steps"]) == (latent.SCHEDULE.steps if trains else 0)
