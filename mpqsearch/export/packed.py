@@ -11,6 +11,8 @@ quantized model no more than its packed form is in memory.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,7 @@ FILE, HEADER, MAP = "packed.safetensors", "packed.json", "bitmap.json"
 _SCHEMA = "mpqsearch/packed"
 _MARK = ".packed."
 _FLOATS = ("factor", "full_rows")
+_METADATA = {"format": "mpqsearch.packed"}
 
 TAG_BITS = 4
 """The width of each channel in a layer whose channels differ; 0 stands for full precision."""
@@ -83,6 +86,26 @@ class PackedTarget(Target):
             full, fmt = e.will_get == FULL_PRECISION, job.bit_map.format_of(e.layer)
             layers[e.layer] = self.cost(layer, None) if full else layer_bits(layer, widths, fmt)
         return stored_total(job.table, layers, self.kept_bits)
+
+    def names_bits(self, job: ExportJob, plan: Sequence[PlanEntry]) -> int:
+        """The header of safetensors, up to a digit of an offset."""
+        state = job.model.module.state_dict()
+        shapes = {k.name: tuple(state[k.name].shape) for k in job.table.kept if k.name in state}
+        for e in plan:
+            layer = job.table[e.layer]
+            if e.will_get == FULL_PRECISION:
+                shapes[f"{e.layer}.weight"] = layer.weight_shape
+            else:
+                widths = job.bit_map.channel_widths(e.layer, layer.n_channels)
+                own = shapes_of(layer, widths, job.bit_map.format_of(e.layer))
+                shapes |= {f"{e.layer}{_MARK}{part}": shape for part, shape in own.items()}
+        described: dict[str, Any] = {"__metadata__": _METADATA}
+        offset = 0
+        for name, shape in shapes.items():
+            end = offset + 2 * math.prod(shape)
+            described[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        return 64 * (1 + -(-len(json.dumps(described, separators=(",", ":"))) // 8))
 
     def write_files(self, folder: Path, job: ExportJob, plan: Sequence[PlanEntry]) -> list[Path]:
         """The checkpoint and the check."""
@@ -133,6 +156,16 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
     return StoredBits(
         payload=codes, metadata=tags + 16 * (n * per_row + 1) + zeros + factors, unquantized=16 * full * fan_in
     )
+
+
+def shapes_of(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of `pack_layer` for one layer with one width a channel."""
+    n, fan_in, full = layer.n_channels, layer.weights_per_channel, int((widths == FULL_PRECISION).sum())
+    codes = layer_bits(layer, widths, fmt).payload // 8
+    shapes: dict[str, tuple[int, ...]] = {"scale": (n * fmt.scales_of(fan_in) + 1,), "codes": (codes,)}
+    shapes |= {"bits": (1,)} if len(np.unique(widths)) == 1 else {"tags": (packed_size(n, TAG_BITS),)}
+    shapes |= {"factor": (layer.groups, fan_in)} if fmt.smooth else {}
+    return shapes | ({"full_rows": (full, fan_in)} if full else {})
 
 
 def pack_layer(rows: QuantizedRows) -> Tensors:
@@ -280,7 +313,7 @@ def write_packed(
     kept = {k: v for k, v in module.state_dict().items() if k not in skipped and not k.startswith(ours)}
     plain = {k: in_half(v.detach().cpu()) for k, v in kept.items()}
     (folder / HEADER).unlink(missing_ok=True)
-    save_tensors(folder / FILE, packed | plain, {"format": "mpqsearch.packed"})
+    save_tensors(folder / FILE, packed | plain, _METADATA)
     digest = digest_file(folder / FILE)
     data = {"model": table.to_data(), "config": config, "map_digest": map_digest, "sha256": digest}
     data |= {"tied": tied} if tied else {}

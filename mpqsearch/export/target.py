@@ -234,6 +234,10 @@ class Target:
 
         return stored_size(folder / self.file)
 
+    def names_bits(self, job: ExportJob, plan: Sequence[PlanEntry]) -> int:
+        """Bits of names and shapes in the file, where they are known before it is written; else 0."""
+        return 0
+
     def unread(self, module: nn.Module) -> str:
         """What those who would load the file do not know of the model, in a sentence that says what to do; empty when
         nothing is known to be amiss."""

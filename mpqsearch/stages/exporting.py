@@ -260,6 +260,7 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         paths = target.write(task.folder, job)
     plan, lost = target.plan(job), target.lost_inputs(job.bit_map)
     promised = target.promise(job, plan).total if target.name != "neutral" else None
+    names = task.names_bits or (target.names_bits(job, plan) if target.payload else 0)
     ideal = size_bits(run.table, job.bit_map)
     data = {
         "target": target.name,
@@ -270,7 +271,7 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         "n_parameters": run.table.n_parameters,
         "ideal_bits": ideal,
         "accounted_bits": promised,
-        "promised_bytes": None if promised is None else -(-(promised + task.names_bits) // 8),
+        "promised_bytes": None if promised is None else -(-(promised + names) // 8),
         "lost_inputs": len(lost),
         "plan": plan_table(plan, lost),
         "granularity": target.granularity,

@@ -11,6 +11,7 @@ from mpqsearch.artifacts import load_bit_map
 from mpqsearch.core import BitMap, LayerSpec, QuantFormat
 from mpqsearch.core.stored import layer_bits as ideal_bits
 from mpqsearch.errors import ArtifactError
+from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.export.packed import (
     FILE,
     MAP,
@@ -68,6 +69,20 @@ def test_quantized_layers_come_back_bit_for_bit(tmp_path: Path, kind: str, fmt: 
     assert all(np.array_equal(kept.weights[n], w) for n, w in expected_map(kind).items())
     stored, full = (tmp_path / FILE).stat().st_size, sum(4 * p.numel() for p in original.parameters())
     assert stored < full
+
+
+def test_the_promise_counts_names_and_shapes(tmp_path: Path) -> None:
+    denoiser, target = tiny_denoiser("dit"), get_exporter("packed")
+    table = discover(denoiser)
+    bit_map = BitMap(model_digest=table.digest, weights=expected_map("dit"))
+    job = ExportJob(table=table, bit_map=bit_map, denoiser=denoiser)
+    target.write(tmp_path, job)
+    plan, size = target.plan(job), (tmp_path / FILE).stat().st_size
+    header = target.sizes(tmp_path)["header_bytes"]
+    promised = (target.promise(job, plan).total + target.names_bits(job, plan)) / 8
+    assert header > 0.05 * size, "the model is small"
+    assert abs(target.names_bits(job, plan) / 8 - header) < 0.01 * header
+    assert abs(promised - size) < 0.01 * size
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "auto"])
