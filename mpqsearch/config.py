@@ -15,7 +15,7 @@ from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.prompts import band_of
 from mpqsearch.search.space import parse_space
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 from mpqsearch.specs import CalibrationSpec, DistillSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.specs.distill import TRAINED
 from mpqsearch.specs.targets import check_targets
@@ -148,8 +148,9 @@ class BudgetConfig:
     """Which parts of a pipeline are quantized, and share every budget.
 
     parts
-        Denoisers and text encoders by their names in ``model_index.json``; empty: the denoisers. All else, such as the
-        autoencoder, stays as it is and is not counted. Example: ``["transformer", "text_encoder"]``.
+        Denoisers, text encoders and the autoencoder (``vae``) by their names in ``model_index.json``; empty: the
+        denoisers. All else stays as it is and is not counted. With the autoencoder, errors are those of decoded
+        pictures. Example: ``["transformer", "text_encoder"]``.
     combine
         ``sum``: a budget is for all parts together. ``max``: for each by itself, as for parts that are never in memory
         at the same time.
@@ -480,9 +481,9 @@ class Config:
 
     def check_trainable(self) -> None:
         """Raise `ConfigError` where parts of the model cannot be trained."""
-        if any(map(is_encoder, self.budget.parts)):
+        if any(map(kind_of, self.budget.parts)):
             raise ConfigError(
-                "training (distill) changes denoisers alone: leave it out, or the text encoders out of budget.parts"
+                "training (distill) changes denoisers alone: leave it out, or all other parts out of budget.parts"
             )
 
     def _check_seeds(self) -> None:

@@ -30,6 +30,9 @@ TOGETHER = (("transformer", "transformer_2"), ("transformer", "unconditional_tra
 ENCODER = "text_encoder"
 """How pipelines begin the names of their text encoders."""
 
+AUTOENCODER = "vae"
+"""The name of the autoencoder of a pipeline, which decodes its latents."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -100,12 +103,20 @@ def is_encoder(part: str) -> bool:
     return part.startswith(ENCODER)
 
 
+def kind_of(name: str) -> str:
+    """What a part of a pipeline is, by its name or that of a layer in it: ``text`` for a text encoder, ``autoencoder``,
+    and the empty word for a denoiser."""
+    if is_encoder(name):
+        return "text"
+    return "autoencoder" if name.partition(".")[0] == AUTOENCODER else ""
+
+
 def denoisers_of(index: Mapping[str, Any], component: str | Sequence[str], source: str) -> dict[str, str]:
     """Classes of the denoisers of a pipeline by component name: one, or two that its pipeline calls in turn.
 
     ``component`` is the part that the user named; empty: the first of `COMPONENTS` that the pipeline has. Several are
-    denoisers and text encoders, which come last. Raises `UnknownNameError` when there is none of this name, and
-    `ModelError` for text encoders without a denoiser.
+    denoisers, then text encoders and the autoencoder. Raises `UnknownNameError` when there is none of this name, and
+    `ModelError` for these without a denoiser.
     """
     found = components_of(index)
     if not isinstance(component, str) or is_encoder(component):
@@ -125,17 +136,19 @@ def denoisers_of(index: Mapping[str, Any], component: str | Sequence[str], sourc
 def _parts_of(found: Mapping[str, tuple[str, str]], asked: Sequence[str], source: str) -> dict[str, str]:
     """Classes of several parts of a pipeline that share a budget, the denoisers first."""
     denoisers = {*COMPONENTS, *(name for pair in TOGETHER for name in pair)}
-    allowed = [n for n, (kind, _) in found.items() if n in denoisers or (is_encoder(n) and kind == "transformers")]
+    decoders = {AUTOENCODER} if "Autoencoder" in found.get(AUTOENCODER, ("", ""))[1] else set()
+    allowed = [n for n in found if n in denoisers | decoders or (is_encoder(n) and found[n][0] == "transformers")]
     for name in asked:
         if name not in allowed:
             why = f"{source!r} has {name!r}, which stays as it is. " if name in found else ""
-            raise UnknownNameError("part", name, allowed, f"{why}Denoisers and text encoders can be parts of a budget.")
-    if all(map(is_encoder, asked)):
+            known = "Denoisers, text encoders and the autoencoder can be parts of a budget."
+            raise UnknownNameError("part", name, allowed, why + known)
+    if all(map(kind_of, asked)):
         raise ModelError(
-            f"{', '.join(asked)} of {source!r} are text encoders alone: name a denoiser, too (allowed: "
+            f"no denoiser is among {', '.join(asked)} of {source!r}: name a denoiser, too (allowed: "
             f"{', '.join(allowed)})"
         )
-    return {name: found[name][1] for name in sorted(asked, key=is_encoder)}
+    return {name: found[name][1] for name in sorted(asked, key=lambda name: bool(kind_of(name)))}
 
 
 def kept_components(source: str, component: str | Sequence[str]) -> dict[str, int]:

@@ -29,11 +29,13 @@ ROLES = (
     "first",
     "last",
     "text",
+    "autoencoder",
     "unused",
 )
 """What a layer does. ``norm`` is the projection of an adaptive norm; ``skip`` takes a stream joined with one that
-skipped over layers, two ranges in one input; ``text`` is any layer of a text encoder; ``unused`` did not run on the
-examples, so nothing is known of its errors; ``conv`` and ``linear`` are what is left over."""
+skipped over layers, two ranges in one input; ``text`` is any layer of a text encoder, ``autoencoder`` of an
+autoencoder; ``unused`` did not run on the examples, so nothing is known of its errors; ``conv`` and ``linear`` are what
+is left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

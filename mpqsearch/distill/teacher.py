@@ -15,7 +15,7 @@ from mpqsearch.models.calls import in_memory
 from mpqsearch.models.runner import parts_of
 from mpqsearch.prompts.splits import BANDS
 from mpqsearch.sampling import batch_of, each_call, n_calls
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 from mpqsearch.specs import TRDSpec
 
 FIRST_SEED, END_SEED = BANDS["training"], BANDS["development"]
@@ -52,9 +52,9 @@ class Trajectories:
             raise ConfigError(f"distill: batch must be at least 1, got {batch}")
         if not 0 <= seed < 1000:
             raise ConfigError(f"distill: seed must lie in 0..999, got {seed}")
-        if any(map(is_encoder, parts_of(denoiser.module))):
+        if any(map(kind_of, parts_of(denoiser.module))):
             raise ConfigError(
-                "training (distill) changes denoisers alone: leave it out, or load the model without its text encoders"
+                "training (distill) changes denoisers alone: leave it out, or load the model without other parts"
             )
         self.denoiser, self.seed, self.rank, self.world = denoiser, seed, rank, world
         self.batch = batch_of(denoiser, batch)

@@ -28,6 +28,7 @@ from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
 from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
 from mpqsearch.export.plan import plan_layers, share
+from mpqsearch.sources import kind_of
 from mpqsearch.specs.targets import TARGETS
 from mpqsearch.untrusted import parse_json
 
@@ -66,7 +67,7 @@ class Target:
     ``pip install`` of ``requires``. ``kinds``: layer kinds it quantizes (empty: all). ``granularity``: ``layer`` or
     ``channel``. ``holds_any_map``: there are no formats of its own to allocate over. ``limits``: for messages, which
     shapes it needs. ``payload``: weights are written. ``inputs``: widths of layers' inputs are written too.
-    ``encoders``: text encoders have a place in it.
+    ``encoders``: text encoders and autoencoder have a place in it.
     ``full_bits`` and ``kept_bits``: bits of a value in layers at full precision, and in parameters that are no weight
     layer. ``tolerance``: largest difference of the forward pass as a share of the largest output. ``rerounds``: the
     consumer derives scales anew, so that ranges and schemes of a map are not used. ``any_scheme``: codes of all schemes
@@ -155,8 +156,8 @@ class Target:
         return {} if self.inputs else {n: b for n, b in bit_map.activations.items() if b != FULL_PRECISION}
 
     def check_parts(self, table: LayerTable) -> None:
-        """Raise `ConfigError` for a model with text encoders where these have no place."""
-        held = dict.fromkeys(la.name.partition(".")[0] for la in table if la.role == "text")
+        """Raise `ConfigError` for a model with other parts than denoisers where these have no place."""
+        held = dict.fromkeys(la.name.partition(".")[0] for la in table if kind_of(la.name))
         if held and not self.encoders:
             raise ConfigError(
                 f"{self.name} holds a denoiser alone, and {', '.join(held)} is in the budget (budget.parts): export "

@@ -69,7 +69,7 @@ class Call:
         """Tensors among the arguments that say when: by the names in the signature of ``module``."""
         owner = module.get_submodule(self.part)
         try:
-            bound = inspect.signature(_entry(owner)).bind_partial(*self.args, **self.kwargs).arguments
+            bound = inspect.signature(getattr(owner, entry_of(owner))).bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
             bound = dict(self.kwargs)
         return [t for name, value in bound.items() if _TIMES.match(name) for t in tensors_in(value)]
@@ -105,20 +105,21 @@ class Call:
 
 
 def invoke(owner: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a denoiser: its method ``denoise(x, t, cond)`` where it has one."""
-    denoise: Callable[..., Any] | None = getattr(owner, "denoise", None)
-    if denoise is None:
-        return owner(*args, **kwargs)
+    """Call a part by its `entry_of`."""
+    entry = entry_of(owner)
+    if entry != "denoise":
+        return owner(*args, **kwargs) if entry == "forward" else owner.decode(*args, **kwargs)  # type: ignore[operator]
     clock: Any = getattr(owner, "timestep_clock", None)  # of a model whose activation scales go by the timestep
     if clock is not None:
         clock.set(args[1])
-    return denoise(*args, **kwargs)
+    return owner.denoise(*args, **kwargs)  # type: ignore[operator]
 
 
-def _entry(owner: nn.Module) -> Callable[..., Any]:
-    """The method of a denoiser that computes."""
-    entry: Callable[..., Any] = getattr(owner, "denoise", owner.forward)
-    return entry
+def entry_of(owner: nn.Module) -> str:
+    """The method of a part that computes: ``denoise(x, t, cond)`` where it has one, ``decode`` of an autoencoder."""
+    if hasattr(owner, "denoise"):
+        return "denoise"
+    return "decode" if "Autoencoder" in type(owner).__name__ else "forward"
 
 
 def prediction_in(outputs: Any, sample: Tensor, owner: str) -> Tensor:
@@ -396,7 +397,7 @@ def call_of(
 ) -> Call:
     """A call of ``owner`` from its arguments: which of them is the sample, and which the time."""
     try:
-        bound = dict(inspect.signature(_entry(owner)).bind_partial(*args, **kwargs).arguments)
+        bound = dict(inspect.signature(getattr(owner, entry_of(owner))).bind_partial(*args, **kwargs).arguments)
     except TypeError:  # the module's own forward will say what is wrong
         bound = dict(kwargs)
     named = [bound[n] for n in _SAMPLE if n in bound] + list(bound.values())

@@ -15,7 +15,7 @@ from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.hooks import PLAIN_LAYERS
 from mpqsearch.models.observe import TRANSPOSED, Seen, observe
 from mpqsearch.models.runner import parts_of
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 
 log = logging.getLogger("mpqsearch")
 
@@ -85,8 +85,8 @@ def table_of(module: nn.Module, calls: Sequence[Call], *, name: str, digest: str
     roles: dict[str, str] = {}
     for part in parts_of(module):
         inner = {n: n.removeprefix(f"{part}.") for n in layers if not part or n.startswith(f"{part}.")}
-        if is_encoder(part):
-            roles |= dict.fromkeys(inner, "text")
+        if kind := kind_of(part):
+            roles |= dict.fromkeys(inner, kind)
             continue
         roles |= {n: _role_seen(n, _role(short, modules[n]), seen) for n, short in inner.items()}
         roles |= _ends(inner, modules, seen, channels)

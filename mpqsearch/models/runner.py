@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.models.calls import Call
+from mpqsearch.models.calls import Call, entry_of
 
 Label = int | str | None
 """What a sample was asked to show: a class, a prompt, or nothing."""
@@ -32,8 +32,8 @@ class Denoises(Protocol):
 
 
 class Parts(nn.ModuleDict):
-    """Several parts of one pipeline, the denoisers (such as the two of Wan 2.2) before text encoders: one model with
-    one budget."""
+    """Several parts of one pipeline, the denoisers (such as the two of Wan 2.2) before text encoders and autoencoder:
+    one model with one budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Drawn:
 
     latents
         ``[N, ...]``, float32 on the CPU: what the last step of the scheduler gave. Of pixel models the samples
-        themselves, in [-1, 1].
+        themselves, in [-1, 1]; where the autoencoder is a part of the model, what it decoded.
     images
         uint8 ``[N, C, H, W]`` with 1 or 3 channels, or video ``[N, F, C, H, W]``. None when they were not decoded, and
         for pipelines that make sound.
@@ -134,7 +134,7 @@ def intercepted(module: nn.Module, on_call: OnCall | None) -> Iterator[None]:
 @contextmanager
 def _replaced(owner: nn.Module, stand_in: Callable[..., Any]) -> Iterator[None]:
     """``stand_in(real, args, kwargs)`` in the place of the method that computes; calls made inside it are real."""
-    entry = "denoise" if isinstance(owner, Denoises) else "forward"
+    entry = entry_of(owner)
     real, inside = getattr(owner, entry), False
 
     @wraps(real)  # pipelines read its signature

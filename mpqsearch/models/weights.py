@@ -25,7 +25,7 @@ from mpqsearch.models.discover import table_of
 from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
 from mpqsearch.models.loader import classes_of, sample_shape_of, structure
 from mpqsearch.models.runner import Parts
-from mpqsearch.sources import denoiser_folders, is_encoder, local_folder, model_name, read_config
+from mpqsearch.sources import denoiser_folders, kind_of, local_folder, model_name, read_config
 
 log = logging.getLogger("mpqsearch")
 
@@ -128,7 +128,7 @@ def open_streamed(source: str, *, component: str | Sequence[str] = "") -> Stream
     parts: dict[str, nn.Module] = {}
     stored: dict[str, Stored] = {}
     for name, inner in denoiser_folders(source, folder, component).items():
-        if is_encoder(name):
+        if kind_of(name):
             raise ModelError(f"the {name} of {source} cannot be streamed from the disk, only denoisers: load the model")
         config = read_config(inner / "config.json")
         refuse_quantized(inner, config)

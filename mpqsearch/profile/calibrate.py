@@ -17,7 +17,7 @@ from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.weighing import Weighing
 from mpqsearch.quant import RowStatistics
 from mpqsearch.sampling import each_call, n_calls
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 from mpqsearch.specs import CalibrationSpec
 
 Progress = Callable[[str, int, int], None]
@@ -80,23 +80,22 @@ def calibrate(
 ) -> Calibration:
     """Run the model for the calibration seeds, one at a time; keep input statistics of every layer and, with
     ``weighing``, steps to measure sensitivities at, spread evenly over seeds and runs, and as many prompts of text
-    encoders that are parts of the model.
+    encoders and pictures of the autoencoder that are parts of the model.
 
     Without ``second_moments`` these are left empty.
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.samples)
     weighs = weighing or Weighing()
     total = len(seeds) * len(weighs.steps) or n_calls(denoiser, len(seeds), batch=1)
-    encoded = len(seeds) * sum(bool(step.part) for step in weighs.steps)
     most = 0 if weighing is None else spec.probe_inputs
-    wanted = {False: _spread(total - encoded, most), True: _spread(encoded, most)}
-    seen = {False: 0, True: 0}
+    wanted = {kind: _spread(round(total * share), most) for kind, share in (weighs.shares or {"": 1.0}).items()}
+    seen = dict.fromkeys(wanted, 0)
     times: list[float] = []
     pool: dict[str, Tensor] = {}
     steps: list[list[Call]] = []
 
     def take(calls: list[Call], _predictions: list[Tensor]) -> None:
-        kind = is_encoder(calls[0].part)
+        kind = kind_of(calls[0].part)
         if seen[kind] in wanted[kind]:
             steps.append([call.kept(pool) for call in calls])
         times.extend(call.timestep for call in calls if not kind)

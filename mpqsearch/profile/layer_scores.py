@@ -29,7 +29,7 @@ from mpqsearch.profile.tables import WeightErrors, errors_within, shift_of
 from mpqsearch.profile.taps import GradientTap, checkpointed
 from mpqsearch.profile.weighing import weighing_of
 from mpqsearch.quant import width_errors
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 from mpqsearch.specs import CalibrationSpec
 
 BATCH = 4
@@ -94,7 +94,7 @@ def layer_scores(
     def take(calls: list[Call], predictions: list[Tensor]) -> None:
         output = weighing.checked(denoiser, calls, predictions)
         v = torch.randn(output.shape, generator=generator).to(output)
-        times.extend(call.timestep for call in calls if not is_encoder(call.part))
+        times.extend(call.timestep for call in calls if not kind_of(call.part))
         seen.effects.append({})
         seen.bias.append({})
         tap.backward((v * output).sum(), seen.add)

@@ -24,7 +24,7 @@ from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
 from mpqsearch.profile.weighing import Weighing
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 
 BUCKETS = 5
 """Equal parts of a run, noise first, for which sensitivities of output channels are kept apart."""
@@ -87,21 +87,23 @@ class Probing:
         """One forward pass a call of these steps and one backward pass a projection. Leaves the model as it was.
 
         ``sensitivity`` ``[C]``, ``step_sensitivity`` ``[C, B]`` (0 in a bucket without steps), and the layer totals of
-        `layer_arrays` ``layer_probe``. Standard errors are over steps and projections. Calls of text encoders weigh as
-        their share of a run, however many are among ``steps``. Raises `NumericsError` when the output is not finite.
+        `layer_arrays` ``layer_probe``. Standard errors are over steps and projections. Calls of text encoders and
+        autoencoder weigh as their share of a run, however many are among ``steps``. Raises `NumericsError` when the
+        output is not finite.
         """
-        run, share = 1 + max(calls[-1].index for calls in steps), self.weighing.encoding
-        prompts = [calls for calls in steps if is_encoder(calls[0].part)]
-        if not prompts:
+        run, by_kind = 1 + max(calls[-1].index for calls in steps), dict[str, list[Sequence[Call]]]()
+        for calls in steps:
+            by_kind.setdefault(kind_of(calls[0].part), []).append(calls)
+        if set(by_kind) == {""}:
             return self._measured(steps, run, progress)
-        others = [calls for calls in steps if not is_encoder(calls[0].part)]
-        found, encoded = (self._measured(some, run, progress) for some in (others, prompts))
-        mine = np.array([is_encoder(la.name) for la in self.table])
-        own = {len(mine): mine, self.table.n_channels: np.repeat(mine, [la.n_channels for la in self.table])}
-        return {
-            key: np.where(own[len(a)].reshape(-1, *[1] * (a.ndim - 1)), share * encoded[key], (1 - share) * a)
-            for key, a in found.items()
-        }
+        arrays: Arrays = {}
+        for kind, some in by_kind.items():
+            mine = np.array([kind_of(la.name) == kind for la in self.table])
+            own = {len(mine): mine, self.table.n_channels: np.repeat(mine, [la.n_channels for la in self.table])}
+            for key, a in self._measured(some, run, progress).items():
+                part = np.where(own[len(a)].reshape(-1, *[1] * (a.ndim - 1)), self.weighing.shares[kind] * a, 0)
+                arrays[key] = arrays.get(key, 0) + part
+        return arrays
 
     def _measured(self, steps: Sequence[Sequence[Call]], run: int, progress: Progress) -> Arrays:
         """`measure` of steps of one kind; ``run``: calls of a whole run."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,6 +15,7 @@ from mpqsearch.errors import NumericsError
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
 from mpqsearch.sampling import SchedulerStep, batch_of, can_sample, prediction_gains, scheduler_steps
+from mpqsearch.sources import kind_of
 
 SEEDS = 2
 """Runs whose gains are averaged: they differ little between seeds, much between steps."""
@@ -29,7 +31,7 @@ TakeStep = Callable[[list[Call], list[Tensor]], None]
 class Weighing:
     """Mixes and scales the raw predictions of a step so that the squared norm of their error is the mean squared error
     that it causes in the final sample, times the steps of a run: what the errors of all steps cause together if they
-    are independent. Calls of text encoders are steps by themselves.
+    are independent. Calls of text encoders and autoencoder are steps by themselves.
 
     ``steps`` are those of `scheduler_steps`: the halves of classifier-free guidance become the guided prediction, be
     they in one call or in two. ``gains`` are the effects, by step, of a unit of mean square. Without a sampler
@@ -56,9 +58,10 @@ class Weighing:
         return mixed
 
     @property
-    def encoding(self) -> float:
-        """Share of the steps that are calls of text encoders."""
-        return sum(bool(step.part) for step in self.steps) / max(len(self.steps), 1)
+    def shares(self) -> Mapping[str, float]:
+        """Shares of the steps that are calls of each kind of part, see `mpqsearch.sources.kind_of`."""
+        kinds = Counter(kind_of(step.part) for step in self.steps)
+        return {kind: n / len(self.steps) for kind, n in kinds.items()}
 
     @property
     def _ends(self) -> list[int]:

@@ -13,7 +13,7 @@ from mpqsearch.errors import ModelError, NumericsError
 from mpqsearch.models.calls import Call, call_of, mapped, tensors_in
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.runner import Hooks, parts_of
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import kind_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Chain:
     functions of them, ``final`` the latents after the last step as a function of all predictions. So the gradient
     through the whole sampler is put together call by call, with the graph of one call in memory, for any scheduler,
     multi-step ones included. ``steps`` names the step of the scheduler that each call was made for; a call of a text
-    encoder has a negative one of its own.
+    encoder or the autoencoder has a negative one of its own.
     """
 
     calls: tuple[Call, ...]
@@ -77,7 +77,7 @@ def chain(denoiser: Denoiser, seeds: Sequence[int]) -> Chain:
 
         calls.append(call_of(owners[part], mapped(args, kept), mapped(kwargs, kept), part=part, index=len(calls)))
         seen.append(tuple(t.clone() for t in tensors_in((args, kwargs)) if t.requires_grad))
-        of_step.append(-len(calls) if is_encoder(part) else len(steps))
+        of_step.append(-len(calls) if kind_of(part) else len(steps))
         with torch.no_grad():
             out = real(*mapped(args, Tensor.detach), **mapped(kwargs, Tensor.detach))
         mine: list[Tensor] = []
@@ -144,7 +144,7 @@ def prediction_gains(denoiser: Denoiser, seeds: Sequence[int], *, probe_seed: in
 class SchedulerStep:
     """``n_calls`` of the denoiser, and how the scheduler mixes their ``k`` rows a sample: errors ``[k, values]`` of the
     rows are one of ``mix @ errors``, with ``mix`` ``[r, k]``. An error that all rows share stays as it is. A call of a
-    text encoder, whose ``part`` is named, is a step by itself.
+    text encoder or the autoencoder, whose ``part`` is named, is a step by itself.
 
     Classifier-free guidance ``u + g (c - u)`` has the mix ``[[1 - g, g]]``, in one call of two rows a sample or in two
     calls; a step with one row ``[[1]]``. None: the predictions are no rows that could be mixed.

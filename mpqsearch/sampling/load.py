@@ -32,7 +32,7 @@ from mpqsearch.prompts import Prompts, read_prompts
 from mpqsearch.sampling.pipeline import PipelineRunner
 from mpqsearch.sampling.plain import PlainRunner
 from mpqsearch.sampling.recorded import RecordedRunner
-from mpqsearch.sources import denoiser_folders, is_encoder, is_function, local_folder, model_name, read_config
+from mpqsearch.sources import denoiser_folders, is_function, kind_of, local_folder, model_name, read_config
 from mpqsearch.specs import PromptsSpec, SamplerSpec
 from mpqsearch.untrusted import build
 
@@ -61,8 +61,8 @@ def load_model(
     dtype
         ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the file.
     component
-        Part of a pipeline, such as ``controlnet``; empty: its denoisers. Several, denoisers and text encoders, are one
-        model with several parts, such as ``("unet", "text_encoder")``.
+        Part of a pipeline, such as ``controlnet``; empty: its denoisers. Several, denoisers, text encoders and
+        autoencoder, are one model with several parts, such as ``("unet", "text_encoder")``.
     sampler, prompts
         How samples are drawn, and what they show. What is left open comes from the files `sampler.json` and
         `prompts.txt` of a pipeline folder, where it has them: how its pictures are meant to be drawn.
@@ -95,10 +95,10 @@ def load_model(
     folder = folder or downloaded(source, revision)
     sampler, prompts = _as_meant(folder, sampler), prompts or _own_prompts(folder)
     pipeline = load_pipeline(source, folder, dtype=dtype, device=where, component=component, whole=calls is None)
-    if calls is not None and any(map(is_encoder, pipeline.components)):
+    if calls is not None and any(map(kind_of, pipeline.components)):
         raise ConfigError(
-            f"recorded calls do not show what an error of the text encoders of {source} does to a sample: leave them "
-            "out, or let the pipeline run"
+            f"recorded calls do not show what an error of text encoders and autoencoder of {source} does to a sample: "
+            "leave them out, or let the pipeline run"
         )
     if calls is not None:
         runner: Runner = _recorded(calls, pipeline.module)

@@ -32,7 +32,7 @@ from mpqsearch.models.runner import (
 )
 from mpqsearch.prompts import Prompts
 from mpqsearch.sampling.encoded import EncodedPrompts
-from mpqsearch.sources import is_encoder
+from mpqsearch.sources import AUTOENCODER, is_encoder, kind_of
 from mpqsearch.specs import SamplerSpec
 
 log = logging.getLogger("mpqsearch")
@@ -95,7 +95,8 @@ class PipelineRunner:
         and again when prompts must be encoded after the text encoders were released.
     components
         Names of the components that are the denoisers: those of the `Parts`, or of the single module. Text encoders
-        among them encode every prompt anew when it is drawn, so that samples have the errors of their weights.
+        among them encode every prompt anew when it is drawn, so that samples have the errors of their weights. With the
+        autoencoder among them, a sample is what it decodes: a last step that follows those of the scheduler.
     prompts
         What samples show; pipelines for text need them for everything but their layers.
     encoded
@@ -205,6 +206,8 @@ class PipelineRunner:
         for name, part in self._by_component(module).items():
             for pipe in (self._pipe, *(p for p in inner if hasattr(p, name))):
                 setattr(pipe, name, part)
+            if name == AUTOENCODER:
+                decode_singly(part)
         return self._pipe
 
     def __repr__(self) -> str:
@@ -216,6 +219,11 @@ class PipelineRunner:
     def _encodes(self) -> bool:
         """Whether a text encoder is among the parts of the model."""
         return any(map(is_encoder, self._components))
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether the autoencoder is among the parts of the model."""
+        return AUTOENCODER in self._components
 
     def _by_component(self, module: nn.Module) -> dict[str, nn.Module]:
         parts = parts_of(module)
@@ -325,10 +333,16 @@ class PipelineRunner:
             if steps == stop_after:
                 raise _Enough
 
+        def followed(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = real(*args, **kwargs) if hooks.call is None else hooks.call(part, real, args, kwargs)
+            if part == AUTOENCODER:
+                step(next(tensors_in(out)))
+            return out
+
         images = None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(intercepted(module, hooks.call))
+            stack.enter_context(intercepted(module, followed if self._decodes else hooks.call))
             stack.enter_context(watched_scheduler(pipe.scheduler, step))
             stack.enter_context(self._encoded_in(pipe, module))
             call = inspect.unwrap(type(pipe).__call__) if grad else type(pipe).__call__
@@ -430,12 +444,13 @@ class PipelineRunner:
         """Steps and calls of a run in which predictions are made up: small values that go by the sample alone, in the
         form of a real one."""
         seen, forms = _Seen(), {}
+        output_type = "np" if self._decodes else output_type
 
         def call(part: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             owner = parts_of(module)[part]
             made = call_of(owner, args, kwargs, part=part, index=len(seen.calls))
             seen.calls.append(made)
-            if is_encoder(part):
+            if kind_of(part):
                 return real(*args, **kwargs)
             key = (part, *(tuple(t.shape) for t in tensors_in((args, kwargs))))
             if key not in forms:

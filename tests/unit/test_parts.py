@@ -1,4 +1,5 @@
-"""Text encoders in the budget: they are parts of one model with the denoisers, and samples have their errors."""
+"""Text encoders and the autoencoder in the budget: they are parts of one model with the denoisers, and samples have
+their errors."""
 
 from __future__ import annotations
 
@@ -33,14 +34,14 @@ from mpqsearch.stages.quantizing import _write_part
 from tests.support import tiny_profile, tiny_table
 from tests.support.pipelines import PROMPTS, TINY
 
-PARTS = ("text_encoder", "unet")
+PARTS = ("vae", "text_encoder", "unet")
 SEEDS = [1_000_000, 1_000_001]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe, _ = TINY["StableDiffusionPipeline"]()
-    for part in (pipe.unet, pipe.text_encoder):
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.half().float()  # as a file in 16 bits, which the packed one repeats exactly
     path = tmp_path_factory.mktemp("sd")
     pipe.save_pretrained(path)
@@ -69,24 +70,35 @@ def text_layers(table: LayerTable) -> list[str]:
     return [la.name for la in table if la.role == "text"]
 
 
-def test_the_encoder_is_a_part_with_a_role_of_its_own(model: Denoiser, table: LayerTable, folder: Path) -> None:
+def test_the_others_are_parts_with_roles_of_their_own(model: Denoiser, table: LayerTable, folder: Path) -> None:
     modules: Any = model.module
-    assert list(modules) == ["unet", "text_encoder"], "denoisers come first, in whatever order they are asked for"
-    assert {la.name.partition(".")[0] for la in table if la.role != "text"} == {"unet"}
+    assert list(modules) == ["unet", "vae", "text_encoder"], (
+        "denoisers come first, whatever order they are asked for in"
+    )
+    decoding = [la.name for la in table if la.role == "autoencoder"]
+    assert {n.split(".")[1] for n in decoding} == {"decoder", "post_quant_conv"}
+    assert all(table[n].macs for n in decoding)
+    assert {n.split(".")[1] for n in table.by_name if n.startswith("vae")} - {"decoder", "post_quant_conv"} == {
+        "encoder", "quant_conv"
+    }  # fmt: skip
+    rest = {la.name.partition(".")[0] for la in table if la.role not in ("text", "autoencoder", "unused")}
+    assert rest == {"unet"}
     linear = [n for n, m in modules["text_encoder"].named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(text_layers(table)) == sorted(f"text_encoder.{n}" for n in linear)
     assert all(table[n].macs for n in text_layers(table))
     assert table.n_parameters == sum(p.numel() for p in modules.parameters())
-    assert set(kept_components(str(folder), PARTS)) == {"vae"}
+    assert set(kept_components(str(folder), PARTS)) == set()
 
 
-def test_an_error_of_the_encoder_is_followed_to_the_final_sample(model: Denoiser, table: LayerTable) -> None:
-    """The effect of one encoder weight error on ``v . x_final``, against the difference of two runs."""
-    name, generator = text_layers(table)[2], torch.Generator().manual_seed(0)
-    shape = (table[name].n_channels, table[name].weights_per_channel)
-    error = 1e-3 * torch.randn(shape, generator=generator)
-    alone = replace(table, layers=(table[name],))
-    errors = WeightErrors(alone, {"asymmetric": {name: error[None]}})
+@pytest.mark.parametrize("role", ["text", "autoencoder"])
+def test_an_error_of_a_part_is_followed_to_the_final_sample(model: Denoiser, table: LayerTable, role: str) -> None:
+    """The effect of one weight error on ``v . x_final``, against the difference of two runs."""
+    some = {r: [la for la in table if la.role == r][2] for r in (role, "text", "autoencoder", "attention")}
+    name, generator = some[role].name, torch.Generator().manual_seed(0)  # every part has a layer that is looked at
+    alone = replace(table, layers=tuple(some.values()))
+    zeros = {la.name: torch.zeros(1, la.n_channels, la.weights_per_channel) for la in alone}
+    error = 1e-3 * torch.randn(zeros[name][0].shape, generator=generator)
+    errors = WeightErrors(alone, {"asymmetric": zeros | {name: error[None]}})
     plain, v = latents(model, SEEDS), torch.zeros(1)
 
     def along(final: torch.Tensor) -> torch.Tensor:
@@ -97,23 +109,25 @@ def test_an_error_of_the_encoder_is_followed_to_the_final_sample(model: Denoiser
     effect = float(final_effects(model, alone, SEEDS, errors, along)["asymmetric"][0, 0, 0, 0])
     weight: Any = model.module.get_submodule(name).weight
     with torch.no_grad():
-        weight.add_(error)
+        weight.add_(error.reshape(weight.shape))
         moved = latents(model, SEEDS)
-        weight.sub_(error)
+        weight.sub_(error.reshape(weight.shape))
     assert effect == pytest.approx(float((v * (moved - plain)).sum()), rel=0.05)
 
 
-def test_a_profile_prices_both_kinds_of_parts(model: Denoiser, table: LayerTable) -> None:
+def test_a_profile_prices_all_kinds_of_parts(model: Denoiser, table: LayerTable) -> None:
     spec = CalibrationSpec(samples=1, probe_inputs=2, probes=1, sampler_seeds=1, sampler_probes=1, context_seeds=0)
     spec, policy = replace(spec, schemes=("asymmetric",)), Policy(widths=(2, 4))
-    table = replace(table, layers=tuple(la for la in table if la.role in ("text", "time", "last")))
+    table = replace(table, layers=tuple(la for la in table if la.role in ("text", "time", "last", "autoencoder")))
     found = profile_model(model, table, policy, spec, QuantFormat(n_candidates=4))
-    rows = np.concatenate([np.arange(table.n_channels)[found.rows(n)] for n in text_layers(table)])
-    for key in ("sensitivity", "context_sensitivity", "output_error/asymmetric"):
-        assert (found.arrays[key][rows] > 0).mean() > 0.5, key
-    layers = [found.index[n] for n in text_layers(table)]
-    assert (found.arrays["layer_sampler_error/asymmetric"][layers] > 0).all()
-    assert found.calibration["timesteps"] == 2, "a call of the encoder has no timestep"
+    for role in ("text", "autoencoder"):
+        names = [la.name for la in table if la.role == role]
+        rows = np.concatenate([np.arange(table.n_channels)[found.rows(n)] for n in names])
+        for key in ("sensitivity", "context_sensitivity", "output_error/asymmetric"):
+            assert (found.arrays[key][rows] > 0).mean() > 0.5, key
+        layers = [found.index[n] for n in names]
+        assert (found.arrays["layer_sampler_error/asymmetric"][layers] > 0).all()
+    assert found.calibration["timesteps"] == 2, "calls of encoder and autoencoder have no timestep"
 
 
 def test_samples_are_those_of_the_pipeline_with_both_parts(
@@ -123,7 +137,7 @@ def test_samples_are_those_of_the_pipeline_with_both_parts(
     save_quantized(tmp_path, quantized, table)
     loaded: Any = load_quantized(tmp_path)
     assert weights_digest(loaded) == weights_digest(quantized.module)
-    (drawn,) = samples(model.with_module(quantized.module), [0, 1])
+    (drawn,), (full,) = samples(model.with_module(quantized.module), [0, 1]), samples(model, [0, 1])
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **loaded, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
@@ -137,6 +151,9 @@ def test_samples_are_those_of_the_pipeline_with_both_parts(
     ).images
     assert drawn.images is not None
     np.testing.assert_allclose(np.moveaxis(out, -1, 1) * 255, drawn.images.numpy(), atol=0.51)
+    decoded = (drawn.latents / 2 + 0.5).clamp(0, 1)
+    np.testing.assert_allclose(np.moveaxis(out, -1, 1), decoded, atol=1e-5, err_msg="errors are those of pictures")
+    assert not torch.equal(full.latents, drawn.latents)
     encoder: Any = quantized.module.text_encoder
     one = replace(
         quantized.bit_map,
@@ -211,7 +228,7 @@ def test_a_study_takes_its_parts_from_the_budget(folder: Path, tmp_path: Path, t
     run = Run(config=config_from(study), folder=tmp_path, say=said.append)
     assert layers(run).digest == table.digest
     assert run.apart == PARTS
-    assert any("not counted: vae (" in line for line in said)
+    assert not any("not counted" in line for line in said), "all of the pipeline is"
 
 
 def test_max_needs_two_parts(tmp_path: Path) -> None:
@@ -221,12 +238,13 @@ def test_max_needs_two_parts(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_parts_are_refused(model: Denoiser, folder: Path, table: LayerTable) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown part 'vae'. Known: text_encoder, unet\. .* stays as it is"):
-        load_model(str(folder), component=("unet", "vae"))
+    with pytest.raises(UnknownNameError, match=r"unknown part 'tokenizer'. Known: .*unet.* stays as it is"):
+        load_model(str(folder), component=("unet", "tokenizer"))
     with pytest.raises(UnknownNameError, match="text_encoder"):
         load_model(str(folder), component=("unet", "text_encodr"))
-    with pytest.raises(ModelError, match="name a denoiser"):
-        load_model(str(folder), component="text_encoder")
+    for alone in ("text_encoder", ("vae", "text_encoder")):
+        with pytest.raises(ModelError, match="name a denoiser"):
+            load_model(str(folder), component=alone)
     with pytest.raises(ModelError, match="cannot be streamed"):
         open_streamed(str(folder), component=PARTS)
     with pytest.raises(ModelError, match="no pipeline"):
@@ -243,7 +261,7 @@ def test_targets_without_a_place_for_encoders_are_refused_before_anything_is_mea
         preflight(run, targets=exported)
         return said
 
-    refused = "text_encoder is in the budget"
+    refused = "vae, text_encoder is in the budget"
     with pytest.raises(ConfigError, match=f"quanto .* {refused}"):
         check(["quanto", "gguf"])
     with pytest.raises(ConfigError, match=f"gguf .* {refused}"):
