@@ -13,7 +13,7 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, run_sampler, silent
+from mpqsearch.profile.calibrate import Progress, rehearse, run_sampler, silent
 from mpqsearch.profile.inputs import QuantizedInputCollector
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.quant import (
@@ -54,6 +54,7 @@ def collect_ranges(
 ) -> RangeCollector:
     """Histograms of the inputs of layers over trajectories: one collection gives the scales of any widths
     (`RangeCollector.table`)."""
+    rehearse(denoiser)
     collector = RangeCollector(denoiser.module, table, layers=layers, per_timestep=per_timestep, factors=factors)
     with collector:
         run_sampler(denoiser, seeds, "calibrate activations", progress)

@@ -46,6 +46,11 @@ class Calibration:
         return {name: s.mean.float() for name, s in self.statistics.items()}
 
 
+def rehearse(denoiser: Denoiser) -> None:
+    """Let a pipeline that has not run yet make its rehearsal, whose predictions are made up, before hooks look on."""
+    denoiser.runner.calls_per_run(denoiser.module)
+
+
 def run_sampler(
     denoiser: Denoiser,
     seeds: Sequence[int],

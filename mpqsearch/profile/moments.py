@@ -10,7 +10,7 @@ import torch
 
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, run_sampler, silent
+from mpqsearch.profile.calibrate import Progress, rehearse, run_sampler, silent
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RowStatistics, Statistics
 
@@ -41,6 +41,7 @@ def input_statistics(
     Class-conditional models want seeds that cover all classes: layers that see nothing but the class and the timestep
     have few different inputs, and every one that is missing is one that codes are not chosen for.
     """
+    rehearse(denoiser)
     with InputCollector(denoiser.module, table) as collector:
         run_sampler(denoiser, seeds, "input moments", progress)
     return collector.statistics()

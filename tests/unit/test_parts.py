@@ -22,7 +22,7 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, ModelError, Unk
 from mpqsearch.export.packed import load_quantized, save_quantized
 from mpqsearch.methods import MethodSpec, Programs
 from mpqsearch.models import Denoiser, discover, open_streamed, weights_digest
-from mpqsearch.profile import CalibrationSpec, WeightErrors, profile_model
+from mpqsearch.profile import CalibrationSpec, WeightErrors, input_statistics, profile_model
 from mpqsearch.profile.final_probes import final_effects
 from mpqsearch.prompts import Prompt, Prompts
 from mpqsearch.quant import QuantizedModel, quantize_model
@@ -128,6 +128,16 @@ def test_a_profile_prices_all_kinds_of_parts(model: Denoiser, table: LayerTable)
         layers = [found.index[n] for n in names]
         assert (found.arrays["layer_sampler_error/asymmetric"][layers] > 0).all()
     assert found.calibration["timesteps"] == 2, "calls of encoder and autoencoder have no timestep"
+
+
+def test_statistics_are_the_same_of_a_pipeline_that_never_ran(folder: Path, model: Denoiser, table: LayerTable) -> None:
+    runner: Any = model.runner
+    new = load_model(str(folder), component=PARTS, sampler=runner.spec, prompts=runner.prompts)
+    few = replace(table, layers=tuple(la for la in table if la.role != "unused")[::20])
+    ran, first = (input_statistics(one, few, [500_000]) for one in (model, new))
+    for layer in few:
+        a, b = (found[layer.name].second_moment for found in (ran, first))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()), msg=layer.name)
 
 
 def test_samples_are_those_of_the_pipeline_with_both_parts(
