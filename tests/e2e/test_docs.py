@@ -1,8 +1,9 @@
 """Every command and every Python block in the documentation runs.
 
 `mpqsearch` commands run for real on the embedded models, those of each page in a folder with a quickstart, in the order
-in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Studies
-round to nearest there: GPTQ takes ten seconds a map of these models, and tests of its own walk it. Scripts
+in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Methods
+round to nearest there: GPTQ takes five seconds a map of these models, and tests of its own walk it. Of the longer
+studies the checks before the work run, with ``MPQSEARCH_TEST_ALL=1`` (``make test-all``) all of them. Scripts
 that take hours are loaded, which fails when they need what the package no longer has.
 """
 
@@ -18,7 +19,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mpqsearch.config import Config
 from tests.e2e import forked
+from tests.support.everything import ALL
 from tests.support.shared import made_once
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +68,8 @@ RECIPES = ROOT / "studies/guides/recipes.md"
 """Repeats commands of other pages, which run there."""
 QUICKSTART = "mpqsearch run studies/quickstart.toml"
 """What `make quickstart` runs."""
+LONGER = ("studies/flow.toml", "studies/pixel.toml")
+MODELS = ("fmnist-unet", "fmnist-dit")
 SCRIPTS = list(
     dict.fromkeys(line for page in PAGES for line in lines_of(page) if line.startswith(("python ", "make ")))
 )
@@ -90,6 +95,10 @@ def small(command: str) -> list[str]:
     arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     budgets = '["uniform:3", "uniform:4"]' if "quickstart" in command else '["uniform:3"]'
     arguments += ["--set", f"allocate.budgets={budgets}"] if arguments[0] == "run" else []
+    arguments += ["--dry-run"] if not ALL and {*LONGER} & {*arguments} else []
+    # A study of the same name, so that its folder is that of the command.
+    named = [m for m in MODELS if m in arguments and "--model" in arguments]
+    arguments += [part for m in named for part in ("--config", f"small/{m}.toml")]
     arguments += ["--trials", "2"] if arguments[0] == "search" else []  # the last one counts
     arguments += ["--accept"] if arguments[0] == "export" else []  # tiny samples; what it says is tested elsewhere
     return [*arguments, *([] if "--overwrite" in arguments else ["--overwrite"])]
@@ -110,6 +119,11 @@ def _run_quickstart(folder: Path) -> None:
             (folder / "studies" / path.name).write_text(path.read_text().replace('"gptq"', '"nearest"'))
         else:
             (folder / "studies" / path.name).symlink_to(path)
+    (folder / "small").mkdir()
+    study = Config().to_toml().replace('"gptq"', '"nearest"')
+    methods = study[study.index("[[methods]]") : study.index("[search]")]
+    for name in MODELS:
+        (folder / "small" / f"{name}.toml").write_text(methods)
     (folder / "path/to").mkdir(parents=True)
     (folder / "path/to/pipeline").symlink_to(ROOT / "mpqsearch/models/reference/fmnist-t2i")
     (folder / "prompts.txt").write_text("a red sneaker\na blue bag\na white coat\na green dress\n")
