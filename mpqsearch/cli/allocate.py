@@ -131,7 +131,6 @@ def allocate(
     - `mpqsearch allocate --until "paired_psnr>=40"`: the smallest map that reaches it, measured at up to eight sizes
     - `mpqsearch allocate -b 3bit --group qkv --max-formats 2`: for engines with fused projections and two kernels
     """
-    from mpqsearch import stages
 
     settings = {
         "model.source": model,
@@ -147,9 +146,24 @@ def allocate(
         "policy.max_formats_per_layer": max_formats_per_layer,
     }
     run = open_run(config, set_, settings, run_dir=run_dir, dry_run=dry_run, overwrite=overwrite, verbose=verbose)
-    if (path or explain) and not target:
-        stages.program_methods(run)  # there must be one, which is known before anything is measured
     asked = _asked(run, until, method, budget, target)
+    plain = [] if target else [name for name, wanted in (("paths", path), ("explanations", explain)) if wanted]
+    _solve(run, asked, targets_only=bool(target), more=plain, as_json=as_json)
+
+
+def _solve(
+    run: Run,
+    asked: tuple[Quality, MethodSpec, Budget | None] | None,
+    *,
+    targets_only: bool,
+    more: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Solve and print; ``more``: what is asked for beside the maps, ``paths`` and ``explanations``."""
+    from mpqsearch import stages
+
+    if more:
+        stages.program_methods(run)  # there must be one, which is known before anything is measured
     if asked:
         stages.require_reachable(run, asked[0])
     if not stages.prepare(run):
@@ -158,17 +172,14 @@ def allocate(
         _show_until(*asked, *stages.smallest(run, *asked), as_json=as_json)
         return
     for_targets = stages.target_allocations(run)
-    maps = [] if target else stages.allocations(run)
-    more = {}
-    if path and not target:
-        more["paths"] = stages.paths(run)
-    if explain and not target:
-        more["explanations"] = stages.explanations(run)
+    maps = [] if targets_only else stages.allocations(run)
+    made = {"paths": stages.paths, "explanations": stages.explanations}
+    found = {name: made[name](run) for name in more}
     if as_json:
         allocations = [data for *_, data in (*maps, *for_targets)]
-        print_json({"allocations": allocations, **more} if more else allocations)
+        print_json({"allocations": allocations, **found} if found else allocations)
     else:
-        _show(run.table, maps, for_targets, more)
+        _show(run.table, maps, for_targets, found)
 
 
 def _show(
