@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mpqsearch.cli import app
 from mpqsearch.config import config_from
 from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
-from mpqsearch.export import ExportJob, get_exporter, load_neutral
+from mpqsearch.export import ExportJob, check, get_exporter, load_neutral, target
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
 from mpqsearch.stages import Run, prepare
@@ -59,6 +60,14 @@ extractor = "random-conv"
 [export]
 measure = false
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_here() -> Iterator[None]:
+    """Files are read back in this process, which spares ten seconds of imports; tests/conformance takes another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "fresh_process", lambda exports: [check.report(name, path) for name, path in exports])
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tests.e2e import forked
 from tests.support.everything import ALL
 from tests.support.roads import KINDS, SAMPLING, Road, new_road
 
-SOME = KINDS if ALL else ("unconditional", "text-to-image", "two-denoiser", "recorded")
+SOME = KINDS if ALL else ("text-to-image", "two-denoiser", "recorded")
 """Kinds that every verb is tried on by itself; on the others `run` walks all stages."""
 
 SAMPLED = tuple(kind for kind in SOME if kind != "recorded")
