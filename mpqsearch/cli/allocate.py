@@ -131,7 +131,6 @@ def allocate(
     - `mpqsearch allocate --until "paired_psnr>=40"`: the smallest map that reaches it, measured at up to eight sizes
     - `mpqsearch allocate -b 3bit --group qkv --max-formats 2`: for engines with fused projections and two kernels
     """
-
     settings = {
         "model.source": model,
         "model.device": device,

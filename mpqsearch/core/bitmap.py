@@ -33,8 +33,8 @@ class BitMap(Shown):
     ``[channels]``); 16 means full precision. ``activations`` maps a layer name to the width of its input; layers that
     are not named keep full-precision activations. Quantized activations have ``activation_steps`` scales a layer: 1
     when static, else one for each of that many timesteps. With ``token_scales`` linear layers store none: each token's
-    is found as it comes. ``format`` says what a width means, ``formats`` overrides it
-    for single layers. Raises `ConfigError` for anything that is no whole supported width.
+    is found as it comes. ``format`` says what a width means, ``formats`` overrides it for single layers.
+    Raises `ConfigError` for anything that is no whole supported width.
     """
 
     model_digest: str

@@ -262,7 +262,7 @@ def _dinov2(weights: Path | None, device: torch.device) -> FeatureExtractor:
     folder = model_folder(_required("dinov2", weights), "dinov2")
     network = pretrained("Dinov2Model", folder, device)
     config = read_config(folder / "preprocessor_config.json")
-    prepare = image_processor({**config, "size": config.get("crop_size") or config.get("size")})
+    prepare = image_processor(folder, size=config.get("crop_size") or config.get("size"))
     return FeatureExtractor(
         name="dinov2",
         dim=network.config.hidden_size,

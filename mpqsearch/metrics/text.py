@@ -89,7 +89,7 @@ class Clip:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, image_processor(read_config(folder / "preprocessor_config.json")))
+        return cls(model, tokenizer, image_processor(folder))
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
@@ -166,28 +166,22 @@ def clip_iqa_scorer(name: str | Path, *, device: str | torch.device = "cpu") -> 
     )
 
 
-def image_processor(config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What CLIP's image processor makes of pictures ``uint8 [N, C, H, W]`` by its ``preprocessor_config.json``: the
-    shorter side resized (bicubic), the middle cut out, channels normalised. Grey pictures are given three channels."""
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("image_mean", "image_std"))
-    side, crop = _side(config.get("size")), _side(config.get("crop_size"))
+def image_processor(folder: Path, **changes: Any) -> Callable[[Tensor], Tensor]:
+    """What the image processor of a folder makes of pictures ``uint8 [N, C, H, W]``, with some of its settings changed;
+    grey pictures are given three channels. Raises `ModelError` when `transformers` cannot read it."""
+    from transformers import AutoImageProcessor
+
+    read_config(folder / PARTS[1])
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **changes
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / PARTS[1]} is of no image processor: {error}") from error
 
     def prepare(images: Tensor) -> Tensor:
-        pixels = images.float() / 255
-        if side and config.get("do_resize", True) and min(pixels.shape[-2:]) != side:
-            scale = side / min(pixels.shape[-2:])
-            shape = [round(s * scale) for s in pixels.shape[-2:]]
-            pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        if crop and config.get("do_center_crop", True):
-            top, left = ((s - crop) // 2 for s in pixels.shape[-2:])
-            pixels = pixels[..., top : top + crop, left : left + crop]
-        return (pixels.expand(-1, 3, -1, -1) - mean.to(pixels)) / std.to(pixels)
+        pictures = [picture.numpy() for picture in images.expand(-1, 3, -1, -1).cpu()]
+        made = processor(pictures, input_data_format="channels_first", return_tensors="pt")
+        return torch.as_tensor(made["pixel_values"]).to(images.device)
 
     return prepare
-
-
-def _side(size: Any) -> int:
-    """The length that a ``size`` or ``crop_size`` names, a number or a dictionary; 0 without one."""
-    if isinstance(size, dict):
-        return int(size.get("shortest_edge") or size.get("height") or 0)
-    return int(size or 0)

@@ -19,7 +19,7 @@ from mpqsearch.metrics import SSIM, evaluate, load_extractor, load_scorer
 from mpqsearch.metrics.frechet import CMMD, kernel_distance, paired_kernel_distance
 from mpqsearch.metrics.lpips import alexnet, lpips_scorer, vgg16
 from mpqsearch.metrics.named import scorer_inputs
-from mpqsearch.metrics.text import QUALITIES, image_processor
+from mpqsearch.metrics.text import QUALITIES
 from mpqsearch.models.runner import Label
 from tests.support.drawn import batches_of, reference_of
 from tests.unit.metrics.test_text import PROMPTS, expected, folder, pictures
@@ -126,10 +126,10 @@ def test_clip_and_dinov2_features_are_those_of_transformers(folder: Path, tmp_pa
 
     clip = load_extractor("clip", weights=folder)
     small = pictures(3, 24, 24)
-    prepare = image_processor(t.CLIPImageProcessor.from_pretrained(folder).to_dict())
     with torch.no_grad():
         whole = t.CLIPModel.from_pretrained(folder).eval()
-        embeds = whole(pixel_values=prepare(small), input_ids=torch.tensor([[512, 513]])).image_embeds
+        pixels = t.CLIPImageProcessor.from_pretrained(folder)(list(small), return_tensors="pt").pixel_values
+        embeds = whole(pixel_values=pixels, input_ids=torch.tensor([[512, 513]])).image_embeds
     torch.testing.assert_close(clip(small), embeds, rtol=0, atol=1e-5)
     assert (clip.dim, clip.kernel) == (16, CMMD)
     for name in ("clip", "dinov2"):
