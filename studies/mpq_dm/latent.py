@@ -66,6 +66,10 @@ TOKEN = "ours+token-scales"
 RECIPES[TOKEN] = replace(METHODS["ours"], token_scales=True, own_inputs=False)
 """Every token of the input of a linear layer has its own scale; alpha 1/2, no zero points searched."""
 
+SHARED = "mpq-dm+token-scales"
+RECIPES[SHARED] = replace(METHODS["mpq-dm"], token_scales=True)
+"""The control: how much of that are the scales alone."""
+
 MAIN = ("mpq-dm", "ours")
 """Methods whose rows come first."""
 
@@ -107,13 +111,14 @@ Key = tuple[str, str, str, int]
 def plan(models: Sequence[str], seeds: int) -> Iterator[Key]:
     """Rows in the order in which they tell most: the main methods of all seeds before the rest; two weight bits and
     four input bits first."""
-    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, TOKEN, MIXED, EQUAL)]
+    rest = [method for method in RECIPES if method not in (*MAIN, CONTROL, TOKEN, SHARED, MIXED, EQUAL)]
     for seed in range(seeds):
         yield from ((m, "full", "full-precision", seed) for m in models)
         yield from ((m, s, method, seed) for s in ORDER for m in models for method in MAIN)
     yield from ((m, s, CONTROL, 0) for s in ORDER[:2] for m in models)
     yield from ((m, s, TOKEN, seed) for seed in range(seeds) for s in ORDER for m in models)
     four = [s for s in ORDER if s.endswith("A4")]
+    yield from ((m, s, SHARED, 0) for s in four for m in models)
     yield from ((m, s, way, seed) for seed in range(seeds) for way in (EQUAL, MIXED) for s in four for m in models)
     yield from ((m, s, method, seed) for seed in range(seeds) for s in ORDER for m in models for method in rest)
 

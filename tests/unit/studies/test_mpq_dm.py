@@ -203,7 +203,7 @@ def test_latent_rows_are_of_todays_schedule_and_the_main_methods_come_first(stud
     planned = list(latent.plan(latent.MODELS, 3))
     assert rows
     assert set(rows) <= set(planned)
-    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 7 + 2 * 3) + 2 * 2
+    assert len(set(planned)) == len(planned) == 3 * 2 * (1 + 5 * 7 + 2 * 3) + 2 * 2 + 2 * 3
     main = [key for key in planned if key[2] in (*latent.MAIN, "full-precision")]
     assert planned[: len(main)] == main
     assert [key[3] for key in main] == sorted(key[3] for key in main)
