@@ -135,7 +135,6 @@ class MethodSpec(Shown):
             ("loss", self.loss, (BEST_LOSS, *CHOOSING)),
             ("rounding", self.rounding, ROUNDINGS),
             ("act_scales", self.act_scales, ACT_SCALES),
-            ("act_scales", self.act_scales, ACT_SCALES),
         ):
             if value not in known:
                 raise UnknownNameError(what, value, known, f"(method {self.name!r})")

@@ -68,9 +68,10 @@ class Task:
             self.format,
             act_bits=self.widest_input,
             activation_steps=self.activation_steps,
+            token_scales=self.token_scales,
         )
         inputs = {n: a for n, a in self.inputs(self.widest_input).items() if a != FULL_PRECISION}
-        return replace(base, weights={**base.weights, **widths}, activations=inputs, token_scales=self.token_scales)
+        return replace(base, weights={**base.weights, **widths}, activations=inputs)
 
     def cost(self, budget: Budget, bit_map: BitMap) -> int:
         """What a whole map costs under a budget."""
