@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 PUBLIC = $(patsubst mpqsearch/%,mpqsearch.%,$(patsubst %/__init__.py,%,$(wildcard mpqsearch/*/__init__.py)) \
 	$(patsubst %.py,%,$(filter-out mpqsearch/_%,$(wildcard mpqsearch/*.py))))
 
+# Every process of the tests would compile the libraries again, 13 seconds each
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test suite test-all test-gpu test-oldest fuzz kill lint types contracts benchmark reference clean
 
 quickstart: $(RUNTIME)
@@ -17,7 +20,9 @@ WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 test: $(INSTALLED) lint contracts
 	$(MAKE) --no-print-directory --jobs 2 types suite  # mypy has one thread, and the tests wait for processes anyway
 
+# The libraries are compiled once, and not by all workers at the same time
 suite: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python -c "from tests.e2e.forked import preload; preload()"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # Everything that `make test` takes a sample of, such as all denoiser classes of diffusers

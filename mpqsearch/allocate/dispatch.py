@@ -17,27 +17,24 @@ from mpqsearch.allocate.tables import Tables, plain_tables
 from mpqsearch.errors import ConfigError, InfeasibleBudgetError, SolverError
 
 
-def solve(problem: AllocationProblem, *, solver: str = "auto", gap_tolerance: float = 0.0) -> AllocationResult:
+def solve(problem: AllocationProblem, *, solver: str = "auto") -> AllocationResult:
     """Best admissible choice of ``problem``.
 
     One budget with ``allowed`` and ``groups`` goes to the exact core, at any size. Several budgets and
-    limits on formats go to PuLP, with a Lagrangian bound and a heuristic around it (see ``constrained``): proofs up to
-    some thousand items, a certified gap beyond, in a minute at most. Losses of pairs go to a heuristic.
+    limits on formats go to PuLP, with a Lagrangian bound and a heuristic around it (see ``constrained``): proofs for
+    some hundred items, a certified gap beyond, in a minute at most. Losses of pairs go to a heuristic.
 
     Args:
         problem: What to solve.
         solver: ``auto``, ``core`` (the exact core, one budget only), ``highs``, ``cbc`` or the name of any other PuLP
             solver.
-        gap_tolerance: Stop when the relative gap is certified to be at most this; 0 asks for a proof of optimality.
 
     Raises:
         InfeasibleBudgetError: Nothing fits; the message names the constraint and its smallest attainable value.
         UnknownNameError: There is no such solver.
-        ConfigError: The solver cannot take this kind of problem, or an argument is out of range.
+        ConfigError: The solver cannot take this kind of problem.
         SolverError: A solver failed or found nothing in its time.
     """
-    if not 0 <= gap_tolerance < 1:
-        raise ConfigError(f"gap_tolerance must be in [0, 1), got {gap_tolerance}.")
     if solver not in ("auto", "core"):
         ilp.make_solver(solver)  # an unknown name is refused before any work
     if problem.pairwise is not None and (problem.constrained or solver not in ("auto", "core")):
@@ -45,29 +42,29 @@ def solve(problem: AllocationProblem, *, solver: str = "auto", gap_tolerance: fl
     if solver == "core" and problem.constrained:
         raise ConfigError("solver 'core' takes one budget and no limit on formats. Use solver='auto'.")
     try:
-        return _solve(problem, solver, gap_tolerance)
+        return _solve(problem, solver)
     except NothingFoundError as error:
         raise _nothing_fits(problem, error.impossible) from error
 
 
-def _solve(problem: AllocationProblem, solver: str, gap_tolerance: float) -> AllocationResult:
+def _solve(problem: AllocationProblem, solver: str) -> AllocationResult:
     started = time.perf_counter()
     tables = plain_tables(problem)
     infeasible.check_groups(problem, tables)
     infeasible.check_budgets(problem, tables)
-    answer = _answer(problem, tables, solver, gap_tolerance)
+    answer = _answer(problem, tables, solver)
     return _checked(problem, tables, answer, time.perf_counter() - started)
 
 
-def _answer(problem: AllocationProblem, tables: Tables, solver: str, gap_tolerance: float) -> Answer:
+def _answer(problem: AllocationProblem, tables: Tables, solver: str) -> Answer:
     if not problem.n_items:
         nothing, zeros = np.empty(0, dtype=np.int32), (0.0,) * len(problem.budgets)
         return Answer(choice=nothing, proof="bound", floor=0.0, dual_bound=0.0, multipliers=zeros, solver="core")
     if problem.pairwise is not None:
         return solve_pairwise(problem.pairwise, tables)
     if problem.constrained or solver not in ("auto", "core"):
-        return solve_constrained(problem, tables, solver, gap_tolerance)
-    solved = mckp.solve_table(tables.loss, tables.costs[0], tables.limits[0], gap_tolerance=gap_tolerance)
+        return solve_constrained(problem, tables, solver)
+    solved = mckp.solve_table(tables.loss, tables.costs[0], tables.limits[0])
     met = solved.loss - solved.dual_bound <= mckp.ROUNDING * abs(solved.loss)
     return Answer(
         choice=solved.choice,
@@ -125,7 +122,7 @@ def _smallest_under_others(problem: AllocationProblem, budget: CostBudget) -> in
     unlimited = CostBudget(name="nothing", cost=np.zeros_like(budget.cost), limit=0)
     try:
         asked = replace(problem, loss=budget.cost.astype(np.float64), budgets=others or (unlimited,))
-        least = _solve(asked, "auto", 0.0)
+        least = _solve(asked, "auto")
     except (InfeasibleBudgetError, NothingFoundError):
         return -1
     total = int(budget.cost[np.arange(problem.n_items), least.choice].sum(dtype=np.int64))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -210,24 +209,16 @@ def numbers(run: Path) -> list[tuple[str, str, str]]:
 
 
 def test_interrupted_the_same_command_continues(study: Path, tmp_path: Path, cli: Cli, straight: Path) -> None:
-    """In a new process, as from a shell; `test_kill` interrupts a smaller study at random points."""
+    """While it evaluates; `test_kill` interrupts a smaller study at random points."""
     one_layer_at_a_time(study)
-    started = subprocess.Popen(
-        [sys.executable, "-m", "mpqsearch.cli", "run", str(study), "--run-dir", "r"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell that runs the tests in the background hands down an ignored SIGINT; a person at a terminal does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    said = tmp_path / "err"
+    started = forked.start(["run", str(study), "--run-dir", "r"], tmp_path, tmp_path / "out", said)
     deadline = time.monotonic() + 200
     metrics = tmp_path / "r/metrics"
-    while not list(metrics.glob("[!.]*.json")) and started.poll() is None and time.monotonic() < deadline:
+    while not list(metrics.glob("[!.]*.json")) and started.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
-    started.send_signal(signal.SIGINT)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode == 130, errors
+    assert forked.stop(started, signal.SIGINT) == 130, said.read_text()
+    errors = said.read_text()
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "r/report.html").exists()

@@ -120,7 +120,7 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     quantized = 'allocator = "uniform"\nact_bits = 4\nact_scales = "timestep"'
     study.write_text(study.read_text().replace('allocator = "uniform"', quantized))
     call = ["distill", "-c", str(study), "-o", "r", "--method", "uniform", "--budget", "uniform:3", *SMALL]
-    call += ["--set", "distill.steps=60"]
+    call += ["--set", "distill.steps=24"]
     said = profiled.parent / "err"
     process = forked.start(call, profiled.parent, profiled.parent / "out", said)
     log = profiled / "distilled/uniform@uniform-3/train.jsonl"
@@ -134,10 +134,10 @@ def test_a_terminated_training_continues_with_the_same_command(cli: Cli, study: 
     assert forked.stop(process, signal.SIGTERM) == 128 + signal.SIGTERM, said.read_text()
     assert "The same command continues" in said.read_text()
     before = len(log.read_text().splitlines())
-    assert 3 <= before < 60
+    assert 3 <= before < 24
     done = cli(*call)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 25))
     learned = json.loads((log.parent / "activations.json").read_text())["data"]
     assert len(learned["timesteps"]) == 3  # the steps of the study's sampler
     assert all(len(entry["scale"]) == 3 for entry in learned["layers"].values())

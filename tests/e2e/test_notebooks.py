@@ -12,8 +12,16 @@ from tests.e2e import forked
 SIZE = 400_000
 """Bytes of the outputs of a notebook."""
 
-SMALLER = {"steps=6": "steps=2", "steps=24": "steps=4", "range(16)": "range(4)", "range(6)": "range(2)"}
-"""Steps and samples of a run of the tests; what a notebook shows was made with its own."""
+SMALLER = {
+    "steps=6": "steps=2",
+    "steps=24": "steps=4",
+    "range(16)": "range(4)",
+    "range(6)": "range(2)",
+    "widths=(1, 2, 3, 4, 6, 8)": "widths=(2, 4)",
+    "widths=(1, 2, 3, 4)": "widths=(2, 4)",
+    '("uniform:2", "uniform:3", "uniform:4")': '("uniform:2", "uniform:4")',
+}
+"""Steps, samples, widths and budgets of a run of the tests; what a notebook shows was made with its own."""
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 

@@ -1,4 +1,4 @@
-"""A worker process of the tests, without a model: a_worker.py STORAGE FOLDER INDEX TRIALS PAUSE_S HEARTBEAT_S."""
+"""A worker process of the tests, without a model: STORAGE FOLDER INDEX TRIALS PAUSE_S HEARTBEAT_S."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from mpqsearch.search.storage import open_storage
 from mpqsearch.search.study import Plan, open_study, work
-from tests.unit.search.conftest import objective
+from tests.support.searches import objective
 
 STUDY = "shared"
 SPACE = {"exponent": [0.5, 2.0], "low_bits": [-1.0, 1.0], "depth": [-2.0, 2.0]}
 
-if __name__ == "__main__":
+
+def main() -> None:
     where, folder, index, trials, pause_s, heartbeat_s = sys.argv[1:]
     o = objective(SPACE, Path(folder) / "cache", float(pause_s))
     plan = Plan(name=STUDY, trials=int(trials), sampler="random", pruner="none", context=o.context)

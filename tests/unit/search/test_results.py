@@ -26,7 +26,7 @@ from mpqsearch.search.results import (
 )
 from mpqsearch.search.study import Plan, finished_trials, open_study, work
 from mpqsearch.search.surrogate import Candidate
-from tests.unit.search.conftest import objective
+from tests.support.searches import objective
 
 Finished = tuple[Objective, optuna.Study]
 
