@@ -30,7 +30,7 @@ def import_(
         str, typer.Option("--name", help="Name of the map in the run folder (default: that of the file).")
     ] = "",
     scheme: Annotated[
-        str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric or auto.")
+        str, typer.Option("--scheme", help="What the widths mean here: asymmetric, symmetric, auto or ternary.")
     ] = "asymmetric",
     model: options.Model = None,
     prompts: options.Prompts = None,

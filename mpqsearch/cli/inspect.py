@@ -80,11 +80,12 @@ def _show_bit_map(file: Path, _schema: str) -> None:
     print(f"bit map {bit_map.digest[:12]} for the model {bit_map.model_digest[:12]}, widths by {bit_map.granularity}")
     print(bit_map.summary())
     # A layer of one width counts as one entry of the map, as it is written.
-    counts = Counter(bits for widths in bit_map.weights.values() for bits in widths.reshape(-1).tolist())
+    widths = [bit_map.code_widths(name) for name in bit_map.weights]
+    counts = Counter(bits for layer in widths for bits in layer.reshape(-1).tolist())
     unit = "channels, or whole layers" if bit_map.granularity == "channel" else "layers"
-    rows = [{"bits": bits, unit: n, "": bar(n / counts.total())} for bits, n in sorted(counts.items())]
+    rows = [{"bits": f"{bits:g}", unit: n, "": bar(n / counts.total())} for bits, n in sorted(counts.items())]
     print_table("widths", rows)
-    means = [float(w.mean()) for w in bit_map.weights.values()]
+    means = [float(layer.mean()) for layer in widths]
     print(f"mean bits over depth: {spark(means, 1, 8)}")
 
 

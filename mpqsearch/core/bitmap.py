@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core.formats import FULL_PRECISION, QuantFormat, check_width
+from mpqsearch.core.formats import FULL_PRECISION, TERNARY_WIDTH, TRITS, QuantFormat, check_width
 from mpqsearch.core.layers import LayerTable
 from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ArtifactError, ConfigError, LayerMismatchError
@@ -65,6 +65,11 @@ class BitMap(Shown):
         """The widths of one layer as a vector of length ``n_channels``."""
         widths = self.weights[name]
         return widths if widths.ndim else np.full(n_channels, widths, dtype=np.uint8)
+
+    def code_widths(self, name: str) -> NDArray[np.float64]:
+        """The widths of one layer as codes are stored, of the same shape: 1.6 where 2 bits stand for three levels."""
+        widths, fmt = self.weights[name].astype(np.float64), self.format_of(name)
+        return np.where(widths == TERNARY_WIDTH, 8 / TRITS, widths) if fmt.ternary else widths
 
     def only(self, names: Collection[str]) -> BitMap:
         """The widths of some layers."""
@@ -122,7 +127,7 @@ class BitMap(Shown):
 
     def summary(self) -> str:
         """The map in a few lines: neighbours with the same last name and the same widths are folded."""
-        rows = [(*name.rpartition(".")[::2], _spell(w)) for name, w in self.weights.items()]
+        rows = [(*name.rpartition(".")[::2], _spell(self.code_widths(name))) for name in self.weights]
         lines = []
         for (stem, widths), group in groupby(rows, key=lambda r: (r[0], r[2])):
             last = [r[1] for r in group]
@@ -132,7 +137,7 @@ class BitMap(Shown):
 
     def facts(self) -> dict[str, Any]:
         """Number of layers, granularity, how often each width occurs, the format."""
-        entries = Counter(bits for widths in self.weights.values() for bits in widths.reshape(-1).tolist())
+        entries = Counter(bits for name in self.weights for bits in self.code_widths(name).reshape(-1).tolist())
         counted = ", ".join(f"{n} x {_bits(bits)}" for bits, n in sorted(entries.items()))
         unit = "channels or whole layers" if self.granularity == "channel" else "layers"
         rest = f", inputs of {len(self.activations)} layers quantized" if self.activations else ""
@@ -145,14 +150,14 @@ class BitMap(Shown):
         }
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer: ``layer``, ``mean_bits``, ``min_bits``, ``max_bits``, ``mixed``, ``activation_bits``
-        (None: full precision), ``scheme``."""
+        """One row a layer: ``layer``, ``mean_bits`` (of stored codes), ``min_bits``, ``max_bits`` (widths), ``mixed``,
+        ``activation_bits`` (None: full precision), ``scheme``."""
         import pandas as pd
 
         rows = [
             {
                 "layer": name,
-                "mean_bits": float(widths.mean()),
+                "mean_bits": float(self.code_widths(name).mean()),
                 "min_bits": int(widths.min()),
                 "max_bits": int(widths.max()),
                 "mixed": bool(widths.ndim),
@@ -287,12 +292,12 @@ def run_lengths(widths: Widths) -> list[list[int]]:
     return [[width, end - start] for width, start, end in zip(widths[starts].tolist(), starts, ends, strict=True)]
 
 
-def _bits(bits: int) -> str:
-    return "full precision" if bits == FULL_PRECISION else f"{bits} bit{'s' * (bits > 1)}"
+def _bits(bits: float) -> str:
+    return "full precision" if bits == FULL_PRECISION else f"{bits:g} bit{'s' * (bits > 1)}"
 
 
-def _spell(widths: Widths) -> str:
+def _spell(widths: NDArray[np.float64]) -> str:
     if widths.ndim == 0:
-        return _bits(int(widths))
+        return _bits(float(widths))
     counts = Counter(widths.tolist())
-    return " ".join(f"{b}b x{c}" for b, c in sorted(counts.items()))
+    return " ".join(f"{b:g}b x{c}" for b, c in sorted(counts.items()))

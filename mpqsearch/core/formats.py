@@ -21,7 +21,13 @@ SCALE_BITS = 16
 """Bits that a stored scale takes: half precision with one shared exponent a layer, which the fake quantization rounds
 to."""
 
-SCHEMES = ("asymmetric", "symmetric", "auto")
+SCHEMES = ("asymmetric", "symmetric", "auto", "ternary")
+TERNARY_WIDTH = 2
+"""The width that stands for three levels in the scheme ``ternary``."""
+
+TRITS = 5
+"""Codes of three levels in a byte: ``3**5 <= 2**8``."""
+
 CRITERIA = ("lp", "minmax")
 ACT_SCALES = ("token", "timestep", "layer")
 """What shares a scale of quantized inputs."""
@@ -34,12 +40,13 @@ GROUPS = (0, 16, 32, 64, 128)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantFormat:
     """How the weights of an output channel become integer codes: ``w ~ scale * (code - zero)``, ``code`` in
-    ``[0, 2**bits - 1]``.
+    ``[0, 2**bits - 1]``, or in ``[0, 2]`` at `three_levels`.
 
     scheme
         ``asymmetric``: integer zero point, the quantizer of MPQ-DM. ``symmetric``: zero fixed at ``(2**bits - 1) / 2``,
         so the levels lie symmetrically around 0 without containing it (``{-a, +a}`` at one bit). ``auto``: the one of
-        the two with the smaller squared error, channel by channel.
+        the two with the smaller squared error, channel by channel. ``ternary``: as ``symmetric``, but that 2 bits stand
+        for three levels ``{-a, 0, +a}``, which are stored five a byte.
     criterion
         Range search: ``lp`` minimises ``sum |w - w_q|**p`` (``p = 2.4`` as in the code of MPQ-DM; 2: the squared error)
         over ``n_candidates`` shrink factors ``1 - 0.8 i / n`` ... of the channel's range; ``minmax`` takes the full
@@ -90,6 +97,15 @@ class QuantFormat:
         """What profiles call the errors of this format, as in ``auto``, ``auto+g64`` or ``asymmetric+smooth``."""
         return format_name(self.scheme, smooth=self.smooth, group=self.group)
 
+    @property
+    def ternary(self) -> bool:
+        """Whether 2 bits stand for three levels."""
+        return self.scheme == "ternary"
+
+    def three_levels(self, bits: int) -> bool:
+        """Whether a width stands for the codes 0, 1 and 2 with the zero at 1."""
+        return self.ternary and bits == TERNARY_WIDTH
+
     def group_of(self, fan_in: int) -> int:
         """Inputs that share a scale in a channel of ``fan_in`` inputs: the largest divisor up to ``group``; all of them
         where that is below 16, the smallest group whose scale does not cost more than it gives."""
@@ -107,7 +123,7 @@ class QuantFormat:
 
         ``auto`` costs no more than ``asymmetric``: the sign bit of the (positive) scale says which scheme it is.
         """
-        return 0 if self.scheme == "symmetric" else bits
+        return 0 if self.scheme in ("symmetric", "ternary") else bits
 
     def to_data(self) -> dict[str, Any]:
         """As plain JSON data. Alpha, rounding and group are left out at their defaults, so that older maps keep their

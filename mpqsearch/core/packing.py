@@ -1,4 +1,5 @@
-"""Integer codes of 1 to 8 bits as a dense little-endian bit stream, and back. numpy only.
+"""Integer codes of 1 to 8 bits as a dense little-endian bit stream, and back; codes of three levels five a byte. numpy
+only.
 
 Eight codes take a whole number of bytes and fit one 64-bit word.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.core.formats import WIDTHS
+from mpqsearch.core.formats import TRITS, WIDTHS
 from mpqsearch.errors import ConfigError
 
 Bytes = NDArray[np.uint8]
@@ -53,6 +54,29 @@ def unpack_bits(data: Bytes, bits: int, n_codes: int) -> Bytes:
     for place in range(8):
         codes[:, place] = (words >> np.uint64(place * bits)) & mask
     return codes.reshape(-1)[:n_codes]
+
+
+def pack_trits(codes: Bytes) -> Bytes:
+    """Rows of codes 0, 1 and 2 (uint8 ``[C, D]``), five a byte, the first the lowest digit base 3; each row begins with
+    a new byte: ``uint8 [C, ceil(D / 5)]``. Raises `ConfigError` for a code above 2."""
+    if codes.size and int(codes.max()) > 2:
+        raise ConfigError(f"a code of {int(codes.max())} is none of three levels")
+    padded = np.zeros((len(codes), -(-codes.shape[1] // TRITS) * TRITS), dtype=np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    packed: Bytes = (padded.reshape(len(codes), -1, TRITS) * _DIGITS).sum(2, dtype=np.uint8)
+    return packed
+
+
+def unpack_trits(data: Bytes, n_codes: int) -> Bytes:
+    """Back from `pack_trits`: ``uint8 [C, n_codes]`` of rows ``[C, ceil(n_codes / 5)]``. Raises `ConfigError` for a
+    byte that stands for no five codes."""
+    if data.size and int(data.max()) >= 3**TRITS:
+        raise ConfigError(f"a byte of {int(data.max())} holds no five codes of three levels: the file is damaged")
+    digits: Bytes = data[:, :, None] // _DIGITS % np.uint8(3)
+    return digits.reshape(len(data), -1)[:, :n_codes]
+
+
+_DIGITS = (3 ** np.arange(TRITS)).astype(np.uint8)
 
 
 def _check(bits: int) -> None:

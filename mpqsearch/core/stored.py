@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.core.bitmap import BitMap
-from mpqsearch.core.formats import FULL_PRECISION, SCALE_BITS, QuantFormat
+from mpqsearch.core.formats import FULL_PRECISION, SCALE_BITS, TRITS, QuantFormat
 from mpqsearch.core.layers import LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 
@@ -42,12 +42,18 @@ class StoredBits:
         return self.payload + self.metadata + self.unquantized
 
 
+def code_bits(n_codes: int, bits: int, fmt: QuantFormat) -> int:
+    """Stored bits of the codes of one output channel. Those of three levels lie five a byte, and each channel begins
+    with a new one."""
+    return 8 * -(-n_codes // TRITS) if fmt.three_levels(bits) else n_codes * bits
+
+
 def channel_bits(layer: LayerSpec, bits: int, fmt: QuantFormat) -> int:
     """Stored bits of one output channel at a width: its codes, scales and zero points, without a tag."""
     if bits == FULL_PRECISION:
         return layer.weights_per_channel * bits
     scales = fmt.scales_of(layer.weights_per_channel)
-    return layer.weights_per_channel * bits + scales * (SCALE_BITS + fmt.zero_point_bits(bits))
+    return code_bits(layer.weights_per_channel, bits, fmt) + scales * (SCALE_BITS + fmt.zero_point_bits(bits))
 
 
 def fixed_bits(layer: LayerSpec, fmt: QuantFormat) -> int:
@@ -69,7 +75,7 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
         return unquantized_bits(layer, FULL_PRECISION)
     counts = [0] * int(widths) + [layer.n_channels] if widths.ndim == 0 else np.bincount(widths).tolist()
     channels = sum(n * channel_bits(layer, bits, fmt) for bits, n in enumerate(counts))
-    payload = layer.weights_per_channel * sum(n * bits for bits, n in enumerate(counts))
+    payload = sum(n * code_bits(layer.weights_per_channel, bits, fmt) for bits, n in enumerate(counts))
     tags = TAG_BITS * layer.n_channels if widths.ndim else 0
     return StoredBits(payload=payload, metadata=channels - payload + tags + fixed_bits(layer, fmt))
 

@@ -29,7 +29,7 @@ from mpqsearch.export.reading import bits_of
 from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporter
 from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
-from mpqsearch.quant import QuantizedRows, RowQuantizer, quantize_weight, rows_of, weight_of
+from mpqsearch.quant import QuantizedRows, quantize_weight, rows_of, weight_of
 from mpqsearch.quant.apply import bias_shift, check_moments
 from mpqsearch.sources import read_config
 
@@ -217,7 +217,7 @@ def on_cpu(rows: QuantizedRows) -> QuantizedRows:
         return None if part is None else part.detach().cpu()
 
     q = rows.quantizer
-    quantizer = RowQuantizer(scale=q.scale.detach().cpu(), zero=q.zero.detach().cpu(), bits=q.bits.cpu())
+    quantizer = replace(q, scale=q.scale.detach().cpu(), zero=q.zero.detach().cpu(), bits=q.bits.cpu())
     return QuantizedRows(
         codes=rows.codes.cpu(), quantizer=quantizer, factor=moved(rows.factor), full_rows=moved(rows.full_rows)
     )

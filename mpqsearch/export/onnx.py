@@ -5,7 +5,7 @@ with a scale and a zero point a row, and ``Concat`` and ``Gather`` put the rows 
 1.23 and ONNX Runtime 1.31:
 
 - Our codes, scales and zero points are kept in every scheme: what runs is the fake-quantized model. 1 bit lies in a
-  2-bit container, 3 bits in 4, 5 to 7 bits in 8; the stored size says so.
+  2-bit container, as three levels do, 3 bits in 4, 5 to 7 bits in 8; the stored size says so.
 - The order of the rows costs 64 bits a row of a mixed layer whose rows are not sorted by width already.
 - Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need
   opset 25.

@@ -1,5 +1,5 @@
-"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by output channel, and back into a diffusers model,
-bit for bit.
+"""Our own packed checkpoint: codes of 1 to 8 bits densely packed by output channel, those of three levels five a byte,
+and back into a diffusers model, bit for bit.
 
 ``packed.safetensors`` holds, for every quantized layer, one tensor of codes as bit streams (one for each width, the
 channels of that width in order) and zero points likewise, one of half-precision scales with their exponent, one of
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from mpqsearch.artifacts import digest_file, read_json, read_tensors, save_bit_map, write_json
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, QuantFormat, StoredBits, stored_total
-from mpqsearch.core.formats import WIDTHS
-from mpqsearch.core.packing import pack_bits, packed_size, unpack_bits
+from mpqsearch.core.formats import TERNARY_WIDTH, TRITS, WIDTHS
+from mpqsearch.core.packing import pack_bits, pack_trits, packed_size, unpack_bits, unpack_trits
+from mpqsearch.core.stored import code_bits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.plan import plan_channels
@@ -44,6 +45,9 @@ _METADATA = {"format": "mpqsearch.packed"}
 
 TAG_BITS = 4
 """The width of each channel in a layer whose channels differ; 0 stands for full precision."""
+
+THREE_LEVELS = 9
+"""What stands in the place of the width of channels with codes 0, 1 and 2."""
 
 Arrays = dict[str, NDArray[Any]]
 Tensors: TypeAlias = "dict[str, Tensor]"
@@ -135,7 +139,8 @@ class PackedTarget(Target):
         with safe_open(folder / FILE, framework="np") as stored:
             for name, mark, part in (k.partition(_MARK) for k in stored.keys()):  # noqa: SIM118 - not a mapping
                 if part in ("bits", "tags"):
-                    widths[name] = int(stored.get_tensor(f"{name}{mark}bits")[0]) if part == "bits" else None
+                    tag = stored.get_tensor(f"{name}{mark}{part}")
+                    widths[name] = int(widths_of({part: tag}, 1)[0][0]) if part == "bits" else None
         return {"widths": widths, **forward_errors(folder, load_quantized(folder)), **self.sizes(folder)}
 
     def weights(self, folder: Path) -> Mapping[str, Tensor]:
@@ -149,9 +154,9 @@ def layer_bits(layer: LayerSpec, widths: NDArray[np.uint8], fmt: QuantFormat) ->
     counts = {int(w): int((widths == w).sum()) for w in np.unique(widths)}
     tags = 8 if len(counts) == 1 else 8 * packed_size(n, TAG_BITS)
     full = counts.pop(FULL_PRECISION, 0)
-    codes = sum(8 * packed_size(count * fan_in, width) for width, count in counts.items())
+    codes = sum(-(-count * code_bits(fan_in, width, fmt) // 8) * 8 for width, count in counts.items())
     per_row = fmt.scales_of(fan_in)
-    zeros = 0 if fmt.scheme == "symmetric" else sum(8 * packed_size(k * per_row, width) for width, k in counts.items())
+    zeros = sum(8 * packed_size(k * per_row, width) for width, k in counts.items() if fmt.zero_point_bits(width))
     factors = 32 * layer.groups * fan_in if fmt.smooth else 0
     return StoredBits(
         payload=codes, metadata=tags + 16 * (n * per_row + 1) + zeros + factors, unquantized=16 * full * fan_in
@@ -173,7 +178,8 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     quantized.
 
     ``scale`` ends with the logarithm of the exponent, base 2. A negative scale says that the zero point is the middle
-    of the codes, as in the symmetric scheme; others are stored in as many bits as a code, in ``codes`` after all codes.
+    of the codes, as in the symmetric scheme and at three levels; others are stored in as many bits as a code, in
+    ``codes`` after all codes.
     """
     import torch
 
@@ -181,13 +187,17 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
         x.cpu().numpy() for x in (rows.quantizer.bits, rows.codes, rows.quantizer.scale, rows.quantizer.zero)
     )
     quantized, per_row = bits != FULL_PRECISION, rows.quantizer.groups
-    middle = np.repeat(quantized, per_row) & (zero != np.rint(zero))
+    three = rows.quantizer.three_levels.cpu().numpy()
+    middle = np.repeat(quantized, per_row) & ((zero != np.rint(zero)) | np.repeat(three, per_row))
     power = float(np.floor(np.log2(scale.max()))) - 15 if len(scale) else 0.0
     half = (scale / np.float32(2.0**power)).astype(np.float16)
     if not np.array_equal(half.astype(np.float32) * np.float32(2.0**power), scale):
         half, power = scale, 0.0  # scales of another origin: single precision, still exact
     widths = [int(w) for w in np.unique(bits[quantized])]
-    streams = [pack_bits(codes[bits == width], width) for width in widths]
+    streams = [
+        pack_trits(codes[own]).reshape(-1) if three[own].all() else pack_bits(codes[own], width)
+        for own, width in ((bits == width, width) for width in widths)
+    ]
     for width in widths:
         own = np.repeat(bits == width, per_row)
         if not middle[own].all():
@@ -196,10 +206,11 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
         "scale": np.append(np.where(middle, -half, half), half.dtype.type(power)),
         "codes": np.concatenate([np.zeros(0, dtype=np.uint8), *streams]),
     }
+    tags = np.where(three, THREE_LEVELS, bits).astype(np.uint8)
     if bool((bits == bits[0]).all()):
-        arrays["bits"] = bits[:1]
+        arrays["bits"] = tags[:1]
     else:
-        arrays["tags"] = pack_bits(np.where(quantized, bits, 0), TAG_BITS)
+        arrays["tags"] = pack_bits(np.where(quantized, tags, 0), TAG_BITS)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     if rows.factor is not None:
         tensors["factor"] = rows.factor.cpu()
@@ -208,12 +219,12 @@ def pack_layer(rows: QuantizedRows) -> Tensors:
     return tensors
 
 
-def widths_of(part: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.uint8]:
-    """The width of each of ``n`` channels, from the tensors of `pack_layer`."""
-    if "bits" in part:
-        return np.repeat(part["bits"].astype(np.uint8), n)
-    tags = unpack_bits(part["tags"], TAG_BITS, n)
-    return np.where(tags == 0, FULL_PRECISION, tags).astype(np.uint8)
+def widths_of(part: Mapping[str, NDArray[Any]], n: int) -> tuple[NDArray[np.uint8], bool]:
+    """The width of each of ``n`` channels, from the tensors of `pack_layer`, and whether 2 bits are three levels."""
+    tags = np.repeat(part["bits"].astype(np.uint8), n) if "bits" in part else unpack_bits(part["tags"], TAG_BITS, n)
+    three = tags == THREE_LEVELS
+    widths = np.where(three, TERNARY_WIDTH, np.where(tags == 0, FULL_PRECISION, tags))
+    return widths.astype(np.uint8), bool(three.any())
 
 
 def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
@@ -230,7 +241,7 @@ def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
     part: Arrays = {k: t.numpy() for k, t in tensors.items() if k not in _FLOATS}
     if "codes" not in part:
         raise ConfigError(f"layer {layer.name!r} has no codes: packed files of earlier versions must be written again")
-    bits, stream, read = widths_of(part, n), part["codes"], 0
+    (bits, ternary), stream, read = widths_of(part, n), part["codes"], 0
     stored = part["scale"][:-1].astype(np.float32) * np.float32(2.0 ** float(part["scale"][-1]))
     per_row, middle = stored.size // n, np.signbit(stored)
     if stored.shape != (n * per_row,) or not per_row or fan_in % per_row:
@@ -238,24 +249,35 @@ def unpack_layer(tensors: Mapping[str, Tensor], layer: LayerSpec) -> Tensor:
             f"layer {layer.name!r}: {n} scales, or as many for each group, are needed, got {stored.shape}"
         )
 
-    def take(count: int, width: int) -> NDArray[np.uint8]:
+    def bytes_of(size: int) -> NDArray[np.uint8]:
         nonlocal read
-        begin, read = read, read + packed_size(count, width)
-        return unpack_bits(stream[begin:read], width, count)
+        begin, read = read, read + size
+        if read > stream.size:
+            raise ConfigError(f"layer {layer.name!r}: its codes end after {stream.size} bytes, {read} are needed")
+        return stream[begin:read]
+
+    def codes_of(count: int, width: int) -> NDArray[np.uint8]:
+        if ternary and width == TERNARY_WIDTH:
+            in_row = -(-fan_in // TRITS)
+            return unpack_trits(bytes_of(count * in_row).reshape(count, in_row), fan_in)
+        return unpack_bits(bytes_of(packed_size(count * fan_in, width)), width, count * fan_in).reshape(-1, fan_in)
 
     codes, zero = np.zeros((n, fan_in), dtype=np.uint8), np.zeros(n * per_row, dtype=np.float32)
     widths = [int(w) for w in np.unique(bits[bits != FULL_PRECISION])]
     for width in widths:
         own = bits == width
-        codes[own] = take(int(own.sum()) * fan_in, width).reshape(-1, fan_in)
+        codes[own] = codes_of(int(own.sum()), width)
     for width in widths:
         own = np.repeat(bits == width, per_row)
         if not middle[own].all():
-            zero[own] = take(int(own.sum()), width)
-    zero[middle] = (2.0 ** np.repeat(bits, per_row)[middle].astype(np.float32) - 1) / 2
+            zero[own] = unpack_bits(bytes_of(packed_size(int(own.sum()), width)), width, int(own.sum()))
     quantizer = RowQuantizer(
-        scale=torch.from_numpy(np.abs(stored)), zero=torch.from_numpy(zero), bits=torch.from_numpy(bits)
+        scale=torch.from_numpy(np.abs(stored)),
+        zero=torch.from_numpy(zero),
+        bits=torch.from_numpy(bits),
+        ternary=ternary,
     )
+    quantizer.zero[middle] = quantizer.top[middle] / 2
     factor, full = (tensors[k].float() if k in tensors else None for k in _FLOATS)
     return QuantizedRows(codes=torch.from_numpy(codes), quantizer=quantizer, factor=factor, full_rows=full).rows()
 

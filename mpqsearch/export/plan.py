@@ -25,7 +25,7 @@ def plan_layers(job: ExportJob, target: Target) -> list[PlanEntry]:
     A layer that ``job.choices`` names gets that format, with the reason ``resolved`` where the map asks for another
     width; `mpqsearch.export.allocation.allocate_for` gives such choices. Any other gets the next width up that the
     target has, full precision above the widest; a layer whose channels differ stands for its mean width. A map that the
-    target can hold comes back unchanged.
+    target can hold comes back unchanged; three levels (the scheme ``ternary``) are not held by any of these targets.
     """
     unknown = sorted(set(job.choices) - set(job.table.by_name))
     if unknown:
@@ -69,6 +69,7 @@ def _entry_of(layer: LayerSpec, job: ExportJob, target: Target) -> PlanEntry:
     choices, name = target.choices(layer), target.name
     asked = job.bit_map.channel_widths(layer.name, layer.n_channels)
     low, high, mean = int(asked.min()), int(asked.max()), float(asked.mean())
+    three = job.bit_map.format_of(layer.name).three_levels(low) and low == high
     picked = job.choices.get(layer.name)
     if low == FULL_PRECISION and picked in (None, FULL):
         return _entry(layer, job, None, "kept_full_precision", "the map asks for full precision.")
@@ -83,7 +84,7 @@ def _entry_of(layer: LayerSpec, job: ExportJob, target: Target) -> PlanEntry:
         if picked not in (*named, FULL):
             raise UnknownNameError(f"{name} format of {layer.name!r}", picked, (*named, FULL))
         choice = named.get(picked)
-        if choice is not None and low == high == choice.width:
+        if choice is not None and low == high == choice.width and not three:
             return _entry(layer, job, choice, "exact", "")
         detail = f"mean width {mean:.2f}; the formats of all layers were chosen together."
         return _entry(layer, job, choice, "resolved", detail)
@@ -93,6 +94,8 @@ def _entry_of(layer: LayerSpec, job: ExportJob, target: Target) -> PlanEntry:
     got = next(w for w in widths if w >= mean - _EXACT)
     why = f"widths that {name} has here: {', '.join(map(str, widths))}."
     choice = next(c for c in choices if c.width == got)
+    if three:
+        return _entry(layer, job, choice, "rounded_up", f"{name} has no codes of three levels; {why}")
     if low == high and got == low:
         return _entry(layer, job, choice, "exact", "")
     if low != high:

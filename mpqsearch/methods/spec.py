@@ -62,7 +62,8 @@ class MethodSpec(Shown):
         What the integer program minimises: ``auto`` for the best that was measured, or one of
         `mpqsearch.methods.CHOOSING`.
     scheme
-        ``asymmetric``, ``symmetric``, or ``auto``: the better one of each channel.
+        ``asymmetric``, ``symmetric``, ``auto`` (the better one of each channel), or ``ternary``: symmetric, with three
+        levels in place of 2 bits, five codes a byte.
     bias_correction
         Take the mean output error of each channel off its bias.
     smooth

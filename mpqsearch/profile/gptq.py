@@ -95,7 +95,7 @@ def _errors(
     parts = [
         torch.stack([getattr(q, k).reshape(groups, -1) for q in fits], 1).flatten() for k in ("scale", "zero", "bits")
     ]
-    quantizer = RowQuantizer(scale=parts[0], zero=parts[1], bits=parts[2])
+    quantizer = RowQuantizer(scale=parts[0], zero=parts[1], bits=parts[2], ternary=fmt.ternary)
     covariance = moment - mean[:, :, None] * mean[:, None, :]
     stacked = wide.reshape(-1, scaled.shape[1])
     chosen, fitted = gptq_rows(stacked, quantizer, covariance if layer.has_bias else moment)

@@ -94,6 +94,7 @@ def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQua
             scale=torch.cat([q.scale for q in same]),
             zero=torch.cat([q.zero for q in same]),
             bits=torch.cat([q.bits for q in same]),
+            ternary=same[0].ternary,
         )
         for same in zip(*parts, strict=True)
     )

@@ -26,6 +26,7 @@ from mpqsearch.profile.recomputed import slices_of
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
 from mpqsearch.quant.tables import weight_error_tables
+from mpqsearch.specs.calibration import grouped
 
 
 @torch.no_grad()
@@ -42,8 +43,8 @@ def profile_weights(
     partial: Partial | None = None,
     progress: Progress = silent,
 ) -> SensitivityProfile:
-    """Kurtosis and ``weight_error/<format>`` of every channel, from the weights on disk: every scheme, and the last
-    also with ``groups`` of inputs.
+    """Kurtosis and ``weight_error/<format>`` of every channel, from the weights on disk: every scheme, and those
+    of `grouped` also with ``groups`` of inputs.
 
     The numbers are those of `profile_model` for the loaded model. A layer at a time goes to ``device`` and its results
     come back. With ``partial``, finished layers are kept and reused. ``memory_limit`` is in bytes and beside what
@@ -52,8 +53,8 @@ def profile_weights(
     naming the layer when a weight is not finite.
     """
     widths = tuple(sorted(policy.widths))
-    blocks = rows_within(model, table, len(widths), len(schemes) + len(groups), device, memory_limit)
-    formats = [(schemes, fmt), *(((schemes[-1],), replace(fmt, group=group)) for group in groups)]
+    formats = [(schemes, fmt), *((grouped(schemes), replace(fmt, group=group)) for group in groups)]
+    blocks = rows_within(model, table, len(widths), sum(len(some) for some, _ in formats), device, memory_limit)
     began, total, done = time.perf_counter(), sum(_stored_bytes(model, la) for la in table), 0
     parts: list[Arrays] = []
     for position, layer in enumerate(table):

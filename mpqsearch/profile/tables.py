@@ -26,6 +26,7 @@ from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis,
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
 from mpqsearch.specs import CalibrationSpec
+from mpqsearch.specs.calibration import grouped
 
 _SCRATCH = "scratch/"
 """How the names of arrays begin that a `Partial` keeps for a later run and that no profile holds."""
@@ -36,8 +37,8 @@ def formats_of(spec: CalibrationSpec, base: QuantFormat) -> dict[str, QuantForma
     ``asymmetric+smooth+minmax``."""
     plain = QuantFormat(criterion=base.criterion, p=base.p, n_candidates=base.n_candidates)
     formats = {scheme: replace(plain, scheme=scheme) for scheme in spec.schemes}
-    grouped = (replace(formats[final_format(spec)], group=group) for group in spec.groups)
-    formats |= {fmt.name: fmt for fmt in grouped}
+    by_group = (replace(formats[scheme], group=group) for scheme in grouped(spec.schemes) for group in spec.groups)
+    formats |= {fmt.name: fmt for fmt in by_group}
     if spec.smooth:
         for scheme in dict.fromkeys((*spec.schemes, "asymmetric")):
             formats[f"{scheme}+smooth"] = replace(plain, scheme=scheme, smooth=True)
@@ -134,7 +135,7 @@ def tables_of(
         weight: Tensor = modules[layer.name].weight
         arrays = resumed(partial, position, functools.partial(measure, layer))
         for name in plain:
-            quantizers = _unpacked(arrays, name, len(widths), weight.device)
+            quantizers = _unpacked(arrays, formats[name], len(widths), weight.device)
             scales[name][layer.name] = quantizers
             if layer.has_bias:
                 shifts[name][layer.name] = torch.from_numpy(arrays[f"{_SCRATCH}{name}/shift"]).to(weight.device)
@@ -237,8 +238,8 @@ def _packed(quantizers: Mapping[str, tuple[RowQuantizer, ...]]) -> Arrays:
     }
 
 
-def _unpacked(arrays: Arrays, name: str, n_widths: int, device: torch.device) -> tuple[RowQuantizer, ...]:
+def _unpacked(arrays: Arrays, fmt: QuantFormat, n_widths: int, device: torch.device) -> tuple[RowQuantizer, ...]:
     scale, zero, bits = (
-        torch.from_numpy(arrays[f"{_SCRATCH}{name}/{key}"]).to(device) for key in ("scale", "zero", "bits")
+        torch.from_numpy(arrays[f"{_SCRATCH}{fmt.name}/{key}"]).to(device) for key in ("scale", "zero", "bits")
     )
-    return tuple(RowQuantizer(scale=scale[w], zero=zero[w], bits=bits[w]) for w in range(n_widths))
+    return tuple(RowQuantizer(scale=scale[w], zero=zero[w], bits=bits[w], ternary=fmt.ternary) for w in range(n_widths))

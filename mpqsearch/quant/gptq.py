@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpqsearch.errors import ConfigError
-from mpqsearch.quant.rows import RowQuantizer, by_column, decode, encode, stored_scale
+from mpqsearch.quant.rows import RowQuantizer, by_column, decode, encode, stored_scale, top_code
 
 BLOCK = 64
 """Columns whose effect on the columns after them is applied at once."""
@@ -106,7 +106,7 @@ class _Rows:
         self.exact, self.moment = rows, moment
         self.scale, self.zero = (_take(x.reshape(*shape, -1), parts, 2) for x in (quantizer.scale, quantizer.zero))
         self.group = rows.shape[2] // parts.shape[1]
-        self.top = torch.exp2(quantizer.bits.clamp(max=8).float()).reshape(shape) - 1
+        self.top = top_code(quantizer.bits, ternary=quantizer.ternary).reshape(shape)
         self.full = (quantizer.bits > 8).reshape(shape)
         self.target, self.now = rows.clone(), rows.clone()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +28,7 @@ from mpqsearch.quant.activations import (
 )
 from mpqsearch.quant.apply import QuantizedModel, QuantizedRows, owners_of, quantized_layers, weight_parameter
 from mpqsearch.quant.fake import as_stored, fake_quantize
-from mpqsearch.quant.rows import RowQuantizer, by_column, encode, rows_of, top_code, weight_of
+from mpqsearch.quant.rows import RowQuantizer, by_column, encode, rows_of, weight_of
 from mpqsearch.quant.smoothing import by_row
 from mpqsearch.quant.statistics import Statistics
 
@@ -75,9 +76,8 @@ class WeightQuantizer(nn.Module):
         full = bits == FULL_PRECISION
         self.layer, self.dtype, self.any_full = layer, weight.dtype, bool(full.any())
         groups = stored.quantizer.groups
-        fixed_zero = (zero != zero.round()) | full.repeat_interleave(
-            groups
-        )  # a symmetric scheme has its zero between two codes
+        # A symmetric scheme has its zero between two codes, three levels on the middle one.
+        fixed_zero = (zero != zero.round()) | (full | stored.quantizer.three_levels).repeat_interleave(groups)
         learned, scale, factor = trainable != "none", stored.quantizer.scale, stored.factor
         scale_unit = _power_of_two(scale)
         weight_unit = scale_unit if factor is None else _power_of_two(scale / _mean_factor(factor, stored.quantizer))
@@ -91,7 +91,7 @@ class WeightQuantizer(nn.Module):
             self.register_buffer("base", rows, persistent=False)
         if trainable == "lora":
             self._add_lora(rows, rank, generator)
-        top = top_code(torch.where(full, 8, bits)).repeat_interleave(groups)
+        top, self.ternary = stored.quantizer.top, stored.quantizer.ternary
         constants = {"bits": bits, "top": top, "full": full, "fixed_zero": fixed_zero, "group_factor": factor}
         constants |= {"scale_unit": scale_unit, "weight_unit": weight_unit}
         for name, value in constants.items():
@@ -136,9 +136,10 @@ class WeightQuantizer(nn.Module):
         scale, zero = self._quantizer()
         widths = torch.where(self.full, 8, self.bits).to(torch.uint8)
         scaled = rows if self.group_factor is None else rows * by_row(self.group_factor, len(rows))
+        quantizer = RowQuantizer(scale=scale, zero=zero, bits=self.bits.clone(), ternary=self.ternary)
         return QuantizedRows(
-            codes=encode(scaled, RowQuantizer(scale=scale, zero=zero, bits=widths)),
-            quantizer=RowQuantizer(scale=scale, zero=zero, bits=self.bits.clone()),
+            codes=encode(scaled, replace(quantizer, bits=widths)),
+            quantizer=quantizer,
             factor=None if self.group_factor is None else self.group_factor.clone(),
             full_rows=rows[self.full].clone() if self.any_full else None,
         )

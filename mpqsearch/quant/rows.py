@@ -1,7 +1,8 @@
 """Quantization of rows: one output channel a row, a width for every row, all rows in one vectorised pass.
 
-Both schemes share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an
-integer in the asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the symmetric one.
+All schemes share one formula, ``w ~ scale * (code - zero)`` with ``code`` in ``[0, 2**bits - 1]``: ``zero`` is an
+integer in the asymmetric scheme (MPQ-DM, section 3.1) and ``(2**bits - 1) / 2`` in the symmetric one. The ternary one
+is the symmetric one but at 2 bits, where codes are 0, 1 and 2, and ``zero`` is 1.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
+from mpqsearch.core.formats import TERNARY_WIDTH
 from mpqsearch.errors import NumericsError
 from mpqsearch.quant.search import best_factors, blocks, square_errors
 
 ONE_BIT_RANGE = 2.5
 """Start of the range search of the one-bit symmetric scheme in root mean squares: the optimum is near 0.8 of them."""
+
+TERNARY_RANGE = 2.5
+"""Start of the range search of three levels in units of the level of least squares (`ternary_level`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +30,13 @@ class RowQuantizer:
     """Scale, zero and width of every row: float32 ``[C]``, float32 ``[C]``, uint8 ``[C]``.
 
     With groups of inputs a row has n scales and zeros, ``[C n]``, those of a row one after the other, and one width.
+    ``ternary``: 2 bits stand for three levels.
     """
 
     scale: Tensor
     zero: Tensor
     bits: Tensor
+    ternary: bool = False
 
     @property
     def groups(self) -> int:
@@ -39,12 +46,22 @@ class RowQuantizer:
     def of(self, part: slice) -> RowQuantizer:
         """The quantizer of some rows."""
         scale, zero = (x.reshape(len(self.bits), -1)[part].flatten() for x in (self.scale, self.zero))
-        return RowQuantizer(scale=scale, zero=zero, bits=self.bits[part])
+        return replace(self, scale=scale, zero=zero, bits=self.bits[part])
 
     @property
     def group_bits(self) -> Tensor:
         """The width of every scale ``[C n]``."""
         return self.bits if self.groups == 1 else self.bits.repeat_interleave(self.groups)
+
+    @property
+    def top(self) -> Tensor:
+        """The largest code of every scale, float32 ``[C n]``."""
+        return top_code(self.group_bits, ternary=self.ternary)
+
+    @property
+    def three_levels(self) -> Tensor:
+        """Whether the codes of a row are 0, 1 and 2, bool ``[C]``."""
+        return (self.bits == TERNARY_WIDTH) & self.ternary
 
 
 def by_column(values: Tensor, rows: Tensor) -> Tensor:
@@ -93,7 +110,7 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     groups = fmt.scales_of(rows.shape[1])
     if groups > 1:
         parts = fit_rows(rows.reshape(-1, rows.shape[1] // groups), widths.repeat_interleave(groups), _whole(fmt))
-        return RowQuantizer(scale=parts.scale, zero=parts.zero, bits=widths)
+        return replace(parts, bits=widths)
     moments = row_moments(rows)
     if fmt.scheme == "auto":
         asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, moments) for scheme in ("asymmetric", "symmetric"))
@@ -111,7 +128,7 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
     """Integer codes ``uint8 [C, D]`` of ``rows``."""
     parts = rows.reshape(len(quantizer.scale), -1)
-    codes, top = torch.empty(parts.shape, dtype=torch.uint8, device=rows.device), top_code(quantizer.group_bits)
+    codes, top = torch.empty(parts.shape, dtype=torch.uint8, device=rows.device), quantizer.top
     for b in blocks(parts):
         units = parts[b].float() / quantizer.scale[b, None] + quantizer.zero[b, None]
         codes[b] = units.round_().clamp_min_(0).minimum(top[b, None])
@@ -134,8 +151,8 @@ def fit_grid(
 ) -> RowQuantizer:
     """Search the range of every row at every width in one pass: scale, zero ``[C, W]`` and bits ``[W]``.
 
-    Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is ``asymmetric`` or ``symmetric``; the one of
-    ``fmt`` is not used.
+    Column ``w`` is what `fit_rows` gives at that width. ``scheme`` is any but ``auto``; the one of ``fmt`` is not
+    used.
     """
     bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
     return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, moments or row_moments(rows))
@@ -181,7 +198,8 @@ def _moments(rows: Tensor) -> tuple[Tensor, ...]:
 
 def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: RowMoments) -> RowQuantizer:
     """Quantizers of one scheme; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
-    top = top_code(bits)
+    ternary = scheme == "ternary"
+    top = top_code(bits, ternary=ternary)
     low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (moments.low, moments.high, moments.rms))
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -190,17 +208,36 @@ def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: Row
     else:
         reach = torch.maximum(-low, high).expand(bits.shape)
         reach = torch.where(bits == 1, reach.minimum(ONE_BIT_RANGE * rms), reach)
+        if ternary:
+            level = ternary_level(rows).reshape(low.shape)
+            reach = torch.where(bits == TERNARY_WIDTH, reach.minimum(TERNARY_RANGE * level), reach)
         widest = 2 * reach / top
         zero = top / 2
     dead = widest <= 0
     widest = torch.where(dead, 1.0, widest)  # an all-zero row: any scale gives zero in the asymmetric scheme
-    if scheme == "symmetric":
-        zero = torch.where(dead, 0.0, zero)  # the symmetric levels have no zero: such a row falls back to code 0 = 0.0
+    # The symmetric levels have no zero: such a row falls back to code 0 = 0.0.
+    zero = torch.where(dead & (zero != zero.round()), 0.0, zero)
     if fmt.criterion == "minmax":
-        return RowQuantizer(scale=stored_scale(widest), zero=zero, bits=bits)
+        return RowQuantizer(scale=stored_scale(widest), zero=zero, bits=bits, ternary=ternary)
     grid = [x.reshape(len(rows), -1) for x in (widest, zero, top)]
     factor = best_factors(rows, grid[0], grid[1], grid[2], fmt.n_candidates, fmt.p)
-    return RowQuantizer(scale=stored_scale(widest * factor.reshape(widest.shape)), zero=zero, bits=bits)
+    scale = stored_scale(widest * factor.reshape(widest.shape))
+    return RowQuantizer(scale=scale, zero=zero, bits=bits, ternary=ternary)
+
+
+def ternary_level(rows: Tensor) -> Tensor:
+    """The ``a`` ``[C]`` of the levels ``{-a, 0, +a}`` with the least squared error for each row ``[C, D]``.
+
+    If the k largest magnitudes are the ones that do not become 0, their mean is best, and takes ``sum**2 / k`` off the
+    error: the best of all k, exactly.
+    """
+    levels = []
+    for b in blocks(rows):
+        sums = rows[b].float().abs().sort(1, descending=True).values.cumsum(1)
+        counts = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+        best = (sums.square() / counts).argmax(1, keepdim=True)
+        levels.append((sums.gather(1, best) / (best + 1))[:, 0])
+    return torch.cat(levels)
 
 
 def stored_scale(scale: Tensor) -> Tensor:
@@ -214,6 +251,7 @@ def stored_scale(scale: Tensor) -> Tensor:
     return (scale / unit).clamp(2.0**-24, 65504.0).half().float() * unit
 
 
-def top_code(bits: Tensor) -> Tensor:
-    """The largest code of each width, float32."""
-    return torch.exp2(bits.float()) - 1
+def top_code(bits: Tensor, *, ternary: bool = False) -> Tensor:
+    """The largest code of each width, float32; at full precision that of 8 bits."""
+    top = torch.exp2(bits.clamp(max=8).float()) - 1
+    return torch.where(bits == TERNARY_WIDTH, 2.0, top) if ternary else top

@@ -19,7 +19,6 @@ from mpqsearch.quant.rows import (
     fit_rows,
     row_moments,
     rows_of,
-    top_code,
 )
 from mpqsearch.quant.search import square_errors
 from mpqsearch.quant.smoothing import stored_factors
@@ -40,9 +39,9 @@ def weight_error_tables(
     """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each scheme, in fused passes.
 
     The numbers are those of `error_tables` over `width_errors`, without the ``[W, C, D]`` weight errors. ``auto`` is
-    the lesser of the other two, row by row, as `fit_rows` chooses.
+    the lesser of the asymmetric and the symmetric one, row by row, as `fit_rows` chooses.
     """
-    needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}}
+    needed = {"asymmetric": {"asymmetric", "auto"}, "symmetric": {"symmetric", "auto"}, "ternary": {"ternary"}}
     groups = fmt.scales_of(rows.shape[1])
     if groups > 1:
         parts = rows.reshape(-1, rows.shape[1] // groups)
@@ -53,7 +52,7 @@ def weight_error_tables(
     for scheme, asked in needed.items():
         if asked & set(schemes):
             q = fit_grid(rows, widths, scheme, fmt, moments)
-            errors[scheme] = square_errors(rows, q.scale, q.zero, top_code(q.bits))
+            errors[scheme] = square_errors(rows, q.scale, q.zero, q.top)
     if "auto" in schemes:
         errors["auto"] = torch.minimum(errors["asymmetric"], errors["symmetric"])
     return {scheme: errors[scheme] for scheme in schemes}

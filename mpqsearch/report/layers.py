@@ -29,9 +29,9 @@ def layers_table(
         ("Weights", "number"): [Cell(f"{la.n_weights:,}", la.n_weights) for la in table],
     }
     for label, bit_map in maps.items():
-        widths = [bit_map.channel_widths(la.name, la.n_channels) for la in table]
+        widths = [bit_map.code_widths(la.name) for la in table]
         heading = f"Bits, {label.rpartition(' at ')[2]}"
-        columns[heading, "number"] = [_width(float(w.mean()), int(w.min()), int(w.max())) for w in widths]
+        columns[heading, "number"] = [_width(float(w.mean()), float(w.min()), float(w.max())) for w in widths]
     taken = taken if taken in maps else next(iter(maps))
     bit_map, name = maps[taken], taken.rpartition(" at ")[2]
     sizes = [mapped_bits(la, bit_map).total / 8000 for la in table]
@@ -44,8 +44,8 @@ def layers_table(
     return table_of(columns)
 
 
-def _width(mean: float, low: int, high: int) -> Cell:
-    return Cell(f"{mean:.2f}" + ("" if low == high else f" ({low} – {high})"), round(mean, 4))
+def _width(mean: float, low: float, high: float) -> Cell:
+    return Cell(f"{mean:.2f}" + ("" if low == high else f" ({low:g} – {high:g})"), round(mean, 4))
 
 
 def heat_maps(
@@ -54,7 +54,7 @@ def heat_maps(
     """What the heat map of the page shows over the layers: ``title``, names of ``rows``, ``values`` ``[R, L]`` with
     None where nothing was measured, and whether colours are by the logarithm (``log``)."""
     if maps:
-        bits = [[m.channel_widths(la.name, la.n_channels).mean() for la in table] for m in maps.values()]
+        bits = [[m.code_widths(la.name).mean() for la in table] for m in maps.values()]
         yield _heat("Mean bits of each layer", list(maps), np.array(bits), log=False)
     if profile is None:
         return

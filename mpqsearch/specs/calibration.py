@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mpqsearch.core.formats import GROUPS, WIDTHS
+from mpqsearch.core.formats import GROUPS, SCHEMES, WIDTHS
 from mpqsearch.errors import ConfigError, UnknownNameError
 
 GRANULARITIES = ("channel", "layer")
+
+
+def grouped(schemes: Sequence[str]) -> tuple[str, ...]:
+    """Of the schemes that are measured those that are measured with groups of inputs too: the last, and ``ternary``."""
+    return tuple(s for s in schemes if s in (schemes[-1], "ternary"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +43,10 @@ class CalibrationSpec:
     context_widths [bits]
         Those maps mix those of these widths that are searched.
     schemes
-        The schemes to measure: ``asymmetric``, ``symmetric``, ``auto``.
+        The schemes to measure: ``asymmetric``, ``symmetric``, ``auto``, ``ternary``.
     groups [inputs]
-        Measure the last scheme also with a scale for so many inputs: 16, 32, 64 or 128. Example: ``[64, 128]``.
+        Measure the last scheme, and ``ternary``, also with a scale for so many inputs: 16, 32, 64 or 128. Example:
+        ``[64, 128]``.
     smooth
         Measure each with smoothing too, and the asymmetric one with smoothing and min-max ranges (the search of
         MPQ-DM's code).
@@ -87,6 +94,9 @@ class CalibrationSpec:
                 "calibration: sampler_seeds and context_seeds must not be negative, got "
                 f"{self.sampler_seeds}, {self.context_seeds}"
             )
+        unknown = next((s for s in self.schemes if s not in SCHEMES), None)
+        if unknown is not None:
+            raise UnknownNameError("scheme", unknown, SCHEMES, "(calibration.schemes)")
         if not self.schemes:
             raise ConfigError("calibration.schemes must name at least one scheme")
         if set(self.groups) - set(GROUPS[1:]):

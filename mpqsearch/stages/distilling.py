@@ -90,19 +90,21 @@ def trained_model(run: Run, method: MethodSpec, budget: Budget) -> QuantizedMode
     for key, tensor in artifacts.read_tensors(file).items():
         name, _, part = key.rpartition("/")
         parts.setdefault(name, {})[part] = tensor
+    bit_map, _ = allocation(run, method, budget)
     module = copy.deepcopy(run.denoiser.module).requires_grad_(False)
     owners, rows = owners_of(module, run.table), {}
     for name, found in parts.items():
         owner: Any = owners[name][0]
         if not {"codes", "scale", "zero", "bits"} <= set(found) or (owner.bias is not None) != ("bias" in found):
             raise ArtifactError(f"{file} lacks a part of {name!r}: train again (mpqsearch distill --overwrite)")
-        quantizer = RowQuantizer(scale=found["scale"], zero=found["zero"], bits=found["bits"])
+        ternary = bit_map.format_of(name).ternary
+        quantizer = RowQuantizer(scale=found["scale"], zero=found["zero"], bits=found["bits"], ternary=ternary)
         floats = {part: found.get(part) for part in ("factor", "full_rows")}
         rows[name] = QuantizedRows(codes=found["codes"], quantizer=quantizer, **floats)
         owner.weight.copy_(weight_of(rows[name].rows(), run.table[name]))
         if owner.bias is not None:
             owner.bias.copy_(found["bias"])
-    return QuantizedModel(module=module, bit_map=allocation(run, method, budget)[0], rows=rows)
+    return QuantizedModel(module=module, bit_map=bit_map, rows=rows)
 
 
 CODES = "codes.safetensors"

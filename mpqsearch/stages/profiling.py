@@ -36,7 +36,8 @@ def profile_inputs(run: Run) -> dict[str, str]:
     inputs = {"model": run.table.digest, "widths": artifacts.digest_of(sorted(run.config.policy.widths))}
     inputs |= run.digests("quantizer")
     if run.config.calibration.weights_only:  # nothing runs, so nothing else counts
-        return inputs | {"calibration": artifacts.digest_of(["weights only", calibration["schemes"]])}
+        asked = ["weights only", calibration["schemes"], *([calibration["groups"]] if calibration["groups"] else [])]
+        return inputs | {"calibration": artifacts.digest_of(asked)}
     del calibration["captured"]  # counts by its content
     if reuse := calibration.pop("reuse"):
         inputs |= {"reuse": run.files.of(Path(reuse) / "profile.npz")}

@@ -181,3 +181,11 @@ def test_nouns_show_themselves_in_a_few_lines() -> None:
     assert made.size_bytes == -(-made.size_bits // 8)
     assert table.size_bytes == 2 * table.n_parameters
     assert profile.size_bytes > 0
+
+
+def test_three_levels_are_shown_with_the_bits_that_they_store() -> None:
+    weights = {"a": np.array(2), "b": np.array([2, 3, 2, 8]), "c": np.array(2)}
+    plain = {"c": QuantFormat(scheme="symmetric")}
+    bit_map = BitMap(model_digest="d", weights=weights, format=QuantFormat(scheme="ternary"), formats=plain)
+    assert bit_map.summary().splitlines() == ["a: 1.6 bits", "b: 1.6b x2 3b x1 8b x1", "c: 2 bits"]
+    assert bit_map.to_frame()["mean_bits"].tolist() == pytest.approx([1.6, (3.2 + 11) / 4, 2])

@@ -71,6 +71,16 @@ def test_symmetric_stores_no_zero_points_and_prescaling_stores_its_factors() -> 
     assert size_bits(TABLE, make(8, 2, format=QuantFormat(scheme="auto"))) == plain
 
 
+def test_three_levels_are_stored_five_a_byte() -> None:
+    ternary = make(8, 2, format=QuantFormat(scheme="ternary"))
+    assert size_bits(TABLE, make(8, 2, format=QuantFormat(scheme="symmetric"))) - size_bits(TABLE, ternary) == 3 * 4
+    mixed = make(8, [2, 3, 2], format=QuantFormat(scheme="ternary"))
+    assert layer_bits(TABLE["b"], mixed.weights["b"], mixed.format).payload == 2 * 16 + 30
+    grouped = LayerSpec(name="g", kind="Linear", weight_shape=(5, 256))
+    bits = layer_bits(grouped, np.array(2, dtype=np.uint8), QuantFormat(scheme="ternary", group=128))
+    assert (bits.payload, bits.metadata) == (5 * 8 * 52, 5 * 2 * 16 + 8)
+
+
 def test_bops_are_macs_times_both_widths_channel_by_channel() -> None:
     assert bops(TABLE, make(8, 2)) == 720 * 8 * 16 + 30 * 2 * 16
     assert bops(TABLE, make(8, [2, 3, 4], activations={"b": 4})) == 720 * 8 * 16 + 30 * 3 * 4

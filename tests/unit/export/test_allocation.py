@@ -17,7 +17,7 @@ from mpqsearch.core import (
     size_bits,
 )
 from mpqsearch.errors import InfeasibleBudgetError, UnknownNameError
-from mpqsearch.export import ExportJob
+from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.export.allocation import (
     allocate_for,
     formats_of,
@@ -269,3 +269,14 @@ def test_a_map_for_something_else_is_solved_again_at_its_size() -> None:
     held = BitMap(model_digest="d", weights=bit_map.weights | {"wide": np.array(4), "narrow": np.array(4)})
     as_it_is = ExportJob(table=TABLE, bit_map=held)
     assert resolve_job(TARGET, as_it_is, lambda: pytest.fail("nothing to solve"), Policy()) is as_it_is
+
+
+def test_three_levels_are_not_taken_for_a_target_that_has_four() -> None:
+    layer = LayerSpec(name="blocks.0.any", kind="Linear", weight_shape=(256, 256))
+    table = LayerTable(digest="d", layers=(layer,))
+    for scheme, reason in {"symmetric": "exact", "ternary": "rounded_up"}.items():
+        fmt = QuantFormat(scheme=scheme)
+        job = ExportJob(table=table, bit_map=BitMap(model_digest="d", weights={layer.name: np.array(2)}, format=fmt))
+        (entry,) = get_exporter("quanto").plan(job)
+        assert (entry.will_get, entry.reason) == (2, reason)
+        assert ("no codes of three levels" in entry.detail) == (scheme == "ternary")

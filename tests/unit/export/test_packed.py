@@ -51,7 +51,16 @@ def saved(folder: Path, kind: str, fmt: QuantFormat) -> tuple[torch.nn.Module, t
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat(scheme="auto", group=16), QuantFormat(smooth=True)])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        QuantFormat(),
+        QuantFormat(scheme="auto", group=16),
+        QuantFormat(smooth=True),
+        QuantFormat(scheme="ternary"),
+        QuantFormat(scheme="ternary", group=16),
+    ],
+)
 def test_quantized_layers_come_back_bit_for_bit(tmp_path: Path, kind: str, fmt: QuantFormat) -> None:
     expected, original = saved(tmp_path, kind, fmt)
     loaded = load_quantized(tmp_path).state_dict()
@@ -85,7 +94,7 @@ def test_the_promise_counts_names_and_shapes(tmp_path: Path) -> None:
     assert abs(promised - size) < 0.01 * size
 
 
-@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "auto"])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric", "auto", "ternary"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_it_is_smaller_than_a_source_in_half_precision_at_every_width(bits: int, scheme: str) -> None:
     layer = LayerSpec(name="x", kind="Linear", weight_shape=(32, 128))
@@ -101,6 +110,27 @@ def test_it_is_smaller_than_a_source_in_half_precision_at_every_width(bits: int,
     assert stored == promised or scheme == "auto", "rows of the symmetric scheme alone need no zero points"
     assert promised < 1.01 * ideal_bits(layer, np.array(bits, dtype=np.uint8), fmt).total + 64
     assert promised < 16 * layer.n_weights
+
+
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("fan_in", [128, 1728])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_binary_and_ternary_layers_take_in_the_file_what_is_counted(bits: int, fan_in: int, group: int) -> None:
+    layer = LayerSpec(name="x", kind="Linear", weight_shape=(24, fan_in))
+    fmt = QuantFormat(scheme="ternary", group=group)
+    weight = torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(bits))
+    weight[3] = 0  # of three levels one is 0, so that such a row needs no zero point
+    rows = quantize_weight(weight, layer, torch.full((24,), bits, dtype=torch.uint8), fmt)
+    packed = pack_layer(rows)
+    assert torch.equal(unpack_layer(packed, layer), rows.rows())
+    counted = ideal_bits(layer, np.array(bits, dtype=np.uint8), fmt)
+    codes, scales = {1: fan_in, 2: 8 * -(-fan_in // 5)}[bits] * 24, 24 * fmt.scales_of(fan_in)
+    assert counted.payload == codes
+    assert counted.metadata == 16 * scales + 8, "scales and their exponent, and no zero points"
+    if bits == 2:
+        assert 8 * packed["codes"].nbytes == codes
+        assert {float(v) for v in rows.codes.unique()} == {0.0, 1.0, 2.0}
+        assert packed["scale"].numel() == scales + 1
 
 
 def test_a_file_that_ends_early_or_was_altered_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpqsearch.core import FULL_PRECISION, BitMap, QuantFormat
+from mpqsearch.core import FULL_PRECISION, SCHEMES, BitMap, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import discover
 from mpqsearch.quant import (
@@ -28,8 +28,8 @@ from mpqsearch.quant.rows import RowQuantizer
 from tests.support import tiny_denoiser
 from tests.support.inputs import known
 
-FORMATS = [QuantFormat(scheme=c) for c in ("asymmetric", "symmetric", "auto")]
-GROUPED = QuantFormat(scheme="auto", group=16)
+FORMATS = [QuantFormat(scheme=c) for c in SCHEMES]
+GROUPED = [QuantFormat(scheme=c, group=16) for c in ("auto", "ternary")]
 
 
 def inputs_of(groups: int, n: int, width: int, seed: int = 0, rank: int | None = None) -> Tensor:
@@ -50,7 +50,7 @@ def output_error(error: Tensor, x: Tensor) -> Tensor:
 
 
 def reference_codes(
-    rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: np.ndarray, moment: np.ndarray
+    rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: np.ndarray, moment: np.ndarray
 ) -> np.ndarray:
     """One row and one column at a time: the rounded column is fixed, and the columns left are moved to the least output
     error given it.
@@ -70,7 +70,7 @@ def reference_codes(
         free, wanted = list(order), row.astype(np.float64).copy()
         while free:
             j, *free = free
-            code = np.clip(np.round(wanted[j] / scale[r, j] + zero[r, j]), 0, 2.0 ** bits[r] - 1)
+            code = np.clip(np.round(wanted[j] / scale[r, j] + zero[r, j]), 0, top[r])
             codes[r, j] = code
             off = (code - zero[r, j]) * scale[r, j] - wanted[j]
             if free:
@@ -79,7 +79,7 @@ def reference_codes(
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
-@pytest.mark.parametrize("fmt", [*FORMATS, GROUPED], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [*FORMATS, *GROUPED], ids=lambda f: f.name)
 def test_first_pass_is_the_column_by_column_reference(
     fmt: QuantFormat, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +94,8 @@ def test_first_pass_is_the_column_by_column_reference(
     found, kept = gptq_rows(rows, quantizer, moment)
     assert torch.equal(kept.scale, quantizer.scale)
     scale, zero = (x.double().reshape(8, -1).numpy() for x in (quantizer.scale, quantizer.zero))
-    expected = reference_codes(rows.numpy(), scale, zero, bits.numpy(), moment[0].numpy())
+    top = [2 if fmt.scheme == "ternary" and b == 2 else 2**b - 1 for b in bits.tolist()]
+    expected = reference_codes(rows.numpy(), scale, zero, np.array(top), moment[0].numpy())
     nearest = encode(rows, quantizer)
     through = [
         ((decode(torch.from_numpy(expected) if c is None else c, quantizer) - rows).double()) for c in (None, nearest)
@@ -107,7 +108,7 @@ def test_first_pass_is_the_column_by_column_reference(
 
 
 @pytest.mark.parametrize("rank", [None, 3], ids=["full rank", "rank 3"])
-@pytest.mark.parametrize("fmt", [*FORMATS, GROUPED], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [*FORMATS, *GROUPED], ids=lambda f: f.name)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_no_row_is_worse_than_nearest_and_most_are_better(fmt: QuantFormat, groups: int, rank: int | None) -> None:
     g = torch.Generator().manual_seed(5)

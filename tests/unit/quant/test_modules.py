@@ -118,7 +118,13 @@ def encode_inside(layer: QuantLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 @pytest.mark.parametrize(
-    "fmt", [QuantFormat(), QuantFormat(scheme="auto", group=16), QuantFormat(smooth=True, group=16)]
+    "fmt",
+    [
+        QuantFormat(),
+        QuantFormat(scheme="auto", group=16),
+        QuantFormat(smooth=True, group=16),
+        QuantFormat(scheme="ternary", group=16),
+    ],
 )
 def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFormat) -> None:
     denoiser = tiny_denoiser(kind)
@@ -148,6 +154,11 @@ def test_codes_reproduce_the_trained_forward_bit_for_bit(kind: str, fmt: QuantFo
         assert stored.codes.dtype == torch.uint8
         kept = stored.quantizer.bits == 16
         tops = 2 ** stored.quantizer.bits[~kept].long() - 1
+        if fmt.scheme == "ternary":
+            three = stored.quantizer.bits == 2
+            tops[three[~kept]] = 2
+            zeros = stored.quantizer.zero.reshape(len(kept), -1)
+            assert bool((zeros[three] == 1).all()), "the zero of three levels stays"
         assert bool((stored.codes[~kept].amax(1).long() <= tops).all())
         assert torch.equal(weight_of(stored.rows(), table[name]), weight)
         assert torch.equal(modules[name].weight, weight)
