@@ -141,7 +141,7 @@ class _Search:
         """Solve for the rows whose choice is most in doubt, all others held as in a start."""
         doubt = np.sort(_penalties(within, at), axis=1)[:, 1:2]  # of the second best choice; nothing with one choice
         order, rows = np.argsort(doubt.sum(axis=1), kind="stable"), np.arange(len(start))
-        if CORE_ROWS < len(order) and not self.done():
+        if len(order) > CORE_ROWS and not self.done():
             held = np.full(within.loss.shape, np.inf)
             held[rows, start] = within.loss[rows, start]
             held[order[:CORE_ROWS]] = within.loss[order[:CORE_ROWS]]
