@@ -26,12 +26,12 @@ from mpqsearch.methods import Allocation, MethodSpec
 from mpqsearch.metrics import Evaluation, FeatureExtractor, Scorer
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
-from mpqsearch.profile import InputMoments, statistics_of
+from mpqsearch.profile import InputMoments, WithOutputs, output_moments, statistics_of
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
 from mpqsearch.quant import Statistics, quantize_model
-from mpqsearch.sampling import load_model, samples
+from mpqsearch.sampling import can_sample, load_model, samples
 from mpqsearch.specs import CalibrationSpec, PromptsSpec, SamplerSpec, SearchSpec
 from mpqsearch.stages.base import log
 from mpqsearch.stages.delivering import faults, sized
@@ -63,7 +63,7 @@ __all__ = [
 OURS = MethodSpec(name="ilp-channel", allocator="ilp-channel", scheme="auto", bias_correction=True)
 """The plain integer program: exact over all channels, the better scheme of each row, biases corrected."""
 
-MEASURED = MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="gptq")
+MEASURED = MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="kfac")
 """What `allocate` does unless told otherwise: the best of several maps by what their samples show."""
 
 CALIBRATION_SEEDS = range(1_000_000, 1_000_040)
@@ -167,8 +167,11 @@ def allocate(
     table, given = (model, None) if isinstance(model, LayerTable) else (discover(model), model)
     if given is None and method.allocator == "measured":
         method = replace(plain_method(method, profile), rounding="nearest")
-    elif given is None and method.rounding == "gptq":
-        raise ConfigError(f"the method {method.name!r} rounds by GPTQ, which runs the model: give it, not its table")
+    elif given is None and method.rounding != "nearest":
+        raise ConfigError(
+            f"the method {method.name!r} rounds by {method.rounding.upper()}, which runs the model: give it, not its "
+            "table"
+        )
     wanted, further = _budget(budget), tuple(_budget(b).label() for b in within)
     asked = AllocateConfig(budgets=(wanted.label(),), within=further, costs="" if costs is None else str(costs))
     config = _study(model, policy or Policy(widths=profile.widths), quantizer or _quantizer(profile), asked, method)
@@ -524,5 +527,9 @@ def _statistics(
     corrected = isinstance(allocation, BitMap) or allocation.method.bias_correction
     known: Statistics = {} if profile is None else statistics_of(profile)
     if not bit_map.rounds_to_nearest:
-        known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=known)
+        means = known
+        known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=means)
+        if bit_map.rounds_by("kfac") and can_sample(model):
+            seeds = CALIBRATION_SEEDS[: QuantizerConfig.gradient_samples]
+            known = WithOutputs(known, output_moments(model, table, seeds, means))
     return bit_map, {"statistics": known, "bias_correction": corrected and profile is not None}

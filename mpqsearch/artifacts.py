@@ -49,6 +49,7 @@ VERSIONS = {
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/partial-profile": 1,
+    "mpqsearch/outputs": 1,
     "mpqsearch/allocation": 1,
     "mpqsearch/path": 1,
     "mpqsearch/explanation": 1,
@@ -382,6 +383,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
+
+
+def save_tensors(path: Path, schema: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, str]) -> None:
+    """Write tensors to ``path`` with the suffix ``.safetensors``, and last ``path``, which says that they are whole."""
+    from safetensors.torch import save
+
+    side = path.with_suffix(".safetensors")
+    with atomic_write(side) as handle:
+        handle.write(save(dict(tensors)))
+    write_json(path, schema, {"tensors": len(tensors)}, inputs, [side])
 
 
 def save_layers(path: Path, table: LayerTable, inputs: Mapping[str, str]) -> None:

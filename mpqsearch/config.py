@@ -72,16 +72,20 @@ class QuantizerConfig:
         Ranges that ``lp`` tries for each channel.
     moment_samples [samples]
         Samples whose trajectories give the input statistics of GPTQ rounding.
+    gradient_samples [samples]
+        Samples whose gradients say what the outputs of layers do, for KFAC rounding.
     """
 
     criterion: str = "lp"
     p: float = 2.4
     n_candidates: int = 80
     moment_samples: int = 40
+    gradient_samples: int = 32
 
     def __post_init__(self) -> None:
-        if self.moment_samples < 1:
-            raise ConfigError(f"quantizer.moment_samples must be at least 1, got {self.moment_samples}")
+        for name in ("moment_samples", "gradient_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"quantizer.{name} must be at least 1, got {getattr(self, name)}")
 
     def format(self) -> QuantFormat:
         """The format without a scheme of its own."""
@@ -387,7 +391,7 @@ class ExportConfig:
 
 DEFAULT_METHODS = (
     MethodSpec(name="uniform", allocator="uniform"),
-    MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="gptq"),
+    MethodSpec(name="measured", allocator="measured", scheme="auto", bias_correction=True, rounding="kfac"),
 )
 
 
@@ -490,7 +494,7 @@ class Config:
         """Raise `ConfigError` for seeds outside the band of their purpose: something would be judged on the noise, or
         shown on the prompts, that chose it."""
         c, a, e, s, d = self.calibration, self.activations, self.evaluate, self.search, self.distill
-        moments = self.quantizer.moment_samples
+        moments = max(self.quantizer.moment_samples, self.quantizer.gradient_samples)
         most = max(c.samples, c.final_seeds, c.sampler_seeds, c.context_seeds, moments)
         for key, first, n, split in (
             ("calibration.first_seed", c.first_seed, most, "calibration"),

@@ -107,8 +107,8 @@ def allocate(
 ) -> None:
     """Choose widths for every method of the study at every budget; needs a profile (measures one when there is none).
 
-    By default several kinds of maps (uniform, by layer, by channel, nearest and GPTQ rounding) are solved and measured
-    on a few samples from the same noise. The best is returned, with the table of all of them.
+    By default several kinds of maps (uniform, by layer, by channel, each with several roundings) are solved, and
+    measured on a few samples from the same noise. The best is returned, with the table of all of them.
 
     With `--until` the size is searched for one method (`--method`), with the samples of `evaluate`; the answer is the
     smallest map whose interval of 95 % keeps to the bound.

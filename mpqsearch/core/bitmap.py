@@ -94,8 +94,12 @@ class BitMap(Shown):
 
     @property
     def rounds_to_nearest(self) -> bool:
-        """False when some layer is rounded by GPTQ."""
-        return all(f.rounding == "nearest" for f in (self.format, *self.formats.values()))
+        """False when some layer is rounded otherwise."""
+        return not self.rounds_by("gptq", "kfac")
+
+    def rounds_by(self, *roundings: str) -> bool:
+        """Whether some layer has one of these roundings."""
+        return any(f.rounding in roundings for f in (self.format, *self.formats.values()))
 
     @property
     def granularity(self) -> str:

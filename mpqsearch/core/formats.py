@@ -32,7 +32,7 @@ CRITERIA = ("lp", "minmax")
 ACT_SCALES = ("token", "timestep", "layer")
 """What shares a scale of quantized inputs."""
 
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "kfac")
 GROUPS = (0, 16, 32, 64, 128)
 """Inputs that share a scale; 0: all inputs of an output channel."""
 
@@ -59,7 +59,8 @@ class QuantFormat:
         the weights.
     rounding
         ``nearest``: every weight to its nearest level. ``gptq``: codes chosen for the output of the layer, given the
-        second moment of its input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width.
+        second moment of its input (`mpqsearch.quant.gptq`, GPTQ); takes no storage, and changes no width. ``kfac``: the
+        same for the final sample, given that of its gradient, too (`mpqsearch.quant.kfac`).
     group
         Inputs that share a scale and a zero point, one of `GROUPS`; 0: all inputs of the channel. A layer whose fan-in
         it does not divide has the groups of `group_of`.

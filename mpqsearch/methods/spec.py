@@ -39,8 +39,8 @@ ALLOCATORS = (
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
 promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
 own quantizer and full-precision inputs. ``measured``: the best of maps that differ in kind (uniform, by layer, by
-channel, nearest and GPTQ), by what their samples show. ``search`` and ``map`` solve nothing: the map is that of an
-outer search, or one from elsewhere. The last six are rules of practice (`mpqsearch.methods.baselines`)."""
+channel, each with several roundings), by what their samples show. ``search`` and ``map`` solve nothing: the map is that
+of an outer search, or one from elsewhere. The last six are rules of practice (`mpqsearch.methods.baselines`)."""
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""
@@ -81,7 +81,8 @@ class MethodSpec(Shown):
         Of ``ilp-layer`` and ``ilp-channel`` under a budget in BOPs or of a latency: the program over layers chooses the
         width of each searched layer's input among these, and the one over channels keeps them. Example: ``[4, 8]``.
     rounding
-        ``nearest`` or ``gptq`` (`QuantFormat.rounding`); stages price the latter with the errors that it leaves.
+        ``nearest``, ``gptq`` or ``kfac`` (`QuantFormat.rounding`); stages price the latter two with the errors that
+        GPTQ leaves. ``measured`` tries all of them.
     group [inputs]
         Inputs that share a scale: 16, 32, 64, 128, or 0 for all of a channel (`QuantFormat.group`). The profile needs
         it in ``calibration.groups``. Example: ``64``.

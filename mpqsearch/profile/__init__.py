@@ -5,9 +5,10 @@ from mpqsearch.profile.activations import collect_ranges, scales_of
 from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import gptq_profile
-from mpqsearch.profile.inputs import columns_of
+from mpqsearch.profile.inputs import InputCollector, columns_of
 from mpqsearch.profile.measure import profile_model
 from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
+from mpqsearch.profile.outputs import WithOutputs, output_bytes, output_moments
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
@@ -16,9 +17,11 @@ from mpqsearch.specs import CalibrationSpec
 __all__ = [
     "Arrays",
     "CalibrationSpec",
+    "InputCollector",
     "InputMoments",
     "Partial",
     "WeightErrors",
+    "WithOutputs",
     "beyond_limit",
     "calibrate",
     "collect_ranges",
@@ -27,6 +30,8 @@ __all__ = [
     "formats_of",
     "gptq_profile",
     "input_statistics",
+    "output_bytes",
+    "output_moments",
     "profile_model",
     "profile_weights",
     "projected_effects",

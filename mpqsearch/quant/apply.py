@@ -14,6 +14,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantF
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.gptq import gptq_rows
+from mpqsearch.quant.kfac import kfac_rows
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.smoothing import by_row, known_factors, scaled_moment
 from mpqsearch.quant.statistics import RowStatistics, Statistics
@@ -66,7 +67,8 @@ def quantize_weight(
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
     GPTQ (see `gptq_rows`) goes by the second moment in ``statistics``, or by the covariance where ``bias_correction``
-    takes the error of the mean; without one, rounding is to nearest. Weights of any floating type are computed with in
+    takes the error of the mean; without one, rounding is to nearest. KFAC goes by the output moment, too, and without
+    one is GPTQ. Weights of any floating type are computed with in
     float32. Raises `ConfigError` when the format smooths and there are no statistics, `NumericsError` for NaN or
     infinity.
     """
@@ -81,9 +83,12 @@ def quantize_weight(
         quantizer = fit_rows(rows, torch.where(full, 8, widths), fmt)
     except NumericsError as error:
         raise NumericsError(f"layer {layer.name!r}: {error}. Repair or reload the checkpoint.") from error
-    if fmt.rounding == "gptq" and statistics is not None and statistics.second_moment.numel():
+    if fmt.rounding != "nearest" and statistics is not None and statistics.second_moment.numel():
         moment = statistics.covariance if bias_correction else statistics.second_moment
-        rows, quantizer = gptq_rows(rows, quantizer, moment if factor is None else scaled_moment(moment, factor))
+        moment, wanted = moment if factor is None else scaled_moment(moment, factor), rows
+        rows, quantizer = gptq_rows(wanted, quantizer, moment)
+        if fmt.rounding == "kfac" and statistics.output_moment.numel():
+            rows = kfac_rows(wanted, rows, replace(quantizer, bits=widths), moment, statistics.output_moment)
         start = rows if factor is None else rows / by_row(factor, len(rows))
     return QuantizedRows(
         codes=encode(rows, quantizer),

@@ -170,3 +170,41 @@ def square_errors(rows: Any, scale: Any, zero: Any, top: Any, out: Any) -> None:
                     chunk += off * off
                 total += chunk
             out[c, k] = total
+
+
+@_jit()
+def choose_codes(
+    now: Any,
+    pull: Any,
+    moved: Any,
+    outputs: Any,
+    inputs: Any,
+    scale: Any,
+    zero: Any,
+    top: Any,
+    begin: int,
+    group: int,
+) -> None:
+    """Choose the codes of some columns anew, each given all others, for the least ``tr(S E H E')``.
+
+    ``now`` ``[b, c]`` are the values of the columns from ``begin`` on, ``pull`` ``[b, c]`` the same rows of ``H E' S``;
+    both are kept up to date. ``moved`` ``[b, c]`` is made what the changes are times ``S``. ``outputs`` ``[c, c]`` is
+    ``S``, ``inputs`` ``[b, b]`` the block of ``H``; ``scale`` and ``zero`` are ``[n, c]`` with one row for every
+    ``group`` columns, ``top`` ``[c]`` the largest codes, negative for a channel that is not quantized.
+    """
+    for j in range(now.shape[0]):
+        k, curvature = (begin + j) // group, inputs[j, j]
+        for i in range(now.shape[1]):
+            if top[i] < 0:
+                continue
+            wanted = now[j, i] - (pull[j, i] + moved[j, i] * curvature) / (outputs[i, i] * curvature)
+            code = np.rint(wanted / scale[k, i] + zero[k, i])
+            value = (min(max(code, np.float32(0)), top[i]) - zero[k, i]) * scale[k, i]
+            change = value - now[j, i]
+            if change != 0:
+                now[j, i] = value
+                for other in range(now.shape[1]):
+                    moved[j, other] += outputs[i, other] * change
+        for later in range(j, now.shape[0]):
+            for i in range(now.shape[1]):
+                pull[later, i] += moved[j, i] * inputs[j, later]

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.errors import ArtifactError
 from mpqsearch.stages.base import Run, log
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -66,6 +69,18 @@ def _save_allocation(path: Path, solved: SavedAllocation, inputs: Mapping[str, s
 LAYERS: Kind[LayerTable] = Kind("mpqsearch/layers", artifacts.load_layers, artifacts.save_layers)
 PROFILE: Kind[SensitivityProfile] = Kind("mpqsearch/profile", artifacts.load_profile, artifacts.save_profile)
 ALLOCATION: Kind[SavedAllocation] = Kind("mpqsearch/allocation", _load_allocation, _save_allocation)
+
+
+def _load_outputs(path: Path) -> dict[str, Tensor]:
+    artifacts.read_json(path, OUTPUTS.schema).check_files(path)
+    return artifacts.read_tensors(path.with_suffix(".safetensors"))
+
+
+def _save_outputs(path: Path, moments: Mapping[str, Tensor], inputs: Mapping[str, str]) -> None:
+    artifacts.save_tensors(path, OUTPUTS.schema, moments, inputs)
+
+
+OUTPUTS: Kind[Mapping[str, Tensor]] = Kind("mpqsearch/outputs", _load_outputs, _save_outputs)
 
 
 def _measured(path: Path, _data: Any) -> Iterable[Path]:

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 HELD = 2 * 10**9
 """Bytes of quantized models that are kept between the rounds; what does not fit is quantized again."""
 
+TRIED = {
+    "uniform": ("nearest", "gptq"),
+    "by layer": ("nearest", "kfac"),
+    "by channel": ("nearest", "gptq", "kfac"),
+}
+"""Roundings that are tried with each kind of map."""
+
 DOUBTFUL = 0.5
 """Rank correlation of predicted and measured losses below which predictions are said not to be believed."""
 
@@ -49,26 +56,25 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
     ``levelled`` trusts no sensitivity of a single channel, ``as measured`` all of them; between these the shrinkage is
     as the data say. Groups of inputs are tried where the profile measured them.
     """
-    rounded = {} if measured.layers_only else {", gptq": "gptq"}
     found = {}
     if "asymmetric" in measured.formats:
         bare = replace(method, allocator="uniform", scheme="asymmetric", bias_correction=False, rounding="nearest")
         found["uniform, plain"] = bare
     kinds = {"uniform": "uniform", "by layer": "ilp-layer", "by channel": "ilp-channel"}
-    if measured.layers_only or any(b.quantity == "latency" for b in budgets):
-        del kinds["by channel"]
     for label, allocator in kinds.items():
-        for suffix, rounding in ({"": "nearest"} | rounded).items():
-            found[label + suffix] = replace(method, allocator=allocator, rounding=rounding)
-    if "by channel, gptq" in found:
-        best = found.pop("by channel, gptq")
-        found["by channel, gptq, levelled"] = replace(best, shrinkage=1.0)
-        found["by channel, gptq"] = best
-        found["by channel, gptq, as measured"] = replace(best, shrinkage=0.0)
+        for rounding in ("nearest",) if measured.layers_only else TRIED[label]:
+            found[f"{label}, {rounding}"] = replace(method, allocator=allocator, rounding=rounding)
+    if measured.layers_only or any(b.quantity == "latency" for b in budgets):
+        found = {label: spec for label, spec in found.items() if spec.allocator != "ilp-channel"}
+    if "by channel, kfac" in found:
+        best = found.pop("by channel, kfac")
+        found["by channel, kfac, levelled"] = replace(best, shrinkage=1.0)
+        found["by channel, kfac"] = best
+        found["by channel, kfac, as measured"] = replace(best, shrinkage=0.0)
         for group in GROUPS[1:]:
             grouped = replace(best, group=group)
             if grouped.format_name in measured.formats:
-                found[f"by channel, gptq, groups of {group}"] = grouped
+                found[f"by channel, kfac, groups of {group}"] = grouped
     return found
 
 

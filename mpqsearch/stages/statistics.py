@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, SensitivityProfile
+from mpqsearch.errors import ModelError
 from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.reuse import PROFILE, reuse_or_make
+from mpqsearch.stages.reuse import OUTPUTS, PROFILE, reuse_or_make
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from mpqsearch.profile import InputMoments
     from mpqsearch.quant import ActivationTable, RangeCollector, Statistics
 
@@ -22,11 +27,13 @@ NOT_PRICED = ("weight", "slope", "final")
 
 
 def statistics_for(run: Run, bit_map: BitMap) -> Statistics:
-    """What quantizing by a map needs to know of the layers' inputs: what the profile says and, where the map rounds by
-    GPTQ, second moments, measured when they are read."""
-    from mpqsearch.profile import statistics_of
+    """What quantizing by a map needs to know of the layers: what the profile says and, where the map rounds by GPTQ,
+    second moments of their inputs, measured when they are read, by KFAC those of the gradients of their outputs."""
+    from mpqsearch.profile import WithOutputs, statistics_of
 
-    return statistics_of(run.profile) if bit_map.rounds_to_nearest else _moments(run)
+    if bit_map.rounds_to_nearest:
+        return statistics_of(run.profile)
+    return WithOutputs(_moments(run), _outputs(run)) if bit_map.rounds_by("kfac") else _moments(run)
 
 
 def _moments(run: Run) -> InputMoments:
@@ -50,6 +57,47 @@ def _new_moments(run: Run) -> InputMoments:
             f"memory limit: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         )
     return moments
+
+
+def _outputs(run: Run) -> Mapping[str, Tensor]:
+    return run.once("output moments", lambda: _saved_outputs(run))
+
+
+def _saved_outputs(run: Run) -> Mapping[str, Tensor]:
+    """Second moments of the gradients of layers' outputs, measured or from ``profiles/outputs.json``; none where the
+    model cannot be differentiated, and KFAC is then GPTQ."""
+    from mpqsearch.sampling import can_sample
+
+    if run.dry_run or not can_sample(run.denoiser) or run.profile.weights_only:
+        return {}
+    inputs = profile_inputs(run) | moment_inputs(run) | run.digests("quantizer")
+    return reuse_or_make(run, OUTPUTS, run.path("profiles", "outputs.json"), inputs, lambda: _new_outputs(run))
+
+
+def _new_outputs(run: Run) -> Mapping[str, Tensor]:
+    from mpqsearch.profile import output_bytes, output_moments, statistics_of
+
+    c, needed, limit = run.config.calibration, output_bytes(run.table), run.config.model.limit_bytes
+    if limit is not None and needed > limit:
+        run.say(
+            f"KFAC rounding: gradients take {needed} bytes, which the memory limit does not hold; codes are those of "
+            "GPTQ"
+        )
+        return {}
+    with run.timed("output moments"), bars_of() as progress:
+        try:
+            return output_moments(
+                run.denoiser,
+                run.table,
+                range(c.first_seed, c.first_seed + run.config.quantizer.gradient_samples),
+                statistics_of(run.profile),
+                seed=c.seed,
+                checkpoint=c.checkpoint,
+                progress=progress,
+            )
+        except ModelError as error:
+            run.say(f"KFAC rounding: codes are those of GPTQ, since {error}")
+            return {}
 
 
 def moment_inputs(run: Run) -> dict[str, str]:

@@ -71,7 +71,7 @@ def call(folder: Path, verb: str, *arguments: str) -> Result:
 def test_the_map_that_is_handed_out_measured_no_worse_than_uniform(folder: Path) -> None:
     data = read_json(folder / "r" / PLACE / "allocation.json", "mpqsearch/allocation").data
     rows = data["selection"]["rows"]
-    assert {"uniform", "uniform, gptq", "by layer, gptq", "by channel", "by channel, gptq"} <= {
+    assert {"uniform, nearest", "uniform, gptq", "by layer, kfac", "by channel, nearest", "by channel, kfac"} <= {
         r["candidate"] for r in rows
     }
     (chosen,) = [r for r in rows if r["verdict"] == "chosen"]

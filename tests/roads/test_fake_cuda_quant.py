@@ -22,10 +22,11 @@ from mpqsearch.quant import (
     param_groups,
     quantize_model,
     smooth_inputs,
+    weight_error_tables,
     width_errors,
 )
 from mpqsearch.quant.rows import rows_of
-from mpqsearch.quant.tables import RowStatistics, weight_error_tables
+from mpqsearch.quant.tables import RowStatistics
 from tests.support import tiny_denoiser
 from tests.support.everything import ALL
 from tests.support.fake_cuda import DEVICE, FakeCudaTensor, fake_cuda, on_gpu
@@ -55,10 +56,12 @@ def statistics(table: LayerTable, seed: int = 0) -> dict[str, RowStatistics]:
     out = {}
     for la in table:
         x = torch.randn(la.groups, 50, la.weights_per_channel, generator=g) + 0.3
+        y = torch.randn(la.groups, la.n_channels // la.groups, 50, generator=g)
         out[la.name] = RowStatistics(
             second_moment=torch.bmm(x.transpose(1, 2), x).double() / 50,
             mean=x.mean(1).double(),
             input_max=torch.rand(la.n_inputs, generator=g) + 0.5,
+            output_moment=torch.bmm(y, y.mT),
         )
     return out
 
@@ -71,7 +74,7 @@ def test_quantize_model(kind: str, corrected: str, device: torch.device) -> None
     denoiser: Denoiser = tiny_denoiser(kind)
     table = discover(denoiser)
     stats = statistics(table)
-    bit_map = bit_map_of(table, format=QuantFormat(scheme="auto", smooth=True, rounding="gptq", n_candidates=4))
+    bit_map = bit_map_of(table, format=QuantFormat(scheme="auto", smooth=True, rounding="kfac", n_candidates=4))
     for la in list(table)[4:]:  # GPTQ goes by column: slow here
         stats[la.name] = replace(stats[la.name], second_moment=torch.empty(0))
     expected = quantize_model(denoiser.module, table, bit_map, statistics=stats, bias_correction=True)

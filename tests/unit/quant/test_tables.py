@@ -10,9 +10,8 @@ from torch import nn
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models.discover import _spec
-from mpqsearch.profile.inputs import InputCollector
-from mpqsearch.quant import error_tables, kurtosis, rows_of, weight_of, width_errors
-from mpqsearch.quant.smoothing import smoothing_factors
+from mpqsearch.profile import InputCollector
+from mpqsearch.quant import error_tables, kurtosis, rows_of, smoothing_factors, weight_of, width_errors
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 5), (4, 7, 6)),
