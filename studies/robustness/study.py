@@ -59,6 +59,7 @@ SEEDS = (0, 1, 2)
 
 _AUTO = {"scheme": "auto", "bias_correction": True}
 _GPTQ = {**_AUTO, "rounding": "gptq"}
+_KFAC = {**_AUTO, "rounding": "kfac"}
 ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"allocator": "uniform"},
     "uniform-gptq": {"allocator": "uniform", **_GPTQ},
@@ -67,7 +68,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "ilp-layer-gptq": {"allocator": "ilp-layer", **_GPTQ},
     "ilp-channel": {"allocator": "ilp-channel", **_AUTO},
     "ilp-channel-gptq": {"allocator": "ilp-channel", **_GPTQ},
-    "ours": {"allocator": "measured", **_GPTQ},
+    "ilp-channel-kfac": {"allocator": "ilp-channel", **_KFAC},
+    "ours": {"allocator": "measured", **_KFAC},
     "outer-search": {"allocator": "search", **_AUTO},
     **{f"shrinkage-{s:g}": {"allocator": "ilp-channel", **_GPTQ, "shrinkage": s} for s in (0.0, 0.1, 0.3, 1.0)},
 }
@@ -79,7 +81,7 @@ RULES = ("first-last-high", "k-quant", "sdnq-dynamic", "quant-probe", "apple-thr
 KNOWN = ARMS | {f"{rule}{s}": {"allocator": rule, **q} for rule in RULES for s, q in (("", {}), ("-gptq", _GPTQ))}
 """All arms that can be named; those of `ARMS` run without a filter."""
 
-SEARCHED = {**ARMS["ilp-channel-gptq"], "name": "ilp-channel"}
+SEARCHED = {**ARMS["ilp-channel-kfac"], "name": "ilp-channel"}
 """What the outer search begins with; its space is the default one, with the quantizer in it."""
 
 PREDICTIONS = HERE / "predictions.csv"
@@ -99,7 +101,7 @@ class Scale:
     """How much is spent: ``samples`` judge a map, ``trials`` make an outer search; ``calibration`` replaces settings of
     the profile (tests)."""
 
-    samples: int = 32
+    samples: int = 128
     trials: int = 30
     calibration: Mapping[str, Any] | None = None
 
