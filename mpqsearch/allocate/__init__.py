@@ -7,24 +7,21 @@ Sinha and Zoltners (1979) and Dyer (1984) on its linear relaxation.
 from __future__ import annotations
 
 from mpqsearch._verbs import make_callable
-from mpqsearch.allocate.certificate import Certificate, Check, check_certificate
+from mpqsearch.allocate.certificate import Certificate, check_certificate
 from mpqsearch.allocate.dispatch import solve
 from mpqsearch.allocate.explain import NextStep, explain
 from mpqsearch.allocate.path import ParetoPath, solve_path
 from mpqsearch.allocate.problem import AllocationProblem, CostBudget, PairwiseTerms
-from mpqsearch.allocate.result import AllocationResult, Proof, Status, table_digests
+from mpqsearch.allocate.result import AllocationResult, table_digests
 
 __all__ = [
     "AllocationProblem",
     "AllocationResult",
     "Certificate",
-    "Check",
     "CostBudget",
     "NextStep",
     "PairwiseTerms",
     "ParetoPath",
-    "Proof",
-    "Status",
     "check_certificate",
     "explain",
     "solve",

@@ -92,13 +92,7 @@ class Closed:
 
 
 def close(
-    moves: Moves,
-    slack: int,
-    rate: float,
-    *,
-    excess: float,
-    tolerance: float,
-    max_states: int = MAX_STATES,
+    moves: Moves, slack: int, rate: float, *, excess: float, tolerance: float, max_states: int = MAX_STATES
 ) -> Closed:
     """Best set of moves within ``slack``.
 

@@ -27,7 +27,7 @@ from mpqsearch.errors import SolverError
 MAX_CELLS = 20_000
 """Choices left in doubt up to which the whole integer program is tried."""
 
-CORE_ROWS = (72, 648)
+CORE_ROWS = 72
 """Rows nearest to a change of mind that are solved alone first."""
 
 PROVEN_ROWS = 1_000
@@ -35,9 +35,6 @@ PROVEN_ROWS = 1_000
 
 ENOUGH = 1e-4
 """Relative gap at which an answer is good enough beyond that."""
-
-FILL_GAP = 1e-8
-"""Relative gap at which one budget alone is filled well enough."""
 
 PATIENCE_S = 60.0
 """Seconds after which no further integer program is started, and that one may take."""
@@ -128,9 +125,8 @@ class _Search:
         answers = []
         for number, (cost, limit) in enumerate(zip(within.costs, within.limits, strict=True)):
             others = np.where(np.arange(len(at.rates)) == number, 0.0, at.rates)
-            tolerance = max(self.gap_tolerance / 4, FILL_GAP if others.any() else 0.0)
             try:
-                solved = mckp.solve_table(dual.prices(within, others), cost, limit, gap_tolerance=tolerance)
+                solved = mckp.solve_table(dual.prices(within, others), cost, limit)
             except mckp.BudgetTooSmallError:  # too small within these formats
                 continue
             self.offer(solved.choice, "core")
@@ -145,12 +141,10 @@ class _Search:
         """Solve for the rows whose choice is most in doubt, all others held as in a start."""
         doubt = np.sort(_penalties(within, at), axis=1)[:, 1:2]  # of the second best choice; nothing with one choice
         order, rows = np.argsort(doubt.sum(axis=1), kind="stable"), np.arange(len(start))
-        for size in CORE_ROWS:
-            if size >= len(order) or self.done():
-                return
+        if len(order) > CORE_ROWS and not self.done():
             held = np.full(within.loss.shape, np.inf)
             held[rows, start] = within.loss[rows, start]
-            held[order[:size]] = within.loss[order[:size]]
+            held[order[:CORE_ROWS]] = within.loss[order[:CORE_ROWS]]
             self._program(held)
 
     def improve_by_program(self) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mpqsearch.allocate.closing import Closed, Moves, close, collect_moves
+from mpqsearch.allocate.closing import MAX_STATES, Closed, Moves, close, collect_moves
 from mpqsearch.allocate.hull import hull_steps
 from mpqsearch.allocate.problem import Floats, Integers
 from mpqsearch.allocate.tables import cheapest, smallest_cost, total_cost, total_loss
@@ -83,10 +83,6 @@ class CoreSolution:
             return self
         return replace(self, floor=self.loss, proven=True)
 
-    def within(self, gap_tolerance: float) -> bool:
-        """Whether the relative gap is small enough."""
-        return self.proven or self.loss - self.floor <= gap_tolerance * abs(self.loss)
-
 
 class BudgetTooSmallError(ValueError):
     """Even the cheapest choices exceed the limit; ``smallest`` is what they cost."""
@@ -96,14 +92,13 @@ class BudgetTooSmallError(ValueError):
         self.smallest = smallest
 
 
-def solve_table(loss: Floats, cost: Integers, limit: int, *, gap_tolerance: float = 0.0) -> CoreSolution:
+def solve_table(loss: Floats, cost: Integers, limit: int) -> CoreSolution:
     """Minimize the total loss within ``limit``.
 
     Args:
         loss: ``[r, k]``, infinite where forbidden, at least one finite loss per row.
         cost: ``[r, k]`` integers.
         limit: Budget.
-        gap_tolerance: Stop as soon as the relative gap is certified to be at most this; 0 asks for a proof.
 
     Raises:
         BudgetTooSmallError: Nothing fits.
@@ -113,20 +108,17 @@ def solve_table(loss: Floats, cost: Integers, limit: int, *, gap_tolerance: floa
         raise BudgetTooSmallError(smallest_cost(loss, cost))
     bound = relaxed.bound
     start = CoreSolution(relaxed.choice, relaxed.rate, bound, bound, relaxed.loss, proven=False).settled()
-    if start.within(gap_tolerance):
+    if start.proven:
         return start
     near = _near_moves(loss, cost, relaxed)
-    best, _ = _search(loss, relaxed, start, near, gap_tolerance, NEAR_STATES)
-    best = best.settled()
-    if best.within(gap_tolerance):
+    best = _search(loss, relaxed, start, near, NEAR_STATES)[0].settled()
+    if best.proven:
         return best
     # Dearer moves than the gap improve nothing.
-    worth = best.loss - best.dual_bound - _tolerance(best, gap_tolerance)
-    moves = collect_moves(loss, cost, relaxed.choice, relaxed.rate, worth)
-    answer, closed = _search(loss, relaxed, best, moves, gap_tolerance)
-    proven = closed.proven and gap_tolerance == 0
-    floor = answer.loss if proven else min(max(best.floor, best.dual_bound + closed.floor), answer.loss)
-    return replace(answer, floor=floor, proven=proven).settled()
+    moves = collect_moves(loss, cost, relaxed.choice, relaxed.rate, best.loss - best.dual_bound - _tolerance(best))
+    answer, closed = _search(loss, relaxed, best, moves)
+    floor = answer.loss if closed.proven else min(max(best.floor, best.dual_bound + closed.floor), answer.loss)
+    return replace(answer, floor=floor, proven=closed.proven).settled()
 
 
 def relax(loss: Floats, cost: Integers, limit: int) -> Relaxed:
@@ -163,9 +155,9 @@ def _slopes(loss: Floats, cost: Integers, large: Integers, small: Integers) -> F
     return slopes
 
 
-def _tolerance(solution: CoreSolution, gap_tolerance: float) -> float:
+def _tolerance(solution: CoreSolution) -> float:
     """Improvements of the loss that are not worth a search."""
-    return max(ROUNDING, gap_tolerance / 2) * abs(solution.loss)
+    return ROUNDING * abs(solution.loss)
 
 
 def _near_moves(loss: Floats, cost: Integers, relaxed: Relaxed) -> Moves:
@@ -180,8 +172,7 @@ def _search(
     relaxed: Relaxed,
     best: CoreSolution,
     moves: Moves,
-    gap_tolerance: float,
-    max_states: int = 1_000_000,
+    max_states: int = MAX_STATES,
 ) -> tuple[CoreSolution, Closed]:
     """The best solution after a search over some moves, and what the search proved."""
     excess = max(best.loss - best.dual_bound, 0.0)
@@ -190,7 +181,7 @@ def _search(
         relaxed.slack,
         relaxed.rate,
         excess=excess,
-        tolerance=_tolerance(best, gap_tolerance),
+        tolerance=_tolerance(best),
         max_states=max_states,
     )
     if not closed.item.size:

@@ -19,9 +19,6 @@ from mpqsearch.allocate.tables import Tables
 ROUNDS = 60
 """Linearizations; the best choice seen rarely improves after a dozen."""
 
-LINEAR_GAP = 1e-4
-"""Relative gap at which a linearization is solved well enough."""
-
 
 def solve_pairwise(pairs: PairwiseTerms, tables: Tables) -> Answer:
     """A good choice within one budget."""
@@ -31,7 +28,7 @@ def solve_pairwise(pairs: PairwiseTerms, tables: Tables) -> Answer:
     allowed = np.isfinite(tables.loss)  # what is not allowed stays infinite: the mean of infinities is no number
     seen = {best.choice.tobytes()}
     for number in range(1, ROUNDS):
-        solved = mckp.solve_table(mean, cost, limit, gap_tolerance=LINEAR_GAP)
+        solved = mckp.solve_table(mean, cost, limit)
         total = couplings.total(solved.choice)
         if total < least:
             best, least = solved, total

@@ -2,7 +2,7 @@
 
 from mpqsearch.core.bitmap import BitMap
 from mpqsearch.core.budget import Budget, bops, uniform_map
-from mpqsearch.core.formats import FULL_PRECISION, SCHEMES, WIDTHS, QuantFormat
+from mpqsearch.core.formats import FULL_PRECISION, SCHEMES, QuantFormat
 from mpqsearch.core.layers import ROLES, KeptParameter, LayerSpec, LayerTable
 from mpqsearch.core.metric import MetricValue, StudyRecord
 from mpqsearch.core.policy import LayerRules, Policy
@@ -22,7 +22,6 @@ __all__ = [
     "FULL_PRECISION",
     "ROLES",
     "SCHEMES",
-    "WIDTHS",
     "BitMap",
     "Budget",
     "KeptParameter",

@@ -5,10 +5,7 @@ from mpqsearch.distill.loop import DistillState, distill
 from mpqsearch.distill.processes import Processes, processes
 from mpqsearch.distill.teacher import TeacherCall, Trajectories
 from mpqsearch.distill.trd import (
-    FeatureTap,
     find_feature_module,
-    pool_positions,
-    relation_log_probabilities,
     relation_loss,
     window_relation_loss,
 )
@@ -17,16 +14,13 @@ from mpqsearch.specs import DistillSpec, TRDSpec
 __all__ = [
     "DistillSpec",
     "DistillState",
-    "FeatureTap",
     "Processes",
     "TRDSpec",
     "TeacherCall",
     "Trajectories",
     "distill",
     "find_feature_module",
-    "pool_positions",
     "processes",
-    "relation_log_probabilities",
     "relation_loss",
     "window_relation_loss",
 ]

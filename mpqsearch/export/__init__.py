@@ -16,15 +16,12 @@ The bit map of every run is in the neutral format already, when it is written wi
 from mpqsearch._verbs import make_callable
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry, plan_table
 from mpqsearch.export.neutral import (
-    NeutralMap,
     bit_map_schema,
     load_neutral,
     neutral_extra,
-    structure_digest,
     write_neutral,
 )
-from mpqsearch.export.plan import plan_layers
-from mpqsearch.export.reading import Imported, Reading, import_map, read_map
+from mpqsearch.export.reading import Imported, import_map, read_map
 from mpqsearch.export.target import Target, get_exporter
 from mpqsearch.specs.targets import SOURCES, TARGETS, register
 
@@ -34,9 +31,7 @@ __all__ = [
     "Choice",
     "ExportJob",
     "Imported",
-    "NeutralMap",
     "PlanEntry",
-    "Reading",
     "Target",
     "Verification",
     "VerifyEntry",
@@ -45,11 +40,9 @@ __all__ = [
     "import_map",
     "load_neutral",
     "neutral_extra",
-    "plan_layers",
     "plan_table",
     "read_map",
     "register",
-    "structure_digest",
     "write_neutral",
 ]
 

@@ -4,7 +4,6 @@ from mpqsearch.metrics.evaluate import (
     Evaluation,
     Measure,
     Reference,
-    Tally,
     distance_to_full_precision,
     evaluate,
     features_of,
@@ -18,7 +17,7 @@ from mpqsearch.metrics.extractors import (
     load_extractor,
     module_extractor,
 )
-from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance, kernel_distance, paired_kernel_distance
+from mpqsearch.metrics.frechet import FeatureStatistics, frechet_distance
 from mpqsearch.metrics.named import SCORERS, load_scorer
 from mpqsearch.metrics.reference import DataReference, load_reference, save_reference
 from mpqsearch.metrics.scorers import PSNR, SSIM, Scorer
@@ -39,19 +38,16 @@ __all__ = [
     "Reference",
     "SampleStore",
     "Scorer",
-    "Tally",
     "clip_scorer",
     "distance_to_full_precision",
     "evaluate",
     "extractor_for",
     "features_of",
     "frechet_distance",
-    "kernel_distance",
     "load_extractor",
     "load_reference",
     "load_scorer",
     "measures",
     "module_extractor",
-    "paired_kernel_distance",
     "save_reference",
 ]

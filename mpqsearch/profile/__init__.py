@@ -5,7 +5,7 @@ from mpqsearch.profile.activations import collect_ranges, scales_of
 from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import gptq_profile
-from mpqsearch.profile.inputs import InputCollector, columns_of
+from mpqsearch.profile.inputs import columns_of
 from mpqsearch.profile.measure import profile_model
 from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
 from mpqsearch.profile.outputs import WithOutputs, output_bytes, output_moments
@@ -17,7 +17,6 @@ from mpqsearch.specs import CalibrationSpec
 __all__ = [
     "Arrays",
     "CalibrationSpec",
-    "InputCollector",
     "InputMoments",
     "Partial",
     "WeightErrors",

@@ -13,9 +13,10 @@ from torch import Tensor
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, rehearse, run_sampler, silent
+from mpqsearch.profile.calibrate import rehearse, run_sampler
 from mpqsearch.profile.inputs import QuantizedInputCollector
 from mpqsearch.profile.partial import Arrays
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import (
     ActivationQuantizer,
     ActivationTable,

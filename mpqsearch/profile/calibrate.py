@@ -15,17 +15,11 @@ from mpqsearch.models.calls import Call
 from mpqsearch.models.runner import device_of
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.weighing import Weighing
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowStatistics
 from mpqsearch.sampling import each_call, n_calls
 from mpqsearch.sources import kind_of
 from mpqsearch.specs import CalibrationSpec
-
-Progress = Callable[[str, int, int], None]
-"""Called with a label, the number of finished units and their total."""
-
-
-def silent(_label: str, _done: int, _total: int) -> None:
-    """Progress of callers that want none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

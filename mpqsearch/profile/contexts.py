@@ -19,11 +19,11 @@ from torch import nn
 
 from mpqsearch.core import LayerTable, Policy
 from mpqsearch.models.calls import Call
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import Probing
 from mpqsearch.profile.recomputed import error_part, error_rows
 from mpqsearch.profile.tables import WeightErrors, final_format
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import weight_of
 from mpqsearch.specs import CalibrationSpec
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mpqsearch.core import LayerTable
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import layer_arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.progress import Progress, silent
 from mpqsearch.sampling import Chain, chain, gradients
 from mpqsearch.specs import CalibrationSpec
 

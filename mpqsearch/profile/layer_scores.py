@@ -20,7 +20,7 @@ from torch import Tensor
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
-from mpqsearch.profile.calibrate import Calibration, Progress, collected, run_sampler, silent
+from mpqsearch.profile.calibrate import Calibration, collected, run_sampler
 from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import layer_arrays
@@ -28,6 +28,7 @@ from mpqsearch.profile.recomputed import error_part, error_rows
 from mpqsearch.profile.tables import WeightErrors, errors_within, shift_of
 from mpqsearch.profile.taps import GradientTap, checkpointed
 from mpqsearch.profile.weighing import weighing_of
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import width_errors
 from mpqsearch.sources import kind_of
 from mpqsearch.specs import CalibrationSpec

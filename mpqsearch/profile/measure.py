@@ -16,7 +16,7 @@ from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, Sensitivi
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
 from mpqsearch.profile.activations import activation_arrays
-from mpqsearch.profile.calibrate import Calibration, Progress, calibrate, no_input, silent
+from mpqsearch.profile.calibrate import Calibration, calibrate, no_input
 from mpqsearch.profile.contexts import context_sensitivity
 from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.gptq import following
@@ -29,6 +29,7 @@ from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
 from mpqsearch.profile.slopes import slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
 from mpqsearch.profile.weighing import Weighing, weighing_of
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowStatistics
 from mpqsearch.sampling import can_sample, n_calls
 from mpqsearch.specs import CalibrationSpec

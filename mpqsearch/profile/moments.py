@@ -10,8 +10,9 @@ import torch
 
 from mpqsearch.core import LayerTable, SensitivityProfile
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, rehearse, run_sampler, silent
+from mpqsearch.profile.calibrate import rehearse, run_sampler
 from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowStatistics, Statistics
 
 

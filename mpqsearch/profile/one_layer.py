@@ -8,10 +8,10 @@ import numpy as np
 
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import final_format, formats_of
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import Statistics, quantize_model
 from mpqsearch.sampling import latents
 from mpqsearch.specs import CalibrationSpec

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mpqsearch.core import LayerTable
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.final_probes import walk_back
 from mpqsearch.profile.taps import GradientTap, checkpointed
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowStatistics, Statistics
 from mpqsearch.sampling import chain
 

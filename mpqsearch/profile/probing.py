@@ -19,11 +19,11 @@ from torch import Tensor
 from mpqsearch.core import LayerTable
 from mpqsearch.models import Denoiser
 from mpqsearch.models.calls import Call
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.tables import WeightErrors
 from mpqsearch.profile.taps import GradientTap, Sink, checkpointed
 from mpqsearch.profile.weighing import Weighing
+from mpqsearch.progress import Progress, silent
 from mpqsearch.sources import kind_of
 
 BUCKETS = 5

@@ -20,12 +20,12 @@ from torch import Tensor
 from mpqsearch.core import LayerTable, Policy
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.contexts import latin_contexts, mixed_widths, quantized_at
 from mpqsearch.profile.final_probes import final_effects
 from mpqsearch.profile.partial import Arrays
 from mpqsearch.profile.probing import std_error_of
 from mpqsearch.profile.tables import WeightErrors, final_format
+from mpqsearch.progress import Progress, silent
 from mpqsearch.sampling import batch_of, latents
 from mpqsearch.specs import CalibrationSpec
 

@@ -20,9 +20,9 @@ from mpqsearch.core import LayerSpec, LayerTable, Policy, QuantFormat, Sensitivi
 from mpqsearch.core.formats import format_name
 from mpqsearch.errors import ConfigError, NumericsError
 from mpqsearch.models import StreamedModel
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.recomputed import slices_of
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
 from mpqsearch.quant.tables import weight_error_tables

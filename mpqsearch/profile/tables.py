@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models import Denoiser
-from mpqsearch.profile.calibrate import Progress, silent
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.recomputed import (
     RecomputedErrors,
@@ -22,6 +21,7 @@ from mpqsearch.profile.recomputed import (
     joined_quantizers,
     slices_of,
 )
+from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
 from mpqsearch.quant.rows import row_moments
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers

@@ -5,7 +5,7 @@ one line says so. Torch is imported only by the stages that need a model.
 """
 
 from mpqsearch.stages.allocating import allocated, allocation, allocations, offers
-from mpqsearch.stages.base import Run, slug, start
+from mpqsearch.stages.base import Run, start
 from mpqsearch.stages.card import cards
 from mpqsearch.stages.checking import check_allocation
 from mpqsearch.stages.delivering import delivered_records
@@ -15,12 +15,12 @@ from mpqsearch.stages.evaluating import evaluate
 from mpqsearch.stages.explaining import explanations, paths, program_methods
 from mpqsearch.stages.exporting import Exported, export, require_good
 from mpqsearch.stages.importing import import_map
-from mpqsearch.stages.profiling import prepare, profile, profile_inputs
+from mpqsearch.stages.profiling import prepare, profile
 from mpqsearch.stages.quantizing import quantize
-from mpqsearch.stages.reporting import chosen_method, export_budget, rank_correlations, report
+from mpqsearch.stages.reporting import export_budget, report
 from mpqsearch.stages.searched import searched_map
 from mpqsearch.stages.searching import check_search, search
-from mpqsearch.stages.targeting import target_allocation, target_allocations
+from mpqsearch.stages.targeting import target_allocations
 from mpqsearch.stages.until import Quality, Tried, require_reachable, smallest
 from mpqsearch.stages.whole import everything, trained
 
@@ -35,7 +35,6 @@ __all__ = [
     "cards",
     "check_allocation",
     "check_search",
-    "chosen_method",
     "delivered_records",
     "distill",
     "evaluate",
@@ -49,19 +48,15 @@ __all__ = [
     "paths",
     "prepare",
     "profile",
-    "profile_inputs",
     "program_methods",
     "quantize",
-    "rank_correlations",
     "report",
     "require_good",
     "require_reachable",
     "search",
     "searched_map",
-    "slug",
     "smallest",
     "start",
-    "target_allocation",
     "target_allocations",
     "trained",
 ]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mpqsearch.core import QuantFormat
-from mpqsearch.quant import search, weight_error_tables
+from mpqsearch.quant import search
+from mpqsearch.quant.tables import weight_error_tables
 
 SHAPES = (
     *((320, 2880), (640, 5760), (1280, 11520), (1280, 17280), (1280, 1280), (320, 320)),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mpqsearch.core import BitMap
-from mpqsearch.distill import FeatureTap, Trajectories, TRDSpec, find_feature_module, window_relation_loss
+from mpqsearch.distill import Trajectories, TRDSpec, find_feature_module, window_relation_loss
+from mpqsearch.distill.trd import FeatureTap
 from mpqsearch.models import discover
 from mpqsearch.quant import build_student
 from mpqsearch.sampling import SamplerSpec, load_model

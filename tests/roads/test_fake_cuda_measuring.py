@@ -21,11 +21,10 @@ from mpqsearch.metrics import (
     distance_to_full_precision,
     evaluate,
     frechet_distance,
-    kernel_distance,
     load_extractor,
     module_extractor,
-    paired_kernel_distance,
 )
+from mpqsearch.metrics.frechet import kernel_distance, paired_kernel_distance
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import latents

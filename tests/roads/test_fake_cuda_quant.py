@@ -22,11 +22,10 @@ from mpqsearch.quant import (
     param_groups,
     quantize_model,
     smooth_inputs,
-    weight_error_tables,
     width_errors,
 )
 from mpqsearch.quant.rows import rows_of
-from mpqsearch.quant.tables import RowStatistics
+from mpqsearch.quant.tables import RowStatistics, weight_error_tables
 from tests.support import tiny_denoiser
 from tests.support.everything import ALL
 from tests.support.fake_cuda import DEVICE, FakeCudaTensor, fake_cuda, on_gpu

@@ -28,7 +28,8 @@ from mpqsearch.models import (
     open_streamed,
     save_calls,
 )
-from mpqsearch.profile import CalibrationSpec, InputCollector, profile_model
+from mpqsearch.profile import CalibrationSpec, profile_model
+from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import quantize_model, rows_of
 from mpqsearch.sampling import adapt, load_model
 from tests.support.denoisers import RECIPES, build

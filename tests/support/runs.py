@@ -15,7 +15,8 @@ def saved_profile(
 ) -> None:
     """Write ``layers.json`` and ``profile.json`` into a run folder, as if ``study`` had measured them; needs no
     torch."""
-    from mpqsearch.stages import Run, profile_inputs
+    from mpqsearch.stages import Run
+    from mpqsearch.stages.profiling import profile_inputs
 
     run = Run(config=load_config(study, list(overrides)), folder=folder)
     run.table = table

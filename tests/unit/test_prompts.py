@@ -12,7 +12,9 @@ import pytest
 
 from mpqsearch.config import Config, config_from, load_config
 from mpqsearch.errors import ConfigError, UnknownNameError
-from mpqsearch.prompts import BANDS, Prompt, Prompts, name_seed, read_file, read_prompts, split_of
+from mpqsearch.prompts import BANDS, Prompt, Prompts, read_prompts
+from mpqsearch.prompts.reading import name_seed, read_file
+from mpqsearch.prompts.splits import split_of
 from mpqsearch.specs import PromptsSpec
 
 FITTED = [split for split in BANDS if split != "report"]

@@ -68,14 +68,6 @@ def test_grain_of_the_sizes_tightens_the_slack():
     assert mckp.solve_table(loss, cost, limit + 999).loss == mckp.solve_table(loss, cost, limit).loss
 
 
-def test_a_gap_tolerance_is_certified():
-    loss, cost, weights = tables(5000, kind="noisy")
-    loose = mckp.solve_table(loss, cost, int(weights * 4.2), gap_tolerance=1e-5)
-    tight = mckp.solve_table(loss, cost, int(weights * 4.2))
-    assert loose.loss - loose.floor <= 1e-5 * loose.loss
-    assert loose.floor <= tight.loss <= loose.loss
-
-
 def test_a_full_history_ends_the_search_with_a_valid_bound(monkeypatch):
     loss, cost, weights = tables(3000, kind="noisy")
     proven = mckp.solve_table(loss, cost, int(weights * 4.2))

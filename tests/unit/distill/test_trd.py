@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpqsearch.distill import (
-    FeatureTap,
-    TRDSpec,
-    find_feature_module,
-    pool_positions,
-    relation_loss,
-    window_relation_loss,
-)
+from mpqsearch.distill import TRDSpec, find_feature_module, relation_loss, window_relation_loss
+from mpqsearch.distill.trd import FeatureTap, pool_positions
 from mpqsearch.errors import ConfigError, ModelError, UnknownNameError
 from tests.support import tiny_dit, tiny_unet
 

@@ -18,8 +18,8 @@ import pytest
 
 from mpqsearch.core import BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError, LayerMismatchError
-from mpqsearch.export import TARGETS, ExportJob, Reading, Target, get_exporter, import_map
-from mpqsearch.export.reading import resolve
+from mpqsearch.export import TARGETS, ExportJob, Target, get_exporter, import_map
+from mpqsearch.export.reading import Reading, resolve
 from mpqsearch.export.sdcpp import FILE, SKIPPED, read, spelled
 
 GOLDEN = Path(__file__).parent / "golden"

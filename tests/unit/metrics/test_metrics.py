@@ -17,14 +17,13 @@ from mpqsearch.metrics import (
     extractors,
     frechet,
     frechet_distance,
-    kernel_distance,
     load_extractor,
     load_reference,
     module_extractor,
-    paired_kernel_distance,
     save_reference,
 )
 from mpqsearch.metrics.evaluate import frechet_label, seeds_label
+from mpqsearch.metrics.frechet import kernel_distance, paired_kernel_distance
 from tests.support.drawn import batches_of, reference_of
 
 

@@ -24,8 +24,8 @@ from mpqsearch.metrics import (
     frechet_distance,
     load_extractor,
     module_extractor,
-    paired_kernel_distance,
 )
+from mpqsearch.metrics.frechet import paired_kernel_distance
 from mpqsearch.models.runner import Drawn, Label
 from tests.support.drawn import batches_of, reference_of
 

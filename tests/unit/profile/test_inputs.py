@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpqsearch.core import BitMap, LayerTable, QuantFormat
 from mpqsearch.models.discover import _spec
-from mpqsearch.profile import InputCollector
+from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import error_tables, quantize_model, width_errors
 
 BITS = (1, 2, 4, 8)

@@ -19,10 +19,10 @@ from mpqsearch.quant import (
     RangeCollector,
     build_student,
     param_groups,
-    quant_layers,
     quantize_model,
 )
 from mpqsearch.quant.activations import TimestepClock
+from mpqsearch.quant.modules import quant_layers
 from mpqsearch.quant.ranges import BINS, _Histogram
 from mpqsearch.sampling import SamplerSpec, adapt, latents
 from mpqsearch.sampling.plain import noise_of

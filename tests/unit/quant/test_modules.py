@@ -12,18 +12,17 @@ from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.models import discover
 from mpqsearch.quant import (
     ActivationTable,
-    QuantLayer,
     build_student,
     convert,
     decode,
     encode,
     param_groups,
-    quant_layers,
     quantize_model,
     quantize_weight,
     rows_of,
     weight_of,
 )
+from mpqsearch.quant.modules import QuantLayer, quant_layers
 from tests.support import tiny_denoiser
 from tests.support.inputs import known
 

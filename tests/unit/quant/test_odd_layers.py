@@ -15,7 +15,7 @@ from mpqsearch.core import BitMap, LayerSpec, LayerTable, QuantFormat
 from mpqsearch.errors import LayerMismatchError
 from mpqsearch.models import discover
 from mpqsearch.models.hooks import uses_weight_as_it_is
-from mpqsearch.profile import InputCollector
+from mpqsearch.profile.inputs import InputCollector
 from mpqsearch.quant import RangeCollector, build_student, convert, quantize_model
 from tests.support import tiny_denoiser
 from tests.support.inputs import known

@@ -14,10 +14,10 @@ from torch import Tensor
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import discover
-from mpqsearch.quant import fit_rows, rows_of, search, weight_error_tables, width_errors
+from mpqsearch.quant import fit_rows, rows_of, search, width_errors
 from mpqsearch.quant.rows import RowMoments, _fit, fit_grid, row_moments
 from mpqsearch.quant.search import SHORT_ROW, best_factors, exhaustive_search, square_errors
-from mpqsearch.quant.tables import error_tables, kurtosis
+from mpqsearch.quant.tables import error_tables, kurtosis, weight_error_tables
 from mpqsearch.sampling import load_model
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)

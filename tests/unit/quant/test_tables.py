@@ -10,8 +10,9 @@ from torch import nn
 
 from mpqsearch.core import LayerSpec, LayerTable, QuantFormat
 from mpqsearch.models.discover import _spec
-from mpqsearch.profile import InputCollector
-from mpqsearch.quant import error_tables, kurtosis, rows_of, smoothing_factors, weight_of, width_errors
+from mpqsearch.profile.inputs import InputCollector
+from mpqsearch.quant import error_tables, kurtosis, rows_of, weight_of, width_errors
+from mpqsearch.quant.smoothing import smoothing_factors
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 5), (4, 7, 6)),

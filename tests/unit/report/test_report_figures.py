@@ -17,20 +17,11 @@ from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import best_loss, channel_losses
 from mpqsearch.pareto import ParetoFront
-from mpqsearch.report import (
-    front_info,
-    layer_losses,
-    measured_losses,
-    plot_front,
-    plot_predicted_vs_measured,
-    plot_samples,
-    plot_sensitivity,
-    prediction_info,
-    render,
-    sample_grid,
-    save_figure,
-)
+from mpqsearch.report import layer_losses, plot_samples, plot_sensitivity, render, sample_grid, save_figure
+from mpqsearch.report.front import front_info, plot_front
 from mpqsearch.report.grids import difference, page_scale, sample_strip, strip_picture
+from mpqsearch.report.prediction import plot_predicted_vs_measured, prediction_info
+from mpqsearch.report.sensitivity import measured_losses
 from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]

@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord, size_bytes, uniform_map
-from mpqsearch.report import ReportContent, build_report, layer_losses, read_pareto_json, sample_grid
+from mpqsearch.report import ReportContent, build_report, layer_losses, sample_grid
 from mpqsearch.report.grids import page_scale, save_samples
 from mpqsearch.report.hover import map_in_one_line
 from mpqsearch.report.html import grid_on_page
 from mpqsearch.report.layers import layers_table
+from mpqsearch.report.tables import read_pareto_json
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,9 @@ import pytest
 
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.report import (
-    profile_drawings,
-    profile_summary,
-    render,
-    save_figure,
-)
-from mpqsearch.report.sensitivity import sensitivity_over_time
+from mpqsearch.report import render, save_figure
+from mpqsearch.report.profile import profile_summary
+from mpqsearch.report.sensitivity import profile_drawings, sensitivity_over_time
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()

@@ -9,7 +9,8 @@ import pytest
 
 from mpqsearch.core import BitMap, LayerTable, MetricValue, Policy, StudyRecord, size_bits, uniform_map
 from mpqsearch.errors import ArtifactError, LayerMismatchError
-from mpqsearch.report import read_pareto_json, size_breakdown, standings, tied, write_pareto_csv, write_pareto_json
+from mpqsearch.report.breakdown import size_breakdown
+from mpqsearch.report.tables import read_pareto_json, standings, tied, write_pareto_csv, write_pareto_json
 
 
 def test_csv_holds_every_number_to_the_last_digit(tmp_path: Path, records: list[StudyRecord]) -> None:
