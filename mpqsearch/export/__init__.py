@@ -15,7 +15,7 @@ The bit map of every run is in the neutral format already, when it is written wi
 
 from mpqsearch._verbs import make_callable
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry, Verification, VerifyEntry, plan_table
-from mpqsearch.export.neutral import (
+from mpqsearch.export.mapfile import (
     bit_map_schema,
     load_neutral,
     neutral_extra,

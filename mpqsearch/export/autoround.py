@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.core.packing import pack_bits
 from mpqsearch.errors import NumericsError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import WEIGHTS, Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, float_note, number_of_bits, pattern_of
 from mpqsearch.export.reading import quantization_config as config_of
-from mpqsearch.export.target import WEIGHTS, Target, int_choices, write_config
+from mpqsearch.export.target import Target, int_choices, write_config
 
 if TYPE_CHECKING:
     from mpqsearch.quant import QuantizedRows

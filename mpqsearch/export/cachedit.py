@@ -21,8 +21,8 @@ from typing import Any
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
-from mpqsearch.export.neutral import FILE as MAP
-from mpqsearch.export.neutral import load_neutral
+from mpqsearch.export.mapfile import FILE as MAP
+from mpqsearch.export.mapfile import load_neutral
 from mpqsearch.export.reading import Reading, bits_of, float_note, json_at
 from mpqsearch.export.target import Target
 

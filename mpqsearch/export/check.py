@@ -1,17 +1,9 @@
-"""Load an export with the library that it is for: ``python -m mpqsearch.export.check TARGET FOLDER ...``.
-
-It prints what each folder holds, one JSON a line.
-
-A module of its own so that it can run in a fresh process. It imports torch; only targets import it, when they write or
-verify.
-"""
+"""What targets share when they write and verify weights: it imports torch, so they import it when they do either."""
 
 from __future__ import annotations
 
 import copy
-import json
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpqsearch.artifacts import atomic_path, environment, read_tensors
+from mpqsearch.artifacts import atomic_path, read_tensors
 from mpqsearch.core import FULL_PRECISION, LayerSpec
 from mpqsearch.errors import ArtifactError, ConfigError, MpqsearchError
-from mpqsearch.export.contract import ExportJob, PlanEntry
+from mpqsearch.export.contract import CHECK, CONFIG, EXPECTED, ExportJob, PlanEntry
 from mpqsearch.export.reading import bits_of
-from mpqsearch.export.target import CHECK, CONFIG, EXPECTED, Target, get_exporter
 from mpqsearch.models.calls import Calls, load_calls, save_calls
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.quant import QuantizedRows, quantize_weight, rows_of, weight_of
@@ -249,32 +240,3 @@ def correct_bias(job: ExportJob, name: str, owner: Any, decoded: Tensor) -> None
     exact: Tensor = job.model.module.get_submodule(name).weight  # type: ignore[assignment]
     error = rows_of(decoded.float(), layer) - rows_of(exact.float(), layer)
     owner.bias.sub_(bias_shift(error, known.mean))
-
-
-def report(target: str, folder: Path) -> dict[str, Any]:
-    """What the target's ``read_back`` says of a folder, and the versions of what read it; whatever a library raises is
-    a problem of the report."""
-    consumer = get_exporter(target)
-    try:
-        found = consumer.read_back(folder) | {"versions": _versions(consumer)}
-        json.dumps(found, allow_nan=False)  # a prediction that is not finite
-    except Exception as error:  # noqa: BLE001 - consumers raise many kinds; each means that it could not load the folder
-        return {"widths": None, "problems": [f"{target} could not load {folder}: {type(error).__name__}: {error}"]}
-    return found
-
-
-def _versions(target: Target) -> dict[str, str]:
-    names = dict.fromkeys((target.requires, *(m.replace(".", "-") for m in target.imports)))
-    versions: dict[str, str] = environment((*filter(None, names), "torch", "diffusers", "safetensors"))["libraries"]
-    return versions
-
-
-def main(arguments: list[str]) -> int:
-    """Print the report of each pair of target and folder, one JSON a line."""
-    for target, folder in zip(arguments[::2], arguments[1::2], strict=True):
-        print(json.dumps(report(target, Path(folder))), flush=True)  # noqa: T201 - this is the answer to the calling process
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

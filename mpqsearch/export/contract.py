@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from mpqsearch.models.denoiser import Denoiser
     from mpqsearch.quant import QuantizedModel, Statistics
 
+MANIFEST, CONFIG = "export.json", "config.json"
+CHECK, EXPECTED = "check.safetensors", "expected.safetensors"
+"""A call of the model, and what the exported model must predict for it."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The name that diffusers looks for."""
+
 AS_PLANNED = ("exact", "kept_full_precision")
 """Reasons of layers that get what the map asks for."""
 

@@ -18,9 +18,9 @@ from typing import Any
 from mpqsearch.artifacts import write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.mapfile import FILE as MAP
+from mpqsearch.export.mapfile import load_neutral
 from mpqsearch.export.names import layer_places, tied
-from mpqsearch.export.neutral import FILE as MAP
-from mpqsearch.export.neutral import load_neutral
 from mpqsearch.export.reading import Reading, float_note, json_at, pattern_of
 from mpqsearch.export.target import Target
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.core.packing import pack_bits
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import CHECK, CONFIG, Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, json_at, number_of_bits
-from mpqsearch.export.target import CHECK, CONFIG, Target, int_choices, write_config
+from mpqsearch.export.target import Target, int_choices, write_config
 from mpqsearch.untrusted import read_json
 
 FILE = "model.safetensors"

@@ -144,8 +144,8 @@ class OnnxTarget(Target):
         import onnx
 
         from mpqsearch.export.check import forward_errors
-        from mpqsearch.export.neutral import FILE as MAP
-        from mpqsearch.export.neutral import load_neutral
+        from mpqsearch.export.mapfile import FILE as MAP
+        from mpqsearch.export.mapfile import load_neutral
 
         tensors = onnx.load(folder / FILE).graph.initializer
         neutral, held = load_neutral(folder / MAP), weights_held(tensors)
@@ -166,8 +166,8 @@ class OnnxTarget(Target):
         """Buffers and constants of the trace belong to the header, as the graph does."""
         import onnx
 
-        from mpqsearch.export.neutral import FILE as MAP
-        from mpqsearch.export.neutral import load_neutral
+        from mpqsearch.export.mapfile import FILE as MAP
+        from mpqsearch.export.mapfile import load_neutral
 
         neutral = load_neutral(folder / MAP)
         names = {u["name"] for u in neutral.data["unquantized"]} | {f"{n}.weight" for n in neutral.bit_map.weights}

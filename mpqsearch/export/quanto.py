@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch.artifacts import read_tensors, write_text
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import WEIGHTS, Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, by_name, float_note, json_at
-from mpqsearch.export.target import WEIGHTS, Target, int_choices, write_config
+from mpqsearch.export.target import Target, int_choices, write_config
 from mpqsearch.untrusted import read_json
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits
 from mpqsearch.errors import ArtifactError, ConfigError
 from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
 from mpqsearch.export.gguf import TYPES, GgufTarget
-from mpqsearch.export.neutral import FILE as MAP
-from mpqsearch.export.neutral import load_neutral
+from mpqsearch.export.mapfile import FILE as MAP
+from mpqsearch.export.mapfile import load_neutral
 from mpqsearch.export.reading import Reading, pattern_of
 from mpqsearch.export.target import Target
 from mpqsearch.untrusted import read_bytes

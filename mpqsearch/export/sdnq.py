@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 from mpqsearch.artifacts import atomic_path, temporary_prefix, write_text
 from mpqsearch.core import LayerSpec, LayerTable, StoredBits, coded_bits, scale_count
 from mpqsearch.errors import ConfigError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import CONFIG, WEIGHTS, Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, pattern_of, quantization_config
-from mpqsearch.export.target import CONFIG, WEIGHTS, Target, int_choices, planned_widths
+from mpqsearch.export.target import Target, int_choices, planned_widths
 from mpqsearch.sources import read_config
 
 if TYPE_CHECKING:

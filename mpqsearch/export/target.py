@@ -26,7 +26,20 @@ from mpqsearch.core import (
 )
 from mpqsearch.core.formats import WIDTHS
 from mpqsearch.errors import ArtifactError, ConfigError, UnknownNameError
-from mpqsearch.export.contract import AS_PLANNED, Choice, ExportJob, PlanEntry, Verification, VerifyEntry
+from mpqsearch.export.contract import (
+    AS_PLANNED,
+    CHECK,
+    CONFIG,
+    EXPECTED,
+    MANIFEST,
+    WEIGHTS,
+    Choice,
+    ExportJob,
+    PlanEntry,
+    Verification,
+    VerifyEntry,
+)
+from mpqsearch.export.mapfile import write_map
 from mpqsearch.export.plan import plan_layers, share
 from mpqsearch.sources import kind_of
 from mpqsearch.specs.targets import TARGETS
@@ -36,13 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mpqsearch.models.denoiser import Denoiser
-
-MANIFEST, CONFIG = "export.json", "config.json"
-CHECK, EXPECTED = "check.safetensors", "expected.safetensors"
-"""A call of the model, and what the exported model must predict for it."""
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""The name that diffusers looks for."""
 
 SIZE_TOLERANCE = 0.01
 """Largest relative difference between the bytes that the cost model promises and those on disk, headers apart."""
@@ -188,8 +194,6 @@ class Target:
 
         Raises `ConfigError` without the library, or without a model where weights are written.
         """
-        from mpqsearch.export.neutral import write_map
-
         self.check_parts(job.table)
         plan = self.plan(job)
         if job.denoiser is None and self.payload:
@@ -426,7 +430,7 @@ def fresh_process(exports: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:
     help."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "mpqsearch.export.check", *(str(part) for pair in exports for part in pair)]
+    command = [sys.executable, "-m", "mpqsearch.export", *(str(part) for pair in exports for part in pair)]
     try:
         done = subprocess.run(  # noqa: S603 - our own module, and the folders are arguments, not commands
             command,

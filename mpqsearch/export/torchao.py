@@ -19,9 +19,9 @@ from typing import Any
 
 from mpqsearch.core import FULL_PRECISION, LayerSpec, LayerTable, StoredBits, coded_bits
 from mpqsearch.errors import ArtifactError
-from mpqsearch.export.contract import Choice, ExportJob, PlanEntry
+from mpqsearch.export.contract import WEIGHTS, Choice, ExportJob, PlanEntry
 from mpqsearch.export.reading import Reading, bits_of, float_note, json_at, pattern_of, quantization_config
-from mpqsearch.export.target import WEIGHTS, Target, int_choices, planned_widths, write_config
+from mpqsearch.export.target import Target, int_choices, planned_widths, write_config
 
 
 class TorchaoTarget(Target):

@@ -30,8 +30,8 @@ from mpqsearch.export import (
     read_map,
     register,
 )
-from mpqsearch.export.contract import REASONS
-from mpqsearch.export.target import MANIFEST, SIZE_TOLERANCE, fresh_process
+from mpqsearch.export.contract import MANIFEST, REASONS
+from mpqsearch.export.target import SIZE_TOLERANCE, fresh_process
 from mpqsearch.models.calls import capture
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.discover import discover

@@ -212,7 +212,8 @@ def _main(
     for name, number in zip(files, (1, 2), strict=True):
         with Path(name).open("wb") as handle:
             os.dup2(handle.fileno(), number)
-    from mpqsearch.export import check, target
+    from mpqsearch.export import __main__ as check
+    from mpqsearch.export import target
 
     target.fresh_process = lambda exports: [check.report(name, path) for name, path in exports]
     if script:

@@ -11,7 +11,7 @@ import pytest
 from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION
 from mpqsearch.export import TARGETS, ExportJob, get_exporter
-from mpqsearch.export.target import MANIFEST
+from mpqsearch.export.contract import MANIFEST
 from mpqsearch.models.discover import discover
 from tests.conformance.test_exporters import own_map, tiny_transformer
 from tests.e2e import forked

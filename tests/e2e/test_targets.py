@@ -18,7 +18,8 @@ from mpqsearch.cli import app
 from mpqsearch.config import config_from
 from mpqsearch.core import Budget, LayerTable
 from mpqsearch.errors import InfeasibleBudgetError, StaleArtifactError
-from mpqsearch.export import ExportJob, check, get_exporter, load_neutral, target
+from mpqsearch.export import ExportJob, get_exporter, load_neutral, target
+from mpqsearch.export import __main__ as check
 from mpqsearch.export.contract import Verification, VerifyEntry
 from mpqsearch.export.gguf import FILE, GgufTarget
 from mpqsearch.stages import Run, prepare

@@ -17,7 +17,7 @@ from mpqsearch.errors import ArtifactError
 from mpqsearch.export import ExportJob, get_exporter, read_map
 from mpqsearch.export.allocation import allocate_for, formats_of
 from mpqsearch.export.comfyui import FILE, FORMATS
-from mpqsearch.export.target import MANIFEST
+from mpqsearch.export.contract import MANIFEST
 from mpqsearch.models.calls import capture
 from mpqsearch.models.denoiser import Denoiser
 from mpqsearch.models.discover import discover

@@ -12,7 +12,7 @@ from mpqsearch import artifacts
 from mpqsearch.core import BitMap, KeptParameter, LayerSpec, LayerTable, QuantFormat, average_bits, size_bits
 from mpqsearch.errors import ArtifactError, LayerMismatchError
 from mpqsearch.export import ExportJob, bit_map_schema, get_exporter, load_neutral, neutral_extra, write_neutral
-from mpqsearch.export.neutral import structure_digest
+from mpqsearch.export.mapfile import structure_digest
 
 TABLE = LayerTable(
     digest="d" * 64,

@@ -13,8 +13,8 @@ from mpqsearch.artifacts import read_json
 from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable
 from mpqsearch.errors import ConfigError
 from mpqsearch.export import ExportJob, Verification
+from mpqsearch.export.contract import MANIFEST
 from mpqsearch.export.quanto import MAP, QuantoTarget, quantized_copy
-from mpqsearch.export.target import MANIFEST
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.sampling import adapt
 from tests.support.tiny import tiny_denoiser
