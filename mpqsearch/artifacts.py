@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSIONS = {
-    "mpqsearch/calls": 1,
+    "mpqsearch/calls": 2,
     "mpqsearch/digests": 1,
     "mpqsearch/identity": 1,
     "mpqsearch/layers": 1,

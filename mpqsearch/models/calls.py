@@ -187,11 +187,12 @@ class Calls(Sequence[Call]):
     @property
     def digest(self) -> str:
         """SHA-256 of the content."""
-        data, tensors = _encoded(self)
-        total = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-        for key in sorted(tensors):
-            total.update(key.encode())
-        return total.hexdigest()
+        return artifacts.digest_of(_Encoder().encode(self.to_data()))
+
+    def to_data(self) -> dict[str, Any]:
+        """All calls as nested values."""
+        calls = [{f.name: getattr(call, f.name) for f in fields(call)} for call in self]
+        return {"model": self.model, "seen": self.seen, "calls": calls}
 
 
 @contextmanager
@@ -228,75 +229,39 @@ def capture(module: nn.Module, *, limit: int = 64, leave_out: Sequence[str] = ()
 
 def save_calls(path: str | Path, calls: Calls) -> None:
     """Write calls as one safetensors file; the structure of the arguments is JSON in its header."""
-    _write(Path(path), SCHEMA, *_encoded(calls))
+    _write(Path(path), SCHEMA, calls.to_data())
 
 
 def load_calls(path: str | Path) -> Calls:
-    """Read what `save_calls` wrote. Raises `ArtifactError` when it is missing, damaged, of another kind or newer."""
-    data, tensors = _read(Path(path), SCHEMA, "Record the calls of a pipeline with `mpqsearch record`.")
-    stored = untrusted.build(_StoredCalls, data, str(path))
-    with _whole(Path(path)):
-        calls = [
-            Call(
-                args=tuple(_decode(a, tensors) for a in item["args"]),
-                kwargs={k: _decode(v, tensors) for k, v in item["kwargs"].items()},
-                sample=_decode(item["sample"], tensors, Tensor),
-                timestep=_decode(item["timestep"], tensors, float),
-                batch=item["batch"],
-                dtype=_dtype(item["dtype"]),
-                part=item["part"],
-                index=item["index"],
-            )
-            for item in stored["calls"]
-        ]
-    return Calls(calls, model=stored["model"], seen=stored["seen"])
+    """Read what `save_calls` wrote. Raises `ArtifactError` when it is missing, damaged, of another kind or version."""
+    value = _read(Path(path), SCHEMA, "Record the calls of a pipeline with `mpqsearch record`.")
+    stored = untrusted.build(_Stored, value, f"{path} is damaged or no whole record")
+    return Calls(stored["calls"], model=stored["model"], seen=stored["seen"])
 
 
-class _StoredCall(TypedDict):
-    args: list[Any]
-    kwargs: dict[str, Any]
-    sample: dict[str, Any]
-    timestep: Any
-    batch: int
-    dtype: str
-    part: str
-    index: int
-
-
-class _StoredCalls(TypedDict):
-    """What the header of a file of calls holds."""
+class _Stored(TypedDict):
+    """What a file of calls holds."""
 
     model: str
     seen: int
-    calls: list[_StoredCall]
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Values that are not as `_Encoder` writes them become an `ArtifactError`."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged or no whole record: {type(error).__name__} {error}") from error
+    calls: tuple[Call, ...]
 
 
 def save_values(path: Path, value: Any) -> None:
     """Write nested tuples, lists and dictionaries of tensors, numbers and strings as one safetensors file."""
-    encoder = _Encoder()
-    data = encoder.encode(value)
-    _write(path, VALUES, {"value": data}, encoder.tensors)
+    _write(path, VALUES, value)
 
 
 def load_values(path: Path) -> Any:
     """Read what `save_values` wrote. Raises `ArtifactError` as `load_calls` does."""
-    data, tensors = _read(path, VALUES, "")
-    with _whole(path):
-        return _decode(data["value"], tensors)
+    return _read(path, VALUES, "")
 
 
-def _write(path: Path, schema: str, data: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, schema: str, value: Any) -> None:
     from safetensors.torch import save
 
+    encoder = _Encoder()
+    data = {"value": encoder.encode(value)}
     body = {
         "schema": schema,
         "version": artifacts.VERSIONS[schema],
@@ -306,10 +271,10 @@ def _write(path: Path, schema: str, data: Mapping[str, Any], tensors: dict[str, 
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with artifacts.atomic_write(path) as handle:
-        handle.write(save(tensors, metadata={"mpqsearch": json.dumps(body)}))
+        handle.write(save(encoder.tensors, metadata={"mpqsearch": json.dumps(body)}))
 
 
-def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]:
+def _read(path: Path, schema: str, advice: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -325,16 +290,18 @@ def _read(path: Path, schema: str, advice: str) -> tuple[Any, dict[str, Tensor]]
     header = untrusted.build(_Header, body, f"{path} is damaged or no artifact of mpqsearch")
     if header["schema"] != schema:
         raise ArtifactError(f"{path} holds {untrusted.quoted(header['schema'])}, but {schema!r} is needed")
-    newest = artifacts.VERSIONS[schema]
-    if not newest - 1 <= header["version"] <= newest:
+    if header["version"] != artifacts.VERSIONS[schema]:
         raise ArtifactError(
-            f"{path} has version {header['version']} of {schema!r}; this mpqsearch ({__version__}) reads up to "
-            f"{newest}."
+            f"{path} has version {header['version']} of {schema!r}; this mpqsearch ({__version__}) reads version "
+            f"{artifacts.VERSIONS[schema]}. {advice}".rstrip()
         )
     changed = any(_key(tensor) != key for key, tensor in tensors.items())
     if changed or header.get("digest") not in (None, artifacts.digest_of(header["data"])):
         raise ArtifactError(f"{path} was changed after it was written, or is damaged. {advice}".rstrip())
-    return header["data"], tensors
+    try:
+        return _decoded(header["data"]["value"], tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # values that are not as `_Encoder` writes them
+        raise ArtifactError(f"{path} is damaged or no whole record: {type(error).__name__} {error}") from error
 
 
 class _Header(TypedDict):
@@ -524,32 +491,6 @@ class _Encoder:
         return value
 
 
-def _encoded(calls: Calls) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    encoder = _Encoder()
-    data = [
-        {
-            "args": [encoder.encode(a) for a in call.args],
-            "kwargs": {k: encoder.encode(v) for k, v in call.kwargs.items()},
-            "sample": encoder.encode(call.sample),
-            "timestep": encoder.encode(call.timestep),
-            "batch": call.batch,
-            "dtype": str(call.dtype).removeprefix("torch."),
-            "part": call.part,
-            "index": call.index,
-        }
-        for call in calls
-    ]
-    return {"model": calls.model, "seen": calls.seen, "calls": data}, encoder.tensors
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor], kind: type | None = None) -> Any:
-    """What `_Encoder` wrote, of a ``kind`` if one is given. Raises several kinds of errors for anything else."""
-    decoded = _decoded(value, tensors)
-    if kind is not None and not isinstance(decoded, kind):
-        raise TypeError(f"a {kind.__name__} is needed, got {untrusted.quoted(value)}")
-    return decoded
-
-
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
@@ -570,8 +511,8 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "float":
         return float(content)
     if kind == "dict":
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+        return {_decoded(k, tensors): _decoded(v, tensors) for k, v in content}
     if kind not in ("list", "tuple") or not isinstance(content, list):
         raise ValueError(f"{untrusted.quoted(kind)} is no kind of value")
-    items = [_decode(v, tensors) for v in content]
+    items = [_decoded(v, tensors) for v in content]
     return items if kind == "list" else tuple(items)

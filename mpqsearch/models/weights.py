@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,10 @@ from mpqsearch.models.discover import table_of
 from mpqsearch.models.files import Stored, check_keys, check_shapes, refuse_quantized, weight_files
 from mpqsearch.models.loader import classes_of, sample_shape_of, structure
 from mpqsearch.models.runner import Parts
+from mpqsearch.progress import Progress
 from mpqsearch.sources import denoiser_folders, kind_of, local_folder, model_name, read_config
 
 log = logging.getLogger("mpqsearch")
-
-Progress = Callable[[str, int, int], None]
 
 _PIECE = 1 << 18
 """Values that are hashed at a time: in float32 they stay in the second-level cache."""

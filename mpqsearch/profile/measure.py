@@ -303,21 +303,10 @@ def _steps(m: Measurement, calibration: Calibration, errors: WeightErrors, weigh
             )
         )
     if m.spec.final_widths:
-        steps.append(Step(name="one layer at a time", run=lambda _: _final(m, calibration)))
+        alone = functools.partial(final_errors, partial=m.partial, progress=m.progress)
+        run = functools.partial(alone, *given, m.widths, calibration.statistics, m.spec, m.base)
+        steps.append(Step(name="one layer at a time", run=lambda _: run()))
     return steps
-
-
-def _final(m: Measurement, calibration: Calibration) -> Arrays:
-    return final_errors(
-        m.denoiser,
-        m.table,
-        m.widths,
-        calibration.statistics,
-        m.spec,
-        m.base,
-        partial=m.partial,
-        progress=m.progress,
-    )
 
 
 def _memory() -> dict[str, int]:

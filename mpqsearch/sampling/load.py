@@ -18,7 +18,6 @@ from mpqsearch.models.calls import Calls
 from mpqsearch.models.denoiser import Denoiser, check_finite, weights_digest
 from mpqsearch.models.devices import resolve_device
 from mpqsearch.models.loader import (
-    LoadedPipeline,
     downloaded,
     hints_of,
     load_part,
@@ -100,10 +99,16 @@ def load_model(
             f"recorded calls do not show what an error of text encoders and autoencoder of {source} does to a sample: "
             "leave them out, or let the pipeline run"
         )
-    if calls is not None:
-        runner: Runner = _recorded(calls, pipeline.module)
-    else:
-        runner = runner_of(pipeline, sampler, prompts, encoded)
+    drawn = PipelineRunner(
+        pipeline.open,
+        pipeline.components,
+        spec=sampler,
+        prompts=prompts,
+        n_classes=pipeline.n_classes,
+        encoded=encoded,
+        identity=pipeline.identity,
+    )
+    runner = drawn if calls is None else _recorded(calls, pipeline.module)
     return _denoiser(pipeline.module, runner, name=model_name(source), source=source)
 
 
@@ -134,21 +139,6 @@ def _own_prompts(folder: Path) -> Prompts | None:
     """The prompts that came with a pipeline."""
     file = folder / "prompts.txt"
     return read_prompts(PromptsSpec(file=str(file))) if file.is_file() else None
-
-
-def runner_of(
-    pipeline: LoadedPipeline, sampler: SamplerSpec | None, prompts: Prompts | None, encoded: Path | None
-) -> PipelineRunner:
-    """The runner of a loaded pipeline."""
-    return PipelineRunner(
-        pipeline.open,
-        pipeline.components,
-        spec=sampler,
-        prompts=prompts,
-        n_classes=pipeline.n_classes,
-        encoded=encoded,
-        identity=pipeline.identity,
-    )
 
 
 def adapt(

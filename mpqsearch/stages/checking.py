@@ -119,58 +119,42 @@ def _costs(source: Mapping[str, str] | None) -> CostTable | None:
     return CostTable.read(file)
 
 
-def _checks(saved: Saved) -> Iterator[tuple[str, str]]:
-    """What is checked, and what contradicts it, one after another."""
-    data, bit_map = saved.data, saved.bit_map
-    yield (
-        "bitmap.json has the digest that the file names",
-        _differs("the digest of bitmap.json", bit_map.digest, data["bit_map_digest"]),
-    )
+Checked = tuple[str, str]
+"""What was checked, and what contradicts it."""
+
+
+def _checks(saved: Saved) -> Iterator[Checked]:
+    """One after another."""
+    data, bit_map, method = saved.data, saved.bit_map, saved.method
+    yield _same("the digest of bitmap.json", bit_map.digest, data["bit_map_digest"])
     bit_map.validate(saved.table)
-    yield (
-        f"the map stores {data['size_bits']} bits, everything counted",
-        _differs("the stored size in bits", size_bits(saved.table, bit_map), data["size_bits"]),
-    )
-    yield (
-        f"a forward pass takes {data['bops']} bit operations",
-        _differs("the number of bit operations", bops(saved.table, bit_map), data["bops"]),
-    )
+    yield _same("the stored size in bits", size_bits(saved.table, bit_map), data["size_bits"])
+    yield _same("the number of bit operations", bops(saved.table, bit_map), data["bops"])
     yield from _budgets(saved)
-    predicted = predicted_loss(
-        saved.table, saved.programs.profile, bit_map, bias_correction=saved.method.bias_correction
-    )
-    yield (
-        f"the profile predicts the loss {data['predicted_loss']}",
-        _far("the predicted loss", predicted, data["predicted_loss"]),
-    )
-    if data["certificate"] is None:
-        alone = f"no program was solved ({saved.method.allocator})"
-        yield (
-            f"{'each part was solved by itself' if saved.programs.apart else alone}, so there is no bound to check",
-            "",
-        )
+    claim = data["predicted_loss"]  # up to rounding; NaN is written as null
+    loss = predicted_loss(saved.table, saved.programs.profile, bit_map, bias_correction=method.bias_correction)
+    same = math.isnan(loss) if claim is None else abs(loss - claim) <= SAME * abs(loss)
+    yield _same("the predicted loss", claim if same else loss, claim)
+    if data["certificate"] is not None:
+        yield from _certificate(saved)
         return
-    yield from _certificate(saved)
+    alone = "each part was solved by itself" if saved.programs.apart else f"no program was solved ({method.allocator})"
+    yield f"{alone}, so there is no bound to check", ""
 
 
-def _budgets(saved: Saved) -> Iterator[tuple[str, str]]:
+def _budgets(saved: Saved) -> Iterator[Checked]:
     task = saved.programs.task(saved.method, saved.budgets[0], saved.budgets[1:])
     for limit, claim in zip(task.limits, saved.data["totals"], strict=True):
-        label, unit = claim["budget"], limit.budget.unit
-        yield f"{label} allows {limit.limit} {unit}", _differs(f"the limit of {label}", limit.limit, claim["limit"])
-        cost = task.cost(limit.budget, saved.bit_map)
-        yield f"the map takes {cost} of them", _differs(f"the cost under {label}", cost, claim["cost"])
+        yield _same(f"the limit of {claim['budget']}", limit.limit, claim["limit"])
+        yield _same(f"the cost under {claim['budget']}", task.cost(limit.budget, saved.bit_map), claim["cost"])
     yield from _parts(saved)
     over = any(t["cost"] > t["limit"] for t in saved.data["totals"])
-    yield (
-        "it keeps to its budgets" if not over else "it exceeds a budget, and says so",
-        _differs("within_budget", not over, saved.data["within_budget"]),
-    )
+    _, wrong = _same("within_budget", not over, saved.data["within_budget"])
+    yield "it exceeds a budget, and says so" if over else "it keeps to its budgets", wrong
 
 
-def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
-    data, result = saved.data["certificate"], saved.data["result"]
-    certificate = build(Certificate, data, str(saved.path))
+def _certificate(saved: Saved) -> Iterator[Checked]:
+    result, certificate = saved.data["result"], build(Certificate, saved.data["certificate"], str(saved.path))
     program = saved.programs.program(
         saved.method,
         saved.budgets[0],
@@ -179,28 +163,20 @@ def _certificate(saved: Saved) -> Iterator[tuple[str, str]]:
         inputs=saved.bit_map.activations,
     )
     problem = program.problem
-    yield (
-        f"the tables of {problem.n_items} {result['program']} are those that were solved",
-        _differs("the digests of the tables", dict(table_digests(problem)), dict(certificate.digests)),
-    )
+    _, wrong = _same("the digests of the tables", dict(table_digests(problem)), dict(certificate.digests))
+    yield f"the tables of {problem.n_items} {result['program']} are those that were solved", wrong
     check = check_certificate(certificate, problem, program.choice(saved.bit_map).tolist())
     costs = ", ".join(f"{b.name} {c}" for b, c in zip(problem.budgets, check.costs, strict=False))
     yield f"costed again, the choice loses {check.loss!r} and takes {costs} of the searched layers", check.problem
     yield f"its multipliers prove that no map loses less than {check.bound!r}: a gap of {check.gap:.2g}", ""
     for name in ("loss", "status"):
-        yield (
-            f"result and certificate agree on the {name}",
-            _differs(f"the {name} of the result", getattr(certificate, name), result[name]),
-        )
+        yield _same(f"the {name} of the result", getattr(certificate, name), result[name])
     if result["status"] == "optimal" and check.gap > 0:
         word = {"search": "the exact core's search", "solver": "the solver's word"}.get(certificate.proof, "the solver")
-        yield (
-            f"that it is optimal within that gap rests on {word} ({certificate.solver}), which is not checked here",
-            "",
-        )
+        yield f"that it is optimal within that gap rests on {word} ({certificate.solver}), which is not checked", ""
 
 
-def _parts(saved: Saved) -> Iterator[tuple[str, str]]:
+def _parts(saved: Saved) -> Iterator[Checked]:
     """Where each part keeps to the budgets by itself, what it takes of them."""
     may_exceed = any("(over)" in note for note in saved.data["notes"])
     for name in saved.programs.apart:
@@ -212,11 +188,6 @@ def _parts(saved: Saved) -> Iterator[tuple[str, str]]:
             yield line, line if cost > limit.limit and not may_exceed else ""
 
 
-def _differs(what: str, computed: object, claimed: object) -> str:
-    return "" if computed == claimed else f"{what} is {computed}, the file says {claimed}"
-
-
-def _far(what: str, computed: float, claimed: float | None) -> str:
-    """As `_differs`, up to rounding; NaN is written as null."""
-    same = math.isnan(computed) if claimed is None else abs(computed - claimed) <= SAME * abs(computed)
-    return "" if same else _differs(what, computed, claimed)
+def _same(what: str, computed: object, claimed: object) -> Checked:
+    wrong = "" if computed == claimed else f"{what} is {computed}, the file says {claimed}"
+    return f"{what} is {computed}", wrong
