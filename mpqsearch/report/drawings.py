@@ -11,9 +11,8 @@ from mpqsearch.report.figures import Drawing
 from mpqsearch.report.front import FrontInfo, front_info, plot_front
 from mpqsearch.report.grids import grid_drawing
 from mpqsearch.report.labels import metric_text
-from mpqsearch.report.prediction import prediction_drawings
 from mpqsearch.report.search import search_drawings
-from mpqsearch.report.sensitivity import profile_drawings
+from mpqsearch.report.sensitivity import profile_drawing
 
 
 def all_drawings(content: ReportContent) -> list[Drawing]:
@@ -21,8 +20,7 @@ def all_drawings(content: ReportContent) -> list[Drawing]:
     table, profile = content.table, content.profile
     return [
         *_fronts(content),
-        *(profile_drawings(profile, table, content.format_name) if profile is not None and table is not None else ()),
-        *prediction_drawings(content.records),
+        *([profile_drawing(profile, table, content.format_name)] if profile is not None and table is not None else ()),
         *(search_drawings(content.search) if content.search is not None else ()),
         *map(grid_drawing, content.grids),
     ]

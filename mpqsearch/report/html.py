@@ -21,6 +21,7 @@ from mpqsearch.report.grids import GAP, SampleGrid, difference, grid_folder, pag
 from mpqsearch.report.hover import Spot, spots
 from mpqsearch.report.labels import metric_text, number, slug
 from mpqsearch.report.layers import heat_maps, layers_table
+from mpqsearch.report.prediction import prediction_note
 from mpqsearch.report.search import arms_table, search_notes
 from mpqsearch.report.style import darkened
 from mpqsearch.report.table import Cell, Table, plain_table, table_of
@@ -100,6 +101,7 @@ def render_page(content: ReportContent, pictures: Sequence[Picture]) -> str:
         heat=_heat(content),
         breakdown=plain_table(breakdown_rows(content.table, content.maps, content.policy) if sized else ()),  # type: ignore[arg-type]
         correlations=plain_table(content.correlations),
+        prediction=prediction_note(content.records),
         selections=plain_table(content.selections),
         exports=plain_table(export_rows(content.exports)),
         searched=None if search is None else plain_table(arms_table(search)),

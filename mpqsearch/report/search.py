@@ -1,4 +1,4 @@
-"""An outer search in figures and tables: control arms, importances, the winner's curse.
+"""An outer search in figures, tables and sentences: control arms, importances, the winner's curse.
 
 All from the plain data that ``search.json`` holds (`mpqsearch.search.results.summarize`).
 """
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.labels import BITS_TITLE, number
-from mpqsearch.report.style import COLOURS, INK, MUTED, axes_or_new, legend_below, series_styles
+from mpqsearch.report.style import COLOURS, MUTED, axes_or_new, legend_below, series_styles
 
 Data = Mapping[str, Any]
 
@@ -47,23 +47,6 @@ def plot_search_importances(data: Data, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_winners_curse(data: Data, ax: Axes | None = None) -> Axes:
-    """Error of the chosen maps as a share of uniform's: on the seeds that chose them, and on fresh ones. Above 1 is
-    worse than uniform."""
-    ax = axes_or_new(ax, (5.0, 3.2))
-    entries = fresh_entries(data)
-    x = np.arange(len(entries))
-    ax.plot(x - 0.08, [b["ratio_to_uniform"] for b in entries], "o", color=COLOURS[0], label="search seeds")
-    ax.plot(x + 0.08, [b["fresh_ratio_to_uniform"] for b in entries], "s", color=COLOURS[1], label="fresh seeds")
-    ax.axhline(1.0, color=INK, linewidth=0.9)
-    ax.set_xticks(x, [b["budget"] for b in entries])
-    ax.set_xlim(-0.5, max(len(entries), 1) - 0.5)
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel("error as a share of uniform's")
-    legend_below(ax, columns=2)
-    return ax
-
-
 def fresh_entries(data: Data) -> list[Data]:
     """The budgets whose chosen map was measured on fresh seeds."""
     return [b for b in data["budgets"] if b.get("fresh_ratio_to_uniform") is not None]
@@ -74,8 +57,6 @@ def search_drawings(data: Data) -> list[Drawing]:
     drawings = [_front_drawing(data)] if len(data["budgets"]) > 1 else []  # at one all points stand in a column
     if data["importances"]:
         drawings.append(_importance_drawing(data))
-    if len(fresh_entries(data)) > 1:  # one budget is a sentence, see `search_notes`
-        drawings.append(_fresh_drawing(data))
     return drawings
 
 
@@ -100,24 +81,6 @@ def _importance_drawing(data: Data) -> Drawing:
         caption="PED-ANOVA importances.",
         alt=f"Bar chart: {words}.",
         draw=partial(plot_search_importances, data),
-    )
-
-
-def _fresh_drawing(data: Data) -> Drawing:
-    entries = fresh_entries(data)
-    worse = sum(b["fresh_ratio_to_uniform"] > b["ratio_to_uniform"] for b in entries)
-    words = "; ".join(
-        f"{b['budget']}: {b['ratio_to_uniform']:.3f} on the search seeds, {b['fresh_ratio_to_uniform']:.3f} on fresh"
-        for b in entries
-    )
-    return Drawing(
-        key="search_fresh_seeds",
-        section="search",
-        title="The chosen maps on fresh seeds",
-        caption="A map may look better on the seeds that chose it (the winner's curse). The fresh seeds had no part in "
-        f"the choice: believe them. Their value is the larger one at {worse} of {len(entries)} budgets.",
-        alt=f"Error of the chosen maps as a share of that of the uniform ones. {words}.",
-        draw=partial(plot_winners_curse, data),
     )
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from mpqsearch.core import LayerTable, SensitivityProfile
-from mpqsearch.errors import ConfigError, UnknownNameError
+from mpqsearch.errors import UnknownNameError
 from mpqsearch.methods import best_loss, channel_losses
 from mpqsearch.report.figures import Drawing
 from mpqsearch.report.style import COLOURS, MARKERS, MUTED, axes_or_new, legend_below
@@ -20,8 +20,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLosses:
-    """``loss`` ``[L, W]`` of each layer at each width, NaN where it was not measured; ``label`` says what it is,
-    ``name`` is one of `mpqsearch.methods.LOSSES` and ``format_name`` the format."""
+    """``loss`` ``[L, W]`` of each layer at each width; ``label`` says what it is, ``name`` is one of
+    `mpqsearch.methods.LOSSES` and ``format_name`` the format."""
 
     layers: tuple[str, ...]
     widths: tuple[int, ...]
@@ -32,8 +32,7 @@ class LayerLosses:
 
     def worst(self, n: int) -> list[int]:
         """The ``n`` layers with the largest loss at any width, largest first."""
-        largest = np.nan_to_num(self.loss, nan=-np.inf).max(axis=1)
-        return [int(i) for i in np.argsort(-largest, kind="stable")[:n]]
+        return [int(i) for i in np.argsort(-self.loss.max(axis=1), kind="stable")[:n]]
 
 
 def layer_losses(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> LayerLosses:
@@ -59,25 +58,6 @@ def layer_losses(profile: SensitivityProfile, table: LayerTable, format_name: st
     )
 
 
-def measured_losses(profile: SensitivityProfile) -> LayerLosses:
-    """The error of final samples with one layer at a time quantized, where that was measured.
-
-    Raises `ConfigError` when the profile holds none.
-    """
-    key = next((k for k in sorted(profile.arrays) if k.startswith("layer_final_error/")), "")
-    if not key:
-        raise ConfigError("the profile holds no error of final samples: set calibration.final_widths and profile again")
-    format_name = key.split("/")[1]
-    return LayerLosses(
-        layers=profile.names,
-        widths=profile.widths,
-        loss=profile.arrays[key].astype(np.float64),
-        name="final",
-        format_name=format_name,
-        label=f"squared error of final samples, format {format_name}",
-    )
-
-
 def plot_sensitivity(losses: LayerLosses, worst: int = 8, ax: Axes | None = None) -> Axes:
     """Loss against width, a line per layer, log y; the ``worst`` layers in colour and named, the rest grey.
 
@@ -85,8 +65,7 @@ def plot_sensitivity(losses: LayerLosses, worst: int = 8, ax: Axes | None = None
     """
     ax = axes_or_new(ax, (5.4, 4.8))
     ax.set_yscale("log", nonpositive="mask")
-    measured = np.flatnonzero(np.isfinite(losses.loss).any(axis=0))
-    widths, loss = np.array(losses.widths)[measured], losses.loss[:, measured]
+    widths, loss = np.array(losses.widths), losses.loss
     named = losses.worst(worst)
     for i in range(len(losses.layers)):
         if i not in named:
@@ -130,22 +109,14 @@ def sensitivity_over_time(profile: SensitivityProfile) -> TimeInfo:
     )
 
 
-def profile_drawings(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> list[Drawing]:
-    """Every figure that the profile allows: sensitivity, and errors measured with one layer at a time."""
-    drawings = [_sensitivity_drawing(layer_losses(profile, table, format_name), "profile_sensitivity", "Sensitivity")]
-    if any(k.startswith("layer_final_error/") for k in profile.arrays):
-        measured = measured_losses(profile)
-        if np.isfinite(measured.loss).any(axis=0).sum() > 1:  # at one width there are no curves to see
-            drawings.append(_sensitivity_drawing(measured, "profile_measured", "Measured with one layer at a time"))
-    return drawings
-
-
-def _sensitivity_drawing(losses: LayerLosses, key: str, title: str) -> Drawing:
+def profile_drawing(profile: SensitivityProfile, table: LayerTable, format_name: str = "") -> Drawing:
+    """The figure of a profile."""
+    losses = layer_losses(profile, table, format_name)
     worst = ", ".join(losses.layers[i] for i in losses.worst(5))
     return Drawing(
-        key=key,
+        key="profile_sensitivity",
         section="profile",
-        title=title,
+        title="Sensitivity",
         caption=f"{losses.label[0].upper()}{losses.label[1:]}, of one layer at a time against its width.",
         alt=f"Line chart of {losses.label} against bits for {len(losses.layers)} layers. Most sensitive: {worst}.",
         draw=lambda: plot_sensitivity(losses),

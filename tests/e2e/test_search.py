@@ -73,12 +73,12 @@ def test_a_search_runs_goes_on_and_reaches_the_report(cli: Cli, study: Path, pro
         assert chosen["lead"] > 1 or chosen["bit_map"] == plain["bit_map"]
     page = (folder / "report.html").read_text()
     assert 'id="search"' in page
-    assert "The chosen maps on fresh seeds" in page
+    assert "on fresh ones." in page
     assert 'data-row="search+trd"' in page, "a trained map shows its samples"
     rows = (folder / "pareto.csv").read_text()
     assert ",search," in rows
     assert ",search+trd," in rows
-    for name in ("search_fresh_seeds.png", "search_fresh_seeds.svg"):
+    for name in ("search_front.png", "search_front.svg"):
         assert (folder / "figures" / name).stat().st_size > 1000
     assert [t["number"] for t in trials(folder)] == list("0123")
 

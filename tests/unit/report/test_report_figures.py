@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from PIL import Image
 from mpqsearch.core import LayerTable, Policy, SensitivityProfile, StudyRecord
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import best_loss, channel_losses
-from mpqsearch.pareto import ParetoFront
+from mpqsearch.pareto import FULL_PRECISION_METHOD, ParetoFront
+from mpqsearch.ranks import spearman
 from mpqsearch.report import layer_losses, plot_samples, plot_sensitivity, render, sample_grid, save_figure
 from mpqsearch.report.front import front_info, plot_front
 from mpqsearch.report.grids import difference, page_scale, sample_strip, strip_picture
-from mpqsearch.report.prediction import plot_predicted_vs_measured, prediction_info
-from mpqsearch.report.sensitivity import measured_losses
+from mpqsearch.report.prediction import prediction_note
 from mpqsearch.report.style import COLOURS, DARK, darkened, series_styles, widen_x
 
 Maps = Callable[..., Any]
@@ -35,7 +36,6 @@ def every_plot(
         (plot_front, front_info(records)),
         (plot_front, front_info(records, "paired_psnr")),
         (plot_sensitivity, layer_losses(profile, table)),
-        (plot_predicted_vs_measured, prediction_info(records, "fd_fp")),
         (plot_samples, grid),
     ]
 
@@ -142,37 +142,25 @@ def test_sensitivity_is_the_loss_that_chooses_widths(table: LayerTable, profile:
         layer_losses(profile, table, "afine")
 
 
-def test_measured_errors_are_drawn_at_the_widths_that_were_measured(profile: SensitivityProfile) -> None:
-    with pytest.raises(ConfigError, match="final_widths"):
-        measured_losses(profile)
-    measured = np.full((len(profile.names), 8), np.nan)
-    measured[:, 2] = np.arange(len(profile.names))
-    more = dataclasses.replace(profile, arrays={**profile.arrays, "layer_final_error/asymmetric": measured})
-    losses = measured_losses(more)
-    assert losses.worst(2) == [len(profile.names) - 1, len(profile.names) - 2]
-    ax = plot_sensitivity(losses)
-    assert ax.get_yscale() == "log"
-    assert ax.get_xticks().tolist() == [profile.widths[2]]
-
-
 def test_prediction_leaves_out_what_was_not_predicted(records: list[StudyRecord]) -> None:
-    info = prediction_info(records, "fd_fp")
-    assert len(info.predicted) == len(records) - 2  # full precision, and one NaN
-    assert np.isfinite(info.predicted).all()
-    better = prediction_info(records, "paired_psnr")
-    assert better.spearman > 0.8, "more decibels are better, so the sign is turned"
-    title = plot_predicted_vs_measured(info).get_title(loc="left")
-    assert f"{info.spearman:.2f} [{info.low:.2f}, {info.high:.2f}]" in title
-    assert f"{info.within:.2f}" in title
-
-
-def test_within_one_budget_is_the_mean_of_the_budgets(records: list[StudyRecord]) -> None:
-    two = [r for r in records if r.budget in ("uniform:3", "uniform:4")]
-    each = [prediction_info([r for r in two if r.budget == b], "fd_fp").spearman for b in ("uniform:3", "uniform:4")]
-    within = prediction_info(two, "fd_fp").within
-    assert within == pytest.approx(np.mean(each))
-    with pytest.raises(ConfigError, match="needs three records"):
-        prediction_info(two[:2], "fd_fp")
+    of = [r for r in records if r.method != FULL_PRECISION_METHOD and np.isfinite(r.predicted_loss)]
+    assert len(of) == len(records) - 2  # full precision, and one NaN
+    predicted, measured = (
+        [key(r) for r in of] for key in (lambda r: r.predicted_loss, lambda r: r.metrics["fd_fp"].value)
+    )
+    each = [
+        spearman(*zip(*((p, m) for r, p, m in zip(of, predicted, measured, strict=True) if r.budget == b), strict=True))
+        for b in dict.fromkeys(r.budget for r in of)
+    ]
+    within = np.mean([value for value in each if np.isfinite(value)])
+    note = prediction_note(records)
+    assert f"correlation of {spearman(predicted, measured):.2f} (" in note
+    assert f"over {len(of)} points" in note
+    assert f"within one budget it is {within:.2f} on average" in note
+    decibels = [dataclasses.replace(r, metrics={k: v for k, v in r.metrics.items() if k == "paired_psnr"}) for r in of]
+    higher = float(re.findall(r"correlation of (\S+) ", prediction_note(decibels))[0])
+    assert higher > 0.8, "more decibels are better, so the sign is turned"
+    assert prediction_note(of[:2]) == ""
 
 
 def test_grid_takes_grey_and_colour_and_first_columns() -> None:

@@ -236,7 +236,6 @@ def test_files_beside_it(folder: Path, records: list[StudyRecord]) -> None:
         "profile_sensitivity",
         "samples_3-bits",
     } <= names
-    assert "predicted_vs_measured" in names
 
 
 def test_the_same_content_gives_the_same_bytes(folder: Path, content: ReportContent, tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mpqsearch.core import SensitivityProfile
 from mpqsearch.errors import ConfigError
-from mpqsearch.report import render, save_figure
+from mpqsearch.report import render
 from mpqsearch.report.profile import profile_summary
-from mpqsearch.report.sensitivity import profile_drawings, sensitivity_over_time
+from mpqsearch.report.sensitivity import profile_drawing, sensitivity_over_time
 from tests.support import tiny_profile, tiny_table
 
 TABLE = tiny_table()
@@ -56,22 +55,6 @@ def test_sensitivity_over_time_is_the_mean_of_the_channels() -> None:
         sensitivity_over_time(profile())
 
 
-def test_a_profile_has_the_pictures_that_show_something(tmp_path: Path) -> None:
-    final = np.full((len(TABLE), 8), np.nan, dtype=np.float32)
-    final[:, 2] = [5, 4, 3, 2, 1]
-    one_width = profile_drawings(profile(**{"layer_final_error/auto": final}), TABLE)
-    assert [d.key for d in one_width] == ["profile_sensitivity"], "one width is a column of points"
-    final = np.where(np.arange(8) == 4, final[:, [2]] / 10, final)
-    drawings = profile_drawings(profile(**{"layer_final_error/auto": final}), TABLE)
-    keys = ["profile_sensitivity", "profile_measured"]
-    assert [d.key for d in drawings] == keys
-    assert all(d.alt and d.caption for d in drawings)
-    assert TABLE.layers[0].name in drawings[1].alt
-    files = [path for d in drawings for path in save_figure(render(d.draw), tmp_path / d.key)]
-    assert {p.name for p in files} == {f"{k}.{e}" for k in keys for e in ("png", "svg")}
-    assert all(p.stat().st_size > 1000 for p in files)
-
-
 def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up() -> None:
     table = tiny_table(n_layers=3)
     losses = np.array([[3.0, 1.0], [9.0, 2.0], [1.0, 0.5]], dtype=np.float32)
@@ -85,6 +68,6 @@ def test_a_profile_of_layers_as_wholes_is_drawn_and_summed_up() -> None:
     )
     summary = profile_summary(profile, table)
     np.testing.assert_allclose([row.losses for row in summary.layers], losses[[1, 0, 2]], rtol=1e-9)
-    (drawing,) = profile_drawings(profile, table)
+    drawing = profile_drawing(profile, table)
     assert drawing.key == "profile_sensitivity"
     assert render(drawing.draw).axes
