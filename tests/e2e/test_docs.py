@@ -1,10 +1,10 @@
 """Every command and every Python block in the documentation runs.
 
-`mpqsearch` commands run for real on the embedded models, those of each page in a folder with a quickstart, in the order
-in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`). Methods
-round to nearest there: GPTQ takes five seconds a map of these models, and tests of its own walk it. Of the longer
-studies the checks before the work run, with ``MPQSEARCH_TEST_ALL=1`` (``make test-all``) all of them. Scripts
-that take hours are loaded, which fails when they need what the package no longer has.
+`mpqsearch` commands run for real on the embedded models, those of each page in a folder with a quickstart, in the
+order in which a reader meets them, at small sizes (the settings below are added to those verbs that take `--set`).
+Methods round to nearest there: GPTQ and KFAC take five seconds a map of these models, and tests of their own walk
+them. Of the longer studies the checks before the work run, with ``MPQSEARCH_TEST_ALL=1`` (``make test-all``) all of
+them. Scripts that take hours are loaded, which fails when they need what the package no longer has.
 """
 
 from __future__ import annotations
@@ -112,15 +112,19 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "quickstart", _run_quickstart)
 
 
+def to_nearest(study: str) -> str:
+    return re.sub('rounding = "(gptq|kfac)"', 'rounding = "nearest"', study)
+
+
 def _run_quickstart(folder: Path) -> None:
     (folder / "studies").mkdir()
     for path in (ROOT / "studies").iterdir():
         if path.suffix == ".toml":
-            (folder / "studies" / path.name).write_text(path.read_text().replace('"gptq"', '"nearest"'))
+            (folder / "studies" / path.name).write_text(to_nearest(path.read_text()))
         else:
             (folder / "studies" / path.name).symlink_to(path)
     (folder / "small").mkdir()
-    study = Config().to_toml().replace('"gptq"', '"nearest"')
+    study = to_nearest(Config().to_toml())
     methods = study[study.index("[[methods]]") : study.index("[search]")]
     for name in MODELS:
         (folder / "small" / f"{name}.toml").write_text(methods)
