@@ -131,7 +131,10 @@ class BitMap(Shown):
 
     def summary(self) -> str:
         """The map in a few lines: neighbours with the same last name and the same widths are folded."""
-        rows = [(*name.rpartition(".")[::2], _spell(self.code_widths(name))) for name in self.weights]
+        rows = [
+            (*name.rpartition(".")[::2], _spell(self.code_widths(name)) + self._format_text(name))
+            for name in self.weights
+        ]
         lines = []
         for (stem, widths), group in groupby(rows, key=lambda r: (r[0], r[2])):
             last = [r[1] for r in group]
@@ -139,23 +142,28 @@ class BitMap(Shown):
             lines.append(f"{stem}.{names}: {widths}" if stem else f"{names}: {widths}")
         return "\n".join(lines)
 
+    def _format_text(self, name: str) -> str:
+        """The format of one layer, where layers differ in theirs."""
+        return f", {self.format_of(name).name}" if self.formats else ""
+
     def facts(self) -> dict[str, Any]:
         """Number of layers, granularity, how often each width occurs, the format."""
         entries = Counter(bits for name in self.weights for bits in self.code_widths(name).reshape(-1).tolist())
         counted = ", ".join(f"{n} x {_bits(bits)}" for bits, n in sorted(entries.items()))
         unit = "channels or whole layers" if self.granularity == "channel" else "layers"
         rest = f", inputs of {len(self.activations)} layers quantized" if self.activations else ""
+        used = Counter(self.format_of(name).name for name in self.weights)
+        formats = ", ".join(f"{name} x {n}" if self.formats else name for name, n in used.most_common())
         return {
             "layers": f"{len(self.weights)}, widths by {self.granularity}",
             unit: counted,
-            "format": f"{self.format.scheme}{', smooth' if self.format.smooth else ''}, {self.format.rounding} rounding"
-            + rest,
+            "format": f"{formats}, {self.format.rounding} rounding{rest}",
             "digest": f"{self.digest[:12]} for the model {self.model_digest[:12]}",
         }
 
     def to_frame(self) -> pd.DataFrame:
         """One row a layer: ``layer``, ``mean_bits`` (of stored codes), ``min_bits``, ``max_bits`` (widths), ``mixed``,
-        ``activation_bits`` (None: full precision), ``scheme``."""
+        ``activation_bits`` (None: full precision), ``format`` (its name)."""
         import pandas as pd
 
         rows = [
@@ -166,7 +174,7 @@ class BitMap(Shown):
                 "max_bits": int(widths.max()),
                 "mixed": bool(widths.ndim),
                 "activation_bits": self.activations.get(name),
-                "scheme": self.format_of(name).scheme,
+                "format": self.format_of(name).name,
             }
             for name, widths in self.weights.items()
         ]

@@ -151,6 +151,15 @@ def format_name(scheme: str, *, smooth: bool = False, group: int = 0) -> str:
     return f"{scheme}{f'+g{group}' if group else ''}{'+smooth' if smooth else ''}"
 
 
+def named_format(name: str) -> tuple[str, int]:
+    """Scheme and group of a format without smoothing by its `format_name`. Raises `UnknownNameError` for another
+    name."""
+    known = {format_name(scheme, group=group): (scheme, group) for scheme in SCHEMES for group in GROUPS}
+    if name not in known:
+        raise UnknownNameError("format", name, known)
+    return known[name]
+
+
 def check_width(bits: object, where: str) -> None:
     """Raise `ConfigError` unless ``bits`` is a whole number that is a supported width; True is none, nor is 2.0."""
     whole = isinstance(bits, (int, np.integer)) and not isinstance(bits, bool)

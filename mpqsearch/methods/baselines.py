@@ -20,6 +20,7 @@ from mpqsearch.allocate import solve
 from mpqsearch.core import BitMap
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.methods.build import layer_program
+from mpqsearch.methods.task import Choice
 
 if TYPE_CHECKING:
     from mpqsearch.methods.task import Floats, Integers, Task
@@ -45,7 +46,7 @@ class Ladder:
     def of(cls, task: Task) -> Ladder:
         """The ladder of the searched layers."""
         widths = sorted(task.programs.policy.widths)
-        costs, rooms, allowed = task.unit_costs([(w, None) for w in widths])
+        costs, rooms, allowed = task.unit_costs([Choice(w) for w in widths])
         return cls(
             task=task,
             units=task.programs.rules.units(),

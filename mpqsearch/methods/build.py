@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpqsearch.allocate import AllocationProblem, CostBudget
-from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerRules, LayerSpec
+from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerSpec, QuantFormat
 from mpqsearch.core.stored import TAG_BITS, channel_bits, fixed_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.task import Choice, Floats, Integers, Task, whole_layers_only
@@ -25,6 +26,7 @@ class Program:
         item_layer: ``[n]``: to which of ``layers`` each item belongs.
         widths: Bits of every choice.
         inputs: Bits of the layer's input in every choice, where these are chosen too.
+        formats: Format of the layer in every choice, where these are chosen too.
         fixed_costs: What each budget pays for all that is no item.
     """
 
@@ -34,6 +36,7 @@ class Program:
     widths: tuple[int, ...]
     fixed_costs: tuple[int, ...]
     inputs: tuple[int, ...] = ()
+    formats: tuple[QuantFormat, ...] = ()
 
     @property
     def by_layer(self) -> bool:
@@ -60,47 +63,71 @@ class Program:
     def applied(self, bit_map: BitMap, choice: NDArray[np.int32]) -> BitMap:
         """``bit_map`` with what a choice says of the searched layers."""
         inputs = {**bit_map.activations, **self.activations(choice)}
+        chosen = {n: self.formats[int(c)] for n, c in zip(self.layers, choice, strict=False)} if self.formats else {}
         return replace(
             bit_map,
             weights={**bit_map.weights, **self.weights(choice)},
             activations={n: a for n, a in inputs.items() if a != FULL_PRECISION},
+            formats={n: f for n, f in {**bit_map.formats, **chosen}.items() if f != bit_map.format},
         )
 
     def choice(self, bit_map: BitMap) -> NDArray[np.int32]:
         """Choice ``[n]`` of every item in a bit map. Raises `ConfigError` for widths that the program does not have."""
         counts = np.bincount(self.item_layer, minlength=len(self.layers)).tolist()
         bits = [np.broadcast_to(bit_map.weights[n], c).tolist() for n, c in zip(self.layers, counts, strict=True)]
-        inputs = self.inputs or (None,) * len(self.widths)
-        index = {pair: i for i, pair in enumerate(zip(self.widths, inputs, strict=True))}
-        pairs = [
-            (w, bit_map.activations.get(n, FULL_PRECISION) if self.inputs else None)
+        none = (None,) * len(self.widths)
+        names = tuple(f.name for f in self.formats)
+        index = {c: i for i, c in enumerate(zip(self.widths, self.inputs or none, names or none, strict=True))}
+        found = [
+            (
+                w,
+                bit_map.activations.get(n, FULL_PRECISION) if self.inputs else None,
+                bit_map.format_of(n).name if self.formats else None,
+            )
             for n, widths in zip(self.layers, bits, strict=True)
             for w in widths
         ]
-        stray = next((pair for pair in pairs if pair not in index), None)
+        stray = next((c for c in found if c not in index), None)
         if stray is not None:
-            raise ConfigError(f"the map has the choice {stray} (bits, input bits), which the program does not have")
-        return np.array([index[pair] for pair in pairs], dtype=np.int32)
+            raise ConfigError(
+                f"the map has the choice {stray} (bits, input bits, format), which the program does not have"
+            )
+        return np.array([index[c] for c in found], dtype=np.int32)
 
 
 def choices_of(task: Task) -> list[Choice]:
     """What each searched layer may take."""
     widths = sorted(task.programs.policy.widths)
+    free = len(task.formats) > 1 and task.chosen_formats is None
+    formats = range(len(task.formats)) if free else [None]
     if not task.method.act_choices or task.chosen_inputs is not None:
-        return [(w, None) for w in widths]
+        return [Choice(w, None, f) for f in formats for w in widths]
     if all(li.budget.quantity not in ("bops", "latency") for li in task.limits):
         raise ConfigError(
             f"method {task.method.name!r}: act_choices need a BOPs budget or a latency; a size does not depend on them "
             "enough to choose"
         )
-    return [(w, a) for w in widths for a in sorted(task.method.act_choices)]
+    return [Choice(w, a, f) for f in formats for w in widths for a in sorted(task.method.act_choices)]
 
 
-def allowed_choices(rules: LayerRules, names: Sequence[str], choices: Sequence[Choice]) -> NDArray[np.bool_]:
-    """``[n, k]``: whether a layer may take a choice."""
-    return np.array([[rules.allows(n, w) for w, _ in choices] for n in names], dtype=bool).reshape(
-        len(names), len(choices)
-    )
+def allowed_choices(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> NDArray[np.bool_]:
+    """``[n, k]``: whether a layer may take a choice; of formats that are one for its fan-in, only the first."""
+    rules = task.programs.rules
+
+    def allows(name: str, choice: Choice) -> bool:
+        return rules.allows(name, choice.bits) and (choice.format is None or choice.format in _different(task, name))
+
+    return np.array([[allows(n, c) for c in choices] for n in names], dtype=bool).reshape(len(names), len(choices))
+
+
+def _different(task: Task, name: str) -> set[int]:
+    """Numbers of the formats that differ for a layer, or for another one that shares its choice."""
+    group = next((g for g in task.programs.rules.groups if name in g), (name,))
+    sizes = [task.programs.table[n].weights_per_channel for n in group]
+    first: dict[tuple[Any, ...], int] = {}
+    for number, fmt in enumerate(task.formats):
+        first.setdefault((fmt.scheme, *map(fmt.group_of, sizes)), number)
+    return set(first.values())
 
 
 def layer_program(task: Task) -> Program:
@@ -116,20 +143,26 @@ def layer_program(task: Task) -> Program:
         loss=_layer_losses(task, names, choices),
         costs=[task.layer_costs(li.budget, names, choices, inputs) for li in task.limits],
         fixed=fixed,
-        allowed=allowed_choices(rules, names, choices),
+        allowed=allowed_choices(task, names, choices),
         groups=groups,
         names=names,
-        choices=tuple(f"{w} bits" if a is None else f"W{w}A{a}" for w, a in choices),
+        choices=tuple(_label(task, c) for c in choices),
         layer=np.arange(len(names)),
     )
     return Program(
         problem=problem,
         layers=names,
         item_layer=np.arange(len(names)),
-        widths=tuple(w for w, _ in choices),
+        widths=tuple(c.bits for c in choices),
         fixed_costs=fixed,
-        inputs=tuple(a for _, a in choices if a is not None),
+        inputs=tuple(c.input for c in choices if c.input is not None),
+        formats=tuple(task.formats[c.format] for c in choices if c.format is not None),
     )
+
+
+def _label(task: Task, choice: Choice) -> str:
+    width = f"{choice.bits} bits" if choice.input is None else f"W{choice.bits}A{choice.input}"
+    return width if choice.format is None else f"{width} {task.formats[choice.format].name}"
 
 
 def channel_program(task: Task) -> Program:
@@ -149,7 +182,7 @@ def channel_program(task: Task) -> Program:
         loss=_channel_losses(task, layers, widths),
         costs=costs,
         fixed=fixed,
-        allowed=allowed_choices(rules, rules.searched, [(w, None) for w in widths])[item_layer],
+        allowed=allowed_choices(task, rules.searched, [Choice(w) for w in widths])[item_layer],
         groups=_channel_labels(task, layers),
         choices=tuple(f"{b} bits" for b in widths),
         layer=item_layer,
@@ -211,7 +244,7 @@ def _channel_costs(
         acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
         cost = [[-(-la.macs * b * a // la.n_channels) for b in widths] for la, a in zip(layers, acts, strict=True)]
     else:
-        cost = [[channel_bits(la, b, task.format) + TAG_BITS for b in widths] for la in layers]
+        cost = [[channel_bits(la, b, task.format_of(la.name)) + TAG_BITS for b in widths] for la in layers]
     return np.array(cost, dtype=np.int64).reshape(len(layers), len(widths))
 
 
@@ -220,16 +253,18 @@ def _beside_channels(task: Task, budget: Budget, layers: Sequence[LayerSpec], in
     if budget.quantity == "bops":
         return 0
     acts = [inputs.get(la.name, FULL_PRECISION) for la in layers]
-    return sum(fixed_bits(la, task.format) + task.input_bits(la, a) for la, a in zip(layers, acts, strict=True))
+    return sum(
+        fixed_bits(la, task.format_of(la.name)) + task.input_bits(la, a) for la, a in zip(layers, acts, strict=True)
+    )
 
 
 def _layer_losses(task: Task, names: Sequence[str], choices: Sequence[Choice]) -> Floats:
     """Loss ``[n, k]`` of each layer at each choice, that of its input included where the choice names its width."""
     profile = task.programs.profile
     rows = np.array([profile.index[n] for n in names], dtype=np.int64)
-    losses = profile.layer_sum(task.channel_losses())
-    loss: Floats = losses[rows][:, [profile.widths.index(w) for w, _ in choices]]
-    inputs = [a for _, a in choices if a is not None]
+    tables = {f: profile.layer_sum(task.channel_losses(f))[rows] for f in dict.fromkeys(c.format for c in choices)}
+    loss: Floats = np.stack([tables[c.format][:, profile.widths.index(c.bits)] for c in choices], axis=1)
+    inputs = [c.input for c in choices if c.input is not None]
     return loss + input_losses(task, names, inputs) if inputs else loss
 
 

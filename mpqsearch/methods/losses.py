@@ -330,8 +330,7 @@ def predicted_loss(
 def _summed(
     table: LayerTable, profile: SensitivityProfile, bit_map: BitMap, loss: str, *, bias_correction: bool
 ) -> float:
-    losses = channel_losses(profile, table, bit_map.format.name, loss, bias_correction=bias_correction)
-    total = float(losses_of_map(profile, bit_map, losses).sum())
+    total = float(losses_of_map(profile, table, bit_map, loss, bias_correction=bias_correction).sum())
     inputs = profile.arrays.get("layer_activation_error")
     if loss != "probe" or inputs is None:
         return total
@@ -340,11 +339,19 @@ def _summed(
     return total + sum(float(inputs[i, j]) for i, j in quantized if j >= 0)
 
 
-def losses_of_map(profile: SensitivityProfile, bit_map: BitMap, losses: Floats) -> Floats:
-    """What each channel loses at its width, ``[C]``, of ``losses`` ``[C, W]``; 0 at widths that were not profiled."""
+def losses_of_map(
+    profile: SensitivityProfile, table: LayerTable, bit_map: BitMap, loss: str, *, bias_correction: bool
+) -> Floats:
+    """What each channel loses ``[C]`` at its width in the format of its layer; 0 at widths that were not profiled."""
     layers = zip(profile.names, profile.channels, strict=True)
     columns = _places(profile)[np.concatenate([bit_map.channel_widths(name, n) for name, n in layers])]
-    return np.where(columns < 0, 0.0, losses[np.arange(len(losses)), columns])
+    names = np.repeat([bit_map.format_of(name).name for name in profile.names], profile.channels)
+    lost = np.zeros(len(columns))
+    for name in np.unique(names).tolist():
+        rows = np.flatnonzero((names == name) & (columns >= 0))
+        losses = channel_losses(profile, table, name, loss, bias_correction=bias_correction)
+        lost[rows] = losses[rows, columns[rows]]
+    return lost
 
 
 def _places(profile: SensitivityProfile) -> NDArray[np.intp]:

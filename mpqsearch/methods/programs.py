@@ -5,7 +5,7 @@ Every map is costed again from the map itself, in `mpqsearch.core.budget`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from mpqsearch.errors import ConfigError, InfeasibleBudgetError, UnknownNameErro
 from mpqsearch.methods import baselines, omq
 from mpqsearch.methods.build import Program, channel_program, choices_of, input_losses, layer_program
 from mpqsearch.methods.costs import NANOSECONDS, CostTable
+from mpqsearch.methods.formats import settled
 from mpqsearch.methods.losses import predicted_loss
 from mpqsearch.methods.spec import OMQ, PROGRAMS, Allocation, MethodSpec, Total
 from mpqsearch.methods.task import Floats, Limit, Task
@@ -138,7 +139,9 @@ class Programs:
         maps = [one.bit_map for one in found.values()]
         widths = {n: w for m in maps for n, w in m.weights.items()}
         inputs = {n: bits for m in maps for n, bits in m.activations.items()}
-        bit_map = replace(maps[0], weights={n: widths[n] for n in self.table.by_name}, activations=inputs)
+        formats = {n: fmt for m in maps for n, fmt in m.formats.items()}
+        widths = {n: widths[n] for n in self.table.by_name}
+        bit_map = replace(maps[0], weights=widths, activations=inputs, formats=formats)
         totals = zip(*(one.totals for one in found.values()), strict=True)
         used = "; ".join(
             f"{n} {one.totals[0].cost} of {one.limit}{'' if one.within_budget else ' (over)'}"
@@ -164,14 +167,14 @@ class Programs:
         within: Sequence[Budget] = (),
         *,
         by_layer: bool | None = None,
-        inputs: Mapping[str, int] | None = None,
+        like: BitMap | None = None,
     ) -> Program:
         """The integer program that `allocate` solves for an ``ilp-*`` method, for those who want more of it than one
         map.
 
-        ``by_layer``: the program over layers or over channels (None: as the method has it). ``inputs``: widths of
-        inputs that the program over layers chose before the one over channels (None: it is solved for them). Raises
-        `ConfigError` for methods that solve no program, and as `allocate` does.
+        ``by_layer``: the program over layers or over channels (None: as the method has it). ``like``: a map whose
+        widths of inputs and formats of layers the program over channels keeps (None: those that the program over layers
+        chooses). Raises `ConfigError` for methods that solve no program, and as `allocate` does.
         """
         if method.allocator not in PROGRAMS:
             raise ConfigError(
@@ -183,7 +186,7 @@ class Programs:
         layers = method.allocator == "ilp-layer" if by_layer is None else by_layer
         if layers:
             return layer_program(task)
-        return channel_program(_with_inputs(task, inputs) if method.act_choices else task)
+        return channel_program(_held(task, like))
 
     def task(
         self,
@@ -194,9 +197,14 @@ class Programs:
         losses: Floats | None = None,
     ) -> Task:
         """One method at its budgets, checked against the profile."""
-        if method.format_name not in self.profile.formats:
-            raise UnknownNameError(
-                "format", method.format_name, self.profile.formats, "Add its scheme to [calibration] and profile again."
+        lacking = next((name for name in method.format_names if name not in self.profile.formats), None)
+        if lacking is not None:
+            more = "Add its scheme (and group) to [calibration] and profile again."
+            raise UnknownNameError("format", lacking, self.profile.formats, more)
+        if losses is not None and method.formats:
+            raise ConfigError(
+                f"method {method.name!r}: losses from outside, as of an outer search, are of one format; give scheme "
+                "and group in place of formats"
             )
         if self.profile.layers_only and method.granularity == "channel":
             raise ConfigError(
@@ -206,8 +214,11 @@ class Programs:
         shape = (sum(self.profile.channels), len(self.profile.widths))
         if losses is not None and losses.shape != shape:
             raise ConfigError(f"losses must be {shape} as in the profile, got {losses.shape}")
-        chosen = {key: getattr(method, key) for key in ("scheme", "smooth", "rounding", "group")}
-        fmt = replace(self.format, alpha=0.5, **chosen)
+        formats = []
+        for name in method.format_names:
+            one = method.in_format(name)
+            chosen = {key: getattr(one, key) for key in ("scheme", "smooth", "rounding", "group")}
+            formats.append(replace(self.format, alpha=0.5, **chosen))
         labels = [b.label() for b in (budget, *within)]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"the budgets {', '.join(labels)} name one limit twice")
@@ -215,7 +226,7 @@ class Programs:
         return Task(
             programs=self,
             method=method,
-            format=fmt,
+            formats=tuple(formats),
             limits=limits,
             activation_steps=_activation_steps(method, self.profile),
             token_scales=method.token_scales,
@@ -279,27 +290,45 @@ def _solved(task: Task) -> tuple[Task, Program, AllocationResult, str]:
     by_layer = layer_program(task)
     if task.method.allocator == "ilp-layer":
         return task, by_layer, _answer(task, by_layer), ""
-    held = _with_inputs(task) if task.method.act_choices else task
+    held, note = _held(task), ""
     by_channel = channel_program(held)
     if any(_least(b) > b.limit for b in by_channel.problem.budgets):
         return task, by_layer, _answer(task, by_layer), TAGS_TOO_DEAR
-    result = _answer(held, by_channel)
+    if held.chosen_formats is None:
+        result = _answer(held, by_channel)
+    else:
+        found = settled(held, held.chosen_formats, _answer)
+        held, by_channel, result, note = found.task, found.program, found.result, found.note
     loss = result.loss + _loss_of_inputs(held)
     bound = dual.evaluate(plain_tables(by_layer.problem), np.array(result.multipliers), None).value
     if bound < loss:  # mostly it is not, and one solve is enough
         of_layers = _answer(task, by_layer)
         if of_layers.loss < loss:
             return task, by_layer, of_layers, BY_LAYER_WINS
-    return held, by_channel, result, ""
+    return held, by_channel, result, note
 
 
-def _with_inputs(task: Task, inputs: Mapping[str, int] | None = None) -> Task:
-    """The task with the widths of inputs that the program over layers chooses, or those of a map that it made."""
-    if inputs is None:
+def _held(task: Task, like: BitMap | None = None) -> Task:
+    """The task with the widths of inputs and the formats that the program over layers chooses, where they are choices,
+    or those of a map."""
+    if not task.method.act_choices and len(task.formats) == 1:
+        return task
+    if like is None:
         program = layer_program(task)
-        inputs = program.activations(_answer(task, program).choice)
+        like = program.applied(task.map_of({}), _answer(task, program).choice)
     searched = task.programs.rules.searched
-    return replace(task, chosen_inputs={n: inputs.get(n, FULL_PRECISION) for n in searched})
+    if task.method.act_choices:
+        task = replace(task, chosen_inputs={n: like.activations.get(n, FULL_PRECISION) for n in searched})
+    if len(task.formats) == 1:
+        return task
+    number = {fmt.name: f for f, fmt in enumerate(task.formats)}
+    stray = next((n for n in searched if like.format_of(n).name not in number), None)
+    if stray is not None:
+        raise ConfigError(
+            f"the map has the format {like.format_of(stray).name!r} for {stray!r}, which is none of the method's: "
+            f"{', '.join(number)}"
+        )
+    return replace(task, chosen_formats={n: number[like.format_of(n).name] for n in searched})
 
 
 def _loss_of_inputs(task: Task) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpqsearch.allocate import AllocationResult
 from mpqsearch.core import FULL_PRECISION, BitMap, Budget
-from mpqsearch.core.formats import ACT_SCALES, GROUPS, ROUNDINGS, check_width, format_name
+from mpqsearch.core.formats import ACT_SCALES, GROUPS, ROUNDINGS, check_width, format_name, named_format
 from mpqsearch.core.shown import Shown
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods.losses import BEST_LOSS, CHOOSING, LOSSES
@@ -44,6 +44,9 @@ of an outer search, or one from elsewhere. The last six are rules of practice (`
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""
+
+CHOOSE_FORMATS = (*PROGRAMS, "measured")
+"""Allocators that choose formats layer by layer."""
 
 OMQ = ("omq", "omq-paper", "omq-released", "omq-plus")
 
@@ -86,6 +89,10 @@ class MethodSpec(Shown):
     group [inputs]
         Inputs that share a scale: 16, 32, 64, 128, or 0 for all of a channel (`QuantFormat.group`). The profile needs
         it in ``calibration.groups``. Example: ``64``.
+    formats
+        Of ``ilp-layer``, ``ilp-channel`` and ``measured``, in place of ``scheme`` and ``group``: formats of the profile
+        among which each searched layer gets one (others have the first), as in ``["auto", "auto+g64",
+        "ternary+g128"]``.
     shrinkage
         Of the sensitivities of channels towards the mean of their layer, from 0 (as measured) to 1 (all alike). Not
         set: as the data say (`mpqsearch.methods.shrinkage`). Example: ``0.3``.
@@ -106,6 +113,7 @@ class MethodSpec(Shown):
     act_choices: tuple[int, ...] = ()
     rounding: str = "nearest"
     group: int = 0
+    formats: tuple[str, ...] = ()
     shrinkage: float | None = None
 
     def __post_init__(self) -> None:
@@ -117,12 +125,27 @@ class MethodSpec(Shown):
             raise ConfigError(f"method {self.name!r}: group must be one of {GROUPS}, got {self.group}")
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise ConfigError(f"method {self.name!r}: shrinkage must lie in 0..1, got {self.shrinkage}")
+        self._check_formats()
         for bits in self.act_choices:
             check_width(bits, f"method {self.name!r}, act_choices")
         if self.act_choices and self.allocator not in PROGRAMS:
             raise ConfigError(
                 f"method {self.name!r}: act_choices go with the allocators {' and '.join(PROGRAMS)}, got "
                 f"{self.allocator!r}"
+            )
+
+    def _check_formats(self) -> None:
+        for name in self.formats:
+            named_format(name)
+        if self.formats and self.allocator not in CHOOSE_FORMATS:
+            raise ConfigError(
+                f"method {self.name!r}: formats are chosen layer by layer by {', '.join(CHOOSE_FORMATS)}, got "
+                f"{self.allocator!r}; give scheme and group instead"
+            )
+        if self.formats and (self.group or self.smooth or len(set(self.formats)) < len(self.formats)):
+            raise ConfigError(
+                f"method {self.name!r}: formats take the place of group, do not go with smooth, and are named once "
+                f"each; got {', '.join(self.formats)}"
             )
 
     def _check_names(self) -> None:
@@ -152,9 +175,21 @@ class MethodSpec(Shown):
         return "channel" if self.allocator in (*OMQ, "ilp-channel", "measured", "search", "map") else "layer"
 
     @property
+    def format_names(self) -> tuple[str, ...]:
+        """The formats of the profile whose errors price this method, as in ``auto+smooth``."""
+        return self.formats or (format_name(self.scheme, smooth=self.smooth, group=self.group),)
+
+    @property
     def format_name(self) -> str:
-        """The format of the profile whose errors price this method, as in ``auto+smooth``."""
-        return format_name(self.scheme, smooth=self.smooth, group=self.group)
+        """The first of `format_names`: that of layers for which none is chosen."""
+        return self.format_names[0]
+
+    def in_format(self, name: str) -> MethodSpec:
+        """The method with one of its formats for all layers."""
+        if not self.formats:
+            return self
+        scheme, group = named_format(name)
+        return replace(self, formats=(), scheme=scheme, group=group)
 
     def facts(self) -> dict[str, Any]:
         """The name, and what is not as by default."""

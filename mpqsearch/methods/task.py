@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Choice = tuple[int, int | None]
-"""Width of a layer's weights, and that of its input where it is chosen too."""
+
+
+class Choice(NamedTuple):
+    """Width of a layer's weights; that of its input and its format (an index into `Task.formats`) where these are
+    chosen too."""
+
+    bits: int
+    input: int | None = None
+    format: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,21 +41,34 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One method at some budgets, the main one first; ``chosen_inputs``: widths of the inputs of searched layers that a
-    program has chosen already."""
+    """One method at some budgets, the main one first.
+
+    ``formats``: those of which each searched layer gets one, the first for all others. ``chosen_inputs`` and
+    ``chosen_formats``: widths of inputs, and formats by number, of searched layers that a program has chosen already.
+    """
 
     programs: Programs
     method: MethodSpec
-    format: QuantFormat
+    formats: tuple[QuantFormat, ...]
     limits: tuple[Limit, ...]
     activation_steps: int = 1
     token_scales: bool = False
     losses: Floats | None = None
     chosen_inputs: Mapping[str, int] | None = None
+    chosen_formats: Mapping[str, int] | None = None
+
+    @property
+    def format(self) -> QuantFormat:
+        """The format of layers for which none is chosen."""
+        return self.formats[0]
+
+    def format_of(self, name: str) -> QuantFormat:
+        """The format of one layer: the chosen one, or the first."""
+        return self.formats[(self.chosen_formats or {}).get(name, 0)]
 
     def without_smoothing(self) -> Task:
         """For OMQ, which starts from the uniform map of the budget whatever its smoothing factors cost."""
-        return replace(self, format=replace(self.format, smooth=False))
+        return replace(self, formats=(replace(self.format, smooth=False),))
 
     def inputs(self, act_bits: int) -> dict[str, int]:
         """Width of every quantized input when those of searched layers have ``act_bits``, or what was chosen."""
@@ -71,7 +91,8 @@ class Task:
             token_scales=self.token_scales,
         )
         inputs = {n: a for n, a in self.inputs(self.widest_input).items() if a != FULL_PRECISION}
-        return replace(base, weights={**base.weights, **widths}, activations=inputs)
+        formats = {n: self.formats[f] for n, f in (self.chosen_formats or {}).items() if f}
+        return replace(base, weights={**base.weights, **widths}, activations=inputs, formats=formats)
 
     def cost(self, budget: Budget, bit_map: BitMap) -> int:
         """What a whole map costs under a budget."""
@@ -95,7 +116,9 @@ class Task:
     ) -> Integers:
         """Cost ``[n, k]`` of whole layers at each choice, their quantized inputs included; ``inputs`` are those that no
         choice names."""
-        asked = [[(n, w, inputs.get(n, FULL_PRECISION) if a is None else a) for w, a in choices] for n in names]
+        asked = [
+            [(n, c.bits, inputs.get(n, FULL_PRECISION) if c.input is None else c.input) for c in choices] for n in names
+        ]
         costs = self.programs.costs
         if budget.quantity == "latency" and costs is not None:
             rules = self.programs.rules
@@ -104,7 +127,7 @@ class Task:
         elif budget.quantity == "bops":
             table = [[self.programs.table[n].macs * w * a for n, w, a in row] for row in asked]
         else:
-            table = [[self._stored(n, w, a) for n, w, a in row] for row in asked]
+            table = [[self._stored(*cell, c.format) for cell, c in zip(row, choices, strict=True)] for row in asked]
         return np.array(table, dtype=np.int64).reshape(len(names), len(choices))
 
     def unit_costs(self, choices: Sequence[Choice]) -> tuple[list[Integers], list[int], NDArray[np.bool_]]:
@@ -114,12 +137,13 @@ class Task:
         starts, names = np.cumsum([0, *map(len, units)])[:-1], [name for unit in units for name in unit]
         costs = [np.add.reduceat(self.layer_costs(li.budget, names, choices, inputs), starts) for li in self.limits]
         rooms = [li.limit - self.fixed_cost(li.budget, inputs) for li in self.limits]
-        allowed = [[rules.allows(unit[0], w) for w, _ in choices] for unit in units]
+        allowed = [[rules.allows(unit[0], c.bits) for c in choices] for unit in units]
         return costs, rooms, np.array(allowed, dtype=bool)
 
-    def _stored(self, name: str, bits: int, act_bits: int) -> int:
+    def _stored(self, name: str, bits: int, act_bits: int, fmt: int | None = None) -> int:
         layer = self.programs.table[name]
-        weights = layer_bits(layer, np.array(bits, dtype=np.uint8), self.format).total
+        own = self.format_of(name) if fmt is None else self.formats[fmt]
+        weights = layer_bits(layer, np.array(bits, dtype=np.uint8), own).total
         return weights + self.input_bits(layer, act_bits)
 
     def input_bits(self, layer: LayerSpec, act_bits: int) -> int:
@@ -137,10 +161,16 @@ class Task:
             return sum(self.programs.table[n].macs * b * a for n, b, a in asked)
         return FULL_PRECISION * self.programs.table.n_kept + sum(self._stored(*a) for a in asked)
 
-    def channel_losses(self) -> Floats:
-        """Losses ``[C, W]`` of every output channel at every width of the profile."""
+    def channel_losses(self, fmt: int | None = None) -> Floats:
+        """Losses ``[C, W]`` of every output channel at every width of the profile, in the format of that number, or
+        each layer in its own."""
         if self.losses is not None:
             return self.losses
+        if fmt is None and self.chosen_formats:
+            profile, chosen = self.programs.profile, self.chosen_formats
+            number = np.repeat([chosen.get(n, 0) for n in profile.names], profile.channels)
+            tables = {f: self.channel_losses(f) for f in np.unique(number).tolist()}
+            return np.select([(number == f)[:, None] for f in tables], list(tables.values()))
         m, programs = self.method, self.programs
         # Errors of quantized inputs were measured on one prediction; they may be added to losses of that unit only.
         loss = "probe" if m.act_choices and m.loss == BEST_LOSS else m.loss
@@ -149,7 +179,7 @@ class Task:
         return channel_losses(
             programs.profile,
             programs.table,
-            m.format_name,
+            m.format_names[fmt or 0],
             loss,
             bias_correction=m.bias_correction,
             shrinkage=m.shrinkage,

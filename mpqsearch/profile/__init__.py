@@ -4,7 +4,7 @@ from mpqsearch._verbs import make_callable
 from mpqsearch.profile.activations import collect_ranges, scales_of
 from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
-from mpqsearch.profile.gptq import gptq_profile
+from mpqsearch.profile.gptq import gptq_profile, in_formats
 from mpqsearch.profile.inputs import columns_of
 from mpqsearch.profile.measure import profile_model
 from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
@@ -28,6 +28,7 @@ __all__ = [
     "final_effects",
     "formats_of",
     "gptq_profile",
+    "in_formats",
     "input_statistics",
     "output_bytes",
     "output_moments",

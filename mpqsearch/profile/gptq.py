@@ -49,6 +49,14 @@ def gptq_profile(
     return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": name})
 
 
+def in_formats(profile: SensitivityProfile, priced: Mapping[str, SensitivityProfile]) -> SensitivityProfile:
+    """``profile`` with all that profiles of `gptq_profile` have of their formats, by name."""
+    arrays = {k: v for k, v in profile.arrays.items() if k.partition("/")[2] not in priced}
+    for name, one in priced.items():
+        arrays |= {k: v for k, v in one.arrays.items() if k.partition("/")[2] == name}
+    return replace(profile, arrays=arrays, calibration={**profile.calibration, "gptq": ", ".join(priced)})
+
+
 def following(
     profile: SensitivityProfile, table: LayerTable, name: str, errors: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:

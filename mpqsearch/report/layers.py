@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpqsearch.core import BitMap, LayerTable, SensitivityProfile
 from mpqsearch.core.stored import mapped_bits
-from mpqsearch.methods import best_loss, channel_losses, losses_of_map
+from mpqsearch.methods import best_loss, losses_of_map
 from mpqsearch.report.sensitivity import layer_losses, sensitivity_over_time
 from mpqsearch.report.table import Cell, Table, table_of
 
@@ -36,10 +36,10 @@ def layers_table(
     bit_map, name = maps[taken], taken.rpartition(" at ")[2]
     sizes = [mapped_bits(la, bit_map).total / 8000 for la in table]
     columns[f"kB, {name}", "number"] = [Cell(f"{kb:,.2f}", kb) for kb in sizes]
-    if profile is not None and bit_map.format.name in profile.formats:
+    if profile is not None and {bit_map.format_of(la.name).name for la in table} <= set(profile.formats):
         loss = best_loss(profile)
-        priced = channel_losses(profile, table, bit_map.format.name, loss, bias_correction=loss != "weight")
-        lost = dict(zip(profile.names, profile.layer_sum(losses_of_map(profile, bit_map, priced)), strict=True))
+        rows = losses_of_map(profile, table, bit_map, loss, bias_correction=loss != "weight")
+        lost = dict(zip(profile.names, profile.layer_sum(rows), strict=True))
         columns[f"Loss, {name}", "number"] = [Cell(f"{lost[la.name]:.2e}", lost[la.name]) for la in table]
     return table_of(columns)
 

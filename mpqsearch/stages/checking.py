@@ -160,7 +160,7 @@ def _certificate(saved: Saved) -> Iterator[Checked]:
         saved.budgets[0],
         saved.budgets[1:],
         by_layer=result["program"] == "layers",
-        inputs=saved.bit_map.activations,
+        like=saved.bit_map,
     )
     problem = program.problem
     _, wrong = _same("the digests of the tables", dict(table_digests(problem)), dict(certificate.digests))
@@ -168,7 +168,8 @@ def _certificate(saved: Saved) -> Iterator[Checked]:
     check = check_certificate(certificate, problem, program.choice(saved.bit_map).tolist())
     costs = ", ".join(f"{b.name} {c}" for b, c in zip(problem.budgets, check.costs, strict=False))
     yield f"costed again, the choice loses {check.loss!r} and takes {costs} of the searched layers", check.problem
-    yield f"its multipliers prove that no map loses less than {check.bound!r}: a gap of {check.gap:.2g}", ""
+    given = "" if program.by_layer or not saved.method.formats else " with these formats of layers"
+    yield f"its multipliers prove that no map{given} loses less than {check.bound!r}: a gap of {check.gap:.2g}", ""
     for name in ("loss", "status"):
         yield _same(f"the {name} of the result", getattr(certificate, name), result[name])
     if result["status"] == "optimal" and check.gap > 0:

@@ -135,7 +135,7 @@ def _explanation(
     had to reserve."""
     result, prices, main = saved["result"], saved["certificate"]["multipliers"], saved["totals"][0]
     by_layer, within = result["program"] == "layers", run.config.allocate.parsed_within()
-    program = programs_of(run, method).program(method, budget, within, by_layer=by_layer)
+    program = programs_of(run, method).program(method, budget, within, by_layer=by_layer, like=bit_map)
     sets, names = (None, None) if by_layer else (program.item_layer, program.layers)
     steps = explain(program.problem, program.choice(bit_map), sets, names)
     return {

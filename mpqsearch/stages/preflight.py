@@ -105,8 +105,8 @@ def _check_budgets(run: Run) -> None:
     c, policy = run.config, run.config.policy
     tables = [run.table.part(name) for name in run.apart] or [run.table]
     budgets = [*c.allocate.parsed(), *c.allocate.parsed_within(), *map(Budget.parse, c.search.budgets)]
-    schemes = {m.scheme for m in c.methods if m.allocator != "map"}
-    formats = [replace(c.quantizer.format(), scheme=scheme) for scheme in schemes]
+    methods = [m.in_format(name) for m in c.methods if m.allocator != "map" for name in m.format_names]
+    formats = [replace(c.quantizer.format(), scheme=scheme) for scheme in {m.scheme for m in methods}]
     for table, budget in ((t, b) for t in tables for b in budgets if formats and b.unit == "bits stored"):
         smallest = [size_bits(table, uniform_map(table, policy, min(policy.widths), fmt)) for fmt in formats]
         limit, full = budget.limit_bits(table, policy), FULL_PRECISION * table.n_parameters

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpqsearch import artifacts
 from mpqsearch.core import Budget, SensitivityProfile
-from mpqsearch.core.formats import GROUPS
+from mpqsearch.core.formats import SCHEMES
 from mpqsearch.errors import InfeasibleBudgetError
 from mpqsearch.methods import Allocation, MethodSpec, Programs
 from mpqsearch.prompts import band_of
@@ -54,8 +54,10 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
     """What is tried, by a label, safest first: the less a map rests on estimates, the safer it is.
 
     ``levelled`` trusts no sensitivity of a single channel, ``as measured`` all of them; between these the shrinkage is
-    as the data say. Groups of inputs are tried where the profile measured them.
+    as the data say. Formats are chosen layer by layer among those of the method; where it names none, among its own and
+    those of the profile that differ from it by groups of inputs or by three levels.
     """
+    formats, method = method.formats or _formats(method, measured), method.in_format(method.format_name)
     found = {}
     if "asymmetric" in measured.formats:
         bare = replace(method, allocator="uniform", scheme="asymmetric", bias_correction=False, rounding="nearest")
@@ -71,11 +73,18 @@ def variants(method: MethodSpec, measured: SensitivityProfile, budgets: Sequence
         found["by channel, kfac, levelled"] = replace(best, shrinkage=1.0)
         found["by channel, kfac"] = best
         found["by channel, kfac, as measured"] = replace(best, shrinkage=0.0)
-        for group in GROUPS[1:]:
-            grouped = replace(best, group=group)
-            if grouped.format_name in measured.formats:
-                found[f"by channel, kfac, groups of {group}"] = grouped
+    if len(formats) > 1:
+        label = "by channel, kfac" if "by channel, kfac" in found else list(found)[-1]
+        found[f"{label}, formats by layer"] = replace(found[label], scheme=SCHEMES[0], group=0, formats=formats)
     return found
+
+
+def _formats(method: MethodSpec, measured: SensitivityProfile) -> tuple[str, ...]:
+    """The method's own format and, without smoothing, those of the profile in its scheme or the ternary one."""
+    own = method.format_name
+    schemes = {method.scheme, "ternary"}
+    near = (n for n in measured.formats if n.partition("+")[0] in schemes and "smooth" not in n)
+    return (own,) if method.smooth else tuple(dict.fromkeys((own, *near)))
 
 
 def selection_inputs(run: Run) -> dict[str, str]:

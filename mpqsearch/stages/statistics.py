@@ -112,11 +112,12 @@ def moment_inputs(run: Run) -> dict[str, str]:
 def priced_file(method: MethodSpec, measured: SensitivityProfile) -> str:
     """The file in the run folder that holds the profile which prices a method, see `priced`."""
     plain = method.rounding == "nearest" or method.loss in NOT_PRICED or measured.weights_only
-    return "profile.json" if plain else f"profiles/gptq-{method.format_name}.json"
+    return "profile.json" if plain else f"profiles/gptq-{','.join(method.format_names)}.json"
 
 
 def priced(run: Run, method: MethodSpec) -> SensitivityProfile:
-    """The profile with the errors that the method's rounding leaves, measured or from ``profiles/gptq-<format>.json``.
+    """The profile with the errors that the method's rounding leaves, measured or from ``profiles/gptq-<format>.json``
+    (of several formats, with commas between them).
 
     It is ``measured`` itself for nearest rounding, for losses that know no other, and where nothing may run (weights
     only, a dry run that would have to measure).
@@ -132,10 +133,12 @@ def priced(run: Run, method: MethodSpec) -> SensitivityProfile:
 
 
 def _price(run: Run, method: MethodSpec) -> SensitivityProfile:
-    from mpqsearch.profile import gptq_profile
+    from mpqsearch.profile import gptq_profile, in_formats
 
     if run.dry_run:
         return run.profile
+    if method.formats:
+        return in_formats(run.profile, {name: priced(run, method.in_format(name)) for name in method.formats})
     fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth, group=method.group)
     run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
     with run.timed("price"):

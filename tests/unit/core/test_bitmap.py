@@ -187,5 +187,10 @@ def test_three_levels_are_shown_with_the_bits_that_they_store() -> None:
     weights = {"a": np.array(2), "b": np.array([2, 3, 2, 8]), "c": np.array(2)}
     plain = {"c": QuantFormat(scheme="symmetric")}
     bit_map = BitMap(model_digest="d", weights=weights, format=QuantFormat(scheme="ternary"), formats=plain)
-    assert bit_map.summary().splitlines() == ["a: 1.6 bits", "b: 1.6b x2 3b x1 8b x1", "c: 2 bits"]
+    assert bit_map.summary().splitlines() == [
+        "a: 1.6 bits, ternary",
+        "b: 1.6b x2 3b x1 8b x1, ternary",
+        "c: 2 bits, symmetric",
+    ]
+    assert replace(bit_map, formats={}).summary().splitlines()[2] == "c: 1.6 bits"
     assert bit_map.to_frame()["mean_bits"].tolist() == pytest.approx([1.6, (3.2 + 11) / 4, 2])
