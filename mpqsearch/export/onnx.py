@@ -6,6 +6,7 @@ with a scale and a zero point a row, and ``Concat`` and ``Gather`` put the rows 
 
 - Our codes, scales and zero points are kept in every scheme: what runs is the fake-quantized model. 1 bit lies in a
   2-bit container, as three levels do, 3 bits in 4, 5 to 7 bits in 8; the stored size says so.
+- One scale a channel: a format with groups of inputs is refused.
 - The order of the rows costs 64 bits a row of a mixed layer whose rows are not sorted by width already.
 - Linear layers and ungrouped or grouped convolutions; transposed ones stay at full precision. 2-bit containers need
   opset 25.
@@ -114,6 +115,11 @@ class OnnxTarget(Target):
         from mpqsearch.export.check import decode_in_place, our_rows, write_check
 
         for name in (e.layer for e in plan if e.will_get != FULL_PRECISION):
+            if job.bit_map.format_of(name).scales_of(job.table[name].weights_per_channel) > 1:
+                raise ConfigError(
+                    f"onnx holds one scale a channel here, and {name!r} has one for each group of its inputs; use a "
+                    "format without groups, or the target packed"
+                )
             if job.bit_map.format_of(name).smooth and job.table[name].groups > 1:
                 raise ConfigError(
                     f"onnx cannot hold the smoothing of the grouped layer {name!r}; use a format without smooth"

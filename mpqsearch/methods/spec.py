@@ -39,8 +39,9 @@ ALLOCATORS = (
 """``omq-paper``, ``omq-released``, ``omq-plus``: MPQ-DM's allocation as its paper has it, as its code has it, and
 promotion only (see `mpqsearch.methods.omq`); all three smooth. ``omq``: the search of ``omq-paper`` with the method's
 own quantizer and full-precision inputs. ``measured``: the best of maps that differ in kind (uniform, by layer, by
-channel, each with several roundings), by what their samples show. ``search`` and ``map`` solve nothing: the map is that
-of an outer search, or one from elsewhere. The last six are rules of practice (`mpqsearch.methods.baselines`)."""
+channel, each with several roundings, formats by layer), by what their samples show. ``search`` and ``map`` solve
+nothing: the map is that of an outer search, or one from elsewhere. The last six are rules of practice
+(`mpqsearch.methods.baselines`)."""
 
 PROGRAMS = ("ilp-layer", "ilp-channel")
 """Allocators that solve an integer program."""

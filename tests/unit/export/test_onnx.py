@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mpqsearch.core import BitMap, QuantFormat
+from mpqsearch.errors import ConfigError
 from mpqsearch.export import ExportJob, get_exporter
 from mpqsearch.models import discover
 from mpqsearch.models.calls import call_of, capture
 from mpqsearch.quant import quantize_model
 from mpqsearch.sampling import adapt
 from tests.support.everything import ALL
+from tests.support.tiny import tiny_denoiser
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -110,3 +112,21 @@ def test_containers_that_do_not_hold_the_map_are_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(wide)
     seen = target.compare(read_json(tmp_path / "export.json", "mpqsearch/export").data, target.read_back(tmp_path))
     assert any("conv_in: weights by bits of their container {8: 108}, planned {4: 108}" in p for p in seen.problems)
+
+
+def test_three_levels_are_held_and_groups_of_inputs_are_refused(tmp_path: Path) -> None:
+    denoiser = tiny_denoiser("dit")
+    table, target = discover(denoiser), get_exporter("onnx")
+    weights = {la.name: np.array(2) for la in table}
+
+    def job(fmt: QuantFormat) -> ExportJob:
+        return ExportJob(
+            table=table, bit_map=BitMap(model_digest=table.digest, weights=weights, format=fmt), denoiser=denoiser
+        )
+
+    target.write(tmp_path, job(QuantFormat(scheme="ternary")))
+    read = target.read_back(tmp_path)
+    assert read["forward_error"] < 1e-5
+    assert not read["problems"]
+    with pytest.raises(ConfigError, match="one scale a channel here"):
+        target.write(tmp_path, job(QuantFormat(scheme="ternary", group=16)))

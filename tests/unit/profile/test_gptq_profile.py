@@ -9,7 +9,14 @@ import torch
 from mpqsearch.core import LayerTable, Policy, QuantFormat, SensitivityProfile
 from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
-from mpqsearch.profile import CalibrationSpec, InputMoments, gptq_profile, input_statistics, profile_model
+from mpqsearch.profile import (
+    CalibrationSpec,
+    InputMoments,
+    gptq_profile,
+    in_formats,
+    input_statistics,
+    profile_model,
+)
 from mpqsearch.quant import quantize_weight, rows_of
 from tests.support import tiny_denoiser
 from tests.support.everything import ALL
@@ -142,3 +149,19 @@ def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
             assert torch.equal(parts[layer.name].second_moment, whole[layer.name].second_moment)
             assert torch.equal(parts[layer.name].mean, whole[layer.name].mean)
     assert 1 < sum(runs) < len(table), "some layers at a time, each group once"
+
+
+def test_profiles_of_several_formats_are_joined_format_by_format() -> None:
+    denoiser = tiny_denoiser("dit", **SAMPLER)
+    table = discover(denoiser)
+    spec = CalibrationSpec(samples=4, probe_inputs=2, probes=1, sampler_seeds=0, context_seeds=0, groups=(16,))
+    before = profile_model(denoiser, table, Policy(widths=(2, 4)), spec, QuantFormat(n_candidates=20))
+    stats = input_statistics(denoiser, table, SEEDS)
+    formats = {f.name: f for f in (FORMAT, replace(FORMAT, group=16))}
+    priced = {name: gptq_profile(denoiser, table, before, stats, fmt) for name, fmt in formats.items()}
+    joined = in_formats(before, priced)
+    for key, array in joined.arrays.items():
+        owner = priced.get(key.partition("/")[2], before)
+        assert np.array_equal(array, owner.arrays[key])
+    for name in formats:
+        assert not np.array_equal(joined.arrays[f"output_error/{name}"], before.arrays[f"output_error/{name}"])
