@@ -68,7 +68,10 @@ def _saved_outputs(run: Run) -> Mapping[str, Tensor]:
     model cannot be differentiated, and KFAC is then GPTQ."""
     from mpqsearch.sampling import can_sample
 
-    if run.dry_run or not can_sample(run.denoiser) or run.profile.weights_only:
+    if run.dry_run:
+        return {}
+    if run.profile.weights_only or not can_sample(run.denoiser):
+        run.say("KFAC rounding: codes are those of GPTQ, since nothing samples here and there are no gradients")
         return {}
     inputs = profile_inputs(run) | moment_inputs(run) | run.digests("quantizer")
     return reuse_or_make(run, OUTPUTS, run.path("profiles", "outputs.json"), inputs, lambda: _new_outputs(run))
