@@ -26,7 +26,7 @@ from mpqsearch.methods import Allocation, MethodSpec
 from mpqsearch.metrics import Evaluation, FeatureExtractor, Scorer
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
-from mpqsearch.profile import InputMoments, WithOutputs, output_moments, statistics_of
+from mpqsearch.profile import InputMoments, WithGradients, gradient_moments, statistics_of
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
@@ -531,5 +531,5 @@ def _statistics(
         known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=means)
         if bit_map.rounds_by("kfac") and can_sample(model):
             seeds = CALIBRATION_SEEDS[: QuantizerConfig.gradient_samples]
-            known = WithOutputs(known, output_moments(model, table, seeds, means))
+            known = WithGradients(known, gradient_moments(model, table, seeds, means))
     return bit_map, {"statistics": known, "bias_correction": corrected and profile is not None}

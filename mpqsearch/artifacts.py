@@ -49,7 +49,7 @@ VERSIONS = {
     "mpqsearch/layers": 1,
     "mpqsearch/profile": 1,
     "mpqsearch/partial-profile": 1,
-    "mpqsearch/outputs": 1,
+    "mpqsearch/gradients": 1,
     "mpqsearch/allocation": 1,
     "mpqsearch/path": 1,
     "mpqsearch/explanation": 1,

@@ -5,10 +5,10 @@ from mpqsearch.profile.activations import collect_ranges, scales_of
 from mpqsearch.profile.calibrate import calibrate
 from mpqsearch.profile.final_probes import final_effects, projected_effects
 from mpqsearch.profile.gptq import gptq_profile, in_formats
+from mpqsearch.profile.gradients import WithGradients, gradient_bytes, gradient_moments
 from mpqsearch.profile.inputs import columns_of
 from mpqsearch.profile.measure import profile_model
 from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
-from mpqsearch.profile.outputs import WithOutputs, output_bytes, output_moments
 from mpqsearch.profile.partial import Arrays, Partial
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
@@ -20,7 +20,7 @@ __all__ = [
     "InputMoments",
     "Partial",
     "WeightErrors",
-    "WithOutputs",
+    "WithGradients",
     "beyond_limit",
     "calibrate",
     "collect_ranges",
@@ -28,10 +28,10 @@ __all__ = [
     "final_effects",
     "formats_of",
     "gptq_profile",
+    "gradient_bytes",
+    "gradient_moments",
     "in_formats",
     "input_statistics",
-    "output_bytes",
-    "output_moments",
     "profile_model",
     "profile_weights",
     "projected_effects",

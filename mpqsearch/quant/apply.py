@@ -14,7 +14,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, LayerSpec, LayerTable, QuantF
 from mpqsearch.errors import ConfigError, LayerMismatchError, NumericsError
 from mpqsearch.quant.activations import ActivationTable, attach_clock, attach_quantizer, input_quantizers
 from mpqsearch.quant.gptq import gptq_rows
-from mpqsearch.quant.kfac import kfac_rows
+from mpqsearch.quant.kfac import input_side, kfac_rows
 from mpqsearch.quant.rows import RowQuantizer, decode, encode, fit_rows, rows_of, weight_of
 from mpqsearch.quant.smoothing import by_row, known_factors, scaled_moment
 from mpqsearch.quant.statistics import RowStatistics, Statistics
@@ -67,10 +67,9 @@ def quantize_weight(
     """Quantize one layer with a width per output channel (``[C]``, 1..8 or 16 for full precision).
 
     GPTQ (see `gptq_rows`) goes by the second moment in ``statistics``, or by the covariance where ``bias_correction``
-    takes the error of the mean; without one, rounding is to nearest. KFAC goes by the output moment, too, and without
-    one is GPTQ. Weights of any floating type are computed with in
-    float32. Raises `ConfigError` when the format smooths and there are no statistics, `NumericsError` for NaN or
-    infinity.
+    takes the error of the mean; without one, rounding is to nearest. KFAC goes by the moments of gradients, too, and
+    without one is GPTQ. Weights of any floating type are computed with in float32. Raises `ConfigError` when the format
+    smooths and there are no statistics, `NumericsError` for NaN or infinity.
     """
     exact = rows_of(weight.detach().float(), layer)
     widths = widths.to(exact.device, torch.uint8)
@@ -88,7 +87,11 @@ def quantize_weight(
         moment, wanted = moment if factor is None else scaled_moment(moment, factor), rows
         rows, quantizer = gptq_rows(wanted, quantizer, moment)
         if fmt.rounding == "kfac" and statistics.output_moment.numel():
-            rows = kfac_rows(wanted, rows, replace(quantizer, bits=widths), moment, statistics.output_moment)
+            gradient = statistics.input_moment
+            if factor is not None and gradient.numel():
+                gradient = scaled_moment(gradient, factor)
+            inputs = input_side(moment, gradient)
+            rows = kfac_rows(wanted, rows, replace(quantizer, bits=widths), inputs, statistics.output_moment)
         start = rows if factor is None else rows / by_row(factor, len(rows))
     return QuantizedRows(
         codes=encode(rows, quantizer),

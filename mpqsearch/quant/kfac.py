@@ -2,11 +2,11 @@
 outputs do.
 
 GPTQ takes all output channels of a layer for alike and independent. What an error ``E`` of the weights does to the
-sample is to second order ``tr(S E H E')``, with ``H`` the second moment of the inputs and ``S`` that of the gradient of
-the sample with respect to the outputs, the Kronecker factors of a Gauss-Newton matrix (KFAC, arXiv 1503.05671; for
-rounding, YAQA, arXiv 2505.22988). With both, the error of one channel can be made good by others, too. From the codes
-of GPTQ each code is chosen anew given all others, which can only lower that value. Widths, scales and what is stored
-stay as they are.
+sample is to second order ``tr(S E H E')``, with ``S`` and ``H`` second moments of the gradient of the sample by output
+channels and by inputs, the Kronecker factors of a Gauss-Newton matrix (KFAC, arXiv 1503.05671; for rounding, YAQA,
+arXiv 2505.22988). ``H`` is the mean of that of the gradient, which few samples give, and of that of the inputs. With
+both, the error of one channel can be made good by others, too. From the codes of GPTQ each code is chosen anew given
+all others, which can only lower that value. Widths, scales and what is stored stay as they are.
 """
 
 from __future__ import annotations
@@ -32,6 +32,16 @@ DOUBT = 0.2
 
 LEAST = 1e-3
 """Least weight of an output channel, in units of the mean: a channel that no gradient reached is not free."""
+
+
+def input_side(moment: Tensor, gradient: Tensor) -> Tensor:
+    """The mean ``[G, D, D]`` of two second moments of the inputs, of their values and by the gradient, in units of the
+    first; the first where there is no other."""
+    if not gradient.numel():
+        return moment
+    levels = [x.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] for x in (moment, gradient.to(moment))]
+    share = torch.where(levels[1] > 0, levels[0] / levels[1].clamp_min(1e-300), 0)
+    return torch.where(levels[1] > 0, (moment + share * gradient.to(moment)) / 2, moment)
 
 
 def kfac_rows(exact: Tensor, rows: Tensor, quantizer: RowQuantizer, moment: Tensor, output_moment: Tensor) -> Tensor:

@@ -71,16 +71,16 @@ PROFILE: Kind[SensitivityProfile] = Kind("mpqsearch/profile", artifacts.load_pro
 ALLOCATION: Kind[SavedAllocation] = Kind("mpqsearch/allocation", _load_allocation, _save_allocation)
 
 
-def _load_outputs(path: Path) -> dict[str, Tensor]:
-    artifacts.read_json(path, OUTPUTS.schema).check_files(path)
+def _load_gradients(path: Path) -> dict[str, Tensor]:
+    artifacts.read_json(path, GRADIENTS.schema).check_files(path)
     return artifacts.read_tensors(path.with_suffix(".safetensors"))
 
 
-def _save_outputs(path: Path, moments: Mapping[str, Tensor], inputs: Mapping[str, str]) -> None:
-    artifacts.save_tensors(path, OUTPUTS.schema, moments, inputs)
+def _save_gradients(path: Path, moments: Mapping[str, Tensor], inputs: Mapping[str, str]) -> None:
+    artifacts.save_tensors(path, GRADIENTS.schema, moments, inputs)
 
 
-OUTPUTS: Kind[Mapping[str, Tensor]] = Kind("mpqsearch/outputs", _load_outputs, _save_outputs)
+GRADIENTS: Kind[Mapping[str, Tensor]] = Kind("mpqsearch/gradients", _load_gradients, _save_gradients)
 
 
 def _measured(path: Path, _data: Any) -> Iterable[Path]:

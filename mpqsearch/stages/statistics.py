@@ -12,7 +12,7 @@ from mpqsearch.methods import MethodSpec
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
-from mpqsearch.stages.reuse import OUTPUTS, PROFILE, reuse_or_make
+from mpqsearch.stages.reuse import GRADIENTS, PROFILE, reuse_or_make
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,12 +28,12 @@ NOT_PRICED = ("weight", "slope", "final")
 
 def statistics_for(run: Run, bit_map: BitMap) -> Statistics:
     """What quantizing by a map needs to know of the layers: what the profile says and, where the map rounds by GPTQ,
-    second moments of their inputs, measured when they are read, by KFAC those of the gradients of their outputs."""
-    from mpqsearch.profile import WithOutputs, statistics_of
+    second moments of their inputs, measured when they are read, by KFAC those of gradients."""
+    from mpqsearch.profile import WithGradients, statistics_of
 
     if bit_map.rounds_to_nearest:
         return statistics_of(run.profile)
-    return WithOutputs(_moments(run), _outputs(run)) if bit_map.rounds_by("kfac") else _moments(run)
+    return WithGradients(_moments(run), _gradients(run)) if bit_map.rounds_by("kfac") else _moments(run)
 
 
 def _moments(run: Run) -> InputMoments:
@@ -59,12 +59,12 @@ def _new_moments(run: Run) -> InputMoments:
     return moments
 
 
-def _outputs(run: Run) -> Mapping[str, Tensor]:
-    return run.once("output moments", lambda: _saved_outputs(run))
+def _gradients(run: Run) -> Mapping[str, Tensor]:
+    return run.once("gradients", lambda: _saved_gradients(run))
 
 
-def _saved_outputs(run: Run) -> Mapping[str, Tensor]:
-    """Second moments of the gradients of layers' outputs, measured or from ``profiles/outputs.json``; none where the
+def _saved_gradients(run: Run) -> Mapping[str, Tensor]:
+    """Second moments of the gradients of final samples, measured or from ``profiles/gradients.json``; none where the
     model cannot be differentiated, and KFAC is then GPTQ."""
     from mpqsearch.sampling import can_sample
 
@@ -74,22 +74,22 @@ def _saved_outputs(run: Run) -> Mapping[str, Tensor]:
         run.say("KFAC rounding: codes are those of GPTQ, since nothing samples here and there are no gradients")
         return {}
     inputs = profile_inputs(run) | moment_inputs(run) | run.digests("quantizer")
-    return reuse_or_make(run, OUTPUTS, run.path("profiles", "outputs.json"), inputs, lambda: _new_outputs(run))
+    return reuse_or_make(run, GRADIENTS, run.path("profiles", "gradients.json"), inputs, lambda: _new_gradients(run))
 
 
-def _new_outputs(run: Run) -> Mapping[str, Tensor]:
-    from mpqsearch.profile import output_bytes, output_moments, statistics_of
+def _new_gradients(run: Run) -> Mapping[str, Tensor]:
+    from mpqsearch.profile import gradient_bytes, gradient_moments, statistics_of
 
-    c, needed, limit = run.config.calibration, output_bytes(run.table), run.config.model.limit_bytes
+    c, needed, limit = run.config.calibration, gradient_bytes(run.table), run.config.model.limit_bytes
     if limit is not None and needed > limit:
         run.say(
             f"KFAC rounding: gradients take {needed} bytes, which the memory limit does not hold; codes are those of "
             "GPTQ"
         )
         return {}
-    with run.timed("output moments"), bars_of() as progress:
+    with run.timed("gradients"), bars_of() as progress:
         try:
-            return output_moments(
+            return gradient_moments(
                 run.denoiser,
                 run.table,
                 range(c.first_seed, c.first_seed + run.config.quantizer.gradient_samples),

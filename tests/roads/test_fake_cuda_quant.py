@@ -61,6 +61,7 @@ def statistics(table: LayerTable, seed: int = 0) -> dict[str, RowStatistics]:
             mean=x.mean(1).double(),
             input_max=torch.rand(la.n_inputs, generator=g) + 0.5,
             output_moment=torch.bmm(y, y.mT),
+            input_moment=torch.bmm(x.mT, x),
         )
     return out
 

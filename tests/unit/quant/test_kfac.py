@@ -12,7 +12,7 @@ from torch import Tensor
 from mpqsearch.core import QuantFormat
 from mpqsearch.errors import ConfigError
 from mpqsearch.quant import decode, encode, fit_rows, gptq_rows, kernel, search
-from mpqsearch.quant.kfac import DOUBT, LEAST, kfac_rows
+from mpqsearch.quant.kfac import DOUBT, LEAST, input_side, kfac_rows
 from mpqsearch.quant.rows import RowQuantizer
 
 
@@ -115,6 +115,15 @@ def test_the_kernel_is_its_own_text_compiled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(kernel, "choose_codes", plain)
     _, interpreted, _ = made(rows, bits, QuantFormat(), inputs, outputs)
     assert torch.equal(compiled, interpreted)
+
+
+def test_the_input_side_is_the_mean_of_what_inputs_and_gradients_say() -> None:
+    values, gradient = spread(2, 5, 1), spread(2, 5, 2).float()
+    mean = input_side(values, 7 * gradient)
+    assert torch.allclose(mean.diagonal(dim1=1, dim2=2).mean(1), values.diagonal(dim1=1, dim2=2).mean(1))
+    assert torch.allclose(mean, input_side(values, gradient))
+    assert torch.equal(input_side(values, torch.empty(0)), values)
+    assert torch.equal(input_side(values, torch.zeros(2, 5, 5)), values)
 
 
 def test_without_numba_the_codes_are_those_of_gptq(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from mpqsearch.core import BitMap, QuantFormat
 from mpqsearch.models import discover
-from mpqsearch.profile import WithOutputs, input_statistics, output_bytes, output_moments
-from mpqsearch.profile.outputs import MOST, together
+from mpqsearch.profile import WithGradients, gradient_bytes, gradient_moments, input_statistics
+from mpqsearch.profile.gradients import MOST, together
 from mpqsearch.quant import quantize_model, rows_of
 from mpqsearch.sampling import latents
 from tests.support import tiny_denoiser
@@ -23,7 +23,7 @@ def test_moments_are_those_of_the_gradient_of_the_final_sample(kind: str) -> Non
     table = discover(denoiser)
     layer = min((la for la in table if la.n_channels > 2), key=lambda la: la.n_weights)
     known = input_statistics(denoiser, table, [3])
-    found = output_moments(denoiser, table, [3], known, seed=7)[layer.name]
+    found = gradient_moments(denoiser, table, [3], known, seed=7)
     final = latents(denoiser, [3])
     v = torch.randn((1, *final.shape), generator=torch.Generator().manual_seed(7))[0]
     module = denoiser.module.get_submodule(layer.name)
@@ -42,15 +42,16 @@ def test_moments_are_those_of_the_gradient_of_the_final_sample(kind: str) -> Non
     if layer.has_bias:
         bias = torch.tensor([slope(module.bias, i) for i in range(layer.n_channels)])
         gradient = gradient - bias[:, None] * known[layer.name].mean[0].float()
-    unit = gradient / gradient.norm(dim=0).clamp_min(1e-20)
-    assert torch.allclose(found[0], unit @ unit.T, atol=0.02 * float(found[0].diagonal().mean()) * len(found[0]) ** 0.5)
+    for side, by in (("outputs", gradient), ("inputs", gradient.T)):
+        unit, (one,) = by / by.norm(dim=0).clamp_min(1e-20), found[f"{layer.name}/{side}"]
+        assert torch.allclose(one, unit @ unit.T, atol=0.02 * float(one.diagonal().mean()) * len(one) ** 0.5)
 
 
 def test_rounding_by_them_brings_samples_nearer_than_gptq() -> None:
     denoiser = tiny_denoiser("dit", steps=3)
     table = discover(denoiser)
     inputs = input_statistics(denoiser, table, range(8))
-    both = WithOutputs(inputs, output_moments(denoiser, table, range(100, 108), inputs))
+    both = WithGradients(inputs, gradient_moments(denoiser, table, range(100, 108), inputs))
     assert set(both) == set(inputs)
     assert len(both) == len(inputs)
     seeds = range(200, 216)
@@ -71,4 +72,5 @@ def test_wide_layers_are_taken_in_parts() -> None:
     assert together(10240) == MOST
     assert together(64, groups=8) == 8
     table = discover(tiny_denoiser("unet"))
-    assert output_bytes(table) == 4 * sum(la.n_weights + la.n_channels * la.n_channels // la.groups for la in table)
+    sides = sum(la.n_channels**2 // la.groups + la.groups * la.weights_per_channel**2 for la in table)
+    assert gradient_bytes(table) == 4 * (sum(la.n_weights for la in table) + sides)
