@@ -149,12 +149,15 @@ def channel_losses(
     *,
     bias_correction: bool,
     shrinkage: float | None = None,
+    effects_of: str = "",
 ) -> Floats:
     """Loss ``[C, W]`` of every output channel at every width of the profile, in a format such as ``auto+smooth``.
 
     Sums over the channels of a layer are its totals where those were measured; what was estimated from probes is shrunk
-    (`mpqsearch.methods.shrinkage`; ``shrinkage`` is that of channels, None as the data say). Raises `ConfigError` when
-    the profile lacks what the loss needs, `UnknownNameError` for an unknown loss.
+    (`mpqsearch.methods.shrinkage`; ``shrinkage`` is that of channels, None as the data say). ``effects_of``: the format
+    whose totals say what a unit of a layer's error costs, where formats are compared: each has noise of its own in its
+    totals, and the least of several would be the luckiest. Raises `ConfigError` when the profile lacks what the loss
+    needs, `UnknownNameError` for an unknown loss.
     """
     loss = best_loss(profile) if loss == BEST_LOSS else loss
     if loss not in LOSSES:
@@ -170,10 +173,11 @@ def channel_losses(
     if spec.family in spec.needs and spec.family not in _plain_families(profile):
         raise _not_measured(profile, loss)
     rows = spec.rows(measured, what)
-    totals = carried_totals(measured, spec) if spec.family else None
+    source = replace(measured, format_name=effects_of or format_name)
+    totals = carried_totals(source, spec) if spec.family else None
     if totals is None:
         return rows
-    sums = profile.layer_sum(rows)
+    sums = profile.layer_sum(rows if source.format_name == format_name else spec.rows(source, what))
     if loss in PROBED:
         totals = believed_totals(totals, sums, [la.role for la in table])
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)

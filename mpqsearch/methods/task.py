@@ -183,6 +183,7 @@ class Task:
             loss,
             bias_correction=m.bias_correction,
             shrinkage=m.shrinkage,
+            effects_of=m.format_name,
         )
 
 

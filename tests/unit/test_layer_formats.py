@@ -172,3 +172,20 @@ def test_measured_chooses_among_the_formats_of_the_profile() -> None:
     assert given["by channel, kfac"].format_name == "ternary+g16"
     timed = variants(own, profile, [Budget.parse("12ms")])
     assert timed["by layer, kfac, formats by layer"].allocator == "ilp-layer"
+
+
+def test_formats_are_compared_by_their_own_errors_and_one_effect_of_a_layer() -> None:
+    table, profile, programs = case(5, 4, 0)
+    rng = np.random.default_rng(1)
+    totals = {
+        f"layer_sampler_error/{name}": rng.lognormal(size=(len(table), len(profile.widths))).astype(np.float32)
+        for name in NAMES
+    }
+    programs = replace(programs, profile=replace(profile, arrays={**profile.arrays, **totals}))
+    asked = replace(method("ilp-layer"), loss="sampler")
+    task = programs.task(asked, Budget.parse("uniform:2"))
+    effects = [task.channel_losses(f) / profile.arrays[f"output_error/{name}"] for f, name in enumerate(NAMES)]
+    for other in effects[1:]:
+        np.testing.assert_allclose(other, effects[0], rtol=1e-6)
+    alone = programs.task(asked.in_format(NAMES[2]), Budget.parse("uniform:2")).channel_losses()
+    assert not np.allclose(alone, task.channel_losses(2)), "by itself a format is priced by its own totals"
