@@ -84,6 +84,7 @@ def verdicts(errors: Errors) -> list[str]:
     for name, arm, others in (
         ("ours / best simple arm", "ours", SIMPLE),
         ("outer search / best simple arm", "outer-search", SIMPLE),
+        ("KFAC / GPTQ, ilp-channel", "ilp-channel-kfac", ("ilp-channel-gptq",)),
         ("ilp-channel / uniform, nearest", "ilp-channel", ("uniform",)),
         ("ilp-channel / uniform, GPTQ", "ilp-channel-gptq", ("uniform-gptq",)),
         ("ilp-layer / uniform, nearest", "ilp-layer", ("uniform",)),
