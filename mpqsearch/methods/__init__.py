@@ -16,7 +16,7 @@ from mpqsearch.methods.losses import (
     losses_of_map,
     predicted_loss,
 )
-from mpqsearch.methods.programs import Programs
+from mpqsearch.methods.programs import Programs, require_formats
 from mpqsearch.methods.spec import ALLOCATORS, PROGRAMS, Allocation, MethodSpec, Total
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "channel_losses",
     "losses_of_map",
     "predicted_loss",
+    "require_formats",
 ]

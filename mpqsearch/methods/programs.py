@@ -197,10 +197,7 @@ class Programs:
         losses: Floats | None = None,
     ) -> Task:
         """One method at its budgets, checked against the profile."""
-        lacking = next((name for name in method.format_names if name not in self.profile.formats), None)
-        if lacking is not None:
-            more = "Add its scheme (and group) to [calibration] and profile again."
-            raise UnknownNameError("format", lacking, self.profile.formats, more)
+        require_formats(method, self.profile)
         if losses is not None and method.formats:
             raise ConfigError(
                 f"method {method.name!r}: losses from outside, as of an outer search, are of one format; give scheme "
@@ -254,6 +251,17 @@ class Programs:
             activation_steps=_activation_steps(method, self.profile),
             token_scales=method.token_scales,
         )
+
+
+def require_formats(method: MethodSpec, profile: SensitivityProfile) -> None:
+    """Raise `UnknownNameError` for a format of a method that the profile has not measured."""
+    lacking = next((name for name in method.format_names if name not in profile.formats), None)
+    if lacking is not None:
+        more = (
+            f"(method {method.name!r}). Add its scheme to calibration.schemes, its group to calibration.groups (which "
+            "are measured for ternary and the last other scheme), and profile again."
+        )
+        raise UnknownNameError("format", lacking, profile.formats, more)
 
 
 def _baseline(method: MethodSpec) -> Callable[[Task], tuple[BitMap, str]]:

@@ -13,8 +13,10 @@ GRANULARITIES = ("channel", "layer")
 
 
 def grouped(schemes: Sequence[str]) -> tuple[str, ...]:
-    """Of the schemes that are measured those that are measured with groups of inputs too: the last, and ``ternary``."""
-    return tuple(s for s in schemes if s in (schemes[-1], "ternary"))
+    """Of the schemes that are measured those that are measured with groups of inputs too: ``ternary``, and the last
+    other one."""
+    others = [s for s in schemes if s != "ternary"]
+    return tuple(s for s in schemes if s in ("ternary", *others[-1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class CalibrationSpec:
     schemes
         The schemes to measure: ``asymmetric``, ``symmetric``, ``auto``, ``ternary``.
     groups [inputs]
-        Measure the last scheme, and ``ternary``, also with a scale for so many inputs: 16, 32, 64 or 128. Example:
+        Measure ``ternary`` and the last other scheme also with a scale for so many inputs: 16, 32, 64 or 128. Example:
         ``[64, 128]``.
     smooth
         Measure each with smoothing too, and the asymmetric one with smoothing and min-max ranges (the search of

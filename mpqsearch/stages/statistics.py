@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mpqsearch import artifacts
 from mpqsearch.core import BitMap, SensitivityProfile
 from mpqsearch.errors import ModelError
-from mpqsearch.methods import MethodSpec
+from mpqsearch.methods import MethodSpec, require_formats
 from mpqsearch.progress import bars_of
 from mpqsearch.stages.base import Run
 from mpqsearch.stages.profiling import profile_inputs
@@ -125,6 +125,7 @@ def priced(run: Run, method: MethodSpec) -> SensitivityProfile:
     It is ``measured`` itself for nearest rounding, for losses that know no other, and where nothing may run (weights
     only, a dry run that would have to measure).
     """
+    require_formats(method, run.profile)
     file = priced_file(method, run.profile)
     if file == "profile.json":
         return run.profile

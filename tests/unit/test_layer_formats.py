@@ -14,6 +14,7 @@ from mpqsearch.core.formats import named_format
 from mpqsearch.errors import ConfigError, UnknownNameError
 from mpqsearch.methods import MethodSpec, Programs, channel_losses, predicted_loss
 from mpqsearch.methods.build import channel_program
+from mpqsearch.specs.calibration import grouped
 from mpqsearch.stages.selecting import variants
 from tests.support import tiny_profile, tiny_table
 
@@ -189,3 +190,8 @@ def test_formats_are_compared_by_their_own_errors_and_one_effect_of_a_layer() ->
         np.testing.assert_allclose(other, effects[0], rtol=1e-6)
     alone = programs.task(asked.in_format(NAMES[2]), Budget.parse("uniform:2")).channel_losses()
     assert not np.allclose(alone, task.channel_losses(2)), "by itself a format is priced by its own totals"
+
+
+@pytest.mark.parametrize("schemes", [("asymmetric", "auto", "ternary"), ("asymmetric", "ternary", "auto")])
+def test_groups_are_measured_for_three_levels_and_the_last_other_scheme_in_any_order(schemes: tuple[str, ...]) -> None:
+    assert set(grouped(schemes)) == {"auto", "ternary"}
