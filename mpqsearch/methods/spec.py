@@ -92,7 +92,7 @@ class MethodSpec(Shown):
         it in ``calibration.groups``. Example: ``64``.
     formats
         Of ``ilp-layer``, ``ilp-channel`` and ``measured``, in place of ``scheme`` and ``group``: formats of the profile
-        among which each searched layer gets one (others have the first), as in ``["auto", "auto+g64",
+        among which each searched layer gets one; others have the first. Example: ``["auto", "auto+g64",
         "ternary+g128"]``.
     shrinkage
         Of the sensitivities of channels towards the mean of their layer, from 0 (as measured) to 1 (all alike). Not
