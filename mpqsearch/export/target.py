@@ -240,7 +240,7 @@ class Target:
         return stored_size(folder / self.file)
 
     def names_bits(self, job: ExportJob, plan: Sequence[PlanEntry]) -> int:
-        """Bits of names and shapes in the file, where they are known before it is written; else 0."""
+        """Bits of names and shapes in the file, where these are computed before it is written; else 0."""
         return 0
 
     def unread(self, module: nn.Module) -> str:

@@ -260,7 +260,9 @@ def _write(run: Run, task: _Task) -> dict[str, Any]:
         paths = target.write(task.folder, job)
     plan, lost = target.plan(job), target.lost_inputs(job.bit_map)
     promised = target.promise(job, plan).total if target.name != "neutral" else None
-    names = task.names_bits or (target.names_bits(job, plan) if target.payload else 0)
+    names = task.names_bits or target.names_bits(job, plan)
+    if target.payload and not names:  # widths hardly change them: those of the file
+        names = 8 * target.sizes(task.folder)["header_bytes"]
     ideal = size_bits(run.table, job.bit_map)
     data = {
         "target": target.name,
