@@ -18,7 +18,7 @@ import torch
 
 from mpqsearch.config import AllocateConfig, Config, DistillConfig, EvaluateConfig, ModelConfig, QuantizerConfig
 from mpqsearch.core import BitMap, Budget, LayerTable, Policy, QuantFormat, SensitivityProfile
-from mpqsearch.errors import ConfigError
+from mpqsearch.errors import ConfigError, ModelError
 from mpqsearch.export import Verification
 from mpqsearch.export.packed import load_quantized as _load_packed
 from mpqsearch.export.packed import save_quantized
@@ -531,5 +531,8 @@ def _statistics(
         known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=means)
         if bit_map.rounds_by("kfac") and can_sample(model):
             seeds = CALIBRATION_SEEDS[: QuantizerConfig.gradient_samples]
-            known = WithGradients(known, gradient_moments(model, table, seeds, means))
+            try:
+                known = WithGradients(known, gradient_moments(model, table, seeds, means))
+            except ModelError as error:  # as in a run
+                log.warning("KFAC rounding: codes are those of GPTQ, since %s", error)
     return bit_map, {"statistics": known, "bias_correction": corrected and profile is not None}

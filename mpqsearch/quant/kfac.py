@@ -68,11 +68,12 @@ def kfac_rows(exact: Tensor, rows: Tensor, quantizer: RowQuantizer, moment: Tens
     if kernel_problem():
         return rows
     wanted, step = rows.clone(), len(exact) // parts
-    for k in range(parts):
-        part = slice(k * step, (k + 1) * step)
-        inputs, outputs = _damped(moment[k * groups // parts]), _believed(output_moment[k])
-        if inputs is not None and outputs is not None:
-            wanted[part] = _chosen(exact[part], rows[part], quantizer.of(part), inputs, outputs)
+    for group in range(groups):
+        inputs = _damped(moment[group])
+        for k in range(group * parts // groups, (group + 1) * parts // groups):
+            part, outputs = slice(k * step, (k + 1) * step), _believed(output_moment[k])
+            if inputs is not None and outputs is not None:
+                wanted[part] = _chosen(exact[part], rows[part], quantizer.of(part), inputs, outputs)
     return wanted
 
 

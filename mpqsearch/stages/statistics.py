@@ -66,6 +66,7 @@ def _gradients(run: Run) -> Mapping[str, Tensor]:
 def _saved_gradients(run: Run) -> Mapping[str, Tensor]:
     """Second moments of the gradients of final samples, measured or from ``profiles/gradients.json``; none where the
     model cannot be differentiated, and KFAC is then GPTQ."""
+    from mpqsearch.profile import gradient_bytes
     from mpqsearch.sampling import can_sample
 
     if run.dry_run:
@@ -73,20 +74,26 @@ def _saved_gradients(run: Run) -> Mapping[str, Tensor]:
     if run.profile.weights_only or not can_sample(run.denoiser):
         run.say("KFAC rounding: codes are those of GPTQ, since nothing samples here and there are no gradients")
         return {}
-    inputs = profile_inputs(run) | moment_inputs(run) | run.digests("quantizer")
+    if _beyond_gradients(run):
+        needed = gradient_bytes(run.table)
+        run.say(f"KFAC rounding: codes are those of GPTQ; gradients take {needed} bytes, more than the memory limit")
+        return {}
+    inputs = profile_inputs(run) | moment_inputs(run)
     return reuse_or_make(run, GRADIENTS, run.path("profiles", "gradients.json"), inputs, lambda: _new_gradients(run))
 
 
-def _new_gradients(run: Run) -> Mapping[str, Tensor]:
-    from mpqsearch.profile import gradient_bytes, gradient_moments, statistics_of
+def _beyond_gradients(run: Run) -> bool:
+    """Whether the memory limit does not hold the gradients that KFAC goes by."""
+    from mpqsearch.profile import gradient_bytes
 
-    c, needed, limit = run.config.calibration, gradient_bytes(run.table), run.config.model.limit_bytes
-    if limit is not None and needed > limit:
-        run.say(
-            f"KFAC rounding: gradients take {needed} bytes, which the memory limit does not hold; codes are those of "
-            "GPTQ"
-        )
-        return {}
+    limit = run.config.model.limit_bytes
+    return limit is not None and gradient_bytes(run.table) > limit
+
+
+def _new_gradients(run: Run) -> Mapping[str, Tensor]:
+    from mpqsearch.profile import gradient_moments, statistics_of
+
+    c = run.config.calibration
     with run.timed("gradients"), bars_of() as progress:
         try:
             return gradient_moments(
@@ -104,12 +111,13 @@ def _new_gradients(run: Run) -> Mapping[str, Tensor]:
 
 
 def moment_inputs(run: Run) -> dict[str, str]:
-    """What GPTQ rounding depends on beside the profile's inputs: the layers that a memory limit leaves to nearest
-    rounding, if any."""
+    """What GPTQ and KFAC rounding depend on beside the profile's inputs: the layers that a memory limit leaves to
+    nearest rounding, and whether it leaves out gradients."""
     from mpqsearch.profile import beyond_limit
 
     left_out = beyond_limit(run.table, run.config.model.limit_bytes)
-    return {"left_out": artifacts.digest_of(list(left_out))} if left_out else {}
+    inputs = {"left_out": artifacts.digest_of(list(left_out))} if left_out else {}
+    return inputs | ({"gradients": "left out"} if _beyond_gradients(run) else {})
 
 
 def priced_file(method: MethodSpec, measured: SensitivityProfile) -> str:

@@ -145,3 +145,19 @@ def test_a_quality_that_cannot_be_is_said(folder: Path, arguments: tuple[str, ..
     done = call(folder, "allocate", *few, *arguments)
     assert done.exit_code != 0
     assert said in str(done.exception)
+
+
+def test_a_memory_limit_without_room_for_gradients_is_said_and_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are then those of GPTQ. Nothing is kept of it that a run with more memory would take for gradients."""
+    monkeypatch.setattr("mpqsearch.profile.gradient_bytes", lambda _table: 10**10)  # of this model 0.4 MB
+    where = ("-o", str(folder / "small"))
+    done = call(folder, "allocate", *where, "--set", "model.memory_limit='1GB'")
+    assert done.exit_code == 0, done.output
+    assert "codes are those of GPTQ; gradients take" in " ".join(done.output.split())
+    assert not (folder / "small" / "profiles" / "gradients.json").exists()
+    assert (folder / "r" / "profiles" / "gradients.json").is_file()
+    more = call(folder, "allocate", *where)
+    assert isinstance(more.exception, StaleArtifactError)
+    assert "gradients" in str(more.exception)
