@@ -91,7 +91,8 @@ def quantize_weight(
             if factor is not None and gradient.numel():
                 gradient = scaled_moment(gradient, factor)
             inputs = input_side(moment, gradient)
-            rows = kfac_rows(wanted, rows, replace(quantizer, bits=widths), inputs, statistics.output_moment)
+            known = replace(quantizer, bits=widths)
+            rows, quantizer = kfac_rows(wanted, rows, known, inputs, statistics.output_moment)
         start = rows if factor is None else rows / by_row(factor, len(rows))
     return QuantizedRows(
         codes=encode(rows, quantizer),

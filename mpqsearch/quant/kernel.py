@@ -187,10 +187,10 @@ def choose_codes(
 ) -> None:
     """Choose the codes of some columns anew, each given all others, for the least ``tr(S E H E')``.
 
-    ``now`` ``[b, c]`` are the values of the columns from ``begin`` on, ``pull`` ``[b, c]`` the same rows of ``H E' S``;
-    both are kept up to date. ``moved`` ``[b, c]`` is made what the changes are times ``S``. ``outputs`` ``[c, c]`` is
-    ``S``, ``inputs`` ``[b, b]`` the block of ``H``; ``scale`` and ``zero`` are ``[n, c]`` with one row for every
-    ``group`` columns, ``top`` ``[c]`` the largest codes, negative for a channel that is not quantized.
+    ``now`` ``[b, c]`` are the values of the columns from ``begin`` on, and are changed; ``pull`` ``[b, c]``, the same
+    rows of ``H E' S``, is used up. ``moved`` ``[b, c]`` is made what the changes are times ``S``. ``outputs``
+    ``[c, c]`` is ``S``, ``inputs`` ``[b, b]`` the block of ``H``; ``scale`` and ``zero`` are ``[n, c]`` with one row
+    for every ``group`` columns, ``top`` ``[c]`` the largest codes, negative for a channel that is not quantized.
     """
     for j in range(now.shape[0]):
         k, curvature = (begin + j) // group, inputs[j, j]

@@ -41,15 +41,15 @@ def value(error: Tensor, inputs: Tensor, outputs: Tensor) -> float:
 def made(
     rows: Tensor, bits: Tensor, fmt: QuantFormat, inputs: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor, RowQuantizer]:
-    """Quantized rows by GPTQ and by KFAC, in the same scales."""
+    """Quantized rows by GPTQ and by KFAC, and the quantizer of the latter."""
     start, quantizer = gptq_rows(rows, fit_rows(rows, bits, fmt), inputs)
-    chosen = kfac_rows(rows, start, quantizer, inputs, outputs)
-    return decode(encode(start, quantizer), quantizer), decode(encode(chosen, quantizer), quantizer), quantizer
+    chosen, fitted = kfac_rows(rows, start, quantizer, inputs, outputs)
+    return decode(encode(start, quantizer), quantizer), decode(encode(chosen, fitted), fitted), fitted
 
 
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "auto"])
 @pytest.mark.parametrize("group", [0, 16])
-def test_no_single_code_could_be_chosen_better(scheme: str, group: int) -> None:
+def test_no_single_code_or_scale_could_be_chosen_better(scheme: str, group: int) -> None:
     rows = torch.randn(8, 96, generator=torch.Generator().manual_seed(1))  # more columns than one block has
     bits = torch.tensor([1, 2, 2, 3, 3, 4, 8, 2], dtype=torch.uint8)
     inputs, outputs = spread(1, 96, 2), spread(1, 8, 3)
@@ -67,6 +67,12 @@ def test_no_single_code_could_be_chosen_better(scheme: str, group: int) -> None:
             if 0 <= other[i, j] < 2 ** int(bits[i]):
                 changed = decode(other.to(torch.uint8), quantizer)
                 assert value(changed - rows, inputs[0], outputs[0]) > after * (1 - 1e-3)
+        k = int(torch.randint(len(quantizer.scale), (), generator=g))
+        for factor in (0.99, 1.01):
+            scale = quantizer.scale.clone()
+            scale[k] *= factor
+            changed = decode(codes, replace(quantizer, scale=scale))
+            assert value(changed - rows, inputs[0], outputs[0]) > after * (1 - 1e-3)
 
 
 def test_small_problems_come_near_the_optimum() -> None:
@@ -80,7 +86,9 @@ def test_small_problems_come_near_the_optimum() -> None:
         all_codes = torch.tensor(list(product(range(4), repeat=6)), dtype=torch.uint8).reshape(-1, 2, 3)
         best = min(value(decode(c, quantizer) - rows, inputs[0], outputs[0]) for c in all_codes)
         found = value(kfac - rows, inputs[0], outputs[0])
-        assert best * (1 - 1e-5) <= found <= value(gptq - rows, inputs[0], outputs[0]) * (1 + 1e-5)
+        assert (
+            best * (1 - 1e-5) <= found <= value(gptq - rows, inputs[0], outputs[0]) * (1 + 1e-3)
+        )  # scales are rounded to storage
         ratios.append(found / best)
     assert sorted(ratios)[len(ratios) // 2] < 1.2, ratios
 
@@ -94,14 +102,17 @@ def test_groups_parts_full_rows_and_what_no_gradient_reached() -> None:
     start, quantizer = gptq_rows(rows, fit_rows(rows, bits, QuantFormat()), inputs)
     bits[1] = 16
     quantizer = replace(quantizer, bits=bits)
-    chosen = kfac_rows(rows, start, quantizer, inputs, outputs)
+    chosen, fitted = kfac_rows(rows, start, quantizer, inputs, outputs)
     for k in range(3):
         part = slice(4 * k, 4 * k + 4)
-        alone = kfac_rows(rows[part], start[part], quantizer.of(part), inputs[k // 2][None], outputs[k][None])
+        alone, own = kfac_rows(rows[part], start[part], quantizer.of(part), inputs[k // 2][None], outputs[k][None])
         assert torch.equal(chosen[part], alone)
+        assert torch.equal(fitted.scale[part], own.scale)
         assert not torch.equal(chosen[part], start[part])
     assert torch.equal(chosen[12:], start[12:])
     assert torch.equal(chosen[1], start[1])
+    kept = [1, *range(12, 16)]
+    assert torch.equal(fitted.scale[kept], quantizer.scale[kept])
     with pytest.raises(ConfigError, match="KFAC rounding: 16 rows of 60 need second moments"):
         kfac_rows(rows, start, quantizer, inputs, outputs[:3])
 
