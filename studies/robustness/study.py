@@ -64,16 +64,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"allocator": "uniform"},
     "uniform-gptq": {"allocator": "uniform", **_GPTQ},
     "omq": {"allocator": "omq"},
-    "ilp-layer": {"allocator": "ilp-layer", **_AUTO},
+    "ilp-layer": {"allocator": "ilp-layer"},
     "ilp-layer-gptq": {"allocator": "ilp-layer", **_GPTQ},
-    "ilp-channel": {"allocator": "ilp-channel", **_AUTO},
+    "ilp-channel": {"allocator": "ilp-channel"},
     "ilp-channel-gptq": {"allocator": "ilp-channel", **_GPTQ},
     "ilp-channel-kfac": {"allocator": "ilp-channel", **_KFAC},
     "ours": {"allocator": "measured", **_KFAC},
     "outer-search": {"allocator": "search", **_AUTO},
     **{f"shrinkage-{s:g}": {"allocator": "ilp-channel", **_GPTQ, "shrinkage": s} for s in (0.0, 0.1, 0.3, 1.0)},
 }
-"""Fields of `MethodSpec` by arm: what is asked for, in the words of a study's ``[[methods]]``."""
+"""Fields of `MethodSpec` by arm: what is asked for, in the words of a study's ``[[methods]]``. Arms without GPTQ or
+KFAC round to nearest in the asymmetric scheme and leave biases alone: one quantizer, so only their widths differ."""
 
 RULES = ("first-last-high", "k-quant", "sdnq-dynamic", "quant-probe", "apple-threshold", "mixed-gguf")
 """Rules of practice, each rounded to the nearest value as ``uniform`` is, and with the quantizer of ``ours``."""
