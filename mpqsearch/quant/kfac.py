@@ -26,8 +26,11 @@ BLOCK = 64
 """Columns whose effect on the columns after them is applied at once."""
 
 SWEEPS = 20
-"""Times that each code is chosen anew, with scales fitted in between. On the embedded models one code in fifteen
-changes in the first sweep, one in fifty in the fifth, and one in six hundred in the last."""
+"""Times that each code is chosen anew. On the embedded models one code in fifteen changes in the first sweep, one in
+fifty in the fifth, and one in six hundred in the last."""
+
+FITTED = 4
+"""Sweeps between two fits of the scales, which take longer than a sweep."""
 
 DOUBT = 0.25
 """Is taken off what two output channels have in common, which is estimated from few gradients."""
@@ -82,9 +85,9 @@ def kfac_rows(
                 continue
             part = slice(k * step, (k + 1) * step)
             work = _Part(exact[part], codes[part], quantizer.of(part), inputs, outputs)
-            work.sweep()
-            for _ in range(SWEEPS - 1):
-                work.fit_scales()
+            for sweep in range(SWEEPS):
+                if sweep % FITTED == FITTED // 2:
+                    work.fit_scales()
                 work.sweep()
             codes[part], scale.view(len(exact), -1)[part] = work.codes.to(codes), work.scale.T.to(scale)
             taken[part] = quantizer.bits[part] <= 8
