@@ -26,7 +26,7 @@ from mpqsearch.methods import Allocation, MethodSpec
 from mpqsearch.metrics import Evaluation, FeatureExtractor, Scorer
 from mpqsearch.models import Calls, Denoiser, discover, load_calls
 from mpqsearch.models.runner import device_of
-from mpqsearch.profile import InputMoments, WithGradients, gradient_moments, statistics_of
+from mpqsearch.profile import SecondMoments, WithGradients, gradient_moments, statistics_of
 from mpqsearch.profile import profile_model as _measure
 from mpqsearch.progress import bar_of, bars_of
 from mpqsearch.prompts import Prompts, prompts_of, read_prompts
@@ -528,7 +528,7 @@ def _statistics(
     known: Statistics = {} if profile is None else statistics_of(profile)
     if not bit_map.rounds_to_nearest:
         means = known
-        known = InputMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=means)
+        known = SecondMoments(denoiser=model, table=table, seeds=CALIBRATION_SEEDS, known=means)
         if bit_map.rounds_by("kfac") and can_sample(model):
             seeds = CALIBRATION_SEEDS[: QuantizerConfig.gradient_samples]
             try:

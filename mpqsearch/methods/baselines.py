@@ -1,7 +1,7 @@
 """What the integer programs are compared with: uniform and random widths, and the rules by which people mix widths.
 
 The rules of practice have no budget. Here each becomes an order in which layers ask for one more width (`urgency`), and
-`Ladder.raised` grants what is asked until the budget is used up. They see what their tools see and no more: positions,
+`WidthSteps.raised` grants what is asked until the budget is used up. They see what their tools see: positions,
 names, kurtosis, errors of weights, errors of one layer at a time. The quantizer is that of the method, so rules are
 compared and not tools. Figures are those of the tools at the commits named.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class WidthSteps:
     """The layers of a task (those that share their widths as one unit) and the widths that each may climb.
 
     A choice ``[u]`` is an index into ``widths`` for every unit, from ``low`` to ``high``. ``costs`` ``[u, k]`` and
@@ -43,8 +43,8 @@ class Ladder:
     high: Integers
 
     @classmethod
-    def of(cls, task: Task) -> Ladder:
-        """The ladder of the searched layers."""
+    def of(cls, task: Task) -> WidthSteps:
+        """The steps of the searched layers."""
         widths = sorted(task.programs.policy.widths)
         costs, rooms, allowed = task.unit_costs([Choice(w) for w in widths])
         return cls(
@@ -117,20 +117,20 @@ def uniform(task: Task) -> tuple[BitMap, str]:
 def random(task: Task) -> tuple[BitMap, str]:
     """Random widths, repaired at random until every budget is met and no further bit fits."""
     rng = np.random.default_rng([task.method.seed, task.limits[0].limit % (2**31)])
-    ladder = Ladder.of(task)
-    choice, rows = rng.integers(ladder.low, ladder.high + 1), np.arange(len(ladder.units))
-    while not ladder.fits(choice):
-        smaller = np.flatnonzero(choice > ladder.low)
+    steps = WidthSteps.of(task)
+    choice, rows = rng.integers(steps.low, steps.high + 1), np.arange(len(steps.units))
+    while not steps.fits(choice):
+        smaller = np.flatnonzero(choice > steps.low)
         if not smaller.size:
             raise InfeasibleBudgetError(
                 f"random widths end at the smallest, which do not fit {task.limits[0].budget.label()}"
             )
         choice[rng.choice(smaller)] -= 1
-    for i in rng.permutation(np.repeat(rows, len(ladder.widths))):
+    for i in rng.permutation(np.repeat(rows, len(steps.widths))):
         wider = choice + (rows == i)
-        if wider[i] <= ladder.high[i] and ladder.fits(wider):
+        if wider[i] <= steps.high[i] and steps.fits(wider):
             choice = wider
-    return ladder.map_of(choice), ""
+    return steps.map_of(choice), ""
 
 
 def first_last_high(task: Task) -> tuple[BitMap, str]:
@@ -139,10 +139,10 @@ def first_last_high(task: Task) -> tuple[BitMap, str]:
     Source: presets of ComfyUI, SGLang-Diffusion, ModelOpt and AutoRound, and cards of Z-Image files, which keep first
     and last blocks at 16 bits. How many layers from either end are wide follows from the budget.
     """
-    ladder = Ladder.of(task)
-    place = np.arange(len(ladder.units))
+    steps = WidthSteps.of(task)
+    place = np.arange(len(steps.units))
     rank = _rank(-np.minimum(place, place[::-1]).astype(np.float64))
-    return ladder.raised(np.tile(-rank[:, None], len(ladder.widths)), ladder.below_a_tenth(rank)), ""
+    return steps.raised(np.tile(-rank[:, None], len(steps.widths)), steps.below_a_tenth(rank)), ""
 
 
 K_QUANT = {1: 2, 2: 3, 3: 4, 4: 6, 5: 6}
@@ -162,16 +162,16 @@ def k_quant(task: Task) -> tuple[BitMap, str]:
     the next one, value projections first, then feed-forwards, then the others from front to back. A model without such
     names gets widths by position.
     """
-    ladder, kinds = Ladder.of(task), (VALUE, DOWN, FUSED)
+    steps, kinds = WidthSteps.of(task), (VALUE, DOWN, FUSED)
     wider: tuple[dict[int, int], ...] = (K_QUANT, K_QUANT, {b: b + 1 for b in range(1, 8)}, {})
 
     def asked(place: int, unit: tuple[str, ...]) -> list[float]:
         """The mixes, by their base widths, in which a unit is wider than each width."""
         kind = min((k for k, pattern in enumerate(kinds) if any(map(pattern.search, unit))), default=len(kinds))
-        later = (kind + place / len(ladder.units)) / len(wider)
-        return [next(b for b in count(1) if wider[kind].get(b, b) > has) + later for has in ladder.widths]
+        later = (kind + place / len(steps.units)) / len(wider)
+        return [next(b for b in count(1) if wider[kind].get(b, b) > has) + later for has in steps.widths]
 
-    return ladder.raised(-np.array([asked(*unit) for unit in enumerate(ladder.units)])), ""
+    return steps.raised(-np.array([asked(*unit) for unit in enumerate(steps.units)])), ""
 
 
 def sdnq_dynamic(task: Task) -> tuple[BitMap, str]:
@@ -210,14 +210,14 @@ def quant_probe(task: Task) -> tuple[BitMap, str]:
     kurtosis. The ratio of the two shares is kept and both grow until the budget is used up. Its range and its aspect
     ratio (0.3 and 0.1 of the score, compared among layers of one kind) are left out: no profile has the range.
     """
-    ladder, profile = Ladder.of(task), task.programs.profile
+    steps, profile = WidthSteps.of(task), task.programs.profile
     power = np.square(profile.need("weight_rms", "quant_probe's rule").astype(np.float64))
     fourth = profile.layer_sum(profile.need("kurtosis", "quant_probe's rule") * np.square(power))
     channels = np.array(profile.channels)
-    rank = _rank(ladder.of_layers(fourth * channels / np.maximum(profile.layer_sum(power), 1e-300) ** 2))
-    start, widths = ladder.below_a_tenth(rank), np.array(ladder.widths)
+    rank = _rank(steps.of_layers(fourth * channels / np.maximum(profile.layer_sum(power), 1e-300) ** 2))
+    start, widths = steps.below_a_tenth(rank), np.array(steps.widths)
     middle = 2 * widths[start][:, None] > widths  # [u, k]: whether a width is below that of the second share
-    return ladder.raised(-rank[:, None] / np.where(middle, 1.0, KEPT / WIDE), start), ""
+    return steps.raised(-rank[:, None] / np.where(middle, 1.0, KEPT / WIDE), start), ""
 
 
 def mixed_gguf(task: Task) -> tuple[BitMap, str]:
@@ -232,8 +232,8 @@ def mixed_gguf(task: Task) -> tuple[BitMap, str]:
 def _below_a_threshold(task: Task, error: Floats) -> BitMap:
     """The map of the smallest widths whose ``error`` ``[L, W]`` is below one threshold for all layers: the layer with
     the greatest error is raised first."""
-    ladder, known = Ladder.of(task), task.programs.profile.widths
-    return ladder.raised(ladder.of_layers(error)[:, [known.index(w) for w in ladder.widths]])
+    steps, known = WidthSteps.of(task), task.programs.profile.widths
+    return steps.raised(steps.of_layers(error)[:, [known.index(w) for w in steps.widths]])
 
 
 def _rank(score: Floats) -> Floats:

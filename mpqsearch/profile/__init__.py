@@ -8,8 +8,8 @@ from mpqsearch.profile.gptq import gptq_profile, in_formats
 from mpqsearch.profile.gradients import WithGradients, gradient_bytes, gradient_moments
 from mpqsearch.profile.inputs import columns_of
 from mpqsearch.profile.measure import profile_model
-from mpqsearch.profile.moments import InputMoments, beyond_limit, input_statistics, statistics_of
 from mpqsearch.profile.partial import Arrays, Partial
+from mpqsearch.profile.second_moments import SecondMoments, beyond_limit, input_statistics, statistics_of
 from mpqsearch.profile.streaming import profile_weights
 from mpqsearch.profile.tables import WeightErrors, formats_of
 from mpqsearch.specs import CalibrationSpec
@@ -17,8 +17,8 @@ from mpqsearch.specs import CalibrationSpec
 __all__ = [
     "Arrays",
     "CalibrationSpec",
-    "InputMoments",
     "Partial",
+    "SecondMoments",
     "WeightErrors",
     "WithGradients",
     "beyond_limit",

@@ -21,11 +21,11 @@ from mpqsearch.profile.contexts import context_sensitivity
 from mpqsearch.profile.final_probes import sampler_totals
 from mpqsearch.profile.gptq import following
 from mpqsearch.profile.layer_scores import layer_scores
-from mpqsearch.profile.moments import InputMoments
 from mpqsearch.profile.one_layer import final_errors
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.probing import Probing
 from mpqsearch.profile.recomputed import SCRATCH, SUMMED, blocks_within
+from mpqsearch.profile.second_moments import SecondMoments
 from mpqsearch.profile.slopes import slope_arrays
 from mpqsearch.profile.tables import WeightErrors, formats_of, tables_of
 from mpqsearch.profile.weighing import Weighing, weighing_of
@@ -194,7 +194,7 @@ def _reused(m: Measurement, known: SensitivityProfile) -> Arrays:
 
 def _by_layer(m: Measurement) -> Calibration:
     n_candidates = len(m.widths) * len(m.formats)
-    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, moments=False)
+    blocks = blocks_within(m.denoiser.module, m.table, n_candidates, m.memory_limit, second_moments=False)
     arrays, calibration = m.timed(
         "layer scores",
         lambda: layer_scores(
@@ -245,7 +245,7 @@ def _statistics(m: Measurement, calibration: Calibration) -> Callable[[LayerSpec
     """The statistics of a layer with its second moment: held, or under a limit measured for some layers at a time."""
     if m.memory_limit is None:
         return lambda layer: calibration.statistics[layer.name]
-    moments = InputMoments(
+    moments = SecondMoments(
         denoiser=m.denoiser,
         table=m.table,
         seeds=m.seeds,

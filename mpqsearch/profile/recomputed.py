@@ -101,13 +101,13 @@ def joined_quantizers(parts: Sequence[tuple[RowQuantizer, ...]]) -> tuple[RowQua
 
 
 def blocks_within(
-    module: nn.Module, table: LayerTable, n_candidates: int, limit: int | None, *, moments: bool = True
+    module: nn.Module, table: LayerTable, n_candidates: int, limit: int | None, *, second_moments: bool = True
 ) -> dict[str, list[slice]]:
     """For each layer the slices of its rows whose errors under ``n_candidates`` quantizers fit a memory limit, beside
     the layer's gradient; one slice without a limit.
 
-    Raises `ConfigError` that names the layer and the smallest limit that works, for its gradient and (with ``moments``)
-    its second moment.
+    Raises `ConfigError` that names the layer and the smallest limit that works, for its gradient and, with
+    ``second_moments``, its second moment.
     """
     if limit is None:
         return {la.name: slices_of(la, la.n_channels) for la in table}
@@ -120,7 +120,7 @@ def blocks_within(
         return layer.n_weights * (size + as_rows)
 
     def least(layer: LayerSpec) -> int:
-        squares = layer.groups * layer.weights_per_channel**2 if moments else 0
+        squares = layer.groups * layer.weights_per_channel**2 if second_moments else 0
         return max(
             gradient(layer) + row_bytes(layer, n_candidates), squares * SUMMED * SCRATCH // (SCRATCH - 1) + SCRATCH
         )

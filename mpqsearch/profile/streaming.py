@@ -23,7 +23,7 @@ from mpqsearch.models import StreamedModel
 from mpqsearch.profile.partial import Arrays, Partial, resumed
 from mpqsearch.profile.recomputed import slices_of
 from mpqsearch.progress import Progress, silent
-from mpqsearch.quant.rows import row_moments
+from mpqsearch.quant.rows import row_summary
 from mpqsearch.quant.search import BLOCK, DEVICE_BLOCK
 from mpqsearch.quant.tables import weight_error_tables
 from mpqsearch.specs.calibration import grouped
@@ -94,16 +94,16 @@ def layer_weights(
     for block in blocks:
         rows = _rows(model, layer, block).to(device)
         try:
-            moments = row_moments(rows)
+            summary = row_summary(rows)
         except NumericsError as error:
             where = f", counted from row {block.start}" if block.start else ""
             raise NumericsError(f"layer {layer.name!r}{where}: {error}. Repair or reload the checkpoint.") from error
         tables = {
             f"weight_error/{format_name(scheme, group=fmt.group)}": table
             for schemes, fmt in formats
-            for scheme, table in weight_error_tables(rows, widths, schemes, fmt, moments).items()
+            for scheme, table in weight_error_tables(rows, widths, schemes, fmt, summary).items()
         }
-        parts.append({"kurtosis": moments.kurtosis, "weight_rms": moments.rms, **tables})
+        parts.append({"kurtosis": summary.kurtosis, "weight_rms": summary.rms, **tables})
     return {key: torch.cat([p[key] for p in parts]).cpu().numpy() for key in parts[0]}
 
 

@@ -23,7 +23,7 @@ from mpqsearch.profile.recomputed import (
 )
 from mpqsearch.progress import Progress, silent
 from mpqsearch.quant import RowQuantizer, RowStatistics, error_tables, kurtosis, rows_of, width_errors
-from mpqsearch.quant.rows import row_moments
+from mpqsearch.quant.rows import row_summary
 from mpqsearch.quant.tables import column_factors, errors_again, width_quantizers
 from mpqsearch.specs import CalibrationSpec
 from mpqsearch.specs.calibration import grouped
@@ -199,8 +199,8 @@ class _LayerTables:
     def measure(self, slices: Iterable[slice]) -> Arrays:
         """Tables float32, with the quantizers ``[W, C]`` of each format without smoothing and their mean shifts."""
         rows = rows_of(self.weight.detach(), self.layer)
-        moments = row_moments(rows)
-        parts: dict[str, list[Tensor]] = {"kurtosis": [moments.kurtosis], "weight_rms": [moments.rms]}
+        summary = row_summary(rows)
+        parts: dict[str, list[Tensor]] = {"kurtosis": [summary.kurtosis], "weight_rms": [summary.rms]}
         quantizers: dict[str, list[tuple[RowQuantizer, ...]]] = {}
         for part in slices:
             for key, values in self._part(rows, part, quantizers).items():

@@ -175,7 +175,7 @@ def check_moments(bit_map: BitMap, statistics: Statistics) -> None:
         return
     raise ConfigError(
         "the bit map asks for GPTQ rounding, which needs the second moments of the layers' inputs. Measure them with "
-        "mpqsearch.profile.input_statistics (or InputMoments) and give them as statistics, or use rounding = 'nearest'."
+        "mpqsearch.profile.input_statistics or SecondMoments and give them as statistics, or use rounding = 'nearest'."
     )
 
 

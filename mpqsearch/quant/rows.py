@@ -111,9 +111,9 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
     if groups > 1:
         parts = fit_rows(rows.reshape(-1, rows.shape[1] // groups), widths.repeat_interleave(groups), _whole(fmt))
         return replace(parts, bits=widths)
-    moments = row_moments(rows)
+    summary = row_summary(rows)
     if fmt.scheme == "auto":
-        asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, moments) for scheme in ("asymmetric", "symmetric"))
+        asymmetric, symmetric = (_fit(rows, widths, fmt, scheme, summary) for scheme in ("asymmetric", "symmetric"))
         scale, zero = (torch.stack([getattr(q, n) for q in (asymmetric, symmetric)], 1) for n in ("scale", "zero"))
         errors = square_errors(rows, scale, zero, top_code(widths)[:, None].expand(-1, 2))
         use = errors[:, 1] < errors[:, 0]
@@ -122,7 +122,7 @@ def fit_rows(rows: Tensor, bits: Tensor | int, fmt: QuantFormat) -> RowQuantizer
             zero=torch.where(use, symmetric.zero, asymmetric.zero),
             bits=widths,
         )
-    return _fit(rows, widths, fmt, fmt.scheme, moments)
+    return _fit(rows, widths, fmt, fmt.scheme, summary)
 
 
 def encode(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
@@ -147,7 +147,7 @@ def _whole(fmt: QuantFormat) -> QuantFormat:
 
 
 def fit_grid(
-    rows: Tensor, widths: Sequence[int], scheme: str, fmt: QuantFormat, moments: RowMoments | None = None
+    rows: Tensor, widths: Sequence[int], scheme: str, fmt: QuantFormat, summary: RowSummary | None = None
 ) -> RowQuantizer:
     """Search the range of every row at every width in one pass: scale, zero ``[C, W]`` and bits ``[W]``.
 
@@ -155,11 +155,11 @@ def fit_grid(
     used.
     """
     bits = torch.tensor(widths, dtype=torch.uint8, device=rows.device)
-    return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, moments or row_moments(rows))
+    return _fit(rows, bits.expand(len(rows), -1), fmt, scheme, summary or row_summary(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowMoments:
+class RowSummary:
     """Least, largest and root mean square weight of every row, and its kurtosis (Gaussian: 3); float32 ``[C]`` each."""
 
     low: Tensor
@@ -168,21 +168,21 @@ class RowMoments:
     kurtosis: Tensor
 
 
-def row_moments(rows: Tensor) -> RowMoments:
-    """Moments of rows ``[C, D]`` of any floating type, one cache-sized block at a time.
+def row_summary(rows: Tensor) -> RowSummary:
+    """Summary of rows ``[C, D]`` of any floating type, one cache-sized block at a time.
 
     Kurtosis is ``mean((w - mean)**4) / std**4`` with the unbiased standard deviation, as the code of MPQ-DM has it, and
     0 for a constant row. Raises `NumericsError` when a row is not finite.
     """
-    parts = [_moments(rows[b].float()) for b in blocks(rows)]
+    parts = [_summary(rows[b].float()) for b in blocks(rows)]
     low, high, rms, fourth = (torch.cat(part) for part in zip(*parts, strict=True))
     bad = (~torch.isfinite(rms)).nonzero()
     if len(bad):
         raise NumericsError(f"weight row {int(bad[0])} holds NaN or infinity and cannot be quantized")
-    return RowMoments(low=low, high=high, rms=rms, kurtosis=fourth)
+    return RowSummary(low=low, high=high, rms=rms, kurtosis=fourth)
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, ...]:
+def _summary(rows: Tensor) -> tuple[Tensor, ...]:
     low, high = rows.aminmax(dim=1)
     reach = torch.maximum(-low, high).clamp_min(torch.finfo(torch.float32).tiny)
     units = rows / reach[:, None]  # fourth powers of small weights stay normal numbers
@@ -196,11 +196,11 @@ def _moments(rows: Tensor) -> tuple[Tensor, ...]:
     return low, high, rms, torch.where(varies, fourth / torch.where(varies, variance, 1.0).square(), 0.0)
 
 
-def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, moments: RowMoments) -> RowQuantizer:
+def _fit(rows: Tensor, bits: Tensor, fmt: QuantFormat, scheme: str, summary: RowSummary) -> RowQuantizer:
     """Quantizers of one scheme; ``bits`` is ``[C]`` or ``[C, K]`` for K quantizers a row."""
     ternary = scheme == "ternary"
     top = top_code(bits, ternary=ternary)
-    low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (moments.low, moments.high, moments.rms))
+    low, high, rms = (x.reshape(-1, *(1,) * (bits.dim() - 1)) for x in (summary.low, summary.high, summary.rms))
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
         widest = (high - low) / top

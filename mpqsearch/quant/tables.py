@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.quant.rows import (
-    RowMoments,
     RowQuantizer,
+    RowSummary,
     decode,
     encode,
     fit_grid,
     fit_rows,
-    row_moments,
+    row_summary,
     rows_of,
 )
 from mpqsearch.quant.search import square_errors
@@ -29,12 +29,12 @@ EVERY = slice(None)
 
 
 def kurtosis(rows: Tensor) -> Tensor:
-    """Fourth standardised moment of each row (Gaussian: 3), 0 for a constant row; see `row_moments`."""
-    return row_moments(rows).kurtosis
+    """Fourth standardised moment of each row (Gaussian: 3), 0 for a constant row; see `row_summary`."""
+    return row_summary(rows).kurtosis
 
 
 def weight_error_tables(
-    rows: Tensor, widths: Sequence[int], schemes: Sequence[str], fmt: QuantFormat, moments: RowMoments | None = None
+    rows: Tensor, widths: Sequence[int], schemes: Sequence[str], fmt: QuantFormat, summary: RowSummary | None = None
 ) -> dict[str, Tensor]:
     """``sum (w_q - w)**2`` float32 ``[C, W]`` of every row ``[C, D]`` at every width, for each scheme, in fused passes.
 
@@ -47,11 +47,11 @@ def weight_error_tables(
         parts = rows.reshape(-1, rows.shape[1] // groups)
         tables = weight_error_tables(parts, widths, schemes, replace(fmt, group=0))
         return {scheme: errors.reshape(len(rows), groups, -1).sum(1) for scheme, errors in tables.items()}
-    moments = moments or row_moments(rows)
+    summary = summary or row_summary(rows)
     errors = {}
     for scheme, asked in needed.items():
         if asked & set(schemes):
-            q = fit_grid(rows, widths, scheme, fmt, moments)
+            q = fit_grid(rows, widths, scheme, fmt, summary)
             errors[scheme] = square_errors(rows, q.scale, q.zero, q.top)
     if "auto" in schemes:
         errors["auto"] = torch.minimum(errors["asymmetric"], errors["symmetric"])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mpqsearch.profile import InputMoments
+    from mpqsearch.profile import SecondMoments
     from mpqsearch.quant import ActivationTable, RangeCollector, Statistics
 
 NOT_PRICED = ("weight", "slope", "final")
@@ -33,18 +33,18 @@ def statistics_for(run: Run, bit_map: BitMap) -> Statistics:
 
     if bit_map.rounds_to_nearest:
         return statistics_of(run.profile)
-    return WithGradients(_moments(run), _gradients(run)) if bit_map.rounds_by("kfac") else _moments(run)
+    return WithGradients(_second_moments(run), _gradients(run)) if bit_map.rounds_by("kfac") else _second_moments(run)
 
 
-def _moments(run: Run) -> InputMoments:
-    return run.once("input moments", lambda: _new_moments(run))
+def _second_moments(run: Run) -> SecondMoments:
+    return run.once("input moments", lambda: _new_second_moments(run))
 
 
-def _new_moments(run: Run) -> InputMoments:
-    from mpqsearch.profile import InputMoments, statistics_of
+def _new_second_moments(run: Run) -> SecondMoments:
+    from mpqsearch.profile import SecondMoments, statistics_of
 
     first = run.config.calibration.first_seed
-    moments = InputMoments(
+    moments = SecondMoments(
         denoiser=run.denoiser,
         table=run.table,
         seeds=range(first, first + run.config.quantizer.moment_samples),
@@ -154,7 +154,7 @@ def _price(run: Run, method: MethodSpec) -> SensitivityProfile:
     fmt = replace(run.config.quantizer.format(), scheme=method.scheme, smooth=method.smooth, group=method.group)
     run.say(f"profile: pricing GPTQ rounding ({method.format_name})")
     with run.timed("price"):
-        return gptq_profile(run.denoiser, run.table, run.profile, _moments(run), fmt)
+        return gptq_profile(run.denoiser, run.table, run.profile, _second_moments(run), fmt)
 
 
 def activation_table(run: Run, bit_map: BitMap, statistics: Statistics) -> ActivationTable | None:

@@ -31,7 +31,7 @@ from mpqsearch.core import Policy, QuantFormat
 from mpqsearch.models import discover_streamed, open_streamed
 from mpqsearch.profile import profile_weights
 from mpqsearch.quant import rows_of
-from mpqsearch.quant.rows import row_moments
+from mpqsearch.quant.rows import row_summary
 from tests.benchmarks.test_range_search import loop
 
 CONFIG: dict[str, Any] = {
@@ -122,11 +122,11 @@ def profile(folder: str, every: int = 1) -> dict[str, Any]:
         table = discover_streamed(model)
     found["discover"] = {"wall": clock.wall, "cpu": clock.cpu}
     found["channels"], found["weights"] = table.n_channels, table.n_weights
-    row_moments(torch.randn(64, 2048).bfloat16())  # loads the compiled kernels
+    row_summary(torch.randn(64, 2048).bfloat16())  # loads the compiled kernels
 
     def kurtosis() -> None:
         for layer in table:
-            row_moments(rows_of(model.read(f"{layer.name}.weight"), layer))
+            row_summary(rows_of(model.read(f"{layer.name}.weight"), layer))
 
     found["kurtosis"] = best(5, kurtosis)
     part = replace(table, layers=table.layers[::every])

@@ -219,9 +219,9 @@ def test_rooms_stay_packages_that_can_be_called() -> None:
     code = (
         "import sys, mpqsearch as mpq\n"
         "assert 'torch' not in sys.modules\n"
-        "import mpqsearch.profile.moments as moments, mpqsearch.search\n"
-        "from mpqsearch.profile import InputMoments\n"
-        "assert callable(mpq.profile) and mpq.profile.InputMoments is InputMoments is moments.InputMoments\n"
+        "import mpqsearch.profile.second_moments as moments, mpqsearch.search\n"
+        "from mpqsearch.profile import SecondMoments\n"
+        "assert callable(mpq.profile) and mpq.profile.SecondMoments is SecondMoments is moments.SecondMoments\n"
         "assert callable(mpq.search) and mpq.search is mpqsearch.search if (mpqsearch := mpq) else False\n"
         "print(mpq.allocate.__signature__)"
     )

@@ -11,7 +11,7 @@ from mpqsearch.errors import ConfigError
 from mpqsearch.models import Denoiser, discover
 from mpqsearch.profile import (
     CalibrationSpec,
-    InputMoments,
+    SecondMoments,
     gptq_profile,
     in_formats,
     input_statistics,
@@ -134,7 +134,7 @@ def test_groups_of_layers_have_the_statistics_of_all_at_once() -> None:
     whole = input_statistics(denoiser, table, SEEDS)
     sizes = sorted({la.groups * la.weights_per_channel**2 for la in table if la.name in whole})
     runs = []
-    parts = InputMoments(
+    parts = SecondMoments(
         denoiser=denoiser,
         table=table,
         seeds=SEEDS,

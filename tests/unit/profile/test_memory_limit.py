@@ -109,10 +109,10 @@ def test_rows_one_by_one_have_the_same_errors() -> None:
     table = discover(denoiser)
     largest = max(table, key=lambda la: la.n_weights)
     least = largest.n_weights * 4 + row_bytes(largest, len(WIDTHS))
-    blocks = blocks_within(denoiser.module, table, len(WIDTHS), least, moments=False)
+    blocks = blocks_within(denoiser.module, table, len(WIDTHS), least, second_moments=False)
     assert len(blocks[largest.name]) == largest.n_channels
     with pytest.raises(ConfigError, match="too small for the layer"):
-        blocks_within(denoiser.module, table, len(WIDTHS), least - 1, moments=False)
+        blocks_within(denoiser.module, table, len(WIDTHS), least - 1, second_moments=False)
     seen = calibrate(denoiser, table, CalibrationSpec(samples=1)).statistics
     formats = {"asymmetric": QuantFormat(n_candidates=4), "asymmetric+smooth": QuantFormat(n_candidates=4, smooth=True)}
     given = (denoiser, table, WIDTHS, formats, lambda la: seen[la.name])

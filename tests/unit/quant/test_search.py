@@ -15,7 +15,7 @@ from mpqsearch.core import LayerSpec, QuantFormat
 from mpqsearch.errors import NumericsError
 from mpqsearch.models import discover
 from mpqsearch.quant import fit_rows, rows_of, search, width_errors
-from mpqsearch.quant.rows import RowMoments, _fit, fit_grid, row_moments
+from mpqsearch.quant.rows import RowSummary, _fit, fit_grid, row_summary
 from mpqsearch.quant.search import SHORT_ROW, best_factors, exhaustive_search, square_errors
 from mpqsearch.quant.tables import error_tables, kurtosis, weight_error_tables
 from mpqsearch.sampling import load_model
@@ -155,7 +155,7 @@ def test_moments_are_those_of_numpy(backend: str, dtype: torch.dtype) -> None:
     g = np.random.default_rng(3)
     rows = torch.from_numpy(g.standard_t(5, size=(200, 1500)) * np.logspace(-3, 2, 200)[:, None] + 0.01).to(dtype)
     rows[3] = 0.5
-    found = row_moments(rows)
+    found = row_summary(rows)
     exact = rows.double().numpy()
     np.testing.assert_array_equal(found.low, exact.min(1).astype(np.float32))
     np.testing.assert_array_equal(found.high, exact.max(1).astype(np.float32))
@@ -171,7 +171,7 @@ def test_rows_that_are_not_finite_are_named(backend: str, bad: float) -> None:
     rows = torch.ones(100, 1100)
     rows[31, 1050] = bad
     with pytest.raises(NumericsError, match="row 31"):
-        row_moments(rows)
+        row_summary(rows)
 
 
 def test_tiny_and_dead_rows_do_not_overflow(backend: str) -> None:
@@ -204,7 +204,7 @@ def test_numba_is_loaded_by_the_first_layer_that_needs_it() -> None:
 
 def test_moments_given_are_moments_used() -> None:
     rows = torch.randn(10, 50)
-    wide = RowMoments(
+    wide = RowSummary(
         low=torch.full((10,), -9.0), high=torch.full((10,), 9.0), rms=torch.ones(10), kurtosis=torch.ones(10)
     )
     q = _fit(rows, torch.full((10,), 4, dtype=torch.uint8), QuantFormat(criterion="minmax"), "asymmetric", wide)

@@ -38,7 +38,7 @@ def input_statistics(
 ) -> Mapping[str, RowStatistics]:
     """Second moments, means and largest magnitudes of the inputs of all layers that run while the model samples.
 
-    Takes ``D**2`` float64 numbers for a layer of fan-in ``D``; `InputMoments` holds some layers at a time.
+    Takes ``D**2`` float64 numbers for a layer of fan-in ``D``; `SecondMoments` holds some layers at a time.
     Class-conditional models want seeds that cover all classes: layers that see nothing but the class and the timestep
     have few different inputs, and every one that is missing is one that codes are not chosen for.
     """
@@ -60,7 +60,7 @@ def beyond_limit(table: LayerTable, limit: int | None, working: int = WORKING) -
 
 
 @dataclass
-class InputMoments(Mapping[str, RowStatistics]):
+class SecondMoments(Mapping[str, RowStatistics]):
     """`input_statistics` of as many layers at a time as ``limit`` bytes hold; the model runs anew for each group of
     consecutive layers.
 
