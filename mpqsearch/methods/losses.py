@@ -137,6 +137,11 @@ the widths that were mixed when it was measured (`mpqsearch.profile.contexts`)."
 PROBED = ("probe", "sampler")
 """Losses whose layer totals are estimates from random projections."""
 
+ONE_BIT = 3.0
+"""What the nearest of two values costs, in units of what was measured of it alone at full precision: two in a row do
+more than both by themselves. Without it a program takes them for cheap, and was above uniform widths on a model that
+nothing was chosen on (studies/robustness)."""
+
 CHOOSING = ("weight", "output", "probe", "sampler", "final")
 """Losses by which widths may be chosen."""
 
@@ -150,13 +155,15 @@ def channel_losses(
     bias_correction: bool,
     shrinkage: float | None = None,
     effects_of: str = "",
+    rounding: str = "",
 ) -> Floats:
     """Loss ``[C, W]`` of every output channel at every width of the profile, in a format such as ``auto+smooth``.
 
     Sums over the channels of a layer are its totals where those were measured; what was estimated from probes is shrunk
     (`mpqsearch.methods.shrinkage`; ``shrinkage`` is that of channels, None as the data say). ``effects_of``: the format
     whose totals say what a unit of a layer's error costs, where formats are compared: each has noise of its own in its
-    totals, and the least of several would be the luckiest. Raises `ConfigError` when the profile lacks what the loss
+    totals, and the least of several would be the luckiest. ``rounding``: how codes are made where a program chooses by
+    these losses, see `ONE_BIT`. Raises `ConfigError` when the profile lacks what the loss
     needs, `UnknownNameError` for an unknown loss.
     """
     loss = best_loss(profile) if loss == BEST_LOSS else loss
@@ -173,15 +180,17 @@ def channel_losses(
     if spec.family in spec.needs and spec.family not in _plain_families(profile):
         raise _not_measured(profile, loss)
     rows = spec.rows(measured, what)
+    coarse = loss in PROBED and rounding == "nearest"
+    doubt = np.where(np.array(profile.widths) == 1, ONE_BIT if coarse else 1.0, 1.0)
     source = replace(measured, format_name=effects_of or format_name)
     totals = carried_totals(source, spec) if spec.family else None
     if totals is None:
-        return rows
+        return rows * doubt
     sums = profile.layer_sum(rows if source.format_name == format_name else spec.rows(source, what))
     if loss in PROBED:
         totals = believed_totals(totals, sums, [la.role for la in table])
     factor = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
-    scaled: Floats = rows * np.repeat(factor, profile.channels, axis=0)
+    scaled: Floats = rows * np.repeat(factor * doubt, profile.channels, axis=0)
     return scaled
 
 

@@ -13,7 +13,7 @@ from mpqsearch.core import FULL_PRECISION, BitMap, Budget, LayerSpec, QuantForma
 from mpqsearch.core.stored import input_bits, layer_bits
 from mpqsearch.errors import ConfigError
 from mpqsearch.methods.losses import BEST_LOSS, channel_losses
-from mpqsearch.methods.spec import MethodSpec
+from mpqsearch.methods.spec import PROGRAMS, MethodSpec
 
 if TYPE_CHECKING:
     from mpqsearch.methods.programs import Programs
@@ -184,6 +184,7 @@ class Task:
             bias_correction=m.bias_correction,
             shrinkage=m.shrinkage,
             effects_of=m.format_name,
+            rounding=m.rounding if m.allocator in PROGRAMS else "",
         )
 
 

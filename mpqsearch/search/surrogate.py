@@ -151,6 +151,7 @@ class Surrogate:
             method.loss,
             bias_correction=method.bias_correction,
             shrinkage=method.shrinkage,
+            rounding=method.rounding,
         )
         if not _is_shaped(theta):
             return losses

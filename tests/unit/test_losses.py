@@ -241,3 +241,16 @@ def test_a_profile_of_layers_alone_chooses_widths_of_layers() -> None:
         channel_losses(alone, TABLE, "auto", "output", bias_correction=True)
     mixed = replace(uniform(3), weights={**uniform(3).weights, TABLE.layers[0].name: np.array([2, 3, 3, 3, 3, 3])})
     assert np.isnan(predicted_loss(TABLE, alone, mixed, bias_correction=True))
+
+
+@pytest.mark.parametrize("loss", ["sampler", "probe", "output", "weight"])
+def test_the_nearest_of_two_values_costs_more_than_it_does_alone(loss: str) -> None:
+    """Where a program chooses by estimates that were made at full precision; measured errors stay what they are."""
+    profile = holding("layer_sampler_error")
+    plain = channel_losses(profile, TABLE, "auto", loss, bias_correction=True)
+    for rounding in ("nearest", "gptq", "kfac"):
+        priced = channel_losses(profile, TABLE, "auto", loss, bias_correction=True, rounding=rounding)
+        doubted = rounding == "nearest" and loss in ("sampler", "probe")
+        expected = np.where(np.array(profile.widths) == 1, 3.0 if doubted else 1.0, 1.0) * plain
+        np.testing.assert_allclose(priced, expected, rtol=1e-12)
+        assert 1 in profile.widths

@@ -88,7 +88,7 @@ def test_channels_are_allocated_with_prescaling_and_its_factors_paid_for(budget:
     assert made.within_budget  # type: ignore[attr-defined]
     plain = replace(bit_map, format=QuantFormat(scheme="auto"))
     assert made.size_bits - size_bits(TABLE, plain) == 16 * sum(la.n_inputs for la in TABLE)  # type: ignore[attr-defined]
-    losses = channel_losses(PROFILE, TABLE, "auto+smooth", "probe", bias_correction=True)
+    losses = channel_losses(PROFILE, TABLE, "auto+smooth", "probe", bias_correction=True, rounding="nearest")
     searched = [la for la in TABLE if POLICY.fixed_width(la) is None]
     widths = [bit_map.channel_widths(la.name, la.n_channels) for la in searched]
     own = sum(
