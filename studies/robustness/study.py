@@ -51,7 +51,7 @@ MODELS: dict[str, tuple[str, SamplerSpec]] = {
 }
 """Source and sampler of each model."""
 
-TUNED_ON = ("fmnist-unet", "fmnist-dit", "fmnist-t2i")
+TUNED_ON = ("fmnist-unet", "fmnist-dit", "fmnist-t2i", "cloud-mixer")
 """Models that constants of the package were chosen on. ``heavy-dit`` has the function of one of them."""
 
 BITS = (2, 3, 4, 6)
